@@ -1,0 +1,13 @@
+"""Names that the docstrings' examples use."""
+
+import pytest
+import torch
+from torch import nn
+
+import torch_dropout_ir as tdi
+
+
+@pytest.fixture(autouse=True)
+def _examples(doctest_namespace):
+    torch.manual_seed(0)
+    doctest_namespace.update(torch=torch, nn=nn, tdi=tdi, **vars(tdi.regularizers))

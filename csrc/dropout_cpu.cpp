@@ -1,0 +1,103 @@
+// CPU: the vectorised loops on torch's threads.
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "dropout_backend.h"
+#include "dropout_simd.h"
+
+namespace dropout {
+namespace {
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose_kernels(std::getenv("TORCH_DROPOUT_IR_ISA"));
+  return chosen;
+}
+
+// torch's own grain of 32768 elements, in words. Threads get whole words, so no
+// two write the same byte of the mask.
+constexpr int64_t kGrainWords = 512;
+
+template <class Body>
+void for_words(int64_t numel, const Body& body) {
+  const int64_t words = packed_bytes(numel) / 8;
+  if (words <= kGrainWords) {
+    body(0, words);
+  } else {
+    torch::stable::parallel_for(0, words, kGrainWords, body);
+  }
+}
+
+void forward(const MaskArgs& args, int) {
+  const auto range = kernels().forward[static_cast<int>(args.dtype)];
+  for_words(args.numel,
+            [&](int64_t begin, int64_t end) { range(args, begin, end); });
+}
+
+void apply(const MaskArgs& args, int) {
+  const auto range = kernels().apply[static_cast<int>(args.dtype)];
+  for_words(args.numel,
+            [&](int64_t begin, int64_t end) { range(args, begin, end); });
+}
+
+void draw(const MaskArgs& args, ProbabilityArg arg, int) {
+  const double p = arg.is_double ? *static_cast<const double*>(arg.p)
+                                 : *static_cast<const float*>(arg.p);
+  if (!is_probability(p)) {
+    throw std::runtime_error(
+        "mask_draw: dropout probability has to be between 0 and 1, but got " +
+        std::to_string(p));
+  }
+  MaskArgs with_p = args;
+  with_p.threshold = drop_threshold(p);
+  const auto range = kernels().draw;
+  for_words(args.numel,
+            [&](int64_t begin, int64_t end) { range(with_p, begin, end); });
+}
+
+void count_columns(const Columns& columns) {
+  const int64_t chunks = (columns.width + 63) / 64;
+  const int64_t grain_bits = 64 * kGrainWords * 16;
+  const int64_t grain = std::max<int64_t>(1, grain_bits / (columns.rows * 64));
+  const auto range = kernels().count;
+  if (chunks <= grain) {
+    range(columns, 0, chunks);
+  } else {
+    torch::stable::parallel_for(
+        0, chunks, grain,
+        [&](int64_t begin, int64_t end) { range(columns, begin, end); });
+  }
+}
+
+// Several short rows make one long row, whose windows are full and whose chunks
+// suffice for all threads; its columns fold back modulo `units`.
+void count(const CountArgs& args, int) {
+  std::fill_n(args.counts, args.units, int64_t{0});
+  if (args.rows == 0 || args.units == 0) return;
+  constexpr int64_t kWideRow = 4096;
+  const int64_t fold = std::max<int64_t>(
+      1, std::min(kWideRow / args.units, args.rows / 32));
+  const auto add = [&](int64_t first_row, int64_t rows, int64_t rows_in_one) {
+    if (rows == 0) return;
+    const int64_t width = args.units * rows_in_one;
+    std::vector<int64_t> totals(static_cast<size_t>((width + 63) / 64 * 64));
+    count_columns({args.packed, args.packed_bytes / 8, first_row * args.units, rows,
+                   width, totals.data()});
+    for (int64_t i = 0; i < rows_in_one; ++i) {
+      for (int64_t unit = 0; unit < args.units; ++unit) {
+        args.counts[unit] += totals[static_cast<size_t>(i * args.units + unit)];
+      }
+    }
+  };
+  const int64_t wide_rows = args.rows / fold;
+  add(0, wide_rows, fold);
+  add(wide_rows * fold, args.rows % fold, 1);
+}
+
+}  // namespace
+
+const Backend cpu_backend = {forward, apply, draw, count};
+
+}  // namespace dropout

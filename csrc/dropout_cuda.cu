@@ -1,0 +1,125 @@
+// CUDA: grid-stride kernels around the per-thread code of dropout.h. No torch
+// header, so nvcc takes seconds; the caller holds the device guard.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "dropout_backend.h"
+
+namespace dropout {
+namespace {
+
+constexpr int kBlock = 256;
+
+// The stride is the whole grid; element indices stay 64-bit.
+__device__ int64_t thread_index() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ int64_t thread_count() {
+  return static_cast<int64_t>(gridDim.x) * blockDim.x;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kBlock) forward_kernel(MaskArgs args) {
+  forward_thread<T>(args, thread_index(), thread_count());
+}
+
+template <class T>
+__global__ void __launch_bounds__(kBlock) apply_kernel(MaskArgs args) {
+  apply_thread<T>(args, thread_index(), thread_count());
+}
+
+// p stays on the device: reading it on the host would wait for the stream and
+// break graph capture.
+template <class P>
+__global__ void __launch_bounds__(kBlock) draw_kernel(MaskArgs args, const P* p) {
+  draw_thread(args, drop_threshold(*p), thread_index(), thread_count());
+}
+
+__global__ void __launch_bounds__(kBlock)
+    count_kernel(CountArgs args, int64_t stride) {
+  const int64_t first = thread_index();
+  if (first >= stride) return;
+  const auto count =
+      static_cast<unsigned long long>(count_thread(args, first, stride));
+  const int64_t unit = first % args.units;
+  atomicAdd(reinterpret_cast<unsigned long long*>(args.counts) + unit, count);
+}
+
+void check(cudaError_t error, const char* op) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(op) + ": the CUDA kernel was not launched: " +
+                           cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
+}
+
+cudaStream_t stream(int device) {
+  return static_cast<cudaStream_t>(current_cuda_stream(device));
+}
+
+// Enough blocks to fill any GPU several times over; the kernels stride.
+int grid(int64_t threads) {
+  constexpr int64_t kMaxBlocks = 1 << 14;
+  return static_cast<int>(std::min((threads + kBlock - 1) / kBlock, kMaxBlocks));
+}
+
+void forward(const MaskArgs& args, int device) {
+  const int64_t bytes = packed_bytes(args.numel);
+  if (bytes == 0) return;
+  using Kernel = void (*)(MaskArgs);
+  constexpr Kernel kernels[kNumDtypes] = {
+      forward_kernel<float>, forward_kernel<double>, forward_kernel<BFloat16>,
+      forward_kernel<Half>};
+  kernels[static_cast<int>(args.dtype)]<<<grid(bytes), kBlock, 0, stream(device)>>>(
+      args);
+  check(cudaGetLastError(), "dropout_forward");
+}
+
+void apply(const MaskArgs& args, int device) {
+  if (args.numel == 0) return;
+  using Kernel = void (*)(MaskArgs);
+  constexpr Kernel kernels[kNumDtypes] = {apply_kernel<float>, apply_kernel<double>,
+                                          apply_kernel<BFloat16>, apply_kernel<Half>};
+  const int blocks = grid((args.numel + 7) / 8);
+  kernels[static_cast<int>(args.dtype)]<<<blocks, kBlock, 0, stream(device)>>>(args);
+  check(cudaGetLastError(), "mask_apply");
+}
+
+void draw(const MaskArgs& args, ProbabilityArg arg, int device) {
+  const int64_t bytes = packed_bytes(args.numel);
+  if (bytes == 0) return;
+  const int blocks = grid(bytes);
+  if (arg.is_double) {
+    draw_kernel<<<blocks, kBlock, 0, stream(device)>>>(
+        args, static_cast<const double*>(arg.p));
+  } else {
+    draw_kernel<<<blocks, kBlock, 0, stream(device)>>>(
+        args, static_cast<const float*>(arg.p));
+  }
+  check(cudaGetLastError(), "mask_draw");
+}
+
+void count(const CountArgs& args, int device) {
+  if (args.units == 0) return;
+  const size_t bytes = static_cast<size_t>(args.units) * sizeof(int64_t);
+  check(cudaMemsetAsync(args.counts, 0, bytes, stream(device)), "unit_counts");
+  if (args.rows == 0) return;
+  // A multiple of `units` threads, so that each stays in its column.
+  constexpr int64_t kThreads = 1 << 18;
+  const int64_t slices =
+      std::max<int64_t>(1, std::min(args.rows, kThreads / args.units));
+  const int64_t stride = slices * args.units;
+  const int64_t blocks = (stride + kBlock - 1) / kBlock;
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error("unit_counts: expected at most 2^39 units, got " +
+                             std::to_string(args.units));
+  }
+  count_kernel<<<static_cast<int>(blocks), kBlock, 0, stream(device)>>>(args, stride);
+  check(cudaGetLastError(), "unit_counts");
+}
+
+}  // namespace
+
+const Backend cuda_backend = {forward, apply, draw, count};
+
+}  // namespace dropout

@@ -1,0 +1,36 @@
+"""Profiles and fixtures of all tests."""
+
+import os
+from pathlib import Path
+
+# A stale on-disk graph would be tested in place of this source.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_root():
+    """Folder with MNIST; see CONTRIBUTING.md."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    root = Path(os.environ.get("DROPOUT_IR_DATA", default))
+    if not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").exists():
+        pytest.skip(f"MNIST is not under {root}; set DROPOUT_IR_DATA")
+    return root

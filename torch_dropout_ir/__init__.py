@@ -1,0 +1,43 @@
+"""What dropout does to a network, measured while it trains.
+
+The public names, grouped by subject. Formulas follow Zhang & Xu, *Implicit
+regularization of dropout*, IEEE TPAMI 46(6), 2024 (arXiv:2207.05952).
+"""
+
+# The layer
+# Measures, usable alone
+from torch_dropout_ir import condensation, regularizers, sharpness
+
+# One call for any model
+from torch_dropout_ir.analysis import Analysis
+from torch_dropout_ir.attach import attach_analysis
+from torch_dropout_ir.losses import half_squared_error
+from torch_dropout_ir.masks import MaskStatistics
+from torch_dropout_ir.nn import (
+    Dropout,
+    Dropout1d,
+    Dropout2d,
+    Dropout3d,
+    convert_dropout_,
+    frozen_masks,
+    restore_dropout_,
+)
+from torch_dropout_ir.ops import dropout
+
+__all__ = [
+    "Analysis",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "MaskStatistics",
+    "attach_analysis",
+    "condensation",
+    "convert_dropout_",
+    "dropout",
+    "frozen_masks",
+    "half_squared_error",
+    "regularizers",
+    "restore_dropout_",
+    "sharpness",
+]

@@ -1,0 +1,340 @@
+"""The state of an analysis and what drives it: the optimizer's own step hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from torch_dropout_ir.analysis.cadence import Cadence
+from torch_dropout_ir.analysis.capture import OURS, Capture
+from torch_dropout_ir.analysis.measures import Measure
+from torch_dropout_ir.analysis.records import Record, Sink
+from torch_dropout_ir.analysis.snapshot import (
+    Snapshot,
+    received_gradients,
+    theory_note,
+)
+from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
+from torch_dropout_ir.functional import preserved_rng
+from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.masks import MaskStatistics
+from torch_dropout_ir.nn import convert_dropout_, restore_dropout_
+from torch_dropout_ir.sites import find_sites
+
+
+class Analysis:
+    """The state of an attached analysis; made by :func:`attach_analysis`.
+
+    Attributes:
+        model: The model that is watched.
+        loss: The loss; found by itself where the script calls a loss module.
+        step: Optimizer steps seen.
+        history: Every number recorded, by tag, as ``(step, value)``.
+        absent: Measures left out the last time, with the reason.
+        notes: How a number was obtained, by tag.
+        sites: The dropout sites found, and those that cannot be observed, with the
+            reason.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | None,
+        optimizer: Optimizer | None,
+        cadence: Cadence,
+        measures: Sequence[Measure],
+        sinks: Sequence[Sink],
+        data: Any,
+        convert: bool,
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        self.step = 0
+        self.history: dict[str, list[tuple[int, float]]] = {}
+        self.absent: dict[str, str] = {}
+        self.notes: dict[str, str] = {}
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._cadence = cadence
+        self._measures = list(measures)
+        self._sinks = list(sinks)
+        self._data = data
+        self._converted = convert
+        self._seed = torch.initial_seed() % 2**62
+        self._clock = time.perf_counter()
+        self._due = set(cadence.due(0))
+        self._capture = Capture(model, find_sites(model))
+        self._handles = contextlib.ExitStack()
+        self._attached = False
+        self._loaded: dict[str, MaskStatistics] = {}
+        self._close = weakref.finalize(self, _close_sinks, self._sinks)
+        self.sites: tuple[SiteReport, ...] = report_sites(model)
+
+    def attach(self) -> None:
+        """Put the hooks in place; :func:`attach_analysis` has done it."""
+        if self._converted:
+            convert_dropout_(self.model)
+        self._capture.attach()
+        for register, method in (
+            (register_optimizer_step_pre_hook, self._before_step),
+            (register_optimizer_step_post_hook, self._after_step),
+        ):
+            hook = _Weakly(weakref.WeakMethod(method))
+            self._handles.callback(register(hook).remove)
+        self._attached = True
+        self._plan()
+
+    # What the optimizer calls ---------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if self._owns(optimizer) and self._due:
+            self._measure_safely(self._due)
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if not self._owns(optimizer):
+            return
+        now = time.perf_counter()
+        self._cadence.trained(now - self._clock)
+        self._clock = now
+        self.step += 1
+        self._plan()
+
+    def _owns(self, optimizer: Optimizer) -> bool:
+        """Whether this is the optimizer that counts; the first that steps the model."""
+        if self._optimizer is not None:
+            return self._optimizer() is optimizer
+        own = {id(x) for x in self.model.parameters()}
+        if any(
+            id(x) in own for group in optimizer.param_groups for x in group["params"]
+        ):
+            self._optimizer = weakref.ref(optimizer)
+        return self._optimizer is not None
+
+    def _plan(self) -> None:
+        """Decide what the coming step must show."""
+        self._due = set(self._cadence.due(self.step))
+        self._capture.want_masks = "masks" in self._due
+        needed = [m.needs for m in self._measures if m.name in self._due]
+        self._capture.want_targets = any(
+            n & {"targets", "batches", "loss"} for n in needed
+        )
+
+    # Measuring ------------------------------------------------------------------------
+
+    def measure(self) -> dict[str, float]:
+        """Take all measures now, off cadence, on the batch last seen.
+
+        Returns:
+            The numbers recorded, by tag.
+
+        Raises:
+            RuntimeError: If the analysis is detached.
+        """
+        if not self._attached:
+            raise RuntimeError(
+                "measure: this analysis is detached. Attach a new one with "
+                "`attach_analysis(model)`."
+            )
+        before = {tag: len(values) for tag, values in self.history.items()}
+        self._measure_safely({m.name for m in self._measures})
+        return {
+            tag: values[-1][1]
+            for tag, values in self.history.items()
+            if len(values) > before.get(tag, 0)
+        }
+
+    def _measure_safely(self, names: set[str]) -> None:
+        """Measure; whatever a measure or a sink raises, training goes on."""
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        self._cadence.trained(started - self._clock)
+        self._capture.paused = True
+        try:
+            seconds = self._take_and_write(names)
+        finally:
+            self._capture.paused = False
+            self._capture.end_step()
+            self._clock = time.perf_counter()
+        # What is nobody's own (capture, records, writing) is shared out.
+        rest = (self._clock - started - sum(seconds.values())) / max(1, len(seconds))
+        for name, own in seconds.items():
+            self._cadence.measured(name, own + rest)
+
+    def _take_and_write(self, names: set[str]) -> dict[str, float]:
+        """Take the named measures, write their records, return what each took."""
+        snapshot = self._snapshot()
+        records: dict[str, Record] = {}
+        seconds: dict[str, float] = {}
+        for measure in self._measures:
+            if measure.name not in names:
+                continue
+            started = time.perf_counter()
+            reason = snapshot.lacks(measure.needs)
+            if reason is None:
+                taken = self._take(measure, snapshot)
+                records.update(taken)
+            else:
+                self.absent[measure.name] = reason
+            seconds[measure.name] = time.perf_counter() - started
+            if measure.name == "masks":
+                seconds["masks"] += self._capture.spent()
+            if reason is None:
+                records[f"cost/seconds/{measure.name}"] = seconds[measure.name]
+        records["cost/share"] = self._cadence.share
+        self.notes.update(snapshot.notes)
+        self._write(records)
+        return seconds
+
+    def _take(self, measure: Measure, snapshot: Snapshot) -> Mapping[str, Record]:
+        seed = (self._seed + 2 * self.step) % 2**62
+        try:
+            with preserved_rng(self.model, seed), torch.enable_grad():
+                records = measure(snapshot)
+        except Exception as err:
+            self._fail(measure.name, err)
+            return {}
+        self.absent.pop(measure.name, None)
+        return records
+
+    def _fail(self, name: str, err: Exception) -> None:
+        reason = f"{type(err).__name__}: {err}"
+        if self.absent.get(name) != reason:
+            warnings.warn(
+                f"torch_dropout_ir: the measure {name!r} failed at step {self.step} "
+                f"({reason}); training goes on without it.",
+                stacklevel=2,
+            )
+        self.absent[name] = reason
+
+    def _write(self, records: dict[str, Record]) -> None:
+        for tag, value in records.items():
+            if isinstance(value, float):
+                self.history.setdefault(tag, []).append((self.step, value))
+        for sink in list(self._sinks):
+            try:
+                sink.write(self.step, records, self.notes)
+            except Exception as err:
+                self._sinks.remove(sink)
+                warnings.warn(
+                    f"torch_dropout_ir: {type(sink).__name__} failed "
+                    f"({type(err).__name__}: {err}) and is switched off; "
+                    "`history` goes on.",
+                    stacklevel=2,
+                )
+
+    def _snapshot(self) -> Snapshot:
+        capture = self._capture
+        if self.loss is None and capture.loss_module is not None:
+            with contextlib.suppress(ValueError):
+                self.loss = resolve_loss(capture.loss_module)
+        seen = None if capture.targets is None else [(capture.inputs, capture.targets)]
+        optimizer = None if self._optimizer is None else self._optimizer()
+        self.notes.update(theory_note(optimizer))
+        lr, gradients = received_gradients(self.model, optimizer)
+        return Snapshot(
+            model=self.model,
+            step=self.step,
+            sites=tuple(site for site in capture.sites if site.p > 0),
+            loss=self.loss,
+            inputs=capture.inputs,
+            targets=capture.targets,
+            batches=seen if self._data is None else self._data,
+            lr=lr,
+            gradients=gradients,
+            statistics=self._statistics(),
+        )
+
+    def _statistics(self) -> dict[str, MaskStatistics]:
+        seen = dict(self._capture.statistics)
+        for site in self._capture.sites:
+            if isinstance(site.module, OURS) and site.module.statistics.num_calls:
+                seen[site.name] = site.module.statistics
+        empty = MaskStatistics()
+        return {n: self._loaded.get(n, empty) + s for n, s in seen.items()}
+
+    # What a person reads --------------------------------------------------------------
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """The last value of each number, by tag."""
+        return {tag: values[-1][1] for tag, values in self.history.items()}
+
+    def summary(self) -> str:
+        """Return a table of what was found, its cost, and what is absent and why."""
+        return describe(self)
+
+    @property
+    def cost_share(self) -> float:
+        """Share of the analysis in the time of training so far."""
+        return self._cadence.share
+
+    # Resuming and leaving -------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return curves, counts and schedule, to go on from after a restart."""
+        return {
+            "step": self.step,
+            "history": {tag: list(values) for tag, values in self.history.items()},
+            "statistics": self._statistics(),
+            "cadence": self._cadence.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self.step = state["step"]
+        self.history = {tag: list(values) for tag, values in state["history"].items()}
+        self._loaded = dict(state["statistics"])
+        self._cadence.load_state_dict(state["cadence"])
+        self._plan()
+
+    def detach(self) -> None:
+        """Remove every hook, restore converted layers and close the sinks.
+
+        Numbers stay readable. Calling it again does nothing.
+        """
+        if not self._attached:
+            return
+        self._attached = False
+        self._handles.close()
+        self._capture.detach()
+        if self._converted:
+            restore_dropout_(self.model)
+        self._close()
+
+    def __enter__(self) -> Analysis:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+class _Weakly:
+    """A global optimizer hook that does not keep the analysis alive."""
+
+    def __init__(self, method: weakref.WeakMethod[Any]) -> None:
+        self.method = method
+
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
+        method = self.method()
+        if method is not None:
+            method(optimizer)
+
+
+def _close_sinks(sinks: list[Sink]) -> None:
+    for sink in sinks:
+        try:
+            sink.close()
+        except Exception as err:
+            warnings.warn(f"torch_dropout_ir: closing {sink}: {err}", stacklevel=2)

@@ -1,0 +1,195 @@
+"""What one training step shows: inputs, targets, masks; and nothing of it moved.
+
+Semantics:
+
+* Only the root module carries hooks between steps. Hooks on the sites and the global
+  look-out for the loss live inside a step that measures, and are gone after it.
+* Foreign dropout is observed by what it does to ones from the same generator state;
+  the state after the pass is the one that the pass itself left.
+* Copies and pickles of the model carry a hook that does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from torch_dropout_ir.functional import Inputs
+from torch_dropout_ir.masks import MaskStatistics
+from torch_dropout_ir.nn import Dropout, Dropout1d, Dropout2d, Dropout3d
+from torch_dropout_ir.sites import Site, mask_shape, num_units
+
+OURS = (Dropout, Dropout1d, Dropout2d, Dropout3d)
+
+
+class RootHook:
+    """A hook whose copies are inert, so that a model can be copied and pickled."""
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any) -> None:
+        """Forward to the capture, if this is no copy."""
+        if self.call is not None:
+            self.call(*args)
+
+    def __reduce__(self) -> tuple[type[RootHook], tuple[()]]:
+        return RootHook, ()
+
+
+class Capture:
+    """Watches the forward passes of a model in training mode.
+
+    Args:
+        model: The model.
+        sites: Its dropout sites.
+
+    Attributes:
+        inputs: Arguments of the last training pass.
+        outputs: What it returned, while targets are being looked for.
+        targets: Targets that a loss module received with those outputs.
+        loss_module: That loss module.
+        statistics: Mask statistics of the foreign sites observed.
+        want_masks: Whether to observe the masks of the coming pass.
+        want_targets: Whether to look for the targets of the coming pass.
+        paused: True while the analysis itself runs the model.
+    """
+
+    def __init__(self, model: nn.Module, sites: tuple[Site, ...]) -> None:
+        self.model = model
+        self.sites = sites
+        self.inputs: Inputs | None = None
+        self.outputs: Any = None
+        self.targets: Any = None
+        self.loss_module: nn.Module | None = None
+        self.statistics: dict[str, MaskStatistics] = {}
+        self.want_masks = True
+        self.want_targets = True
+        self.paused = False
+        self._seconds = 0.0
+        self._states: dict[str, Tensor] = {}
+        self._step = contextlib.ExitStack()
+        self._pass = contextlib.ExitStack()
+        self._root = contextlib.ExitStack()
+
+    def attach(self) -> None:
+        """Put the two hooks on the root module."""
+        self._keep(
+            self._root,
+            self.model.register_forward_pre_hook(
+                RootHook(self._before), with_kwargs=True
+            ),
+        )
+        self._keep(
+            self._root,
+            self.model.register_forward_hook(
+                RootHook(self._after), with_kwargs=True, always_call=True
+            ),
+        )
+
+    def detach(self) -> None:
+        """Remove every hook and let go of what was seen."""
+        for stack in (self._pass, self._step, self._root):
+            stack.close()
+        self.inputs = self.outputs = self.targets = None
+
+    def end_step(self) -> None:
+        """Stop looking for the loss; the batch stays until the next one."""
+        self._step.close()
+        self.outputs = None
+
+    def spent(self) -> float:
+        """Return the seconds spent on observing masks since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    @staticmethod
+    def _keep(stack: contextlib.ExitStack, handle: RemovableHandle) -> None:
+        stack.callback(handle.remove)
+
+    def _before(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self.paused or not self.model.training or torch.compiler.is_compiling():
+            return
+        self.end_step()
+        self._pass.close()
+        self.inputs, self.targets = Inputs(args, kwargs), None
+        for site in self.sites if self.want_masks else ():
+            if isinstance(site.module, OURS):
+                continue
+            before = site.module.register_forward_pre_hook(self._note_state(site))
+            after = site.module.register_forward_hook(self._observe(site), prepend=True)
+            self._keep(self._pass, before)
+            self._keep(self._pass, after)
+
+    def _after(
+        self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any
+    ) -> None:
+        if self.paused or torch.compiler.is_compiling():
+            return
+        self._pass.close()
+        if self.model.training and self.want_targets and isinstance(outputs, Tensor):
+            self.outputs = outputs
+            self._keep(self._step, register_module_forward_pre_hook(self._look))
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """See whether this module is the loss: it reads the outputs and something."""
+        if len(args) >= 2 and args[0] is self.outputs:
+            self.loss_module, self.targets = module, args[1]
+            self.end_step()
+
+    def _note_state(self, site: Site) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if site.module.training and args and isinstance(args[0], Tensor):
+                self._states[site.name] = _generator_state(args[0].device)
+
+        return note
+
+    def _observe(self, site: Site) -> Callable[..., None]:
+        def observe(module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
+            state = self._states.pop(site.name, None)
+            if state is None:
+                return
+            started = time.perf_counter()
+            ones = torch.ones(
+                mask_shape(module, args[0].shape),
+                dtype=args[0].dtype,
+                device=args[0].device,
+            )
+            after = _generator_state(ones.device)
+            _set_generator_state(ones.device, state)
+            try:
+                with torch.no_grad():
+                    mask = type(module).forward(module, ones) != 0
+            finally:
+                _set_generator_state(ones.device, after)
+            counts = mask.reshape(-1, num_units(module, args[0].shape)).sum(0)
+            drawn = MaskStatistics.of_units(counts, mask.numel(), site.p)
+            seen = self.statistics.get(site.name, MaskStatistics())
+            self.statistics[site.name] = seen + drawn
+            self._seconds += time.perf_counter() - started
+
+        return observe
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    return (
+        torch.cuda.get_rng_state(device)
+        if device.type == "cuda"
+        else (torch.get_rng_state())
+    )
+
+
+def _set_generator_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

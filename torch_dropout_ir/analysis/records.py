@@ -1,0 +1,54 @@
+"""What a measure hands out and a sink takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """Counts between fixed edges.
+
+    Attributes:
+        counts: Counts, ``[bins]``.
+        low: Left edge of the first bin.
+        high: Right edge of the last bin.
+    """
+
+    counts: Tensor
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """A field drawn with a diverging palette.
+
+    Attributes:
+        values: The field, ``[height, width]``.
+        low: Value of the palette's first colour.
+        high: Value of the palette's last colour.
+    """
+
+    values: Tensor
+    low: float
+    high: float
+
+
+Record = float | Histogram | Image
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    def write(
+        self, step: int, records: Mapping[str, Record], notes: Mapping[str, str]
+    ) -> None:
+        """Take the records of one step, with a description of each new tag."""
+
+    def close(self) -> None:
+        """Write out what is pending and release files; called once."""

@@ -1,0 +1,117 @@
+"""What a measure may look at, and what is lacking where it cannot be taken."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.masks import MaskStatistics
+from torch_dropout_ir.sites import Site
+
+Need = Literal["sites", "inputs", "loss", "targets", "gradients", "masks", "batches"]
+_BINS = 80
+
+
+@dataclasses.dataclass
+class Snapshot:
+    """What a measure may look at: the state just before an optimizer step.
+
+    Attributes:
+        model: The model.
+        step: Optimizer steps made before.
+        sites: The dropout sites.
+        loss: The loss; None where it is not known.
+        inputs: Arguments of the last training pass; None before the first.
+        targets: Its targets; None where they were not seen.
+        batches: Batches for measures of the loss surface; None where there are none.
+        lr: Learning rate by parameter name; None before an optimizer is known.
+        gradients: Gradient that the optimizer is about to use, by parameter name.
+        statistics: Mask statistics by site name.
+        notes: Where a measure says by tag how a number was obtained.
+    """
+
+    model: nn.Module
+    step: int
+    sites: tuple[Site, ...]
+    loss: Loss | None = None
+    inputs: Any = None
+    targets: Any = None
+    batches: Any = None
+    lr: dict[str, float] | None = None
+    gradients: dict[str, Tensor] | None = None
+    statistics: dict[str, MaskStatistics] = dataclasses.field(default_factory=dict)
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def batch(self) -> Batch:
+        """The last batch as ``(inputs, targets)``."""
+        return self.inputs, self.targets
+
+    def lacks(self, needs: frozenset[Need]) -> str | None:
+        """Return the reason why a measure with these needs cannot be taken, or None."""
+        for need, reason in _LACKING.items():
+            value = getattr(self, "statistics" if need == "masks" else need)
+            missing = value is None or (isinstance(value, (tuple, dict)) and not value)
+            if need in needs and missing:
+                return reason
+        return None
+
+
+_LACKING: Final[dict[Need, str]] = {
+    "sites": "the model has no dropout site with p > 0",
+    "inputs": "no forward pass in training mode was seen yet",
+    "loss": (
+        "the loss is not known: pass `loss=`, or call a loss module on the model's "
+        "output in the script"
+    ),
+    "targets": (
+        "the targets were not seen: the script must call a loss module on the model's "
+        "output itself, else pass `data=`"
+    ),
+    "batches": "no batch with targets was seen: pass `data=`",
+    "gradients": "no optimizer step with gradients of this model was seen yet",
+    "masks": "no mask was observed yet",
+}
+
+
+def received_gradients(
+    model: nn.Module, optimizer: Optimizer | None
+) -> tuple[dict[str, float] | None, dict[str, Tensor] | None]:
+    """Return learning rates and gradients by parameter name, as the optimizer has them.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer; None where it is not known yet.
+
+    Returns:
+        Learning rates (0 for parameters that it does not step) and gradients, each None
+        where there are none.
+    """
+    if optimizer is None:
+        return None, None
+    names = {id(x): name for name, x in model.named_parameters()}
+    rates = dict.fromkeys(names.values(), 0.0)
+    found: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for x in group["params"]:
+            if id(x) not in names:
+                continue
+            rates[names[id(x)]] = float(group.get("lr", 0.0))
+            if x.grad is not None:
+                found[names[id(x)]] = x.grad.detach()
+    return rates, found or None
+
+
+def theory_note(optimizer: Optimizer | None) -> dict[str, str]:
+    """Say where R_2 is a diagnostic rather than the theory."""
+    if optimizer is None or type(optimizer) is torch.optim.SGD:
+        return {}
+    kind = type(optimizer).__name__
+    said = f"R_2 is the theory of gradient descent; under {kind} it is a diagnostic"
+    return {"optimizer": said}

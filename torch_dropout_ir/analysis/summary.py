@@ -1,0 +1,80 @@
+"""The analysis in words: its sites, its numbers, its cost, and what is absent."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from torch_dropout_ir.sites import find_sites, unobservable
+
+if TYPE_CHECKING:
+    from torch_dropout_ir.analysis.analysis import Analysis
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteReport:
+    """A place where dropout acts.
+
+    Attributes:
+        name: Name in ``model.named_modules()``.
+        kind: Class of the module.
+        p: Probability of dropping.
+        reason: Empty where it is observed; else why it cannot be.
+    """
+
+    name: str
+    kind: str
+    p: float
+    reason: str = ""
+
+    @property
+    def observed(self) -> bool:
+        """Whether its masks and its part of R_1 are measured."""
+        return not self.reason
+
+
+def report_sites(model: nn.Module) -> tuple[SiteReport, ...]:
+    """Return the sites of ``model``, observed ones first."""
+    seen = [SiteReport(s.name, type(s.module).__name__, s.p) for s in find_sites(model)]
+    modules = dict(model.named_modules())
+    hidden = [
+        SiteReport(name, type(modules[name]).__name__, _rate(modules[name]), reason)
+        for name, reason in unobservable(model).items()
+    ]
+    return (*seen, *hidden)
+
+
+def _rate(module: nn.Module) -> float:
+    return float(getattr(module, "p", getattr(module, "dropout", float("nan"))))
+
+
+def describe(analysis: Analysis) -> str:
+    """Return a table that a person can read."""
+    model = type(analysis.model).__name__
+    lines = [f"{model} after {analysis.step} optimizer steps"]
+    lines += ["", "dropout sites"]
+    lines += [f"  {_site_line(site)}" for site in analysis.sites] or ["  none"]
+    latest = analysis.latest
+    if latest:
+        width = max(len(tag) for tag in latest)
+        lines += ["", f"{'last value':>{width + 15}}  at step"]
+    for tag in sorted(latest):
+        step, value = analysis.history[tag][-1]
+        lines.append(f"  {tag:<{width}} {value:>12.5g}  {step:>7d}")
+    lines += _section("how the numbers were obtained", analysis.notes)
+    lines += _section("absent measures", analysis.absent)
+    lines += ["", f"the analysis took {analysis.cost_share:.1%} of the time"]
+    return "\n".join(lines)
+
+
+def _site_line(site: SiteReport) -> str:
+    seen = "observed" if site.observed else f"not observed: {site.reason}"
+    return f"{site.name or '(the model itself)'}  {site.kind}(p={site.p:g})  {seen}"
+
+
+def _section(title: str, lines: dict[str, str]) -> list[str]:
+    if not lines:
+        return []
+    return ["", title, *(f"  {name}: {said}" for name, said in sorted(lines.items()))]

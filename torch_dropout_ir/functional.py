@@ -1,0 +1,223 @@
+"""Floor 1: from a model and a loss to pure functions, leaving the model as it was.
+
+Semantics:
+
+* ``R_S`` is the loss with dropout off: every module is in evaluation mode except
+  batch normalization, which keeps the mode that it has in training.
+* Buffers are cloned before every pass, so running statistics never move.
+* Modes and hooks are restored when the context ends, after an exception too.
+* What these functions draw comes from torch's generators; :func:`preserved_rng`
+  gives the generators back as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.sites import Site, find_sites
+
+Batch = tuple[Any, Any]
+SiteFunction = Callable[[Site, Tensor], Tensor]
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of ``model`` that require a gradient, by name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    params = {n: x for n, x in model.named_parameters() if x.requires_grad}
+    if not params:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that requires a gradient: "
+            "there is nothing to differentiate with respect to"
+        )
+    return params  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off inside the context; batch normalization keeps its mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, training in modes:
+            module.training = training and isinstance(module, _NormBase)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def at_sites(
+    model: nn.Module, apply: SiteFunction, sites: Sequence[Site] | None = None
+) -> Iterator[tuple[Site, ...]]:
+    """Switch dropout off and put ``apply(site, h)`` in the place of each site.
+
+    Every noise that an estimator needs is a choice of ``apply``: the identity gives
+    ``R_S``, multiplication by a mask gives ``R_drop``, ``h + delta`` the derivatives.
+
+    Args:
+        model: The model.
+        apply: Called with the site and its input; returns what passes on.
+        sites: The sites to act on; all of the model's if None.
+
+    Yields:
+        The sites acted on.
+    """
+    chosen = find_sites(model) if sites is None else tuple(sites)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dropout_off(model))
+        for site in chosen:
+
+            def hook(
+                _: nn.Module, args: tuple[Any, ...], output: Tensor, site: Site = site
+            ) -> Tensor:
+                return apply(site, output)
+
+            handle = site.module.register_forward_hook(hook)
+            stack.callback(handle.remove)
+        yield chosen
+
+
+def call(
+    model: nn.Module, inputs: Any, params: Mapping[str, Tensor] | None = None
+) -> Any:
+    """Run ``model`` on ``inputs`` with cloned buffers.
+
+    Args:
+        model: The model.
+        inputs: A tensor; a tuple or list of positional arguments; a mapping of
+            keyword arguments; or an :class:`Inputs` with both.
+        params: Tensors to use in place of the model's parameters.
+
+    Returns:
+        What the model returns.
+    """
+    state = {name: x.clone() for name, x in model.named_buffers()}
+    arguments = Inputs.of(inputs)
+    return torch.func.functional_call(
+        model, {**(params or {}), **state}, arguments.args, dict(arguments.kwargs)
+    )
+
+
+class Inputs:
+    """The arguments of one call of a model.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.args = args
+        self.kwargs = kwargs
+
+    @classmethod
+    def of(cls, inputs: Any) -> Inputs:
+        """Read a batch's inputs in any of the forms that :func:`call` takes."""
+        if isinstance(inputs, cls):
+            return inputs
+        if isinstance(inputs, Mapping):
+            return cls((), inputs)
+        if isinstance(inputs, (tuple, list)):
+            return cls(tuple(inputs), {})
+        return cls((inputs,), {})
+
+    def first_tensor(self) -> Tensor:
+        """Return the first tensor argument, whose first dimension is the batch.
+
+        Raises:
+            TypeError: If no argument is a tensor.
+        """
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, Tensor):
+                return value
+        raise TypeError("expected a batch whose inputs hold a tensor, got none")
+
+
+def batch_size(batch: Batch) -> int:
+    """Return the number of samples of a batch: the first dimension of its inputs."""
+    first = Inputs.of(batch[0]).first_tensor()
+    return first.shape[0] if first.ndim else 1
+
+
+def as_batches(batches: Any) -> Iterable[Batch]:
+    """Read one batch ``(inputs, targets)`` or an iterable of batches.
+
+    Args:
+        batches: A pair whose first element is a tensor or mapping, any 2-tuple, or a
+            list or loader of such pairs that can be iterated more than once.
+
+    Returns:
+        An iterable of batches.
+
+    Raises:
+        TypeError: If ``batches`` is neither, or can be iterated only once.
+    """
+    if isinstance(batches, tuple) and len(batches) == 2:
+        return [batches]
+    if isinstance(batches, list) and len(batches) == 2:
+        if isinstance(batches[0], (Tensor, Mapping)):
+            return [(batches[0], batches[1])]
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            "expected a batch `(inputs, targets)` or an iterable of batches, got "
+            f"{type(batches).__name__}"
+        )
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            "expected batches that can be iterated more than once, got a one-pass "
+            f"{type(batches).__name__}. Pass a list or a DataLoader."
+        )
+    return batches
+
+
+def risk(
+    model: nn.Module, loss: Loss
+) -> Callable[[Mapping[str, Tensor], Batch], Tensor]:
+    r"""Return ``f(params, batch)``, the loss ``R_S`` with dropout off.
+
+    Args:
+        model: The model; left as it is.
+        loss: The loss.
+
+    Returns:
+        A pure function to a scalar, fit for ``torch.func`` transforms.
+    """
+
+    def evaluate(params: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        inputs, targets = batch
+        with dropout_off(model):
+            return loss(call(model, inputs, params), targets)
+
+    return evaluate
+
+
+@contextlib.contextmanager
+def preserved_rng(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Give back the generators of the CPU and of the model's devices as they were.
+
+    Args:
+        model: The model.
+        seed: Seed of those generators inside the context; None goes on from where they
+            are.
+
+    Yields:
+        Nothing.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    devices = sorted({x.device.index or 0 for x in tensors if x.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(seed)
+        yield

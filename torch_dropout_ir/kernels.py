@@ -1,0 +1,109 @@
+"""Floor 0 in Python: the kernels of ``csrc/``, bit for bit, out of torch operations.
+
+They serve every device that has no compiled kernel, stand in where the extension
+could not be built, and are the oracle that the compiled kernels are tested against.
+
+* The word of element ``i`` is lane ``i % 4`` of Philox4x32-10 (Salmon et al. 2011)
+  with key ``rng[0]`` and counter ``(i // 4, rng[1])``: it depends on the element's
+  index alone, never on threads, strides or chunks.
+* Element ``i`` is kept iff its 32-bit word is at least ``floor(p * 2**32 + 1/2)``.
+* Packed masks: bit ``i % 8`` of byte ``i // 8``, padded with zeros to 8-byte words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+_ROUNDS = 10
+
+
+def _low(x: Tensor) -> Tensor:
+    return x & _LOW
+
+
+def _high(x: Tensor) -> Tensor:
+    # The shift is arithmetic; the mask makes it the logical one of a uint64.
+    return (x >> 32) & _LOW
+
+
+def philox4x32_10(rng: Tensor, blocks: Tensor) -> Tensor:
+    """Return the four words of each block.
+
+    Args:
+        rng: Key and stream, int64 ``[2]``.
+        blocks: Block numbers, int64 ``[B]``.
+
+    Returns:
+        Words in ``[0, 2**32)`` as int64 ``[B, 4]``.
+    """
+    k0, k1 = _low(rng[0]), _high(rng[0])
+    c0, c1 = _low(blocks), _high(blocks)
+    c2 = _low(rng[1]).expand_as(blocks)
+    c3 = _high(rng[1]).expand_as(blocks)
+    for _ in range(_ROUNDS):
+        first, second = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = (
+            _high(second) ^ c1 ^ k0,
+            _low(second),
+            _high(first) ^ c3 ^ k1,
+            _low(first),
+        )
+        k0, k1 = _low(k0 + _W0), _low(k1 + _W1)
+    return torch.stack((c0, c1, c2, c3), -1)
+
+
+def packed_size(numel: int) -> int:
+    """Return the bytes of a packed mask of ``numel`` bits, in whole 8-byte words."""
+    return (numel + 63) // 64 * 8
+
+
+def pack(bits: Tensor) -> Tensor:
+    """Pack a boolean vector ``[n]`` into uint8 ``[packed_size(n)]``."""
+    padding = 8 * packed_size(bits.numel()) - bits.numel()
+    octets = torch.nn.functional.pad(bits.to(torch.uint8), (0, padding)).view(-1, 8)
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (octets << places).sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
+    """Return the packed mask as booleans of shape ``size`` (True = kept)."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = ((packed.unsqueeze(-1) >> places) & 1).to(torch.bool).flatten()
+    numel = 1
+    for length in size:
+        numel = numel * length
+    return bits[:numel].view(size)
+
+
+def mask_draw(rng: Tensor, p: Tensor, numel: int) -> Tensor:
+    """Draw ``numel`` bits and pack them; ``p`` is a 0-d tensor."""
+    blocks = torch.arange((numel + 3) // 4, device=rng.device)
+    words = philox4x32_10(rng, blocks).flatten()[:numel]
+    threshold = torch.floor(p.double() * 2.0**32 + 0.5).to(torch.int64)
+    return pack(words >= threshold)
+
+
+def mask_apply(x: Tensor, packed: Tensor, scale: float) -> Tensor:
+    """Return ``where(kept, x * scale, 0)``, contiguous."""
+    kept = unpack(packed, x.shape)
+    return torch.where(kept, x * scale, torch.zeros((), dtype=x.dtype)).contiguous()
+
+
+def dropout_forward(x: Tensor, rng: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Draw a mask for ``x`` and apply it; return the output and the packed mask."""
+    packed = mask_draw(rng, torch.tensor(p, dtype=torch.float64), x.numel())
+    return mask_apply(x, packed, keep_scale(p)), packed
+
+
+def unit_counts(packed: Tensor, rows: int, units: int) -> Tensor:
+    """Return how often each unit was kept: column sums of a ``[rows, units]`` mask."""
+    return unpack(packed, (rows, units)).sum(0)
+
+
+def keep_scale(p: float) -> float:
+    """Return ``1 / (1 - p)``, the factor of what is kept; 0 at ``p = 1``."""
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0

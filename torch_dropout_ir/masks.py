@@ -1,0 +1,154 @@
+"""Floor 2: statistics of dropout masks that add.
+
+Semantics:
+
+* Everything kept is a sum, so calls, steps and ranks merge by ``+`` and rates are
+  taken at the end.
+* A unit is a feature (last dimension) of :class:`torch.nn.Dropout` and a channel of the
+  channel dropouts. Masks of different numbers of units have no common units: their sum
+  keeps the totals and drops the counts per unit.
+* A z-score compares a count with the binomial law that the mask claims to follow: it is
+  normal with mean 0 and variance 1 where the mask is what it should be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskStatistics:
+    r"""Sums over dropout masks; they add with ``+``.
+
+    .. math::
+        z = \frac{\sum_c k_c - \sum_c n_c q_c}{\sqrt{\sum_c n_c q_c (1 - q_c)}}
+
+    with :math:`k_c` of :math:`n_c` elements kept in call ``c`` at keep probability
+    :math:`q_c = 1 - p_c`.
+
+    Attributes:
+        num_calls: Number of masks.
+        num_elements: Number of mask elements.
+        num_kept: Number of elements kept, 0-d int64 tensor on the masks' device.
+        expected_kept: Expected number kept, sum of ``n q``.
+        variance: Binomial variance of the number kept, sum of ``n q (1 - q)``.
+        unit_kept: Times each unit was kept, int64 ``[units]``; empty where there are
+            no common units.
+
+    Example:
+        >>> a = MaskStatistics.of_mask(torch.tensor([[True, False], [True, True]]), 0.5)
+        >>> (a + a).keep_rate, (a + a).num_calls, (a + a).unit_kept.tolist()
+        (0.75, 2, [4, 2])
+    """
+
+    num_calls: int = 0
+    num_elements: int = 0
+    num_kept: Tensor = dataclasses.field(
+        default_factory=lambda: torch.zeros((), dtype=torch.int64)
+    )
+    expected_kept: float = 0.0
+    variance: float = 0.0
+    unit_kept: Tensor = dataclasses.field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.int64)
+    )
+
+    @classmethod
+    def of_units(cls, unit_kept: Tensor, num_elements: int, p: float) -> MaskStatistics:
+        """Read one mask from the counts of its units.
+
+        Args:
+            unit_kept: Times each unit was kept, int64 ``[units]``.
+            num_elements: Number of elements of the mask.
+            p: Probability of dropping.
+
+        Returns:
+            The statistics of one call.
+        """
+        return cls(
+            num_calls=1,
+            num_elements=num_elements,
+            num_kept=unit_kept.sum(),
+            expected_kept=num_elements * (1 - p),
+            variance=num_elements * p * (1 - p),
+            unit_kept=unit_kept,
+        )
+
+    @classmethod
+    def of_mask(cls, mask: Tensor, p: float, unit_dim: int = -1) -> MaskStatistics:
+        """Read one mask.
+
+        Args:
+            mask: True where kept, any shape.
+            p: Probability of dropping.
+            unit_dim: Dimension that counts the units.
+
+        Returns:
+            The statistics of one call.
+        """
+        units = mask.movedim(unit_dim, -1) if mask.ndim else mask.view(1)
+        counts = units.reshape(-1, units.shape[-1]).sum(0)
+        return cls.of_units(counts, mask.numel(), p)
+
+    @classmethod
+    def of_packed(
+        cls, packed: Tensor, rows: int, units: int, p: float
+    ) -> MaskStatistics:
+        """Read one packed mask of ``rows`` times ``units`` elements, without unpacking.
+
+        Args:
+            packed: Packed mask, uint8.
+            rows: Number of rows.
+            units: Number of units, the fastest dimension.
+            p: Probability of dropping.
+
+        Returns:
+            The statistics of one call.
+        """
+        return cls.of_units(ops.unit_counts(packed, rows, units), rows * units, p)
+
+    def __add__(self, other: MaskStatistics) -> MaskStatistics:
+        if not isinstance(other, MaskStatistics):
+            return NotImplemented
+        if not self.num_calls or not other.num_calls:
+            return self if self.num_calls else other
+        units = self.unit_kept.new_zeros(0)
+        if self.unit_kept.shape == other.unit_kept.shape:
+            units = self.unit_kept + other.unit_kept.to(self.unit_kept.device)
+        return MaskStatistics(
+            self.num_calls + other.num_calls,
+            self.num_elements + other.num_elements,
+            self.num_kept + other.num_kept.to(self.num_kept.device),
+            self.expected_kept + other.expected_kept,
+            self.variance + other.variance,
+            units,
+        )
+
+    @property
+    def keep_rate(self) -> float:
+        """Share of the elements that were kept; NaN before the first."""
+        if not self.num_elements:
+            return float("nan")
+        return int(self.num_kept) / self.num_elements
+
+    @property
+    def z_score(self) -> float:
+        """Standard deviations between count and expectation; NaN at p = 0 and 1."""
+        if self.variance <= 0:
+            return float("nan")
+        return (int(self.num_kept) - self.expected_kept) / self.variance**0.5
+
+    @property
+    def unit_z_scores(self) -> Tensor:
+        """The z-score of each unit, float64 ``[units]``."""
+        units = max(self.unit_kept.numel(), 1)
+        excess = self.unit_kept.double() - self.expected_kept / units
+        return (
+            excess / (self.variance / units) ** 0.5
+            if self.variance > 0
+            else (torch.full_like(excess, float("nan")))
+        )

@@ -1,0 +1,258 @@
+"""Floor 2: dropout layers that show their masks.
+
+Semantics:
+
+* The layers are subclasses of torch's own and can stand wherever those stand.
+* What a layer remembers (the last packed mask and the statistics) is no parameter and
+  no buffer: ``state_dict`` is that of torch's layer. Copies and pickles start afresh.
+* Inside ``torch.func`` transforms and compiled graphs the layers drop as everywhere,
+  but remember nothing: a mask in there may stand for many.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir import ops
+from torch_dropout_ir.functional import preserved_rng
+from torch_dropout_ir.masks import MaskStatistics
+from torch_dropout_ir.sites import mask_shape, num_units
+
+_MEMORY: Final = ("_last", "_statistics", "track")
+
+
+class _Remembers(nn.modules.dropout._DropoutNd):
+    """What the four layers share: the forward pass and what it leaves to be read."""
+
+    track: bool = True
+    _last: tuple[Tensor, tuple[int, ...]] | None = None
+    _statistics: MaskStatistics = MaskStatistics()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop elements of ``input`` in training mode; return it untouched else.
+
+        Args:
+            input: Floating-point tensor.
+
+        Returns:
+            Tensor of the same shape and dtype.
+        """
+        if not self.training:
+            ops.check_probability(self.p)
+            return input
+        output = self._drop(input)
+        return input.copy_(output) if self.inplace else output
+
+    def _drop(self, x: Tensor) -> Tensor:
+        output, packed = ops.draw(x, self.p, None)
+        self._remember(packed, tuple(x.shape), num_units(self, x.shape))
+        return output
+
+    def _remember(self, packed: Tensor, shape: tuple[int, ...], units: int) -> None:
+        if not ops._no_transforms_active():
+            return
+        self._last = packed, shape
+        if self.track and packed.numel():
+            rows = torch.Size(shape).numel() // units
+            drawn = MaskStatistics.of_packed(packed, rows, units, float(self.p))
+            self._statistics = self._statistics + drawn
+
+    @property
+    def last_mask(self) -> Tensor | None:
+        """The mask of the last training call (True = kept), or None before the first.
+
+        Shaped as the input, or ``[N, C, 1, ...]`` for channel dropout.
+        """
+        return None if self._last is None else ops.mask_unpack(*self._last)
+
+    @property
+    def statistics(self) -> MaskStatistics:
+        """Mask statistics since the start or the last :meth:`reset_statistics`."""
+        return self._statistics
+
+    def reset_statistics(self) -> None:
+        """Forget the statistics; the last mask stays."""
+        self._statistics = MaskStatistics()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _MEMORY[:2]}
+
+
+class Dropout(_Remembers, nn.Dropout):
+    r"""Drop each element with probability ``p`` and remember the mask.
+
+    .. math:: y_i = x_i \, m_i / (1 - p), \qquad m_i \sim \mathrm{Bernoulli}(1 - p)
+
+    Args:
+        p: Probability of dropping an element, in ``[0, 1]``.
+        inplace: If True, the input is overwritten with the output.
+
+    Attributes:
+        track: Set to False to stop gathering statistics.
+
+    Shape:
+        Any; the output has the shape of the input.
+
+    References:
+        Srivastava et al., *Dropout*, JMLR 2014.
+
+    Example:
+        >>> layer = Dropout(p=0.25)
+        >>> y = layer(torch.ones(1000, 10))
+        >>> torch.equal(layer.last_mask, y != 0)
+        True
+        >>> layer.statistics.num_elements, abs(layer.statistics.z_score) < 5
+        (10000, True)
+    """
+
+
+class _ChannelDropout(_Remembers):
+    def _drop(self, x: Tensor) -> Tensor:
+        shape = mask_shape(self, x.shape)
+        noise, packed = ops.draw(x.new_ones(shape), self.p, None)
+        self._remember(packed, shape, num_units(self, x.shape))
+        return torch.where(noise != 0, x * noise, torch.zeros_like(x))
+
+
+class Dropout1d(_ChannelDropout, nn.Dropout1d):
+    """Drop whole channels of ``[N, C, L]`` or ``[C, L]`` and remember the mask.
+
+    Args:
+        p: Probability of dropping a channel, in ``[0, 1]``.
+        inplace: If True, the input is overwritten with the output.
+
+    Example:
+        >>> layer = Dropout1d(0.5)
+        >>> y = layer(torch.ones(2, 3, 4))
+        >>> layer.last_mask.shape
+        torch.Size([2, 3, 1])
+    """
+
+
+class Dropout2d(_ChannelDropout, nn.Dropout2d):
+    """Drop whole channels of ``[N, C, H, W]`` and remember the mask.
+
+    Args:
+        p: Probability of dropping a channel, in ``[0, 1]``.
+        inplace: If True, the input is overwritten with the output.
+
+    Example:
+        >>> layer = Dropout2d(0.5)
+        >>> y = layer(torch.ones(2, 3, 4, 4))
+        >>> layer.last_mask.shape
+        torch.Size([2, 3, 1, 1])
+    """
+
+
+class Dropout3d(_ChannelDropout, nn.Dropout3d):
+    """Drop whole channels of ``[N, C, D, H, W]`` or ``[C, D, H, W]``.
+
+    Args:
+        p: Probability of dropping a channel, in ``[0, 1]``.
+        inplace: If True, the input is overwritten with the output.
+
+    Example:
+        >>> layer = Dropout3d(0.5)
+        >>> y = layer(torch.ones(2, 3, 4, 4, 4))
+        >>> layer.last_mask.shape
+        torch.Size([2, 3, 1, 1, 1])
+    """
+
+
+_OURS: Final[dict[type[nn.Module], type[nn.Module]]] = {
+    nn.Dropout: Dropout,
+    nn.Dropout1d: Dropout1d,
+    nn.Dropout2d: Dropout2d,
+    nn.Dropout3d: Dropout3d,
+}
+_TORCHS: Final = {ours: torchs for torchs, ours in _OURS.items()}
+
+
+def convert_dropout_(model: nn.Module) -> nn.Module:
+    """Make every dropout module of torch's own one of ours, in place.
+
+    Only the class of the modules changes: references, names, hooks, modes and
+    ``state_dict`` stay. User-defined subclasses are left alone.
+
+    Args:
+        model: The model, or a dropout module itself.
+
+    Returns:
+        ``model``.
+
+    Example:
+        >>> model = convert_dropout_(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
+        >>> type(model[1]) is Dropout
+        True
+    """
+    for module in model.modules():
+        if type(module) in _OURS:
+            module.__class__ = _OURS[type(module)]
+    return model
+
+
+def restore_dropout_(model: nn.Module) -> nn.Module:
+    """Undo :func:`convert_dropout_`, in place; what was remembered is dropped.
+
+    Args:
+        model: The model, or a dropout module itself.
+
+    Returns:
+        ``model``.
+
+    Example:
+        >>> model = restore_dropout_(nn.Sequential(Dropout(0.1)))
+        >>> type(model[0]) is nn.Dropout
+        True
+    """
+    for module in model.modules():
+        if type(module) in _TORCHS:
+            module.__class__ = _TORCHS[type(module)]
+            for name in _MEMORY:
+                module.__dict__.pop(name, None)
+    return model
+
+
+@contextlib.contextmanager
+def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
+    """Make every forward pass of ``model`` inside the context see the same masks.
+
+    Before each forward pass torch's generators are seeded, after it they are given
+    back, so any kind of dropout in the model is frozen (torch's modules and functions
+    too) and the random stream outside does not move. Masks are the same for inputs of
+    the same shape. Calls of a submodule alone are not frozen.
+
+    Args:
+        model: The model.
+        seed: Chooses the masks.
+
+    Yields:
+        ``model``.
+
+    Example:
+        >>> layer = nn.Dropout(0.5)
+        >>> with frozen_masks(layer):
+        ...     torch.equal(layer(torch.ones(99)), layer(torch.ones(99)))
+        True
+    """
+    forks: list[contextlib.AbstractContextManager[None]] = []
+
+    def fork(_: nn.Module, __: Any) -> None:
+        forks.append(preserved_rng(model, seed))
+        forks[-1].__enter__()
+
+    def join(_: nn.Module, __: Any, ___: Any) -> None:
+        if forks:
+            forks.pop().__exit__(None, None, None)
+
+    with contextlib.ExitStack() as stack:
+        before = model.register_forward_pre_hook(fork, prepend=True)
+        stack.callback(before.remove)
+        after = model.register_forward_hook(join, always_call=True)
+        stack.callback(after.remove)
+        yield model

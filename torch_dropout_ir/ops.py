@@ -1,0 +1,301 @@
+"""Floor 1: the dropout op, right under every transform.
+
+Semantics:
+
+* The mask is drawn once, in the forward pass, and is an output. Backward, double
+  backward and the user's statistics read that mask; nothing regenerates it.
+* In eager mode one fused kernel draws, scales, stores and packs, and an
+  ``autograd.Function`` keeps the packed mask only: one bit an element.
+* Under ``torch.func`` transforms, forward-mode AD and ``torch.compile`` the same bits
+  come from ``mask_draw``, whose inputs are not differentiable, and everything after
+  it is ``torch.where``. No rule of ours stands between the transform and the formula.
+* The key is drawn by ``torch.randint`` on the device of ``x``, so ``manual_seed``,
+  checkpointing and the randomness rules of ``vmap`` hold.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from torch_dropout_ir import kernels
+
+_LIBRARY = torch.library.Library("torch_dropout_ir", "DEF")
+_SCHEMAS = (
+    "dropout_forward(Tensor x, Tensor rng, float p) -> (Tensor, Tensor)",
+    "mask_apply(Tensor x, Tensor packed, float scale) -> Tensor",
+    "mask_draw(Tensor rng, Tensor p, SymInt numel) -> Tensor",
+    "unit_counts(Tensor packed, int rows, int units) -> Tensor",
+)
+for _schema in _SCHEMAS:
+    _name = _schema[: _schema.index("(")]
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, getattr(kernels, _name), "CompositeExplicitAutograd")
+
+
+def _load_compiled_kernels() -> bool:
+    try:
+        importlib.import_module("torch_dropout_ir._C")
+    except (ImportError, OSError) as err:
+        warnings.warn(
+            f"torch_dropout_ir: the compiled kernels could not be loaded ({err}); the "
+            "pure-Python ones give the same bits, 10 times slower and more. To build "
+            "them: pip install --no-build-isolation -e . (a C++17 compiler is needed).",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+COMPILED = _load_compiled_kernels()
+
+_ops = torch.ops.torch_dropout_ir
+_dropout_forward = _ops.dropout_forward.default
+_mask_apply = _ops.mask_apply.default
+_mask_draw = _ops.mask_draw.default
+_unit_counts = _ops.unit_counts.default
+_KEY_RANGE = 2**63 - 1
+
+
+@torch.library.register_fake("torch_dropout_ir::dropout_forward")
+def _(x: Tensor, rng: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(kernels.packed_size(x.numel()), dtype=torch.uint8)
+
+
+@torch.library.register_fake("torch_dropout_ir::mask_apply")
+def _(x: Tensor, packed: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("torch_dropout_ir::mask_draw")
+def _(rng: Tensor, p: Tensor, numel: int) -> Tensor:
+    return rng.new_empty(kernels.packed_size(numel), dtype=torch.uint8)
+
+
+@torch.library.register_fake("torch_dropout_ir::unit_counts")
+def _(packed: Tensor, rows: int, units: int) -> Tensor:
+    return packed.new_empty(units, dtype=torch.int64)
+
+
+@torch.library.register_vmap("torch_dropout_ir::mask_draw")
+def _(
+    info: Any, in_dims: tuple[int | None, ...], rng: Tensor, p: Tensor, numel: int
+) -> tuple[Tensor, int]:
+    def along(x: Tensor, dim: int | None) -> tuple[Tensor, ...]:
+        return (x,) * info.batch_size if dim is None else x.unbind(dim)
+
+    pairs = zip(along(rng, in_dims[0]), along(p, in_dims[1]), strict=True)
+    return torch.stack([_mask_draw(key, rate, numel) for key, rate in pairs]), 0
+
+
+def _no_transforms_active() -> bool:
+    """Guess nothing: a torch without these private names takes the composed form."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    level = getattr(forward_ad, "_current_level", None)
+    if active is None or level is None or torch.compiler.is_compiling():
+        return False
+    return not active() and level < 0
+
+
+class _Dropout(torch.autograd.Function):
+    """The fused op; backward is linear in the gradient and reads the packed mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rng: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        y, packed = _dropout_forward(x, rng, p)
+        ctx.save_for_backward(packed)
+        ctx.scale = kernels.keep_scale(p)
+        ctx.mark_non_differentiable(packed)
+        ctx.set_materialize_grads(False)
+        return y, packed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+        if grad is None:
+            return None, None, None
+        (packed,) = ctx.saved_tensors
+        return mask_apply(grad, packed, ctx.scale), None, None
+
+
+class _MaskApply(torch.autograd.Function):
+    """Linear in ``x``: its backward is itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.scale = scale
+        return _mask_apply(x, packed, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (packed,) = ctx.saved_tensors
+        return mask_apply(grad, packed, ctx.scale), None, None
+
+
+def _where_kept(x: Tensor, packed: Tensor, scale: float | Tensor) -> Tensor:
+    kept = kernels.unpack(packed, x.shape)
+    if isinstance(scale, Tensor) and x.dtype in (torch.float16, torch.bfloat16):
+        scaled = (x.float() * scale.float()).to(x.dtype)
+    else:
+        scaled = x * scale
+    return torch.where(kept, scaled, torch.zeros_like(scaled))
+
+
+def mask_apply(x: Tensor, packed: Tensor, scale: float) -> Tensor:
+    """Return ``where(kept, x * scale, 0)``, differentiable in ``x`` to any order.
+
+    Args:
+        x: Floating-point tensor.
+        packed: Packed mask with at least ``x.numel()`` bits.
+        scale: Factor of the elements that are kept.
+
+    Returns:
+        Contiguous tensor of the shape and dtype of ``x``.
+    """
+    if not _no_transforms_active():
+        return _where_kept(x, packed, scale)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _MaskApply.apply(x, packed, scale)
+    return _mask_apply(x, packed, scale)
+
+
+def mask_unpack(packed: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
+    """Return a packed mask as booleans of shape ``size`` (True = kept)."""
+    return kernels.unpack(packed, size)
+
+
+def unit_counts(packed: Tensor, rows: int, units: int) -> Tensor:
+    """Return how often each of ``units`` columns was kept, int64 ``[units]``."""
+    return _unit_counts(packed, rows, units)
+
+
+def draw_key(device: torch.device | str = "cpu") -> Tensor:
+    """Draw a Philox key from torch's generator of ``device``.
+
+    Returns:
+        Key and stream, int64 ``[2]``; pass it as ``rng=`` to repeat a mask.
+    """
+    return torch.randint(_KEY_RANGE, (2,), device=device)
+
+
+def check_probability(p: float) -> float:
+    """Return ``p`` as a float in ``[0, 1]``.
+
+    Raises:
+        ValueError: If ``p`` is outside ``[0, 1]`` or not a number.
+    """
+    p = float(p)
+    if math.isnan(p) or not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    return p
+
+
+def draw(x: Tensor, p: float | Tensor, rng: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Drop elements of ``x``; return the output and the packed mask.
+
+    Args:
+        x: Floating-point tensor of any shape and strides.
+        p: Probability of dropping, a float or a 0-d tensor.
+        rng: Philox key, int64 ``[2]``; drawn from torch's generator if None.
+
+    Returns:
+        The output, shaped as ``x``, and its packed mask.
+
+    Raises:
+        TypeError: If ``x`` is no floating-point tensor.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(
+            f"dropout: expected `x` to be a floating-point tensor, got {kind}. "
+            "Convert it first, for example with `x.float()`."
+        )
+    fused = _no_transforms_active()
+    if isinstance(p, Tensor):
+        fused = fused and p.device.type == "cpu"
+    if not isinstance(p, Tensor) or fused:
+        p = check_probability(float(p))
+    rng = draw_key(x.device) if rng is None else _check_key(rng, x)
+    if not fused:
+        return _draw_composed(x, p, rng)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Dropout.apply(x, rng, p)
+    return _dropout_forward(x, rng, p)
+
+
+def _draw_composed(x: Tensor, p: float | Tensor, rng: Tensor) -> tuple[Tensor, Tensor]:
+    scale: float | Tensor
+    if isinstance(p, Tensor):
+        rate = p.to(x.device, torch.float64)
+        scale = torch.where(rate < 1, 1 / (1 - rate), 0.0)
+    else:
+        rate = torch.full((), p, dtype=torch.float64, device=x.device)
+        scale = kernels.keep_scale(p)
+    packed = _mask_draw(rng, rate, x.numel())
+    return _where_kept(x, packed, scale), packed
+
+
+def _check_key(rng: Tensor, x: Tensor) -> Tensor:
+    if rng.dtype != torch.int64 or rng.shape != (2,) or rng.device != x.device:
+        raise ValueError(
+            "dropout: expected `rng` to be an int64 tensor of shape [2] on "
+            f"{x.device}, got {rng.dtype} {list(rng.shape)} on {rng.device}. "
+            "Draw one with `torch.randint(2**63 - 1, (2,), device=x.device)`."
+        )
+    return rng
+
+
+def dropout(
+    x: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    *,
+    rng: Tensor | None = None,
+) -> Tensor:
+    r"""Drop each element of ``x`` with probability ``p``.
+
+    .. math:: y_i = x_i \, m_i / (1 - p), \qquad m_i \sim \mathrm{Bernoulli}(1 - p)
+
+    Meaning and scaling are those of :func:`torch.nn.functional.dropout`; the mask is
+    other, being a pure function of a key and of the element's index. The probability
+    of keeping is exact to ``2**-32``. A dropped ``inf`` or ``nan`` gives 0.
+
+    Args:
+        x: Floating-point tensor of any shape and strides.
+        p: Probability of dropping, in ``[0, 1]``: a float, or a 0-d tensor, which a
+            compiled schedule can change without recompiling. The paper's ``p`` is
+            our ``1 - p``.
+        training: If False, ``x`` itself is returned and nothing is drawn.
+        rng: Philox key, int64 ``[2]`` on the device of ``x``. The same key gives the
+            same mask for ever. None draws one from torch's generator.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``, contiguous; differentiable to any
+        order, under ``torch.func`` and forward-mode AD too.
+
+    Raises:
+        ValueError: If ``p`` is outside ``[0, 1]`` or NaN, or if ``rng`` has another
+            dtype, shape or device.
+        TypeError: If ``x`` is no floating-point tensor.
+
+    References:
+        Srivastava et al., *Dropout*, JMLR 2014. Salmon et al., *Parallel random
+        numbers: as easy as 1, 2, 3*, SC 2011.
+
+    Example:
+        >>> key = torch.tensor([1, 2])
+        >>> dropout(torch.ones(8), 0.5, rng=key)
+        tensor([2., 2., 0., 0., 2., 2., 0., 0.])
+    """  # noqa: DOC502 (raised by the checks of `draw`)
+    if not training:
+        if not isinstance(p, Tensor):
+            check_probability(float(p))
+        return x
+    return draw(x, p, rng)[0]

@@ -1,0 +1,16 @@
+"""Floor 2: what dropout adds to the loss (R_1), and a finite step to that (R_2)."""
+
+from torch_dropout_ir.regularizers.estimate import Estimate
+from torch_dropout_ir.regularizers.gauss_newton import gauss_newton
+from torch_dropout_ir.regularizers.gradient_norm import GradientNorm, gradient_norm
+from torch_dropout_ir.regularizers.last_layer import last_layer
+from torch_dropout_ir.regularizers.monte_carlo import monte_carlo
+
+__all__ = [
+    "Estimate",
+    "GradientNorm",
+    "gauss_newton",
+    "gradient_norm",
+    "last_layer",
+    "monte_carlo",
+]

@@ -1,0 +1,29 @@
+"""The form in which an estimate of R_1 is given."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number with its error and its parts.
+
+    Attributes:
+        value: The estimate, 0-d, in the units of the loss.
+        per_site: Contribution of each dropout site by name; empty where the method
+            cannot tell them apart.
+        standard_error: Standard error from sampling, 0-d: 0 for a deterministic
+            formula, NaN where one draw cannot tell.
+        exact: Whether the value equals ``E[R_drop] - R_S`` up to rounding, rather than
+            its second-order part or a sample of it.
+        num_samples: Random draws taken; 0 for a deterministic formula.
+    """
+
+    value: Tensor
+    per_site: dict[str, Tensor]
+    standard_error: Tensor
+    exact: bool
+    num_samples: int

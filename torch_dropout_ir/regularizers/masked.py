@@ -1,0 +1,52 @@
+"""One pass of a model under dropout whose masks are ours to choose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir import ops
+from torch_dropout_ir.functional import Batch, at_sites, call
+from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.sites import Site
+
+
+def dropout_risk(
+    model: nn.Module, batch: Batch, loss: Loss, *, shared_mask: bool = False
+) -> Tensor:
+    """Return ``R_drop`` of a batch at one draw of masks, differentiable.
+
+    Args:
+        model: The model.
+        batch: ``(inputs, targets)``.
+        loss: The loss.
+        shared_mask: If True, one mask serves all samples (the paper's ``eta``); else
+            each sample draws its own, as ``nn.Dropout`` does.
+
+    Returns:
+        Scalar.
+    """
+
+    def drop(site: Site, h: Tensor) -> Tensor:
+        shape = site.mask_shape(h.shape)
+        if shared_mask and h.ndim:
+            shape = (1, *shape[1:])
+        if shape == tuple(h.shape):
+            return ops.dropout(h, site.p)
+        noise = ops.dropout(h.new_ones(shape), site.p)
+        return torch.where(noise != 0, h * noise, torch.zeros_like(h))
+
+    with at_sites(model, drop):
+        return loss(call(model, batch[0]), batch[1])
+
+
+def clean_risk(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
+    """Return ``R_S`` of a batch: dropout off, batch normalization as in training."""
+
+    def keep(_: Any, h: Tensor) -> Tensor:
+        return h
+
+    with at_sites(model, keep):
+        return loss(call(model, batch[0]), batch[1])

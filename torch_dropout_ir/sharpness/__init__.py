@@ -1,0 +1,20 @@
+"""Floor 2: flatness of the loss, with dropout off and errors stated."""
+
+from torch_dropout_ir.sharpness.lanczos import Eigen, top_eigenvalues
+from torch_dropout_ir.sharpness.landscape import (
+    filter_normalized_direction,
+    loss_slice,
+)
+from torch_dropout_ir.sharpness.operators import HessianOperator, hessian
+from torch_dropout_ir.sharpness.trace import TraceEstimate, trace
+
+__all__ = [
+    "Eigen",
+    "HessianOperator",
+    "TraceEstimate",
+    "filter_normalized_direction",
+    "hessian",
+    "loss_slice",
+    "top_eigenvalues",
+    "trace",
+]

@@ -1,0 +1,122 @@
+"""Floor 1: the places of a model where dropout acts, by name.
+
+Semantics:
+
+* A site is a module of torch's ``Dropout``, ``Dropout1d``, ``Dropout2d`` or
+  ``Dropout3d`` (subclasses included). It multiplies its input by ``1 + eta``.
+* ``eta`` is drawn per element by ``Dropout``, per channel by the others: their mask
+  has the shape ``[N, C, 1, ...]`` and is shared by all positions.
+* A module that is used several times in one forward pass is one site, whose uses add.
+* Dropout that is no module of its own (inside attention, recurrent cells, or called as
+  a function) is not a site; :func:`unobservable` lists what can be told from outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Final
+
+import torch
+from torch import nn
+
+CHANNEL_DROPOUT: Final = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_BATCHED_DIMS: Final = (
+    (nn.Dropout1d, (3,)),
+    (nn.Dropout2d, (3, 4)),
+    (nn.Dropout3d, (5,)),
+)
+_OTHER_NOISE: Final = (nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One dropout module of a model.
+
+    Attributes:
+        name: Its name in ``model.named_modules()``.
+        module: The module itself.
+    """
+
+    name: str
+    module: nn.Module
+
+    @property
+    def p(self) -> float:
+        """Probability of dropping, as the module has it now."""
+        return float(self.module.p)  # type: ignore[arg-type]
+
+    @property
+    def variance(self) -> float:
+        """Variance of the noise, ``p / (1 - p)``.
+
+        Raises:
+            ValueError: If the site drops everything.
+        """
+        if not 0.0 <= self.p < 1.0:
+            raise ValueError(
+                f"dropout site `{self.name}`: the noise has a variance for `p` in "
+                f"[0, 1), got {self.p}. A site with p = 1 cuts the network."
+            )
+        return self.p / (1.0 - self.p)
+
+    def mask_shape(self, shape: torch.Size) -> tuple[int, ...]:
+        """Return the shape of the mask that an input of ``shape`` receives."""
+        return mask_shape(self.module, shape)
+
+
+def _own_dims(module: nn.Module, shape: torch.Size) -> int:
+    """Number of leading dimensions along which mask elements are independent."""
+    if not isinstance(module, CHANNEL_DROPOUT):
+        return len(shape)
+    batched = any(isinstance(module, t) and len(shape) in d for t, d in _BATCHED_DIMS)
+    return 2 if batched else 1
+
+
+def mask_shape(module: nn.Module, shape: torch.Size) -> tuple[int, ...]:
+    """Return the mask's shape for an input of ``shape``: 1 where it is shared."""
+    own = _own_dims(module, shape)
+    return (*shape[:own], *(1,) * (len(shape) - own))
+
+
+def num_units(module: nn.Module, shape: torch.Size) -> int:
+    """Return the number of units: features, or channels for channel dropout."""
+    own = _own_dims(module, shape)
+    return shape[own - 1] if own else 1
+
+
+def find_sites(model: nn.Module) -> tuple[Site, ...]:
+    """Return the dropout modules of ``model`` in the order of ``named_modules()``."""
+    kinds = (nn.Dropout, *CHANNEL_DROPOUT)
+    return tuple(
+        Site(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+    )
+
+
+def unobservable(model: nn.Module) -> dict[str, str]:
+    """Return the modules that draw dropout noise out of sight, with the reason."""
+    reasons = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _OTHER_NOISE):
+            reasons[name] = (
+                f"{type(module).__name__} shifts what it drops: its noise is not "
+                "multiplicative, and the formulas of R_1 do not hold for it"
+            )
+        elif isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
+            reasons[name] = "attention weights are dropped inside the attention kernel"
+        elif isinstance(module, nn.RNNBase) and module.dropout > 0:
+            reasons[name] = f"{type(module).__name__} drops between its own layers"
+    return reasons
+
+
+def noise_variance(p: float) -> float:
+    """Return ``p / (1 - p)``.
+
+    Raises:
+        ValueError: If ``p`` is outside ``[0, 1)``.
+    """
+    if math.isnan(p) or not 0.0 <= p < 1.0:
+        raise ValueError(f"expected `p` (probability of dropping) in [0, 1), got {p}")
+    return p / (1.0 - p)

@@ -1,0 +1,52 @@
+"""What each tag means, and where in the paper it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+_PAPER: Final = "Zhang & Xu, Implicit regularization of dropout, TPAMI 2024"
+
+_DESCRIPTIONS: Final = {
+    "regularizer/R1": f"What dropout adds to the loss on average, E[R_drop] - R_S, in "
+    f"the units of the loss ({_PAPER}, eq. 4). Below it: the part of one site.",
+    "regularizer/R1_standard_error": "Standard error of R_1 from sampling; 0 where a "
+    "closed form was used.",
+    "regularizer/R2": f"(lr/4) times the squared gradient norm ({_PAPER}, eq. 5).",
+    "regularizer/R2_dropout_noise": "(lr/4) tr Cov of the gradient over masks on one "
+    "batch: the part of R_2 that dropout adds.",
+    "loss/R_S": "Loss of the batch with dropout off.",
+    "loss/modified": f"R_S + R_1 + R_2 ({_PAPER}, eq. 6).",
+    "mask/keep_rate": "Share of the elements kept so far; 1 - p is expected.",
+    "mask/z_score": "Standard deviations between the number of elements kept and its "
+    "expectation; beyond 5 the masks are not what they claim.",
+    "condensation/effective_ratio": f"Directions of the neurons' input weights over "
+    f"their number ({_PAPER}, Def. 3); low = condensed.",
+    "condensation/effective_neurons": "Directions that cover all neurons (cosine above "
+    "the threshold, greedy cover: never below the minimum).",
+    "condensation/cosine": "Cosines between neurons, parallel ones side by side; blue "
+    "-1, white 0, red 1.",
+    "condensation/cosines": "Cosines between pairs of neurons.",
+    "sharpness/top_eigenvalue": "Largest eigenvalue of the Hessian of R_S.",
+    "sharpness/top_eigenvalue_residual": "An eigenvalue lies within this distance of "
+    "the value shown.",
+    "sharpness/trace": f"Trace of the Hessian of R_S: flatness ({_PAPER}, sec. VII).",
+    "sharpness/trace_standard_error": "Standard error of the trace.",
+    "cost/seconds": "Seconds that the measure took.",
+    "cost/share": "Share of the analysis in the whole time so far.",
+}
+
+
+def describe_tag(tag: str, notes: Mapping[str, str]) -> str:
+    """Return the description of a tag, with what the run says of how it was obtained.
+
+    Args:
+        tag: A record tag; what follows the second slash is a name.
+        notes: Notes of the analysis by tag.
+
+    Returns:
+        A sentence or two; empty for tags that are not ours.
+    """
+    stem = "/".join(tag.split("/")[:2])
+    said = (_DESCRIPTIONS.get(stem, ""), notes.get(tag) or notes.get(stem, ""))
+    return " ".join(f"{part.rstrip('.')}." for part in said if part)

@@ -1,0 +1,71 @@
+"""Floor 1: algebra of parameter dictionaries ``{name: Tensor}``.
+
+Iterative solvers work on flat vectors, users on dictionaries; these functions are
+the bridge. Order is the order of the dictionary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Params = Mapping[str, Tensor]
+
+
+def to_vector(params: Params) -> Tensor:
+    """Concatenate the tensors of ``params``, flattened: ``[P]``."""
+    return torch.cat([x.reshape(-1) for x in params.values()])
+
+
+def to_params(vector: Tensor, like: Params) -> dict[str, Tensor]:
+    """Cut ``vector`` (``[P]``) into views shaped as the tensors of ``like``."""
+    pieces = vector.split([x.numel() for x in like.values()])
+    return {
+        name: piece.view(x.shape).to(x.dtype)
+        for (name, x), piece in zip(like.items(), pieces, strict=True)
+    }
+
+
+def dot(a: Params, b: Params) -> Tensor:
+    """Return the inner product of two dictionaries with the same keys, 0-d."""
+    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+
+
+def norm(a: Params) -> Tensor:
+    """Return the Euclidean norm of all entries together, 0-d."""
+    return dot(a, a).sqrt()
+
+
+def random_like(
+    params: Params,
+    distribution: str = "rademacher",
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Draw independent entries of mean 0 and variance 1, shaped as ``params``.
+
+    Args:
+        params: Tensors whose shapes, dtypes and devices are taken.
+        distribution: ``"rademacher"`` (signs) or ``"normal"``.
+        generator: Source of the draws; torch's default one if None.
+
+    Returns:
+        A dictionary with the keys of ``params``.
+
+    Raises:
+        ValueError: If ``distribution`` is neither of the two.
+    """
+    if distribution not in ("rademacher", "normal"):
+        raise ValueError(
+            "random_like: expected `distribution` to be 'rademacher' or 'normal', "
+            f"got {distribution!r}"
+        )
+
+    def entries(x: Tensor) -> Tensor:
+        draw = torch.empty_like(x, requires_grad=False)
+        if distribution == "normal":
+            return draw.normal_(generator=generator)
+        return draw.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+
+    return {name: entries(x.detach()) for name, x in params.items()}
