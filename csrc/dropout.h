@@ -240,8 +240,15 @@ DROPOUT_HOST_DEVICE void draw_thread(const MaskArgs& args, uint64_t threshold,
   }
 }
 
-// Column sums: `stride` is a multiple of `units`, so a thread stays in column
-// first % units, and its neighbours read neighbouring bits.
+// Column sums: the number of threads is a multiple of `units`, so a thread stays in
+// column first % units, and its neighbours read neighbouring bits.
+DROPOUT_HOST_DEVICE int64_t count_threads(const CountArgs& args) {
+  constexpr int64_t kEnough = int64_t{1} << 18;
+  const int64_t slices = kEnough / args.units;
+  if (slices <= 1) return args.units;
+  return (slices < args.rows ? slices : args.rows) * args.units;
+}
+
 DROPOUT_HOST_DEVICE int64_t count_thread(const CountArgs& args, int64_t first,
                                          int64_t stride) {
   const int64_t numel = args.rows * args.units;

@@ -2,7 +2,7 @@
 // scheme is that of dropout_avx512.h with vectors for masks.
 #pragma once
 
-DROPOUT_TARGET_BEGIN("avx2,f16c")
+DROPOUT_TARGET_BEGIN("avx2,f16c,bmi2")
 
 namespace dropout::avx2 {
 
@@ -18,7 +18,7 @@ DROPOUT_INLINE __m256i xor3(__m256i a, __m256i b, __m256i c) {
 
 struct Draw {
   static constexpr int kStep = 1;
-  static constexpr int kChains = CHAINS;
+  static constexpr int kChains = 2;
   Schedule s;
 
   Draw(uint64_t key, uint64_t stream, uint32_t block_high, uint32_t threshold)
@@ -115,32 +115,41 @@ DROPOUT_INLINE void apply64(const double* x, double* y, uint64_t bits,
   }
 }
 
-DROPOUT_INLINE __m256i bfloat16_bits(__m256 value) {
+// Rounds to the upper 16 bits, to nearest even; a NaN becomes quiet.
+DROPOUT_INLINE __m256i rounded_to_bfloat16(__m256 value) {
   const __m256i raw = _mm256_castps_si256(value);
   const __m256i odd =
       _mm256_and_si256(_mm256_srli_epi32(raw, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
+  const __m256i sum =
       _mm256_add_epi32(raw, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(raw, _mm256_set1_epi32(0x400000));
   const __m256 is_nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
-  return _mm256_srli_epi32(
-      _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(is_nan)), 16);
+  return _mm256_blendv_epi8(sum, quiet, _mm256_castps_si256(is_nan));
 }
 
+// Elements 2 i and 2 i + 1 are the low and the high half of lane i, so widening and
+// narrowing are a shift and a mask, and nothing moves between lanes.
 DROPOUT_INLINE void apply64(const BFloat16* x, BFloat16* y, uint64_t bits,
                             double scale) {
+  const __m256 factor = _mm256_set1_ps(static_cast<float>(scale));
+  const __m256i upper = all(0xffff0000u);
+  const __m256i one_bit =
+      _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192,
+                        16384, static_cast<int16_t>(0x8000));
   for (int i = 0; i < 64; i += 16) {
-    __m256i half[2];
-    for (int j = 0; j < 2; ++j) {
-      const __m256i wide = _mm256_cvtepu16_epi32(
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i + 8 * j)));
-      const __m256 value = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-      half[j] = bfloat16_bits(scaled8(value, bits >> (i + 8 * j), scale));
-    }
-    // packus works within 128-bit lanes; 0xD8 puts the quarters back in order.
     const __m256i both =
-        _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0xD8);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i), both);
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(both, upper));
+    const __m256i low =
+        _mm256_srli_epi32(rounded_to_bfloat16(_mm256_mul_ps(even, factor)), 16);
+    const __m256i high = rounded_to_bfloat16(_mm256_mul_ps(odd, factor));
+    const __m256i sixteen = _mm256_set1_epi16(static_cast<int16_t>(bits >> i));
+    const __m256i keep =
+        _mm256_cmpeq_epi16(_mm256_and_si256(sixteen, one_bit), one_bit);
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(y + i),
+        _mm256_and_si256(keep, _mm256_blend_epi16(low, high, 0xAA)));
   }
 }
 
@@ -177,11 +186,9 @@ struct ByteCounter {
     }
   }
 
-  DROPOUT_INLINE void add_to(int64_t* totals) const {
-    alignas(32) uint8_t counts[64];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(counts), bytes[0]);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(counts + 32), bytes[1]);
-    for (int i = 0; i < 64; ++i) totals[i] += counts[i];
+  DROPOUT_INLINE void store(uint8_t* counts) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts), bytes[0]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts + 32), bytes[1]);
   }
 };
 

@@ -10,7 +10,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-DROPOUT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,f16c,avx2")
+DROPOUT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,bmi2")
 
 namespace dropout::avx512 {
 
@@ -106,25 +106,32 @@ DROPOUT_INLINE void apply64(const double* x, double* y, uint64_t bits,
   }
 }
 
+// Rounds to the upper 16 bits, to nearest even; a NaN becomes quiet.
+DROPOUT_INLINE __m512i rounded_to_bfloat16(__m512 value) {
+  const __m512i raw = _mm512_castps_si512(value);
+  const __mmask16 odd = _mm512_test_epi32_mask(raw, _mm512_set1_epi32(0x10000));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  __m512i sum = _mm512_add_epi32(raw, _mm512_set1_epi32(0x7fff));
+  sum = _mm512_mask_add_epi32(sum, odd, sum, _mm512_set1_epi32(1));
+  return _mm512_mask_or_epi32(sum, is_nan, raw, _mm512_set1_epi32(0x400000));
+}
+
+// Elements 2 i and 2 i + 1 are the low and the high half of lane i, so widening and
+// narrowing are a shift and a mask, and nothing moves between lanes.
 DROPOUT_INLINE void apply64(const BFloat16* x, BFloat16* y, uint64_t bits,
                             double scale) {
   const __m512 factor = _mm512_set1_ps(static_cast<float>(scale));
-  for (int i = 0; i < 64; i += 16) {
-    const __mmask16 keep = static_cast<__mmask16>(bits >> i);
-    const __m512i wide = _mm512_cvtepu16_epi32(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)));
-    const __m512 product = _mm512_maskz_mul_ps(
-        keep, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)), factor);
-    const __m512i raw = _mm512_castps_si512(product);
-    const __m512i odd =
-        _mm512_and_si512(_mm512_srli_epi32(raw, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(
-        raw, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(product, product, _CMP_UNORD_Q);
-    rounded = _mm512_mask_or_epi32(rounded, is_nan, raw,
-                                   _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i),
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  for (int i = 0; i < 64; i += 32) {
+    const __m512i both = _mm512_loadu_si512(x + i);
+    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
+    const __m512i low =
+        _mm512_srli_epi32(rounded_to_bfloat16(_mm512_mul_ps(even, factor)), 16);
+    const __m512i high = rounded_to_bfloat16(_mm512_mul_ps(odd, factor));
+    const __m512i narrow = _mm512_mask_mov_epi16(low, 0xAAAAAAAAu, high);
+    _mm512_storeu_si512(
+        y + i, _mm512_maskz_mov_epi16(static_cast<__mmask32>(bits >> i), narrow));
   }
 }
 
@@ -151,10 +158,8 @@ struct ByteCounter {
     bytes = _mm512_mask_sub_epi8(bytes, bits, bytes, _mm512_set1_epi8(-1));
   }
 
-  DROPOUT_INLINE void add_to(int64_t* totals) const {
-    alignas(64) uint8_t counts[64];
-    _mm512_store_si512(counts, bytes);
-    for (int i = 0; i < 64; ++i) totals[i] += counts[i];
+  DROPOUT_INLINE void store(uint8_t* counts) const {
+    _mm512_storeu_si512(counts, bytes);
   }
 };
 

@@ -104,11 +104,7 @@ void count(const CountArgs& args, int device) {
   const size_t bytes = static_cast<size_t>(args.units) * sizeof(int64_t);
   check(cudaMemsetAsync(args.counts, 0, bytes, stream(device)), "unit_counts");
   if (args.rows == 0) return;
-  // A multiple of `units` threads, so that each stays in its column.
-  constexpr int64_t kThreads = 1 << 18;
-  const int64_t slices =
-      std::max<int64_t>(1, std::min(args.rows, kThreads / args.units));
-  const int64_t stride = slices * args.units;
+  const int64_t stride = count_threads(args);
   const int64_t blocks = (stride + kBlock - 1) / kBlock;
   if (blocks > INT32_MAX) {
     throw std::runtime_error("unit_counts: expected at most 2^39 units, got " +

@@ -3,7 +3,7 @@
 //   Draw(key, stream, block_high, threshold).words(block_low, bits)
 //                                           64 keep bits in each of kStep words
 //   apply64(x, y, bits, scale)              64 elements
-//   ByteCounter: add(bits), add_to(totals)  64 column counters
+//   ByteCounter: add(bits), store(bytes)    64 column counters
 //
 // No include guard on purpose: the text is compiled once for each instruction
 // set, inside its namespace and its target pragma.
@@ -89,16 +89,40 @@ void apply_range(const MaskArgs& args, int64_t begin, int64_t end) {
 
 // 64 bits from any bit position. Past the last word it repeats that word: those
 // bits belong to no column.
-inline uint64_t load_window(const Columns& columns, int64_t bit) {
-  const int64_t word = bit >> 6;
-  const int shift = static_cast<int>(bit & 63);
-  const int64_t next = word + 1 < columns.num_words ? word + 1 : word;
-  return load_word(columns.packed, word) >> shift |
-         load_word(columns.packed, next) << 1 << (63 - shift);
+struct AnyWindow {
+  DROPOUT_INLINE uint64_t operator()(const Columns& columns, int64_t bit) const {
+    const int64_t word = bit >> 6;
+    const int shift = static_cast<int>(bit & 63);
+    const int64_t next = word + 1 < columns.num_words ? word + 1 : word;
+    return load_word(columns.packed, word) >> shift |
+           load_word(columns.packed, next) << 1 << (63 - shift);
+  }
+};
+
+struct WholeWord {
+  DROPOUT_INLINE uint64_t operator()(const Columns& columns, int64_t bit) const {
+    return load_word(columns.packed, bit >> 6);
+  }
+};
+
+DROPOUT_INLINE void add_bytes(const ByteCounter& counter, const Columns& columns,
+                              int64_t chunk) {
+  uint8_t bytes[64];
+  counter.store(bytes);
+  int64_t* totals = columns.totals + chunk * 64;
+  const int64_t left = columns.width - chunk * 64;
+  if (left >= 64) {
+    for (int i = 0; i < 64; ++i) totals[i] += bytes[i];
+  } else {
+    for (int64_t i = 0; i < left; ++i) totals[i] += bytes[i];
+  }
 }
 
-// Column sums of the 64-column chunks [begin, end).
-inline void count_range(const Columns& columns, int64_t begin, int64_t end) {
+// Column sums of the 64-column chunks [begin, end), in bytes for as many rows as a
+// byte can count.
+template <class Window>
+DROPOUT_INLINE void count_chunks(const Columns& columns, int64_t begin, int64_t end,
+                                 const Window& window) {
   constexpr int64_t kByteRows = 255;
   for (int64_t row = 0; row < columns.rows; row += kByteRows) {
     const int64_t left = columns.rows - row;
@@ -107,10 +131,18 @@ inline void count_range(const Columns& columns, int64_t begin, int64_t end) {
       int64_t bit = columns.first_bit + row * columns.width + chunk * 64;
       ByteCounter counter;
       for (int64_t r = 0; r < rows; ++r, bit += columns.width) {
-        counter.add(load_window(columns, bit));
+        counter.add(window(columns, bit));
       }
-      counter.add_to(columns.totals + chunk * 64);
+      add_bytes(counter, columns, chunk);
     }
+  }
+}
+
+inline void count_range(const Columns& columns, int64_t begin, int64_t end) {
+  if (columns.first_bit % 64 == 0 && columns.width % 64 == 0) {
+    count_chunks(columns, begin, end, WholeWord{});
+  } else {
+    count_chunks(columns, begin, end, AnyWindow{});
   }
 }
 

@@ -124,10 +124,8 @@ struct ByteCounter {
     }
   }
 
-  DROPOUT_INLINE void add_to(int64_t* totals) const {
-    uint8_t counts[64];
+  DROPOUT_INLINE void store(uint8_t* counts) const {
     for (int i = 0; i < 4; ++i) vst1q_u8(counts + 16 * i, bytes[i]);
-    for (int i = 0; i < 64; ++i) totals[i] += counts[i];
   }
 };
 

@@ -42,9 +42,9 @@ struct ByteCounter {
     }
   }
 
-  void add_to(int64_t* totals) const {
+  void store(uint8_t* counts) const {
     for (int i = 0; i < 64; ++i) {
-      totals[i] += static_cast<int64_t>(bytes[i / 8] >> (8 * (i % 8)) & 0xff);
+      counts[i] = static_cast<uint8_t>(bytes[i / 8] >> (8 * (i % 8)));
     }
   }
 };

@@ -20,7 +20,7 @@
 
 namespace dropout {
 
-// A bit matrix inside a packed mask; `totals` holds whole chunks of 64 columns.
+// A bit matrix inside a packed mask, whose column sums are added to `totals`.
 struct Columns {
   const uint8_t* packed;
   int64_t num_words;
@@ -105,11 +105,11 @@ inline const Kernels& choose_kernels(const char* wanted) {
 #if defined(__x86_64__)
   if (is("avx512") && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2")) {
     return avx512::kernels;
   }
   if ((is("avx2") || is("avx512")) && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("f16c")) {
+      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")) {
     return avx2::kernels;
   }
 #elif defined(__aarch64__)

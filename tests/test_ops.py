@@ -76,14 +76,18 @@ def test_mask_follows_the_index_not_the_strides():
     turned = x.t().contiguous().t()
     assert not turned.is_contiguous()
     assert torch.equal(tdi.dropout(x, rng=KEY), tdi.dropout(turned, rng=KEY))
-    assert torch.equal(tdi.dropout(x[:, ::2], rng=KEY) != 0,
-                       tdi.dropout(torch.ones(6, 5), rng=KEY) != 0)
+    assert torch.equal(
+        tdi.dropout(x[:, ::2], rng=KEY) != 0,
+        tdi.dropout(torch.ones(6, 5), rng=KEY) != 0,
+    )
 
 
 @pytest.mark.parametrize("p", [2.0**-20, 0.1, 0.5, 0.9, 1 - 2.0**-20])
 def test_keep_count_is_binomial(p):
     numel = 2**20
-    mask = ops.mask_unpack(ops._mask_draw(KEY, torch.tensor(p).double(), numel), (numel,))
+    mask = ops.mask_unpack(
+        ops._mask_draw(KEY, torch.tensor(p).double(), numel), (numel,)
+    )
     z = (int(mask.sum()) - numel * (1 - p)) / (numel * p * (1 - p)) ** 0.5
     assert abs(z) < 5
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +163,18 @@ def cross_entropy_scale(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     return mass / count if loss.reduction == "mean" else mass
 
 
+def hessian_product(
+    loss: Loss, outputs: Tensor, targets: Any
+) -> Callable[[Tensor], Tensor]:
+    """Return ``v -> H v`` in the outputs, differentiable in ``outputs``.
+
+    The Hessian is symmetric, so its product is the reverse derivative of the gradient.
+    """
+    gradient = torch.func.grad(lambda f: loss(f, targets))
+    pull = torch.func.vjp(gradient, outputs)[1]
+    return lambda v: cast("Tensor", pull(v)[0])
+
+
 def hessian_blocks(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     """Return the Hessian of the loss in each sample's outputs, ``[n, K, K]``.
 
@@ -170,15 +182,12 @@ def hessian_blocks(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     derivative of the loss alone, none of the network.
     """
     samples, width = outputs.shape[0], outputs[0].numel()
-    gradient = torch.func.grad(lambda f: loss(f, targets))
-
-    def column(place: Tensor) -> Tensor:
-        tangent = place.expand(samples, width).reshape(outputs.shape)
-        return torch.func.jvp(gradient, (outputs,), (tangent,))[1]
-
+    product = hessian_product(loss, outputs, targets)
     places = torch.eye(width, dtype=outputs.dtype, device=outputs.device)
-    columns = [column(place).reshape(samples, width) for place in places]
-    return torch.stack(columns, -1)
+    columns = [
+        product(place.expand(samples, width).reshape(outputs.shape)) for place in places
+    ]
+    return torch.stack([c.reshape(samples, width) for c in columns], -1)
 
 
 def hessian_roots(loss: Loss, outputs: Tensor, targets: Any) -> Iterator[Root]:
@@ -219,13 +228,15 @@ def _known_root(loss: Loss, outputs: Tensor, targets: Any, place: Tensor) -> Ten
     )
 
 
-def sample_hessian_roots(loss: Loss, outputs: Tensor, targets: Any) -> list[Root]:
-    r"""Draw ``v`` with :math:`E[v_i v_i'] = H_i` and independent samples.
+def hessian_sampler(
+    loss: Loss, outputs: Tensor, targets: Any
+) -> Callable[[], list[Root]]:
+    r"""Return a function that draws ``v`` with :math:`E[v_i v_i^\top] = H_i`.
 
-    For cross-entropy ``v`` is the gradient at a label drawn from the model's own
-    softmax; for squared losses it is normal; else a random combination of the
-    eigenvectors of the block. Outputs of one sample draw their own, so that cross
-    terms vanish. Where a block is indefinite a second pair with sign -1 follows.
+    Samples draw independently, and so do the outputs of one sample, so that cross terms
+    vanish. For cross-entropy ``v`` is the gradient at a label drawn from the model's
+    own softmax; for squared losses it is normal; else a random combination of the
+    eigenvectors of the block.
 
     Args:
         loss: The loss.
@@ -233,27 +244,45 @@ def sample_hessian_roots(loss: Loss, outputs: Tensor, targets: Any) -> list[Root
         targets: The targets; None where the Hessian does not depend on them.
 
     Returns:
-        One or two pairs of a tensor shaped as ``outputs`` and a sign.
+        A function that returns a tensor shaped as ``outputs`` with its sign, and where
+        blocks are indefinite a second one for their negative part.
     """
     if loss.kind == "squared":
         scale = squared_scale(loss, outputs.shape) ** 0.5
-        return [(torch.randn_like(outputs) * scale, 1.0)]
+        return lambda: [(torch.randn_like(outputs) * scale, 1.0)]
     if loss.kind == "cross_entropy":
-        classes = 1 if outputs.ndim > 1 else 0
-        softmax = outputs.softmax(classes)
-        flat = softmax.movedim(classes, -1)
-        label = torch.multinomial(flat.reshape(-1, flat.shape[-1]), 1)
-        onehot = (
-            torch.zeros_like(flat).reshape(-1, flat.shape[-1]).scatter_(1, label, 1)
-        )
-        onehot = onehot.view(flat.shape).movedim(-1, classes)
-        scale_i = cross_entropy_scale(loss, outputs, targets)
-        return [((softmax - onehot) * scale_i.sqrt(), 1.0)]
+        return _label_sampler(outputs, cross_entropy_scale(loss, outputs, targets))
     values, vectors = torch.linalg.eigh(hessian_blocks(loss, outputs, targets))
-    signs = torch.empty_like(values).bernoulli_(0.5).mul_(2).sub_(1)
-    pairs: list[Root] = []
-    for sign in (1.0, -1.0):
-        part = (sign * values).clamp(min=0).sqrt() * signs
-        if sign > 0 or bool((part.abs() > 1e-3 * values.abs().amax().sqrt()).any()):
-            pairs.append(((vectors @ part.unsqueeze(-1)).view(outputs.shape), sign))
-    return pairs
+    # What float rounding makes of a zero eigenvalue is no negative part.
+    negative = bool((values < -1e-6 * values.abs().amax()).any())
+
+    def draw() -> list[Root]:
+        signs = torch.empty_like(values).bernoulli_(0.5).mul_(2).sub_(1)
+        return [
+            (
+                _combine(vectors, (sign * values).clamp(min=0).sqrt() * signs, outputs),
+                sign,
+            )
+            for sign in ((1.0, -1.0) if negative else (1.0,))
+        ]
+
+    return draw
+
+
+def _combine(vectors: Tensor, weights: Tensor, outputs: Tensor) -> Tensor:
+    return (vectors @ weights.unsqueeze(-1)).view(outputs.shape)
+
+
+def _label_sampler(outputs: Tensor, scale: Tensor) -> Callable[[], list[Root]]:
+    classes = 1 if outputs.ndim > 1 else 0
+    softmax = outputs.softmax(classes)
+    last = softmax.movedim(classes, -1)
+    rows = last.reshape(-1, last.shape[-1])
+
+    def draw() -> list[Root]:
+        labels = torch.multinomial(rows, 1)
+        onehot = torch.zeros_like(rows).scatter_(1, labels, 1.0)
+        chosen = onehot.view(last.shape).movedim(-1, classes)
+        return [((softmax - chosen) * scale.sqrt(), 1.0)]
+
+    return draw

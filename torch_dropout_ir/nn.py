@@ -48,6 +48,8 @@ class _Remembers(nn.modules.dropout._DropoutNd):
         output = self._drop(input)
         return input.copy_(output) if self.inplace else output
 
+    forward.draws_as_torch = True  # type: ignore[attr-defined]
+
     def _drop(self, x: Tensor) -> Tensor:
         output, packed = ops.draw(x, self.p, None)
         self._remember(packed, tuple(x.shape), num_units(self, x.shape))

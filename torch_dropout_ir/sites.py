@@ -3,7 +3,8 @@
 Semantics:
 
 * A site is a module of torch's ``Dropout``, ``Dropout1d``, ``Dropout2d`` or
-  ``Dropout3d`` (subclasses included). It multiplies its input by ``1 + eta``.
+  ``Dropout3d``, or of a subclass that has the forward pass of one of them or is ours.
+  It multiplies its input by ``1 + eta``.
 * ``eta`` is drawn per element by ``Dropout``, per channel by the others: their mask
   has the shape ``[N, C, 1, ...]`` and is shared by all positions.
 * A module that is used several times in one forward pass is one site, whose uses add.
@@ -15,10 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CHANNEL_DROPOUT: Final = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _BATCHED_DIMS: Final = (
@@ -85,13 +87,24 @@ def num_units(module: nn.Module, shape: torch.Size) -> int:
     return shape[own - 1] if own else 1
 
 
+def plain_forward(module: nn.Module) -> Callable[..., Tensor] | None:
+    """Return torch's own forward of a dropout module's kind; None for other modules."""
+    for kind in (nn.Dropout, *CHANNEL_DROPOUT):
+        if isinstance(module, kind):
+            return kind.forward
+    return None
+
+
+def _is_site(module: nn.Module) -> bool:
+    """Whether the noise is torch's: a subclass with another forward may draw others."""
+    own = getattr(type(module).forward, "draws_as_torch", False)
+    return own or type(module).forward is plain_forward(module)
+
+
 def find_sites(model: nn.Module) -> tuple[Site, ...]:
     """Return the dropout modules of ``model`` in the order of ``named_modules()``."""
-    kinds = (nn.Dropout, *CHANNEL_DROPOUT)
     return tuple(
-        Site(name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, kinds)
+        Site(name, module) for name, module in model.named_modules() if _is_site(module)
     )
 
 
@@ -99,7 +112,12 @@ def unobservable(model: nn.Module) -> dict[str, str]:
     """Return the modules that draw dropout noise out of sight, with the reason."""
     reasons = {}
     for name, module in model.named_modules():
-        if isinstance(module, _OTHER_NOISE):
+        if plain_forward(module) is not None and not _is_site(module):
+            reasons[name] = (
+                f"{type(module).__name__} has a forward of its own: what it multiplies "
+                "by is not known"
+            )
+        elif isinstance(module, _OTHER_NOISE):
             reasons[name] = (
                 f"{type(module).__name__} shifts what it drops: its noise is not "
                 "multiplicative, and the formulas of R_1 do not hold for it"

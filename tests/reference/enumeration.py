@@ -11,8 +11,9 @@ def every_mask(width, p):
     """All masks of ``width`` units with their probabilities."""
     for bits in itertools.product((0.0, 1.0), repeat=width):
         kept = sum(bits)
-        yield torch.tensor(bits, dtype=torch.float64), (1 - p) ** kept * p ** (
-            width - kept
+        yield (
+            torch.tensor(bits, dtype=torch.float64),
+            (1 - p) ** kept * p ** (width - kept),
         )
 
 
@@ -50,7 +51,7 @@ def expected_risk(model, widths, batch, loss, *, gradients=False):
             noise.noise = mask / (1 - p)
             weight *= chance
         value = loss(model(batch[0]), batch[1])
-        total += weight * float(value)
+        total += weight * float(value.detach())
         if gradients:
             found = torch.autograd.grad(value, list(model.parameters()))
             flat = torch.cat([g.flatten() for g in found])

@@ -27,7 +27,7 @@ from torch_dropout_ir.analysis.snapshot import (
     theory_note,
 )
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
-from torch_dropout_ir.functional import preserved_rng
+from torch_dropout_ir.functional import as_batches, preserved_rng
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.nn import convert_dropout_, restore_dropout_
@@ -78,14 +78,14 @@ class Analysis:
         self._handles = contextlib.ExitStack()
         self._attached = False
         self._loaded: dict[str, MaskStatistics] = {}
-        self._close = weakref.finalize(self, _close_sinks, self._sinks)
+        self._leave = weakref.finalize(self, _leave, self._handles, self._sinks)
         self.sites: tuple[SiteReport, ...] = report_sites(model)
 
     def attach(self) -> None:
         """Put the hooks in place; :func:`attach_analysis` has done it."""
         if self._converted:
             convert_dropout_(self.model)
-        self._capture.attach()
+        self._capture.attach(self)
         for register, method in (
             (register_optimizer_step_pre_hook, self._before_step),
             (register_optimizer_step_post_hook, self._after_step),
@@ -211,10 +211,9 @@ class Analysis:
     def _fail(self, name: str, err: Exception) -> None:
         reason = f"{type(err).__name__}: {err}"
         if self.absent.get(name) != reason:
-            warnings.warn(
-                f"torch_dropout_ir: the measure {name!r} failed at step {self.step} "
-                f"({reason}); training goes on without it.",
-                stacklevel=2,
+            _warn(
+                f"the measure {name!r} failed at step {self.step} ({reason}); training "
+                "goes on without it."
             )
         self.absent[name] = reason
 
@@ -227,11 +226,9 @@ class Analysis:
                 sink.write(self.step, records, self.notes)
             except Exception as err:
                 self._sinks.remove(sink)
-                warnings.warn(
-                    f"torch_dropout_ir: {type(sink).__name__} failed "
-                    f"({type(err).__name__}: {err}) and is switched off; "
-                    "`history` goes on.",
-                    stacklevel=2,
+                _warn(
+                    f"{type(sink).__name__} failed ({type(err).__name__}: {err}) and "
+                    "is switched off; `history` goes on."
                 )
 
     def _snapshot(self) -> Snapshot:
@@ -239,7 +236,10 @@ class Analysis:
         if self.loss is None and capture.loss_module is not None:
             with contextlib.suppress(ValueError):
                 self.loss = resolve_loss(capture.loss_module)
-        seen = None if capture.targets is None else [(capture.inputs, capture.targets)]
+        batch = (capture.inputs, capture.targets)
+        if capture.targets is None and self._data is not None:
+            batch = next(iter(as_batches(self._data)), batch)
+        seen = None if batch[1] is None else [batch]
         optimizer = None if self._optimizer is None else self._optimizer()
         self.notes.update(theory_note(optimizer))
         lr, gradients = received_gradients(self.model, optimizer)
@@ -248,8 +248,8 @@ class Analysis:
             step=self.step,
             sites=tuple(site for site in capture.sites if site.p > 0),
             loss=self.loss,
-            inputs=capture.inputs,
-            targets=capture.targets,
+            inputs=batch[0],
+            targets=batch[1],
             batches=seen if self._data is None else self._data,
             lr=lr,
             gradients=gradients,
@@ -307,11 +307,10 @@ class Analysis:
         if not self._attached:
             return
         self._attached = False
-        self._handles.close()
         self._capture.detach()
         if self._converted:
             restore_dropout_(self.model)
-        self._close()
+        self._leave()
 
     def __enter__(self) -> Analysis:
         return self
@@ -332,9 +331,16 @@ class _Weakly:
             method(optimizer)
 
 
-def _close_sinks(sinks: list[Sink]) -> None:
+def _leave(handles: contextlib.ExitStack, sinks: list[Sink]) -> None:
+    handles.close()
     for sink in sinks:
         try:
             sink.close()
         except Exception as err:
-            warnings.warn(f"torch_dropout_ir: closing {sink}: {err}", stacklevel=2)
+            _warn(f"closing {type(sink).__name__} failed: {err}")
+
+
+def _warn(message: str) -> None:
+    """Warn, but let no filter make an error of it: training goes on."""
+    with contextlib.suppress(Warning):
+        warnings.warn(f"torch_dropout_ir: {message}", stacklevel=3)

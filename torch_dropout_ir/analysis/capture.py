@@ -24,16 +24,24 @@ from torch.utils.hooks import RemovableHandle
 from torch_dropout_ir.functional import Inputs
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.nn import Dropout, Dropout1d, Dropout2d, Dropout3d
-from torch_dropout_ir.sites import Site, mask_shape, num_units
+from torch_dropout_ir.sites import Site, mask_shape, num_units, plain_forward
 
 OURS = (Dropout, Dropout1d, Dropout2d, Dropout3d)
 
 
 class RootHook:
-    """A hook whose copies are inert, so that a model can be copied and pickled."""
+    """A hook whose copies are inert, so that a model can be copied and pickled.
 
-    def __init__(self, call: Callable[..., None] | None = None) -> None:
+    Args:
+        call: What to call; None in copies.
+        owner: What has to live as long as the model does.
+    """
+
+    def __init__(
+        self, call: Callable[..., None] | None = None, owner: object = None
+    ) -> None:
         self.call = call
+        self.owner = owner
 
     def __call__(self, *args: Any) -> None:
         """Forward to the capture, if this is no copy."""
@@ -79,19 +87,16 @@ class Capture:
         self._pass = contextlib.ExitStack()
         self._root = contextlib.ExitStack()
 
-    def attach(self) -> None:
-        """Put the two hooks on the root module."""
+    def attach(self, owner: object) -> None:
+        """Put the two hooks on the root module; ``owner`` lives as long as they do."""
+        before, after = RootHook(self._before, owner), RootHook(self._after, owner)
         self._keep(
             self._root,
-            self.model.register_forward_pre_hook(
-                RootHook(self._before), with_kwargs=True
-            ),
+            self.model.register_forward_pre_hook(before, with_kwargs=True),
         )
         self._keep(
             self._root,
-            self.model.register_forward_hook(
-                RootHook(self._after), with_kwargs=True, always_call=True
-            ),
+            self.model.register_forward_hook(after, with_kwargs=True, always_call=True),
         )
 
     def detach(self) -> None:
@@ -154,6 +159,9 @@ class Capture:
         return note
 
     def _observe(self, site: Site) -> Callable[..., None]:
+        draw = plain_forward(site.module)
+        assert draw is not None  # it is a site
+
         def observe(module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
             state = self._states.pop(site.name, None)
             if state is None:
@@ -168,7 +176,7 @@ class Capture:
             _set_generator_state(ones.device, state)
             try:
                 with torch.no_grad():
-                    mask = type(module).forward(module, ones) != 0
+                    mask = draw(module, ones) != 0
             finally:
                 _set_generator_state(ones.device, after)
             counts = mask.reshape(-1, num_units(module, args[0].shape)).sum(0)

@@ -228,7 +228,7 @@ class Sharpness:
     needs: frozenset[Need] = frozenset({"loss", "batches"})
 
     def __init__(
-        self, tol: float = 1e-2, max_matvecs: int = 40, trace_matvecs: int = 16
+        self, tol: float = 1e-3, max_matvecs: int = 40, trace_matvecs: int = 16
     ) -> None:
         self.tol = tol
         self.max_matvecs = max_matvecs

@@ -27,7 +27,8 @@ class Snapshot:
         step: Optimizer steps made before.
         sites: The dropout sites.
         loss: The loss; None where it is not known.
-        inputs: Arguments of the last training pass; None before the first.
+        inputs: Arguments of the last training pass, or of the first batch of `data`
+            where only that one's targets are known; None before the first.
         targets: Its targets; None where they were not seen.
         batches: Batches for measures of the loss surface; None where there are none.
         lr: Learning rate by parameter name; None before an optimizer is known.

@@ -16,8 +16,8 @@ from torch_dropout_ir.losses import (
     Loss,
     Root,
     hessian_roots,
+    hessian_sampler,
     resolve_loss,
-    sample_hessian_roots,
 )
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.sites import Site, find_sites, mask_shape
@@ -108,9 +108,8 @@ def estimate(
     if num_samples is None:
         passes = [_apart(model, hessian_roots(loss, detached, targets))]
     else:
-        passes = (
-            sample_hessian_roots(loss, detached, targets) for _ in range(num_samples)
-        )
+        draw = hessian_sampler(loss, detached, targets)
+        passes = (draw() for _ in range(num_samples))
     draws = [_forms(clean, roots) for roots in passes]
     per_site = {
         name: torch.stack([_total(draw, name, detached) for draw in draws]).mean()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_dropout_ir.losses import (
     Loss,
     cross_entropy_scale,
+    hessian_product,
     resolve_loss,
     squared_scale,
 )
@@ -107,12 +108,11 @@ def _general_form(
     loss: Loss, rows: Tensor, weight: Tensor, outputs: Tensor, targets: Any
 ) -> Tensor:
     """Sum over outputs ``c`` of ``h^2 w_c (H_c w)``, one product with H for each."""
-    gradient = torch.func.grad(lambda f: loss(f, targets))
+    product = hessian_product(loss, outputs, targets)
     total = rows.new_zeros(())
     for c in range(weight.shape[0]):
         place = torch.zeros_like(outputs.detach())
         place[..., c] = 1.0
-        column = torch.func.jvp(gradient, (outputs,), (place,))[1]
-        products = column.reshape(-1, weight.shape[0]) @ weight
+        products = product(place).reshape(-1, weight.shape[0]) @ weight
         total = total + (rows.square() * products * weight[c]).sum()
     return total

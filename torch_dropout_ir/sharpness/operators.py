@@ -55,6 +55,7 @@ class HessianOperator:
             )[1]
         return lambda v: cast("dict[str, Tensor]", product(dict(v))[0])
 
+    @torch.no_grad()
     def _mean_product(self, v: Params) -> dict[str, Tensor]:
         if self._cached is not None:
             return self._cached(v)

@@ -1,0 +1,215 @@
+"""Mask statistics and the layers that gather them."""
+
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import torch_dropout_ir as tdi
+from torch_dropout_ir import MaskStatistics
+
+LAYERS = (
+    (tdi.Dropout, nn.Dropout, (6, 5), (6, 5)),
+    (tdi.Dropout1d, nn.Dropout1d, (6, 5, 3), (6, 5, 1)),
+    (tdi.Dropout1d, nn.Dropout1d, (5, 3), (5, 1)),
+    (tdi.Dropout2d, nn.Dropout2d, (6, 5, 3, 2), (6, 5, 1, 1)),
+    (tdi.Dropout3d, nn.Dropout3d, (6, 5, 3, 2, 2), (6, 5, 1, 1, 1)),
+    (tdi.Dropout3d, nn.Dropout3d, (5, 3, 2, 2), (5, 1, 1, 1)),
+)
+
+
+def same(a, b):
+    for name in ("num_calls", "num_elements", "expected_kept", "variance"):
+        assert getattr(a, name) == pytest.approx(getattr(b, name)), name
+    assert int(a.num_kept) == int(b.num_kept)
+    assert torch.equal(a.unit_kept, b.unit_kept)
+
+
+@st.composite
+def statistics(draw):
+    if draw(st.booleans()) and draw(st.booleans()):
+        return MaskStatistics()
+    rows, units = draw(st.integers(1, 4)), draw(st.integers(1, 2))
+    mask = torch.rand(rows, units) < 0.5
+    return MaskStatistics.of_mask(mask, draw(st.sampled_from([0.25, 0.5])))
+
+
+@given(statistics(), statistics(), statistics())
+def test_statistics_are_a_commutative_monoid(a, b, c):
+    same(a + b, b + a)
+    same((a + b) + c, a + (b + c))
+    same(a + MaskStatistics(), a)
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4))
+def test_of_joined_masks_is_the_sum(rows_a, rows_b, units):
+    a, b = torch.rand(rows_a, units) < 0.5, torch.rand(rows_b, units) < 0.5
+    joined = MaskStatistics.of_mask(torch.cat((a, b)), 0.3)
+    added = MaskStatistics.of_mask(a, 0.3) + MaskStatistics.of_mask(b, 0.3)
+    assert torch.equal(joined.unit_kept, added.unit_kept)
+    assert joined.z_score == pytest.approx(added.z_score)
+    assert joined.keep_rate == pytest.approx(added.keep_rate)
+
+
+def test_numbers_by_hand():
+    mask = torch.tensor([[True, False], [True, True], [True, False], [False, False]])
+    found = MaskStatistics.of_mask(mask, 0.25)
+    assert found.keep_rate == 0.5
+    assert found.z_score == pytest.approx((4 - 6) / (8 * 0.25 * 0.75) ** 0.5)
+    assert found.unit_kept.tolist() == [3, 1]
+    spread = (4 * 0.25 * 0.75) ** 0.5
+    torch.testing.assert_close(
+        found.unit_z_scores, torch.tensor([0.0, -2.0]).double() / spread
+    )
+    packed = tdi.ops._mask_draw(torch.tensor([1, 2]), torch.tensor(0.25).double(), 35)
+    mask = tdi.ops.mask_unpack(packed, (7, 5))
+    same(
+        MaskStatistics.of_packed(packed, 7, 5, 0.25), MaskStatistics.of_mask(mask, 0.25)
+    )
+
+
+@pytest.mark.parametrize(("ours", "torchs", "shape", "mask_shape"), LAYERS)
+def test_layers_show_the_mask_that_they_applied(ours, torchs, shape, mask_shape):
+    layer = ours(0.4)
+    x = torch.randn(shape)
+    assert layer.last_mask is None and layer.statistics.num_calls == 0
+    y = layer(x)
+    mask = layer.last_mask
+    assert mask.shape == mask_shape and mask.dtype == torch.bool
+    torch.testing.assert_close(y, torch.where(mask, x / 0.6, 0.0))
+    same(
+        layer.statistics,
+        MaskStatistics.of_mask(mask, 0.4, unit_dim=1 if mask_shape[0] == 6 else 0),
+    )
+    layer(x)
+    assert layer.statistics.num_calls == 2
+    layer.reset_statistics()
+    assert layer.statistics.num_calls == 0 and layer.last_mask is not None
+    layer.track = False
+    layer(x)
+    assert layer.statistics.num_calls == 0
+    assert layer.eval()(x) is x
+    assert isinstance(layer, torchs) and repr(layer) == repr(torchs(0.4))
+
+
+@pytest.mark.parametrize("ours", [case[0] for case in LAYERS])
+def test_inplace_overwrites_the_input(ours):
+    shape = {case[0]: case[2] for case in LAYERS}[ours]
+    x = torch.ones(shape)
+    y = ours(0.5, inplace=True)(x)
+    assert y is x and bool((x == 0).any())
+
+
+def test_statistics_converge_to_the_law():
+    layer = tdi.Dropout(0.3)
+    for _ in range(20):
+        layer(torch.ones(512, 100))
+    found = layer.statistics
+    assert abs(found.z_score) < 5
+    assert found.unit_z_scores.abs().max() < 5
+    assert found.unit_z_scores.std() == pytest.approx(1.0, abs=0.35)
+
+
+def test_copies_and_pickles_start_afresh():
+    layer = tdi.Dropout(0.5)
+    layer(torch.ones(10))
+    assert layer.state_dict() == {}
+    for twin in (copy.deepcopy(layer), reload(layer)):
+        assert twin.last_mask is None and twin.statistics.num_calls == 0
+        assert twin.p == 0.5
+
+
+def reload(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def test_convert_and_restore_change_only_the_class():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.3), nn.Dropout2d(0.2))
+    net[1].eval()
+    calls = []
+    net[1].register_forward_hook(lambda *_: calls.append(1))
+    keys, attributes = list(net.state_dict()), set(net[1].__dict__)
+    held = net[1]
+    assert tdi.convert_dropout_(net) is net
+    assert type(held) is tdi.Dropout and held is net[1] and held.p == 0.3
+    assert not held.training and list(net.state_dict()) == keys
+    held.train()
+    held(torch.ones(4))
+    held.track = False
+    assert calls == [1] and held.last_mask is not None
+    assert tdi.restore_dropout_(net) is net
+    assert [type(m) for m in net] == [nn.Linear, nn.Dropout, nn.Dropout2d]
+    assert set(held.__dict__) == attributes
+    assert type(tdi.convert_dropout_(nn.Dropout())) is tdi.Dropout
+
+
+def test_a_users_subclass_is_left_alone():
+    class Mine(nn.Dropout):
+        pass
+
+    assert type(tdi.convert_dropout_(Mine())) is Mine
+
+
+class Functional(nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(), tdi.Dropout(), Functional()])
+def test_frozen_masks_freeze_and_leave_the_stream(layer):
+    x = torch.ones(200)
+    state = torch.get_rng_state()
+    with tdi.frozen_masks(layer, seed=3):
+        first, second = layer(x), layer(x)
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+    with tdi.frozen_masks(layer, seed=4):
+        assert not torch.equal(layer(x), first)
+    assert not torch.equal(layer(x), layer(x))
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def test_frozen_masks_survive_an_exception():
+    class Fails(nn.Module):
+        def forward(self, x):
+            torch.rand(3)
+            raise ZeroDivisionError
+
+    layer = Fails()
+    state = torch.get_rng_state()
+    with tdi.frozen_masks(layer), pytest.raises(ZeroDivisionError):
+        layer(torch.ones(3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def test_frozen_masks_make_the_curvature_symmetric():
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(), nn.Linear(8, 1))
+    net = net.double()
+    x = torch.randn(5, 3).double()
+    params = dict(net.named_parameters())
+
+    def f(params):
+        return torch.func.functional_call(net, params, (x,)).square().sum()
+
+    with tdi.frozen_masks(net):
+        blocks = torch.func.jacrev(torch.func.jacrev(f))(params)
+    torch.testing.assert_close(
+        blocks["0.weight"]["3.weight"].permute(2, 3, 0, 1),
+        blocks["3.weight"]["0.weight"],
+    )
+
+
+def test_layers_inside_transforms_drop_but_remember_nothing():
+    layer = tdi.Dropout(0.5)
+    x = torch.ones(50)
+    g = torch.func.grad(lambda x: layer(x).sum())(x)
+    assert set(g.tolist()) == {0.0, 2.0}
+    assert layer.last_mask is None and layer.statistics.num_calls == 0

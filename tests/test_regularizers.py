@@ -1,0 +1,348 @@
+"""R_1 and R_2 against enumeration of every mask, closed forms and autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import torch_dropout_ir as tdi
+from tests.reference.enumeration import every_mask, expected_risk
+from tests.strategies import networks
+from torch_dropout_ir import losses
+from torch_dropout_ir.regularizers import (
+    gauss_newton,
+    gradient_norm,
+    last_layer,
+    monte_carlo,
+)
+from torch_dropout_ir.regularizers.masked import clean_risk
+
+MSE = (F.mse_loss, nn.MSELoss(), nn.MSELoss(reduction="sum"), tdi.half_squared_error)
+
+
+def excess(net, widths, batch, loss):
+    """``E[R_drop] - R_S`` by enumeration."""
+    clean = float(clean_risk(net, batch, losses.resolve_loss(loss)).detach())
+    return expected_risk(net, widths, batch, loss) - clean
+
+
+def features_of(net, x):
+    return net[:-2](x)
+
+
+@settings(max_examples=80)
+@given(networks(), st.sampled_from(range(len(MSE))))
+def test_lemma_1_holds_exactly(case, which):
+    """Any width, depth, activation, p and batch: the two sides are equal."""
+    net, batch, p, width = case
+    loss = MSE[which]
+    closed = last_layer(features_of(net, batch[0]), net[-1].weight, p, loss=loss)
+    exact = gauss_newton(net, batch, loss, num_samples=None)
+    truth = excess(net, [width], batch, loss)
+    scale = max(1.0, abs(truth))
+    assert abs(float(closed.detach()) - truth) < 1e-9 * scale
+    assert abs(float(exact.value) - truth) < 1e-9 * scale
+    assert exact.exact and float(exact.standard_error) == 0
+
+
+def test_last_layer_in_the_papers_normalization():
+    h, w = torch.randn(7, 5).double(), torch.randn(3, 5).double()
+    expected = (0.2 / 0.8) / 2 * (h**2 @ (w**2).sum(0)).mean()
+    paper = last_layer(h, w, 0.2, loss=tdi.half_squared_error)
+    torch.testing.assert_close(paper, expected)
+    torch.testing.assert_close(last_layer(h, w, 0.2), expected * 2 / 3)
+
+
+def general_losses():
+    weight = torch.tensor([0.5, 2.0, 1.0]).double()
+    labels = torch.tensor([0, 2, 1, 1, 2])
+    soft = torch.randn(5, 3).double().softmax(1)
+    return (
+        (F.cross_entropy, labels),
+        (nn.CrossEntropyLoss(reduction="sum"), labels),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), labels),
+        (nn.CrossEntropyLoss(weight=weight), labels),
+        (nn.CrossEntropyLoss(ignore_index=1), labels),
+        (nn.CrossEntropyLoss(label_smoothing=0.2), 0.5 * soft),
+        (nn.BCEWithLogitsLoss(), soft),
+        (lambda f, t: F.mse_loss(f, t), soft),
+        (lambda f, t: -((f - t) ** 2).cos().mean(), soft),  # indefinite
+    )
+
+
+@pytest.mark.parametrize("case", range(9))
+def test_every_loss_gives_the_second_order_form_of_its_own_hessian(case):
+    loss, targets = general_losses()[case]
+    torch.manual_seed(case)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3))
+    net = net.double()
+    x = torch.randn(5, 4).double()
+    h = features_of(net, x).detach()
+    outputs = net[-1](h)
+    full = torch.autograd.functional.hessian(lambda f: loss(f, targets), outputs)
+    blocks = torch.stack([full[i, :, i] for i in range(5)])
+    o = h[:, :, None] * net[-1].weight.T[None]  # (n, units, outputs)
+    expected = (0.3 / 0.7) / 2 * torch.einsum("nja,nab,njb->", o, blocks, o)
+    closed = last_layer(
+        h, net[-1].weight, 0.3, loss=loss, outputs=outputs, targets=targets
+    )
+    torch.testing.assert_close(closed, expected)
+    exact = gauss_newton(net, (x, targets), loss, num_samples=None)
+    torch.testing.assert_close(exact.value, expected.detach())
+    sampled = gauss_newton(net, (x, targets), loss, num_samples=400)
+    error = sampled.standard_error
+    assert error > 0
+    assert (sampled.value - expected).abs() < 4 * error
+    assert not exact.exact and not sampled.exact
+
+
+def test_roots_multiply_to_the_hessian():
+    outputs = torch.randn(4, 3).double()
+    for loss, targets in general_losses():
+        resolved = losses.resolve_loss(loss)
+        few = targets[:4]
+        blocks = losses.hessian_blocks(resolved, outputs, few)
+        product = sum(
+            torch.einsum("na,nb->nab", s, s) * torch.as_tensor(sign).view(-1, 1, 1)
+            for s, sign in losses.hessian_roots(resolved, outputs, few)
+        )
+        torch.testing.assert_close(product, blocks)
+
+
+def test_cross_entropy_of_images_reads_classes_in_dimension_one():
+    net = nn.Sequential(nn.Dropout(0.4), nn.Conv2d(2, 3, 1)).double()
+    x, y = torch.randn(2, 2, 2, 2).double(), torch.randint(3, (2, 2, 2))
+    known = gauss_newton(net, (x, y), F.cross_entropy, num_samples=None)
+    general = gauss_newton(
+        net, (x, y), lambda f, t: F.cross_entropy(f, t), num_samples=None
+    )
+    torch.testing.assert_close(known.value, general.value)
+
+
+def test_channel_dropout_squares_the_sum_over_positions():
+    net = nn.Sequential(nn.Dropout2d(0.3), nn.Flatten(), nn.Linear(12, 2)).double()
+    batch = torch.randn(3, 3, 2, 2).double(), torch.randn(3, 2).double()
+    found = gauss_newton(net, batch, "mse", num_samples=None)
+    clean = float(clean_risk(net, batch, losses.resolve_loss("mse")).detach())
+    total = 0.0
+    for mask, chance in every_mask(3, 0.3):
+        noise = (mask / 0.7)[None, :, None, None]
+        total += chance * float(
+            F.mse_loss(net[1:](batch[0] * noise), batch[1]).detach()
+        )
+    assert abs(float(found.value) - (total - clean)) < 1e-12
+
+
+def test_several_sites_add_and_linear_networks_agree_to_second_order():
+    net = nn.Sequential(
+        nn.Dropout(0.01), nn.Linear(3, 4), nn.Dropout(0.02), nn.Linear(4, 2)
+    ).double()
+    batch = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+    found = gauss_newton(net, batch, "mse", num_samples=None)
+    assert set(found.per_site) == {"0", "2"}
+    assert not found.exact
+    torch.testing.assert_close(sum(found.per_site.values()), found.value)
+    assert float(found.value) == pytest.approx(
+        excess(net, [3, 4], batch, F.mse_loss), rel=0.03
+    )
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.cross_entropy])
+def test_sampled_gauss_newton_is_unbiased_with_batch_norm(loss):
+    """Batch normalization couples the samples: both forms must know."""
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.Dropout(0.3), nn.BatchNorm1d(4), nn.Linear(4, 3)
+    ).double()
+    y = torch.tensor([0, 1, 2, 1]) if loss is F.cross_entropy else torch.randn(4, 3)
+    batch = torch.randn(4, 3).double(), y if y.dtype == torch.int64 else y.double()
+    exact = gauss_newton(net, batch, loss, num_samples=None)
+    sampled = gauss_newton(net, batch, loss, num_samples=200)
+    assert (sampled.value - exact.value).abs() < 4 * sampled.standard_error
+    h = net[0](batch[0]).detach()
+    jacobian = torch.autograd.functional.jacobian(lambda h: net[2:](h), h)
+    outputs = net[2:](h).detach()
+    hessian = torch.autograd.functional.hessian(lambda f: loss(f, batch[1]), outputs)
+    blocks = torch.stack([hessian[i, :, i] for i in range(4)])
+    by_hand = torch.einsum("lahj,lab,lbhj->hj", jacobian, blocks, jacobian) * h**2
+    torch.testing.assert_close(exact.value, (0.3 / 0.7) / 2 * by_hand.sum())
+
+
+def test_standard_error_shrinks_and_covers():
+    net = nn.Sequential(
+        nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 8), nn.Tanh(),
+        nn.Linear(8, 3),
+    ).double()  # fmt: skip
+    batch = torch.randn(16, 4).double(), torch.randn(16, 3).double()
+    truth = gauss_newton(net, batch, "mse", num_samples=None).value
+    draws = [gauss_newton(net, batch, "mse", num_samples=4) for _ in range(200)]
+    z = torch.stack([(d.value - truth) / d.standard_error for d in draws])
+    assert 0.8 < z.std() < 1.25
+    assert z.mean().abs() < 4 / 200**0.5
+    single = [gauss_newton(net, batch, "mse", num_samples=1) for _ in range(400)]
+    claimed = torch.stack([d.standard_error for d in single]).square().mean()
+    spread = torch.stack([d.value for d in single]).var()
+    assert claimed > 0.9 * spread  # one sample: an upper bound, on average
+
+
+def test_monte_carlo_is_unbiased_for_any_loss():
+    net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 3))
+    net = net.double()
+    batch = torch.randn(4, 2).double(), torch.tensor([0, 1, 2, 0])
+    truth = excess(net, [5], batch, F.cross_entropy)
+    # `excess` has put its own noise in the place of the dropout
+    net[2] = nn.Dropout(0.5)
+    found = monte_carlo(net, batch, "cross_entropy", num_masks=1000)
+    assert abs(float(found.value) - truth) < 4 * float(found.standard_error)
+    assert float(found.standard_error) < 0.2 * truth
+    assert found.num_samples == 1000 and not found.exact
+
+
+@given(networks(max_width=4, max_depth=1), st.floats(0.001, 1.0))
+def test_r2_decomposes(case, lr):
+    net, batch, _, _ = case
+    r2 = gradient_norm(net, batch, "mse", lr=lr, num_masks=2)
+    torch.testing.assert_close(r2.value, r2.mean_gradient + r2.dropout_noise)
+    assert r2.dropout_noise >= 0
+    assert bool(r2.standard_error.isnan())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_r2_is_the_enumerated_one(shared):
+    """Shared mask: by enumeration. Per-sample masks: the closed form of two layers."""
+    torch.manual_seed(1)
+    n, m, p = 3, 4, 0.4
+    net = nn.Sequential(
+        nn.Linear(2, m, bias=False), nn.ReLU(), nn.Dropout(p),
+        nn.Linear(m, 1, bias=False),
+    ).double()  # fmt: skip
+    batch = torch.randn(n, 2).double(), torch.randn(n, 1).double()
+    found = gradient_norm(
+        net, batch, tdi.half_squared_error, lr=0.1, num_masks=2000, shared_mask=shared
+    )
+    expected, mean = two_layer_closed_form(net, batch, p, shared)
+    if shared:
+        _, squares, mean_squares = expected_risk(
+            net, [m], batch, tdi.half_squared_error, gradients=True
+        )
+        assert squares == pytest.approx(float(expected), rel=1e-10)
+        assert mean_squares == pytest.approx(float(mean), rel=1e-10)
+    for value, error, truth in (
+        (found.value, found.standard_error, expected),
+        (found.dropout_noise, found.dropout_noise_standard_error, expected - mean),
+    ):
+        assert abs(float(value) - 0.1 / 4 * float(truth)) < 4 * float(error)
+        assert float(error) < 0.1 * float(value)
+    assert found.shared_mask is shared
+
+
+def two_layer_closed_form(net, batch, p, shared):
+    """``E||g||^2`` and ``||E g||^2``: sums over pairs of samples and units."""
+    x, y = batch
+    inner, outer = net[0].weight.detach(), net[3].weight.detach()[0]
+    q, c, n = 1 - p, p / (1 - p), len(x)
+    pre = x @ inner.T
+    o = outer * pre.relu()
+    e = o.sum(1) - y[:, 0]
+    # gradients of o_ij in its own parameters (a_j, w_j)
+    v = torch.cat(
+        [pre.relu()[..., None], (outer * (pre > 0))[..., None] * x[:, None]], -1
+    )
+    gram = torch.einsum("ijp,ljp->ilj", v, v)
+    a = e[:, None] + c * o
+    aa = a[:, None] * a[None]
+    s = (o @ o.T)[..., None] - o[:, None] * o[None]
+    same = torch.ones(n, n) if shared else torch.eye(n)
+    summand = torch.where(same[..., None] > 0, (aa + c * s) / q, aa)
+    return (summand * gram).sum() / n**2, (aa * gram).sum() / n**2
+
+
+def test_r2_of_parameter_groups_weighs_each():
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)).double()
+    batch = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    rates = {"1.weight": 0.1, "1.bias": 0.4}
+
+    def of(lr):
+        torch.manual_seed(5)
+        return gradient_norm(net, batch, "mse", lr=lr).value
+
+    parts = [
+        of({n: r if n == name else 0.0 for n, r in rates.items()}) for name in rates
+    ]
+    torch.testing.assert_close(of(rates), sum(parts))
+
+
+def test_last_layer_is_a_training_loss():
+    h = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 1, 1, 0])
+    assert torch.autograd.gradcheck(lambda h, w: last_layer(h, w, 0.3), (h, w))
+    for loss in (F.cross_entropy, lambda f, t: F.cross_entropy(f, t)):
+        assert torch.autograd.gradcheck(
+            lambda h, w, loss=loss: last_layer(
+                h, w, 0.3, loss=loss, outputs=h @ w.T, targets=labels
+            ),
+            (h, w),
+        )
+
+
+def test_measuring_leaves_the_model_alone():
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)
+    )
+    net[1].eval()
+    batch = torch.randn(8, 3), torch.randn(8, 2)
+    net(batch[0]).sum().backward()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    grads = [x.grad.clone() for x in net.parameters()]
+    modes = [m.training for m in net.modules()]
+    gauss_newton(net, batch, "mse")
+    monte_carlo(net, batch, "mse", num_masks=2)
+    gradient_norm(net, batch, "mse", lr=0.1)
+    net[1].train()
+    gauss_newton(net, batch, "mse")
+    net[1].eval()
+    assert modes == [m.training for m in net.modules()]
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(
+        torch.equal(x.grad, g) for x, g in zip(net.parameters(), grads, strict=True)
+    )
+    assert not any(m._forward_hooks for m in net.modules())
+    with pytest.raises(ZeroDivisionError):
+        gauss_newton(net, batch, lambda f, t: 1 / 0)
+    assert not any(m._forward_hooks for m in net.modules())
+    assert modes == [m.training for m in net.modules()]
+
+
+def test_bad_input():
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
+    batch = torch.randn(4, 3), torch.randn(4, 2)
+    with pytest.raises(ValueError, match="'mse', 'cross_entropy'"):
+        gauss_newton(net, batch, "l1")
+    with pytest.raises(TypeError, match="callable"):
+        gauss_newton(net, batch, 3)
+    with pytest.raises(ValueError, match="reduction"):
+        gauss_newton(net, batch, nn.MSELoss(reduction="none"))
+    with pytest.raises(ValueError, match="scalar"):
+        monte_carlo(net, batch, lambda f, t: f - t)
+    with pytest.raises(ValueError, match="num_samples"):
+        gauss_newton(net, batch, "mse", num_samples=0)
+    with pytest.raises(ValueError, match="num_masks"):
+        monte_carlo(net, batch, "mse", num_masks=1)
+    with pytest.raises(ValueError, match="even"):
+        gradient_norm(net, batch, "mse", lr=0.1, num_masks=3)
+    for p in (1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="got"):
+            last_layer(torch.ones(2, 3), torch.ones(1, 3), p)
+    with pytest.raises(ValueError, match="features"):
+        last_layer(torch.ones(2, 3), torch.ones(1, 4), 0.5)
+    with pytest.raises(ValueError, match="outputs"):
+        last_layer(torch.ones(2, 3), torch.ones(1, 3), 0.5, loss="cross_entropy")
+    net[0].p = 1.0
+    with pytest.raises(ValueError, match="site `0`"):
+        gauss_newton(net, batch, "mse")
+    pair = nn.LSTM(3, 2)
+    with pytest.raises(TypeError, match="one tensor"):
+        gauss_newton(pair, (torch.randn(4, 1, 3), None), "mse")
