@@ -1,11 +1,8 @@
 // CPU: the vectorised loops on torch's threads.
 #include <algorithm>
+#include <functional>
 #include <stdexcept>
 #include <vector>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include <torch/csrc/stable/ops.h>
 
@@ -34,35 +31,13 @@ void for_words(int64_t numel, const Body& body) {
   }
 }
 
-// The first touch of a fresh result costs five times what filling it does, in
-// page faults. malloc maps blocks from 32 MiB up anew each time and gives them back
-// when freed, so the advice dies with them.
-void advise_huge_pages(const MaskArgs& args) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  constexpr uintptr_t kFreshMap = uintptr_t{1} << 25;
-  constexpr uintptr_t kItemSize[kNumDtypes] = {4, 8, 2, 2};
-  const uintptr_t size =
-      static_cast<uintptr_t>(args.numel) * kItemSize[static_cast<int>(args.dtype)];
-  if (size < kFreshMap) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(args.y);
-  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t last = (begin + size) & ~(kHugePage - 1);
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)args;
-#endif
-}
-
 void forward(const MaskArgs& args, int) {
-  advise_huge_pages(args);
   const auto range = kernels().forward[static_cast<int>(args.dtype)];
   for_words(args.numel,
             [&](int64_t begin, int64_t end) { range(args, begin, end); });
 }
 
 void apply(const MaskArgs& args, int) {
-  advise_huge_pages(args);
   const auto range = kernels().apply[static_cast<int>(args.dtype)];
   for_words(args.numel,
             [&](int64_t begin, int64_t end) { range(args, begin, end); });
@@ -108,8 +83,10 @@ void count_folded(const CountArgs& args, int64_t fold) {
   std::vector<int64_t> totals(static_cast<size_t>(fold * args.units));
   count_columns({args.packed, args.packed_bytes / 8, 0, args.rows / fold,
                  fold * args.units, totals.data()});
-  for (size_t i = 0; i < totals.size();) {
-    for (int64_t unit = 0; unit < args.units; ++unit) args.counts[unit] += totals[i++];
+  const int64_t* from = totals.data();
+  for (int64_t i = 0; i < fold; ++i, from += args.units) {
+    std::transform(from, from + args.units, args.counts, args.counts,
+                   std::plus<int64_t>());
   }
 }
 

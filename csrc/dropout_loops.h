@@ -118,31 +118,40 @@ DROPOUT_INLINE void add_bytes(const ByteCounter& counter, const Columns& columns
   }
 }
 
-// Column sums of the 64-column chunks [begin, end), in bytes for as many rows as a
-// byte can count.
-template <class Window>
-DROPOUT_INLINE void count_chunks(const Columns& columns, int64_t begin, int64_t end,
+// Column sums of `kChunks` neighbouring chunks of 64 columns, in bytes for as many
+// rows as a byte can count. Neighbours share cache lines, and rows whose length is a
+// power of two share cache sets: a line had better be used while it is there.
+template <int kChunks, class Window>
+DROPOUT_INLINE void count_chunks(const Columns& columns, int64_t chunk,
                                  const Window& window) {
   constexpr int64_t kByteRows = 255;
   for (int64_t row = 0; row < columns.rows; row += kByteRows) {
     const int64_t left = columns.rows - row;
     const int64_t rows = left < kByteRows ? left : kByteRows;
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      int64_t bit = columns.first_bit + row * columns.width + chunk * 64;
-      ByteCounter counter;
-      for (int64_t r = 0; r < rows; ++r, bit += columns.width) {
-        counter.add(window(columns, bit));
+    int64_t bit = columns.first_bit + row * columns.width + chunk * 64;
+    ByteCounter counters[kChunks];
+    for (int64_t r = 0; r < rows; ++r, bit += columns.width) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kChunks; ++i) {
+        counters[i].add(window(columns, bit + 64 * i));
       }
-      add_bytes(counter, columns, chunk);
     }
+    for (int i = 0; i < kChunks; ++i) add_bytes(counters[i], columns, chunk + i);
   }
+}
+
+template <class Window>
+DROPOUT_INLINE void count_with(const Columns& columns, int64_t begin, int64_t end,
+                               const Window& window) {
+  for (; begin + 4 <= end; begin += 4) count_chunks<4>(columns, begin, window);
+  for (; begin < end; ++begin) count_chunks<1>(columns, begin, window);
 }
 
 inline void count_range(const Columns& columns, int64_t begin, int64_t end) {
   if (columns.first_bit % 64 == 0 && columns.width % 64 == 0) {
-    count_chunks(columns, begin, end, WholeWord{});
+    count_with(columns, begin, end, WholeWord{});
   } else {
-    count_chunks(columns, begin, end, AnyWindow{});
+    count_with(columns, begin, end, AnyWindow{});
   }
 }
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "dropout_backend.h"
+#include "large_blocks.h"
 #include "tensor_handle.h"
 
 #ifdef DROPOUT_WITH_CUDA
@@ -123,7 +124,7 @@ void dropout_forward(StableIValue* stack, uint64_t, uint64_t) {
   x.make_contiguous();
   rng.make_contiguous();
   const int64_t numel = x.numel();
-  Tensor y = Tensor::empty(x.dim(), x.sizes(), x.dtype(), device);
+  Tensor y = empty_like(x, device);
   Tensor packed = empty_packed(numel, device);
   backend.forward({x.data(), y.data(), static_cast<uint8_t*>(packed.data()),
                    static_cast<const int64_t*>(rng.data()), numel,
@@ -150,7 +151,7 @@ void mask_apply(StableIValue* stack, uint64_t, uint64_t) {
   const DeviceGuard guard(device);
   x.make_contiguous();
   packed.make_contiguous();
-  Tensor y = Tensor::empty(x.dim(), x.sizes(), x.dtype(), device);
+  Tensor y = empty_like(x, device);
   backend.apply({x.data(), y.data(), static_cast<uint8_t*>(packed.data()), nullptr,
                  numel, 0, scale, dtype},
                 device.index);

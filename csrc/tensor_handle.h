@@ -122,16 +122,21 @@ class Tensor {
 
   static Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype,
                       Device device) {
+    AtenTensorHandle handle;
+    DROPOUT_TORCH(aoti_torch_empty_strided(dim, sizes,
+                                           row_major_strides(dim, sizes).data(),
+                                           dtype, device.type, device.index, &handle));
+    return Tensor(handle);
+  }
+
+  static std::vector<int64_t> row_major_strides(int64_t dim, const int64_t* sizes) {
     std::vector<int64_t> strides(static_cast<size_t>(dim));
     int64_t stride = 1;
     for (int64_t i = dim - 1; i >= 0; --i) {
       strides[static_cast<size_t>(i)] = stride;
       if (sizes[i] > 1) stride *= sizes[i];
     }
-    AtenTensorHandle handle;
-    DROPOUT_TORCH(aoti_torch_empty_strided(dim, sizes, strides.data(), dtype,
-                                           device.type, device.index, &handle));
-    return Tensor(handle);
+    return strides;
   }
 
   // Row-major memory, copied only where it is not row-major already.

@@ -19,6 +19,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("ci")
+# Tensors here are small; waiting for a second thread on a busy machine is not.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -110,7 +110,7 @@ def test_small_and_weak_neurons():
 def test_blocks_change_nothing(monkeypatch):
     weights = torch.randn(100, 2)
     whole = cd.effective_neurons(weights)
-    monkeypatch.setattr(cd, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(cd.cover, "_BLOCK_BYTES", 1000)
     assert torch.equal(cd.effective_neurons(weights).labels, whole.labels)
 
 

@@ -101,6 +101,7 @@ def lib(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "philox": (None, [ptr, ptr, ptr]),
         "word_of_element": (ctypes.c_uint32, [ptr, ctypes.c_uint64]),
         "threshold": (ctypes.c_uint64, [f64]),
+        "narrow": (ctypes.c_uint16, [i32, ctypes.c_uint32]),
         "chosen_isa": (text, [text]),
         "cpu_forward": (None, [text, i32, ptr, ptr, ptr, ptr, i64, f64, i64, i64]),
         "cpu_apply": (None, [text, i32, ptr, ptr, ptr, i64, f64]),
@@ -178,11 +179,35 @@ def test_index_function_is_64_bit(lib: Any, first: int) -> None:
         (2.0**-33, 1),  # the half rounds up, not to even
         (3 * 2.0**-33, 2),
         (0.1, 429496730),
+        (2.0, 2**32),
         (float("nan"), 0),
     ],
 )
 def test_threshold(lib: Any, p: float, threshold: int) -> None:
     assert lib.threshold(p) == threshold
+
+
+@pytest.mark.parametrize(
+    ("bits", "bfloat16", "half"),
+    [
+        (0x3F800000, 0x3F80, 0x3C00),
+        (0xC77FE000, 0xC780, 0xFBFF),  # -65504, the last half
+        (0x477FEFFF, 0x4780, 0x7BFF),  # below 65520: down to 65504
+        (0x477FF000, 0x4780, 0x7C00),  # 65520: up to infinity
+        (0x3F808000, 0x3F80, 0x3C04),  # half way between two bfloat16s: to even
+        (0x3F818000, 0x3F82, 0x3C0C),
+        (0x3F801000, 0x3F80, 0x3C00),  # half way between two halves: to even
+        (0x3F803000, 0x3F80, 0x3C02),
+        (0x33000000, 0x3300, 0x0000),  # 2^-25: half the smallest half, to even
+        (0x33000001, 0x3300, 0x0001),
+        (0x387FC000, 0x3880, 0x03FF),  # the last subnormal half
+        (0xFF800000, 0xFF80, 0xFC00),
+        (0x7F800001, 0x7FC0, 0x7E00),  # a signalling NaN becomes quiet
+        (0xFFFFFFFF, 0xFFFF, 0xFFFF),
+    ],
+)
+def test_rounding_to_16_bits(lib: Any, bits: int, bfloat16: int, half: int) -> None:
+    assert (lib.narrow(2, bits), lib.narrow(3, bits)) == (bfloat16, half)
 
 
 # ---- CPU instruction sets
@@ -274,12 +299,21 @@ def test_all_16_bit_inputs_agree(lib: Any) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "width", "first_bit"),
-    [(1, 1, 0), (3, 64, 0), (300, 64, 64), (7, 65, 3), (600, 10, 1), (2, 1000, 63)],
+    [
+        (1, 1, 0),
+        (3, 64, 0),
+        (600, 64, 64),
+        (5, 128, 3),
+        (7, 65, 3),
+        (600, 10, 1),
+        (2, 1000, 63),
+    ],
 )
 def test_column_counts(lib: Any, rows: int, width: int, first_bit: int) -> None:
     numel = first_bit + rows * width
     bits = np.zeros(packed_size(numel) * 8, dtype=bool)
     bits[:numel] = np.random.default_rng(width).random(numel) < 0.7
+    bits[first_bit:numel:width] = True  # one full column: bytes must not overflow
     packed = np.packbits(bits, bitorder="little")
     matrix = bits[first_bit:numel].reshape(rows, width)
     for isa in available(lib):
@@ -416,6 +450,30 @@ def test_strides_do_not_move_the_mask() -> None:
         torch.testing.assert_close(y, expected, rtol=0, atol=0)
         again = op.mask_apply(view, packed, 2.0)
         torch.testing.assert_close(again, expected, rtol=0, atol=0)
+
+
+@needs_compiled
+def test_large_results_do_not_share_memory() -> None:
+    op = torch.ops.torch_dropout_ir
+    x = torch.arange(1.0, 2**23 + 100)  # past 32 MiB, where results are recycled
+
+    def check(y: torch.Tensor, packed: torch.Tensor) -> None:
+        keep = torch.from_numpy(unpacked(packed.numpy(), x.numel()))
+        assert torch.equal(y, torch.where(keep, x * 2, 0.0))
+
+    first = op.dropout_forward(x, RNG_TENSOR, 0.5)
+    address = first[0].data_ptr()
+    view = first[0][5:]
+    second = op.dropout_forward(x, RNG_TENSOR + 1, 0.5)
+    check(*first)
+    check(*second)
+    del first
+    third = op.dropout_forward(x, RNG_TENSOR + 2, 0.5)
+    check(*third)
+    assert third[0].data_ptr() != address, "a view still holds the first result"
+    assert torch.equal(view[:3] != 0, view[:3] == 2 * x[5:8])
+    del view, second
+    check(*op.dropout_forward(x, RNG_TENSOR + 3, 0.5))
 
 
 X = torch.ones(100)

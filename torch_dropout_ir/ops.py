@@ -166,9 +166,7 @@ def mask_apply(x: Tensor, packed: Tensor, scale: float) -> Tensor:
     return _mask_apply(x, packed, scale)
 
 
-def mask_unpack(packed: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
-    """Return a packed mask as booleans of shape ``size`` (True = kept)."""
-    return kernels.unpack(packed, size)
+mask_unpack = kernels.unpack
 
 
 def unit_counts(packed: Tensor, rows: int, units: int) -> Tensor:

@@ -38,6 +38,12 @@ uint32_t word_of_element(const int64_t* rng, uint64_t index) {
 
 uint64_t threshold(double p) { return drop_threshold(p); }
 
+// A float, given by its bits, as bfloat16 (dtype 2) or half (dtype 3).
+uint16_t narrow(int dtype, uint32_t bits) {
+  const float x = bit_cast<float>(bits);
+  return dtype == 2 ? to_bfloat16(x).bits : to_half(x).bits;
+}
+
 const char* chosen_isa(const char* wanted) {
   const Kernels* chosen = &choose_kernels(wanted);
 #if defined(__x86_64__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,13 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import OURS, Capture
+from torch_dropout_ir.analysis.delivery import Delivery, warn
 from torch_dropout_ir.analysis.measures import Measure
 from torch_dropout_ir.analysis.records import Record, Sink
 from torch_dropout_ir.analysis.snapshot import (
@@ -26,6 +22,7 @@ from torch_dropout_ir.analysis.snapshot import (
     received_gradients,
     theory_note,
 )
+from torch_dropout_ir.analysis.steps import OptimizerSteps
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
 from torch_dropout_ir.functional import as_batches, preserved_rng
 from torch_dropout_ir.losses import Loss, resolve_loss
@@ -65,10 +62,10 @@ class Analysis:
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.absent: dict[str, str] = {}
         self.notes: dict[str, str] = {}
-        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._steps = OptimizerSteps(model, optimizer)
         self._cadence = cadence
         self._measures = list(measures)
-        self._sinks = list(sinks)
+        self._delivery = Delivery(sinks)
         self._data = data
         self._converted = convert
         self._seed = torch.initial_seed() % 2**62
@@ -76,9 +73,10 @@ class Analysis:
         self._due = set(cadence.due(0))
         self._capture = Capture(model, find_sites(model))
         self._handles = contextlib.ExitStack()
+        self._handles.callback(self._delivery.close)
         self._attached = False
         self._loaded: dict[str, MaskStatistics] = {}
-        self._leave = weakref.finalize(self, _leave, self._handles, self._sinks)
+        self._leave = weakref.finalize(self, self._handles.close)
         self.sites: tuple[SiteReport, ...] = report_sites(model)
 
     def attach(self) -> None:
@@ -86,40 +84,22 @@ class Analysis:
         if self._converted:
             convert_dropout_(self.model)
         self._capture.attach(self)
-        for register, method in (
-            (register_optimizer_step_pre_hook, self._before_step),
-            (register_optimizer_step_post_hook, self._after_step),
-        ):
-            hook = _Weakly(weakref.WeakMethod(method))
-            self._handles.callback(register(hook).remove)
+        self._handles.callback(self._steps.watch(self._before_step, self._after_step))
         self._attached = True
         self._plan()
 
     # What the optimizer calls ---------------------------------------------------------
 
-    def _before_step(self, optimizer: Optimizer) -> None:
-        if self._owns(optimizer) and self._due:
+    def _before_step(self) -> None:
+        if self._due:
             self._measure_safely(self._due)
 
-    def _after_step(self, optimizer: Optimizer) -> None:
-        if not self._owns(optimizer):
-            return
+    def _after_step(self) -> None:
         now = time.perf_counter()
         self._cadence.trained(now - self._clock)
         self._clock = now
         self.step += 1
         self._plan()
-
-    def _owns(self, optimizer: Optimizer) -> bool:
-        """Whether this is the optimizer that counts; the first that steps the model."""
-        if self._optimizer is not None:
-            return self._optimizer() is optimizer
-        own = {id(x) for x in self.model.parameters()}
-        if any(
-            id(x) in own for group in optimizer.param_groups for x in group["params"]
-        ):
-            self._optimizer = weakref.ref(optimizer)
-        return self._optimizer is not None
 
     def _plan(self) -> None:
         """Decide what the coming step must show."""
@@ -211,7 +191,7 @@ class Analysis:
     def _fail(self, name: str, err: Exception) -> None:
         reason = f"{type(err).__name__}: {err}"
         if self.absent.get(name) != reason:
-            _warn(
+            warn(
                 f"the measure {name!r} failed at step {self.step} ({reason}); training "
                 "goes on without it."
             )
@@ -221,15 +201,7 @@ class Analysis:
         for tag, value in records.items():
             if isinstance(value, float):
                 self.history.setdefault(tag, []).append((self.step, value))
-        for sink in list(self._sinks):
-            try:
-                sink.write(self.step, records, self.notes)
-            except Exception as err:
-                self._sinks.remove(sink)
-                _warn(
-                    f"{type(sink).__name__} failed ({type(err).__name__}: {err}) and "
-                    "is switched off; `history` goes on."
-                )
+        self._delivery.write(self.step, records, self.notes)
 
     def _snapshot(self) -> Snapshot:
         capture = self._capture
@@ -240,7 +212,7 @@ class Analysis:
         if capture.targets is None and self._data is not None:
             batch = next(iter(as_batches(self._data)), batch)
         seen = None if batch[1] is None else [batch]
-        optimizer = None if self._optimizer is None else self._optimizer()
+        optimizer = self._steps.optimizer
         self.notes.update(theory_note(optimizer))
         lr, gradients = received_gradients(self.model, optimizer)
         return Snapshot(
@@ -317,30 +289,3 @@ class Analysis:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
-
-
-class _Weakly:
-    """A global optimizer hook that does not keep the analysis alive."""
-
-    def __init__(self, method: weakref.WeakMethod[Any]) -> None:
-        self.method = method
-
-    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
-        method = self.method()
-        if method is not None:
-            method(optimizer)
-
-
-def _leave(handles: contextlib.ExitStack, sinks: list[Sink]) -> None:
-    handles.close()
-    for sink in sinks:
-        try:
-            sink.close()
-        except Exception as err:
-            _warn(f"closing {type(sink).__name__} failed: {err}")
-
-
-def _warn(message: str) -> None:
-    """Warn, but let no filter make an error of it: training goes on."""
-    with contextlib.suppress(Warning):
-        warnings.warn(f"torch_dropout_ir: {message}", stacklevel=3)

@@ -9,10 +9,10 @@ class Cadence:
     """Decides which measures are due at a step.
 
     With a number, every measure is due at its multiples. With ``"auto"`` each measure
-    has an equal part of the budget: training time earns it credit, measuring spends it,
-    and it is due when it can pay what it cost the last time. What the first
-    measurement costs is a debt like any other, so the share of the analysis falls to
-    the budget and stays there. Idle time earns no more than one measurement.
+    has an equal part of the budget: what it costs is a debt that training time pays
+    off, and it is due again when the debt is paid. The first measurement is on credit
+    like any other, so the share of the analysis falls to the budget and stays there;
+    idle time saves nothing up.
 
     Args:
         every: Optimizer steps between measurements, or ``"auto"``.
@@ -36,30 +36,26 @@ class Cadence:
             )
         self.every = every
         self._earning = budget / (1.0 - budget) / max(1, len(names))
-        self._credit = dict.fromkeys(names, 0.0)
-        self._price: dict[str, float] = {}
+        self._debt = dict.fromkeys(names, 0.0)
         self.measured_seconds = 0.0
         self.training_seconds = 0.0
 
     def due(self, step: int) -> list[str]:
         """Return the names of the measures to take at ``step``."""
         if isinstance(self.every, int):
-            return list(self._credit) if step % self.every == 0 else []
-        return [n for n, c in self._credit.items() if c >= self._price.get(n, -1.0)]
+            return list(self._debt) if step % self.every == 0 else []
+        return [name for name, debt in self._debt.items() if debt <= 0]
 
     def trained(self, seconds: float) -> None:
-        """Earn credit for training time."""
+        """Pay off debts with training time."""
         self.training_seconds += seconds
-        for name, credit in self._credit.items():
-            earned = credit + self._earning * seconds
-            self._credit[name] = min(earned, self._price.get(name, 0.0))
+        for name, debt in self._debt.items():
+            self._debt[name] = max(0.0, debt - self._earning * seconds)
 
     def measured(self, name: str, seconds: float) -> None:
-        """Spend credit on a measurement."""
+        """Enter a measurement."""
         self.measured_seconds += seconds
-        if name in self._credit:
-            self._credit[name] -= seconds
-            self._price[name] = seconds
+        self._debt[name] += seconds
 
     @property
     def share(self) -> float:
@@ -70,16 +66,13 @@ class Cadence:
     def state_dict(self) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` needs to go on."""
         return {
-            "credit": dict(self._credit),
-            "price": dict(self._price),
+            "debt": dict(self._debt),
             "measured_seconds": self.measured_seconds,
             "training_seconds": self.training_seconds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; measures that it does not know start afresh."""
-        known = {n: c for n, c in state["credit"].items() if n in self._credit}
-        self._credit.update(known)
-        self._price.update({n: c for n, c in state["price"].items() if n in known})
+        self._debt.update({n: d for n, d in state["debt"].items() if n in self._debt})
         self.measured_seconds = state["measured_seconds"]
         self.training_seconds = state["training_seconds"]

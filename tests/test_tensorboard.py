@@ -1,0 +1,147 @@
+"""Event files, read back with TensorBoard's own reader."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PillowImage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from torch import nn
+
+import torch_dropout_ir as tdi
+from torch_dropout_ir.analysis import Histogram, Image
+from torch_dropout_ir.tensorboard import TensorBoardSink
+
+
+def read(path):
+    found = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 0})
+    found.Reload()
+    return found
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of 20 steps with everything on."""
+    model = nn.Sequential(
+        nn.Linear(4, 40), nn.ReLU(), nn.Dropout(0.5), nn.Linear(40, 2)
+    )
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    criterion = nn.MSELoss()
+    with tdi.attach_analysis(model, log_dir=tmp_path, every=5) as analysis:
+        for _ in range(20):
+            sgd.zero_grad()
+            criterion(model(torch.randn(16, 4)), torch.randn(16, 2)).backward()
+            sgd.step()
+    return analysis, read(tmp_path), model
+
+
+def test_every_number_is_read_back(run):
+    analysis, events, _ = run
+    assert set(events.Tags()["scalars"]) == set(analysis.history)
+    for tag, values in analysis.history.items():
+        got = [(e.step, e.value) for e in events.Scalars(tag)]
+        assert [s for s, _ in got] == [s for s, _ in values] == [0, 5, 10, 15]
+        np.testing.assert_allclose([v for _, v in got], [v for _, v in values], 1e-6)
+
+
+def test_the_contracts_tags_are_there(run):
+    _, events, _ = run
+    tags = events.Tags()
+    assert {
+        "regularizer/R1", "regularizer/R1/2", "regularizer/R1_standard_error",
+        "regularizer/R2", "regularizer/R2_dropout_noise", "loss/R_S", "loss/modified",
+        "mask/keep_rate/2", "mask/z_score/2", "condensation/effective_ratio/0",
+        "condensation/effective_neurons/0", "sharpness/top_eigenvalue",
+        "sharpness/top_eigenvalue_residual", "sharpness/trace",
+        "sharpness/trace_standard_error", "cost/seconds/sharpness", "cost/share",
+    } <= set(tags["scalars"])  # fmt: skip
+    assert {"condensation/cosine/0", "condensation/cosine/3"} == set(tags["images"])
+    assert "condensation/cosines/0" in tags["histograms"]
+
+
+def test_heat_map_shows_the_cosines(tmp_path):
+    weights = torch.cat((torch.eye(3), -torch.eye(3)))
+    field = tdi.condensation.cosine_similarity(weights)
+    sink = TensorBoardSink(tmp_path)
+    sink.write(0, {"condensation/cosine/x": Image(field, -1, 1)}, {})
+    sink.close()
+    (event,) = read(tmp_path).Images("condensation/cosine/x")
+    picture = PillowImage.open(io.BytesIO(event.encoded_image_string))
+    assert picture.size == (event.width, event.height) == (192, 192)
+    colours = np.asarray(picture.convert("RGB"))[16::32, 16::32]
+    assert (colours[0, 0] == (178, 24, 43)).all()  # parallel: red
+    assert (colours[0, 3] == (33, 102, 172)).all()  # opposite: blue
+    assert colours[0, 1].min() > 240  # orthogonal: white
+
+
+def test_large_heat_maps_are_averaged_to_256():
+    from torch_dropout_ir.analysis.measures import Condensation
+    from torch_dropout_ir.analysis.snapshot import Snapshot
+
+    model = nn.Linear(5, 1500)
+    records = Condensation()(Snapshot(model, 0, ()))
+    (image,) = [r for r in records.values() if isinstance(r, Image)]
+    assert image.values.shape == (256, 256)
+    (histogram,) = [r for r in records.values() if isinstance(r, Histogram)]
+    drawn = -(-1500 // 2)  # every second neuron
+    assert int(histogram.counts.sum()) == drawn * (drawn - 1) // 2
+
+
+def test_histogram_of_cosines_counts_each_pair(run):
+    _, events, model = run
+    histogram = events.Histograms("condensation/cosines/0")[0].histogram_value
+    assert histogram.num == sum(histogram.bucket) == 40 * 39 / 2
+    assert (histogram.min, histogram.max) == (-1, 1)
+    assert len(histogram.bucket) == len(histogram.bucket_limit) == 80
+
+
+def test_one_event_a_step_and_descriptions_once(run, tmp_path):
+    (file,) = tmp_path.glob("events*")
+    events = [
+        e for e in LegacyEventFileLoader(str(file)).Load() if e.HasField("summary")
+    ]
+    assert [e.step for e in events] == [0, 5, 10, 15]
+    said = {v.tag: v.metadata.summary_description for v in events[0].summary.value}
+    for tag in said:
+        assert said[tag], f"{tag} has no description"
+    assert "exact, closed form" in said["regularizer/R1"]
+    again = [v.metadata.summary_description for v in events[1].summary.value]
+    assert not any(again)
+
+
+def test_default_directory_is_summary_writers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with tdi.attach_analysis(nn.Linear(2, 2)):
+        pass
+    (found,) = (tmp_path / "runs").iterdir()
+    assert os.uname().nodename in found.name
+
+
+def test_unwritable_directory_attaches_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    model = nn.Sequential(nn.Dropout())
+    with pytest.raises(OSError, match="log_dir"):
+        tdi.attach_analysis(model, log_dir=tmp_path / "file" / "run", convert=True)
+    assert type(model[0]) is nn.Dropout and not model._forward_hooks
+
+
+def test_events_are_on_disk_without_detach(tmp_path):
+    """A script that just ends, as scripts do."""
+    import subprocess
+    import sys
+
+    script = f"""
+import torch, torch_dropout_ir as tdi
+from torch import nn
+model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+tdi.attach_analysis(model, nn.MSELoss(), log_dir={str(tmp_path)!r}, every=1)
+for _ in range(3):
+    model(torch.ones(4, 2)).sum().backward()
+    sgd.step()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert [e.step for e in read(tmp_path).Scalars("regularizer/R1")] == [0, 1, 2]

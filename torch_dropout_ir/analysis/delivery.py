@@ -1,0 +1,49 @@
+"""Records on their way to the sinks; a sink that fails is left out, never in the way."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Mapping
+
+from torch_dropout_ir.analysis.records import Record, Sink
+
+
+class Delivery:
+    """Writes to every sink that still works.
+
+    Args:
+        sinks: The sinks.
+    """
+
+    def __init__(self, sinks: Iterable[Sink]) -> None:
+        self._sinks = list(sinks)
+
+    def write(
+        self, step: int, records: Mapping[str, Record], notes: Mapping[str, str]
+    ) -> None:
+        """Write the records of a step; switch off a sink that fails."""
+        for sink in list(self._sinks):
+            try:
+                sink.write(step, records, notes)
+            except Exception as err:
+                self._sinks.remove(sink)
+                warn(
+                    f"{type(sink).__name__} failed ({type(err).__name__}: {err}) and "
+                    "is switched off; `history` goes on."
+                )
+
+    def close(self) -> None:
+        """Close the sinks that still work."""
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as err:
+                warn(f"closing {type(sink).__name__} failed: {err}")
+        self._sinks.clear()
+
+
+def warn(message: str) -> None:
+    """Warn, but let no filter make an error of it: training goes on."""
+    with contextlib.suppress(Warning):
+        warnings.warn(f"torch_dropout_ir: {message}", stacklevel=3)

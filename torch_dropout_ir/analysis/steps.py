@@ -1,0 +1,76 @@
+"""The steps of the optimizer that trains a model, seen through torch's own hooks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+
+class OptimizerSteps:
+    """Tells when the optimizer that counts makes a step.
+
+    It is the one that was given, or else the first that steps parameters of the model.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer; None to find it.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        self._own = weakref.ref(model)
+        self._found = None if optimizer is None else weakref.ref(optimizer)
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer, once it is known and as long as it lives."""
+        return None if self._found is None else self._found()
+
+    def watch(
+        self, before: Callable[[], None], after: Callable[[], None]
+    ) -> Callable[[], None]:
+        """Call bound methods before and after each step; neither is kept alive.
+
+        Args:
+            before: Method to call before a step.
+            after: Method to call after it.
+
+        Returns:
+            A function that ends the watch.
+        """
+        handles = (
+            register_optimizer_step_pre_hook(self._calling(before)),
+            register_optimizer_step_post_hook(self._calling(after)),
+        )
+
+        def end() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return end
+
+    def _calling(self, method: Callable[[], None]) -> Callable[..., None]:
+        weak = weakref.WeakMethod(method)
+
+        def hook(optimizer: Optimizer, *_: Any) -> None:
+            call = weak()
+            if call is not None and self._counts(optimizer):
+                call()
+
+        return hook
+
+    def _counts(self, optimizer: Optimizer) -> bool:
+        model = self._own()
+        if self._found is None and model is not None:
+            own = {id(x) for x in model.parameters()}
+            stepped = (x for group in optimizer.param_groups for x in group["params"])
+            if any(id(x) in own for x in stepped):
+                self._found = weakref.ref(optimizer)
+        return self._found is not None and self._found() is optimizer

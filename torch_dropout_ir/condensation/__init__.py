@@ -1,0 +1,32 @@
+r"""Floor 2: orientations of neurons, and how few of them there are.
+
+Semantics:
+
+* The input weight of neuron ``j`` is its row of incoming weights with its bias
+  appended; its orientation is that vector over its norm.
+* Two neurons are parallel when the cosine of their input weights exceeds a threshold,
+  0.95 in the paper. The cosine is signed: opposite neurons are not condensed.
+* A neuron of norm zero, or below a stated share of the largest norm, is dead: it has
+  no orientation, is counted apart and never as a cluster.
+* In few dimensions the number of directions says little: weights in the plane (inputs
+  of one dimension) cover the circle by about ten whatever they do.
+"""
+
+from torch_dropout_ir.condensation.cover import EffectiveNeurons, effective_neurons
+from torch_dropout_ir.condensation.order import cluster_order
+from torch_dropout_ir.condensation.orientation import (
+    amplitudes,
+    cosine_similarity,
+    input_weights,
+    orientations,
+)
+
+__all__ = [
+    "EffectiveNeurons",
+    "amplitudes",
+    "cluster_order",
+    "cosine_similarity",
+    "effective_neurons",
+    "input_weights",
+    "orientations",
+]

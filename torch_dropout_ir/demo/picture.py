@@ -1,0 +1,87 @@
+"""The picture of the demonstration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from torch_dropout_ir.demo.data import Data
+    from torch_dropout_ir.demo.run import Outcome
+    from torch_dropout_ir.demo.settings import Settings
+
+_COLOURS: Final = ("#4d4d4d", "#b2182b")
+
+
+def draw(
+    outcomes: Sequence[Outcome], settings: Settings, data: Data, path: Path
+) -> None:
+    """Draw accuracy, R_1, loss slices and cosine heat maps of both runs.
+
+    Args:
+        outcomes: The run without dropout, then the one with it.
+        settings: What was run.
+        data: On what.
+        path: Where the PNG goes.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # an extra
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"Without and with dropout (p = {settings.p:g}): {data.name}", fontsize=12
+    )
+    panels: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    top, bottom = panels
+    accuracy, r1, slices = top.subplots(1, 3)
+    _curve(accuracy, outcomes, "demo/test_accuracy", "test accuracy")
+    lowest = min(outcome.numbers["test accuracy (%)"] for outcome in outcomes) / 100
+    accuracy.set_ylim(max(0.0, lowest - 0.15), 1.0)
+    _curve(r1, outcomes, "demo/R1_at_p", rf"$R_1$ at p = {settings.p:g}")
+    r1.set_yscale("log")
+    _slices(slices, outcomes)
+    _heat_maps(bottom, outcomes)
+    figure.savefig(path)
+
+
+def _curve(axes: Any, outcomes: Sequence[Outcome], tag: str, title: str) -> None:
+    for outcome, colour in zip(outcomes, _COLOURS, strict=True):
+        steps, values = zip(*outcome.curves[tag], strict=True)
+        axes.plot([s + 1 for s in steps], values, color=colour, label=outcome.name)
+    axes.set(title=title, xlabel="step + 1", xscale="log")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+
+
+def _slices(axes: Any, outcomes: Sequence[Outcome]) -> None:
+    from torch_dropout_ir.demo.run import SLICE_ALPHAS
+
+    for outcome, colour in zip(outcomes, _COLOURS, strict=True):
+        axes.plot(
+            SLICE_ALPHAS.numpy(),
+            outcome.slice.numpy(),
+            color=colour,
+            label=outcome.name,
+        )
+    axes.set(title=r"loss slice $R_S(\theta + \alpha d)$", xlabel=r"$\alpha$")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="lower left", fontsize="small")
+
+
+def _heat_maps(figure: Any, outcomes: Sequence[Outcome]) -> None:
+    panels = figure.subplots(1, len(outcomes))
+    for axes, outcome in zip(panels, outcomes, strict=True):
+        picture = axes.imshow(
+            outcome.cosines.numpy(),
+            cmap="RdBu_r",
+            vmin=-1,
+            vmax=1,
+            interpolation="nearest",
+        )
+        ratio = outcome.numbers["effective ratio"]
+        axes.set_title(f"{outcome.name}: effective ratio {ratio:.3f}")
+        axes.set_xlabel("hidden neuron, sorted by orientation")
+    figure.colorbar(picture, ax=panels, label="cosine of input weights", shrink=0.9)
