@@ -91,7 +91,7 @@ def test_large_heat_maps_are_averaged_to_256():
 
 
 def test_histogram_of_cosines_counts_each_pair(run):
-    _, events, model = run
+    _, events, _ = run
     histogram = events.Histograms("condensation/cosines/0")[0].histogram_value
     assert histogram.num == sum(histogram.bucket) == 40 * 39 / 2
     assert (histogram.min, histogram.max) == (-1, 1)

@@ -90,3 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("torch-dropout-ir: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Records on their way to the sinks; a sink that fails is left out, never in the way."""
+"""Records on their way to the sinks; a sink that fails is switched off."""
 
 from __future__ import annotations
 

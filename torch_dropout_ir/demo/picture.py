@@ -36,20 +36,21 @@ def draw(
     panels: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     top, bottom = panels
     accuracy, r1, slices = top.subplots(1, 3)
-    _curve(accuracy, outcomes, "demo/test_accuracy", "test accuracy")
+    _curve(accuracy, outcomes, 1, "test accuracy")
     lowest = min(outcome.numbers["test accuracy (%)"] for outcome in outcomes) / 100
     accuracy.set_ylim(max(0.0, lowest - 0.15), 1.0)
-    _curve(r1, outcomes, "demo/R1_at_p", rf"$R_1$ at p = {settings.p:g}")
+    _curve(r1, outcomes, 2, rf"$R_1$ at p = {settings.p:g}")
     r1.set_yscale("log")
     _slices(slices, outcomes)
     _heat_maps(bottom, outcomes)
     figure.savefig(path)
 
 
-def _curve(axes: Any, outcomes: Sequence[Outcome], tag: str, title: str) -> None:
+def _curve(axes: Any, outcomes: Sequence[Outcome], column: int, title: str) -> None:
     for outcome, colour in zip(outcomes, _COLOURS, strict=True):
-        steps, values = zip(*outcome.curves[tag], strict=True)
-        axes.plot([s + 1 for s in steps], values, color=colour, label=outcome.name)
+        steps = [point[0] + 1 for point in outcome.points]
+        values = [point[column] for point in outcome.points]
+        axes.plot(steps, values, color=colour, label=outcome.name)
     axes.set(title=title, xlabel="step + 1", xscale="log")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -29,14 +29,14 @@ class Outcome:
     Attributes:
         name: ``"without dropout"`` or ``"with dropout"``.
         numbers: The table's column, by row.
-        curves: Curves by tag, as ``(step, value)``.
+        points: Step, test accuracy and R_1 along training.
         cosines: Cosines between hidden neurons, sorted, ``[m, m]``.
         slice: Loss along one random filter-normalized direction.
     """
 
     name: str
     numbers: dict[str, float]
-    curves: dict[str, list[tuple[int, float]]]
+    points: list[tuple[int, float, float]]
     cosines: Tensor
     slice: Tensor
 
@@ -59,15 +59,17 @@ class Progress:
         self.data = data
         self.p = p
 
-    @torch.no_grad()
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``demo/test_accuracy`` and ``demo/R1_at_p``."""
         net = snapshot.model
         assert isinstance(net, nn.Sequential)
-        return {
-            "demo/test_accuracy": accuracy(net, self.data),
-            "demo/R1_at_p": r1_at(net, self.data, self.p),
-        }
+        tested, r1 = self.numbers(net)
+        return {"demo/test_accuracy": tested, "demo/R1_at_p": r1}
+
+    @torch.no_grad()
+    def numbers(self, net: nn.Sequential) -> tuple[float, float]:
+        """Return test accuracy and R_1."""
+        return accuracy(net, self.data), r1_at(net, self.data, self.p)
 
 
 def features(net: nn.Sequential, x: Tensor) -> Tensor:
@@ -112,7 +114,10 @@ def train(settings: Settings, data: Data, p: float, log_dir: Path) -> Outcome:
     x, y = data.train
     net = network(settings, x.shape[1], p)
     optimizer = torch.optim.SGD(net.parameters(), lr=settings.lr)
-    measures = [*default_measures(), Progress(data, settings.p)]
+    progress = Progress(data, settings.p)
+    measures = [*default_measures(), progress]
+    drawn = {round(settings.steps ** (i / 60)) - 1 for i in range(61)}
+    points: list[tuple[int, float, float]] = []
     with attach_analysis(
         net,
         half_squared_error,
@@ -121,14 +126,17 @@ def train(settings: Settings, data: Data, p: float, log_dir: Path) -> Outcome:
         convert=True,
         measures=measures,
     ) as analysis:
-        for _ in tqdm(range(settings.steps), desc=f"{name:>15}", unit="step"):
+        for step in tqdm(range(settings.steps), desc=f"{name:>15}", unit="step"):
+            if step in drawn:
+                points.append((step, *progress.numbers(net)))
             loss = half_squared_error(net(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         _check_finite(net, settings)
         analysis.measure()
-        return _outcome(name, settings, data, net, analysis)
+        points.append((settings.steps, *progress.numbers(net)))
+        return _outcome(name, settings, data, net, analysis, points)
 
 
 def _check_finite(net: nn.Module, settings: Settings) -> None:
@@ -140,7 +148,12 @@ def _check_finite(net: nn.Module, settings: Settings) -> None:
 
 
 def _outcome(
-    name: str, settings: Settings, data: Data, net: nn.Sequential, analysis: Analysis
+    name: str,
+    settings: Settings,
+    data: Data,
+    net: nn.Sequential,
+    analysis: Analysis,
+    points: list[tuple[int, float, float]],
 ) -> Outcome:
     torch.manual_seed(settings.seed)
     weights = condensation.input_weights(net[0]).detach()
@@ -168,7 +181,7 @@ def _outcome(
     return Outcome(
         name,
         numbers,
-        analysis.history,
+        points,
         condensation.cosine_similarity(weights[order]),
         sharpness.loss_slice(
             net, half_squared_error, data.train, SLICE_ALPHAS, direction
