@@ -14,7 +14,7 @@ PACKAGE = ROOT / "torch_dropout_ir"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     0: ("kernels", "_C"),
-    1: ("ops", "functional", "vectors", "sites", "losses"),
+    1: ("registration", "ops", "functional", "vectors", "sites", "losses"),
     2: ("nn", "masks", "regularizers", "condensation", "sharpness"),
     3: ("analysis",),
     4: ("tensorboard", "attach", "demo", "cli"),

@@ -11,6 +11,7 @@ from torch import nn
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir import MaskStatistics
+from torch_dropout_ir.masks import MaskTally
 
 LAYERS = (
     (tdi.Dropout, nn.Dropout, (6, 5), (6, 5)),
@@ -65,11 +66,19 @@ def test_numbers_by_hand():
     torch.testing.assert_close(
         found.unit_z_scores, torch.tensor([0.0, -2.0]).double() / spread
     )
-    packed = tdi.ops._mask_draw(torch.tensor([1, 2]), torch.tensor(0.25).double(), 35)
-    mask = tdi.ops.mask_unpack(packed, (7, 5))
-    same(
-        MaskStatistics.of_packed(packed, 7, 5, 0.25), MaskStatistics.of_mask(mask, 0.25)
-    )
+
+
+def test_tally_equals_the_sum_of_its_calls():
+    tally, total = MaskTally(), MaskStatistics()
+    for i, (rows, units) in enumerate([(7, 5), (3, 5), (1, 5), (4, 2), (2, 5)]):
+        key, p = torch.tensor([i, 2]), 0.25 + 0.1 * i
+        packed = tdi.ops._mask_draw(key, torch.tensor(p).double(), rows * units)
+        mask = tdi.ops.mask_unpack(packed, (rows, units))
+        tally.add(packed, rows * units, units, p)
+        total += MaskStatistics.of_mask(mask, p)
+        same(tally.statistics(), total)
+    assert total.unit_kept.numel() == 0
+    same(MaskTally().statistics(), MaskStatistics())
 
 
 @pytest.mark.parametrize(("ours", "torchs", "shape", "mask_shape"), LAYERS)
@@ -205,6 +214,37 @@ def test_frozen_masks_make_the_curvature_symmetric():
         blocks["0.weight"]["3.weight"].permute(2, 3, 0, 1),
         blocks["3.weight"]["0.weight"],
     )
+
+
+def test_fingerprints_tell_masks_apart():
+    layer = tdi.Dropout(0.5)
+    assert layer.fingerprint is None
+    seen = set()
+    for _ in range(100):
+        layer(torch.ones(65))
+        assert 0 <= layer.fingerprint < 2**64
+        seen.add(layer.fingerprint)
+    assert len(seen) == 100
+    packed = layer._last[0]
+    for bit in range(8):
+        flipped = packed.clone()
+        flipped[3] ^= 1 << bit
+        assert tdi.ops.fingerprint(flipped) != layer.fingerprint
+    swapped = packed.view(torch.int64).flip(0).contiguous().view(torch.uint8)
+    assert tdi.ops.fingerprint(swapped) != layer.fingerprint
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_recomputes_the_mask_and_counts_it_once(reentrant):
+    layer = tdi.Dropout(0.5)
+    x = torch.ones(100, requires_grad=True)
+    checkpoint = torch.utils.checkpoint.checkpoint
+    y = checkpoint(lambda x: layer(x) ** 2, x, use_reentrant=reentrant)
+    before, last = layer.fingerprint, layer._last
+    y.sum().backward()
+    assert layer._last is not last, "nothing was recomputed"
+    assert layer.fingerprint == before
+    assert layer.statistics.num_calls == 1
 
 
 def test_layers_inside_transforms_drop_but_remember_nothing():

@@ -94,23 +94,6 @@ class MaskStatistics:
         counts = units.reshape(-1, units.shape[-1]).sum(0)
         return cls.of_units(counts, mask.numel(), p)
 
-    @classmethod
-    def of_packed(
-        cls, packed: Tensor, rows: int, units: int, p: float
-    ) -> MaskStatistics:
-        """Read one packed mask of ``rows`` times ``units`` elements, without unpacking.
-
-        Args:
-            packed: Packed mask, uint8.
-            rows: Number of rows.
-            units: Number of units, the fastest dimension.
-            p: Probability of dropping.
-
-        Returns:
-            The statistics of one call.
-        """
-        return cls.of_units(ops.unit_counts(packed, rows, units), rows * units, p)
-
     def __add__(self, other: MaskStatistics) -> MaskStatistics:
         if not isinstance(other, MaskStatistics):
             return NotImplemented
@@ -151,4 +134,57 @@ class MaskStatistics:
             excess / (self.variance / units) ** 0.5
             if self.variance > 0
             else (torch.full_like(excess, float("nan")))
+        )
+
+
+class MaskTally:
+    """What a layer adds up, in place, at every call; read as :class:`MaskStatistics`.
+
+    One kernel reads the packed mask, one adds; nothing is taken off the device.
+    """
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._elements = 0
+        self._expected = 0.0
+        self._variance = 0.0
+        self._kept: Tensor | None = None
+        self._total: Tensor | None = None
+
+    def add(self, packed: Tensor, numel: int, units: int, p: float) -> None:
+        """Add a packed mask of ``numel`` elements in rows of ``units``.
+
+        Args:
+            packed: Packed mask, uint8.
+            numel: Number of elements, a multiple of ``units``.
+            units: Number of units, the fastest dimension.
+            p: Probability of dropping.
+        """
+        counts = ops.unit_counts(packed, numel // units, units)
+        self._calls += 1
+        self._elements += numel
+        self._expected += numel * (1 - p)
+        self._variance += numel * p * (1 - p)
+        if self._total is not None:
+            self._total += counts.sum()
+        elif self._kept is None:
+            self._kept = counts
+        elif self._kept.shape == counts.shape and self._kept.device == counts.device:
+            self._kept += counts
+        else:  # no common units any more
+            self._total = self._kept.sum() + counts.sum().to(self._kept.device)
+
+    def statistics(self) -> MaskStatistics:
+        """Return the sums so far."""
+        if self._kept is None:
+            return MaskStatistics()
+        units = self._kept.clone() if self._total is None else self._kept.new_zeros(0)
+        total = self._kept.sum() if self._total is None else self._total.clone()
+        return MaskStatistics(
+            self._calls,
+            self._elements,
+            total,
+            self._expected,
+            self._variance,
+            units,
         )

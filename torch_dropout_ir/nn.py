@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from torch_dropout_ir import ops
 from torch_dropout_ir.functional import preserved_rng
-from torch_dropout_ir.masks import MaskStatistics
+from torch_dropout_ir.masks import MaskStatistics, MaskTally
 from torch_dropout_ir.sites import mask_shape, num_units
 
-_MEMORY: Final = ("_last", "_statistics", "track")
+_MEMORY: Final = ("_last", "_tally")
 
 
 class _Remembers(nn.modules.dropout._DropoutNd):
@@ -31,7 +31,7 @@ class _Remembers(nn.modules.dropout._DropoutNd):
 
     track: bool = True
     _last: tuple[Tensor, tuple[int, ...]] | None = None
-    _statistics: MaskStatistics = MaskStatistics()
+    _tally: MaskTally | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements of ``input`` in training mode; return it untouched else.
@@ -52,17 +52,21 @@ class _Remembers(nn.modules.dropout._DropoutNd):
 
     def _drop(self, x: Tensor) -> Tensor:
         output, packed = ops.draw(x, self.p, None)
-        self._remember(packed, tuple(x.shape), num_units(self, x.shape))
+        self._remember(packed, x.shape, x.numel(), x.shape[-1] if x.ndim else 1)
         return output
 
-    def _remember(self, packed: Tensor, shape: tuple[int, ...], units: int) -> None:
-        if not ops._no_transforms_active():
+    def _remember(
+        self, packed: Tensor, shape: tuple[int, ...], numel: int, units: int
+    ) -> None:
+        """Keep the mask; count it once, not again where checkpointing recomputes it."""
+        if not ops.eager():
             return
         self._last = packed, shape
-        if self.track and packed.numel():
-            rows = torch.Size(shape).numel() // units
-            drawn = MaskStatistics.of_packed(packed, rows, units, float(self.p))
-            self._statistics = self._statistics + drawn
+        if not self.track or not numel or ops.in_backward():
+            return
+        if self._tally is None:
+            self._tally = MaskTally()
+        self._tally.add(packed, numel, units, float(self.p))
 
     @property
     def last_mask(self) -> Tensor | None:
@@ -75,14 +79,23 @@ class _Remembers(nn.modules.dropout._DropoutNd):
     @property
     def statistics(self) -> MaskStatistics:
         """Mask statistics since the start or the last :meth:`reset_statistics`."""
-        return self._statistics
+        return MaskStatistics() if self._tally is None else self._tally.statistics()
+
+    @property
+    def fingerprint(self) -> int | None:
+        """64-bit hash of the last mask, or None before the first.
+
+        Equal masks have equal fingerprints: a forward pass, its recomputation under
+        checkpointing, and the same key on another device can be compared by it.
+        """
+        return None if self._last is None else ops.fingerprint(self._last[0])
 
     def reset_statistics(self) -> None:
         """Forget the statistics; the last mask stays."""
-        self._statistics = MaskStatistics()
+        self._tally = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in _MEMORY[:2]}
+        return {k: v for k, v in self.__dict__.items() if k not in _MEMORY}
 
 
 class Dropout(_Remembers, nn.Dropout):
@@ -117,7 +130,7 @@ class _ChannelDropout(_Remembers):
     def _drop(self, x: Tensor) -> Tensor:
         shape = mask_shape(self, x.shape)
         noise, packed = ops.draw(x.new_ones(shape), self.p, None)
-        self._remember(packed, shape, num_units(self, x.shape))
+        self._remember(packed, shape, noise.numel(), num_units(self, x.shape))
         return torch.where(noise != 0, x * noise, torch.zeros_like(x))
 
 
@@ -215,7 +228,7 @@ def restore_dropout_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) in _TORCHS:
             module.__class__ = _TORCHS[type(module)]
-            for name in _MEMORY:
+            for name in (*_MEMORY, "track"):
                 module.__dict__.pop(name, None)
     return model
 

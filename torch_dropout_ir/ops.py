@@ -15,88 +15,29 @@ Semantics:
 
 from __future__ import annotations
 
-import importlib
 import math
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torch_dropout_ir import kernels
+from torch_dropout_ir import kernels, registration
 
-_LIBRARY = torch.library.Library("torch_dropout_ir", "DEF")
-_SCHEMAS = (
-    "dropout_forward(Tensor x, Tensor rng, float p) -> (Tensor, Tensor)",
-    "mask_apply(Tensor x, Tensor packed, float scale) -> Tensor",
-    "mask_draw(Tensor rng, Tensor p, SymInt numel) -> Tensor",
-    "unit_counts(Tensor packed, int rows, int units) -> Tensor",
-)
-for _schema in _SCHEMAS:
-    _name = _schema[: _schema.index("(")]
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, getattr(kernels, _name), "CompositeExplicitAutograd")
-
-
-def _load_compiled_kernels() -> bool:
-    try:
-        importlib.import_module("torch_dropout_ir._C")
-    except (ImportError, OSError) as err:
-        warnings.warn(
-            f"torch_dropout_ir: the compiled kernels could not be loaded ({err}); the "
-            "pure-Python ones give the same bits, 10 times slower and more. To build "
-            "them: pip install --no-build-isolation -e . (a C++17 compiler is needed).",
-            stacklevel=2,
-        )
-        return False
-    return True
-
-
-COMPILED = _load_compiled_kernels()
-
-_ops = torch.ops.torch_dropout_ir
-_dropout_forward = _ops.dropout_forward.default
-_mask_apply = _ops.mask_apply.default
-_mask_draw = _ops.mask_draw.default
-_unit_counts = _ops.unit_counts.default
+COMPILED = registration.COMPILED
+_dropout_forward = registration.dropout_forward
+_mask_apply = registration.mask_apply
+_mask_draw = registration.mask_draw
+unit_counts = registration.unit_counts
+mask_unpack = kernels.unpack
 _KEY_RANGE = 2**63 - 1
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
-@torch.library.register_fake("torch_dropout_ir::dropout_forward")
-def _(x: Tensor, rng: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(kernels.packed_size(x.numel()), dtype=torch.uint8)
-
-
-@torch.library.register_fake("torch_dropout_ir::mask_apply")
-def _(x: Tensor, packed: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.register_fake("torch_dropout_ir::mask_draw")
-def _(rng: Tensor, p: Tensor, numel: int) -> Tensor:
-    return rng.new_empty(kernels.packed_size(numel), dtype=torch.uint8)
-
-
-@torch.library.register_fake("torch_dropout_ir::unit_counts")
-def _(packed: Tensor, rows: int, units: int) -> Tensor:
-    return packed.new_empty(units, dtype=torch.int64)
-
-
-@torch.library.register_vmap("torch_dropout_ir::mask_draw")
-def _(
-    info: Any, in_dims: tuple[int | None, ...], rng: Tensor, p: Tensor, numel: int
-) -> tuple[Tensor, int]:
-    def along(x: Tensor, dim: int | None) -> tuple[Tensor, ...]:
-        return (x,) * info.batch_size if dim is None else x.unbind(dim)
-
-    pairs = zip(along(rng, in_dims[0]), along(p, in_dims[1]), strict=True)
-    return torch.stack([_mask_draw(key, rate, numel) for key, rate in pairs]), 0
-
-
-def _no_transforms_active() -> bool:
-    """Guess nothing: a torch without these private names takes the composed form."""
+def eager() -> bool:
+    """Whether no transform, forward-mode AD or compiler is looking on."""
+    # Private names: a torch without them takes the composed form everywhere.
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     level = getattr(forward_ad, "_current_level", None)
     if active is None or level is None or torch.compiler.is_compiling():
@@ -159,19 +100,27 @@ def mask_apply(x: Tensor, packed: Tensor, scale: float) -> Tensor:
     Returns:
         Contiguous tensor of the shape and dtype of ``x``.
     """
-    if not _no_transforms_active():
+    if not eager():
         return _where_kept(x, packed, scale)
     if x.requires_grad and torch.is_grad_enabled():
         return _MaskApply.apply(x, packed, scale)
     return _mask_apply(x, packed, scale)
 
 
-mask_unpack = kernels.unpack
+def in_backward() -> bool:
+    """Whether a backward pass is running: a forward pass in it is a recomputation."""
+    running = getattr(torch._C, "_current_graph_task_id", None)
+    return running is not None and running() != -1
 
 
-def unit_counts(packed: Tensor, rows: int, units: int) -> Tensor:
-    """Return how often each of ``units`` columns was kept, int64 ``[units]``."""
-    return _unit_counts(packed, rows, units)
+def fingerprint(packed: Tensor) -> int:
+    """Return a 64-bit hash of a packed mask, the same on every device."""
+    words = packed.view(torch.int64)
+    places = torch.arange(1, words.numel() + 1, device=words.device)
+    mixed = words + places * _GOLDEN
+    for shift, factor in _MIX:  # splitmix64's finalizer; int64 arithmetic wraps
+        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return int(mixed.sum()) % 2**64
 
 
 def draw_key(device: torch.device | str = "cpu") -> Tensor:
@@ -215,7 +164,7 @@ def draw(x: Tensor, p: float | Tensor, rng: Tensor | None) -> tuple[Tensor, Tens
             f"dropout: expected `x` to be a floating-point tensor, got {kind}. "
             "Convert it first, for example with `x.float()`."
         )
-    fused = _no_transforms_active()
+    fused = eager()
     if isinstance(p, Tensor):
         fused = fused and p.device.type == "cpu"
     if not isinstance(p, Tensor) or fused:

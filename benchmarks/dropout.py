@@ -1,0 +1,185 @@
+"""Dropout's time and memory, side by side with what one would use instead.
+
+Prints, for each size and dtype, the time of each contender, its ratio to ``nn.Dropout``
+(higher is faster) and to a plain copy (1 is memory speed), and the bytes that it keeps
+for the backward pass. Contenders take turns, so that a busy machine slows all alike; the
+median of the turns is reported.
+
+    python benchmarks/dropout.py --png dropout.png
+    python benchmarks/dropout.py --sizes 20 --threads 2
+    python benchmarks/dropout.py --device cuda
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import torch_dropout_ir as tdi
+
+P = 0.5
+
+
+def composed(x):
+    """What one writes by hand."""
+    return torch.where(torch.rand_like(x) >= P, x * (1 / (1 - P)), 0)
+
+
+def contenders() -> dict[str, Callable]:
+    """Functions of a tensor, by name."""
+    tracked, untracked = tdi.Dropout(P), tdi.Dropout(P)
+    untracked.track = False
+    return {
+        "nn.Dropout": nn.Dropout(P),
+        "native_dropout": lambda x: torch.native_dropout(x, P, True)[0],
+        "composed": composed,
+        "tdi.dropout": lambda x: tdi.dropout(x, P),
+        "tdi.Dropout": untracked,
+        "tdi.Dropout + statistics": tracked,
+    }
+
+
+def seconds(run: Callable, device: torch.device, repeats: int) -> float:
+    """Wall time of one call, over ``repeats`` of them."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / repeats
+
+
+def saved_bytes(function: Callable, x: torch.Tensor) -> int:
+    """Bytes that autograd keeps, each storage once; the input is nobody's fault."""
+    kept = {}
+
+    def note(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() != x.untyped_storage().data_ptr():
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = function(x)
+    total = sum(kept.values())
+    del y
+    return total
+
+
+def measure(size: int, dtype: torch.dtype, device: torch.device, turns: int):
+    """Median seconds by (contender, pass), and bytes kept by contender."""
+    x = torch.randn(size, dtype=dtype, device=device)
+    target = torch.empty_like(x)
+    leaf = x.clone().requires_grad_()
+    gradient = torch.ones_like(x)
+    runs = {("copy_", "forward"): lambda: target.copy_(x)}
+    for name, function in contenders().items():
+        runs[name, "forward"] = lambda f=function: f(x)
+        runs[name, "forward + backward"] = lambda f=function: torch.autograd.grad(
+            f(leaf), leaf, gradient
+        )
+    repeats = {}
+    for key, run in runs.items():
+        run()
+        repeats[key] = max(1, min(2000, int(0.02 / seconds(run, device, 1))))
+    times = {key: [] for key in runs}
+    for _ in range(turns):
+        for key, run in runs.items():
+            times[key].append(seconds(run, device, repeats[key]))
+    medians = {key: statistics.median(found) for key, found in times.items()}
+    return medians, {n: saved_bytes(f, leaf) for n, f in contenders().items()}
+
+
+def report(size: int, dtype: torch.dtype, medians: dict, kept: dict) -> None:
+    """Print the table of one size and dtype."""
+    print(f"\n2^{size.bit_length() - 1} elements, {str(dtype).removeprefix('torch.')}")
+    print(f"{'':26}{'forward':>34}{'forward + backward':>30}{'kept, bytes':>14}")
+    heads = ("us", "ns/el", "x nn", "/ copy", "us", "ns/el", "x nn", "an element")
+    print(f"{'':26}{heads[0]:>10}" + "".join(f"{h:>8}" for h in heads[1:4])
+          + f"{heads[4]:>14}{heads[5]:>8}{heads[6]:>8}{heads[7]:>14}")  # fmt: skip
+    copy = medians["copy_", "forward"]
+    for name in ("copy_", *contenders()):
+        forward, both = (
+            medians.get((name, p)) for p in ("forward", "forward + backward")
+        )
+        line = f"{name:26}{1e6 * forward:>10.1f}{1e9 * forward / size:>8.2f}"
+        line += (
+            f"{medians['nn.Dropout', 'forward'] / forward:>8.2f}{forward / copy:>8.2f}"
+        )
+        if both is not None:
+            times = medians["nn.Dropout", "forward + backward"] / both
+            line += f"{1e6 * both:>14.1f}{1e9 * both / size:>8.2f}{times:>8.2f}"
+            line += f"{kept[name] / size:>14.3f}"
+        print(line)
+
+
+def draw(rows: list, path: Path) -> None:
+    """Draw nanoseconds an element against size, one panel a pass and dtype."""
+    from matplotlib.figure import Figure
+
+    dtypes = list(dict.fromkeys(dtype for _, dtype, _ in rows))
+    passes = ("forward", "forward + backward")
+    figure = Figure(figsize=(11, 4 * len(dtypes)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(dtypes), 2, squeeze=False, sharey=True)
+    for line, dtype in zip(panels, dtypes, strict=True):
+        for axes, which in zip(line, passes, strict=True):
+            for name in ("copy_", *contenders()):
+                points = [
+                    (size, 1e9 * medians[name, which] / size)
+                    for size, kind, medians in rows
+                    if kind == dtype and (name, which) in medians
+                ]
+                if points:
+                    axes.loglog(*zip(*points, strict=True), marker=".", label=name)
+            axes.set_xscale("log", base=2)
+            axes.set(title=f"{which}, {str(dtype).removeprefix('torch.')}",
+                     xlabel="elements", ylabel="ns an element")  # fmt: skip
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small", frameon=False)
+    figure.savefig(path)
+    print(f"\npicture: {path}")
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="torch's threads; default: its own")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="K",
+                        default=list(range(10, 27, 2)), help="sizes 2^K")  # fmt: skip
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--png", type=Path, help="draw the times into this file")
+    chosen = parser.parse_args()
+    device = torch.device(chosen.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("skipped: there is no CUDA device here")
+        return 0
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    built = "compiled" if tdi.ops.COMPILED else "pure-Python"
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {built} kernels"
+    )
+    rows = []
+    for dtype in (getattr(torch, name) for name in chosen.dtypes):
+        for size in (2**k for k in chosen.sizes):
+            medians, kept = measure(size, dtype, device, chosen.turns)
+            report(size, dtype, medians, kept)
+            rows.append((size, dtype, medians))
+    if chosen.png:
+        draw(rows, chosen.png)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
