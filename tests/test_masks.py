@@ -81,6 +81,17 @@ def test_tally_equals_the_sum_of_its_calls():
     same(MaskTally().statistics(), MaskStatistics())
 
 
+def test_very_many_units_are_counted_as_a_whole():
+    layer = tdi.Dropout(0.5)
+    kept = 0
+    for _ in range(3):
+        layer(torch.ones(2**16 + 1))
+        kept += int(layer.last_mask.sum())
+    found = layer.statistics
+    assert int(found.num_kept) == kept and found.unit_kept.numel() == 0
+    assert (found.num_calls, found.num_elements) == (3, 3 * (2**16 + 1))
+
+
 @pytest.mark.parametrize(("ours", "torchs", "shape", "mask_shape"), LAYERS)
 def test_layers_show_the_mask_that_they_applied(ours, torchs, shape, mask_shape):
     layer = ours(0.4)

@@ -14,11 +14,14 @@ Semantics:
 from __future__ import annotations
 
 import dataclasses
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from torch_dropout_ir import ops
+
+MAX_UNITS: Final = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +143,8 @@ class MaskStatistics:
 class MaskTally:
     """What a layer adds up, in place, at every call; read as :class:`MaskStatistics`.
 
-    One kernel reads the packed mask, one adds; nothing is taken off the device.
+    One kernel reads the packed mask, one adds; nothing is taken off the device. Masks
+    of more than ``MAX_UNITS`` units are counted as a whole.
     """
 
     def __init__(self) -> None:
@@ -148,8 +152,8 @@ class MaskTally:
         self._elements = 0
         self._expected = 0.0
         self._variance = 0.0
-        self._kept: Tensor | None = None
-        self._total: Tensor | None = None
+        self._units: Tensor | None = None  # counts by unit, while there are common ones
+        self._rest: Tensor | None = None  # else the count of everything
 
     def add(self, packed: Tensor, numel: int, units: int, p: float) -> None:
         """Add a packed mask of ``numel`` elements in rows of ``units``.
@@ -160,30 +164,36 @@ class MaskTally:
             units: Number of units, the fastest dimension.
             p: Probability of dropping.
         """
-        counts = ops.unit_counts(packed, numel // units, units)
         self._calls += 1
         self._elements += numel
         self._expected += numel * (1 - p)
         self._variance += numel * p * (1 - p)
-        if self._total is not None:
-            self._total += counts.sum()
-        elif self._kept is None:
-            self._kept = counts
-        elif self._kept.shape == counts.shape and self._kept.device == counts.device:
-            self._kept += counts
-        else:  # no common units any more
-            self._total = self._kept.sum() + counts.sum().to(self._kept.device)
+        if self._rest is None and self._shares_units(packed, units):
+            counts = ops.unit_counts(packed, numel // units, units)
+            self._units = counts if self._units is None else self._units.add_(counts)
+            return
+        # Padding bits are zero, so the mask can be counted by whole words.
+        total = ops.unit_counts(packed, packed.numel() // 8, 64).sum()
+        for known in (self._units, self._rest):
+            total = total if known is None else total + known.sum().to(total.device)
+        self._units, self._rest = None, total
+
+    def _shares_units(self, packed: Tensor, units: int) -> bool:
+        if self._units is None:
+            return units <= MAX_UNITS
+        return self._units.numel() == units and self._units.device == packed.device
 
     def statistics(self) -> MaskStatistics:
         """Return the sums so far."""
-        if self._kept is None:
+        if not self._calls:
             return MaskStatistics()
-        units = self._kept.clone() if self._total is None else self._kept.new_zeros(0)
-        total = self._kept.sum() if self._total is None else self._total.clone()
+        kept = self._units if self._rest is None else self._rest
+        assert kept is not None  # there was a call
+        units = kept.new_zeros(0) if self._units is None else self._units.clone()
         return MaskStatistics(
             self._calls,
             self._elements,
-            total,
+            kept.sum(),
             self._expected,
             self._variance,
             units,
