@@ -98,20 +98,20 @@ struct Schedule {
 namespace dropout {
 
 // TORCH_DROPOUT_IR_ISA=portable|avx2|avx512|neon asks for less than the machine
-// has; what it has not is never used.
+// has; what it has not is never used. F16C is older than AVX2, and not every
+// compiler has a name for it here.
 inline const Kernels& choose_kernels(const char* wanted) {
   const bool any = wanted == nullptr || wanted[0] == '\0';
   const auto is = [&](const char* name) { return any || !strcmp(wanted, name); };
 #if defined(__x86_64__)
-  if (is("avx512") && __builtin_cpu_supports("avx512f") &&
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+  const bool has_avx512 =
+      has_avx2 && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2")) {
-    return avx512::kernels;
-  }
-  if ((is("avx2") || is("avx512")) && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")) {
-    return avx2::kernels;
-  }
+      __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && is("avx512")) return avx512::kernels;
+  if (has_avx2 && (is("avx2") || is("avx512"))) return avx2::kernels;
 #elif defined(__aarch64__)
   if (is("neon")) return neon::kernels;
 #endif

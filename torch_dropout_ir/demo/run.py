@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch_dropout_ir.demo.data import Data, load
 from torch_dropout_ir.demo.settings import Settings
 from torch_dropout_ir.losses import half_squared_error
 
+_SMALL = 10**7
 SLICE_ALPHAS = torch.linspace(-1, 1, 41)
 
 
@@ -209,14 +211,27 @@ def run_demo(settings: Settings) -> str:
     data = load(settings.data_root, settings.components)
     started = time.perf_counter()
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    outcomes = [
-        train(settings, data, p, settings.log_dir / f"{stamp}-{name}")
-        for p, name in ((0.0, "without-dropout"), (settings.p, "with-dropout"))
-    ]
+    with _threads_for(data, settings):
+        outcomes = [
+            train(settings, data, p, settings.log_dir / f"{stamp}-{name}")
+            for p, name in ((0.0, "without-dropout"), (settings.p, "with-dropout"))
+        ]
     seconds = time.perf_counter() - started
     picture = settings.log_dir / f"{stamp}.png"
     draw(outcomes, settings, data, picture)
     return table(outcomes, settings, data, seconds, picture)
+
+
+@contextlib.contextmanager
+def _threads_for(data: Data, settings: Settings) -> Iterator[None]:
+    """One thread for small products: waiting for a second costs more than it brings."""
+    before = torch.get_num_threads()
+    small = data.train[0].numel() * settings.width < _SMALL
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_writable(directory: Path) -> None:
