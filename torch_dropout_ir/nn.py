@@ -5,8 +5,9 @@ Semantics:
 * The layers are subclasses of torch's own and can stand wherever those stand.
 * What a layer remembers (the last packed mask and the statistics) is no parameter and
   no buffer: ``state_dict`` is that of torch's layer. Copies and pickles start afresh.
-* Inside ``torch.func`` transforms and compiled graphs the layers drop as everywhere,
-  but remember nothing: a mask in there may stand for many.
+* Inside ``torch.func`` transforms the layers drop as everywhere, but remember nothing:
+  a mask in there may stand for many. Compiled graphs show the last mask and are not
+  counted.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class _Remembers(nn.modules.dropout._DropoutNd):
     ) -> None:
         """Keep the mask; count it once, not again where checkpointing recomputes it."""
         if not ops.eager():
+            if torch.compiler.is_dynamo_compiling() and not ops.transformed():
+                self._last = packed, shape
             return
         self._last = packed, shape
         if not self.track or not numel or ops.in_backward():

@@ -30,19 +30,23 @@ _mask_apply = registration.mask_apply
 _mask_draw = registration.mask_draw
 unit_counts = registration.unit_counts
 mask_unpack = kernels.unpack
+# A private name: a torch without it takes the composed form everywhere.
+_TRANSFORMS_ACTIVE = getattr(torch._C, "_are_functorch_transforms_active", None)
 _KEY_RANGE = 2**63 - 1
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform is active; True where torch does not tell."""
+    return _TRANSFORMS_ACTIVE is None or _TRANSFORMS_ACTIVE()
+
+
 def eager() -> bool:
     """Whether no transform, forward-mode AD or compiler is looking on."""
-    # Private names: a torch without them takes the composed form everywhere.
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    level = getattr(forward_ad, "_current_level", None)
-    if active is None or level is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed():
         return False
-    return not active() and level < 0
+    return getattr(forward_ad, "_current_level", 0) < 0
 
 
 class _Dropout(torch.autograd.Function):
@@ -157,6 +161,7 @@ def draw(x: Tensor, p: float | Tensor, rng: Tensor | None) -> tuple[Tensor, Tens
 
     Raises:
         TypeError: If ``x`` is no floating-point tensor.
+        ValueError: If ``p`` is a tensor with dimensions.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -166,6 +171,11 @@ def draw(x: Tensor, p: float | Tensor, rng: Tensor | None) -> tuple[Tensor, Tens
         )
     fused = eager()
     if isinstance(p, Tensor):
+        if p.ndim:
+            raise ValueError(
+                "dropout: expected `p` to be a float or a 0-d tensor, got a tensor of "
+                f"shape {list(p.shape)}"
+            )
         fused = fused and p.device.type == "cpu"
     if not isinstance(p, Tensor) or fused:
         p = check_probability(float(p))
