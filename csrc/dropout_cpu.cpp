@@ -72,8 +72,9 @@ void count_columns(const Columns& columns) {
   }
 }
 
-// Several short rows make one long row, whose windows are full and whose chunks
-// suffice for all threads; its columns fold back modulo `units`.
+// Several short rows make one long row, whose windows are full and whose chunks give
+// the threads something to share; its columns fold back modulo `units`. Not too long,
+// or the rows under a byte counter leave the cache before the next chunk.
 int64_t rows_in_one(const CountArgs& args) {
   constexpr int64_t kWideRow = 1024;
   return std::max<int64_t>(1, std::min(kWideRow / args.units, args.rows / 32));

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch_dropout_ir import ops
 
 MAX_UNITS: Final = 2**16
+_SMALL: Final = 2**16
+_MOST_WAITING: Final = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +143,11 @@ class MaskStatistics:
 
 
 class MaskTally:
-    """What a layer adds up, in place, at every call; read as :class:`MaskStatistics`.
+    """What a layer adds up at every call; read as :class:`MaskStatistics`.
 
-    One kernel reads the packed mask, one adds; nothing is taken off the device. Masks
-    of more than ``MAX_UNITS`` units are counted as a whole.
+    Nothing is taken off the device. Small masks wait and are counted together, for one
+    call of a kernel costs more than they do. Masks of more than ``MAX_UNITS`` units are
+    counted as a whole.
     """
 
     def __init__(self) -> None:
@@ -154,6 +157,8 @@ class MaskTally:
         self._variance = 0.0
         self._units: Tensor | None = None  # counts by unit, while there are common ones
         self._rest: Tensor | None = None  # else the count of everything
+        self._waiting: list[Tensor] = []
+        self._waits = (0, 0)  # elements and units of each mask that waits
 
     def add(self, packed: Tensor, numel: int, units: int, p: float) -> None:
         """Add a packed mask of ``numel`` elements in rows of ``units``.
@@ -168,6 +173,21 @@ class MaskTally:
         self._elements += numel
         self._expected += numel * (1 - p)
         self._variance += numel * p * (1 - p)
+        if self._waits != (numel, units) or len(self._waiting) == _MOST_WAITING:
+            self._settle()
+            self._waits = (numel, units)
+        self._waiting.append(packed)
+        if numel % 64 or numel > _SMALL:  # its rows do not join, or it is worth a call
+            self._settle()
+
+    def _settle(self) -> None:
+        """Count what waits."""
+        if not self._waiting:
+            return
+        numel, units = self._waits[0] * len(self._waiting), self._waits[1]
+        one = len(self._waiting) == 1
+        packed = self._waiting[0] if one else torch.cat(self._waiting)
+        self._waiting.clear()
         if self._rest is None and self._shares_units(packed, units):
             counts = ops.unit_counts(packed, numel // units, units)
             self._units = counts if self._units is None else self._units.add_(counts)
@@ -187,6 +207,7 @@ class MaskTally:
         """Return the sums so far."""
         if not self._calls:
             return MaskStatistics()
+        self._settle()
         kept = self._units if self._rest is None else self._rest
         assert kept is not None  # there was a call
         units = kept.new_zeros(0) if self._units is None else self._units.clone()

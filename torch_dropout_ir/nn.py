@@ -64,7 +64,8 @@ class _Remembers(nn.modules.dropout._DropoutNd):
             if torch.compiler.is_dynamo_compiling() and not ops.transformed():
                 self._last = packed, shape
             return
-        self._last = packed, shape
+        # Not through `nn.Module.__setattr__`, which costs as much as a small dropout.
+        self.__dict__["_last"] = packed, shape
         if not self.track or not numel or ops.in_backward():
             return
         if self._tally is None:

@@ -30,7 +30,9 @@ _mask_apply = registration.mask_apply
 _mask_draw = registration.mask_draw
 unit_counts = registration.unit_counts
 mask_unpack = kernels.unpack
-# A private name: a torch without it takes the composed form everywhere.
+# Private names. A torch without the first takes the composed form everywhere; one
+# without the second counts what checkpointing recomputes.
+_BACKWARD_RUNNING = getattr(torch._C, "_current_graph_task_id", None)
 _TRANSFORMS_ACTIVE = getattr(torch._C, "_are_functorch_transforms_active", None)
 _KEY_RANGE = 2**63 - 1
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -50,23 +52,25 @@ def eager() -> bool:
 
 
 class _Dropout(torch.autograd.Function):
-    """The fused op; backward is linear in the gradient and reads the packed mask."""
+    """The fused op; backward is linear in the gradient and reads the packed mask.
+
+    The mask leaves through ``masks``, for a second output costs more than the rest.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rng: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, rng: Tensor, p: float, masks: list[Tensor]
+    ) -> Tensor:
         y, packed = _dropout_forward(x, rng, p)
+        masks.append(packed)
         ctx.save_for_backward(packed)
         ctx.scale = kernels.keep_scale(p)
-        ctx.mark_non_differentiable(packed)
-        ctx.set_materialize_grads(False)
-        return y, packed
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
-        if grad is None:
-            return None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (packed,) = ctx.saved_tensors
-        return mask_apply(grad, packed, ctx.scale), None, None
+        return mask_apply(grad, packed, ctx.scale), None, None, None
 
 
 class _MaskApply(torch.autograd.Function):
@@ -113,8 +117,7 @@ def mask_apply(x: Tensor, packed: Tensor, scale: float) -> Tensor:
 
 def in_backward() -> bool:
     """Whether a backward pass is running: a forward pass in it is a recomputation."""
-    running = getattr(torch._C, "_current_graph_task_id", None)
-    return running is not None and running() != -1
+    return _BACKWARD_RUNNING is not None and _BACKWARD_RUNNING() != -1
 
 
 def fingerprint(packed: Tensor) -> int:
@@ -183,7 +186,8 @@ def draw(x: Tensor, p: float | Tensor, rng: Tensor | None) -> tuple[Tensor, Tens
     if not fused:
         return _draw_composed(x, p, rng)
     if x.requires_grad and torch.is_grad_enabled():
-        return _Dropout.apply(x, rng, p)
+        masks: list[Tensor] = []
+        return _Dropout.apply(x, rng, p, masks), masks[0]
     return _dropout_forward(x, rng, p)
 
 
