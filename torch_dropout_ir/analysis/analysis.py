@@ -174,6 +174,7 @@ class Analysis:
                 records[f"cost/seconds/{measure.name}"] = seconds[measure.name]
         records["cost/share"] = self._cadence.share
         self.notes.update(snapshot.notes)
+        self.absent.update(snapshot.absent)
         self._write(records)
         return seconds
 
@@ -208,9 +209,9 @@ class Analysis:
         if self.loss is None and capture.loss_module is not None:
             with contextlib.suppress(ValueError):
                 self.loss = resolve_loss(capture.loss_module)
-        batch = (capture.inputs, capture.targets)
+        batch, on_data = (capture.inputs, capture.targets), False
         if capture.targets is None and self._data is not None:
-            batch = next(iter(as_batches(self._data)), batch)
+            batch, on_data = next(iter(as_batches(self._data)), batch), True
         seen = None if batch[1] is None else [batch]
         optimizer = self._steps.optimizer
         self.notes.update(theory_note(optimizer))
@@ -222,6 +223,7 @@ class Analysis:
             loss=self.loss,
             inputs=batch[0],
             targets=batch[1],
+            on_data=on_data,
             batches=seen if self._data is None else self._data,
             lr=lr,
             gradients=gradients,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir import condensation, sharpness
 from torch_dropout_ir.analysis.records import Histogram, Image, Record
-from torch_dropout_ir.analysis.snapshot import Need, Snapshot
+from torch_dropout_ir.analysis.snapshot import NO_SITE, Need, Snapshot
 from torch_dropout_ir.regularizers import Estimate, gradient_norm
 from torch_dropout_ir.regularizers.online import online
 
@@ -39,28 +39,30 @@ class Measure(Protocol):
 
 
 class Regularizer:
-    """R_1 with its parts, and R_S on the same batch and the same pass.
+    """R_1 with its error and its parts, and R_S on the same batch.
 
     Args:
-        num_samples: Backward passes where R_1 is sampled.
+        num_masks: Masks to average over where R_1 has no closed form.
     """
 
     name = "regularizer"
     needs: frozenset[Need] = frozenset({"inputs", "loss"})
 
-    def __init__(self, num_samples: int = 2) -> None:
-        self.num_samples = num_samples
+    def __init__(self, num_masks: int = 8) -> None:
+        self.num_masks = num_masks
 
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``regularizer/R1``, its sites and error, ``loss/R_S`` and modified."""
         assert snapshot.loss is not None  # by `needs`
-        found, outputs = online(
-            snapshot.model,
-            snapshot.batch,
-            snapshot.loss,
-            num_samples=self.num_samples,
+        found, how, outputs = online(
+            snapshot.model, snapshot.batch, snapshot.loss, num_masks=self.num_masks
         )
-        records = _r1_records(found, snapshot)
+        records: dict[str, Record] = {}
+        if snapshot.sites:
+            records = _r1_records(found)
+            snapshot.notes["regularizer/R1"] = how
+        else:
+            snapshot.absent["regularizer/R1"] = NO_SITE
         if snapshot.targets is not None:
             risk = float(snapshot.loss(outputs, snapshot.targets))
             records["loss/R_S"] = risk
@@ -68,13 +70,7 @@ class Regularizer:
         return records
 
 
-def _r1_records(found: Estimate, snapshot: Snapshot) -> dict[str, Record]:
-    if not snapshot.sites:
-        snapshot.notes["regularizer/R1"] = "absent: no dropout site with p > 0"
-        return {}
-    kind = "exact" if found.exact else "second order (approximate)"
-    how = "sampled Gauss-Newton form" if found.num_samples else "closed form"
-    snapshot.notes["regularizer/R1"] = f"{kind}, {how}"
+def _r1_records(found: Estimate) -> dict[str, Record]:
     parts = {f"regularizer/R1/{site}": float(x) for site, x in found.per_site.items()}
     return {
         "regularizer/R1": float(found.value),
@@ -86,7 +82,9 @@ def _r1_records(found: Estimate, snapshot: Snapshot) -> dict[str, Record]:
 def _modified_loss(snapshot: Snapshot, risk: float) -> dict[str, Record]:
     if snapshot.gradients is None or snapshot.lr is None:
         return {}
-    snapshot.notes["loss/modified"] = "R_S + R_1 + R_2 of this step's batch"
+    batch = "`data`" if snapshot.on_data else "this step's batch"
+    said = f"R_S + R_1 of {batch}, R_2 of this step's batch"
+    snapshot.notes["loss/modified"] = said
     return {"loss/modified": risk + received_r2(snapshot.gradients, snapshot.lr)}
 
 
@@ -114,8 +112,9 @@ class ReceivedGradient:
         """Return ``regularizer/R2``."""
         assert snapshot.gradients is not None and snapshot.lr is not None  # by `needs`
         snapshot.notes["regularizer/R2"] = (
-            "(lr/4) ||g||^2 of the gradient that the optimizer receives: one unbiased "
-            "sample in full-batch training; in mini-batches it holds their noise too"
+            "(lr/4) ||g||^2 of the gradient that the optimizer receives, clipped where "
+            "the script clips: one unbiased sample in full-batch training; in "
+            "mini-batches it holds their noise too"
         )
         return {"regularizer/R2": received_r2(snapshot.gradients, snapshot.lr)}
 
@@ -137,6 +136,9 @@ class DropoutNoise:
         assert snapshot.lr is not None  # by `needs`
         found = gradient_norm(
             snapshot.model, snapshot.batch, snapshot.loss, lr=snapshot.lr
+        )
+        snapshot.notes["regularizer/R2_dropout_noise"] = (
+            "of two masks on one batch, never clipped"
         )
         return {"regularizer/R2_dropout_noise": float(found.dropout_noise)}
 

@@ -34,7 +34,9 @@ class Snapshot:
         lr: Learning rate by parameter name; None before an optimizer is known.
         gradients: Gradient that the optimizer is about to use, by parameter name.
         statistics: Mask statistics by site name.
+        on_data: Whether the batch is of the user's `data`, not the step's own.
         notes: Where a measure says by tag how a number was obtained.
+        absent: Where a measure says by tag why it left a number out.
     """
 
     model: nn.Module
@@ -47,7 +49,9 @@ class Snapshot:
     lr: dict[str, float] | None = None
     gradients: dict[str, Tensor] | None = None
     statistics: dict[str, MaskStatistics] = dataclasses.field(default_factory=dict)
+    on_data: bool = False
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    absent: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def batch(self) -> Batch:
@@ -64,12 +68,16 @@ class Snapshot:
         return None
 
 
+NO_SITE: Final = (
+    "the model has no dropout module with p > 0 (dropout called as a function is not "
+    "seen)"
+)
 _LACKING: Final[dict[Need, str]] = {
-    "sites": "the model has no dropout site with p > 0",
+    "sites": NO_SITE,
     "inputs": "no forward pass in training mode was seen yet",
     "loss": (
-        "the loss is not known: pass `loss=`, or call a loss module on the model's "
-        "output in the script"
+        "the loss is not known: call a loss module on the model's output in the script, "
+        "or pass `loss=`, and `data=` for what needs targets"
     ),
     "targets": (
         "the targets were not seen: the script must call a loss module on the model's "
@@ -111,8 +119,18 @@ def received_gradients(
 
 def theory_note(optimizer: Optimizer | None) -> dict[str, str]:
     """Say where R_2 is a diagnostic rather than the theory."""
-    if optimizer is None or type(optimizer) is torch.optim.SGD:
+    if optimizer is None:
         return {}
     kind = type(optimizer).__name__
+    if type(optimizer) is torch.optim.SGD:
+        used = {
+            name
+            for group in optimizer.param_groups
+            for name in ("momentum", "weight_decay")
+            if group.get(name)
+        }
+        if not used:
+            return {}
+        kind += f" with {' and '.join(sorted(used))}"
     said = f"R_2 is the theory of gradient descent; under {kind} it is a diagnostic"
     return {"optimizer": said}

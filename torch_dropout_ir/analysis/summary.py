@@ -55,7 +55,9 @@ def describe(analysis: Analysis) -> str:
     model = type(analysis.model).__name__
     lines = [f"{model} after {analysis.step} optimizer steps"]
     lines += ["", "dropout sites"]
-    lines += [f"  {_site_line(site)}" for site in analysis.sites] or ["  none"]
+    lines += [f"  {_site_line(site)}" for site in analysis.sites] or [
+        "  no dropout module"
+    ]
     latest = analysis.latest
     if latest:
         width = max(len(tag) for tag in latest)
@@ -66,6 +68,12 @@ def describe(analysis: Analysis) -> str:
     lines += _section("how the numbers were obtained", analysis.notes)
     lines += _section("absent measures", analysis.absent)
     lines += ["", f"the analysis took {analysis.cost_share:.1%} of the time"]
+    last = max((values[-1][0] for values in analysis.history.values()), default=0)
+    if analysis.step > 2 * last + 1:
+        lines.append(
+            f"nothing was measured after step {last}: training has not paid for it yet; "
+            "`analysis.measure()` measures now, `every=` at fixed steps"
+        )
     return "\n".join(lines)
 
 

@@ -50,3 +50,11 @@ def clean_risk(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
 
     with at_sites(model, keep):
         return loss(call(model, batch[0]), batch[1])
+
+
+@torch.no_grad()
+def excess_risks(model: nn.Module, batch: Batch, loss: Loss, num_masks: int) -> Tensor:
+    """Return ``R_drop - R_S`` at independent masks on one batch, ``[num_masks]``."""
+    clean = clean_risk(model, batch, loss)
+    draws = [dropout_risk(model, batch, loss) - clean for _ in range(num_masks)]
+    return torch.stack(draws)

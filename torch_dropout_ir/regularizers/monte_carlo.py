@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers.estimate import Estimate
-from torch_dropout_ir.regularizers.masked import clean_risk, dropout_risk
+from torch_dropout_ir.regularizers.masked import excess_risks
 
 
-@torch.no_grad()
 def monte_carlo(
     model: nn.Module, batch: Batch, loss: Any, *, num_masks: int = 64
 ) -> Estimate:
@@ -51,9 +49,6 @@ def monte_carlo(
     """
     if num_masks < 2:
         raise ValueError(f"monte_carlo: expected `num_masks` >= 2, got {num_masks}")
-    resolved = resolve_loss(loss)
-    clean = clean_risk(model, batch, resolved)
-    draws = [dropout_risk(model, batch, resolved) - clean for _ in range(num_masks)]
-    excess = torch.stack(draws)
+    excess = excess_risks(model, batch, resolve_loss(loss), num_masks)
     error = excess.std() / num_masks**0.5
     return Estimate(excess.mean(), {}, error, exact=False, num_samples=num_masks)

@@ -1,7 +1,8 @@
-"""R_1 for a training run: the best estimate that one pass can give."""
+"""R_1 for a training run: the best estimate that a few passes can give."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -12,31 +13,51 @@ from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.gauss_newton import CleanPass, estimate
 from torch_dropout_ir.regularizers.last_layer import last_layer
+from torch_dropout_ir.regularizers.masked import excess_risks
 from torch_dropout_ir.sites import mask_shape
 
 
 def online(
-    model: nn.Module, batch: Batch, loss: Loss, *, num_samples: int = 2
-) -> tuple[Estimate, Any]:
-    """Return R_1 of a batch and the outputs without dropout, from one forward pass.
+    model: nn.Module, batch: Batch, loss: Loss, *, num_masks: int = 8
+) -> tuple[Estimate, str, Any]:
+    """Return R_1 of a batch, how it was obtained, and the outputs without dropout.
 
     Where the only site is a :class:`torch.nn.Dropout` straight before the last linear
-    layer it is the closed form of :func:`last_layer`; else the sampled form of
-    :func:`gauss_newton`.
+    layer and the loss is squared, it is the closed form of :func:`last_layer`, exact.
+    Else, where targets are known, its definition, averaged over masks: unbiased, for
+    the second-order forms can be off by a factor in deep networks. Where targets are
+    not known the second-order form is all that can be had. The parts of the sites are
+    those of the second-order form in any case.
 
     Args:
         model: The model; left as it is.
         batch: ``(inputs, targets)``; targets may be None.
         loss: The loss.
-        num_samples: Backward passes where the form is sampled.
+        num_masks: Masks where R_1 is averaged over them.
 
     Returns:
-        The estimate and the outputs, detached.
+        The estimate, a sentence, and the outputs, detached.
     """
     clean = CleanPass.of(model, batch[0])
-    closed = _closed_form(clean, batch[1], loss)
-    found = closed or estimate(model, clean, batch[1], loss, num_samples)
-    return found, clean.outputs.detach()
+    outputs = clean.outputs.detach()
+    found = _closed_form(clean, batch[1], loss)
+    how = "closed form"
+    if found is None:
+        found = estimate(model, clean, batch[1], loss, 1 if batch[1] is not None else 2)
+        how = "sampled Gauss-Newton form"
+    if found.exact:
+        return found, f"exact, {how}", outputs
+    if batch[1] is None:
+        return found, f"second order (approximate; targets unknown), {how}", outputs
+    excess = excess_risks(model, batch, loss, num_masks)
+    averaged = dataclasses.replace(
+        found,
+        value=excess.mean(),
+        standard_error=excess.std() / num_masks**0.5,
+        num_samples=num_masks,
+    )
+    parts = f"by site: second-order parts (approximate), {how}"
+    return averaged, f"unbiased, average over {num_masks} masks; {parts}", outputs
 
 
 @torch.no_grad()
@@ -49,14 +70,9 @@ def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
     # Cross-entropy has its classes in dimension 1, the linear layer in the last.
     if not elementwise or (loss.kind == "cross_entropy" and outputs.ndim > 2):
         return None
+    weight = clean.last_layer.weight
     value = last_layer(
-        features,
-        clean.last_layer.weight,
-        site.p,
-        loss=loss,
-        outputs=outputs,
-        targets=targets,
+        features, weight, site.p, loss=loss, outputs=outputs, targets=targets
     )
-    return Estimate(
-        value, {site.name: value}, torch.zeros_like(value), loss.is_quadratic, 0
-    )
+    error = torch.zeros_like(value)
+    return Estimate(value, {site.name: value}, error, loss.is_quadratic, 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_dropout_ir.vectors import Params, to_params, to_vector
 
 _BASIS: Final = 32
+_CHECKS: Final = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,9 @@ def top_eigenvalues(
     r"""Return the ``k`` largest eigenvalues of a symmetric operator.
 
     Stops when every residual is at most ``tol`` times the largest magnitude seen in the
-    spectrum, never because a value changed little: residuals bound the error, changes
-    do not. Largest means algebraically largest.
+    spectrum, never because a value changed little. A small residual says that the value
+    is near *an* eigenvalue; so before it stops, it looks for larger ones from a random
+    direction, for eight products more. Largest means algebraically largest.
 
     Args:
         op: Operator of :func:`hessian`, or a symmetric matrix ``[P, P]``.
@@ -76,39 +78,114 @@ def top_eigenvalues(
             f"top_eigenvalues: expected 1 <= `k` <= {size} and `max_matvecs` >= `k`, "
             f"got k={k} and max_matvecs={max_matvecs}"
         )
-    basis = min(size, max(_BASIS, 2 * k + 8))
-    vector = _start(op, start)
-    rows = vector.new_empty(basis, size)
-    projected = torch.zeros(basis, basis, dtype=torch.float64)
-    rows[0] = vector / vector.norm()
-    filled, spent = 1, 0
+    space = _Space(_start(op, start), min(size, max(_BASIS, 2 * k + 8)), k)
+    checked_from: int | None = None
     while True:
-        image = op @ rows[filled - 1]
-        spent += 1
-        column, rest = _orthogonalize(image, rows[:filled])
-        projected[filled - 1, :filled] = projected[:filled, filled - 1] = column
-        values, coordinates = torch.linalg.eigh(projected[:filled, :filled])
-        found = min(k, filled)
-        length = float(rest.norm())
-        residuals = length * coordinates[-1, -found:].abs()
-        scale = float(values.abs().max())
-        small = length <= 1e-12 * max(scale, 1e-300) or filled == size
-        converged = found == k and bool((residuals <= tol * scale).all())
-        if converged or spent >= max_matvecs or (small and found == k):
+        space.extend(op @ space.newest)
+        within = space.residuals() <= tol * space.scale
+        converged = space.found == k and bool(within.all())
+        if space.exhausted and space.found == k or space.spent >= max_matvecs:
             break
-        if filled == basis:
-            filled = _restart(rows, projected, values, coordinates, k)
-        rows[filled] = _next(rest, rows[:filled], small)
-        filled += 1
-    chosen = coordinates[:, -found:].flip(1)
-    vectors = chosen.T.to(rows) @ rows[:filled]
+        if converged and checked_from is None:
+            checked_from = space.spent
+            space.lock()
+        elif converged and space.spent >= (checked_from or 0) + _CHECKS:
+            break
+        else:
+            space.advance()
     return Eigen(
-        values[-found:].flip(0),
-        [_as_given(op, v / v.norm()) for v in vectors],
-        residuals.flip(0),
-        converged or (small and found == k),
-        spent,
+        space.values[-space.found :].flip(0),
+        [_as_given(op, v / v.norm()) for v in space.vectors()],
+        space.residuals().flip(0),
+        converged or (space.exhausted and space.found == k),
+        space.spent,
     )
+
+
+class _Space:
+    """A growing orthonormal basis, and the operator seen through it.
+
+    Every image is orthogonalized against all of the basis, so the projection is exact
+    whatever vector comes next: the remainder of the last image (Lanczos), a restart's
+    leading Ritz vectors, or a random vector that looks for what was missed.
+    """
+
+    def __init__(self, start: Tensor, capacity: int, k: int) -> None:
+        self.k = k
+        self.spent = 0
+        self._rows = start.new_empty(capacity, start.numel())
+        self._rows[0] = start / start.norm()
+        self._filled = 1
+        self._projected = torch.zeros(capacity, capacity, dtype=torch.float64)
+        self._rest = start
+        self._locked = 0.0  # largest residual of what was locked: a bound from then on
+        self.values = torch.zeros(0, dtype=torch.float64)
+        self._coordinates = torch.zeros(0, 0, dtype=torch.float64)
+
+    @property
+    def newest(self) -> Tensor:
+        return self._rows[self._filled - 1]
+
+    @property
+    def found(self) -> int:
+        return min(self.k, self._filled)
+
+    @property
+    def scale(self) -> float:
+        return float(self.values.abs().max())
+
+    @property
+    def exhausted(self) -> bool:
+        small = float(self._rest.norm()) <= 1e-12 * max(self.scale, 1e-300)
+        return self._filled == self._rows.shape[1] or (small and self._locked == 0)
+
+    def extend(self, image: Tensor) -> None:
+        """Take the image of the newest vector."""
+        self.spent += 1
+        n = self._filled
+        column, self._rest = _orthogonalize(image, self._rows[:n])
+        self._projected[n - 1, :n] = self._projected[:n, n - 1] = column
+        self.values, self._coordinates = torch.linalg.eigh(self._projected[:n, :n])
+
+    def residuals(self) -> Tensor:
+        """Bounds on the residuals of the leading Ritz pairs, ascending by value."""
+        last = float(self._rest.norm()) * self._coordinates[-1, -self.found :]
+        return (last.square() + self._locked**2).sqrt()
+
+    def vectors(self) -> Tensor:
+        """Leading Ritz vectors, largest value first."""
+        chosen = self._coordinates[:, -self.found :].flip(1)
+        return chosen.T.to(self._rows) @ self._rows[: self._filled]
+
+    def _keep(self, count: int) -> None:
+        rows = (
+            self._coordinates[:, -count:].T.to(self._rows) @ self._rows[: self._filled]
+        )
+        self._rows[:count] = rows
+        self._projected.zero_()
+        self._projected[:count, :count] = torch.diag(self.values[-count:])
+        self._filled = count
+
+    def advance(self) -> None:
+        """Go on with the remainder of the last image; restart where there is no room."""
+        if self._filled == self._rows.shape[0]:
+            self._keep(min(self._filled - 1, self.k + self._filled // 2))
+        self._append(self._rest)
+
+    def lock(self) -> None:
+        """Keep what converged alone, and look for more in a random direction."""
+        self._locked = float(self.residuals().max())
+        self._keep(self.k)
+        self._append(torch.randn_like(self._rest))
+
+    def _append(self, vector: Tensor) -> None:
+        rows = self._rows[: self._filled]
+        if float(vector.norm()) <= 1e-12 * max(self.scale, 1e-300):
+            vector = torch.randn_like(vector)
+        for _ in range(2):
+            _, vector = _orthogonalize(vector / vector.norm(), rows)
+        self._rows[self._filled] = vector / vector.norm()
+        self._filled += 1
 
 
 def _start(op: Any, start: Tensor | Params | None) -> Tensor:
@@ -128,23 +205,3 @@ def _orthogonalize(image: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     rest = image - rows.T @ first
     second = rows @ rest
     return (first + second).double().cpu(), rest - rows.T @ second
-
-
-def _restart(
-    rows: Tensor, projected: Tensor, values: Tensor, coordinates: Tensor, k: int
-) -> int:
-    """Keep the best half of the Ritz vectors; return how many."""
-    # Their coupling to the next vector comes out of its own product with the operator,
-    # which is orthogonalized against all rows.
-    kept = min(rows.shape[0] - 1, k + rows.shape[0] // 2)
-    rows[:kept] = coordinates[:, -kept:].T.to(rows) @ rows
-    projected.zero_()
-    projected[:kept, :kept] = torch.diag(values[-kept:])
-    return kept
-
-
-def _next(rest: Tensor, rows: Tensor, small: bool) -> Tensor:
-    """Return the next unit vector; a random one where the space is exhausted."""
-    if small:
-        _, rest = _orthogonalize(torch.randn_like(rest), rows)
-    return rest / rest.norm()
