@@ -13,8 +13,21 @@ from torch_dropout_ir.analysis import Analysis, Measure, Sink
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import RootHook
 from torch_dropout_ir.analysis.measures import default_measures
+from torch_dropout_ir.functional import fixed_batches, preserved_rng
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.tensorboard import TensorBoardSink
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the model to measure and the one whose calls are to be watched.
+
+    A compiled model is called through its wrapper and measured uncompiled; a
+    data-parallel one is both called and measured inside.
+    """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    inner = getattr(model, "_orig_mod", model)
+    return (inner if isinstance(inner, nn.Module) else model), model
 
 
 def attach_analysis(
@@ -52,7 +65,8 @@ def attach_analysis(
         budget: Share of the time that ``"auto"`` may take. The first measurement is
             taken on credit.
         data: A batch ``(inputs, targets)`` or batches for the measures of the loss
-            surface; by default the batch last seen, where its targets are known.
+            surface, also where targets are not seen; of a loader the first eight are
+            taken, now. By default the batch last seen, where its targets are known.
         convert: If True, torch's dropout modules become ours in place until
             :meth:`Analysis.detach`: faster, with statistics of every step, and with
             other masks than torch would draw.
@@ -83,20 +97,28 @@ def attach_analysis(
             f"attach_analysis: expected `model` to be an nn.Module, got "
             f"{type(model).__name__}"
         )
-    for hook in model._forward_pre_hooks.values():
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "attach_analysis: expected `optimizer` to be a torch.optim.Optimizer, got "
+            f"{type(optimizer).__name__}"
+        )
+    inner, watched = unwrap(model)
+    for hook in watched._forward_pre_hooks.values():
         if isinstance(hook, RootHook) and hook.call is not None:
             raise RuntimeError(
                 "attach_analysis: this model has an analysis already. Use that one, or "
                 "`detach()` it first."
             )
     resolved = None if loss is None else resolve_loss(loss)
+    with preserved_rng(inner):
+        batches = None if data is None else fixed_batches(data)
     chosen = list(default_measures() if measures is None else measures)
     cadence = Cadence(every, budget, [m.name for m in chosen])
     places = list(sinks or ())
     if log_dir is not False:
         places.append(TensorBoardSink(log_dir))
     analysis = Analysis(
-        model, resolved, optimizer, cadence, chosen, places, data, convert
+        inner, watched, resolved, optimizer, cadence, chosen, places, batches, convert
     )
     analysis.attach()
     return analysis

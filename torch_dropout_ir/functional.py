@@ -13,15 +13,18 @@ Semantics:
 from __future__ import annotations
 
 import contextlib
+import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.sites import Site, find_sites
+from torch_dropout_ir.sites import Site, active_sites
 
 Batch = tuple[Any, Any]
 SiteFunction = Callable[[Site, Tensor], Tensor]
@@ -56,6 +59,19 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unmoved_buffers(model: nn.Module) -> Iterator[None]:
+    """Give back the values of buffers that something inside the context has moved."""
+    kept = [(x, x._version, x.detach().clone()) for x in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for x, version, value in kept:
+                if x._version != version:
+                    x.copy_(value)
+
+
+@contextlib.contextmanager
 def at_sites(
     model: nn.Module, apply: SiteFunction, sites: Sequence[Site] | None = None
 ) -> Iterator[tuple[Site, ...]]:
@@ -63,17 +79,19 @@ def at_sites(
 
     Every noise that an estimator needs is a choice of ``apply``: the identity gives
     ``R_S``, multiplication by a mask gives ``R_drop``, ``h + delta`` the derivatives.
+    Backward passes belong inside too: a checkpointed block runs forward again in them.
 
     Args:
         model: The model.
         apply: Called with the site and its input; returns what passes on.
-        sites: The sites to act on; all of the model's if None.
+        sites: The sites to act on; those that draw noise in training if None.
 
     Yields:
         The sites acted on.
     """
-    chosen = find_sites(model) if sites is None else tuple(sites)
+    chosen = active_sites(model) if sites is None else tuple(sites)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(unmoved_buffers(model))
         stack.enter_context(dropout_off(model))
         for site in chosen:
 
@@ -149,6 +167,31 @@ def batch_size(batch: Batch) -> int:
     return first.shape[0] if first.ndim else 1
 
 
+def fixed_batches(data: Any, most: int = 8) -> list[Batch]:
+    """Read the user's ``data`` once: a batch, a list of batches, or a loader.
+
+    Args:
+        data: What :func:`as_batches` takes.
+        most: Batches to take of a loader.
+
+    Returns:
+        A list of batches.
+
+    Raises:
+        TypeError: If ``data`` is none of them, or its batches are no pairs.
+    """
+    batches = as_batches(data)
+    if not isinstance(batches, (list, tuple)):
+        batches = list(itertools.islice(batches, most))
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(
+                "expected `data` to be a batch `(inputs, targets)` or batches of that "
+                f"form, got one of {type(batch).__name__}"
+            )
+    return [(inputs, targets) for inputs, targets in batches]
+
+
 def as_batches(batches: Any) -> Iterable[Batch]:
     """Read one batch ``(inputs, targets)`` or an iterable of batches.
 
@@ -203,21 +246,26 @@ def risk(
 
 @contextlib.contextmanager
 def preserved_rng(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Give back the generators of the CPU and of the model's devices as they were.
+    """Give back the generators of torch, Python and NumPy as they were.
 
     Args:
-        model: The model.
-        seed: Seed of those generators inside the context; None goes on from where they
-            are.
+        model: The model, whose devices' generators count.
+        seed: Seed of torch's generators inside the context; None goes on from where
+            they are.
 
     Yields:
         Nothing.
     """
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({x.device.index or 0 for x in tensors if x.is_cuda})
-    with torch.random.fork_rng(devices=devices):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            for device in devices:
-                torch.cuda.default_generators[device].manual_seed(seed)
-        yield
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+                for device in devices:
+                    torch.cuda.default_generators[device].manual_seed(seed)
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)

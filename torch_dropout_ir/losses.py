@@ -40,6 +40,9 @@ def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     Returns:
         Scalar.
 
+    Raises:
+        ValueError: If the shapes differ.
+
     References:
         Zhang & Xu, *Implicit regularization of dropout*, section III.
 
@@ -47,6 +50,11 @@ def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
         >>> half_squared_error(torch.ones(4, 2), torch.zeros(4, 2))
         tensor(1.)
     """
+    if outputs.shape != targets.shape:
+        raise ValueError(
+            "half_squared_error: expected `targets` of the shape of `outputs`, got "
+            f"{list(targets.shape)} and {list(outputs.shape)}"
+        )
     return (outputs - targets).square().sum() / (2 * outputs.shape[0])
 
 
@@ -119,8 +127,9 @@ def resolve_loss(loss: Any) -> Loss:
             "expected `loss` to be 'mse', 'cross_entropy', a module or a callable "
             f"`(outputs, targets) -> scalar`, got {type(loss).__name__}"
         )
-    reduction = getattr(loss, "reduction", "mean")
-    if reduction not in ("mean", "sum"):
+    keywords = getattr(loss, "keywords", {})  # of a functools.partial
+    reduction = keywords.get("reduction", getattr(loss, "reduction", "mean"))
+    if reduction not in ("mean", "sum", "batchmean"):
         raise ValueError(
             f"expected a loss with reduction 'mean' or 'sum', got {reduction!r}: the "
             "regularizer of an unreduced loss is not defined"
@@ -131,9 +140,10 @@ def resolve_loss(loss: Any) -> Loss:
 def _kind(loss: Any) -> Literal["squared", "cross_entropy", "general"]:
     if loss in (F.mse_loss, half_squared_error) or type(loss) is nn.MSELoss:
         return "squared"
-    if loss is F.cross_entropy:
+    # Log-probabilities are their own log-softmax: there NLL is cross-entropy.
+    if loss in (F.cross_entropy, F.nll_loss):
         return "cross_entropy"
-    if type(loss) is nn.CrossEntropyLoss and loss.weight is None:
+    if type(loss) in (nn.CrossEntropyLoss, nn.NLLLoss) and loss.weight is None:
         return "cross_entropy"
     return "general"
 
@@ -203,7 +213,7 @@ def hessian_roots(loss: Loss, outputs: Tensor, targets: Any) -> Iterator[Root]:
     """
     width = outputs[0].numel()
     if loss.kind == "general":
-        values, vectors = torch.linalg.eigh(hessian_blocks(loss, outputs, targets))
+        values, vectors = _eigen(loss, outputs, targets)
         for c in range(width):
             root = vectors[..., c] * values[:, c, None].abs().sqrt()
             yield root.view(outputs.shape), values[:, c].sign()
@@ -212,6 +222,14 @@ def hessian_roots(loss: Loss, outputs: Tensor, targets: Any) -> Iterator[Root]:
         place = torch.zeros(width, dtype=outputs.dtype, device=outputs.device)
         place[c] = 1.0
         yield _known_root(loss, outputs, targets, place), 1.0
+
+
+def _eigen(loss: Loss, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of the blocks; half precision has no such routine."""
+    blocks = hessian_blocks(loss, outputs, targets)
+    wide = blocks if blocks.dtype == torch.float64 else blocks.float()
+    values, vectors = torch.linalg.eigh(wide)
+    return values.to(outputs.dtype), vectors.to(outputs.dtype)
 
 
 def _known_root(loss: Loss, outputs: Tensor, targets: Any, place: Tensor) -> Tensor:
@@ -252,7 +270,7 @@ def hessian_sampler(
         return lambda: [(torch.randn_like(outputs) * scale, 1.0)]
     if loss.kind == "cross_entropy":
         return _label_sampler(outputs, cross_entropy_scale(loss, outputs, targets))
-    values, vectors = torch.linalg.eigh(hessian_blocks(loss, outputs, targets))
+    values, vectors = _eigen(loss, outputs, targets)
     # What float rounding makes of a zero eigenvalue is no negative part.
     negative = bool((values < -1e-6 * values.abs().amax()).any())
 

@@ -132,6 +132,11 @@ class Dropout(_Remembers, nn.Dropout):
 
 class _ChannelDropout(_Remembers):
     def _drop(self, x: Tensor) -> Tensor:
+        if x.ndim < 2 or (isinstance(self, nn.Dropout1d) and x.ndim > 3):
+            raise RuntimeError(
+                f"{type(self).__name__}: expected a tensor with channels, got shape "
+                f"{list(x.shape)}"
+            )
         shape = mask_shape(self, x.shape)
         noise, packed = ops.draw(x.new_ones(shape), self.p, None)
         self._remember(packed, shape, noise.numel(), num_units(self, x.shape))
@@ -192,6 +197,11 @@ _OURS: Final[dict[type[nn.Module], type[nn.Module]]] = {
 _TORCHS: Final = {ours: torchs for torchs, ours in _OURS.items()}
 
 
+def is_convertible(module: nn.Module) -> bool:
+    """Whether :func:`convert_dropout_` would change the class of ``module``."""
+    return type(module) in _OURS
+
+
 def convert_dropout_(model: nn.Module) -> nn.Module:
     """Make every dropout module of torch's own one of ours, in place.
 
@@ -210,7 +220,7 @@ def convert_dropout_(model: nn.Module) -> nn.Module:
         True
     """
     for module in model.modules():
-        if type(module) in _OURS:
+        if is_convertible(module):
             module.__class__ = _OURS[type(module)]
     return model
 

@@ -204,6 +204,11 @@ def _draw_composed(x: Tensor, p: float | Tensor, rng: Tensor) -> tuple[Tensor, T
 
 
 def _check_key(rng: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(rng, Tensor):
+        raise ValueError(
+            "dropout: expected `rng` to be an int64 tensor of shape [2], got "
+            f"{type(rng).__name__}"
+        )
     if rng.dtype != torch.int64 or rng.shape != (2,) or rng.device != x.device:
         raise ValueError(
             "dropout: expected `rng` to be an int64 tensor of shape [2] on "

@@ -23,11 +23,8 @@ import torch
 from torch import Tensor, nn
 
 CHANNEL_DROPOUT: Final = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_BATCHED_DIMS: Final = (
-    (nn.Dropout1d, (3,)),
-    (nn.Dropout2d, (3, 4)),
-    (nn.Dropout3d, (5,)),
-)
+# Ranks that torch reads as one sample without a batch dimension.
+_UNBATCHED_RANK: Final = ((nn.Dropout1d, 2), (nn.Dropout3d, 4))
 _OTHER_NOISE: Final = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -71,8 +68,8 @@ def _own_dims(module: nn.Module, shape: torch.Size) -> int:
     """Number of leading dimensions along which mask elements are independent."""
     if not isinstance(module, CHANNEL_DROPOUT):
         return len(shape)
-    batched = any(isinstance(module, t) and len(shape) in d for t, d in _BATCHED_DIMS)
-    return 2 if batched else 1
+    one = any(isinstance(module, t) and len(shape) == r for t, r in _UNBATCHED_RANK)
+    return 1 if one else min(2, len(shape))
 
 
 def mask_shape(module: nn.Module, shape: torch.Size) -> tuple[int, ...]:
@@ -85,6 +82,18 @@ def num_units(module: nn.Module, shape: torch.Size) -> int:
     """Return the number of units: features, or channels for channel dropout."""
     own = _own_dims(module, shape)
     return shape[own - 1] if own else 1
+
+
+def active_sites(model: nn.Module) -> tuple[Site, ...]:
+    """Return the sites that draw noise in training: some may be kept in evaluation.
+
+    Where the whole model is in evaluation mode, all count.
+    """
+    return tuple(
+        site
+        for site in find_sites(model)
+        if site.p > 0 and (site.module.training or not model.training)
+    )
 
 
 def plain_forward(module: nn.Module) -> Callable[..., Tensor] | None:

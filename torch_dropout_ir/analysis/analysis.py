@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import OURS, Capture
 from torch_dropout_ir.analysis.delivery import Delivery, warn
 from torch_dropout_ir.analysis.measures import Measure
-from torch_dropout_ir.analysis.records import Record, Sink
+from torch_dropout_ir.analysis.records import Record, Sink, plain
 from torch_dropout_ir.analysis.snapshot import (
     Snapshot,
     received_gradients,
@@ -24,11 +26,14 @@ from torch_dropout_ir.analysis.snapshot import (
 )
 from torch_dropout_ir.analysis.steps import OptimizerSteps
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
-from torch_dropout_ir.functional import as_batches, preserved_rng
+from torch_dropout_ir.functional import Batch, preserved_rng, unmoved_buffers
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.masks import MaskStatistics
-from torch_dropout_ir.nn import convert_dropout_, restore_dropout_
-from torch_dropout_ir.sites import find_sites
+from torch_dropout_ir.nn import convert_dropout_, is_convertible, restore_dropout_
+from torch_dropout_ir.sites import active_sites, find_sites
+
+_COMPILED: Final = "OptimizedModule"
+_MOST_KEPT: Final = 2**14
 
 
 class Analysis:
@@ -48,16 +53,18 @@ class Analysis:
     def __init__(
         self,
         model: nn.Module,
+        watched: nn.Module,
         loss: Loss | None,
         optimizer: Optimizer | None,
         cadence: Cadence,
         measures: Sequence[Measure],
         sinks: Sequence[Sink],
-        data: Any,
+        data: list[Batch] | None,
         convert: bool,
     ) -> None:
         self.model = model
         self.loss = loss
+        self._loss_given = loss is not None
         self.step = 0
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.absent: dict[str, str] = {}
@@ -67,11 +74,13 @@ class Analysis:
         self._measures = list(measures)
         self._delivery = Delivery(sinks)
         self._data = data
-        self._converted = convert
+        self._convert = convert
+        self._converted: list[nn.Module] = []
         self._seed = torch.initial_seed() % 2**62
         self._clock = time.perf_counter()
         self._due = set(cadence.due(0))
-        self._capture = Capture(model, find_sites(model))
+        sites = find_sites(model) if type(watched).__name__ != _COMPILED else ()
+        self._capture = Capture(watched, sites)
         self._handles = contextlib.ExitStack()
         self._handles.callback(self._delivery.close)
         self._attached = False
@@ -81,7 +90,8 @@ class Analysis:
 
     def attach(self) -> None:
         """Put the hooks in place; :func:`attach_analysis` has done it."""
-        if self._converted:
+        if self._convert:
+            self._converted = [m for m in self.model.modules() if is_convertible(m)]
             convert_dropout_(self.model)
         self._capture.attach(self)
         self._handles.callback(self._steps.watch(self._before_step, self._after_step))
@@ -154,7 +164,11 @@ class Analysis:
 
     def _take_and_write(self, names: set[str]) -> dict[str, float]:
         """Take the named measures, write their records, return what each took."""
-        snapshot = self._snapshot()
+        try:
+            snapshot = self._snapshot()
+        except Exception as err:
+            self._fail("capture", err)
+            return dict.fromkeys(names, 0.0)
         records: dict[str, Record] = {}
         seconds: dict[str, float] = {}
         for measure in self._measures:
@@ -181,8 +195,12 @@ class Analysis:
     def _take(self, measure: Measure, snapshot: Snapshot) -> Mapping[str, Record]:
         seed = (self._seed + 2 * self.step) % 2**62
         try:
-            with preserved_rng(self.model, seed), torch.enable_grad():
-                records = measure(snapshot)
+            with (
+                preserved_rng(self.model, seed),
+                unmoved_buffers(self.model),
+                torch.enable_grad(),
+            ):
+                records = {t: plain(x) for t, x in measure(snapshot).items()}
         except Exception as err:
             self._fail(measure.name, err)
             return {}
@@ -200,18 +218,23 @@ class Analysis:
 
     def _write(self, records: dict[str, Record]) -> None:
         for tag, value in records.items():
-            if isinstance(value, float):
-                self.history.setdefault(tag, []).append((self.step, value))
+            if not isinstance(value, float):
+                continue
+            values = self.history.setdefault(tag, [])
+            values.append((self.step, value))
+            if len(values) > _MOST_KEPT:
+                del values[1:-1:2]  # every other one: memory stays bounded
         self._delivery.write(self.step, records, self.notes)
 
     def _snapshot(self) -> Snapshot:
         capture = self._capture
-        if self.loss is None and capture.loss_module is not None:
+        if not self._loss_given and capture.loss_module is not None:
             with contextlib.suppress(ValueError):
-                self.loss = resolve_loss(capture.loss_module)
+                # A copy: its buffers are the script's.
+                self.loss = resolve_loss(copy.deepcopy(capture.loss_module))
         batch, on_data = (capture.inputs, capture.targets), False
-        if capture.targets is None and self._data is not None:
-            batch, on_data = next(iter(as_batches(self._data)), batch), True
+        if capture.targets is None and self._data:
+            batch, on_data = self._data[0], True
         seen = None if batch[1] is None else [batch]
         optimizer = self._steps.optimizer
         self.notes.update(theory_note(optimizer))
@@ -219,7 +242,7 @@ class Analysis:
         return Snapshot(
             model=self.model,
             step=self.step,
-            sites=tuple(site for site in capture.sites if site.p > 0),
+            sites=active_sites(self.model),
             loss=self.loss,
             inputs=batch[0],
             targets=batch[1],
@@ -261,7 +284,10 @@ class Analysis:
         return {
             "step": self.step,
             "history": {tag: list(values) for tag, values in self.history.items()},
-            "statistics": self._statistics(),
+            "statistics": {
+                name: dataclasses.asdict(seen)
+                for name, seen in self._statistics().items()
+            },
             "cadence": self._cadence.state_dict(),
         }
 
@@ -269,7 +295,9 @@ class Analysis:
         """Go on from what :meth:`state_dict` returned."""
         self.step = state["step"]
         self.history = {tag: list(values) for tag, values in state["history"].items()}
-        self._loaded = dict(state["statistics"])
+        self._loaded = {
+            name: MaskStatistics(**seen) for name, seen in state["statistics"].items()
+        }
         self._cadence.load_state_dict(state["cadence"])
         self._plan()
 
@@ -282,8 +310,8 @@ class Analysis:
             return
         self._attached = False
         self._capture.detach()
-        if self._converted:
-            restore_dropout_(self.model)
+        for module in self._converted:
+            restore_dropout_(module)
         self._leave()
 
     def __enter__(self) -> Analysis:

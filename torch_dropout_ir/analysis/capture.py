@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
 from torch_dropout_ir.functional import Inputs
@@ -56,8 +57,8 @@ class Capture:
     """Watches the forward passes of a model in training mode.
 
     Args:
-        model: The model.
-        sites: Its dropout sites.
+        watched: The module that the script calls.
+        sites: The dropout sites to observe.
 
     Attributes:
         inputs: Arguments of the last training pass.
@@ -70,8 +71,8 @@ class Capture:
         paused: True while the analysis itself runs the model.
     """
 
-    def __init__(self, model: nn.Module, sites: tuple[Site, ...]) -> None:
-        self.model = model
+    def __init__(self, watched: nn.Module, sites: tuple[Site, ...]) -> None:
+        self.watched = watched
         self.sites = sites
         self.inputs: Inputs | None = None
         self.outputs: Any = None
@@ -82,6 +83,7 @@ class Capture:
         self.want_targets = True
         self.paused = False
         self._seconds = 0.0
+        self._versions: list[int] = []
         self._states: dict[str, Tensor] = {}
         self._step = contextlib.ExitStack()
         self._pass = contextlib.ExitStack()
@@ -92,11 +94,13 @@ class Capture:
         before, after = RootHook(self._before, owner), RootHook(self._after, owner)
         self._keep(
             self._root,
-            self.model.register_forward_pre_hook(before, with_kwargs=True),
+            self.watched.register_forward_pre_hook(before, with_kwargs=True),
         )
         self._keep(
             self._root,
-            self.model.register_forward_hook(after, with_kwargs=True, always_call=True),
+            self.watched.register_forward_hook(
+                after, with_kwargs=True, always_call=True
+            ),
         )
 
     def detach(self) -> None:
@@ -122,16 +126,21 @@ class Capture:
     def _before(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self.paused or not self.model.training or torch.compiler.is_compiling():
+        if self.paused or not self.watched.training or torch.compiler.is_compiling():
             return
         self.end_step()
         self._pass.close()
         self.inputs, self.targets = Inputs(args, kwargs), None
+        self._versions = _versions(self.inputs)
         for site in self.sites if self.want_masks else ():
             if isinstance(site.module, OURS):
                 continue
-            before = site.module.register_forward_pre_hook(self._note_state(site))
-            after = site.module.register_forward_hook(self._observe(site), prepend=True)
+            note, observe = (
+                RootHook(self._note_state(site)),
+                RootHook(self._observe(site)),
+            )
+            before = site.module.register_forward_pre_hook(note)
+            after = site.module.register_forward_hook(observe, prepend=True)
             self._keep(self._pass, before)
             self._keep(self._pass, after)
 
@@ -141,13 +150,24 @@ class Capture:
         if self.paused or torch.compiler.is_compiling():
             return
         self._pass.close()
-        if self.model.training and self.want_targets and isinstance(outputs, Tensor):
+        if self.inputs is not None and _versions(self.inputs) != self._versions:
+            self.inputs = None  # the model writes on its inputs: no second pass
+        if self.watched.training and self.want_targets and isinstance(outputs, Tensor):
             self.outputs = outputs
-            self._keep(self._step, register_module_forward_pre_hook(self._look))
+            look = weakref.WeakMethod(self._look)
 
-    def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """See whether this module is the loss: it reads the outputs and something."""
-        if len(args) >= 2 and args[0] is self.outputs:
+            def hook(*call: Any) -> None:
+                method = look()
+                if method is not None:
+                    method(*call)
+
+            self._keep(self._step, register_module_forward_hook(hook))
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        """See whether this module is the loss: from the outputs to one number."""
+        if len(args) < 2 or args[0] is not self.outputs:
+            return
+        if isinstance(result, Tensor) and result.numel() == 1 and result.requires_grad:
             self.loss_module, self.targets = module, args[1]
             self.end_step()
 
@@ -164,14 +184,12 @@ class Capture:
 
         def observe(module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
             state = self._states.pop(site.name, None)
-            if state is None:
+            if state is None or not args[0].numel():
                 return
             started = time.perf_counter()
-            ones = torch.ones(
-                mask_shape(module, args[0].shape),
-                dtype=args[0].dtype,
-                device=args[0].device,
-            )
+            x = args[0].detach()
+            shape = mask_shape(module, x.shape)
+            ones = torch.ones(shape, dtype=x.dtype, device=x.device)
             after = _generator_state(ones.device)
             _set_generator_state(ones.device, state)
             try:
@@ -179,13 +197,20 @@ class Capture:
                     mask = draw(module, ones) != 0
             finally:
                 _set_generator_state(ones.device, after)
-            counts = mask.reshape(-1, num_units(module, args[0].shape)).sum(0)
+            counts = mask.reshape(-1, num_units(module, x.shape)).sum(0)
             drawn = MaskStatistics.of_units(counts, mask.numel(), site.p)
             seen = self.statistics.get(site.name, MaskStatistics())
             self.statistics[site.name] = seen + drawn
             self._seconds += time.perf_counter() - started
 
         return observe
+
+
+def _versions(inputs: Inputs) -> list[int]:
+    tensors = (*inputs.args, *inputs.kwargs.values())
+    return [
+        x._version for x in tensors if isinstance(x, Tensor) and not x.is_inference()
+    ]
 
 
 def _generator_state(device: torch.device) -> Tensor:

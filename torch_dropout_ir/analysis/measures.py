@@ -153,6 +153,8 @@ class Masks:
         """Return ``mask/keep_rate/<site>`` and ``mask/z_score/<site>``."""
         records: dict[str, Record] = {}
         for site, seen in snapshot.statistics.items():
+            if not seen.num_elements:
+                continue
             records[f"mask/keep_rate/{site}"] = seen.keep_rate
             if seen.variance > 0:
                 records[f"mask/z_score/{site}"] = seen.z_score
@@ -224,14 +226,20 @@ class Sharpness:
         tol: Relative residual of the eigenvalue.
         max_matvecs: Most products for the eigenvalue.
         trace_matvecs: Products for the trace.
+        max_parameters: Larger models are left out.
     """
 
     name = "sharpness"
     needs: frozenset[Need] = frozenset({"loss", "batches"})
 
     def __init__(
-        self, tol: float = 1e-3, max_matvecs: int = 40, trace_matvecs: int = 16
+        self,
+        tol: float = 1e-3,
+        max_matvecs: int = 40,
+        trace_matvecs: int = 16,
+        max_parameters: int = 20_000_000,
     ) -> None:
+        self.max_parameters = max_parameters
         self.tol = tol
         self.max_matvecs = max_matvecs
         self.trace_matvecs = trace_matvecs
@@ -240,8 +248,12 @@ class Sharpness:
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``sharpness/top_eigenvalue`` and ``sharpness/trace`` with errors."""
         op = sharpness.hessian(snapshot.model, snapshot.loss, snapshot.batches)
+        if op.shape[0] > self.max_parameters:
+            reason = f"more than {self.max_parameters} parameters: set `max_parameters`"
+            snapshot.absent["sharpness/top_eigenvalue"] = reason
+            return {}
         top = sharpness.top_eigenvalues(
-            op, tol=self.tol, max_matvecs=self.max_matvecs, start=self._last
+            op, tol=self.tol, max_matvecs=self.max_matvecs, start=self._start(op)
         )
         self._last = top.vectors[0]
         found = sharpness.trace(op, num_matvecs=self.trace_matvecs)
@@ -251,6 +263,15 @@ class Sharpness:
             "sharpness/trace": float(found.value),
             "sharpness/trace_standard_error": float(found.standard_error),
         }
+
+    def _start(self, op: Any) -> Any:
+        """The last eigenvector, if its parameters are still those of the operator."""
+        if self._last is None:
+            return None
+        now = {name: x.shape for name, x in op.params.items()}
+        return (
+            self._last if now == {n: x.shape for n, x in self._last.items()} else None
+        )
 
 
 def default_measures() -> list[Measure]:

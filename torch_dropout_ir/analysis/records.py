@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -40,6 +40,11 @@ class Image:
 
 
 Record = float | Histogram | Image
+
+
+def plain(record: Any) -> Record:
+    """Return a record as it is, and any number (0-d tensors too) as a float."""
+    return record if isinstance(record, (Histogram, Image)) else float(record)
 
 
 class Sink(Protocol):

@@ -74,10 +74,13 @@ NO_SITE: Final = (
 )
 _LACKING: Final[dict[Need, str]] = {
     "sites": NO_SITE,
-    "inputs": "no forward pass in training mode was seen yet",
+    "inputs": (
+        "no forward pass in training mode was seen yet (a compiled model must be "
+        "attached as such; one that changes its inputs in place cannot be measured)"
+    ),
     "loss": (
-        "the loss is not known: call a loss module on the model's output in the script, "
-        "or pass `loss=`, and `data=` for what needs targets"
+        "the loss is not known: call a loss module on the model's output in the "
+        "script, or pass `loss=`, and `data=` for what needs targets"
     ),
     "targets": (
         "the targets were not seen: the script must call a loss module on the model's "
@@ -114,6 +117,10 @@ def received_gradients(
             rates[names[id(x)]] = float(group.get("lr", 0.0))
             if x.grad is not None:
                 found[names[id(x)]] = x.grad.detach()
+    # A fused optimizer unscales by itself, in its step.
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        found = {name: g / scale for name, g in found.items()}
     return rates, found or None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,11 +13,15 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+# Pre- and post-hook of two steps.
+_REPLACED: Final = 4
+
 
 class OptimizerSteps:
     """Tells when the optimizer that counts makes a step.
 
-    It is the one that was given, or else the first that steps parameters of the model.
+    It is the one that was given, or else the first that steps parameters of the model,
+    until another one does so several times on end: then the script has replaced it.
 
     Args:
         model: The model.
@@ -26,7 +30,9 @@ class OptimizerSteps:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self._own = weakref.ref(model)
+        self._given = optimizer is not None
         self._found = None if optimizer is None else weakref.ref(optimizer)
+        self._strangers = 0
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -67,10 +73,19 @@ class OptimizerSteps:
         return hook
 
     def _counts(self, optimizer: Optimizer) -> bool:
+        if self.optimizer is optimizer:
+            self._strangers = 0
+            return True
+        if self._given or not self._steps_model(optimizer):
+            return False
+        if self.optimizer is not None and self._strangers < _REPLACED:
+            self._strangers += 1
+            return False
+        self._found, self._strangers = weakref.ref(optimizer), 0
+        return True
+
+    def _steps_model(self, optimizer: Optimizer) -> bool:
         model = self._own()
-        if self._found is None and model is not None:
-            own = {id(x) for x in model.parameters()}
-            stepped = (x for group in optimizer.param_groups for x in group["params"])
-            if any(id(x) in own for x in stepped):
-                self._found = weakref.ref(optimizer)
-        return self._found is not None and self._found() is optimizer
+        own = set() if model is None else {id(x) for x in model.parameters()}
+        stepped = (x for group in optimizer.param_groups for x in group["params"])
+        return any(id(x) in own for x in stepped)

@@ -71,8 +71,8 @@ def describe(analysis: Analysis) -> str:
     last = max((values[-1][0] for values in analysis.history.values()), default=0)
     if analysis.step > 2 * last + 1:
         lines.append(
-            f"nothing was measured after step {last}: training has not paid for it yet; "
-            "`analysis.measure()` measures now, `every=` at fixed steps"
+            f"nothing was measured after step {last}: training has not paid for it "
+            "yet; `analysis.measure()` measures now, `every=` at fixed steps"
         )
     return "\n".join(lines)
 

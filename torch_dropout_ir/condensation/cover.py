@@ -110,8 +110,9 @@ def _greedy_cover(rows: Tensor, threshold: float) -> Tensor:
         near[best] = True  # whatever rounding says of its norm
         members = (near & (labels < 0)).nonzero().squeeze(1)
         labels[members] = cluster
+        # Those covered may still be the centre of others.
         counts -= _parallel_counts(rows, rows[members], threshold)
-        counts[members] = 0
+        counts[best] = 0
     alone = (labels < 0).nonzero().squeeze(1)
     found = int(labels.max()) + 1 if labels.numel() else 0
     labels[alone] = torch.arange(found, found + alone.numel(), device=rows.device)

@@ -29,7 +29,7 @@ def cluster_order(weights: Tensor) -> Tensor:
         [2, 0, 1, 3]
     """
     labels = effective_neurons(weights).labels
-    rows = orientations(weights)
+    rows = orientations(weights if weights.dtype == torch.float64 else weights.float())
     plane = _leading_plane(rows)
     clusters = int(labels.max()) + 1 if labels.numel() else 0
     # The extra row gathers the dead.

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from torch_dropout_ir.functional import Batch, at_sites, call
+from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import (
     Loss,
     Root,
@@ -19,10 +16,9 @@ from torch_dropout_ir.losses import (
     hessian_sampler,
     resolve_loss,
 )
+from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
-from torch_dropout_ir.sites import Site, find_sites, mask_shape
-
-Use = tuple[Site, Tensor, Tensor]
+from torch_dropout_ir.sites import mask_shape, unobservable
 
 
 def gauss_newton(
@@ -41,12 +37,14 @@ def gauss_newton(
     Sampled: :math:`v_i` with :math:`E[v_i v_i^\top] = H_i` is sent back to the sites;
     the sum of :math:`(h_{ij} g_{ij})^2` is unbiased for the form. One forward pass,
     and one backward pass a sample whatever the number of sites. Exact sum
-    (``num_samples=None``): one backward pass an output of a sample; where batch
-    normalization couples the samples, one an output of the batch.
+    (``num_samples=None``): one backward pass an output of a sample; where samples are
+    coupled (batch normalization, message passing), one an output of the batch.
 
     Equal to ``E[R_drop] - R_S`` for a squared loss and one site whose output goes
     straight into the last linear layer; else its second-order part without the
-    curvature of the layers above (``exact`` says which).
+    curvature of the layers above (``exact`` says which); it can be off by a factor of
+    two and more in deep networks. For a loss that is linear in the outputs (an absolute
+    error) it is zero, whatever R_1 is.
 
     Args:
         model: The network, whose output is one tensor with the batch in front.
@@ -62,7 +60,9 @@ def gauss_newton(
 
     Raises:
         TypeError: If the model's output is no tensor.
-        ValueError: If ``num_samples`` is below 1 or a site drops everything.
+        ValueError: If ``num_samples`` is below 1, a site drops everything, or
+            cross-entropy is taken of outputs without batch dimension.
+        RuntimeError: If a site runs without autograd.
 
     References:
         Wei, Kakade & Ma, *The implicit and explicit regularization effects of
@@ -80,8 +80,9 @@ def gauss_newton(
         raise ValueError(
             f"gauss_newton: expected `num_samples` >= 1 or None, got {num_samples}"
         )
-    clean = CleanPass.of(model, batch[0])
-    return estimate(model, clean, batch[1], resolve_loss(loss), num_samples)
+    resolved = resolve_loss(loss)
+    with clean_pass(model, batch[0]) as clean:
+        return estimate(model, clean, batch[1], resolved, num_samples)
 
 
 def estimate(
@@ -103,10 +104,12 @@ def estimate(
     Returns:
         The estimate.
     """
+    _check(clean, loss)
     detached = clean.outputs.detach()
+    coupled = bool(clean.uses) and clean.couples_samples()
     passes: Iterable[Iterable[Root]]
     if num_samples is None:
-        passes = [_apart(model, hessian_roots(loss, detached, targets))]
+        passes = [_apart(coupled, hessian_roots(loss, detached, targets))]
     else:
         draw = hessian_sampler(loss, detached, targets)
         passes = (draw() for _ in range(num_samples))
@@ -116,80 +119,31 @@ def estimate(
         for name in {site.name: None for site, _, _ in clean.uses}
     }
     value = sum(per_site.values(), detached.new_zeros(()))
-    error = _standard_error(draws, detached, num_samples, _coupled(model))
-    closed = clean.last_layer is not None and loss.is_quadratic
-    exact = not clean.uses or (num_samples is None and closed)
+    error = _standard_error(draws, detached, num_samples, coupled)
+    closed = num_samples is None and clean.last_layer is not None
+    nothing = not clean.uses and not unobservable(model)
+    exact = nothing or (closed and loss.is_quadratic)
     return Estimate(value, per_site, error, exact, num_samples or 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class CleanPass:
-    """A forward pass without noise, with a graph that reaches every site.
-
-    Attributes:
-        outputs: What the model returned.
-        uses: Each use of a site: the site, its input, and a zero added to its output.
-        last_layer: The linear layer that makes the outputs, where the only site feeds
-            it directly; else None.
-    """
-
-    outputs: Tensor
-    uses: list[Use]
-    last_layer: nn.Linear | None
-
-    @classmethod
-    def of(cls, model: nn.Module, inputs: Any) -> CleanPass:
-        """Run ``model`` without noise.
-
-        Returns:
-            The pass.
-
-        Raises:
-            TypeError: If the model's output is no tensor.
-        """
-        uses: list[Use] = []
-        reads: list[tuple[nn.Linear, Tensor, Tensor]] = []
-        passed: list[Tensor] = []
-
-        def perturb(site: Site, h: Tensor) -> Tensor:
-            delta = torch.zeros_like(h, requires_grad=True)
-            uses.append((site, h.detach(), delta))
-            passed.append(h + delta)
-            return passed[-1]
-
-        def read(layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
-            reads.append((layer, args[0], output))
-
-        active = [site for site in find_sites(model) if site.p > 0]
-        with torch.enable_grad(), contextlib.ExitStack() as stack:
-            for module in model.modules():
-                if type(module) is nn.Linear:
-                    handle = module.register_forward_hook(read)
-                    stack.callback(handle.remove)
-            stack.enter_context(at_sites(model, perturb, active))
-            outputs = call(model, inputs)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                "expected the model to return one tensor, got "
-                f"{type(outputs).__name__}. Wrap it in one that returns its logits."
-            )
-        last = [
-            layer
-            for layer, source, output in reads
-            if len(uses) == 1 and source is passed[0] and output is outputs
-        ]
-        return cls(outputs, uses, last[0] if last else None)
+def _check(clean: CleanPass, loss: Loss) -> None:
+    if clean.unreachable:
+        raise RuntimeError(
+            "gauss_newton: derivatives cannot reach the sites "
+            f"{list(clean.unreachable)}, which run under torch.no_grad or reentrant "
+            "checkpointing. Use `monte_carlo`, or checkpoint with use_reentrant=False."
+        )
+    if loss.kind == "cross_entropy" and clean.outputs.ndim < 2:
+        raise ValueError(
+            "gauss_newton: expected outputs with a batch dimension, got shape "
+            f"{list(clean.outputs.shape)}"
+        )
 
 
-def _coupled(model: nn.Module) -> bool:
-    """Whether batch normalization makes a sample's outputs depend on the others."""
-    return any(isinstance(m, _NormBase) and m.training for m in model.modules())
-
-
-def _apart(model: nn.Module, roots: Iterator[Root]) -> Iterator[Root]:
+def _apart(coupled: bool, roots: Iterator[Root]) -> Iterator[Root]:
     """One root for each sample where samples are coupled, else all samples at once."""
     for root, sign in roots:
-        if not _coupled(model):
+        if not coupled:
             yield root, sign
             continue
         for i in range(root.shape[0]):
@@ -200,15 +154,9 @@ def _apart(model: nn.Module, roots: Iterator[Root]) -> Iterator[Root]:
 
 def _forms(clean: CleanPass, roots: Iterable[Root]) -> list[tuple[str, Tensor]]:
     """Quadratic form of each use, summed over units: one entry a leading index."""
-    deltas = [delta for _, _, delta in clean.uses]
     forms: list[tuple[str, Tensor]] = []
-    if not deltas or not clean.outputs.requires_grad:
-        return forms
     for root, sign in roots:
-        gradients = torch.autograd.grad(
-            clean.outputs, deltas, root, retain_graph=True, allow_unused=True
-        )
-        for (site, h, _), g in zip(clean.uses, gradients, strict=True):
+        for (site, h, _), g in zip(clean.uses, clean.gradients(root), strict=True):
             if g is None:
                 continue
             shared = (h * g).sum_to_size(mask_shape(site.module, h.shape))

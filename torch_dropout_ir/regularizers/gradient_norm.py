@@ -74,7 +74,7 @@ def gradient_norm(
         The three parts with standard errors over the pairs.
 
     Raises:
-        ValueError: If ``num_masks`` is odd or below 2.
+        ValueError: If ``num_masks`` is odd or below 2, or ``lr`` lacks a parameter.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, eq. (5); Barrett & Dherin,
@@ -92,12 +92,12 @@ def gradient_norm(
         )
     resolved = resolve_loss(loss)
     params = parameters(model)
-    rates = [lr[n] if isinstance(lr, Mapping) else lr for n in params]
+    rates = _rates(lr, list(params))
     targets = list(params.values())
 
     def gradient() -> list[Tensor]:
-        with torch.enable_grad():
-            value = dropout_risk(model, batch, resolved, shared_mask=shared_mask)
+        masked = dropout_risk(model, batch, resolved, shared_mask=shared_mask)
+        with torch.enable_grad(), masked as value:
             found = torch.autograd.grad(value, targets, allow_unused=True)
         return [
             torch.zeros_like(x) if g is None else g
@@ -122,3 +122,15 @@ def gradient_norm(
     return GradientNorm(
         mean[0], mean[1], mean[2], error[0], error[2], num_masks, shared_mask
     )
+
+
+def _rates(lr: float | Mapping[str, float], names: list[str]) -> list[float]:
+    if not isinstance(lr, Mapping):
+        return [lr] * len(names)
+    missing = [name for name in names if name not in lr]
+    if missing:
+        raise ValueError(
+            "gradient_norm: expected a learning rate `lr` for every parameter, got "
+            f"none for {missing}"
+        )
+    return [lr[name] for name in names]

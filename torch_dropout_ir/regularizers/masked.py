@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,10 +15,11 @@ from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.sites import Site
 
 
+@contextlib.contextmanager
 def dropout_risk(
     model: nn.Module, batch: Batch, loss: Loss, *, shared_mask: bool = False
-) -> Tensor:
-    """Return ``R_drop`` of a batch at one draw of masks, differentiable.
+) -> Iterator[Tensor]:
+    """Give ``R_drop`` of a batch at one draw of masks; differentiate it inside.
 
     Args:
         model: The model.
@@ -25,7 +28,7 @@ def dropout_risk(
         shared_mask: If True, one mask serves all samples (the paper's ``eta``); else
             each sample draws its own, as ``nn.Dropout`` does.
 
-    Returns:
+    Yields:
         Scalar.
     """
 
@@ -39,7 +42,7 @@ def dropout_risk(
         return torch.where(noise != 0, h * noise, torch.zeros_like(h))
 
     with at_sites(model, drop):
-        return loss(call(model, batch[0]), batch[1])
+        yield loss(call(model, batch[0]), batch[1])
 
 
 def clean_risk(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
@@ -56,5 +59,8 @@ def clean_risk(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
 def excess_risks(model: nn.Module, batch: Batch, loss: Loss, num_masks: int) -> Tensor:
     """Return ``R_drop - R_S`` at independent masks on one batch, ``[num_masks]``."""
     clean = clean_risk(model, batch, loss)
-    draws = [dropout_risk(model, batch, loss) - clean for _ in range(num_masks)]
+    draws = []
+    for _ in range(num_masks):
+        with dropout_risk(model, batch, loss) as risk:
+            draws.append(risk - clean)
     return torch.stack(draws)

@@ -21,8 +21,9 @@ def monte_carlo(
         R_1 = E_\eta[R_{drop}(\theta, \eta)] - R_S(\theta)
         \approx \frac{1}{K} \sum_k R_{drop}(\theta, \eta_k) - R_S(\theta)
 
-    Unbiased for every model and loss. Both losses are taken on the same batch. Costs
-    one forward pass a mask and one more.
+    Unbiased for every model and loss, as far as the noise is that of dropout modules;
+    other noise is switched off. Both losses are taken on the same batch. Costs one
+    forward pass a mask and one more.
 
     Args:
         model: The model; left as it is.

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
-from torch_dropout_ir.regularizers.gauss_newton import CleanPass, estimate
+from torch_dropout_ir.regularizers.gauss_newton import estimate
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.masked import excess_risks
 from torch_dropout_ir.sites import mask_shape
@@ -38,13 +39,9 @@ def online(
     Returns:
         The estimate, a sentence, and the outputs, detached.
     """
-    clean = CleanPass.of(model, batch[0])
-    outputs = clean.outputs.detach()
-    found = _closed_form(clean, batch[1], loss)
-    how = "closed form"
-    if found is None:
-        found = estimate(model, clean, batch[1], loss, 1 if batch[1] is not None else 2)
-        how = "sampled Gauss-Newton form"
+    with clean_pass(model, batch[0]) as clean:
+        outputs = clean.outputs.detach()
+        found, how = _second_order(model, clean, batch[1], loss)
     if found.exact:
         return found, f"exact, {how}", outputs
     if batch[1] is None:
@@ -58,6 +55,19 @@ def online(
     )
     parts = f"by site: second-order parts (approximate), {how}"
     return averaged, f"unbiased, average over {num_masks} masks; {parts}", outputs
+
+
+def _second_order(
+    model: nn.Module, clean: CleanPass, targets: Any, loss: Loss
+) -> tuple[Estimate, str]:
+    closed = _closed_form(clean, targets, loss)
+    if closed is not None:
+        return closed, "closed form"
+    if clean.unreachable and targets is not None:
+        nothing = torch.zeros_like(clean.outputs.detach()).sum()
+        return Estimate(nothing, {}, nothing, False, 0), "none: no autograd there"
+    found = estimate(model, clean, targets, loss, 2 if targets is None else 1)
+    return found, "sampled Gauss-Newton form"
 
 
 @torch.no_grad()

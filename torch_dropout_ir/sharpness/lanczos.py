@@ -12,6 +12,7 @@ from torch_dropout_ir.vectors import Params, to_params, to_vector
 
 _BASIS: Final = 32
 _CHECKS: Final = 8
+_BASIS_BYTES: Final = 2**29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,11 @@ def top_eigenvalues(
 ) -> Eigen:
     r"""Return the ``k`` largest eigenvalues of a symmetric operator.
 
-    Stops when every residual is at most ``tol`` times the largest magnitude seen in the
-    spectrum, never because a value changed little. A small residual says that the value
-    is near *an* eigenvalue; so before it stops, it looks for larger ones from a random
-    direction, for eight products more. Largest means algebraically largest.
+    Stops when every residual is at most ``tol`` times its value, never because a value
+    changed little. A small residual says that the value is near *an* eigenvalue; so
+    before it stops, it looks for larger ones, and for further copies of multiple ones,
+    from a random direction for eight products, until nothing new is found. Largest
+    means algebraically largest.
 
     Args:
         op: Operator of :func:`hessian`, or a symmetric matrix ``[P, P]``.
@@ -62,7 +64,8 @@ def top_eigenvalues(
         values are lower bounds of the true ones.
 
     Raises:
-        ValueError: If ``k`` is out of range or ``max_matvecs`` below ``k``.
+        ValueError: If ``k`` is out of range, ``max_matvecs`` below ``k``, or ``start``
+            of another size or zero.
 
     References:
         Wu & Simon, *Thick-restart Lanczos method*, SIAM J. Matrix Anal. 22 (2000).
@@ -78,26 +81,28 @@ def top_eigenvalues(
             f"top_eigenvalues: expected 1 <= `k` <= {size} and `max_matvecs` >= `k`, "
             f"got k={k} and max_matvecs={max_matvecs}"
         )
-    space = _Space(_start(op, start), min(size, max(_BASIS, 2 * k + 8)), k)
-    checked_from: int | None = None
+    space = _Space(_start(op, start), _capacity(op, k), k)
+    seen: Tensor | None = None  # values that converged before the last look for more
+    look_until = 0
     while True:
         space.extend(op @ space.newest)
-        within = space.residuals() <= tol * space.scale
-        converged = space.found == k and bool(within.all())
-        if space.exhausted and space.found == k or space.spent >= max_matvecs:
+        found = space.found == k and space.within(tol)
+        settled = seen is not None and not space.grew(seen, tol)
+        if space.exhausted or space.spent >= max_matvecs:
             break
-        if converged and checked_from is None:
-            checked_from = space.spent
+        if found and space.spent >= look_until:
+            if settled:
+                break
+            seen, look_until = space.leading, space.spent + _CHECKS
             space.lock()
-        elif converged and space.spent >= (checked_from or 0) + _CHECKS:
-            break
         else:
             space.advance()
+    converged = space.found == k and (space.exhausted or (found and settled))
     return Eigen(
-        space.values[-space.found :].flip(0),
+        space.leading.flip(0),
         [_as_given(op, v / v.norm()) for v in space.vectors()],
         space.residuals().flip(0),
-        converged or (space.exhausted and space.found == k),
+        converged,
         space.spent,
     )
 
@@ -135,9 +140,23 @@ class _Space:
         return float(self.values.abs().max())
 
     @property
+    def leading(self) -> Tensor:
+        """The largest Ritz values, ascending."""
+        return self.values[-self.found :]
+
+    @property
     def exhausted(self) -> bool:
-        small = float(self._rest.norm()) <= 1e-12 * max(self.scale, 1e-300)
-        return self._filled == self._rows.shape[1] or (small and self._locked == 0)
+        return self._filled == self._rows.shape[1]
+
+    def within(self, tol: float) -> bool:
+        """Whether the residuals are within ``tol`` of their values."""
+        rounding = 16 * torch.finfo(self._rows.dtype).eps * self.scale
+        allowed = (tol * self.leading.abs()).clamp(min=rounding)
+        return bool((self.residuals() <= allowed).all())
+
+    def grew(self, seen: Tensor, tol: float) -> bool:
+        """Whether a leading value exceeds what was seen by more than ``tol``."""
+        return bool((self.leading - seen > tol * self.leading.abs()).any())
 
     def extend(self, image: Tensor) -> None:
         """Take the image of the newest vector."""
@@ -167,7 +186,7 @@ class _Space:
         self._filled = count
 
     def advance(self) -> None:
-        """Go on with the remainder of the last image; restart where there is no room."""
+        """Go on with the remainder of the last image; restart where it is full."""
         if self._filled == self._rows.shape[0]:
             self._keep(min(self._filled - 1, self.k + self._filled // 2))
         self._append(self._rest)
@@ -192,7 +211,19 @@ def _start(op: Any, start: Tensor | Params | None) -> Tensor:
     if start is None:
         return torch.randn(op.shape[0], dtype=op.dtype, device=op.device)
     vector = start if isinstance(start, Tensor) else to_vector(start)
+    if vector.shape != (op.shape[0],) or not bool(vector.any()):
+        raise ValueError(
+            f"top_eigenvalues: expected a `start` of {op.shape[0]} numbers that are "
+            f"not all zero, got shape {list(vector.shape)}"
+        )
     return vector.to(op.device, op.dtype)
+
+
+def _capacity(op: Any, k: int) -> int:
+    """Vectors to hold: no more than memory allows, and enough for a restart."""
+    bytes_each = op.shape[0] * torch.finfo(op.dtype).bits // 8
+    room = max(2 * k + 6, min(max(_BASIS, 2 * k + 8), _BASIS_BYTES // bytes_each))
+    return int(min(op.shape[0], room))
 
 
 def _as_given(op: Any, vector: Tensor) -> Any:

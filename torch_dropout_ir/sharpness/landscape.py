@@ -76,6 +76,9 @@ def loss_slice(
     Returns:
         Losses, float64 ``[A]``.
 
+    Raises:
+        ValueError: If ``direction`` lacks a parameter.
+
     References:
         Li et al., *Visualizing the loss landscape of neural nets*, NeurIPS 2018; Zhang
         & Xu, *Implicit regularization of dropout*, Fig. 12.
@@ -90,6 +93,11 @@ def loss_slice(
     evaluate = risk(model, resolved)
     params = {name: x.detach() for name, x in parameters(model).items()}
     along = filter_normalized_direction(model) if direction is None else direction
+    if missing := [name for name in params if name not in along]:
+        raise ValueError(
+            "loss_slice: expected a `direction` with every parameter that requires a "
+            f"gradient, got none for {missing}"
+        )
 
     def at(alpha: float) -> float:
         moved = {n: torch.add(x, along[n], alpha=alpha) for n, x in params.items()}

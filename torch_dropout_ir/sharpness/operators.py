@@ -129,7 +129,9 @@ def hessian(model: nn.Module, loss: Any, batches: Any) -> HessianOperator:
     .. math:: H = \frac{\partial^2}{\partial \theta^2} R_S(\theta), \qquad
         R_S(\theta) = \frac{1}{N} \sum_b n_b \, \ell_b(\theta)
 
-    Batches are weighted by their number of samples, so ragged ones are exact. Batch
+    Batches are weighted by their number of samples, so ragged ones are exact for losses
+    that are plain means (or sums) over samples; class weights and ignored targets are
+    no such means. Batch
     normalization keeps the mode it has; its running statistics do not move. One batch
     is linearized once, and each product costs about one backward pass; several are
     streamed, one at a time in memory.
