@@ -12,13 +12,23 @@ import torch_dropout_ir as tdi
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "torch_dropout_ir"
 FILES = sorted(PACKAGE.rglob("*.py"))
+# fmt: off
 FLOORS = {
     0: ("kernels", "_C"),
-    1: ("registration", "ops", "functional", "vectors", "sites", "losses"),
+    1: (
+        "registration",
+        "ops",
+        "functional",
+        "vectors",
+        "sites",
+        "losses",
+        "output_hessian",
+    ),
     2: ("nn", "masks", "regularizers", "condensation", "sharpness"),
     3: ("analysis",),
     4: ("tensorboard", "attach", "demo", "cli"),
 }
+# fmt: on
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 DRAWERS = {"utils", "util", "misc", "helpers", "common", "base", "manager", "engine",
            "processor", "handler"}  # fmt: skip

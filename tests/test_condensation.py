@@ -47,8 +47,8 @@ def test_greedy_cover_is_a_cover_and_never_below_the_minimum(weights, threshold)
     for cluster in range(found.count):
         members = (found.labels == cluster).nonzero().squeeze(1)
         assert len(members) > 0
-        inside = cosines[members][:, members].fill_diagonal_(1)
-        assert bool((inside > threshold).all(1).any()), "no member is near all others"
+        near = (cosines > threshold) | torch.eye(len(weights)).bool()
+        assert bool(near[:, members].all(1).any()), "no neuron is near all members"
     sizes = torch.bincount(found.labels[found.labels >= 0])
     assert sizes.tolist() == sorted(sizes.tolist(), reverse=True)
 
@@ -163,3 +163,35 @@ def test_bad_input():
             cd.effective_neurons(torch.ones(2, 2), **bad)
     with pytest.raises(ValueError, match="outgoing"):
         cd.amplitudes(torch.ones(2, 2), torch.ones(3))
+
+
+def test_neurons_covered_already_can_be_centres():
+    """Chvatal's greedy finds the two centres of a double star; the bound holds."""
+
+    def cone(axis, count, degrees):
+        basis = torch.linalg.qr(torch.cat((axis[:, None], torch.eye(5).double()), 1)).Q
+        turn = torch.linspace(0, 2 * np.pi, count + 1)[:-1].double()
+        ring = (
+            torch.cos(turn)[:, None] * basis[:, 1]
+            + torch.sin(turn)[:, None] * basis[:, 2]
+        )
+        angle = torch.tensor(np.deg2rad(degrees))
+        return torch.cos(angle) * axis + torch.sin(angle) * ring
+
+    first = torch.eye(5).double()[0]
+    second = torch.tensor([np.cos(np.deg2rad(15)), np.sin(np.deg2rad(15)), 0, 0, 0])
+    weights = torch.cat((
+        first[None],
+        second[None],
+        cone(first, 30, 17),
+        cone(second, 32, 17),
+    ))
+    found = cd.effective_neurons(weights)
+    assert found.count <= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_order_in_half_precision(dtype):
+    assert sorted(cd.cluster_order(torch.randn(9, 4).to(dtype)).tolist()) == list(
+        range(9)
+    )

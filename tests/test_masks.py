@@ -275,3 +275,22 @@ def test_layers_inside_transforms_drop_but_remember_nothing():
     g = torch.func.grad(lambda x: layer(x).sum())(x)
     assert set(g.tolist()) == {0.0, 2.0}
     assert layer.last_mask is None and layer.statistics.num_calls == 0
+
+
+@pytest.mark.filterwarnings("ignore:dropout:UserWarning")
+@pytest.mark.parametrize("kind", ["Dropout1d", "Dropout2d", "Dropout3d"])
+@pytest.mark.parametrize("rank", [2, 3, 4, 5, 6])
+def test_channels_are_torchs_at_every_rank(kind, rank):
+    x = torch.ones((40, 30, 3, 2, 2, 2)[:rank])
+    try:
+        theirs = getattr(nn, kind)(0.5)(x)
+    except RuntimeError:
+        with pytest.raises(RuntimeError, match="channels"):
+            getattr(tdi, kind)(0.5)(x)
+        return
+    layer = getattr(tdi, kind)(0.5)
+    ours = layer(x)
+    own = [1 if len({tuple(i.flatten().tolist()) for i in y.movedim(d, 0)}) == 1 else n
+           for y in (theirs,) for d, n in enumerate(x.shape)]  # fmt: skip
+    assert tuple(layer.last_mask.shape) == tuple(own)
+    torch.testing.assert_close(ours, (2.0 * layer.last_mask).expand_as(x))

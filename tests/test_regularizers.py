@@ -10,7 +10,7 @@ from torch import nn
 import torch_dropout_ir as tdi
 from tests.reference.enumeration import every_mask, expected_risk
 from tests.strategies import networks
-from torch_dropout_ir import losses
+from torch_dropout_ir import losses, output_hessian
 from torch_dropout_ir.regularizers import (
     gauss_newton,
     gradient_norm,
@@ -103,10 +103,10 @@ def test_roots_multiply_to_the_hessian():
     for loss, targets in general_losses():
         resolved = losses.resolve_loss(loss)
         few = targets[:4]
-        blocks = losses.hessian_blocks(resolved, outputs, few)
+        blocks = output_hessian.hessian_blocks(resolved, outputs, few)
         product = sum(
             torch.einsum("na,nb->nab", s, s) * torch.as_tensor(sign).view(-1, 1, 1)
-            for s, sign in losses.hessian_roots(resolved, outputs, few)
+            for s, sign in output_hessian.hessian_roots(resolved, outputs, few)
         )
         torch.testing.assert_close(product, blocks)
 
@@ -346,3 +346,103 @@ def test_bad_input():
     pair = nn.LSTM(3, 2)
     with pytest.raises(TypeError, match="one tensor"):
         gauss_newton(pair, (torch.randn(4, 1, 3), None), "mse")
+
+
+@pytest.mark.parametrize("where", ["between", "after"])
+def test_operations_in_place_do_not_pass_for_a_last_layer(where):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.5), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.drop(x)
+            if where == "between":
+                return self.last(h.mul_(0.1))
+            return self.last(h).div_(10)
+
+    net = Net().double()
+    batch = torch.randn(6, 4).double(), torch.randn(6, 2).double()
+    found = gauss_newton(net, batch, "mse", num_samples=None)
+    assert not found.exact
+    truth = monte_carlo(net, batch, "mse", num_masks=4000)
+    assert (found.value - truth.value).abs() < 5 * truth.standard_error
+    from torch_dropout_ir.regularizers.online import online
+
+    best, how, _ = online(net, batch, losses.resolve_loss("mse"), num_masks=500)
+    assert "unbiased" in how
+    assert (best.value - truth.value).abs() < 5 * best.standard_error
+
+
+def test_hidden_noise_makes_nothing_exact():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.LSTM(3, 4, num_layers=2, dropout=0.5, batch_first=True)
+            self.drop, self.last = nn.Dropout(0.2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(self.drop(self.cell(x)[0][:, -1]))
+
+    batch = torch.randn(5, 6, 3), torch.randn(5, 2)
+    net = Net()
+    assert not gauss_newton(net, batch, "mse", num_samples=None).exact
+    net.drop.p = 0.0
+    assert not gauss_newton(net, batch, "mse", num_samples=None).exact
+
+
+def test_samples_coupled_by_message_passing():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 5), nn.Linear(5, 2)
+            self.drop = nn.Dropout(0.4)
+            self.register_buffer("edges", torch.softmax(torch.randn(6, 6), 1))
+
+        def forward(self, x):
+            h = self.edges @ self.one(x)
+            return self.edges @ self.two(self.drop(h))
+
+    net = Graph().double()
+    batch = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+    found = gauss_newton(net, batch, "mse", num_samples=None)
+    truth = monte_carlo(net, batch, "mse", num_masks=4000)
+    assert (found.value - truth.value).abs() < 5 * truth.standard_error
+    draws = [gauss_newton(net, batch, "mse", num_samples=8) for _ in range(100)]
+    z = torch.stack([(d.value - found.value) / d.standard_error for d in draws])
+    assert 0.8 < z.std() < 1.6
+
+
+def test_log_probabilities_with_nll_are_cross_entropy():
+    body = nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 3)).double()
+    batch = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    expected = gauss_newton(body, batch, "cross_entropy", num_samples=None)
+    log = nn.Sequential(*body, nn.LogSoftmax(1))
+    for loss in (F.nll_loss, nn.NLLLoss()):
+        found = gauss_newton(log, batch, loss, num_samples=None)
+        torch.testing.assert_close(found.value, expected.value)
+        assert not found.exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3)).to(dtype)
+    batch = torch.randn(6, 4).to(dtype), torch.rand(6, 3).to(dtype)
+    wide = gauss_newton(
+        net.double(), tuple(b.double() for b in batch), nn.BCEWithLogitsLoss(),
+        num_samples=None,
+    )  # fmt: skip
+    found = gauss_newton(net.to(dtype), batch, nn.BCEWithLogitsLoss(), num_samples=None)
+    assert float(found.value) == pytest.approx(float(wide.value), rel=0.1)
+
+
+def test_more_bad_input():
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="batch dimension"):
+        gauss_newton(net, (torch.randn(3), torch.tensor(1)), "cross_entropy")
+    with pytest.raises(ValueError, match="half_squared_error"):
+        tdi.half_squared_error(torch.ones(5, 1), torch.ones(5))
+    with pytest.raises(ValueError, match=r"1\.bias"):
+        gradient_norm(
+            net, (torch.randn(4, 3), torch.randn(4, 2)), "mse", lr={"1.weight": 0.1}
+        )

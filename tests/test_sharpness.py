@@ -265,3 +265,32 @@ def test_bad_input(case):
         sharpness.hessian(net, "mse", (x, y))
     with pytest.raises(ValueError, match="distribution"):
         vectors.random_like(op.params, "cauchy")
+
+
+def test_multiple_eigenvalues_are_all_found():
+    values = torch.tensor([3.0, 3.0, 3.0, *[1.0] * 40]).double()
+    found = sharpness.top_eigenvalues(torch.diag(values), k=3)
+    torch.testing.assert_close(found.values, values[:3])
+    net = nn.Linear(6, 4).double()  # a Hessian of the form identity x X'X
+    op = sharpness.hessian(
+        net, "mse", (torch.randn(20, 6).double(), torch.zeros(20, 4))
+    )
+    dense = torch.linalg.eigvalsh(op.dense()).flip(0)[:4]
+    found = sharpness.top_eigenvalues(op, k=4, tol=1e-8, max_matvecs=500)
+    torch.testing.assert_close(found.values, dense)
+    assert found.converged
+
+
+def test_a_large_negative_eigenvalue_does_not_loosen_the_top():
+    values = torch.linspace(0, 1, 100).double()
+    values[0] = -1000.0
+    found = sharpness.top_eigenvalues(torch.diag(values), max_matvecs=1000)
+    assert found.converged and float(found.values[0]) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_more_bad_input(case):
+    net, x, y = case
+    with pytest.raises(ValueError, match="not all zero"):
+        sharpness.top_eigenvalues(torch.eye(3), start=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"0\.bias"):
+        sharpness.loss_slice(net, "mse", (x, y), [0.0], {"0.weight": net[0].weight})

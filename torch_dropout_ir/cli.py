@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch_dropout_ir.demo import Settings, run_demo
+from torch_dropout_ir.demo.settings import PIXELS, REDUCED
 
 _DEMO = """\
 Trains one network twice, without and with dropout, by full-batch gradient descent with
@@ -57,13 +58,15 @@ def _parser() -> argparse.ArgumentParser:
         "--p", type=float, default=0.5, help="probability of dropping (default: 0.5)"
     )
     for name, kind, what in (
-        ("--steps", int, "optimizer steps a run"),
-        ("--lr", float, "learning rate"),
-        ("--std", float, "standard deviation of all parameters at the start"),
-        ("--width", int, "hidden neurons"),
-        ("--components", int, "whitened principal components to feed; 0: raw pixels"),
+        ("steps", int, "optimizer steps a run"),
+        ("lr", float, "learning rate"),
+        ("std", float, "standard deviation of all parameters at the start"),
+        ("width", int, "hidden neurons"),
+        ("components", int, "whitened principal components to feed; 0: raw pixels"),
     ):
-        demo.add_argument(name, type=kind, help=f"{what} (default: by data)")
+        digits, pixels = (getattr(standard, name) for standard in (REDUCED, PIXELS))
+        default = f"default: {digits} on components, {pixels} on MNIST's pixels"
+        demo.add_argument(f"--{name}", type=kind, help=f"{what} ({default})")
     demo.add_argument("--seed", type=int, default=0, help="default: 0")
     return parser
 

@@ -61,13 +61,14 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def unmoved_buffers(model: nn.Module) -> Iterator[None]:
     """Give back the values of buffers that something inside the context has moved."""
-    kept = [(x, x._version, x.detach().clone()) for x in model.buffers()]
+    # Batch normalization writes without counting a version: values are compared.
+    kept = [(x, x.detach().clone()) for x in model.buffers()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for x, version, value in kept:
-                if x._version != version:
+            for x, value in kept:
+                if not torch.equal(x, value):
                     x.copy_(value)
 
 
@@ -77,7 +78,7 @@ def at_sites(
 ) -> Iterator[tuple[Site, ...]]:
     """Switch dropout off and put ``apply(site, h)`` in the place of each site.
 
-    Every noise that an estimator needs is a choice of ``apply``: the identity gives
+    Every noise that an estimator needs is a choice of ``apply``: :func:`fresh` gives
     ``R_S``, multiplication by a mask gives ``R_drop``, ``h + delta`` the derivatives.
     Backward passes belong inside too: a checkpointed block runs forward again in them.
 
@@ -103,6 +104,12 @@ def at_sites(
             handle = site.module.register_forward_hook(hook)
             stack.callback(handle.remove)
         yield chosen
+
+
+def fresh(_: Site, h: Tensor) -> Tensor:
+    """Pass on a copy, as dropout in training does and dropout switched off does not."""
+    # What follows may write on it, and must not write on the model's inputs then.
+    return h.clone()
 
 
 def call(
@@ -238,7 +245,7 @@ def risk(
 
     def evaluate(params: Mapping[str, Tensor], batch: Batch) -> Tensor:
         inputs, targets = batch
-        with dropout_off(model):
+        with at_sites(model, fresh):
             return loss(call(model, inputs, params), targets)
 
     return evaluate

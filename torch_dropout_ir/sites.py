@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 CHANNEL_DROPOUT: Final = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-# Ranks that torch reads as one sample without a batch dimension.
-_UNBATCHED_RANK: Final = ((nn.Dropout1d, 2), (nn.Dropout3d, 4))
+# At any rank but this one torch reads the input as one sample without batch dimension.
+_BATCHED_RANK: Final = ((nn.Dropout1d, 3), (nn.Dropout3d, 5))
 _OTHER_NOISE: Final = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -68,7 +68,7 @@ def _own_dims(module: nn.Module, shape: torch.Size) -> int:
     """Number of leading dimensions along which mask elements are independent."""
     if not isinstance(module, CHANNEL_DROPOUT):
         return len(shape)
-    one = any(isinstance(module, t) and len(shape) == r for t, r in _UNBATCHED_RANK)
+    one = any(isinstance(module, t) and len(shape) != r for t, r in _BATCHED_RANK)
     return 1 if one else min(2, len(shape))
 
 

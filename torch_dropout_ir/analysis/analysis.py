@@ -8,7 +8,7 @@ import dataclasses
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,23 +17,21 @@ from torch.optim import Optimizer
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import OURS, Capture
 from torch_dropout_ir.analysis.delivery import Delivery, warn
-from torch_dropout_ir.analysis.measures import Measure
-from torch_dropout_ir.analysis.records import Record, Sink, plain
+from torch_dropout_ir.analysis.records import Record, Sink, remember
 from torch_dropout_ir.analysis.snapshot import (
+    Measure,
     Snapshot,
     received_gradients,
+    take,
     theory_note,
 )
 from torch_dropout_ir.analysis.steps import OptimizerSteps
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
-from torch_dropout_ir.functional import Batch, preserved_rng, unmoved_buffers
+from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.nn import convert_dropout_, is_convertible, restore_dropout_
 from torch_dropout_ir.sites import active_sites, find_sites
-
-_COMPILED: Final = "OptimizedModule"
-_MOST_KEPT: Final = 2**14
 
 
 class Analysis:
@@ -79,7 +77,8 @@ class Analysis:
         self._seed = torch.initial_seed() % 2**62
         self._clock = time.perf_counter()
         self._due = set(cadence.due(0))
-        sites = find_sites(model) if type(watched).__name__ != _COMPILED else ()
+        # Inside a compiled wrapper no hook of a site would be called.
+        sites = find_sites(model) if watched is model else ()
         self._capture = Capture(watched, sites)
         self._handles = contextlib.ExitStack()
         self._handles.callback(self._delivery.close)
@@ -98,16 +97,13 @@ class Analysis:
         self._attached = True
         self._plan()
 
-    # What the optimizer calls ---------------------------------------------------------
-
     def _before_step(self) -> None:
         if self._due:
             self._measure_safely(self._due)
 
     def _after_step(self) -> None:
-        now = time.perf_counter()
-        self._cadence.trained(now - self._clock)
-        self._clock = now
+        before, self._clock = self._clock, time.perf_counter()
+        self._cadence.trained(self._clock - before)
         self.step += 1
         self._plan()
 
@@ -119,8 +115,6 @@ class Analysis:
         self._capture.want_targets = any(
             n & {"targets", "batches", "loss"} for n in needed
         )
-
-    # Measuring ------------------------------------------------------------------------
 
     def measure(self) -> dict[str, float]:
         """Take all measures now, off cadence, on the batch last seen.
@@ -195,12 +189,7 @@ class Analysis:
     def _take(self, measure: Measure, snapshot: Snapshot) -> Mapping[str, Record]:
         seed = (self._seed + 2 * self.step) % 2**62
         try:
-            with (
-                preserved_rng(self.model, seed),
-                unmoved_buffers(self.model),
-                torch.enable_grad(),
-            ):
-                records = {t: plain(x) for t, x in measure(snapshot).items()}
+            records = take(measure, snapshot, seed)
         except Exception as err:
             self._fail(measure.name, err)
             return {}
@@ -217,13 +206,7 @@ class Analysis:
         self.absent[name] = reason
 
     def _write(self, records: dict[str, Record]) -> None:
-        for tag, value in records.items():
-            if not isinstance(value, float):
-                continue
-            values = self.history.setdefault(tag, [])
-            values.append((self.step, value))
-            if len(values) > _MOST_KEPT:
-                del values[1:-1:2]  # every other one: memory stays bounded
+        remember(self.history, self.step, records)
         self._delivery.write(self.step, records, self.notes)
 
     def _snapshot(self) -> Snapshot:
@@ -261,8 +244,6 @@ class Analysis:
         empty = MaskStatistics()
         return {n: self._loaded.get(n, empty) + s for n, s in seen.items()}
 
-    # What a person reads --------------------------------------------------------------
-
     @property
     def latest(self) -> dict[str, float]:
         """The last value of each number, by tag."""
@@ -274,10 +255,8 @@ class Analysis:
 
     @property
     def cost_share(self) -> float:
-        """Share of the analysis in the time of training so far."""
+        """Share of the analysis in the time so far."""
         return self._cadence.share
-
-    # Resuming and leaving -------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return curves, counts and schedule, to go on from after a restart."""

@@ -139,8 +139,8 @@ class Capture:
                 RootHook(self._note_state(site)),
                 RootHook(self._observe(site)),
             )
-            before = site.module.register_forward_pre_hook(note)
-            after = site.module.register_forward_hook(observe, prepend=True)
+            before = site.module.register_forward_pre_hook(RootHook(note))
+            after = site.module.register_forward_hook(RootHook(observe), prepend=True)
             self._keep(self._pass, before)
             self._keep(self._pass, after)
 
@@ -207,10 +207,13 @@ class Capture:
 
 
 def _versions(inputs: Inputs) -> list[int]:
-    tensors = (*inputs.args, *inputs.kwargs.values())
-    return [
-        x._version for x in tensors if isinstance(x, Tensor) and not x.is_inference()
-    ]
+    """Version counters of the tensors among the inputs."""
+    tensors = [x for x in (*inputs.args, *inputs.kwargs.values()) if _counted(x)]
+    return [x._version for x in tensors]
+
+
+def _counted(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.is_inference()
 
 
 def _generator_state(device: torch.device) -> Tensor:

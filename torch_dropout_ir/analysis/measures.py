@@ -8,34 +8,18 @@ gives back generators, and the model's modes and buffers are never moved by thos
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir import condensation, sharpness
 from torch_dropout_ir.analysis.records import Histogram, Image, Record
-from torch_dropout_ir.analysis.snapshot import NO_SITE, Need, Snapshot
+from torch_dropout_ir.analysis.snapshot import NO_SITE, Measure, Need, Snapshot
 from torch_dropout_ir.regularizers import Estimate, gradient_norm
 from torch_dropout_ir.regularizers.online import online
 
 _BINS = 80
-
-
-class Measure(Protocol):
-    """What to compute, and what must have been captured for it.
-
-    Attributes:
-        name: Name under which its cost is recorded.
-        needs: What it cannot do without; where something lacks, it is left out and the
-            summary says why.
-    """
-
-    name: str
-    needs: frozenset[Need]
-
-    def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
-        """Return records by tag."""
 
 
 class Regularizer:
@@ -269,9 +253,8 @@ class Sharpness:
         if self._last is None:
             return None
         now = {name: x.shape for name, x in op.params.items()}
-        return (
-            self._last if now == {n: x.shape for n, x in self._last.items()} else None
-        )
+        last = {name: x.shape for name, x in self._last.items()}
+        return self._last if now == last else None
 
 
 def default_measures() -> list[Measure]:

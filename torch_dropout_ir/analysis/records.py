@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from torch import Tensor
+
+MOST_KEPT: Final = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,26 @@ Record = float | Histogram | Image
 def plain(record: Any) -> Record:
     """Return a record as it is, and any number (0-d tensors too) as a float."""
     return record if isinstance(record, (Histogram, Image)) else float(record)
+
+
+def remember(
+    history: dict[str, list[tuple[int, float]]],
+    step: int,
+    records: Mapping[str, Record],
+) -> None:
+    """Append the numbers among ``records``; a long curve loses every other point.
+
+    Args:
+        history: Curves by tag, changed in place.
+        step: The step.
+        records: Records by tag.
+    """
+    for tag, value in records.items():
+        if isinstance(value, float):
+            curve = history.setdefault(tag, [])
+            curve.append((step, value))
+            if len(curve) > MOST_KEPT:
+                del curve[1:-1:2]
 
 
 class Sink(Protocol):

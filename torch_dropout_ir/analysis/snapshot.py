@@ -1,15 +1,17 @@
-"""What a measure may look at, and what is lacking where it cannot be taken."""
+"""The protocol of a measure: what it may look at, and what it lacks."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final, Literal
+from collections.abc import Mapping
+from typing import Any, Final, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.analysis.records import Record, plain
+from torch_dropout_ir.functional import Batch, preserved_rng, unmoved_buffers
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.sites import Site
@@ -141,3 +143,35 @@ def theory_note(optimizer: Optimizer | None) -> dict[str, str]:
         kind += f" with {' and '.join(sorted(used))}"
     said = f"R_2 is the theory of gradient descent; under {kind} it is a diagnostic"
     return {"optimizer": said}
+
+
+class Measure(Protocol):
+    """What to compute, and what must have been captured for it.
+
+    Attributes:
+        name: Name under which its cost is recorded.
+        needs: What it cannot do without; where something lacks, it is left out and the
+            summary says why.
+    """
+
+    name: str
+    needs: frozenset[Need]
+
+    def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
+        """Return records by tag."""
+
+
+def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
+    """Take a measure, and give back generators and buffers that it moved.
+
+    Args:
+        measure: The measure.
+        snapshot: What it looks at.
+        seed: Seed of its random draws.
+
+    Returns:
+        Its records by tag.
+    """
+    model = snapshot.model
+    with preserved_rng(model, seed), unmoved_buffers(model), torch.enable_grad():
+        return {tag: plain(record) for tag, record in measure(snapshot).items()}

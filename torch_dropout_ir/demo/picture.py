@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch_dropout_ir.demo.run import Outcome
     from torch_dropout_ir.demo.settings import Settings
 
+_MOST_PIXELS: Final = 250
 _COLOURS: Final = ("#4d4d4d", "#b2182b")
 
 
@@ -37,8 +38,8 @@ def draw(
     top, bottom = panels
     accuracy, r1, slices = top.subplots(1, 3)
     _curve(accuracy, outcomes, 1, "test accuracy")
-    lowest = min(outcome.numbers["test accuracy (%)"] for outcome in outcomes) / 100
-    accuracy.set_ylim(max(0.0, lowest - 0.15), 1.0)
+    reached = [outcome.numbers["test accuracy (%)"] / 100 for outcome in outcomes]
+    accuracy.set_ylim(max(0.0, min(reached) - 0.15), min(1.0, max(reached) + 0.04))
     _curve(r1, outcomes, 2, rf"$R_1$ at p = {settings.p:g}")
     r1.set_yscale("log")
     _slices(slices, outcomes)
@@ -69,14 +70,16 @@ def _slices(axes: Any, outcomes: Sequence[Outcome]) -> None:
     axes.set(title=r"loss slice $R_S(\theta + \alpha d)$", xlabel=r"$\alpha$")
     axes.set_yscale("log")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="lower left", fontsize="small")
+    axes.legend(frameon=False, loc="upper center", fontsize="small")
 
 
 def _heat_maps(figure: Any, outcomes: Sequence[Outcome]) -> None:
     panels = figure.subplots(1, len(outcomes))
     for axes, outcome in zip(panels, outcomes, strict=True):
+        # A stride through the sorted neurons keeps the shares of the clusters.
+        stride = -(-len(outcome.cosines) // _MOST_PIXELS)
         picture = axes.imshow(
-            outcome.cosines.numpy(),
+            outcome.cosines[::stride, ::stride].numpy(),
             cmap="RdBu_r",
             vmin=-1,
             vmax=1,
@@ -84,5 +87,6 @@ def _heat_maps(figure: Any, outcomes: Sequence[Outcome]) -> None:
         )
         ratio = outcome.numbers["effective ratio"]
         axes.set_title(f"{outcome.name}: effective ratio {ratio:.3f}")
-        axes.set_xlabel("hidden neuron, sorted by orientation")
+        every = f", every {stride}." if stride > 1 else ""
+        axes.set_xlabel(f"hidden neuron, sorted by orientation{every}")
     figure.colorbar(picture, ax=panels, label="cosine of input weights", shrink=0.9)

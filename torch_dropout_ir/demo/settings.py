@@ -56,7 +56,7 @@ class Settings:
             ValueError: If a number is out of range; it names the flag.
         """
         reduced = data_root is None or bool(components)
-        standard = _REDUCED if reduced else _PIXELS
+        standard = REDUCED if reduced else PIXELS
         found = cls(
             data_root=data_root,
             log_dir=log_dir,
@@ -86,5 +86,5 @@ class _Standard:
     components: int
 
 
-_REDUCED = _Standard(steps=20000, lr=0.08, std=0.15, width=200, components=20)
-_PIXELS = _Standard(steps=1000, lr=0.015, std=0.05, width=1000, components=0)
+REDUCED = _Standard(steps=20000, lr=0.08, std=0.15, width=200, components=20)
+PIXELS = _Standard(steps=1000, lr=0.015, std=0.05, width=1000, components=0)

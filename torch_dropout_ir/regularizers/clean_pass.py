@@ -78,7 +78,7 @@ def clean_pass(model: nn.Module, inputs: Any) -> Iterator[CleanPass]:
 
     Raises:
         TypeError: If the model's output is no tensor.
-    """
+    """  # noqa: DOC502 (`_check_tensor` raises)
     uses: list[Use] = []
     passed: list[tuple[Tensor, int]] = []
     reads: list[tuple[nn.Linear, bool, Tensor, int]] = []
@@ -105,11 +105,7 @@ def clean_pass(model: nn.Module, inputs: Any) -> Iterator[CleanPass]:
                 stack.callback(module.register_forward_hook(read).remove)
         stack.enter_context(at_sites(model, perturb, active_sites(model)))
         outputs = call(model, inputs)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                "expected the model to return one tensor, got "
-                f"{type(outputs).__name__}. Wrap it in one that returns its logits."
-            )
+        _check_tensor(outputs)
         last = [
             layer
             for layer, direct, output, version in reads
@@ -119,4 +115,12 @@ def clean_pass(model: nn.Module, inputs: Any) -> Iterator[CleanPass]:
         # A copy: recomputation under checkpointing passes the sites again.
         yield CleanPass(
             outputs, list(uses), last[0] if only else None, tuple(unreachable)
+        )
+
+
+def _check_tensor(outputs: Any) -> None:
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            "expected the model to return one tensor, got "
+            f"{type(outputs).__name__}. Wrap it in one that returns its logits."
         )

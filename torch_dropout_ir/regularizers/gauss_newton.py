@@ -9,13 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch
-from torch_dropout_ir.losses import (
-    Loss,
-    Root,
-    hessian_roots,
-    hessian_sampler,
-    resolve_loss,
-)
+from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.output_hessian import Root, hessian_roots, hessian_sampler
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.sites import mask_shape, unobservable

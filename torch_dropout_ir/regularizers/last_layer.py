@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.losses import (
-    Loss,
+from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.output_hessian import (
     cross_entropy_scale,
     hessian_product,
-    resolve_loss,
     squared_scale,
 )
 from torch_dropout_ir.sites import noise_variance

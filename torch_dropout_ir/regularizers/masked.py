@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir import ops
-from torch_dropout_ir.functional import Batch, at_sites, call
+from torch_dropout_ir.functional import Batch, at_sites, call, fresh
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.sites import Site
 
@@ -47,11 +46,7 @@ def dropout_risk(
 
 def clean_risk(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
     """Return ``R_S`` of a batch: dropout off, batch normalization as in training."""
-
-    def keep(_: Any, h: Tensor) -> Tensor:
-        return h
-
-    with at_sites(model, keep):
+    with at_sites(model, fresh):
         return loss(call(model, batch[0]), batch[1])
 
 

@@ -1,0 +1,412 @@
+"""Training scripts as people write them, with the analysis and without."""
+
+import contextlib
+import copy
+import io
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+import torch_dropout_ir as tdi
+
+
+def mlp(p=0.5):
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(p), nn.Linear(16, 3))
+
+
+def state(model, *others):
+    tensors = [*model.parameters(), *model.buffers(), *others]
+    tensors += [p.grad for p in model.parameters() if p.grad is not None]
+    return [x.detach().clone() for x in tensors] + [torch.get_rng_state()]
+
+
+def compare(script, **options):
+    """Run ``script(attach)`` with and without the analysis; both must end alike."""
+    outcomes = []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+
+        def attach(model, attached=attached, **more):
+            if not attached:
+                return contextlib.nullcontext()
+            return tdi.attach_analysis(
+                model, log_dir=False, **{"every": 1, **options, **more}
+            )
+
+        outcomes.append(script(attach))
+    bare, (watched, analysis) = outcomes[0][0], outcomes[1]
+    for a, b in zip(bare, watched, strict=True):
+        assert torch.equal(a, b)
+    return analysis
+
+
+def loop(model, attach, steps=4, data=None, forward=None):
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    criterion = nn.MSELoss()
+    with attach(model) as analysis:
+        for _ in range(steps):
+            x, y = torch.randn(8, 6), torch.randn(8, 3)
+            sgd.zero_grad()
+            criterion((forward or model)(x), y).backward()
+            sgd.step()
+    return state(model), analysis
+
+
+def test_a_loader_as_data_is_read_once_and_not_moved():
+    pool = TensorDataset(torch.randn(64, 6), torch.randn(64, 3))
+    generator = torch.Generator().manual_seed(3)
+
+    def script(attach):
+        generator.manual_seed(3)
+        loader = DataLoader(pool, batch_size=8, shuffle=True, generator=None)
+        model = mlp()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        with attach(model, loss=F.mse_loss, data=loader) as analysis:
+            for x, y in loader:
+                sgd.zero_grad()
+                F.mse_loss(model(x), y).backward()
+                sgd.step()
+        return state(model), analysis
+
+    analysis = compare(script)
+    assert analysis.step == 8
+    assert len(analysis.history["sharpness/trace"]) == 8
+
+
+@pytest.mark.parametrize("data", [5, "abc", iter([]), [1, 2, 3], lambda: 0])
+def test_data_that_is_none_is_refused_when_attaching(data):
+    model = mlp()
+    with pytest.raises(TypeError, match="batch"):
+        tdi.attach_analysis(model, "mse", log_dir=False, data=data)
+    assert not model._forward_hooks
+
+
+def test_inputs_stay_where_dropout_in_front_is_followed_by_writing():
+    """Dropout makes a new tensor in training; switched off it hands on its input."""
+
+    def script(attach):
+        model = nn.Sequential(
+            nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Linear(6, 4), nn.Dropout(0.5),
+            nn.ReLU(inplace=True), nn.Linear(4, 3),
+        )  # fmt: skip
+        x, y = torch.randn(8, 6), torch.randn(8, 3)
+        kept = x.clone()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        with attach(model) as analysis:
+            for _ in range(3):
+                sgd.zero_grad()
+                nn.MSELoss()(model(x), y).backward()
+                sgd.step()
+        assert torch.equal(x, kept)
+        return state(model, x), analysis
+
+    assert not compare(script).absent
+
+
+def test_a_metric_is_not_taken_for_the_loss_and_does_not_move():
+    class Accuracy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, outputs, targets):
+            self.seen += 1
+            return (outputs.argmax(1) == targets.argmax(1)).float().mean()
+
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, outputs, targets):
+            self.calls += 1
+            return (outputs - targets).square().mean()
+
+    def script(attach):
+        model, metric, criterion = mlp(), Accuracy(), Weighted()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        with attach(model) as analysis:
+            for _ in range(3):
+                x, y = torch.randn(8, 6), torch.randn(8, 3)
+                sgd.zero_grad()
+                outputs = model(x)
+                metric(outputs, y)
+                criterion(outputs, y).backward()
+                sgd.step()
+        return state(model, metric.seen, criterion.calls), analysis
+
+    analysis = compare(script)
+    assert type(analysis.loss.function).__name__ == "Weighted"
+    # A loss that writes on its own buffers has no torch.func Hessian.
+    assert set(analysis.absent) == {"sharpness"}
+    assert analysis.latest["regularizer/R1"] > 0
+
+
+class Layerdrop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x):
+        scale = random.random() + np.random.rand()
+        return scale * self.body(x)
+
+
+def test_generators_of_python_and_numpy_do_not_move():
+    compare(lambda attach: loop(Layerdrop(), attach))
+
+
+class WritesOnInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x):
+        return self.body(x.mul_(0.9))
+
+
+def test_a_model_that_writes_on_its_inputs_is_not_run_again():
+    pool = torch.randn(8, 6)
+
+    def script(attach):
+        model, x = WritesOnInputs(), pool.clone()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        with attach(model) as analysis:
+            for _ in range(3):
+                nn.MSELoss()(model(x), torch.zeros(8, 3)).backward()
+                sgd.step()
+        return state(model, x), analysis
+
+    analysis = compare(script)
+    assert "in place" in analysis.absent["regularizer"]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.stem = nn.Linear(6, 6)
+        self.block = nn.Sequential(
+            nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 6)
+        )
+        self.head = nn.Linear(6, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        h = checkpoint(self.block, self.stem(x), use_reentrant=self.reentrant)
+        return self.head(h)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs:UserWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_blocks_train_alike(reentrant):
+    analysis = compare(
+        lambda attach: loop(Checkpointed(reentrant), attach),
+        measures=[tdi.analysis.measures.Regularizer(), tdi.analysis.measures.Masks()],
+    )
+    assert analysis.latest["regularizer/R1"] != 0
+    assert analysis.latest["regularizer/R1_standard_error"] > 0
+
+
+def test_gauss_newton_through_checkpoints():
+    torch.manual_seed(0)
+    plain = Checkpointed(False).double()
+    batch = torch.randn(8, 6).double(), torch.randn(8, 3).double()
+    found = tdi.regularizers.gauss_newton(plain, batch, "mse", num_samples=None)
+    plain.forward = lambda x: plain.head(plain.block(plain.stem(x)))
+    without = tdi.regularizers.gauss_newton(plain, batch, "mse", num_samples=None)
+    torch.testing.assert_close(found.value, without.value)
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match="cannot reach"):
+        tdi.regularizers.gauss_newton(Checkpointed(True).double(), batch, "mse")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_compiled_model_is_measured_uncompiled():
+    def script(attach):
+        torch._dynamo.reset()
+        return loop(torch.compile(mlp(), backend="aot_eager"), attach)
+
+    analysis = compare(script)
+    model = analysis.model
+    assert type(model) is nn.Sequential
+    assert analysis.latest["regularizer/R1"] > 0
+    assert analysis.latest["regularizer/R2_dropout_noise"] > 0
+    assert "no mask" in analysis.absent["masks"]
+
+
+def test_sites_in_evaluation_mode_draw_nothing_and_count_nothing():
+    model = nn.Sequential(nn.Dropout(0.9), nn.Linear(6, 16), nn.Dropout(0.5),
+                          nn.Linear(16, 3))  # fmt: skip
+    model[0].eval()
+    _, analysis = loop(model, lambda m: tdi.attach_analysis(m, log_dir=False, every=1))
+    assert "regularizer/R1/0" not in analysis.latest
+    assert "exact" in analysis.notes["regularizer/R1"]
+    batch = torch.randn(8, 6), torch.randn(8, 3)
+    assert set(tdi.regularizers.gauss_newton(model, batch, "mse").per_site) == {"2"}
+    assert set(tdi.regularizers.gauss_newton(model.eval(), batch, "mse").per_site) == {
+        "0",
+        "2",
+    }
+
+
+def test_the_gradient_of_a_fused_optimizer_is_unscaled():
+    model = mlp(0.0)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x, y = torch.randn(8, 6), torch.randn(8, 3)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        loss = nn.MSELoss()(model(x), y)
+        gradients = torch.autograd.grad(
+            loss, list(model.parameters()), retain_graph=True
+        )
+        scaler.scale(loss).backward()
+        scaler.step(sgd)
+    expected = 0.1 / 4 * sum(float(g.square().sum()) for g in gradients)
+    assert analysis.latest["regularizer/R2"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_interrupt_leaves_a_model_that_can_be_pickled():
+    class Stops(nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), Stops())
+    analysis = tdi.attach_analysis(model, log_dir=False, every=1)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(2, 6))
+    with contextlib.suppress(AttributeError):  # `Stops` is local to this test
+        pickle.dumps(model[1])
+    assert pickle.loads(pickle.dumps(model[1])).p == 0.5
+    analysis.detach()
+    assert not model[1]._forward_hooks and not model[1]._forward_pre_hooks
+
+
+def test_a_replaced_optimizer_is_found():
+    model = mlp()
+    x, y = torch.randn(8, 6), torch.randn(8, 3)
+    first = torch.optim.SGD(model.parameters(), lr=0.1)
+    second = torch.optim.SGD(model.parameters(), lr=0.01)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        for optimizer in [first] * 3 + [second] * 6:
+            nn.MSELoss()(model(x), y).backward()
+            optimizer.step()
+    assert analysis.step == 3 + 4
+
+
+def test_freezing_a_layer_on_the_way():
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        for step in range(3):
+            if step == 1:
+                model[0].requires_grad_(False)
+            sgd.zero_grad()
+            nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
+            sgd.step()
+    assert len(analysis.history["sharpness/trace"]) == 3
+
+
+def test_converting_gives_back_only_what_it_converted():
+    model = nn.Sequential(nn.Dropout(0.1), tdi.Dropout(0.2))
+    model[1].track = False
+    with tdi.attach_analysis(model, log_dir=False, convert=True):
+        assert type(model[0]) is tdi.Dropout
+    assert type(model[0]) is nn.Dropout
+    assert type(model[1]) is tdi.Dropout and model[1].track is False
+
+
+def test_state_is_plain_and_numbers_of_any_kind_are_kept():
+    class Odd:
+        name = "odd"
+        needs = frozenset()
+
+        def __call__(self, snapshot):
+            return {
+                "odd/int": 3,
+                "odd/tensor": torch.tensor(2.5),
+                "odd/np": np.float32(1),
+            }
+
+    class Nothing:
+        name = "nothing"
+        needs = frozenset()
+
+        def __call__(self, snapshot):
+            return None
+
+    with pytest.warns(UserWarning, match="nothing"):
+        _, analysis = loop(
+            mlp(),
+            lambda m: tdi.attach_analysis(
+                m, log_dir=False, every=1,
+                measures=[Odd(), Nothing(), tdi.analysis.measures.Masks()],
+            ),
+        )  # fmt: skip
+    assert analysis.latest["odd/int"] == 3.0
+    assert analysis.latest["odd/tensor"] == 2.5
+    assert "AttributeError" in analysis.absent["nothing"]
+    file = io.BytesIO()
+    torch.save(analysis.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file)
+    assert loaded["history"].keys() == analysis.history.keys()
+
+
+def test_long_histories_are_thinned(monkeypatch):
+    from torch_dropout_ir.analysis import records
+
+    monkeypatch.setattr(records, "MOST_KEPT", 10)
+    curve: dict = {}
+    for step in range(1000):
+        records.remember(curve, step, {"x": float(step)})
+    assert len(curve["x"]) <= 10
+    assert curve["x"][0] == (0, 0.0) and curve["x"][-1] == (999, 999.0)
+    assert [s for s, _ in curve["x"]] == sorted(s for s, _ in curve["x"])
+
+
+def test_momentum_and_weight_decay_are_noted():
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        model(torch.randn(4, 6)).sum().backward()
+        sgd.step()
+    assert "momentum and weight_decay" in analysis.notes["optimizer"]
+
+
+def test_deep_networks_get_an_unbiased_r1():
+    """Where no closed form is exact, the definition is averaged, with its error."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 16), nn.Tanh(),
+        nn.Dropout(0.5), nn.Linear(16, 3),
+    )  # fmt: skip
+    x, y = torch.randn(64, 6), torch.randint(3, (64,))
+    truth = tdi.regularizers.monte_carlo(model, (x, y), "cross_entropy", num_masks=4000)
+    start = copy.deepcopy(model.state_dict())
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    criterion = nn.CrossEntropyLoss()
+    measures = [tdi.analysis.measures.Regularizer()]
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=measures
+    ) as analysis:
+        for _ in range(50):
+            criterion(model(x), y).backward()
+            sgd.step()
+            model.load_state_dict(start)
+    values = torch.tensor([v for _, v in analysis.history["regularizer/R1"]])
+    errors = torch.tensor([
+        v for _, v in analysis.history["regularizer/R1_standard_error"]
+    ])
+    pooled = errors.square().mean().sqrt() / 50**0.5
+    assert abs(float(values.mean() - truth.value)) < 4 * float(pooled)
+    assert float(values.std()) == pytest.approx(float(errors.mean()), rel=0.4)
+    assert "unbiased" in analysis.notes["regularizer/R1"]
