@@ -14,6 +14,7 @@ Semantics:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Final
 
 import torch
@@ -157,8 +158,7 @@ class MaskTally:
         self._variance = 0.0
         self._units: Tensor | None = None  # counts by unit, while there are common ones
         self._rest: Tensor | None = None  # else the count of everything
-        self._waiting: list[Tensor] = []
-        self._waits = (0, 0)  # elements and units of each mask that waits
+        self._waiting: list[tuple[Tensor, int, int, float]] = []
 
     def add(self, packed: Tensor, numel: int, units: int, p: float) -> None:
         """Add a packed mask of ``numel`` elements in rows of ``units``.
@@ -169,25 +169,28 @@ class MaskTally:
             units: Number of units, the fastest dimension.
             p: Probability of dropping.
         """
-        self._calls += 1
-        self._elements += numel
-        self._expected += numel * (1 - p)
-        self._variance += numel * p * (1 - p)
-        if self._waits != (numel, units) or len(self._waiting) == _MOST_WAITING:
-            self._settle()
-            self._waits = (numel, units)
-        self._waiting.append(packed)
-        if numel % 64 or numel > _SMALL:  # its rows do not join, or it is worth a call
+        self._waiting.append((packed, numel, units, p))
+        if numel > _SMALL or len(self._waiting) == _MOST_WAITING:
             self._settle()
 
     def _settle(self) -> None:
-        """Count what waits."""
-        if not self._waiting:
-            return
-        numel, units = self._waits[0] * len(self._waiting), self._waits[1]
-        one = len(self._waiting) == 1
-        packed = self._waiting[0] if one else torch.cat(self._waiting)
-        self._waiting.clear()
+        """Count what waits, masks of one shape together."""
+        waiting, self._waiting = self._waiting, []
+        for (numel, units), group in itertools.groupby(waiting, key=lambda m: m[1:3]):
+            masks = []
+            for packed, _, _, p in group:
+                masks.append(packed)
+                self._calls += 1
+                self._elements += numel
+                self._expected += numel * (1 - p)
+                self._variance += numel * p * (1 - p)
+            if numel % 64 == 0:  # whole words: the rows of one join those of the next
+                self._count(torch.cat(masks), numel * len(masks), units)
+            else:
+                for packed in masks:
+                    self._count(packed, numel, units)
+
+    def _count(self, packed: Tensor, numel: int, units: int) -> None:
         if self._rest is None and self._shares_units(packed, units):
             counts = ops.unit_counts(packed, numel // units, units)
             self._units = counts if self._units is None else self._units.add_(counts)
@@ -205,11 +208,10 @@ class MaskTally:
 
     def statistics(self) -> MaskStatistics:
         """Return the sums so far."""
-        if not self._calls:
-            return MaskStatistics()
         self._settle()
         kept = self._units if self._rest is None else self._rest
-        assert kept is not None  # there was a call
+        if kept is None:
+            return MaskStatistics()
         units = kept.new_zeros(0) if self._units is None else self._units.clone()
         return MaskStatistics(
             self._calls,

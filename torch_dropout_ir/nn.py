@@ -13,6 +13,7 @@ Semantics:
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -53,24 +54,22 @@ class _Remembers(nn.modules.dropout._DropoutNd):
 
     def _drop(self, x: Tensor) -> Tensor:
         output, packed = ops.draw(x, self.p, None)
-        self._remember(packed, x.shape, x.numel(), x.shape[-1] if x.ndim else 1)
+        shape = x.shape
+        self._remember(packed, shape, shape[-1] if shape else 1)
         return output
 
-    def _remember(
-        self, packed: Tensor, shape: tuple[int, ...], numel: int, units: int
-    ) -> None:
+    def _remember(self, packed: Tensor, shape: tuple[int, ...], units: int) -> None:
         """Keep the mask; count it once, not again where checkpointing recomputes it."""
         if not ops.eager():
             if torch.compiler.is_dynamo_compiling() and not ops.transformed():
                 self._last = packed, shape
             return
-        # Not through `nn.Module.__setattr__`, which costs as much as a small dropout.
-        self.__dict__["_last"] = packed, shape
-        if not self.track or not numel or ops.in_backward():
-            return
-        if self._tally is None:
-            self._tally = MaskTally()
-        self._tally.add(packed, numel, units, float(self.p))
+        memory = self.__dict__  # `nn.Module.__setattr__` costs as much as all of this
+        memory["_last"] = packed, shape
+        if self.track and not ops.in_backward() and (numel := math.prod(shape)):
+            if self._tally is None:
+                memory["_tally"] = MaskTally()
+            memory["_tally"].add(packed, numel, units, float(self.p))
 
     @property
     def last_mask(self) -> Tensor | None:
@@ -139,7 +138,7 @@ class _ChannelDropout(_Remembers):
             )
         shape = mask_shape(self, x.shape)
         noise, packed = ops.draw(x.new_ones(shape), self.p, None)
-        self._remember(packed, shape, noise.numel(), num_units(self, x.shape))
+        self._remember(packed, shape, num_units(self, x.shape))
         return torch.where(noise != 0, x * noise, torch.zeros_like(x))
 
 
