@@ -92,6 +92,14 @@ def test_serial_correlation_along_elements_keys_and_streams(p):
         assert abs(float(series[0] @ other)) < 5 * spread
 
 
+def test_consecutive_calls_are_independent():
+    torch.manual_seed(11)
+    masks = [(tdi.dropout(torch.ones(2**18)) - 1).double() for _ in range(6)]
+    for i, first in enumerate(masks):
+        for second in masks[:i]:
+            assert abs(float(first @ second)) < 5 * 2**9
+
+
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.8])
 def test_runs_of_kept_elements_are_geometric(p):
     """Lengths of runs of ones: P(length = k) = p q^(k-1)."""
@@ -173,6 +181,28 @@ def test_compiled_transforms_leave_nothing_behind():
     found = torch.compile(gradient, fullgraph=True, backend="aot_eager")(torch.ones(64))
     assert set(found.tolist()) == {0.0, 2.0}
     assert layer.last_mask is None
+
+
+def test_aot_autograd_saves_the_packed_mask():
+    from functorch.compile import aot_function, nop
+
+    kept_sizes = []
+
+    def backward(graph, inputs):
+        kept_sizes.extend((t.dtype, t.numel()) for t in inputs)
+        return nop(graph, inputs)
+
+    def f(x, key):
+        return tdi.dropout(x, rng=key) * 3
+
+    traced = aot_function(f, fw_compiler=nop, bw_compiler=backward)
+    x = torch.randn(4096, requires_grad=True)
+    y = traced(x, KEYS[0])
+    torch.testing.assert_close(y, f(x, KEYS[0]))
+    (g,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(g, 6.0 * (y != 0))
+    assert (torch.uint8, 512) in kept_sizes
+    assert all(dtype is not torch.bool for dtype, _ in kept_sizes)
 
 
 @QUIET

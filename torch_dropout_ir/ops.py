@@ -70,7 +70,10 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (packed,) = ctx.saved_tensors
-        return mask_apply(grad, packed, ctx.scale), None, None, None
+        # No graph and no transform, as nearly always: the kernel itself.
+        plain = not torch.is_grad_enabled() and not transformed()
+        apply = _mask_apply if plain else mask_apply
+        return apply(grad, packed, ctx.scale), None, None, None
 
 
 class _MaskApply(torch.autograd.Function):
