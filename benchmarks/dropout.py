@@ -23,6 +23,7 @@ from torch import nn
 import torch_dropout_ir as tdi
 
 P = 0.5
+COLOURS = ("#999999", "#1f77b4", "#17becf", "#2ca02c", "#d62728", "#ff7f0e", "#8c564b")
 
 
 def composed(x):
@@ -126,23 +127,26 @@ def draw(rows: list, path: Path) -> None:
 
     dtypes = list(dict.fromkeys(dtype for _, dtype, _ in rows))
     passes = ("forward", "forward + backward")
-    figure = Figure(figsize=(11, 4 * len(dtypes)), dpi=110, layout="constrained")
+    colours = dict(zip(("copy_", *contenders()), COLOURS, strict=True))
+    figure = Figure(figsize=(10, 3.6 * len(dtypes)), dpi=100, layout="constrained")
     panels = figure.subplots(len(dtypes), 2, squeeze=False, sharey=True)
     for line, dtype in zip(panels, dtypes, strict=True):
         for axes, which in zip(line, passes, strict=True):
-            for name in ("copy_", *contenders()):
+            for name, colour in colours.items():
                 points = [
                     (size, 1e9 * medians[name, which] / size)
                     for size, kind, medians in rows
                     if kind == dtype and (name, which) in medians
                 ]
                 if points:
-                    axes.loglog(*zip(*points, strict=True), marker=".", label=name)
+                    steps, times = zip(*points, strict=True)
+                    axes.loglog(steps, times, marker=".", color=colour, label=name)
             axes.set_xscale("log", base=2)
-            axes.set(title=f"{which}, {str(dtype).removeprefix('torch.')}",
-                     xlabel="elements", ylabel="ns an element")  # fmt: skip
+            title = f"{which}, {str(dtype).removeprefix('torch.')}"
+            axes.set(title=title, xlabel="elements", ylabel="ns an element")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize="small", frameon=False)
+    names, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(names, labels, loc="outside right center", frameon=False)
     figure.savefig(path)
     print(f"\npicture: {path}")
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch_dropout_ir import ops
 
 MAX_UNITS: Final = 2**16
-_SMALL: Final = 2**16
-_MOST_WAITING: Final = 64
+_MOST_MASKS: Final = 64
+_SMALL: Final = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ class MaskTally:
             p: Probability of dropping.
         """
         self._waiting.append((packed, numel, units, p))
-        if numel > _SMALL or len(self._waiting) == _MOST_WAITING:
+        if numel > _SMALL or len(self._waiting) == _MOST_MASKS:
             self._settle()
 
     def _settle(self) -> None:
@@ -185,7 +185,8 @@ class MaskTally:
                 self._expected += numel * (1 - p)
                 self._variance += numel * p * (1 - p)
             if numel % 64 == 0:  # whole words: the rows of one join those of the next
-                self._count(torch.cat(masks), numel * len(masks), units)
+                joined = masks[0] if len(masks) == 1 else torch.cat(masks)
+                self._count(joined, numel * len(masks), units)
             else:
                 for packed in masks:
                     self._count(packed, numel, units)
