@@ -29,7 +29,10 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -e '.[demo,test,lint]'
+	@echo "building and installing torch-dropout-ir"
+	@$(BIN)/pip install -v --no-build-isolation -e '.[demo,test,lint]' \
+	  > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
+	@grep -o 'torch_dropout_ir: .*' $(VENV)/install.log | sort -u
 	@touch $@
 
 demo: setup

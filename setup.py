@@ -135,6 +135,8 @@ class BuildKernels(build_ext):
         cuda, reason = find_cuda(torch.version.cuda)
         if cuda is None:
             say(f"building for the CPU only: {reason}")
+        else:
+            say(f"building for the CPU and CUDA {torch.version.cuda}")
         paths = [torch_home / "include", sysconfig.get_paths()["include"]]
         includes = [f"-isystem{path}" for path in paths]
         jobs = self.jobs(includes, cuda)
