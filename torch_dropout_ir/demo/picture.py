@@ -39,6 +39,7 @@ def draw(
     accuracy, r1, slices = top.subplots(1, 3)
     _curve(accuracy, outcomes, 1, "test accuracy")
     reached = [outcome.numbers["test accuracy (%)"] / 100 for outcome in outcomes]
+    accuracy.legend(frameon=False)
     accuracy.set_ylim(max(0.0, min(reached) - 0.15), min(1.0, max(reached) + 0.04))
     _curve(r1, outcomes, 2, rf"$R_1$ at p = {settings.p:g}")
     r1.set_yscale("log")
@@ -54,7 +55,6 @@ def _curve(axes: Any, outcomes: Sequence[Outcome], column: int, title: str) -> N
         axes.plot(steps, values, color=colour, label=outcome.name)
     axes.set(title=title, xlabel="step + 1", xscale="log")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
 
 
 def _slices(axes: Any, outcomes: Sequence[Outcome]) -> None:
@@ -70,7 +70,6 @@ def _slices(axes: Any, outcomes: Sequence[Outcome]) -> None:
     axes.set(title=r"loss slice $R_S(\theta + \alpha d)$", xlabel=r"$\alpha$")
     axes.set_yscale("log")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="upper center", fontsize="small")
 
 
 def _heat_maps(figure: Any, outcomes: Sequence[Outcome]) -> None:
@@ -87,6 +86,6 @@ def _heat_maps(figure: Any, outcomes: Sequence[Outcome]) -> None:
         )
         ratio = outcome.numbers["effective ratio"]
         axes.set_title(f"{outcome.name}: effective ratio {ratio:.3f}")
-        every = f", every {stride}." if stride > 1 else ""
-        axes.set_xlabel(f"hidden neuron, sorted by orientation{every}")
+        shown = f" (1 of {stride} shown)" if stride > 1 else ""
+        axes.set_xlabel(f"hidden neuron, sorted by orientation{shown}")
     figure.colorbar(picture, ax=panels, label="cosine of input weights", shrink=0.9)
