@@ -290,6 +290,16 @@ def test_an_interrupt_leaves_a_model_that_can_be_pickled():
     assert not model[1]._forward_hooks and not model[1]._forward_pre_hooks
 
 
+def test_a_mask_that_cannot_be_observed_does_not_stop_the_forward(monkeypatch):
+    def fails(*_):
+        raise MemoryError("full")
+
+    monkeypatch.setattr(tdi.MaskStatistics, "of_units", fails)
+    with pytest.warns(UserWarning, match="'2' was not observed: full"):
+        analysis = compare(lambda attach: loop(mlp(), attach, steps=2))
+    assert "no mask" in analysis.absent["masks"]
+
+
 def test_a_replaced_optimizer_is_found():
     model = mlp()
     x, y = torch.randn(8, 6), torch.randn(8, 3)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
+from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.functional import Inputs
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.nn import Dropout, Dropout1d, Dropout2d, Dropout3d
@@ -135,10 +136,7 @@ class Capture:
         for site in self.sites if self.want_masks else ():
             if isinstance(site.module, OURS):
                 continue
-            note, observe = (
-                RootHook(self._note_state(site)),
-                RootHook(self._observe(site)),
-            )
+            note, observe = self._note_state(site), self._observe(site)
             before = site.module.register_forward_pre_hook(RootHook(note))
             after = site.module.register_forward_hook(RootHook(observe), prepend=True)
             self._keep(self._pass, before)
@@ -203,7 +201,13 @@ class Capture:
             self.statistics[site.name] = seen + drawn
             self._seconds += time.perf_counter() - started
 
-        return observe
+        def safely(*call: Any) -> None:
+            try:
+                observe(*call)
+            except Exception as err:  # this runs inside the user's forward pass
+                warn(f"the mask of site {site.name!r} was not observed: {err}")
+
+        return safely
 
 
 def _versions(inputs: Inputs) -> list[int]:
@@ -217,11 +221,9 @@ def _counted(x: Any) -> bool:
 
 
 def _generator_state(device: torch.device) -> Tensor:
-    return (
-        torch.cuda.get_rng_state(device)
-        if device.type == "cuda"
-        else (torch.get_rng_state())
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()
 
 
 def _set_generator_state(device: torch.device, state: Tensor) -> None:
