@@ -1,0 +1,118 @@
+"""R_1 and R_2 of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.analysis.records import Record
+from torch_dropout_ir.analysis.snapshot import NO_SITE, Need, Snapshot
+from torch_dropout_ir.regularizers import Estimate, gradient_norm
+from torch_dropout_ir.regularizers.online import online
+
+
+class Regularizer:
+    """R_1 with its error and its parts, and R_S on the same batch.
+
+    Args:
+        num_masks: Masks to average over where R_1 has no closed form.
+    """
+
+    name = "regularizer"
+    needs: frozenset[Need] = frozenset({"inputs", "loss"})
+
+    def __init__(self, num_masks: int = 8) -> None:
+        self.num_masks = num_masks
+
+    def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
+        """Return ``regularizer/R1``, its sites and error, ``loss/R_S`` and modified."""
+        assert snapshot.loss is not None  # by `needs`
+        found, how, outputs = online(
+            snapshot.model, snapshot.batch, snapshot.loss, num_masks=self.num_masks
+        )
+        records: dict[str, Record] = {}
+        if snapshot.sites:
+            records = _r1_records(found)
+            snapshot.notes["regularizer/R1"] = how
+        else:
+            snapshot.absent["regularizer/R1"] = NO_SITE
+        if snapshot.targets is not None:
+            risk = float(snapshot.loss(outputs, snapshot.targets))
+            records["loss/R_S"] = risk
+            records |= _modified_loss(snapshot, risk + float(found.value))
+        return records
+
+
+def _r1_records(found: Estimate) -> dict[str, Record]:
+    parts = {f"regularizer/R1/{site}": float(x) for site, x in found.per_site.items()}
+    return {
+        "regularizer/R1": float(found.value),
+        "regularizer/R1_standard_error": float(found.standard_error),
+        **parts,
+    }
+
+
+def _modified_loss(snapshot: Snapshot, risk: float) -> dict[str, Record]:
+    if snapshot.gradients is None or snapshot.lr is None:
+        return {}
+    batch = "`data`" if snapshot.on_data else "this step's batch"
+    said = f"R_S + R_1 of {batch}, R_2 of this step's batch"
+    snapshot.notes["loss/modified"] = said
+    return {"loss/modified": risk + received_r2(snapshot.gradients, snapshot.lr)}
+
+
+def received_r2(gradients: Mapping[str, Tensor], lr: Mapping[str, float]) -> float:
+    r"""Return :math:`\frac{\epsilon}{4} \lVert g \rVert^2` of a gradient.
+
+    Args:
+        gradients: Gradient by parameter name.
+        lr: Learning rate by parameter name.
+
+    Returns:
+        The sum over parameters, each with its own learning rate.
+    """
+    terms = [lr[n] / 4 * g.double().square().sum() for n, g in gradients.items()]
+    return float(torch.stack([t.cpu() for t in terms]).sum()) if terms else 0.0
+
+
+class ReceivedGradient:
+    """R_2 from the gradient that the optimizer receives: no pass of its own."""
+
+    name = "gradient"
+    needs: frozenset[Need] = frozenset({"gradients"})
+
+    def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
+        """Return ``regularizer/R2``."""
+        assert snapshot.gradients is not None and snapshot.lr is not None  # by `needs`
+        snapshot.notes["regularizer/R2"] = (
+            "(lr/4) ||g||^2 of the gradient that the optimizer receives, clipped where "
+            "the script clips: one unbiased sample in full-batch training; in "
+            "mini-batches it holds their noise too"
+        )
+        return {"regularizer/R2": received_r2(snapshot.gradients, snapshot.lr)}
+
+
+class DropoutNoise:
+    """The part of R_2 that masks add, from two masks on one batch."""
+
+    name = "dropout_noise"
+    needs: frozenset[Need] = frozenset({
+        "sites",
+        "inputs",
+        "loss",
+        "targets",
+        "gradients",
+    })
+
+    def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
+        """Return ``regularizer/R2_dropout_noise``."""
+        assert snapshot.lr is not None  # by `needs`
+        found = gradient_norm(
+            snapshot.model, snapshot.batch, snapshot.loss, lr=snapshot.lr
+        )
+        snapshot.notes["regularizer/R2_dropout_noise"] = (
+            "of two masks on one batch, never clipped"
+        )
+        return {"regularizer/R2_dropout_noise": float(found.dropout_noise)}
