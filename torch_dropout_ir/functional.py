@@ -74,7 +74,11 @@ def unmoved_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_sites(
-    model: nn.Module, apply: SiteFunction, sites: Sequence[Site] | None = None
+    model: nn.Module,
+    apply: SiteFunction,
+    sites: Sequence[Site] | None = None,
+    *,
+    move_buffers: bool = False,
 ) -> Iterator[tuple[Site, ...]]:
     """Switch dropout off and put ``apply(site, h)`` in the place of each site.
 
@@ -86,13 +90,15 @@ def at_sites(
         model: The model.
         apply: Called with the site and its input; returns what passes on.
         sites: The sites to act on; those that draw noise in training if None.
+        move_buffers: Whether running statistics move, as in a step of training.
 
     Yields:
         The sites acted on.
     """
     chosen = active_sites(model) if sites is None else tuple(sites)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(unmoved_buffers(model))
+        if not move_buffers:
+            stack.enter_context(unmoved_buffers(model))
         stack.enter_context(dropout_off(model))
         for site in chosen:
 
@@ -113,7 +119,11 @@ def fresh(_: Site, h: Tensor) -> Tensor:
 
 
 def call(
-    model: nn.Module, inputs: Any, params: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    inputs: Any,
+    params: Mapping[str, Tensor] | None = None,
+    *,
+    move_buffers: bool = False,
 ) -> Any:
     """Run ``model`` on ``inputs`` with cloned buffers.
 
@@ -122,12 +132,15 @@ def call(
         inputs: A tensor; a tuple or list of positional arguments; a mapping of
             keyword arguments; or an :class:`Inputs` with both.
         params: Tensors to use in place of the model's parameters.
+        move_buffers: Whether to run it with its own buffers instead.
 
     Returns:
         What the model returns.
     """
-    state = {name: x.clone() for name, x in model.named_buffers()}
     arguments = Inputs.of(inputs)
+    if move_buffers:
+        return model(*arguments.args, **arguments.kwargs)
+    state = {name: x.clone() for name, x in model.named_buffers()}
     return torch.func.functional_call(
         model, {**(params or {}), **state}, arguments.args, dict(arguments.kwargs)
     )

@@ -9,21 +9,43 @@ Semantics:
   entries, without 1/2) and ``"cross_entropy"`` is
   :func:`torch.nn.functional.cross_entropy`. The paper's risk is
   :func:`half_squared_error`.
-* Mean-squared error and plain cross-entropy have closed forms; for any other callable
-  the blocks :math:`H_i` come from products with the second derivative, exact as long
-  as the loss is a sum (or mean) of terms of one sample each.
+* Squared errors, cross-entropy (with class weights and label smoothing) and losses of
+  one output each (binary cross-entropy, Huber) have closed forms of :math:`H_i`. That
+  of any other callable comes from products with its second derivative.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 LossFunction = Callable[[Any, Any], Tensor]
+Kind: TypeAlias = Literal["squared", "cross_entropy", "elementwise", "general"]
+
+# Sums (or means) of terms of one output each: their Hessian is diagonal.
+_ELEMENTWISE_MODULES: Final = (
+    nn.BCEWithLogitsLoss,
+    nn.BCELoss,
+    nn.HuberLoss,
+    nn.L1Loss,
+    nn.PoissonNLLLoss,
+    nn.SmoothL1Loss,
+    nn.SoftMarginLoss,
+)
+_ELEMENTWISE_FUNCTIONS: Final = (
+    F.binary_cross_entropy_with_logits,
+    F.binary_cross_entropy,
+    F.huber_loss,
+    F.l1_loss,
+    F.poisson_nll_loss,
+    F.smooth_l1_loss,
+    F.soft_margin_loss,
+)
 
 
 def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -63,13 +85,13 @@ class Loss:
     Attributes:
         function: The callable.
         kind: ``"squared"`` where the Hessian is a multiple of the identity,
-            ``"cross_entropy"`` where it is that of plain cross-entropy, else
-            ``"general"``.
+            ``"cross_entropy"`` where it is that of a softmax, ``"elementwise"`` where
+            it is diagonal, else ``"general"``.
         reduction: ``"mean"`` or ``"sum"`` over the samples.
     """
 
     function: LossFunction
-    kind: Literal["squared", "cross_entropy", "general"] = "general"
+    kind: Kind = "general"
     reduction: Literal["mean", "sum"] = "mean"
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
@@ -89,6 +111,10 @@ class Loss:
                 "Use a reduction of 'mean' or 'sum'."
             )
         return value.reshape(())
+
+    def option(self, name: str, default: Any) -> Any:
+        """Return a setting of the loss, of a module or of a partial function."""
+        return _option(self.function, name, default)
 
     @property
     def is_quadratic(self) -> bool:
@@ -125,8 +151,7 @@ def resolve_loss(loss: Any) -> Loss:
             "expected `loss` to be 'mse', 'cross_entropy', a module or a callable "
             f"`(outputs, targets) -> scalar`, got {type(loss).__name__}"
         )
-    keywords = getattr(loss, "keywords", {})  # of a functools.partial
-    reduction = keywords.get("reduction", getattr(loss, "reduction", "mean"))
+    reduction = _option(loss, "reduction", "mean")
     if reduction not in ("mean", "sum", "batchmean"):
         raise ValueError(
             f"expected a loss with reduction 'mean' or 'sum', got {reduction!r}: the "
@@ -135,12 +160,21 @@ def resolve_loss(loss: Any) -> Loss:
     return Loss(loss, _kind(loss), "sum" if reduction == "sum" else "mean")
 
 
-def _kind(loss: Any) -> Literal["squared", "cross_entropy", "general"]:
+def _option(loss: Any, name: str, default: Any) -> Any:
+    keywords = getattr(loss, "keywords", {})  # of a functools.partial
+    return keywords.get(name, getattr(loss, name, default))
+
+
+def _kind(loss: Any) -> Kind:
+    if isinstance(loss, functools.partial) and not loss.args:
+        loss = loss.func
     if loss in (F.mse_loss, half_squared_error) or type(loss) is nn.MSELoss:
         return "squared"
     # Log-probabilities are their own log-softmax: there NLL is cross-entropy.
     if loss in (F.cross_entropy, F.nll_loss):
         return "cross_entropy"
-    if type(loss) in (nn.CrossEntropyLoss, nn.NLLLoss) and loss.weight is None:
+    if type(loss) in (nn.CrossEntropyLoss, nn.NLLLoss):
         return "cross_entropy"
+    if loss in _ELEMENTWISE_FUNCTIONS or type(loss) in _ELEMENTWISE_MODULES:
+        return "elementwise"
     return "general"

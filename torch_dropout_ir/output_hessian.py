@@ -1,8 +1,8 @@
 r"""Floor 1: the Hessian of a loss in the outputs, its roots and random roots of it.
 
-Mean-squared error and plain cross-entropy have closed forms; for any other callable
-the blocks :math:`H_i` of the samples come from products with the second derivative,
-exact as long as the loss is a sum (or mean) of terms of one sample each.
+Squared errors, cross-entropy and losses of one output each have closed forms; for any
+other callable the blocks :math:`H_i` of the samples come from products with the second
+derivative, as long as the loss is a sum (or mean) of terms of one sample each.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Root = tuple[Tensor, "Tensor | float"]
 
 def squared_scale(loss: Loss, outputs_shape: torch.Size) -> float:
     """Return ``a`` of ``H_i = a * identity`` for a squared loss."""
-    if loss.function is half_squared_error:
+    if getattr(loss.function, "func", loss.function) is half_squared_error:
         return 1.0 / outputs_shape[0]
     return 2.0 / (outputs_shape.numel() if loss.reduction == "mean" else 1)
 
@@ -28,18 +28,37 @@ def squared_scale(loss: Loss, outputs_shape: torch.Size) -> float:
 def cross_entropy_scale(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     """Return ``a_i`` of ``H_i = a_i (diag(s_i) - s_i s_i')``, 1 in place of classes.
 
-    Ignored targets weigh nothing; label smoothing leaves the mass of a target at 1.
+    ``a_i`` is the mass of the target: with class weights ``w`` and label smoothing
+    ``e`` it is ``(1 - e) w_y + (e / C) sum w``, and the mean is over the ``w_y``.
+    Ignored targets weigh nothing.
+
+    Raises:
+        ValueError: If the loss weighs classes and ``targets`` is None.
     """
     classes = 1 if outputs.ndim > 1 else 0
+    weight = loss.option("weight", None)
     mass = torch.ones_like(outputs.detach().narrow(classes, 0, 1))
-    count: float | Tensor = float(mass.numel())
-    if isinstance(targets, Tensor) and targets.is_floating_point():
-        smoothing = getattr(loss.function, "label_smoothing", 0.0)
-        mass = (1 - smoothing) * targets.sum(classes, keepdim=True) + smoothing
-    elif isinstance(targets, Tensor):
-        ignored = getattr(loss.function, "ignore_index", -100)
-        mass = (targets != ignored).to(outputs.dtype).unsqueeze(classes)
-        count = mass.sum()
+    if not isinstance(targets, Tensor):
+        if weight is not None:
+            raise ValueError(
+                "expected `targets`: the Hessian of a cross-entropy with class weights "
+                "depends on them, got None"
+            )
+        return mass / mass.numel() if loss.reduction == "mean" else mass
+    if weight is None:
+        weight = mass.new_ones(outputs.shape[classes])
+    weight = weight.detach().to(mass)
+    smoothing = loss.option("label_smoothing", 0.0)
+    if targets.is_floating_point():
+        weighted = targets.detach().movedim(classes, -1) @ weight
+        count: float | Tensor = float(mass.numel())
+        known = torch.ones_like(weighted)
+    else:
+        known = (targets != loss.option("ignore_index", -100)).to(mass)
+        weighted = weight[torch.where(known > 0, targets, 0)] * known
+        count = weighted.sum()
+    mass = (1 - smoothing) * weighted + smoothing * weight.mean() * known
+    mass = mass.unsqueeze(classes)
     return mass / count if loss.reduction == "mean" else mass
 
 
@@ -49,11 +68,20 @@ def hessian_product(
     """Return ``v -> H v`` in the outputs, differentiable in ``outputs``.
 
     The Hessian is symmetric, so its product is the reverse derivative of the gradient.
+
+    Raises:
+        ValueError: If the loss cannot be differentiated.
     """
     differentiable = outputs.requires_grad
     f = outputs if differentiable else outputs.detach().requires_grad_()
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(loss(f, targets), f, create_graph=True)
+        value = loss(f, targets)
+        if not value.requires_grad:
+            raise ValueError(
+                "expected a loss that can be differentiated in the outputs, got one "
+                "whose value is cut off from them (detached, rounded or an argmax)"
+            )
+        (gradient,) = torch.autograd.grad(value, f, create_graph=True)
 
     def product(v: Tensor) -> Tensor:
         if not gradient.requires_grad:  # the loss is linear in the outputs
@@ -81,11 +109,32 @@ def hessian_blocks(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     return torch.stack([c.reshape(samples, width) for c in columns], -1)
 
 
+def couples_samples(loss: Loss, outputs: Tensor, targets: Any, dims: int = 1) -> bool:
+    """Whether the loss's gradient at one sample depends on another's outputs.
+
+    Args:
+        loss: The loss.
+        outputs: Network outputs.
+        targets: The targets.
+        dims: Number of leading dimensions that count the samples.
+
+    Returns:
+        Whether the second derivative across samples is not zero.
+    """
+    if loss.kind != "general" or outputs.ndim == 0 or outputs.numel() == 0:
+        return False
+    rows = (outputs.shape[:dims].numel(), -1)
+    alone = torch.zeros_like(outputs).reshape(rows)
+    alone[0] = torch.linspace(1, 2, alone.shape[1]).to(alone)  # no draw: no trace
+    found = hessian_product(loss, outputs.detach(), targets)(alone.view(outputs.shape))
+    return bool(found.reshape(rows)[1:].any())
+
+
 def hessian_roots(loss: Loss, outputs: Tensor, targets: Any) -> Iterator[Root]:
     """Yield ``(s_c, sign_c)`` with ``sum_c sign_c s_c s_c' = H_i`` for each sample.
 
     Args:
-        loss: The loss.
+        loss: The loss, a sum (or mean) of terms of one sample each.
         outputs: Network outputs, ``[n, ...]``, without graph.
         targets: The targets; None where the Hessian does not depend on them.
 
@@ -99,10 +148,22 @@ def hessian_roots(loss: Loss, outputs: Tensor, targets: Any) -> Iterator[Root]:
             root = vectors[..., c] * values[:, c, None].abs().sqrt()
             yield root.view(outputs.shape), values[:, c].sign()
         return
+    diagonal = None
+    if loss.kind == "elementwise":
+        diagonal = _diagonal(loss, outputs, targets).reshape(outputs.shape[0], -1)
     for c in range(width):
         place = torch.zeros(width, dtype=outputs.dtype, device=outputs.device)
         place[c] = 1.0
-        yield _known_root(loss, outputs, targets, place), 1.0
+        if diagonal is None:
+            yield _known_root(loss, outputs, targets, place), 1.0
+        else:
+            root = (diagonal.abs().sqrt() * place).view(outputs.shape)
+            yield root, diagonal[:, c].sign()
+
+
+def _diagonal(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
+    """Diagonal of a diagonal Hessian: its row sums."""
+    return hessian_product(loss, outputs, targets)(torch.ones_like(outputs)).detach()
 
 
 def _eigen(loss: Loss, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
@@ -138,7 +199,7 @@ def hessian_sampler(
     eigenvectors of the block.
 
     Args:
-        loss: The loss.
+        loss: The loss, a sum (or mean) of terms of one sample each.
         outputs: Network outputs, ``[n, ...]``, without graph.
         targets: The targets; None where the Hessian does not depend on them.
 
@@ -151,25 +212,29 @@ def hessian_sampler(
         return lambda: [(torch.randn_like(outputs) * scale, 1.0)]
     if loss.kind == "cross_entropy":
         return _label_sampler(outputs, cross_entropy_scale(loss, outputs, targets))
+    if loss.kind == "elementwise":
+        values = _diagonal(loss, outputs, targets)
+        return _signed_draws(values, lambda weights: weights)
     values, vectors = _eigen(loss, outputs, targets)
+    return _signed_draws(
+        values, lambda weights: (vectors @ weights.unsqueeze(-1)).view(outputs.shape)
+    )
+
+
+def _signed_draws(
+    values: Tensor, combine: Callable[[Tensor], Tensor]
+) -> Callable[[], list[Root]]:
     # What float rounding makes of a zero eigenvalue is no negative part.
     negative = bool((values < -1e-6 * values.abs().amax()).any())
 
     def draw() -> list[Root]:
         signs = torch.empty_like(values).bernoulli_(0.5).mul_(2).sub_(1)
         return [
-            (
-                _combine(vectors, (sign * values).clamp(min=0).sqrt() * signs, outputs),
-                sign,
-            )
+            (combine((sign * values).clamp(min=0).sqrt() * signs), sign)
             for sign in ((1.0, -1.0) if negative else (1.0,))
         ]
 
     return draw
-
-
-def _combine(vectors: Tensor, weights: Tensor, outputs: Tensor) -> Tensor:
-    return (vectors @ weights.unsqueeze(-1)).view(outputs.shape)
 
 
 def _label_sampler(outputs: Tensor, scale: Tensor) -> Callable[[], list[Root]]:

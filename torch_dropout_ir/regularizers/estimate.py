@@ -20,6 +20,10 @@ class Estimate:
         exact: Whether the value equals ``E[R_drop] - R_S`` up to rounding, rather than
             its second-order part or a sample of it.
         num_samples: Random draws taken; 0 for a deterministic formula.
+        converged: Whether the standard error that was asked for was reached; True where
+            none was.
+        notes: What there is to know besides, for example sites whose part is 0 because
+            the loss does not depend on them.
     """
 
     value: Tensor
@@ -27,3 +31,5 @@ class Estimate:
     standard_error: Tensor
     exact: bool
     num_samples: int
+    converged: bool = True
+    notes: tuple[str, ...] = ()

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.output_hessian import Root, hessian_roots, hessian_sampler
+from torch_dropout_ir.output_hessian import (
+    Root,
+    couples_samples,
+    hessian_roots,
+    hessian_sampler,
+)
+from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
+from torch_dropout_ir.regularizers.outputs import (
+    OutputsRead,
+    check_curvature,
+    read_outputs,
+)
+from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
+from torch_dropout_ir.regularizers.site_forms import Form, assemble, by_row
 from torch_dropout_ir.sites import mask_shape, unobservable
+
+_MOST_BLOCK_ELEMENTS: Final = 2**24
 
 
 def gauss_newton(
@@ -38,11 +53,15 @@ def gauss_newton(
     Equal to ``E[R_drop] - R_S`` for a squared loss and one site whose output goes
     straight into the last linear layer; else its second-order part without the
     curvature of the layers above (``exact`` says which); it can be off by a factor of
-    two and more in deep networks. For a loss that is linear in the outputs (an absolute
-    error) it is zero, whatever R_1 is.
+    two and more in deep networks.
+
+    Where the loss has no root of its Hessian that could be computed (several outputs,
+    very many of them, or a loss that couples samples), signs :math:`z` on the units
+    take the place of the sampled outputs: :math:`(z \circ h)^\top J^\top H J (z \circ
+    h)`, in three backward passes a sample; the exact sum takes them unit by unit.
 
     Args:
-        model: The network, whose output is one tensor with the batch in front.
+        model: The network. Of several outputs, those count that the loss reads.
         batch: ``(inputs, targets)``; targets may be None where the loss's Hessian does
             not depend on them (squared losses, cross-entropy).
         loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
@@ -54,9 +73,10 @@ def gauss_newton(
         and is an upper bound.
 
     Raises:
-        TypeError: If the model's output is no tensor.
-        ValueError: If ``num_samples`` is below 1, a site drops everything, or
-            cross-entropy is taken of outputs without batch dimension.
+        TypeError: If the model's outputs hold no tensor.
+        ValueError: If ``num_samples`` is below 1, the batch is empty, a site drops
+            everything, the loss has no second derivative, cross-entropy is taken of
+            outputs without batch dimension, or the estimate is not finite.
         RuntimeError: If a site runs without autograd.
 
     References:
@@ -76,8 +96,10 @@ def gauss_newton(
             f"gauss_newton: expected `num_samples` >= 1 or None, got {num_samples}"
         )
     resolved = resolve_loss(loss)
-    with clean_pass(model, batch[0]) as clean:
-        return estimate(model, clean, batch[1], resolved, num_samples)
+    with clean_pass(model, batch[0], twice=resolved.kind == "general") as clean:
+        found = estimate(model, clean, batch[1], resolved, num_samples)
+    check_finite("gauss_newton", found.value, model, batch[0])
+    return found
 
 
 def estimate(
@@ -98,41 +120,76 @@ def estimate(
 
     Returns:
         The estimate.
+
+    Raises:
+        ValueError: If the outputs have no batch dimension that the loss needs.
     """
-    _check(clean, loss)
-    detached = clean.outputs.detach()
-    coupled = bool(clean.uses) and clean.couples_samples()
-    passes: Iterable[Iterable[Root]]
-    if num_samples is None:
-        passes = [_apart(coupled, hessian_roots(loss, detached, targets))]
-    else:
-        draw = hessian_sampler(loss, detached, targets)
-        passes = (draw() for _ in range(num_samples))
-    draws = [_forms(clean, roots) for roots in passes]
-    per_site = {
-        name: torch.stack([_total(draw, name, detached) for draw in draws]).mean()
-        for name in {site.name: None for site, _, _ in clean.uses}
-    }
-    value = sum(per_site.values(), detached.new_zeros(()))
-    error = _standard_error(draws, detached, num_samples, coupled)
-    closed = num_samples is None and clean.last_layer is not None
-    nothing = not clean.uses and not unobservable(model)
-    exact = nothing or (closed and loss.is_quadratic)
-    return Estimate(value, per_site, error, exact, num_samples or 0)
-
-
-def _check(clean: CleanPass, loss: Loss) -> None:
-    if clean.unreachable:
-        raise RuntimeError(
-            "gauss_newton: derivatives cannot reach the sites "
-            f"{list(clean.unreachable)}, which run under torch.no_grad or reentrant "
-            "checkpointing. Use `monte_carlo`, or checkpoint with use_reentrant=False."
-        )
-    if loss.kind == "cross_entropy" and clean.outputs.ndim < 2:
+    clean.check_reachable("gauss_newton")
+    read = read_outputs(clean.outputs, loss, targets)
+    if loss.kind == "cross_entropy" and read.tensors[0].ndim < 2:
         raise ValueError(
             "gauss_newton: expected outputs with a batch dimension, got shape "
-            f"{list(clean.outputs.shape)}"
+            f"{list(read.tensors[0].shape)}"
         )
+    check_curvature(read)
+    coupled = bool(clean.uses) and clean.couples_samples(read.tensors)
+    if _has_roots(read, targets):
+        draws = _from_roots(clean, read, targets, num_samples, coupled)
+    else:
+        curvature = SiteCurvature(clean, read, linearized=True)
+        coupled = coupled or bool(clean.uses)  # the loss may couple samples too
+        draws = (
+            [curvature.exact(coupled)]
+            if num_samples is None
+            else [curvature.sampled() for _ in range(num_samples)]
+        )
+    return assemble(
+        clean,
+        draws,
+        num_samples,
+        coupled,
+        is_exact(model, clean, loss, num_samples),
+        read.tensors[0].detach(),
+    )
+
+
+def is_exact(
+    model: nn.Module, clean: CleanPass, loss: Loss, num_samples: int | None
+) -> bool:
+    """Whether a second-order form is R_1 itself: Lemma 1, or no noise at all."""
+    if not clean.uses and not unobservable(model):
+        return True
+    return num_samples is None and clean.last_layer is not None and loss.is_quadratic
+
+
+def _has_roots(read: OutputsRead, targets: Any) -> bool:
+    """Whether the Hessian of each sample has a root that can be computed."""
+    if read.loss is None:
+        return False
+    f = read.single
+    if read.loss.kind != "general":
+        return True
+    if f.ndim == 0 or couples_samples(read.loss, f, targets):
+        return False
+    return f.numel() * f[0].numel() <= _MOST_BLOCK_ELEMENTS
+
+
+def _from_roots(
+    clean: CleanPass,
+    read: OutputsRead,
+    targets: Any,
+    num_samples: int | None,
+    coupled: bool,
+) -> list[list[Form]]:
+    """Forms of roots of the output Hessian sent back to the sites."""
+    assert read.loss is not None  # by `_has_roots`
+    passes: Iterable[Iterable[Root]]
+    if num_samples is None:
+        passes = [_apart(coupled, hessian_roots(read.loss, read.single, targets))]
+    else:
+        draw = hessian_sampler(read.loss, read.single, targets)
+        passes = (draw() for _ in range(num_samples))
+    return [_forms(clean, read.tensors[0], roots) for roots in passes]
 
 
 def _apart(coupled: bool, roots: Iterator[Root]) -> Iterator[Root]:
@@ -147,49 +204,15 @@ def _apart(coupled: bool, roots: Iterator[Root]) -> Iterator[Root]:
             yield alone, sign[i] if isinstance(sign, Tensor) else sign
 
 
-def _forms(clean: CleanPass, roots: Iterable[Root]) -> list[tuple[str, Tensor]]:
+def _forms(clean: CleanPass, outputs: Tensor, roots: Iterable[Root]) -> list[Form]:
     """Quadratic form of each use, summed over units: one entry a leading index."""
-    forms: list[tuple[str, Tensor]] = []
+    forms: list[Form] = []
     for root, sign in roots:
-        for (site, h, _), g in zip(clean.uses, clean.gradients(root), strict=True):
+        found = clean.gradients(outputs, root)
+        for (site, h, _), g in zip(clean.uses, found, strict=True):
             if g is None:
                 continue
-            shared = (h * g).sum_to_size(mask_shape(site.module, h.shape))
-            rows = shared.square().reshape(shared.shape[0] if shared.ndim else 1, -1)
-            forms.append((site.name, site.variance / 2 * sign * rows.sum(-1)))
+            shared = (h.detach() * g).sum_to_size(mask_shape(site.module, h.shape))
+            name, rows = by_row(site, shared.square())
+            forms.append((name, site.variance / 2 * sign * rows))
     return forms
-
-
-def _total(draw: list[tuple[str, Tensor]], name: str, like: Tensor) -> Tensor:
-    parts = [form.sum() for site, form in draw if site == name]
-    return torch.stack(parts).sum() if parts else like.new_zeros(())
-
-
-def _standard_error(
-    draws: list[list[tuple[str, Tensor]]],
-    outputs: Tensor,
-    num_samples: int | None,
-    coupled: bool,
-) -> Tensor:
-    """Standard error over draws; by sample where each has its own independent draws."""
-    if num_samples is None or not draws or not draws[0]:
-        return outputs.new_zeros(())
-    samples = outputs.shape[0] if outputs.ndim else 1
-    by_sample = all(form.shape[0] == samples for draw in draws for _, form in draw)
-    if by_sample and not coupled:
-        rows = torch.stack([torch.stack([f for _, f in draw]).sum(0) for draw in draws])
-        if num_samples == 1:
-            return (
-                samples**0.5 * rows[0].std()
-                if samples > 1
-                else rows.new_tensor(float("nan"))
-            )
-        return (rows.var(0).sum() / num_samples).sqrt()
-    totals = torch.stack([
-        sum((f.sum() for _, f in d), outputs.new_zeros(())) for d in draws
-    ])
-    return (
-        totals.std() / num_samples**0.5
-        if num_samples > 1
-        else totals.new_tensor(float("nan"))
-    )

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.output_hessian import (
+    couples_samples,
     cross_entropy_scale,
     hessian_product,
     squared_scale,
 )
+from torch_dropout_ir.regularizers.by_rows import sum_by_rows
 from torch_dropout_ir.sites import noise_variance
+
+_IN_CACHE: Final = 2**20
+_FOR_PRODUCTS: Final = 2**22
 
 
 def last_layer(
@@ -37,8 +43,10 @@ def last_layer(
     that, ``d'`` the number of outputs. In the units of the loss.
 
     Exact (Lemma 1) for a squared loss: the expected dropout loss is the loss plus
-    this, at any width, depth and ``p``. For other losses it is the second-order part.
-    No pass through the network; differentiable in every tensor argument.
+    this, at any width, depth and ``p``. For other losses it is the second-order part,
+    off by the size of one unit's share of the outputs even as ``p`` goes to 0; there
+    :func:`leave_one_out` is exact. No pass through the network; differentiable in every
+    tensor argument. Not-a-number in gives not-a-number out.
 
     Args:
         features: Inputs of the last layer before dropout, ``[..., D]``.
@@ -54,8 +62,8 @@ def last_layer(
         Scalar with the dtype and device of ``features``.
 
     Raises:
-        ValueError: If ``p`` is outside ``[0, 1)``, shapes disagree, or ``outputs`` is
-            missing for a loss that needs it.
+        ValueError: If ``p`` is outside ``[0, 1)``, shapes disagree, ``outputs`` is
+            missing for a loss that needs it, or the loss couples rows.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, eq. (4) and Lemma 1.
@@ -76,38 +84,76 @@ def last_layer(
     rows = features.reshape(-1, features.shape[-1])
     if resolved.kind == "squared":
         shape = torch.Size((*features.shape[:-1], weight.shape[0]))
-        scale = squared_scale(resolved, shape)
-        form = scale * (rows.square() @ weight.square().sum(0)).sum()
+        lengths = weight.square().sum(0)
+        form = squared_scale(resolved, shape) * _weighted_squares(rows, lengths)
         return variance / 2 * form
     if outputs is None:
         raise ValueError(
             "last_layer: the Hessian of this loss depends on the outputs: expected "
             "`outputs` [..., C], got None"
         )
-    logits = outputs.reshape(-1, weight.shape[0])
     if resolved.kind == "cross_entropy":
-        flat = targets.flatten() if isinstance(targets, Tensor) else None
-        return variance / 2 * _softmax_form(resolved, rows, weight, logits, flat)
-    return variance / 2 * _general_form(resolved, rows, weight, outputs, targets)
+        softmax, scale = softmax_and_scale(resolved, outputs, targets)
+        return variance / 2 * _softmax_form(rows, weight, softmax, scale)
+    product = hessian_product(resolved, outputs, targets)
+    if resolved.kind == "elementwise":
+        diagonal = product(torch.ones_like(outputs)).reshape(-1, weight.shape[0])
+        return variance / 2 * _diagonal_form(rows, weight, diagonal)
+    if couples_samples(resolved, outputs, targets, outputs.ndim - 1):
+        raise ValueError(
+            "last_layer: expected a loss that is a sum (or mean) of terms of one row "
+            "of the outputs each, got one that couples rows. Use `second_order`."
+        )
+    return variance / 2 * _general_form(rows, weight, outputs, product)
+
+
+def softmax_and_scale(
+    loss: Loss, outputs: Tensor, targets: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the softmax ``[N, C]`` of outputs ``[..., C]`` and its scale ``[N, 1]``.
+
+    Targets are labels ``[...]`` or probabilities ``[..., C]``.
+    """
+    logits = outputs.reshape(-1, outputs.shape[-1])
+    if isinstance(targets, Tensor):
+        labels = not targets.is_floating_point()
+        targets = targets.flatten() if labels else targets.reshape(logits.shape)
+    return logits.softmax(-1), cross_entropy_scale(loss, logits, targets)
+
+
+def _weighted_squares(rows: Tensor, weights: Tensor) -> Tensor:
+    """Sum over rows of ``h_j^2`` times the weight of its column."""
+    return sum_by_rows(lambda h: (h.square() @ weights).sum(), _IN_CACHE, rows)
 
 
 def _softmax_form(
-    loss: Loss, rows: Tensor, weight: Tensor, logits: Tensor, targets: Tensor | None
+    rows: Tensor, weight: Tensor, softmax: Tensor, scale: Tensor
 ) -> Tensor:
     """Sum of ``h^2 (s'w^2 - (s'w)^2)``: the variance of each column under softmax."""
-    softmax = logits.softmax(-1)
-    if targets is not None and targets.is_floating_point():
-        targets = targets.view(logits.shape)
-    scale = cross_entropy_scale(loss, logits, targets)
-    spread = softmax @ weight.square() - (softmax @ weight).square()
-    return (scale * rows.square() * spread).sum()
+    squares = weight.square()
+
+    def form(h: Tensor, s: Tensor, a: Tensor) -> Tensor:
+        spread = s @ squares - (s @ weight).square()
+        return (spread * h.square()).sum(-1) @ a.squeeze(-1)
+
+    return sum_by_rows(form, _FOR_PRODUCTS, rows, softmax, scale)
+
+
+def _diagonal_form(rows: Tensor, weight: Tensor, diagonal: Tensor) -> Tensor:
+    """Sum over outputs ``c`` of ``h^2 d_c w_c^2``."""
+    squares = weight.square()
+    return sum_by_rows(
+        lambda h, d: ((d @ squares) * h.square()).sum(), _FOR_PRODUCTS, rows, diagonal
+    )
 
 
 def _general_form(
-    loss: Loss, rows: Tensor, weight: Tensor, outputs: Tensor, targets: Any
+    rows: Tensor,
+    weight: Tensor,
+    outputs: Tensor,
+    product: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Sum over outputs ``c`` of ``h^2 w_c (H_c w)``, one product with H for each."""
-    product = hessian_product(loss, outputs, targets)
     total = rows.new_zeros(())
     for c in range(weight.shape[0]):
         place = torch.zeros_like(outputs.detach())

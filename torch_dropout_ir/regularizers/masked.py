@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,18 @@ from torch import Tensor, nn
 from torch_dropout_ir import ops
 from torch_dropout_ir.functional import Batch, at_sites, call, fresh
 from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.regularizers.checks import check_batch
 from torch_dropout_ir.sites import Site
 
 
 @contextlib.contextmanager
 def dropout_risk(
-    model: nn.Module, batch: Batch, loss: Loss, *, shared_mask: bool = False
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    *,
+    shared_mask: bool = False,
+    watch: Callable[[Site, Tensor, torch.Size], None] | None = None,
 ) -> Iterator[Tensor]:
     """Give ``R_drop`` of a batch at one draw of masks; differentiate it inside.
 
@@ -26,19 +32,27 @@ def dropout_risk(
         loss: The loss.
         shared_mask: If True, one mask serves all samples (the paper's ``eta``); else
             each sample draws its own, as ``nn.Dropout`` does.
+        watch: Called at each use with the site, its packed mask and the mask's shape.
 
     Yields:
         Scalar.
-    """
+
+    Raises:
+        ValueError: If the batch is empty.
+    """  # noqa: DOC502 (`check_batch` raises)
+    check_batch(batch[0])
 
     def drop(site: Site, h: Tensor) -> Tensor:
         shape = site.mask_shape(h.shape)
         if shared_mask and h.ndim:
             shape = (1, *shape[1:])
-        if shape == tuple(h.shape):
-            return ops.dropout(h, site.p)
-        noise = ops.dropout(h.new_ones(shape), site.p)
-        return torch.where(noise != 0, h * noise, torch.zeros_like(h))
+        own = shape == tuple(h.shape)
+        dropped, packed = ops.draw(h if own else h.new_ones(shape), site.p, None)
+        if watch is not None:
+            watch(site, packed, torch.Size(shape))
+        if own:
+            return dropped
+        return torch.where(dropped != 0, h * dropped, torch.zeros_like(h))
 
     with at_sites(model, drop):
         yield loss(call(model, batch[0]), batch[1])
@@ -48,14 +62,3 @@ def clean_risk(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
     """Return ``R_S`` of a batch: dropout off, batch normalization as in training."""
     with at_sites(model, fresh):
         return loss(call(model, batch[0]), batch[1])
-
-
-@torch.no_grad()
-def excess_risks(model: nn.Module, batch: Batch, loss: Loss, num_masks: int) -> Tensor:
-    """Return ``R_drop - R_S`` at independent masks on one batch, ``[num_masks]``."""
-    clean = clean_risk(model, batch, loss)
-    draws = []
-    for _ in range(num_masks):
-        with dropout_risk(model, batch, loss) as risk:
-            draws.append(risk - clean)
-    return torch.stack(draws)

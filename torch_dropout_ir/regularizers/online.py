@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
+from torch_dropout_ir.regularizers.excess import ExcessRisk, linear_parts
 from torch_dropout_ir.regularizers.gauss_newton import estimate
 from torch_dropout_ir.regularizers.last_layer import last_layer
-from torch_dropout_ir.regularizers.masked import excess_risks
 from torch_dropout_ir.sites import mask_shape
 
 
 def online(
     model: nn.Module, batch: Batch, loss: Loss, *, num_masks: int = 8
-) -> tuple[Estimate, str, Any]:
-    """Return R_1 of a batch, how it was obtained, and the outputs without dropout.
+) -> tuple[Estimate, str, Tensor | None]:
+    """Return R_1 of a batch, how it was obtained, and the loss without dropout.
 
     Where the only site is a :class:`torch.nn.Dropout` straight before the last linear
     layer and the loss is squared, it is the closed form of :func:`last_layer`, exact.
@@ -37,24 +38,35 @@ def online(
         num_masks: Masks where R_1 is averaged over them.
 
     Returns:
-        The estimate, a sentence, and the outputs, detached.
-    """
-    with clean_pass(model, batch[0]) as clean:
-        outputs = clean.outputs.detach()
+        The estimate, a sentence, and ``R_S``, 0-d, or None without targets.
+
+    Raises:
+        ValueError: If an estimate is not finite.
+    """  # noqa: DOC502 (`check_finite` raises)
+    twice = loss.kind == "general"
+    risk, slopes = None, []
+    with clean_pass(model, batch[0], twice=twice) as clean:
         found, how = _second_order(model, clean, batch[1], loss)
-    if found.exact:
-        return found, f"exact, {how}", outputs
-    if batch[1] is None:
-        return found, f"second order (approximate; targets unknown), {how}", outputs
-    excess = excess_risks(model, batch, loss, num_masks)
-    averaged = dataclasses.replace(
-        found,
-        value=excess.mean(),
-        standard_error=excess.std() / num_masks**0.5,
-        num_samples=num_masks,
-    )
-    parts = f"by site: second-order parts (approximate), {how}"
-    return averaged, f"unbiased, average over {num_masks} masks; {parts}", outputs
+        if batch[1] is not None:
+            with torch.no_grad():
+                risk = loss(clean.outputs, batch[1])
+            if not found.exact:
+                slopes = linear_parts(clean, loss, batch[1])
+    if risk is None:
+        how = f"second order (approximate; targets unknown), {how}"
+    elif found.exact:
+        how = f"exact, {how}"
+    else:
+        excess = ExcessRisk(model, batch, loss, slopes)
+        excess.draw(num_masks)
+        value, error = excess.mean()
+        found = dataclasses.replace(
+            found, value=value, standard_error=error, num_samples=num_masks
+        )
+        parts = f"by site: second-order parts (approximate), {how}"
+        how = f"unbiased, average over {num_masks} masks; {parts}"
+    check_finite("regularizer/R1", found.value, model, batch[0])
+    return found, "; ".join((how, *found.notes)), risk
 
 
 def _second_order(
@@ -63,16 +75,20 @@ def _second_order(
     closed = _closed_form(clean, targets, loss)
     if closed is not None:
         return closed, "closed form"
-    if clean.unreachable and targets is not None:
-        nothing = torch.zeros_like(clean.outputs.detach()).sum()
-        return Estimate(nothing, {}, nothing, False, 0), "none: no autograd there"
-    found = estimate(model, clean, targets, loss, 2 if targets is None else 1)
+    try:
+        found = estimate(model, clean, targets, loss, 2 if targets is None else 1)
+    except (RuntimeError, ValueError) as err:
+        # Without targets it is the form or nothing; with them R_1 can still be had.
+        if targets is None:
+            raise
+        nothing = torch.zeros((), dtype=torch.get_default_dtype())
+        return Estimate(nothing, {}, nothing, False, 0), f"none: {err}"
     return found, "sampled Gauss-Newton form"
 
 
 @torch.no_grad()
 def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
-    if clean.last_layer is None or loss.kind == "general":
+    if clean.last_layer is None or loss.kind not in ("squared", "cross_entropy"):
         return None
     site, features, _ = clean.uses[0]
     outputs: Tensor = clean.outputs.detach()

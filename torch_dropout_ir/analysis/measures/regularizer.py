@@ -29,7 +29,7 @@ class Regularizer:
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``regularizer/R1``, its sites and error, ``loss/R_S`` and modified."""
         assert snapshot.loss is not None  # by `needs`
-        found, how, outputs = online(
+        found, how, clean = online(
             snapshot.model, snapshot.batch, snapshot.loss, num_masks=self.num_masks
         )
         records: dict[str, Record] = {}
@@ -38,8 +38,8 @@ class Regularizer:
             snapshot.notes["regularizer/R1"] = how
         else:
             snapshot.absent["regularizer/R1"] = NO_SITE
-        if snapshot.targets is not None:
-            risk = float(snapshot.loss(outputs, snapshot.targets))
+        if clean is not None:
+            risk = float(clean)
             records["loss/R_S"] = risk
             records |= _modified_loss(snapshot, risk + float(found.value))
         return records

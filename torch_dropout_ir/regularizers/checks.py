@@ -1,0 +1,59 @@
+"""Inputs of which no estimate can be made, said by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir.functional import Inputs
+
+
+def check_batch(inputs: Any) -> None:
+    """Raise if a batch has no sample.
+
+    Raises:
+        ValueError: If a tensor among the inputs has no element in its first dimension.
+    """
+    arguments = Inputs.of(inputs)
+    for value in (*arguments.args, *arguments.kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == 0:
+            raise ValueError(
+                "expected a batch with at least one sample, got an input of shape "
+                f"{list(value.shape)}"
+            )
+
+
+def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> None:
+    """Raise if an estimate is not finite, and say where that comes from.
+
+    Args:
+        name: The function that made the estimate.
+        value: The estimate.
+        model: The model.
+        inputs: Its inputs.
+
+    Raises:
+        ValueError: If ``value`` is NaN or infinite.
+    """
+    if bool(torch.isfinite(value)):
+        return
+    arguments = Inputs.of(inputs)
+    places = {
+        **{f"parameter `{n}`": x for n, x in model.named_parameters()},
+        **{f"buffer `{n}`": x for n, x in model.named_buffers()},
+        **{f"input {i}": x for i, x in enumerate(arguments.args)},
+        **{f"input `{n}`": x for n, x in arguments.kwargs.items()},
+    }
+    wrong = [
+        place
+        for place, x in places.items()
+        if isinstance(x, Tensor)
+        and x.is_floating_point()
+        and not torch.isfinite(x).all()
+    ]
+    where = ", ".join(wrong) if wrong else "the outputs or the loss, which overflow"
+    raise ValueError(
+        f"{name}: expected a finite estimate, got {float(value)}; not finite: {where}"
+    )

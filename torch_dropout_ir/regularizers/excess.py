@@ -1,0 +1,123 @@
+"""``R_drop - R_S`` over masks, with what is known to average out taken away.
+
+Semantics:
+
+* To first order in the noise, ``R_drop - R_S`` is ``sum_j g_j h_j eta_j``, whose mean
+  over masks is zero and whose size is what makes R_1 hard to see. ``g`` costs one
+  backward pass for all masks.
+* Each draw is corrected by a multiple of its own linear part; the multiple is the
+  regression coefficient over the *other* draws, hence independent of this one, and the
+  mean stays unbiased. Where the network is far from linear at its noise, the
+  coefficient, and with it the correction, goes to zero.
+* Antithetic masks would take away the same part, but only at ``p = 1/2``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir import kernels, ops
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
+from torch_dropout_ir.regularizers.masked import clean_risk, dropout_risk
+from torch_dropout_ir.regularizers.outputs import read_outputs
+from torch_dropout_ir.sites import Site
+
+
+class ExcessRisk:
+    """Draws of ``R_drop - R_S`` on one batch.
+
+    Args:
+        model: The model; left as it is.
+        batch: ``(inputs, targets)``.
+        loss: The loss.
+        slopes: The linear parts of :func:`linear_parts`; None takes them itself.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        loss: Loss,
+        slopes: list[Tensor] | None = None,
+    ) -> None:
+        self._model = model
+        self._batch = batch
+        self._loss = loss
+        self._excess: list[Tensor] = []
+        self._linear: list[Tensor] = []
+        with torch.no_grad():
+            self._clean = clean_risk(model, batch, loss)
+        if slopes is None:
+            with clean_pass(model, batch[0]) as clean:
+                slopes = linear_parts(clean, loss, batch[1])
+        self._slopes = slopes
+
+    @torch.no_grad()
+    def draw(self, num_masks: int) -> None:
+        """Run the model at ``num_masks`` more masks."""
+        for _ in range(num_masks):
+            linear = self._clean.new_zeros((), dtype=torch.float64)
+            use = 0
+
+            def watch(site: Site, packed: Tensor, shape: torch.Size) -> None:
+                nonlocal linear, use
+                slope = self._slopes[use] if use < len(self._slopes) else None
+                use += 1
+                # Other sites than in the pass without noise: nothing is known here.
+                if slope is not None and slope.shape == shape and site.p < 1:
+                    kept = ops.mask_apply(slope, packed, kernels.keep_scale(site.p))
+                    linear = linear + (kept.double().sum() - slope.double().sum())
+
+            masked = dropout_risk(self._model, self._batch, self._loss, watch=watch)
+            with masked as risk:
+                self._excess.append((risk - self._clean).double())
+            self._linear.append(linear)
+
+    def corrected(self) -> Tensor:
+        """Return the draws less their linear parts, float64 ``[num_masks]``."""
+        excess, linear = torch.stack(self._excess), torch.stack(self._linear)
+        count = len(excess)
+        if count < 3 or not bool(linear.any()) or not bool(linear.isfinite().all()):
+            return excess
+        others = (excess.sum() - excess) / (count - 1)
+        products = (excess * linear).sum() - excess * linear
+        covariance = products - others * (linear.sum() - linear)
+        squares = linear.square()
+        return excess - covariance / (squares.sum() - squares) * linear
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """Return the mean over masks and its standard error, 0-d."""
+        draws = self.corrected()
+        error = draws.std() / len(draws) ** 0.5
+        return draws.mean().to(self._clean), error.to(self._clean)
+
+
+def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor]:
+    """Return ``g h`` of each use of a site, in the shape of its mask.
+
+    Args:
+        clean: The pass without noise.
+        loss: The loss.
+        targets: The targets.
+
+    Returns:
+        A tensor a use; none at all where derivatives cannot reach the sites.
+    """
+    if clean.unreachable or not clean.uses:
+        return []
+    read = read_outputs(clean.outputs, loss, targets)
+    risk = read.risk(read.tensors)
+    if not risk.requires_grad:
+        return []
+    found = torch.autograd.grad(
+        risk, clean.deltas, retain_graph=True, allow_unused=True
+    )
+    return [
+        (h.detach() * (torch.zeros_like(h) if g is None else g)).sum_to_size(
+            site.mask_shape(h.shape)
+        )
+        for (site, h, _), g in zip(clean.uses, found, strict=True)
+    ]

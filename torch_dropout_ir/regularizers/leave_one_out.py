@@ -1,0 +1,133 @@
+"""R_1 of dropout straight before the last linear layer, one unit dropped at a time."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from torch_dropout_ir import ops
+from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.regularizers.by_rows import sum_by_rows
+from torch_dropout_ir.regularizers.last_layer import last_layer, softmax_and_scale
+from torch_dropout_ir.sites import noise_variance
+
+_ELEMENTS: Final = 2**20
+
+
+def leave_one_out(
+    features: Tensor,
+    weight: Tensor,
+    p: float,
+    *,
+    outputs: Tensor,
+    targets: Any,
+    loss: Any,
+) -> Tensor:
+    r"""Return R_1 of dropout on the input of the last linear layer, unit by unit.
+
+    .. math::
+        R_1 \approx \frac{p}{1 - p} \sum_i \sum_j \left[
+        \ell_i(f_i - o_{ij}) - \ell_i(f_i)
+        + \langle \nabla \ell_i(f_i), o_{ij} \rangle \right],
+        \qquad o_{ij} = w_j h_{ij}
+
+    the Bregman divergence of the loss, reduction included, between the outputs without
+    unit ``j`` and those with it. Exact for squared losses at every ``p``, where it is
+    :func:`last_layer`, and for any loss as ``p`` goes to 0: dropping takes a whole unit
+    away, which the quadratic form does not see. In the units of the loss.
+
+    No pass through the network; ``O(N D C)`` time, memory of the inputs and a block.
+    Differentiable in ``features``, ``weight`` and ``outputs``. Losses other than
+    squared ones and cross-entropy are called once a unit, in their own precision.
+
+    Args:
+        features: Inputs of the last layer before dropout, ``[..., D]``.
+        weight: Weight of the last layer, ``[C, D]``.
+        p: Probability of dropping, in ``[0, 1)``. The paper's ``p`` is our ``1 - p``.
+        outputs: Network outputs without dropout, ``[..., C]``.
+        targets: The targets.
+        loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable
+            ``(outputs, targets) -> scalar``, a sum (or mean) of terms of one row of the
+            outputs each.
+
+    Returns:
+        Scalar with the dtype and device of ``features``.
+
+    Raises:
+        ValueError: If ``p`` is outside ``[0, 1)`` or shapes disagree.
+
+    References:
+        Zhang & Xu, *Implicit regularization of dropout*, Lemma 1, for squared losses;
+        Bregman, *The relaxation method of finding the common point of convex sets*,
+        1967, for the divergence.
+
+    Example:
+        >>> h, w = torch.ones(4, 3), torch.ones(2, 3)
+        >>> y = torch.zeros(4, 2)
+        >>> leave_one_out(h, w, 0.5, outputs=h @ w.T, targets=y, loss="mse").item()
+        3.0
+    """
+    resolved = resolve_loss(loss)
+    expected = (*features.shape[:-1], weight.shape[0])
+    if features.shape[-1:] != weight.shape[1:] or tuple(outputs.shape) != expected:
+        raise ValueError(
+            "leave_one_out: expected `features` [..., D], `weight` [C, D] and `outputs`"
+            f" [..., C], got {list(features.shape)}, {list(weight.shape)} and "
+            f"{list(outputs.shape)}"
+        )
+    variance = noise_variance(p)
+    if resolved.kind == "squared":
+        return last_layer(features, weight, p, loss=resolved)
+    if resolved.kind == "cross_entropy":
+        return variance * _softmax_form(resolved, features, weight, outputs, targets)
+    return variance * _general_form(resolved, features, weight, outputs, targets)
+
+
+def _softmax_form(
+    loss: Loss, features: Tensor, weight: Tensor, outputs: Tensor, targets: Any
+) -> Tensor:
+    """Sum of ``log sum_c s_c exp(-o_c) + s'o``: the loss is logsumexp and linear."""
+    softmax, scale = softmax_and_scale(loss, outputs, targets)
+    rows = features.reshape(-1, features.shape[-1])
+    # The two terms cancel to second order in the unit's share of the outputs.
+    wide = weight.double()
+
+    def form(h: Tensor, f: Tensor, s: Tensor, a: Tensor) -> Tensor:
+        h, s = h.double(), s.double()
+        without = f.double().log_softmax(-1)[:, None] - h[:, :, None] * wide.T
+        divergence = without.logsumexp(-1) + h * (s @ wide)
+        return (divergence.sum(-1) @ a.double().squeeze(-1)).to(f.dtype)
+
+    logits = outputs.reshape(-1, weight.shape[0])
+    elements = _ELEMENTS // weight.shape[0]
+    return sum_by_rows(form, elements, rows, logits, softmax, scale)
+
+
+def _general_form(
+    loss: Loss, features: Tensor, weight: Tensor, outputs: Tensor, targets: Any
+) -> Tensor:
+    """One evaluation of the loss a unit; all samples lose that unit at once."""
+    f = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
+    differentiable = torch.is_grad_enabled() and outputs.requires_grad
+    with torch.enable_grad():
+        value = loss(f, targets)
+        (slope,) = torch.autograd.grad(value, f, create_graph=differentiable)
+    if not differentiable:
+        value = value.detach()
+
+    def without(h: Tensor, w: Tensor) -> Tensor:
+        return loss(outputs - h[..., None] * w, targets)
+
+    total = (slope * (features @ weight.T)).sum()
+    for h, w in zip(features.unbind(-1), weight.unbind(1), strict=True):
+        if torch.is_grad_enabled() and ops.eager():
+            part = checkpoint(
+                without, h, w, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            part = without(h, w)
+        total = total + (part - value)
+    return total

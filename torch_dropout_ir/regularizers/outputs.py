@@ -1,0 +1,163 @@
+"""What of a model's outputs the loss reads, and the loss as a function of that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from torch_dropout_ir.losses import Loss
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputsRead:
+    """The tensors among a model's outputs that its loss depends on.
+
+    Attributes:
+        tensors: Those tensors, with their graph.
+        risk: The loss as a function of them.
+        loss: The loss ``(outputs, targets)`` of the one tensor, with what is known of
+            its curvature; None where there are several.
+    """
+
+    tensors: list[Tensor]
+    risk: Callable[[Sequence[Tensor]], Tensor]
+    loss: Loss | None
+
+    @property
+    def single(self) -> Tensor:
+        """The one tensor, without its graph."""
+        return self.tensors[0].detach()
+
+    def slopes(self, at: Sequence[Tensor], create_graph: bool = True) -> list[Tensor]:
+        """Return the gradient of the loss in each tensor, zeros where it has none.
+
+        Raises:
+            ValueError: If the loss cannot be differentiated.
+        """
+        with torch.enable_grad():
+            value = self.risk(at)
+            if not value.requires_grad:
+                raise ValueError(
+                    "expected a loss that can be differentiated in the outputs, got "
+                    "one whose value is cut off from them (detached, or an argmax)"
+                )
+            found = torch.autograd.grad(
+                value, list(at), create_graph=create_graph, allow_unused=True
+            )
+        pairs = zip(found, at, strict=True)
+        return [torch.zeros_like(x) if g is None else g for g, x in pairs]
+
+
+def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
+    """Find the tensors that the loss reads.
+
+    Args:
+        outputs: A tensor, or a tuple, mapping or dataclass that torch can flatten.
+        loss: The loss.
+        targets: The targets.
+
+    Returns:
+        The tensors, and the loss as a function of them.
+
+    Raises:
+        TypeError: If the outputs hold no floating-point tensor, or are several where
+            the loss takes one.
+    """
+    if isinstance(outputs, Tensor):
+        return OutputsRead([outputs], lambda x: loss(x[0], targets), loss)
+    if loss.kind != "general":
+        raise TypeError(
+            "expected the model to return one tensor for this loss, got "
+            f"{type(outputs).__name__}. Pass a callable `(outputs, targets) -> scalar` "
+            "that picks what it needs."
+        )
+    leaves, rebuild = _flatten(outputs)
+    places = [
+        i
+        for i, x in enumerate(leaves)
+        if isinstance(x, Tensor) and x.is_floating_point()
+    ]
+
+    def risk_at(chosen: Sequence[int]) -> Callable[[Sequence[Tensor]], Tensor]:
+        def risk(tensors: Sequence[Tensor]) -> Tensor:
+            filled = list(leaves)
+            for i, x in zip(chosen, tensors, strict=True):
+                filled[i] = x
+            return loss(rebuild(filled), targets)
+
+        return risk
+
+    if not places:
+        raise TypeError(
+            "expected the model to return a tensor, or a tuple, mapping or dataclass "
+            f"with tensors, got {type(outputs).__name__}. Wrap the model in one that "
+            "returns its logits."
+        )
+    copies = [leaves[i].detach().requires_grad_() for i in places]
+    with torch.enable_grad():
+        value = risk_at(places)(copies)
+        found = torch.autograd.grad(value, copies, allow_unused=True)
+    read = [i for i, g in zip(places, found, strict=True) if g is not None]
+    risk = risk_at(read)
+    alone = Loss(lambda f, _: risk([f]), "general", loss.reduction)
+    return OutputsRead(
+        [leaves[i] for i in read], risk, alone if len(read) == 1 else None
+    )
+
+
+def _flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Return the leaves of what a model returned, and the function that puts them back.
+
+    A dataclass that torch does not know is taken by its fields.
+    """
+    if dataclasses.is_dataclass(outputs) and _pytree.tree_is_leaf(outputs):
+        names = [f.name for f in dataclasses.fields(outputs) if f.init]
+        leaves, put_back = _flatten([getattr(outputs, name) for name in names])
+
+        def rebuild(filled: list[Any]) -> Any:
+            return dataclasses.replace(
+                outputs, **dict(zip(names, put_back(filled), strict=True))
+            )
+
+        return leaves, rebuild
+    leaves, structure = _pytree.tree_flatten(outputs)
+    return leaves, lambda filled: _pytree.tree_unflatten(filled, structure)
+
+
+def check_curvature(read: OutputsRead) -> None:
+    """Raise if the loss is linear where the outputs are, and not everywhere.
+
+    Its second derivative is zero there, and no second-order form can see its kinks.
+
+    Args:
+        read: What the loss reads.
+
+    Raises:
+        ValueError: If so.
+    """
+    if read.loss is not None and read.loss.kind in ("squared", "cross_entropy"):
+        return
+    at = [x.detach().requires_grad_() for x in read.tensors]
+    slopes = read.slopes(at)
+    if not any(bool(s.any()) for s in slopes):
+        return
+    live = [s for s in slopes if s.requires_grad]
+    steps = [torch.linspace(1, 2, s.numel()).to(s).view_as(s) for s in live]
+    if live:
+        found = torch.autograd.grad(live, at, steps, allow_unused=True)
+        if any(g is not None and bool(g.any()) for g in found):
+            return
+    for side in (1e3, -1e3):
+        far = [(x.detach() + side * (1 + x.detach().abs())) for x in at]
+        others = read.slopes([x.requires_grad_() for x in far], create_graph=False)
+        if any(not torch.equal(a, b) for a, b in zip(slopes, others, strict=True)):
+            raise ValueError(
+                "expected a loss with a second derivative, got one that is piecewise "
+                "linear: its second derivative is 0 at all outputs, and so would be "
+                "every second-order form of R_1. Use `monte_carlo`."
+            )

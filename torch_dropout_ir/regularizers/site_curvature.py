@@ -1,0 +1,145 @@
+"""The second derivative of the loss in what the sites pass on, by products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.regularizers.clean_pass import CleanPass
+from torch_dropout_ir.regularizers.outputs import OutputsRead
+from torch_dropout_ir.regularizers.site_forms import Form, by_row, signs
+
+Vectors = Sequence["Tensor | None"]
+
+
+class SiteCurvature:
+    r"""Products with the loss's Hessian in the inputs of all uses of all sites.
+
+    Linearized, with the Gauss-Newton matrix :math:`J^\top H J` in its place: the
+    network taken as linear after the sites, the loss as it is. A product costs two or
+    three backward passes, whatever the number of outputs and of sites.
+
+    Args:
+        clean: The pass without noise.
+        read: What the loss reads of its outputs.
+        linearized: Whether to leave out the curvature of the network.
+        create_graph: Whether products can be differentiated in the parameters.
+    """
+
+    def __init__(
+        self,
+        clean: CleanPass,
+        read: OutputsRead,
+        *,
+        linearized: bool,
+        create_graph: bool = False,
+    ) -> None:
+        self._clean = clean
+        self._tensors = read.tensors
+        self._linearized = linearized
+        self._create_graph = create_graph
+        if not linearized:
+            self._slopes = _gradients(
+                [read.risk(read.tensors)], clean.deltas, None, create_graph=True
+            )
+            return
+        self._roots = [torch.zeros_like(x, requires_grad=True) for x in read.tensors]
+        # Linear in the roots: its derivative in them is the derivative of the outputs.
+        self._slopes = _gradients(
+            read.tensors, clean.deltas, self._roots, create_graph=True
+        )
+        self._at = (
+            read.tensors
+            if create_graph
+            else [x.detach().requires_grad_() for x in read.tensors]
+        )
+        self._loss_slopes: Vectors = read.slopes(self._at)
+
+    def product(self, vectors: Vectors) -> list[Tensor | None]:
+        """Multiply.
+
+        Args:
+            vectors: A tensor for each use, or None for zero.
+
+        Returns:
+            A tensor for each use; None where it is zero for want of a dependence.
+        """
+        graph = self._create_graph
+        if not self._linearized:
+            return _gradients(self._slopes, self._clean.deltas, vectors, graph)
+        pushed = _gradients(self._slopes, self._roots, vectors, graph)
+        curved = _gradients(self._loss_slopes, self._at, pushed, graph)
+        return _gradients(self._tensors, self._clean.deltas, curved, graph)
+
+    def sampled(self) -> list[Form]:
+        r"""Return one draw of the forms: signs :math:`z` on the mask's elements.
+
+        :math:`E[(z \circ h)^\top A (z \circ h)] = \sum_j h_j^2 A_{jj}`.
+        """
+        uses = enumerate(self._clean.uses)
+        return self._forms([self._scaled(i, signs(s, h)) for i, (s, h, _) in uses])
+
+    def exact(self, coupled: bool) -> list[Form]:
+        """Return the forms of one element of a mask at a time.
+
+        Args:
+            coupled: Whether samples depend on each other. If not, the same element of
+                all samples is taken at once.
+        """
+        forms = []
+        for i, (site, h, _) in enumerate(self._clean.uses):
+            shape = site.mask_shape(h.shape)
+            together = 1 if coupled or not shape else shape[0]
+            own = torch.Size(shape[1:] if together > 1 else shape)
+            for place in range(own.numel()):
+                one = h.new_zeros(own.numel())
+                one[place] = 1.0
+                vectors: list[Tensor | None] = [None] * len(self._clean.uses)
+                vectors[i] = self._scaled(i, one.view(own))
+                forms += self._forms(vectors)
+        return forms
+
+    def _scaled(self, use: int, noise: Tensor) -> Tensor:
+        site, h, _ = self._clean.uses[use]
+        h = h if self._create_graph else h.detach()
+        return site.variance**0.5 * h * noise
+
+    def _forms(self, vectors: Vectors) -> list[Form]:
+        products = self.product(vectors)
+        return [
+            by_row(site, v * found / 2)
+            for (site, _, _), v, found in zip(
+                self._clean.uses, vectors, products, strict=True
+            )
+            if v is not None and found is not None
+        ]
+
+
+def _gradients(
+    outputs: Vectors,
+    inputs: Sequence[Tensor],
+    roots: Vectors | None,
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """Reverse derivative of the outputs that there are, None where there is none."""
+    given = list(roots) if roots is not None else [None] * len(outputs)
+    live = [
+        (x, r)
+        for x, r in zip(outputs, given, strict=True)
+        if x is not None and x.requires_grad and (roots is None or r is not None)
+    ]
+    if not live or not inputs:
+        return [None] * len(inputs)
+    heads, weights = zip(*live, strict=True)
+    return list(
+        torch.autograd.grad(
+            heads,
+            list(inputs),
+            None if roots is None else weights,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    )

@@ -1,0 +1,96 @@
+"""From quadratic forms at the uses of the sites to an estimate with its error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.regularizers.clean_pass import CleanPass
+from torch_dropout_ir.regularizers.estimate import Estimate
+from torch_dropout_ir.sites import Site, mask_shape
+
+Form = tuple[str, Tensor]
+
+
+def by_row(site: Site, form: Tensor) -> Form:
+    """Sum a form over all but the first dimension."""
+    rows = form.reshape(form.shape[0] if form.ndim else 1, -1).sum(-1)
+    return site.name, rows
+
+
+def signs(site: Site, h: Tensor) -> Tensor:
+    """Draw a sign for each element of the site's mask, shaped to multiply ``h``."""
+    shape = mask_shape(site.module, h.shape)
+    drawn = torch.empty(shape, dtype=h.dtype, device=h.device)
+    return drawn.bernoulli_(0.5).mul_(2).sub_(1)
+
+
+def total(forms: Sequence[Form], like: Tensor, name: str | None = None) -> Tensor:
+    """Return the sum of all forms, or of those of one site."""
+    parts = [form.sum() for site, form in forms if name in (None, site)]
+    return torch.stack(parts).sum() if parts else like.new_zeros(())
+
+
+def assemble(
+    clean: CleanPass,
+    draws: Sequence[Sequence[Form]],
+    num_samples: int | None,
+    coupled: bool,
+    exact: bool,
+    like: Tensor,
+) -> Estimate:
+    """Return the mean of the draws, the part of each site, and the standard error.
+
+    Args:
+        clean: The pass without noise.
+        draws: The forms of each draw; a single one where ``num_samples`` is None.
+        num_samples: Number of random draws; None for an exact sum.
+        coupled: Whether samples depend on each other.
+        exact: Whether the value is R_1 itself.
+        like: A tensor of the dtype and device of the estimate.
+
+    Returns:
+        The estimate.
+    """
+    names = {site.name: None for site, _, _ in clean.uses}
+    per_site = {
+        name: torch.stack([total(draw, like, name) for draw in draws]).mean()
+        for name in names
+    }
+    reached = {name for draw in draws for name, _ in draw}
+    notes = tuple(
+        f"site `{name}`: 0, for the loss does not depend on it"
+        for name in names
+        if name not in reached
+    )
+    value = sum(per_site.values(), like.new_zeros(()))
+    error = _standard_error(draws, like, num_samples, coupled)
+    return Estimate(value, per_site, error, exact, num_samples or 0, notes=notes)
+
+
+def _standard_error(
+    draws: Sequence[Sequence[Form]],
+    like: Tensor,
+    num_samples: int | None,
+    coupled: bool,
+) -> Tensor:
+    """Standard error over draws; by sample where each has its own independent draws."""
+    if num_samples is None or not draws or not draws[0]:
+        return like.new_zeros(())
+    samples = draws[0][0][1].shape[0]
+    aligned = all(form.shape[0] == samples for draw in draws for _, form in draw)
+    if aligned and not coupled:
+        rows = torch.stack([torch.stack([f for _, f in draw]).sum(0) for draw in draws])
+        if num_samples > 1:
+            return (rows.var(0).sum() / num_samples).sqrt()
+        return (
+            samples**0.5 * rows[0].std()
+            if samples > 1
+            else rows.new_tensor(float("nan"))
+        )
+    if num_samples == 1:
+        return like.new_tensor(float("nan"))
+    totals = torch.stack([total(draw, like) for draw in draws])
+    return totals.std() / num_samples**0.5
