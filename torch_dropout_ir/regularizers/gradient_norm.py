@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.functional import Batch, parameters
-from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.functional import Batch, as_batches, parameters
+from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.masked import dropout_risk
 
 
@@ -19,66 +20,86 @@ class GradientNorm:
     r"""R_2 and its decomposition, all 0-d and in the units of the loss.
 
     Attributes:
-        value: :math:`\frac{\epsilon}{4} E\lVert g \rVert^2`, the paper's R_2.
-        mean_gradient: :math:`\frac{\epsilon}{4} \lVert E g \rVert^2`, the part that
-            drives the mean iterate; unbiased, so it can be negative.
-        dropout_noise: :math:`\frac{\epsilon}{4} \mathrm{tr}\,\mathrm{Cov}(g)`, the part
-            that the masks add.
-        standard_error: Standard error of ``value``; NaN with fewer than two pairs.
+        value: The paper's form, :math:`\frac{\epsilon}{4} E\lVert g \rVert^2`, the mean
+            of the modified loss of a step; the sum of the next three.
+        mean_gradient: The drift form, :math:`\frac{\epsilon}{4} \lVert E g \rVert^2
+            = \frac{\epsilon}{4} \lVert \nabla (R_S + R_1) \rVert^2`, which the mean
+            iterate follows; unbiased, so it can be negative.
+        dropout_noise: :math:`\frac{\epsilon}{4} E_b \mathrm{tr}\,\mathrm{Cov}_\eta(g)`,
+            the part that the masks add on one batch.
+        batch_noise: :math:`\frac{\epsilon}{4} \mathrm{tr}\,\mathrm{Cov}_b(E_\eta g)`,
+            the part that the choice of the mini-batch adds; 0 for one batch.
+        standard_error: Standard error of ``value``; NaN with fewer than two pairs of
+            masks, or of batches where there are several.
+        mean_gradient_standard_error: The same for ``mean_gradient``.
         dropout_noise_standard_error: The same for ``dropout_noise``.
-        num_masks: Number of masks drawn.
+        batch_noise_standard_error: The same for ``batch_noise``.
+        num_masks: Number of masks drawn a batch.
         shared_mask: Whether one mask served all samples.
     """
 
     value: Tensor
     mean_gradient: Tensor
     dropout_noise: Tensor
+    batch_noise: Tensor
     standard_error: Tensor
+    mean_gradient_standard_error: Tensor
     dropout_noise_standard_error: Tensor
+    batch_noise_standard_error: Tensor
     num_masks: int
     shared_mask: bool
 
 
 def gradient_norm(
     model: nn.Module,
-    batch: Batch,
+    batch: Any,
     loss: Any,
     *,
     lr: float | Mapping[str, float],
     num_masks: int = 2,
     shared_mask: bool = False,
 ) -> GradientNorm:
-    r"""Return R_2 of a batch and its parts, from pairs of masks.
+    r"""Return R_2 and its parts, from pairs of masks and pairs of batches.
 
     .. math::
-        R_2 = \frac{\epsilon}{4} E_\eta \lVert \nabla R_{drop}(\theta, \eta) \rVert^2
+        R_2 = \frac{\epsilon}{4} E \lVert \nabla R_{drop}(\theta, \eta) \rVert^2
         = \frac{\epsilon}{4} \lVert E g \rVert^2
-        + \frac{\epsilon}{4} \mathrm{tr}\,\mathrm{Cov}_\eta(g)
+        + \frac{\epsilon}{4} E_b \mathrm{tr}\,\mathrm{Cov}_\eta(g)
+        + \frac{\epsilon}{4} \mathrm{tr}\,\mathrm{Cov}_b(E_\eta g)
 
-    A pair ``g, g'`` of gradients at independent masks gives the three parts without
-    bias: :math:`(\lVert g \rVert^2 + \lVert g' \rVert^2)/2`, :math:`\langle g, g'
-    \rangle` and :math:`\lVert g - g' \rVert^2 / 2`. Costs a forward and a backward
-    pass a mask and the memory of two gradients. For optimizers other than gradient
-    descent R_2 is a diagnostic, not the theory.
+    A pair ``g, g'`` of gradients at independent masks on one batch gives
+    :math:`(\lVert g \rVert^2 + \lVert g' \rVert^2)/2` and the noise of the masks,
+    :math:`\lVert g - g' \rVert^2 / 2`, without bias; their inner product is the rest.
+    Of several batches, inner products across a pair of them give the squared mean
+    gradient, and what is left is the noise of the mini-batches, which plain SGD has
+    too. Steps count alike, whatever the sizes of their batches.
+
+    Costs a forward and a backward pass a mask and batch, and the memory of three
+    gradients. For optimizers other than gradient descent R_2 is a diagnostic, not the
+    theory. For a gradient that the script has anyway, ``(lr / 4) * g.square().sum()``
+    is one unbiased sample of the first form, free of extra passes.
 
     Args:
         model: The model; neither it nor its ``.grad`` fields change.
-        batch: ``(inputs, targets)``.
+        batch: ``(inputs, targets)``; or an even number of mini-batches, as a list or a
+            loader, of which consecutive ones are paired.
         loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
         lr: Learning rate, or one a parameter name.
-        num_masks: Number of masks, even.
+        num_masks: Number of masks a batch, even.
         shared_mask: If True, one mask serves all samples of the batch (the paper's
-            ``eta``), else each has its own (``nn.Dropout``). R_2 depends on it.
+            ``eta``); else each sample draws its own, as ``nn.Dropout`` does.
 
     Returns:
-        The three parts with standard errors over the pairs.
+        The parts with standard errors over the pairs.
 
     Raises:
-        ValueError: If ``num_masks`` is odd or below 2, or ``lr`` lacks a parameter.
+        ValueError: If ``num_masks`` is odd or below 2, ``lr`` lacks a parameter, the
+            number of batches is odd, a batch is empty, or a gradient is not finite.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, eq. (5); Barrett & Dherin,
-        *Implicit gradient regularization*, ICLR 2021.
+        *Implicit gradient regularization*, ICLR 2021; Smith et al., *On the origin of
+        implicit regularization in stochastic gradient descent*, ICLR 2021.
 
     Example:
         >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1))
@@ -90,47 +111,104 @@ def gradient_norm(
         raise ValueError(
             f"gradient_norm: expected an even `num_masks` >= 2, got {num_masks}"
         )
-    resolved = resolve_loss(loss)
-    params = parameters(model)
-    rates = _rates(lr, list(params))
-    targets = list(params.values())
+    norms = _Norms(model, resolve_loss(loss), lr, shared_mask)
+    batches = list(as_batches(batch))
+    if len(batches) == 1:
+        rows = [norms.pair(batches[0])[0] for _ in range(num_masks // 2)]
+    elif batches and len(batches) % 2 == 0:
+        rows = [
+            norms.across(a, b, num_masks)
+            for a, b in zip(batches[::2], batches[1::2], strict=True)
+        ]
+    else:
+        raise ValueError(
+            "gradient_norm: expected one batch or an even number of them, got "
+            f"{len(batches)}: the squared mean gradient comes from pairs"
+        )
+    table = torch.stack(rows)
+    check_finite("gradient_norm", table.sum(), model, batches[0][0])
+    mean = table.mean(0)
+    error = table.std(0) / len(rows) ** 0.5 if len(rows) > 1 else mean * float("nan")
+    names = ("value", "mean_gradient", "dropout_noise", "batch_noise")
+    errors = ("standard_error", *(f"{name}_standard_error" for name in names[1:]))
+    found = dict(zip((*names, *errors), (*mean, *error), strict=True))
+    return GradientNorm(num_masks=num_masks, shared_mask=shared_mask, **found)
 
-    def gradient() -> list[Tensor]:
-        masked = dropout_risk(model, batch, resolved, shared_mask=shared_mask)
+
+class _Norms:
+    """Squared norms of the gradients of one model, weighted by learning rates."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        lr: float | Mapping[str, float],
+        shared_mask: bool,
+    ) -> None:
+        params = parameters(model)
+        self._model = model
+        self._loss = loss
+        self._rates = learning_rates(lr, list(params))
+        self._targets = list(params.values())
+        self._shared_mask = shared_mask
+
+    def _gradient(self, batch: Batch) -> list[Tensor]:
+        masked = dropout_risk(
+            self._model, batch, self._loss, shared_mask=self._shared_mask
+        )
         with torch.enable_grad(), masked as value:
-            found = torch.autograd.grad(value, targets, allow_unused=True)
+            found = torch.autograd.grad(value, self._targets, allow_unused=True)
         return [
             torch.zeros_like(x) if g is None else g
-            for g, x in zip(found, targets, strict=True)
+            for g, x in zip(found, self._targets, strict=True)
         ]
 
-    def inner(a: list[Tensor], b: list[Tensor]) -> Tensor:
-        weighted = [r / 4 * (x * y).sum() for r, x, y in zip(rates, a, b, strict=True)]
-        return torch.stack(weighted).sum()
+    def _inner(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        terms = zip(self._rates, a, b, strict=True)
+        return torch.stack([r / 4 * (x * y).sum() for r, x, y in terms]).sum()
 
-    rows = []
-    for _ in range(num_masks // 2):
-        g, h = gradient(), gradient()
-        difference = [x - y for x, y in zip(g, h, strict=True)]
-        norms = (inner(g, g) + inner(h, h)) / 2
-        rows.append(
-            torch.stack([norms, inner(g, h), inner(difference, difference) / 2])
-        )
-    pairs = torch.stack(rows)
-    mean = pairs.mean(0)
-    error = pairs.std(0) / len(rows) ** 0.5 if len(rows) > 1 else mean * float("nan")
-    return GradientNorm(
-        mean[0], mean[1], mean[2], error[0], error[2], num_masks, shared_mask
-    )
+    def pair(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Return value, mean, mask noise and 0 from two masks, and their mean."""
+        g, h = self._gradient(batch), self._gradient(batch)
+        norms = (self._inner(g, g) + self._inner(h, h)) / 2
+        across = self._inner(g, h)
+        # Not in place: a gradient of autograd's may be a view of one number.
+        mean = [(x + y) / 2 for x, y in zip(g, h, strict=True)]
+        half = [x - y for x, y in zip(h, mean, strict=True)]
+        noise = 2 * self._inner(half, half)  # |g - g'|^2 / 2, never negative
+        return torch.stack([norms, across, noise, torch.zeros_like(noise)]), mean
+
+    def across(self, a: Batch, b: Batch, num_masks: int) -> Tensor:
+        """Return value, mean, mask noise and batch noise from two batches."""
+        first, mean_a = self._mean_of_pairs(a, num_masks)
+        second, mean_b = self._mean_of_pairs(b, num_masks)
+        within = (first + second) / 2
+        across = self._inner(mean_a, mean_b)
+        return torch.stack([within[0], across, within[2], within[1] - across])
+
+    def _mean_of_pairs(
+        self, batch: Batch, num_masks: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        rows, total = self.pair(batch)
+        for _ in range(num_masks // 2 - 1):
+            more, mean = self.pair(batch)
+            rows = rows + more
+            total = [x + y for x, y in zip(total, mean, strict=True)]
+        pairs = num_masks // 2
+        return rows / pairs, [x / pairs for x in total]
 
 
-def _rates(lr: float | Mapping[str, float], names: list[str]) -> list[float]:
+def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[float]:
+    """Return the learning rate of each parameter.
+
+    Raises:
+        ValueError: If a mapping lacks one.
+    """
     if not isinstance(lr, Mapping):
         return [lr] * len(names)
     missing = [name for name in names if name not in lr]
     if missing:
         raise ValueError(
-            "gradient_norm: expected a learning rate `lr` for every parameter, got "
-            f"none for {missing}"
+            f"expected a learning rate `lr` for every parameter, got none for {missing}"
         )
     return [lr[name] for name in names]

@@ -115,13 +115,15 @@ def _flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 
     A dataclass that torch does not know is taken by its fields.
     """
-    if dataclasses.is_dataclass(outputs) and _pytree.tree_is_leaf(outputs):
+    known = not _pytree.tree_is_leaf(outputs) or isinstance(outputs, type)
+    if dataclasses.is_dataclass(outputs) and not known:
         names = [f.name for f in dataclasses.fields(outputs) if f.init]
         leaves, put_back = _flatten([getattr(outputs, name) for name in names])
 
         def rebuild(filled: list[Any]) -> Any:
             return dataclasses.replace(
-                outputs, **dict(zip(names, put_back(filled), strict=True))
+                outputs,  # type: ignore[type-var]
+                **dict(zip(names, put_back(filled), strict=True)),
             )
 
         return leaves, rebuild

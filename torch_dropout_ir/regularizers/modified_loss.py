@@ -1,0 +1,198 @@
+"""The paper's modified losses, to be trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir.functional import Batch, at_sites, call, fresh, parameters
+from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.regularizers.checks import check_batch
+from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
+from torch_dropout_ir.regularizers.gradient_norm import learning_rates
+from torch_dropout_ir.regularizers.last_layer import last_layer
+from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
+from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
+from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
+from torch_dropout_ir.regularizers.site_forms import total
+
+Kind: TypeAlias = Literal["L1", "L2", "L3", "L4", "regu"]
+R1: TypeAlias = Literal[
+    "last_layer", "leave_one_out", "gauss_newton", "second_order", "monte_carlo"
+]
+
+_KINDS: Final = ("L1", "L2", "L3", "L4", "regu")
+_R1: Final = (
+    "last_layer",
+    "leave_one_out",
+    "gauss_newton",
+    "second_order",
+    "monte_carlo",
+)
+
+
+def modified_loss(
+    model: nn.Module,
+    batch: Batch,
+    loss: Any,
+    *,
+    kind: Kind,
+    lr: float | Mapping[str, float] | None = None,
+    r1: R1 = "last_layer",
+) -> Tensor:
+    r"""Return a loss with dropout's regularizers put in or taken out, to be minimized.
+
+    .. math::
+        L_1 &= R_S + R_1 & L_2 &= R_S + \tilde R_2 \\
+        L_3 &= R_{drop} - \tilde R_2 & L_4 &= R_{drop} - R_1 \\
+        R_{regu} &= R_{drop} + \tilde R_2 & \tilde R_2 &= \frac{\epsilon}{4}
+        \lVert \nabla_\theta R_{drop}(\theta, \eta) \rVert^2
+
+    with :math:`\tilde R_2` at the masks of this very step: in ``L3`` and ``"regu"`` the
+    loss and its penalty see the same ones. ``R_drop`` is the model as the script calls
+    it, all of its noise included; ``R_S`` is the model with dropout off. Of the passes
+    that a kind takes, the one that gives ``R_S`` or ``R_drop`` moves batch-norm
+    statistics, once a step as in training.
+
+    Differentiable in the parameters: call ``.backward()`` on it in the place of the
+    loss. ``L1`` with ``"last_layer"`` costs a plain step; a penalty on the gradient a
+    second backward pass through the first. Blocks under activation checkpointing cannot
+    be trained with ``L1``, ``L2`` and ``L4``: they would run again with dropout on.
+
+    Args:
+        model: The model, in training mode.
+        batch: ``(inputs, targets)``.
+        loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
+        kind: Which of the five.
+        lr: ``epsilon`` of ``L2`` and ``L3``, ``lambda`` of ``"regu"``: one number, or
+            one a parameter name.
+        r1: How ``L1`` and ``L4`` take R_1. ``"last_layer"`` and ``"leave_one_out"`` need
+            one ``nn.Dropout`` straight before the last linear layer; ``"gauss_newton"``
+            and ``"second_order"`` draw one vector of signs; ``"monte_carlo"`` draws one
+            mask and is unbiased for every model.
+
+    Returns:
+        Scalar in the units of the loss.
+
+    Raises:
+        ValueError: If ``kind`` or ``r1`` is none of these, ``lr`` is missing, the model
+            is in evaluation mode, its sites do not fit ``r1``, or the batch is empty.
+
+    References:
+        Zhang & Xu, *Implicit regularization of dropout*, eq. (7) and Figs. 2, 3, 13
+        and 14.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+        >>> batch = torch.ones(8, 2), torch.zeros(8, 1)
+        >>> for kind in ("L1", "L2", "L3", "L4", "regu"):
+        ...     modified_loss(net, batch, "mse", kind=kind, lr=0.1).backward()
+    """
+    _check(model, kind, lr, r1)
+    check_batch(batch[0])
+    resolved = resolve_loss(loss)
+    if kind in ("L1", "L4"):
+        return _with_r1(model, batch, resolved, kind, r1)
+    risk = _dropout_risk(model, batch, resolved, move_buffers=kind != "L2")
+    assert lr is not None  # by `_check`
+    penalty = _penalty(model, risk, lr)
+    if kind == "L2":
+        return _clean_risk(model, batch, resolved, move_buffers=True) + penalty
+    return risk - penalty if kind == "L3" else risk + penalty
+
+
+def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:
+    if kind not in _KINDS:
+        raise ValueError(
+            f"modified_loss: expected `kind` to be one of {_KINDS}, got {kind!r}"
+        )
+    if r1 not in _R1:
+        raise ValueError(f"modified_loss: expected `r1` to be one of {_R1}, got {r1!r}")
+    if lr is None and kind in ("L2", "L3", "regu"):
+        raise ValueError(
+            f"modified_loss: expected `lr`, the coefficient of the squared gradient in "
+            f"{kind!r}, got None"
+        )
+    if not model.training:
+        raise ValueError(
+            "modified_loss: expected a model in training mode, got one in evaluation "
+            "mode, whose dropout is off. Call `model.train()` first."
+        )
+
+
+def _with_r1(model: nn.Module, batch: Batch, loss: Loss, kind: str, r1: str) -> Tensor:
+    if r1 == "monte_carlo":
+        moved = kind == "L1"
+        clean = _clean_risk(model, batch, loss, move_buffers=moved)
+        excess = _dropout_risk(model, batch, loss, move_buffers=False) - clean
+    else:
+        twice = r1 in ("gauss_newton", "second_order")
+        with clean_pass(
+            model, batch[0], twice=twice, move_buffers=kind == "L1"
+        ) as passed:
+            clean = loss(passed.outputs, batch[1])
+            excess = _r1(passed, batch[1], loss, r1)
+    if kind == "L1":
+        return clean + excess
+    return _dropout_risk(model, batch, loss, move_buffers=True) - excess
+
+
+def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
+    """Return R_1 with its graph in the parameters."""
+    clean.check_reachable("modified_loss")
+    if r1 in ("gauss_newton", "second_order"):
+        read = read_outputs(clean.outputs, loss, targets)
+        check_curvature(read)
+        curvature = SiteCurvature(
+            clean, read, linearized=r1 == "gauss_newton", create_graph=True
+        )
+        return total(curvature.sampled(), read.tensors[0])
+    layer = clean.last_layer
+    if layer is None or not isinstance(clean.uses[0][0].module, nn.Dropout):
+        raise ValueError(
+            f"modified_loss: r1={r1!r} expects a single site, an `nn.Dropout` whose "
+            "output goes straight into the last `nn.Linear`, got "
+            f"{[site.name for site, _, _ in clean.uses]}. Use r1='gauss_newton', "
+            "'second_order' or 'monte_carlo'."
+        )
+    site, features, _ = clean.uses[0]
+    form = last_layer if r1 == "last_layer" else leave_one_out
+    return form(
+        features,
+        layer.weight,
+        site.p,
+        loss=loss,
+        outputs=clean.outputs,
+        targets=targets,
+    )
+
+
+def _penalty(model: nn.Module, risk: Tensor, lr: float | Mapping[str, float]) -> Tensor:
+    params = parameters(model)
+    rates = learning_rates(lr, list(params))
+    found = torch.autograd.grad(
+        risk, list(params.values()), create_graph=True, allow_unused=True
+    )
+    terms = [
+        rate / 4 * g.square().sum()
+        for rate, g in zip(rates, found, strict=True)
+        if g is not None
+    ]
+    return torch.stack(terms).sum() if terms else risk.new_zeros(())
+
+
+def _dropout_risk(
+    model: nn.Module, batch: Batch, loss: Loss, *, move_buffers: bool
+) -> Tensor:
+    """The loss as the script has it, noise and all."""
+    return loss(call(model, batch[0], move_buffers=move_buffers), batch[1])
+
+
+def _clean_risk(
+    model: nn.Module, batch: Batch, loss: Loss, *, move_buffers: bool
+) -> Tensor:
+    with at_sites(model, fresh, move_buffers=move_buffers):
+        return _dropout_risk(model, batch, loss, move_buffers=move_buffers)
