@@ -7,6 +7,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_dropout_ir.functional import Batch, at_sites, call, fresh, parameters
 from torch_dropout_ir.losses import Loss, resolve_loss
@@ -69,10 +70,10 @@ def modified_loss(
         kind: Which of the five.
         lr: ``epsilon`` of ``L2`` and ``L3``, ``lambda`` of ``"regu"``: one number, or
             one a parameter name.
-        r1: How ``L1`` and ``L4`` take R_1. ``"last_layer"`` and ``"leave_one_out"`` need
-            one ``nn.Dropout`` straight before the last linear layer; ``"gauss_newton"``
-            and ``"second_order"`` draw one vector of signs; ``"monte_carlo"`` draws one
-            mask and is unbiased for every model.
+        r1: How ``L1`` and ``L4`` take R_1. ``"last_layer"`` and ``"leave_one_out"``
+            need one ``nn.Dropout`` straight before the last linear layer;
+            ``"gauss_newton"`` and ``"second_order"`` draw one vector of signs;
+            ``"monte_carlo"`` draws one mask and is unbiased for every model.
 
     Returns:
         Scalar in the units of the loss.
@@ -90,13 +91,14 @@ def modified_loss(
         >>> batch = torch.ones(8, 2), torch.zeros(8, 1)
         >>> for kind in ("L1", "L2", "L3", "L4", "regu"):
         ...     modified_loss(net, batch, "mse", kind=kind, lr=0.1).backward()
-    """
+    """  # noqa: DOC502 (raised by the checks)
     _check(model, kind, lr, r1)
     check_batch(batch[0])
     resolved = resolve_loss(loss)
     if kind in ("L1", "L4"):
         return _with_r1(model, batch, resolved, kind, r1)
-    risk = _dropout_risk(model, batch, resolved, move_buffers=kind != "L2")
+    with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no second derivative
+        risk = _dropout_risk(model, batch, resolved, move_buffers=kind != "L2")
     assert lr is not None  # by `_check`
     penalty = _penalty(model, risk, lr)
     if kind == "L2":
