@@ -10,4 +10,6 @@ import torch_dropout_ir as tdi
 @pytest.fixture(autouse=True)
 def _examples(doctest_namespace):
     torch.manual_seed(0)
-    doctest_namespace.update(torch=torch, nn=nn, tdi=tdi, **vars(tdi.regularizers))
+    doctest_namespace.update(torch=torch, nn=nn, tdi=tdi)
+    for subject in (tdi.regularizers, tdi.testing):
+        doctest_namespace.update(vars(subject))

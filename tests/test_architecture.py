@@ -26,7 +26,7 @@ FLOORS = {
     ),
     2: ("nn", "masks", "regularizers", "condensation", "sharpness"),
     3: ("analysis",),
-    4: ("tensorboard", "attach", "demo", "cli"),
+    4: ("tensorboard", "attach", "demo", "testing", "cli"),
 }
 # fmt: on
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
@@ -35,7 +35,7 @@ DRAWERS = {"utils", "util", "misc", "helpers", "common", "base", "manager", "eng
 CONTRACT = {
     "dropout", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "convert_dropout_",
     "restore_dropout_", "frozen_masks", "MaskStatistics", "attach_analysis",
-    "regularizers", "condensation", "sharpness",
+    "regularizers", "condensation", "sharpness", "testing",
 }  # fmt: skip
 
 

@@ -145,13 +145,21 @@ def clean_pass(
         )
         stack.enter_context(placed)
         outputs = call(model, inputs, move_buffers=move_buffers)
-        last = [
-            layer
-            for layer, direct, output, version in reads
-            if direct and output is outputs and output._version == version
-        ]
-        only = len(uses) == 1 == len(last) and not unobservable(model)
+        last = _maker(reads, outputs)
+        alone = len(uses) == 1 and not unobservable(model)
         # A copy: recomputation under checkpointing passes the sites again.
         yield CleanPass(
-            outputs, list(uses), last[0] if only else None, tuple(unreachable)
+            outputs, list(uses), last if alone else None, tuple(unreachable)
         )
+
+
+def _maker(
+    reads: list[tuple[nn.Linear, bool, Tensor, int]], outputs: Any
+) -> nn.Linear | None:
+    """Return the linear layer that read a site directly and made the outputs."""
+    made = [
+        layer
+        for layer, direct, output, version in reads
+        if direct and output is outputs and output._version == version
+    ]
+    return made[0] if len(made) == 1 else None

@@ -16,6 +16,7 @@ from torch_dropout_ir.output_hessian import (
     squared_scale,
 )
 from torch_dropout_ir.regularizers.by_rows import sum_by_rows
+from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
 from torch_dropout_ir.sites import noise_variance
 
 _IN_CACHE: Final = 2**20
@@ -63,7 +64,8 @@ def last_layer(
 
     Raises:
         ValueError: If ``p`` is outside ``[0, 1)``, shapes disagree, ``outputs`` is
-            missing for a loss that needs it, or the loss couples rows.
+            missing for a loss that needs it, or the loss couples rows or has no second
+            derivative.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, eq. (4) and Lemma 1.
@@ -95,16 +97,26 @@ def last_layer(
     if resolved.kind == "cross_entropy":
         softmax, scale = softmax_and_scale(resolved, outputs, targets)
         return variance / 2 * _softmax_form(rows, weight, softmax, scale)
+    check_curvature(read_outputs(outputs, resolved, targets))
     product = hessian_product(resolved, outputs, targets)
     if resolved.kind == "elementwise":
         diagonal = product(torch.ones_like(outputs)).reshape(-1, weight.shape[0])
         return variance / 2 * _diagonal_form(rows, weight, diagonal)
-    if couples_samples(resolved, outputs, targets, outputs.ndim - 1):
-        raise ValueError(
-            "last_layer: expected a loss that is a sum (or mean) of terms of one row "
-            "of the outputs each, got one that couples rows. Use `second_order`."
-        )
+    check_rows(resolved, outputs, targets)
     return variance / 2 * _general_form(rows, weight, outputs, product)
+
+
+def check_rows(loss: Loss, outputs: Tensor, targets: Any) -> None:
+    """Raise if the loss is no sum (or mean) of terms of one row of the outputs each.
+
+    Raises:
+        ValueError: If it couples rows.
+    """
+    if couples_samples(loss, outputs, targets, outputs.ndim - 1):
+        raise ValueError(
+            "expected a loss that is a sum (or mean) of terms of one row of the outputs"
+            " each, got one that couples rows. Use `regularizers.second_order`."
+        )
 
 
 def softmax_and_scale(

@@ -11,7 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from torch_dropout_ir import ops
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.by_rows import sum_by_rows
-from torch_dropout_ir.regularizers.last_layer import last_layer, softmax_and_scale
+from torch_dropout_ir.regularizers.last_layer import (
+    check_rows,
+    last_layer,
+    softmax_and_scale,
+)
 from torch_dropout_ir.sites import noise_variance
 
 _ELEMENTS: Final = 2**20
@@ -57,7 +61,8 @@ def leave_one_out(
         Scalar with the dtype and device of ``features``.
 
     Raises:
-        ValueError: If ``p`` is outside ``[0, 1)`` or shapes disagree.
+        ValueError: If ``p`` is outside ``[0, 1)``, shapes disagree, or the loss couples
+            rows.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, Lemma 1, for squared losses;
@@ -83,6 +88,7 @@ def leave_one_out(
         return last_layer(features, weight, p, loss=resolved)
     if resolved.kind == "cross_entropy":
         return variance * _softmax_form(resolved, features, weight, outputs, targets)
+    check_rows(resolved, outputs, targets)
     return variance * _general_form(resolved, features, weight, outputs, targets)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, TypeAlias
 
 import torch
@@ -152,16 +152,27 @@ def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
             clean, read, linearized=r1 == "gauss_newton", create_graph=True
         )
         return total(curvature.sampled(), read.tensors[0])
+    form = last_layer if r1 == "last_layer" else leave_one_out
+    return last_layer_form(clean, targets, loss, form)
+
+
+def last_layer_form(
+    clean: CleanPass, targets: Any, loss: Loss, form: Callable[..., Tensor]
+) -> Tensor:
+    """Return a closed form of R_1 from the features that a pass has found.
+
+    Raises:
+        ValueError: If the model has no single site straight before the last layer.
+    """
     layer = clean.last_layer
     if layer is None or not isinstance(clean.uses[0][0].module, nn.Dropout):
         raise ValueError(
-            f"modified_loss: r1={r1!r} expects a single site, an `nn.Dropout` whose "
-            "output goes straight into the last `nn.Linear`, got "
-            f"{[site.name for site, _, _ in clean.uses]}. Use r1='gauss_newton', "
+            f"{form.__name__}: expected a single site, an `nn.Dropout` whose output "
+            "goes straight into the last `nn.Linear`, got the sites "
+            f"{[site.name for site, _, _ in clean.uses]}. Use 'gauss_newton', "
             "'second_order' or 'monte_carlo'."
         )
     site, features, _ = clean.uses[0]
-    form = last_layer if r1 == "last_layer" else leave_one_out
     return form(
         features,
         layer.weight,

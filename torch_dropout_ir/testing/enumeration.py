@@ -1,0 +1,140 @@
+"""Expectations over dropout masks by all of them: slow, and exact."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir.functional import Batch, at_sites, call
+from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.output_hessian import couples_samples
+from torch_dropout_ir.regularizers.clean_pass import clean_pass
+from torch_dropout_ir.regularizers.outputs import read_outputs
+from torch_dropout_ir.sites import Site
+
+MAX_MASKS: Final = 2**20
+
+
+def enumerate_masks(
+    shape: Sequence[int] | int, p: float
+) -> Iterator[tuple[Tensor, float]]:
+    """Yield every mask of a shape with its probability.
+
+    Args:
+        shape: The mask's shape, or its number of elements.
+        p: Probability of dropping, in ``[0, 1]``. The paper's ``p`` is our ``1 - p``.
+
+    Yields:
+        A BoolTensor, True where kept, and ``(1 - p)^kept p^dropped``; masks of
+        probability 0 are left out.
+
+    Example:
+        >>> [(mask.tolist(), chance) for mask, chance in enumerate_masks(1, 0.25)]
+        [([False], 0.25), ([True], 0.75)]
+    """
+    size = torch.Size([shape] if isinstance(shape, int) else shape)
+    choices = [bit for bit, chance in ((False, p), (True, 1 - p)) if chance > 0]
+    for bits in itertools.product(choices, repeat=size.numel()):
+        kept = sum(bits)
+        chance = (1 - p) ** kept * p ** (len(bits) - kept)
+        yield torch.tensor(bits, dtype=torch.bool).view(size), chance
+
+
+def expected_dropout_loss(
+    model: nn.Module,
+    batch: Batch,
+    loss: Any,
+    *,
+    max_masks: int = MAX_MASKS,
+    coupled: bool | None = None,
+) -> Tensor:
+    r"""Return ``E[R_drop]`` exactly, from every mask.
+
+    .. math::
+        E_\eta R_{drop} = \sum_m (1 - p)^{|m|} p^{d - |m|} \, R_{drop}(\theta, m)
+
+    over the masks of all sites together. Less ``R_S`` it is R_1, for any model and
+    loss. Where samples do not meet (neither in the network nor in the loss), one mask
+    for all of them has the same mean as a mask each, and ``d`` is the number of units;
+    else it is that of units times samples.
+
+    Args:
+        model: A small model; left as it is.
+        batch: ``(inputs, targets)``.
+        loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
+        max_masks: Most forward passes to spend.
+        coupled: Whether samples meet; found from derivatives if None.
+
+    Returns:
+        0-d float64.
+
+    Raises:
+        ValueError: If there are more masks than ``max_masks``.
+
+    References:
+        Zhang & Xu, *Implicit regularization of dropout*, Lemma 1.
+
+    Example:
+        >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1)).double()
+        >>> batch = torch.ones(4, 3).double(), torch.zeros(4, 1).double()
+        >>> r1 = expected_dropout_loss(net, batch, "mse") - expected_dropout_loss(
+        ...     net.eval(), batch, "mse", max_masks=8
+        ... )
+        >>> float(r1)
+        0.0
+    """
+    resolved = resolve_loss(loss)
+    uses = _uses(model, batch, resolved, coupled)
+    count = math.prod(2 ** shape.numel() if site.p < 1 else 1 for site, shape in uses)
+    if count > max_masks:
+        sizes = ", ".join(f"`{site.name}` {list(shape)}" for site, shape in uses)
+        raise ValueError(
+            f"expected_dropout_loss: expected at most {max_masks} masks, got 2^"
+            f"{count.bit_length() - 1} ({sizes}). Use `regularizers.monte_carlo`."
+        )
+    choices = [list(enumerate_masks(shape, site.p)) for site, shape in uses]
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for combination in itertools.product(*choices):
+            chance = math.prod(c for _, c in combination)
+            risk = _risk_at(model, batch, resolved, [mask for mask, _ in combination])
+            total += chance * risk.double().cpu()
+    return total
+
+
+def _uses(
+    model: nn.Module, batch: Batch, loss: Loss, coupled: bool | None
+) -> list[tuple[Site, torch.Size]]:
+    """Return each use of a site with the shape of the mask to enumerate."""
+    with clean_pass(model, batch[0]) as clean:
+        if coupled is None:
+            read = read_outputs(clean.outputs, loss, batch[1])
+            coupled = (
+                bool(clean.unreachable)
+                or read.loss is None
+                or clean.couples_samples(read.tensors)
+                or couples_samples(read.loss, read.single, batch[1])
+            )
+        shapes = [(site, site.mask_shape(h.shape)) for site, h, _ in clean.uses]
+    return [
+        (site, torch.Size(shape if coupled or not shape else (1, *shape[1:])))
+        for site, shape in shapes
+    ]
+
+
+def _risk_at(model: nn.Module, batch: Batch, loss: Loss, masks: list[Tensor]) -> Tensor:
+    """Return the loss at given masks, one a use in their order."""
+    left = iter(masks)
+
+    def multiply(site: Site, h: Tensor) -> Tensor:
+        kept = next(left).to(h.device)
+        scale = 1 / (1 - site.p) if site.p < 1 else 0.0
+        return torch.where(kept, h * scale, torch.zeros_like(h))
+
+    with at_sites(model, multiply):
+        return loss(call(model, batch[0]), batch[1])
