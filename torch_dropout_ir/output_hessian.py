@@ -109,27 +109,6 @@ def hessian_blocks(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     return torch.stack([c.reshape(samples, width) for c in columns], -1)
 
 
-def couples_samples(loss: Loss, outputs: Tensor, targets: Any, dims: int = 1) -> bool:
-    """Whether the loss's gradient at one sample depends on another's outputs.
-
-    Args:
-        loss: The loss.
-        outputs: Network outputs.
-        targets: The targets.
-        dims: Number of leading dimensions that count the samples.
-
-    Returns:
-        Whether the second derivative across samples is not zero.
-    """
-    if loss.kind != "general" or outputs.ndim == 0 or outputs.numel() == 0:
-        return False
-    rows = (outputs.shape[:dims].numel(), -1)
-    alone = torch.zeros_like(outputs).reshape(rows)
-    alone[0] = torch.linspace(1, 2, alone.shape[1]).to(alone)  # no draw: no trace
-    found = hessian_product(loss, outputs.detach(), targets)(alone.view(outputs.shape))
-    return bool(found.reshape(rows)[1:].any())
-
-
 def hessian_roots(loss: Loss, outputs: Tensor, targets: Any) -> Iterator[Root]:
     """Yield ``(s_c, sign_c)`` with ``sum_c sign_c s_c s_c' = H_i`` for each sample.
 

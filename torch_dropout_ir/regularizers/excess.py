@@ -79,20 +79,32 @@ class ExcessRisk:
     def corrected(self) -> Tensor:
         """Return the draws less their linear parts, float64 ``[num_masks]``."""
         excess, linear = torch.stack(self._excess), torch.stack(self._linear)
-        count = len(excess)
-        if count < 3 or not bool(linear.any()) or not bool(linear.isfinite().all()):
+        if not self._has_linear_parts(linear):
             return excess
-        others = (excess.sum() - excess) / (count - 1)
+        others = (excess.sum() - excess) / (len(excess) - 1)
         products = (excess * linear).sum() - excess * linear
         covariance = products - others * (linear.sum() - linear)
         squares = linear.square()
         return excess - covariance / (squares.sum() - squares) * linear
 
+    @staticmethod
+    def _has_linear_parts(linear: Tensor) -> bool:
+        """Whether the others' parts can be fitted to, whichever draw is left out."""
+        nonzero = int((linear != 0).sum())
+        return len(linear) > 3 and nonzero > 1 and bool(linear.isfinite().all())
+
     def mean(self) -> tuple[Tensor, Tensor]:
-        """Return the mean over masks and its standard error, 0-d."""
+        """Return the mean over masks and its standard error, 0-d.
+
+        A fit to few draws spreads by more than the draws show: their variance is taken
+        ``(K + 2) / (K - 1)`` times, which covers what was simulated from four draws on.
+        """
         draws = self.corrected()
-        error = draws.std() / len(draws) ** 0.5
-        return draws.mean().to(self._clean), error.to(self._clean)
+        count = len(draws)
+        variance = draws.var() / count
+        if self._has_linear_parts(torch.stack(self._linear)):
+            variance = variance * (count + 2) / (count - 1)
+        return draws.mean().to(self._clean), variance.sqrt().to(self._clean)
 
 
 def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor]:

@@ -12,7 +12,6 @@ from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.output_hessian import (
     Root,
-    couples_samples,
     hessian_roots,
     hessian_sampler,
 )
@@ -133,11 +132,11 @@ def estimate(
         )
     check_curvature(read)
     coupled = bool(clean.uses) and clean.couples_samples(read.tensors)
-    if _has_roots(read, targets):
+    if _has_roots(read):
         draws = _from_roots(clean, read, targets, num_samples, coupled)
     else:
         curvature = SiteCurvature(clean, read, linearized=True)
-        coupled = coupled or bool(clean.uses)  # the loss may couple samples too
+        coupled = bool(clean.uses) and (coupled or read.couples())
         draws = (
             [curvature.exact(coupled)]
             if num_samples is None
@@ -162,14 +161,14 @@ def is_exact(
     return num_samples is None and clean.last_layer is not None and loss.is_quadratic
 
 
-def _has_roots(read: OutputsRead, targets: Any) -> bool:
+def _has_roots(read: OutputsRead) -> bool:
     """Whether the Hessian of each sample has a root that can be computed."""
     if read.loss is None:
         return False
     f = read.single
     if read.loss.kind != "general":
         return True
-    if f.ndim == 0 or couples_samples(read.loss, f, targets):
+    if f.ndim == 0 or read.couples():
         return False
     return f.numel() * f[0].numel() <= _MOST_BLOCK_ELEMENTS
 

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.output_hessian import (
-    couples_samples,
     cross_entropy_scale,
     hessian_product,
     squared_scale,
 )
 from torch_dropout_ir.regularizers.by_rows import sum_by_rows
-from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
+from torch_dropout_ir.regularizers.outputs import (
+    OutputsRead,
+    check_curvature,
+    read_outputs,
+)
 from torch_dropout_ir.sites import noise_variance
 
 _IN_CACHE: Final = 2**20
@@ -97,22 +100,23 @@ def last_layer(
     if resolved.kind == "cross_entropy":
         softmax, scale = softmax_and_scale(resolved, outputs, targets)
         return variance / 2 * _softmax_form(rows, weight, softmax, scale)
-    check_curvature(read_outputs(outputs, resolved, targets))
+    read = read_outputs(outputs, resolved, targets)
+    check_curvature(read)
     product = hessian_product(resolved, outputs, targets)
     if resolved.kind == "elementwise":
         diagonal = product(torch.ones_like(outputs)).reshape(-1, weight.shape[0])
         return variance / 2 * _diagonal_form(rows, weight, diagonal)
-    check_rows(resolved, outputs, targets)
+    check_rows(read)
     return variance / 2 * _general_form(rows, weight, outputs, product)
 
 
-def check_rows(loss: Loss, outputs: Tensor, targets: Any) -> None:
+def check_rows(read: OutputsRead) -> None:
     """Raise if the loss is no sum (or mean) of terms of one row of the outputs each.
 
     Raises:
         ValueError: If it couples rows.
     """
-    if couples_samples(loss, outputs, targets, outputs.ndim - 1):
+    if read.couples(read.tensors[0].ndim - 1):
         raise ValueError(
             "expected a loss that is a sum (or mean) of terms of one row of the outputs"
             " each, got one that couples rows. Use `regularizers.second_order`."

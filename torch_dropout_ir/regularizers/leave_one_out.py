@@ -16,6 +16,7 @@ from torch_dropout_ir.regularizers.last_layer import (
     last_layer,
     softmax_and_scale,
 )
+from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import noise_variance
 
 _ELEMENTS: Final = 2**20
@@ -88,7 +89,7 @@ def leave_one_out(
         return last_layer(features, weight, p, loss=resolved)
     if resolved.kind == "cross_entropy":
         return variance * _softmax_form(resolved, features, weight, outputs, targets)
-    check_rows(resolved, outputs, targets)
+    check_rows(read_outputs(outputs, resolved, targets))
     return variance * _general_form(resolved, features, weight, outputs, targets)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import total
+from torch_dropout_ir.sites import find_sites
 
 Kind: TypeAlias = Literal["L1", "L2", "L3", "L4", "regu"]
 R1: TypeAlias = Literal[
@@ -32,6 +34,10 @@ _R1: Final = (
     "gauss_newton",
     "second_order",
     "monte_carlo",
+)
+# Private: what packs the tensors that autograd saves, if anything does.
+_SAVING_HOOKS: Final = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
 )
 
 
@@ -60,7 +66,7 @@ def modified_loss(
 
     Differentiable in the parameters: call ``.backward()`` on it in the place of the
     loss. ``L1`` with ``"last_layer"`` costs a plain step; a penalty on the gradient a
-    second backward pass through the first. Blocks under activation checkpointing cannot
+    second backward pass through the first. Sites under activation checkpointing cannot
     be trained with ``L1``, ``L2`` and ``L4``: they would run again with dropout on.
 
     Args:
@@ -81,6 +87,7 @@ def modified_loss(
     Raises:
         ValueError: If ``kind`` or ``r1`` is none of these, ``lr`` is missing, the model
             is in evaluation mode, its sites do not fit ``r1``, or the batch is empty.
+        RuntimeError: If ``R_S`` is needed and a site is under activation checkpointing.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, eq. (7) and Figs. 2, 3, 13
@@ -96,13 +103,15 @@ def modified_loss(
     check_batch(batch[0])
     resolved = resolve_loss(loss)
     if kind in ("L1", "L4"):
-        return _with_r1(model, batch, resolved, kind, r1)
+        with _not_checkpointed(model):
+            return _with_r1(model, batch, resolved, kind, r1)
     with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no second derivative
         risk = _dropout_risk(model, batch, resolved, move_buffers=kind != "L2")
     assert lr is not None  # by `_check`
     penalty = _penalty(model, risk, lr)
     if kind == "L2":
-        return _clean_risk(model, batch, resolved, move_buffers=True) + penalty
+        with _not_checkpointed(model):
+            return penalty + _clean_risk(model, batch, resolved, move_buffers=True)
     return risk - penalty if kind == "L3" else risk + penalty
 
 
@@ -123,6 +132,31 @@ def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:
             "modified_loss: expected a model in training mode, got one in evaluation "
             "mode, whose dropout is off. Call `model.train()` first."
         )
+
+
+@contextlib.contextmanager
+def _not_checkpointed(model: nn.Module) -> Iterator[None]:
+    """Raise where a site with dropout off would run again in the backward pass.
+
+    The pass is over by then, dropout is on again, and the gradient would be of another
+    function, without a word.
+    """
+
+    def look(module: nn.Module, _: Any, __: Any) -> None:
+        packing = _SAVING_HOOKS(False) if _SAVING_HOOKS is not None else None
+        kept = packing is None or "checkpoint" not in packing[0].__qualname__
+        if not module.training and (not torch.is_grad_enabled() or not kept):
+            raise RuntimeError(
+                "modified_loss: expected every dropout site outside of activation "
+                "checkpointing and torch.no_grad, for `R_S` would be computed again "
+                f"with dropout on, got {type(module).__name__} within. Use 'L3' or "
+                "'regu', or switch checkpointing off."
+            )
+
+    with contextlib.ExitStack() as stack:
+        for site in find_sites(model):
+            stack.callback(site.module.register_forward_hook(look).remove)
+        yield
 
 
 def _with_r1(model: nn.Module, batch: Batch, loss: Loss, kind: str, r1: str) -> Tensor:

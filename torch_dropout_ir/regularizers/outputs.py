@@ -33,6 +33,34 @@ class OutputsRead:
         """The one tensor, without its graph."""
         return self.tensors[0].detach()
 
+    def couples(self, dims: int = 1) -> bool:
+        """Whether the loss's gradient at one sample depends on another's outputs.
+
+        Args:
+            dims: Number of leading dimensions that count the samples.
+
+        Returns:
+            Whether the second derivative across samples is not zero.
+        """
+        if self.loss is not None and self.loss.kind != "general":
+            return False
+        counts = {x.shape[:dims].numel() for x in self.tensors if x.ndim >= dims}
+        if len(counts) != 1 or any(x.ndim < dims for x in self.tensors):
+            return True
+        at = [x.detach().requires_grad_() for x in self.tensors]
+        live = [s for s in self.slopes(at) if s.requires_grad]
+        if not live:
+            return False
+        (count,) = counts
+        roots = []
+        for s in live:
+            alone = s.new_zeros(s.shape).reshape(count, -1)
+            alone[0] = torch.linspace(1, 2, alone.shape[1]).to(alone)  # no draw
+            roots.append(alone.view(s.shape))
+        found = torch.autograd.grad(live, at, roots, allow_unused=True)
+        rows = [g.reshape(count, -1) for g in found if g is not None]
+        return any(bool(row[1:].any()) for row in rows)
+
     def slopes(self, at: Sequence[Tensor], create_graph: bool = True) -> list[Tensor]:
         """Return the gradient of the loss in each tensor, zeros where it has none.
 

@@ -8,7 +8,6 @@ from torch import nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.output_hessian import couples_samples
 from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
@@ -82,9 +81,7 @@ def second_order(
         read = read_outputs(clean.outputs, resolved, batch[1])
         check_curvature(read)
         coupled = bool(clean.uses) and (
-            read.loss is None
-            or clean.couples_samples(read.tensors)
-            or couples_samples(read.loss, read.single, batch[1])
+            clean.couples_samples(read.tensors) or read.couples()
         )
         curvature = SiteCurvature(clean, read, linearized=False)
         draws = (

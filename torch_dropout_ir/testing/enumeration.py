@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch, at_sites, call
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.output_hessian import couples_samples
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import Site
@@ -116,9 +115,8 @@ def _uses(
             read = read_outputs(clean.outputs, loss, batch[1])
             coupled = (
                 bool(clean.unreachable)
-                or read.loss is None
                 or clean.couples_samples(read.tensors)
-                or couples_samples(read.loss, read.single, batch[1])
+                or read.couples()
             )
         shapes = [(site, site.mask_shape(h.shape)) for site, h, _ in clean.uses]
     return [

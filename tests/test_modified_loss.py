@@ -1,0 +1,243 @@
+"""The modified losses: their values, their gradients, and training on them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import nn
+
+import torch_dropout_ir as tdi
+from tests.reference.enumeration import every_mask
+from torch_dropout_ir.regularizers import (
+    gauss_newton,
+    last_layer,
+    leave_one_out,
+    modified_loss,
+    second_order,
+)
+from torch_dropout_ir.testing import problems
+
+KINDS = ("L1", "L2", "L3", "L4", "regu")
+
+
+def small(p=0.3):
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Dropout(p), nn.Linear(5, 2))
+    return net.double(), (torch.randn(4, 3).double(), torch.randn(4, 2).double())
+
+
+def gradient(value, net):
+    params = list(net.parameters())
+    found = torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
+    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(found, params)]
+    return torch.cat([g.flatten() for g in filled])
+
+
+@given(problems(max_width=4))
+def test_l1_is_the_expected_dropout_loss_and_so_is_its_gradient(problem):
+    net, (x, y) = problem
+    p, h = net[-2].p, net[:-2](x)
+    value = modified_loss(net, (x, y), "mse", kind="L1")
+    if p == 0:
+        torch.testing.assert_close(value, F.mse_loss(net(x), y))
+        return
+    expected = sum(
+        chance * F.mse_loss(net[-1](h * mask / (1 - p)), y)
+        for mask, chance in every_mask(h.shape[1], p)
+    )
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient(value, net), gradient(expected, net))
+
+
+def pieces(net, batch, seed):
+    """The risks and the penalty of one draw of torch's own dropout, by hand."""
+    x, y = batch
+    torch.manual_seed(seed)
+    drop = F.mse_loss(net(x), y)
+    found = torch.autograd.grad(drop, list(net.parameters()), create_graph=True)
+    penalty = 0.2 / 4 * sum(g.square().sum() for g in found)
+    h = net[:2](x)
+    clean = F.mse_loss(net[3](h), y)
+    return clean, drop, penalty, last_layer(h, net[3].weight, net[2].p)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", [nn.Dropout, tdi.Dropout])
+def test_every_kind_is_its_formula_at_one_draw_of_masks(kind, layer):
+    net, batch = small()
+    net[2] = layer(0.3)
+    clean, drop, penalty, r1 = pieces(net, batch, seed=5)
+    expected = {
+        "L1": clean + r1,
+        "L2": clean + penalty,
+        "L3": drop - penalty,
+        "L4": drop - r1,
+        "regu": drop + penalty,
+    }[kind]
+    torch.manual_seed(5)
+    value = modified_loss(net, batch, "mse", kind=kind, lr=0.2)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient(value, net), gradient(expected, net))
+
+
+def test_learning_rates_by_parameter():
+    net, batch = small()
+    rates = {name: 0.1 * i for i, (name, _) in enumerate(net.named_parameters())}
+
+    def at(lr):
+        torch.manual_seed(0)
+        return modified_loss(net, batch, "mse", kind="regu", lr=lr)
+
+    none = at(0.0)
+    parts = [at({n: r if n == m else 0.0 for n, r in rates.items()}) for m in rates]
+    torch.testing.assert_close(at(rates) - none, sum(parts) - 4 * none)
+    with pytest.raises(ValueError, match="none for"):
+        at({"0.weight": 0.1})
+
+
+@pytest.mark.parametrize("form", ["gauss_newton", "second_order", "monte_carlo"])
+def test_drawn_forms_of_r1_are_unbiased_with_their_gradients(form):
+    net, (x, y) = small()
+    h = net[:2](x)
+    clean = F.mse_loss(net[3](h), y)
+    exact = last_layer(h, net[3].weight, 0.3)
+    slope = gradient(exact, net)
+    values, slopes = [], []
+    for _ in range(600):
+        value = modified_loss(net, (x, y), "mse", kind="L1", r1=form) - clean
+        values.append(value.detach())
+        slopes.append(gradient(value, net))
+    values, slopes = torch.stack(values), torch.stack(slopes)
+    assert (values.mean() - exact).abs() < 4 * values.std() / 600**0.5
+    z = (slopes.mean(0) - slope) / (slopes.std(0) / 600**0.5).clamp(min=1e-12)
+    assert z.abs().max() < 5
+
+
+def test_forms_of_cross_entropy():
+    net, (x, _) = small()
+    y = torch.tensor([0, 1, 1, 0])
+    h = net[:2](x)
+    f = net[3](h)
+    clean = F.cross_entropy(f, y)
+    for name, form in (("last_layer", last_layer), ("leave_one_out", leave_one_out)):
+        r1 = form(h, net[3].weight, 0.3, loss="cross_entropy", outputs=f, targets=y)
+        value = modified_loss(net, (x, y), "cross_entropy", kind="L1", r1=name)
+        torch.testing.assert_close(value, clean + r1)
+        torch.testing.assert_close(gradient(value, net), gradient(clean + r1, net))
+
+
+def test_deep_networks_with_several_sites():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(3, 5), nn.Dropout(0.2), nn.Tanh(), nn.Linear(5, 5), nn.Dropout(0.3),
+        nn.Tanh(), nn.Linear(5, 2),
+    ).double()  # fmt: skip
+    batch = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    clean = F.mse_loss(net.eval()(batch[0]), batch[1]).detach()
+    net.train()
+    for name, form in (("gauss_newton", gauss_newton), ("second_order", second_order)):
+        exact = form(net, batch, "mse", num_samples=None).value
+        drawn = torch.stack([
+            modified_loss(net, batch, "mse", kind="L1", r1=name).detach()
+            for _ in range(400)
+        ])
+        error = drawn.std() / 400**0.5
+        assert (drawn.mean() - clean - exact).abs() < 4 * error
+    with pytest.raises(ValueError, match="single site"):
+        modified_loss(net, batch, "mse", kind="L1")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["last_layer", "second_order", "monte_carlo"])
+def test_batch_norm_moves_once_a_step_as_in_training(kind, form):
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)
+    )
+    batch = torch.randn(8, 3), torch.randn(8, 2)
+    modified_loss(net, batch, "mse", kind=kind, lr=0.1, r1=form).backward()
+    assert net[1].num_batches_tracked == 1
+    expected = nn.BatchNorm1d(4)
+    expected(net[0](batch[0]))
+    torch.testing.assert_close(net[1].running_mean, expected.running_mean)
+    assert not any(m._forward_hooks for m in net.modules())
+    assert all(m.training for m in net.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_lowers_it_and_attention_can_be_penalized(kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True),
+        nn.Dropout(0.1), nn.Linear(8, 2),
+    )  # fmt: skip
+    x, y = torch.randn(16, 5, 8), torch.randn(16, 5, 2)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    seen = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        value = modified_loss(net, (x, y), "mse", kind=kind, lr=0.01, r1="second_order")
+        value.backward()
+        optimizer.step()
+        seen.append(float(value.detach()))
+    assert sum(seen[-5:]) < 0.95 * sum(seen[:5])
+
+
+def test_beside_an_attached_analysis():
+    net, batch = small()
+    net = net.float()
+    batch = tuple(x.float() for x in batch)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    analysis = tdi.attach_analysis(net, "mse", data=batch, log_dir=False, every=2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        modified_loss(net, batch, "mse", kind="L1").backward()
+        optimizer.step()
+    assert [step for step, _ in analysis.history["regularizer/R1"]] == [0, 2, 4]
+    h = net[:2](batch[0])
+    analysis.measure()
+    expected = float(last_layer(h, net[3].weight, 0.3).detach())
+    assert analysis.latest["regularizer/R1"] == pytest.approx(expected, rel=1e-5)
+    analysis.detach()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_sites_raise_rather_than_mislead(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Tanh())
+            self.last = nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.last(checkpoint(self.body, x, use_reentrant=reentrant))
+
+    x = torch.randn(4, 3, requires_grad=True)
+    net, batch = Net(), (x, torch.randn(4, 1))
+    for kind, form in (("L1", "second_order"), ("L4", "monte_carlo"), ("L2", "")):
+        with pytest.raises(RuntimeError, match="checkpoint"):
+            modified_loss(
+                net, batch, "mse", kind=kind, lr=0.1, r1=form or "last_layer"
+            ).backward()
+    if not reentrant:  # torch has no second derivative through the reentrant one
+        modified_loss(net, batch, "mse", kind="regu", lr=0.1).backward()
+        assert net.body[0].weight.grad.any()
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_bad_input():
+    net, batch = small()
+    with pytest.raises(ValueError, match="`kind`"):
+        modified_loss(net, batch, "mse", kind="L5")
+    with pytest.raises(ValueError, match="`r1`"):
+        modified_loss(net, batch, "mse", kind="L1", r1="exact")
+    for kind in ("L2", "L3", "regu"):
+        with pytest.raises(ValueError, match="`lr`"):
+            modified_loss(net, batch, "mse", kind=kind)
+    with pytest.raises(ValueError, match="at least one sample"):
+        modified_loss(net, (batch[0][:0], batch[1][:0]), "mse", kind="L1")
+    with pytest.raises(ValueError, match="training mode"):
+        modified_loss(net.eval(), batch, "mse", kind="L1")
+    with pytest.raises(ValueError, match="second derivative"):
+        modified_loss(net.train(), batch, nn.L1Loss(), kind="L1", r1="gauss_newton")

@@ -1,0 +1,149 @@
+"""What users test the formula with, itself tested."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import torch_dropout_ir as tdi
+from tests.reference.enumeration import expected_risk
+from torch_dropout_ir import testing
+from torch_dropout_ir.losses import resolve_loss
+
+
+@given(st.lists(st.integers(0, 3), min_size=0, max_size=2), st.floats(0, 1))
+def test_masks_are_all_there_with_probabilities_that_add(shape, p):
+    masks = list(testing.enumerate_masks(shape, p))
+    size = torch.Size(shape).numel()
+    assert sum(chance for _, chance in masks) == pytest.approx(1.0)
+    assert len({tuple(m.flatten().tolist()) for m, _ in masks}) == len(masks)
+    assert len(masks) == (2**size if 0 < p < 1 else 1)
+    mean = sum(chance * int(m.sum()) for m, chance in masks)
+    assert float(mean) == pytest.approx(size * (1 - p))
+    assert all(m.dtype == torch.bool and m.shape == tuple(shape) for m, _ in masks)
+
+
+@given(testing.problems(max_width=3, sites="everywhere", loss="cross_entropy"))
+def test_expected_loss_equals_the_reference(problem):
+    """Whose noise layers stand in the place of the dropout."""
+    net, batch = problem
+    found = float(testing.expected_dropout_loss(net, batch, "cross_entropy"))
+    widths = [net[-1].in_features] * sum(isinstance(m, nn.Dropout) for m in net)
+    truth = expected_risk(net, widths, batch, F.cross_entropy)
+    assert found == pytest.approx(truth, rel=1e-10)
+
+
+def test_samples_that_meet_get_a_mask_each():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.3), nn.BatchNorm1d(2), nn.Linear(2, 1)).double()
+    x, y = torch.randn(3, 2).double(), torch.randn(3, 1).double()
+    expected = sum(
+        chance * F.mse_loss(net[2](F.batch_norm(
+            x * mask / 0.7, None, None, net[1].weight, net[1].bias, training=True
+        )), y)
+        for mask, chance in testing.enumerate_masks((3, 2), 0.3)
+    )  # fmt: skip
+    before = net[1].running_mean.clone()
+    found = testing.expected_dropout_loss(net, (x, y), "mse")
+    torch.testing.assert_close(found, expected.detach())
+    assert torch.equal(net[1].running_mean, before)
+    other = testing.expected_dropout_loss(net, (x, y), "mse", coupled=False)
+    assert (other - found).abs() > 1e-3
+
+
+def test_too_many_masks_are_refused():
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(30, 1))
+    batch = torch.randn(2, 30), torch.randn(2, 1)
+    with pytest.raises(ValueError, match=r"2\^30 \(`0` \[1, 30\]\)"):
+        testing.expected_dropout_loss(net, batch, "mse")
+
+
+@settings(max_examples=15)
+@given(testing.problems(max_width=4))
+def test_claims_hold_on_small_networks(problem):
+    net, batch = problem
+    before = torch.get_rng_state()
+    report = testing.check_regularizer(net, batch, "mse", num_masks=200)
+    report.assert_holds()
+    assert {"gauss_newton", "second_order", "monte_carlo"} <= set(report.agreeing)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_broken_estimator_is_found(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
+    batch = torch.randn(4, 2).double(), torch.randn(4, 2).double()
+
+    def doubled(*args, **kwargs):
+        return 2 * tdi.regularizers.last_layer(*args, **kwargs)
+
+    monkeypatch.setattr("torch_dropout_ir.testing.report.last_layer", doubled)
+    report = testing.check_regularizer(net, batch, "mse", num_masks=100)
+    assert [f.name for f in report.broken] == ["last_layer"]
+    assert "last_layer" not in report.agreeing
+    with pytest.raises(AssertionError, match="not what they claim"):
+        report.assert_holds()
+    assert " no" in str(report) and "every mask" in str(report)
+
+
+def test_approximations_are_told_from_the_truth():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 4), nn.Tanh(),
+        nn.Dropout(0.5), nn.Linear(4, 3),
+    ).double()  # fmt: skip
+    batch = torch.randn(4, 3).double(), torch.tensor([0, 1, 2, 0])
+    report = testing.check_regularizer(net, batch, "cross_entropy", num_masks=500)
+    report.assert_holds()
+    by_name = {f.name: f for f in report.findings}
+    assert by_name["last_layer"].claim == "not applicable"
+    assert "single site" in by_name["last_layer"].reason
+    assert by_name["second_order"].claim == "second order"
+    assert not by_name["second_order"].agrees
+    assert "monte_carlo" in report.agreeing
+    loose = testing.check_regularizer(
+        net, batch, "cross_entropy", num_masks=500, rtol=1.0
+    )
+    assert "second_order" in loose.agreeing
+
+
+def test_models_too_large_to_enumerate_are_held_against_masks_at_random():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 3))
+    batch = torch.randn(16, 5), torch.randn(16, 3)
+    report = testing.check_regularizer(net, batch, "mse", num_masks=500)
+    assert report.truth_standard_error > 0
+    report.assert_holds()
+    assert "at random" in str(report)
+    clean = F.mse_loss(net.eval()(batch[0]), batch[1])
+    assert report.risk == pytest.approx(float(clean.detach()))
+    assert resolve_loss("mse").kind == "squared"
+
+
+@given(st.data())
+def test_strategies_make_what_they_say(data):
+    net = data.draw(testing.networks(max_width=4, sites="everywhere"))
+    drops = [m for m in net if isinstance(m, nn.Dropout)]
+    hidden = [m for m in net if isinstance(m, nn.Linear)][:-1]
+    assert len(drops) == len(hidden) and all(0 <= d.p <= 0.95 for d in drops)
+    assert isinstance(net[-2], nn.Dropout) and isinstance(net[-1], nn.Linear)
+    for loss in ("mse", "cross_entropy"):
+        x, y = data.draw(testing.batches(net, loss=loss))
+        assert resolve_loss(loss)(net(x), y).isfinite()
+
+
+def test_hypothesis_is_needed_for_strategies_alone():
+    script = (
+        "import sys; sys.modules['hypothesis'] = None\n"
+        "import torch_dropout_ir as tdi\n"
+        "assert len(list(tdi.testing.enumerate_masks(2, 0.5))) == 4\n"
+        "try: tdi.testing.networks()\n"
+        "except ImportError as e: assert 'pip install hypothesis' in str(e)\n"
+        "else: raise SystemExit('no error')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
