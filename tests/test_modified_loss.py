@@ -29,8 +29,8 @@ def small(p=0.3):
 def gradient(value, net):
     params = list(net.parameters())
     found = torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
-    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(found, params)]
-    return torch.cat([g.flatten() for g in filled])
+    pairs = zip(found, params, strict=True)
+    return torch.cat([(x * 0 if g is None else g).flatten() for g, x in pairs])
 
 
 @given(problems(max_width=4))

@@ -60,9 +60,10 @@ def modified_loss(
 
     with :math:`\tilde R_2` at the masks of this very step: in ``L3`` and ``"regu"`` the
     loss and its penalty see the same ones. ``R_drop`` is the model as the script calls
-    it, all of its noise included; ``R_S`` is the model with dropout off. Of the passes
-    that a kind takes, the one that gives ``R_S`` or ``R_drop`` moves batch-norm
-    statistics, once a step as in training.
+    it, all of its noise included; ``R_S`` is the model with dropout off, and R_1 that
+    of the sites (:attr:`Analysis.sites` lists what is none). Of the passes that a kind
+    takes, the one that gives ``R_S`` or ``R_drop`` moves batch-norm statistics, once a
+    step as in training.
 
     Differentiable in the parameters: call ``.backward()`` on it in the place of the
     loss. ``L1`` with ``"last_layer"`` costs a plain step; a penalty on the gradient a
@@ -179,6 +180,8 @@ def _with_r1(model: nn.Module, batch: Batch, loss: Loss, kind: str, r1: str) -> 
 def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
     """Return R_1 with its graph in the parameters."""
     clean.check_reachable("modified_loss")
+    if not clean.uses:  # p = 0 everywhere
+        return torch.zeros(())
     if r1 in ("gauss_newton", "second_order"):
         read = read_outputs(clean.outputs, loss, targets)
         check_curvature(read)

@@ -1,0 +1,343 @@
+"""What the estimators of R_1 are worth: bias, spread and cost, measured.
+
+Errors: a network 16-width-width-4 (tanh, 32 samples) with dropout straight before its
+last layer (``one``) or before both of its last two (``two``). The truth is R_1 by every
+mask where those are at most 2^12, by Lemma 1 for a squared loss and one site, else by
+masks at random to the error given in the first column. ``bias`` and ``spread`` are mean
+and standard deviation of estimate / truth - 1 over the repeats; ``steps`` is the time
+in forward-backward passes of the same network and batch.
+
+Costs: one sample of ``gauss_newton`` and the others against a forward-backward pass of
+784-1024-1024-10 and of a small convolutional network at batch 128, with the peak memory
+of each; ``last_layer`` of features [4096, 4096] with 1000 outputs against one product
+of those. Contenders take turns; medians.
+
+    python benchmarks/regularizers.py --png regularizers.png
+    python benchmarks/regularizers.py --costs
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from torch_dropout_ir import testing
+from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.regularizers import (
+    gauss_newton,
+    last_layer,
+    leave_one_out,
+    modified_loss,
+    monte_carlo,
+    second_order,
+)
+from torch_dropout_ir.regularizers.masked import clean_risk
+
+ESTIMATORS = (
+    "last_layer",
+    "leave_one_out",
+    "gauss_newton, 1",
+    "gauss_newton, sum",
+    "second_order, 1",
+    "monte_carlo, 8",
+    "monte_carlo, 64",
+)
+ENUMERABLE = 12
+
+
+def network(width: int, p: float, sites: str) -> tuple[nn.Sequential, torch.Tensor]:
+    """A network of two hidden layers, and inputs for it."""
+    torch.manual_seed(width)
+    between = nn.Dropout(p if sites == "two" else 0.0)
+    net = nn.Sequential(
+        nn.Linear(16, width), nn.Tanh(), between, nn.Linear(width, width), nn.Tanh(),
+        nn.Dropout(p), nn.Linear(width, 4),
+    )  # fmt: skip
+    return net, torch.randn(32, 16)
+
+
+def estimators(net, batch, loss):
+    """Functions without arguments that return a number, by name."""
+    x, y = batch
+
+    def closed(form):
+        with torch.no_grad():
+            h = net[:-2](x)
+            outputs = net[-1](h)
+            return form(
+                h, net[-1].weight, net[-2].p, loss=loss, outputs=outputs, targets=y
+            )
+
+    found = {
+        "gauss_newton, 1": lambda: gauss_newton(net, batch, loss).value,
+        "gauss_newton, sum": lambda: (
+            gauss_newton(net, batch, loss, num_samples=None).value
+        ),
+        "second_order, 1": lambda: second_order(net, batch, loss).value,
+        "monte_carlo, 8": lambda: monte_carlo(net, batch, loss, num_masks=8).value,
+        "monte_carlo, 64": lambda: monte_carlo(net, batch, loss, num_masks=64).value,
+    }
+    if not net[2].p:
+        found |= {
+            "last_layer": lambda: closed(last_layer),
+            "leave_one_out": lambda: closed(leave_one_out),
+        }
+    return found
+
+
+def truth(net, batch, loss, width: int, sites: str) -> tuple[float, float]:
+    """R_1 and its relative error."""
+    net, batch = (
+        net.double(),
+        tuple(b.double() if b.is_floating_point() else b for b in batch),
+    )
+    masks = width * (2 if sites == "two" else 1)
+    if masks <= ENUMERABLE:
+        clean = clean_risk(net, batch, resolve_loss(loss)).detach()
+        value, error = testing.expected_dropout_loss(net, batch, loss) - clean, 0.0
+    elif loss == "mse" and sites == "one":
+        value, error = gauss_newton(net, batch, loss, num_samples=None).value, 0.0
+    else:
+        found = monte_carlo(net, batch, loss, num_masks=20_000, rtol=2e-3)
+        value, error = found.value, float(found.standard_error / found.value)
+    net.float()
+    return float(value), error
+
+
+def seconds(run, repeats: int = 1) -> float:
+    """Wall time of a call."""
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - started) / repeats
+
+
+def step(net, batch, loss):
+    """A forward-backward pass, as a script would run it."""
+
+    def run():
+        net.zero_grad()
+        loss(net(batch[0]), batch[1]).backward()
+
+    return run
+
+
+def errors(chosen) -> list[dict]:
+    """Bias, spread and time of each estimator over the grid."""
+    rows = []
+    grid = [
+        (sites, loss, width, p)
+        for sites in ("one", "two")
+        for loss in ("mse", "cross_entropy")
+        for width in chosen.widths
+        for p in chosen.rates
+    ]
+    for sites, loss, width, p in tqdm(grid, desc="errors", disable=None):
+        net, x = network(width, p, sites)
+        y = torch.randn(32, 4) if loss == "mse" else torch.randint(4, (32,))
+        batch = x, y
+        true, uncertain = truth(net, batch, loss, width, sites)
+        plain = step(net, batch, resolve_loss(loss))
+        seconds(plain)
+        row = {"sites": sites, "loss": loss, "width": width, "p": p, "+-": uncertain}
+        for name, run in estimators(net, batch, loss).items():
+            drawn = 1 if name in ("last_layer", "leave_one_out") else chosen.repeats
+            times, base, values = [], [], []
+            for _ in range(drawn if "sum" not in name else 1):
+                base.append(seconds(plain))
+                started = time.perf_counter()
+                values.append(float(run()))
+                times.append(time.perf_counter() - started)
+            off = torch.tensor(values, dtype=torch.float64) / true - 1
+            row[name] = (
+                float(off.mean()),
+                float(off.std()) if len(values) > 1 else 0.0,
+                statistics.median(times) / statistics.median(base),
+            )
+        rows.append(row)
+    return rows
+
+
+def print_errors(rows: list[dict]) -> None:
+    """Print one block for each network, loss and estimator; a line a width and p."""
+    for sites in ("one", "two"):
+        for loss in ("mse", "cross_entropy"):
+            print(f"\n{sites} site(s), {loss}: bias ± spread in %, (time in steps)")
+            head = "".join(f"{name:>24}" for name in ESTIMATORS)
+            print(f"{'width':>6}{'p':>6}{'truth +- %':>12}{head}")
+            for row in rows:
+                if (row["sites"], row["loss"]) != (sites, loss):
+                    continue
+                line = f"{row['width']:>6}{row['p']:>6}{100 * row['+-']:>12.2f}"
+                for name in ESTIMATORS:
+                    cell = "-"
+                    if name in row:
+                        bias, spread, cost = row[name]
+                        cell = f"{100 * bias:.1f} ± {100 * spread:.1f} ({cost:.1f})"
+                    line += f"{cell:>24}"
+                print(line)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Draw the bias against p, a panel a number of sites and a loss."""
+    from matplotlib.figure import Figure
+
+    names = ("last_layer", "leave_one_out", "gauss_newton, sum", "monte_carlo, 64")
+    colours = dict(
+        zip(names, ("#1f77b4", "#2ca02c", "#d62728", "#999999"), strict=True)
+    )
+    widths = sorted({row["width"] for row in rows})
+    shown = (widths[0], widths[-1])
+    figure = Figure(figsize=(10, 6.6), dpi=100, layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    for line, sites in zip(panels, ("one", "two"), strict=True):
+        for axes, loss in zip(line, ("mse", "cross_entropy"), strict=True):
+            for name, colour in colours.items():
+                for width, style in zip(shown, ("--", "-"), strict=True):
+                    points = [
+                        (row["p"], 100 * row[name][0])
+                        for row in rows
+                        if (row["sites"], row["loss"], row["width"])
+                        == (sites, loss, width)
+                        and name in row
+                    ]
+                    if points:
+                        axes.plot(
+                            *zip(*points, strict=True), style, color=colour, marker=".",
+                            label=f"{name}, width {width}",
+                        )  # fmt: skip
+            axes.axhline(0, color="black", lw=0.5)
+            axes.set_yscale("symlog", linthresh=1)
+            title = "one site before the last layer" if sites == "one" else "two sites"
+            axes.set_title(f"{title}, {loss.replace('_', ' ')}")
+            axes.set(xlabel="p (drop)", ylabel="bias of R_1, %")
+            axes.grid(alpha=0.3)
+    names_, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(names_, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path)
+    print(f"\npicture: {path}")
+
+
+def models() -> dict:
+    """Models of practice with their batches."""
+    mlp = nn.Sequential(
+        nn.Linear(784, 1024), nn.ReLU(), nn.Dropout(0.2), nn.Linear(1024, 1024),
+        nn.ReLU(), nn.Dropout(0.5), nn.Linear(1024, 10),
+    )  # fmt: skip
+    conv = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Dropout2d(0.1), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.5),
+        nn.Linear(4096, 10),
+    )  # fmt: skip
+    return {
+        "784-1024-1024-10": (mlp, torch.randn(128, 784), torch.randint(10, (128,))),
+        "convolutional": (conv, torch.randn(128, 3, 32, 32), torch.randint(10, (128,))),
+    }
+
+
+def passes(net, x, y) -> dict:
+    """What is timed against a forward-backward pass."""
+    batch, loss = (x, y), "cross_entropy"
+    return {
+        "forward-backward": step(net, batch, F.cross_entropy),
+        "gauss_newton, 1": lambda: gauss_newton(net, batch, loss),
+        "second_order, 1": lambda: second_order(net, batch, loss),
+        "monte_carlo, 8": lambda: monte_carlo(net, batch, loss, num_masks=8),
+        "regu": lambda: modified_loss(net, batch, loss, kind="regu", lr=0.1).backward(),
+    }
+
+
+def peak(model: str, name: str) -> float:
+    """Peak memory that a call adds, MiB, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_added, (model, name))
+
+
+def _added(model: str, name: str) -> float:
+    net, x, y = models()[model]
+    run = passes(net, x, y)[name]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    """A line of this process's memory, KiB; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(name))
+
+
+def costs(turns: int) -> None:
+    """Print what the estimators cost in passes and in products."""
+    for model, (net, x, y) in models().items():
+        runs = passes(net, x, y)
+        times = {name: [] for name in runs}
+        for run in runs.values():
+            run()
+        for _ in range(turns):
+            for name, run in runs.items():
+                times[name].append(seconds(run))
+        base = statistics.median(times["forward-backward"])
+        memory = {name: peak(model, name) for name in runs}
+        print(f"\n{model}: forward-backward pass {1e3 * base:.1f} ms")
+        for name, found in times.items():
+            ratio = statistics.median(found) / base
+            print(f"  {name:20}{ratio:>8.2f} passes{memory[name]:>10.0f} MiB added")
+    h, w = torch.randn(4096, 4096), 0.02 * torch.randn(1000, 4096)
+    f, y = h @ w.T, torch.randint(1000, (4096,))
+    runs = {
+        "product": lambda: h @ w.T,
+        "last_layer, mse": lambda: last_layer(h, w, 0.5),
+        "last_layer, cross_entropy": lambda: last_layer(
+            h, w, 0.5, loss="cross_entropy", outputs=f, targets=y
+        ),
+    }
+    times = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    base = statistics.median(times["product"])
+    print(f"\n[4096, 4096] x [4096, 1000]: product {1e3 * base:.1f} ms")
+    for name, found in times.items():
+        print(f"  {name:28}{statistics.median(found) / base:>8.3f} products")
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--costs", action="store_true", help="the costs alone")
+    parser.add_argument("--threads", type=int, help="torch's threads; default: its own")
+    parser.add_argument("--turns", type=int, default=9, help="turns of the costs")
+    parser.add_argument("--repeats", type=int, default=50, help="draws of the errors")
+    parser.add_argument("--widths", type=int, nargs="+", default=[8, 32, 128, 512])
+    parser.add_argument("--rates", type=float, nargs="+",
+                        default=[0.05, 0.2, 0.5, 0.8, 0.9], help="p")  # fmt: skip
+    parser.add_argument("--png", type=Path, help="draw the biases into this file")
+    chosen = parser.parse_args()
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    costs(chosen.turns)
+    if chosen.costs:
+        return 0
+    rows = errors(chosen)
+    print_errors(rows)
+    if chosen.png:
+        draw(rows, chosen.png)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
