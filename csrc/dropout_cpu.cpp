@@ -1,6 +1,7 @@
 // CPU: the vectorised loops on torch's threads.
 #include <algorithm>
 #include <functional>
+#include <mutex>
 #include <stdexcept>
 #include <vector>
 
@@ -103,8 +104,20 @@ void count(const CountArgs& args, int) {
   }
 }
 
+// The mask is an eighth of a byte an element, so a second pass over it is cheap. Calls
+// from several threads may add to the same counts.
+void forward_counted(const MaskArgs& args, int64_t units, int64_t* counts, int device) {
+  forward(args, device);
+  std::vector<int64_t> kept(static_cast<size_t>(units));
+  count({args.packed, packed_bytes(args.numel), args.numel / units, units, kept.data()},
+        device);
+  static std::mutex adding;
+  const std::lock_guard<std::mutex> lock(adding);
+  std::transform(kept.begin(), kept.end(), counts, counts, std::plus<int64_t>());
+}
+
 }  // namespace
 
-const Backend cpu_backend = {forward, apply, draw, count};
+const Backend cpu_backend = {forward, apply, draw, count, forward_counted};
 
 }  // namespace dropout

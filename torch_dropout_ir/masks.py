@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from typing import Final
 
 import torch
@@ -24,7 +25,7 @@ from torch_dropout_ir import ops
 
 MAX_UNITS: Final = 2**16
 _MOST_MASKS: Final = 64
-_SMALL: Final = 2**15
+_SMALL: Final = 2**15  # elements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,12 +147,14 @@ class MaskStatistics:
 class MaskTally:
     """What a layer adds up at every call; read as :class:`MaskStatistics`.
 
-    Nothing is taken off the device. Small masks wait and are counted together, for one
-    call of a kernel costs more than they do. Masks of more than ``MAX_UNITS`` units are
-    counted as a whole.
+    Nothing is taken off the device. Large masks are counted by the kernel that draws
+    them. Small ones wait and are counted together, for one call of a kernel costs more
+    than they do. Masks of more than ``MAX_UNITS`` units are counted as a whole. Threads
+    may share a tally.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._calls = 0
         self._elements = 0
         self._expected = 0.0
@@ -159,6 +162,37 @@ class MaskTally:
         self._units: Tensor | None = None  # counts by unit, while there are common ones
         self._rest: Tensor | None = None  # else the count of everything
         self._waiting: list[tuple[Tensor, int, int, float]] = []
+
+    def counts_for(self, x: Tensor, units: int) -> Tensor | None:
+        """Return where a kernel may add the counts by unit of the mask of ``x``.
+
+        Args:
+            x: What is to be masked.
+            units: Number of units, the fastest dimension.
+
+        Returns:
+            Counts, int64 ``[units]``; None for a mask that :meth:`add` counts better.
+        """
+        if x.numel() <= _SMALL or type(x) is not Tensor:
+            return None
+        with self._lock:
+            if self._units is None and self._rest is None and units <= MAX_UNITS:
+                with torch.inference_mode(False):
+                    self._units = torch.zeros(
+                        units, dtype=torch.int64, device=x.device
+                    )
+            return self._units if self._shares_units(x, units) else None
+
+    def add_counted(self, numel: int, p: float) -> None:
+        """Add a mask of ``numel`` elements whose units are in the counts already."""
+        with self._lock:
+            self._note(numel, p)
+
+    def _note(self, numel: int, p: float) -> None:
+        self._calls += 1
+        self._elements += numel
+        self._expected += numel * (1 - p)
+        self._variance += numel * p * (1 - p)
 
     def add(self, packed: Tensor, numel: int, units: int, p: float) -> None:
         """Add a packed mask of ``numel`` elements in rows of ``units``.
@@ -169,10 +203,12 @@ class MaskTally:
             units: Number of units, the fastest dimension.
             p: Probability of dropping.
         """
-        self._waiting.append((packed, numel, units, p))
-        if numel > _SMALL or len(self._waiting) == _MOST_MASKS:
-            self._settle()
+        with self._lock:
+            self._waiting.append((packed, numel, units, p))
+            if numel > _SMALL or len(self._waiting) == _MOST_MASKS:
+                self._settle()
 
+    @torch.inference_mode(False)  # what adds up in it could not be added to outside
     def _settle(self) -> None:
         """Count what waits, masks of one shape together."""
         waiting, self._waiting = self._waiting, []
@@ -180,10 +216,7 @@ class MaskTally:
             masks = []
             for packed, _, _, p in group:
                 masks.append(packed)
-                self._calls += 1
-                self._elements += numel
-                self._expected += numel * (1 - p)
-                self._variance += numel * p * (1 - p)
+                self._note(numel, p)
             if numel % 64 == 0:  # whole words: the rows of one join those of the next
                 joined = masks[0] if len(masks) == 1 else torch.cat(masks)
                 self._count(joined, numel * len(masks), units)
@@ -192,9 +225,11 @@ class MaskTally:
                     self._count(packed, numel, units)
 
     def _count(self, packed: Tensor, numel: int, units: int) -> None:
-        if self._rest is None and self._shares_units(packed, units):
-            counts = ops.unit_counts(packed, numel // units, units)
-            self._units = counts if self._units is None else self._units.add_(counts)
+        if self._units is None and self._rest is None and units <= MAX_UNITS:
+            self._units = ops.unit_counts(packed, numel // units, units)
+            return
+        if self._shares_units(packed, units):
+            self._units += ops.unit_counts(packed, numel // units, units)
             return
         # Padding bits are zero, so the mask can be counted by whole words.
         total = ops.unit_counts(packed, packed.numel() // 8, 64).sum()
@@ -202,14 +237,17 @@ class MaskTally:
             total = total if known is None else total + known.sum().to(total.device)
         self._units, self._rest = None, total
 
-    def _shares_units(self, packed: Tensor, units: int) -> bool:
-        if self._units is None:
-            return units <= MAX_UNITS
-        return self._units.numel() == units and self._units.device == packed.device
+    def _shares_units(self, x: Tensor, units: int) -> bool:
+        known = self._units
+        return known is not None and (known.numel(), known.device) == (units, x.device)
 
     def statistics(self) -> MaskStatistics:
         """Return the sums so far."""
-        self._settle()
+        with self._lock:
+            self._settle()
+            return self._sums()
+
+    def _sums(self) -> MaskStatistics:
         kept = self._units if self._rest is None else self._rest
         if kept is None:
             return MaskStatistics()

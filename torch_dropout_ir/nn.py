@@ -6,14 +6,15 @@ Semantics:
 * What a layer remembers (the last packed mask and the statistics) is no parameter and
   no buffer: ``state_dict`` is that of torch's layer. Copies and pickles start afresh.
 * Inside ``torch.func`` transforms the layers drop as everywhere, but remember nothing:
-  a mask in there may stand for many. Compiled graphs show the last mask and are not
-  counted.
+  a mask in there may stand for many. Compiled graphs and captured CUDA graphs show the
+  last mask (but not one inside a checkpoint that is itself compiled) and are not
+  counted: in them a count would be a written-to input, which keeps CUDA graphs from
+  being used, and a call cannot be told from its recomputation.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -53,23 +54,37 @@ class _Remembers(nn.modules.dropout._DropoutNd):
     forward.draws_as_torch = True  # type: ignore[attr-defined]
 
     def _drop(self, x: Tensor) -> Tensor:
-        output, packed = ops.draw(x, self.p, None)
         shape = x.shape
-        self._remember(packed, shape, shape[-1] if shape else 1)
+        return self._draw(x, shape[-1] if shape else 1)
+
+    def _draw(self, x: Tensor, units: int) -> Tensor:
+        """Drop elements of ``x``; keep the mask, and count it where it is a new one."""
+        if not ops.eager():
+            output, packed = ops.draw(x, self.p, None)
+            if ops.leaves_graph():
+                self._last = packed, x.shape
+            return output
+        tally = self._tally_for(x)
+        counts = None if tally is None else tally.counts_for(x, units)
+        output, packed = ops.draw(x, self.p, None, counts)
+        if (mask := ops.plain(packed)) is not None:
+            # `nn.Module.__setattr__` costs as much as all of this.
+            self.__dict__["_last"] = mask, x.shape
+            if counts is not None:
+                tally.add_counted(x.numel(), float(self.p))
+            elif tally is not None:
+                tally.add(mask, x.numel(), units, float(self.p))
         return output
 
-    def _remember(self, packed: Tensor, shape: tuple[int, ...], units: int) -> None:
-        """Keep the mask; count it once, not again where checkpointing recomputes it."""
-        if not ops.eager():
-            if torch.compiler.is_dynamo_compiling() and not ops.transformed():
-                self._last = packed, shape
-            return
-        memory = self.__dict__  # `nn.Module.__setattr__` costs as much as all of this
-        memory["_last"] = packed, shape
-        if self.track and not ops.in_backward() and (numel := math.prod(shape)):
-            if self._tally is None:
-                memory["_tally"] = MaskTally()
-            memory["_tally"].add(packed, numel, units, float(self.p))
+    def _tally_for(self, x: Tensor) -> MaskTally | None:
+        """What counts this call; None for recomputations, recordings and nothing."""
+        if not self.track or x.is_meta or not x.numel():
+            return None
+        if ops.in_backward() or ops.recorded(x):
+            return None
+        if self._tally is None:
+            self.__dict__["_tally"] = MaskTally()
+        return self._tally
 
     @property
     def last_mask(self) -> Tensor | None:
@@ -137,8 +152,7 @@ class _ChannelDropout(_Remembers):
                 f"{list(x.shape)}"
             )
         shape = mask_shape(self, x.shape)
-        noise, packed = ops.draw(x.new_ones(shape), self.p, None)
-        self._remember(packed, shape, num_units(self, x.shape))
+        noise = self._draw(x.new_ones(shape), num_units(self, x.shape))
         return torch.where(noise != 0, x * noise, torch.zeros_like(x))
 
 

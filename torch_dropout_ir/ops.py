@@ -15,6 +15,7 @@ Semantics:
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -26,14 +27,18 @@ from torch_dropout_ir import kernels, registration
 
 COMPILED = registration.COMPILED
 _dropout_forward = registration.dropout_forward
+_dropout_counted = registration.dropout_counted
 _mask_apply = registration.mask_apply
 _mask_draw = registration.mask_draw
 unit_counts = registration.unit_counts
-mask_unpack = kernels.unpack
-# Private names. A torch without the first takes the composed form everywhere; one
-# without the second counts what checkpointing recomputes.
+# Private names. A torch without the first counts what checkpointing recomputes; one
+# without the second takes the composed form everywhere; without the third, what is
+# traced is counted too.
 _BACKWARD_RUNNING = getattr(torch._C, "_current_graph_task_id", None)
 _TRANSFORMS_ACTIVE = getattr(torch._C, "_are_functorch_transforms_active", None)
+_MODE = getattr(torch._C, "_get_dispatch_mode", None)
+_PROXY_MODE = _MODE and functools.partial(_MODE, torch._C._TorchDispatchModeKey.PROXY)
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _KEY_RANGE = 2**63 - 1
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
@@ -59,9 +64,14 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rng: Tensor, p: float, masks: list[Tensor]
+        ctx: Any,
+        x: Tensor,
+        rng: Tensor,
+        p: float,
+        masks: list[Tensor],
+        counts: Tensor | None,
     ) -> Tensor:
-        y, packed = _dropout_forward(x, rng, p)
+        y, packed = _draw_fused(x, rng, p, counts)
         masks.append(packed)
         ctx.save_for_backward(packed)
         ctx.scale = kernels.keep_scale(p)
@@ -73,7 +83,7 @@ class _Dropout(torch.autograd.Function):
         # No graph and no transform, as nearly always: the kernel itself.
         plain = not torch.is_grad_enabled() and not transformed()
         apply = _mask_apply if plain else mask_apply
-        return apply(grad, packed, ctx.scale), None, None, None
+        return apply(grad, packed, ctx.scale), None, None, None, None
 
 
 class _MaskApply(torch.autograd.Function):
@@ -112,6 +122,7 @@ def mask_apply(x: Tensor, packed: Tensor, scale: float) -> Tensor:
         Contiguous tensor of the shape and dtype of ``x``.
     """
     if not eager():
+        _check_mask("mask_apply", packed, x.numel())
         return _where_kept(x, packed, scale)
     if x.requires_grad and torch.is_grad_enabled():
         return _MaskApply.apply(x, packed, scale)
@@ -123,8 +134,81 @@ def in_backward() -> bool:
     return _BACKWARD_RUNNING is not None and _BACKWARD_RUNNING() != -1
 
 
+def recorded(x: Tensor) -> bool:
+    """Whether what runs is recorded for replay, by a tracer or into a CUDA graph."""
+    if _PROXY_MODE is not None and _PROXY_MODE() is not None:
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def plain(packed: Tensor) -> Tensor | None:
+    """Return the mask as no subclass; None where no data are: on `meta`, in fakes."""
+    kind = type(packed)
+    if kind is Tensor:
+        return None if packed.is_meta else packed
+    own = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return None if own else packed.as_subclass(Tensor)
+
+
+def leaves_graph() -> bool:
+    """Whether a mask drawn in a compiled graph can be kept after the graph has run."""
+    if not torch.compiler.is_dynamo_compiling() or transformed():
+        return False
+    return not _inside_operator()
+
+
+def _inside_operator() -> bool:
+    """Whether Dynamo is in the body of an operator, as that of a checkpoint is."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        tracer = InstructionTranslator.current_tx().output.current_tracer
+        return tracer.parent is not None
+    except (ImportError, AttributeError):
+        return True
+
+
+# Dynamo calls it and takes its word: what `torch.compiler.assume_constant_result` says,
+# which imports Dynamo, longer than all of this package.
+_inside_operator._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _check_mask(op: str, packed: Tensor, numel: int | None = None) -> None:
+    size = None if numel is None else kernels.packed_size(numel)
+    if isinstance(packed, Tensor):
+        fits = packed.dtype == torch.uint8 and packed.ndim == 1
+        if fits and packed.numel() == (packed.numel() // 8 * 8 if size is None else size):
+            return
+        got = f"{packed.dtype} {list(packed.shape)}"
+    else:
+        got = type(packed).__name__
+    wanted = "a multiple of 8" if size is None else f"{size} for {numel} elements"
+    raise ValueError(
+        f"{op}: expected `packed` to be a packed mask, uint8 in one dimension of length "
+        f"{wanted}, got {got}. There is none before a first forward pass."
+    )
+
+
+def mask_unpack(packed: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return a packed mask as booleans (True = kept).
+
+    Args:
+        packed: Packed mask with one bit for each element.
+        size: Shape of what it masks.
+
+    Returns:
+        Boolean tensor of shape ``size``.
+
+    Raises:
+        ValueError: If ``packed`` is no packed mask of so many elements.
+    """  # noqa: DOC502 (raised by the check)
+    _check_mask("mask_unpack", packed, math.prod(size))
+    return kernels.unpack(packed, size)
+
+
 def fingerprint(packed: Tensor) -> int:
     """Return a 64-bit hash of a packed mask, the same on every device."""
+    _check_mask("fingerprint", packed)
     words = packed.view(torch.int64)
     places = torch.arange(1, words.numel() + 1, device=words.device)
     mixed = words + places * _GOLDEN
@@ -149,49 +233,58 @@ def check_probability(p: float) -> float:
         ValueError: If ``p`` is outside ``[0, 1]`` or not a number.
     """
     p = float(p)
-    if math.isnan(p) or not 0.0 <= p <= 1.0:
+    if not 0.0 <= p <= 1.0:  # nor is NaN
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     return p
 
 
-def draw(x: Tensor, p: float | Tensor, rng: Tensor | None) -> tuple[Tensor, Tensor]:
+def draw(
+    x: Tensor,
+    p: float | Tensor,
+    rng: Tensor | None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Drop elements of ``x``; return the output and the packed mask.
 
     Args:
         x: Floating-point tensor of any shape and strides.
         p: Probability of dropping, a float or a 0-d tensor.
         rng: Philox key, int64 ``[2]``; drawn from torch's generator if None.
+        counts: Where to add how often each unit was kept, int64 ``[units]`` on the
+            device of ``x``, whose rows have as many elements. In eager mode only.
 
     Returns:
         The output, shaped as ``x``, and its packed mask.
 
     Raises:
         TypeError: If ``x`` is no floating-point tensor.
-        ValueError: If ``p`` is a tensor with dimensions.
-    """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+        ValueError: If ``p`` is out of range, or a tensor with dimensions.
+    """  # noqa: DOC502 (raised by the checks)
+    if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(
-            f"dropout: expected `x` to be a floating-point tensor, got {kind}. "
-            "Convert it first, for example with `x.float()`."
+            "dropout: expected `x` to be a floating-point tensor (float16, bfloat16, "
+            f"float32 or float64), got {kind}. Convert it first, for example with "
+            "`x.float()`."
         )
     fused = eager()
-    if isinstance(p, Tensor):
-        if p.ndim:
-            raise ValueError(
-                "dropout: expected `p` to be a float or a 0-d tensor, got a tensor of "
-                f"shape {list(p.shape)}"
-            )
-        fused = fused and p.device.type == "cpu"
-    if not isinstance(p, Tensor) or fused:
-        p = check_probability(float(p))
+    p = _check_rate(p, fused)
+    fused = fused and not isinstance(p, Tensor)
     rng = draw_key(x.device) if rng is None else _check_key(rng, x)
     if not fused:
         return _draw_composed(x, p, rng)
     if x.requires_grad and torch.is_grad_enabled():
         masks: list[Tensor] = []
-        return _Dropout.apply(x, rng, p, masks), masks[0]
-    return _dropout_forward(x, rng, p)
+        return _Dropout.apply(x, rng, p, masks, counts), masks[0]
+    return _draw_fused(x, rng, p, counts)
+
+
+def _draw_fused(
+    x: Tensor, rng: Tensor, p: float, counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if counts is None:
+        return _dropout_forward(x, rng, p)
+    return _dropout_counted(x, rng, p, counts)
 
 
 def _draw_composed(x: Tensor, p: float | Tensor, rng: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,6 +297,18 @@ def _draw_composed(x: Tensor, p: float | Tensor, rng: Tensor) -> tuple[Tensor, T
         scale = kernels.keep_scale(p)
     packed = _mask_draw(rng, rate, x.numel())
     return _where_kept(x, packed, scale), packed
+
+
+def _check_rate(p: float | Tensor, readable: bool) -> float | Tensor:
+    """Return ``p`` checked and as a float, where its value may and can be looked at."""
+    if not isinstance(p, Tensor):
+        return check_probability(p)
+    if p.ndim:
+        raise ValueError(
+            "dropout: expected `p` to be a float or a 0-d tensor, got a tensor of "
+            f"shape {list(p.shape)}"
+        )
+    return check_probability(float(p)) if readable and p.is_cpu else p
 
 
 def _check_key(rng: Tensor, x: Tensor) -> Tensor:
@@ -264,7 +369,6 @@ def dropout(
         tensor([2., 2., 0., 0., 2., 2., 0., 0.])
     """  # noqa: DOC502 (raised by the checks of `draw`)
     if not training:
-        if not isinstance(p, Tensor):
-            check_probability(float(p))
+        _check_rate(p, eager())
         return x
     return draw(x, p, rng)[0]
