@@ -257,16 +257,20 @@ DROPOUT_HOST_DEVICE int64_t unit_of(int64_t first, int i, int64_t units) {
   return (first * 8 + i) % units;
 }
 
-// How many threads count in the forward pass: whole periods of columns, and at least
-// kBytes of the mask for each, or the additions at the end cost more than a second
-// kernel does. 0 where there are too few rows for that.
+// How many threads count in the forward pass: whole periods of columns, and, beyond
+// the few for which any additions are cheap, at least kBytes of the mask for each. 0
+// where there are too few rows for that: a second kernel then costs less.
 DROPOUT_HOST_DEVICE int64_t counted_threads(int64_t numel, int64_t units) {
   constexpr int64_t kEnough = int64_t{1} << 18;
+  constexpr int64_t kFew = int64_t{1} << 13;
   constexpr int64_t kBytes = 4;
   int64_t period = units;
   for (int i = 0; i < 3 && period % 2 == 0; ++i) period /= 2;
-  const int64_t paying = packed_bytes(numel) / kBytes;
-  return (paying < kEnough ? paying : kEnough) / period * period;
+  const int64_t bytes = packed_bytes(numel);
+  int64_t most = bytes / kBytes;
+  if (most < kFew) most = bytes < kFew ? bytes : kFew;
+  if (most > kEnough) most = kEnough;
+  return most / period * period;
 }
 
 template <class T>

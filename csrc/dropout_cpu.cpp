@@ -92,8 +92,7 @@ void count_folded(const CountArgs& args, int64_t fold) {
   }
 }
 
-void count(const CountArgs& args, int) {
-  std::fill_n(args.counts, args.units, int64_t{0});
+void add_counts(const CountArgs& args) {
   if (args.rows == 0 || args.units == 0) return;
   const int64_t fold = rows_in_one(args);
   const int64_t folded = fold > 1 ? args.rows / fold * fold : 0;
@@ -104,16 +103,18 @@ void count(const CountArgs& args, int) {
   }
 }
 
+void count(const CountArgs& args, int) {
+  std::fill_n(args.counts, args.units, int64_t{0});
+  add_counts(args);
+}
+
 // The mask is an eighth of a byte an element, so a second pass over it is cheap. Calls
 // from several threads may add to the same counts.
 void forward_counted(const MaskArgs& args, int64_t units, int64_t* counts, int device) {
   forward(args, device);
-  std::vector<int64_t> kept(static_cast<size_t>(units));
-  count({args.packed, packed_bytes(args.numel), args.numel / units, units, kept.data()},
-        device);
   static std::mutex adding;
   const std::lock_guard<std::mutex> lock(adding);
-  std::transform(kept.begin(), kept.end(), counts, counts, std::plus<int64_t>());
+  add_counts({args.packed, packed_bytes(args.numel), args.numel / units, units, counts});
 }
 
 }  // namespace

@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 // Up to this many units the threads of a block add up in shared memory, so that a
-// unit's count in global memory is touched once a block. 32 bits hold a block's count:
-// a block has less than 2^-9 of the elements, or few.
+// unit's count in global memory is touched once a block. A block has few elements or
+// less than 2^-9 of all, so 32 bits hold its count up to 2^41 of them.
 constexpr int64_t kSharedUnits = 2048;
 
 template <class T>

@@ -64,23 +64,26 @@ class _Remembers(nn.modules.dropout._DropoutNd):
             if ops.leaves_graph():
                 self._last = packed, x.shape
             return output
-        tally = self._tally_for(x)
-        counts = None if tally is None else tally.counts_for(x, units)
+        numel = x.numel()
+        tally = self._tally_for(x) if self.track and numel else None
+        counts = None
+        if tally is not None and type(x) is Tensor:
+            counts = tally.counts_for(units, x.device)
+            if numel % counts.numel():
+                counts = None
         output, packed = ops.draw(x, self.p, None, counts)
         if (mask := ops.plain(packed)) is not None:
             # `nn.Module.__setattr__` costs as much as all of this.
             self.__dict__["_last"] = mask, x.shape
             if counts is not None:
-                tally.add_counted(x.numel(), float(self.p))
+                tally.add_counted(numel, float(self.p))
             elif tally is not None:
-                tally.add(mask, x.numel(), units, float(self.p))
+                tally.add(mask, numel, units, float(self.p))
         return output
 
     def _tally_for(self, x: Tensor) -> MaskTally | None:
-        """What counts this call; None for recomputations, recordings and nothing."""
-        if not self.track or x.is_meta or not x.numel():
-            return None
-        if ops.in_backward() or ops.recorded(x):
+        """What counts this call; None for recomputations and recordings."""
+        if x.is_meta or ops.in_backward() or ops.recorded(x):
             return None
         if self._tally is None:
             self.__dict__["_tally"] = MaskTally()

@@ -27,7 +27,6 @@ from torch_dropout_ir import kernels, registration
 
 COMPILED = registration.COMPILED
 _dropout_forward = registration.dropout_forward
-_dropout_counted = registration.dropout_counted
 _mask_apply = registration.mask_apply
 _mask_draw = registration.mask_draw
 unit_counts = registration.unit_counts
@@ -59,22 +58,16 @@ def eager() -> bool:
 class _Dropout(torch.autograd.Function):
     """The fused op; backward is linear in the gradient and reads the packed mask.
 
-    The mask leaves through ``masks``, for a second output costs more than the rest.
+    Each argument and each output costs; key, p and counts come in ``rest``, and the
+    mask leaves through it.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        rng: Tensor,
-        p: float,
-        masks: list[Tensor],
-        counts: Tensor | None,
-    ) -> Tensor:
-        y, packed = _draw_fused(x, rng, p, counts)
-        masks.append(packed)
+    def forward(ctx: Any, x: Tensor, rest: list[Any]) -> Tensor:
+        y, packed = _draw_fused(x, *rest)
         ctx.save_for_backward(packed)
-        ctx.scale = kernels.keep_scale(p)
+        ctx.scale = kernels.keep_scale(rest[1])
+        rest.append(packed)
         return y
 
     @staticmethod
@@ -83,7 +76,7 @@ class _Dropout(torch.autograd.Function):
         # No graph and no transform, as nearly always: the kernel itself.
         plain = not torch.is_grad_enabled() and not transformed()
         apply = _mask_apply if plain else mask_apply
-        return apply(grad, packed, ctx.scale), None, None, None, None
+        return apply(grad, packed, ctx.scale), None
 
 
 class _MaskApply(torch.autograd.Function):
@@ -268,14 +261,13 @@ def draw(
             "`x.float()`."
         )
     fused = eager()
-    p = _check_rate(p, fused)
-    fused = fused and not isinstance(p, Tensor)
+    p = check_probability(p) if type(p) is float else _check_rate(p, fused)
     rng = draw_key(x.device) if rng is None else _check_key(rng, x)
-    if not fused:
+    if not fused or isinstance(p, Tensor):
         return _draw_composed(x, p, rng)
     if x.requires_grad and torch.is_grad_enabled():
-        masks: list[Tensor] = []
-        return _Dropout.apply(x, rng, p, masks, counts), masks[0]
+        rest: list[Any] = [rng, p, counts]
+        return _Dropout.apply(x, rest), rest[3]
     return _draw_fused(x, rng, p, counts)
 
 
@@ -284,7 +276,7 @@ def _draw_fused(
 ) -> tuple[Tensor, Tensor]:
     if counts is None:
         return _dropout_forward(x, rng, p)
-    return _dropout_counted(x, rng, p, counts)
+    return registration.dropout_counted(x, rng, p, counts)
 
 
 def _draw_composed(x: Tensor, p: float | Tensor, rng: Tensor) -> tuple[Tensor, Tensor]:
