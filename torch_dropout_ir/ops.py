@@ -15,44 +15,24 @@ Semantics:
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from torch_dropout_ir import kernels, registration
+from torch_dropout_ir.tracing import eager, transformed
 
 COMPILED = registration.COMPILED
 _dropout_forward = registration.dropout_forward
 _mask_apply = registration.mask_apply
 _mask_draw = registration.mask_draw
 unit_counts = registration.unit_counts
-# Private names. A torch without the first counts what checkpointing recomputes; one
-# without the second takes the composed form everywhere; without the third, what is
-# traced is counted too.
-_BACKWARD_RUNNING = getattr(torch._C, "_current_graph_task_id", None)
-_TRANSFORMS_ACTIVE = getattr(torch._C, "_are_functorch_transforms_active", None)
-_MODE = getattr(torch._C, "_get_dispatch_mode", None)
-_PROXY_MODE = _MODE and functools.partial(_MODE, torch._C._TorchDispatchModeKey.PROXY)
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _KEY_RANGE = 2**63 - 1
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
-
-
-def transformed() -> bool:
-    """Whether a ``torch.func`` transform is active; True where torch does not tell."""
-    return _TRANSFORMS_ACTIVE is None or _TRANSFORMS_ACTIVE()
-
-
-def eager() -> bool:
-    """Whether no transform, forward-mode AD or compiler is looking on."""
-    if torch.compiler.is_compiling() or transformed():
-        return False
-    return getattr(forward_ad, "_current_level", 0) < 0
 
 
 class _Dropout(torch.autograd.Function):
@@ -122,79 +102,22 @@ def mask_apply(x: Tensor, packed: Tensor, scale: float) -> Tensor:
     return _mask_apply(x, packed, scale)
 
 
-def in_backward() -> bool:
-    """Whether a backward pass is running: a forward pass in it is a recomputation."""
-    return _BACKWARD_RUNNING is not None and _BACKWARD_RUNNING() != -1
-
-
-def recorded(x: Tensor) -> bool:
-    """Whether what runs is recorded for replay, by a tracer or into a CUDA graph."""
-    if _PROXY_MODE is not None and _PROXY_MODE() is not None:
-        return True
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def plain(packed: Tensor) -> Tensor | None:
-    """Return the mask as no subclass; None where no data are: on `meta`, in fakes."""
-    kind = type(packed)
-    if kind is Tensor:
-        return None if packed.is_meta else packed
-    own = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return None if own else packed.as_subclass(Tensor)
-
-
-def leaves_graph() -> bool:
-    """Whether a mask drawn in a compiled graph can be kept after the graph has run."""
-    if not torch.compiler.is_dynamo_compiling() or transformed():
-        return False
-    return not _inside_operator()
-
-
-def _inside_operator() -> bool:
-    """Whether Dynamo is in the body of an operator, as that of a checkpoint is."""
-    try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        tracer = InstructionTranslator.current_tx().output.current_tracer
-        return tracer.parent is not None
-    except (ImportError, AttributeError):
-        return True
-
-
-# Dynamo calls it and takes its word: what `torch.compiler.assume_constant_result` says,
-# which imports Dynamo, longer than all of this package.
-_inside_operator._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _check_mask(op: str, packed: Tensor, numel: int | None = None) -> None:
-    size = None if numel is None else kernels.packed_size(numel)
+    got = type(packed).__name__
+    wanted = "whole words" if numel is None else f"{numel} elements"
     if isinstance(packed, Tensor):
-        fits = packed.dtype == torch.uint8 and packed.ndim == 1
-        if fits and packed.numel() == (packed.numel() // 8 * 8 if size is None else size):
+        size = kernels.packed_size(8 * packed.numel() if numel is None else numel)
+        if packed.dtype == torch.uint8 and packed.shape == (size,):
             return
         got = f"{packed.dtype} {list(packed.shape)}"
-    else:
-        got = type(packed).__name__
-    wanted = "a multiple of 8" if size is None else f"{size} for {numel} elements"
     raise ValueError(
-        f"{op}: expected `packed` to be a packed mask, uint8 in one dimension of length "
-        f"{wanted}, got {got}. There is none before a first forward pass."
+        f"{op}: expected `packed` to be a packed mask of {wanted}, uint8 in one "
+        f"dimension, got {got}. There is none before a first forward pass."
     )
 
 
 def mask_unpack(packed: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Return a packed mask as booleans (True = kept).
-
-    Args:
-        packed: Packed mask with one bit for each element.
-        size: Shape of what it masks.
-
-    Returns:
-        Boolean tensor of shape ``size``.
-
-    Raises:
-        ValueError: If ``packed`` is no packed mask of so many elements.
-    """  # noqa: DOC502 (raised by the check)
+    """Return a packed mask as booleans of shape ``size`` (True = kept)."""
     _check_mask("mask_unpack", packed, math.prod(size))
     return kernels.unpack(packed, size)
 
