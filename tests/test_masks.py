@@ -309,6 +309,11 @@ def test_inference_mode_and_training_share_their_statistics():
         kept = first + layer.last_mask.sum(0)
         assert torch.equal(layer.statistics.unit_kept, kept)
         layer.reset_statistics()
+    with torch.inference_mode():
+        layer(torch.ones(3, 5))
+        layer(torch.ones(3, 7))
+    layer(torch.ones(3, 7))  # a mask that is counted by another kernel
+    assert layer.statistics.num_calls == 3
 
 
 @pytest.mark.parametrize("rows", [4, 600])
