@@ -210,16 +210,67 @@ DROPOUT_HOST_DEVICE bool is_aligned(const MaskArgs& args) {
   return (x | y) % 16 == 0;
 }
 
-template <class T>
-DROPOUT_HOST_DEVICE void forward_thread(const MaskArgs& args, int64_t first,
-                                        int64_t stride) {
+// `use` sees each byte of the mask while it is in a register.
+template <class T, class Use>
+DROPOUT_HOST_DEVICE void forward_bytes(const MaskArgs& args, int64_t first,
+                                       int64_t stride, Use& use) {
   const bool aligned = is_aligned(args);
   const int64_t bytes = packed_bytes(args.numel);
   for (int64_t byte = first; byte < bytes; byte += stride) {
     const uint8_t bits = keep_byte(args, args.threshold, byte);
     args.packed[byte] = bits;
     apply_byte<T>(args, byte, bits, aligned);
+    use(bits);
   }
+}
+
+struct Nothing {
+  DROPOUT_HOST_DEVICE void operator()(uint32_t) const {}
+};
+
+template <class T>
+DROPOUT_HOST_DEVICE void forward_thread(const MaskArgs& args, int64_t first,
+                                        int64_t stride) {
+  const Nothing nothing;
+  forward_bytes<T>(args, first, stride, nothing);
+}
+
+// Counting in the forward pass. Where 8 * stride is a multiple of `units`, the eight
+// elements of each of a thread's bytes lie in the same eight columns, so eight
+// registers count them, and are added to the counts once.
+struct KeptOfEight {
+  uint32_t kept[8] = {};
+  DROPOUT_HOST_DEVICE void operator()(uint32_t bits) {
+    for (int i = 0; i < 8; ++i) kept[i] += (bits >> i) & 1u;
+  }
+};
+
+template <class T>
+DROPOUT_HOST_DEVICE KeptOfEight counted_thread(const MaskArgs& args, int64_t first,
+                                               int64_t stride) {
+  KeptOfEight count;
+  forward_bytes<T>(args, first, stride, count);
+  return count;
+}
+
+DROPOUT_HOST_DEVICE int64_t unit_of(int64_t first, int i, int64_t units) {
+  return (first * 8 + i) % units;
+}
+
+// How many threads count in the forward pass: whole periods of columns, and, beyond
+// the few for which any additions are cheap, at least kBytes of the mask for each. 0
+// where there are too few rows for that: a second kernel then costs less.
+DROPOUT_HOST_DEVICE int64_t counted_threads(int64_t numel, int64_t units) {
+  constexpr int64_t kEnough = int64_t{1} << 18;
+  constexpr int64_t kFew = int64_t{1} << 13;
+  constexpr int64_t kBytes = 4;
+  int64_t period = units;
+  for (int i = 0; i < 3 && period % 2 == 0; ++i) period /= 2;
+  const int64_t bytes = packed_bytes(numel);
+  int64_t most = bytes / kBytes;
+  if (most < kFew) most = bytes < kFew ? bytes : kFew;
+  if (most > kEnough) most = kEnough;
+  return most / period * period;
 }
 
 template <class T>

@@ -15,7 +15,9 @@ struct Backend {
   void (*forward)(const MaskArgs&, int device);
   void (*apply)(const MaskArgs&, int device);
   void (*draw)(const MaskArgs&, ProbabilityArg, int device);
+  // The counts of the units: set, and added to by the forward pass itself.
   void (*count)(const CountArgs&, int device);
+  void (*forward_counted)(const MaskArgs&, int64_t units, int64_t* counts, int device);
 };
 
 extern const Backend cpu_backend;

@@ -1,6 +1,7 @@
 // CPU: the vectorised loops on torch's threads.
 #include <algorithm>
 #include <functional>
+#include <mutex>
 #include <stdexcept>
 #include <vector>
 
@@ -91,8 +92,7 @@ void count_folded(const CountArgs& args, int64_t fold) {
   }
 }
 
-void count(const CountArgs& args, int) {
-  std::fill_n(args.counts, args.units, int64_t{0});
+void add_counts(const CountArgs& args) {
   if (args.rows == 0 || args.units == 0) return;
   const int64_t fold = rows_in_one(args);
   const int64_t folded = fold > 1 ? args.rows / fold * fold : 0;
@@ -103,8 +103,22 @@ void count(const CountArgs& args, int) {
   }
 }
 
+void count(const CountArgs& args, int) {
+  std::fill_n(args.counts, args.units, int64_t{0});
+  add_counts(args);
+}
+
+// The mask is an eighth of a byte an element, so a second pass over it is cheap. Calls
+// from several threads may add to the same counts.
+void forward_counted(const MaskArgs& args, int64_t units, int64_t* counts, int device) {
+  forward(args, device);
+  static std::mutex adding;
+  const std::lock_guard<std::mutex> lock(adding);
+  add_counts({args.packed, packed_bytes(args.numel), args.numel / units, units, counts});
+}
+
 }  // namespace
 
-const Backend cpu_backend = {forward, apply, draw, count};
+const Backend cpu_backend = {forward, apply, draw, count, forward_counted};
 
 }  // namespace dropout

@@ -106,11 +106,11 @@ Tensor empty_packed(int64_t numel, Device device) {
   return Tensor::empty(1, &size, aoti_torch_dtype_uint8(), device);
 }
 
-// ---- the four ops
+// ---- the five ops
 
-template <const Backend& backend>
-void dropout_forward(StableIValue* stack, uint64_t, uint64_t) {
-  constexpr const char* op = "dropout_forward";
+// Both forward ops: `run` launches the kernel.
+template <class Run>
+void forward_with(const char* op, StableIValue* stack, const Run& run) {
   Tensor x(from_stack<AtenTensorHandle>(stack[0]));
   Tensor rng(from_stack<AtenTensorHandle>(stack[1]));
   const double p = from_stack<double>(stack[2]);
@@ -126,12 +126,38 @@ void dropout_forward(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t numel = x.numel();
   Tensor y = empty_like(x, device);
   Tensor packed = empty_packed(numel, device);
-  backend.forward({x.data(), y.data(), static_cast<uint8_t*>(packed.data()),
-                   static_cast<const int64_t*>(rng.data()), numel,
-                   drop_threshold(p), keep_scale(p), dtype},
-                  device.index);
+  run(MaskArgs{x.data(), y.data(), static_cast<uint8_t*>(packed.data()),
+               static_cast<const int64_t*>(rng.data()), numel, drop_threshold(p),
+               keep_scale(p), dtype},
+      device);
   stack[0] = to_stack(std::move(y));
   stack[1] = to_stack(std::move(packed));
+}
+
+template <const Backend& backend>
+void dropout_forward(StableIValue* stack, uint64_t, uint64_t) {
+  forward_with("dropout_forward", stack, [](const MaskArgs& args, Device device) {
+    backend.forward(args, device.index);
+  });
+}
+
+template <const Backend& backend>
+void dropout_counted(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "dropout_counted";
+  const Tensor counts(from_stack<AtenTensorHandle>(stack[3]));
+  forward_with(op, stack, [&](const MaskArgs& args, Device device) {
+    check_device(op, "counts", counts, device);
+    DROPOUT_CHECK(counts.dtype() == aoti_torch_dtype_int64(), op,
+                  ": expected `counts` to be int64, got ", dtype_name(counts.dtype()));
+    const int64_t units = counts.numel();
+    DROPOUT_CHECK(counts.dim() == 1 && counts.is_contiguous() && units > 0 &&
+                      args.numel % units == 0,
+                  op, ": expected contiguous `counts` of shape [units], with `x` of ",
+                  args.numel, " elements in rows of as many units, got ",
+                  counts.dim(), " dimensions and ", units, " elements");
+    backend.forward_counted(args, units, static_cast<int64_t*>(counts.data()),
+                            device.index);
+  });
 }
 
 template <const Backend& backend>
@@ -210,6 +236,7 @@ void unit_counts(StableIValue* stack, uint64_t, uint64_t) {
 template <const Backend& backend>
 void register_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("dropout_forward", &dropout_forward<backend>);
+  library.impl("dropout_counted", &dropout_counted<backend>);
   library.impl("mask_apply", &mask_apply<backend>);
   library.impl("mask_draw", &mask_draw<backend>);
   library.impl("unit_counts", &unit_counts<backend>);

@@ -17,6 +17,7 @@ FLOORS = {
     0: ("kernels", "_C"),
     1: (
         "registration",
+        "tracing",
         "ops",
         "functional",
         "vectors",

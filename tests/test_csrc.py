@@ -266,3 +266,38 @@ def test_simulated_counts(lib: Any, rows: int, units: int) -> None:
     np.testing.assert_array_equal(
         counts, bits[: rows * units].reshape(rows, units).sum(0)
     )
+
+
+@pytest.mark.parametrize("dtype", range(4))
+@pytest.mark.parametrize(
+    ("rows", "units"),
+    [(1, 1), (999, 1), (40, 8), (33, 12), (700, 10), (1, 3000), (64, 7), (100, 2049)],
+)
+def test_simulated_counting_forward(
+    lib: Any, rows: int, units: int, dtype: int
+) -> None:
+    numel = rows * units
+    x = sample(dtype, numel)
+    y, packed = forward(lib, available(lib)[-1], dtype, x, 0.37)
+    y_grid, packed_grid = np.full_like(x, 77), np.full_like(packed, 0xEE)
+    counts = np.full(units, 5, dtype=np.int64)
+    data = (dtype, pointer(x), pointer(y_grid), pointer(packed_grid), pointer(RNG))
+    threads = lib.cuda_counted(*data, numel, 0.37, units, pointer(counts))
+    assert threads > 0
+    np.testing.assert_array_equal(packed_grid, packed)
+    np.testing.assert_array_equal(as_bits(y_grid), as_bits(y))
+    kept = unpacked(packed, numel).reshape(rows, units).sum(0)
+    np.testing.assert_array_equal(counts, 5 + kept)
+
+
+def test_counting_threads_keep_their_columns(lib: Any) -> None:
+    units = [*range(1, 40), 1000, 1001, 2048, 4096, 50257, 65536]
+    numels = [2**k * u for k in (0, 3, 7, 10, 14) for u in units]
+    for numel, unit in itertools.product(numels, units):
+        threads = lib.counting_threads(numel, unit)
+        assert 8 * threads % unit == 0
+        assert 0 <= threads <= min(packed_size(numel), 2**18)
+    assert lib.counting_threads(1024 * 100, 1024) == 8192 // 128 * 128
+    assert lib.counting_threads(2**24, 1024) == 2**18
+    assert lib.counting_threads(2**20, 2**20) == 0, "a period beyond what pays"
+    assert lib.counting_threads(1001, 1001) == 0, "odd rows: eight of them a period"

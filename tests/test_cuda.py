@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import torch_dropout_ir as tdi
-from torch_dropout_ir import ops
+from torch_dropout_ir import ops, registration
 
 KEY = torch.tensor([1234567890123456789, -987654321])
 pytestmark = [
@@ -47,8 +47,25 @@ def test_counts_equal_the_cpus(rows, units):
     assert torch.equal(counts.cpu(), ops.unit_counts(packed, rows, units))
 
 
-def test_layer_statistics_and_fingerprint():
-    layer, x = tdi.Dropout(0.5), torch.ones(512, 100, device="cuda")
+@pytest.mark.parametrize("rows", [1, 63, 4096, 2**17])
+@pytest.mark.parametrize("units", [1, 7, 64, 1000, 2049])
+def test_counting_while_drawing_equals_the_cpus(rows, units):
+    x = torch.randn(rows, units)
+    counts = torch.arange(units)
+    on_cuda = registration.dropout_counted(
+        x.cuda(), KEY.cuda(), 0.3, at := counts.cuda()
+    )
+    for a, b in zip(
+        (*on_cuda, at),
+        (*registration.dropout_counted(x, KEY, 0.3, counts), counts),
+        strict=True,
+    ):
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [4, 512, 2**16])
+def test_layer_statistics_and_fingerprint(rows):
+    layer, x = tdi.Dropout(0.5), torch.ones(rows, 100, device="cuda")
     masks = []
     for _ in range(3):
         layer(x)
@@ -97,3 +114,30 @@ def test_manual_seed_reproduces():
     first = tdi.dropout(x)
     torch.manual_seed(1)
     assert torch.equal(tdi.dropout(x), first)
+
+
+def test_a_captured_layer_shows_its_mask_and_is_not_counted():
+    layer, x = tdi.Dropout(0.5), torch.ones(64, 1024, device="cuda")
+    layer(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    kept = layer.statistics.unit_kept
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(layer.last_mask, y != 0)
+    assert layer.statistics.num_calls == 1
+    assert torch.equal(layer.statistics.unit_kept, kept)
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (2048, 1024)])
+def test_statistics_do_not_wait_for_the_device(shape):
+    layer, x = tdi.Dropout(0.5), torch.ones(shape, device="cuda", requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            torch.autograd.grad(layer(x).sum(), x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert layer.statistics.num_calls == 3

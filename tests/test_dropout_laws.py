@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir import ops
@@ -288,3 +289,86 @@ def test_ranks_draw_different_masks_and_share_gradients(tmp_path):
     agree = float((first == second).float().mean())
     assert abs(agree - 0.5) < 5 * 0.5 / first.numel() ** 0.5
     assert torch.equal(grad, other)
+
+
+@QUIET
+@pytest.mark.parametrize("ours", [tdi.Dropout, tdi.Dropout2d])
+def test_compiles_with_dynamic_shapes(ours):
+    torch._dynamo.reset()
+    layer = ours(0.5)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (4, 9, 30):
+        x = torch.ones(rows, 7, 2, 3, requires_grad=True)
+        y = compiled(x)
+        assert torch.equal(y != 0, layer.last_mask.expand_as(y))
+        (g,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(g, y)
+    assert layer.statistics.num_calls == 0
+
+
+@QUIET
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("ours", [tdi.Dropout, tdi.Dropout2d])
+def test_exports_with_dynamic_shapes(ours, strict):
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    program = torch.export.export(
+        ours(0.5), (torch.ones(4, 7, 2, 3),), dynamic_shapes=({0: rows},), strict=strict
+    )
+    for run in (program, program.run_decompositions()):
+        y = run.module()(torch.ones(9, 7, 2, 3))
+        assert y.shape == (9, 7, 2, 3) and set(y.unique().tolist()) == {0.0, 2.0}
+
+
+@QUIET
+def test_checkpoints_inside_a_compiled_graph():
+    torch._dynamo.reset()
+    layer = tdi.Dropout(0.5)
+
+    def f(x):
+        return checkpoint(lambda x: layer(x) ** 2, x, use_reentrant=False)
+
+    x = torch.ones(64, requires_grad=True)
+    y = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
+    (g,) = torch.autograd.grad(y.sum(), x)
+    assert set(y.tolist()) == {0.0, 4.0}
+    assert torch.equal(g, 2 * y)
+    assert layer.last_mask is None and layer.statistics.num_calls == 0
+
+
+@QUIET
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_compiled_layer_inside_a_checkpoint(reentrant):
+    torch._dynamo.reset()
+    layer = tdi.Dropout(0.5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.ones(64, requires_grad=True)
+    y = checkpoint(lambda x: compiled(x) ** 2, x, use_reentrant=reentrant)
+    before = layer.fingerprint
+    y.sum().backward()
+    assert layer.fingerprint == before
+    assert torch.equal(x.grad, 2 * y)
+
+
+def test_double_backward_through_a_checkpoint():
+    layer, x = tdi.Dropout(0.5), torch.randn(50).double().requires_grad_()
+    y = checkpoint(lambda x: (layer(x) ** 3).sum(), x, use_reentrant=False)
+    (g,) = torch.autograd.grad(y, x, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), x)
+    torch.testing.assert_close(h, 48 * x * layer.last_mask)
+    assert layer.statistics.num_calls == 1
+
+
+def test_a_forked_process_goes_on():
+    layer = tdi.Dropout(0.5)
+    layer(torch.ones(2**18))
+    context = torch.multiprocessing.get_context("fork")
+    child = context.Process(target=_in_a_fork, args=(layer,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def _in_a_fork(layer):
+    torch.set_num_threads(1)
+    layer(torch.ones(2**18))
+    assert layer.statistics.num_calls == 2

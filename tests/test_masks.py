@@ -2,12 +2,15 @@
 
 import copy
 import io
+import threading
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir import MaskStatistics
@@ -294,3 +297,97 @@ def test_channels_are_torchs_at_every_rank(kind, rank):
            for y in (theirs,) for d, n in enumerate(x.shape)]  # fmt: skip
     assert tuple(layer.last_mask.shape) == tuple(own)
     torch.testing.assert_close(ours, (2.0 * layer.last_mask).expand_as(x))
+
+
+def test_inference_mode_and_training_share_their_statistics():
+    layer = tdi.Dropout(0.5)
+    for rows in (4, 600):
+        with torch.inference_mode():
+            layer(torch.ones(rows, 64))
+            first = layer.last_mask.sum(0)
+        layer(torch.ones(rows, 64))
+        kept = first + layer.last_mask.sum(0)
+        assert torch.equal(layer.statistics.unit_kept, kept)
+        layer.reset_statistics()
+    with torch.inference_mode():
+        layer(torch.ones(3, 5))
+        layer(torch.ones(3, 7))
+    layer(torch.ones(3, 7))  # a mask that is counted by another kernel
+    assert layer.statistics.num_calls == 3
+
+
+@pytest.mark.parametrize("rows", [4, 600])
+def test_passes_without_data_leave_nothing(rows):
+    layer = tdi.Dropout(0.5)
+    assert layer(torch.ones(rows, 64, device="meta")).is_meta
+    with FakeTensorMode():
+        layer(torch.ones(rows, 64))
+    assert layer.last_mask is None and layer.fingerprint is None
+    assert layer.statistics.num_calls == 0
+    layer(torch.ones(rows, 64))
+    assert int(layer.statistics.num_kept) == int(layer.last_mask.sum())
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_what_is_traced_is_not_counted(mode):
+    layer = tdi.Dropout(0.5)
+    layer(torch.ones(6, 8))
+    before = layer.statistics.unit_kept
+    traced = make_fx(layer, tracing_mode=mode)(torch.ones(6, 8))
+    traced(torch.ones(6, 8))
+    assert layer.statistics.num_calls == 1
+    assert torch.equal(layer.statistics.unit_kept, before)
+
+
+def test_subclasses_of_tensors_stay_out_of_the_statistics():
+    class Mine(torch.Tensor):
+        pass
+
+    layer = tdi.Dropout(0.5)
+    assert type(layer(torch.ones(6, 8).as_subclass(Mine))) is Mine
+    first = layer.last_mask
+    assert type(first) is torch.Tensor
+    assert type(layer(torch.ones(6, 8))) is torch.Tensor
+    kept = first.sum(0) + layer.last_mask.sum(0)
+    assert type(layer.statistics.unit_kept) is torch.Tensor
+    assert torch.equal(layer.statistics.unit_kept, kept)
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_threads_share_a_layer(rows):
+    layer, kept, lock = tdi.Dropout(0.5), [], threading.Lock()
+
+    def work():
+        for _ in range(50):
+            count = int((layer(torch.ones(rows, 512)) != 0).sum())
+            with lock:
+                kept.append(count)
+
+    layer(torch.ones(rows, 512))
+    layer.reset_statistics()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = layer.statistics
+    assert (found.num_calls, found.num_elements) == (200, 200 * rows * 512)
+    assert int(found.num_kept) == sum(kept)
+
+
+def test_statistics_are_those_of_their_moment():
+    layer = tdi.Dropout(0.5)
+    layer(torch.ones(6, 8))
+    found = layer.statistics
+    kept = found.unit_kept.clone()
+    layer(torch.ones(6, 8))
+    assert torch.equal(found.unit_kept, kept)
+
+
+def test_masks_without_common_units_are_counted_as_a_whole():
+    layer, kept = tdi.Dropout(0.5), 0
+    for shape in ((6, 8), (5, 3), (64,), (7, 8), (2, 64), ()):
+        layer(torch.ones(shape))
+        kept += int(layer.last_mask.sum())
+        assert int(layer.statistics.num_kept) == kept
+    assert layer.statistics.unit_kept.numel() == 0

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 import torch_dropout_ir as tdi
 from tests.reference import philox
-from torch_dropout_ir import kernels, ops
+from torch_dropout_ir import kernels, ops, registration
 
 KEY = torch.tensor([1234567890123456789, -987654321])
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+X, PACKED = torch.ones(9), torch.zeros(8, dtype=torch.uint8)
 KNOWN_ANSWERS = (
     ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ((2**32 - 1,) * 4, (2**32 - 1,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
@@ -241,6 +242,8 @@ def test_opcheck():
     x = torch.randn(5, 7)
     packed = ops._dropout_forward(x, KEY, 0.5)[1]
     torch.library.opcheck(ops._dropout_forward, (x, KEY, 0.5))
+    counts = torch.zeros(7, dtype=torch.int64)
+    torch.library.opcheck(registration.dropout_counted, (x, KEY, 0.5, counts))
     torch.library.opcheck(ops._mask_apply, (x, packed, 2.0))
     torch.library.opcheck(ops._mask_draw, (KEY, torch.tensor(0.5).double(), 35))
     torch.library.opcheck(ops.unit_counts, (packed, 5, 7))
@@ -249,11 +252,15 @@ def test_opcheck():
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan"), float("inf")])
 def test_bad_probability_gets_torchs_sentence(p):
     for given_p in (p, torch.tensor(p)):
-        with pytest.raises(ValueError, match="probability has to be between 0 and 1"):
-            tdi.dropout(torch.ones(3), given_p)
+        for training in (True, False):
+            with pytest.raises(ValueError, match="has to be between 0 and 1"):
+                tdi.dropout(torch.ones(3), given_p, training)
 
 
 def test_bad_inputs_are_named():
+    for dtype in (torch.float8_e4m3fn, torch.complex64, torch.bool):
+        with pytest.raises(TypeError, match=f"floating-point .* got {dtype}"):
+            tdi.dropout(torch.ones(3).to(dtype))
     with pytest.raises(TypeError, match="floating-point"):
         tdi.dropout(torch.ones(3, dtype=torch.int64))
     with pytest.raises(TypeError, match="floating-point"):
@@ -268,3 +275,28 @@ def test_unit_counts_are_column_sums(rows, units, p):
     packed = ops._mask_draw(KEY, torch.tensor(p).double(), rows * units)
     mask = ops.mask_unpack(packed, (rows, units))
     assert torch.equal(ops.unit_counts(packed, rows, units), mask.sum(0))
+
+
+@given(st.integers(0, 70), st.integers(1, 9), st.floats(0.0, 1.0))
+def test_counting_while_drawing_adds_the_column_sums(rows, units, p):
+    x = torch.randn(rows, units)
+    y, packed = ops._dropout_forward(x, KEY, p)
+    column_sums = ops.mask_unpack(packed, (rows, units)).sum(0)
+    for draw in (registration.dropout_counted, kernels.dropout_counted):
+        counts = torch.arange(units)
+        counted_y, counted_packed = draw(x, KEY, p, counts)
+        assert torch.equal(counted_y, y) and torch.equal(counted_packed, packed)
+        assert torch.equal(counts, torch.arange(units) + column_sums)
+
+
+@pytest.mark.parametrize("packed", [None, PACKED[:0], PACKED[:7], PACKED.float()])
+def test_what_needs_a_mask_says_so(packed):
+    def transformed(packed):
+        return torch.func.grad(lambda x: ops.mask_apply(x, packed, 2.0).sum())(X)
+
+    for needs in (lambda packed: ops.mask_unpack(packed, (9,)), transformed):
+        with pytest.raises(ValueError, match=r"^mask_[a-z]+: expected `packed`"):
+            needs(packed)
+    if packed is None or packed.numel():
+        with pytest.raises(ValueError, match=r"^fingerprint: expected `packed`"):
+            ops.fingerprint(packed)

@@ -71,11 +71,16 @@ def pack(bits: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
     """Return the packed mask as booleans of shape ``size`` (True = kept)."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = ((packed.unsqueeze(-1) >> places) & 1).to(torch.bool).flatten()
     numel = 1
     for length in size:
         numel = numel * length
+    if torch.compiler.is_exporting():
+        # Slicing would bound sizes that were declared free.
+        index = torch.arange(numel, device=packed.device)
+        bits = packed[index >> 3] >> (index & 7).to(torch.uint8)
+        return (bits & 1).to(torch.bool).view(size)
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = ((packed.unsqueeze(-1) >> places) & 1).to(torch.bool).flatten()
     return bits[:numel].view(size)
 
 
@@ -97,6 +102,15 @@ def dropout_forward(x: Tensor, rng: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """Draw a mask for ``x`` and apply it; return the output and the packed mask."""
     packed = mask_draw(rng, torch.tensor(p, dtype=torch.float64), x.numel())
     return mask_apply(x, packed, keep_scale(p)), packed
+
+
+def dropout_counted(
+    x: Tensor, rng: Tensor, p: float, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`dropout_forward` that adds to ``counts``, int64 ``[units]``."""
+    y, packed = dropout_forward(x, rng, p)
+    counts.add_(unit_counts(packed, x.numel() // counts.numel(), counts.numel()))
+    return y, packed
 
 
 def unit_counts(packed: Tensor, rows: int, units: int) -> Tensor:

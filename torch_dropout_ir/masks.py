@@ -14,7 +14,7 @@ Semantics:
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import threading
 from typing import Final
 
 import torch
@@ -23,8 +23,7 @@ from torch import Tensor
 from torch_dropout_ir import ops
 
 MAX_UNITS: Final = 2**16
-_MOST_MASKS: Final = 64
-_SMALL: Final = 2**15
+_WORD: Final = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,20 +145,58 @@ class MaskStatistics:
 class MaskTally:
     """What a layer adds up at every call; read as :class:`MaskStatistics`.
 
-    Nothing is taken off the device. Small masks wait and are counted together, for one
-    call of a kernel costs more than they do. Masks of more than ``MAX_UNITS`` units are
-    counted as a whole.
+    Nothing is taken off the device. The kernel that draws a mask adds to the counts,
+    one for each unit; masks of more than ``MAX_UNITS`` units, or of different numbers
+    of units, are counted as a whole. Threads may share a tally.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._calls = 0
         self._elements = 0
         self._expected = 0.0
         self._variance = 0.0
-        self._units: Tensor | None = None  # counts by unit, while there are common ones
-        self._rest: Tensor | None = None  # else the count of everything
-        self._waiting: list[tuple[Tensor, int, int, float]] = []
+        self._kept: Tensor | None = None
+        self._by_unit = True  # else by place in a 64-bit word: no units in common
 
+    def counts_for(self, units: int, device: torch.device) -> Tensor:
+        """Return what a mask's counts are to be added to.
+
+        Args:
+            units: Number of units of the mask.
+            device: Where the mask is.
+
+        Returns:
+            int64 ``[units]``, or ``[64]`` for a mask counted as a whole.
+        """
+        with self._lock:
+            kept = self._kept
+            if kept is not None and kept.device == device:
+                if not self._by_unit or kept.numel() == units:
+                    return kept
+            return self._start(units, device)
+
+    @torch.inference_mode(False)  # what adds up in it could not be added to outside
+    def _start(self, units: int, device: torch.device) -> Tensor:
+        before = self._kept
+        self._by_unit = before is None and units <= MAX_UNITS
+        kept = torch.zeros(
+            units if self._by_unit else _WORD, dtype=torch.int64, device=device
+        )
+        if before is not None:
+            kept[0] = before.sum()
+        self._kept = kept
+        return kept
+
+    def add_counted(self, numel: int, p: float) -> None:
+        """Add a mask of ``numel`` elements whose units are in the counts already."""
+        with self._lock:
+            self._calls += 1
+            self._elements += numel
+            self._expected += numel * (1 - p)
+            self._variance += numel * p * (1 - p)
+
+    @torch.inference_mode(False)
     def add(self, packed: Tensor, numel: int, units: int, p: float) -> None:
         """Add a packed mask of ``numel`` elements in rows of ``units``.
 
@@ -169,56 +206,26 @@ class MaskTally:
             units: Number of units, the fastest dimension.
             p: Probability of dropping.
         """
-        self._waiting.append((packed, numel, units, p))
-        if numel > _SMALL or len(self._waiting) == _MOST_MASKS:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Count what waits, masks of one shape together."""
-        waiting, self._waiting = self._waiting, []
-        for (numel, units), group in itertools.groupby(waiting, key=lambda m: m[1:3]):
-            masks = []
-            for packed, _, _, p in group:
-                masks.append(packed)
-                self._calls += 1
-                self._elements += numel
-                self._expected += numel * (1 - p)
-                self._variance += numel * p * (1 - p)
-            if numel % 64 == 0:  # whole words: the rows of one join those of the next
-                joined = masks[0] if len(masks) == 1 else torch.cat(masks)
-                self._count(joined, numel * len(masks), units)
-            else:
-                for packed in masks:
-                    self._count(packed, numel, units)
-
-    def _count(self, packed: Tensor, numel: int, units: int) -> None:
-        if self._rest is None and self._shares_units(packed, units):
-            counts = ops.unit_counts(packed, numel // units, units)
-            self._units = counts if self._units is None else self._units.add_(counts)
-            return
-        # Padding bits are zero, so the mask can be counted by whole words.
-        total = ops.unit_counts(packed, packed.numel() // 8, 64).sum()
-        for known in (self._units, self._rest):
-            total = total if known is None else total + known.sum().to(total.device)
-        self._units, self._rest = None, total
-
-    def _shares_units(self, packed: Tensor, units: int) -> bool:
-        if self._units is None:
-            return units <= MAX_UNITS
-        return self._units.numel() == units and self._units.device == packed.device
+        counts = self.counts_for(units, packed.device)
+        width = counts.numel()
+        # Padding bits are zero, so a mask can be counted by whole words.
+        rows = numel // width if self._by_unit else packed.numel() * 8 // width
+        more = ops.unit_counts(packed, rows, width)
+        with self._lock:
+            counts += more
+        self.add_counted(numel, p)
 
     def statistics(self) -> MaskStatistics:
         """Return the sums so far."""
-        self._settle()
-        kept = self._units if self._rest is None else self._rest
-        if kept is None:
-            return MaskStatistics()
-        units = kept.new_zeros(0) if self._units is None else self._units.clone()
-        return MaskStatistics(
-            self._calls,
-            self._elements,
-            kept.sum(),
-            self._expected,
-            self._variance,
-            units,
-        )
+        with self._lock:
+            if self._kept is None:
+                return MaskStatistics()
+            kept = self._kept.clone()  # the next call adds to it
+            return MaskStatistics(
+                self._calls,
+                self._elements,
+                kept.sum(),
+                self._expected,
+                self._variance,
+                kept if self._by_unit else kept.new_zeros(0),
+            )

@@ -6,21 +6,21 @@ Semantics:
 * What a layer remembers (the last packed mask and the statistics) is no parameter and
   no buffer: ``state_dict`` is that of torch's layer. Copies and pickles start afresh.
 * Inside ``torch.func`` transforms the layers drop as everywhere, but remember nothing:
-  a mask in there may stand for many. Compiled graphs show the last mask and are not
-  counted.
+  a mask in there may stand for many. Compiled graphs and captured CUDA graphs show the
+  last mask (but for a checkpoint that is compiled with them) and are not counted: what
+  writes counts cannot be a CUDA graph, nor tell a call from its recomputation.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir import ops
+from torch_dropout_ir import ops, tracing
 from torch_dropout_ir.functional import preserved_rng
 from torch_dropout_ir.masks import MaskStatistics, MaskTally
 from torch_dropout_ir.sites import mask_shape, num_units
@@ -53,27 +53,42 @@ class _Remembers(nn.modules.dropout._DropoutNd):
     forward.draws_as_torch = True  # type: ignore[attr-defined]
 
     def _drop(self, x: Tensor) -> Tensor:
-        output, packed = ops.draw(x, self.p, None)
-        shape = x.shape
-        self._remember(packed, shape, shape[-1] if shape else 1)
+        return self._draw(x, x.shape[-1] if x.ndim else 1)
+
+    def _draw(self, x: Tensor, units: int) -> Tensor:
+        """Drop elements of ``x``; keep the mask, and count it where it is a new one."""
+        if not tracing.eager():
+            output, packed = ops.draw(x, self.p, None)
+            if tracing.leaves_graph():
+                self._last = packed, x.shape
+            return output
+        p, numel = self.p, x.numel()
+        tally = self._tally_for(x) if self.track and numel else None
+        counts = None
+        if tally is not None and type(x) is Tensor and not isinstance(p, Tensor):
+            counts = tally.counts_for(units, x.device)
+            counts = None if numel % counts.numel() else counts
+        output, packed = ops.draw(x, p, None, counts)
+        if (mask := tracing.plain(packed)) is not None:
+            # `nn.Module.__setattr__` costs as much as all of this.
+            self.__dict__["_last"] = mask, x.shape
+            if tally is not None and counts is not None:
+                tally.add_counted(numel, float(p))
+            elif tally is not None:
+                tally.add(mask, numel, units, float(p))
         return output
 
-    def _remember(self, packed: Tensor, shape: tuple[int, ...], units: int) -> None:
-        """Keep the mask; count it once, not again where checkpointing recomputes it."""
-        if not ops.eager():
-            if torch.compiler.is_dynamo_compiling() and not ops.transformed():
-                self._last = packed, shape
-            return
-        memory = self.__dict__  # `nn.Module.__setattr__` costs as much as all of this
-        memory["_last"] = packed, shape
-        if self.track and not ops.in_backward() and (numel := math.prod(shape)):
-            if self._tally is None:
-                memory["_tally"] = MaskTally()
-            memory["_tally"].add(packed, numel, units, float(self.p))
+    def _tally_for(self, x: Tensor) -> MaskTally | None:
+        """What counts this call; None for recomputations and recordings."""
+        if x.is_meta or tracing.in_backward() or tracing.recorded(x):
+            return None
+        if self._tally is None:
+            self.__dict__["_tally"] = MaskTally()
+        return self._tally
 
     @property
     def last_mask(self) -> Tensor | None:
-        """The mask of the last training call (True = kept), or None before the first.
+        """The mask of the last training call (True = kept); None before the first.
 
         Shaped as the input, or ``[N, C, 1, ...]`` for channel dropout.
         """
@@ -86,7 +101,7 @@ class _Remembers(nn.modules.dropout._DropoutNd):
 
     @property
     def fingerprint(self) -> int | None:
-        """64-bit hash of the last mask, or None before the first.
+        """64-bit hash of the last mask; None before the first.
 
         Equal masks have equal fingerprints: a forward pass, its recomputation under
         checkpointing, and the same key on another device can be compared by it.
@@ -137,8 +152,7 @@ class _ChannelDropout(_Remembers):
                 f"{list(x.shape)}"
             )
         shape = mask_shape(self, x.shape)
-        noise, packed = ops.draw(x.new_ones(shape), self.p, None)
-        self._remember(packed, shape, num_units(self, x.shape))
+        noise = self._draw(x.new_ones(shape), num_units(self, x.shape))
         return torch.where(noise != 0, x * noise, torch.zeros_like(x))
 
 

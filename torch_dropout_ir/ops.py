@@ -20,51 +20,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from torch_dropout_ir import kernels, registration
+from torch_dropout_ir.tracing import eager, transformed
 
 COMPILED = registration.COMPILED
 _dropout_forward = registration.dropout_forward
 _mask_apply = registration.mask_apply
 _mask_draw = registration.mask_draw
 unit_counts = registration.unit_counts
-mask_unpack = kernels.unpack
-# Private names. A torch without the first takes the composed form everywhere; one
-# without the second counts what checkpointing recomputes.
-_BACKWARD_RUNNING = getattr(torch._C, "_current_graph_task_id", None)
-_TRANSFORMS_ACTIVE = getattr(torch._C, "_are_functorch_transforms_active", None)
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _KEY_RANGE = 2**63 - 1
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
-def transformed() -> bool:
-    """Whether a ``torch.func`` transform is active; True where torch does not tell."""
-    return _TRANSFORMS_ACTIVE is None or _TRANSFORMS_ACTIVE()
-
-
-def eager() -> bool:
-    """Whether no transform, forward-mode AD or compiler is looking on."""
-    if torch.compiler.is_compiling() or transformed():
-        return False
-    return getattr(forward_ad, "_current_level", 0) < 0
-
-
 class _Dropout(torch.autograd.Function):
     """The fused op; backward is linear in the gradient and reads the packed mask.
 
-    The mask leaves through ``masks``, for a second output costs more than the rest.
+    Each argument and each output costs; key, p and counts come in ``rest``, and the
+    mask leaves through it.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, rng: Tensor, p: float, masks: list[Tensor]
-    ) -> Tensor:
-        y, packed = _dropout_forward(x, rng, p)
-        masks.append(packed)
+    def forward(ctx: Any, x: Tensor, rest: list[Any]) -> Tensor:
+        y, packed = _draw_fused(x, *rest)
         ctx.save_for_backward(packed)
-        ctx.scale = kernels.keep_scale(p)
+        ctx.scale = kernels.keep_scale(rest[1])
+        rest.append(packed)
         return y
 
     @staticmethod
@@ -73,7 +56,7 @@ class _Dropout(torch.autograd.Function):
         # No graph and no transform, as nearly always: the kernel itself.
         plain = not torch.is_grad_enabled() and not transformed()
         apply = _mask_apply if plain else mask_apply
-        return apply(grad, packed, ctx.scale), None, None, None
+        return apply(grad, packed, ctx.scale), None
 
 
 class _MaskApply(torch.autograd.Function):
@@ -112,19 +95,36 @@ def mask_apply(x: Tensor, packed: Tensor, scale: float) -> Tensor:
         Contiguous tensor of the shape and dtype of ``x``.
     """
     if not eager():
+        _check_mask("mask_apply", packed, x.numel())
         return _where_kept(x, packed, scale)
     if x.requires_grad and torch.is_grad_enabled():
         return _MaskApply.apply(x, packed, scale)
     return _mask_apply(x, packed, scale)
 
 
-def in_backward() -> bool:
-    """Whether a backward pass is running: a forward pass in it is a recomputation."""
-    return _BACKWARD_RUNNING is not None and _BACKWARD_RUNNING() != -1
+def _check_mask(op: str, packed: Tensor, numel: int | None = None) -> None:
+    got = type(packed).__name__
+    wanted = "whole words" if numel is None else f"{numel} elements"
+    if isinstance(packed, Tensor):
+        size = kernels.packed_size(8 * packed.numel() if numel is None else numel)
+        if packed.dtype == torch.uint8 and packed.shape == (size,):
+            return
+        got = f"{packed.dtype} {list(packed.shape)}"
+    raise ValueError(
+        f"{op}: expected `packed` to be a packed mask of {wanted}, uint8 in one "
+        f"dimension, got {got}. There is none before a first forward pass."
+    )
+
+
+def mask_unpack(packed: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return a packed mask as booleans of shape ``size`` (True = kept)."""
+    _check_mask("mask_unpack", packed, math.prod(size))
+    return kernels.unpack(packed, size)
 
 
 def fingerprint(packed: Tensor) -> int:
     """Return a 64-bit hash of a packed mask, the same on every device."""
+    _check_mask("fingerprint", packed)
     words = packed.view(torch.int64)
     places = torch.arange(1, words.numel() + 1, device=words.device)
     mixed = words + places * _GOLDEN
@@ -149,49 +149,57 @@ def check_probability(p: float) -> float:
         ValueError: If ``p`` is outside ``[0, 1]`` or not a number.
     """
     p = float(p)
-    if math.isnan(p) or not 0.0 <= p <= 1.0:
+    if not 0.0 <= p <= 1.0:  # nor is NaN
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     return p
 
 
-def draw(x: Tensor, p: float | Tensor, rng: Tensor | None) -> tuple[Tensor, Tensor]:
+def draw(
+    x: Tensor,
+    p: float | Tensor,
+    rng: Tensor | None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Drop elements of ``x``; return the output and the packed mask.
 
     Args:
         x: Floating-point tensor of any shape and strides.
         p: Probability of dropping, a float or a 0-d tensor.
         rng: Philox key, int64 ``[2]``; drawn from torch's generator if None.
+        counts: Where to add how often each unit was kept, int64 ``[units]`` on the
+            device of ``x``, whose rows have as many elements. In eager mode only.
 
     Returns:
         The output, shaped as ``x``, and its packed mask.
 
     Raises:
         TypeError: If ``x`` is no floating-point tensor.
-        ValueError: If ``p`` is a tensor with dimensions.
-    """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+        ValueError: If ``p`` is out of range, or a tensor with dimensions.
+    """  # noqa: DOC502 (raised by the checks)
+    if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(
-            f"dropout: expected `x` to be a floating-point tensor, got {kind}. "
-            "Convert it first, for example with `x.float()`."
+            "dropout: expected `x` to be a floating-point tensor (float16, bfloat16, "
+            f"float32 or float64), got {kind}. Convert it first, for example with "
+            "`x.float()`."
         )
     fused = eager()
-    if isinstance(p, Tensor):
-        if p.ndim:
-            raise ValueError(
-                "dropout: expected `p` to be a float or a 0-d tensor, got a tensor of "
-                f"shape {list(p.shape)}"
-            )
-        fused = fused and p.device.type == "cpu"
-    if not isinstance(p, Tensor) or fused:
-        p = check_probability(float(p))
+    p = check_probability(p) if type(p) is float else _check_rate(p, fused)
     rng = draw_key(x.device) if rng is None else _check_key(rng, x)
-    if not fused:
+    if not fused or isinstance(p, Tensor):
         return _draw_composed(x, p, rng)
     if x.requires_grad and torch.is_grad_enabled():
-        masks: list[Tensor] = []
-        return _Dropout.apply(x, rng, p, masks), masks[0]
-    return _dropout_forward(x, rng, p)
+        rest: list[Any] = [rng, p, counts]
+        return _Dropout.apply(x, rest), rest[3]
+    return _draw_fused(x, rng, p, counts)
+
+
+def _draw_fused(
+    x: Tensor, rng: Tensor, p: float, counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if counts is None:
+        return _dropout_forward(x, rng, p)
+    return registration.dropout_counted(x, rng, p, counts)
 
 
 def _draw_composed(x: Tensor, p: float | Tensor, rng: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,6 +212,18 @@ def _draw_composed(x: Tensor, p: float | Tensor, rng: Tensor) -> tuple[Tensor, T
         scale = kernels.keep_scale(p)
     packed = _mask_draw(rng, rate, x.numel())
     return _where_kept(x, packed, scale), packed
+
+
+def _check_rate(p: float | Tensor, readable: bool) -> float | Tensor:
+    """Return ``p`` checked and as a float, where its value may and can be looked at."""
+    if not isinstance(p, Tensor):
+        return check_probability(p)
+    if p.ndim:
+        raise ValueError(
+            "dropout: expected `p` to be a float or a 0-d tensor, got a tensor of "
+            f"shape {list(p.shape)}"
+        )
+    return check_probability(float(p)) if readable and p.is_cpu else p
 
 
 def _check_key(rng: Tensor, x: Tensor) -> Tensor:
@@ -264,7 +284,6 @@ def dropout(
         tensor([2., 2., 0., 0., 2., 2., 0., 0.])
     """  # noqa: DOC502 (raised by the checks of `draw`)
     if not training:
-        if not isinstance(p, Tensor):
-            check_probability(float(p))
+        _check_rate(p, eager())
         return x
     return draw(x, p, rng)[0]

@@ -9,6 +9,10 @@ namespace {
 constexpr void (*kForwardThread[kNumDtypes])(const MaskArgs&, int64_t, int64_t) = {
     forward_thread<float>, forward_thread<double>, forward_thread<BFloat16>,
     forward_thread<Half>};
+constexpr KeptOfEight (*kCountedThread[kNumDtypes])(const MaskArgs&, int64_t,
+                                                    int64_t) = {
+    counted_thread<float>, counted_thread<double>, counted_thread<BFloat16>,
+    counted_thread<Half>};
 constexpr void (*kApplyThread[kNumDtypes])(const MaskArgs&, int64_t, int64_t) = {
     apply_thread<float>, apply_thread<double>, apply_thread<BFloat16>,
     apply_thread<Half>};
@@ -86,6 +90,23 @@ void cuda_forward(int64_t threads, int dtype, const void* x, void* y, uint8_t* p
                   const int64_t* rng, int64_t numel, double p) {
   const MaskArgs args = mask_args(dtype, x, y, packed, rng, numel, p, keep_scale(p));
   for (int64_t t = 0; t < threads; ++t) kForwardThread[dtype](args, t, threads);
+}
+
+// As many threads as the kernel would have; 0 where it leaves counting to another.
+int64_t cuda_counted(int dtype, const void* x, void* y, uint8_t* packed,
+                     const int64_t* rng, int64_t numel, double p, int64_t units,
+                     int64_t* counts) {
+  const MaskArgs args = mask_args(dtype, x, y, packed, rng, numel, p, keep_scale(p));
+  const int64_t threads = counted_threads(numel, units);
+  for (int64_t t = 0; t < threads; ++t) {
+    const KeptOfEight count = kCountedThread[dtype](args, t, threads);
+    for (int i = 0; i < 8; ++i) counts[unit_of(t, i, units)] += count.kept[i];
+  }
+  return threads;
+}
+
+int64_t counting_threads(int64_t numel, int64_t units) {
+  return counted_threads(numel, units);
 }
 
 void cuda_apply(int64_t threads, int dtype, const void* x, void* y, uint8_t* packed,

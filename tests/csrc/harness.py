@@ -80,6 +80,8 @@ def build_library(folder: Path) -> Any:
         "cpu_draw": (None, [text, ptr, ptr, i64, f64, i64, i64]),
         "cpu_count": (None, [text, ptr, i64, i64, i64, i64, ptr]),
         "cuda_forward": (None, [i64, i32, ptr, ptr, ptr, ptr, i64, f64]),
+        "cuda_counted": (i64, [i32, ptr, ptr, ptr, ptr, i64, f64, i64, ptr]),
+        "counting_threads": (i64, [i64, i64]),
         "cuda_apply": (None, [i64, i32, ptr, ptr, ptr, i64, f64]),
         "cuda_draw": (None, [i64, ptr, ptr, i64, f64, i64]),
         "cuda_count": (i64, [ptr, i64, i64, i64, ptr]),

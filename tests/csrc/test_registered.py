@@ -27,6 +27,9 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     z = op.mask_apply(y, packed, 1.7)
     for part in (y.double(), z.double(), packed, op.unit_counts(packed, 70, 1000)):
         digest.update(part.numpy().tobytes())
+    counts = torch.arange(1000)
+    op.dropout_counted(x[:70000], rng, 0.3, counts)
+    digest.update(counts.numpy().tobytes())
 digest.update(op.mask_draw(rng, torch.tensor(0.7), 9999).numpy().tobytes())
 print(ops.COMPILED, digest.hexdigest())
 """
@@ -110,6 +113,7 @@ def test_large_results_do_not_share_memory() -> None:
 
 
 X = torch.ones(100)
+COUNTS = torch.zeros(10, dtype=torch.int64)
 PACKED = torch.zeros(16, dtype=torch.uint8)
 
 
@@ -121,6 +125,19 @@ PACKED = torch.zeros(16, dtype=torch.uint8)
         ("dropout_forward", (X.int(), RNG_TENSOR, 0.5), "float16, got int32"),
         ("dropout_forward", (X, RNG_TENSOR.int(), 0.5), "int64, got int32"),
         ("dropout_forward", (X, RNG_TENSOR[:1], 0.5), r"shape \[2\], got"),
+        ("dropout_counted", (X, RNG_TENSOR, 1.5, COUNTS), "between 0 and 1"),
+        ("dropout_counted", (X, RNG_TENSOR, 0.5, COUNTS.int()), "int64, got int32"),
+        (
+            "dropout_counted",
+            (X, RNG_TENSOR, 0.5, COUNTS[:7]),
+            "as many units, got 1 .* 7",
+        ),
+        (
+            "dropout_counted",
+            (X, RNG_TENSOR, 0.5, COUNTS[:0]),
+            "as many units, got 1 .* 0",
+        ),
+        ("dropout_counted", (X, RNG_TENSOR, 0.5, COUNTS[::2]), "contiguous `counts`"),
         ("mask_apply", (X.bool(), PACKED, 1.0), "float16, got bool"),
         ("mask_apply", (X, PACKED[:8], 1.0), "16 bytes for 100 elements, got 8"),
         ("mask_apply", (X, PACKED[:9], 1.0), "whole 8-byte words"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from torch_dropout_ir import ops
+from torch_dropout_ir import tracing
 
 
 def sum_by_rows(
@@ -30,7 +30,7 @@ def sum_by_rows(
         Scalar.
     """
     count = max(1, elements // max(1, rows.shape[1]))
-    if rows.shape[0] <= count or not ops.eager():
+    if rows.shape[0] <= count or not tracing.eager():
         return form(rows, *others)
     total = rows.new_zeros(())
     for block in zip(*(x.split(count) for x in (rows, *others)), strict=True):

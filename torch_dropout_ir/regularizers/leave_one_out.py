@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from torch_dropout_ir import ops
+from torch_dropout_ir import tracing
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.by_rows import sum_by_rows
 from torch_dropout_ir.regularizers.last_layer import (
@@ -130,7 +130,7 @@ def _general_form(
 
     total = (slope * (features @ weight.T)).sum()
     for h, w in zip(features.unbind(-1), weight.unbind(1), strict=True):
-        if torch.is_grad_enabled() and ops.eager():
+        if torch.is_grad_enabled() and tracing.eager():
             part = checkpoint(
                 without, h, w, use_reentrant=False, preserve_rng_state=False
             )

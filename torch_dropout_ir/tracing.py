@@ -1,0 +1,77 @@
+"""Floor 1: who is looking on while an op runs: a transform, a compiler, a recorder.
+
+Some of torch's names for it are private. Where a torch lacks one, the answer is that
+which costs speed or statistics, never a wrong mask.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# Private names. A torch without the first counts what checkpointing recomputes; one
+# without the second takes the composed form everywhere; without the third, what is
+# traced is counted too.
+_BACKWARD_RUNNING = getattr(torch._C, "_current_graph_task_id", None)
+_TRANSFORMS_ACTIVE = getattr(torch._C, "_are_functorch_transforms_active", None)
+_MODE = getattr(torch._C, "_get_dispatch_mode", None)
+_PROXY_MODE = _MODE and functools.partial(_MODE, torch._C._TorchDispatchModeKey.PROXY)
+
+
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform is active; True where torch does not tell."""
+    return _TRANSFORMS_ACTIVE is None or _TRANSFORMS_ACTIVE()
+
+
+def eager() -> bool:
+    """Whether no transform, forward-mode AD or compiler is looking on."""
+    if torch.compiler.is_compiling() or transformed():
+        return False
+    return getattr(forward_ad, "_current_level", 0) < 0
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: a forward pass in it is a recomputation."""
+    return _BACKWARD_RUNNING is not None and _BACKWARD_RUNNING() != -1
+
+
+def recorded(x: Tensor) -> bool:
+    """Whether what runs is recorded for replay, by a tracer or into a CUDA graph."""
+    if _PROXY_MODE is not None and _PROXY_MODE() is not None:
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def plain(packed: Tensor) -> Tensor | None:
+    """Return the mask as no subclass; None where no data are: on `meta`, in fakes."""
+    kind = type(packed)
+    if kind is Tensor:
+        return None if packed.is_meta else packed
+    own = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return None if own else packed.as_subclass(Tensor)
+
+
+def leaves_graph() -> bool:
+    """Whether a mask drawn in a compiled graph can be kept after the graph has run."""
+    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        return False
+    return not (transformed() or _inside_operator())
+
+
+def _inside_operator() -> bool:
+    """Whether Dynamo is in the body of an operator, as that of a checkpoint is."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        tracer = InstructionTranslator.current_tx().output.current_tracer
+        return tracer.parent is not None
+    except (ImportError, AttributeError):
+        return True
+
+
+# Dynamo calls it and takes its word: what `torch.compiler.assume_constant_result` says,
+# which imports Dynamo, longer than all of this package.
+_inside_operator._dynamo_marked_constant = True  # type: ignore[attr-defined]
