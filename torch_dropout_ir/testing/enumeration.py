@@ -63,7 +63,8 @@ def expected_dropout_loss(
     else it is that of units times samples.
 
     Args:
-        model: A small model; left as it is.
+        model: A small model; left as it is. Of one in training mode those sites count
+            that are too; of one in evaluation mode all.
         batch: ``(inputs, targets)``.
         loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
         max_masks: Most forward passes to spend.
@@ -81,11 +82,9 @@ def expected_dropout_loss(
     Example:
         >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1)).double()
         >>> batch = torch.ones(4, 3).double(), torch.zeros(4, 1).double()
-        >>> r1 = expected_dropout_loss(net, batch, "mse") - expected_dropout_loss(
-        ...     net.eval(), batch, "mse", max_masks=8
-        ... )
-        >>> float(r1)
-        0.0
+        >>> expected = expected_dropout_loss(net, batch, "mse")
+        >>> r1 = expected - nn.functional.mse_loss(net[1](batch[0]), batch[1])
+        >>> torch.testing.assert_close(r1, net[1].weight.square().sum())
     """
     resolved = resolve_loss(loss)
     uses = _uses(model, batch, resolved, coupled)
