@@ -9,11 +9,12 @@ TEXT = (Path(__file__).parents[1] / "README.md").read_text()
 def test_code_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     names: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     names["analysis"].detach()
+    assert names["report"].agreeing
     printed = capsys.readouterr().out
     assert "regularizer/R1" in printed and "sharpness/trace" in printed
     assert not names["analysis"].absent
