@@ -295,7 +295,7 @@ def test_a_mask_that_cannot_be_observed_does_not_stop_the_forward(monkeypatch):
         raise MemoryError("full")
 
     monkeypatch.setattr(tdi.MaskStatistics, "of_units", fails)
-    with pytest.warns(UserWarning, match="'2' was not observed: full"):
+    with pytest.warns(UserWarning, match="were not observed: full"):
         analysis = compare(lambda attach: loop(mlp(), attach, steps=2))
     assert "no mask" in analysis.absent["masks"]
 
