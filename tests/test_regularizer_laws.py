@@ -1,5 +1,6 @@
 """What the theory says of R_1 and R_2, held against enumeration and by construction."""
 
+import functools
 import itertools
 import sys
 
@@ -90,6 +91,16 @@ def test_known_losses_equal_the_same_losses_unknown(form, name):
     assert known == pytest.approx(
         closed_form(form, net, batch, lambda f, t: loss(f, t)), rel=1e-9
     )
+
+
+def test_a_partial_function_is_known_by_what_it_fills_in():
+    loss = functools.partial(F.cross_entropy, label_smoothing=0.2, reduction="sum")
+    resolved = resolve_loss(loss)
+    assert (resolved.kind, resolved.reduction) == ("cross_entropy", "sum")
+    net, batch = softmax_net(0.3)
+    known = closed_form(last_layer, net, batch, loss)
+    unknown = closed_form(last_layer, net, batch, lambda f, t: loss(f, t))
+    assert known == pytest.approx(unknown, rel=1e-9)
 
 
 def test_weighted_soft_targets_equal_the_unknown_loss():
