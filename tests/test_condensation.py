@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from torch_dropout_ir import condensation as cd
 
@@ -114,22 +113,6 @@ def test_blocks_change_nothing(monkeypatch):
     assert torch.equal(cd.effective_neurons(weights).labels, whole.labels)
 
 
-def test_input_weights_of_each_layer_and_view():
-    linear = nn.Linear(3, 4)
-    rows = cd.input_weights(linear)
-    assert torch.equal(rows[:, :3], linear.weight)
-    assert torch.equal(rows[:, 3], linear.bias)
-    assert cd.input_weights(nn.Linear(3, 4, bias=False)).shape == (4, 3)
-    conv = nn.Conv2d(4, 6, 3, groups=2)
-    assert cd.input_weights(conv).shape == (6, 2 * 9 + 1)
-    assert torch.equal(cd.input_weights(conv)[5, :9], conv.weight[5, 0].flatten())
-    kernels = cd.input_weights(conv, view="kernel")
-    assert kernels.shape == (12, 9)
-    assert torch.equal(kernels[3], conv.weight[1, 1].flatten())
-    channels = cd.input_weights(nn.Conv1d(4, 6, 5), view="input_channel")
-    assert channels.shape == (4, 6 * 5)
-
-
 def test_the_kernel_view_gives_the_papers_ratio_of_random_kernels():
     """8192 and 32768 random 3 x 3 kernels cover the sphere to .95 and .83."""
     ratio = cd.effective_neurons(torch.randn(8192, 9)).ratio
@@ -148,12 +131,6 @@ def test_amplitudes_and_cosines_by_hand():
 
 
 def test_bad_input():
-    with pytest.raises(NotImplementedError, match="Supported: Linear"):
-        cd.input_weights(nn.LSTM(2, 3))
-    with pytest.raises(ValueError, match="view"):
-        cd.input_weights(nn.Conv2d(2, 3, 3), view="columns")
-    with pytest.raises(ValueError, match="only the view 'filter'"):
-        cd.input_weights(nn.Linear(2, 3), view="kernel")
     with pytest.raises(ValueError, match="neurons, d"):
         cd.effective_neurons(torch.ones(3))
     with pytest.raises(ValueError, match="finite"):

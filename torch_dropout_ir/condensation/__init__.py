@@ -13,13 +13,14 @@ Semantics:
 """
 
 from torch_dropout_ir.condensation.cover import EffectiveNeurons, effective_neurons
+from torch_dropout_ir.condensation.layers import input_weights
 from torch_dropout_ir.condensation.order import cluster_order
 from torch_dropout_ir.condensation.orientation import (
     amplitudes,
     cosine_similarity,
-    input_weights,
     orientations,
 )
+from torch_dropout_ir.condensation.walk import named_input_weights
 
 __all__ = [
     "EffectiveNeurons",
@@ -28,5 +29,6 @@ __all__ = [
     "cosine_similarity",
     "effective_neurons",
     "input_weights",
+    "named_input_weights",
     "orientations",
 ]
