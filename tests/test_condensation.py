@@ -358,3 +358,29 @@ def test_order_in_half_precision(dtype):
     assert sorted(cd.cluster_order(torch.randn(9, 4).to(dtype)).tolist()) == list(
         range(9)
     )
+
+
+def naive_greedy(rows, threshold):
+    """Chvatal's rule on the whole matrix."""
+    near = (rows @ rows.T > threshold) | torch.eye(len(rows)).bool()
+    labels = torch.full((len(rows),), -1)
+    cluster = 0
+    while bool((labels < 0).any()):
+        gain = (near & (labels < 0)).sum(1)
+        best = int(gain.argmax())
+        if gain[best] == 1:
+            best = int((labels < 0).int().argmax())
+        labels[near[best] & (labels < 0)] = cluster
+        cluster += 1
+    return labels
+
+
+@pytest.mark.parametrize("pairs", [1, 5, 64])
+@pytest.mark.parametrize("dims", [2, 3, 5])
+def test_lazy_choices_are_the_naive_ones(monkeypatch, dims, pairs):
+    monkeypatch.setattr(cd.tiles, "_BLOCK", 64)
+    monkeypatch.setattr(cd.greedy, "_PAIRS_A_ROW", pairs)
+    for threshold in (-0.2, 0.6, 0.9, 0.97):
+        rows = cd.orientations(torch.randn(200, dims).double())
+        found = cd.effective_neurons(rows, threshold)
+        assert torch.equal(found.labels, naive_greedy(rows, threshold))
