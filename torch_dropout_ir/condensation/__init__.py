@@ -20,7 +20,9 @@ from torch_dropout_ir.condensation.compare import (
     project_orientations,
 )
 from torch_dropout_ir.condensation.cover import EffectiveNeurons, effective_neurons
+from torch_dropout_ir.condensation.graph import Outgoing, outgoing_weights
 from torch_dropout_ir.condensation.layers import input_weights
+from torch_dropout_ir.condensation.merge import LayerMerge, Merged, merge_condensed
 from torch_dropout_ir.condensation.order import cluster_order
 from torch_dropout_ir.condensation.orientation import (
     amplitudes,
@@ -36,7 +38,10 @@ from torch_dropout_ir.condensation.walk import named_input_weights
 __all__ = [
     "CosineStatistics",
     "EffectiveNeurons",
+    "LayerMerge",
+    "Merged",
     "Movement",
+    "Outgoing",
     "amplitudes",
     "closest",
     "cluster_order",
@@ -44,9 +49,11 @@ __all__ = [
     "cosine_statistics",
     "effective_neurons",
     "input_weights",
+    "merge_condensed",
     "movement",
     "named_input_weights",
     "orientation_angles",
     "orientations",
+    "outgoing_weights",
     "project_orientations",
 ]
