@@ -69,7 +69,10 @@ def train(steps, width, seed):
     state = start.repeat(3, 1, 1)
     optimizer = torch.optim.Adam([state], lr=1e-3, fused=True)
     ones = torch.ones(len(X), width)
-    for _ in tqdm(range(steps), unit="step", mininterval=0.5):
+    for step in tqdm(range(steps), unit="step", mininterval=0.5):
+        # Adam oscillates to the end; over the last tenth its steps fall to nothing, or
+        # the step at which one stops would decide the loss.
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, 10 * (1 - step / steps))
         state.grad = gradient(state, tdi.dropout(ones, P))
         optimizer.step()
     return start, state

@@ -17,6 +17,7 @@ from torch_dropout_ir.condensation.compare import (
     closest,
     movement,
     orientation_angles,
+    principal_plane,
     project_orientations,
 )
 from torch_dropout_ir.condensation.cover import EffectiveNeurons, effective_neurons
@@ -55,5 +56,6 @@ __all__ = [
     "orientation_angles",
     "orientations",
     "outgoing_weights",
+    "principal_plane",
     "project_orientations",
 ]

@@ -204,8 +204,29 @@ def project_orientations(weights: Tensor, plane: Tensor | None = None) -> Tensor
             f"{list(weights.shape)} and {None if plane is None else list(plane.shape)}"
         )
     rows = unit_rows(weights.detach())
-    sound = torch.isfinite(rows).all(1)
     if plane is None:
-        plane = leading_plane(rows[sound])
+        plane = principal_plane(weights)
     points = rows @ plane.to(rows)
-    return points.masked_fill_(~sound[:, None], torch.nan)
+    return points.masked_fill_(~torch.isfinite(rows).all(1)[:, None], torch.nan)
+
+
+@torch.no_grad()
+def principal_plane(weights: Tensor) -> Tensor:
+    """Return the plane of the orientations' two leading principal directions.
+
+    Neurons without orientation do not count; for two weights it is the plane as it
+    stands. To compare two steps in one picture, project both onto one plane.
+
+    Args:
+        weights: Input weights, ``[m, d]``, ``d >= 2``.
+
+    Returns:
+        Orthonormal columns ``[d, 2]``.
+
+    Example:
+        >>> principal_plane(torch.randn(5, 2))
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    rows = unit_rows(weights.detach())
+    return leading_plane(rows[torch.isfinite(rows).all(1)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -117,18 +117,16 @@ def _follow(
     """Go from a layer's node to its consumers."""
     source = modules[name]
     channels = not isinstance(source, nn.Linear)
-    homogeneous, consumers, weights = True, [], []
+    homogeneous, consumers = True, []
     pending = [(user, node, channels, False) for user in node.users]
     while pending:
         user, came_from, channels, flat = pending.pop(0)
         module = modules.get(f"{prefix}{user.target}") if _is_call(user) else None
         if isinstance(module, _CONSUMERS) and user.all_input_nodes == [came_from]:
-            rows = _columns(module, num_neurons(source), channels, flat)
-            if rows is None:
+            if not _fits(module, num_neurons(source), channels, flat):
                 reason = f"`{prefix}{user.target}` reads it along another dimension"
                 return Outgoing((), False, reason)
             consumers.append(f"{prefix}{user.target}")
-            weights.append(rows)
             continue
         step = passing(user, came_from, module, channels)
         if isinstance(step, str):
@@ -141,7 +139,25 @@ def _follow(
         pending += [(u, user, channels, flat) for u in user.users]
     if not consumers:
         return Outgoing((), False, "nothing reads it")
-    return Outgoing(tuple(consumers), homogeneous, "", torch.cat(weights))
+    weight = weights_read(modules, name, consumers)
+    return Outgoing(tuple(consumers), homogeneous, "", weight)
+
+
+def weights_read(
+    modules: Mapping[str, nn.Module], name: str, consumers: Iterable[str]
+) -> Tensor:
+    """Return the weights with which consumers read a layer's neurons, as they are now.
+
+    Args:
+        modules: The modules of the model by name.
+        name: The layer.
+        consumers: Those that read it, as :func:`outgoing_weights` found them.
+
+    Returns:
+        Outgoing weights ``[outputs, m]``.
+    """
+    neurons = num_neurons(modules[name])
+    return torch.cat([_columns(modules[c], neurons) for c in consumers])
 
 
 def _is_call(node: fx.Node) -> bool:
@@ -154,16 +170,17 @@ def num_neurons(source: nn.Module) -> int:
     return int(width or source.out_channels)  # type: ignore[arg-type]
 
 
-def _columns(
-    module: nn.Module, neurons: int, channels: bool, flat: bool
-) -> Tensor | None:
-    """Weights ``[outputs, neurons]`` with which a layer reads neurons, if it can."""
-    if isinstance(module, nn.Linear):
-        if channels or module.in_features % neurons:
-            return None
-        if not flat and module.in_features != neurons:
-            return None
-        return module.weight.unflatten(1, (neurons, -1)).transpose(1, 2).flatten(0, 1)
-    if not channels or module.in_channels != neurons:
-        return None
-    return input_weights(module, "input_channel").T
+def _fits(module: nn.Module, neurons: int, channels: bool, flat: bool) -> bool:
+    """Whether a layer reads these neurons, and along the dimension that they are."""
+    if not isinstance(module, nn.Linear):
+        return channels and bool(module.in_channels == neurons)
+    whole = module.in_features % neurons == 0 if flat else False
+    return not channels and (whole or module.in_features == neurons)
+
+
+def _columns(module: nn.Module, neurons: int) -> Tensor:
+    """Weights ``[outputs, neurons]`` with which a layer reads neurons."""
+    if not isinstance(module, nn.Linear):
+        return input_weights(module, "input_channel").T
+    weight = input_weights(module)[:, : module.in_features]
+    return weight.unflatten(1, (neurons, -1)).transpose(1, 2).flatten(0, 1)

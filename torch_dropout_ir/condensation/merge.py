@@ -16,6 +16,7 @@ from torch_dropout_ir.condensation.graph import (
     Outgoing,
     num_neurons,
     outgoing_weights,
+    weights_read,
 )
 from torch_dropout_ir.condensation.layers import CONVOLUTIONS, input_weights
 from torch_dropout_ir.condensation.orientation import amplitudes
@@ -173,7 +174,8 @@ def _merge(
     """Merge one layer of ``model`` in place."""
     source = model.get_submodule(name)
     weights = input_weights(source)
-    size = amplitudes(weights, outgoing_weights(model)[name].weight)
+    outgoing = weights_read(dict(model.named_modules()), name, found.consumers)
+    size = amplitudes(weights, outgoing)
     cover = effective_neurons(weights, threshold, min_amplitude, amplitude=size)
     rows, mixing = clusters_of(weights, size, cover.labels, homogeneous=not fitted)
     read = (

@@ -11,7 +11,7 @@ from torch_dropout_ir.condensation.tiles import unit_rows
 
 
 @torch.no_grad()
-def cluster_order(weights: Tensor) -> Tensor:
+def cluster_order(weights: Tensor, labels: Tensor | None = None) -> Tensor:
     """Return an order of the neurons that puts parallel ones side by side.
 
     Clusters of :func:`effective_neurons` stay together and follow one another by the
@@ -20,6 +20,8 @@ def cluster_order(weights: Tensor) -> Tensor:
 
     Args:
         weights: Input weights, ``[m, d]``.
+        labels: Their clusters ``[m]``, -1 for the dead; those of
+            :func:`effective_neurons` if None.
 
     Returns:
         A permutation of the neurons, int64 ``[m]``.
@@ -29,7 +31,8 @@ def cluster_order(weights: Tensor) -> Tensor:
         >>> cluster_order(w).tolist()
         [0, 2, 1, 3]
     """
-    labels = effective_neurons(weights).labels
+    if labels is None:
+        labels = effective_neurons(weights).labels
     rows = unit_rows(weights.detach())
     rows[labels < 0] = 0.0
     plane = leading_plane(rows)
