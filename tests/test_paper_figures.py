@@ -1,4 +1,4 @@
-"""The tutorials run, and show what they say."""
+"""The paper's figures, in a reduced form."""
 
 import importlib.util
 import re
@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def tutorial():
-    path = ROOT / "tutorials" / "condensation.py"
-    spec = importlib.util.spec_from_file_location("condensation_tutorial", path)
+    path = ROOT / "tutorials" / "paper" / "fig4_condensation.py"
+    spec = importlib.util.spec_from_file_location("fig4_condensation", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -42,7 +42,7 @@ def test_the_gradient_written_by_hand_is_autograds(tutorial):
 def test_fig_4_reduced(tutorial, tmp_path, monkeypatch, capsys):
     """A quarter of the steps: R_1 has condensed, the run without it has not."""
     path = tmp_path / "picture.png"
-    arguments = ["condensation.py", "--steps", "24000", "--png", str(path)]
+    arguments = ["fig4_condensation.py", "--steps", "24000", "--png", str(path)]
     monkeypatch.setattr(sys, "argv", arguments)
     tutorial.main()
     printed = capsys.readouterr().out

@@ -7,8 +7,8 @@ added to it. The neurons' orientations go to the two directions of the target an
 opposites in the second and third and stay in the first; the condensed networks are then
 merged into ones of a few neurons.
 
-    python tutorials/condensation.py --png condensation.png
-    python tutorials/condensation.py --steps 20000 --seed 3
+    python tutorials/paper/fig4_condensation.py --png condensation.png
+    python tutorials/paper/fig4_condensation.py --steps 20000 --seed 3
 
 (Zhang & Xu, Implicit regularization of dropout, TPAMI 2024, Fig. 4 and Appendix A.)
 """
