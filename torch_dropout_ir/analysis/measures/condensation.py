@@ -13,7 +13,8 @@ from torch_dropout_ir.analysis.records import Histogram, Image, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
 from torch_dropout_ir.condensation.graph import weights_read
 
-_ROWS, _COLUMNS = 64, 192
+_ROWS, _COLUMNS = 32, 96
+_FAINTEST = 0.35  # the colour of a single neuron, of 1
 
 
 class Condensation:
@@ -162,4 +163,5 @@ def _places(angles: Tensor, size: Tensor) -> Tensor:
     rows = (heights * _ROWS).long().clamp_(0, _ROWS - 1)
     counts = torch.bincount(rows * _COLUMNS + columns, minlength=_ROWS * _COLUMNS)
     field = torch.log1p(counts.view(_ROWS, _COLUMNS).double())
-    return field / field.max().clamp(min=1e-9)
+    shade = _FAINTEST + (1 - _FAINTEST) * field / field.max().clamp(min=1e-9)
+    return torch.where(field > 0, shade, 0.0)
