@@ -4,7 +4,7 @@ Three tables: cosine statistics of N neurons with d weights against the bare pro
 ``W @ W.T``, which they contain; effective neurons against a cover taken neuron by
 neuron; and the share that the online measure takes of a training run. Contenders take
 turns; the median of the turns is reported. Memory is what the process holds at most
-beyond what it held before, sampled, over the bytes of the weights.
+beyond what it held before, weights included, sampled, in MiB.
 
     python benchmarks/condensation.py --png condensation.png
     python benchmarks/condensation.py --sizes 8192x4096 32768x9 --threads 2
@@ -95,7 +95,7 @@ def measure(neurons: int, dims: int, turns: int) -> dict[str, float]:
                 run()
             with Peak() as peak:
                 times[name].append(seconds(run))
-            held = peak.extra / (weights.numel() * weights.element_size())
+            held = peak.extra / 2**20
             row[f"{name} memory"] = max(held, row.get(f"{name} memory", 0.0))
     return row | {name: statistics.median(found) for name, found in times.items()}
 
@@ -104,12 +104,13 @@ def report(row: dict[str, float]) -> None:
     """Print a line of the table."""
     product, leader = row.get("product"), row.get("leader")
     line = f"{row['neurons']:>8}{row['dims']:>7}"
+    line += f"{4 * row['neurons'] * row['dims'] / 2**20:>9.1f}"
     line += f"{product:>11.4f}" if product else f"{'-':>11}"
     line += f"{row['statistics']:>12.4f}"
     line += f"{row['statistics'] / product:>9.2f}" if product else f"{'-':>9}"
-    line += f"{row['statistics memory']:>9.2f}"
+    line += f"{row['statistics memory']:>9.1f}"
     line += f"{leader:>12.4f}" if leader else f"{'-':>12}"
-    print(f"{line}{row['effective']:>12.4f}{row['effective memory']:>9.2f}", flush=True)
+    print(f"{line}{row['effective']:>12.4f}{row['effective memory']:>9.1f}", flush=True)
 
 
 def online(steps: int, width: int) -> None:
@@ -184,9 +185,9 @@ def main() -> int:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; seconds, and "
-          "memory held beyond the weights over the weights")  # fmt: skip
-    print(f"{'neurons':>8}{'d':>7}{'W @ W.T':>11}{'statistics':>12}{'ratio':>9}"
-          f"{'memory':>9}{'by hand':>12}{'effective':>12}{'memory':>9}")  # fmt: skip
+          "MiB held beyond the weights")  # fmt: skip
+    print(f"{'neurons':>8}{'d':>7}{'W':>9}{'W @ W.T':>11}{'statistics':>12}{'ratio':>9}"
+          f"{'MiB':>9}{'by hand':>12}{'effective':>12}{'MiB':>9}")  # fmt: skip
     rows = []
     for size in chosen.sizes:
         neurons, _, dims = size.partition("x")
