@@ -58,7 +58,11 @@ def test_the_contracts_tags_are_there(run):
         "sharpness/top_eigenvalue_residual", "sharpness/trace",
         "sharpness/trace_standard_error", "cost/seconds/sharpness", "cost/share",
     } <= set(tags["scalars"])  # fmt: skip
-    assert {"condensation/cosine/0", "condensation/cosine/3"} == set(tags["images"])
+    assert {
+        f"condensation/{name}/{layer}"
+        for name in ("cosine", "orientation_amplitude")
+        for layer in (0, 3)
+    } == set(tags["images"])
     assert "condensation/cosines/0" in tags["histograms"]
 
 
@@ -83,11 +87,11 @@ def test_large_heat_maps_are_averaged_to_256():
 
     model = nn.Linear(5, 1500)
     records = Condensation()(Snapshot(model, 0, ()))
-    (image,) = [r for r in records.values() if isinstance(r, Image)]
+    image = records["condensation/cosine/"]
+    assert isinstance(image, Image)
     assert image.values.shape == (256, 256)
     (histogram,) = [r for r in records.values() if isinstance(r, Histogram)]
-    drawn = -(-1500 // 2)  # every second neuron
-    assert int(histogram.counts.sum()) == drawn * (drawn - 1) // 2
+    assert int(histogram.counts.sum()) == 1500 * 1499 // 2
 
 
 def test_histogram_of_cosines_counts_each_pair(run):
