@@ -5,14 +5,15 @@ from torch_dropout_ir.sharpness.landscape import (
     filter_normalized_direction,
     loss_slice,
 )
-from torch_dropout_ir.sharpness.operators import HessianOperator, hessian
+from torch_dropout_ir.sharpness.operators import CurvatureOperator, ggn, hessian
 from torch_dropout_ir.sharpness.trace import TraceEstimate, trace
 
 __all__ = [
+    "CurvatureOperator",
     "Eigen",
-    "HessianOperator",
     "TraceEstimate",
     "filter_normalized_direction",
+    "ggn",
     "hessian",
     "loss_slice",
     "top_eigenvalues",
