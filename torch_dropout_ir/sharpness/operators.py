@@ -19,6 +19,7 @@ from torch_dropout_ir.vectors import Params, to_params, to_vector
 Vector = TypeVar("Vector", Tensor, Params)
 
 BLOCK_BYTES: Final = 2**26
+_THINNED_FROM: Final = 4096
 
 
 class CurvatureOperator:
@@ -152,6 +153,21 @@ class CurvatureOperator:
         """Drop the cached linearization, which the next product makes anew."""
         self._cached = None
         yield self.surface
+
+    def thinned(self) -> tuple[CurvatureOperator, float] | None:
+        """Return the operator of a few of the samples, for a first impression.
+
+        Returns:
+            The operator and its share of the samples; None where a product is cheap, or
+            the samples cannot be told apart.
+        """
+        few = self.surface.thinned() if self.shape[0] >= _THINNED_FROM else None
+        if few is None:
+            return None
+        try:
+            return CurvatureOperator(self.kind, few[0], self._block_bytes), few[1]
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return None  # a model that takes no other number of samples
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch, as_batches, preserved_rng
 
@@ -52,6 +52,29 @@ class Reading:
         finally:
             for generator, state in kept:
                 generator.set_state(state)
+
+
+def sliced(value: Any, size: int, every: int) -> Any:
+    """Take one in ``every`` of ``size`` samples; None where they cannot be told apart.
+
+    Args:
+        value: A tensor, or a tuple, list or dictionary of tensors, sample in front.
+        size: Number of samples.
+        every: The stride.
+
+    Returns:
+        The like, with fewer samples.
+    """
+    if isinstance(value, Tensor):
+        fits = value.ndim > 0 and value.shape[0] == size
+        return value[::every] if fits else None
+    if type(value) in (tuple, list):
+        parts = [sliced(x, size, every) for x in value]
+        return None if any(x is None for x in parts) else type(value)(parts)
+    if type(value) is dict:
+        named = {k: sliced(x, size, every) for k, x in value.items()}
+        return None if any(x is None for x in named.values()) else named
+    return None
 
 
 def _generators(batches: Any) -> list[torch.Generator]:

@@ -14,6 +14,7 @@ Semantics:
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final
 
@@ -34,9 +35,10 @@ from torch_dropout_ir.functional import (
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.sharpness.frozen import Masks, dropout_on, mask_seeds, modes
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
-from torch_dropout_ir.sharpness.reading import Reading
+from torch_dropout_ir.sharpness.reading import Reading, sliced
 
 Subset = Collection[str] | Callable[[str], bool] | None
+_FEW: Final = 64
 _STRIDE: Final = 2**31 + 11  # between the seeds of one pass's batches
 
 
@@ -88,6 +90,24 @@ class Surface:
     def single(self) -> Batch | None:
         """The only batch, where there is one at one draw of masks."""
         return self._batches.single if len(self.seeds) == 1 else None
+
+    def thinned(self) -> tuple[Surface, float] | None:
+        """Return the same at about 64 evenly spaced samples, and their share of all.
+
+        None where there are less than 256, or more than one batch, or samples that
+        cannot be told apart.
+        """
+        batch = self.single
+        if batch is None or self.ranks.spread or batch_size(batch) < 4 * _FEW:
+            return None
+        size = batch_size(batch)
+        every = size // _FEW
+        few = (sliced(batch[0], size, every), sliced(batch[1], size, every))
+        if few[0] is None or few[1] is None:
+            return None
+        other = copy.copy(self)
+        other._batches = Reading(few, self.model)
+        return other, len(range(0, size, every)) / size
 
     @contextlib.contextmanager
     def held(self, seed: int | None) -> Iterator[None]:
