@@ -1,11 +1,12 @@
 """Floor 2: flatness of the loss, with dropout off and errors stated."""
 
+from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.lanczos import Eigen, top_eigenvalues
 from torch_dropout_ir.sharpness.landscape import (
     filter_normalized_direction,
     loss_slice,
 )
-from torch_dropout_ir.sharpness.operators import CurvatureOperator, ggn, hessian
+from torch_dropout_ir.sharpness.operators import ggn, hessian
 from torch_dropout_ir.sharpness.trace import TraceEstimate, trace
 
 __all__ = [
