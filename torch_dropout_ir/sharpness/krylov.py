@@ -70,10 +70,12 @@ class Space:
 
     @property
     def found(self) -> int:
+        """Number of leading pairs that there are."""
         return min(self.k, self._filled)
 
     @property
     def scale(self) -> float:
+        """Largest magnitude among the Ritz values."""
         return float(self.values.abs().max())
 
     @property
@@ -83,6 +85,7 @@ class Space:
 
     @property
     def exhausted(self) -> bool:
+        """Whether the basis spans everything."""
         return self._filled == self._rows.shape[1]
 
     def within(self, tol: float, of: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch_dropout_ir.vectors import Params, to_params, to_vector
 _BASIS: Final = 32
 _LOOK: Final = 8  # products in a random direction, before it is believed
 _LOOK_WARM: Final = 4
-_REHEARSAL: Final = 16
+_REHEARSAL: Final = 12
 _BASIS_BYTES: Final = 2**29
 
 
@@ -68,8 +68,8 @@ def top_eigenvalues(
     when ``errors`` are within the tolerance, in about half the products, with less
     certainty about eigenvectors and about eigenvalues close to each other.
 
-    Without a ``start``, the operator of one large batch rehearses on 64 of its samples:
-    that costs two products and saves about six. Memory: the basis of at most 32 vectors
+    Without a ``start``, the operator of one large batch rehearses on a quarter of it:
+    that costs three products and saves more. Memory: the basis of at most 32 vectors
     (``2 k + 8`` if that is more), within ``max_bytes`` as far as a restart allows.
 
     Args:

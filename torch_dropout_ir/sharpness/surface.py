@@ -38,7 +38,7 @@ from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
 
 Subset = Collection[str] | Callable[[str], bool] | None
-_FEW: Final = 64
+_MANY: Final = 256
 _STRIDE: Final = 2**31 + 11  # between the seeds of one pass's batches
 
 
@@ -92,22 +92,22 @@ class Surface:
         return self._batches.single if len(self.seeds) == 1 else None
 
     def thinned(self) -> tuple[Surface, float] | None:
-        """Return the same at about 64 evenly spaced samples, and their share of all.
+        """Return the same at every fourth sample, and their share of all.
 
-        None where there are less than 256, or more than one batch, or samples that
-        cannot be told apart.
+        Returns:
+            None where there are less than 256, or more than one batch, or samples that
+            cannot be told apart.
         """
         batch = self.single
-        if batch is None or self.ranks.spread or batch_size(batch) < 4 * _FEW:
+        if batch is None or self.ranks.spread or batch_size(batch) < _MANY:
             return None
         size = batch_size(batch)
-        every = size // _FEW
-        few = (sliced(batch[0], size, every), sliced(batch[1], size, every))
+        few = (sliced(batch[0], size, 4), sliced(batch[1], size, 4))
         if few[0] is None or few[1] is None:
             return None
         other = copy.copy(self)
         other._batches = Reading(few, self.model)
-        return other, len(range(0, size, every)) / size
+        return other, len(range(0, size, 4)) / size
 
     @contextlib.contextmanager
     def held(self, seed: int | None) -> Iterator[None]:
