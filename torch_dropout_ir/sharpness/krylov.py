@@ -88,6 +88,16 @@ class Space:
         """Whether the basis spans everything."""
         return self._filled == self._rows.shape[1]
 
+    @property
+    def closed(self) -> bool:
+        """Whether the last image has left the basis no further than rounding."""
+        rounding = 16 * torch.finfo(self._rows.dtype).eps
+        return float(self._rest.norm()) <= rounding * max(self.scale, 1e-300)
+
+    def first_entries(self) -> Tensor:
+        """First entries of the Ritz vectors in the basis, float64 ``[filled]``."""
+        return self._coordinates[0]
+
     def within(self, tol: float, of: Tensor) -> bool:
         """Whether errors are within ``tol`` of their values."""
         rounding = 16 * torch.finfo(self._rows.dtype).eps * self.scale
