@@ -7,7 +7,7 @@ from torch_dropout_ir.sharpness.landscape import (
     filter_normalized_direction,
     loss_slice,
 )
-from torch_dropout_ir.sharpness.operators import ggn, hessian
+from torch_dropout_ir.sharpness.operators import ggn, hessian, used_parameters
 from torch_dropout_ir.sharpness.trace import TraceEstimate, trace
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "spectral_density",
     "top_eigenvalues",
     "trace",
+    "used_parameters",
 ]

@@ -134,3 +134,25 @@ def ggn(
         "ggn", model, loss, batches, masks=masks, params=params, group=group
     )
     return CurvatureOperator("ggn", surface, block_bytes)
+
+
+def used_parameters(model: nn.Module, loss: Any, batches: Any) -> list[str]:
+    """Return the names of the parameters that ``R_S`` depends on.
+
+    What is left out is what :func:`hessian` would refuse. Costs a forward and a
+    backward pass over the batches.
+
+    Args:
+        model: The model; left as it is.
+        loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
+        batches: One batch, or a list or loader of batches.
+
+    Returns:
+        Names, for ``params=``.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> used_parameters(net, "mse", (torch.eye(2), torch.zeros(2, 1)))
+        ['weight', 'bias']
+    """
+    return Surface("used_parameters", model, loss, batches).used()

@@ -219,6 +219,21 @@ class Surface:
             for n, piece in zip(names, pieces, strict=True)
         }
 
+    def used(self) -> list[str]:
+        """Return the parameters that the loss of any batch depends on."""
+        names = list(self.params)
+
+        def one(batch: Batch, place: int, seed: int | None) -> Tensor:
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in self.params.values()]
+                params = dict(zip(names, leaves, strict=True))
+                risk = self.checked(self.risk(params, batch, place, seed), place)
+                found = torch.autograd.grad(risk, leaves, allow_unused=True)
+            return torch.tensor([float(g is not None) for g in found]).to(leaves[0])
+
+        depends = self.average(one, self.seeds[0])
+        return [n for n, x in zip(names, depends.tolist(), strict=True) if x > 0]
+
     def checked(self, risk: Tensor, place: int) -> Tensor:
         """Return the loss of a batch if derivatives of it mean something.
 
