@@ -36,6 +36,7 @@ from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.sharpness.frozen import Masks, dropout_on, mask_seeds, modes
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
+from torch_dropout_ir.vectors import to_params, to_vector
 
 Subset = Collection[str] | Callable[[str], bool] | None
 _MANY: Final = 256
@@ -86,6 +87,10 @@ class Surface:
         self._rest = {n: x.detach().clone() for n, x in rest if n not in chosen}
         self._modes = {m: m.training for m in self.model.modules()}
 
+    def state(self) -> dict[str, Tensor]:
+        """Return all parameters and buffers, by name."""
+        return {**self.params, **self._rest}
+
     @property
     def single(self) -> Batch | None:
         """The only batch, where there is one at one draw of masks."""
@@ -130,14 +135,15 @@ class Surface:
     ) -> Any:
         """Run the model at ``params`` on the batch of that place, inside ``held``."""
         buffers = {n for n, _ in self.model.named_buffers()}
-        state = {n: x.clone() if n in buffers else x for n, x in self._rest.items()}
+        rest = {**self._rest, **params}
+        state = {n: x.clone() if n in buffers else x for n, x in rest.items()}
         arguments = Inputs.of(batch[0])
         # The first batch has the masks of `frozen_masks(model, seed)`.
         place = place * self.ranks.size + self.ranks.rank
         own = 0 if seed is None else seed + _STRIDE * place
         with preserved_rng(self.model, own % 2**63):
             return torch.func.functional_call(
-                self.model, {**params, **state}, arguments.args, dict(arguments.kwargs)
+                self.model, state, arguments.args, dict(arguments.kwargs)
             )
 
     def risk(
@@ -197,27 +203,27 @@ class Surface:
             found = [float(self.average(one, seed)) for seed in self.seeds]
         return sum(found) / len(found)
 
-    def gradient(self, seed: int | None = None) -> dict[str, Tensor]:
-        """Return the gradient at one draw of masks, averaged over batches."""
-        names = list(self.params)
+    def gradient(
+        self, seed: int | None = None, params: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the gradient at one draw of masks, averaged over batches, ``[P]``."""
+        at = self.params if params is None else params
 
         def one(batch: Batch, place: int, seed: int | None) -> Tensor:
             with torch.enable_grad():
-                leaves = {
-                    n: x.detach().requires_grad_() for n, x in self.params.items()
-                }
+                leaves = {n: x.detach().requires_grad_() for n, x in at.items()}
                 risk = self.checked(self.risk(leaves, batch, place, seed), place)
                 found = torch.autograd.grad(
                     risk, list(leaves.values()), materialize_grads=True
                 )
-            return torch.cat([g.reshape(-1) for g in found])
+            return to_vector(dict(zip(leaves, found, strict=True)))
 
-        flat = self.average(one, seed)
-        pieces = flat.split([x.numel() for x in self.params.values()])
-        return {
-            n: piece.view_as(self.params[n])
-            for n, piece in zip(names, pieces, strict=True)
-        }
+        return self.average(one, seed)
+
+    def mean_gradient(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradient at ``params``, averaged over batches and masks."""
+        flat = torch.stack([self.gradient(seed, params) for seed in self.seeds]).mean(0)
+        return to_params(flat, self.params)
 
     def used(self) -> list[str]:
         """Return the parameters that the loss of any batch depends on."""

@@ -45,7 +45,7 @@ _DESCRIPTIONS: Final = {
     "sharpness/spectral_density": "Shares of the eigenvalues of the Hessian of "
     "R_S, by Lanczos quadrature from one random probe.",
     "sharpness/loss_slice": "R_S along one random direction that is scaled to the "
-    "norms of the filters, drawn as a histogram: height = loss, place = step from -1 to 1 "
+    "norms of the filters, drawn as a histogram: height = loss, place = step, -1 to 1 "
     f"({_PAPER}, Fig. 12).",
     "cost/seconds": "Seconds that the measure took.",
     "cost/share": "Share of the analysis in the whole time so far.",
