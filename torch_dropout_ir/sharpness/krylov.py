@@ -148,6 +148,10 @@ class Space:
         chosen = self._coordinates[:, -self.found :].flip(1)
         return chosen.T.to(self._rows) @ self._rows[: self._filled]
 
+    def loosely_locked(self, tol: float) -> bool:
+        """Whether what was locked is known no better than a looser tolerance asked."""
+        return self._locked > tol * float(self.leading.abs().min())
+
     def _keep(self, count: int) -> None:
         rows = (
             self._coordinates[:, -count:].T.to(self._rows) @ self._rows[: self._filled]

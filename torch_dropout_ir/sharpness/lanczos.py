@@ -103,8 +103,14 @@ def top_eigenvalues(
     _check(op, k, max_matvecs, stop)
     search = _Search(tol, stop, _LOOK if start is None else _LOOK_WARM)
     if state is not None:
-        space = Space.resumed(op, state, _capacity(op, state["k"], max_bytes))
-        search.load(state)
+        room = _capacity(op, state["k"], max_bytes)
+        space = Space.resumed(op, state, room)
+        if space.loosely_locked(tol):  # the tolerance is tighter now
+            space = Space(op, space.vectors().sum(0), room, state["k"])
+            space.spent = state["spent"]
+            space.extend()
+        else:
+            search.load(state)
     else:
         first, spent = _start(op, start, max_matvecs)
         space = Space(op, first, _capacity(op, k, max_bytes), k)
