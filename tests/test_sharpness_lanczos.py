@@ -146,7 +146,7 @@ def test_warm_from_the_last_eigenvector_in_five_products():
     op = sharpness.hessian(net, "cross_entropy", batch)
     first = sharpness.top_eigenvalues(op, tol=1e-4)
     again = sharpness.top_eigenvalues(op, start=first.vectors[0])
-    assert again.converged and again.num_matvecs == 5
+    assert again.converged and again.num_matvecs <= 5
 
 
 def test_bad_input():

@@ -13,7 +13,7 @@ from torch_dropout_ir.sharpness.krylov import Space, random_vector
 from torch_dropout_ir.vectors import Params, to_params, to_vector
 
 _BASIS: Final = 32
-_LOOK: Final = 8  # products in a random direction, before it is believed
+_LOOK: Final = 6  # products in a random direction, before it is believed
 _LOOK_WARM: Final = 4
 _REHEARSAL: Final = 12
 _BASIS_BYTES: Final = 2**29
@@ -61,7 +61,7 @@ def top_eigenvalues(
     Stops when every residual is at most ``tol`` times its value, never because a value
     changed little. A small residual says that the value is near *an* eigenvalue; so
     before it stops, it looks for larger ones, and for further copies of multiple ones,
-    from a random direction for eight products (four from a given ``start``), until
+    from a random direction for six products (four from a given ``start``), until
     nothing new is found. Largest means algebraically largest.
 
     Eigenvalues settle with the square of the residual: ``stop="value"`` is content
@@ -201,7 +201,7 @@ def _start(
 def _rehearsed(op: Any, max_matvecs: int) -> tuple[Tensor, int]:
     """Return what an operator of few of the samples takes for its first vector."""
     thinned = op.thinned() if hasattr(op, "thinned") else None
-    if thinned is None or max_matvecs < 2 * _LOOK:
+    if thinned is None or max_matvecs < 12:
         return random_vector(op), 0
     few, share = thinned
     space = Space(few, random_vector(op), _REHEARSAL, 1)
