@@ -15,7 +15,6 @@ import argparse
 import copy
 import importlib
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_dropout_ir import sharpness, vectors
 
 BUDGETS = (8, 16, 32, 64, 128)
+SEEDS = 3
 LIBRARIES = ("pyhessian", "curvlinops", "hessian_eigenthings")
 
 
@@ -120,21 +120,28 @@ def seconds(run: Callable, turns: int = 5) -> float:
     return statistics.median(times)
 
 
+def resident(field: str) -> float:
+    """Megabytes of this process, as Linux counts them: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(field)) / 1024
+
+
 def peak(run: Callable) -> float:
     """Megabytes that a call adds at its peak, in a process of its own."""
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
 
     def child() -> None:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # forget the parent's peak
+        before = resident("VmRSS")
         run()
-        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        queue.put(resident("VmHWM") - before)
 
     process = context.Process(target=child)
     process.start()
     used = queue.get()
     process.join()
-    return used / 1024
+    return used
 
 
 def plain_product(model: nn.Module, batch) -> Callable:
@@ -243,28 +250,29 @@ def truth(make: Callable, state: dict, batch) -> dict[str, float]:
 
 
 def race(name: str, contender: dict[str, Callable], true: dict, unit: float) -> None:
-    """Smallest budget that reaches the true value, and what it cost."""
+    """Smallest budget that reaches the true value from every seed, and what it cost."""
     for what, target in (("top", 1e-3), ("trace", 1e-2)):
         line, first = [], None
         for budget in BUDGETS:
-            torch.manual_seed(0)
-            started = time.perf_counter()
+            errors, started = [], time.perf_counter()
             try:
-                # The fused kernel, which has no second derivative, stops the others.
-                with sdpa_kernel(SDPBackend.MATH):
-                    value = contender[what](budget)
+                for seed in range(SEEDS):
+                    torch.manual_seed(seed)
+                    # The fused kernel has no second derivative: it stops the others.
+                    with sdpa_kernel(SDPBackend.MATH):
+                        value = contender[what](budget)
+                    errors.append(abs(value - true[what]) / abs(true[what]))
             except Exception as err:
                 line.append(f"{budget}: {type(err).__name__}")
                 continue
-            took = (time.perf_counter() - started) / unit
-            error = abs(value - true[what]) / abs(true[what])
-            line.append(f"{budget}: {error:.1e}")
-            if error <= target:
+            took = (time.perf_counter() - started) / unit / SEEDS
+            line.append(f"{budget}: {max(errors):.1e}")
+            if max(errors) <= target:
                 first = took
                 break
         reached = "not reached" if first is None else f"{first:6.1f} units"
         print(f"  {name:20} {what:6} to {target:.0e}: {reached:>12}   "
-              f"true error by budget {', '.join(line)}")  # fmt: skip
+              f"worst true error by budget {', '.join(line)}")  # fmt: skip
 
 
 def memory(model: nn.Module, batch) -> None:

@@ -44,7 +44,9 @@ class Use:
     def _chunks(self, a: Tensor) -> Iterator[slice]:
         """Cut the samples so that what is made of them fits the memory."""
         n, groups, positions, width = a.shape
-        each = groups * self.part.size * (positions + width) * a.element_size()
+        size = self.part.size
+        own = size * width if positions > 1 else 0
+        each = groups * (positions * (size + width) + own) * a.element_size()
         step = max(1, _CHUNK_BYTES // max(1, each))
         yield from (slice(i, min(i + step, n)) for i in range(0, n, step))
 
@@ -57,11 +59,10 @@ class Use:
     def summed(self, gradient: Tensor) -> Tensor:
         """Return the derivative of all samples together, flat."""
         a = self.part.split(gradient)
-        pieces = [
-            torch.einsum("ngto,ngtd->god", a[c], self.part.rows(c))
-            for c in self._chunks(a)
-        ]
-        return torch.stack(pieces).sum(0).reshape(-1)
+        total = a.new_zeros(a.shape[1], a.shape[3], self.part.size)
+        for c in self._chunks(a):
+            total += torch.einsum("ngto,ngtd->god", a[c], self.part.rows(c))
+        return total.reshape(-1)
 
     @property
     def once(self) -> bool:
