@@ -106,7 +106,7 @@ def test_alignment_and_its_null():
     torch.manual_seed(3)
     size = 12
     a = torch.randn(size, size).double()
-    hessian = a + a.T
+    hessian = a + a.T + 3 * torch.eye(size)
     b = torch.randn(size, 5).double()
     sigma = b @ b.T
     found = sharpness.hessian_variance_alignment(hessian, sigma)
