@@ -40,7 +40,13 @@ _DESCRIPTIONS: Final = {
     "sharpness/top_eigenvalue_residual": "An eigenvalue lies within this distance of "
     "the value shown.",
     "sharpness/trace": f"Trace of the Hessian of R_S: flatness ({_PAPER}, sec. VII).",
-    "sharpness/trace_standard_error": "Standard error of the trace.",
+    "sharpness/trace_standard_error": "Standard error of the trace; 0 where it is "
+    "exact.",
+    "sharpness/spectral_density": "Shares of the eigenvalues of the Hessian of "
+    "R_S, by Lanczos quadrature from one random probe.",
+    "sharpness/loss_slice": "R_S along one random direction that is scaled to the "
+    "norms of the filters, drawn as a histogram: height = loss, place = step, -1 to 1 "
+    f"({_PAPER}, Fig. 12).",
     "cost/seconds": "Seconds that the measure took.",
     "cost/share": "Share of the analysis in the whole time so far.",
 }
