@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -52,6 +53,7 @@ _OTHER_NOISE: Final = (
     "feature_alpha_dropout",
     "feature_alpha_dropout_",
 )
+_BACKWARD: Final = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 RECURRENT: Final = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
@@ -112,14 +114,25 @@ class DropoutCalls(ModuleCalls):
         model: The model whose modules make the calls.
         apply: Called with the site and what would be dropped; returns what passes on.
         trains: Whether the pass is a step of training, not a measurement.
+        outlives: Whether its graph is used when the context has ended; then nothing in
+            it may be computed again.
+
+    Attributes:
+        silenced: Functions of other noise that were switched off.
     """
 
     def __init__(
-        self, model: nn.Module, apply: SiteFunction, trains: bool = False
+        self,
+        model: nn.Module,
+        apply: SiteFunction,
+        trains: bool = False,
+        outlives: bool = False,
     ) -> None:
         super().__init__(model)
         self._apply = apply
+        self._outlives = outlives
         self.trains = trains
+        self.silenced: set[str] = set()
 
     def __torch_function__(
         self,
@@ -130,19 +143,45 @@ class DropoutCalls(ModuleCalls):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if func in _BACKWARD:
+            # What is computed again in it is computed with the mode on.
+            with _on_again(self):
+                return inside(func, self)(*args, **kwargs)
         if name in KINDS:
             return self._dropout(name, *args, **kwargs)
+        if name == "native_dropout":
+            output = self._dropout("dropout", *args, **kwargs)
+            return output, torch.ones_like(output, dtype=torch.bool)
         if name == "scaled_dot_product_attention":
             return self._attention(*args, **kwargs)
         if name == "multi_head_attention_forward":
             return inside(func, self)(*args, **kwargs)
-        if name in _OTHER_NOISE:
-            return args[0] if args else kwargs["input"]
-        if name in ("rrelu", "rrelu_"):
-            return F.leaky_relu(*_mean_slope(*args, **kwargs))
-        if name in RECURRENT:
-            args = _without_dropout(args)
+        if name in (*_OTHER_NOISE, "rrelu", "rrelu_", *RECURRENT):
+            return self._silence(name, func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _silence(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a function as it is in evaluation mode."""
+        if name in RECURRENT:
+            place = recurrent_dropout(args)
+            if not args[place] or not args[place + 1]:
+                return func(*args, **kwargs)
+            self._note(name)
+            return func(*args[:place], 0.0, *args[place + 1 :], **kwargs)
+        self._note(name)
+        if name.startswith("rrelu"):
+            return F.leaky_relu(*_mean_slope(*args, **kwargs))
+        return args[0] if args else kwargs["input"]
+
+    def _note(self, name: str) -> None:
+        self.silenced.add(name)
+        self._check_once(name)
 
     def _dropout(
         self,
@@ -186,13 +225,28 @@ class DropoutCalls(ModuleCalls):
     def _site(
         self, function: str, p: float, kind: type[nn.Module] | None = None
     ) -> Site:
-        if checkpointed() and torch.cuda.is_initialized():
-            raise RuntimeError(
-                f"expected {function} outside of activation checkpointing: on a GPU "
-                "its block is computed again out of our sight. Switch checkpointing "
-                "off for the measurement."
-            )
+        self._check_once(function)
         return super()._site(function, p, kind)
+
+    def _check_once(self, function: str) -> None:
+        """Raise where what is replaced would be computed again out of our sight."""
+        if not checkpointed():
+            return
+        if self._outlives or torch.cuda.is_initialized():
+            raise RuntimeError(
+                f"expected {function} outside of activation checkpointing: its block "
+                "would be computed again with dropout on. Switch checkpointing off "
+                "here, or use 'L3' or 'regu' of `modified_loss`."
+            )
+
+
+@contextlib.contextmanager
+def _on_again(mode: TorchFunctionMode) -> Iterator[None]:
+    TorchFunctionMode.__enter__(mode)
+    try:
+        yield
+    finally:
+        TorchFunctionMode.__exit__(mode, None, None, None)
 
 
 def measuring() -> bool:
@@ -219,7 +273,10 @@ def attention_weights(
 ) -> Tensor:
     """Return ``softmax(q k' scale + mask)``; 0 in rows that attend to nothing."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = query @ key.transpose(-2, -1) * factor
+    # Before the product, or half precision overflows.
+    scores = (query * factor) @ key.transpose(-2, -1)
+    if isinstance(mask, CausalBias):
+        mask = mask._materialize(query.device)
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
         mask = mask.tril()
@@ -244,11 +301,13 @@ def inside(func: Any, mode: TorchFunctionMode) -> Callable[..., Any]:
     def reaching(inner: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: mode.__torch_function__(inner, (), args, kwargs)
 
-    own = {
-        "dropout": reaching(F.dropout),
-        "scaled_dot_product_attention": reaching(F.scaled_dot_product_attention),
+    own: dict[str, Any] = {
         "has_torch_function": lambda _: False,
+        "has_torch_function_unary": lambda _: False,
     }
+    if func not in _BACKWARD:
+        own["dropout"] = reaching(F.dropout)
+        own["scaled_dot_product_attention"] = reaching(F.scaled_dot_product_attention)
     found = types.FunctionType(
         func.__code__, {**func.__globals__, **own}, func.__name__, func.__defaults__
     )
@@ -267,8 +326,3 @@ def recurrent_dropout(args: tuple[Any, ...]) -> int:
     """Return the place of ``dropout`` in the arguments of a recurrent kernel."""
     # (x, h, weights, biases, layers, dropout, ...), one more where x is packed.
     return 6 if isinstance(args[3], (list, tuple)) else 5
-
-
-def _without_dropout(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    place = recurrent_dropout(args)
-    return (*args[:place], 0.0, *args[place + 1 :])
