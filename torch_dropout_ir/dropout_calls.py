@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import CausalBias
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
 from torch.overrides import TorchFunctionMode
 
+from torch_dropout_ir.attention import attention_weights
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import checkpointed
 
@@ -262,32 +262,6 @@ def replaced() -> bool:
 def _modes() -> list[TorchFunctionMode]:
     stack = getattr(torch.overrides, "_get_current_function_mode_stack", None)
     return [] if stack is None else stack()
-
-
-def attention_weights(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> Tensor:
-    """Return ``softmax(q k' scale + mask)``; 0 in rows that attend to nothing."""
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    # Before the product, or half precision overflows.
-    scores = (query * factor) @ key.transpose(-2, -1)
-    if isinstance(mask, CausalBias):
-        mask = mask._materialize(query.device)
-    if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
-        mask = mask.tril()
-    if mask is None:
-        return scores.softmax(-1)
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    else:
-        scores = scores + mask
-    empty = (scores == float("-inf")).all(-1, keepdim=True)
-    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
 
 def inside(func: Any, mode: TorchFunctionMode) -> Callable[..., Any]:

@@ -269,12 +269,6 @@ def risk(
     return evaluate
 
 
-def random_state(model: nn.Module) -> list[Tensor]:
-    """Return the states of torch's generators that a pass may draw from."""
-    devices = {x.device for x in model.parameters() if x.is_cuda}
-    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-
-
 @contextlib.contextmanager
 def preserved_rng(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Give back the generators of torch, Python and NumPy as they were.

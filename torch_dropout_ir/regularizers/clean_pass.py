@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torch_dropout_ir.functional import at_sites, call, random_state
+from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.regularizers.checks import check_batch
 from torch_dropout_ir.regularizers.coupling import by_powers, even_root
 from torch_dropout_ir.sites import Site, uncompiled, unobservable
+from torch_dropout_ir.tracing import random_state
 
 Use = tuple[Site, Tensor, Tensor]
 

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir import kernels, ops
-from torch_dropout_ir.functional import Batch, random_state
+from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.masked import clean_risk, dropout_risk
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import Site
+from torch_dropout_ir.tracing import random_state
 
 
 class ExcessRisk:
