@@ -62,9 +62,6 @@ class ModuleCalls(TorchFunctionMode):
 
     Args:
         model: The model whose modules make the calls.
-
-    Attributes:
-        trains: Whether the pass is a step of training, not a measurement.
     """
 
     trains = False

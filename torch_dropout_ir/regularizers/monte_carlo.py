@@ -34,8 +34,9 @@ def monte_carlo(
     other noise, known kinds are switched off, and what is not known is drawn afresh in
     both losses, at one more pass a mask. Both are taken on the same batch. The last
     term has mean zero: :math:`g` is the derivative of ``R_S`` in the inputs :math:`h`
-    of the sites, and :math:`\beta_{-k}` is fitted to the other masks. It takes away most of
-    the variance where dropout is a small perturbation, and fades where it is not.
+    of the sites, and :math:`\beta_{-k}` is fitted to the other masks. It takes away
+    most of the variance where dropout is a small perturbation, and fades where it is
+    not.
 
     Costs a forward pass a mask, and two forward and one backward pass.
 
