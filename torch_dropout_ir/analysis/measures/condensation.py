@@ -68,5 +68,7 @@ class Condensation:
         field = nn.functional.adaptive_avg_pool2d(cosines[None, None], side)[0, 0]
         return {
             f"condensation/cosines/{name}": Histogram(counts.cpu(), -1.0, 1.0),
-            f"condensation/cosine/{name}": Image(field.cpu(), -1.0, 1.0),
+            f"condensation/cosine/{name}": Image(
+                field.cpu(), -1.0, 1.0, order[::stride].cpu()
+            ),
         }
