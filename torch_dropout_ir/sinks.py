@@ -37,7 +37,7 @@ class JsonLines:
         >>> sink.close()
         >>> json.loads(open(path).read())["records"]
         {'loss/R_S': 0.5}
-    """  # noqa: DOC502 (raised by `open`)
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = open(path, "a", encoding="utf-8")
@@ -88,7 +88,7 @@ class Csv:
 
     Raises:
         OSError: If it cannot be written.
-    """  # noqa: DOC502 (raised by `open`)
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = open(path, "a", encoding="utf-8", newline="")

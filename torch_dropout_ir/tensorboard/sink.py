@@ -13,7 +13,7 @@ from typing import Final
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from torch_dropout_ir.analysis import Image, Record
+from torch_dropout_ir.analysis import Record
 from torch_dropout_ir.tensorboard import values
 from torch_dropout_ir.tensorboard.descriptions import describe_tag
 from torch_dropout_ir.tensorboard.panels import Panels
@@ -80,22 +80,14 @@ class TensorBoardSink:
     def write(
         self, step: int, records: Mapping[str, Record], notes: Mapping[str, str]
     ) -> None:
-        """Hand over the records of one step.
-
-        Raises:
-            Exception: What an earlier step's writing has raised.
-        """
+        """Hand over the records of one step; raise what an earlier one's met."""
         if self._error is not None:
             raise self._error
         if self._process == os.getpid():  # the thread does not survive a fork
             self._steps.put((step, time.time(), dict(records), dict(notes)))
 
     def close(self) -> None:
-        """Write what is waiting and close the event file.
-
-        Raises:
-            Exception: What writing has raised.
-        """
+        """Write what is waiting and close the event file; raise what that met."""
         atexit.unregister(self.close)
         if self._process != os.getpid() or not self._thread.is_alive():
             return
