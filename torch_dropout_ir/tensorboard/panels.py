@@ -78,7 +78,7 @@ class Panels:
         """
         self._turn += 1
         room = self._max_bytes - used - _FRAME
-        share = max(_SMALLEST_SHARE, room // max(1, len(self.waiting)))
+        share = max(_SMALLEST_SHARE, 3 * room // (4 * max(1, self._large())))
         found: dict[int, Summary] = {}
         for tag in sorted(self.waiting, key=lambda t: self._seen.get(t, 0)):
             held = self.waiting[tag]
@@ -91,6 +91,14 @@ class Panels:
             self._seen[tag] = self._turn
             del self.waiting[tag]
         return found
+
+    def _large(self) -> int:
+        """How many pictures wait that have rows to spare."""
+        return sum(
+            max(held.record.values.shape) > FEWEST_ROWS
+            for tag, held in self.waiting.items()
+            if isinstance(held.record, Image) and not tag.startswith("initial/")
+        )
 
     def _drawn(self, tag: str, held: _Waiting, share: int) -> Summary:
         summary = Summary()

@@ -16,14 +16,12 @@ const colour = (run) => COLOURS[S.index.runs.indexOf(run) % COLOURS.length];
 const last = (points) => (points ?? []).filter(([step]) => step <= S.step).at(-1);
 function show(x) {
   if (!Number.isFinite(x)) return "–";
-  return x !== 0 && (Math.abs(x) >= 1e4 || Math.abs(x) < 1e-3) ? x.toExponential(1) : String(+x.toPrecision(3));
+  return x && (Math.abs(x) >= 1e6 || Math.abs(x) < 1e-3) ? x.toExponential(1).replace(".0", "") : String(+x.toPrecision(3));
 }
 function put(parent, tag, text = "", more = {}) {
   const made = document.createElementNS(tag === "svg" ? "http://www.w3.org/2000/svg" : parent.namespaceURI, tag);
-  for (const [name, value] of Object.entries(more)) {
-    if (typeof value === "function") made[name] = value;
-    else made.setAttribute(name, value);
-  }
+  for (const [name, value] of Object.entries(more))
+    typeof value === "function" ? (made[name] = value) : made.setAttribute(name, value);
   made.textContent = text;
   return parent.appendChild(made);
 }
@@ -63,10 +61,7 @@ function play() {
   at("play").textContent = start ? "❚❚ pause" : "▶ play";
   if (start && S.step >= steps.at(-1)) draw({ step: steps[0] });
 }
-function flip(set, name) {
-  if (!set.delete(name)) set.add(name);
-  draw();
-}
+const flip = (set, name) => (set.delete(name) || set.add(name), draw());
 function key(event) {
   const { key, target } = event, by = { ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9 }[key];
   if (event.ctrlKey || event.metaKey || event.altKey || target.tagName === "SELECT") return;
@@ -99,9 +94,7 @@ async function draw(changes = {}) {
   const pictures = (of) => Promise.all(runs().map((run) => picture(run, last(of[run]))));
   const [heats, scatters] = await Promise.all([pictures(maps), pictures(places)]);
   if (own !== turn) return;
-  bar();
-  table(tags, values, errors);
-  heat(heats.filter(([, step]) => step !== undefined));
+  bar(), table(tags, values, errors), heat(heats.filter(([, step]) => step !== undefined));
   const lines = (of, points) => runs().flatMap((run) => (last(of[run])?.[1] ? [[run, points(last(of[run])[1])]] : []));
   const middle = ([low, high, counts], i) => low + ((i + 0.5) * (high - low)) / counts.length;
   const heights = (of, unit) => lines(of, (b) => b[2].map((y, i) => [middle(b, i), y / unit(b)]));
@@ -113,8 +106,7 @@ async function draw(changes = {}) {
   document.body.dataset.drawn = own;
 }
 function bar() {
-  const options = S.layers.map((layer) => [layer, layer || "(the model itself)"]);
-  at("layer").replaceChildren(...options.map(([value, text]) => new Option(text, value, false, value === S.layer)));
+  at("layer").replaceChildren(...S.layers.map((l) => new Option(l || "(the model itself)", l, false, l === S.layer)));
   Object.assign(at("slider"), { max: steps.length - 1, value: place() });
   at("step").textContent = `step ${steps[Math.max(0, place())]}`;
   at("runs").replaceChildren();
@@ -161,11 +153,9 @@ function heat(pictures) {
     const figure = put(at("maps"), "figure"), caption = put(figure, "figcaption"), { rows, columns, levels } = found;
     figure.style.width = `${side}px`;
     put(caption, "span", "■ ").style.color = colour(run);
-    put(caption, "span", `${run}, step ${step}`);
-    if (!found.cells) put(figure, "p", found.error, { class: "note" });
-    if (!found.cells) continue;
-    const name = `cosines between neurons, ${run}`;
-    const canvas = put(figure, "canvas", "", { width: columns, height: rows, role: "img", "aria-label": name });
+    put(caption, "span", `step ${step} · ${run}`, { title: run });
+    if (!found.cells) { put(figure, "p", found.error, { class: "note" }); continue; }
+    const canvas = put(figure, "canvas", "", { width: columns, height: rows, role: "img", "aria-label": `cosines, ${run}` });
     canvas.style.width = canvas.style.height = `${side}px`;
     const pen = canvas.getContext("2d"), image = pen.createImageData(columns, rows), all = bytes(found);
     all.forEach((level, i) => image.data.set(rgb(level, levels), 4 * i));
@@ -189,8 +179,13 @@ function range(values, fixed) {
   const [low, high] = fixed ?? values.reduce(([a, b], x) => [Math.min(a, x), Math.max(b, x)], [Infinity, -Infinity]);
   return low < high ? [low, high] : [low - 0.5, high + 0.5];
 }
+function ticks(low, high) {
+  const raw = (high - low) / 5, ten = 10 ** Math.floor(Math.log10(raw)), by = [1, 2, 5, 10].find((k) => k * ten >= raw) * ten;
+  const first = Math.ceil(low / by - 1e-9), count = Math.floor(high / by + 1e-9) - first + 1;
+  return Array.from({ length: count }, (_, i) => (first + i) * by);
+}
 function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
-  const host = at(id), W = Math.max(260, (innerWidth - 92) / 4), H = 250, L = 48, R = 12, T = 10, B = 36;
+  const host = at(id), W = Math.max(260, (innerWidth - 92) / 4), H = 250, L = 48, R = 14, T = 18, B = 36;
   host.replaceChildren();
   const head = put(host, "h2", title), dots = id === "places", log = S.log.has(id), f = log ? Math.log10 : (v) => v;
   if (!dots) put(head, "button", log ? "log" : "linear", { title: "scale", onclick: () => flip(S.log, id) });
@@ -203,21 +198,19 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
   const px = (v) => (L + (4 * ux * (v - left)) / (right - left)).toFixed(1);
   const py = (v) => (H - B - 4 * uy * Math.max(0, (f(v) - bottom) / (high - bottom))).toFixed(1);
   const svg = put(host, "svg", "", { width: W, height: H, role: "img", "aria-label": title });
-  for (let i = 0; i <= 4; i++) {
-    const v = bottom + (i / 4) * (high - bottom), h = H - B - i * uy, said = show(log ? 10 ** v : v);
+  for (const v of ticks(bottom, high)) {
+    const value = log ? 10 ** v : v, h = +py(value);
     put(svg, "line", "", { x1: L, x2: W - R, y1: h, y2: h, class: "grid" });
-    put(svg, "text", said, { x: L - 5, y: h + 4, "text-anchor": "end" });
-    put(svg, "text", show(left + (i / 4) * (right - left)), { x: L + i * ux, y: H - B + 14, "text-anchor": "middle" });
+    put(svg, "text", show(value), { x: L - 5, y: h + 4, "text-anchor": "end" });
   }
+  for (const v of ticks(left, right)) put(svg, "text", show(v), { x: px(v), y: H - B + 14, "text-anchor": "middle" });
   put(svg, "text", xname, { x: (W + L) / 2, y: H - 5, "text-anchor": "middle" });
-  put(svg, "text", yname, { x: L + 4, y: T + 12 });
+  put(svg, "text", yname, { x: 2, y: 11 });
   if (mark >= left && mark <= right) put(svg, "line", "", { x1: px(mark), x2: px(mark), y1: T, y2: H - B, stroke: "gray" });
   for (const [run, points] of good) {
-    const line = points.map((p) => `${px(p[0])},${py(p[1])}`).join(" ");
-    if (!dots) put(svg, "polyline", "", { points: line, fill: "none", stroke: colour(run), "stroke-width": 1.8 });
-    for (const [u, v, weight] of dots ? points : []) {
-      put(svg, "circle", "", { cx: px(u), cy: py(v), r: 1.5 + 2.5 * weight, fill: colour(run), "fill-opacity": 0.55 });
-    }
+    const line = points.map((p) => `${px(p[0])},${py(p[1])}`).join(" "), own = colour(run);
+    if (!dots) put(svg, "polyline", "", { points: line, fill: "none", stroke: own, "stroke-width": 1.8 });
+    else for (const [u, v, w] of points) put(svg, "circle", "", { cx: px(u), cy: py(v), r: 2 + 2 * w, fill: own, opacity: 0.55 });
   }
 }
 
@@ -238,8 +231,7 @@ async function reload() {
 }
 export async function render(records = null) {
   embedded = records;
-  page();
-  theme();
+  page(), theme();
   matchMedia("(prefers-color-scheme: dark)").onchange = theme;
   if (parent !== window && !embedded) {
     new MutationObserver(theme).observe(parent.document.body, { attributeFilter: ["class"] });
