@@ -29,13 +29,19 @@ SAMPLES: Final = {"images": 200, "histograms": 200, "scalars": 2000}
 _MOST_PICTURES: Final = 600
 
 
-def start(log_dir: Path, host: str = "127.0.0.1", port: int | None = None) -> str:
+def start(
+    log_dir: Path,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    load_fast: str = "auto",
+) -> str:
     """Start TensorBoard on ``log_dir`` with the tab and enough samples.
 
     Args:
         log_dir: Directory of runs; it may still be empty.
         host: Address to listen on.
-        port: Port; None: 6006, or the next that is free.
+        port: Port; None: 6006, or the next that is free; 0: any.
+        load_fast: TensorBoard's option: ``"false"`` reads without a second process.
 
     Returns:
         The address of the tab; the server runs until the process ends.
@@ -46,7 +52,12 @@ def start(log_dir: Path, host: str = "127.0.0.1", port: int | None = None) -> st
     _check_directory(log_dir)
     samples = ",".join(f"{kind}={count}" for kind, count in SAMPLES.items())
     options = ["--logdir", str(log_dir), "--host", host, "--samples_per_plugin"]
-    options += [samples, *(() if port is None else ("--port", str(port)))]
+    options += [
+        samples,
+        "--load_fast",
+        load_fast,
+        *(() if port is None else ("--port", str(port))),
+    ]
     board = program.TensorBoard(_plugins())
     board.configure(["tensorboard", *options])
     try:

@@ -35,28 +35,23 @@ async function get(route, of = "") {
   }
   return held.get(key);
 }
-
 function page() {
   if (!embedded) put(document.head, "link", "", { rel: "stylesheet", href: "style.css" });
   const top = put(document.body, "header");
   put(put(top, "label", "layer "), "select", "", { id: "layer", onchange: (e) => draw({ layer: e.target.value }) });
-  put(top, "button", "▶ play", { id: "play", onclick: play });
-  const slide = (e) => draw({ step: steps[e.target.value] });
+  put(top, "button", "▶ play", { id: "play", onclick: play }); const slide = (e) => draw({ step: steps[e.target.value] });
   put(top, "input", "", { id: "slider", type: "range", min: 0, "aria-label": "step", oninput: slide });
-  put(top, "output", "", { id: "step" });
-  put(document.body, "div", "", { id: "runs" });
+  put(top, "output", "", { id: "step" }); put(document.body, "div", "", { id: "runs" });
   const main = put(document.body, "main"), [upper, lower] = ["top", "charts"].map((id) => put(main, "div", "", { id }));
   for (const id of ["numbers", "maps"]) put(upper, "section", "", { id });
   for (const id of ["places", "density", "slice", "curve"]) put(lower, "section", "", { id });
   put(document.body, "footer", "← → step · Home End · space plays · [ ] layer · 1–9 shows or hides a run · l log scales");
-  put(document.body, "div", "", { id: "hint", hidden: "" });
-  document.addEventListener("keydown", key);
+  put(document.body, "div", "", { id: "hint", hidden: "" }); document.addEventListener("keydown", key);
 }
 const place = () => steps.findLastIndex((step) => step <= S.step);
 const move = (by) => draw({ step: steps[Math.max(0, Math.min(steps.length - 1, place() + by))] });
 function play() {
-  clearInterval(S.playing);
-  const start = !S.playing && steps.length > 1;
+  clearInterval(S.playing); const start = !S.playing && steps.length > 1;
   S.playing = start && setInterval(() => (S.step >= steps.at(-1) ? play() : move(1)), 400);
   at("play").textContent = start ? "❚❚ pause" : "▶ play";
   if (start && S.step >= steps.at(-1)) draw({ step: steps[0] });
@@ -75,10 +70,8 @@ function key(event) {
   else return;
   event.preventDefault();
 }
-
 async function draw(changes = {}) {
-  const own = ++turn, atEnd = S.step >= steps.at(-1);
-  Object.assign(S, changes);
+  const own = ++turn, atEnd = S.step >= steps.at(-1); Object.assign(S, changes);
   const tags = Object.values(NUMBERS).map((tag) => (tag.endsWith("/") ? tag + S.layer : tag));
   const error = (tag) => [tag + "_standard_error", tag + "_residual"].find((t) => S.index.scalars[t]);
   const series = (of) => Promise.all(of.map((tag) => (S.index.scalars[tag] ? get("scalars", tag) : {})));
@@ -108,18 +101,15 @@ async function draw(changes = {}) {
 function bar() {
   at("layer").replaceChildren(...S.layers.map((l) => new Option(l || "(the model itself)", l, false, l === S.layer)));
   Object.assign(at("slider"), { max: steps.length - 1, value: place() });
-  at("step").textContent = `step ${steps[Math.max(0, place())]}`;
-  at("runs").replaceChildren();
+  at("step").textContent = `step ${steps[Math.max(0, place())]}`; at("runs").replaceChildren();
   for (const run of S.index.runs) {
     const box = put(at("runs"), "button", "", { "aria-pressed": !S.off.has(run), onclick: () => flip(S.off, run) });
-    put(box, "span", "■ ").style.color = colour(run);
-    put(box, "span", run);
+    put(box, "span", "■ ").style.color = colour(run); put(box, "span", run);
   }
   if (!S.index.runs.length) put(at("runs"), "p", "No run here yet: attach an analysis, or try torch-dropout-ir demo.");
 }
 function table(tags, values, errors) {
-  at("numbers").replaceChildren();
-  const body = put(at("numbers"), "table"), head = put(body, "tr");
+  at("numbers").replaceChildren(); const body = put(at("numbers"), "table"), head = put(body, "tr");
   put(head, "th", "at this step");
   for (const run of runs()) put(head, "th", "■", { title: run }).style.color = colour(run);
   Object.keys(NUMBERS).forEach((name, i) => {
@@ -151,25 +141,21 @@ function heat(pictures) {
   at("maps").replaceChildren();
   for (const [run, step, found] of pictures) {
     const figure = put(at("maps"), "figure"), caption = put(figure, "figcaption"), { rows, columns, levels } = found;
-    figure.style.width = `${side}px`;
-    put(caption, "span", "■ ").style.color = colour(run);
+    figure.style.width = `${side}px`; put(caption, "span", "■ ").style.color = colour(run);
     put(caption, "span", `step ${step} · ${run}`, { title: run });
     if (!found.cells) { put(figure, "p", found.error, { class: "note" }); continue; }
     const canvas = put(figure, "canvas", "", { width: columns, height: rows, role: "img", "aria-label": `cosines, ${run}` });
     canvas.style.width = canvas.style.height = `${side}px`;
     const pen = canvas.getContext("2d"), image = pen.createImageData(columns, rows), all = bytes(found);
-    all.forEach((level, i) => image.data.set(rgb(level, levels), 4 * i));
-    pen.putImageData(image, 0, 0);
+    all.forEach((level, i) => image.data.set(rgb(level, levels), 4 * i)); pen.putImageData(image, 0, 0);
     const value = (t) => show(+(found.low + t * (found.high - found.low)).toFixed(2));
     canvas.onmousemove = ({ offsetX, offsetY, clientX, clientY }) => {
       const [r, c] = [Math.floor((offsetY / side) * rows), Math.floor((offsetX / side) * columns)];
       const level = all[r * columns + c], names = [r, c].map((i) => found.names[i] ?? i).join(" and neuron ");
-      at("hint").hidden = !(level < levels);
-      at("hint").textContent = `neuron ${names}: cosine ${value(level / (levels - 1))}`;
+      at("hint").hidden = !(level < levels); at("hint").textContent = `neuron ${names}: cosine ${value(level / (levels - 1))}`;
       Object.assign(at("hint").style, { left: `${Math.min(clientX + 12, innerWidth - 320)}px`, top: `${clientY + 14}px` });
     };
-    canvas.onmouseleave = () => (at("hint").hidden = true);
-    put(figure, "div", "", { class: "scale" });
+    canvas.onmouseleave = () => (at("hint").hidden = true); put(figure, "div", "", { class: "scale" });
     const ends = put(figure, "div", "", { class: "ends" });
     for (const t of [0, 0.5, 1]) put(ends, "span", value(t));
   }
@@ -185,8 +171,7 @@ function ticks(low, high) {
   return Array.from({ length: count }, (_, i) => (first + i) * by);
 }
 function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
-  const host = at(id), W = Math.max(260, (innerWidth - 92) / 4), H = 250, L = 48, R = 14, T = 18, B = 36;
-  host.replaceChildren();
+  const host = at(id), W = Math.max(260, (innerWidth - 92) / 4), H = 250, L = 48, R = 14, T = 18, B = 36; host.replaceChildren();
   const head = put(host, "h2", title), dots = id === "places", log = S.log.has(id), f = log ? Math.log10 : (v) => v;
   if (!dots) put(head, "button", log ? "log" : "linear", { title: "scale", onclick: () => flip(S.log, id) });
   head.style.width = `${W}px`;
@@ -199,13 +184,11 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
   const py = (v) => (H - B - 4 * uy * Math.max(0, (f(v) - bottom) / (high - bottom))).toFixed(1);
   const svg = put(host, "svg", "", { width: W, height: H, role: "img", "aria-label": title });
   for (const v of ticks(bottom, high)) {
-    const value = log ? 10 ** v : v, h = +py(value);
-    put(svg, "line", "", { x1: L, x2: W - R, y1: h, y2: h, class: "grid" });
+    const value = log ? 10 ** v : v, h = +py(value); put(svg, "line", "", { x1: L, x2: W - R, y1: h, y2: h, class: "grid" });
     put(svg, "text", show(value), { x: L - 5, y: h + 4, "text-anchor": "end" });
   }
   for (const v of ticks(left, right)) put(svg, "text", show(v), { x: px(v), y: H - B + 14, "text-anchor": "middle" });
-  put(svg, "text", xname, { x: (W + L) / 2, y: H - 5, "text-anchor": "middle" });
-  put(svg, "text", yname, { x: 2, y: 11 });
+  put(svg, "text", xname, { x: (W + L) / 2, y: H - 5, "text-anchor": "middle" }); put(svg, "text", yname, { x: 2, y: 11 });
   if (mark >= left && mark <= right) put(svg, "line", "", { x1: px(mark), x2: px(mark), y1: T, y2: H - B, stroke: "gray" });
   for (const [run, points] of good) {
     const line = points.map((p) => `${px(p[0])},${py(p[1])}`).join(" "), own = colour(run);
@@ -213,7 +196,6 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
     else for (const [u, v, w] of points) put(svg, "circle", "", { cx: px(u), cy: py(v), r: 2 + 2 * w, fill: own, opacity: 0.55 });
   }
 }
-
 function theme() {
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   const host = parent === window || embedded ? dark : parent.document.body.classList.contains("dark-mode");
@@ -230,9 +212,7 @@ async function reload() {
   await draw();
 }
 export async function render(records = null) {
-  embedded = records;
-  page(), theme();
-  matchMedia("(prefers-color-scheme: dark)").onchange = theme;
+  embedded = records; page(), theme(); matchMedia("(prefers-color-scheme: dark)").onchange = theme;
   if (parent !== window && !embedded) {
     new MutationObserver(theme).observe(parent.document.body, { attributeFilter: ["class"] });
     const { port1, port2 } = new MessageChannel();
