@@ -178,8 +178,8 @@ def test_an_empty_directory_says_so(tmp_path):
 
 def test_a_run_in_progress_and_200_layers(tmp_path):
     sink = write_run(tmp_path / "logs" / "run", layers=200, steps=(0,), close=False)
-    sink._writer.flush()
-    wait_for(lambda: sink._panels._turn == 1)
+    sink.write(1, {"loss/R_S": 1.0}, {})
+    wait_for(lambda: sink._panels._turn == 2)
     sink._writer.flush()
     path = tmp_path / "report.html"
     write_report(tmp_path / "logs", path)
@@ -213,7 +213,8 @@ def test_the_keyboard_moves_steps_runs_and_layers(two_runs, tmp_path):
       document.dispatchEvent(new KeyboardEvent("keydown", { key })); await wait(200);
     }</script>"""
     for keys, step, layer, hidden in (
-        (["ArrowLeft"], 5, 0, 0), (["Home"], 0, 0, 0), (["Home", "ArrowRight"], 5, 0, 0),
+        (["ArrowLeft"], 5, 0, 0), (["Home"], 0, 0, 0), 
+        (["Home", "ArrowRight"], 3, 0, 0),
         (["]"], 10, 1, 0), (["["], 10, 1, 0), (["1"], 10, 0, 1), (["1", "1"], 10, 0, 0),
     ):  # fmt: skip
         out.write_text(text + presses.replace("KEYS", json.dumps(keys)))

@@ -1,5 +1,6 @@
 """Routes of the tab: static files, and records as JSON."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -23,8 +24,11 @@ class BoardPlugin(base_plugin.TBPlugin):
 
     def get_plugin_apps(self):
         """Return the routes."""
-        files = {f"/{file.name}": _file(file) for file in STATIC.iterdir()}
-        return files | {f"/{route}": self._route(route) for route in ROUTES}
+        makes = {r: functools.partial(self._answer, route=r) for r in ROUTES}
+        for file in STATIC.iterdir():
+            kind = _TYPES[file.suffix]
+            makes[file.name] = lambda _, f=file, k=kind: (f.read_bytes(), k)
+        return {f"/{name}": _served(make) for name, make in makes.items()}
 
     def is_active(self):
         """Return False: TensorBoard looks for data of `data_plugin_names` itself."""
@@ -40,30 +44,22 @@ class BoardPlugin(base_plugin.TBPlugin):
             es_module_path="/index.js", tab_name="Dropout IR"
         )
 
-    def _route(self, route):
-        @wrappers.Request.application
-        def serve(request):
-            try:
-                context = plugin_util.context(request.environ)
-                experiment = plugin_util.experiment_id(request.environ)
-                of = request.args.getlist("of")
-                found = answer(self._provider, context, experiment, route, *of)
-                return _response(json.dumps(found), "application/json")
-            except Exception as err:
-                said = json.dumps({"error": f"{type(err).__name__}: {err}"})
-                return _response(said, "application/json", 404)
-
-        return serve
+    def _answer(self, request, route):
+        env = request.environ
+        about = plugin_util.context(env), plugin_util.experiment_id(env)
+        found = answer(self._provider, *about, route, *request.args.getlist("of"))
+        return json.dumps(found), "application/json"
 
 
-def _file(path):
+def _served(make):
     @wrappers.Request.application
-    def serve(_):
-        return _response(path.read_bytes(), _TYPES[path.suffix])
+    def serve(request):
+        try:
+            (content, kind), status = make(request), 200
+        except Exception as err:
+            content = json.dumps({"error": f"{type(err).__name__}: {err}"})
+            kind, status = "application/json", 404
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+        return wrappers.Response(content, status, headers, content_type=kind)
 
     return serve
-
-
-def _response(content, kind, status=200):
-    headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-    return wrappers.Response(content, status, headers, content_type=kind)

@@ -51,8 +51,8 @@ def _value(route, datum):
     bins = datum.numpy
     if bins.ndim != 2 or bins.shape[1] != 3 or not len(bins):
         return None
-    ends, counts = [float(bins[0, 0]), float(bins[-1, 1])], bins[:, 2].tolist()
-    return [*ends, counts] if all(map(math.isfinite, (*ends, *counts))) else None
+    ends = [float(bins[0, 0]), float(bins[-1, 1])]
+    return [*ends, bins[:, 2].tolist()] if math.isfinite(bins.sum()) else None
 
 
 def picture(png):

@@ -1,29 +1,24 @@
 // What comes out of a log becomes text nodes and numbers, never markup or code.
 const COLOURS = ["#2b83ba", "#e6550d", "#31a354", "#9467bd", "#d62728", "#17becf", "#a6a61f", "#e377c2"];
 const NUMBERS = {
-  "test accuracy": "demo/test_accuracy", "R_1": "regularizer/R1", "R_1 at one p": "demo/R1_at_p",
-  "R_2": "regularizer/R2", "R_S": "loss/R_S", "effective ratio": "condensation/effective_ratio/",
-  "effective neurons": "condensation/effective_neurons/", "top eigenvalue": "sharpness/top_eigenvalue",
-  "trace": "sharpness/trace", "share of the time": "cost/share",
+  "test accuracy": "demo/test_accuracy", R_1: "regularizer/R1", "R_1 at one p": "demo/R1_at_p", R_2: "regularizer/R2", R_S: "loss/R_S",
+  "effective ratio": "condensation/effective_ratio/", "effective neurons": "condensation/effective_neurons/",
+  "top eigenvalue": "sharpness/top_eigenvalue", trace: "sharpness/trace", "share of the time": "cost/share",
 };
 const S = { off: new Set(), log: new Set(["density", "slice", "curve"]), step: Infinity, curve: "regularizer/R1" };
-const held = new Map();
+const held = new Map(), CHARTS = ["places", "density", "slice", "curve"];
 let steps = [0], turn = 0, later = 0, embedded = null;
-
 const at = (id) => document.getElementById(id);
 const runs = () => S.index.runs.filter((run) => !S.off.has(run));
 const colour = (run) => COLOURS[S.index.runs.indexOf(run) % COLOURS.length];
 const last = (points) => (points ?? []).filter(([step]) => step <= S.step).at(-1);
 function show(x) {
-  if (!Number.isFinite(x)) return "–";
-  return x && (Math.abs(x) >= 1e6 || Math.abs(x) < 1e-3) ? x.toExponential(1).replace(".0", "") : String(+x.toPrecision(3));
+  return !Number.isFinite(x) ? "–" : x && (Math.abs(x) >= 1e6 || Math.abs(x) < 1e-3) ? x.toExponential(1).replace(".0", "") : String(+x.toPrecision(3));
 }
 function put(parent, tag, text = "", more = {}) {
   const made = document.createElementNS(tag === "svg" ? "http://www.w3.org/2000/svg" : parent.namespaceURI, tag);
-  for (const [name, value] of Object.entries(more))
-    typeof value === "function" ? (made[name] = value) : made.setAttribute(name, value);
-  made.textContent = text;
-  return parent.appendChild(made);
+  for (const [name, value] of Object.entries(more)) typeof value === "function" ? (made[name] = value) : made.setAttribute(name, value);
+  made.textContent = text; return parent.appendChild(made);
 }
 async function get(route, of = "") {
   const key = JSON.stringify([route, of]);
@@ -43,8 +38,7 @@ function page() {
   put(top, "input", "", { id: "slider", type: "range", min: 0, "aria-label": "step", oninput: slide });
   put(top, "output", "", { id: "step" }); put(document.body, "div", "", { id: "runs" });
   const main = put(document.body, "main"), [upper, lower] = ["top", "charts"].map((id) => put(main, "div", "", { id }));
-  for (const id of ["numbers", "maps"]) put(upper, "section", "", { id });
-  for (const id of ["places", "density", "slice", "curve"]) put(lower, "section", "", { id });
+  for (const id of ["numbers", "maps", ...CHARTS]) put(CHARTS.includes(id) ? lower : upper, "section", "", { id });
   put(document.body, "footer", "← → step · Home End · space plays · [ ] layer · 1–9 shows or hides a run · l log scales");
   put(document.body, "div", "", { id: "hint", hidden: "" }); document.addEventListener("keydown", key);
 }
@@ -63,8 +57,7 @@ function key(event) {
   if (by) move(by);
   else if (key === " " && target.tagName !== "BUTTON") play();
   else if ((key === "[" || key === "]") && S.layers.length) {
-    const next = S.layers.indexOf(S.layer) + (key === "]" ? 1 : -1) + S.layers.length;
-    draw({ layer: S.layers[next % S.layers.length] });
+    const next = S.layers.indexOf(S.layer) + (key === "]" ? 1 : -1) + S.layers.length; draw({ layer: S.layers[next % S.layers.length] });
   } else if (key === "l") draw({ log: new Set(S.log.size ? [] : ["density", "slice", "curve"]) });
   else if (S.index.runs[key - 1] !== undefined) flip(S.off, S.index.runs[key - 1]);
   else return;
@@ -86,7 +79,7 @@ async function draw(changes = {}) {
   const picture = async (run, point) => [run, point?.[0], point && (await get("picture", point[1] ?? ""))];
   const pictures = (of) => Promise.all(runs().map((run) => picture(run, last(of[run]))));
   const [heats, scatters] = await Promise.all([pictures(maps), pictures(places)]);
-  if (own !== turn) return;
+  if (own !== turn) return; // a later drawing has begun
   bar(), table(tags, values, errors), heat(heats.filter(([, step]) => step !== undefined));
   const lines = (of, points) => runs().flatMap((run) => (last(of[run])?.[1] ? [[run, points(last(of[run])[1])]] : []));
   const middle = ([low, high, counts], i) => low + ((i + 0.5) * (high - low)) / counts.length;
@@ -110,11 +103,9 @@ function bar() {
 }
 function table(tags, values, errors) {
   at("numbers").replaceChildren(); const body = put(at("numbers"), "table"), head = put(body, "tr");
-  put(head, "th", "at this step");
-  for (const run of runs()) put(head, "th", "■", { title: run }).style.color = colour(run);
+  put(head, "th", "at this step"); for (const run of runs()) put(head, "th", "■", { title: run }).style.color = colour(run);
   Object.keys(NUMBERS).forEach((name, i) => {
-    if (!runs().some((run) => last(values[i][run]))) return;
-    const row = put(body, "tr");
+    if (!runs().some((run) => last(values[i][run]))) return; const row = put(body, "tr");
     put(put(row, "th"), "button", name, { title: `draw ${tags[i]}`, onclick: () => draw({ curve: tags[i] }) });
     for (const run of runs()) {
       const error = last(errors[i][run])?.[1];
@@ -126,20 +117,16 @@ const bytes = (found) => Uint8Array.from(atob(found.cells), (c) => c.charCodeAt(
 function cells(found) {
   // The upper half of the picture is now: each cell above the middle colour is a dot.
   const { rows, columns, levels } = found, half = columns * Math.floor(rows / 2);
-  const points = [...bytes(found).subarray(0, half)].map((level, i) => [
-    (2 * (i % columns) + 1) / columns - 1, 1 - (2 * Math.floor(i / columns) + 1) / rows, (2 * level) / (levels - 1) - 1,
-  ]);
-  return points.filter(([, , weight]) => weight > 0 && weight <= 1);
+  const dot = (level, i) => [(2 * (i % columns) + 1) / columns - 1, 1 - (2 * Math.floor(i / columns) + 1) / rows, (2 * level) / (levels - 1) - 1];
+  return [...bytes(found).subarray(0, half)].map(dot).filter(([, , weight]) => weight > 0 && weight <= 1);
 }
 function rgb(level, levels) {
-  if (level >= levels) return [150, 150, 150, 255];
   const t = (2 * level) / (levels - 1) - 1, end = t < 0 ? [33, 102, 172] : [178, 24, 43];
-  return [...end.map((x) => 247 + Math.abs(t) * (x - 247)), 255];
+  return level >= levels ? [150, 150, 150, 255] : [...end.map((x) => 247 + Math.abs(t) * (x - 247)), 255];
 }
 function heat(pictures) {
   const room = innerWidth - at("numbers").offsetWidth - 60, side = Math.max(150, Math.min(270, room / pictures.length - 14));
-  at("maps").replaceChildren();
-  for (const [run, step, found] of pictures) {
+  at("maps").replaceChildren(); for (const [run, step, found] of pictures) {
     const figure = put(at("maps"), "figure"), caption = put(figure, "figcaption"), { rows, columns, levels } = found;
     figure.style.width = `${side}px`; put(caption, "span", "■ ").style.color = colour(run);
     put(caption, "span", `step ${step} · ${run}`, { title: run });
@@ -156,8 +143,7 @@ function heat(pictures) {
       Object.assign(at("hint").style, { left: `${Math.min(clientX + 12, innerWidth - 320)}px`, top: `${clientY + 14}px` });
     };
     canvas.onmouseleave = () => (at("hint").hidden = true); put(figure, "div", "", { class: "scale" });
-    const ends = put(figure, "div", "", { class: "ends" });
-    for (const t of [0, 0.5, 1]) put(ends, "span", value(t));
+    const ends = put(figure, "div", "", { class: "ends" }); for (const t of [0, 0.5, 1]) put(ends, "span", value(t));
   }
   if (!pictures.length) put(at("maps"), "p", "No cosines between neurons here.", { class: "note" });
 }
@@ -165,8 +151,9 @@ function range(values, fixed) {
   const [low, high] = fixed ?? values.reduce(([a, b], x) => [Math.min(a, x), Math.max(b, x)], [Infinity, -Infinity]);
   return low < high ? [low, high] : [low - 0.5, high + 0.5];
 }
-function ticks(low, high) {
-  const raw = (high - low) / 5, ten = 10 ** Math.floor(Math.log10(raw)), by = [1, 2, 5, 10].find((k) => k * ten >= raw) * ten;
+function ticks(low, high, whole) {
+  const raw = (high - low) / 5, ten = 10 ** Math.floor(Math.log10(raw)), nice = [1, 2, 5, 10].find((k) => k * ten >= raw) * ten;
+  const by = whole && high - low > 1 ? Math.max(1, nice) : nice;
   const first = Math.ceil(low / by - 1e-9), count = Math.floor(high / by + 1e-9) - first + 1;
   return Array.from({ length: count }, (_, i) => (first + i) * by);
 }
@@ -183,7 +170,7 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
   const px = (v) => (L + (4 * ux * (v - left)) / (right - left)).toFixed(1);
   const py = (v) => (H - B - 4 * uy * Math.max(0, (f(v) - bottom) / (high - bottom))).toFixed(1);
   const svg = put(host, "svg", "", { width: W, height: H, role: "img", "aria-label": title });
-  for (const v of ticks(bottom, high)) {
+  for (const v of ticks(bottom, high, log)) {
     const value = log ? 10 ** v : v, h = +py(value); put(svg, "line", "", { x1: L, x2: W - R, y1: h, y2: h, class: "grid" });
     put(svg, "text", show(value), { x: L - 5, y: h + 4, "text-anchor": "end" });
   }
@@ -197,9 +184,8 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
   }
 }
 function theme() {
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const host = parent === window || embedded ? dark : parent.document.body.classList.contains("dark-mode");
-  document.documentElement.dataset.theme = host ? "dark" : "light";
+  const own = parent === window || embedded, dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  document.documentElement.dataset.theme = (own ? dark : parent.document.body.classList.contains("dark-mode")) ? "dark" : "light";
 }
 async function reload() {
   for (const key of held.keys()) if (!key.startsWith('["picture"')) held.delete(key);
@@ -207,16 +193,14 @@ async function reload() {
   const tags = Object.keys({ ...S.index.images, ...S.index.scalars });
   const named = tags.map((tag) => /^condensation\/[^/]+\/(.*)$/s.exec(tag)?.[1]).filter((layer) => layer !== undefined);
   S.layers = [...new Set(named)].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
-  if (!S.layers.includes(S.layer)) S.layer = S.layers[0] ?? "";
-  if (!S.index.scalars[S.curve]) S.curve = tags.find((tag) => S.index.scalars[tag]) ?? S.curve;
-  await draw();
+  S.layer = S.layers.includes(S.layer) ? S.layer : S.layers[0] ?? ""; S.curve = S.index.scalars[S.curve] ? S.curve : tags.find((tag) => S.index.scalars[tag]) ?? S.curve;
+  return draw();
 }
 export async function render(records = null) {
   embedded = records; page(), theme(); matchMedia("(prefers-color-scheme: dark)").onchange = theme;
   if (parent !== window && !embedded) {
     new MutationObserver(theme).observe(parent.document.body, { attributeFilter: ["class"] });
-    const { port1, port2 } = new MessageChannel();
-    port1.onmessage = () => { clearTimeout(later); later = setTimeout(reload, 100); };
+    const { port1, port2 } = new MessageChannel(); port1.onmessage = () => { clearTimeout(later); later = setTimeout(reload, 100); };
     parent.postMessage("experimental.bootstrap", "*", [port2]);
   }
   await reload();
