@@ -213,7 +213,7 @@ def test_the_keyboard_moves_steps_runs_and_layers(two_runs, tmp_path):
       document.dispatchEvent(new KeyboardEvent("keydown", { key })); await wait(200);
     }</script>"""
     for keys, step, layer, hidden in (
-        (["ArrowLeft"], 5, 0, 0), (["Home"], 0, 0, 0), 
+        (["ArrowLeft"], 5, 0, 0), (["Home"], 0, 0, 0),
         (["Home", "ArrowRight"], 3, 0, 0),
         (["]"], 10, 1, 0), (["["], 10, 1, 0), (["1"], 10, 0, 1), (["1", "1"], 10, 0, 0),
     ):  # fmt: skip

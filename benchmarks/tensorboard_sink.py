@@ -3,7 +3,7 @@
 Ours is one event a step, written by a thread of its own; beside it, what one would
 write with torch's ``SummaryWriter``: ``add_scalar``, ``add_histogram``, ``add_image``.
 
-    python benchmarks/tensorboard.py --png tensorboard.png
+    python benchmarks/tensorboard_sink.py --png tensorboard.png
 """
 
 import argparse
