@@ -22,6 +22,7 @@ FLOORS = {
         "functional",
         "vectors",
         "sites",
+        "dropout_calls",
         "losses",
         "output_hessian",
     ),

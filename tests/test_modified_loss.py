@@ -182,21 +182,26 @@ def test_training_lowers_it_and_attention_can_be_penalized(kind):
     assert sum(seen[-5:]) < 0.95 * sum(seen[:5])
 
 
-def test_beside_an_attached_analysis():
+@pytest.mark.parametrize("kind", KINDS)
+def test_beside_an_attached_analysis(kind):
+    """The pass of the main term is the script's: its batch and its targets are seen."""
     net, batch = small()
     net = net.float()
     batch = tuple(x.float() for x in batch)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    analysis = tdi.attach_analysis(net, "mse", data=batch, log_dir=False, every=2)
+    criterion = nn.MSELoss()
+    analysis = tdi.attach_analysis(net, log_dir=False, every=2)
     for _ in range(5):
         optimizer.zero_grad()
-        modified_loss(net, batch, "mse", kind="L1").backward()
+        modified_loss(net, batch, criterion, kind=kind, lr=0.1).backward()
         optimizer.step()
     assert [step for step, _ in analysis.history["regularizer/R1"]] == [0, 2, 4]
     h = net[:2](batch[0])
     analysis.measure()
     expected = float(last_layer(h, net[3].weight, 0.3).detach())
     assert analysis.latest["regularizer/R1"] == pytest.approx(expected, rel=1e-5)
+    drawn = kind != "L1"  # which draws no mask at all
+    assert ("mask/keep_rate/2" in analysis.latest) is (drawn and kind != "L2")
     analysis.detach()
 
 

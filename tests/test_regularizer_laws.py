@@ -1,6 +1,8 @@
 """What the theory says of R_1 and R_2, held against enumeration and by construction."""
 
+import functools
 import itertools
+import sys
 
 import pytest
 import torch
@@ -89,6 +91,16 @@ def test_known_losses_equal_the_same_losses_unknown(form, name):
     assert known == pytest.approx(
         closed_form(form, net, batch, lambda f, t: loss(f, t)), rel=1e-9
     )
+
+
+def test_a_partial_function_is_known_by_what_it_fills_in():
+    loss = functools.partial(F.cross_entropy, label_smoothing=0.2, reduction="sum")
+    resolved = resolve_loss(loss)
+    assert (resolved.kind, resolved.reduction) == ("cross_entropy", "sum")
+    net, batch = softmax_net(0.3)
+    known = closed_form(last_layer, net, batch, loss)
+    unknown = closed_form(last_layer, net, batch, lambda f, t: loss(f, t))
+    assert known == pytest.approx(unknown, rel=1e-9)
 
 
 def test_weighted_soft_targets_equal_the_unknown_loss():
@@ -287,6 +299,53 @@ def test_the_linear_part_is_taken_away(p):
     assert gain > {0.02: 5, 0.5: 1.2, 0.9: 0.95}[p]
 
 
+def test_each_draw_is_corrected_by_what_the_others_tell():
+    """By a loop over the draws; a draw alike to none corrects nothing."""
+    from torch_dropout_ir.regularizers.excess import ExcessRisk
+
+    net, batch = softmax_net(0.4)
+    excess = ExcessRisk(net, batch, resolve_loss("cross_entropy"))
+    excess.draw(6)
+    x, c = torch.stack(excess._excess), torch.stack(excess._linear)
+    expected = []
+    for k in range(6):
+        rest = [j for j in range(6) if j != k]
+        known = c[rest] - c[rest].mean()
+        slope = (known * x[rest]).sum() / known.square().sum()
+        expected.append(x[k] - slope * c[k])
+    torch.testing.assert_close(excess.corrected(), torch.stack(expected))
+    excess._linear = [torch.tensor(float(k == 3)).double() for k in range(6)]
+    rest = torch.stack([x[j] for j in range(6) if j != 3])
+    torch.testing.assert_close(excess.corrected()[3], x[3])  # the others are alike
+    first = excess.corrected()[0]  # a draw with no linear part is left as it is
+    torch.testing.assert_close(first, x[0])
+    assert rest.shape == (5,)
+
+
+def test_a_site_that_drops_everything_has_no_linear_part():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(3, 6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 6), nn.Dropout(1.0),
+        nn.Linear(6, 2),
+    ).double()  # fmt: skip
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.side = net, nn.Linear(6, 2).double()
+
+        def forward(self, x):
+            h = self.net[:3](x)
+            return self.side(h) + self.net[3:](h)
+
+    model = Both()
+    batch = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    r1 = truth(model, batch, "mse")
+    draws = [monte_carlo(model, batch, "mse", num_masks=8).value for _ in range(200)]
+    values = torch.stack(draws)
+    assert (values.mean() - r1).abs() < 4 * values.std() / 200**0.5
+
+
 def test_monte_carlo_stops_on_its_error():
     net, batch = softmax_net(0.1)
     found = monte_carlo(net, batch, "cross_entropy", num_masks=4000, rtol=0.1)
@@ -323,6 +382,34 @@ def test_p_of_one_and_repeated_sites():
     r1 = truth(net, batch, "mse")
     found = monte_carlo(net, batch, "mse", num_masks=2000)
     assert abs(float(found.value) - r1) < 4 * float(found.standard_error)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy", nn.BCEWithLogitsLoss()])
+def test_large_features_are_summed_block_by_block(loss, monkeypatch):
+    """Values and gradients, to second order, are those of one block."""
+    h = torch.randn(50, 8).double().requires_grad_()
+    w = torch.randn(3, 8).double().requires_grad_()
+    y = torch.randint(3, (50,)) if loss == "cross_entropy" else torch.rand(50, 3)
+    y = y if loss == "cross_entropy" else y.double()
+
+    def run(form):
+        value = form(h, w, 0.3, loss=loss, outputs=h @ w.T, targets=y)
+        slopes = torch.autograd.grad(value, (h, w), create_graph=True)
+        curved = torch.autograd.grad(sum(s.square().sum() for s in slopes), (h, w))
+        with torch.no_grad():
+            plain = form(h, w, 0.3, loss=loss, outputs=h @ w.T, targets=y)
+        return value, plain, *slopes, *curved
+
+    whole = run(last_layer), run(leave_one_out)
+    closed, one_by_one = (
+        sys.modules[form.__module__] for form in (last_layer, leave_one_out)
+    )
+    monkeypatch.setattr(closed, "_IN_CACHE", 8 * 7)
+    monkeypatch.setattr(closed, "_FOR_PRODUCTS", 8 * 7)
+    monkeypatch.setattr(one_by_one, "_ELEMENTS", 3 * 8 * 7)
+    for a, b in zip(whole, (run(last_layer), run(leave_one_out)), strict=True):
+        for one, several in zip(a, b, strict=True):
+            torch.testing.assert_close(one, several)
 
 
 # ---- models with several outputs

@@ -2,8 +2,9 @@
 
 Semantics:
 
-* ``R_S`` is the loss with dropout off: every module is in evaluation mode except
-  batch normalization, which keeps the mode that it has in training.
+* ``R_S`` is the loss of the network as it trains, with dropout off: dropout modules are
+  in evaluation mode, calls of dropout functions are replaced, and every other module
+  keeps its mode, batch normalization too.
 * Buffers are cloned before every pass, so running statistics never move.
 * Modes and hooks are restored when the context ends, after an exception too.
 * What these functions draw comes from torch's generators; :func:`preserved_rng`
@@ -21,13 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from torch_dropout_ir.dropout_calls import DropoutCalls, SiteFunction
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.sites import Site, active_sites
+from torch_dropout_ir.sites import Site, active_sites, is_noise
 
 Batch = tuple[Any, Any]
-SiteFunction = Callable[[Site, Tensor], Tensor]
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -47,11 +47,11 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside the context; batch normalization keeps its mode."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Switch dropout modules off inside the context; the others keep their mode."""
+    modes = [(m, m.training) for m in model.modules() if is_noise(m)]
     try:
-        for module, training in modes:
-            module.training = training and isinstance(module, _NormBase)
+        for module, _ in modes:
+            module.training = False
         yield
     finally:
         for module, training in modes:
@@ -89,11 +89,12 @@ def at_sites(
     Args:
         model: The model.
         apply: Called with the site and its input; returns what passes on.
-        sites: The sites to act on; those that draw noise in training if None.
+        sites: The modules to act on; those that draw noise in training if None. Calls
+            of dropout functions are acted on in any case.
         move_buffers: Whether running statistics move, as in a step of training.
 
     Yields:
-        The sites acted on.
+        The modules acted on.
     """
     chosen = active_sites(model) if sites is None else tuple(sites)
     with contextlib.ExitStack() as stack:
@@ -109,6 +110,7 @@ def at_sites(
 
             handle = site.module.register_forward_hook(hook)
             stack.callback(handle.remove)
+        stack.enter_context(DropoutCalls(model, apply, trains=move_buffers))
         yield chosen
 
 

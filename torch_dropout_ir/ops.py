@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torch_dropout_ir import kernels, registration
 from torch_dropout_ir.tracing import eager, transformed
@@ -283,6 +284,8 @@ def dropout(
         >>> dropout(torch.ones(8), 0.5, rng=key)
         tensor([2., 2., 0., 0., 2., 2., 0., 0.])
     """  # noqa: DOC502 (raised by the checks of `draw`)
+    if has_torch_function_unary(x) and not torch.compiler.is_compiling():
+        return handle_torch_function(dropout, (x,), x, p, training, rng=rng)
     if not training:
         _check_rate(p, eager())
         return x

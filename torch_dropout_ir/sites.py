@@ -3,13 +3,16 @@
 Semantics:
 
 * A site is a module of torch's ``Dropout``, ``Dropout1d``, ``Dropout2d`` or
-  ``Dropout3d``, or of a subclass that has the forward pass of one of them or is ours.
-  It multiplies its input by ``1 + eta``.
-* ``eta`` is drawn per element by ``Dropout``, per channel by the others: their mask
-  has the shape ``[N, C, 1, ...]`` and is shared by all positions.
-* A module that is used several times in one forward pass is one site, whose uses add.
-* Dropout that is no module of its own (inside attention, recurrent cells, or called as
-  a function) is not a site; :func:`unobservable` lists what can be told from outside.
+  ``Dropout3d``, or of a subclass that has the forward pass of one of them or is ours;
+  a module of stochastic depth (torchvision's, or one named ``...DropPath``); or a call
+  of a dropout function, named ``<module>:<function>#<k>`` after the module whose
+  forward pass makes it. It multiplies its input by ``1 + eta``.
+* ``eta`` is drawn per element by ``Dropout``, per channel by the others (their mask has
+  the shape ``[N, C, 1, ...]`` and is shared by all positions), per sample by stochastic
+  depth.
+* A site that is used several times in one forward pass is one site, whose uses add.
+* :func:`unobservable` lists what can be told from outside of other noise. Calls are
+  found in a forward pass alone.
 """
 
 from __future__ import annotations
@@ -30,20 +33,26 @@ _OTHER_NOISE: Final = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One dropout module of a model.
+    """One dropout module of a model, or one call of a dropout function.
 
     Attributes:
-        name: Its name in ``model.named_modules()``.
-        module: The module itself.
+        name: Its name in ``model.named_modules()``, or that of the call.
+        module: The module itself, or the one that makes the call.
+        kind: For a call, the module class whose masks have its shape.
+        rate: For a call, its probability of dropping.
     """
 
     name: str
     module: nn.Module
+    kind: type[nn.Module] | None = None
+    rate: float | None = None
 
     @property
     def p(self) -> float:
-        """Probability of dropping, as the module has it now."""
-        return float(self.module.p)  # type: ignore[arg-type]
+        """Probability of dropping, as the module has it now or the call had it."""
+        if self.rate is not None:
+            return self.rate
+        return float(getattr(self.module, "p", getattr(self.module, "drop_prob", 0.0)))
 
     @property
     def variance(self) -> float:
@@ -61,27 +70,53 @@ class Site:
 
     def mask_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """Return the shape of the mask that an input of ``shape`` receives."""
-        return mask_shape(self.module, shape)
+        return mask_shape(self.module, shape, self.kind)
+
+    def num_units(self, shape: torch.Size) -> int:
+        """Return the number of units that an input of ``shape`` has."""
+        return num_units(self.module, shape, self.kind)
 
 
-def _own_dims(module: nn.Module, shape: torch.Size) -> int:
+def _own_dims(
+    module: nn.Module, shape: torch.Size, kind: type[nn.Module] | None
+) -> int:
     """Number of leading dimensions along which mask elements are independent."""
-    if not isinstance(module, CHANNEL_DROPOUT):
+    kind = type(module) if kind is None else kind
+    if is_stochastic_depth(module) and kind is type(module):
+        by_sample = getattr(module, "mode", "row") == "row"
+        return min(1, len(shape)) if by_sample else 0
+    if not issubclass(kind, CHANNEL_DROPOUT):
         return len(shape)
-    one = any(isinstance(module, t) and len(shape) != r for t, r in _BATCHED_RANK)
+    one = any(issubclass(kind, t) and len(shape) != r for t, r in _BATCHED_RANK)
     return 1 if one else min(2, len(shape))
 
 
-def mask_shape(module: nn.Module, shape: torch.Size) -> tuple[int, ...]:
+def mask_shape(
+    module: nn.Module, shape: torch.Size, kind: type[nn.Module] | None = None
+) -> tuple[int, ...]:
     """Return the mask's shape for an input of ``shape``: 1 where it is shared."""
-    own = _own_dims(module, shape)
+    own = _own_dims(module, shape, kind)
     return (*shape[:own], *(1,) * (len(shape) - own))
 
 
-def num_units(module: nn.Module, shape: torch.Size) -> int:
+def num_units(
+    module: nn.Module, shape: torch.Size, kind: type[nn.Module] | None = None
+) -> int:
     """Return the number of units: features, or channels for channel dropout."""
-    own = _own_dims(module, shape)
+    own = _own_dims(module, shape, kind)
+    if is_stochastic_depth(module) and kind is None:
+        return 1  # the branch; samples are its rows
     return shape[own - 1] if own else 1
+
+
+def is_stochastic_depth(module: nn.Module) -> bool:
+    """Whether a module drops whole branches and scales what it keeps."""
+    name = type(module).__name__
+    if name == "StochasticDepth":
+        return hasattr(module, "p") and hasattr(module, "mode")
+    rate = getattr(module, "drop_prob", None)
+    scaled = getattr(module, "scale_by_keep", True)
+    return name.endswith("DropPath") and isinstance(rate, (int, float)) and scaled
 
 
 def active_sites(model: nn.Module) -> tuple[Site, ...]:
@@ -106,6 +141,8 @@ def plain_forward(module: nn.Module) -> Callable[..., Tensor] | None:
 
 def _is_site(module: nn.Module) -> bool:
     """Whether the noise is torch's: a subclass with another forward may draw others."""
+    if is_stochastic_depth(module):
+        return True
     own = getattr(type(module).forward, "draws_as_torch", False)
     return own or type(module).forward is plain_forward(module)
 
@@ -115,6 +152,12 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     return tuple(
         Site(name, module) for name, module in model.named_modules() if _is_site(module)
     )
+
+
+def is_noise(module: nn.Module) -> bool:
+    """Whether a module does nothing but draw noise, of a kind that is known or not."""
+    other = isinstance(module, _OTHER_NOISE)
+    return other or _is_site(module) or plain_forward(module) is not None
 
 
 def unobservable(model: nn.Module) -> dict[str, str]:
@@ -131,8 +174,6 @@ def unobservable(model: nn.Module) -> dict[str, str]:
                 f"{type(module).__name__} shifts what it drops: its noise is not "
                 "multiplicative, and the formulas of R_1 do not hold for it"
             )
-        elif isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
-            reasons[name] = "attention weights are dropped inside the attention kernel"
         elif isinstance(module, nn.RNNBase) and module.dropout > 0:
             reasons[name] = f"{type(module).__name__} drops between its own layers"
     return reasons

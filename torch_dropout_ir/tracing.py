@@ -21,6 +21,16 @@ _MODE = getattr(torch._C, "_get_dispatch_mode", None)
 _PROXY_MODE = _MODE and functools.partial(_MODE, torch._C._TorchDispatchModeKey.PROXY)
 
 
+# What packs the tensors that autograd saves, if anything does.
+_PACKING = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def checkpointed() -> bool:
+    """Whether a forward pass is in a block that will be computed again."""
+    packing = _PACKING(False) if _PACKING is not None else None
+    return packing is not None and "checkpoint" in packing[0].__qualname__
+
+
 def transformed() -> bool:
     """Whether a ``torch.func`` transform is active; True where torch does not tell."""
     return _TRANSFORMS_ACTIVE is None or _TRANSFORMS_ACTIVE()

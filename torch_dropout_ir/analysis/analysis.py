@@ -15,10 +15,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torch_dropout_ir.analysis.cadence import Cadence
-from torch_dropout_ir.analysis.capture import OURS, Capture
+from torch_dropout_ir.analysis.capture import Capture
 from torch_dropout_ir.analysis.delivery import Delivery, warn
 from torch_dropout_ir.analysis.facts import run_facts
 from torch_dropout_ir.analysis.records import Record, Sink, remember
+from torch_dropout_ir.analysis.replay import own_statistics
 from torch_dropout_ir.analysis.snapshot import (
     Measure,
     Snapshot,
@@ -32,7 +33,7 @@ from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.nn import convert_dropout_, is_convertible, restore_dropout_
-from torch_dropout_ir.sites import active_sites, find_sites
+from torch_dropout_ir.sites import active_sites
 
 
 class Analysis:
@@ -45,8 +46,6 @@ class Analysis:
         history: Every number recorded, by tag, as ``(step, value)``.
         absent: Measures left out the last time, with the reason.
         notes: How a number was obtained, by tag.
-        sites: The dropout sites found, and those that cannot be observed, with the
-            reason.
     """
 
     def __init__(
@@ -78,15 +77,18 @@ class Analysis:
         self._seed = torch.initial_seed() % 2**62
         self._clock = time.perf_counter()
         self._due = set(cadence.due(0))
-        # Inside a compiled wrapper no hook of a site would be called.
-        sites = find_sites(model) if watched is model else ()
-        self._capture = Capture(watched, sites)
+        # A compiled wrapper draws other masks than the model inside it would.
+        self._capture = Capture(watched, model if watched is model else None)
         self._handles = contextlib.ExitStack()
         self._handles.callback(self._delivery.close)
         self._attached = False
         self._loaded: dict[str, MaskStatistics] = {}
         self._leave = weakref.finalize(self, self._handles.close)
-        self.sites: tuple[SiteReport, ...] = report_sites(model)
+
+    @property
+    def sites(self) -> tuple[SiteReport, ...]:
+        """The dropout sites found so far, and other noise with why it is not seen."""
+        return report_sites(self.model, self._capture.calls, self._capture.unseen)
 
     def attach(self) -> None:
         """Put the hooks in place; :func:`attach_analysis` has done it."""
@@ -211,6 +213,7 @@ class Analysis:
 
     def _snapshot(self) -> Snapshot:
         capture = self._capture
+        capture.observe()
         if not self._loss_given and capture.loss_module is not None:
             with contextlib.suppress(ValueError):
                 # A copy: its buffers are the script's.
@@ -225,7 +228,7 @@ class Analysis:
         return Snapshot(
             model=self.model,
             step=self.step,
-            sites=active_sites(self.model),
+            sites=(*active_sites(self.model), *capture.calls.values()),
             loss=self.loss,
             inputs=batch[0],
             targets=batch[1],
@@ -237,10 +240,7 @@ class Analysis:
         )
 
     def _statistics(self) -> dict[str, MaskStatistics]:
-        seen = dict(self._capture.statistics)
-        for site in self._capture.sites:
-            if isinstance(site.module, OURS) and site.module.statistics.num_calls:
-                seen[site.name] = site.module.statistics
+        seen = self._capture.statistics | own_statistics(self.model)
         empty = MaskStatistics()
         return {n: self._loaded.get(n, empty) + s for n, s in seen.items()}
 

@@ -2,10 +2,9 @@
 
 Semantics:
 
-* Only the root module carries hooks between steps. Hooks on the sites and the global
-  look-out for the loss live inside a step that measures, and are gone after it.
-* Foreign dropout is observed by what it does to ones from the same generator state;
-  the state after the pass is the one that the pass itself left.
+* Only the root module carries hooks between steps. The global look-out for the loss
+  lives inside a step that measures, and is gone after it.
+* Foreign dropout is observed in a second pass from the same generator state.
 * Copies and pickles of the model carry a hook that does nothing.
 """
 
@@ -23,12 +22,11 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
 from torch_dropout_ir.analysis.delivery import warn
+from torch_dropout_ir.analysis.replay import Generators, replay
+from torch_dropout_ir.dropout_calls import measuring, replaced
 from torch_dropout_ir.functional import Inputs
 from torch_dropout_ir.masks import MaskStatistics
-from torch_dropout_ir.nn import Dropout, Dropout1d, Dropout2d, Dropout3d
-from torch_dropout_ir.sites import Site, mask_shape, num_units, plain_forward
-
-OURS = (Dropout, Dropout1d, Dropout2d, Dropout3d)
+from torch_dropout_ir.sites import Site
 
 
 class RootHook:
@@ -59,7 +57,8 @@ class Capture:
 
     Args:
         watched: The module that the script calls.
-        sites: The dropout sites to observe.
+        model: The module to run again for its masks; None where that would not draw
+            the same, as in a compiled wrapper.
 
     Attributes:
         inputs: Arguments of the last training pass.
@@ -67,27 +66,30 @@ class Capture:
         targets: Targets that a loss module received with those outputs.
         loss_module: That loss module.
         statistics: Mask statistics of the foreign sites observed.
+        calls: The calls of dropout functions that were found, by name.
+        unseen: Noise that cannot be seen, by place, with the reason.
         want_masks: Whether to observe the masks of the coming pass.
         want_targets: Whether to look for the targets of the coming pass.
         paused: True while the analysis itself runs the model.
     """
 
-    def __init__(self, watched: nn.Module, sites: tuple[Site, ...]) -> None:
+    def __init__(self, watched: nn.Module, model: nn.Module | None) -> None:
         self.watched = watched
-        self.sites = sites
+        self.model = model
         self.inputs: Inputs | None = None
         self.outputs: Any = None
         self.targets: Any = None
         self.loss_module: nn.Module | None = None
         self.statistics: dict[str, MaskStatistics] = {}
+        self.calls: dict[str, Site] = {}
+        self.unseen: dict[str, str] = {}
         self.want_masks = True
         self.want_targets = True
         self.paused = False
         self._seconds = 0.0
         self._versions: list[int] = []
-        self._states: dict[str, Tensor] = {}
+        self._start: Generators | None = None
         self._step = contextlib.ExitStack()
-        self._pass = contextlib.ExitStack()
         self._root = contextlib.ExitStack()
 
     def attach(self, owner: object) -> None:
@@ -106,7 +108,7 @@ class Capture:
 
     def detach(self) -> None:
         """Remove every hook and let go of what was seen."""
-        for stack in (self._pass, self._step, self._root):
+        for stack in (self._step, self._root):
             stack.close()
         self.inputs = self.outputs = self.targets = None
 
@@ -127,27 +129,20 @@ class Capture:
     def _before(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self.paused or not self.watched.training or torch.compiler.is_compiling():
+        if self.paused or not self.watched.training or _not_the_scripts():
             return
         self.end_step()
-        self._pass.close()
         self.inputs, self.targets = Inputs(args, kwargs), None
         self._versions = _versions(self.inputs)
-        for site in self.sites if self.want_masks else ():
-            if isinstance(site.module, OURS):
-                continue
-            note, observe = self._note_state(site), self._observe(site)
-            before = site.module.register_forward_pre_hook(RootHook(note))
-            after = site.module.register_forward_hook(RootHook(observe), prepend=True)
-            self._keep(self._pass, before)
-            self._keep(self._pass, after)
+        self._start = None
+        if self.want_masks and self.model is not None and not replaced():
+            self._start = Generators(self.model)
 
     def _after(
         self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any
     ) -> None:
-        if self.paused or torch.compiler.is_compiling():
+        if self.paused or _not_the_scripts():
             return
-        self._pass.close()
         if self.inputs is not None and _versions(self.inputs) != self._versions:
             self.inputs = None  # the model writes on its inputs: no second pass
         if self.watched.training and self.want_targets and isinstance(outputs, Tensor):
@@ -169,45 +164,27 @@ class Capture:
             self.loss_module, self.targets = module, args[1]
             self.end_step()
 
-    def _note_state(self, site: Site) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if site.module.training and args and isinstance(args[0], Tensor):
-                self._states[site.name] = _generator_state(args[0].device)
+    def observe(self) -> None:
+        """Look at the masks of the last pass, where it was one to look at."""
+        start, self._start = self._start, None
+        if start is None or self.inputs is None or self.model is None:
+            return
+        started = time.perf_counter()
+        try:
+            found = replay(self.model, self.inputs, start)
+        except Exception as err:  # a measure of its own: training goes on
+            warn(f"the masks of this step were not observed: {err}")
+        else:
+            for name, drawn in found.statistics.items():
+                seen = self.statistics.get(name, MaskStatistics())
+                self.statistics[name] = seen + drawn
+            self.calls, self.unseen = found.calls, found.unseen
+        self._seconds += time.perf_counter() - started
 
-        return note
 
-    def _observe(self, site: Site) -> Callable[..., None]:
-        draw = plain_forward(site.module)
-        assert draw is not None  # it is a site
-
-        def observe(module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
-            state = self._states.pop(site.name, None)
-            if state is None or not args[0].numel():
-                return
-            started = time.perf_counter()
-            x = args[0].detach()
-            shape = mask_shape(module, x.shape)
-            ones = torch.ones(shape, dtype=x.dtype, device=x.device)
-            after = _generator_state(ones.device)
-            _set_generator_state(ones.device, state)
-            try:
-                with torch.no_grad():
-                    mask = draw(module, ones) != 0
-            finally:
-                _set_generator_state(ones.device, after)
-            counts = mask.reshape(-1, num_units(module, x.shape)).sum(0)
-            drawn = MaskStatistics.of_units(counts, mask.numel(), site.p)
-            seen = self.statistics.get(site.name, MaskStatistics())
-            self.statistics[site.name] = seen + drawn
-            self._seconds += time.perf_counter() - started
-
-        def safely(*call: Any) -> None:
-            try:
-                observe(*call)
-            except Exception as err:  # this runs inside the user's forward pass
-                warn(f"the mask of site {site.name!r} was not observed: {err}")
-
-        return safely
+def _not_the_scripts() -> bool:
+    """Whether the pass is one of a compiler or of a measure called by hand."""
+    return torch.compiler.is_compiling() or measuring()
 
 
 def _versions(inputs: Inputs) -> list[int]:
@@ -218,16 +195,3 @@ def _versions(inputs: Inputs) -> list[int]:
 
 def _counted(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.is_inference()
-
-
-def _generator_state(device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.get_rng_state()
-
-
-def _set_generator_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)

@@ -70,10 +70,7 @@ class Snapshot:
         return None
 
 
-NO_SITE: Final = (
-    "the model has no dropout module with p > 0 (dropout called as a function is not "
-    "seen)"
-)
+NO_SITE: Final = "no dropout with p > 0 was found, neither a module nor a call"
 _LACKING: Final[dict[Need, str]] = {
     "sites": NO_SITE,
     "inputs": (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from torch_dropout_ir.analysis.facts import RUN
-from torch_dropout_ir.sites import find_sites, unobservable
+from torch_dropout_ir.sites import Site, find_sites, unobservable
 
 if TYPE_CHECKING:
     from torch_dropout_ir.analysis.analysis import Analysis
@@ -36,13 +37,26 @@ class SiteReport:
         return not self.reason
 
 
-def report_sites(model: nn.Module) -> tuple[SiteReport, ...]:
-    """Return the sites of ``model``, observed ones first."""
-    seen = [SiteReport(s.name, type(s.module).__name__, s.p) for s in find_sites(model)]
+def report_sites(
+    model: nn.Module, calls: Mapping[str, Site], unseen: Mapping[str, str]
+) -> tuple[SiteReport, ...]:
+    """Return the sites of ``model``, observed ones first.
+
+    Args:
+        model: The model.
+        calls: Calls of dropout functions found in a pass.
+        unseen: Other noise found in a pass, with the reason why it cannot be seen.
+    """
     modules = dict(model.named_modules())
+    seen = [SiteReport(s.name, type(s.module).__name__, s.p) for s in find_sites(model)]
+    seen += [SiteReport(n, "call", s.p) for n, s in calls.items() if n not in unseen]
     hidden = [
         SiteReport(name, type(modules[name]).__name__, _rate(modules[name]), reason)
         for name, reason in unobservable(model).items()
+    ]
+    hidden += [
+        SiteReport(n, "call", calls[n].p if n in calls else float("nan"), reason)
+        for n, reason in unseen.items()
     ]
     return (*seen, *hidden)
 

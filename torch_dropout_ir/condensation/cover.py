@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Final
 
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.condensation.orientation import orientations
-
-_BLOCK_BYTES: Final = 2**25
+from torch_dropout_ir.condensation.greedy import greedy_cover, num_far_apart
+from torch_dropout_ir.condensation.tiles import row_norms, unit_rows, with_orientation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,22 +16,30 @@ class EffectiveNeurons:
     """How many directions a layer's neurons have.
 
     Attributes:
-        count: Number of directions found.
+        count: Number of directions found; never below the smallest number possible.
         ratio: ``count`` over the number of neurons that are not dead; NaN if all are.
         labels: Cluster of each neuron, int64 ``[m]``, numbered by falling size; -1 for
             the dead.
-        num_dead: Number of dead neurons.
+        num_dead: Number of dead neurons: zero, weak, or not finite.
+        num_nonfinite: How many of them have an entry that is infinite or NaN.
+        lower_bound: The smallest number possible is not below this.
     """
 
     count: int
     ratio: float
     labels: Tensor
     num_dead: int
+    num_nonfinite: int
+    lower_bound: int
 
 
 @torch.no_grad()
 def effective_neurons(
-    weights: Tensor, threshold: float = 0.95, min_amplitude: float = 0.0
+    weights: Tensor,
+    threshold: float = 0.95,
+    min_amplitude: float = 0.0,
+    *,
+    amplitude: Tensor | None = None,
 ) -> EffectiveNeurons:
     r"""Count the directions that a layer's neurons have.
 
@@ -42,22 +48,29 @@ def effective_neurons(
     NP-hard; this is the greedy cover with the neurons themselves as candidates: again
     and again the neuron that is parallel to most of those left. It errs upward: the
     count is never below the minimum, and at most ``1 + ln m`` times the smallest cover
-    by neurons.
+    by neurons. From below, two neurons whose cosine is at most ``2 threshold^2 - 1``
+    (twice the angle) have no direction in common: ``lower_bound`` is a number of
+    neurons that are so pairwise, found greedily too.
 
-    Nothing of size ``m x m`` is held; about ``4 m^2 d`` operations.
+    A threshold nearer to 1 than the rounding of the cosines is taken as that: equal
+    directions are always one.
+
+    Tiles of the matrix of cosines are seen, and at most 64 pairs a neuron are held;
+    ``m^2 d`` operations, thrice that where most neurons are parallel.
 
     Args:
         weights: Input weights, ``[m, d]``.
         threshold: Cosine above which neurons are parallel, in ``[-1, 1]``.
-        min_amplitude: Share of the largest norm up to which a neuron is dead; neurons
-            of norm zero always are.
+        min_amplitude: Share of the largest amplitude below which a neuron is dead;
+            neurons of norm zero and those that are not finite always are.
+        amplitude: Amplitudes ``[m]``, as :func:`amplitudes` gives them; the norms if
+            None.
 
     Returns:
-        The count, its ratio, the clusters and the number of dead neurons.
+        The count, its ratio, the clusters, the dead, and a bound from below.
 
     Raises:
-        ValueError: If ``weights`` is no matrix or not finite, or a share or threshold
-            is out of range.
+        ValueError: If shapes do not fit, or a share or threshold is out of range.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, Definition 3. Chvatal, *A
@@ -68,22 +81,34 @@ def effective_neurons(
         >>> found = effective_neurons(w)
         >>> found.count, round(found.ratio, 3), found.labels.tolist(), found.num_dead
         (2, 0.667, [0, 0, 1, -1], 1)
+        >>> found.lower_bound
+        2
     """  # noqa: DOC502 (raised by `_check`)
-    _check(weights, threshold, min_amplitude)
-    norms = torch.linalg.vector_norm(orientations(weights), dim=1)
-    lengths = torch.linalg.vector_norm(weights.double(), dim=1)
-    floor = min_amplitude * lengths.amax() if lengths.numel() else 0.0
-    alive = ((norms > 0) & (lengths >= floor)).nonzero().squeeze(1)
-    labels = torch.full(
-        (weights.shape[0],), -1, dtype=torch.int64, device=weights.device
+    _check(weights, threshold, min_amplitude, amplitude)
+    weights = weights.detach()
+    alive, num_nonfinite = with_orientation(weights)
+    if min_amplitude > 0 and len(alive):
+        size = row_norms(weights) if amplitude is None else amplitude.detach().abs()
+        size = size[alive]
+        alive = alive[size >= min_amplitude * size.amax()]
+    rows = unit_rows(weights[alive])
+    total = weights.shape[0]
+    labels = torch.full((total,), -1, dtype=torch.int64, device=weights.device)
+    labels[alive] = greedy_cover(rows, threshold)
+    count = int(labels.max()) + 1 if total else 0
+    return EffectiveNeurons(
+        count,
+        count / len(alive) if len(alive) else float("nan"),
+        labels,
+        total - len(alive),
+        num_nonfinite,
+        num_far_apart(rows, threshold),
     )
-    labels[alive] = _greedy_cover(orientations(weights[alive]), threshold)
-    count = int(labels.max()) + 1 if labels.numel() else 0
-    ratio = count / alive.numel() if alive.numel() else float("nan")
-    return EffectiveNeurons(count, ratio, labels, weights.shape[0] - alive.numel())
 
 
-def _check(weights: Tensor, threshold: float, min_amplitude: float) -> None:
+def _check(
+    weights: Tensor, threshold: float, min_amplitude: float, amplitude: Tensor | None
+) -> None:
     if weights.ndim != 2:
         raise ValueError(
             "effective_neurons: expected `weights` [neurons, d], got shape "
@@ -94,36 +119,8 @@ def _check(weights: Tensor, threshold: float, min_amplitude: float) -> None:
             "effective_neurons: expected `threshold` in [-1, 1] and `min_amplitude` in "
             f"[0, 1], got {threshold} and {min_amplitude}"
         )
-    if not bool(torch.isfinite(weights).all()):
-        raise ValueError("effective_neurons: expected finite `weights`, got inf or nan")
-
-
-def _greedy_cover(rows: Tensor, threshold: float) -> Tensor:
-    """Cluster number of each unit row, by falling size of the greedy choice."""
-    labels = torch.full((rows.shape[0],), -1, dtype=torch.int64, device=rows.device)
-    counts = _parallel_counts(rows, rows, threshold)
-    for cluster in range(rows.shape[0]):
-        best = int(counts.argmax())
-        if counts[best] <= 1:
-            break
-        near = rows @ rows[best] > threshold
-        near[best] = True  # whatever rounding says of its norm
-        members = (near & (labels < 0)).nonzero().squeeze(1)
-        labels[members] = cluster
-        # Those covered may still be the centre of others.
-        counts -= _parallel_counts(rows, rows[members], threshold)
-        counts[best] = 0
-    alone = (labels < 0).nonzero().squeeze(1)
-    found = int(labels.max()) + 1 if labels.numel() else 0
-    labels[alone] = torch.arange(found, found + alone.numel(), device=rows.device)
-    return labels
-
-
-def _parallel_counts(rows: Tensor, others: Tensor, threshold: float) -> Tensor:
-    """For each row the number of ``others`` parallel to it, in bounded blocks."""
-    block = max(1, _BLOCK_BYTES // (rows.element_size() * max(1, others.shape[0])))
-    pieces = [
-        (piece @ others.T > threshold).sum(1)
-        for piece in rows.split(min(block, max(1, rows.shape[0])))
-    ]
-    return torch.cat(pieces) if pieces else rows.new_zeros(0, dtype=torch.int64)
+    if amplitude is not None and amplitude.shape != weights.shape[:1]:
+        raise ValueError(
+            f"effective_neurons: expected `amplitude` [{weights.shape[0]}], got "
+            f"{list(amplitude.shape)}"
+        )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.condensation.compare import leading_plane
 from torch_dropout_ir.condensation.cover import effective_neurons
-from torch_dropout_ir.condensation.orientation import orientations
+from torch_dropout_ir.condensation.tiles import unit_rows
 
 
 @torch.no_grad()
-def cluster_order(weights: Tensor) -> Tensor:
+def cluster_order(weights: Tensor, labels: Tensor | None = None) -> Tensor:
     """Return an order of the neurons that puts parallel ones side by side.
 
     Clusters of :func:`effective_neurons` stay together and follow one another by the
@@ -19,6 +20,8 @@ def cluster_order(weights: Tensor) -> Tensor:
 
     Args:
         weights: Input weights, ``[m, d]``.
+        labels: Their clusters ``[m]``, -1 for the dead; those of
+            :func:`effective_neurons` if None.
 
     Returns:
         A permutation of the neurons, int64 ``[m]``.
@@ -26,11 +29,13 @@ def cluster_order(weights: Tensor) -> Tensor:
     Example:
         >>> w = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.01], [0.0, 2.0]])
         >>> cluster_order(w).tolist()
-        [2, 0, 1, 3]
+        [0, 2, 1, 3]
     """
-    labels = effective_neurons(weights).labels
-    rows = orientations(weights if weights.dtype == torch.float64 else weights.float())
-    plane = _leading_plane(rows)
+    if labels is None:
+        labels = effective_neurons(weights).labels
+    rows = unit_rows(weights.detach())
+    rows[labels < 0] = 0.0
+    plane = leading_plane(rows)
     clusters = int(labels.max()) + 1 if labels.numel() else 0
     # The extra row gathers the dead.
     sums = rows.new_zeros(clusters + 1, rows.shape[1]).index_add_(
@@ -42,15 +47,6 @@ def cluster_order(weights: Tensor) -> Tensor:
     by_cluster = labels[by_angle].argsort(stable=True)
     order = by_angle[by_cluster]
     return order[cluster_angle[labels[order]].argsort(stable=True)]
-
-
-def _leading_plane(rows: Tensor, steps: int = 30) -> Tensor:
-    """Two leading principal directions ``[d, 2]`` by subspace iteration, no draws."""
-    phase = torch.arange(rows.shape[1], device=rows.device, dtype=rows.dtype)
-    plane = torch.stack((torch.cos(phase), torch.sin(1.7 * phase + 1)), 1)
-    for _ in range(steps):
-        plane, _ = torch.linalg.qr(rows.T @ (rows @ plane))
-    return plane
 
 
 def _angle(points: Tensor) -> Tensor:

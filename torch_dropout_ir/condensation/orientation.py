@@ -1,64 +1,9 @@
-"""Input weights of neurons, their orientations and amplitudes."""
+"""Orientations and amplitudes of neurons, and the cosines between them."""
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
-from torch import Tensor, nn
-
-_CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_VIEWS: Final = ("filter", "kernel", "input_channel")
-
-
-def input_weights(module: nn.Module, view: str = "filter") -> Tensor:
-    """Return the input weights of a layer's neurons, one a row.
-
-    Args:
-        module: ``nn.Linear`` or ``nn.Conv1d/2d/3d``.
-        view: For convolutions: ``"filter"``, the kernel of one output channel over all
-            its input channels, with its bias; ``"kernel"``, each pair of output and
-            input channel by itself (the view of the paper's ResNet-18 figures);
-            ``"input_channel"``, all kernels that read one input channel.
-
-    Returns:
-        Matrix ``[neurons, d]`` in the graph of the module's parameters.
-
-    Raises:
-        NotImplementedError: If the layer is of another kind.
-        ValueError: If ``view`` is none of the three, or not ``"filter"`` for a linear
-            layer.
-
-    References:
-        Zhang & Xu, *Implicit regularization of dropout*, Definition 1.
-
-    Example:
-        >>> input_weights(nn.Linear(4, 3)).shape
-        torch.Size([3, 5])
-        >>> input_weights(nn.Conv2d(4, 3, 5), view="kernel").shape
-        torch.Size([12, 25])
-    """
-    if view not in _VIEWS:
-        raise ValueError(
-            f"input_weights: expected `view` to be one of {_VIEWS}, got {view!r}"
-        )
-    if not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
-        raise NotImplementedError(
-            f"input_weights: {type(module).__name__} is not supported. Supported: "
-            "Linear, Conv1d, Conv2d, Conv3d. Pass a matrix [neurons, d] of your own to "
-            "the functions of this module instead."
-        )
-    weight, bias = module.weight, module.bias
-    if isinstance(module, nn.Linear) and view != "filter":
-        raise ValueError(
-            f"input_weights: a linear layer has only the view 'filter', got {view!r}"
-        )
-    if view == "kernel":
-        return weight.flatten(2).flatten(0, 1)
-    if view == "input_channel":
-        return weight.transpose(0, 1).flatten(1)
-    rows = weight.flatten(1)
-    return rows if bias is None else torch.cat((rows, bias[:, None]), 1)
+from torch import Tensor
 
 
 def orientations(weights: Tensor) -> Tensor:

@@ -81,30 +81,36 @@ class ExcessRisk:
         excess, linear = torch.stack(self._excess), torch.stack(self._linear)
         if not self._has_linear_parts(linear):
             return excess
-        others = (excess.sum() - excess) / (len(excess) - 1)
-        products = (excess * linear).sum() - excess * linear
-        covariance = products - others * (linear.sum() - linear)
-        squares = linear.square()
-        return excess - covariance / (squares.sum() - squares) * linear
+        # Slope over the other draws; where those are all alike there is none.
+        others = len(excess) - 1
+        x, c = excess.sum() - excess, linear.sum() - linear
+        covariance = (excess * linear).sum() - excess * linear - x * c / others
+        squares = linear.square().sum() - linear.square()
+        variance = squares - c.square() / others
+        known = variance > 1e-9 * squares
+        slopes = torch.where(known, covariance / torch.where(known, variance, 1.0), 0.0)
+        return excess - slopes * linear
 
     @staticmethod
     def _has_linear_parts(linear: Tensor) -> bool:
-        """Whether the others' parts can be fitted to, whichever draw is left out."""
-        nonzero = int((linear != 0).sum())
-        return len(linear) > 3 and nonzero > 1 and bool(linear.isfinite().all())
+        """Whether there is enough to fit to."""
+        return len(linear) > 4 and bool(linear.any()) and bool(linear.isfinite().all())
 
     def mean(self) -> tuple[Tensor, Tensor]:
         """Return the mean over masks and its standard error, 0-d.
 
         A fit to few draws spreads by more than the draws show: their variance is taken
-        ``(K + 2) / (K - 1)`` times, which covers what was simulated from four draws on.
+        ``(K + 2) / (K - 1)`` times, which covers what was simulated from five draws on.
         """
         draws = self.corrected()
         count = len(draws)
         variance = draws.var() / count
         if self._has_linear_parts(torch.stack(self._linear)):
             variance = variance * (count + 2) / (count - 1)
-        return draws.mean().to(self._clean), variance.sqrt().to(self._clean)
+        # No difference of losses is known better than they are.
+        rounding = torch.finfo(self._clean.dtype).eps * self._clean.double().abs()
+        error = torch.maximum(variance.sqrt(), rounding)
+        return draws.mean().to(self._clean), error.to(self._clean)
 
 
 def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor]:

@@ -25,7 +25,7 @@ from torch_dropout_ir.regularizers.outputs import (
 )
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble, by_row
-from torch_dropout_ir.sites import mask_shape, unobservable
+from torch_dropout_ir.sites import unobservable
 
 _MOST_BLOCK_ELEMENTS: Final = 2**24
 
@@ -211,7 +211,7 @@ def _forms(clean: CleanPass, outputs: Tensor, roots: Iterable[Root]) -> list[For
         for (site, h, _), g in zip(clean.uses, found, strict=True):
             if g is None:
                 continue
-            shared = (h.detach() * g).sum_to_size(mask_shape(site.module, h.shape))
+            shared = (h.detach() * g).sum_to_size(site.mask_shape(h.shape))
             name, rows = by_row(site, shared.square())
             forms.append((name, site.variance / 2 * sign * rows))
     return forms

@@ -20,7 +20,8 @@ from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import total
-from torch_dropout_ir.sites import find_sites
+from torch_dropout_ir.sites import Site, find_sites
+from torch_dropout_ir.tracing import checkpointed
 
 Kind: TypeAlias = Literal["L1", "L2", "L3", "L4", "regu"]
 R1: TypeAlias = Literal[
@@ -34,10 +35,6 @@ _R1: Final = (
     "gauss_newton",
     "second_order",
     "monte_carlo",
-)
-# Private: what packs the tensors that autograd saves, if anything does.
-_SAVING_HOOKS: Final = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", None
 )
 
 
@@ -144,9 +141,8 @@ def _not_checkpointed(model: nn.Module) -> Iterator[None]:
     """
 
     def look(module: nn.Module, _: Any, __: Any) -> None:
-        packing = _SAVING_HOOKS(False) if _SAVING_HOOKS is not None else None
-        kept = packing is None or "checkpoint" not in packing[0].__qualname__
-        if not module.training and (not torch.is_grad_enabled() or not kept):
+        again = checkpointed() or not torch.is_grad_enabled()
+        if not module.training and again:
             raise RuntimeError(
                 "modified_loss: expected every dropout site outside of activation "
                 "checkpointing and torch.no_grad, for `R_S` would be computed again "
@@ -202,7 +198,7 @@ def last_layer_form(
         ValueError: If the model has no single site straight before the last layer.
     """
     layer = clean.last_layer
-    if layer is None or not isinstance(clean.uses[0][0].module, nn.Dropout):
+    if layer is None or not _by_element(*clean.uses[0][:2]):
         raise ValueError(
             f"{form.__name__}: expected a single site, an `nn.Dropout` whose output "
             "goes straight into the last `nn.Linear`, got the sites "
@@ -218,6 +214,10 @@ def last_layer_form(
         outputs=clean.outputs,
         targets=targets,
     )
+
+
+def _by_element(site: Site, features: Tensor) -> bool:
+    return site.mask_shape(features.shape) == tuple(features.shape)
 
 
 def _penalty(model: nn.Module, risk: Tensor, lr: float | Mapping[str, float]) -> Tensor:

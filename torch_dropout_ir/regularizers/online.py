@@ -16,7 +16,6 @@ from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.excess import ExcessRisk, linear_parts
 from torch_dropout_ir.regularizers.gauss_newton import estimate
 from torch_dropout_ir.regularizers.last_layer import last_layer
-from torch_dropout_ir.sites import mask_shape
 
 
 def online(
@@ -92,7 +91,7 @@ def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
         return None
     site, features, _ = clean.uses[0]
     outputs: Tensor = clean.outputs.detach()
-    elementwise = mask_shape(site.module, features.shape) == tuple(features.shape)
+    elementwise = site.mask_shape(features.shape) == tuple(features.shape)
     # Cross-entropy has its classes in dimension 1, the linear layer in the last.
     if not elementwise or (loss.kind == "cross_entropy" and outputs.ndim > 2):
         return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.estimate import Estimate
-from torch_dropout_ir.sites import Site, mask_shape
+from torch_dropout_ir.sites import Site
 
 Form = tuple[str, Tensor]
 
@@ -22,7 +22,7 @@ def by_row(site: Site, form: Tensor) -> Form:
 
 def signs(site: Site, h: Tensor) -> Tensor:
     """Draw a sign for each element of the site's mask, shaped to multiply ``h``."""
-    shape = mask_shape(site.module, h.shape)
+    shape = site.mask_shape(h.shape)
     drawn = torch.empty(shape, dtype=h.dtype, device=h.device)
     return drawn.bernoulli_(0.5).mul_(2).sub_(1)
 

@@ -24,6 +24,15 @@ _DESCRIPTIONS: Final = {
     f"their number ({_PAPER}, Def. 3); low = condensed.",
     "condensation/effective_neurons": "Directions that cover all neurons (cosine above "
     "the threshold, greedy cover: never below the minimum).",
+    "condensation/dead_neurons": "Neurons that are zero, weak or not finite.",
+    "condensation/movement": "Distance of the input weights from their start, over "
+    "their norm there.",
+    "condensation/cosine_to_start": "Mean cosine of the neurons with what they were at "
+    "the first measurement.",
+    "condensation/orientation_amplitude": "Neurons by angle (across, -pi to pi, in "
+    "their leading plane) and amplitude over the largest (from the middle outwards), "
+    f"colours logarithmic: now above in red, at the start below in blue ({_PAPER}, "
+    "Fig. 4).",
     "condensation/cosine": "Cosines between neurons, parallel ones side by side; blue "
     "-1, white 0, red 1.",
     "condensation/cosines": "Cosines between pairs of neurons.",
@@ -31,7 +40,13 @@ _DESCRIPTIONS: Final = {
     "sharpness/top_eigenvalue_residual": "An eigenvalue lies within this distance of "
     "the value shown.",
     "sharpness/trace": f"Trace of the Hessian of R_S: flatness ({_PAPER}, sec. VII).",
-    "sharpness/trace_standard_error": "Standard error of the trace.",
+    "sharpness/trace_standard_error": "Standard error of the trace; 0 where it is "
+    "exact.",
+    "sharpness/spectral_density": "Shares of the eigenvalues of the Hessian of "
+    "R_S, by Lanczos quadrature from one random probe.",
+    "sharpness/loss_slice": "R_S along one random direction that is scaled to the "
+    "norms of the filters, drawn as a histogram: height = loss, place = step, -1 to 1 "
+    f"({_PAPER}, Fig. 12).",
     "cost/seconds": "Seconds that the measure took.",
     "cost/share": "Share of the analysis in the whole time so far.",
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 
 import torch
@@ -10,17 +12,24 @@ from torch import Tensor, nn
 from torch_dropout_ir import condensation
 from torch_dropout_ir.analysis.records import Histogram, Image, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
+from torch_dropout_ir.condensation.graph import weights_read
 
-_BINS = 80
+_ROWS, _COLUMNS = 32, 96
+_FAINTEST = 0.35  # the colour of a single neuron, of 1
 
 
 class Condensation:
-    """Effective neurons of every linear and convolutional layer.
+    """Effective neurons of every layer that has neurons, and how far they have moved.
+
+    The input weights at the first measurement are kept, on the CPU, and what comes
+    later is compared with them. One measurement is bounded: it goes on with the layers
+    that it has not come to the next time.
 
     Args:
         threshold: Cosine above which neurons are parallel.
-        min_amplitude: Share of the largest norm up to which a neuron is dead.
-        max_neurons: Layers with more are left out.
+        min_amplitude: Share of the largest norm below which a neuron is dead.
+        max_operations: Multiplications that one measurement may take, about ten seconds
+            of a core by default; a layer beyond that by itself is left out.
         max_image: Largest side of the cosine image.
     """
 
@@ -31,44 +40,135 @@ class Condensation:
         self,
         threshold: float = 0.95,
         min_amplitude: float = 0.0,
-        max_neurons: int = 4096,
+        max_operations: float = 5e11,
         max_image: int = 256,
     ) -> None:
         self.threshold = threshold
         self.min_amplitude = min_amplitude
-        self.max_neurons = max_neurons
+        self.max_operations = max_operations
         self.max_image = max_image
+        self._start: dict[str, tuple[Tensor, Tensor]] = {}
+        self._outgoing: dict[str, condensation.Outgoing] | None = None
+        self._next = ""
 
     @torch.no_grad()
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``condensation/...`` of each layer."""
         records: dict[str, Record] = {}
-        for name, module in snapshot.model.named_modules():
-            if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-                continue
-            weights = condensation.input_weights(module).detach()
-            if not 2 <= weights.shape[0] <= self.max_neurons:
-                continue
-            found = condensation.effective_neurons(
-                weights, self.threshold, self.min_amplitude
-            )
-            records[f"condensation/effective_ratio/{name}"] = found.ratio
-            records[f"condensation/effective_neurons/{name}"] = float(found.count)
-            records |= self._pictures(name, weights)
+        layers = self._layers(snapshot)
+        modules = dict(snapshot.model.named_modules())
+        left = self.max_operations
+        for place, (name, weights) in enumerate(layers):
+            left -= _operations(weights)
+            if place and left < 0:
+                self._next = name
+                break
+            consumers, note = self._readers(snapshot.model, name)
+            read = weights_read(modules, name, consumers) if consumers else None
+            size = condensation.amplitudes(weights, read)
+            snapshot.notes[f"condensation/orientation_amplitude/{name}"] = note
+            records |= self._layer(name, weights, size)
         return records
 
-    def _pictures(self, name: str, weights: Tensor) -> dict[str, Record]:
-        order = condensation.cluster_order(weights)
+    def _readers(self, model: nn.Module, name: str) -> tuple[tuple[str, ...], str]:
+        """What reads a layer, traced once for the model, and what amplitudes are."""
+        if self._outgoing is None:
+            found = condensation.outgoing_weights(model, run_own_code=False)
+            self._outgoing = {
+                n: dataclasses.replace(o, weight=None) for n, o in found.items()
+            }
+        out = self._outgoing.get(name)
+        if out is not None and out.consumers:
+            readers = ", ".join(out.consumers)
+            return out.consumers, f"amplitudes count the outgoing weights, of {readers}"
+        reason = out.reason if out else "it is no linear layer or convolution"
+        return (), f"amplitudes are norms of input weights alone: {reason}"
+
+    def _layers(self, snapshot: Snapshot) -> list[tuple[str, Tensor]]:
+        """The layers to measure, from the one where the last measurement stopped."""
+        found = []
+        for name, weights in condensation.named_input_weights(snapshot.model):
+            if _operations(weights) > self.max_operations:
+                snapshot.absent[f"condensation/effective_neurons/{name}"] = (
+                    f"{weights.shape[0]} neurons of {weights.shape[1]} weights are "
+                    "beyond `max_operations` of the measure"
+                )
+            elif weights.shape[0] >= 2:
+                found.append((name, weights.detach()))
+        names = [name for name, _ in found]
+        first = names.index(self._next) if self._next in names else 0
+        self._next = ""
+        return found[first:] + found[:first]
+
+    def _layer(self, name: str, weights: Tensor, size: Tensor) -> dict[str, Record]:
+        """The records of one layer."""
+        found = condensation.effective_neurons(
+            weights, self.threshold, self.min_amplitude
+        )
+        start = self._start.get(name)
+        if start is None or start[0].shape != weights.shape:
+            start = self._start[name] = (weights.cpu().clone(), size.cpu().clone())
+        moved = condensation.movement(weights, start[0])
+        counts = condensation.cosine_statistics(weights).counts
+        records: dict[str, Record] = {
+            f"condensation/effective_ratio/{name}": found.ratio,
+            f"condensation/effective_neurons/{name}": float(found.count),
+            f"condensation/dead_neurons/{name}": float(found.num_dead),
+            f"condensation/movement/{name}": moved.relative,
+            f"condensation/cosine_to_start/{name}": float(moved.cosines.mean()),
+            f"condensation/cosines/{name}": Histogram(counts.cpu(), -1.0, 1.0),
+            f"condensation/cosine/{name}": self._heat_map(weights, found.labels),
+        }
+        # Of a layer that starts at zero nothing can be said relative to its start.
+        records = {t: r for t, r in records.items() if not _is_infinite(r)}
+        if weights.shape[1] >= 2:
+            tag = f"condensation/orientation_amplitude/{name}"
+            records[tag] = _orientation_amplitude(weights, size, *start)
+        return records
+
+    def _heat_map(self, weights: Tensor, labels: Tensor) -> Image:
+        order = condensation.cluster_order(weights, labels)
         # A stride through the sorted neurons keeps the shares of the clusters.
         stride = -(-len(order) // (4 * self.max_image))
         cosines = condensation.cosine_similarity(weights[order[::stride]]).float()
-        above = torch.ones_like(cosines).triu(1).bool()
-        counts = torch.histc(cosines[above], bins=_BINS, min=-1, max=1)
         side = min(self.max_image, cosines.shape[0])
         field = nn.functional.adaptive_avg_pool2d(cosines[None, None], side)[0, 0]
-        return {
-            f"condensation/cosines/{name}": Histogram(counts.cpu(), -1.0, 1.0),
-            f"condensation/cosine/{name}": Image(
-                field.cpu(), -1.0, 1.0, order[::stride].cpu()
-            ),
-        }
+        return Image(field.cpu(), -1.0, 1.0, order[::stride].cpu())
+
+
+def _is_infinite(record: Record) -> bool:
+    return isinstance(record, float) and not math.isfinite(record)
+
+
+def _operations(weights: Tensor) -> float:
+    """Multiplications of one layer: cover, bound, order and histogram."""
+    neurons, dims = weights.shape
+    return 6.0 * neurons**2 * (dims + 16)
+
+
+def _orientation_amplitude(
+    weights: Tensor, size: Tensor, start: Tensor, start_size: Tensor
+) -> Image:
+    """How many neurons are where, from the middle up now and down at the start."""
+    # Across: the angle in the plane of the leading directions of now; from the middle
+    # outwards: the amplitude over the largest; red and blue.
+    plane = condensation.principal_plane(weights)
+    now = _places(condensation.orientation_angles(weights, plane), size)
+    before = start.to(weights.device)
+    angles = condensation.orientation_angles(before, plane)
+    then = _places(angles, start_size.to(weights.device))
+    return Image(torch.cat((now.flip(0), -then)).float().cpu(), -1.0, 1.0)
+
+
+def _places(angles: Tensor, size: Tensor) -> Tensor:
+    """Logarithmic counts in ``[amplitude, angle]`` bins, 1 for the fullest."""
+    sound = torch.isfinite(angles) & torch.isfinite(size)
+    angles, size = angles[sound], size[sound]
+    columns = ((angles / torch.pi + 1) / 2 * _COLUMNS).long().clamp_(0, _COLUMNS - 1)
+    largest = size.max() if len(size) else size.new_ones(())
+    heights = size / torch.where(largest > 0, largest, 1.0)
+    rows = (heights * _ROWS).long().clamp_(0, _ROWS - 1)
+    counts = torch.bincount(rows * _COLUMNS + columns, minlength=_ROWS * _COLUMNS)
+    field = torch.log1p(counts.view(_ROWS, _COLUMNS).double())
+    shade = _FAINTEST + (1 - _FAINTEST) * field / field.max().clamp(min=1e-9)
+    return torch.where(field > 0, shade, 0.0)

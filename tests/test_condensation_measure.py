@@ -1,0 +1,107 @@
+"""Condensation while a model trains, against the functions called by hand."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import torch_dropout_ir as tdi
+from torch_dropout_ir import condensation as cd
+from torch_dropout_ir.analysis import Image
+from torch_dropout_ir.analysis.measures import Condensation
+from torch_dropout_ir.analysis.snapshot import Snapshot
+
+
+def test_numbers_against_the_state_and_the_start():
+    net = nn.Sequential(nn.Linear(3, 30), nn.Tanh(), nn.Linear(30, 2))
+    measure = Condensation()
+    first = measure(Snapshot(net, 0, ()))
+    start = cd.input_weights(net[0]).detach().clone()
+    assert first["condensation/movement/0"] == 0.0
+    assert first["condensation/cosine_to_start/0"] == pytest.approx(1.0)
+    with torch.no_grad():
+        net[0].weight.add_(torch.randn(30, 3))
+        net[0].weight[4] = net[0].bias[4] = 0.0
+    records = measure(Snapshot(net, 1, ()))
+    weights = cd.input_weights(net[0]).detach()
+    found, moved = cd.effective_neurons(weights), cd.movement(weights, start)
+    assert records["condensation/effective_neurons/0"] == found.count
+    assert records["condensation/effective_ratio/0"] == found.ratio
+    assert records["condensation/dead_neurons/0"] == 1
+    assert records["condensation/movement/0"] == moved.relative > 0.1
+    mean = float(moved.cosines.mean())
+    assert records["condensation/cosine_to_start/0"] == pytest.approx(mean)
+    counts = records["condensation/cosines/0"].counts
+    assert torch.equal(counts, cd.cosine_statistics(weights).counts)
+
+
+def test_orientations_and_amplitudes_are_drawn_where_they_are():
+    """Two weights: the angle is the column, the amplitude the height."""
+    net = nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 1))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[1.0], [0.0], [-1.0]]))
+        net[0].bias.copy_(torch.tensor([0.0, 1.0, -1.0]))
+        net[2].weight.copy_(torch.tensor([[2.0, -1.0, 0.2]]))
+    measure = Condensation()
+    snapshot = Snapshot(net, 0, ())
+    image = measure(snapshot)["condensation/orientation_amplitude/0"]
+    assert isinstance(image, Image)
+    rows, columns = image.values.shape
+    half = rows // 2
+    assert (image.values[:half] >= 0).all() and (image.values[half:] <= 0).all()
+    expected = set()
+    sizes = cd.amplitudes(cd.input_weights(net[0]), net[2].weight).tolist()
+    for angle, size in zip((0.0, np.pi / 2, -3 * np.pi / 4), sizes, strict=True):
+        height = min(half - 1, int(size / max(sizes) * half))
+        expected.add((half - 1 - height, int((angle / np.pi + 1) / 2 * columns)))
+    drawn = image.values[:half].nonzero().tolist()
+    assert {tuple(place) for place in drawn} == expected
+    torch.testing.assert_close(image.values[:half], -image.values[half:].flip(0))
+    note = snapshot.notes["condensation/orientation_amplitude/0"]
+    assert "outgoing weights, of 2" in note
+    with torch.no_grad():
+        net[2].weight.mul_(torch.tensor([[0.0, 1.0, 1.0]]))
+    later = measure(snapshot)["condensation/orientation_amplitude/0"].values
+    assert later[: half - 1, columns // 2].sum() == 0, "outgoing weights are stale"
+    torch.testing.assert_close(later[half:], image.values[half:])
+
+
+def test_every_kind_of_layer_has_its_records():
+    net = nn.ModuleDict({
+        "embed": nn.Embedding(6, 4),
+        "attention": nn.MultiheadAttention(4, 2),
+        "mix": nn.LSTM(4, 3),
+    })
+    snapshot = Snapshot(net, 0, ())
+    records = Condensation()(snapshot)
+    note = snapshot.notes["condensation/orientation_amplitude/embed"]
+    assert "input weights alone" in note
+    for name in ("embed", "attention:query", "attention.out_proj", "mix:forget"):
+        assert f"condensation/effective_ratio/{name}" in records
+        assert f"condensation/orientation_amplitude/{name}" in records
+
+
+def test_one_measurement_is_bounded_and_the_next_goes_on():
+    net = nn.Sequential(*(nn.Linear(20, 20) for _ in range(5)), nn.Linear(20, 2000))
+    operations = 6.0 * 20**2 * (21 + 16)
+    measure = Condensation(max_operations=2.5 * operations)
+    seen = []
+    for step in range(3):
+        snapshot = Snapshot(net, step, ())
+        records = measure(snapshot)
+        stem = "condensation/effective_ratio/"
+        seen.append([t.removeprefix(stem) for t in records if t.startswith(stem)])
+        assert "beyond" in snapshot.absent["condensation/effective_neurons/5"]
+    assert seen == [["0", "1"], ["2", "3"], ["4", "0"]]
+
+
+def test_wide_layers_are_measured_in_a_run():
+    net = nn.Sequential(nn.Linear(4, 6000), nn.ReLU(), nn.Dropout(), nn.Linear(6000, 2))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    with tdi.attach_analysis(
+        net, log_dir=False, every=1, measures=[Condensation()]
+    ) as analysis:
+        net(torch.randn(3, 4)).sum().backward()
+        sgd.step()
+    assert 2 < analysis.latest["condensation/effective_neurons/0"] < 6000
+    assert not analysis.absent

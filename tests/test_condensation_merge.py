@@ -1,0 +1,224 @@
+"""Outgoing weights through the graph, and the smaller network of a condensed one."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torch_dropout_ir as tdi
+from torch_dropout_ir import condensation as cd
+
+
+def condense(layer, copies):
+    """Make each neuron an exact positive multiple of one of the first few."""
+    with torch.no_grad():
+        rows = layer.weight.flatten(1)
+        kept = len(rows) // copies
+        for j in range(len(rows)):
+            scale = 0.5 + torch.rand(())
+            layer.weight[j] = scale * layer.weight[j % kept]
+            if layer.bias is not None:
+                layer.bias[j] = scale * layer.bias[j % kept]
+    return layer
+
+
+class Convolutional(nn.Module):
+    """Functions, methods, pooling, a dropout of ours and two readers of one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = condense(nn.Conv2d(3, 8, 3, padding=1), 4)
+        self.second = condense(nn.Conv2d(8, 12, 3, bias=False), 4)
+        self.third = condense(nn.Linear(12 * 4, 20), 5)
+        self.drop = tdi.Dropout(0.5)
+        self.left = nn.Linear(20, 5)
+        self.right = nn.Linear(20, 3)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.first(x)), 2)
+        x = F.leaky_relu(self.second(x), 0.2)
+        x = x.view(x.size(0), -1)
+        x = self.drop(self.third(x).relu())
+        return self.left(x), self.right(x)
+
+
+@pytest.mark.parametrize("least_squares", [None, True])
+def test_an_exactly_condensed_relu_network_stays_what_it_was(least_squares):
+    model = Convolutional()
+    state = copy.deepcopy(model.state_dict())
+    x = torch.randn(60, 3, 8, 8)
+    merged = cd.merge_condensed(model, x, 0.9999, least_squares=least_squares)
+    assert merged.relative_change < 1e-5
+    small = merged.model
+    assert small.first.weight.shape == (2, 3, 3, 3)
+    assert small.second.weight.shape == (3, 2, 3, 3)
+    assert small.third.weight.shape == (4, 12)
+    assert (small.left.weight.shape, small.right.weight.shape) == ((5, 4), (3, 4))
+    assert (small.second.in_channels, small.third.out_features) == (2, 4)
+    fresh = torch.randn(7, 3, 8, 8)
+    for got, expected in zip(small(fresh), model.eval()(fresh), strict=True):
+        assert (got - expected).norm() < 1e-5 * expected.norm()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+    sizes = {n: (m.before, m.after) for n, m in merged.layers.items() if not m.reason}
+    assert sizes == {"first": (8, 2), "second": (12, 3), "third": (20, 4)}
+    assert "output" in merged.layers["left"].reason
+    # The new model trains.
+    sum(y.sum() for y in small.train()(fresh)).backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+def test_the_change_is_measured():
+    net = nn.Sequential(nn.Linear(3, 40), nn.ReLU(), nn.Linear(40, 2))
+    x = torch.randn(50, 3)
+    merged = cd.merge_condensed(net, x, 0.9)
+    with torch.no_grad():
+        moved = merged.model(x) - net(x)
+        expected = float(moved.norm() / net(x).norm())
+    assert merged.relative_change == pytest.approx(expected, rel=1e-3)
+    assert merged.largest_change == pytest.approx(float(moved.abs().max()), rel=1e-3)
+    assert 0 < merged.relative_change == merged.layers["0"].change
+    assert merged.layers["0"].after == len(merged.model[0].weight) < 40
+    bound = merged.relative_change / 2
+    kept = cd.merge_condensed(net, x, 0.9, max_change=bound)
+    assert kept.relative_change == 0 and "would change" in kept.layers["0"].reason
+    assert kept.layers["0"].after == 40 and kept.model[0].out_features == 40
+    torch.testing.assert_close(kept.model(x), net(x))
+    assert cd.merge_condensed(net, x, 0.9, layers=["2"]).layers["0"].after == 40
+    with pytest.raises(ValueError, match="`layers`"):
+        cd.merge_condensed(net, x, layers=["1"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_least_squares_finds_what_equal_neurons_allow(bias):
+    """Equal tanh neurons: exact. Parallel ones: no worse than any other mixture."""
+    net = nn.Sequential(nn.Linear(2, 30), nn.Tanh(), nn.Linear(30, 3, bias=bias))
+    with torch.no_grad():
+        for part in (net[0].weight, net[0].bias):
+            part.copy_(part[:5].repeat(6, *(1,) * (part.ndim - 1)))
+    x = torch.randn(200, 2)
+    merged = cd.merge_condensed(net, x, 0.99999)
+    assert len(merged.model[0].weight) == 5 and merged.relative_change < 1e-5
+    with torch.no_grad():
+        net[0].weight *= 1 + torch.rand(30, 1)
+    merged = cd.merge_condensed(net, x, 0.99)
+    small = merged.model
+    h = torch.tanh(small[0](x)).detach()
+    if bias:
+        h = torch.cat((h, torch.ones(200, 1)), 1)
+    best = torch.linalg.lstsq(h.double(), net(x).detach().double()).solution
+    error = (h.double() @ best - net(x).detach()).norm() / net(x).detach().norm()
+    assert merged.relative_change == pytest.approx(float(error), rel=1e-3)
+
+
+def test_dead_neurons_go_and_one_stays():
+    net = nn.Sequential(nn.Linear(3, 6, bias=False), nn.ReLU(), nn.Linear(6, 1))
+    with torch.no_grad():
+        net[0].weight[2:] = 0.0
+    merged = cd.merge_condensed(net, torch.randn(9, 3), 0.9999)
+    assert len(merged.model[0].weight) == 2 and merged.relative_change < 1e-6
+    with torch.no_grad():
+        net[0].weight.zero_()
+    merged = cd.merge_condensed(net, torch.randn(9, 3))
+    assert len(merged.model[0].weight) == 1 and merged.relative_change == 0
+    sigmoid = nn.Sequential(net[0], nn.Sigmoid(), net[2])
+    merged = cd.merge_condensed(sigmoid, torch.randn(9, 3))
+    assert len(merged.model[0].weight) == 1 and merged.relative_change < 1e-6
+
+
+def test_opposite_neurons_stay_two():
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
+    net[0].weight.data = torch.tensor([[1.0, 2.0], [-1.0, -2.0]])
+    merged = cd.merge_condensed(net, torch.randn(9, 2))
+    assert merged.layers["0"].after == 2 and merged.relative_change == 0
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.add = nn.Linear(4, 4)
+        self.twice = nn.Linear(4, 4)
+        self.norm = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+        self.weighted = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = x + self.add(x)
+        x = self.twice(torch.relu(self.twice(x)))
+        return self.last(torch.relu(self.weighted(self.norm(x))))
+
+
+def test_what_cannot_be_merged_says_why():
+    model = Residual()
+    x = torch.randn(8, 4)
+    merged = cd.merge_condensed(model, x, 0.5)
+    reasons = {name: layer.reason for name, layer in merged.layers.items()}
+    for name, said in (
+        ("add", "add"), ("twice", "more than once"), ("norm.0", "BatchNorm1d"),
+        ("weighted", "plain"), ("last", "output"),
+    ):  # fmt: skip
+        assert said in reasons[name], name
+    torch.testing.assert_close(merged.model(x), model.eval()(x))
+    tied = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[3].weight = tied[0].weight
+    said = cd.merge_condensed(tied, x, 0.5).layers["0"].reason
+    assert "shares" in said
+    grouped = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1, groups=2))
+    said = cd.merge_condensed(grouped, torch.randn(2, 4, 3), 0.5).layers["0"].reason
+    assert "grouped" in said
+    with pytest.raises(ValueError, match="floating-point"):
+        cd.merge_condensed(nn.Sequential(Integers(), nn.Identity()), x)
+
+
+class Integers(nn.Module):
+    def forward(self, x):
+        return x.long()
+
+
+class Branching(nn.Module):
+    """A forward that cannot be traced, writes on itself, and has a part that can be."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        self.head = nn.Linear(3, 2)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        self.last = x
+        if x.sum() > 0:
+            x = -x
+        return self.head(self.body(x))
+
+
+def test_parts_that_can_be_traced_are_and_tracing_leaves_no_trace():
+    model = Branching()
+    model.body.register_forward_hook(lambda *_: model.seen.append(1))
+    generator, names = torch.get_rng_state(), sorted(model.__dict__)
+    found = cd.outgoing_weights(model)
+    assert model.seen == [] and sorted(model.__dict__) == names
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert found["body.0"].consumers == ("body.2",) and not found["body.0"].homogeneous
+    assert torch.equal(found["body.0"].weight, model.body[2].weight)
+    assert found["head"].weight is None and "traced" in found["head"].reason
+
+
+def test_outgoing_weights_of_every_reader():
+    model = Convolutional()
+    found = cd.outgoing_weights(model)
+    assert found["third"].consumers == ("left", "right")
+    both = torch.cat((model.left.weight, model.right.weight))
+    assert torch.equal(found["third"].weight, both)
+    reads = model.third.weight.unflatten(1, (12, 4))
+    norms = reads.norm(dim=(0, 2))
+    torch.testing.assert_close(found["second"].weight.norm(dim=0), norms)
+    channels = model.second.weight.transpose(0, 1).flatten(1).norm(dim=1)
+    torch.testing.assert_close(found["first"].weight.norm(dim=0), channels)
+    assert found["first"].homogeneous and found["first"].reason == ""
+    wide = nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(20, 2))
+    assert "another dimension" in cd.outgoing_weights(wide)["0"].reason
+    across = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Linear(4, 2))
+    assert "another dimension" in cd.outgoing_weights(across)["0"].reason

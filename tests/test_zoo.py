@@ -1,0 +1,277 @@
+"""One line attached to the models that people train, and nothing of it left behind."""
+
+import contextlib
+import hashlib
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torch_dropout_ir as tdi
+from torch_dropout_ir.analysis.measures import (
+    Condensation,
+    DropoutNoise,
+    Masks,
+    ReceivedGradient,
+    Regularizer,
+    Sharpness,
+)
+
+models = pytest.importorskip("torchvision.models")
+CNBlockConfig = models.convnext.CNBlockConfig
+
+
+def picture(n=2, side=32):
+    return torch.randn(n, 3, side, side), torch.randint(5, (n,))
+
+
+def tokens(n=3, length=6):
+    return torch.randint(11, (n, length)), torch.randint(5, (n,))
+
+
+def sequences(n=3, length=6):
+    return torch.randn(n, length, 8), torch.randint(5, (n,))
+
+
+class Transformer(nn.Module):
+    """An encoder and a decoder of torch's own, over tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.body = nn.Transformer(
+            8, 2, 1, 1, dim_feedforward=16, dropout=0.2, batch_first=True
+        )
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = self.embed(x)
+        return self.head(self.body(h, h).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.cell = kind(8, 8, num_layers=2, dropout=0.3, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(F.dropout(self.cell(x)[0][:, -1], 0.2, self.training))
+
+
+class Scaled(nn.Module):
+    """Causal attention as a function, residual dropout as a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv = nn.Embedding(11, 8), nn.Linear(8, 24)
+        self.out, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = F.dropout(self.embed(x), 0.1, self.training)
+        q, k, v = (
+            y.unflatten(-1, (2, 4)).transpose(1, 2) for y in self.qkv(h).chunk(3, -1)
+        )
+        p = 0.2 if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        y = y.transpose(1, 2).flatten(2)
+        return self.head((h + F.dropout(self.out(y), 0.1, self.training)).mean(1))
+
+
+class Noisy(nn.Module):
+    """Noise that is nobody's dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.drop, self.head = nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = self.body(x.mean(1))
+        if self.training:
+            h = h + 0.1 * torch.randn_like(h)
+        return self.head(self.drop(h))
+
+
+ZOO = {
+    "squeezenet": (lambda: models.squeezenet1_1(num_classes=5), picture),
+    "mobilenet_v2": (
+        lambda: models.mobilenet_v2(num_classes=5, width_mult=0.25), picture,
+    ),
+    "mobilenet_v3": (lambda: models.mobilenet_v3_small(num_classes=5), picture),
+    "mnasnet": (lambda: models.mnasnet0_5(num_classes=5), picture),
+    "efficientnet": (lambda: models.efficientnet_b0(num_classes=5), picture),
+    "densenet": (
+        lambda: models.DenseNet(8, (2, 2), 8, drop_rate=0.2, num_classes=5), picture,
+    ),
+    "convnext": (
+        lambda: models.ConvNeXt(
+            [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 2)],
+            stochastic_depth_prob=0.3, num_classes=5,
+        ), picture,
+    ),
+    "swin": (
+        lambda: models.SwinTransformer(
+            [4, 4], 8, [2, 2], [2, 2], [4, 4], dropout=0.1, attention_dropout=0.1,
+            stochastic_depth_prob=0.3, num_classes=5,
+        ), picture,
+    ),
+    "vit": (
+        lambda: models.VisionTransformer(
+            32, 8, 2, 2, 16, 32, dropout=0.1, attention_dropout=0.1, num_classes=5
+        ), picture,
+    ),
+    "transformer": (Transformer, tokens),
+    "scaled": (Scaled, tokens),
+    "lstm": (lambda: Recurrent(nn.LSTM), sequences),
+    "gru": (lambda: Recurrent(nn.GRU), sequences),
+    "noisy": (Noisy, sequences),
+}  # fmt: skip
+
+# What the sites of a model are called, by a piece of their names, and what is not seen.
+SITES = {
+    "squeezenet": {"classifier.0"},
+    "efficientnet": {"classifier.0", "features.3.1.stochastic_depth"},
+    "transformer": {"body.encoder.layers.0.self_attn:scaled_dot_product_attention#0"},
+    "scaled": {":dropout#0", ":scaled_dot_product_attention#0", ":dropout#1"},
+    "lstm": {":dropout#0"},
+    "swin": {"features.1.1.stochastic_depth", "features.1.1.attn:dropout#0"},
+    "vit": {
+        "encoder.layers.encoder_layer_0.self_attention:scaled_dot_product_attention#0"
+    },
+    "densenet": {"features.denseblock1.denselayer1:dropout#0"},
+}
+
+
+# Measures that a model's own operations do not allow, by a piece of the reason.
+ABSENT = {"mobilenet_v3": {"sharpness": "hardsigmoid_backward"}}
+
+
+def digest(*things):
+    """A hash of tensors and states, bit for bit."""
+    found = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, torch.Tensor):
+            flat = thing.detach().reshape(-1)
+            found.update(flat.view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(repr(thing).encode())
+    return found.hexdigest()
+
+
+def left_behind(model, optimizer):
+    """Everything that a step leaves behind, by name."""
+    state = optimizer.state_dict()["state"]
+    slots = [x for s in state.values() for x in s.values() if torch.is_tensor(x)]
+    return {
+        "parameters": digest(*model.parameters()),
+        "gradients": digest(
+            *(p.grad for p in model.parameters() if p.grad is not None)
+        ),
+        "buffers": digest(*model.buffers()),
+        "optimizer": digest(*slots),
+        "modes": digest([m.training for m in model.modules()]),
+        "torch": digest(torch.get_rng_state()),
+        "python": digest(random.getstate()),
+        "numpy": digest(np.random.get_state()[1].tolist()),
+    }
+
+
+def train(name, attach):
+    """A script of three steps; with the analysis or without it."""
+    make, batch = ZOO[name]
+    torch.manual_seed(0)
+    model = make()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    criterion = nn.CrossEntropyLoss()
+    seen, analysis = [], None
+    with contextlib.ExitStack() as stack:
+        if attach:
+            measures = [
+                ReceivedGradient(), Regularizer(num_masks=5), DropoutNoise(), Masks(),
+                Condensation(), Sharpness(max_matvecs=2, trace_matvecs=2),
+            ]  # fmt: skip
+            analysis = stack.enter_context(
+                tdi.attach_analysis(model, log_dir=False, every=2, measures=measures)
+            )
+        for _ in range(3):
+            x, y = batch()
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+            seen.append(left_behind(model, optimizer))
+    return model, seen, analysis
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_it_measures_and_leaves_no_trace(name):
+    plain, expected, _ = train(name, attach=False)
+    model, seen, analysis = train(name, attach=True)
+    assert seen == expected
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    for a, b in zip(plain.modules(), model.modules(), strict=True):
+        assert type(a) is type(b) and set(vars(a)) == set(vars(b))
+    lacking = ABSENT.get(name, {})
+    assert set(analysis.absent) == set(lacking), analysis.absent
+    assert all(reason in analysis.absent[n] for n, reason in lacking.items())
+    latest = analysis.latest
+    assert all(math.isfinite(value) for value in latest.values())
+    wanted = {"regularizer/R1", "regularizer/R2_dropout_noise", "loss/R_S"}
+    if "sharpness" not in lacking:
+        wanted |= {"sharpness/top_eigenvalue", "sharpness/trace"}
+    assert wanted <= set(latest)
+    observed = {site.name for site in analysis.sites if site.observed and site.p > 0}
+    measured = {t.removeprefix("regularizer/R1/") for t in latest if "/R1/" in t}
+    assert SITES.get(name, set()) <= measured <= observed
+    for site in measured:
+        assert 0 <= latest[f"mask/keep_rate/{site}"] <= 1
+        assert abs(latest[f"mask/z_score/{site}"]) < 5
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_dropout_inside_a_recurrent_kernel_is_seen_but_not_in_r1(name):
+    _, _, analysis = train(name, attach=True)
+    inner = [s for s in analysis._statistics() if s.startswith("cell:")]
+    assert inner == [f"cell:{name}#0"]
+    assert abs(analysis.latest[f"mask/z_score/{inner[0]}"]) < 5
+    hidden = {site.name: site.reason for site in analysis.sites if not site.observed}
+    assert "between its own layers" in hidden["cell"]
+
+
+def test_noise_that_is_no_dropout_is_told():
+    _, _, analysis = train("noisy", attach=True)
+    hidden = {site.name: site.reason for site in analysis.sites if not site.observed}
+    assert list(hidden) == [":randn_like"]
+    assert "stay in R_S" in hidden[":randn_like"]
+    assert hidden[":randn_like"] in analysis.summary()
+
+
+def test_masks_of_calls_are_those_that_the_script_saw():
+    """The output of the script's own pass tells which elements were dropped."""
+    seen = []
+
+    class Tells(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(6, 2)
+
+        def forward(self, x):
+            h = F.dropout(x + 10, 0.4, self.training)
+            if not tdi_measuring():
+                seen.append(h.detach() != 0)
+            return self.last(h)
+
+    from torch_dropout_ir.dropout_calls import measuring as tdi_measuring
+
+    model = Tells()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        for _ in range(3):
+            nn.MSELoss()(model(torch.rand(8, 6)), torch.zeros(8, 2)).backward()
+            sgd.step()
+    kept = torch.cat(seen)
+    assert kept.shape == (24, 6)
+    assert torch.equal(analysis._statistics()[":dropout#0"].unit_kept, kept.sum(0))

@@ -1,0 +1,251 @@
+"""The masks of a training pass, seen in a second pass from the same generator state.
+
+Semantics:
+
+* The script's own pass is not touched. It is run again, without autograd and with
+  copies of the buffers, from the state that the generators had at its start; then they
+  are given back as they were.
+* A mask is what torch itself draws, as it passes at dispatch level: of dropout modules
+  and functions, of attention computed in full, of recurrent kernels on the CPU.
+* Every other random number that the pass draws is counted and told, by the module that
+  draws it: it is noise that no measure takes away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch_dropout_ir.dropout_calls import (
+    KINDS,
+    RECURRENT,
+    ModuleCalls,
+    inside,
+    recurrent_dropout,
+)
+from torch_dropout_ir.functional import Inputs, call, preserved_rng
+from torch_dropout_ir.masks import MaskStatistics
+from torch_dropout_ir.nn import Dropout, Dropout1d, Dropout2d, Dropout3d
+from torch_dropout_ir.ops import mask_unpack
+from torch_dropout_ir.sites import Site, find_sites, is_stochastic_depth
+
+OURS = (Dropout, Dropout1d, Dropout2d, Dropout3d)
+_aten = torch.ops.aten
+_ours = torch.ops.torch_dropout_ir
+
+
+class Generators:
+    """The state of torch's, Python's and NumPy's generators at one moment.
+
+    Args:
+        model: The model, whose devices' generators count.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._cpu = torch.get_rng_state()
+        devices = {x.device for x in model.parameters() if x.is_cuda}
+        self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices}
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+
+    def restore(self) -> None:
+        """Set the generators back to that moment."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+
+
+class Replay:
+    """What a training pass drew.
+
+    Attributes:
+        statistics: Mask statistics by site name, our own layers' left out.
+        calls: The calls of dropout functions, by name.
+        unseen: Noise that is no mask we can see, by place, with the reason.
+    """
+
+    def __init__(self) -> None:
+        self.statistics: dict[str, MaskStatistics] = {}
+        self.calls: dict[str, Site] = {}
+        self.unseen: dict[str, str] = {}
+
+    def add(self, site: Site, mask: Tensor) -> None:
+        """Count a mask, True where kept."""
+        if not mask.numel():
+            return
+        units = site.num_units(mask.shape)
+        kept = mask.reshape(-1, units).sum(0)
+        drawn = MaskStatistics.of_units(kept, mask.numel(), site.p)
+        seen = self.statistics.get(site.name, MaskStatistics())
+        self.statistics[site.name] = seen + drawn
+
+
+def replay(model: nn.Module, inputs: Inputs, start: Generators) -> Replay:
+    """Run a training pass again and look at what it draws.
+
+    Args:
+        model: The model; left as it is.
+        inputs: The arguments of the pass.
+        start: The generators at its start.
+
+    Returns:
+        What it drew.
+    """
+    found = Replay()
+    with preserved_rng(model), torch.no_grad(), _uncounted(model):
+        start.restore()
+        with _Draws(found) as draws, _Calls(model, found, draws):
+            call(model, inputs)
+    return found
+
+
+def own_statistics(model: nn.Module) -> dict[str, MaskStatistics]:
+    """Return what our own layers in a model have counted, by site name."""
+    ours = {s.name: s.module for s in find_sites(model) if isinstance(s.module, OURS)}
+    found = {name: module.statistics for name, module in ours.items()}
+    return {name: seen for name, seen in found.items() if seen.num_calls}
+
+
+@contextlib.contextmanager
+def _uncounted(model: nn.Module) -> Iterator[None]:
+    """Let our own layers draw without counting: they have counted the pass itself."""
+    ours = [m for m in model.modules() if isinstance(m, OURS) and m.track]
+    try:
+        for module in ours:
+            module.track = False
+        yield
+    finally:
+        for module in ours:
+            module.track = True
+
+
+class _Draws(TorchDispatchMode):
+    """Takes the masks of the site that draws, and counts what nobody accounts for."""
+
+    def __init__(self, found: Replay) -> None:
+        super().__init__()
+        self._found = found
+        self.site: Site | None = None
+        self.place = ""
+        self.accounted = False
+        self._seen = 0
+
+    @contextlib.contextmanager
+    def of(self, site: Site) -> Iterator[None]:
+        """Read what is drawn inside as the masks of a site."""
+        self.site, before = site, self._seen
+        try:
+            yield
+        finally:
+            self.site = None
+        if self._seen == before:
+            self._found.unseen[site.name] = (
+                "its mask is inside a fused kernel: R_1 counts it, mask statistics do "
+                "not"
+            )
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.site is None:
+            if torch.Tag.nondeterministic_seeded in func.tags and not self.accounted:
+                self._found.unseen[f"{self.place}:{func._schema.name[6:]}"] = (
+                    "random numbers that are no dropout: they stay in R_S"
+                )
+            return out
+        mask = _mask_of(func, args, out)
+        if mask is not None:
+            self._seen += 1
+            self._found.add(self.site, mask)
+        return out
+
+
+def _mask_of(func: Any, args: tuple[Any, ...], out: Any) -> Tensor | None:
+    """Return the mask that an operator has drawn, True where kept."""
+    if func is _aten.bernoulli_.float:
+        return out != 0
+    if func is _aten.native_dropout.default:
+        return out[1] != 0
+    if func is _ours.dropout_forward.default:
+        return mask_unpack(out[1], args[0].shape)
+    return None
+
+
+class _Calls(ModuleCalls):
+    """Tells the draws which site they are of."""
+
+    def __init__(self, model: nn.Module, found: Replay, draws: _Draws) -> None:
+        super().__init__(model)
+        self._found = found
+        self._draws = draws
+        self._sites = {id(site.module): site for site in find_sites(model)}
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        super()._begin(module, args)
+        self._look()
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        site = self._sites.get(id(module))
+        if site is not None and is_stochastic_depth(module) and site.p > 0:
+            if module.training and isinstance(output, Tensor):
+                shape = site.mask_shape(output.shape)
+                self._found.add(site, (output != 0).sum_to_size(shape) > 0)
+        super()._end(module, args, output)
+        self._look()
+
+    def _look(self) -> None:
+        """Say who would answer for a draw that is made now."""
+        module = self._running[-1][0] if self._running else None
+        self._draws.place = "" if module is None else self._names[id(module)]
+        by_output = module is not None and is_stochastic_depth(module)
+        self._draws.accounted = by_output or isinstance(module, OURS)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "multi_head_attention_forward":
+            return inside(func, self)(*args, **kwargs)
+        p = _rate(name, args, kwargs)
+        if p <= 0:
+            return func(*args, **kwargs)
+        module = self._running[-1][0] if self._running else None
+        if id(module) in self._sites:
+            site = self._sites[id(module)]
+        else:
+            site = self._site(name.rstrip("_"), p, KINDS.get(name))
+            if name not in RECURRENT:
+                self._found.calls[site.name] = site
+        with self._draws.of(site):
+            return func(*args, **kwargs)
+
+
+def _rate(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Return the probability at which a call drops; 0 for any other call."""
+
+    def given(place: int, key: str, default: Any) -> Any:
+        return args[place] if len(args) > place else kwargs.get(key, default)
+
+    if name in KINDS:
+        on = given(2, "training", kwargs.get("train", True))
+        return float(given(1, "p", 0.5)) if on else 0.0
+    if name == "scaled_dot_product_attention":
+        return float(given(4, "dropout_p", 0.0))
+    if name in RECURRENT:
+        place = recurrent_dropout(args)
+        return float(args[place]) if args[place + 1] else 0.0
+    return 0.0

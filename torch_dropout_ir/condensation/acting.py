@@ -1,0 +1,81 @@
+"""Weights as they act: parametrized ones, read without moving anything."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+
+@contextlib.contextmanager
+def acting(module: nn.Module) -> Iterator[None]:
+    """Make ``module``'s weights what its next forward pass would use.
+
+    Parametrizations are evaluated in evaluation mode, where spectral normalization
+    takes no further power iteration. The older normalizations, which are hooks that
+    write the weight before a pass, write it now; the old one comes back at the end.
+
+    Args:
+        module: The layer.
+
+    Yields:
+        Nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        if nn.utils.parametrize.is_parametrized(module):
+            for part in module.parametrizations.modules():  # type: ignore[union-attr]
+                stack.callback(setattr, part, "training", part.training)
+                part.training = False
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
+                stack.callback(setattr, module, hook.name, getattr(module, hook.name))
+                setattr(module, hook.name, _compute(hook, module))
+        yield
+
+
+def _compute(hook: WeightNorm | SpectralNorm, module: nn.Module) -> Tensor:
+    if isinstance(hook, SpectralNorm):
+        return hook.compute_weight(module, do_power_iteration=False)
+    return hook.compute_weight(module)
+
+
+def affine(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a linear layer, a subclass's as its forward has them.
+
+    A subclass with a forward of its own (a low-rank update beside the weight, say) is
+    asked for the images of zero and of the unit vectors, in evaluation mode.
+
+    Args:
+        module: The layer.
+
+    Returns:
+        Weight ``[out, in]`` and bias ``[out]`` or None.
+
+    Raises:
+        NotImplementedError: If that forward is not an affine map.
+    """
+    if type(module).forward is nn.Linear.forward:
+        return module.weight, module.bias
+    with contextlib.ExitStack() as stack:
+        for part in module.modules():
+            stack.callback(setattr, part, "training", part.training)
+            part.training = False
+        size = module.in_features
+        units = torch.eye(size, dtype=module.weight.dtype, device=module.weight.device)
+        offset = module.forward(torch.zeros_like(units[:1]))
+        columns = module.forward(units) - offset
+        probe = torch.linspace(-2.0, 3.0, size).to(units)[None]
+        image, expected = module.forward(probe), probe @ columns + offset
+    error = torch.linalg.vector_norm((image - expected).detach().double())
+    scale = torch.linalg.vector_norm(image.detach().double())
+    if error > 100 * size**0.5 * torch.finfo(units.dtype).eps * (1 + scale):
+        raise NotImplementedError(
+            f"input_weights: the forward of {type(module).__name__} is not an affine "
+            "map; pass a matrix [neurons, d] of your own to the functions instead."
+        )
+    has_bias = module.bias is not None or bool(offset.detach().any())
+    return columns.T, offset[0] if has_bias else None

@@ -1,0 +1,200 @@
+"""What reads a layer's neurons: paths from layer to layer through the traced graph."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from torch_dropout_ir.condensation.layers import CONVOLUTIONS, TRANSPOSED, input_weights
+from torch_dropout_ir.condensation.passing import Passing, passing
+from torch_dropout_ir.functional import preserved_rng
+
+_SOURCES = (nn.Linear, *CONVOLUTIONS)
+_CONSUMERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outgoing:
+    """What reads the neurons of a layer.
+
+    Attributes:
+        consumers: Names of the layers that read them, and nothing else does; empty
+            where that is not known.
+        homogeneous: Whether all between is positively homogeneous, as ReLU is.
+        reason: Why the outgoing weights are not known; empty where they are.
+        weight: Outgoing weights ``[outputs, m]``; None where they are not known.
+    """
+
+    consumers: tuple[str, ...]
+    homogeneous: bool
+    reason: str
+    weight: Tensor | None = None
+
+
+def outgoing_weights(
+    model: nn.Module, *, run_own_code: bool = True
+) -> dict[str, Outgoing]:
+    """Find the outgoing weights of each linear and convolutional layer.
+
+    The model is traced by ``torch.fx`` on a copy that shares its tensors, or where that
+    fails the largest parts of it that can be traced; nothing is run. From a layer the
+    graph is followed through what treats each neuron by itself (activations, dropout,
+    pooling, flattening) to the linear layers and convolutions that read it.
+
+    Args:
+        model: The model.
+        run_own_code: Whether forward passes that are not torch's own may be traced:
+            that runs them on stand-ins for tensors, with whatever else they do.
+
+    Returns:
+        By name of the layer: outgoing weights, or why they are not known.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> found = outgoing_weights(net)
+        >>> list(found["0"].weight.shape), found["0"].consumers
+        ([2, 8], ('2',))
+        >>> found["2"].reason
+        'it is an output of the model'
+    """
+    modules = dict(model.named_modules())
+    names = [n for n, m in modules.items() if isinstance(m, _SOURCES)]
+    unseen = "no graph of what follows it could be traced"
+    found = {name: Outgoing((), False, unseen) for name in names}
+    nodes: dict[str, list[tuple[str, fx.Node]]] = {}
+    with preserved_rng(model):
+        for prefix, graph in _graphs(_skeleton(model), "", run_own_code):
+            for node in graph.nodes:
+                if node.op == "call_module":
+                    nodes.setdefault(prefix + node.target, []).append((prefix, node))
+    for name in names:
+        if len(nodes.get(name, ())) > 1:
+            found[name] = Outgoing((), False, "it is used more than once")
+        elif name in nodes:
+            ((prefix, node),) = nodes[name]
+            found[name] = _follow(name, prefix, node, modules)
+    return found
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy that shares the tensors and has no hooks, for tracing to write upon."""
+    tensors = (*model.parameters(), *model.buffers())
+    try:
+        twin = copy.deepcopy(model, {id(x): x for x in tensors})
+    except Exception:
+        return nn.Identity()
+    for module in twin.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return twin
+
+
+class _Tracer(fx.Tracer):
+    """Enters containers only: a module without children is one step."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        childless = next(m.children(), None) is None
+        return childless or super().is_leaf_module(m, module_qualified_name)
+
+
+def _graphs(
+    module: nn.Module, prefix: str, run_own_code: bool
+) -> Iterator[tuple[str, Any]]:
+    """Graphs of the model, or of its largest parts that can be traced."""
+    if next(module.children(), None) is None:
+        return
+    try:
+        if not run_own_code and not all(map(_is_known, module.modules())):
+            raise TypeError("a forward pass of the user's")
+        graph = _Tracer().trace(module)
+    except Exception:  # whatever a user's forward raises on a stand-in for a tensor
+        for name, child in module.named_children():
+            yield from _graphs(child, f"{prefix}{name}.", run_own_code)
+        return
+    yield prefix, graph
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether tracing enters nothing but code of torch's and torchvision's."""
+    package = type(module).__module__.partition(".")[0]
+    return package in ("torch", "torchvision") or next(module.children(), None) is None
+
+
+def _follow(
+    name: str, prefix: str, node: fx.Node, modules: dict[str, nn.Module]
+) -> Outgoing:
+    """Go from a layer's node to its consumers."""
+    source = modules[name]
+    channels = not isinstance(source, nn.Linear)
+    homogeneous, consumers = True, []
+    pending = [(user, node, channels, False) for user in node.users]
+    while pending:
+        user, came_from, channels, flat = pending.pop(0)
+        module = modules.get(f"{prefix}{user.target}") if _is_call(user) else None
+        if isinstance(module, _CONSUMERS) and user.all_input_nodes == [came_from]:
+            if not _fits(module, num_neurons(source), channels, flat):
+                reason = f"`{prefix}{user.target}` reads it along another dimension"
+                return Outgoing((), False, reason)
+            consumers.append(f"{prefix}{user.target}")
+            continue
+        step = passing(user, came_from, module, channels)
+        if isinstance(step, str):
+            return Outgoing((), False, step)
+        if step is Passing.SHAPE:
+            continue
+        homogeneous &= step is not Passing.POINTWISE
+        if step is Passing.FLATTEN:
+            flat, channels = flat or channels, False
+        pending += [(u, user, channels, flat) for u in user.users]
+    if not consumers:
+        return Outgoing((), False, "nothing reads it")
+    weight = weights_read(modules, name, consumers)
+    return Outgoing(tuple(consumers), homogeneous, "", weight)
+
+
+def weights_read(
+    modules: Mapping[str, nn.Module], name: str, consumers: Iterable[str]
+) -> Tensor:
+    """Return the weights with which consumers read a layer's neurons, as they are now.
+
+    Args:
+        modules: The modules of the model by name.
+        name: The layer.
+        consumers: Those that read it, as :func:`outgoing_weights` found them.
+
+    Returns:
+        Outgoing weights ``[outputs, m]``.
+    """
+    neurons = num_neurons(modules[name])
+    return torch.cat([_columns(modules[c], neurons) for c in consumers])
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_module"
+
+
+def num_neurons(source: nn.Module) -> int:
+    """Number of neurons of a layer."""
+    width = source.out_features if isinstance(source, nn.Linear) else None
+    return int(width or source.out_channels)  # type: ignore[arg-type]
+
+
+def _fits(module: nn.Module, neurons: int, channels: bool, flat: bool) -> bool:
+    """Whether a layer reads these neurons, and along the dimension that they are."""
+    if not isinstance(module, nn.Linear):
+        return channels and bool(module.in_channels == neurons)
+    whole = module.in_features % neurons == 0 if flat else False
+    return not channels and (whole or module.in_features == neurons)
+
+
+def _columns(module: nn.Module, neurons: int) -> Tensor:
+    """Weights ``[outputs, neurons]`` with which a layer reads neurons."""
+    if not isinstance(module, nn.Linear):
+        return input_weights(module, "input_channel").T
+    weight = input_weights(module)[:, : module.in_features]
+    return weight.unflatten(1, (neurons, -1)).transpose(1, 2).flatten(0, 1)

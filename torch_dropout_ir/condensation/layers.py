@@ -1,0 +1,183 @@
+"""Input weights of a layer's neurons, whatever the layer."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir.condensation.acting import acting, affine
+from torch_dropout_ir.condensation.recurrent import RECURRENT, recurrent_parts
+
+CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PROJECTIONS: Final = ("query", "key", "value")
+
+
+def input_weights(
+    module: nn.Module,
+    view: str = "filter",
+    *,
+    num_heads: int | None = None,
+    head: int | None = None,
+) -> Tensor:
+    """Return the input weights of a layer's neurons, one a row.
+
+    A neuron's bias is appended where the layer has biases. Parametrized weights (weight
+    and spectral normalization, low-rank updates) are taken as they act, and no buffer
+    of theirs moves; so are those of a subclass of Linear with a forward of its own.
+
+    What a row is, by layer and ``view``:
+
+    * Linear: ``"filter"``, the weights of one output. ``"query"``, ``"key"`` and
+      ``"value"`` are the thirds of a fused projection, in this order.
+    * Convolutions, transposed too, group by group: ``"filter"``, the kernels of one
+      output channel over the input channels that it reads; ``"kernel"``, each pair of
+      output and input channel by itself, without bias (the view of the paper's
+      ResNet-18 figures); ``"input_channel"``, all kernels that read one input channel,
+      without bias.
+    * MultiheadAttention: ``"query"``, ``"key"``, ``"value"``, the outputs of one
+      projection; ``"filter"``, the three on top of one another.
+    * LSTM, GRU, RNN and their cells: ``"input"``, ``"forget"``, ``"cell"``,
+      ``"output"``, ``"reset"``, ``"update"``, ``"new"``, one gate's units, each with
+      its weights on the input, on the hidden state and its biases as they add up;
+      ``"filter"``, all gates; ``"l1.forget"`` and ``"l0_reverse.forget"`` name a layer
+      other than the first.
+    * Embedding: ``"filter"``, the vector of one token; ``"feature"``, one coordinate
+      over all tokens.
+
+    Args:
+        module: The layer.
+        view: What counts as a neuron, as above.
+        num_heads: Heads into which the rows of a projection fall, for ``head`` of a
+            linear layer; attention modules know theirs.
+        head: Return the rows of this head alone.
+
+    Returns:
+        Matrix ``[neurons, d]`` in the graph of the module's parameters.
+
+    Raises:
+        NotImplementedError: If the layer is of another kind.
+        ValueError: If the layer has no such view or head.
+
+    References:
+        Zhang & Xu, *Implicit regularization of dropout*, Definition 1.
+
+    Example:
+        >>> input_weights(nn.Linear(4, 3)).shape
+        torch.Size([3, 5])
+        >>> input_weights(nn.Conv2d(4, 3, 5), view="kernel").shape
+        torch.Size([12, 25])
+        >>> attention = nn.MultiheadAttention(8, num_heads=2)
+        >>> input_weights(attention, "query", head=1).shape
+        torch.Size([4, 9])
+    """  # noqa: DOC502 (raised by `_views`)
+    with acting(module):
+        views = _views(module)
+        if view not in views:
+            raise ValueError(
+                f"input_weights: expected `view` of {type(module).__name__} to be one "
+                f"of {tuple(views)}, got {view!r}"
+            )
+        rows = views[view]
+    if isinstance(module, nn.MultiheadAttention):
+        num_heads = module.num_heads
+    return rows if head is None else _head(rows, head, num_heads, view)
+
+
+def layer_parts(module: nn.Module) -> dict[str, Tensor]:
+    """Return the sets of like neurons that a layer holds, by part; empty if none.
+
+    Args:
+        module: Any module; its children do not count.
+
+    Returns:
+        Input weights ``[neurons, d]`` by part, ``""`` for a layer of one part.
+    """
+    if not _known(module):
+        return {}
+    with acting(module):
+        views = _views(module)
+    if isinstance(module, nn.MultiheadAttention):
+        return {name: views[name] for name in _PROJECTIONS}
+    if isinstance(module, RECURRENT):
+        return {n: w for n, w in views.items() if n != "filter"}
+    return {"": views["filter"]}
+
+
+def _known(module: nn.Module) -> bool:
+    layers = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.MultiheadAttention)
+    return isinstance(module, (*layers, *RECURRENT, nn.Embedding)) and not any(
+        nn.parameter.is_lazy(x) for x in module.parameters(recurse=False)
+    )
+
+
+def _views(module: nn.Module) -> dict[str, Tensor]:
+    """Every view of a layer, by name."""
+    if not _known(module):
+        raise NotImplementedError(
+            f"input_weights: {type(module).__name__} is not supported"
+            f"{' before its first call' if 'Lazy' in type(module).__name__ else ''}. "
+            "Supported: Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, "
+            "MultiheadAttention, RNN, LSTM, GRU and their cells, Embedding. Pass a "
+            "matrix [neurons, d] of your own to the functions of this module instead."
+        )
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention(module)
+    if isinstance(module, RECURRENT):
+        return recurrent_parts(module)
+    if isinstance(module, nn.Embedding):
+        return {"filter": module.weight, "feature": module.weight.T}
+    if isinstance(module, nn.Linear):
+        rows = _with_bias(*affine(module))
+        thirds = rows.chunk(3) if len(rows) % 3 == 0 else ()
+        return {"filter": rows, **dict(zip(_PROJECTIONS, thirds, strict=False))}
+    assert isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
+    return _convolution(module)
+
+
+def _convolution(module: nn.Module) -> dict[str, Tensor]:
+    """The three views of a convolution, out of ``[groups, out, in, positions]``."""
+    weight = module.weight
+    assert isinstance(weight, Tensor) and isinstance(module.groups, int)
+    grouped = weight.unflatten(0, (module.groups, -1)).flatten(3)
+    if isinstance(module, TRANSPOSED):
+        grouped = grouped.transpose(1, 2)
+    filters = grouped.flatten(2).flatten(0, 1)
+    return {
+        "filter": _with_bias(filters, module.bias),  # type: ignore[arg-type]
+        "kernel": grouped.flatten(0, 2),
+        "input_channel": grouped.transpose(1, 2).flatten(2).flatten(0, 1),
+    }
+
+
+def _attention(module: nn.MultiheadAttention) -> dict[str, Tensor]:
+    if module.in_proj_weight is None:
+        weights = [module.get_parameter(f"{n[0]}_proj_weight") for n in _PROJECTIONS]
+    else:
+        weights = list(module.in_proj_weight.chunk(3))
+    if module.in_proj_bias is not None:
+        biases = module.in_proj_bias.chunk(3)
+        weights = [_with_bias(w, b) for w, b in zip(weights, biases, strict=True)]
+    views = dict(zip(_PROJECTIONS, weights, strict=True))
+    if len({w.shape[1] for w in weights}) == 1:
+        views["filter"] = torch.cat(weights)
+    return views
+
+
+def _with_bias(rows: Tensor, bias: Tensor | None) -> Tensor:
+    return rows if bias is None else torch.cat((rows, bias[:, None]), 1)
+
+
+def _head(rows: Tensor, head: int, num_heads: int | None, view: str) -> Tensor:
+    if num_heads is None or num_heads < 1 or rows.shape[0] % num_heads:
+        raise ValueError(
+            f"input_weights: expected `num_heads` to divide the {rows.shape[0]} rows "
+            f"of the view {view!r}, got {num_heads}"
+        )
+    if not 0 <= head < num_heads:
+        raise ValueError(
+            f"input_weights: expected `head` in [0, {num_heads}), got {head}"
+        )
+    return rows.unflatten(0, (num_heads, -1))[head]

@@ -1,0 +1,251 @@
+"""The smaller network that a condensed one is."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from torch_dropout_ir.condensation.cover import effective_neurons
+from torch_dropout_ir.condensation.graph import (
+    Outgoing,
+    num_neurons,
+    outgoing_weights,
+    weights_read,
+)
+from torch_dropout_ir.condensation.layers import CONVOLUTIONS, input_weights
+from torch_dropout_ir.condensation.orientation import amplitudes
+from torch_dropout_ir.condensation.rewire import (
+    clusters_of,
+    fit,
+    inputs_of,
+    narrow,
+    read_through,
+)
+from torch_dropout_ir.functional import call, preserved_rng
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerMerge:
+    """What became of one layer.
+
+    Attributes:
+        before: Its neurons.
+        after: Its neurons in the merged model.
+        change: Relative change of the outputs that merging it has added.
+        reason: Why it was left as it was; empty where it was merged.
+    """
+
+    before: int
+    after: int
+    change: float
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """A smaller model, and how far it is from the one that it was made of.
+
+    Attributes:
+        model: The new model, in evaluation mode.
+        relative_change: Norm of the change of its outputs on the example inputs over
+            the norm of the outputs.
+        largest_change: Largest change of an output.
+        layers: What became of each linear and convolutional layer, by name.
+    """
+
+    model: nn.Module
+    relative_change: float
+    largest_change: float
+    layers: dict[str, LayerMerge]
+
+
+@torch.no_grad()
+def merge_condensed(
+    model: nn.Module,
+    example_inputs: Any,
+    threshold: float = 0.95,
+    *,
+    min_amplitude: float = 0.0,
+    max_change: float | None = None,
+    least_squares: bool | None = None,
+    layers: Sequence[str] | None = None,
+) -> Merged:
+    r"""Make the neurons of one orientation one, layer by layer.
+
+    Neurons of a cluster of :func:`effective_neurons` become one neuron, dead ones go.
+    Where all between a layer and its readers is positively homogeneous (ReLU, dropout,
+    pooling), the one has the mean orientation weighted by amplitude and
+
+    .. math:: a = \sum_j a_j \lVert w_j \rVert / \lVert w \rVert
+
+    which is exact for exactly parallel neurons. Else the one has the mean input weight,
+    and the readers' weights (and biases, of linear layers) are those that best give
+    back, in least squares over the example inputs, what they read before.
+
+    Layers are merged whose neurons go to linear layers and convolutions only, through
+    what treats each neuron by itself; batch normalization, residual sums and
+    parametrized or shared weights are reasons against it, which the report gives. Each
+    neuron's part in the function is measured by its amplitude
+    :math:`\lVert a_j \rVert \lVert w_j \rVert`.
+
+    Args:
+        model: The model; left as it is.
+        example_inputs: Arguments of the model: a tensor, a tuple, or a mapping. The
+            outputs are compared on them, with dropout off; more inputs than merged
+            neurons make least squares well posed.
+        threshold: Cosine above which neurons are parallel.
+        min_amplitude: Share of a layer's largest amplitude below which a neuron goes.
+        max_change: Largest relative change of the outputs allowed; a layer whose
+            merging would exceed it stays as it was. None: no bound.
+        least_squares: True fits for every activation, False for none.
+        layers: Names of the layers to merge; all that can be if None.
+
+    Returns:
+        The new model, its change, and what became of each layer.
+
+    Raises:
+        ValueError: If a name in ``layers`` is not one of a linear layer or convolution,
+            or the model returns no floating-point tensor.
+
+    References:
+        Zhang & Xu, *Implicit regularization of dropout*, section V (condensation).
+
+    Example:
+        >>> first = nn.Linear(2, 3, bias=False)
+        >>> rows = [[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]
+        >>> first.weight.data = torch.tensor(rows)
+        >>> net = nn.Sequential(first, nn.ReLU(), nn.Linear(3, 1))
+        >>> merged = merge_condensed(net, torch.randn(9, 2))
+        >>> merged.model[0].out_features, merged.relative_change < 1e-6
+        (2, True)
+    """
+    graph = outgoing_weights(model)
+    unknown = [name for name in layers or () if name not in graph]
+    if unknown:
+        raise ValueError(
+            f"merge_condensed: expected `layers` among {list(graph)}, got {unknown}"
+        )
+    new = copy.deepcopy(model).eval()
+    report: dict[str, LayerMerge] = {}
+    with preserved_rng(model):
+        expected = _outputs(new, example_inputs)
+        change = (0.0, 0.0)
+        for name, found in graph.items():
+            source = new.get_submodule(name)
+            before = num_neurons(source)
+            reason = _against(new, name, found)
+            if layers is not None and name not in layers:
+                reason = "not among `layers`"
+            saved = None if reason else _state(new, (name, *found.consumers))
+            added = 0.0
+            if saved is not None:
+                fitted = (
+                    not found.homogeneous if least_squares is None else least_squares
+                )
+                _merge(
+                    new, name, found, example_inputs, threshold, min_amplitude, fitted
+                )
+                reached = _difference(_outputs(new, example_inputs), expected)
+                added = reached[0] - change[0]
+                if max_change is not None and not reached[0] <= max_change:
+                    reason = f"the outputs would change by {reached[0]:.3g}"
+                    _restore(new, saved)
+                else:
+                    change = reached
+            report[name] = LayerMerge(before, num_neurons(source), added, reason)
+    return Merged(new, *change, report)
+
+
+def _merge(
+    model: nn.Module,
+    name: str,
+    found: Outgoing,
+    inputs: Any,
+    threshold: float,
+    min_amplitude: float,
+    fitted: bool,
+) -> None:
+    """Merge one layer of ``model`` in place."""
+    source = model.get_submodule(name)
+    weights = input_weights(source)
+    outgoing = weights_read(dict(model.named_modules()), name, found.consumers)
+    size = amplitudes(weights, outgoing)
+    cover = effective_neurons(weights, threshold, min_amplitude, amplitude=size)
+    rows, mixing = clusters_of(weights, size, cover.labels, homogeneous=not fitted)
+    read = (
+        [inputs_of(model, c, inputs, len(weights)) for c in found.consumers]
+        if fitted
+        else []
+    )
+    narrow(source, rows)
+    for k, consumer in enumerate(found.consumers):
+        module = model.get_submodule(consumer)
+        offset = None
+        if fitted:
+            now = inputs_of(model, consumer, inputs, len(rows))
+            constant = isinstance(module, nn.Linear) and module.bias is not None
+            mixing, offset = fit(now, read[k], constant=constant)
+        read_through(module, mixing.to(weights), offset)
+
+
+def _against(model: nn.Module, name: str, found: Outgoing) -> str:
+    """Why a layer cannot be merged; empty where it can."""
+    if found.reason:
+        return found.reason
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for x in module.parameters(recurse=False):
+            users[id(x)] = users.get(id(x), 0) + 1
+    for place in (name, *found.consumers):
+        module = model.get_submodule(place)
+        plain = type(module) in (nn.Linear, *CONVOLUTIONS)
+        if not plain or module._forward_pre_hooks:
+            return f"`{place}` is no plain layer: {type(module).__name__}"
+        if getattr(module, "groups", 1) != 1:
+            return f"`{place}` is a grouped convolution"
+        if any(users[id(x)] > 1 for x in module.parameters(recurse=False)):
+            return f"`{place}` shares its weights"
+    return ""
+
+
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    leaves = tree_leaves(call(model, inputs))
+    found = [
+        x.double() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()
+    ]
+    if not found:
+        raise ValueError(
+            "merge_condensed: expected the model to return a floating-point tensor, "
+            f"got {[type(x).__name__ for x in leaves]}"
+        )
+    return found
+
+
+def _difference(outputs: list[Tensor], expected: list[Tensor]) -> tuple[float, float]:
+    """Relative change in norm, and largest change of an entry."""
+    moved = [(a - b).flatten() for a, b in zip(outputs, expected, strict=True)]
+    norm = torch.linalg.vector_norm(torch.cat([x.flatten() for x in expected]))
+    change = torch.linalg.vector_norm(torch.cat(moved))
+    relative = 0.0 if float(change) == 0 else float(change / norm)
+    largest = max((float(x.abs().max()) for x in moved if x.numel()), default=0.0)
+    return relative, largest
+
+
+def _state(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What :func:`narrow` and :func:`read_through` replace, of each layer."""
+    kept = {}
+    for name in names:
+        module = model.get_submodule(name)
+        kept[name] = {**module.__dict__, "_parameters": dict(module._parameters)}
+    return kept
+
+
+def _restore(model: nn.Module, saved: dict[str, dict[str, Any]]) -> None:
+    for name, state in saved.items():
+        model.get_submodule(name).__dict__.update(state)

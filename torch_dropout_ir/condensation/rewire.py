@@ -1,0 +1,152 @@
+"""Fewer neurons in a layer, and readers that read them as they read all."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir.condensation.tiles import row_norms, unit_rows
+from torch_dropout_ir.functional import call
+
+_MOST_ROWS: Final = 2**16
+
+
+def clusters_of(
+    weights: Tensor, size: Tensor, labels: Tensor, *, homogeneous: bool
+) -> tuple[Tensor, Tensor]:
+    """Return one neuron a cluster, and what each neuron is in them.
+
+    Args:
+        weights: Input weights, ``[m, d]``.
+        size: Amplitudes, ``[m]``: the weights of the means.
+        labels: Clusters ``[m]``, -1 for the dead. Where all are dead, the neuron of the
+            largest amplitude stays.
+        homogeneous: Whether to average orientations and to scale; else weights.
+
+    Returns:
+        Input weights ``[k, d]`` in the dtype of ``weights``, and for a homogeneous
+        activation the matrix ``[k, m]`` that gives all neurons out of the few.
+    """
+    if not bool((labels >= 0).any()):
+        labels = labels.clone()
+        labels[int(torch.nan_to_num(size, -1.0).argmax())] = 0
+    count = int(labels.max()) + 1
+    alive = labels >= 0
+    member = torch.zeros(count, len(labels), dtype=torch.float64, device=labels.device)
+    member[labels[alive], alive.nonzero().squeeze(1)] = 1.0
+    share = member * torch.where(alive, size, 0.0).double()
+    empty = share.sum(1) == 0  # nothing reads these: the plain mean
+    share[empty] = member[empty]
+    share /= share.sum(1, keepdim=True)
+    sound = torch.where(alive[:, None], weights, 0.0)
+    norms = row_norms(sound)
+    if not homogeneous:
+        return (share @ sound.double()).to(weights.dtype), member
+    length = share @ norms
+    rows = unit_rows(share @ unit_rows(sound.double())) * length[:, None]
+    alone = member.sum(1) == 1
+    rows = rows.to(weights.dtype)
+    rows[alone] = weights[member[alone].argmax(1)]
+    ratio = norms / row_norms(rows)[labels.clamp(min=0)].clamp_(min=1e-300)
+    return rows, member * ratio
+
+
+def narrow(module: nn.Module, rows: Tensor) -> None:
+    """Give a linear layer or convolution these neurons (``[k, d]``, bias last)."""
+    bias = module.bias
+    if bias is not None:
+        rows, last = rows[:, :-1], rows[:, -1]
+        module.bias = _parameter(last, bias)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    shape = (len(rows), *weight.shape[1:])
+    module.weight = _parameter(rows.reshape(shape), weight)
+    setattr(module, _size(module, "out"), len(rows))
+
+
+def read_through(module: nn.Module, mixing: Tensor, offset: Tensor | None) -> None:
+    """Let a reader of ``m`` neurons read ``k``, whose mixture ``[k, m]`` they were.
+
+    Args:
+        module: The linear layer or convolution that reads them.
+        mixing: ``[k, m]``: neuron ``j`` is the sum over ``i`` of ``mixing[i, j]`` times
+            the new neuron ``i``.
+        offset: What to add to neuron ``j``, ``[m]``; None for nothing.
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    count, neurons = mixing.shape
+    spread = weight.unflatten(1, (neurons, -1)) if weight.ndim == 2 else weight
+    wide = spread.flatten(2).double()
+    fewer = torch.einsum("omp,km->okp", wide, mixing.double())
+    if offset is not None:
+        assert isinstance(module.bias, Tensor)
+        added = wide.sum(2) @ offset.to(wide)
+        module.bias = _parameter((module.bias + added), module.bias)
+    shape = (len(weight), count, *spread.shape[2:])
+    fewer = (
+        fewer.reshape(shape).flatten(1) if weight.ndim == 2 else fewer.reshape(shape)
+    )
+    module.weight = _parameter(fewer, weight)
+    setattr(module, _size(module, "in"), fewer.shape[1])
+
+
+class _Reached(Exception):
+    """Ends a pass at the layer whose inputs are wanted."""
+
+
+def inputs_of(model: nn.Module, name: str, inputs: Any, neurons: int) -> Tensor:
+    """Return what a layer reads of each neuron, ``[samples, neurons]``, in float64.
+
+    At most 65 536 samples at even distances: positions and samples alike.
+    """
+    module = model.get_submodule(name)
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(note)
+    try:
+        call(model, inputs)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    if isinstance(module, nn.Linear):
+        spread = seen[0].unflatten(-1, (neurons, -1)).transpose(-1, -2)
+    else:
+        spread = seen[0].movedim(seen[0].ndim - module.weight.ndim + 1, -1)  # type: ignore
+    rows = spread.reshape(-1, neurons)
+    return rows[:: -(-len(rows) // _MOST_ROWS) or 1].double()
+
+
+def fit(now: Tensor, before: Tensor, *, constant: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the mixture of the few that is nearest to the many, in least squares.
+
+    Args:
+        now: Activations of the few, ``[samples, k]``.
+        before: Activations of the many, ``[samples, m]``.
+        constant: Whether a constant may be added.
+
+    Returns:
+        Mixture ``[k, m]`` and offset ``[m]`` or None, the smallest ones of those that
+        fit equally well.
+    """
+    few = torch.cat((now, torch.ones_like(now[:, :1])), 1) if constant else now
+    found = torch.linalg.lstsq(few.cpu(), before.cpu(), rcond=1e-10, driver="gelsd")
+    solution = found.solution.to(now)
+    count = now.shape[1]
+    return solution[:count], solution[count] if constant else None
+
+
+def _size(module: nn.Module, side: str) -> str:
+    return f"{side}_{'features' if isinstance(module, nn.Linear) else 'channels'}"
+
+
+def _parameter(value: Tensor, like: Any) -> nn.Parameter:
+    """A parameter of this value, otherwise as the one in whose place it comes."""
+    return nn.Parameter(value.detach().to(like).contiguous(), like.requires_grad)
