@@ -110,7 +110,7 @@ class TensorBoardSink:
         try:
             if step < 0:
                 while self._panels.waiting:
-                    self._add_panels(step, when, Summary())
+                    self._add_panels(step, time.time(), Summary())
             else:
                 assert isinstance(notes, dict)
                 self._write(step, when, records, notes)
