@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch_dropout_ir.demo import Settings, run_demo
 from torch_dropout_ir.demo.settings import PIXELS, REDUCED
@@ -68,7 +69,42 @@ def _parser() -> argparse.ArgumentParser:
         default = f"default: {digits} on components, {pixels} on MNIST's pixels"
         demo.add_argument(f"--{name}", type=kind, help=f"{what} ({default})")
     demo.add_argument("--seed", type=int, default=0, help="default: 0")
+    _add_board(commands)
     return parser
+
+
+def _add_board(commands: Any) -> None:
+    board = commands.add_parser("board", help="show runs in TensorBoard, on the panels")
+    report = commands.add_parser(
+        "report", help="write the panels as one HTML file, to send to a colleague"
+    )
+    for command in (board, report):
+        command.add_argument("log_dir", type=Path, metavar="LOGDIR", help="runs")
+    board.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    board.add_argument("--port", type=int, help="default: 6006, or the next free one")
+    board.add_argument(
+        "--no-browser", action="store_true", help="only print the address"
+    )
+    report.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: dropout-ir-report.html in LOGDIR",
+    )
+
+
+def _run(command: str, chosen: dict[str, Any]) -> None:
+    if command == "demo":
+        print(run_demo(Settings.of(**chosen)))
+        return
+    from torch_dropout_ir.tensorboard.board import serve, write_report
+
+    log_dir = chosen["log_dir"]
+    if command == "board":
+        serve(log_dir, chosen["host"], chosen["port"], not chosen["no_browser"])
+    else:
+        out = chosen["out"] or log_dir / "dropout-ir-report.html"
+        print(write_report(log_dir, out))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,10 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrong arguments.
     """
     chosen = vars(_parser().parse_args(arguments))
-    chosen.pop("command")
     try:
-        settings = Settings.of(**chosen)
-        print(run_demo(settings))
+        _run(chosen.pop("command"), chosen)
     except (ValueError, OSError, ImportError) as err:
         print(f"torch-dropout-ir: {err}", file=sys.stderr)
         return 2 if isinstance(err, ValueError) else 1

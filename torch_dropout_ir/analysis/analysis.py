@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import Capture
 from torch_dropout_ir.analysis.delivery import Delivery, warn
+from torch_dropout_ir.analysis.facts import run_facts
 from torch_dropout_ir.analysis.records import Record, Sink, remember
 from torch_dropout_ir.analysis.replay import own_statistics
 from torch_dropout_ir.analysis.snapshot import (
@@ -173,8 +174,7 @@ class Analysis:
             started = time.perf_counter()
             reason = snapshot.lacks(measure.needs)
             if reason is None:
-                taken = self._take(measure, snapshot)
-                records.update(taken)
+                records.update(self._take(measure, snapshot))
             else:
                 self.absent[measure.name] = reason
             seconds[measure.name] = time.perf_counter() - started
@@ -223,7 +223,7 @@ class Analysis:
             batch, on_data = self._data[0], True
         seen = None if batch[1] is None else [batch]
         optimizer = self._steps.optimizer
-        self.notes.update(theory_note(optimizer))
+        self.notes.update(theory_note(optimizer) | run_facts(self, optimizer))
         lr, gradients = received_gradients(self.model, optimizer)
         return Snapshot(
             model=self.model,

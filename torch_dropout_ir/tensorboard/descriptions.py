@@ -62,6 +62,10 @@ def describe_tag(tag: str, notes: Mapping[str, str]) -> str:
     Returns:
         A sentence or two; empty for tags that are not ours.
     """
+    if tag.startswith("band/"):
+        estimate, _, end = tag.removeprefix("band/").rpartition("/")
+        sign = "-" if end == "lower" else "+"
+        return f"{estimate} {sign} its error. {describe_tag(estimate, notes)}"
     stem = "/".join(tag.split("/")[:2])
     said = (_DESCRIPTIONS.get(stem, ""), notes.get(tag) or notes.get(stem, ""))
     return " ".join(f"{part.rstrip('.')}." for part in said if part)

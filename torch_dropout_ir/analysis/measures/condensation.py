@@ -133,7 +133,7 @@ class Condensation:
         cosines = condensation.cosine_similarity(weights[order[::stride]]).float()
         side = min(self.max_image, cosines.shape[0])
         field = nn.functional.adaptive_avg_pool2d(cosines[None, None], side)[0, 0]
-        return Image(field.cpu(), -1.0, 1.0)
+        return Image(field.cpu(), -1.0, 1.0, order[::stride].cpu())
 
 
 def _is_infinite(record: Record) -> bool:
