@@ -35,7 +35,8 @@ class JsonLines:
         >>> sink = JsonLines(path)
         >>> sink.write(3, {"loss/R_S": 0.5}, {})
         >>> sink.close()
-        >>> json.loads(open(path).read())["records"]
+        >>> with open(path) as file:
+        ...     json.loads(file.read())["records"]
         {'loss/R_S': 0.5}
     """
 
