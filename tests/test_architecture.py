@@ -23,6 +23,7 @@ FLOORS = {
         "vectors",
         "sites",
         "dropout_calls",
+        "module_calls",
         "attention",
         "losses",
         "output_hessian",

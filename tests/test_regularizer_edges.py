@@ -212,3 +212,52 @@ def test_a_loss_that_is_linear_in_the_outputs_says_so():
     assert any("linear in the outputs" in note for note in found.notes)
     full = second_order(net, batch, loss, num_samples=None)
     assert float(full.value) == pytest.approx(truth(net, batch, loss), rel=0.3)
+
+
+def test_attention_without_dropout_has_second_derivatives_too():
+    """The fused kernel has none: the forms take the other one by themselves."""
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+    net.self_attn.dropout = 0.0
+    net = nn.Sequential(nn.Dropout(0.2), net)
+    batch = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
+    found = second_order(net, batch, "mse", num_samples=4)
+    assert found.per_site["0"].isfinite() and found.standard_error > 0
+
+
+def test_a_model_that_returns_its_loss():
+    """One number for all samples: they meet in it."""
+    torch.manual_seed(0)
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.3), nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.last(self.drop(x)).square().mean()
+
+    net, batch = Loss().double(), (torch.randn(3, 2).double(), None)
+    loss = lambda f, _: f  # noqa: E731
+    found = second_order(net, batch, loss, num_samples=None)
+    assert float(found.value) == pytest.approx(truth(net, batch, loss), rel=1e-9)
+
+
+def test_the_online_r1_takes_the_linear_part_away():
+    from torch_dropout_ir.regularizers.excess import ExcessRisk
+    from torch_dropout_ir.regularizers.online import online
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(5, 64), nn.Tanh(), nn.Dropout(0.05), nn.Linear(64, 64), nn.Tanh(),
+        nn.Linear(64, 4),
+    ).double()  # fmt: skip
+    batch = torch.randn(8, 5).double(), torch.randn(8, 4).double()
+    loss = resolve_loss("mse")
+    values = torch.stack([online(net, batch, loss)[0].value for _ in range(60)])
+    plain = []
+    for _ in range(60):
+        excess = ExcessRisk(net, batch, loss, slopes=[])
+        excess.draw(8)
+        plain.append(excess.mean()[0])
+    assert values.std() < 0.5 * torch.stack(plain).std()

@@ -138,11 +138,7 @@ def estimate(
     else:
         curvature = SiteCurvature(clean, read, linearized=True)
         coupled = bool(clean.uses) and (coupled or read.couples())
-        draws = (
-            [curvature.exact(coupled)]
-            if num_samples is None
-            else [curvature.sampled() for _ in range(num_samples)]
-        )
+        draws = curvature.draws(num_samples, coupled)
     exact = is_exact(model, clean, loss, num_samples)
     like = read.tensors[0].detach()
     found = assemble(clean, draws, num_samples, coupled, exact, like)

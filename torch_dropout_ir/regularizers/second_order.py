@@ -85,11 +85,7 @@ def second_order(
             clean.couples_samples(read.tensors) or read.couples()
         )
         curvature = SiteCurvature(clean, read, linearized=False)
-        draws = (
-            [curvature.exact(coupled)]
-            if num_samples is None
-            else [curvature.sampled() for _ in range(num_samples)]
-        )
+        draws = curvature.draws(num_samples, coupled)
         exact = is_exact(model, clean, resolved, num_samples)
         like = read.tensors[0].detach()
         found = assemble(clean, draws, num_samples, coupled, exact, like)
