@@ -177,10 +177,10 @@ def test_bands_layout_facts_and_initial_state(run, tmp_path):
         events.Scalars(f"sharpness/trace{end}")[0].value
         for end in ("", "_standard_error")
     )
-    assert tensors["band/sharpness/trace/lower"] == pytest.approx(trace - error)
-    assert tensors["band/sharpness/trace/upper"] == pytest.approx(trace + error)
+    assert tensors["uncertainty/sharpness/trace/lower"] == pytest.approx(trace - error)
+    assert tensors["uncertainty/sharpness/trace/upper"] == pytest.approx(trace + error)
     known = {"a": 5.0, "a_standard_error": 1.0, "b": 2.0, "c_residual": 1.0}
-    assert bands(known) == {"band/a/lower": 4.0, "band/a/upper": 6.0}
+    assert bands(known) == {"uncertainty/a/lower": 4.0, "uncertainty/a/upper": 6.0}
     layout = layout_pb2.Layout.FromString(tensors["custom_scalars__config__"].item())
     series = layout.category[0].chart[1].margin.series[0]
     assert series.value == "sharpness/trace"

@@ -62,8 +62,8 @@ def describe_tag(tag: str, notes: Mapping[str, str]) -> str:
     Returns:
         A sentence or two; empty for tags that are not ours.
     """
-    if tag.startswith("band/"):
-        estimate, _, end = tag.removeprefix("band/").rpartition("/")
+    if tag.startswith("uncertainty/"):
+        estimate, _, end = tag.removeprefix("uncertainty/").rpartition("/")
         sign = "-" if end == "lower" else "+"
         return f"{estimate} {sign} its error. {describe_tag(estimate, notes)}"
     stem = "/".join(tag.split("/")[:2])

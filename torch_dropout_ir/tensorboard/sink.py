@@ -31,10 +31,10 @@ class TensorBoardSink:
     ``max_bytes``, the longest unseen first; the others come with later events, in an
     event of their own step, or at the end. So an event step has at most ``max_bytes``,
     or its numbers (about 50 bytes each, with the description where a tag is new) and
-    one picture. Errors of numbers also give the bands ``band/<tag>/...``, and the first
-    picture of a tag stays under ``initial/<tag>``, as TensorBoard shows a random
-    sample of ten. Model, sites, loss, seed and versions are text and hyperparameters of
-    the run itself, and the page of Custom Scalars has its charts.
+    one picture. Errors of numbers also give the bands ``uncertainty/<tag>/...``, and
+    the first picture of a tag stays under ``initial/<tag>``, as TensorBoard shows a
+    random sample of ten. Model, sites, loss, seed and versions are text and
+    hyperparameters of the run itself, and the page of Custom Scalars has its charts.
 
     Args:
         log_dir: Run directory; None: ``runs/<time>_<host>``.

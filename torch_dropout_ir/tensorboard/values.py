@@ -64,7 +64,10 @@ def histogram(record: Histogram) -> HistogramProto:
 
 
 def bands(records: Mapping[str, Record]) -> dict[str, float]:
-    """Return ``band/<tag>/lower`` and ``upper`` of every number that has an error."""
+    """Return ``uncertainty/<tag>/lower`` and ``upper`` of what has an error.
+
+    The name comes last in the alphabet, after the numbers that it is about.
+    """
     found: dict[str, float] = {}
     for tag, error in records.items():
         for ending in _ERRORS:
@@ -72,7 +75,7 @@ def bands(records: Mapping[str, Record]) -> dict[str, float]:
             if not tag.endswith(ending) or not isinstance(centre, float):
                 continue
             if isinstance(error, float) and math.isfinite(error):
-                stem = f"band/{tag.removesuffix(ending)}"
+                stem = f"uncertainty/{tag.removesuffix(ending)}"
                 found[f"{stem}/lower"] = centre - error
                 found[f"{stem}/upper"] = centre + error
     return found
@@ -106,7 +109,9 @@ def add_layout(summary: Summary) -> None:
             margin=layout_pb2.MarginChartContent(
                 series=[
                     layout_pb2.MarginChartContent.Series(
-                        value=tag, lower=f"band/{tag}/lower", upper=f"band/{tag}/upper"
+                        value=tag,
+                        lower=f"uncertainty/{tag}/lower",
+                        upper=f"uncertainty/{tag}/upper",
                     )
                 ]
             ),

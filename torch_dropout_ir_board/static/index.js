@@ -1,5 +1,5 @@
 // What comes out of a log becomes text nodes and numbers, never markup or code.
-const COLOURS = ["#2b83ba", "#e6550d", "#31a354", "#9467bd", "#d62728", "#17becf", "#a6a61f", "#e377c2"];
+const COLOURS = ["#2b83ba", "#e6550d", "#31a354", "#9467bd", "#d62728", "#17becf", "#a6a61f", "#e377c2", "#8c564b", "#7f7f7f"];
 const NUMBERS = {
   "test accuracy": "demo/test_accuracy", R_1: "regularizer/R1", "R_1 at one p": "demo/R1_at_p", R_2: "regularizer/R2", R_S: "loss/R_S",
   "effective ratio": "condensation/effective_ratio/", "effective neurons": "condensation/effective_neurons/",
@@ -26,7 +26,7 @@ async function get(route, of = "") {
   if (held.size > 900) held.delete(held.keys().next().value);
   if (!held.has(key)) {
     const asked = fetch(`${route}?of=${encodeURIComponent(of)}`).then((answer) => answer.json());
-    held.set(key, asked.then((found) => (found.error && route !== "picture" ? {} : found)));
+    held.set(key, asked.catch(() => (held.delete(key), { error: "No answer." })).then((found) => (found.error && route !== "picture" ? {} : found)));
   }
   return held.get(key);
 }
@@ -46,7 +46,7 @@ const place = () => steps.findLastIndex((step) => step <= S.step);
 const move = (by) => draw({ step: steps[Math.max(0, Math.min(steps.length - 1, place() + by))] });
 function play() {
   clearInterval(S.playing); const start = !S.playing && steps.length > 1;
-  S.playing = start && setInterval(() => (S.step >= steps.at(-1) ? play() : move(1)), 400);
+  S.playing = start && setInterval(() => +document.body.dataset.drawn === turn && (S.step >= steps.at(-1) ? play() : move(1)), 400);
   at("play").textContent = start ? "❚❚ pause" : "▶ play";
   if (start && S.step >= steps.at(-1)) draw({ step: steps[0] });
 }
@@ -80,7 +80,8 @@ async function draw(changes = {}) {
   const pictures = (of) => Promise.all(runs().map((run) => picture(run, last(of[run]))));
   const [heats, scatters] = await Promise.all([pictures(maps), pictures(places)]);
   if (own !== turn) return; // a later drawing has begun
-  bar(), table(tags, values, errors), heat(heats.filter(([, step]) => step !== undefined));
+  const focus = document.activeElement?.closest("section, #runs"), buttons = () => [...(focus?.querySelectorAll("button") ?? [])];
+  const pressed = buttons().indexOf(document.activeElement); bar(), table(tags, values, errors), heat(heats.filter(([, step]) => step !== undefined));
   const lines = (of, points) => runs().flatMap((run) => (last(of[run])?.[1] ? [[run, points(last(of[run])[1])]] : []));
   const middle = ([low, high, counts], i) => low + ((i + 0.5) * (high - low)) / counts.length;
   const heights = (of, unit) => lines(of, (b) => b[2].map((y, i) => [middle(b, i), y / unit(b)]));
@@ -89,7 +90,7 @@ async function draw(changes = {}) {
   chart("density", "Eigenvalues of the Hessian", ["eigenvalue", "density"], heights(density, (b) => (b[1] - b[0]) / b[2].length));
   chart("slice", "Loss along a random direction", ["step / norm of the weights", "R_S"], heights(slice, () => 1));
   chart("curve", S.curve, ["optimizer step", ""], runs().map((run) => [run, curve[run] ?? []]), { mark: S.step });
-  document.body.dataset.drawn = own;
+  document.body.dataset.drawn = own, buttons()[pressed]?.focus(); // a key's button is a new one now
 }
 function bar() {
   at("layer").replaceChildren(...S.layers.map((l) => new Option(l || "(the model itself)", l, false, l === S.layer)));
@@ -126,7 +127,7 @@ function rgb(level, levels) {
 }
 function heat(pictures) {
   const room = innerWidth - at("numbers").offsetWidth - 60, side = Math.max(150, Math.min(270, room / pictures.length - 14));
-  at("maps").replaceChildren(); for (const [run, step, found] of pictures) {
+  at("hint").hidden = true, at("maps").replaceChildren(); for (const [run, step, found] of pictures) {
     const figure = put(at("maps"), "figure"), caption = put(figure, "figcaption"), { rows, columns, levels } = found;
     figure.style.width = `${side}px`; put(caption, "span", "■ ").style.color = colour(run);
     put(caption, "span", `step ${step} · ${run}`, { title: run });
@@ -138,8 +139,8 @@ function heat(pictures) {
     const value = (t) => show(+(found.low + t * (found.high - found.low)).toFixed(2));
     canvas.onmousemove = ({ offsetX, offsetY, clientX, clientY }) => {
       const [r, c] = [Math.floor((offsetY / side) * rows), Math.floor((offsetX / side) * columns)];
-      const level = all[r * columns + c], names = [r, c].map((i) => found.names[i] ?? i).join(" and neuron ");
-      at("hint").hidden = !(level < levels); at("hint").textContent = `neuron ${names}: cosine ${value(level / (levels - 1))}`;
+      const level = all[r * columns + c], names = [r, c].map((i) => found.names[i] ?? i).join(" × ");
+      at("hint").hidden = !(level < levels); at("hint").textContent = `neurons ${names}: ${/,/.test(names) ? "mean " : ""}cosine ${value(level / (levels - 1))}`;
       Object.assign(at("hint").style, { left: `${Math.min(clientX + 12, innerWidth - 320)}px`, top: `${clientY + 14}px` });
     };
     canvas.onmouseleave = () => (at("hint").hidden = true); put(figure, "div", "", { class: "scale" });
@@ -151,10 +152,10 @@ function range(values, fixed) {
   const [low, high] = fixed ?? values.reduce(([a, b], x) => [Math.min(a, x), Math.max(b, x)], [Infinity, -Infinity]);
   return low < high ? [low, high] : [low - 0.5, high + 0.5];
 }
-function ticks(low, high, whole) {
+function ticks(low, high, log) {
+  if (log && high - low < 1) return ticks(10 ** low, 10 ** high).map(Math.log10);
   const raw = (high - low) / 5, ten = 10 ** Math.floor(Math.log10(raw)), nice = [1, 2, 5, 10].find((k) => k * ten >= raw) * ten;
-  const by = whole && high - low > 1 ? Math.max(1, nice) : nice;
-  const first = Math.ceil(low / by - 1e-9), count = Math.floor(high / by + 1e-9) - first + 1;
+  const by = log ? Math.max(1, nice) : nice, first = Math.ceil(low / by - 1e-9), count = Math.floor(high / by + 1e-9) - first + 1;
   return Array.from({ length: count }, (_, i) => (first + i) * by);
 }
 function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
@@ -171,7 +172,7 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
   const py = (v) => (H - B - 4 * uy * Math.max(0, (f(v) - bottom) / (high - bottom))).toFixed(1);
   const svg = put(host, "svg", "", { width: W, height: H, role: "img", "aria-label": title });
   for (const v of ticks(bottom, high, log)) {
-    const value = log ? 10 ** v : v, h = +py(value); put(svg, "line", "", { x1: L, x2: W - R, y1: h, y2: h, class: "grid" });
+    const value = log ? +(10 ** v).toPrecision(3) : v, h = +py(value); put(svg, "line", "", { x1: L, x2: W - R, y1: h, y2: h, class: "grid" });
     put(svg, "text", show(value), { x: L - 5, y: h + 4, "text-anchor": "end" });
   }
   for (const v of ticks(left, right)) put(svg, "text", show(v), { x: px(v), y: H - B + 14, "text-anchor": "middle" });

@@ -1,0 +1,211 @@
+"""What a user sees in a browser: the tab in TensorBoard's frame, and its own pages."""
+
+import pytest
+import torch
+
+import torch_dropout_ir as tdi
+from torch_dropout_ir.analysis import Image
+from torch_dropout_ir.tensorboard import TensorBoardSink
+
+from .browser import Browser
+from .test_board import EVIL, served, wait_for, write_run
+
+TAB = "data/plugin_entry.html?name=dropout_ir"
+FRAME = "document.querySelector('iframe')?.contentDocument"
+# Of all elements, through shadow roots, what is on the page of TensorBoard.
+DRAWN = """(() => {
+  const all = (at) => [...at.querySelectorAll('main *, :host *, *')].flatMap(
+    (e) => [e, ...(e.shadowRoot ? all(e.shadowRoot) : [])]);
+  const seen = all(document.querySelector('main') ?? document);
+  return (WHAT)(seen); })()"""
+
+
+def drawn(what):
+    return DRAWN.replace("WHAT", what)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pages")
+    write_run(path / "with", steps=range(0, 50, 5))
+    write_run(path / "without", steps=range(0, 50, 5), shift=1.0)
+    return served(path, runs=2)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def tab(page, address):
+    page.open("about:blank")
+    page.open(address + TAB)
+    page.until("document.querySelectorAll('canvas').length === 2")
+    yield page
+    assert page.errors == []
+
+
+def centre_of(page, element, right=0.5, down=0.5):
+    box = page.run(
+        f"(({{x, y, width, height}}) => [x, y, width, height])"
+        f"({element}.getBoundingClientRect())"
+    )
+    return box[0] + right * box[2], box[1] + down * box[3]
+
+
+def test_neurons_and_their_cosine_under_the_pointer(tab):
+    weights = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    order = tdi.condensation.cluster_order(weights)
+    cosines = tdi.condensation.cosine_similarity(weights[order])
+    canvas, hint = "document.querySelector('canvas')", "document.getElementById('hint')"
+    for row, column in ((0, 0), (2, 7), (11, 4)):
+        place = centre_of(tab, canvas, (column + 0.5) / 12, (row + 0.5) / 12)
+        tab.mouse("mouseMoved", *place)
+        names = f"neurons {order[row]} × {order[column]}: cosine "  # noqa: RUF001
+        tab.until(f"{hint}.textContent.startsWith({names!r})")
+        said = tab.run(f"{hint}.textContent")
+        value = float(said.removeprefix(names))
+        assert abs(value - float(cosines[row, column])) < 1 / 128 + 0.005
+        assert not tab.run(f"{hint}.hidden")
+    tab.press("ArrowLeft")  # another step's picture: what was said is no longer so
+    tab.until(f"{hint}.hidden")
+
+
+def test_rows_of_several_neurons_have_their_mean(page, tmp_path):
+    weights = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    field = tdi.condensation.cosine_similarity(weights)
+    sink = TensorBoardSink(tmp_path / "run")
+    sink.write(0, {"condensation/cosine/a": Image(field, -1, 1, torch.arange(400))}, {})
+    sink.close()
+    page.open(served(tmp_path, runs=1) + TAB)
+    page.until("document.querySelectorAll('canvas').length === 1")
+    page.mouse("mouseMoved", *centre_of(page, "document.querySelector('canvas')"))
+    said = page.until("document.getElementById('hint').textContent")
+    assert said.startswith("neurons 1") and ", " in said and ": mean cosine " in said
+
+
+def test_the_slider_plays_to_the_end_and_stops(tab):
+    state = "(({value}) => +value)(document.getElementById('slider'))"
+    label = "document.getElementById('play').textContent"
+    assert tab.run(state) == 9
+    tab.click(*centre_of(tab, "document.getElementById('play')"))
+    both = f"[{state}, document.getElementById('step').textContent]"
+    tab.until(f"{state} === 0")
+    seen = []
+    while not seen or seen[-1] < 9:
+        at, said = tab.run(both)
+        assert said == f"step {5 * at}"
+        seen += [at] if at not in seen else []
+    assert seen[0] == 0 and seen == sorted(seen) and len(seen) >= 8
+    tab.until(f"{label}.includes('play')")
+    assert tab.run(state) == 9
+    tab.press(" ", " ")  # the focus is on the button still
+    tab.until(f"{label}.includes('pause')")
+    tab.press(" ", " ")
+    tab.until(f"{label}.includes('play')")
+
+
+def test_keys_reach_everything_and_keep_their_place(tab):
+    focus = "document.activeElement.textContent"
+    tab.press("Tab"), tab.press("Tab")
+    assert "play" in tab.run(focus)
+    tab.press("Tab"), tab.press("Tab")
+    assert tab.run(focus) == "■ with"
+    for pressed, canvases in (("false", 1), ("true", 2)):
+        tab.press("Enter", "\r")
+        tab.until(f"document.querySelectorAll('canvas').length === {canvases}")
+        tab.until(f"{focus} === '■ with'")
+        assert tab.run("document.activeElement.ariaPressed") == pressed
+    tab.press("Tab"), tab.press("Tab")
+    assert tab.run(focus) == "R_1"
+    tab.press("Tab")
+    assert tab.run(focus) == "R_S"
+    tab.press("Enter", "\r")
+    tab.until("document.querySelector('#curve h2').textContent.startsWith('loss/R_S')")
+    assert tab.run(focus) == "R_S"
+
+
+def test_all_is_in_1280_by_800_and_ten_runs_take_no_more(page, address, tmp_path):
+    for i in range(10):
+        write_run(tmp_path / f"a-run-with-a-long-name-{i}", shift=i / 10)
+    for url, runs in ((address, 2), (served(tmp_path, runs=10), 10)):
+        page.open("about:blank")
+        page.open(url + "#dropout_ir")
+        page.until(f"{FRAME}?.querySelectorAll('canvas').length === {runs}")
+        inside = page.run(
+            f"(({{documentElement: e}}) => [e.scrollWidth, e.scrollHeight, "
+            f"e.clientHeight])({FRAME})"
+        )
+        assert inside[0] <= 1280 and inside[1] <= inside[2] < 800, inside
+        assert page.run(f"{FRAME}.querySelectorAll('#charts svg').length") == 4
+        colours = f"new Set([...{FRAME}.querySelectorAll('#runs span')].map((e) => e.style.color))"  # noqa: E501
+        assert page.run(f"{colours}.size") >= runs
+
+
+def test_the_theme_follows_tensorboards_own_switch(page, address):
+    page.open("about:blank")
+    page.open(address + "?darkMode=false#dropout_ir")
+    page.until(f"{FRAME}?.querySelectorAll('canvas').length === 2")
+    paper = f"getComputedStyle({FRAME}.body).backgroundColor"
+    assert page.run(paper) == "rgb(255, 255, 255)"
+    page.run("document.querySelector('app-header-dark-mode-toggle button').click()")
+    dark = "[...document.querySelectorAll('[role=menuitem]')].find((e) => /Dark/.test(e.textContent))"  # noqa: E501
+    page.until(f"{dark} !== undefined")
+    page.run(f"{dark}.click()")
+    page.until(f"{FRAME}.documentElement.dataset.theme === 'dark'")
+    assert page.run(paper) == "rgb(48, 48, 48)"
+
+
+def test_a_run_in_progress_grows_in_the_open_tab(page, tmp_path):
+    sink = write_run(tmp_path / "run", close=False)
+    wait_for(lambda: not sink._steps.queue and sink._panels._turn == 3)
+    sink._writer.flush()
+    page.open("about:blank")
+    page.open(served(tmp_path, runs=1) + "#dropout_ir")
+    page.until(f"{FRAME}?.getElementById('step')?.textContent === 'step 10'")
+    fields = Image(torch.eye(12), -1.0, 1.0, torch.arange(12))
+    sink.write(15, {"condensation/cosine/0": fields, "loss/R_S": 17.0}, {})
+    sink.close()
+
+    def grown():
+        page.run("document.querySelector('app-header-reload button').click()")
+        return page.run(f"{FRAME}.getElementById('step').textContent") == "step 15"
+
+    wait_for(grown)
+    page.until(f"{FRAME}.querySelector('figcaption').textContent.includes('step 15')")
+
+
+NATIVE = {
+    "timeseries": "(a) => a.filter((e) => e.tagName === 'LINE-CHART').length >= 2",
+    "scalars": "(a) => a.some((e) => e.matches('vz-line-chart2') && "
+    "e.shadowRoot.querySelector('svg path'))",
+    "custom_scalars": "(a) => a.filter((e) => "
+    "e.matches('tf-custom-scalar-margin-chart-card')).length >= 3 && a.some((e) => "
+    "e.matches('path.line') || e.classList?.contains('plottable'))",
+    "images": "(a) => { const m = a.filter((e) => e.tagName === 'IMG'); "
+    "return m.length >= 4 && m.every((e) => e.naturalWidth > 60); }",
+    "distributions": "(a) => a.some((e) => e.matches('path.area'))",
+    "histograms": "(a) => a.some((e) => e.matches('.histogram path, path.histogram'))",
+    "text": "(a) => a.filter((e) => e.matches('td')).some((e) => "
+    f"e.textContent === {EVIL!r})".replace("'x'", "\\'x\\'"),
+    "hparams": "(a) => a.some((e) => e.matches('vaadin-grid-cell-content') && "
+    "/<script>/.test(e.textContent))",
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_tensorboards_own_pages_draw_what_was_written(page, address, name):
+    page.open("about:blank")
+    page.open(f"{address}#{name}")
+    page.until(drawn(NATIVE[name]))
+    assert page.run("document.title") != "x"
+
+
+def test_the_first_cards_are_numbers_and_bands_come_last(page, address):
+    page.open("about:blank")
+    page.open(f"{address}#timeseries")
+    names = "[...document.querySelectorAll('.group-title')].map((e) => e.textContent.trim())"  # noqa: E501
+    titles = page.until(f"{names}.length > 3 && {names}")
+    assert titles[:2] == ["Pinned", "condensation"] and titles[-1] == "uncertainty"
