@@ -27,6 +27,7 @@ from torch_dropout_ir_board.reading import picture
 
 CHROMIUM = shutil.which("chromium")
 EVIL = "<script>document.title='x'</script>"
+MODEL = f"{EVIL} a|b *c* `d` [e](f)"
 DARK = "--blink-settings=preferredColorScheme=0"
 LIGHT = "--blink-settings=preferredColorScheme=1"
 
@@ -49,7 +50,7 @@ def write_run(path, *, layers=2, steps=(0, 5, 10), shift=0.0, close=True):
         curve = torch.tensor([4.0, 1.0, 4.0])
         records["sharpness/loss_slice"] = Histogram(curve + shift, -1.5, 1.5)
         records["sharpness/spectral_density"] = Histogram(curve, -1.0, 5.0)
-        sink.write(step, records, {"run/model": EVIL})
+        sink.write(step, records, {"run/model": MODEL})
     if close:
         sink.close()
     return sink

@@ -1,5 +1,8 @@
 """What a user sees in a browser: the tab in TensorBoard's frame, and its own pages."""
 
+import json
+import time
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from torch_dropout_ir.analysis import Image
 from torch_dropout_ir.tensorboard import TensorBoardSink
 
 from .browser import Browser
-from .test_board import EVIL, served, wait_for, write_run
+from .test_board import MODEL, served, wait_for, write_run
 
 TAB = "data/plugin_entry.html?name=dropout_ir"
 FRAME = "document.querySelector('iframe')?.contentDocument"
@@ -93,8 +96,9 @@ def test_the_slider_plays_to_the_end_and_stops(tab):
     tab.click(*centre_of(tab, "document.getElementById('play')"))
     both = f"[{state}, document.getElementById('step').textContent]"
     tab.until(f"{state} === 0")
-    seen = []
+    seen, end = [], time.monotonic() + 30
     while not seen or seen[-1] < 9:
+        assert time.monotonic() < end, seen
         at, said = tab.run(both)
         assert said == f"step {5 * at}"
         seen += [at] if at not in seen else []
@@ -189,7 +193,7 @@ NATIVE = {
     "distributions": "(a) => a.some((e) => e.matches('path.area'))",
     "histograms": "(a) => a.some((e) => e.matches('.histogram path, path.histogram'))",
     "text": "(a) => a.filter((e) => e.matches('td')).some((e) => "
-    f"e.textContent === {EVIL!r})".replace("'x'", "\\'x\\'"),
+    f"e.textContent === {json.dumps(MODEL)})",
     "hparams": "(a) => a.some((e) => e.matches('vaadin-grid-cell-content') && "
     "/<script>/.test(e.textContent))",
 }

@@ -140,7 +140,9 @@ class Residual(nn.Module):
         super().__init__()
         self.add = nn.Linear(4, 4)
         self.twice = nn.Linear(4, 4)
-        self.norm = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+        self.norm = nn.Sequential(
+            nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 4)
+        )
         self.weighted = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
         self.last = nn.Linear(4, 2)
 
@@ -222,3 +224,36 @@ def test_outgoing_weights_of_every_reader():
     assert "another dimension" in cd.outgoing_weights(wide)["0"].reason
     across = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Linear(4, 2))
     assert "another dimension" in cd.outgoing_weights(across)["0"].reason
+
+
+class TwoReads(nn.Module):
+    """A reader that two layers share: fewer neurons of one would break the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)  # fmt: skip # noqa: E501
+
+    def forward(self, x):
+        return self.last(torch.relu(self.one(x))) + self.last(torch.relu(self.two(x)))
+
+
+class Tied(nn.Module):
+    """The first layer's weight is also read as a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 6, bias=False), nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = self.two(torch.relu(self.one(x)))
+        return F.linear(F.linear(h, self.one.weight), torch.ones(2, 6))
+
+
+@pytest.mark.parametrize(("make", "said"), [(TwoReads, "elsewhere"), (Tied, "tensor")])
+def test_a_layer_that_is_needed_whole_elsewhere_is_left(make, said):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(20, 4)
+    merged = cd.merge_condensed(model, x, 0.1)
+    assert said in merged.layers["one"].reason, merged.layers
+    assert merged.relative_change == 0
+    torch.testing.assert_close(merged.model(x), model.eval()(x))

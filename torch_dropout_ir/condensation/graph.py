@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from torch_dropout_ir.condensation.folding import is_foldable, scale_of
 from torch_dropout_ir.condensation.layers import CONVOLUTIONS, TRANSPOSED, input_weights
 from torch_dropout_ir.condensation.passing import Passing, passing
 from torch_dropout_ir.functional import preserved_rng
@@ -27,13 +28,16 @@ class Outgoing:
             where that is not known.
         homogeneous: Whether all between is positively homogeneous, as ReLU is.
         reason: Why the outgoing weights are not known; empty where they are.
-        weight: Outgoing weights ``[outputs, m]``; None where they are not known.
+        weight: Outgoing weights ``[outputs, m]``, with what a batch normalization
+            between multiplies by; None where they are not known.
+        norm: Name of the batch normalization that follows; empty where none does.
     """
 
     consumers: tuple[str, ...]
     homogeneous: bool
     reason: str
     weight: Tensor | None = None
+    norm: str = ""
 
 
 def outgoing_weights(
@@ -43,8 +47,9 @@ def outgoing_weights(
 
     The model is traced by ``torch.fx`` on a copy that shares its tensors, or where that
     fails the largest parts of it that can be traced; nothing is run. From a layer the
-    graph is followed through what treats each neuron by itself (activations, dropout,
-    pooling, flattening) to the linear layers and convolutions that read it.
+    graph is followed through what treats each neuron by itself (a batch normalization
+    right behind it, as it is in evaluation mode; activations, dropout, pooling,
+    flattening) to the linear layers and convolutions that read it.
 
     Args:
         model: The model.
@@ -75,6 +80,8 @@ def outgoing_weights(
     for name in names:
         if len(nodes.get(name, ())) > 1:
             found[name] = Outgoing((), False, "it is used more than once")
+        elif name in nodes and _reads_parameters(*nodes[name][0], name):
+            found[name] = Outgoing((), False, "its weight is also read as a tensor")
         elif name in nodes:
             ((prefix, node),) = nodes[name]
             found[name] = _follow(name, prefix, node, modules)
@@ -132,6 +139,7 @@ def _follow(
     source = modules[name]
     channels = not isinstance(source, nn.Linear)
     homogeneous, consumers = True, []
+    norm, node = _normalized(prefix, node, modules)
     pending = [(user, node, channels, False) for user in node.users]
     while pending:
         user, came_from, channels, flat = pending.pop(0)
@@ -139,6 +147,9 @@ def _follow(
         if isinstance(module, _CONSUMERS) and user.all_input_nodes == [came_from]:
             if not _fits(module, num_neurons(source), channels, flat):
                 reason = f"`{prefix}{user.target}` reads it along another dimension"
+                return Outgoing((), False, reason)
+            if _times(user) > 1:
+                reason = f"`{prefix}{user.target}`, which reads it, is used elsewhere"
                 return Outgoing((), False, reason)
             consumers.append(f"{prefix}{user.target}")
             continue
@@ -153,12 +164,37 @@ def _follow(
         pending += [(u, user, channels, flat) for u in user.users]
     if not consumers:
         return Outgoing((), False, "nothing reads it")
-    weight = weights_read(modules, name, consumers)
-    return Outgoing(tuple(consumers), homogeneous, "", weight)
+    weight = weights_read(modules, name, consumers, norm)
+    return Outgoing(tuple(consumers), homogeneous, "", weight, norm)
+
+
+def _normalized(
+    prefix: str, node: fx.Node, modules: dict[str, nn.Module]
+) -> tuple[str, fx.Node]:
+    """A batch normalization that alone reads a layer, and where its outputs are."""
+    (user, *others) = (*node.users, None)
+    if user is None or others != [None] or not _is_call(user) or _times(user) > 1:
+        return "", node
+    name = f"{prefix}{user.target}"
+    return (name, user) if is_foldable(modules.get(name)) else ("", node)
+
+
+def _reads_parameters(prefix: str, node: fx.Node, name: str) -> bool:
+    """Whether a graph has tensors of a module that it also calls."""
+    read = (f"{prefix}{n.target}" for n in node.graph.nodes if n.op == "get_attr")
+    return any(tensor.rpartition(".")[0] == name for tensor in read)
+
+
+def _times(node: fx.Node) -> int:
+    """How often a graph calls the module of a step."""
+    return sum(n.op == node.op and n.target == node.target for n in node.graph.nodes)
 
 
 def weights_read(
-    modules: Mapping[str, nn.Module], name: str, consumers: Iterable[str]
+    modules: Mapping[str, nn.Module],
+    name: str,
+    consumers: Iterable[str],
+    norm: str = "",
 ) -> Tensor:
     """Return the weights with which consumers read a layer's neurons, as they are now.
 
@@ -166,12 +202,14 @@ def weights_read(
         modules: The modules of the model by name.
         name: The layer.
         consumers: Those that read it, as :func:`outgoing_weights` found them.
+        norm: The batch normalization between, whose scale counts as theirs.
 
     Returns:
         Outgoing weights ``[outputs, m]``.
     """
     neurons = num_neurons(modules[name])
-    return torch.cat([_columns(modules[c], neurons) for c in consumers])
+    weight = torch.cat([_columns(modules[c], neurons) for c in consumers])
+    return weight * scale_of(modules[norm]).to(weight) if norm else weight
 
 
 def _is_call(node: fx.Node) -> bool:

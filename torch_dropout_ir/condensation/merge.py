@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from torch_dropout_ir.condensation.cover import effective_neurons
+from torch_dropout_ir.condensation.folding import folded, narrow_both
 from torch_dropout_ir.condensation.graph import (
     Outgoing,
     num_neurons,
@@ -23,9 +24,11 @@ from torch_dropout_ir.condensation.orientation import amplitudes
 from torch_dropout_ir.condensation.rewire import (
     clusters_of,
     fit,
+    input_of,
     inputs_of,
     narrow,
     read_through,
+    with_one,
 )
 from torch_dropout_ir.functional import call, preserved_rng
 
@@ -89,10 +92,11 @@ def merge_condensed(
     back, in least squares over the example inputs, what they read before.
 
     Layers are merged whose neurons go to linear layers and convolutions only, through
-    what treats each neuron by itself; batch normalization, residual sums and
-    parametrized or shared weights are reasons against it, which the report gives. Each
-    neuron's part in the function is measured by its amplitude
-    :math:`\lVert a_j \rVert \lVert w_j \rVert`.
+    what treats each neuron by itself; residual sums and parametrized or shared weights
+    are reasons against it, which the report gives. A batch normalization right behind
+    the layer counts as part of the input weights, as it acts in evaluation mode, and
+    has fewer channels after. Each neuron's part in the function is measured by its
+    amplitude :math:`\lVert a_j \rVert \lVert w_j \rVert`.
 
     Args:
         model: The model; left as it is.
@@ -139,10 +143,10 @@ def merge_condensed(
         for name, found in graph.items():
             source = new.get_submodule(name)
             before = num_neurons(source)
-            reason = _against(new, name, found)
+            reason = _against(new, name, found, example_inputs)
             if layers is not None and name not in layers:
                 reason = "not among `layers`"
-            saved = None if reason else _state(new, (name, *found.consumers))
+            saved = None if reason else _state(new, _places(name, found))
             added = 0.0
             if saved is not None:
                 fitted = (
@@ -174,16 +178,23 @@ def _merge(
     """Merge one layer of ``model`` in place."""
     source = model.get_submodule(name)
     weights = input_weights(source)
+    norm = model.get_submodule(found.norm) if found.norm else None
+    if norm is not None:
+        weights = folded(weights, source.bias is not None, norm)
     outgoing = weights_read(dict(model.named_modules()), name, found.consumers)
-    size = amplitudes(weights, outgoing)
+    size = amplitudes(weights, outgoing.to(weights))
     cover = effective_neurons(weights, threshold, min_amplitude, amplitude=size)
-    rows, mixing = clusters_of(weights, size, cover.labels, homogeneous=not fitted)
+    labels = with_one(cover.labels, size)
+    rows, mixing = clusters_of(weights, size, labels, homogeneous=not fitted)
     read = (
         [inputs_of(model, c, inputs, len(weights)) for c in found.consumers]
         if fitted
         else []
     )
-    narrow(source, rows)
+    if norm is None:
+        narrow(source, rows)
+    else:
+        narrow_both(source, norm, rows, weights, labels)
     for k, consumer in enumerate(found.consumers):
         module = model.get_submodule(consumer)
         offset = None
@@ -194,7 +205,12 @@ def _merge(
         read_through(module, mixing.to(weights), offset)
 
 
-def _against(model: nn.Module, name: str, found: Outgoing) -> str:
+def _places(name: str, found: Outgoing) -> tuple[str, ...]:
+    """The modules that merging a layer changes."""
+    return (name, *((found.norm,) if found.norm else ()), *found.consumers)
+
+
+def _against(model: nn.Module, name: str, found: Outgoing, inputs: Any) -> str:
     """Why a layer cannot be merged; empty where it can."""
     if found.reason:
         return found.reason
@@ -202,9 +218,12 @@ def _against(model: nn.Module, name: str, found: Outgoing) -> str:
     for module in model.modules():
         for x in module.parameters(recurse=False):
             users[id(x)] = users.get(id(x), 0) + 1
-    for place in (name, *found.consumers):
+    if found.norm and isinstance(model.get_submodule(name), nn.Linear):
+        if input_of(model, found.norm, inputs).ndim != 2:
+            return f"`{found.norm}` normalizes another dimension"
+    for place in _places(name, found):
         module = model.get_submodule(place)
-        plain = type(module) in (nn.Linear, *CONVOLUTIONS)
+        plain = place == found.norm or type(module) in (nn.Linear, *CONVOLUTIONS)
         if not plain or module._forward_pre_hooks:
             return f"`{place}` is no plain layer: {type(module).__name__}"
         if getattr(module, "groups", 1) != 1:
@@ -238,11 +257,12 @@ def _difference(outputs: list[Tensor], expected: list[Tensor]) -> tuple[float, f
 
 
 def _state(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What :func:`narrow` and :func:`read_through` replace, of each layer."""
+    """What merging replaces in each of these modules."""
     kept = {}
     for name in names:
-        module = model.get_submodule(name)
-        kept[name] = {**module.__dict__, "_parameters": dict(module._parameters)}
+        state = model.get_submodule(name).__dict__
+        tensors = {k: dict(state[k]) for k in ("_parameters", "_buffers")}
+        kept[name] = {**state, **tensors}
     return kept
 
 

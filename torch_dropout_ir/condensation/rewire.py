@@ -13,6 +13,14 @@ from torch_dropout_ir.functional import call
 _MOST_ROWS: Final = 2**16
 
 
+def with_one(labels: Tensor, size: Tensor) -> Tensor:
+    """Clusters ``[m]``; where all are dead, the neuron of the largest amplitude is."""
+    if not bool((labels >= 0).any()):
+        labels = labels.clone()
+        labels[int(torch.nan_to_num(size, -1.0).argmax())] = 0
+    return labels
+
+
 def clusters_of(
     weights: Tensor, size: Tensor, labels: Tensor, *, homogeneous: bool
 ) -> tuple[Tensor, Tensor]:
@@ -21,17 +29,13 @@ def clusters_of(
     Args:
         weights: Input weights, ``[m, d]``.
         size: Amplitudes, ``[m]``: the weights of the means.
-        labels: Clusters ``[m]``, -1 for the dead. Where all are dead, the neuron of the
-            largest amplitude stays.
+        labels: Clusters ``[m]``, -1 for the dead; not all are.
         homogeneous: Whether to average orientations and to scale; else weights.
 
     Returns:
         Input weights ``[k, d]`` in the dtype of ``weights``, and for a homogeneous
         activation the matrix ``[k, m]`` that gives all neurons out of the few.
     """
-    if not bool((labels >= 0).any()):
-        labels = labels.clone()
-        labels[int(torch.nan_to_num(size, -1.0).argmax())] = 0
     count = int(labels.max()) + 1
     alive = labels >= 0
     member = torch.zeros(count, len(labels), dtype=torch.float64, device=labels.device)
@@ -58,11 +62,11 @@ def narrow(module: nn.Module, rows: Tensor) -> None:
     bias = module.bias
     if bias is not None:
         rows, last = rows[:, :-1], rows[:, -1]
-        module.bias = _parameter(last, bias)
+        module.bias = parameter(last, bias)
     weight = module.weight
     assert isinstance(weight, Tensor)
     shape = (len(rows), *weight.shape[1:])
-    module.weight = _parameter(rows.reshape(shape), weight)
+    module.weight = parameter(rows.reshape(shape), weight)
     setattr(module, _size(module, "out"), len(rows))
 
 
@@ -84,12 +88,12 @@ def read_through(module: nn.Module, mixing: Tensor, offset: Tensor | None) -> No
     if offset is not None:
         assert isinstance(module.bias, Tensor)
         added = wide.sum(2) @ offset.to(wide)
-        module.bias = _parameter((module.bias + added), module.bias)
+        module.bias = parameter((module.bias + added), module.bias)
     shape = (len(weight), count, *spread.shape[2:])
     fewer = (
         fewer.reshape(shape).flatten(1) if weight.ndim == 2 else fewer.reshape(shape)
     )
-    module.weight = _parameter(fewer, weight)
+    module.weight = parameter(fewer, weight)
     setattr(module, _size(module, "in"), fewer.shape[1])
 
 
@@ -97,29 +101,34 @@ class _Reached(Exception):
     """Ends a pass at the layer whose inputs are wanted."""
 
 
-def inputs_of(model: nn.Module, name: str, inputs: Any, neurons: int) -> Tensor:
-    """Return what a layer reads of each neuron, ``[samples, neurons]``, in float64.
-
-    At most 65 536 samples at even distances: positions and samples alike.
-    """
-    module = model.get_submodule(name)
+def input_of(model: nn.Module, name: str, inputs: Any) -> Tensor:
+    """Return the tensor that a module gets when the model runs on these inputs."""
     seen: list[Tensor] = []
 
     def note(_: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0])
         raise _Reached
 
-    handle = module.register_forward_pre_hook(note)
+    handle = model.get_submodule(name).register_forward_pre_hook(note)
     try:
         call(model, inputs)
     except _Reached:
         pass
     finally:
         handle.remove()
+    return seen[0]
+
+
+def inputs_of(model: nn.Module, name: str, inputs: Any, neurons: int) -> Tensor:
+    """Return what a layer reads of each neuron, ``[samples, neurons]``, in float64.
+
+    At most 65 536 samples at even distances: positions and samples alike.
+    """
+    module, seen = model.get_submodule(name), input_of(model, name, inputs)
     if isinstance(module, nn.Linear):
-        spread = seen[0].unflatten(-1, (neurons, -1)).transpose(-1, -2)
+        spread = seen.unflatten(-1, (neurons, -1)).transpose(-1, -2)
     else:
-        spread = seen[0].movedim(seen[0].ndim - module.weight.ndim + 1, -1)  # type: ignore
+        spread = seen.movedim(seen.ndim - module.weight.ndim + 1, -1)  # type: ignore
     rows = spread.reshape(-1, neurons)
     return rows[:: -(-len(rows) // _MOST_ROWS) or 1].double()
 
@@ -147,6 +156,6 @@ def _size(module: nn.Module, side: str) -> str:
     return f"{side}_{'features' if isinstance(module, nn.Linear) else 'channels'}"
 
 
-def _parameter(value: Tensor, like: Any) -> nn.Parameter:
+def parameter(value: Tensor, like: Any) -> nn.Parameter:
     """A parameter of this value, otherwise as the one in whose place it comes."""
     return nn.Parameter(value.detach().to(like).contiguous(), like.requires_grad)

@@ -63,14 +63,16 @@ class Condensation:
             if place and left < 0:
                 self._next = name
                 break
-            consumers, note = self._readers(snapshot.model, name)
-            read = weights_read(modules, name, consumers) if consumers else None
+            (consumers, norm), note = self._readers(snapshot.model, name)
+            read = weights_read(modules, name, consumers, norm) if consumers else None
             size = condensation.amplitudes(weights, read)
             snapshot.notes[f"condensation/orientation_amplitude/{name}"] = note
             records |= self._layer(name, weights, size)
         return records
 
-    def _readers(self, model: nn.Module, name: str) -> tuple[tuple[str, ...], str]:
+    def _readers(
+        self, model: nn.Module, name: str
+    ) -> tuple[tuple[tuple[str, ...], str], str]:
         """What reads a layer, traced once for the model, and what amplitudes are."""
         if self._outgoing is None:
             found = condensation.outgoing_weights(model, run_own_code=False)
@@ -79,10 +81,11 @@ class Condensation:
             }
         out = self._outgoing.get(name)
         if out is not None and out.consumers:
-            readers = ", ".join(out.consumers)
-            return out.consumers, f"amplitudes count the outgoing weights, of {readers}"
+            readers = ", ".join((*out.consumers, *((out.norm,) if out.norm else ())))
+            said = f"amplitudes count the outgoing weights, of {readers}"
+            return (out.consumers, out.norm), said
         reason = out.reason if out else "it is no linear layer or convolution"
-        return (), f"amplitudes are norms of input weights alone: {reason}"
+        return ((), ""), f"amplitudes are norms of input weights alone: {reason}"
 
     def _layers(self, snapshot: Snapshot) -> list[tuple[str, Tensor]]:
         """The layers to measure, from the one where the last measurement stopped."""
