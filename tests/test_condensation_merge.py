@@ -257,3 +257,37 @@ def test_a_layer_that_is_needed_whole_elsewhere_is_left(make, said):
     assert said in merged.layers["one"].reason, merged.layers
     assert merged.relative_change == 0
     torch.testing.assert_close(merged.model(x), model.eval()(x))
+
+
+def test_what_has_no_finite_outputs_is_not_merged():
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    with pytest.raises(ValueError, match="finite"):
+        cd.merge_condensed(net, torch.full((9, 4), float("nan")))
+    net[0].weight.data[1] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        cd.merge_condensed(net, torch.randn(9, 4))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_neurons_is_left():
+    net = nn.Sequential(nn.Linear(4, 0), nn.ReLU(), nn.Linear(0, 2))
+    merged = cd.merge_condensed(net, torch.randn(9, 4))
+    assert merged.layers["0"].reason == "it has no neurons"
+
+
+@pytest.mark.parametrize(
+    "measure", [cd.effective_neurons, cd.cosine_statistics, cd.cluster_order]
+)
+def test_weights_without_real_values_are_refused(measure):
+    for weights in (
+        torch.randn(4, 5, dtype=torch.complex64),
+        torch.randn(4, 5, device="meta"),
+        torch.ones(4, 5, dtype=torch.int64),
+    ):
+        with pytest.raises(TypeError, match="real floating-point"):
+            measure(weights)
+
+
+def test_complex_layers_are_passed_over():
+    net = nn.Sequential(nn.Linear(4, 5, dtype=torch.complex64), nn.Linear(5, 2))
+    assert [name for name, _ in cd.named_input_weights(net)] == ["1"]

@@ -137,6 +137,8 @@ def _follow(
 ) -> Outgoing:
     """Go from a layer's node to its consumers."""
     source = modules[name]
+    if not num_neurons(source):
+        return Outgoing((), False, "it has no neurons")
     channels = not isinstance(source, nn.Linear)
     homogeneous, consumers = True, []
     norm, node = _normalized(prefix, node, modules)
@@ -218,8 +220,8 @@ def _is_call(node: fx.Node) -> bool:
 
 def num_neurons(source: nn.Module) -> int:
     """Number of neurons of a layer."""
-    width = source.out_features if isinstance(source, nn.Linear) else None
-    return int(width or source.out_channels)  # type: ignore[arg-type]
+    linear = isinstance(source, nn.Linear)
+    return int(source.out_features if linear else source.out_channels)  # type: ignore
 
 
 def _fits(module: nn.Module, neurons: int, channels: bool, flat: bool) -> bool:

@@ -95,7 +95,8 @@ def layer_parts(module: nn.Module) -> dict[str, Tensor]:
     Returns:
         Input weights ``[neurons, d]`` by part, ``""`` for a layer of one part.
     """
-    if not _known(module):
+    own = module.parameters(recurse=False)
+    if not _known(module) or any(x.is_complex() for x in own):
         return {}
     with acting(module):
         views = _views(module)

@@ -115,7 +115,7 @@ def merge_condensed(
 
     Raises:
         ValueError: If a name in ``layers`` is not one of a linear layer or convolution,
-            or the model returns no floating-point tensor.
+            the model returns no floating-point tensor, or one that is not finite.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, section V (condensation).
@@ -138,7 +138,7 @@ def merge_condensed(
     new = copy.deepcopy(model).eval()
     report: dict[str, LayerMerge] = {}
     with preserved_rng(model):
-        expected = _outputs(new, example_inputs)
+        expected = _finite(_outputs(new, example_inputs))
         change = (0.0, 0.0)
         for name, found in graph.items():
             source = new.get_submodule(name)
@@ -244,6 +244,16 @@ def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
             f"got {[type(x).__name__ for x in leaves]}"
         )
     return found
+
+
+def _finite(outputs: list[Tensor]) -> list[Tensor]:
+    if all(bool(torch.isfinite(x).all()) for x in outputs):
+        return outputs
+    raise ValueError(
+        "merge_condensed: expected finite outputs on `example_inputs`, got some that "
+        "are not: the change could not be measured. Look for NaN in the inputs and in "
+        "the model's parameters."
+    )
 
 
 def _difference(outputs: list[Tensor], expected: list[Tensor]) -> tuple[float, float]:

@@ -14,6 +14,18 @@ _BLOCK: Final = 512
 _BLOCK_ENTRIES: Final = 3 * 2**19
 
 
+def check_real(weights: Tensor) -> None:
+    """Raise TypeError for weights that have no real values to compare."""
+    if weights.is_floating_point() and not weights.is_meta:
+        return
+    raise TypeError(
+        "condensation: expected weights that are real floating-point numbers, got "
+        f"{weights.dtype} on the device {weights.device}. Convert integers with "
+        "`.float()`, load a model off the meta device, and see complex weights as "
+        "real ones with `torch.view_as_real(weights).flatten(1)`."
+    )
+
+
 def unit_rows(weights: Tensor, out: Tensor | None = None) -> Tensor:
     """Return rows over their norms, at least in single precision; 0 stays 0.
 
@@ -26,6 +38,7 @@ def unit_rows(weights: Tensor, out: Tensor | None = None) -> Tensor:
     Returns:
         Unit rows, ``[m, d]``.
     """
+    check_real(weights)
     if out is None:
         out = torch.empty_like(weights, dtype=work_dtype(weights))
     out.copy_(weights)
@@ -44,6 +57,7 @@ def work_dtype(weights: Tensor) -> torch.dtype:
 
 def row_norms(weights: Tensor) -> Tensor:
     """Return the norms of the rows in double precision, ``[m]``."""
+    check_real(weights)
     wide = weights.double()
     if not wide.numel():
         return wide.new_zeros(len(wide))
@@ -62,6 +76,7 @@ def with_orientation(weights: Tensor) -> tuple[Tensor, int]:
         Indices of rows that are finite and not zero, and the number of those that are
         not finite.
     """
+    check_real(weights)
     if not weights.shape[1]:
         return torch.zeros(0, dtype=torch.int64, device=weights.device), 0
     largest = torch.linalg.vector_norm(weights, torch.inf, dim=1)
