@@ -28,7 +28,16 @@ FLOORS = {
     ),
     2: ("nn", "masks", "regularizers", "condensation", "sharpness"),
     3: ("analysis",),
-    4: ("tensorboard", "attach", "demo", "testing", "integrations", "offline", "cli"),
+    4: (
+        "tensorboard",
+        "attach",
+        "integrations",
+        "loading",
+        "offline",
+        "demo",
+        "testing",
+        "cli",
+    ),
 }
 # fmt: on
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

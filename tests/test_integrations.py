@@ -198,8 +198,10 @@ def test_hugging_face_trainer(transformers, tmp_path):
 
     analysis = same_training(train)
     assert analysis.step == 3
-    assert {"regularizer/R1", "loss/R_S", "regularizer/R2_dropout_noise",
-            "sharpness/trace", "mask/keep_rate/dropout"} <= set(analysis.latest)  # fmt: skip
+    assert {
+        "regularizer/R1", "loss/R_S", "regularizer/R2_dropout_noise", "sharpness/trace",
+        "mask/keep_rate/dropout",
+    } <= set(analysis.latest)  # fmt: skip
     assert list((tmp_path / "True" / "dropout_ir").glob("events*"))
     _, more = train(True, steps=5, resume=True)
     assert [s for s, _ in more.history["regularizer/R1"]] == [0, 1, 2, 3, 4]
