@@ -13,7 +13,6 @@ what they hold before the first step.
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 import warnings
@@ -173,13 +172,20 @@ def automatic(name: str, seconds: float, step: float, steps: dict) -> tuple:
 
 
 def peak(name: str, watched: bool, queue) -> None:
-    """Put the peak of three steps above what was held before, in bytes."""
+    """Put the peak memory of three steps above an empty process's, in kilobytes."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    empty = resident("VmRSS")
     script = Script(name, **({"every": 1} if watched else {}))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     script.run(3)
-    queue.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    queue.put(resident("VmHWM") - empty)
+
+
+def resident(what: str) -> int:
+    """Memory of this process in kilobytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(what))
 
 
 def memory(name: str) -> float:

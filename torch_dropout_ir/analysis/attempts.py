@@ -101,7 +101,7 @@ class Attempts:
         """
         reason = f"{type(err).__name__}: {err}"
         count = self._failures[name] = self._failures.get(name, 0) + 1
-        wait = 2**count * max(1, step - self._last.get(name, step))
+        wait = 2 * max(1, step - self._last.get(name, step))
         self._last[name] = step
         self._not_before[name] = step + wait
         if count == MOST_FAILURES:
