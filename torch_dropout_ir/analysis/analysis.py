@@ -201,7 +201,9 @@ class Analysis:
 
     def _snapshot(self, names: set[str]) -> Snapshot:
         capture = self._capture
-        capture.observe()
+        runs = any(runs_model(m) for m in self._attempts.measures if m.name in names)
+        model = gathered_model(self.model) if runs else self.model
+        capture.observe(model)
         if not self._loss_given and capture.loss_module is not None:
             with contextlib.suppress(ValueError):
                 # A copy: its buffers are the script's.
@@ -215,8 +217,6 @@ class Analysis:
         optimizer = self._steps.optimizer
         self.notes.update(theory_note(optimizer))
         lr, gradients = received_gradients(self.model, optimizer)
-        runs = any(runs_model(m) for m in self._attempts.measures if m.name in names)
-        model = gathered_model(self.model) if runs else self.model
         return Snapshot(
             model=model,
             step=self.step,

@@ -183,8 +183,8 @@ class Measure(Protocol):
 
 
 def runs_model(measure: Measure) -> bool:
-    """Whether a measure needs more than what was seen in passing."""
-    return not measure.needs or bool(measure.needs & {"inputs", "loss", "batches"})
+    """Whether a measure needs more than the gradients that the optimizer has."""
+    return not measure.needs or measure.needs - {"gradients", "sites"} != frozenset()
 
 
 def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
