@@ -230,6 +230,30 @@ def test_killed_at_any_moment_what_was_flushed_is_readable(tmp_path):
     assert len(steps) >= 5 and steps == list(range(len(steps)))
 
 
+def test_off_cadence_there_are_two_hooks_and_no_more():
+    model, seen = mlp(), []
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def count(*_):
+        every = [h for m in model.modules() for h in m._forward_hooks.values()]
+        every += [h for m in model.modules() for h in m._forward_pre_hooks.values()]
+        seen.append(len(every) + len(nn.modules.module._global_forward_hooks) - 1)
+
+    model[0].register_forward_hook(count)
+    with tdi.attach_analysis(model, log_dir=False, every=3) as analysis:
+        for _ in range(3):
+            nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
+            sgd.step()
+        seen.clear()
+        for _ in range(3):
+            outputs = model(torch.randn(8, 6))
+            looks = len(nn.modules.module._global_forward_hooks)
+            assert looks == (analysis.step == 3)
+            outputs.sum().backward()
+            sgd.step()
+        assert seen == [2, 2, 2]
+
+
 def test_state_resumes_the_schedule():
     cadence = Cadence("auto", 0.1, ["dear", "cheap"])
     cadence.measured("dear", 5.0)
