@@ -240,7 +240,7 @@ def test_off_cadence_there_are_two_hooks_and_no_more():
         seen.append(len(every) + len(nn.modules.module._global_forward_hooks) - 1)
 
     model[0].register_forward_hook(count)
-    with tdi.attach_analysis(model, log_dir=False, every=3) as analysis:
+    with tdi.attach_analysis(model, log_dir=False, every=3):
         for _ in range(3):
             nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
             sgd.step()
