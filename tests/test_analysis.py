@@ -15,7 +15,7 @@ from torch import nn
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis.cadence import Cadence
-from torch_dropout_ir.dropout_calls import measuring
+from torch_dropout_ir.module_calls import measuring
 
 OPTIMIZER = sys.modules["torch.optim.optimizer"]
 

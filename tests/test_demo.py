@@ -56,7 +56,7 @@ def test_digits_show_the_papers_direction(tmp_path, capsys):
         ):
             assert last[tag].value == pytest.approx(rows[row][column], rel=1e-3)
     (picture,) = tmp_path.glob("*.png")
-    assert str(picture) in printed and f"tensorboard --logdir {tmp_path}" in printed
+    assert str(picture) in printed and f"torch-dropout-ir board {tmp_path}" in printed
     pixels = np.asarray(Image.open(picture).convert("RGB"))
     assert pixels.shape[0] > 600 and pixels.shape[1] > 1000
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 300

@@ -1,6 +1,8 @@
 """Event files, read back with TensorBoard's own reader."""
 
+import csv
 import io
+import json
 import os
 
 import numpy as np
@@ -9,11 +11,14 @@ import torch
 from PIL import Image as PillowImage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.util import tensor_util
 from torch import nn
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis import Histogram, Image
 from torch_dropout_ir.tensorboard import TensorBoardSink
+from torch_dropout_ir.tensorboard.values import bands
 
 
 def read(path):
@@ -74,8 +79,8 @@ def test_heat_map_shows_the_cosines(tmp_path):
     sink.close()
     (event,) = read(tmp_path).Images("condensation/cosine/x")
     picture = PillowImage.open(io.BytesIO(event.encoded_image_string))
-    assert picture.size == (event.width, event.height) == (192, 192)
-    colours = np.asarray(picture.convert("RGB"))[16::32, 16::32]
+    assert picture.size == (event.width, event.height) == (204 + 40, 204)
+    colours = np.asarray(picture.convert("RGB"))[17:204:34, 17:204:34]
     assert (colours[0, 0] == (178, 24, 43)).all()  # parallel: red
     assert (colours[0, 3] == (33, 102, 172)).all()  # opposite: blue
     assert colours[0, 1].min() > 240  # orthogonal: white
@@ -98,8 +103,11 @@ def test_histogram_of_cosines_counts_each_pair(run):
     _, events, _ = run
     histogram = events.Histograms("condensation/cosines/0")[0].histogram_value
     assert histogram.num == sum(histogram.bucket) == 40 * 39 / 2
-    assert (histogram.min, histogram.max) == (-1, 1)
-    assert len(histogram.bucket) == len(histogram.bucket_limit) == 80
+    edges = [histogram.min, *histogram.bucket_limit]
+    assert len(histogram.bucket) == len(edges) - 1 <= 80
+    np.testing.assert_allclose(np.diff(edges), 1 / 40, 1e-6)  # fixed bins, ends cut
+    assert histogram.bucket[0] > 0 and histogram.bucket[-1] > 0
+    assert histogram.max == edges[-1]
 
 
 def test_one_event_a_step_and_descriptions_once(run, tmp_path):
@@ -149,3 +157,89 @@ for _ in range(3):
 """
     subprocess.run([sys.executable, "-c", script], check=True)
     assert [e.step for e in read(tmp_path).Scalars("regularizer/R1")] == [0, 1, 2]
+
+
+def summaries(path):
+    """Values of all events, as ``(step, value)``, and sizes of events."""
+    (file,) = path.glob("events*")
+    events = [
+        e for e in LegacyEventFileLoader(str(file)).Load() if e.HasField("summary")
+    ]
+    return [(e.step, v) for e in events for v in e.summary.value], events
+
+
+def test_bands_layout_facts_and_initial_state(run, tmp_path):
+    _, events, _ = run
+    values, _ = summaries(tmp_path)
+    tensors = {v.tag: tensor_util.make_ndarray(v.tensor) for s, v in values
+               if v.HasField("tensor") and s == 0}  # fmt: skip
+    trace, error = (
+        events.Scalars(f"sharpness/trace{end}")[0].value
+        for end in ("", "_standard_error")
+    )
+    assert tensors["band/sharpness/trace/lower"] == pytest.approx(trace - error)
+    assert tensors["band/sharpness/trace/upper"] == pytest.approx(trace + error)
+    known = {"a": 5.0, "a_standard_error": 1.0, "b": 2.0, "c_residual": 1.0}
+    assert bands(known) == {"band/a/lower": 4.0, "band/a/upper": 6.0}
+    layout = layout_pb2.Layout.FromString(tensors["custom_scalars__config__"].item())
+    series = layout.category[0].chart[1].margin.series[0]
+    assert series.value == "sharpness/trace"
+    assert {series.lower, series.upper} <= set(tensors)
+    assert sum(v.tag == "custom_scalars__config__" for _, v in values) == 1
+    facts = tensors["run/facts"].item().decode()
+    for said in ("Sequential", "0.5", "MSELoss", "SGD", torch.__version__):
+        assert said.replace("_", "&#95;") in facts
+    assert "_hparams_/session_start_info" in {v.tag for _, v in values}
+    kept = tensors["initial/condensation/cosine/0"][2]
+    assert kept == events.Images("condensation/cosine/0")[0].encoded_image_string
+
+
+def test_events_are_bounded_and_every_picture_comes(tmp_path):
+    layers, bound = 30, 2**16
+    sink = TensorBoardSink(tmp_path, max_bytes=bound)
+    for step in range(3):
+        noise = torch.rand(100, 100) * 2 - 1
+        sink.write(step, {f"condensation/cosine/{i}": Image(noise, -1, 1)
+                          for i in range(layers)} | {"loss/R_S": 1.0}, {})  # fmt: skip
+    sink.close()
+    values, events = summaries(tmp_path)
+    assert max(e.ByteSize() for e in events) <= bound
+    assert [s for s, v in values if v.tag == "loss/R_S"] == [0, 1, 2]
+    last = {v.tag: s for s, v in values}
+    for i in range(layers):
+        assert last[f"condensation/cosine/{i}"] == 2  # the newest, at the latest at end
+        assert last[f"initial/condensation/cosine/{i}"] == 0
+
+
+def test_writing_fails_in_the_next_step_and_training_is_told(tmp_path):
+    sink = TensorBoardSink(tmp_path)
+    sink.write(0, {"own/record": "text"}, {})
+    with pytest.raises(TypeError, match="own/record"):
+        sink.close()
+    with pytest.raises(TypeError, match="own/record"):
+        sink.write(1, {}, {})
+
+
+def test_other_sinks_get_the_same_records(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(), nn.Linear(5, 1))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory = tdi.sinks.Memory()
+    places = [tdi.sinks.JsonLines(tmp_path / "run.jsonl"),
+              tdi.sinks.Csv(tmp_path / "run.csv"), memory]  # fmt: skip
+    with tdi.attach_analysis(model, log_dir=False, every=1, sinks=places) as analysis:
+        for _ in range(3):
+            nn.MSELoss()(model(torch.ones(4, 4)), torch.ones(4, 1)).backward()
+            sgd.step()
+    lines = [json.loads(x) for x in (tmp_path / "run.jsonl").read_text().splitlines()]
+    rows = list(csv.reader((tmp_path / "run.csv").read_text().splitlines()))
+    assert rows[0] == ["step", "tag", "value"] and memory.closed
+    for tag, curve in analysis.history.items():
+        assert memory.records[tag] == curve
+        got = [
+            (x["step"], float(x["records"][tag])) for x in lines if tag in x["records"]
+        ]
+        assert got == curve
+        assert [(int(s), float(v)) for s, t, v in rows[1:] if t == tag] == curve
+    assert memory.notes["run/model"] == "Sequential, 31 parameters"
+    image = lines[0]["records"]["condensation/cosine/0"]
+    assert len(image["values"]) == 5 and sorted(image["order"]) == [0, 1, 2, 3, 4]

@@ -264,7 +264,7 @@ def test_masks_of_calls_are_those_that_the_script_saw():
                 seen.append(h.detach() != 0)
             return self.last(h)
 
-    from torch_dropout_ir.dropout_calls import measuring as tdi_measuring
+    from torch_dropout_ir.module_calls import measuring as tdi_measuring
 
     model = Tells()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -6,7 +6,7 @@ regularization of dropout*, IEEE TPAMI 46(6), 2024 (arXiv:2207.05952).
 
 # The layer
 # Measures, usable alone, and what tests them on a model of one's own
-from torch_dropout_ir import condensation, regularizers, sharpness, testing
+from torch_dropout_ir import condensation, regularizers, sharpness, sinks, testing
 
 # One call for any model
 from torch_dropout_ir.analysis import Analysis
@@ -40,5 +40,6 @@ __all__ = [
     "regularizers",
     "restore_dropout_",
     "sharpness",
+    "sinks",
     "testing",
 ]

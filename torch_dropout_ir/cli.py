@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_analyze(commands)
+    _add_board(commands)
     return parser
 
 
@@ -98,8 +99,8 @@ def _add_demo(commands: Any) -> None:
     demo.set_defaults(run=_run_demo)
 
 
-def _run_demo(chosen: dict[str, Any]) -> str:
-    return run_demo(Settings.of(**chosen))
+def _run_demo(chosen: dict[str, Any]) -> None:
+    print(run_demo(Settings.of(**chosen)))
 
 
 def _add_analyze(commands: Any) -> None:
@@ -153,7 +154,7 @@ def _add_budget(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def _run_analyze(chosen: dict[str, Any]) -> str:
+def _run_analyze(chosen: dict[str, Any]) -> None:
     for name in ("batches", "masks"):
         if chosen[name] < 1:
             raise ValueError(f"--{name}: expected at least 1, got {chosen[name]}")
@@ -177,7 +178,42 @@ def _run_analyze(chosen: dict[str, Any]) -> str:
     )
     if chosen["json"] is not None:
         chosen["json"].write_text(report.as_json() + "\n")
-    return str(report)
+    print(report)
+
+
+def _add_board(commands: Any) -> None:
+    board = commands.add_parser("board", help="show runs in TensorBoard, on the panels")
+    report = commands.add_parser(
+        "report", help="write the panels as one HTML file, to send to a colleague"
+    )
+    for command in (board, report):
+        command.add_argument("log_dir", type=Path, metavar="LOGDIR", help="runs")
+    board.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    board.add_argument("--port", type=int, help="default: 6006, or the next free one")
+    board.add_argument(
+        "--no-browser", action="store_true", help="only print the address"
+    )
+    report.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: dropout-ir-report.html in LOGDIR",
+    )
+    board.set_defaults(run=_run_board)
+    report.set_defaults(run=_run_report)
+
+
+def _run_board(chosen: dict[str, Any]) -> None:
+    from torch_dropout_ir.tensorboard.board import serve
+
+    serve(chosen["log_dir"], chosen["host"], chosen["port"], not chosen["no_browser"])
+
+
+def _run_report(chosen: dict[str, Any]) -> None:
+    from torch_dropout_ir.tensorboard.board import write_report
+
+    out = chosen["out"] or chosen["log_dir"] / "dropout-ir-report.html"
+    print(write_report(chosen["log_dir"], out))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -194,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen.pop("command")
     run = chosen.pop("run")
     try:
-        print(run(chosen))
+        run(chosen)
     except (ValueError, TypeError, OSError, ImportError) as err:
         print(f"torch-dropout-ir: {err}", file=sys.stderr)
         return 2 if isinstance(err, (ValueError, TypeError)) else 1

@@ -15,25 +15,17 @@ Semantics:
 
 from __future__ import annotations
 
-import contextlib
-import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
-from torch.overrides import TorchFunctionMode
 
+from torch_dropout_ir.attention import attention_weights
+from torch_dropout_ir.module_calls import ModuleCalls
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import checkpointed
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 SiteFunction = Callable[[Site, Tensor], Tensor]
 
@@ -55,56 +47,6 @@ _OTHER_NOISE: Final = (
 RECURRENT: Final = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
-class ModuleCalls(TorchFunctionMode):
-    """A mode that knows which module of a model makes a call.
-
-    Args:
-        model: The model whose modules make the calls.
-
-    Attributes:
-        trains: Whether the pass is a step of training, not a measurement.
-    """
-
-    trains = False
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._names = {id(m): name for name, m in model.named_modules()}
-        self._running: list[tuple[nn.Module, dict[str, int]]] = []
-        self._hooks = contextlib.ExitStack()
-
-    def __enter__(self) -> Self:
-        before = register_module_forward_pre_hook(self._begin)
-        self._hooks.callback(before.remove)
-        after = register_module_forward_hook(self._end, always_call=True)
-        self._hooks.callback(after.remove)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._hooks.close()
-
-    def _begin(self, module: nn.Module, _: Any) -> None:
-        if id(module) in self._names:
-            self._running.append((module, {}))
-
-    def _end(self, module: nn.Module, _: Any, __: Any) -> None:
-        if self._running and self._running[-1][0] is module:
-            self._running.pop()
-
-    def _site(
-        self, function: str, p: float, kind: type[nn.Module] | None = None
-    ) -> Site:
-        """Return the place of the call that is being made."""
-        if not self._running:
-            return Site(f":{function}#0", nn.Identity(), kind, p)
-        module, calls = self._running[-1]
-        number = calls.get(function, 0)
-        calls[function] = number + 1
-        return Site(f"{self._names[id(module)]}:{function}#{number}", module, kind, p)
-
-
 class DropoutCalls(ModuleCalls):
     """Hands calls of dropout functions over to ``apply(site, h)``.
 
@@ -112,37 +54,66 @@ class DropoutCalls(ModuleCalls):
         model: The model whose modules make the calls.
         apply: Called with the site and what would be dropped; returns what passes on.
         trains: Whether the pass is a step of training, not a measurement.
+        outlives: Whether its graph is used when the context has ended; then nothing in
+            it may be computed again.
+
+    Attributes:
+        silenced: Functions of other noise that were switched off.
     """
 
     def __init__(
-        self, model: nn.Module, apply: SiteFunction, trains: bool = False
+        self,
+        model: nn.Module,
+        apply: SiteFunction,
+        trains: bool = False,
+        outlives: bool = False,
     ) -> None:
         super().__init__(model)
         self._apply = apply
+        self._outlives = outlives
         self.trains = trains
+        self.silenced: set[str] = set()
 
-    def __torch_function__(
+    def _call(
         self,
+        name: str,
         func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
         if name in KINDS:
             return self._dropout(name, *args, **kwargs)
+        if name == "native_dropout":
+            output = self._dropout("dropout", *args, **kwargs)
+            return output, torch.ones_like(output, dtype=torch.bool)
         if name == "scaled_dot_product_attention":
             return self._attention(*args, **kwargs)
-        if name == "multi_head_attention_forward":
-            return inside(func, self)(*args, **kwargs)
-        if name in _OTHER_NOISE:
-            return args[0] if args else kwargs["input"]
-        if name in ("rrelu", "rrelu_"):
-            return F.leaky_relu(*_mean_slope(*args, **kwargs))
-        if name in RECURRENT:
-            args = _without_dropout(args)
+        if name in (*_OTHER_NOISE, "rrelu", "rrelu_", *RECURRENT):
+            return self._silence(name, func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _silence(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a function as it is in evaluation mode."""
+        if name in RECURRENT:
+            place = recurrent_dropout(args)
+            if not args[place] or not args[place + 1]:
+                return func(*args, **kwargs)
+            self._note(name)
+            return func(*args[:place], 0.0, *args[place + 1 :], **kwargs)
+        self._note(name)
+        if name.startswith("rrelu"):
+            return F.leaky_relu(*_mean_slope(*args, **kwargs))
+        return args[0] if args else kwargs["input"]
+
+    def _note(self, name: str) -> None:
+        self.silenced.add(name)
+        self._check_once(name)
 
     def _dropout(
         self,
@@ -186,74 +157,19 @@ class DropoutCalls(ModuleCalls):
     def _site(
         self, function: str, p: float, kind: type[nn.Module] | None = None
     ) -> Site:
-        if checkpointed() and torch.cuda.is_initialized():
-            raise RuntimeError(
-                f"expected {function} outside of activation checkpointing: on a GPU "
-                "its block is computed again out of our sight. Switch checkpointing "
-                "off for the measurement."
-            )
+        self._check_once(function)
         return super()._site(function, p, kind)
 
-
-def measuring() -> bool:
-    """Whether a pass is a measurement: it is none of the script's."""
-    return any(isinstance(mode, ModuleCalls) and not mode.trains for mode in _modes())
-
-
-def replaced() -> bool:
-    """Whether something stands in the place of dropout's noise."""
-    return any(isinstance(mode, ModuleCalls) for mode in _modes())
-
-
-def _modes() -> list[TorchFunctionMode]:
-    stack = getattr(torch.overrides, "_get_current_function_mode_stack", None)
-    return [] if stack is None else stack()
-
-
-def attention_weights(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> Tensor:
-    """Return ``softmax(q k' scale + mask)``; 0 in rows that attend to nothing."""
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = query @ key.transpose(-2, -1) * factor
-    if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
-        mask = mask.tril()
-    if mask is None:
-        return scores.softmax(-1)
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    else:
-        scores = scores + mask
-    empty = (scores == float("-inf")).all(-1, keepdim=True)
-    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-
-
-def inside(func: Any, mode: TorchFunctionMode) -> Callable[..., Any]:
-    """Return a Python function of torch's whose own calls of dropout reach the mode.
-
-    Within a mode the mode is off, and with it on again the function would come back.
-    """
-    if not isinstance(func, types.FunctionType):
-        return func
-
-    def reaching(inner: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: mode.__torch_function__(inner, (), args, kwargs)
-
-    own = {
-        "dropout": reaching(F.dropout),
-        "scaled_dot_product_attention": reaching(F.scaled_dot_product_attention),
-        "has_torch_function": lambda _: False,
-    }
-    found = types.FunctionType(
-        func.__code__, {**func.__globals__, **own}, func.__name__, func.__defaults__
-    )
-    found.__kwdefaults__ = func.__kwdefaults__
-    return found
+    def _check_once(self, function: str) -> None:
+        """Raise where what is replaced would be computed again out of our sight."""
+        if not checkpointed():
+            return
+        if self._outlives or torch.cuda.is_initialized():
+            raise RuntimeError(
+                f"expected {function} outside of activation checkpointing: its block "
+                "would be computed again with dropout on. Switch checkpointing off "
+                "here, or use 'L3' or 'regu' of `modified_loss`."
+            )
 
 
 def _mean_slope(
@@ -267,8 +183,3 @@ def recurrent_dropout(args: tuple[Any, ...]) -> int:
     """Return the place of ``dropout`` in the arguments of a recurrent kernel."""
     # (x, h, weights, biases, layers, dropout, ...), one more where x is packed.
     return 6 if isinstance(args[3], (list, tuple)) else 5
-
-
-def _without_dropout(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    place = recurrent_dropout(args)
-    return (*args[:place], 0.0, *args[place + 1 :])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.dropout_calls import DropoutCalls, SiteFunction
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.sites import Site, active_sites, is_noise
+from torch_dropout_ir.sites import Site, active_sites, is_noise, uncompiled
 
 Batch = tuple[Any, Any]
 
@@ -36,7 +36,8 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: If there is none.
     """
-    params = {n: x for n, x in model.named_parameters() if x.requires_grad}
+    named = uncompiled(model).named_parameters()
+    params = {n: x for n, x in named if x.requires_grad}
     if not params:
         raise ValueError(
             f"{type(model).__name__} has no parameter that requires a gradient: "
@@ -79,7 +80,8 @@ def at_sites(
     sites: Sequence[Site] | None = None,
     *,
     move_buffers: bool = False,
-) -> Iterator[tuple[Site, ...]]:
+    outlives: bool = False,
+) -> Iterator[DropoutCalls]:
     """Switch dropout off and put ``apply(site, h)`` in the place of each site.
 
     Every noise that an estimator needs is a choice of ``apply``: :func:`fresh` gives
@@ -92,10 +94,12 @@ def at_sites(
         sites: The modules to act on; those that draw noise in training if None. Calls
             of dropout functions are acted on in any case.
         move_buffers: Whether running statistics move, as in a step of training.
+        outlives: Whether the graph of the pass is used after the context.
 
     Yields:
-        The modules acted on.
+        What acts on the calls.
     """
+    model = uncompiled(model)
     chosen = active_sites(model) if sites is None else tuple(sites)
     with contextlib.ExitStack() as stack:
         if not move_buffers:
@@ -110,8 +114,7 @@ def at_sites(
 
             handle = site.module.register_forward_hook(hook)
             stack.callback(handle.remove)
-        stack.enter_context(DropoutCalls(model, apply, trains=move_buffers))
-        yield chosen
+        yield stack.enter_context(DropoutCalls(model, apply, move_buffers, outlives))
 
 
 def fresh(_: Site, h: Tensor) -> Tensor:
@@ -139,7 +142,7 @@ def call(
     Returns:
         What the model returns.
     """
-    arguments = Inputs.of(inputs)
+    model, arguments = uncompiled(model), Inputs.of(inputs)
     if move_buffers:
         return model(*arguments.args, **arguments.kwargs)
     state = {name: x.clone() for name, x in model.named_buffers()}

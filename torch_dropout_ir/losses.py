@@ -166,8 +166,11 @@ def _option(loss: Any, name: str, default: Any) -> Any:
 
 
 def _kind(loss: Any) -> Kind:
+    weighted = _option(loss, "weight", None) is not None
     if isinstance(loss, functools.partial) and not loss.args:
         loss = loss.func
+    if loss is F.mse_loss and weighted:
+        return "elementwise"
     if loss in (F.mse_loss, half_squared_error) or type(loss) is nn.MSELoss:
         return "squared"
     # Log-probabilities are their own log-softmax: there NLL is cross-entropy.

@@ -149,9 +149,14 @@ def _is_site(module: nn.Module) -> bool:
 
 def find_sites(model: nn.Module) -> tuple[Site, ...]:
     """Return the dropout modules of ``model`` in the order of ``named_modules()``."""
-    return tuple(
-        Site(name, module) for name, module in model.named_modules() if _is_site(module)
-    )
+    modules = uncompiled(model).named_modules()
+    return tuple(Site(name, module) for name, module in modules if _is_site(module))
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model inside a wrapper of :func:`torch.compile`, or the model."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def is_noise(module: nn.Module) -> bool:
@@ -163,7 +168,7 @@ def is_noise(module: nn.Module) -> bool:
 def unobservable(model: nn.Module) -> dict[str, str]:
     """Return the modules that draw dropout noise out of sight, with the reason."""
     reasons = {}
-    for name, module in model.named_modules():
+    for name, module in uncompiled(model).named_modules():
         if plain_forward(module) is not None and not _is_site(module):
             reasons[name] = (
                 f"{type(module).__name__} has a forward of its own: what it multiplies "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 # Private names. A torch without the first counts what checkpointing recomputes; one
@@ -29,6 +29,12 @@ def checkpointed() -> bool:
     """Whether a forward pass is in a block that will be computed again."""
     packing = _PACKING(False) if _PACKING is not None else None
     return packing is not None and "checkpoint" in packing[0].__qualname__
+
+
+def random_state(model: nn.Module) -> list[Tensor]:
+    """Return the states of torch's generators that a pass may draw from."""
+    devices = {x.device for x in model.parameters() if x.is_cuda}
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
 
 
 def transformed() -> bool:

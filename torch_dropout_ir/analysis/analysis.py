@@ -19,6 +19,7 @@ from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import Capture
 from torch_dropout_ir.analysis.delivery import Delivery
 from torch_dropout_ir.analysis.distributed import Ranks, gathered_model
+from torch_dropout_ir.analysis.facts import run_facts
 from torch_dropout_ir.analysis.records import Record, Sink, remember
 from torch_dropout_ir.analysis.replay import own_statistics
 from torch_dropout_ir.analysis.schedule import Schedule
@@ -215,7 +216,7 @@ class Analysis:
             batch, on_data = self._data[0], True
         seen = None if batch[1] is None else [batch]
         optimizer = self._steps.optimizer
-        self.notes.update(theory_note(optimizer))
+        self.notes.update(theory_note(optimizer) | run_facts(self, optimizer))
         lr, gradients = received_gradients(self.model, optimizer)
         return Snapshot(
             model=model,

@@ -23,9 +23,9 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.replay import Generators, replay
-from torch_dropout_ir.dropout_calls import measuring, replaced
 from torch_dropout_ir.functional import Inputs
 from torch_dropout_ir.masks import MaskStatistics
+from torch_dropout_ir.module_calls import measuring, replaced
 from torch_dropout_ir.sites import Site
 
 

@@ -34,11 +34,14 @@ class Image:
         values: The field, ``[height, width]``.
         low: Value of the palette's first colour.
         high: Value of the palette's last colour.
+        order: Numbers of the neurons that the rows (and columns) show, ``[neurons]``;
+            rows that are means show blocks of it. None: rows have no names.
     """
 
     values: Tensor
     low: float
     high: float
+    order: Tensor | None = None
 
 
 Record = float | Histogram | Image
@@ -75,7 +78,11 @@ class Sink(Protocol):
     def write(
         self, step: int, records: Mapping[str, Record], notes: Mapping[str, str]
     ) -> None:
-        """Take the records of one step, with a description of each new tag."""
+        """Take the records of one step; they are not changed afterwards.
+
+        ``notes`` says by tag how a number was obtained, and under ``run/...`` what
+        runs: model, sites, loss, optimizer, seed, versions.
+        """
 
     def close(self) -> None:
         """Write out what is pending and release files; called once."""

@@ -26,12 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_dropout_ir.dropout_calls import (
     KINDS,
     RECURRENT,
-    ModuleCalls,
-    inside,
     recurrent_dropout,
 )
 from torch_dropout_ir.functional import Inputs, call, preserved_rng
 from torch_dropout_ir.masks import MaskStatistics
+from torch_dropout_ir.module_calls import ModuleCalls
 from torch_dropout_ir.nn import Dropout, Dropout1d, Dropout2d, Dropout3d
 from torch_dropout_ir.ops import mask_unpack
 from torch_dropout_ir.sites import Site, find_sites, is_stochastic_depth
@@ -209,17 +208,13 @@ class _Calls(ModuleCalls):
         by_output = module is not None and is_stochastic_depth(module)
         self._draws.accounted = by_output or isinstance(module, OURS)
 
-    def __torch_function__(
+    def _call(
         self,
+        name: str,
         func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "multi_head_attention_forward":
-            return inside(func, self)(*args, **kwargs)
         p = _rate(name, args, kwargs)
         if p <= 0:
             return func(*args, **kwargs)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from torch_dropout_ir.analysis.facts import RUN
 from torch_dropout_ir.sites import Site, find_sites, unobservable
 
 if TYPE_CHECKING:
@@ -79,8 +80,11 @@ def describe(analysis: Analysis) -> str:
     for tag in sorted(latest):
         step, value = analysis.history[tag][-1]
         lines.append(f"  {tag:<{width}} {value:>12.5g}  {step:>7d}")
-    lines += _section("how the numbers were obtained", analysis.notes)
+    facts = {k: v for k, v in analysis.notes.items() if k.startswith(RUN)}
+    said = {k: v for k, v in analysis.notes.items() if k not in facts}
+    lines += _section("how the numbers were obtained", said)
     lines += _section("absent measures", analysis.absent)
+    lines += _section("run", {k.removeprefix(RUN): v for k, v in facts.items()})
     lines += ["", f"the analysis took {analysis.cost_share:.1%} of the time"]
     last = max((values[-1][0] for values in analysis.history.values()), default=0)
     if analysis.step > 2 * last + 1:

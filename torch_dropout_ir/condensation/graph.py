@@ -36,7 +36,9 @@ class Outgoing:
     weight: Tensor | None = None
 
 
-def outgoing_weights(model: nn.Module) -> dict[str, Outgoing]:
+def outgoing_weights(
+    model: nn.Module, *, run_own_code: bool = True
+) -> dict[str, Outgoing]:
     """Find the outgoing weights of each linear and convolutional layer.
 
     The model is traced by ``torch.fx`` on a copy that shares its tensors, or where that
@@ -46,6 +48,8 @@ def outgoing_weights(model: nn.Module) -> dict[str, Outgoing]:
 
     Args:
         model: The model.
+        run_own_code: Whether forward passes that are not torch's own may be traced:
+            that runs them on stand-ins for tensors, with whatever else they do.
 
     Returns:
         By name of the layer: outgoing weights, or why they are not known.
@@ -64,7 +68,7 @@ def outgoing_weights(model: nn.Module) -> dict[str, Outgoing]:
     found = {name: Outgoing((), False, unseen) for name in names}
     nodes: dict[str, list[tuple[str, fx.Node]]] = {}
     with preserved_rng(model):
-        for prefix, graph in _graphs(_skeleton(model), ""):
+        for prefix, graph in _graphs(_skeleton(model), "", run_own_code):
             for node in graph.nodes:
                 if node.op == "call_module":
                     nodes.setdefault(prefix + node.target, []).append((prefix, node))
@@ -98,17 +102,27 @@ class _Tracer(fx.Tracer):
         return childless or super().is_leaf_module(m, module_qualified_name)
 
 
-def _graphs(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
+def _graphs(
+    module: nn.Module, prefix: str, run_own_code: bool
+) -> Iterator[tuple[str, Any]]:
     """Graphs of the model, or of its largest parts that can be traced."""
     if next(module.children(), None) is None:
         return
     try:
+        if not run_own_code and not all(map(_is_known, module.modules())):
+            raise TypeError("a forward pass of the user's")
         graph = _Tracer().trace(module)
     except Exception:  # whatever a user's forward raises on a stand-in for a tensor
         for name, child in module.named_children():
-            yield from _graphs(child, f"{prefix}{name}.")
+            yield from _graphs(child, f"{prefix}{name}.", run_own_code)
         return
     yield prefix, graph
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether tracing enters nothing but code of torch's and torchvision's."""
+    package = type(module).__module__.partition(".")[0]
+    return package in ("torch", "torchvision") or next(module.children(), None) is None
 
 
 def _follow(

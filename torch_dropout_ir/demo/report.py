@@ -64,8 +64,7 @@ def table(
     )
     foot = [
         f"picture:     {picture}",
-        f"TensorBoard: tensorboard --logdir {settings.log_dir} "
-        "--samples_per_plugin images=200",
+        f"TensorBoard: torch-dropout-ir board {settings.log_dir}",
     ]
     return "\n".join(["", head, "", *lines, "", *foot])
 

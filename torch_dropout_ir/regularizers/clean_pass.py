@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.regularizers.checks import check_batch
-from torch_dropout_ir.sites import Site, active_sites, unobservable
+from torch_dropout_ir.regularizers.coupling import by_powers, even_root
+from torch_dropout_ir.sites import Site, uncompiled, unobservable
+from torch_dropout_ir.tracing import random_state
 
 Use = tuple[Site, Tensor, Tensor]
 
@@ -28,6 +30,7 @@ class CleanPass:
             to its output.
         last_layer: The linear layer that makes the outputs, where the only source of
             noise is one site that feeds it directly; else None.
+        noisy: Whether it drew random numbers, or other noise was switched off in it.
         unreachable: Names of sites that ran without autograd (``torch.no_grad`` or
             reentrant checkpointing): derivatives cannot reach them.
     """
@@ -35,6 +38,7 @@ class CleanPass:
     outputs: Any
     uses: list[Use]
     last_layer: nn.Linear | None
+    noisy: bool
     unreachable: tuple[str, ...]
 
     @property
@@ -54,8 +58,10 @@ class CleanPass:
     def couples_samples(self, outputs: Sequence[Tensor]) -> bool:
         """Whether an output of one sample depends on another sample at some site.
 
-        Batch normalization in training mode does that, and message passing, and outputs
-        whose first dimension is not the batch. One backward pass from one sample tells.
+        Batch normalization in training mode does that, and message passing, outputs
+        whose first dimension is not the batch, and masks that samples share. Two
+        backward passes tell: where each sample's outputs weigh another power of two, so
+        do its derivatives, to the bit, if they come from that sample alone.
 
         Args:
             outputs: The tensors of the outputs that the loss reads.
@@ -68,18 +74,21 @@ class CleanPass:
     def _couples(self, outputs: Tensor) -> bool:
         if outputs.ndim == 0:
             return bool(self.uses)
-        if outputs.shape[0] < 2:
+        count = outputs.shape[0]
+        for site, h, _ in self.uses:
+            if h.ndim == 0 or h.shape[0] != count:
+                return True
+            if site.mask_shape(h.shape)[0] != count:
+                return True
+        if count < 2:
             return False
-        alone = torch.zeros_like(outputs)
-        steps = torch.linspace(1, 2, alone[0].numel())  # no draw: no trace
-        alone[0] = steps.to(alone).view_as(alone[0])
-        found = self.gradients(outputs, alone)
-        for (_, h, _), g in zip(self.uses, found, strict=True):
-            if h.ndim == 0 or h.shape[0] != outputs.shape[0]:
-                return True
-            if g is not None and bool(g[1:].any()):
-                return True
-        return False
+        even = even_root(outputs)
+        plain = self.gradients(outputs, even)
+        scaled = self.gradients(outputs, by_powers(even))
+        return any(
+            p is not None and s is not None and not torch.equal(by_powers(p), s)
+            for p, s in zip(plain, scaled, strict=True)
+        )
 
     def check_reachable(self, name: str) -> None:
         """Raise if derivatives cannot reach a site.
@@ -97,7 +106,12 @@ class CleanPass:
 
 @contextlib.contextmanager
 def clean_pass(
-    model: nn.Module, inputs: Any, *, twice: bool = False, move_buffers: bool = False
+    model: nn.Module,
+    inputs: Any,
+    *,
+    twice: bool = False,
+    move_buffers: bool = False,
+    outlives: bool = False,
 ) -> Iterator[CleanPass]:
     """Run ``model`` without noise; take derivatives inside the context.
 
@@ -106,6 +120,7 @@ def clean_pass(
         inputs: Its inputs.
         twice: Whether second derivatives will be taken.
         move_buffers: Whether the pass moves running statistics as training does.
+        outlives: Whether its graph is used after the context.
 
     Yields:
         The pass.
@@ -114,8 +129,8 @@ def clean_pass(
         ValueError: If the batch is empty.
     """  # noqa: DOC502 (`check_batch` raises)
     check_batch(inputs)
-    uses: list[Use] = []
-    passed: list[tuple[Tensor, int]] = []
+    model = uncompiled(model)
+    passed: list[_Passed] = []
     reads: list[tuple[nn.Linear, bool, Tensor, int]] = []
     unreachable: list[str] = []
 
@@ -124,14 +139,13 @@ def clean_pass(
             unreachable.append(site.name)
         delta = torch.zeros_like(h, requires_grad=True)
         out = h + delta
-        uses.append((site, h, delta))
-        passed.append((out, out._version))
+        passed.append(_Passed(site, h, h._version, delta, out, out._version))
         return out
 
     def read(layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
         # Identity is not enough: an operation in place leaves the tensor the same.
-        direct = bool(args and passed) and args[0] is passed[0][0]
-        direct = direct and args[0]._version == passed[0][1]
+        direct = bool(args and passed) and args[0] is passed[0].out
+        direct = direct and args[0]._version == passed[0].out_version
         reads.append((layer, direct, output, output._version))
 
     with torch.enable_grad(), contextlib.ExitStack() as stack:
@@ -140,17 +154,48 @@ def clean_pass(
         for module in model.modules():
             if type(module) is nn.Linear:
                 stack.callback(module.register_forward_hook(read).remove)
-        placed = at_sites(
-            model, perturb, active_sites(model), move_buffers=move_buffers
-        )
-        stack.enter_context(placed)
+        placed = at_sites(model, perturb, move_buffers=move_buffers, outlives=outlives)
+        calls = stack.enter_context(placed)
+        before = random_state(model)
         outputs = call(model, inputs, move_buffers=move_buffers)
-        last = _maker(reads, outputs)
-        alone = len(uses) == 1 and not unobservable(model)
-        # A copy: recomputation under checkpointing passes the sites again.
-        yield CleanPass(
-            outputs, list(uses), last if alone else None, tuple(unreachable)
-        )
+        noisy = bool(calls.silenced) or not _alike(before, random_state(model))
+        # Now: recomputation under checkpointing passes the sites again.
+        uses = [_use(p) for p in passed]
+        alone = len(uses) == 1 and not unobservable(model) and not noisy
+        last = _maker(reads, outputs) if alone else None
+        yield CleanPass(outputs, uses, last, noisy, tuple(unreachable))
+
+
+class _Passed(NamedTuple):
+    """A use of a site, and what tells whether something was written over it."""
+
+    site: Site
+    h: Tensor
+    h_version: int
+    delta: Tensor
+    out: Tensor
+    out_version: int
+
+
+def _use(passed: _Passed) -> Use:
+    """Return a use with its input as it was: itself, or what passed on.
+
+    Raises:
+        RuntimeError: If both were overwritten.
+    """
+    if passed.h._version == passed.h_version:
+        return passed.site, passed.h, passed.delta
+    if passed.out._version == passed.out_version:
+        return passed.site, passed.out, passed.delta
+    raise RuntimeError(
+        f"expected the input of dropout site `{passed.site.name}` or its output to "
+        "stay as they are in the forward pass, got both overwritten in place. Use "
+        "`monte_carlo`."
+    )
+
+
+def _alike(before: list[Tensor], after: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def _maker(

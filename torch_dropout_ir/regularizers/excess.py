@@ -24,6 +24,7 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.masked import clean_risk, dropout_risk
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import Site
+from torch_dropout_ir.tracing import random_state
 
 
 class ExcessRisk:
@@ -48,8 +49,12 @@ class ExcessRisk:
         self._loss = loss
         self._excess: list[Tensor] = []
         self._linear: list[Tensor] = []
+        before = random_state(model)
         with torch.no_grad():
             self._clean = clean_risk(model, batch, loss)
+        states = zip(before, random_state(model), strict=True)
+        # Other noise than dropout's is drawn afresh for each mask, on both sides.
+        self._noisy = not all(torch.equal(a, b) for a, b in states)
         if slopes is None:
             with clean_pass(model, batch[0]) as clean:
                 slopes = linear_parts(clean, loss, batch[1])
@@ -73,7 +78,11 @@ class ExcessRisk:
 
             masked = dropout_risk(self._model, self._batch, self._loss, watch=watch)
             with masked as risk:
-                self._excess.append((risk - self._clean).double())
+                value = risk
+            clean = self._clean
+            if self._noisy:
+                clean = clean_risk(self._model, self._batch, self._loss)
+            self._excess.append((value - clean).double())
             self._linear.append(linear)
 
     def corrected(self) -> Tensor:

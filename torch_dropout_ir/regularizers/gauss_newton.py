@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
@@ -130,34 +131,29 @@ def estimate(
             "gauss_newton: expected outputs with a batch dimension, got shape "
             f"{list(read.tensors[0].shape)}"
         )
-    check_curvature(read)
+    curved = check_curvature(read)
     coupled = bool(clean.uses) and clean.couples_samples(read.tensors)
     if _has_roots(read):
         draws = _from_roots(clean, read, targets, num_samples, coupled)
     else:
         curvature = SiteCurvature(clean, read, linearized=True)
         coupled = bool(clean.uses) and (coupled or read.couples())
-        draws = (
-            [curvature.exact(coupled)]
-            if num_samples is None
-            else [curvature.sampled() for _ in range(num_samples)]
-        )
-    return assemble(
-        clean,
-        draws,
-        num_samples,
-        coupled,
-        is_exact(model, clean, loss, num_samples),
-        read.tensors[0].detach(),
-    )
+        draws = curvature.draws(num_samples, coupled)
+    exact = is_exact(model, clean, loss, num_samples)
+    like = read.tensors[0].detach()
+    found = assemble(clean, draws, num_samples, coupled, exact, like)
+    if curved:
+        return found
+    said = "the loss is linear in the outputs: this form is 0; use `second_order`"
+    return dataclasses.replace(found, notes=(*found.notes, said))
 
 
 def is_exact(
     model: nn.Module, clean: CleanPass, loss: Loss, num_samples: int | None
 ) -> bool:
     """Whether a second-order form is R_1 itself: Lemma 1, or no noise at all."""
-    if not clean.uses and not unobservable(model):
-        return True
+    if not clean.uses:
+        return not unobservable(model) and not clean.noisy
     return num_samples is None and clean.last_layer is not None and loss.is_quadratic
 
 

@@ -85,7 +85,8 @@ def modified_loss(
     Raises:
         ValueError: If ``kind`` or ``r1`` is none of these, ``lr`` is missing, the model
             is in evaluation mode, its sites do not fit ``r1``, or the batch is empty.
-        RuntimeError: If ``R_S`` is needed and a site is under activation checkpointing.
+        RuntimeError: If ``R_S`` is needed and a site is under activation checkpointing,
+            or autograd is off.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, eq. (7) and Figs. 2, 3, 13
@@ -124,6 +125,11 @@ def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:
         raise ValueError(
             f"modified_loss: expected `lr`, the coefficient of the squared gradient in "
             f"{kind!r}, got None"
+        )
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "modified_loss: expected autograd to be on, got torch.no_grad or inference "
+            "mode: the loss is there to be differentiated"
         )
     if not model.training:
         raise ValueError(
@@ -164,7 +170,7 @@ def _with_r1(model: nn.Module, batch: Batch, loss: Loss, kind: str, r1: str) -> 
     else:
         twice = r1 in ("gauss_newton", "second_order")
         with clean_pass(
-            model, batch[0], twice=twice, move_buffers=kind == "L1"
+            model, batch[0], twice=twice, move_buffers=kind == "L1", outlives=True
         ) as passed:
             clean = loss(passed.outputs, batch[1])
             excess = _r1(passed, batch[1], loss, r1)
@@ -244,5 +250,5 @@ def _dropout_risk(
 def _clean_risk(
     model: nn.Module, batch: Batch, loss: Loss, *, move_buffers: bool
 ) -> Tensor:
-    with at_sites(model, fresh, move_buffers=move_buffers):
+    with at_sites(model, fresh, move_buffers=move_buffers, outlives=True):
         return _dropout_risk(model, batch, loss, move_buffers=move_buffers)

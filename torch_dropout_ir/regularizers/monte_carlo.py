@@ -30,11 +30,13 @@ def monte_carlo(
         \approx \frac{1}{K} \sum_k R_{drop}(\theta, \eta_k) - R_S(\theta)
         - \beta_{-k} \sum_j g_j h_j \eta_{kj}
 
-    Unbiased for every model and loss, as far as the noise is that of dropout modules;
-    other noise is switched off. Both losses are taken on the same batch. The last term
-    has mean zero: :math:`g` is the derivative of ``R_S`` in the inputs :math:`h` of the
-    sites, and :math:`\beta_{-k}` is fitted to the other masks. It takes away most of
-    the variance where dropout is a small perturbation, and fades where it is not.
+    Unbiased for every model and loss, as far as the noise is that of dropout sites. Of
+    other noise, known kinds are switched off, and what is not known is drawn afresh in
+    both losses, at one more pass a mask. Both are taken on the same batch. The last
+    term has mean zero: :math:`g` is the derivative of ``R_S`` in the inputs :math:`h`
+    of the sites, and :math:`\beta_{-k}` is fitted to the other masks. It takes away
+    most of the variance where dropout is a small perturbation, and fades where it is
+    not.
 
     Costs a forward pass a mask, and two forward and one backward pass.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.regularizers.coupling import by_powers, even_root
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +52,15 @@ class OutputsRead:
         live = [s for s in self.slopes(at) if s.requires_grad]
         if not live:
             return False
-        (count,) = counts
-        roots = []
-        for s in live:
-            alone = s.new_zeros(s.shape).reshape(count, -1)
-            alone[0] = torch.linspace(1, 2, alone.shape[1]).to(alone)  # no draw
-            roots.append(alone.view(s.shape))
-        found = torch.autograd.grad(live, at, roots, allow_unused=True)
-        rows = [g.reshape(count, -1) for g in found if g is not None]
-        return any(bool(row[1:].any()) for row in rows)
+        roots = [even_root(s, dims) for s in live]
+        scaled = [by_powers(r, dims) for r in roots]
+        options = {"allow_unused": True, "retain_graph": True}
+        plain = torch.autograd.grad(live, at, roots, **options)
+        weighed = torch.autograd.grad(live, at, scaled, **options)
+        return any(
+            p is not None and not torch.equal(by_powers(p, dims), w)
+            for p, w in zip(plain, weighed, strict=True)
+        )
 
     def slopes(self, at: Sequence[Tensor], create_graph: bool = True) -> list[Tensor]:
         """Return the gradient of the loss in each tensor, zeros where it has none.
@@ -159,7 +160,7 @@ def _flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     return leaves, lambda filled: _pytree.tree_unflatten(filled, structure)
 
 
-def check_curvature(read: OutputsRead) -> None:
+def check_curvature(read: OutputsRead) -> bool:
     """Raise if the loss is linear where the outputs are, and not everywhere.
 
     Its second derivative is zero there, and no second-order form can see its kinks.
@@ -167,21 +168,24 @@ def check_curvature(read: OutputsRead) -> None:
     Args:
         read: What the loss reads.
 
+    Returns:
+        Whether the loss has a second derivative; a linear one has none to miss.
+
     Raises:
-        ValueError: If so.
+        ValueError: If it is piecewise linear.
     """
     if read.loss is not None and read.loss.kind in ("squared", "cross_entropy"):
-        return
+        return True
     at = [x.detach().requires_grad_() for x in read.tensors]
     slopes = read.slopes(at)
     if not any(bool(s.any()) for s in slopes):
-        return
+        return True
     live = [s for s in slopes if s.requires_grad]
     steps = [torch.linspace(1, 2, s.numel()).to(s).view_as(s) for s in live]
     if live:
         found = torch.autograd.grad(live, at, steps, allow_unused=True)
         if any(g is not None and bool(g.any()) for g in found):
-            return
+            return True
     for side in (1e3, -1e3):
         far = [(x.detach() + side * (1 + x.detach().abs())) for x in at]
         try:
@@ -194,3 +198,4 @@ def check_curvature(read: OutputsRead) -> None:
                 "linear: its second derivative is 0 at all outputs, and so would be "
                 "every second-order form of R_1. Use `monte_carlo`."
             )
+    return False

@@ -29,9 +29,10 @@ def second_order(
 
     with the second derivative of the whole loss in the site's input, the curvature of
     the layers above included. Where a mask is shared by the positions of a channel, the
-    derivative is along the channel. Equal to ``E[R_drop] - R_S`` as the noise becomes
-    small, for every smooth network, loss and number of sites; at the ``p`` of practice
-    what is left out is of third order in the noise. ReLU networks have no curvature
+    derivative is along the channel. What is left out is of third order in what one mask
+    element changes: small where units are many and each counts little. It does not
+    vanish as ``p`` goes to 0, for a dropped unit is dropped whole; of the last layer
+    :func:`leave_one_out` sees that. ReLU networks have no curvature
     within a linear piece, and this form then equals :func:`gauss_newton`.
 
     Sampled: signs :math:`z` on the mask's elements, :math:`E[(z \circ h)^\top A (z
@@ -84,11 +85,7 @@ def second_order(
             clean.couples_samples(read.tensors) or read.couples()
         )
         curvature = SiteCurvature(clean, read, linearized=False)
-        draws = (
-            [curvature.exact(coupled)]
-            if num_samples is None
-            else [curvature.sampled() for _ in range(num_samples)]
-        )
+        draws = curvature.draws(num_samples, coupled)
         exact = is_exact(model, clean, resolved, num_samples)
         like = read.tensors[0].detach()
         found = assemble(clean, draws, num_samples, coupled, exact, like)

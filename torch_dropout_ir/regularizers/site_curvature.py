@@ -73,6 +73,12 @@ class SiteCurvature:
         curved = _gradients(self._loss_slopes, self._at, pushed, graph)
         return _gradients(self._tensors, self._clean.deltas, curved, graph)
 
+    def draws(self, num_samples: int | None, coupled: bool) -> list[list[Form]]:
+        """Return draws of the forms; the exact sum as a single one where None."""
+        if num_samples is None:
+            return [self.exact(coupled)]
+        return [self.sampled() for _ in range(num_samples)]
+
     def sampled(self) -> list[Form]:
         r"""Return one draw of the forms: signs :math:`z` on the mask's elements.
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final
+import math
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.sharpness.krylov import Space, random_vector
 from torch_dropout_ir.vectors import Params, to_params, to_vector
 
 _BASIS: Final = 32
-_CHECKS: Final = 8
+_LOOK: Final = 6  # products in a random direction, before it is believed
+_LOOK_WARM: Final = 4
+_REHEARSAL: Final = 12
 _BASIS_BYTES: Final = 2**29
 
 
@@ -25,15 +29,20 @@ class Eigen:
             the operator is a matrix.
         residuals: :math:`\lVert A v - \lambda v \rVert`, float64 ``[k]``. An
             eigenvalue of the operator lies within that distance of each value.
-        converged: Whether all residuals are within the tolerance.
-        num_matvecs: Products spent.
+        errors: Estimated errors of the values, float64 ``[k]``: the squared residual
+            over the gap to what else was seen of the spectrum.
+        converged: Whether all residuals (or errors) are within the tolerance.
+        num_matvecs: Products spent, rehearsal and resumed runs included.
+        state: All that is needed to go on, for ``state=``; it can be saved.
     """
 
     values: Tensor
     vectors: list[Any]
     residuals: Tensor
+    errors: Tensor
     converged: bool
     num_matvecs: int
+    state: dict[str, Any] = dataclasses.field(repr=False)
 
 
 def top_eigenvalues(
@@ -42,30 +51,46 @@ def top_eigenvalues(
     tol: float = 1e-3,
     max_matvecs: int = 200,
     start: Any = None,
+    *,
+    stop: Literal["residual", "value"] = "residual",
+    state: dict[str, Any] | None = None,
+    max_bytes: int = _BASIS_BYTES,
 ) -> Eigen:
     r"""Return the ``k`` largest eigenvalues of a symmetric operator.
 
     Stops when every residual is at most ``tol`` times its value, never because a value
     changed little. A small residual says that the value is near *an* eigenvalue; so
     before it stops, it looks for larger ones, and for further copies of multiple ones,
-    from a random direction for eight products, until nothing new is found. Largest
-    means algebraically largest.
+    from a random direction for six products (four from a given ``start``), until
+    nothing new is found. Largest means algebraically largest.
+
+    Eigenvalues settle with the square of the residual: ``stop="value"`` is content
+    when ``errors`` are within the tolerance, in about half the products, with less
+    certainty about eigenvectors and about eigenvalues close to each other.
+
+    Without a ``start``, the operator of one large batch rehearses on a quarter of it:
+    that costs three products and saves more. Memory: the basis of at most 32 vectors
+    (``2 k + 8`` if that is more), within ``max_bytes`` as far as a restart allows.
 
     Args:
         op: Operator of :func:`hessian`, or a symmetric matrix ``[P, P]``.
         k: Number of eigenvalues, in ``[1, P]``.
-        tol: Relative residual to reach.
-        max_matvecs: Most products to spend.
+        tol: Relative error to reach.
+        max_matvecs: Most products to spend now.
         start: Starting vector in a form that ``op`` takes, for example the last
             eigenvector; random if None.
+        stop: Stop on the residuals or on the estimated errors of the values.
+        state: ``Eigen.state`` of an earlier run on the same operator, to go on from;
+            its ``k`` and ``start`` count.
+        max_bytes: Memory for the basis.
 
     Returns:
         Values, vectors, residuals and whether they converged. Without convergence the
         values are lower bounds of the true ones.
 
     Raises:
-        ValueError: If ``k`` is out of range, ``max_matvecs`` below ``k``, or ``start``
-            of another size or zero.
+        ValueError: If ``k`` is out of range, ``max_matvecs`` below ``k``, ``start``
+            of another size or zero, or a product is not finite.
 
     References:
         Wu & Simon, *Thick-restart Lanczos method*, SIAM J. Matrix Anal. 22 (2000).
@@ -74,165 +99,125 @@ def top_eigenvalues(
         >>> found = top_eigenvalues(torch.diag(torch.arange(50.0)), k=2, tol=1e-6)
         >>> found.values.round(decimals=3).tolist(), found.converged
         ([49.0, 48.0], True)
-    """
+    """  # noqa: DOC502 (`_check`, `_start` and the space raise)
+    _check(op, k, max_matvecs, stop)
+    search = _Search(tol, stop, _LOOK if start is None else _LOOK_WARM)
+    if state is not None:
+        room = _capacity(op, state["k"], max_bytes)
+        space = Space.resumed(op, state, room)
+        if space.loosely_locked(tol):  # the tolerance is tighter now
+            space = Space(op, space.vectors().sum(0), room, state["k"])
+            space.spent = state["spent"]
+            space.extend()
+        else:
+            search.load(state)
+    else:
+        first, spent = _start(op, start, max_matvecs)
+        space = Space(op, first, _capacity(op, k, max_bytes), k)
+        space.spent = spent
+        space.extend()
+    most = max_matvecs + (state["spent"] if state is not None else 0)
+    while not search.done(space) and space.spent < most:
+        search.next(space)
+        space.extend()
+    return Eigen(
+        space.leading.flip(0),
+        [_as_given(op, v / v.norm()) for v in space.vectors()],
+        space.residuals().flip(0),
+        space.errors().flip(0),
+        search.done(space),
+        space.spent,
+        space.state() | search.state(),
+    )
+
+
+class _Search:
+    """When to believe what has converged: after a look elsewhere finds nothing new."""
+
+    def __init__(self, tol: float, stop: str, look: int) -> None:
+        self._tol, self._stop, self._look = tol, stop, look
+        self._seen: Tensor | None = None  # what had converged before the last look
+        self._until = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"seen": self._seen, "until": self._until, "look": self._look}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._seen, self._until = state["seen"], state["until"]
+        self._look = state["look"]
+
+    def _converged(self, space: Space) -> bool:
+        of = space.residuals() if self._stop == "residual" else space.errors()
+        return space.found == space.k and space.within(self._tol, of)
+
+    def done(self, space: Space) -> bool:
+        """Whether nothing is left to do but to believe."""
+        if space.exhausted:
+            return space.found == space.k
+        looked = self._seen is not None and space.spent >= self._until
+        return looked and self._converged(space) and not self._grew(space)
+
+    def _grew(self, space: Space) -> bool:
+        return self._seen is not None and space.grew(self._seen, self._tol)
+
+    def next(self, space: Space) -> None:
+        """Choose the next direction: the remainder, or a random one for a look."""
+        if self._converged(space) and space.spent >= self._until:
+            self._seen, self._until = space.leading, space.spent + self._look
+            space.lock()
+        else:
+            space.advance()
+
+
+def _check(op: Any, k: int, max_matvecs: int, stop: str) -> None:
     size = op.shape[0]
     if not 1 <= k <= size or max_matvecs < k:
         raise ValueError(
             f"top_eigenvalues: expected 1 <= `k` <= {size} and `max_matvecs` >= `k`, "
             f"got k={k} and max_matvecs={max_matvecs}"
         )
-    space = _Space(_start(op, start), _capacity(op, k), k)
-    seen: Tensor | None = None  # values that converged before the last look for more
-    look_until = 0
-    while True:
-        space.extend(op @ space.newest)
-        found = space.found == k and space.within(tol)
-        settled = seen is not None and not space.grew(seen, tol)
-        if space.exhausted or space.spent >= max_matvecs:
-            break
-        if found and space.spent >= look_until:
-            if settled:
-                break
-            seen, look_until = space.leading, space.spent + _CHECKS
-            space.lock()
-        else:
-            space.advance()
-    converged = space.found == k and (space.exhausted or (found and settled))
-    return Eigen(
-        space.leading.flip(0),
-        [_as_given(op, v / v.norm()) for v in space.vectors()],
-        space.residuals().flip(0),
-        converged,
-        space.spent,
-    )
-
-
-class _Space:
-    """A growing orthonormal basis, and the operator seen through it.
-
-    Every image is orthogonalized against all of the basis, so the projection is exact
-    whatever vector comes next: the remainder of the last image (Lanczos), a restart's
-    leading Ritz vectors, or a random vector that looks for what was missed.
-    """
-
-    def __init__(self, start: Tensor, capacity: int, k: int) -> None:
-        self.k = k
-        self.spent = 0
-        self._rows = start.new_empty(capacity, start.numel())
-        self._rows[0] = start / start.norm()
-        self._filled = 1
-        self._projected = torch.zeros(capacity, capacity, dtype=torch.float64)
-        self._rest = start
-        self._locked = 0.0  # largest residual of what was locked: a bound from then on
-        self.values = torch.zeros(0, dtype=torch.float64)
-        self._coordinates = torch.zeros(0, 0, dtype=torch.float64)
-
-    @property
-    def newest(self) -> Tensor:
-        return self._rows[self._filled - 1]
-
-    @property
-    def found(self) -> int:
-        return min(self.k, self._filled)
-
-    @property
-    def scale(self) -> float:
-        return float(self.values.abs().max())
-
-    @property
-    def leading(self) -> Tensor:
-        """The largest Ritz values, ascending."""
-        return self.values[-self.found :]
-
-    @property
-    def exhausted(self) -> bool:
-        return self._filled == self._rows.shape[1]
-
-    def within(self, tol: float) -> bool:
-        """Whether the residuals are within ``tol`` of their values."""
-        rounding = 16 * torch.finfo(self._rows.dtype).eps * self.scale
-        allowed = (tol * self.leading.abs()).clamp(min=rounding)
-        return bool((self.residuals() <= allowed).all())
-
-    def grew(self, seen: Tensor, tol: float) -> bool:
-        """Whether a leading value exceeds what was seen by more than ``tol``."""
-        return bool((self.leading - seen > tol * self.leading.abs()).any())
-
-    def extend(self, image: Tensor) -> None:
-        """Take the image of the newest vector."""
-        self.spent += 1
-        n = self._filled
-        column, self._rest = _orthogonalize(image, self._rows[:n])
-        self._projected[n - 1, :n] = self._projected[:n, n - 1] = column
-        self.values, self._coordinates = torch.linalg.eigh(self._projected[:n, :n])
-
-    def residuals(self) -> Tensor:
-        """Bounds on the residuals of the leading Ritz pairs, ascending by value."""
-        last = float(self._rest.norm()) * self._coordinates[-1, -self.found :]
-        return (last.square() + self._locked**2).sqrt()
-
-    def vectors(self) -> Tensor:
-        """Leading Ritz vectors, largest value first."""
-        chosen = self._coordinates[:, -self.found :].flip(1)
-        return chosen.T.to(self._rows) @ self._rows[: self._filled]
-
-    def _keep(self, count: int) -> None:
-        rows = (
-            self._coordinates[:, -count:].T.to(self._rows) @ self._rows[: self._filled]
+    if stop not in ("residual", "value"):
+        raise ValueError(
+            "top_eigenvalues: expected `stop` to be 'residual' or 'value', got "
+            f"{stop!r}"
         )
-        self._rows[:count] = rows
-        self._projected.zero_()
-        self._projected[:count, :count] = torch.diag(self.values[-count:])
-        self._filled = count
-
-    def advance(self) -> None:
-        """Go on with the remainder of the last image; restart where it is full."""
-        if self._filled == self._rows.shape[0]:
-            self._keep(min(self._filled - 1, self.k + self._filled // 2))
-        self._append(self._rest)
-
-    def lock(self) -> None:
-        """Keep what converged alone, and look for more in a random direction."""
-        self._locked = float(self.residuals().max())
-        self._keep(self.k)
-        self._append(torch.randn_like(self._rest))
-
-    def _append(self, vector: Tensor) -> None:
-        rows = self._rows[: self._filled]
-        if float(vector.norm()) <= 1e-12 * max(self.scale, 1e-300):
-            vector = torch.randn_like(vector)
-        for _ in range(2):
-            _, vector = _orthogonalize(vector / vector.norm(), rows)
-        self._rows[self._filled] = vector / vector.norm()
-        self._filled += 1
 
 
-def _start(op: Any, start: Tensor | Params | None) -> Tensor:
+def _start(
+    op: Any, start: Tensor | Params | None, max_matvecs: int
+) -> tuple[Tensor, int]:
+    """Return the first vector, and the products that finding it has cost."""
     if start is None:
-        return torch.randn(op.shape[0], dtype=op.dtype, device=op.device)
+        return _rehearsed(op, max_matvecs)
     vector = start if isinstance(start, Tensor) else to_vector(start)
     if vector.shape != (op.shape[0],) or not bool(vector.any()):
         raise ValueError(
             f"top_eigenvalues: expected a `start` of {op.shape[0]} numbers that are "
-            f"not all zero, got shape {list(vector.shape)}"
+            f"not all zero, got shape {list(vector.shape)}. Without one it is random."
         )
-    return vector.to(op.device, op.dtype)
+    return vector.to(op.device, op.dtype), 0
 
 
-def _capacity(op: Any, k: int) -> int:
+def _rehearsed(op: Any, max_matvecs: int) -> tuple[Tensor, int]:
+    """Return what an operator of few of the samples takes for its first vector."""
+    thinned = op.thinned() if hasattr(op, "thinned") else None
+    if thinned is None or max_matvecs < 12:
+        return random_vector(op), 0
+    few, share = thinned
+    space = Space(few, random_vector(op), _REHEARSAL, 1)
+    space.extend()
+    while space.spent < _REHEARSAL:
+        space.advance()
+        space.extend()
+    return space.vectors()[0], math.ceil(share * _REHEARSAL)
+
+
+def _capacity(op: Any, k: int, max_bytes: int) -> int:
     """Vectors to hold: no more than memory allows, and enough for a restart."""
     bytes_each = op.shape[0] * torch.finfo(op.dtype).bits // 8
-    room = max(2 * k + 6, min(max(_BASIS, 2 * k + 8), _BASIS_BYTES // bytes_each))
+    room = max(2 * k + 6, min(max(_BASIS, 2 * k + 8), max_bytes // bytes_each))
     return int(min(op.shape[0], room))
 
 
 def _as_given(op: Any, vector: Tensor) -> Any:
-    return vector if isinstance(op, Tensor) else to_params(vector, op.params)
-
-
-def _orthogonalize(image: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the coordinates of ``image`` in ``rows`` and what is left, done twice."""
-    first = rows @ image
-    rest = image - rows.T @ first
-    second = rows @ rest
-    return (first + second).double().cpu(), rest - rows.T @ second
+    return to_params(vector, op.params) if hasattr(op, "params") else vector

@@ -1,66 +1,40 @@
-"""The loss along a line through the parameters."""
+"""The loss along lines and planes through the parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.functional import as_batches, batch_size, parameters, risk
-from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.sharpness.directions import (
+    checked_direction,
+    filter_normalized_direction,
+)
+from torch_dropout_ir.sharpness.frozen import Masks
+from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.vectors import Params
 
-
-@torch.no_grad()
-def filter_normalized_direction(
-    model: nn.Module, generator: torch.Generator | None = None
-) -> dict[str, Tensor]:
-    r"""Draw a random direction with the norm of each filter of the model.
-
-    .. math:: d_f \leftarrow d_f \, \lVert \theta_f \rVert / \lVert d_f \rVert
-
-    A filter is the kernel of one output channel of a convolution; the whole weight of a
-    linear layer, as in the paper. Parameters of one dimension (biases, normalization)
-    stay where they are: their direction is zero.
-
-    Args:
-        model: The model.
-        generator: Source of the draws; torch's default one if None.
-
-    Returns:
-        A dictionary with the names and shapes of the parameters.
-
-    References:
-        Li et al., *Visualizing the loss landscape of neural nets*, NeurIPS 2018; Zhang
-        & Xu, *Implicit regularization of dropout*, section VII.
-
-    Example:
-        >>> direction = filter_normalized_direction(nn.Linear(3, 2))
-        >>> sorted(direction), direction["bias"].tolist()
-        (['bias', 'weight'], [0.0, 0.0])
-    """
-
-    def normalized(x: Tensor) -> Tensor:
-        if x.ndim < 2:
-            return torch.zeros_like(x)
-        d = torch.empty_like(x).normal_(generator=generator)
-        dims = tuple(range(1, x.ndim)) if x.ndim > 2 else (0, 1)
-        length = torch.linalg.vector_norm(d, dim=dims, keepdim=True)
-        wanted = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
-        return d * wanted / torch.where(length > 0, length, 1.0)
-
-    return {name: normalized(x.detach()) for name, x in parameters(model).items()}
+Steps = Tensor | Sequence[float]
 
 
-@torch.no_grad()
+def moved(surface: Surface, *steps: tuple[float, Params]) -> dict[str, Tensor]:
+    """Return the parameters of ``surface`` after some steps along directions."""
+    params = dict(surface.params)
+    for alpha, direction in steps:
+        params = {n: torch.add(x, direction[n], alpha=alpha) for n, x in params.items()}
+    return params
+
+
 def loss_slice(
     model: nn.Module,
     loss: Any,
     batches: Any,
-    alphas: Tensor | Sequence[float],
+    alphas: Steps,
     direction: Params | None = None,
+    *,
+    masks: Masks = "off",
 ) -> Tensor:
     r"""Return the loss along a line.
 
@@ -72,12 +46,13 @@ def loss_slice(
         batches: One batch ``(inputs, targets)``, or a list or loader of batches.
         alphas: Steps along the direction, ``[A]``.
         direction: Direction by parameter name; a random filter-normalized one if None.
+        masks: As for :func:`hessian`: dropout off, or frozen masks.
 
     Returns:
         Losses, float64 ``[A]``.
 
     Raises:
-        ValueError: If ``direction`` lacks a parameter.
+        ValueError: If ``direction`` lacks a parameter or is zero.
 
     References:
         Li et al., *Visualizing the loss landscape of neural nets*, NeurIPS 2018; Zhang
@@ -88,24 +63,140 @@ def loss_slice(
         >>> batch = torch.ones(1, 1), net(torch.ones(1, 1)).detach()
         >>> loss_slice(net, "mse", batch, [0.0, 2.0], {"weight": torch.ones(1, 1)})
         tensor([0., 4.], dtype=torch.float64)
-    """
-    resolved = resolve_loss(loss)
-    evaluate = risk(model, resolved)
-    params = {name: x.detach() for name, x in parameters(model).items()}
+    """  # noqa: DOC502 (`checked_direction` raises)
+    surface = Surface("loss_slice", model, loss, batches, masks=masks)
     along = filter_normalized_direction(model) if direction is None else direction
-    if missing := [name for name in params if name not in along]:
+    d = checked_direction("loss_slice", _named(surface, model, along), surface.params)
+    return _values(surface, (moved(surface, (float(a), d)) for a in alphas))
+
+
+def loss_plane(
+    model: nn.Module,
+    loss: Any,
+    batches: Any,
+    alphas: Steps,
+    betas: Steps | None = None,
+    directions: tuple[Params, Params] | None = None,
+    *,
+    masks: Masks = "off",
+) -> Tensor:
+    r"""Return the loss on a plane.
+
+    .. math:: L(\alpha, \beta) = R_S(\theta + \alpha d + \beta e)
+
+    Args:
+        model: The model; left as it is.
+        loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
+        batches: One batch ``(inputs, targets)``, or a list or loader of batches.
+        alphas: Steps along the first direction, ``[A]``.
+        betas: Steps along the second, ``[B]``; those of the first if None.
+        directions: Two directions; random filter-normalized ones if None.
+        masks: As for :func:`hessian`.
+
+    Returns:
+        Losses, float64 ``[A, B]``.
+
+    Raises:
+        ValueError: If a direction lacks a parameter or is zero.
+
+    References:
+        Li et al., *Visualizing the loss landscape of neural nets*, NeurIPS 2018.
+
+    Example:
+        >>> net, batch = nn.Linear(2, 1), (torch.ones(3, 2), torch.zeros(3, 1))
+        >>> loss_plane(net, "mse", batch, [-1.0, 0.0, 1.0], [0.0, 1.0]).shape
+        torch.Size([3, 2])
+    """  # noqa: DOC502 (`checked_direction` raises)
+    surface = Surface("loss_plane", model, loss, batches, masks=masks)
+    given = directions or (
+        filter_normalized_direction(model),
+        filter_normalized_direction(model),
+    )
+    d, e = (
+        checked_direction("loss_plane", _named(surface, model, x), surface.params)
+        for x in given
+    )
+    others = alphas if betas is None else betas
+    flat = _values(
+        surface,
+        (moved(surface, (float(a), d), (float(b), e)) for a in alphas for b in others),
+    )
+    return flat.view(len(alphas), len(others))
+
+
+def interpolate(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    loss: Any,
+    batches: Any,
+    alphas: Steps | None = None,
+    *,
+    masks: Masks = "off",
+) -> Tensor:
+    r"""Return the loss between two models, and beyond them.
+
+    .. math:: L(\alpha) = R_S((1 - \alpha) \, \theta_a + \alpha \, \theta_b)
+
+    Buffers such as running statistics go along between the two, and stay at the nearer
+    end beyond them: a variance must not turn negative.
+
+    Args:
+        model_a: The model at ``alpha = 0``; left as it is. Its modes count.
+        model_b: The model at ``alpha = 1``, of the same parameters and buffers.
+        loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
+        batches: One batch ``(inputs, targets)``, or a list or loader of batches.
+        alphas: Places, ``[A]``; 41 from -0.5 to 1.5 if None.
+        masks: As for :func:`hessian`.
+
+    Returns:
+        Losses, float64 ``[A]``.
+
+    Raises:
+        ValueError: If the models differ in names or shapes.
+
+    References:
+        Zhang & Xu, *Implicit regularization of dropout*, Fig. 14; Goodfellow, Vinyals &
+        Saxe, *Qualitatively characterizing neural network optimization problems*, 2015.
+
+    Example:
+        >>> a, b = nn.Linear(2, 1), nn.Linear(2, 1)
+        >>> interpolate(a, b, "mse", (torch.ones(3, 2), torch.zeros(3, 1))).shape
+        torch.Size([41])
+    """
+    surface = Surface("interpolate", model_a, loss, batches, masks=masks)
+    ends = surface.state(), Surface("interpolate", model_b, loss, batches).state()
+    shapes = [{n: x.shape for n, x in end.items()} for end in ends]
+    if shapes[0] != shapes[1]:
+        apart = sorted(n for n, _ in shapes[0].items() ^ shapes[1].items())
         raise ValueError(
-            "loss_slice: expected a `direction` with every parameter that requires a "
-            f"gradient, got none for {missing}"
+            "interpolate: expected models of the same parameters and buffers; these "
+            f"differ in name or shape: {sorted(set(apart))}"
         )
+    buffers = {n for n, _ in surface.model.named_buffers()}
 
-    def at(alpha: float) -> float:
-        moved = {n: torch.add(x, along[n], alpha=alpha) for n, x in params.items()}
-        total = weight = 0.0
-        for batch in as_batches(batches):
-            share = 1.0 if resolved.reduction == "sum" else float(batch_size(batch))
-            total += share * float(evaluate(moved, batch))
-            weight += share
-        return total if resolved.reduction == "sum" else total / weight
+    def at(alpha: float) -> dict[str, Tensor]:
+        inside = min(1.0, max(0.0, alpha))
+        return {
+            n: _between(x, ends[1][n], inside if n in buffers else alpha)
+            for n, x in ends[0].items()
+        }
 
-    return torch.tensor([at(float(a)) for a in alphas], dtype=torch.float64)
+    places = torch.linspace(-0.5, 1.5, 41) if alphas is None else alphas
+    return _values(surface, (at(float(a)) for a in places))
+
+
+def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    if not a.is_floating_point():
+        return b if alpha > 0.5 else a
+    return (1 - alpha) * a + alpha * b.to(a)
+
+
+def _values(surface: Surface, places: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    return torch.tensor([surface.value(x) for x in places], dtype=torch.float64)
+
+
+def _named(surface: Surface, model: nn.Module, direction: Params) -> Params:
+    """A direction drawn for a wrapped model, by the names inside."""
+    if surface.model is model:
+        return direction
+    return {n.removeprefix("module."): x for n, x in direction.items()}

@@ -1,12 +1,19 @@
-"""Trace of a curvature operator by Hutchinson's method."""
+"""The trace: exact where theory allows it, else with its standard error."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from torch_dropout_ir.sharpness.curvature import CurvatureOperator
+from torch_dropout_ir.sharpness.layerwise import NotSplit
+from torch_dropout_ir.sharpness.rounds import OVERHEAD, Rounds
+from torch_dropout_ir.sharpness.sketches import SKETCHES, form
+
+Method = Literal["auto", "layerwise", "hutchinson", "hutchpp", "xtrace"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,36 +23,66 @@ class TraceEstimate:
     Attributes:
         value: The estimate, 0-d float64.
         standard_error: Its standard error, 0-d float64; 0 where the trace is exact.
-        num_matvecs: Products spent.
+        num_matvecs: Products and backward passes spent, resumed runs included.
         converged: Whether ``rtol`` was reached; True where none was asked for.
+        method: ``"exact"``; ``"gauss_newton"``: the Gauss-Newton part, exact or
+            sampled, plus probes of the residual's diagonal blocks; ``"hutchinson"``,
+            ``"hutchpp"`` or ``"xtrace"``.
+        state: All that is needed to go on, for ``state=``; it can be saved.
     """
 
     value: Tensor
     standard_error: Tensor
     num_matvecs: int
     converged: bool
+    method: str
+    state: dict[str, Any] = dataclasses.field(repr=False)
 
 
-def trace(op: Any, num_matvecs: int = 100, rtol: float | None = None) -> TraceEstimate:
+def trace(
+    op: Any,
+    num_matvecs: int = 100,
+    rtol: float | None = None,
+    *,
+    method: Method = "auto",
+    state: dict[str, Any] | None = None,
+) -> TraceEstimate:
     r"""Return the trace of a symmetric operator.
 
-    .. math:: \mathrm{tr} A \approx \frac{1}{K} \sum_k z_k^\top A z_k, \qquad
-        z_k \in \{-1, 1\}^P
+    .. math:: \mathrm{tr} H = \mathrm{tr} G + \mathrm{tr} R, \qquad \mathrm{tr} G =
+        \sum_i \sum_c \lVert \nabla_\theta \langle s_{ic}, f(x_i) \rangle \rVert^2
 
-    Unbiased. The standard error is that of the mean of the ``K`` forms. An operator of
-    at most ``num_matvecs`` dimensions is traced exactly, column by column.
+    For operators of :func:`hessian` and :func:`ggn` the Gauss-Newton part costs one
+    backward pass an output, with squared norms by sample taken layer by layer. The
+    residual ``R`` has zero diagonal blocks where the outputs are piecewise linear in
+    the weights of each layer (ReLU-like activations, each weight used once a sample):
+    then the trace is exact. That is found out, not assumed: a random probe of each
+    block must come back as zero. Otherwise (smooth activations, shared weights,
+    attention, batch normalization in training) the blocks that are not zero are probed
+    alone, and what has no known layer, or more outputs than half of ``num_matvecs``, is
+    sampled. An operator of at most ``num_matvecs`` dimensions is traced column by
+    column.
+
+    Operators given as such are probed with random signs: ``"hutchinson"`` averages
+    ``z' A z``; ``"hutchpp"`` and ``"xtrace"`` take the range of a sketch apart, which
+    pays where eigenvalues decay, and keep up to ``num_matvecs`` vectors.
 
     Args:
-        op: Operator of :func:`hessian`, or a symmetric matrix ``[P, P]``.
-        num_matvecs: Most products to spend, at least 2.
+        op: Operator of :func:`hessian` or :func:`ggn`, or any symmetric one with ``@``
+            and ``shape``, such as a matrix ``[P, P]``.
+        num_matvecs: Most products to spend now, at least 2. A backward pass counts as
+            one.
         rtol: If given, stop as soon as the standard error is at most this share of the
-            magnitude of the estimate, after 8 products at least.
+            magnitude of the estimate, after 8 draws at least.
+        method: How; ``"auto"``: column by column, else layer by layer, else Hutchinson.
+        state: ``TraceEstimate.state`` of an earlier run on the same operator.
 
     Returns:
-        The estimate with its standard error.
+        The estimate with its standard error, and which method gave it.
 
     Raises:
-        ValueError: If ``num_matvecs`` is below 2.
+        ValueError: If ``num_matvecs`` is below 2 (6 for ``"hutchpp"``, 4 for
+            ``"xtrace"``), or ``method`` is unknown or cannot take ``op``.
 
     References:
         Hutchinson, *A stochastic estimator of the trace of the influence matrix*,
@@ -54,32 +91,129 @@ def trace(op: Any, num_matvecs: int = 100, rtol: float | None = None) -> TraceEs
     Example:
         >>> trace(torch.diag(torch.arange(5.0))).value.item()
         10.0
+        >>> net = nn.Sequential(nn.Linear(9, 20), nn.ReLU(), nn.Linear(20, 3))
+        >>> batch = torch.randn(7, 9), torch.zeros(7, 3)
+        >>> trace(tdi.sharpness.hessian(net, "mse", batch)).method
+        'exact'
     """
-    if num_matvecs < 2:
-        raise ValueError(f"trace: expected `num_matvecs` >= 2, got {num_matvecs}")
+    least = {"hutchpp": 6, "xtrace": 4}.get(method, 2)
+    if num_matvecs < least:
+        raise ValueError(f"trace: expected `num_matvecs` >= {least}, got {num_matvecs}")
+    chosen = state["method"] if state is not None else _chosen(op, num_matvecs, method)
+    if chosen == "layerwise":
+        try:
+            return _layerwise(op, num_matvecs, rtol, state)
+        except NotSplit as err:
+            if method == "layerwise":
+                raise ValueError(f"trace: cannot go layer by layer, for {err}") from err
+            chosen = "hutchinson"
+    if chosen == "columns":
+        return _columns(op)
+    if chosen == "hutchinson":
+        return _hutchinson(op, num_matvecs, rtol, state)
+    return _sketched(op, num_matvecs, rtol, chosen, state)
+
+
+def _chosen(op: Any, num_matvecs: int, method: str) -> str:
+    ours = isinstance(op, CurvatureOperator)
+    if method == "auto":
+        if op.shape[0] <= num_matvecs:
+            return "columns"
+        return "layerwise" if ours and num_matvecs >= 8 else "hutchinson"
+    if method in ("hutchinson", *SKETCHES) or (method == "layerwise" and ours):
+        return method
+    raise ValueError(
+        "trace: expected `method` to be 'auto', 'hutchinson', 'hutchpp', 'xtrace', or "
+        f"'layerwise' for an operator of `hessian` or `ggn`, got {method!r}"
+    )
+
+
+def _columns(op: Any) -> TraceEstimate:
     size = op.shape[0]
-    if size <= num_matvecs:
-        return _exact(op, size)
-    forms: list[float] = []
-    value = error = torch.tensor(float("nan"), dtype=torch.float64)
-    reached = False
-    while len(forms) < num_matvecs and not reached:
-        probe = torch.empty(size, dtype=op.dtype, device=op.device)
-        probe.bernoulli_(0.5).mul_(2).sub_(1)
-        forms.append(float((op @ probe).double() @ probe.double()))
-        if len(forms) > 1:
-            seen = torch.tensor(forms, dtype=torch.float64)
-            value, error = seen.mean(), seen.std() / len(forms) ** 0.5
-        reached = (
-            rtol is not None and len(forms) >= 8 and bool(error <= rtol * value.abs())
-        )
-    return TraceEstimate(value, error, len(forms), reached or rtol is None)
-
-
-def _exact(op: Any, size: int) -> TraceEstimate:
     total = torch.zeros((), dtype=torch.float64)
+    like = {"dtype": getattr(op, "dtype", None), "device": getattr(op, "device", None)}
     for i in range(size):
-        place = torch.zeros(size, dtype=op.dtype, device=op.device)
+        place = torch.zeros(size, **like)
         place[i] = 1
         total += (op @ place)[i].double().cpu()
-    return TraceEstimate(total, torch.zeros_like(total), size, True)
+    return TraceEstimate(
+        total, torch.zeros_like(total), size, True, "exact", {"method": "columns"}
+    )
+
+
+def _estimate(
+    exact: float, forms: list[float], spent: int, rtol: float | None, method: str
+) -> TraceEstimate:
+    seen = torch.tensor(forms, dtype=torch.float64)
+    value = seen.mean() + exact if forms else torch.tensor(exact, dtype=torch.float64)
+    error = seen.std() / len(forms) ** 0.5 if forms else torch.zeros_like(value)
+    reached = not forms or _reached(float(value), float(error), len(forms), rtol)
+    return TraceEstimate(value, error, spent, reached or rtol is None, method, {})
+
+
+def _reached(value: float, error: float, count: int, rtol: float | None) -> bool:
+    return rtol is not None and count >= 8 and error <= rtol * abs(value)
+
+
+def _hutchinson(
+    op: Any, num_matvecs: int, rtol: float | None, state: dict[str, Any] | None
+) -> TraceEstimate:
+    forms: list[float] = list(state["forms"]) if state else []
+    for _ in range(num_matvecs):
+        forms.append(form(op))
+        if len(forms) > 1:
+            found = _estimate(0.0, forms, len(forms), rtol, "hutchinson")
+            if rtol is not None and found.converged:
+                break
+    saved = {"method": "hutchinson", "forms": forms}
+    return dataclasses.replace(found, state=saved)
+
+
+def _sketched(
+    op: Any,
+    num_matvecs: int,
+    rtol: float | None,
+    method: str,
+    state: dict[str, Any] | None,
+) -> TraceEstimate:
+    """One estimate, averaged with those of earlier runs by the products spent."""
+    value, error = SKETCHES[method](op, num_matvecs)
+    runs = [*(state["runs"] if state else []), (value, error, num_matvecs)]
+    values, errors, weights = torch.tensor(runs, dtype=torch.float64).T
+    weights = weights / weights.sum()
+    mean, deviation = (weights * values).sum(), (weights * errors).norm()
+    reached = _reached(float(mean), float(deviation), 8, rtol)
+    return TraceEstimate(
+        mean,
+        deviation,
+        sum(run[2] for run in runs),
+        reached or rtol is None,
+        method,
+        {"method": method, "runs": runs},
+    )
+
+
+def _layerwise(
+    op: CurvatureOperator,
+    num_matvecs: int,
+    rtol: float | None,
+    state: dict[str, Any] | None,
+) -> TraceEstimate:
+    most = num_matvecs + (state["spent"] if state else 0)
+    with op.released() as surface:
+        rounds = Rounds(surface, op.kind, num_matvecs, state)
+        while True:
+            forms = rounds.forms
+            method = "gauss_newton" if rounds.per_round else "exact"
+            found = _estimate(rounds.exact, forms, rounds.spent, rtol, method)
+            left = (most - rounds.spent - OVERHEAD) // max(1, rounds.per_round)
+            enough = len(forms) >= 2 and (
+                left < 1 or (rtol is not None and found.converged)
+            )
+            if not rounds.per_round or enough:
+                break
+            rounds.more(
+                max(2 - len(forms), min(left, 8 if rtol is not None else left), 1)
+            )
+    op.num_matvecs += rounds.spent - (state["spent"] if state else 0)
+    return dataclasses.replace(found, state=rounds.state())

@@ -40,7 +40,13 @@ _DESCRIPTIONS: Final = {
     "sharpness/top_eigenvalue_residual": "An eigenvalue lies within this distance of "
     "the value shown.",
     "sharpness/trace": f"Trace of the Hessian of R_S: flatness ({_PAPER}, sec. VII).",
-    "sharpness/trace_standard_error": "Standard error of the trace.",
+    "sharpness/trace_standard_error": "Standard error of the trace; 0 where it is "
+    "exact.",
+    "sharpness/spectral_density": "Shares of the eigenvalues of the Hessian of "
+    "R_S, by Lanczos quadrature from one random probe.",
+    "sharpness/loss_slice": "R_S along one random direction that is scaled to the "
+    "norms of the filters, drawn as a histogram: height = loss, place = step, -1 to 1 "
+    f"({_PAPER}, Fig. 12).",
     "cost/seconds": "Seconds that the measure took.",
     "cost/share": "Share of the analysis in the whole time so far.",
 }
@@ -56,6 +62,10 @@ def describe_tag(tag: str, notes: Mapping[str, str]) -> str:
     Returns:
         A sentence or two; empty for tags that are not ours.
     """
+    if tag.startswith("band/"):
+        estimate, _, end = tag.removeprefix("band/").rpartition("/")
+        sign = "-" if end == "lower" else "+"
+        return f"{estimate} {sign} its error. {describe_tag(estimate, notes)}"
     stem = "/".join(tag.split("/")[:2])
     said = (_DESCRIPTIONS.get(stem, ""), notes.get(tag) or notes.get(stem, ""))
     return " ".join(f"{part.rstrip('.')}." for part in said if part)

@@ -1,32 +1,44 @@
-"""One TensorBoard event a step, with everything in it."""
+"""One TensorBoard event a step, drawn and written beside the training thread."""
 
 from __future__ import annotations
 
-import io
+import atexit
 import os
+import queue
+import threading
+import time
 from collections.abc import Mapping
 from typing import Final
 
-import numpy as np
-from PIL import Image as PillowImage
-from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from torch_dropout_ir.analysis import Histogram, Image, Record
+from torch_dropout_ir.analysis import Record
+from torch_dropout_ir.tensorboard import values
 from torch_dropout_ir.tensorboard.descriptions import describe_tag
+from torch_dropout_ir.tensorboard.panels import Panels
 
-_SMALLEST_SIDE: Final = 192
-_BLUE, _WHITE, _RED = (33, 102, 172), (247, 247, 247), (178, 24, 43)
+MAX_BYTES: Final = 2**16
+_MOST_WAITING: Final = 64
+_Step = tuple[int, float, Mapping[str, Record], Mapping[str, str]]
 
 
 class TensorBoardSink:
     """Writes records of an analysis as one event a step.
 
-    Scalars, fixed-edge histograms and palette images of at most 256 x 256 go into one
-    event. The first time that a tag is written it carries a description.
+    Training waits for nothing but a queue: a thread draws the pictures and writes.
+    Every number is in the event of its step. Pictures and histograms fill it up to
+    ``max_bytes``, the longest unseen first; the others come with later events, in an
+    event of their own step, or at the end. So an event step has at most ``max_bytes``,
+    or its numbers (about 50 bytes each, with the description where a tag is new) and
+    one picture. Errors of numbers also give the bands ``band/<tag>/...``, and the first
+    picture of a tag stays under ``initial/<tag>``, as TensorBoard shows a random
+    sample of ten. Model, sites, loss, seed and versions are text and hyperparameters of
+    the run itself, and the page of Custom Scalars has its charts.
 
     Args:
         log_dir: Run directory; None: ``runs/<time>_<host>``.
+        max_bytes: Most bytes of an event step.
 
     Attributes:
         log_dir: The directory written to.
@@ -35,7 +47,12 @@ class TensorBoardSink:
         OSError: If the directory cannot be written.
     """
 
-    def __init__(self, log_dir: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        log_dir: str | os.PathLike[str] | None = None,
+        *,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
         path = None if log_dir is None else os.fspath(log_dir)
         try:
             self._writer = SummaryWriter(log_dir=path, flush_secs=5)
@@ -48,71 +65,102 @@ class TensorBoardSink:
             ) from err
         self.log_dir = self._writer.log_dir
         self._events = self._writer._get_file_writer()
+        self._panels = Panels(max_bytes)
         self._described: set[str] = set()
+        self._facts: dict[str, str] = {}
+        self._started = False
+        self._error: Exception | None = None
+        self._process = os.getpid()
+        self._steps: queue.Queue[_Step | None] = queue.Queue(_MOST_WAITING)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+        # A script that ends without a word still has its last records written.
+        atexit.register(self.close)
 
     def write(
         self, step: int, records: Mapping[str, Record], notes: Mapping[str, str]
     ) -> None:
-        """Write the records of one step as one event."""
-        summary = Summary()
-        for tag, record in records.items():
-            value = summary.value.add(tag=tag)
-            if tag not in self._described:
-                self._described.add(tag)
-                said = describe_tag(tag, notes)
-                if said:
-                    value.metadata.summary_description = said
-            if isinstance(record, Histogram):
-                value.histo.CopyFrom(_histogram(record))
-            elif isinstance(record, Image):
-                value.image.CopyFrom(_image(record))
-            else:
-                value.simple_value = record
-        self._events.add_summary(summary, step)
+        """Hand over the records of one step; raise what an earlier one's met."""
+        if self._error is not None:
+            raise self._error
+        if self._process == os.getpid():  # the thread does not survive a fork
+            self._steps.put((step, time.time(), dict(records), dict(notes)))
 
     def close(self) -> None:
-        """Flush and close the event file."""
+        """Write what is waiting and close the event file; raise what that met."""
+        atexit.unregister(self.close)
+        if self._process != os.getpid() or not self._thread.is_alive():
+            return
+        self._steps.put(None)
+        self._thread.join()
         self._writer.close()
+        if self._error is not None:
+            raise self._error
 
+    def _work(self) -> None:
+        while (taken := self._steps.get()) is not None:
+            if self._error is None:
+                self._try(*taken)
+        if self._error is None:
+            self._try(-1, time.time(), {}, {})
 
-def _histogram(record: Histogram) -> HistogramProto:
-    counts = record.counts.double().numpy()
-    edges = np.linspace(record.low, record.high, len(counts) + 1)
-    centres = (edges[:-1] + edges[1:]) / 2
-    return HistogramProto(
-        min=record.low,
-        max=record.high,
-        num=counts.sum(),
-        sum=counts @ centres,
-        sum_squares=counts @ centres**2,
-        bucket_limit=edges[1:].tolist(),
-        bucket=counts.tolist(),
-    )
+    def _try(
+        self, step: int, when: float, records: Mapping[str, Record], notes: object
+    ) -> None:
+        try:
+            if step < 0:
+                while self._panels.waiting:
+                    self._add_panels(step, time.time(), Summary())
+            else:
+                assert isinstance(notes, dict)
+                self._write(step, when, records, notes)
+        except Exception as err:
+            self._error = err
 
+    def _write(
+        self,
+        step: int,
+        when: float,
+        records: Mapping[str, Record],
+        notes: Mapping[str, str],
+    ) -> None:
+        summary = Summary()
+        self._add_facts(summary, notes)
+        for tag, record in records.items():
+            if isinstance(record, float):
+                value = summary.value.add(tag=tag, simple_value=record)
+                values.describe(value, self._say(tag, notes))
+            else:
+                self._panels.add(step, tag, record, describe_tag(tag, notes))
+        for tag, number in values.bands(records).items():
+            values.add_band(summary, tag, number, self._say(tag, notes))
+        self._add_panels(step, when, summary)
 
-def _image(record: Image) -> Summary.Image:
-    values = record.values.numpy()
-    places = (values - record.low) / (record.high - record.low)
-    indices = (np.nan_to_num(places).clip(0, 1) * 255).round().astype(np.uint8)
-    grow = -(-_SMALLEST_SIDE // max(1, *indices.shape))
-    indices = indices.repeat(grow, 0).repeat(grow, 1)
-    picture = PillowImage.fromarray(indices)
-    picture.putpalette(_PALETTE)
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    height, width = indices.shape
-    return Summary.Image(
-        height=height, width=width, colorspace=3, encoded_image_string=file.getvalue()
-    )
+    def _add_panels(self, step: int, when: float, summary: Summary) -> None:
+        """Fill the event of this step, and write those of earlier ones that fit."""
+        by_step = self._panels.take(summary.ByteSize())
+        summary.MergeFrom(by_step.pop(step, Summary()))
+        for earlier in sorted(by_step):
+            self._events.add_summary(by_step[earlier], earlier, walltime=when)
+        if summary.value:
+            self._events.add_summary(summary, step, walltime=when)
 
+    def _say(self, tag: str, notes: Mapping[str, str]) -> str:
+        """The description of a tag that is new; nothing the next time."""
+        if tag in self._described:
+            return ""
+        self._described.add(tag)
+        return describe_tag(tag, notes)
 
-def _palette() -> bytes:
-    """Blue through white to red, 256 colours."""
-    low, middle, high = (np.array(c, dtype=float) for c in (_BLUE, _WHITE, _RED))
-    t = np.linspace(-1, 1, 256)[:, None]
-    ends = np.where(t < 0, low, high)
-    colours = middle + np.abs(t) * (ends - middle)
-    return colours.round().astype(np.uint8).tobytes()
-
-
-_PALETTE: Final = _palette()
+    def _add_facts(self, summary: Summary, notes: Mapping[str, str]) -> None:
+        facts = {k[4:]: v for k, v in notes.items() if k.startswith("run/")}
+        if not self._started:
+            self._started = True
+            values.add_layout(summary)
+            for found in values.hyperparameters(facts) if facts else ():
+                summary.MergeFrom(found)
+        # A schedule of the learning rate is no news.
+        lasting = {name: said for name, said in facts.items() if name != "lr"}
+        if lasting != self._facts:
+            self._facts = lasting
+            values.add_facts(summary, facts)

@@ -64,7 +64,7 @@ def expected_dropout_loss(
 
     Args:
         model: A small model; left as it is. Of one in training mode those sites count
-            that are too; of one in evaluation mode all.
+            that are too; of one in evaluation mode all modules and no calls.
         batch: ``(inputs, targets)``.
         loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
         max_masks: Most forward passes to spend.

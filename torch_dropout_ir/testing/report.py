@@ -142,11 +142,14 @@ def check_regularizer(
             1e-6 the model should be in float64.
         max_masks: Most masks to enumerate.
         num_masks: Random masks where they are more, and of ``monte_carlo``.
-        num_samples: Draws of the sampled estimators.
+        num_samples: Draws of the sampled estimators, at least 2.
         seed: Seed of what is drawn.
 
     Returns:
         The report.
+
+    Raises:
+        ValueError: If ``num_samples`` is below 2.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, Lemma 1.
@@ -159,6 +162,11 @@ def check_regularizer(
         >>> "last_layer" in report.agreeing
         True
     """
+    if num_samples < 2:
+        raise ValueError(
+            f"check_regularizer: expected `num_samples` >= 2, got {num_samples}: one "
+            "draw has no standard error"
+        )
     resolved = resolve_loss(loss)
     with preserved_rng(model, seed):
         risk = float(clean_risk(model, batch, resolved).detach())

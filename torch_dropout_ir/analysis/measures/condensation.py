@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import torch
@@ -72,7 +73,7 @@ class Condensation:
     def _readers(self, model: nn.Module, name: str) -> tuple[tuple[str, ...], str]:
         """What reads a layer, traced once for the model, and what amplitudes are."""
         if self._outgoing is None:
-            found = condensation.outgoing_weights(model)
+            found = condensation.outgoing_weights(model, run_own_code=False)
             self._outgoing = {
                 n: dataclasses.replace(o, weight=None) for n, o in found.items()
             }
@@ -118,6 +119,8 @@ class Condensation:
             f"condensation/cosines/{name}": Histogram(counts.cpu(), -1.0, 1.0),
             f"condensation/cosine/{name}": self._heat_map(weights, found.labels),
         }
+        # Of a layer that starts at zero nothing can be said relative to its start.
+        records = {t: r for t, r in records.items() if not _is_infinite(r)}
         if weights.shape[1] >= 2:
             tag = f"condensation/orientation_amplitude/{name}"
             records[tag] = _orientation_amplitude(weights, size, *start)
@@ -130,7 +133,11 @@ class Condensation:
         cosines = condensation.cosine_similarity(weights[order[::stride]]).float()
         side = min(self.max_image, cosines.shape[0])
         field = nn.functional.adaptive_avg_pool2d(cosines[None, None], side)[0, 0]
-        return Image(field.cpu(), -1.0, 1.0)
+        return Image(field.cpu(), -1.0, 1.0, order[::stride].cpu())
+
+
+def _is_infinite(record: Record) -> bool:
+    return isinstance(record, float) and not math.isfinite(record)
 
 
 def _operations(weights: Tensor) -> float:

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from torch_dropout_ir import sharpness
 from torch_dropout_ir.analysis.measures.regularizer import terms
-from torch_dropout_ir.analysis.records import Record
+from torch_dropout_ir.analysis.records import Histogram, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
 from torch_dropout_ir.functional import as_batches
 
+_KINDS: Final = {
+    "exact": "exact: the network is piecewise linear in the weights of each layer",
+    "gauss_newton": "the Gauss-Newton part, and probes of what it leaves out",
+    "hutchinson": "Hutchinson's estimate on random signs",
+}
+_BINS: Final = 64
+
 
 class Sharpness:
-    """Top eigenvalue, warm-started from the last one, and trace of the Hessian of R_S.
+    """Top eigenvalue, trace, density of eigenvalues and a slice of the loss ``R_S``.
+
+    The eigenvalue starts from the eigenvector of the last time; the slice goes along
+    one direction for the whole run, from -1 to 1 of the weights' norms.
 
     Args:
-        tol: Relative residual of the eigenvalue.
+        tol: Relative error of the eigenvalue.
         max_matvecs: Most products for the eigenvalue.
-        trace_matvecs: Products for the trace.
+        trace_matvecs: Most products and backward passes for the trace.
+        density_steps: Products for the density; 0 leaves it out.
+        slice_points: Points of the slice; 0 leaves it out.
         max_parameters: Larger models are left out.
     """
 
@@ -31,35 +44,77 @@ class Sharpness:
         self,
         tol: float = 1e-3,
         max_matvecs: int = 40,
-        trace_matvecs: int = 16,
+        trace_matvecs: int = 32,
+        density_steps: int = 10,
+        slice_points: int = 11,
         max_parameters: int = 20_000_000,
     ) -> None:
         self.max_parameters = max_parameters
         self.tol = tol
         self.max_matvecs = max_matvecs
         self.trace_matvecs = trace_matvecs
+        self.density_steps = density_steps
+        self.slice_points = slice_points
         self._last: Any = None
+        self._names: tuple[frozenset[str], list[str]] = frozenset(), []
 
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
-        """Return ``sharpness/top_eigenvalue`` and ``sharpness/trace`` with errors."""
-        op: Any = sharpness.hessian(snapshot.model, snapshot.loss, snapshot.batches)
-        if op.shape[0] > self.max_parameters:
+        """Return the records ``sharpness/...`` with their errors."""
+        trained = {
+            n: x for n, x in snapshot.model.named_parameters() if x.requires_grad
+        }
+        if sum(x.numel() for x in trained.values()) > self.max_parameters:
             reason = f"more than {self.max_parameters} parameters: set `max_parameters`"
             snapshot.absent["sharpness/top_eigenvalue"] = reason
             return {}
-        if snapshot.ranks.size > 1:
-            op = _Joined(op, snapshot)
+        own = sharpness.hessian(
+            snapshot.model,
+            snapshot.loss,
+            snapshot.batches,
+            params=self._used(snapshot, frozenset(trained)),
+        )
+        op: Any = own if snapshot.ranks.size == 1 else _Joined(own, snapshot)
         top = sharpness.top_eigenvalues(
             op, tol=self.tol, max_matvecs=self.max_matvecs, start=self._start(op)
         )
         self._last = top.vectors[0]
-        found = sharpness.trace(op, num_matvecs=self.trace_matvecs)
         return {
             "sharpness/top_eigenvalue": float(top.values[0]),
             "sharpness/top_eigenvalue_residual": float(top.residuals[0]),
-            "sharpness/trace": float(found.value),
-            "sharpness/trace_standard_error": float(found.standard_error),
+            **self._trace(own, snapshot),
+            **self._density(op),
+            **self._slice(snapshot),
         }
+
+    def _trace(self, own: Any, snapshot: Snapshot) -> dict[str, Record]:
+        """The trace; of ranks, the mean of theirs, each from draws of its own."""
+        with snapshot.ranks.own_draws(snapshot.model):
+            found = sharpness.trace(own, num_matvecs=self.trace_matvecs)
+        snapshot.notes["sharpness/trace"] = _KINDS[found.method]
+        mean, squared = snapshot.ranks.join(
+            _weight(snapshot),
+            {"trace": float(found.value)},
+            {"trace": float(found.standard_error) ** 2},
+        )
+        return {
+            "sharpness/trace": mean["trace"],
+            "sharpness/trace_standard_error": squared["trace"] ** 0.5,
+        }
+
+    def _used(self, snapshot: Snapshot, names: frozenset[str]) -> list[str]:
+        """Parameters that the loss depends on; found once for a set of names."""
+        if self._names[0] != names:
+            used = sharpness.used_parameters(
+                snapshot.model, snapshot.loss, snapshot.batches
+            )
+            counts = snapshot.ranks.sum(dict.fromkeys(used, 1.0))
+            if apart := [n for n, k in counts.items() if k < snapshot.ranks.size]:
+                raise ValueError(
+                    "sharpness: expected a loss that depends on the same parameters on "
+                    f"every rank, got one that does on {apart} on some alone"
+                )
+            self._names = names, used
+        return self._names[1]
 
     def _start(self, op: Any) -> Any:
         """The last eigenvector, if its parameters are still those of the operator."""
@@ -69,6 +124,48 @@ class Sharpness:
         last = {name: x.shape for name, x in self._last.items()}
         return self._last if now == last else None
 
+    def _density(self, op: Any) -> dict[str, Record]:
+        """Shares of the eigenvalues in bins between the outermost nodes."""
+        if not self.density_steps:
+            return {}
+        found = sharpness.spectral_density(op, num_steps=self.density_steps)
+        low, high = float(found.grid[0]), float(found.grid[-1])
+        step = found.grid[1] - found.grid[0]
+        places = (found.grid - low) / (high - low) * _BINS
+        shares = torch.zeros(_BINS, dtype=torch.float64)
+        shares.index_add_(0, places.long().clamp(max=_BINS - 1), found.density * step)
+        return {"sharpness/spectral_density": Histogram(shares, low, high)}
+
+    def _slice(self, snapshot: Snapshot) -> dict[str, Record]:
+        """Losses as heights over the step; nothing where they overflow."""
+        if not self.slice_points:
+            return {}
+        device = next(snapshot.model.parameters()).device
+        direction = sharpness.filter_normalized_direction(
+            snapshot.model, torch.Generator(device).manual_seed(0)
+        )
+        alphas = torch.linspace(-1, 1, self.slice_points)
+        losses = sharpness.loss_slice(
+            snapshot.model, snapshot.loss, snapshot.batches, alphas, direction
+        )
+        heights = {str(k): float(x) for k, x in enumerate(losses)}
+        heights, _ = snapshot.ranks.join(_weight(snapshot), heights)
+        losses = torch.tensor(list(heights.values()), dtype=torch.float64)
+        if not bool((losses.isfinite() & (losses >= 0)).all()):
+            return {}
+        half = 1 / max(1, self.slice_points - 1)
+        return {"sharpness/loss_slice": Histogram(losses, -1 - half, 1 + half)}
+
+
+def _weight(snapshot: Snapshot) -> float | None:
+    """What this rank's batches count for; None where the loss adds."""
+    assert snapshot.loss is not None  # by `needs`
+    if snapshot.ranks.size == 1:
+        return 1.0  # nothing to weigh it against
+    if snapshot.loss.reduction == "sum":
+        return None
+    return sum(terms(snapshot.loss, batch) for batch in as_batches(snapshot.batches))
+
 
 class _Joined:
     """The Hessian on the batches of all ranks as one: each product is summed over them.
@@ -77,16 +174,14 @@ class _Joined:
     """
 
     def __init__(self, op: Any, snapshot: Snapshot) -> None:
-        assert snapshot.loss is not None  # by `needs`
         self._op = op
         self._ranks = snapshot.ranks
         self.params = op.params
         self.shape, self.dtype, self.device = op.shape, op.dtype, op.device
+        weight = _weight(snapshot)
         self._share = 1.0
-        if snapshot.loss.reduction == "mean":
-            pairs = as_batches(snapshot.batches)
-            own = sum(terms(snapshot.loss, batch) for batch in pairs)
-            self._share = own / snapshot.ranks.sum({"terms": own})["terms"]
+        if weight is not None:
+            self._share = weight / snapshot.ranks.sum({"terms": weight})["terms"]
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self._ranks.sum_of(self._share * (self._op @ v))

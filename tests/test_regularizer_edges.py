@@ -1,0 +1,263 @@
+"""Where a form of R_1 could be wrong without a word: each against every mask."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.bias import causal_upper_left
+from torch.utils.checkpoint import checkpoint
+
+from torch_dropout_ir.functional import at_sites, call, fresh
+from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.regularizers import (
+    gauss_newton,
+    modified_loss,
+    monte_carlo,
+    second_order,
+)
+from torch_dropout_ir.regularizers.masked import clean_risk
+from torch_dropout_ir.testing import expected_dropout_loss
+
+torchvision = pytest.importorskip("torchvision")
+
+
+def truth(net, batch, loss="mse"):
+    clean = clean_risk(net, batch, resolve_loss(loss)).detach()
+    return float(expected_dropout_loss(net, batch, loss) - clean)
+
+
+class Block(nn.Module):
+    """Called dropout in a block that may be computed again in the backward pass."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.one, self.two, self.again = nn.Linear(3, 4), nn.Linear(4, 2), again
+
+    def body(self, x):
+        return torch.tanh(F.dropout(self.one(x), 0.3, self.training))
+
+    def forward(self, x):
+        h = (
+            checkpoint(self.body, x, use_reentrant=False)
+            if self.again
+            else self.body(x)
+        )
+        return self.two(h)
+
+
+def test_what_is_computed_again_is_computed_without_dropout():
+    torch.manual_seed(0)
+    nets = Block(False).double(), Block(True).double()
+    nets[1].load_state_dict(nets[0].state_dict())
+    batch = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    for form in (gauss_newton, second_order):
+        plain, again = (form(net, batch, "mse", num_samples=None) for net in nets)
+        torch.testing.assert_close(plain.value, again.value)
+    for kind in ("L1", "L2", "L4"):
+        with pytest.raises(RuntimeError, match="checkpoint"):
+            modified_loss(nets[1], batch, "mse", kind=kind, lr=0.1, r1="second_order")
+
+
+class Sums(nn.Module):
+    """Sample ``i`` reads those before it: the first reads itself alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.last = nn.Dropout(0.3), nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.last(torch.cumsum(self.drop(x), 0))
+
+
+def test_samples_that_meet_though_the_first_is_alone():
+    torch.manual_seed(0)
+    net = Sums().double()
+    batch = torch.randn(3, 2).double(), torch.randn(3, 1).double()
+    r1 = truth(net, batch)
+    drawn = monte_carlo(net, batch, "mse", num_masks=3000)
+    assert abs(float(drawn.value) - r1) < 4 * float(drawn.standard_error)
+    for form in (gauss_newton, second_order):
+        exact = form(net, batch, "mse", num_samples=None)
+        assert float(exact.value) == pytest.approx(r1, rel=1e-9)
+
+    def all_but_the_first(f, t):
+        return (f[1:] - t[1:]).square().mean().sqrt()
+
+    few = nn.Sequential(nn.Dropout(0.05), nn.Linear(2, 1)).double()
+    with torch.no_grad():
+        few[1].weight.mul_(0.1)
+    r1 = truth(few, batch, all_but_the_first)
+    exact = second_order(few, batch, all_but_the_first, num_samples=None)
+    assert float(exact.value) == pytest.approx(r1, rel=0.05)
+
+
+def test_features_that_are_overwritten():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.inner, self.last = (
+                nn.Dropout(0.4), nn.Linear(3, 3), nn.Linear(3, 1),
+            )  # fmt: skip
+
+        def forward(self, x):
+            h = 1.0 * x
+            h += self.inner(self.drop(h))
+            return self.last(h)
+
+    net = Residual().double()
+    batch = torch.randn(4, 3).double(), torch.randn(4, 1).double()
+    r1 = truth(net, batch)
+    for form in (gauss_newton, second_order):
+        exact = form(net, batch, "mse", num_samples=None)
+        assert float(exact.value) == pytest.approx(r1, rel=1e-9)
+
+
+def test_a_mask_that_the_batch_shares():
+    class Depth(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(3, 2)
+            self.drop = torchvision.ops.StochasticDepth(0.3, "batch")
+
+        def forward(self, x):
+            return self.last(x + self.drop(torch.sin(x)))
+
+    net = Depth().double()
+    batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    r1 = truth(net, batch)
+    exact = gauss_newton(net, batch, "mse", num_samples=None)
+    assert float(exact.value) == pytest.approx(r1, rel=1e-9)
+
+
+@pytest.mark.parametrize("noise", [
+    lambda x: F.alpha_dropout(x, 0.5, True),
+    lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)) * 2,
+])  # fmt: skip
+def test_other_noise_makes_nothing_exact(noise):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(self.drop(noise(x)))
+
+    net = Net()
+    batch = torch.randn(5, 3), torch.randn(5, 2)
+    assert not gauss_newton(net, batch, "mse", num_samples=None).exact
+    net.drop.p = 0.0
+    assert not gauss_newton(net, batch, "mse", num_samples=None).exact
+
+
+def test_the_error_counts_noise_that_is_not_ours():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.3), nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.last(self.drop(x + torch.randn_like(x)))
+
+    torch.manual_seed(0)
+    net, batch = Noisy(), (torch.randn(8, 3), torch.randn(8, 1))
+    draws = [monte_carlo(net, batch, "mse", num_masks=16) for _ in range(100)]
+    spread = torch.stack([d.value for d in draws]).std()
+    claimed = torch.stack([d.standard_error for d in draws]).square().mean().sqrt()
+    assert 0.7 < claimed / spread < 1.4
+
+
+def test_weighted_squares_are_not_plain_ones():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 2)).double()
+    batch = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    loss = functools.partial(F.mse_loss, weight=torch.rand(4, 2).double())
+    found = gauss_newton(net, batch, loss, num_samples=None)
+    assert float(found.value) == pytest.approx(truth(net, batch, loss), rel=1e-9)
+
+
+def test_a_compiled_wrapper_is_measured_inside():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2))
+    batch = torch.randn(4, 3), torch.randn(4, 2)
+    wrapped = torch.compile(net, backend="eager")
+    for form in (gauss_newton, second_order):
+        plain = form(net, batch, "mse", num_samples=None)
+        found = form(wrapped, batch, "mse", num_samples=None)
+        torch.testing.assert_close(found.value, plain.value)
+        assert list(found.per_site) == ["2"]
+    modified_loss(wrapped, batch, "mse", kind="L1").backward()
+    assert net[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_in_full_is_torchs_own(dtype):
+    class Net(nn.Module):
+        def forward(self, x, p=0.5):
+            mask = causal_upper_left(3, 3)
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=mask, dropout_p=p)
+
+    net, x = Net(), (60 * torch.randn(2, 2, 3, 64)).to(dtype)
+    with at_sites(net, fresh):
+        found = call(net, x)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, net(x, p=0.0), rtol=1e-2, atol=1e-1)
+
+
+def test_a_loss_that_is_linear_in_the_outputs_says_so():
+    net = nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 4), nn.LogSoftmax(1)).double()
+    batch = torch.randn(5, 3).double(), torch.rand(5, 4).softmax(1).double()
+    loss = nn.KLDivLoss(reduction="batchmean")
+    found = gauss_newton(net, batch, loss, num_samples=None)
+    assert any("linear in the outputs" in note for note in found.notes)
+    full = second_order(net, batch, loss, num_samples=None)
+    assert float(full.value) == pytest.approx(truth(net, batch, loss), rel=0.3)
+
+
+def test_attention_without_dropout_has_second_derivatives_too():
+    """The fused kernel has none: the forms take the other one by themselves."""
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+    net.self_attn.dropout = 0.0
+    net = nn.Sequential(nn.Dropout(0.2), net)
+    batch = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
+    found = second_order(net, batch, "mse", num_samples=4)
+    assert found.per_site["0"].isfinite() and found.standard_error > 0
+
+
+def test_a_model_that_returns_its_loss():
+    """One number for all samples: they meet in it."""
+    torch.manual_seed(0)
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.3), nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.last(self.drop(x)).square().mean()
+
+    net, batch = Loss().double(), (torch.randn(3, 2).double(), None)
+    loss = lambda f, _: f  # noqa: E731
+    found = second_order(net, batch, loss, num_samples=None)
+    assert float(found.value) == pytest.approx(truth(net, batch, loss), rel=1e-9)
+
+
+def test_the_online_r1_takes_the_linear_part_away():
+    from torch_dropout_ir.regularizers.excess import ExcessRisk
+    from torch_dropout_ir.regularizers.online import online
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(5, 64), nn.Tanh(), nn.Dropout(0.05), nn.Linear(64, 64), nn.Tanh(),
+        nn.Linear(64, 4),
+    ).double()  # fmt: skip
+    batch = torch.randn(8, 5).double(), torch.randn(8, 4).double()
+    loss = resolve_loss("mse")
+    values = torch.stack([online(net, batch, loss)[0].value for _ in range(60)])
+    plain = []
+    for _ in range(60):
+        excess = ExcessRisk(net, batch, loss, slopes=[])
+        excess.draw(8)
+        plain.append(excess.mean()[0])
+    assert values.std() < 0.5 * torch.stack(plain).std()

@@ -1,0 +1,158 @@
+"""Top eigenvalues: budgets, resumed runs, stopping, rehearsal on few samples."""
+
+import pytest
+import torch
+from torch import nn
+
+from torch_dropout_ir import sharpness
+
+
+class Counted:
+    def __init__(self, matrix):
+        self.matrix, self.count = matrix, 0
+        self.shape, self.dtype, self.device = matrix.shape, matrix.dtype, matrix.device
+
+    def __matmul__(self, v):
+        self.count += 1
+        return self.matrix @ v
+
+
+def spectrum(size=300):
+    values = torch.cat((torch.linspace(-1, 1, size - 3), torch.tensor([3.0, 5.0, 8.0])))
+    basis = torch.linalg.qr(torch.randn(size, size).double()).Q
+    return basis @ torch.diag(values.double()) @ basis.T
+
+
+def test_products_are_counted_as_they_are():
+    """One step of Lanczos for one value is one product, not two."""
+    op = Counted(spectrum())
+    assert sharpness.top_eigenvalues(op, max_matvecs=1).num_matvecs == op.count == 1
+    op = Counted(spectrum())
+    found = sharpness.top_eigenvalues(op)
+    assert found.num_matvecs == op.count and found.converged
+
+
+def test_resumed_runs_are_the_uninterrupted_one(tmp_path):
+    matrix = spectrum()
+    start = torch.randn(300).double()
+    arguments = {"k": 2, "tol": 1e-10, "max_bytes": 12 * 300 * 8}
+    for first in (1, 5, 14, 25):  # before, at and after restarts
+        torch.manual_seed(1)
+        whole = sharpness.top_eigenvalues(
+            matrix, **arguments, start=start, max_matvecs=max(2, first) + 9
+        )
+        torch.manual_seed(1)
+        half = sharpness.top_eigenvalues(
+            matrix, **arguments, start=start, max_matvecs=max(2, first)
+        )
+        torch.save(half.state, tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt")
+        assert state["rows"].shape[0] <= 12
+        rest = sharpness.top_eigenvalues(
+            matrix, **arguments, max_matvecs=9, state=state
+        )
+        assert rest.num_matvecs == whole.num_matvecs
+        torch.testing.assert_close(rest.values, whole.values)
+        torch.testing.assert_close(rest.residuals, whole.residuals)
+    done = sharpness.top_eigenvalues(matrix, tol=1e-3)
+    again = sharpness.top_eigenvalues(matrix, tol=1e-3, state=done.state)
+    assert again.num_matvecs == done.num_matvecs and again.converged
+    tighter = sharpness.top_eigenvalues(matrix, tol=1e-9, state=done.state)
+    assert tighter.converged and tighter.num_matvecs > done.num_matvecs
+    assert float(tighter.values[0]) == pytest.approx(8.0, rel=1e-9)
+
+
+def test_stopping_on_values_spends_less_and_errors_are_estimates():
+    matrix = spectrum(800)
+    for tol in (1e-3, 1e-6):
+        torch.manual_seed(0)
+        by_value = sharpness.top_eigenvalues(matrix, tol=tol, stop="value")
+        torch.manual_seed(0)
+        by_residual = sharpness.top_eigenvalues(matrix, tol=tol)
+        assert by_value.num_matvecs <= by_residual.num_matvecs
+        assert abs(float(by_value.values[0]) - 8) <= tol * 8
+        assert float(by_residual.residuals[0]) <= tol * 8
+    short = sharpness.top_eigenvalues(matrix, k=2, max_matvecs=9)
+    assert (short.errors <= short.residuals).all()
+
+
+def test_memory_of_the_basis_is_bounded():
+    matrix = spectrum(600)
+    found = sharpness.top_eigenvalues(
+        matrix, 2, tol=1e-6, max_matvecs=900, max_bytes=11 * 600 * 8
+    )
+    assert found.converged and found.state["rows"].shape[0] <= 11
+    torch.testing.assert_close(found.values, torch.tensor([8.0, 5.0]).double())
+
+
+def large(samples=400):
+    net = nn.Sequential(nn.Linear(30, 100), nn.ReLU(), nn.Linear(100, 10))
+    batch = torch.randn(samples, 30), torch.randint(10, (samples,))
+    return net, batch
+
+
+def test_rehearsal_pays_and_is_counted():
+    net, batch = large()
+    op = sharpness.hessian(net, "cross_entropy", batch)
+    truth = sharpness.top_eigenvalues(op, tol=1e-6, max_matvecs=500).values[0]
+    few, share = op.thinned()
+    assert share == 0.25 and few.shape == op.shape
+    thinned = sharpness.hessian(net, "cross_entropy", (batch[0][::4], batch[1][::4]))
+    v = torch.randn(op.shape[0])
+    torch.testing.assert_close(few @ v, thinned @ v)
+    before = op.num_matvecs
+    found = sharpness.top_eigenvalues(op, max_matvecs=16)
+    assert found.num_matvecs == 16 and op.num_matvecs - before == 13
+    errors = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        found = sharpness.top_eigenvalues(op, max_matvecs=16)
+        torch.manual_seed(seed)
+        cold = sharpness.top_eigenvalues(
+            op, max_matvecs=16, start=torch.randn(op.shape[0])
+        )
+        errors.append([float(truth - f.values[0]) for f in (found, cold)])
+    ours, plain = torch.tensor(errors).mean(0)
+    assert ours < plain
+
+
+def test_no_rehearsal_where_samples_cannot_be_told_apart():
+    net, (x, y) = large()
+    for inputs, targets in (
+        ((x[:200], y[:200])),  # few
+        ({"input": x}, y),
+    ):
+        op = sharpness.hessian(net, "cross_entropy", (inputs, targets))
+        assert (op.thinned() is None) == (len(y[: len(targets)]) < 256)
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+            self.register_buffer("weight", torch.rand(400, 1))
+
+        def forward(self, x):
+            return self.net(x) * self.weight
+
+    op = sharpness.hessian(Whole(), "cross_entropy", (x, y))
+    assert op.thinned() is None
+    assert sharpness.top_eigenvalues(op, max_matvecs=16).num_matvecs == 16
+    streamed = sharpness.hessian(net, "cross_entropy", [(x, y), (x, y)])
+    assert streamed.thinned() is None
+
+
+def test_warm_from_the_last_eigenvector_in_five_products():
+    net, batch = large()
+    op = sharpness.hessian(net, "cross_entropy", batch)
+    first = sharpness.top_eigenvalues(op, tol=1e-4)
+    again = sharpness.top_eigenvalues(op, start=first.vectors[0])
+    assert again.converged and again.num_matvecs <= 5
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="`stop`"):
+        sharpness.top_eigenvalues(torch.eye(3), stop="change")
+    with pytest.raises(ValueError, match="finite products"):
+        sharpness.top_eigenvalues(torch.eye(9) * float("nan"))
+    with pytest.raises(ValueError, match="<= 3"):
+        sharpness.top_eigenvalues(torch.eye(3), k=4)

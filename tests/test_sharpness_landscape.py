@@ -1,0 +1,242 @@
+"""Slices, planes, interpolation, interval flatness and ascent against closed forms."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from torch_dropout_ir import sharpness
+
+
+class Bowl(nn.Module):
+    """A loss that is a function of the parameters alone: ``model(x)`` is theta."""
+
+    def __init__(self, theta):
+        super().__init__()
+        self.theta = nn.Parameter(theta.double())
+
+    def forward(self, x):
+        return self.theta.expand(x.shape[0], -1)
+
+
+BATCH = torch.zeros(1, 1).double(), torch.zeros(1, 1).double()
+
+
+def bowl(theta, curvatures, rest=0.0):
+    """``rest + sum_j c_j theta_j^2 / 2``."""
+    return Bowl(theta), lambda f, t: rest + 0.5 * (curvatures * f[0].square()).sum()
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.4),
+        nn.Flatten(), nn.Linear(12, 2),
+    ).double()  # fmt: skip
+
+
+def images(n=6):
+    return torch.randn(n, 1, 3, 3).double(), torch.randn(n, 2).double()
+
+
+@pytest.mark.parametrize("per", ["filter", "neuron", "layer"])
+def test_directions_have_the_norms_of_what_they_stand_for(per):
+    net = network()
+    with torch.no_grad():
+        net[0].weight[1] = 0
+        net[5].bias.zero_()
+    d = sharpness.filter_normalized_direction(net, per=per)
+    for name in ("0.weight", "5.weight"):
+        got, x = d[name], dict(net.named_parameters())[name].detach()
+        if per == "layer" or (per == "filter" and x.ndim == 2):
+            got, x = got[None], x[None]
+        torch.testing.assert_close(got.flatten(1).norm(dim=1), x.flatten(1).norm(dim=1))
+    for name in ("0.bias", "1.weight", "1.bias", "5.bias"):
+        assert not d[name].any()
+    d = sharpness.filter_normalized_direction(net, norms="scaled", per=per)
+    assert d["1.weight"].norm() == pytest.approx(3**0.5) and not d["0.bias"].any()
+    d = sharpness.filter_normalized_direction(net, biases="scaled", per=per)
+    assert d["0.bias"].norm() == pytest.approx(float(net[0].bias.detach().norm()))
+    assert not d["1.weight"].any() and not d["5.bias"].any()
+    assert all(bool(x.isfinite().all()) for x in d.values())
+    for bad in ({"per": "row"}, {"biases": "no"}, {"norms": "no"}):
+        with pytest.raises(ValueError, match="expected"):
+            sharpness.filter_normalized_direction(net, **bad)
+
+
+def test_plane_and_slice_agree_and_leave_the_model():
+    net, (x, y) = network(), images()
+    before = {n: v.clone() for n, v in net.state_dict().items()}
+    d, e = (sharpness.filter_normalized_direction(net) for _ in range(2))
+    alphas, betas = [-0.5, 0.0, 1.0], [0.0, 0.3]
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    net.eval()
+    plane = sharpness.loss_plane(net, "mse", batches, alphas, betas, (d, e))
+    assert plane.shape == (3, 2)
+    line = sharpness.loss_slice(net, "mse", batches, alphas, d)
+    torch.testing.assert_close(plane[:, 0], line)
+    moved = {n: before[n] + 1.0 * d[n] + 0.3 * e[n] for n in d}
+    expected = F.mse_loss(torch.func.functional_call(net, moved, (x,)), y)
+    torch.testing.assert_close(plane[2, 1], expected.detach())
+    assert sharpness.loss_plane(net, "mse", batches, alphas).shape == (3, 3)
+    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+
+
+def test_slices_at_frozen_masks():
+    net, (x, y) = network().train(), images()
+    d = sharpness.filter_normalized_direction(net)
+    a, b = (
+        sharpness.loss_slice(net, "mse", (x, y), [0.0, 0.5], d, masks=7)
+        for _ in range(2)
+    )
+    off = sharpness.loss_slice(net, "mse", (x, y), [0.0, 0.5], d)
+    assert torch.equal(a, b) and not torch.allclose(a, off)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_interpolation_meets_both_models_and_their_statistics(mode):
+    a, b, (x, y) = network(), network(), images()
+    a(x), b(3 * x + 1)  # running statistics apart
+    getattr(a, mode)(), getattr(b, mode)()
+    found = sharpness.interpolate(a, b, "mse", (x, y), [0.0, 1.0, 0.25])
+    ends = [sharpness.loss_slice(m, "mse", (x, y), [0.0])[0] for m in (a, b)]
+    torch.testing.assert_close(found[:2], torch.stack(ends))
+    mixed = {
+        n: (0.75 * v + 0.25 * b.state_dict()[n]) if v.is_floating_point() else v
+        for n, v in a.state_dict().items()
+    }
+    middle = network()
+    middle.load_state_dict(mixed)
+    getattr(middle, mode)()
+    torch.testing.assert_close(
+        found[2], sharpness.loss_slice(middle, "mse", (x, y), [0.0])[0]
+    )
+    whole = sharpness.interpolate(a, b, "mse", (x, y))
+    assert whole.shape == (41,) and bool(whole.isfinite().all())
+    torch.testing.assert_close(whole[10], ends[0])
+    with pytest.raises(ValueError, match="weight"):
+        sharpness.interpolate(nn.Linear(2, 1), nn.Linear(3, 1), "mse", BATCH)
+
+
+@given(
+    st.floats(0.01, 100), st.floats(0.001, 10), st.floats(1.1, 9), st.floats(0.1, 50)
+)
+def test_interval_flatness_of_a_parabola(curvature, rest, factor, length):
+    net, loss = bowl(torch.zeros(3), torch.tensor([curvature, 1.0, 7.0]), rest)
+    d = {"theta": torch.tensor([length, 0.0, 0.0])}
+    found = sharpness.interval_flatness(net, loss, BATCH, d, factor)
+    half = math.sqrt(2 * rest * (factor - 1) / curvature)
+    assert found.right == pytest.approx(half, rel=1e-3)
+    assert found.left == pytest.approx(-half, rel=1e-3)
+    assert found.width == found.right - found.left and not found.floor_used
+
+
+def test_interval_flatness_is_monotone_in_the_level_and_finds_the_nearest():
+    net = Bowl(torch.zeros(1))
+
+    def waves(f, t):
+        return 1 + torch.sin(f[0, 0]).square() * 1.5 + 0.01 * f[0, 0] ** 2
+
+    d = {"theta": torch.ones(1)}
+    widths = [
+        sharpness.interval_flatness(net, waves, BATCH, d, c).width
+        for c in (1.2, 1.5, 2.0, 2.4)
+    ]
+    assert widths == sorted(widths)
+    near = sharpness.interval_flatness(net, waves, BATCH, d, 2.0)
+    assert near.right == pytest.approx(0.9517, abs=5e-3)
+
+
+def test_interval_flatness_at_zero_loss_flat_sides_and_blow_ups():
+    net, loss = bowl(torch.zeros(2), torch.tensor([2.0, 0.0]))
+    found = sharpness.interval_flatness(
+        net, loss, BATCH, {"theta": torch.tensor([1.0, 0.0])}, floor=0.5
+    )
+    assert found.floor_used and found.level == 1.0
+    assert found.right == pytest.approx(1.0, rel=1e-3)
+    flat = sharpness.interval_flatness(
+        net, loss, BATCH, {"theta": torch.tensor([0.0, 1.0])}
+    )
+    assert flat.width == math.inf and flat.left == -math.inf
+
+    def cliff(f, t):
+        return 1 + torch.log(1 - f[0, 0]) ** 2 * 0.001
+
+    net = Bowl(torch.zeros(1))
+    found = sharpness.interval_flatness(net, cliff, BATCH, {"theta": torch.ones(1)})
+    assert found.right == pytest.approx(1.0, rel=1e-3)
+
+
+def test_sam_is_one_step_along_the_gradient():
+    theta, c = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5]).double()
+    net, loss = bowl(theta, c)
+    found = sharpness.sam_sharpness(net, loss, BATCH, rho=0.1)
+    g = c * theta
+    e = 0.1 * g / g.norm()
+    expected = 0.5 * (c * (theta + e) ** 2).sum() - 0.5 * (c * theta**2).sum()
+    assert found.value == pytest.approx(float(expected))
+    torch.testing.assert_close(found.direction["theta"], e)
+    assert found.ascended - found.loss == found.value
+    at_rest, loss = bowl(torch.zeros(2), c)
+    assert sharpness.sam_sharpness(at_rest, loss, BATCH).value == 0
+
+
+def test_adaptive_sharpness_does_not_see_rescaling():
+    """Weights of a ReLU network rescaled, its function unchanged."""
+    net = nn.Sequential(
+        nn.Linear(3, 6, bias=False), nn.ReLU(), nn.Linear(6, 2, bias=False)
+    ).double()
+    x, y = torch.randn(8, 3).double(), torch.randn(8, 2).double()
+    batches = [(x[:3], y[:3]), (x[3:], y[3:])]
+    for steps in (1, 5):
+        before = sharpness.adaptive_sharpness(net, "mse", batches, 0.2, steps)
+        plain = sharpness.sam_sharpness(net, "mse", batches, 0.2)
+        with torch.no_grad():
+            net[0].weight.mul_(10)
+            net[2].weight.div_(10)
+        after = sharpness.adaptive_sharpness(net, "mse", batches, 0.2, steps)
+        assert after.value == pytest.approx(before.value, rel=1e-9)
+        changed = sharpness.sam_sharpness(net, "mse", batches, 0.2).value
+        assert abs(changed - plain.value) > 0.1 * plain.value
+    one = sharpness.adaptive_sharpness(net, "mse", batches, 0.2)
+    assert sharpness.adaptive_sharpness(net, "mse", batches, 0.2, 20).value >= one.value
+    inside = torch.cat([
+        (e / x.abs()).flatten()
+        for e, x in zip(one.direction.values(), net.parameters(), strict=True)
+    ])
+    assert float(inside.detach().norm()) == pytest.approx(0.2)
+
+
+def test_bad_input():
+    net, batch = nn.Linear(2, 1), (torch.ones(3, 2), torch.zeros(3, 1))
+    zero = {n: torch.zeros_like(p) for n, p in net.named_parameters()}
+    good = sharpness.filter_normalized_direction(net)
+    for call in (
+        lambda d: sharpness.loss_slice(net, "mse", batch, [0.0], d),
+        lambda d: sharpness.loss_plane(net, "mse", batch, [0.0], None, (d, good)),
+        lambda d: sharpness.interval_flatness(net, "mse", batch, d),
+    ):
+        with pytest.raises(ValueError, match="not zero everywhere"):
+            call(zero)
+        with pytest.raises(ValueError, match=r"\['bias'\]"):
+            call({"weight": net.weight})
+        with pytest.raises(ValueError, match="shapes"):
+            call({**good, "bias": torch.ones(5)})
+        with pytest.raises(ValueError, match="finite"):
+            call({**good, "bias": torch.full((1,), float("nan"))})
+    for wrong in ({"factor": 1.0}, {"floor": 0.0}):
+        with pytest.raises(ValueError, match="factor"):
+            sharpness.interval_flatness(net, "mse", batch, good, **wrong)
+    with pytest.raises(ValueError, match="finite loss"):
+        nans = batch[0] * float("nan"), batch[1]
+        sharpness.interval_flatness(net, "mse", nans, good)
+    for call in (sharpness.sam_sharpness, sharpness.adaptive_sharpness):
+        with pytest.raises(ValueError, match="`rho`"):
+            call(net, "mse", batch, rho=0.0)
+        with pytest.raises(ValueError, match="finite loss"):
+            call(net, "mse", (batch[0] * float("nan"), batch[1]))
+    with pytest.raises(ValueError, match="at least one batch"):
+        sharpness.loss_slice(net, "mse", [], [0.0])

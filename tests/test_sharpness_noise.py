@@ -1,0 +1,195 @@
+"""Covariances against their dense forms, alignment against its null."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torch_dropout_ir as tdi
+from torch_dropout_ir import sharpness, vectors
+
+
+def network(dropout=nn.Dropout):
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), dropout(0.5), nn.Linear(4, 2)
+    ).double()
+
+
+def data(n=8):
+    return torch.randn(n, 3).double(), torch.randn(n, 2).double()
+
+
+def gradient(net, x, y):
+    found = torch.autograd.grad(F.mse_loss(net(x), y), list(net.parameters()))
+    return torch.cat([g.flatten() for g in found])
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout, tdi.Dropout])
+def test_covariance_over_masks(dropout):
+    net, (x, y) = network(dropout), data()
+    rows = []
+    for seed in range(5, 12):
+        with tdi.frozen_masks(net, seed):
+            rows.append(gradient(net, x, y))
+    expected = torch.cov(torch.stack(rows).T)
+    found = sharpness.gradient_covariance(net, (x, y), "mse", num_masks=7, seed=5)
+    torch.testing.assert_close(found.dense(), expected)
+    torch.testing.assert_close(found.mean, torch.stack(rows).mean(0))
+    assert found.rows.shape == (7, 26) and found.shape == (26, 26)
+    v = torch.randn(26).double()
+    torch.testing.assert_close(found @ v, expected @ v)
+    named = found @ vectors.to_params(v, found.params)
+    torch.testing.assert_close(vectors.to_vector(named), expected @ v)
+    torch.testing.assert_close(found.trace(), expected.trace())
+    torch.testing.assert_close(found.frobenius_norm(), expected.norm())
+    values, directions = found.principal()
+    assert values.numel() == 6  # the mean takes one
+    torch.testing.assert_close(directions.T * values @ directions, expected)
+    assert found.principal(2)[1].shape == (2, 26)
+
+
+def test_its_trace_is_the_dropout_noise_of_r2():
+    net, batch = network(), data()
+    found = sharpness.gradient_covariance(net, batch, "mse", num_masks=400)
+    r2 = tdi.regularizers.gradient_norm(net, batch, "mse", lr=4.0, num_masks=400)
+    error = r2.dropout_noise_standard_error
+    assert abs(found.trace() - r2.dropout_noise) < 6 * error
+
+
+def test_covariance_over_batches():
+    net, (x, y) = network(), data(9)
+    batches = [(x[:2], y[:2]), (x[2:5], y[2:5]), (x[5:], y[5:])]
+    found = sharpness.gradient_covariance(net, batches, "mse", over="batches")
+    net.eval()
+    rows = torch.stack([gradient(net, *b) for b in batches])
+    torch.testing.assert_close(found.dense(), torch.cov(rows.T))
+
+
+def test_covariance_of_a_subset_streams_ragged_batches():
+    net, (x, y) = network(), data()
+    batches = [(x[:3], y[:3]), (x[3:], y[3:])]
+    whole = sharpness.gradient_covariance(net, batches, "mse", num_masks=4)
+    part = sharpness.gradient_covariance(
+        net, batches, "mse", num_masks=4, params=["3.weight"]
+    )
+    assert list(part.params) == ["3.weight"]
+    torch.testing.assert_close(part.dense(), whole.dense()[16:24, 16:24])
+
+
+def test_trajectory_covariance():
+    net = network()
+    states = []
+    for _ in range(4):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(torch.randn_like(p))
+        states.append({n: v.clone() for n, v in net.state_dict().items()})
+    found = sharpness.trajectory_covariance(iter(states))
+    rows = torch.stack([vectors.to_vector(s) for s in states])
+    torch.testing.assert_close(found.dense(), torch.cov(rows.T))
+    with pytest.raises(ValueError, match="same names"):
+        sharpness.trajectory_covariance([states[0], {"x": torch.ones(2)}])
+    with pytest.raises(ValueError, match="at least two"):
+        sharpness.trajectory_covariance(states[:1])
+
+
+def random_rotations(matrix, count):
+    size = matrix.shape[0]
+    for _ in range(count):
+        q = torch.linalg.qr(torch.randn(size, size).double()).Q
+        yield q @ matrix @ q.T
+
+
+def test_alignment_and_its_null():
+    torch.manual_seed(3)
+    size = 12
+    a = torch.randn(size, size).double()
+    hessian = a + a.T + 3 * torch.eye(size)
+    b = torch.randn(size, 5).double()
+    sigma = b @ b.T
+    found = sharpness.hessian_variance_alignment(hessian, sigma)
+    both = hessian.norm() * sigma.norm()
+    assert found.value == pytest.approx(float((hessian @ sigma).trace() / both))
+    null = torch.stack([
+        (hessian @ turned).trace() / both for turned in random_rotations(sigma, 4000)
+    ])
+    assert found.null_mean == pytest.approx(
+        float(null.mean()), abs=4 * found.null_deviation / 4000**0.5
+    )
+    assert found.null_deviation == pytest.approx(float(null.std()), rel=0.05)
+    expected = (found.value - found.null_mean) / found.null_deviation
+    assert found.z_score == pytest.approx(expected)
+    torch.testing.assert_close(
+        (found.variances * found.curvatures).sum(), (hessian @ sigma).trace()
+    )
+    psd = a @ a.T
+    aligned = sharpness.hessian_variance_alignment(psd, psd)
+    assert aligned.value == pytest.approx(1.0) and aligned.z_score > 3
+
+
+def test_alignment_of_a_network_within_its_error():
+    net, batch = network(), data()
+    op = sharpness.hessian(net, "mse", batch)
+    noise = sharpness.gradient_covariance(net, batch, "mse", num_masks=6)
+    matrix, sigma = op.dense(), noise.dense()
+    truth = float((matrix @ sigma).trace() / (matrix.norm() * sigma.norm()))
+    exact = sharpness.hessian_variance_alignment(op, noise, num_probes=26)
+    assert exact.value == pytest.approx(truth) and exact.standard_error == 0
+    found = sharpness.hessian_variance_alignment(op, noise, num_probes=20)
+    assert abs(found.value - truth) < 4 * found.standard_error
+    assert found.num_matvecs == 5 + 20 + 26
+
+
+class Bowl(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(size).double())
+
+    def forward(self, x):
+        return self.theta.expand(x.shape[0], -1)
+
+
+def test_inverse_variance_flatness_relation_of_a_bowl():
+    """Widths go as c^-1/2; variances of c^2 give the slope -4, of c the slope -2."""
+    curvatures = 2.0 ** torch.arange(5).double()
+    net = Bowl(5)
+    batch = torch.zeros(1, 1).double(), torch.zeros(1, 1).double()
+
+    def loss(f, t):
+        return 1 + 0.5 * (curvatures * f[0].square()).sum()
+
+    for power, slope in ((2, -4.0), (1, -2.0)):
+        rows = torch.diag(curvatures ** (power / 2))
+        noise = sharpness.Covariance(rows, torch.zeros(5), {"theta": net.theta})
+        found = sharpness.variance_flatness(net, loss, batch, noise)
+        assert found.slope == pytest.approx(slope, abs=0.01)
+        assert found.slope_standard_error < 0.01
+        expected = 2 * (2 / curvatures.flip(0)).sqrt()
+        torch.testing.assert_close(found.widths, expected, rtol=1e-3, atol=0)
+    one = sharpness.variance_flatness(net, loss, batch, noise, k=1)
+    assert math.isnan(one.slope)
+
+
+def test_bad_input():
+    net, batch = network(), data()
+    with pytest.raises(ValueError, match="num_masks"):
+        sharpness.gradient_covariance(net, batch, "mse", num_masks=1)
+    with pytest.raises(ValueError, match="`over`"):
+        sharpness.gradient_covariance(net, batch, "mse", over="time")
+    with pytest.raises(ValueError, match="at least two"):
+        sharpness.gradient_covariance(net, batch, "mse", over="batches")
+    with pytest.raises(ValueError, match="max_bytes"):
+        sharpness.gradient_covariance(net, batch, "mse", max_bytes=1000)
+    op = sharpness.hessian(net, "mse", batch, params=["0.weight"])
+    noise = sharpness.gradient_covariance(net, batch, "mse", num_masks=3)
+    with pytest.raises(ValueError, match="same"):
+        sharpness.hessian_variance_alignment(op, noise)
+    still = sharpness.gradient_covariance(network(nn.Identity), batch, "mse", 3)
+    with pytest.raises(ValueError, match="not zero"):
+        sharpness.hessian_variance_alignment(
+            sharpness.hessian(network(nn.Identity), "mse", batch), still
+        )
+    with pytest.raises(ValueError, match="num_probes"):
+        sharpness.hessian_variance_alignment(torch.eye(3), torch.eye(3), num_probes=1)

@@ -1,0 +1,146 @@
+"""Floor 1: which module of a model makes a call of one of torch's functions."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+
+from torch_dropout_ir.sites import Site
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_BACKWARD: Final = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+
+
+class ModuleCalls(TorchFunctionMode):
+    """A mode that knows which module of a model makes a call.
+
+    Args:
+        model: The model whose modules make the calls.
+    """
+
+    trains = False
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._names = {id(m): name for name, m in model.named_modules()}
+        self._running: list[tuple[nn.Module, dict[str, int]]] = []
+        self._hooks = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        before = register_module_forward_pre_hook(self._begin)
+        self._hooks.callback(before.remove)
+        after = register_module_forward_hook(self._end, always_call=True)
+        self._hooks.callback(after.remove)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._hooks.close()
+
+    def _begin(self, module: nn.Module, _: Any) -> None:
+        if id(module) in self._names:
+            self._running.append((module, {}))
+
+    def _end(self, module: nn.Module, _: Any, __: Any) -> None:
+        if self._running and self._running[-1][0] is module:
+            self._running.pop()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _BACKWARD:
+            # What is computed again in it is computed with the mode on.
+            with _on_again(self):
+                return _inside(func, self)(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name == "multi_head_attention_forward":
+            return _inside(func, self)(*args, **(kwargs or {}))
+        return self._call(name, func, args, kwargs or {})
+
+    def _call(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Make a call of one of torch's functions; subclasses put theirs in place."""
+        return func(*args, **kwargs)
+
+    def _site(
+        self, function: str, p: float, kind: type[nn.Module] | None = None
+    ) -> Site:
+        """Return the place of the call that is being made."""
+        if not self._running:
+            return Site(f":{function}#0", nn.Identity(), kind, p)
+        module, calls = self._running[-1]
+        number = calls.get(function, 0)
+        calls[function] = number + 1
+        return Site(f"{self._names[id(module)]}:{function}#{number}", module, kind, p)
+
+
+@contextlib.contextmanager
+def _on_again(mode: TorchFunctionMode) -> Iterator[None]:
+    TorchFunctionMode.__enter__(mode)
+    try:
+        yield
+    finally:
+        TorchFunctionMode.__exit__(mode, None, None, None)
+
+
+def measuring() -> bool:
+    """Whether a pass is a measurement: it is none of the script's."""
+    return any(isinstance(mode, ModuleCalls) and not mode.trains for mode in _modes())
+
+
+def replaced() -> bool:
+    """Whether something stands in the place of dropout's noise."""
+    return any(isinstance(mode, ModuleCalls) for mode in _modes())
+
+
+def _modes() -> list[TorchFunctionMode]:
+    stack = getattr(torch.overrides, "_get_current_function_mode_stack", None)
+    return [] if stack is None else stack()
+
+
+def _inside(func: Any, mode: TorchFunctionMode) -> Callable[..., Any]:
+    """Return a Python function of torch's whose own calls of dropout reach the mode.
+
+    Within a mode the mode is off, and with it on again the function would come back.
+    """
+    if not isinstance(func, types.FunctionType):
+        return func
+
+    def reaching(inner: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: mode.__torch_function__(inner, (), args, kwargs)
+
+    own: dict[str, Any] = {
+        "has_torch_function": lambda _: False,
+        "has_torch_function_unary": lambda _: False,
+    }
+    if func not in _BACKWARD:
+        own["dropout"] = reaching(F.dropout)
+        own["scaled_dot_product_attention"] = reaching(F.scaled_dot_product_attention)
+    found = types.FunctionType(
+        func.__code__, {**func.__globals__, **own}, func.__name__, func.__defaults__
+    )
+    found.__kwdefaults__ = func.__kwdefaults__
+    return found

@@ -1,0 +1,32 @@
+"""Roots that tell whether samples meet: each sample weighs another power of two."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_POWERS = 16
+
+
+def even_root(like: Tensor, dims: int = 1) -> Tensor:
+    """Return a root without zeros that is the same for all samples; no random draw.
+
+    Args:
+        like: A tensor whose first ``dims`` dimensions count the samples.
+        dims: Their number.
+
+    Returns:
+        A tensor of its shape.
+    """
+    own = like.shape[dims:]
+    steps = torch.linspace(1, 2, own.numel(), device=like.device).to(like.dtype)
+    return steps.view(own).expand(like.shape).contiguous()
+
+
+def by_powers(root: Tensor, dims: int = 1) -> Tensor:
+    """Return a tensor with sample ``i`` times ``2^(i mod 16 - 8)``, which is exact."""
+    count = root.shape[:dims].numel()
+    exponents = torch.arange(count, device=root.device) % _POWERS - _POWERS // 2
+    weights = torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents)
+    shape = (*root.shape[:dims], *(1,) * (root.ndim - dims))
+    return root * weights.to(root.dtype).view(shape)

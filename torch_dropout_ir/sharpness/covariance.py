@@ -1,0 +1,244 @@
+"""Covariances of few vectors of many parameters, never as a matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir.functional import as_batches, batch_size
+from torch_dropout_ir.sharpness.ranks import Group
+from torch_dropout_ir.sharpness.surface import Subset, Surface
+from torch_dropout_ir.vectors import Params, to_params, to_vector
+
+_MAX_BYTES: Final = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class Covariance:
+    r"""A covariance :math:`\Sigma = A^\top A` of rank at most ``K - 1``.
+
+    Takes ``K`` vectors of memory; ``covariance @ v`` takes a dictionary or a flat
+    vector, as the curvature operators do.
+
+    Attributes:
+        rows: ``A``, the deviations from the mean over ``sqrt(K - 1)``, ``[K, P]``.
+        mean: Their mean, ``[P]``.
+        params: Tensors whose names and shapes the vectors have.
+    """
+
+    rows: Tensor
+    mean: Tensor
+    params: dict[str, Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(P, P)``."""
+        return self.rows.shape[1], self.rows.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of flat vectors."""
+        return self.rows.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the vectors."""
+        return self.rows.device
+
+    def __matmul__(self, v: Any) -> Any:
+        if isinstance(v, Tensor):
+            return self.rows.T @ (self.rows @ v.to(self.rows))
+        flat = self @ to_vector({n: v[n] for n in self.params})
+        return to_params(flat, self.params)
+
+    @property
+    def _gram(self) -> Tensor:
+        return self.rows.double() @ self.rows.double().T
+
+    def trace(self) -> Tensor:
+        """Return the total variance, 0-d float64."""
+        return self.rows.double().square().sum()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the root of the sum of squared entries, 0-d float64."""
+        return self._gram.norm()
+
+    def principal(self, k: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return variances and directions of the principal components.
+
+        Args:
+            k: How many; all of them if None.
+
+        Returns:
+            Variances, largest first, float64 ``[k]``, and unit directions ``[k, P]``;
+            components without variance are left out.
+        """
+        values, vectors = torch.linalg.eigh(self._gram)
+        values, vectors = values.flip(0), vectors.flip(1)
+        least = 1e-12 if self.dtype == torch.float64 else 1e-6
+        rank = int((values > least * values[:1].clamp(min=1e-300)).sum())
+        keep = rank if k is None else min(k, rank)
+        directions = vectors[:, :keep].T.to(self.rows) @ self.rows
+        return values[:keep], directions / directions.norm(dim=1, keepdim=True)
+
+    def dense(self) -> Tensor:
+        """Return the matrix ``[P, P]``; for small models."""
+        return self.rows.T @ self.rows
+
+
+def _covariance(
+    caller: str, vectors: list[Tensor], params: dict[str, Tensor]
+) -> Covariance:
+    if len(vectors) < 2:
+        raise ValueError(
+            f"{caller}: expected at least two vectors for a covariance, got "
+            f"{len(vectors)}"
+        )
+    first = vectors[0]  # from which equal vectors deviate by exactly nothing
+    rows = torch.stack(vectors).sub_(first)
+    apart = rows.mean(0)
+    scale = (len(vectors) - 1) ** 0.5
+    return Covariance(rows.sub_(apart).div_(scale), first + apart, dict(params))
+
+
+def gradient_covariance(
+    model: nn.Module,
+    batch: Any,
+    loss: Any,
+    num_masks: int = 64,
+    *,
+    over: Literal["masks", "batches"] = "masks",
+    seed: int = 0,
+    params: Subset = None,
+    group: Group = "auto",
+    max_bytes: int = _MAX_BYTES,
+) -> Covariance:
+    r"""Return the covariance of the gradient at fixed parameters.
+
+    .. math:: \Sigma = \mathrm{Cov}_\eta[\nabla R_{drop}(\theta, \eta)]
+
+    Over masks: the gradient of the whole of ``batch`` at independent masks, dropout of
+    every kind. Over batches: that of ``R_S`` on each batch, in equal weight, which is
+    the noise of mini-batches of that size. Costs a forward and a backward pass a mask
+    or batch, and the memory of that many gradients.
+
+    Args:
+        model: The model; left as it is.
+        batch: One batch ``(inputs, targets)``, or a list or loader of batches.
+        loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
+        num_masks: Number of masks, at least 2.
+        over: What is drawn: masks, or batches.
+        seed: First seed of the masks.
+        params: Names of the parameters, or a predicate on names.
+        group: Process group over which batches are spread, for masks.
+        max_bytes: Most memory for the gradients.
+
+    Returns:
+        The covariance in low-rank form.
+
+    Raises:
+        ValueError: If there are fewer than two draws, they need more than
+            ``max_bytes``, or the loss is not finite.
+
+    References:
+        Zhang & Xu, *Implicit regularization of dropout*, section VII ("random gradient
+        data"); Feng & Tu, PNAS 118 (2021).
+
+    Example:
+        >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1))
+        >>> batch = torch.ones(8, 3), torch.zeros(8, 1)
+        >>> gradient_covariance(net, batch, "mse", num_masks=4).rows.shape
+        torch.Size([4, 4])
+    """
+    if over not in ("masks", "batches"):
+        raise ValueError(
+            "gradient_covariance: expected `over` to be 'masks' or 'batches', got "
+            f"{over!r}"
+        )
+    if over == "batches":
+        return _over_batches(model, batch, loss, params, max_bytes)
+    if num_masks < 2:
+        raise ValueError(
+            f"gradient_covariance: expected `num_masks` >= 2, got {num_masks}"
+        )
+    surface = Surface(
+        "gradient_covariance",
+        model,
+        loss,
+        batch,
+        masks=range(seed, seed + num_masks),
+        params=params,
+        group=group,
+    )
+    _check_bytes(surface, num_masks, max_bytes)
+    found = [surface.gradient(own) for own in surface.seeds]
+    return _covariance("gradient_covariance", found, surface.params)
+
+
+def _over_batches(
+    model: nn.Module, batches: Any, loss: Any, params: Subset, max_bytes: int
+) -> Covariance:
+    found: list[Tensor] = []
+    like: dict[str, Tensor] = {}
+    for batch in as_batches(batches):
+        if not batch_size(batch):
+            continue
+        pair = (batch[0], batch[1])
+        surface = Surface("gradient_covariance", model, loss, pair, params=params)
+        _check_bytes(surface, len(found) + 1, max_bytes)
+        found.append(surface.gradient())
+        like = surface.params
+    return _covariance("gradient_covariance", found, like)
+
+
+def _check_bytes(surface: Surface, count: int, max_bytes: int) -> None:
+    each = sum(x.numel() * x.element_size() for x in surface.params.values())
+    if count * each > max_bytes:
+        raise ValueError(
+            f"gradient_covariance: expected at most `max_bytes` = {max_bytes} for "
+            f"gradients, got {count} of {each} bytes. Take fewer, or choose `params=`."
+        )
+
+
+def trajectory_covariance(snapshots: Iterable[Mapping[str, Tensor]]) -> Covariance:
+    r"""Return the covariance of the parameters along a trajectory.
+
+    Args:
+        snapshots: Parameters (or state dictionaries, of which only floating-point
+            tensors count) at several steps, of the same names and shapes.
+
+    Returns:
+        The covariance in low-rank form.
+
+    Raises:
+        ValueError: If there are fewer than two, or they differ in names or shapes.
+
+    References:
+        Zhang & Xu, *Implicit regularization of dropout*, section VII ("random
+        trajectory data"); Feng & Tu, PNAS 118 (2021).
+
+    Example:
+        >>> steps = [{"w": torch.tensor([0.0, 1.0])}, {"w": torch.tensor([2.0, 1.0])}]
+        >>> trajectory_covariance(steps).dense()
+        tensor([[2., 0.],
+                [0., 0.]])
+    """
+    found: list[Tensor] = []
+    like: dict[str, Tensor] = {}
+    for snapshot in snapshots:
+        params: Params = {
+            n: x.detach() for n, x in snapshot.items() if x.is_floating_point()
+        }
+        like = like or {n: torch.empty_like(x) for n, x in params.items()}
+        shapes = {n: x.shape for n, x in params.items()}
+        if shapes != {n: x.shape for n, x in like.items()}:
+            raise ValueError(
+                "trajectory_covariance: expected snapshots of the same names and "
+                f"shapes, got {list(shapes)} after {list(like)}"
+            )
+        found.append(to_vector({n: params[n] for n in like}).clone())
+    return _covariance("trajectory_covariance", found, like)

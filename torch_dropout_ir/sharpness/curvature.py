@@ -1,0 +1,191 @@
+"""The operator: products, blocks of them, their mean over masks, the dense matrix."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Final, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.sharpness.linearization import Kind, Linearized, linearize
+from torch_dropout_ir.sharpness.surface import Surface
+from torch_dropout_ir.vectors import Params, to_params, to_vector
+
+Vector = TypeVar("Vector", Tensor, Params)
+
+_THINNED_FROM: Final = 4096
+
+
+class CurvatureOperator:
+    """The Hessian, or its Gauss-Newton part, where the model was at construction.
+
+    ``op @ v`` takes a dictionary with the names and shapes of the parameters, a flat
+    vector ``[P]`` in the same order, or a block of columns ``[P, K]``, and returns the
+    like.
+
+    Attributes:
+        params: Copies of the parameters at which the curvature is taken.
+        kind: ``"hessian"`` or ``"ggn"``.
+        surface: The loss that it is the curvature of.
+        num_matvecs: Products computed so far; a block counts its columns.
+    """
+
+    def __init__(self, kind: Kind, surface: Surface, block_bytes: int) -> None:
+        self.kind: Kind = kind
+        self.surface = surface
+        self.params = surface.params
+        self.num_matvecs = 0
+        self._block_bytes = block_bytes
+        self._cached: Linearized | None = None
+        self._checked = False
+        if surface.single is not None:
+            self._cached = self._linearize(surface.single, 0, surface.seeds[0])
+            self._check_used(set(self._cached.used))
+
+    def _linearize(self, batch: Batch, place: int, seed: int | None) -> Linearized:
+        with self.surface.held(seed):
+            return linearize(self.kind, self.surface, batch, place, seed)
+
+    def _columns(self, columns: Tensor, seed: int | None) -> Tensor:
+        """Products with rows ``[K, P]``, averaged over batches and ranks."""
+        used: set[str] = set()
+
+        def one(batch: Batch, place: int, seed: int | None) -> Tensor:
+            last = self.surface.single is not None
+            if last and self._cached is None:
+                self._cached = self._linearize(batch, place, seed)
+            found = self._cached if last else None
+            found = found or linearize(self.kind, self.surface, batch, place, seed)
+            used.update(found.used)
+            return found.products(columns, self._block_bytes).reshape(-1)
+
+        product = self.surface.average(one, seed).view_as(columns)
+        self._check_used(used)
+        return product
+
+    def _check_used(self, used: set[str]) -> None:
+        """Refuse parameters that no batch depends on."""
+        if self._checked or self.surface.ranks.spread:
+            return
+        if unused := [name for name in self.params if name not in used]:
+            raise ValueError(
+                f"{self.kind}: expected a loss that depends on every parameter, got "
+                f"one that does not on {unused}. Leave them out with `params=`."
+            )
+        self._checked = True
+
+    def _products(self, columns: Tensor) -> Tensor:
+        self.num_matvecs += columns.shape[0]
+        columns = self.surface.ranks.broadcast(columns.detach().contiguous())
+        seeds = self.surface.seeds
+        total = self._columns(columns, seeds[0])
+        for seed in seeds[1:]:
+            total.add_(self._columns(columns, seed))
+        return total / len(seeds) if len(seeds) > 1 else total
+
+    def __matmul__(self, v: Vector) -> Vector:
+        if not isinstance(v, Tensor):
+            flat = to_vector(self._in_order(v))
+            return cast("Vector", to_params(self @ flat, self.params))
+        if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
+            raise ValueError(
+                f"{self.kind}: expected a vector of shape [{self.shape[1]}] or columns "
+                f"[{self.shape[1]}, K], got {list(v.shape)}"
+            )
+        v = v.to(self.device, self.dtype)
+        return self._products(v[None])[0] if v.ndim == 1 else self._products(v.T).T
+
+    def with_standard_error(self, v: Vector) -> tuple[Vector, Vector]:
+        """Return ``op @ v`` and its standard error over the masks, entry by entry.
+
+        Args:
+            v: As for ``@``, a dictionary or a flat vector.
+
+        Returns:
+            The mean over the masks and its standard error.
+
+        Raises:
+            ValueError: If the operator has fewer than two masks.
+        """
+        count = len(self.surface.seeds)
+        if count < 2:
+            raise ValueError(
+                "with_standard_error: expected an operator of several masks, got "
+                f"{count}. Make it with `masks=range(8)`, say."
+            )
+        flat = v if isinstance(v, Tensor) else to_vector(self._in_order(v))
+        flat = self.surface.ranks.broadcast(flat.to(self.device, self.dtype)[None])
+        mean, squares = torch.zeros_like(flat), torch.zeros_like(flat)
+        for k, seed in enumerate(self.surface.seeds, 1):
+            change = self._columns(flat, seed) - mean
+            mean += change / k
+            squares += change.square() * ((k - 1) / k)
+        self.num_matvecs += count
+        error = (squares / (count * (count - 1))).sqrt()
+        if isinstance(v, Tensor):
+            return mean[0], error[0]
+        as_given = (to_params(x[0], self.params) for x in (mean, error))
+        return cast("tuple[Vector, Vector]", tuple(as_given))
+
+    def _in_order(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        wrong = [
+            name
+            for name in {**self.params, **v}
+            if name not in v
+            or name not in self.params
+            or v[name].shape != self.params[name].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"{self.kind}: expected a dictionary with the names and shapes of the "
+                f"parameters; these are missing, foreign or misshapen: {wrong}"
+            )
+        return {name: v[name] for name in self.params}
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[Surface]:
+        """Drop the cached linearization, which the next product makes anew."""
+        self._cached = None
+        yield self.surface
+
+    def thinned(self) -> tuple[CurvatureOperator, float] | None:
+        """Return the operator of a few of the samples, for a first impression.
+
+        Returns:
+            The operator and its share of the samples; None where a product is cheap, or
+            the samples cannot be told apart.
+        """
+        few = self.surface.thinned() if self.shape[0] >= _THINNED_FROM else None
+        if few is None:
+            return None
+        try:
+            return CurvatureOperator(self.kind, few[0], self._block_bytes), few[1]
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return None  # a model that takes no other number of samples
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(P, P)`` with ``P`` the number of parameters."""
+        size = sum(x.numel() for x in self.params.values())
+        return size, size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of flat vectors."""
+        return to_vector({n: x.new_empty(0) for n, x in self.params.items()}).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(iter(self.params.values())).device
+
+    def dense(self) -> Tensor:
+        """Return the matrix ``[P, P]``, at the cost of ``P`` products.
+
+        Returns:
+            The matrix in the order of the parameters.
+        """
+        return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)

@@ -1,0 +1,167 @@
+"""Spectral density by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.sharpness.krylov import Space, random_vector
+
+_POINTS = 512
+_MARGIN = 6.0  # widths of the kernel beyond the outermost node: all of its mass
+
+
+@dataclasses.dataclass(frozen=True)
+class Density:
+    r"""A spectral density with its error.
+
+    Attributes:
+        grid: Eigenvalues, float64 ``[G]``.
+        density: Density there, float64 ``[G]``; it integrates to 1.
+        standard_error: Its standard error over the probes, NaN with one.
+        nodes: Nodes of the quadrature, ``[num_probes, num_steps]``; fewer where
+            a probe spans less, then padded with weight 0.
+        weights: Their weights, which sum to 1 for each probe.
+        bandwidth: Standard deviation of the kernel that each node stands for.
+        num_matvecs: Products spent, resumed runs included.
+        converged: Whether ``rtol`` was reached; True where none was asked for.
+        state: All that is needed to go on, for ``state=``; it can be saved.
+    """
+
+    grid: Tensor
+    density: Tensor
+    standard_error: Tensor
+    nodes: Tensor
+    weights: Tensor
+    bandwidth: float
+    num_matvecs: int
+    converged: bool
+    state: dict[str, Any] = dataclasses.field(repr=False)
+
+
+def spectral_density(
+    op: Any,
+    num_steps: int = 20,
+    num_probes: int = 1,
+    grid: Tensor | None = None,
+    *,
+    bandwidth: float | None = None,
+    rtol: float | None = None,
+    state: dict[str, Any] | None = None,
+) -> Density:
+    r"""Return the density of the eigenvalues of a symmetric operator.
+
+    .. math:: \phi(t) = \frac{1}{P} \sum_j g_\sigma(t - \lambda_j) \approx
+        \frac{1}{m} \sum_k \sum_l \tau_{kl}^2 \, g_\sigma(t - \theta_{kl})
+
+    ``num_steps`` of Lanczos with full reorthogonalization from each random probe give
+    nodes ``theta`` and, as squared first entries ``tau`` of the eigenvectors of the
+    tridiagonal matrix, their weights: a Gauss quadrature, exact for polynomials up to
+    degree ``2 num_steps - 1`` in the probe. The outermost nodes bound the grid: no
+    product is spent on bounds. Memory: ``num_steps`` vectors.
+
+    Args:
+        op: Operator of :func:`hessian`, or a symmetric matrix ``[P, P]``.
+        num_steps: Products a probe.
+        num_probes: Random probes; with ``rtol`` the most.
+        grid: Where to evaluate; 512 points that hold all of the density if None.
+        bandwidth: Standard deviation of the kernel; 1 % of the nodes' range if None.
+        rtol: If given, stop as soon as the mean absolute standard error, integrated,
+            is at most this, after three probes at least.
+        state: ``Density.state`` of an earlier run, whose probes count too.
+
+    Returns:
+        Grid, density, nodes and weights.
+
+    Raises:
+        ValueError: If a number is below 1, ``bandwidth`` is not positive, or ``grid``
+            has no dimension.
+
+    References:
+        Ghorbani, Krishnan & Xiao, *An investigation into neural net optimization via
+        Hessian eigenvalue density*, ICML 2019; Golub & Welsch, *Calculation of Gauss
+        quadrature rules*, Math. Comp. 23 (1969).
+
+    Example:
+        >>> found = spectral_density(torch.diag(torch.arange(9.0)), num_steps=5)
+        >>> round(torch.trapezoid(found.density, found.grid).item(), 6)
+        1.0
+        >>> found.num_matvecs
+        5
+    """
+    if min(num_steps, num_probes) < 1 or not op.shape[0]:
+        raise ValueError(
+            "spectral_density: expected `num_steps` >= 1 and `num_probes` >= 1, got "
+            f"{num_steps} and {num_probes}"
+        )
+    if bandwidth is not None and not bandwidth > 0:
+        raise ValueError(
+            f"spectral_density: expected a positive `bandwidth`, got {bandwidth}"
+        )
+    if grid is not None and grid.ndim != 1:
+        raise ValueError(
+            f"spectral_density: expected `grid` of shape [G], got {list(grid.shape)}"
+        )
+    probes = list(state["probes"]) if state else []
+    spent = state["spent"] if state else 0
+    for _ in range(num_probes):
+        probes.append(_quadrature(op, num_steps))
+        spent += probes[-1][0].numel()
+        found = _smoothed(probes, spent, grid, bandwidth)
+        if rtol is not None and len(probes) >= 3 and _within(found, rtol):
+            return found
+    return dataclasses.replace(found, converged=rtol is None)
+
+
+def _quadrature(op: Any, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of one probe: fewer than steps where it spans less."""
+    steps = min(num_steps, op.shape[0])
+    space = Space(op, random_vector(op), steps, 1)
+    space.extend()
+    while space.spent < steps and not space.closed:
+        space.advance()
+        space.extend()
+    return space.values, space.first_entries().square()
+
+
+def _smoothed(
+    probes: list[tuple[Tensor, Tensor]],
+    spent: int,
+    grid: Tensor | None,
+    bandwidth: float | None,
+) -> Density:
+    longest = max(theta.numel() for theta, _ in probes)
+    nodes = torch.stack([_padded(theta, longest, True) for theta, _ in probes])
+    weights = torch.stack([_padded(tau, longest, False) for _, tau in probes])
+    low, high = float(nodes.min()), float(nodes.max())
+    least = 1e-6 * max(abs(low), abs(high)) or 1.0  # of what is one point to rounding
+    width = bandwidth or max(0.01 * (high - low), least)
+    if grid is None:
+        reach = _MARGIN * width
+        points = max(_POINTS, math.ceil(4 * (high - low + 2 * reach) / width))
+        points = min(points, 2**16)
+        grid = torch.linspace(low - reach, high + reach, points, dtype=torch.float64)
+    t = grid.double().cpu()
+    each = torch.zeros(len(probes), t.numel(), dtype=torch.float64)
+    for theta, tau in zip(nodes.T, weights.T, strict=True):
+        kernel = torch.exp(-0.5 * ((t - theta[:, None]) / width).square())
+        each += tau[:, None] * kernel / (width * (2 * math.pi) ** 0.5)
+    error = torch.full_like(t, float("nan"))
+    if len(probes) > 1:
+        error = each.std(0) / len(probes) ** 0.5
+    saved = {"probes": probes, "spent": spent}
+    return Density(t, each.mean(0), error, nodes, weights, width, spent, True, saved)
+
+
+def _padded(values: Tensor, length: int, repeat: bool) -> Tensor:
+    missing = length - values.numel()
+    last = values[-1] if repeat else values.new_zeros(())
+    return torch.cat((values, last.expand(missing)))
+
+
+def _within(found: Density, rtol: float) -> bool:
+    return float(torch.trapezoid(found.standard_error, found.grid)) <= rtol

@@ -1,0 +1,134 @@
+"""Directions through the parameters, scaled to the parts of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from torch_dropout_ir.vectors import Params
+
+Part = Literal["filter", "neuron", "layer"]
+Vectors = Literal["fixed", "scaled"]
+_NORMS: Final = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@torch.no_grad()
+def filter_normalized_direction(
+    model: nn.Module,
+    generator: torch.Generator | None = None,
+    *,
+    per: Part = "filter",
+    biases: Vectors = "fixed",
+    norms: Vectors = "fixed",
+) -> dict[str, Tensor]:
+    r"""Draw a random direction with the norm of each filter of the model.
+
+    .. math:: d_f \leftarrow d_f \, \lVert \theta_f \rVert / \lVert d_f \rVert
+
+    Where a filter is zero, so is the direction.
+
+    Args:
+        model: The model.
+        generator: Source of the draws; torch's default one if None.
+        per: What a filter is: ``"filter"``: the kernel of one output channel of
+            a convolution, the whole weight of a linear layer, as in the paper;
+            ``"neuron"``: the weights of one output of any layer, as Li et al. have it;
+            ``"layer"``: a whole parameter.
+        biases: Parameters of at most one dimension outside normalization layers:
+            ``"fixed"`` gives them no direction, ``"scaled"`` one of their norm.
+        norms: The same for the parameters of normalization layers.
+
+    Returns:
+        A dictionary with the names and shapes of the parameters.
+
+    Raises:
+        ValueError: If an argument is none of those words.
+
+    References:
+        Li et al., *Visualizing the loss landscape of neural nets*, NeurIPS 2018; Zhang
+        & Xu, *Implicit regularization of dropout*, section VII.
+
+    Example:
+        >>> direction = filter_normalized_direction(nn.Linear(3, 2))
+        >>> sorted(direction), direction["bias"].tolist()
+        (['bias', 'weight'], [0.0, 0.0])
+    """
+    for name, value, words in (
+        ("per", per, ("filter", "neuron", "layer")),
+        ("biases", biases, ("fixed", "scaled")),
+        ("norms", norms, ("fixed", "scaled")),
+    ):
+        if value not in words:
+            raise ValueError(
+                f"filter_normalized_direction: expected `{name}` to be one of {words}, "
+                f"got {value!r}"
+            )
+    of_norms = {
+        id(x)
+        for module in model.modules()
+        if isinstance(module, _NORMS)
+        for x in module.parameters(recurse=False)
+    }
+    direction = {}
+    for name, x in model.named_parameters():
+        if not x.requires_grad:
+            continue
+        fixed = x.ndim < 2 and biases == "fixed"
+        if id(x) in of_norms:
+            fixed = norms == "fixed"
+        direction[name] = torch.zeros_like(x) if fixed else _scaled(x, per, generator)
+    return direction
+
+
+def _scaled(x: Tensor, per: Part, generator: torch.Generator | None) -> Tensor:
+    d = torch.empty_like(x).normal_(generator=generator)
+    first = (
+        1 if (per == "neuron" and x.ndim > 1) or (per == "filter" and x.ndim > 2) else 0
+    )
+    dims = tuple(range(first, x.ndim))
+    length = torch.linalg.vector_norm(d, dim=dims, keepdim=True)
+    wanted = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    return d * wanted / torch.where(length > 0, length, 1.0)
+
+
+def checked_direction(
+    caller: str, direction: Mapping[str, Tensor], params: Params
+) -> dict[str, Tensor]:
+    """Return the direction on ``params``, in their dtypes.
+
+    Args:
+        caller: Name of the user-facing function.
+        direction: What the user gave.
+        params: The parameters.
+
+    Returns:
+        The direction in the order of ``params``.
+
+    Raises:
+        ValueError: If it lacks a parameter, has another shape, is not finite or zero.
+    """
+    missing = [n for n, x in params.items() if n not in direction]
+    if missing:
+        raise ValueError(
+            f"{caller}: expected a `direction` with every parameter that requires a "
+            f"gradient, got none for {missing}"
+        )
+    found = {n: direction[n].detach().to(x) for n, x in params.items()}
+    wrong = [n for n, x in params.items() if found[n].shape != x.shape]
+    if wrong:
+        raise ValueError(
+            f"{caller}: expected a `direction` of the shapes of the parameters; "
+            f"{wrong} have others"
+        )
+    if not all(bool(x.isfinite().all()) for x in found.values()):
+        raise ValueError(f"{caller}: expected a finite `direction`")
+    if not any(bool(x.any()) for x in found.values()):
+        raise ValueError(
+            f"{caller}: expected a `direction` that is not zero everywhere. Draw one "
+            "with `filter_normalized_direction(model)`."
+        )
+    return found

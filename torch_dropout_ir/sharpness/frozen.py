@@ -1,0 +1,77 @@
+"""Dropout that draws the same masks in every pass, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+Masks = Literal["off"] | int | Sequence[int]
+
+
+@contextlib.contextmanager
+def modes(wanted: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """Put every module in its mode inside the context."""
+    before = {module: module.training for module in wanted}
+    try:
+        for module, training in wanted.items():
+            module.training = training
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def dropout_on(model: nn.Module) -> Iterator[None]:
+    """Let every kind of dropout draw inside the context, and remember nothing of it.
+
+    A model in training mode stays as it is; one in evaluation mode is trained, except
+    that batch normalization keeps its mode.
+    """
+    trained = model.training
+    wanted = {
+        m: m.training if trained else not isinstance(m, _NormBase)
+        for m in model.modules()
+    }
+    ours = [m for m in wanted if hasattr(type(m).forward, "draws_as_torch")]
+    kept = [(module, dict(module.__dict__)) for module in ours]
+    try:
+        with modes(wanted):
+            for module in ours:
+                module.__dict__["track"] = False
+            yield
+    finally:
+        for module, state in kept:
+            module.__dict__.clear()
+            module.__dict__.update(state)
+
+
+def mask_seeds(caller: str, masks: Masks) -> tuple[int | None, ...]:
+    """Read the user's `masks`: the seeds, or None alone where dropout is off.
+
+    Args:
+        caller: Name of the user-facing function.
+        masks: What the user gave.
+
+    Returns:
+        At least one seed or None.
+
+    Raises:
+        ValueError: If ``masks`` is neither ``"off"`` nor seeds.
+    """
+    if isinstance(masks, str):
+        seeds: tuple[Any, ...] = (None,) if masks == "off" else ()
+    else:
+        seeds = tuple(masks) if isinstance(masks, Iterable) else (masks,)
+        whole = all(isinstance(x, int) and not isinstance(x, bool) for x in seeds)
+        seeds = seeds if whole and all(x >= 0 for x in seeds) else ()
+    if not seeds:
+        raise ValueError(
+            f"{caller}: expected `masks` to be 'off', a seed (an int from 0 on) or "
+            f"several seeds, got {masks!r}"
+        )
+    return seeds

@@ -1,0 +1,191 @@
+"""An orthonormal basis that grows by products, and the operator seen through it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.vectors import random_like
+
+
+def random_vector(op: Any, distribution: str = "normal") -> Tensor:
+    """Draw a vector for ``op``: the same on all ranks that it is spread over."""
+    like = torch.empty(
+        op.shape[0],
+        dtype=getattr(op, "dtype", torch.float32),
+        device=getattr(op, "device", "cpu"),
+    )
+    drawn = random_like({"": like}, distribution)[""]
+    surface = getattr(op, "surface", None)
+    return drawn if surface is None else surface.ranks.broadcast(drawn)
+
+
+class Space:
+    """A growing orthonormal basis, and the operator seen through it.
+
+    Every image is orthogonalized against all of the basis, so the projection is exact
+    whatever vector comes next: the remainder of the last image (Lanczos), a restart's
+    leading Ritz vectors, or a random vector that looks for what was missed.
+    """
+
+    def __init__(self, op: Any, start: Tensor, capacity: int, k: int) -> None:
+        self.k = k
+        self.spent = 0
+        self._op = op
+        self._rows = start.new_empty(capacity, start.numel())
+        self._rows[0] = start / start.norm()
+        self._filled = 1
+        self._projected = torch.zeros(capacity, capacity, dtype=torch.float64)
+        self._rest = start
+        self._locked = 0.0  # largest residual of what was locked: a bound from then on
+        self.values = torch.zeros(0, dtype=torch.float64)
+        self._coordinates = torch.zeros(0, 0, dtype=torch.float64)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that is needed to go on, for :meth:`resumed`."""
+        n = self._filled
+        return {
+            "k": self.k,
+            "spent": self.spent,
+            "rows": self._rows[:n],
+            "projected": self._projected[:n, :n].clone(),
+            "rest": self._rest,
+            "locked": self._locked,
+        }
+
+    @classmethod
+    def resumed(cls, op: Any, state: dict[str, Any], capacity: int) -> Space:
+        """Go on from a state, which is not changed."""
+        rows, rest = state["rows"], state["rest"]
+        n = rows.shape[0]
+        space = cls(op, rest, max(capacity, n), state["k"])
+        space._rows[:n] = rows.to(space._rows)
+        space._projected[:n, :n] = state["projected"]
+        space._filled, space._locked = n, state["locked"]
+        space.spent = state["spent"]
+        space._solve()
+        return space
+
+    @property
+    def found(self) -> int:
+        """Number of leading pairs that there are."""
+        return min(self.k, self._filled)
+
+    @property
+    def scale(self) -> float:
+        """Largest magnitude among the Ritz values."""
+        return float(self.values.abs().max())
+
+    @property
+    def leading(self) -> Tensor:
+        """The largest Ritz values, ascending."""
+        return self.values[-self.found :]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the basis spans everything."""
+        return self._filled == self._rows.shape[1]
+
+    @property
+    def closed(self) -> bool:
+        """Whether the last image has left the basis no further than rounding."""
+        rounding = 16 * torch.finfo(self._rows.dtype).eps
+        return float(self._rest.norm()) <= rounding * max(self.scale, 1e-300)
+
+    def first_entries(self) -> Tensor:
+        """First entries of the Ritz vectors in the basis, float64 ``[filled]``."""
+        return self._coordinates[0]
+
+    def within(self, tol: float, of: Tensor) -> bool:
+        """Whether errors are within ``tol`` of their values."""
+        rounding = 16 * torch.finfo(self._rows.dtype).eps * self.scale
+        allowed = (tol * self.leading.abs()).clamp(min=rounding)
+        return bool((of <= allowed).all())
+
+    def grew(self, seen: Tensor, tol: float) -> bool:
+        """Whether a leading value exceeds what was seen by more than ``tol``."""
+        return bool((self.leading - seen > tol * self.leading.abs()).any())
+
+    def extend(self) -> None:
+        """Take the image of the newest vector.
+
+        Raises:
+            ValueError: If it is not finite.
+        """
+        image = self._op @ self._rows[self._filled - 1]
+        if not bool(image.isfinite().all()):
+            raise ValueError(
+                "expected an operator with finite products, got one that is not. Look "
+                "for what overflows at these parameters."
+            )
+        self.spent += 1
+        n = self._filled
+        column, self._rest = orthogonalize(image, self._rows[:n])
+        self._projected[n - 1, :n] = self._projected[:n, n - 1] = column
+        self._solve()
+
+    def _solve(self) -> None:
+        n = self._filled
+        self.values, self._coordinates = torch.linalg.eigh(self._projected[:n, :n])
+
+    def residuals(self) -> Tensor:
+        """Bounds on the residuals of the leading Ritz pairs, ascending by value."""
+        last = float(self._rest.norm()) * self._coordinates[-1, -self.found :]
+        return (last.square() + self._locked**2).sqrt()
+
+    def errors(self) -> Tensor:
+        """Squared residuals over the gap to the other Ritz values, if that is less."""
+        residuals = self.residuals()
+        if self._filled == self.found:
+            return residuals
+        gap = self.leading[0] - self.values[-self.found - 1]
+        return torch.minimum(residuals, residuals.square().sum() / gap)
+
+    def vectors(self) -> Tensor:
+        """Leading Ritz vectors, largest value first."""
+        chosen = self._coordinates[:, -self.found :].flip(1)
+        return chosen.T.to(self._rows) @ self._rows[: self._filled]
+
+    def loosely_locked(self, tol: float) -> bool:
+        """Whether what was locked is known no better than a looser tolerance asked."""
+        return self._locked > tol * float(self.leading.abs().min())
+
+    def _keep(self, count: int) -> None:
+        rows = (
+            self._coordinates[:, -count:].T.to(self._rows) @ self._rows[: self._filled]
+        )
+        self._rows[:count] = rows
+        self._projected.zero_()
+        self._projected[:count, :count] = torch.diag(self.values[-count:])
+        self._filled = count
+
+    def advance(self) -> None:
+        """Go on with the remainder of the last image; restart where it is full."""
+        if self._filled == self._rows.shape[0]:
+            self._keep(min(self._filled - 1, self.k + self._filled // 2))
+        self._append(self._rest)
+
+    def lock(self) -> None:
+        """Keep what converged alone, and look for more in a random direction."""
+        self._locked = float(self.residuals().max())
+        self._keep(self.k)
+        self._append(random_vector(self._op))
+
+    def _append(self, vector: Tensor) -> None:
+        rows = self._rows[: self._filled]
+        if float(vector.norm()) <= 1e-12 * max(self.scale, 1e-300):
+            vector = random_vector(self._op)
+        for _ in range(2):
+            _, vector = orthogonalize(vector / vector.norm(), rows)
+        self._rows[self._filled] = vector / vector.norm()
+        self._filled += 1
+
+
+def orthogonalize(image: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the coordinates of ``image`` in ``rows`` and what is left, done twice."""
+    first = rows @ image
+    rest = image - rows.T @ first
+    second = rows @ rest
+    return (first + second).double().cpu(), rest - rows.T @ second

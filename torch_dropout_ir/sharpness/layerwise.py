@@ -1,0 +1,284 @@
+r"""The trace of one batch's curvature, layer by layer.
+
+.. math:: \mathrm{tr} H = \mathrm{tr} G + \mathrm{tr} R, \qquad
+    \mathrm{tr} G = \sum_i \sum_c \lVert \nabla_\theta \langle s_{ic}, f_i \rangle
+    \rVert^2, \qquad \sum_c s_{ic} s_{ic}^\top = \frac{\partial^2 \ell}{\partial f_i^2}
+
+Semantics:
+
+* One backward pass an output gives ``tr G`` of the layers whose action is known and has
+  been checked against autograd; other parameters add ``E |J' v|^2``, with ``v`` drawn
+  from the loss's Hessian.
+* The residual ``R`` is the curvature of the network under the loss's gradient, held
+  fixed. Only the diagonal block of a layer matters, and it is probed alone, with
+  parameters drawn for each sample. A block that a normal probe does not move is zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.functional import Batch, batch_size
+from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.output_hessian import (
+    Root,
+    cross_entropy_scale,
+    hessian_product,
+    hessian_roots,
+    hessian_sampler,
+    squared_scale,
+)
+from torch_dropout_ir.sharpness.surface import Surface
+from torch_dropout_ir.sharpness.uses import Use, perturbation, uses
+
+
+class NotSplit(Exception):
+    """The loss or the outputs do not allow for the split: why, as a sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Parameters whose block of the residual is probed alone.
+
+    Attributes:
+        layer: Uses of one layer, perturbed at its output; empty for other parameters.
+        targets: What derivatives are taken in.
+    """
+
+    layer: list[Use]
+    targets: list[Tensor]
+
+    def probe(self, normal: bool) -> list[Tensor]:
+        """Draw a perturbation of the targets."""
+
+        def draw(x: Tensor) -> Tensor:
+            return x.normal_() if normal else x.bernoulli_(0.5).mul_(2).sub_(1)
+
+        if self.layer:
+            return [perturbation(self.layer, draw)]
+        return [draw(torch.empty_like(x)) for x in self.targets]
+
+
+class Layerwise:
+    """One batch, run forward once, inside ``surface.held``.
+
+    Args:
+        surface: The loss.
+        batch: The batch.
+        place: Its place.
+        seed: Seed of the masks.
+
+    Attributes:
+        loss: The loss, with a kind that holds of it.
+        uses: Uses of the parameters whose action is known.
+        others: Leaves of the other parameters, by name.
+        width: Number of outputs of a sample.
+
+    Raises:
+        NotSplit: If the outputs are no tensor, or the loss couples samples.
+    """
+
+    def __init__(
+        self, surface: Surface, batch: Batch, place: int, seed: int | None
+    ) -> None:
+        self._targets = batch[1]
+        leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
+        names = {id(x): n for n, x in leaves.items()}
+        samples = batch_size(batch)
+        with uses(surface.model, samples, names) as found:
+            outputs = surface.outputs(leaves, batch, place, seed)
+        if not isinstance(outputs, Tensor) or outputs.ndim < 1:
+            raise NotSplit("the outputs are no tensor with samples in front")
+        surface.checked(surface.loss(outputs, batch[1]), place)
+        self._outputs = outputs
+        self.loss = _holding(surface.loss, outputs.detach(), batch[1])
+        apart = outputs.shape[0] == samples
+        self.uses = self._known(found, leaves) if apart else []
+        known = {use.name for use in self.uses}
+        self.others = {n: x for n, x in leaves.items() if n not in known}
+        self.width = outputs[0].numel()
+
+    def _pull(self, root: Tensor, targets: list[Tensor]) -> list[Tensor]:
+        return list(
+            torch.autograd.grad(
+                self._outputs, targets, root, retain_graph=True, materialize_grads=True
+            )
+        )
+
+    def _known(self, found: list[Use], leaves: dict[str, Tensor]) -> list[Use]:
+        """Uses that explain the whole derivative of a parameter, by sample."""
+        names = [use.name for use in found]
+        found = [use for use in found if names.count(use.name) == 1]
+        if not found:
+            return []
+        root = torch.randn_like(self._outputs)
+        at = self._pull(root, [use.delta for use in found])
+        whole = self._pull(root, [leaves[use.name] for use in found])
+        tolerance = torch.finfo(root.dtype).eps ** 0.5
+        half = torch.rand(root.shape[0], device=root.device) < 0.5
+        root = root.clone()  # what reaches the last layer is `root` itself
+        root[half] = 0
+        alone = self._pull(root, [use.delta for use in found])
+        explained = []
+        for use, delta, g, one in zip(found, at, whole, alone, strict=True):
+            error = (use.summed(delta) - g.reshape(-1)).norm()
+            if error <= tolerance * g.norm() and not bool(
+                use.part.split(one)[half].any()
+            ):
+                explained.append(use)
+        return explained
+
+    def gauss_newton(self, roots: Iterable[Root]) -> Tensor:
+        """``sum_i |J_i' s_i|^2`` over the known uses, for each root in turn, 0-d."""
+        total = torch.zeros((), dtype=torch.float64)
+        deltas = list({id(use.delta): use.delta for use in self.uses}.values())
+        for root, sign in roots if deltas else ():
+            found = dict(zip(map(id, deltas), self._pull(root, deltas), strict=True))
+            for use in self.uses:
+                rows = use.squared_norms(found[id(use.delta)])
+                total += (rows * sign).sum().cpu()
+        return total
+
+    def sampled_elsewhere(self, roots: Iterable[Root]) -> Tensor:
+        """``|J' v|^2`` over the other parameters, 0-d."""
+        total = torch.zeros((), dtype=torch.float64)
+        targets = list(self.others.values())
+        for root, sign in roots if targets else ():
+            # A sign by sample does not survive the sum over samples.
+            parts = [(root, sign)] if isinstance(sign, float) else _by_sign(root, sign)
+            for part, one in parts:
+                squares = [g.double().square().sum() for g in self._pull(part, targets)]
+                total += one * torch.stack(squares).sum().cpu()
+        return total
+
+    def roots(self) -> Iterator[Root]:
+        """One root an output: their squares sum to the loss's Hessian."""
+        return hessian_roots(self.loss, self._outputs.detach(), self._targets)
+
+    def sampler(self) -> Any:
+        """A function that draws roots whose squares are the Hessian on average."""
+        return hessian_sampler(self.loss, self._outputs.detach(), self._targets)
+
+    def blocks(self) -> list[Block]:
+        """One block a known layer, and one a module of the other parameters."""
+        layers: dict[int, list[Use]] = {}
+        for use in self.uses:
+            layers.setdefault(id(use.delta), []).append(use)
+        found = [Block(layer, [layer[0].delta]) for layer in layers.values()]
+        owners = itertools.groupby(
+            self.others.items(), lambda item: item[0].rpartition(".")[0]
+        )
+        return found + [Block([], [x for _, x in group]) for _, group in owners]
+
+    def residual(self, blocks: list[Block]) -> Residual:
+        """Build the graph of the residual's products."""
+        f = self._outputs.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.loss(f, self._targets), f)
+        targets = [x for block in blocks for x in block.targets]
+        gradients = torch.autograd.grad(
+            self._outputs,
+            targets,
+            slope,
+            create_graph=True,
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        return Residual(dict(zip(map(id, targets), gradients, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """Products with the diagonal blocks of the residual.
+
+    Attributes:
+        gradients: Derivatives of the outputs under the loss's slope, by target.
+    """
+
+    gradients: dict[int, Tensor]
+
+    def _product(
+        self, targets: list[Tensor], probe: list[Tensor]
+    ) -> list[Tensor | None]:
+        pairs = [
+            (g, z)
+            for x, z in zip(targets, probe, strict=True)
+            if (g := self.gradients[id(x)]).requires_grad
+        ]
+        if not pairs:
+            return [None] * len(probe)
+        values, weights = zip(*pairs, strict=True)
+        return list(
+            torch.autograd.grad(
+                values, targets, weights, retain_graph=True, allow_unused=True
+            )
+        )
+
+    def vanishes(self, block: Block) -> bool:
+        """Whether the block is zero: a normal probe would show it if it were not."""
+        found = self._product(block.targets, block.probe(True))
+        return not any(g is not None and bool(g.any()) for g in found)
+
+    def form(self, blocks: list[Block]) -> Tensor:
+        """One probe of the trace of some blocks, 0-d."""
+        targets = [x for block in blocks for x in block.targets]
+        probe = [z for block in blocks for z in block.probe(False)]
+        total = torch.zeros((), dtype=torch.float64)
+        for z, g in zip(probe, self._product(targets, probe), strict=True):
+            if g is not None:
+                total += (z.double() * g.double()).sum().cpu()
+        return total
+
+
+def merged(blocks: list[Block], most: int) -> list[list[Block]]:
+    """Put neighbours together until there are at most ``most`` groups."""
+    size = max(1, -(-len(blocks) // most))
+    return [blocks[i : i + size] for i in range(0, len(blocks), size)]
+
+
+def _by_sign(root: Tensor, sign: Tensor) -> Iterator[tuple[Tensor, float]]:
+    shape = (-1, *(1,) * (root.ndim - 1))
+    for one in (1.0, -1.0):
+        if bool((part := (sign == one)).any()):
+            yield root * part.view(shape), one
+
+
+def _holding(loss: Loss, outputs: Tensor, targets: Any) -> Loss:
+    """Return the loss with a kind whose closed form is its Hessian.
+
+    Raises:
+        NotSplit: If no form by sample is.
+    """
+    product = hessian_product(loss, outputs, targets)
+    v = torch.randn_like(outputs)
+    expected = product(v)
+    tolerance = torch.finfo(outputs.dtype).eps ** 0.5
+    for kind in dict.fromkeys((loss.kind, "general")):
+        candidate = dataclasses.replace(loss, kind=kind)
+        if kind == "general" and outputs[0].numel() > 256:
+            break
+        found = _hessian_times(candidate, outputs, targets, v)
+        if (found - expected).norm() <= tolerance * (expected.norm() + 1e-30):
+            return candidate
+    raise NotSplit("the loss couples samples, or is not known and has many outputs")
+
+
+def _hessian_times(loss: Loss, outputs: Tensor, targets: Any, v: Tensor) -> Tensor:
+    """The product with the Hessian that the loss's kind stands for."""
+    if loss.kind == "squared":
+        return v * squared_scale(loss, outputs.shape)
+    if loss.kind == "cross_entropy":
+        classes = 1 if outputs.ndim > 1 else 0
+        s = outputs.softmax(classes)
+        centred = v - (s * v).sum(classes, keepdim=True)
+        return cross_entropy_scale(loss, outputs, targets) * s * centred
+    total = torch.zeros_like(v)
+    for root, sign in hessian_roots(loss, outputs, targets):
+        flat = (root * v).reshape(v.shape[0], -1).sum(1) * sign
+        total += root * flat.view(-1, *(1,) * (v.ndim - 1))
+    return total

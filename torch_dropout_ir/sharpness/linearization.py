@@ -1,0 +1,201 @@
+"""One batch's curvature, linearized once: a retained graph that products run through.
+
+A product with the Hessian is the reverse derivative of the gradient's graph. Both
+factors of the Gauss-Newton product come from one graph of the outputs: ``J v`` is the
+derivative of ``J' u`` in ``u``, in which it is linear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.output_hessian import hessian_product
+from torch_dropout_ir.sharpness.surface import Surface
+
+Kind = Literal["hessian", "ggn"]
+Pieces = Sequence[Tensor]
+_WITHOUT: Final = ("derivative", "differentiable", "double backward", "not implemented")
+_ONCE: Final = (
+    "expected a model and a loss that can be differentiated twice, got an operation "
+    "that cannot: {}. Put one in its place that can, or leave out the parameters below "
+    "it with `params=`."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linearized:
+    """Products of one batch.
+
+    Attributes:
+        like: The parameters.
+        used: Names of those that the loss depends on.
+        product: From pieces shaped as the parameters to the like.
+        bytes_each: Memory that the intermediate results of one product take.
+    """
+
+    like: list[Tensor]
+    used: list[str]
+    product: Callable[[Pieces], list[Tensor]]
+    bytes_each: int
+
+    def products(self, rows: Tensor, budget: int) -> Tensor:
+        """Return the products with ``rows`` (``[K, P]``), as many at once as fit."""
+        at_once = max(1, min(rows.shape[0], budget // max(1, self.bytes_each)))
+        if at_once > 1:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of slow batching rules
+                    return self._batched(rows, at_once)
+            except RuntimeError:  # an operation cannot be batched
+                pass
+        found = torch.empty_like(rows)
+        for k, row in enumerate(rows):
+            found[k] = self._one(row)
+        return found
+
+    def _batched(self, rows: Tensor, at_once: int) -> Tensor:
+        return torch.func.vmap(self._one, chunk_size=at_once)(rows)
+
+    def _one(self, row: Tensor) -> Tensor:
+        pieces = [
+            piece.view(x.shape).to(x.dtype)
+            for piece, x in zip(
+                row.split([x.numel() for x in self.like]), self.like, strict=True
+            )
+        ]
+        try:
+            return torch.cat([x.reshape(-1) for x in self.product(pieces)]).to(row)
+        except RuntimeError as err:
+            if any(word in str(err) for word in _WITHOUT):
+                raise NotImplementedError(_ONCE.format(err)) from err
+            raise
+
+
+def linearize(
+    kind: Kind, surface: Surface, batch: Batch, place: int, seed: int | None
+) -> Linearized:
+    """Build the graph of one batch, inside ``surface.held``.
+
+    Args:
+        kind: Which curvature.
+        surface: The loss.
+        batch: The batch.
+        place: Its place among the batches.
+        seed: Seed of the masks.
+
+    Returns:
+        The products, which keep the graph alive.
+    """
+    leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
+    with torch.enable_grad(), _sizes(surface.model) as sizes:
+        build = _hessian if kind == "hessian" else _ggn
+        used, product = build(surface, leaves, batch, place, seed)
+    like = list(leaves.values())
+    own = sum(x.numel() * x.element_size() for x in like)
+    return Linearized(like, used, product, 2 * own + 4 * sum(sizes))
+
+
+@contextlib.contextmanager
+def _sizes(model: nn.Module) -> Iterator[list[int]]:
+    """Collect the bytes of what each module returns inside the context."""
+    sizes: list[int] = []
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.numel() * output.element_size())
+
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_hook(note).remove)
+        yield sizes
+
+
+def _hessian(
+    surface: Surface,
+    leaves: dict[str, Tensor],
+    batch: Batch,
+    place: int,
+    seed: int | None,
+) -> tuple[list[str], Callable[[Pieces], list[Tensor]]]:
+    risk = surface.checked(surface.risk(leaves, batch, place, seed), place)
+    targets = list(leaves.values())
+    gradients = torch.autograd.grad(risk, targets, create_graph=True, allow_unused=True)
+    _check_graph(gradients)
+    used = [n for n, g in zip(leaves, gradients, strict=True) if g is not None]
+    return used, _pullback(gradients, targets)
+
+
+def _ggn(
+    surface: Surface,
+    leaves: dict[str, Tensor],
+    batch: Batch,
+    place: int,
+    seed: int | None,
+) -> tuple[list[str], Callable[[Pieces], list[Tensor]]]:
+    outputs = surface.outputs(leaves, batch, place, seed)
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            "ggn: expected the model to return one tensor, got "
+            f"{type(outputs).__name__}. Wrap it in one that returns its logits."
+        )
+    surface.checked(surface.loss(outputs, batch[1]), place)
+    curve = hessian_product(surface.loss, outputs.detach(), batch[1])
+    targets = list(leaves.values())
+    root = torch.zeros_like(outputs, requires_grad=True)
+    pulled = torch.autograd.grad(
+        outputs, targets, root, create_graph=True, allow_unused=True
+    )
+    _check_graph(pulled)
+    used = [n for n, g in zip(leaves, pulled, strict=True) if g is not None]
+    push, pull = _pullback(pulled, [root]), _pullback([outputs], targets)
+    return used, lambda v: pull([curve(push(v)[0])])
+
+
+def _pullback(
+    values: Sequence[Tensor | None], targets: Pieces
+) -> Callable[[Pieces], list[Tensor]]:
+    """Return the reverse derivative of ``values`` in ``targets``, for many uses."""
+    places = [i for i, g in enumerate(values) if g is not None and g.requires_grad]
+    active = [g for g in values if g is not None and g.requires_grad]
+
+    def pull(v: Pieces) -> list[Tensor]:
+        if not active:
+            return [torch.zeros_like(x) for x in targets]
+        found = torch.autograd.grad(
+            active,
+            targets,
+            [v[i] for i in places],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return [
+            torch.zeros_like(x) if g is None else g
+            for g, x in zip(found, targets, strict=True)
+        ]
+
+    return pull
+
+
+def _check_graph(gradients: Sequence[Tensor | None]) -> None:
+    """Refuse gradients that torch would silently differentiate to zero.
+
+    A backward pass marked as once differentiable leaves an error in the graph that
+    leads nowhere, and what leads nowhere is not run.
+    """
+    seen = {g.grad_fn for g in gradients if g is not None}
+    left = [node for node in seen if node is not None]
+    while left:
+        node = left.pop()
+        if node.name() == "torch::autograd::Error":
+            raise NotImplementedError(_ONCE.format("it is once differentiable"))
+        new = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= new
+        left.extend(new)

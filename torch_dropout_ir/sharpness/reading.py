@@ -1,0 +1,86 @@
+"""Batches of a loader, the same in every pass."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir.functional import Batch, as_batches, preserved_rng
+
+
+class Reading:
+    """Batches in the same order, with the same random transforms, every time.
+
+    What is read twice must be one function: a loader that shuffles, drops its last
+    batch or augments would give another one each time. All generators are given back
+    as they were.
+
+    Args:
+        data: What :func:`torch_dropout_ir.functional.as_batches` takes.
+        model: The model, whose devices' generators count.
+
+    Attributes:
+        single: The only batch, where there is just one.
+        empty: Whether it is known to hold no batch.
+    """
+
+    def __init__(self, data: Any, model: nn.Module) -> None:
+        self._batches: Iterable[Batch] = as_batches(data)
+        self._model = model
+        listed = self._batches if isinstance(self._batches, list) else None
+        self.single = listed[0] if listed and len(listed) == 1 else None
+        self.empty = listed == []
+        self._generators = [(g, g.get_state()) for g in _generators(self._batches)]
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        if isinstance(self._batches, (list, tuple)):
+            yield from self._batches
+            return
+        kept = [(g, g.get_state()) for g, _ in self._generators]
+        try:
+            with preserved_rng(self._model, 0):
+                random.seed(0)
+                np.random.seed(0)
+                for generator, state in self._generators:
+                    generator.set_state(state)
+                yield from self._batches
+        finally:
+            for generator, state in kept:
+                generator.set_state(state)
+
+
+def sliced(value: Any, size: int, every: int) -> Any:
+    """Take one in ``every`` of ``size`` samples; None where they cannot be told apart.
+
+    Args:
+        value: A tensor, or a tuple, list or dictionary of tensors, sample in front.
+        size: Number of samples.
+        every: The stride.
+
+    Returns:
+        The like, with fewer samples.
+    """
+    if isinstance(value, Tensor):
+        fits = value.ndim > 0 and value.shape[0] == size
+        return value[::every] if fits else None
+    if type(value) in (tuple, list):
+        parts = [sliced(x, size, every) for x in value]
+        return None if any(x is None for x in parts) else type(value)(parts)
+    if type(value) is dict:
+        named = {k: sliced(x, size, every) for k, x in value.items()}
+        return None if any(x is None for x in named.values()) else named
+    return None
+
+
+def _generators(batches: Any) -> list[torch.Generator]:
+    """Generators of its own that a loader or its samplers shuffle with."""
+    sampler = getattr(batches, "sampler", None)
+    batched = getattr(batches, "batch_sampler", None)
+    holders = (batches, sampler, batched, getattr(batched, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

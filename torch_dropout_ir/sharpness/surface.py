@@ -1,0 +1,283 @@
+r"""The loss as a function of the parameters, fixed at the moment it is made.
+
+Semantics:
+
+* Parameters, buffers and modes are those at construction; the model is left as it is.
+* Masks: ``"off"`` gives ``R_S``; a seed gives ``R_drop`` at masks that are the same in
+  every pass, drawn by torch's own generators, so that dropout inside attention,
+  recurrent cells and functions is frozen too; several seeds stand for their mean.
+* A loader is read in the same order and with the same random transforms in every pass,
+  also where it shuffles.
+* Batches are weighted by their numbers of samples, over all ranks of a group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from torch_dropout_ir.functional import (
+    Batch,
+    Inputs,
+    at_sites,
+    batch_size,
+    fresh,
+    parameters,
+    preserved_rng,
+    unmoved_buffers,
+)
+from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.sharpness.frozen import Masks, dropout_on, mask_seeds, modes
+from torch_dropout_ir.sharpness.ranks import Group, unwrapped
+from torch_dropout_ir.sharpness.reading import Reading, sliced
+from torch_dropout_ir.vectors import to_params, to_vector
+
+Subset = Collection[str] | Callable[[str], bool] | None
+_MANY: Final = 256
+_STRIDE: Final = 2**31 + 11  # between the seeds of one pass's batches
+
+
+class Surface:
+    """The loss of a model on batches, as a function of some of its parameters.
+
+    Args:
+        caller: Name of the user-facing function, for errors.
+        model: The model; one inside ``DistributedDataParallel`` is unwrapped.
+        loss: What :func:`torch_dropout_ir.losses.resolve_loss` takes.
+        batches: What :func:`torch_dropout_ir.functional.as_batches` takes.
+        masks: ``"off"``, a seed, or several.
+        params: Names of the parameters, or a predicate on names; None: all that
+            require a gradient.
+        group: Process group over which batches are spread; ``"auto"``: that of
+            ``DistributedDataParallel``, else none.
+
+    Attributes:
+        params: Copies of the chosen parameters.
+        loss: The resolved loss.
+        seeds: The masks' seeds; ``(None,)`` where dropout is off.
+    """
+
+    def __init__(
+        self,
+        caller: str,
+        model: nn.Module,
+        loss: Any,
+        batches: Any,
+        *,
+        masks: Masks = "off",
+        params: Subset = None,
+        group: Group = "auto",
+    ) -> None:
+        self.caller = caller
+        self.model, self.ranks = unwrapped(model, group)
+        self.loss = resolve_loss(loss)
+        self._batches = Reading(batches, self.model)
+        if self._batches.empty and not self.ranks.spread:
+            raise ValueError(f"{caller}: expected at least one batch, got none")
+        self.seeds = mask_seeds(caller, masks)
+        chosen = _chosen(caller, parameters(self.model), params)
+        self.params = {name: x.detach().clone() for name, x in chosen.items()}
+        rest = (*self.model.named_parameters(), *self.model.named_buffers())
+        self._rest = {n: x.detach().clone() for n, x in rest if n not in chosen}
+        self._modes = {m: m.training for m in self.model.modules()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all parameters and buffers, by name."""
+        return {**self.params, **self._rest}
+
+    @property
+    def single(self) -> Batch | None:
+        """The only batch, where there is one at one draw of masks."""
+        return self._batches.single if len(self.seeds) == 1 else None
+
+    def thinned(self) -> tuple[Surface, float] | None:
+        """Return the same at every fourth sample, and their share of all.
+
+        Returns:
+            None where there are less than 256, or more than one batch, or samples that
+            cannot be told apart.
+        """
+        batch = self.single
+        if batch is None or self.ranks.spread or batch_size(batch) < _MANY:
+            return None
+        size = batch_size(batch)
+        few = (sliced(batch[0], size, 4), sliced(batch[1], size, 4))
+        if few[0] is None or few[1] is None:
+            return None
+        other = copy.copy(self)
+        other._batches = Reading(few, self.model)
+        return other, len(range(0, size, 4)) / size
+
+    @contextlib.contextmanager
+    def held(self, seed: int | None) -> Iterator[None]:
+        """Put modes and kernels in place: forward and backward passes go inside."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(modes(self._modes))
+            if seed is None:
+                stack.enter_context(at_sites(self.model, fresh))
+            else:
+                stack.enter_context(dropout_on(self.model))
+                stack.enter_context(unmoved_buffers(self.model))
+            # Fused attention and recurrent kernels have no second derivative.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if any(isinstance(m, nn.RNNBase) for m in self._modes):
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            yield
+
+    def outputs(
+        self, params: Mapping[str, Tensor], batch: Batch, place: int, seed: int | None
+    ) -> Any:
+        """Run the model at ``params`` on the batch of that place, inside ``held``."""
+        buffers = {n for n, _ in self.model.named_buffers()}
+        rest = {**self._rest, **params}
+        state = {n: x.clone() if n in buffers else x for n, x in rest.items()}
+        arguments = Inputs.of(batch[0])
+        # The first batch has the masks of `frozen_masks(model, seed)`.
+        place = place * self.ranks.size + self.ranks.rank
+        own = 0 if seed is None else seed + _STRIDE * place
+        with preserved_rng(self.model, own % 2**63):
+            return torch.func.functional_call(
+                self.model, state, arguments.args, dict(arguments.kwargs)
+            )
+
+    def risk(
+        self, params: Mapping[str, Tensor], batch: Batch, place: int, seed: int | None
+    ) -> Tensor:
+        """Return the loss at ``params`` on one batch, inside ``held``."""
+        return self.loss(self.outputs(params, batch, place, seed), batch[1])
+
+    def average(
+        self,
+        function: Callable[[Batch, int, int | None], Tensor],
+        seed: int | None = None,
+    ) -> Tensor:
+        """Return the mean (or sum) over samples of what ``function`` says of batches.
+
+        Args:
+            function: Called inside ``held`` with a batch, its place and the seed;
+                returns a tensor of a fixed shape.
+            seed: Seed of the masks.
+
+        Returns:
+            The mean, over all ranks.
+
+        Raises:
+            ValueError: If there is no sample.
+        """
+        total: Tensor | None = None
+        weight = 0.0
+        error: Exception | None = None
+        try:
+            with contextlib.closing(self._batches.__iter__()) as batches:
+                for place, batch in enumerate(batches):
+                    if not (samples := batch_size(batch)):
+                        continue
+                    share = 1.0 if self.loss.reduction == "sum" else float(samples)
+                    with self.held(seed):
+                        found = function(batch, place, seed) * share
+                    total = found if total is None else total.add_(found)
+                    weight += share
+        except Exception as err:
+            error = err
+        like = next(iter(self.params.values()))
+        total, weight = self.ranks.sum(total, weight, error, like)
+        if total is None or not weight:
+            raise ValueError(
+                f"{self.caller}: expected at least one batch with samples, got none"
+            )
+        return total if self.loss.reduction == "sum" else total / weight
+
+    def value(self, params: Mapping[str, Tensor]) -> float:
+        """Return the loss at ``params``, averaged over batches and masks."""
+
+        def one(batch: Batch, place: int, seed: int | None) -> Tensor:
+            return self.risk(params, batch, place, seed).detach().double()
+
+        with torch.no_grad():
+            found = [float(self.average(one, seed)) for seed in self.seeds]
+        return sum(found) / len(found)
+
+    def gradient(
+        self, seed: int | None = None, params: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the gradient at one draw of masks, averaged over batches, ``[P]``."""
+        at = self.params if params is None else params
+
+        def one(batch: Batch, place: int, seed: int | None) -> Tensor:
+            with torch.enable_grad():
+                leaves = {n: x.detach().requires_grad_() for n, x in at.items()}
+                risk = self.checked(self.risk(leaves, batch, place, seed), place)
+                found = torch.autograd.grad(
+                    risk, list(leaves.values()), materialize_grads=True
+                )
+            return to_vector(dict(zip(leaves, found, strict=True)))
+
+        return self.average(one, seed)
+
+    def mean_gradient(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradient at ``params``, averaged over batches and masks."""
+        flat = torch.stack([self.gradient(seed, params) for seed in self.seeds]).mean(0)
+        return to_params(flat, self.params)
+
+    def used(self) -> list[str]:
+        """Return the parameters that the loss of any batch depends on."""
+        names = list(self.params)
+
+        def one(batch: Batch, place: int, seed: int | None) -> Tensor:
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in self.params.values()]
+                params = dict(zip(names, leaves, strict=True))
+                risk = self.checked(self.risk(params, batch, place, seed), place)
+                found = torch.autograd.grad(risk, leaves, allow_unused=True)
+            return torch.tensor([float(g is not None) for g in found]).to(leaves[0])
+
+        depends = self.average(one, self.seeds[0])
+        return [n for n, x in zip(names, depends.tolist(), strict=True) if x > 0]
+
+    def checked(self, risk: Tensor, place: int) -> Tensor:
+        """Return the loss of a batch if derivatives of it mean something.
+
+        Raises:
+            ValueError: If it is not finite or does not depend on the parameters.
+        """
+        if not bool(risk.detach().isfinite()):
+            raise ValueError(
+                f"{self.caller}: expected a finite loss, got {risk.item()} on batch "
+                f"{place}. Look for it in the inputs, targets and parameters: there is "
+                "no curvature to speak of."
+            )
+        if not risk.requires_grad:
+            raise ValueError(
+                f"{self.caller}: expected a loss that depends on the parameters, got "
+                f"one without a gradient on batch {place}. Something in the model or "
+                "the loss cuts it: torch.no_grad, detach, item, argmax, round, an "
+                "integer dtype."
+            )
+        return risk
+
+
+def _chosen(
+    caller: str, params: dict[str, Tensor], subset: Subset
+) -> dict[str, Tensor]:
+    if subset is None:
+        return params
+    if isinstance(subset, str):
+        subset = [subset]
+    if callable(subset):
+        kept = {name: x for name, x in params.items() if subset(name)}
+    else:
+        if foreign := sorted(set(subset) - set(params)):
+            raise ValueError(
+                f"{caller}: expected `params` to name parameters that require a "
+                f"gradient, got {foreign}. There are {list(params)}."
+            )
+        kept = {name: x for name, x in params.items() if name in subset}
+    if not kept:
+        raise ValueError(f"{caller}: `params` chooses none of {list(params)}")
+    return kept

@@ -1,0 +1,149 @@
+r"""Where each weight meets its inputs: derivatives by sample without storing any.
+
+Semantics:
+
+* A use is one call of a layer that is affine in the parameter. Sample ``i`` and group
+  ``g`` see it as rows ``h`` (``[T, d]``, the positions at which it meets an input) with
+  outputs ``a = h w'`` (``[T, o]``); a bias has rows of ones.
+* The derivative of a sample in the parameter is ``delta' h``, with ``delta`` that in
+  ``a``. Its squared norm is ``|delta|^2 |h|^2`` where ``T = 1``, else the sum over
+  ``t, t'`` of ``(delta_t . delta_t') (h_t . h_t')`` or of the entries, what is cheaper.
+* What a layer is taken for is checked against autograd before it counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir.sharpness.affine import Part, parts
+
+_CHUNK_BYTES: Final = 2**26
+Draw = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of one parameter in a forward pass.
+
+    Attributes:
+        name: Name of the parameter.
+        delta: A zero added to the layer's output, for derivatives in it.
+        part: How the parameter acts.
+    """
+
+    name: str
+    delta: Tensor
+    part: Part
+
+    def _chunks(self, a: Tensor) -> Iterator[slice]:
+        """Cut the samples so that what is made of them fits the memory."""
+        n, groups, positions, width = a.shape
+        size = self.part.size
+        own = size * width if positions > 1 else 0
+        each = groups * (positions * (size + width) + own) * a.element_size()
+        step = max(1, _CHUNK_BYTES // max(1, each))
+        yield from (slice(i, min(i + step, n)) for i in range(0, n, step))
+
+    def squared_norms(self, gradient: Tensor) -> Tensor:
+        """Return squared norms of the samples' derivatives, float64 ``[n]``."""
+        a = self.part.split(gradient)
+        found = [_squared(self.part.rows(c), a[c]) for c in self._chunks(a)]
+        return torch.cat([x.double() for x in found])
+
+    def summed(self, gradient: Tensor) -> Tensor:
+        """Return the derivative of all samples together, flat."""
+        a = self.part.split(gradient)
+        total = a.new_zeros(a.shape[1], a.shape[3], self.part.size)
+        for c in self._chunks(a):
+            total += torch.einsum("ngto,ngtd->god", a[c], self.part.rows(c))
+        return total.reshape(-1)
+
+    @property
+    def once(self) -> bool:
+        """Whether each sample meets the parameter at one position."""
+        return self.part.split(self.delta).shape[2] == 1
+
+    def variance(self) -> Tensor:
+        """Variance of the output under a random parameter, where that is once."""
+        a = self.part.split(self.delta)
+        found = torch.empty_like(a)
+        for c in self._chunks(a):
+            found[c] = self.part.rows(c).square().sum(-1, keepdim=True)
+        return self.part.join(found)
+
+    def perturbed(self, draw: Draw) -> Tensor:
+        """Change of the output under a parameter that is drawn for each sample."""
+        a = self.part.split(self.delta)
+        found = torch.empty_like(a)
+        for c in self._chunks(a):
+            h = self.part.rows(c)
+            found[c] = h @ draw(h.new_empty(*h.shape[:2], h.shape[3], a.shape[3]))
+        return self.part.join(found)
+
+
+def perturbation(layer: list[Use], draw: Draw) -> Tensor:
+    """Return a change of one layer's output under random parameters of that layer.
+
+    Args:
+        layer: The uses of its parameters, of one ``delta``.
+        draw: Fills a tensor with independent entries of mean 0 and variance 1.
+
+    Returns:
+        The change. Each sample has parameters of its own; where it meets them once,
+        only their variance counts, and one number an output is drawn.
+    """
+    if all(use.once for use in layer):
+        variance = torch.stack([use.variance() for use in layer]).sum(0)
+        return variance.sqrt() * draw(torch.empty_like(variance))
+    return torch.stack([use.perturbed(draw) for use in layer]).sum(0)
+
+
+def _squared(h: Tensor, a: Tensor) -> Tensor:
+    positions, width, size = h.shape[2], a.shape[3], h.shape[3]
+    if positions == 1:
+        return (h.square().sum(-1) * a.square().sum(-1)).sum((1, 2))
+    if positions**2 < width * size:
+        return ((h @ h.mT) * (a @ a.mT)).sum((1, 2, 3))
+    return (a.mT @ h).square().sum((1, 2, 3))
+
+
+@contextlib.contextmanager
+def uses(model: nn.Module, samples: int, names: dict[int, str]) -> Iterator[list[Use]]:
+    """Collect the uses of parameters in a forward pass inside the context.
+
+    Args:
+        model: The model.
+        samples: Number of samples of the batch.
+        names: Names by identity of the tensors that stand for the parameters.
+
+    Yields:
+        The uses, filled by the forward pass.
+    """
+    found: list[Use] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        if len(args) != 1 or not isinstance(args[0], Tensor):
+            return None
+        own = [
+            (name, part)
+            for x, part in parts(module, args[0].detach(), output, samples)
+            if (name := names.get(id(x))) is not None
+        ]
+        if not own:
+            return None
+        delta = torch.zeros((), dtype=output.dtype, device=output.device)
+        delta = delta.expand(output.shape).requires_grad_()
+        found.extend(Use(name, delta, part) for name, part in own)
+        return output + delta
+
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                stack.callback(module.register_forward_hook(hook).remove)
+        yield found

@@ -1,0 +1,166 @@
+"""Records as values of a TensorBoard event."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import metadata as layout_metadata
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.plugins.scalar import metadata as scalar_metadata
+from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.util import tensor_util
+from torch.utils.tensorboard.summary import hparams
+
+from torch_dropout_ir.analysis import Histogram, Record
+
+# What a tag's error is called, and whose error it is.
+_ERRORS: Final = ("_standard_error", "_residual")
+_MARGINS: Final = {
+    "R_1 and its standard error": "regularizer/R1",
+    "Trace of the Hessian and its standard error": "sharpness/trace",
+    "Top eigenvalue and its residual": "sharpness/top_eigenvalue",
+}
+_CURVES: Final = {
+    "Condensation: effective ratio of each layer": "condensation/effective_ratio/.*",
+    "Loss: without dropout, and modified": "loss/(R_S|modified)",
+    "R_2, and the part that dropout adds": "regularizer/R2(_dropout_noise)?",
+    "R_1 of each site": "regularizer/R1/.*",
+}
+
+
+def describe(value: Summary.Value, said: str) -> None:
+    """Attach a description, where there is one."""
+    if said:
+        value.metadata.summary_description = said
+
+
+def histogram(record: Histogram) -> HistogramProto:
+    """Return counts between fixed edges, empty ends left out.
+
+    A reader takes ``min`` for the left edge of the first bin that is not empty, so
+    that is what it says.
+    """
+    counts = np.asarray(record.counts, dtype=np.float64)
+    edges = np.linspace(record.low, record.high, len(counts) + 1)
+    filled = np.flatnonzero(counts)
+    if len(filled):
+        first, last = filled[0], filled[-1] + 1
+        counts, edges = counts[first:last], edges[first : last + 1]
+    centres = (edges[:-1] + edges[1:]) / 2
+    return HistogramProto(
+        min=edges[0],
+        max=edges[-1],
+        num=counts.sum(),
+        sum=counts @ centres,
+        sum_squares=counts @ centres**2,
+        bucket_limit=edges[1:].tolist(),
+        bucket=counts.tolist(),
+    )
+
+
+def bands(records: Mapping[str, Record]) -> dict[str, float]:
+    """Return ``band/<tag>/lower`` and ``upper`` of every number that has an error."""
+    found: dict[str, float] = {}
+    for tag, error in records.items():
+        for ending in _ERRORS:
+            centre = records.get(tag.removesuffix(ending))
+            if not tag.endswith(ending) or not isinstance(centre, float):
+                continue
+            if isinstance(error, float) and math.isfinite(error):
+                stem = f"band/{tag.removesuffix(ending)}"
+                found[f"{stem}/lower"] = centre - error
+                found[f"{stem}/upper"] = centre + error
+    return found
+
+
+def add_band(summary: Summary, tag: str, value: float, said: str) -> None:
+    """Add a number that was derived from others, as a tensor of the scalars page."""
+    summary.value.add(
+        tag=tag,
+        metadata=scalar_metadata.create_summary_metadata("", said),
+        tensor=tensor_util.make_tensor_proto(np.float32(value)),
+    )
+
+
+def add_picture(summary: Summary, tag: str, drawn: Any, said: str) -> None:
+    """Add a picture ``(png, width, height)`` as a tensor of the images page."""
+    png, width, height = drawn
+    parts = [str(width).encode(), str(height).encode(), png]
+    summary.value.add(
+        tag=tag,
+        metadata=image_metadata.create_summary_metadata("", said),
+        tensor=tensor_util.make_tensor_proto(parts),
+    )
+
+
+def add_layout(summary: Summary) -> None:
+    """Add the layout of the Custom Scalars page: estimates with their bands."""
+    margins = [
+        layout_pb2.Chart(
+            title=title,
+            margin=layout_pb2.MarginChartContent(
+                series=[
+                    layout_pb2.MarginChartContent.Series(
+                        value=tag, lower=f"band/{tag}/lower", upper=f"band/{tag}/upper"
+                    )
+                ]
+            ),
+        )
+        for title, tag in _MARGINS.items()
+    ]
+    curves = [
+        layout_pb2.Chart(
+            title=title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{regex}$"])
+        )
+        for title, regex in _CURVES.items()
+    ]
+    layout = layout_pb2.Layout(
+        category=[
+            layout_pb2.Category(title="Estimates with their error", chart=margins),
+            layout_pb2.Category(title="What dropout does", chart=curves),
+        ]
+    )
+    summary.value.add(
+        tag=layout_metadata.CONFIG_SUMMARY_TAG,
+        metadata=layout_metadata.create_summary_metadata(),
+        tensor=tensor_util.make_tensor_proto(layout.SerializeToString()),
+    )
+    describe(summary.value[-1], "The charts of the Custom Scalars page.")
+
+
+def add_facts(summary: Summary, facts: Mapping[str, str]) -> None:
+    """Add what runs, as a table of the text page."""
+    rows = [f"| {_cell(name)} | {_cell(said)} |" for name, said in facts.items()]
+    text = "\n".join(["| | |", "|---|---|", *rows])
+    said = "What runs: model, dropout sites, loss, optimizer, seed and versions."
+    summary.value.add(
+        tag="run/facts",
+        metadata=text_metadata.create_summary_metadata("", said),
+        tensor=tensor_util.make_tensor_proto(text.encode(), shape=()),
+    )
+
+
+def _cell(text: str) -> str:
+    """Text that a Markdown table shows as it is."""
+    return "".join(
+        f"&#{ord(c)};" if c in "|<>&`*_[]\\" else c for c in " ".join(text.split())
+    )
+
+
+def hyperparameters(facts: Mapping[str, str]) -> list[Summary]:
+    """Return the summaries that put the run itself on the page of hyperparameters."""
+    values: dict[str, str | float] = {}
+    for name, said in facts.items():
+        try:
+            values[name] = float(said)
+        except ValueError:
+            values[name] = said
+    summaries = list(hparams(values, dict.fromkeys(_MARGINS.values(), 0.0)))
+    for summary in summaries:
+        describe(summary.value[0], "What runs, for the page of hyperparameters.")
+    return summaries

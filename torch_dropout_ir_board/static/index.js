@@ -1,0 +1,207 @@
+// What comes out of a log becomes text nodes and numbers, never markup or code.
+const COLOURS = ["#2b83ba", "#e6550d", "#31a354", "#9467bd", "#d62728", "#17becf", "#a6a61f", "#e377c2"];
+const NUMBERS = {
+  "test accuracy": "demo/test_accuracy", R_1: "regularizer/R1", "R_1 at one p": "demo/R1_at_p", R_2: "regularizer/R2", R_S: "loss/R_S",
+  "effective ratio": "condensation/effective_ratio/", "effective neurons": "condensation/effective_neurons/",
+  "top eigenvalue": "sharpness/top_eigenvalue", trace: "sharpness/trace", "share of the time": "cost/share",
+};
+const S = { off: new Set(), log: new Set(["density", "slice", "curve"]), step: Infinity, curve: "regularizer/R1" };
+const held = new Map(), CHARTS = ["places", "density", "slice", "curve"];
+let steps = [0], turn = 0, later = 0, embedded = null;
+const at = (id) => document.getElementById(id);
+const runs = () => S.index.runs.filter((run) => !S.off.has(run));
+const colour = (run) => COLOURS[S.index.runs.indexOf(run) % COLOURS.length];
+const last = (points) => (points ?? []).filter(([step]) => step <= S.step).at(-1);
+function show(x) {
+  return !Number.isFinite(x) ? "–" : x && (Math.abs(x) >= 1e6 || Math.abs(x) < 1e-3) ? x.toExponential(1).replace(".0", "") : String(+x.toPrecision(3));
+}
+function put(parent, tag, text = "", more = {}) {
+  const made = document.createElementNS(tag === "svg" ? "http://www.w3.org/2000/svg" : parent.namespaceURI, tag);
+  for (const [name, value] of Object.entries(more)) typeof value === "function" ? (made[name] = value) : made.setAttribute(name, value);
+  made.textContent = text; return parent.appendChild(made);
+}
+async function get(route, of = "") {
+  const key = JSON.stringify([route, of]);
+  if (embedded) return embedded[key] ?? {};
+  if (held.size > 900) held.delete(held.keys().next().value);
+  if (!held.has(key)) {
+    const asked = fetch(`${route}?of=${encodeURIComponent(of)}`).then((answer) => answer.json());
+    held.set(key, asked.then((found) => (found.error && route !== "picture" ? {} : found)));
+  }
+  return held.get(key);
+}
+function page() {
+  if (!embedded) put(document.head, "link", "", { rel: "stylesheet", href: "style.css" });
+  const top = put(document.body, "header");
+  put(put(top, "label", "layer "), "select", "", { id: "layer", onchange: (e) => draw({ layer: e.target.value }) });
+  put(top, "button", "▶ play", { id: "play", onclick: play }); const slide = (e) => draw({ step: steps[e.target.value] });
+  put(top, "input", "", { id: "slider", type: "range", min: 0, "aria-label": "step", oninput: slide });
+  put(top, "output", "", { id: "step" }); put(document.body, "div", "", { id: "runs" });
+  const main = put(document.body, "main"), [upper, lower] = ["top", "charts"].map((id) => put(main, "div", "", { id }));
+  for (const id of ["numbers", "maps", ...CHARTS]) put(CHARTS.includes(id) ? lower : upper, "section", "", { id });
+  put(document.body, "footer", "← → step · Home End · space plays · [ ] layer · 1–9 shows or hides a run · l log scales");
+  put(document.body, "div", "", { id: "hint", hidden: "" }); document.addEventListener("keydown", key);
+}
+const place = () => steps.findLastIndex((step) => step <= S.step);
+const move = (by) => draw({ step: steps[Math.max(0, Math.min(steps.length - 1, place() + by))] });
+function play() {
+  clearInterval(S.playing); const start = !S.playing && steps.length > 1;
+  S.playing = start && setInterval(() => (S.step >= steps.at(-1) ? play() : move(1)), 400);
+  at("play").textContent = start ? "❚❚ pause" : "▶ play";
+  if (start && S.step >= steps.at(-1)) draw({ step: steps[0] });
+}
+const flip = (set, name) => (set.delete(name) || set.add(name), draw());
+function key(event) {
+  const { key, target } = event, by = { ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9 }[key];
+  if (event.ctrlKey || event.metaKey || event.altKey || target.tagName === "SELECT") return;
+  if (by) move(by);
+  else if (key === " " && target.tagName !== "BUTTON") play();
+  else if ((key === "[" || key === "]") && S.layers.length) {
+    const next = S.layers.indexOf(S.layer) + (key === "]" ? 1 : -1) + S.layers.length; draw({ layer: S.layers[next % S.layers.length] });
+  } else if (key === "l") draw({ log: new Set(S.log.size ? [] : ["density", "slice", "curve"]) });
+  else if (S.index.runs[key - 1] !== undefined) flip(S.off, S.index.runs[key - 1]);
+  else return;
+  event.preventDefault();
+}
+async function draw(changes = {}) {
+  const own = ++turn, atEnd = S.step >= steps.at(-1); Object.assign(S, changes);
+  const tags = Object.values(NUMBERS).map((tag) => (tag.endsWith("/") ? tag + S.layer : tag));
+  const error = (tag) => [tag + "_standard_error", tag + "_residual"].find((t) => S.index.scalars[t]);
+  const series = (of) => Promise.all(of.map((tag) => (S.index.scalars[tag] ? get("scalars", tag) : {})));
+  const [values, errors, [curve], maps, places, density, slice] = await Promise.all([
+    series(tags), series(tags.map(error)), series([S.curve]),
+    get("images", "condensation/cosine/" + S.layer), get("images", "condensation/orientation_amplitude/" + S.layer),
+    get("histograms", "sharpness/spectral_density"), get("histograms", "sharpness/loss_slice"),
+  ]);
+  const seen = [maps, places, density, slice, curve].flatMap((of) => runs().flatMap((run) => of[run] ?? []));
+  steps = seen.length ? [...new Set(seen.map(([step]) => step))].sort((a, b) => a - b) : [0];
+  if (atEnd && !("step" in changes)) S.step = steps.at(-1);
+  const picture = async (run, point) => [run, point?.[0], point && (await get("picture", point[1] ?? ""))];
+  const pictures = (of) => Promise.all(runs().map((run) => picture(run, last(of[run]))));
+  const [heats, scatters] = await Promise.all([pictures(maps), pictures(places)]);
+  if (own !== turn) return; // a later drawing has begun
+  bar(), table(tags, values, errors), heat(heats.filter(([, step]) => step !== undefined));
+  const lines = (of, points) => runs().flatMap((run) => (last(of[run])?.[1] ? [[run, points(last(of[run])[1])]] : []));
+  const middle = ([low, high, counts], i) => low + ((i + 0.5) * (high - low)) / counts.length;
+  const heights = (of, unit) => lines(of, (b) => b[2].map((y, i) => [middle(b, i), y / unit(b)]));
+  const dots = scatters.flatMap(([run, , found]) => (found?.cells ? [[run, cells(found)]] : []));
+  chart("places", "Orientation and amplitude", ["angle / π", "amplitude / largest"], dots, { x: [-1, 1], y: [0, 1] });
+  chart("density", "Eigenvalues of the Hessian", ["eigenvalue", "density"], heights(density, (b) => (b[1] - b[0]) / b[2].length));
+  chart("slice", "Loss along a random direction", ["step / norm of the weights", "R_S"], heights(slice, () => 1));
+  chart("curve", S.curve, ["optimizer step", ""], runs().map((run) => [run, curve[run] ?? []]), { mark: S.step });
+  document.body.dataset.drawn = own;
+}
+function bar() {
+  at("layer").replaceChildren(...S.layers.map((l) => new Option(l || "(the model itself)", l, false, l === S.layer)));
+  Object.assign(at("slider"), { max: steps.length - 1, value: place() });
+  at("step").textContent = `step ${steps[Math.max(0, place())]}`; at("runs").replaceChildren();
+  for (const run of S.index.runs) {
+    const box = put(at("runs"), "button", "", { "aria-pressed": !S.off.has(run), onclick: () => flip(S.off, run) });
+    put(box, "span", "■ ").style.color = colour(run); put(box, "span", run);
+  }
+  if (!S.index.runs.length) put(at("runs"), "p", "No run here yet: attach an analysis, or try torch-dropout-ir demo.");
+}
+function table(tags, values, errors) {
+  at("numbers").replaceChildren(); const body = put(at("numbers"), "table"), head = put(body, "tr");
+  put(head, "th", "at this step"); for (const run of runs()) put(head, "th", "■", { title: run }).style.color = colour(run);
+  Object.keys(NUMBERS).forEach((name, i) => {
+    if (!runs().some((run) => last(values[i][run]))) return; const row = put(body, "tr");
+    put(put(row, "th"), "button", name, { title: `draw ${tags[i]}`, onclick: () => draw({ curve: tags[i] }) });
+    for (const run of runs()) {
+      const error = last(errors[i][run])?.[1];
+      put(row, "td", show(last(values[i][run])?.[1]) + (error ? ` ± ${show(+error.toPrecision(1))}` : ""));
+    }
+  });
+}
+const bytes = (found) => Uint8Array.from(atob(found.cells), (c) => c.charCodeAt(0));
+function cells(found) {
+  // The upper half of the picture is now: each cell above the middle colour is a dot.
+  const { rows, columns, levels } = found, half = columns * Math.floor(rows / 2);
+  const dot = (level, i) => [(2 * (i % columns) + 1) / columns - 1, 1 - (2 * Math.floor(i / columns) + 1) / rows, (2 * level) / (levels - 1) - 1];
+  return [...bytes(found).subarray(0, half)].map(dot).filter(([, , weight]) => weight > 0 && weight <= 1);
+}
+function rgb(level, levels) {
+  const t = (2 * level) / (levels - 1) - 1, end = t < 0 ? [33, 102, 172] : [178, 24, 43];
+  return level >= levels ? [150, 150, 150, 255] : [...end.map((x) => 247 + Math.abs(t) * (x - 247)), 255];
+}
+function heat(pictures) {
+  const room = innerWidth - at("numbers").offsetWidth - 60, side = Math.max(150, Math.min(270, room / pictures.length - 14));
+  at("maps").replaceChildren(); for (const [run, step, found] of pictures) {
+    const figure = put(at("maps"), "figure"), caption = put(figure, "figcaption"), { rows, columns, levels } = found;
+    figure.style.width = `${side}px`; put(caption, "span", "■ ").style.color = colour(run);
+    put(caption, "span", `step ${step} · ${run}`, { title: run });
+    if (!found.cells) { put(figure, "p", found.error, { class: "note" }); continue; }
+    const canvas = put(figure, "canvas", "", { width: columns, height: rows, role: "img", "aria-label": `cosines, ${run}` });
+    canvas.style.width = canvas.style.height = `${side}px`;
+    const pen = canvas.getContext("2d"), image = pen.createImageData(columns, rows), all = bytes(found);
+    all.forEach((level, i) => image.data.set(rgb(level, levels), 4 * i)); pen.putImageData(image, 0, 0);
+    const value = (t) => show(+(found.low + t * (found.high - found.low)).toFixed(2));
+    canvas.onmousemove = ({ offsetX, offsetY, clientX, clientY }) => {
+      const [r, c] = [Math.floor((offsetY / side) * rows), Math.floor((offsetX / side) * columns)];
+      const level = all[r * columns + c], names = [r, c].map((i) => found.names[i] ?? i).join(" and neuron ");
+      at("hint").hidden = !(level < levels); at("hint").textContent = `neuron ${names}: cosine ${value(level / (levels - 1))}`;
+      Object.assign(at("hint").style, { left: `${Math.min(clientX + 12, innerWidth - 320)}px`, top: `${clientY + 14}px` });
+    };
+    canvas.onmouseleave = () => (at("hint").hidden = true); put(figure, "div", "", { class: "scale" });
+    const ends = put(figure, "div", "", { class: "ends" }); for (const t of [0, 0.5, 1]) put(ends, "span", value(t));
+  }
+  if (!pictures.length) put(at("maps"), "p", "No cosines between neurons here.", { class: "note" });
+}
+function range(values, fixed) {
+  const [low, high] = fixed ?? values.reduce(([a, b], x) => [Math.min(a, x), Math.max(b, x)], [Infinity, -Infinity]);
+  return low < high ? [low, high] : [low - 0.5, high + 0.5];
+}
+function ticks(low, high, whole) {
+  const raw = (high - low) / 5, ten = 10 ** Math.floor(Math.log10(raw)), nice = [1, 2, 5, 10].find((k) => k * ten >= raw) * ten;
+  const by = whole && high - low > 1 ? Math.max(1, nice) : nice;
+  const first = Math.ceil(low / by - 1e-9), count = Math.floor(high / by + 1e-9) - first + 1;
+  return Array.from({ length: count }, (_, i) => (first + i) * by);
+}
+function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
+  const host = at(id), W = Math.max(260, (innerWidth - 92) / 4), H = 250, L = 48, R = 14, T = 18, B = 36; host.replaceChildren();
+  const head = put(host, "h2", title), dots = id === "places", log = S.log.has(id), f = log ? Math.log10 : (v) => v;
+  if (!dots) put(head, "button", log ? "log" : "linear", { title: "scale", onclick: () => flip(S.log, id) });
+  head.style.width = `${W}px`;
+  const good = series.map(([run, points]) => [run, points.filter(([u, v]) => v !== null && Number.isFinite(u) && Number.isFinite(f(v)))]);
+  const all = good.flatMap(([, points]) => points);
+  if (!all.length) return void put(host, "p", "Nothing recorded.", { class: "note" });
+  const [left, right] = range(all.map((p) => p[0]), x), [low, high] = range(all.map((p) => f(p[1])), y);
+  const bottom = log ? Math.max(low, high - 8) : low, [ux, uy] = [(W - L - R) / 4, (H - T - B) / 4];
+  const px = (v) => (L + (4 * ux * (v - left)) / (right - left)).toFixed(1);
+  const py = (v) => (H - B - 4 * uy * Math.max(0, (f(v) - bottom) / (high - bottom))).toFixed(1);
+  const svg = put(host, "svg", "", { width: W, height: H, role: "img", "aria-label": title });
+  for (const v of ticks(bottom, high, log)) {
+    const value = log ? 10 ** v : v, h = +py(value); put(svg, "line", "", { x1: L, x2: W - R, y1: h, y2: h, class: "grid" });
+    put(svg, "text", show(value), { x: L - 5, y: h + 4, "text-anchor": "end" });
+  }
+  for (const v of ticks(left, right)) put(svg, "text", show(v), { x: px(v), y: H - B + 14, "text-anchor": "middle" });
+  put(svg, "text", xname, { x: (W + L) / 2, y: H - 5, "text-anchor": "middle" }); put(svg, "text", yname, { x: 2, y: 11 });
+  if (mark >= left && mark <= right) put(svg, "line", "", { x1: px(mark), x2: px(mark), y1: T, y2: H - B, stroke: "gray" });
+  for (const [run, points] of good) {
+    const line = points.map((p) => `${px(p[0])},${py(p[1])}`).join(" "), own = colour(run);
+    if (!dots) put(svg, "polyline", "", { points: line, fill: "none", stroke: own, "stroke-width": 1.8 });
+    else for (const [u, v, w] of points) put(svg, "circle", "", { cx: px(u), cy: py(v), r: 2 + 2 * w, fill: own, opacity: 0.55 });
+  }
+}
+function theme() {
+  const own = parent === window || embedded, dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  document.documentElement.dataset.theme = (own ? dark : parent.document.body.classList.contains("dark-mode")) ? "dark" : "light";
+}
+async function reload() {
+  for (const key of held.keys()) if (!key.startsWith('["picture"')) held.delete(key);
+  S.index = { runs: [], images: {}, histograms: {}, scalars: {}, ...(await get("index")) };
+  const tags = Object.keys({ ...S.index.images, ...S.index.scalars });
+  const named = tags.map((tag) => /^condensation\/[^/]+\/(.*)$/s.exec(tag)?.[1]).filter((layer) => layer !== undefined);
+  S.layers = [...new Set(named)].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+  S.layer = S.layers.includes(S.layer) ? S.layer : S.layers[0] ?? ""; S.curve = S.index.scalars[S.curve] ? S.curve : tags.find((tag) => S.index.scalars[tag]) ?? S.curve;
+  return draw();
+}
+export async function render(records = null) {
+  embedded = records; page(), theme(); matchMedia("(prefers-color-scheme: dark)").onchange = theme;
+  if (parent !== window && !embedded) {
+    new MutationObserver(theme).observe(parent.document.body, { attributeFilter: ["class"] });
+    const { port1, port2 } = new MessageChannel(); port1.onmessage = () => { clearTimeout(later); later = setTimeout(reload, 100); };
+    parent.postMessage("experimental.bootstrap", "*", [port2]);
+  }
+  await reload();
+}
