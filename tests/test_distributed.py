@@ -104,7 +104,7 @@ def ran(tmp_path_factory):
     def run(size, name):
         if size not in done:
             folder = tmp_path_factory.mktemp(f"ranks{size}")
-            names = [n for n in SCENARIOS if size == 2 or "joined" in n]
+            names = [n for n in SCENARIOS if size == 2 or n in OF_FOUR]
             mp.spawn(process, (size, str(folder), names), nprocs=size)
             ranks = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
             done[size] = folder, ranks
@@ -114,24 +114,50 @@ def ran(tmp_path_factory):
     return run
 
 
+class Slices:
+    """A sink that keeps the slices of the loss."""
+
+    def __init__(self):
+        self.kept = []
+
+    def write(self, step, records, notes):
+        assert "sharpness/spectral_density" in records
+        self.kept.append(records["sharpness/loss_slice"].counts)
+
+    def close(self):
+        pass
+
+
 def measured(rank, size, wrap, p, lr, classes, equal, _=None):
     rows = part(rank, size, equal)
     model = WRAPS[wrap](net(p))
-    analysis = train(model, rows, lr, classes, measures=PRECISE)
-    return analysis.history, analysis.absent
+    slices = Slices()
+    analysis = train(model, rows, lr, classes, measures=PRECISE, sinks=[slices])
+    return analysis.history, analysis.absent, slices.kept
 
 
-@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("size", "wrap", "loss"),
+    [
+        (2, "ddp", "mse"),
+        (2, "ddp", "cross_entropy"),
+        (2, "fsdp", "mse"),
+        (2, "fsdp", "cross_entropy"),
+        (4, "ddp", "mse"),
+        (4, "fsdp", "cross_entropy"),
+    ],
+)
 def test_records_are_those_of_the_joined_batch(ran, size, wrap, loss):
     found = ran(size, f"joined {loss} {wrap}")
-    alone, _ = measured(0, 1, "none", 0.5, 0.0, loss == "cross_entropy", True)
+    of_classes = loss == "cross_entropy"
+    alone, _, slices = measured(0, 1, "none", 0.5, 0.0, of_classes, True)
     equal = ["loss/R_S", "sharpness/top_eigenvalue", "sharpness/trace"]
     equal += ["condensation/effective_ratio/0", "regularizer/R1_standard_error"]
     if loss == "mse":
         equal += ["regularizer/R1", "regularizer/R1/2"]
-    for history, absent in found:
+    assert len(slices) == STEPS
+    torch.testing.assert_close(found[0][2], slices, rtol=1e-8, atol=0)
+    for history, absent, _ in found:
         assert not absent
         assert history == found[0][0], "the ranks hold different records"
         assert history.keys() == alone.keys()
@@ -148,8 +174,8 @@ def test_records_are_those_of_the_joined_batch(ran, size, wrap, loss):
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 def test_r2_is_of_the_gradient_that_all_ranks_step_with(ran, wrap):
-    alone, _ = measured(0, 1, "none", 0.0, 0.1, False, True)
-    for history, _ in ran(2, f"trained {wrap}"):
+    alone = measured(0, 1, "none", 0.0, 0.1, False, True)[0]
+    for history, *_ in ran(2, f"trained {wrap}"):
         for tag in ("regularizer/R2", "loss/modified", "loss/R_S"):
             torch.testing.assert_close(history[tag], alone[tag], rtol=1e-8, atol=0)
 
@@ -229,8 +255,9 @@ def failing(rank, size, wrap, bad, where, _):
     return analysis.history, analysis.absent
 
 
-@pytest.mark.parametrize("where", [0, 2, 4])
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("wrap", "where"), [("ddp", 0), ("ddp", 2), ("ddp", 4), ("fsdp", 2)]
+)
 def test_where_one_rank_fails_no_rank_waits(ran, wrap, where):
     name = f"fails {wrap} {where}"
     assert max(ran(2, f"{name} seconds")) < LIMIT / 2
@@ -241,6 +268,21 @@ def test_where_one_rank_fails_no_rank_waits(ran, wrap, where):
         assert "fails/x" not in history
         steps = [step for step, _ in history["sharpness/trace"]]
         assert steps == list(range(STEPS)), "the other measures go on"
+
+
+def drawn(rank, size, _):
+    model = DistributedDataParallel(net())
+    ranks = distributed.ranks_of(model)
+    before = torch.get_rng_state()
+    with ranks.own_draws(model):
+        own = torch.rand(4)
+    return own, torch.equal(before, torch.get_rng_state())
+
+
+def test_draws_of_ones_own_leave_the_common_stream(ran):
+    (first, kept), (second, also) = ran(2, "drawn")
+    assert kept and also
+    assert not torch.equal(first, second)
 
 
 def lacking(rank, size, _):
@@ -293,14 +335,13 @@ def test_ranks_agree_on_the_schedule(ran):
     assert share < 0.4
 
 
-def written(rank, size, wrap, folder):
-    analysis = train(WRAPS[wrap](net()), log_dir=folder)
+def written(rank, size, folder):
+    analysis = train(DistributedDataParallel(net()), log_dir=folder)
     return folder, sorted(analysis.latest)
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
-def test_only_the_first_rank_writes(ran, wrap):
-    (folder, tags), (_, same) = ran(2, f"written {wrap}")
+def test_only_the_first_rank_writes(ran):
+    (folder, tags), (_, same) = ran(2, "written")
     assert tags == same
     assert len(list(Path(folder).iterdir())) == 1
 
@@ -364,9 +405,11 @@ def test_a_replica_that_does_not_say_so_is_warned_of(ran):
 
 SCENARIOS = {
     "noise": (noise_of_masks,),
+    "drawn": (drawn,),
     "lacking": (lacking,),
     "scheduled": (scheduled,),
     "replica": (replica,),
+    "written": (written,),
 }
 for _wrap in ("ddp", "fsdp"):
     for _loss in ("mse", "cross_entropy"):
@@ -376,11 +419,10 @@ for _wrap in ("ddp", "fsdp"):
         )  # fmt: skip
     SCENARIOS[f"trained {_wrap}"] = (measured, _wrap, 0.0, 0.1, False, True)
     SCENARIOS[f"counted {_wrap}"] = (counted, _wrap)
-    for _where in (0, 2, 4):
+    for _where in (0, 2, 4) if _wrap == "ddp" else (2,):
         _bad = 1 if _wrap == "ddp" else 0
         SCENARIOS[f"fails {_wrap} {_where}"] = (failing, _wrap, _bad, _where)
-    SCENARIOS[f"written {_wrap}"] = (written, _wrap)
     SCENARIOS[f"unchanged {_wrap}"] = (unchanged, _wrap)
-SCENARIOS["~forgotten"] = (
-    forgotten,
-)  # the last: the ranks' counts of calls differ then
+# The last: the ranks' counts of calls differ then.
+SCENARIOS["~forgotten"] = (forgotten,)
+OF_FOUR = {"joined mse ddp", "joined cross_entropy fsdp"}

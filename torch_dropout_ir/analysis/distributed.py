@@ -29,8 +29,8 @@ _PEER: Final = (
     "another rank could not go on (it says why), so that no rank has waited for it"
 )
 _HASH: Final = 2**26 - 1  # its square adds up over thousands of ranks
-
-
+# Odd, and within the 32 bits of a seed that the generator of the CPU takes.
+_STRIDE: Final = 0x9E3779B9
 WAIT: Final = datetime.timedelta(minutes=5)
 
 
@@ -181,9 +181,9 @@ class Ranks:
 
     def own_draws(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Give this rank random draws of its own; a measure's are common else."""
-        if not self.rank:
+        if self.size == 1:
             return contextlib.nullcontext()
-        seed = (torch.initial_seed() + self.rank * 2**40) % 2**62
+        seed = (torch.initial_seed() + self.rank * _STRIDE) % 2**62
         return preserved_rng(model, seed)
 
 
