@@ -261,3 +261,18 @@ def test_the_online_r1_takes_the_linear_part_away():
         excess.draw(8)
         plain.append(excess.mean()[0])
     assert values.std() < 0.5 * torch.stack(plain).std()
+
+
+@pytest.mark.parametrize("outlives", [False, True])
+def test_a_pass_keeps_nothing_from_below_the_first_site(outlives):
+    """Diagnostics hold what lies above it; training objectives all of it."""
+    from torch_dropout_ir.regularizers.clean_pass import clean_pass
+
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.2), nn.Linear(4, 4), nn.Dropout(0.3),
+        nn.Linear(4, 1),
+    )  # fmt: skip
+    weights = [net[k].weight for k in (0, 3, 5)]
+    with clean_pass(net, torch.randn(5, 3), outlives=outlives) as clean:
+        found = torch.autograd.grad(clean.outputs.sum(), weights, allow_unused=True)
+    assert [g is not None for g in found] == [outlives, True, True]

@@ -26,8 +26,8 @@ class CleanPass:
 
     Attributes:
         outputs: What the model returned.
-        uses: Each use of a site: the site, its input with its graph, and a zero added
-            to its output.
+        uses: Each use of a site: the site, its input (with its graph where the pass
+            outlives its context), and a zero added to its output.
         last_layer: The linear layer that makes the outputs, where the only source of
             noise is one site that feeds it directly; else None.
         noisy: Whether it drew random numbers, or other noise was switched off in it.
@@ -120,7 +120,8 @@ def clean_pass(
         inputs: Its inputs.
         twice: Whether second derivatives will be taken.
         move_buffers: Whether the pass moves running statistics as training does.
-        outlives: Whether its graph is used after the context.
+        outlives: Whether its graph is used after the context, and down to the
+            parameters; else it begins at the first site.
 
     Yields:
         The pass.
@@ -137,9 +138,11 @@ def clean_pass(
     def perturb(site: Site, h: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             unreachable.append(site.name)
-        delta = torch.zeros_like(h, requires_grad=True)
-        out = h + delta
-        passed.append(_Passed(site, h, h._version, delta, out, out._version))
+        delta = h.new_zeros((), requires_grad=True).expand(h.shape)  # one element
+        held = h if outlives else h.detach()
+        # Nothing below the first site is asked for: what it keeps is let go now.
+        out = (h if passed else held) + delta
+        passed.append(_Passed(site, held, held._version, delta, out, out._version))
         return out
 
     def read(layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:

@@ -39,7 +39,8 @@ def second_order(
     \circ h)] = \sum_j h_j^2 A_{jj}`; one forward and two backward passes, and one more
     backward pass of those a sample, whatever the number of sites and outputs. Exact sum
     (``num_samples=None``): one such pass a unit; where samples are coupled, one an
-    element of the mask.
+    element of the mask. Memory: that of a double backward of what lies above the first
+    site, below a training step's where that is the upper part of the network.
 
     Args:
         model: The network. Of several outputs, those count that the loss reads.

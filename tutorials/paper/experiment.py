@@ -1,0 +1,281 @@
+"""What the scripts of this folder share: options, seeds, resuming, claims, the record.
+
+A script is a list of cells, one for each arm of the experiment and seed. A cell is
+computed once, its result kept under ``--out``, so that a run that was stopped goes on
+where it was. What the paper claims is then decided from the results of all seeds, by
+numbers alone, and written with them to ``results/<figure>.json``.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+PROFILES = ("quick", "default", "paper")
+# One colour for each arm, in every figure.
+COLOURS = {
+    "without": "#4d4d4d",
+    "dropout": "#2166ac",
+    "R1": "#b2182b",
+    "R2": "#1b7837",
+    "start": "#bdbdbd",
+}
+VERDICTS = ("not reproduced", "reproduced in direction", "reproduced")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of the paper, held against every seed.
+
+    Attributes:
+        text: What is claimed.
+        paper: The paper's number, as a person reads it.
+        values: Ours, one for each seed.
+        holds: Whether a value of ours is the paper's, within the tolerance in ``text``.
+        direction: Whether a value at least points the same way.
+        unit: What follows a number.
+    """
+
+    text: str
+    paper: str
+    values: Sequence[float]
+    holds: Callable[[float], bool]
+    direction: Callable[[float], bool]
+    unit: str = ""
+
+    @property
+    def verdict(self):
+        """The worst of the seeds': one that fails is not averaged away."""
+        level = [2 if self.holds(v) else int(self.direction(v)) for v in self.values]
+        return VERDICTS[min(level)] if level else VERDICTS[0]
+
+    @property
+    def ours(self):
+        """Mean over the seeds, and half of the distance between the extremes."""
+        mean = statistics.fmean(self.values)
+        spread = (max(self.values) - min(self.values)) / 2
+        return f"{_short(mean)} ± {_short(spread)}{self.unit}"
+
+
+class Experiment:
+    """The run of one script.
+
+    Args:
+        doc: The script's docstring: its help.
+        figure: Its name, ``fig04`` for instance.
+        options: Added to the script's own: ``(flags, keywords)`` of ``add_argument``.
+    """
+
+    def __init__(self, doc, figure, options=(), arguments=None):
+        parser = argparse.ArgumentParser(
+            description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        size = parser.add_mutually_exclusive_group()
+        size.add_argument("--quick", action="store_true", help="a look, in a minute")
+        size.add_argument(
+            "--paper", action="store_true", help="the paper's own setting, at its size"
+        )
+        parser.add_argument("--seeds", type=int, help="default: 3; with --quick 1")
+        parser.add_argument(
+            "--data-root",
+            type=Path,
+            default=os.environ.get("DROPOUT_IR_DATA", "data"),
+            help="folder of the data sets; what is missing is downloaded to it "
+            "(default: $DROPOUT_IR_DATA, else data)",
+        )
+        parser.add_argument(
+            "--out",
+            type=Path,
+            default=Path("runs/paper"),
+            help="finished cells and TensorBoard runs (default: runs/paper)",
+        )
+        parser.add_argument(
+            "--restart", action="store_true", help="forget what --out holds of it"
+        )
+        for flags, keywords in options:
+            parser.add_argument(*flags, **keywords)
+        self.options = parser.parse_args(arguments)
+        self.profile = PROFILES[1 - self.options.quick + self.options.paper]
+        if self.options.seeds is None:
+            self.options.seeds = 1 if self.options.quick else 3
+        if self.options.seeds < 1:
+            parser.error(f"--seeds: expected at least 1, got {self.options.seeds}")
+        self.title = doc.strip().splitlines()[0]
+        self.figure = figure
+        self.seeds = range(self.options.seeds)
+        self.folder = self.options.out / f"{figure}-{self.profile}"
+        if self.options.restart and self.folder.is_dir():
+            for path in self.folder.glob("*.pt"):
+                path.unlink()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(1)
+
+    def pick(self, quick, default, paper):
+        """The value of this profile."""
+        return {"quick": quick, "default": default, "paper": paper}[self.profile]
+
+    def log_dir(self, arm, seed):
+        """Where the TensorBoard run of a cell goes."""
+        return self.folder / "tensorboard" / f"{arm}-seed{seed}"
+
+    def cell(self, arm, seed, compute):
+        """``compute()``, or what it returned in an earlier run: tensors and numbers."""
+        path = self._path(arm, seed)
+        if path.exists():
+            return torch.load(path, weights_only=True)["result"]
+        torch.manual_seed(seed)
+        self._before, self._began = 0.0, time.perf_counter()
+        result = compute()
+        _save({"result": result, "seconds": self._seconds()}, path)
+        self._part(arm, seed).unlink(missing_ok=True)
+        return result
+
+    def cells(self, arms, compute):
+        """``{arm: [compute(arm, seed) for each seed]}``."""
+        return {
+            arm: [
+                self.cell(arm, seed, lambda a=arm, s=seed: compute(a, s))
+                for seed in self.seeds
+            ]
+            for arm in arms
+        }
+
+    def steps(self, arm, seed, total, state) -> Iterator[int]:
+        """Step numbers under a progress bar, from where the cell was stopped.
+
+        Args:
+            arm: The cell's arm.
+            seed: The cell's seed.
+            total: Number of steps.
+            state: Objects with ``state_dict`` and ``load_state_dict``: model,
+                optimizer, analysis. They and torch's generator are kept every half
+                minute.
+
+        Yields:
+            The number of the step, from 0.
+        """
+        path, first = self._part(arm, seed), 0
+        if path.exists():
+            kept = torch.load(path, weights_only=False)  # our own, of this run
+            for one, saved in zip(state, kept["state"], strict=True):
+                one.load_state_dict(saved)
+            torch.set_rng_state(kept["rng"])
+            first, self._before = kept["step"], kept["seconds"]
+        last = time.perf_counter()
+        bar = tqdm(
+            range(first, total),
+            initial=first,
+            total=total,
+            desc=f"{self.figure} {arm} seed {seed}",
+            mininterval=1,
+        )
+        for step in bar:
+            yield step
+            if (now := time.perf_counter()) - last > 30:
+                kept = {
+                    "state": [one.state_dict() for one in state],
+                    "rng": torch.get_rng_state(),
+                    "step": step + 1,
+                    "seconds": self._seconds(),
+                }
+                _save(kept, path)
+                last = now
+
+    def finish(self, claims, numbers=None, picture=None):
+        """Write the claims and the numbers, print them; the picture's path is kept.
+
+        Args:
+            claims: A list of :class:`Claim`.
+            numbers: What else the figure shows, as JSON holds it.
+            picture: Its PNG.
+
+        Returns:
+            The verdict of the figure: its worst claim's.
+        """
+        verdict = VERDICTS[min(VERDICTS.index(one.verdict) for one in claims)]
+        seconds = sum(
+            torch.load(path, weights_only=True)["seconds"]
+            for path in self.folder.glob("*-seed*.pt")
+            if not path.name.endswith(".part.pt")
+        )
+        record = {
+            "figure": self.figure,
+            "title": self.title,
+            "profile": self.profile,
+            "seeds": len(self.seeds),
+            "seconds": round(seconds),
+            "verdict": verdict,
+            "claims": [
+                {
+                    **{k: v for k, v in asdict(one).items() if k not in _FUNCTIONS},
+                    "values": [float(v) for v in one.values],
+                    "ours": one.ours,
+                    "verdict": one.verdict,
+                }
+                for one in claims
+            ],
+            "numbers": numbers or {},
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        path = self.results / f"{self.figure}.json"
+        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        print(f"\n{self.title} ({self.profile}, {len(self.seeds)} seeds)")
+        for one in claims:
+            print(
+                f"  {one.text}\n    paper {one.paper}, ours {one.ours}: {one.verdict}"
+            )
+        print(f"{verdict}\nnumbers: {path}")
+        if picture is not None:
+            print(f"picture: {picture}")
+        return verdict
+
+    @property
+    def results(self):
+        """Where numbers and pictures go: a quick look stays out of this folder."""
+        if self.profile == "quick":
+            return self.folder
+        path = HERE / "results"
+        path.mkdir(exist_ok=True)
+        return path
+
+    @property
+    def picture(self):
+        """Path of the figure's PNG."""
+        return self.results / f"{self.figure}.png"
+
+    def _path(self, arm, seed):
+        return self.folder / f"{arm}-seed{seed}.pt"
+
+    def _part(self, arm, seed):
+        return self.folder / f"{arm}-seed{seed}.part.pt"
+
+    def _seconds(self):
+        """Of the cell being computed, with those of runs that were stopped."""
+        return self._before + time.perf_counter() - self._began
+
+
+_FUNCTIONS = ("holds", "direction", "values")
+
+
+def _short(value):
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:.3g}" if 1e-2 <= abs(value) < 1e4 else f"{value:.2e}"
+
+
+def _save(what, path):
+    """Whole or not at all: a run may be stopped while it writes."""
+    part = path.with_suffix(".tmp")
+    torch.save(what, part)
+    part.replace(path)

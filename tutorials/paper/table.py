@@ -1,0 +1,67 @@
+"""The table of the figures: README.md of this folder, from results/*.json alone.
+
+python tutorials/paper/table.py
+"""
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TOP = """# The paper, figure by figure
+
+Zhang & Xu, *Implicit Regularization of Dropout*, TPAMI 2024. This page is written by
+`table.py` from `results/*.json`, which the scripts write; nothing in it is typed in.
+`make paper` runs all of them, cheapest first; `make paper ARGS=--quick` has a look at
+each in minutes (its numbers never enter this table). Every script takes `--help`, shows
+its progress, and goes on where it was stopped.
+
+"Ours" is the mean over the seeds ± half of the distance between the extremes. A claim
+is **reproduced** when every seed meets the tolerance that its sentence states, and
+**reproduced in direction** when every seed points the paper's way. Settings other than
+the paper's are stated at the top of each script, where `--paper` restores them.
+"""
+
+
+def rows(record):
+    """Lines of the table: one for each claim."""
+    name = record["figure"]
+    (script,) = HERE.glob(f"{name}_*.py")
+    for k, claim in enumerate(record["claims"]):
+        first = (
+            f"[{record['title']}]({script.name})",
+            f"{_time(record['seconds'])}, {record['seeds']} seeds",
+            f"[picture](results/{name}.png)",
+        )
+        title, cost, picture = first if k == 0 else ("", "", "")
+        yield (
+            f"| {title} | {claim['text']} | {claim['paper']} | {claim['ours']} | "
+            f"**{claim['verdict']}** | {cost} | {picture} |"
+        )
+
+
+def _time(seconds):
+    return f"{seconds} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def main():
+    """Write the page."""
+    records = [json.loads(p.read_text()) for p in sorted(HERE.glob("results/*.json"))]
+    lines = [
+        TOP,
+        "| figure | claim | paper | ours | verdict | one core | |",
+        "|---|---|---|---|---|---|---|",
+        *(line for record in records for line in rows(record)),
+        "",
+        *(
+            f"## {r['title']}\n\n`python tutorials/paper/{script.name}`\n\n"
+            f"![{r['title']}](results/{r['figure']}.png)\n"
+            for r in records
+            for script in HERE.glob(f"{r['figure']}_*.py")
+        ),
+    ]
+    (HERE / "README.md").write_text("\n".join(lines))
+    print(f"{HERE / 'README.md'}: {len(records)} figures")
+
+
+if __name__ == "__main__":
+    main()
