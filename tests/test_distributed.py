@@ -100,12 +100,18 @@ def process(rank, size, folder, names):
 def ran(tmp_path_factory):
     """What each rank found in each scenario: processes are slow to start."""
     done: dict = {}
+    mp.set_forkserver_preload([__name__])
 
     def run(size, name):
         if size not in done:
             folder = tmp_path_factory.mktemp(f"ranks{size}")
             names = [n for n in SCENARIOS if size == 2 or n in OF_FOUR]
-            mp.spawn(process, (size, str(folder), names), nprocs=size)
+            mp.start_processes(
+                process,
+                (size, str(folder), names),
+                nprocs=size,
+                start_method="forkserver",  # torch is imported once for all
+            )
             ranks = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
             done[size] = folder, ranks
         folder, ranks = done[size]
@@ -304,6 +310,31 @@ def test_what_one_rank_lacks_all_leave_out(ran):
     assert first["regularizer/R1"] and "loss/R_S" not in first
 
 
+class OneHead(nn.Module):
+    """Each rank trains a head of its own."""
+
+    def __init__(self, which):
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)]).double()
+        self.which = which
+
+    def forward(self, x):
+        return self.heads[self.which](x)
+
+
+def apart(rank, size, _):
+    model = DistributedDataParallel(OneHead(rank), find_unused_parameters=True)
+    given = {"loss": nn.MSELoss(), "data": next(batches())}
+    analysis = train(model, measures=[measures.Sharpness()], steps=1, **given)
+    return analysis.history, analysis.absent
+
+
+def test_ranks_that_train_other_parameters_get_no_curvature(ran):
+    for history, absent in ran(2, "apart"):
+        assert "the same parameters on every rank" in absent["sharpness"]
+        assert not any(tag.startswith("sharpness") for tag in history)
+
+
 def scheduled(rank, size, _):
     class Counts:
         name = "counts"
@@ -407,6 +438,7 @@ SCENARIOS = {
     "noise": (noise_of_masks,),
     "drawn": (drawn,),
     "lacking": (lacking,),
+    "apart": (apart,),
     "scheduled": (scheduled,),
     "replica": (replica,),
     "written": (written,),
