@@ -6,6 +6,9 @@ from torch import nn
 
 import torch_dropout_ir as tdi
 
+# They import packages that need not be there.
+collect_ignore_glob = ["torch_dropout_ir/integrations/*"]
+
 
 @pytest.fixture(autouse=True)
 def _examples(doctest_namespace):

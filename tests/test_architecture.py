@@ -30,7 +30,17 @@ FLOORS = {
     ),
     2: ("nn", "masks", "regularizers", "condensation", "sharpness"),
     3: ("analysis",),
-    4: ("sinks", "tensorboard", "attach", "demo", "testing", "cli"),
+    4: (
+        "sinks",
+        "tensorboard",
+        "attach",
+        "integrations",
+        "loading",
+        "offline",
+        "demo",
+        "testing",
+        "cli",
+    ),
 }
 # fmt: on
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -6,12 +6,15 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from torch_dropout_ir.analysis import Analysis, Measure, Sink
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import RootHook
+from torch_dropout_ir.analysis.delivery import warn
+from torch_dropout_ir.analysis.distributed import Ranks, ranks_of
 from torch_dropout_ir.analysis.measures import default_measures
 from torch_dropout_ir.functional import fixed_batches, preserved_rng
 from torch_dropout_ir.losses import resolve_loss
@@ -24,10 +27,82 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     A compiled model is called through its wrapper and measured uncompiled; a
     data-parallel one is both called and measured inside.
     """
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
-    inner = getattr(model, "_orig_mod", model)
-    return (inner if isinstance(inner, nn.Module) else model), model
+    inner = watched = model
+    while True:
+        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            watched = inner.module if watched is inner else watched
+            inner = inner.module
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            watched, inner = inner, inner._orig_mod  # type: ignore[assignment]
+        else:
+            return inner, watched
+
+
+def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) -> None:
+    """Say clearly what cannot be watched.
+
+    Raises:
+        ValueError: If parameters have no data, or the optimizer steps others.
+        RuntimeError: If the model has an analysis already.
+    """
+    for hook in watched._forward_pre_hooks.values():
+        if isinstance(hook, RootHook) and hook.call is not None:
+            raise RuntimeError(
+                "attach_analysis: this model has an analysis already. Use that one, or "
+                "`detach()` it first."
+            )
+    empty = [name for name, x in model.named_parameters() if x.is_meta]
+    if empty:
+        raise ValueError(
+            "attach_analysis: expected parameters with data, got "
+            f"{len(empty)} on the meta device ({empty[0]!r} first). Materialize and "
+            "initialize the model, then attach."
+        )
+    own = {id(x) for x in model.parameters()}
+    if optimizer is not None and not any(
+        id(x) in own for group in optimizer.param_groups for x in group["params"]
+    ):
+        raise ValueError(
+            "attach_analysis: expected an `optimizer` that steps parameters of "
+            f"`model`, got a {type(optimizer).__name__} over others. Make it from "
+            "`model.parameters()`, or leave `optimizer` out and it is found."
+        )
+
+
+def _frozen(model: nn.Module) -> str:
+    """Why nothing of a model trains; empty where something does."""
+    if any(x.requires_grad for x in model.parameters()):
+        return ""
+    said = f"{type(model).__name__} has no parameter that requires a gradient"
+    kinds = {str(x.dtype) for x in model.parameters() if not x.is_floating_point()}
+    kinds |= {type(m).__name__ for m in model.modules() if _is_quantized(m)}
+    if kinds:
+        said += f"; it is quantized ({', '.join(sorted(kinds))})"
+    return f"{said}: there is no training to watch, and no sharpness to measure"
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return ".quantized" in type(module).__module__
+
+
+def _torchs_own(optimizer: Any) -> Any:
+    """The optimizer inside a trainer's wrapper, whose steps torch's hooks see."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _ranks(model: nn.Module) -> Ranks:
+    """The ranks that train a model; a replica that does not say so is warned of."""
+    ranks = ranks_of(model)
+    if ranks.size == 1 and dist.is_available() and dist.is_initialized():
+        if dist.get_world_size() > 1:
+            warn(
+                f"{dist.get_world_size()} processes run, but this model is neither "
+                "wrapped in DistributedDataParallel nor sharded by `fully_shard`: each "
+                "process measures and writes for itself. Wrap it first, then attach."
+            )
+    return ranks
 
 
 def attach_analysis(
@@ -50,6 +125,10 @@ def attach_analysis(
     batch of that step and written out. With ``convert=False`` training is bit for bit
     what it is without the analysis: parameters, gradients, buffers, modes and
     generators.
+
+    A model wrapped in ``DistributedDataParallel``, or sharded by ``fully_shard``, is
+    measured by all its ranks together, on their batches as one: call it on each of
+    them, after wrapping. Only the first one writes.
 
     Args:
         model: The model that the script trains.
@@ -78,8 +157,10 @@ def attach_analysis(
 
     Raises:
         TypeError: If ``model`` is no module, or ``loss`` is neither known nor callable.
-        ValueError: If ``loss``, ``every`` or ``budget`` is out of range.
-        RuntimeError: If the model has an analysis already.
+        ValueError: If ``loss``, ``every`` or ``budget`` is out of range, parameters
+            have no data yet (meta device), or ``optimizer`` steps none of the model's.
+        RuntimeError: If the model has an analysis already, or one of the ranks that
+            train it does not attach.
         OSError: If ``log_dir`` cannot be written.
 
     Example:
@@ -103,22 +184,26 @@ def attach_analysis(
             f"{type(optimizer).__name__}"
         )
     inner, watched = unwrap(model)
-    for hook in watched._forward_pre_hooks.values():
-        if isinstance(hook, RootHook) and hook.call is not None:
-            raise RuntimeError(
-                "attach_analysis: this model has an analysis already. Use that one, or "
-                "`detach()` it first."
-            )
+    optimizer = _torchs_own(optimizer)
+    _check(inner, watched, optimizer)
     resolved = None if loss is None else resolve_loss(loss)
     with preserved_rng(inner):
         batches = None if data is None else fixed_batches(data)
     chosen = list(default_measures() if measures is None else measures)
     cadence = Cadence(every, budget, [m.name for m in chosen])
-    places = list(sinks or ())
-    if log_dir is not False:
-        places.append(TensorBoardSink(log_dir))
+    ranks = _ranks(model)
+    ranks.wait_for_all()
+    with ranks.together():
+        places = [] if ranks.rank else list(sinks or ())
+        if log_dir is not False and not ranks.rank:
+            places.append(TensorBoardSink(log_dir))
     analysis = Analysis(
-        inner, watched, resolved, optimizer, cadence, chosen, places, batches, convert
-    )
+        inner, watched, resolved, optimizer, cadence, chosen, places, batches, convert,
+        ranks,
+    )  # fmt: skip
     analysis.attach()
+    frozen = _frozen(inner)
+    if frozen:
+        analysis.notes["training"] = frozen
+        warn(frozen)
     return analysis

@@ -8,8 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from torch_dropout_ir.demo import Settings, run_demo
 from torch_dropout_ir.demo.settings import PIXELS, REDUCED
+from torch_dropout_ir.loading import load_factory, load_loss, load_weights
+from torch_dropout_ir.offline import analyze, on_device
 
 _DEMO = """\
 Trains one network twice, without and with dropout, by full-batch gradient descent with
@@ -30,12 +35,34 @@ and do not condense within the default steps; on whitened components they do.
 """
 
 
+_ANALYZE = """\
+Measures a trained network on data, without training it: R_1 with its error and its part
+of each dropout site, R_S, effective neurons of each layer, top eigenvalue and trace of
+the Hessian. MODULE:FACTORY is a function without arguments in a module that can be
+imported from here:
+
+  torch-dropout-ir analyze --model nets:make --data nets:validation \\
+      --checkpoint run/last.pt --json found.json
+
+Weights are loaded without running code out of the file (weights_only=True). They may
+lie at its top or under state_dict, model_state_dict or model; --key says where else.
+Prefixes of DistributedDataParallel and torch.compile are taken off the names.
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torch-dropout-ir",
         description="What dropout does to a network, measured while it trains.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_analyze(commands)
+    _add_board(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train a network with and without dropout and show the difference",
@@ -69,8 +96,89 @@ def _parser() -> argparse.ArgumentParser:
         default = f"default: {digits} on components, {pixels} on MNIST's pixels"
         demo.add_argument(f"--{name}", type=kind, help=f"{what} ({default})")
     demo.add_argument("--seed", type=int, default=0, help="default: 0")
-    _add_board(commands)
-    return parser
+    demo.set_defaults(run=_run_demo)
+
+
+def _run_demo(chosen: dict[str, Any]) -> None:
+    print(run_demo(Settings.of(**chosen)))
+
+
+def _add_analyze(commands: Any) -> None:
+    verb = commands.add_parser(
+        "analyze",
+        help="measure a checkpoint: R_1, R_S, condensation, sharpness",
+        description=_ANALYZE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, what in (
+        ("model", "what makes the network, without weights"),
+        ("data", "what makes batches (inputs, targets): one, a list, or a loader"),
+    ):
+        verb.add_argument(
+            f"--{name}", required=True, metavar="MODULE:FACTORY", help=what
+        )
+    verb.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights, from torch.save(model.state_dict()); default: as the model is",
+    )
+    verb.add_argument(
+        "--key", help="where in the file the weights are, for example net.state_dict"
+    )
+    verb.add_argument(
+        "--loss",
+        default="cross_entropy",
+        metavar="LOSS",
+        help="cross_entropy, mse, or MODULE:NAME of a module or "
+        "function of outputs and targets (default: %(default)s)",
+    )
+    _add_budget(verb)
+    verb.add_argument("--log-dir", metavar="DIR", help="TensorBoard run to write")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write")
+    verb.set_defaults(run=_run_analyze)
+
+
+def _add_budget(verb: argparse.ArgumentParser) -> None:
+    for name, default, what in (
+        ("batches", 8, "most batches to measure on"),
+        ("masks", 16, "masks a batch where R_1 has no closed form"),
+        ("seed", 0, "seed of everything drawn"),
+    ):
+        verb.add_argument(
+            f"--{name}", type=int, default=default, help=f"{what} (default: {default})"
+        )
+    verb.add_argument("--device", default="cpu", help="default: cpu")
+    verb.add_argument(
+        "--no-sharpness", action="store_true", help="leave the Hessian out: it is dear"
+    )
+
+
+def _run_analyze(chosen: dict[str, Any]) -> None:
+    for name in ("batches", "masks"):
+        if chosen[name] < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {chosen[name]}")
+    torch.manual_seed(chosen["seed"])
+    model = load_factory(chosen["model"], "--model")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model: expected an nn.Module, got {type(model).__name__}")
+    if chosen["checkpoint"] is not None:
+        load_weights(model, chosen["checkpoint"], chosen["key"])
+    data = load_factory(chosen["data"], "--data")
+    loss = load_loss(chosen["loss"])
+    report = analyze(
+        model.to(chosen["device"]),
+        on_device(data, chosen["device"], chosen["batches"]),
+        loss,
+        most_batches=chosen["batches"],
+        num_masks=chosen["masks"],
+        sharpness=not chosen["no_sharpness"],
+        log_dir=chosen["log_dir"],
+        progress=sys.stderr.isatty(),
+    )
+    if chosen["json"] is not None:
+        chosen["json"].write_text(report.as_json() + "\n")
+    print(report)
 
 
 def _add_board(commands: Any) -> None:
@@ -91,20 +199,21 @@ def _add_board(commands: Any) -> None:
         metavar="FILE",
         help="default: dropout-ir-report.html in LOGDIR",
     )
+    board.set_defaults(run=_run_board)
+    report.set_defaults(run=_run_report)
 
 
-def _run(command: str, chosen: dict[str, Any]) -> None:
-    if command == "demo":
-        print(run_demo(Settings.of(**chosen)))
-        return
-    from torch_dropout_ir.tensorboard.board import serve, write_report
+def _run_board(chosen: dict[str, Any]) -> None:
+    from torch_dropout_ir.tensorboard.board import serve
 
-    log_dir = chosen["log_dir"]
-    if command == "board":
-        serve(log_dir, chosen["host"], chosen["port"], not chosen["no_browser"])
-    else:
-        out = chosen["out"] or log_dir / "dropout-ir-report.html"
-        print(write_report(log_dir, out))
+    serve(chosen["log_dir"], chosen["host"], chosen["port"], not chosen["no_browser"])
+
+
+def _run_report(chosen: dict[str, Any]) -> None:
+    from torch_dropout_ir.tensorboard.board import write_report
+
+    out = chosen["out"] or chosen["log_dir"] / "dropout-ir-report.html"
+    print(write_report(chosen["log_dir"], out))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,11 +227,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrong arguments.
     """
     chosen = vars(_parser().parse_args(arguments))
+    chosen.pop("command")
+    run = chosen.pop("run")
     try:
-        _run(chosen.pop("command"), chosen)
-    except (ValueError, OSError, ImportError) as err:
+        run(chosen)
+    except (ValueError, TypeError, OSError, ImportError) as err:
         print(f"torch-dropout-ir: {err}", file=sys.stderr)
-        return 2 if isinstance(err, ValueError) else 1
+        return 2 if isinstance(err, (ValueError, TypeError)) else 1
     except KeyboardInterrupt:
         print("torch-dropout-ir: interrupted", file=sys.stderr)
         return 130

@@ -7,29 +7,33 @@ import copy
 import dataclasses
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from torch_dropout_ir.analysis.attempts import Attempts
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import Capture
-from torch_dropout_ir.analysis.delivery import Delivery, warn
+from torch_dropout_ir.analysis.delivery import Delivery
+from torch_dropout_ir.analysis.distributed import Ranks, gathered_model
 from torch_dropout_ir.analysis.facts import run_facts
 from torch_dropout_ir.analysis.records import Record, Sink, remember
 from torch_dropout_ir.analysis.replay import own_statistics
+from torch_dropout_ir.analysis.schedule import Schedule
 from torch_dropout_ir.analysis.snapshot import (
     Measure,
     Snapshot,
+    labels,
     received_gradients,
-    take,
+    runs_model,
     theory_note,
 )
 from torch_dropout_ir.analysis.steps import OptimizerSteps
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
-from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.functional import Batch, Inputs
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.nn import convert_dropout_, is_convertible, restore_dropout_
@@ -46,6 +50,8 @@ class Analysis:
         history: Every number recorded, by tag, as ``(step, value)``.
         absent: Measures left out the last time, with the reason.
         notes: How a number was obtained, by tag.
+        targets_of: Where no loss module shows the targets: what finds them by the
+            inputs of the pass. By default the argument ``labels``.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class Analysis:
         sinks: Sequence[Sink],
         data: list[Batch] | None,
         convert: bool,
+        ranks: Ranks,
     ) -> None:
         self.model = model
         self.loss = loss
@@ -69,14 +76,17 @@ class Analysis:
         self.notes: dict[str, str] = {}
         self._steps = OptimizerSteps(model, optimizer)
         self._cadence = cadence
-        self._measures = list(measures)
+        self._ranks = ranks
+        self._attempts = Attempts(measures, ranks, self.absent)
+        self._schedule = Schedule(cadence, self._attempts, ranks)
         self._delivery = Delivery(sinks)
         self._data = data
         self._convert = convert
         self._converted: list[nn.Module] = []
-        self._seed = torch.initial_seed() % 2**62
+        seed = ranks.first({"seed": float(torch.initial_seed() % 2**52)})
+        self._seed = int(seed["seed"])
         self._clock = time.perf_counter()
-        self._due = set(cadence.due(0))
+        self._due: set[str] = set()
         # A compiled wrapper draws other masks than the model inside it would.
         self._capture = Capture(watched, model if watched is model else None)
         self._handles = contextlib.ExitStack()
@@ -84,6 +94,7 @@ class Analysis:
         self._attached = False
         self._loaded: dict[str, MaskStatistics] = {}
         self._leave = weakref.finalize(self, self._handles.close)
+        self.targets_of: Callable[[Inputs], Any] = labels
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:
@@ -112,15 +123,17 @@ class Analysis:
 
     def _plan(self) -> None:
         """Decide what the coming step must show."""
-        self._due = set(self._cadence.due(self.step))
+        self._due = self._schedule.due(self.step)
         self._capture.want_masks = "masks" in self._due
-        needed = [m.needs for m in self._measures if m.name in self._due]
+        needed = [m.needs for m in self._attempts.measures if m.name in self._due]
         self._capture.want_targets = any(
             n & {"targets", "batches", "loss"} for n in needed
         )
 
     def measure(self) -> dict[str, float]:
         """Take all measures now, off cadence, on the batch last seen.
+
+        Of ranks that train together, all have to call it.
 
         Returns:
             The numbers recorded, by tag.
@@ -134,7 +147,7 @@ class Analysis:
                 "`attach_analysis(model)`."
             )
         before = {tag: len(values) for tag, values in self.history.items()}
-        self._measure_safely({m.name for m in self._measures})
+        self._measure_safely({m.name for m in self._attempts.measures})
         return {
             tag: values[-1][1]
             for tag, values in self.history.items()
@@ -150,6 +163,9 @@ class Analysis:
         self._capture.paused = True
         try:
             seconds = self._take_and_write(names)
+        except Exception as err:
+            self._attempts.fail("capture", err, self.step)
+            seconds = dict.fromkeys(names, 0.0)
         finally:
             self._capture.paused = False
             self._capture.end_step()
@@ -161,74 +177,51 @@ class Analysis:
 
     def _take_and_write(self, names: set[str]) -> dict[str, float]:
         """Take the named measures, write their records, return what each took."""
-        try:
-            snapshot = self._snapshot()
-        except Exception as err:
-            self._fail("capture", err)
-            return dict.fromkeys(names, 0.0)
-        records: dict[str, Record] = {}
-        seconds: dict[str, float] = {}
-        for measure in self._measures:
-            if measure.name not in names:
-                continue
-            started = time.perf_counter()
-            reason = snapshot.lacks(measure.needs)
-            if reason is None:
-                records.update(self._take(measure, snapshot))
+        with self._ranks.together():
+            snapshot = self._snapshot(names).agree()
+        self.absent.pop("capture", None)
+        seed = (self._seed + 2 * self.step) % 2**62
+        records, seconds = self._attempts.take(snapshot, names, seed)
+        if "masks" in seconds:
+            seconds["masks"] += self._capture.spent()
+        cost = {"cost/share": self._cadence.share}
+        for name, own in seconds.items():
+            if name in self.absent:
+                self._cadence.put_off(name, self.step)
             else:
-                self.absent[measure.name] = reason
-            seconds[measure.name] = time.perf_counter() - started
-            if measure.name == "masks":
-                seconds["masks"] += self._capture.spent()
-            if reason is None:
-                records[f"cost/seconds/{measure.name}"] = seconds[measure.name]
-        records["cost/share"] = self._cadence.share
+                cost[f"cost/seconds/{name}"] = own
+        records.update(self._ranks.first(cost))
         self.notes.update(snapshot.notes)
         self.absent.update(snapshot.absent)
         self._write(records)
         return seconds
 
-    def _take(self, measure: Measure, snapshot: Snapshot) -> Mapping[str, Record]:
-        seed = (self._seed + 2 * self.step) % 2**62
-        try:
-            records = take(measure, snapshot, seed)
-        except Exception as err:
-            self._fail(measure.name, err)
-            return {}
-        self.absent.pop(measure.name, None)
-        return records
-
-    def _fail(self, name: str, err: Exception) -> None:
-        reason = f"{type(err).__name__}: {err}"
-        if self.absent.get(name) != reason:
-            warn(
-                f"the measure {name!r} failed at step {self.step} ({reason}); training "
-                "goes on without it."
-            )
-        self.absent[name] = reason
-
     def _write(self, records: dict[str, Record]) -> None:
         remember(self.history, self.step, records)
         self._delivery.write(self.step, records, self.notes)
 
-    def _snapshot(self) -> Snapshot:
+    def _snapshot(self, names: set[str]) -> Snapshot:
         capture = self._capture
-        capture.observe()
+        runs = any(runs_model(m) for m in self._attempts.measures if m.name in names)
+        model = gathered_model(self.model) if runs else self.model
+        capture.observe(model)
         if not self._loss_given and capture.loss_module is not None:
             with contextlib.suppress(ValueError):
                 # A copy: its buffers are the script's.
                 self.loss = resolve_loss(copy.deepcopy(capture.loss_module))
         batch, on_data = (capture.inputs, capture.targets), False
-        if capture.targets is None and self._data:
+        if batch[1] is None and capture.inputs is not None:
+            batch = capture.inputs, self.targets_of(capture.inputs)
+        if batch[1] is None and self._data:
             batch, on_data = self._data[0], True
         seen = None if batch[1] is None else [batch]
         optimizer = self._steps.optimizer
         self.notes.update(theory_note(optimizer) | run_facts(self, optimizer))
         lr, gradients = received_gradients(self.model, optimizer)
         return Snapshot(
-            model=self.model,
+            model=model,
             step=self.step,
-            sites=(*active_sites(self.model), *capture.calls.values()),
+            sites=(*active_sites(model), *capture.calls.values()),
             loss=self.loss,
             inputs=batch[0],
             targets=batch[1],
@@ -237,6 +230,7 @@ class Analysis:
             lr=lr,
             gradients=gradients,
             statistics=self._statistics(),
+            ranks=self._ranks,
         )
 
     def _statistics(self) -> dict[str, MaskStatistics]:
@@ -277,6 +271,9 @@ class Analysis:
         self._loaded = {
             name: MaskStatistics(**seen) for name, seen in state["statistics"].items()
         }
+        if self._ranks.rank:
+            self._loaded = {}  # counts add over ranks: the first one goes on with them
+        self._schedule.restart()
         self._cadence.load_state_dict(state["cadence"])
         self._plan()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -57,11 +58,37 @@ class Cadence:
         self.measured_seconds += seconds
         self._debt[name] += seconds
 
+    def put_off(self, name: str, step: int) -> None:
+        """Look for what a measure lacks no more often than if it cost a step."""
+        self._debt[name] += self.training_seconds / max(1, step)
+
+    def wait(self, step: int) -> int:
+        """Return the steps until something may be due, at the pace so far.
+
+        At most as many again as were made, since the pace of the first steps says
+        little.
+        """
+        earned = self._earning * self.training_seconds / max(1, step)
+        least = min(self._debt.values(), default=0.0)
+        return max(1, min(step, math.ceil(least / earned) if earned else 1))
+
     @property
     def share(self) -> float:
         """Share of the analysis in the whole time so far."""
         whole = self.measured_seconds + self.training_seconds
         return self.measured_seconds / whole if whole > 0 else 0.0
+
+    def numbers(self) -> dict[str, float]:
+        """Return what decides when a measure is due."""
+        debts = {f"debt of {name}": debt for name, debt in self._debt.items()}
+        times = {"measured": self.measured_seconds, "training": self.training_seconds}
+        return debts | times
+
+    def load_numbers(self, numbers: dict[str, float]) -> None:
+        """Go on from the :meth:`numbers` of another cadence with the same measures."""
+        self._debt = {name: numbers[f"debt of {name}"] for name in self._debt}
+        self.measured_seconds = numbers["measured"]
+        self.training_seconds = numbers["training"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` needs to go on."""

@@ -164,14 +164,18 @@ class Capture:
             self.loss_module, self.targets = module, args[1]
             self.end_step()
 
-    def observe(self) -> None:
-        """Look at the masks of the last pass, where it was one to look at."""
+    def observe(self, model: nn.Module) -> None:
+        """Look at the masks of the last pass, where it was one to look at.
+
+        Args:
+            model: The model to run again: the own one, or a copy that runs alone.
+        """
         start, self._start = self._start, None
         if start is None or self.inputs is None or self.model is None:
             return
         started = time.perf_counter()
         try:
-            found = replay(self.model, self.inputs, start)
+            found = replay(model, self.inputs, start)
         except Exception as err:  # a measure of its own: training goes on
             warn(f"the masks of this step were not observed: {err}")
         else:

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.records import Record, plain
-from torch_dropout_ir.functional import Batch, preserved_rng, unmoved_buffers
+from torch_dropout_ir.functional import (
+    Batch,
+    Inputs,
+    preserved_rng,
+    unmoved_buffers,
+)
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.sites import Site
@@ -39,6 +45,9 @@ class Snapshot:
         on_data: Whether the batch is of the user's `data`, not the step's own.
         notes: Where a measure says by tag how a number was obtained.
         absent: Where a measure says by tag why it left a number out.
+        ranks: The processes that train together, each with a batch of its own. All
+            take a measure at once, from one seed; it merges its sums over them. What
+            the first one returns is written.
     """
 
     model: nn.Module
@@ -54,11 +63,21 @@ class Snapshot:
     on_data: bool = False
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
+    ranks: Ranks = dataclasses.field(default_factory=Ranks)
 
     @property
     def batch(self) -> Batch:
         """The last batch as ``(inputs, targets)``."""
         return self.inputs, self.targets
+
+    def agree(self) -> Snapshot:
+        """Let go of what not all ranks have, and return itself."""
+        names = ("loss", "inputs", "targets", "batches", "lr", "gradients")
+        missing = {name: float(getattr(self, name) is None) for name in names}
+        for name, count in self.ranks.sum(missing).items():
+            if count:
+                setattr(self, name, None)
+        return self
 
     def lacks(self, needs: frozenset[Need]) -> str | None:
         """Return the reason why a measure with these needs cannot be taken, or None."""
@@ -89,6 +108,11 @@ _LACKING: Final[dict[Need, str]] = {
     "gradients": "no optimizer step with gradients of this model was seen yet",
     "masks": "no mask was observed yet",
 }
+
+
+def labels(inputs: Inputs) -> Any:
+    """Return the argument ``labels`` of a pass, as models are called that take them."""
+    return inputs.kwargs.get("labels")
 
 
 def received_gradients(
@@ -156,6 +180,11 @@ class Measure(Protocol):
 
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return records by tag."""
+
+
+def runs_model(measure: Measure) -> bool:
+    """Whether a measure needs more than the gradients that the optimizer has."""
+    return not measure.needs or measure.needs - {"gradients", "sites"} != frozenset()
 
 
 def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:

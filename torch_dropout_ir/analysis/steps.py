@@ -52,7 +52,7 @@ class OptimizerSteps:
             A function that ends the watch.
         """
         handles = (
-            register_optimizer_step_pre_hook(self._calling(before)),
+            register_optimizer_step_pre_hook(self._calling_before(before)),
             register_optimizer_step_post_hook(self._calling(after)),
         )
 
@@ -69,6 +69,30 @@ class OptimizerSteps:
             call = weak()
             if call is not None and self._counts(optimizer):
                 call()
+
+        return hook
+
+    def _calling_before(self, method: Callable[[], None]) -> Callable[..., Any]:
+        plain = self._calling(method)
+
+        def hook(
+            optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Any:
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            if closure is None:
+                return plain(optimizer)
+            # Forward and backward passes are in the closure: the step comes after it.
+            first = iter((True,))
+
+            def watched() -> Any:
+                loss = closure()
+                if next(first, False):
+                    plain(optimizer)
+                return loss
+
+            if len(args) > 1:
+                return (args[0], watched, *args[2:]), kwargs
+            return args, {**kwargs, "closure": watched}
 
         return hook
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from torch_dropout_ir.analysis.records import Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
+from torch_dropout_ir.masks import MaskStatistics
 
 
 class Masks:
@@ -17,10 +20,32 @@ class Masks:
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``mask/keep_rate/<site>`` and ``mask/z_score/<site>``."""
         records: dict[str, Record] = {}
-        for site, seen in snapshot.statistics.items():
+        for site, seen in _merged(snapshot).items():
             if not seen.num_elements:
                 continue
             records[f"mask/keep_rate/{site}"] = seen.keep_rate
             if seen.variance > 0:
                 records[f"mask/z_score/{site}"] = seen.z_score
         return records
+
+
+def _merged(snapshot: Snapshot) -> dict[str, MaskStatistics]:
+    """Statistics of all ranks, without the counts of units."""
+    if snapshot.ranks.size == 1:
+        return snapshot.statistics
+    kept = ("num_elements", "num_kept", "expected_kept", "variance")
+    total = snapshot.ranks.sum({
+        f"{name} {site}": float(getattr(seen, name))
+        for site, seen in snapshot.statistics.items()
+        for name in kept
+    })
+    sites = {key.partition(" ")[2] for key in total}
+    return {
+        site: MaskStatistics(
+            num_elements=int(total[f"num_elements {site}"]),
+            num_kept=torch.tensor(int(total[f"num_kept {site}"])),
+            expected_kept=total[f"expected_kept {site}"],
+            variance=total[f"variance {site}"],
+        )
+        for site in sorted(sites)
+    }

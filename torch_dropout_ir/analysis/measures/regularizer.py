@@ -7,8 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.analysis.distributed import gathered
 from torch_dropout_ir.analysis.records import Record
 from torch_dropout_ir.analysis.snapshot import NO_SITE, Need, Snapshot
+from torch_dropout_ir.functional import Batch, batch_size
+from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers import Estimate, gradient_norm
 from torch_dropout_ir.regularizers.online import online
 
@@ -29,29 +32,56 @@ class Regularizer:
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``regularizer/R1``, its sites and error, ``loss/R_S`` and modified."""
         assert snapshot.loss is not None  # by `needs`
-        found, how, clean = online(
-            snapshot.model, snapshot.batch, snapshot.loss, num_masks=self.num_masks
-        )
-        records: dict[str, Record] = {}
+        with snapshot.ranks.own_draws(snapshot.model):
+            found, how, clean = online(
+                snapshot.model, snapshot.batch, snapshot.loss, num_masks=self.num_masks
+            )
+        joined = _joined(snapshot, found, clean)
+        records: dict[str, Record] = {**joined}
         if snapshot.sites:
-            records = _r1_records(found)
             snapshot.notes["regularizer/R1"] = how
         else:
+            records = {tag: joined[tag] for tag in joined if tag == "loss/R_S"}
             snapshot.absent["regularizer/R1"] = NO_SITE
         if clean is not None:
-            risk = float(clean)
-            records["loss/R_S"] = risk
-            records |= _modified_loss(snapshot, risk + float(found.value))
+            modified = joined["loss/R_S"] + joined["regularizer/R1"]
+            records |= _modified_loss(snapshot, modified)
         return records
 
 
-def _r1_records(found: Estimate) -> dict[str, Record]:
-    parts = {f"regularizer/R1/{site}": float(x) for site, x in found.per_site.items()}
-    return {
-        "regularizer/R1": float(found.value),
-        "regularizer/R1_standard_error": float(found.standard_error),
-        **parts,
-    }
+def _joined(
+    snapshot: Snapshot, found: Estimate, clean: Tensor | None
+) -> dict[str, float]:
+    """R_1 and R_S of the batches of all ranks as one."""
+    means = {f"regularizer/R1/{site}": float(x) for site, x in found.per_site.items()}
+    means["regularizer/R1"] = float(found.value)
+    if clean is not None:
+        means["loss/R_S"] = float(clean)
+    squared = {"error": float(found.standard_error) ** 2}
+    means, squared = snapshot.ranks.join(_weight(snapshot), means, squared)
+    return {**means, "regularizer/R1_standard_error": squared["error"] ** 0.5}
+
+
+def terms(loss: Loss, batch: Batch) -> float:
+    """Return the number of terms that a mean over ``batch`` is of, or their weights."""
+    targets = batch[1]
+    if not isinstance(targets, Tensor):
+        return float(batch_size(batch))
+    if loss.kind != "cross_entropy" or targets.is_floating_point():
+        return float(targets.numel())
+    counted = targets[targets != loss.option("ignore_index", -100)]
+    weight = loss.option("weight", None)
+    return float(counted.numel() if weight is None else weight[counted].sum())
+
+
+def _weight(snapshot: Snapshot) -> float | None:
+    """What this rank's means count for; None where the loss adds."""
+    assert snapshot.loss is not None  # by `needs`
+    if snapshot.ranks.size == 1:
+        return 1.0  # nothing to weigh it against
+    if snapshot.loss.reduction == "sum":
+        return None
+    return terms(snapshot.loss, snapshot.batch)
 
 
 def _modified_loss(snapshot: Snapshot, risk: float) -> dict[str, Record]:
@@ -73,8 +103,11 @@ def received_r2(gradients: Mapping[str, Tensor], lr: Mapping[str, float]) -> flo
     Returns:
         The sum over parameters, each with its own learning rate.
     """
-    terms = [lr[n] / 4 * g.double().square().sum() for n, g in gradients.items()]
-    return float(torch.stack([t.cpu() for t in terms]).sum()) if terms else 0.0
+    parts = [
+        gathered(lr[n] / 4 * g.double().square().sum()).cpu()
+        for n, g in gradients.items()
+    ]
+    return float(torch.stack(parts).sum()) if parts else 0.0
 
 
 class ReceivedGradient:
@@ -109,10 +142,13 @@ class DropoutNoise:
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``regularizer/R2_dropout_noise``."""
         assert snapshot.lr is not None  # by `needs`
-        found = gradient_norm(
-            snapshot.model, snapshot.batch, snapshot.loss, lr=snapshot.lr
-        )
+        with snapshot.ranks.own_draws(snapshot.model):
+            found = gradient_norm(
+                snapshot.model, snapshot.batch, snapshot.loss, lr=snapshot.lr
+            )
+        noise = {"noise": float(found.dropout_noise)}
+        _, joined = snapshot.ranks.join(_weight(snapshot), {}, noise)
         snapshot.notes["regularizer/R2_dropout_noise"] = (
             "of two masks on one batch, never clipped"
         )
-        return {"regularizer/R2_dropout_noise": float(found.dropout_noise)}
+        return {"regularizer/R2_dropout_noise": joined["noise"]}

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from torch_dropout_ir import sharpness
+from torch_dropout_ir.analysis.measures.regularizer import terms
 from torch_dropout_ir.analysis.records import Histogram, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
+from torch_dropout_ir.functional import as_batches
 
 _KINDS: Final = {
     "exact": "exact: the network is piecewise linear in the weights of each layer",
@@ -64,25 +67,38 @@ class Sharpness:
             reason = f"more than {self.max_parameters} parameters: set `max_parameters`"
             snapshot.absent["sharpness/top_eigenvalue"] = reason
             return {}
-        op = sharpness.hessian(
+        own = sharpness.hessian(
             snapshot.model,
             snapshot.loss,
             snapshot.batches,
             params=self._used(snapshot, frozenset(trained)),
         )
+        op: Any = own if snapshot.ranks.size == 1 else _Joined(own, snapshot)
         top = sharpness.top_eigenvalues(
             op, tol=self.tol, max_matvecs=self.max_matvecs, start=self._start(op)
         )
         self._last = top.vectors[0]
-        found = sharpness.trace(op, num_matvecs=self.trace_matvecs)
-        snapshot.notes["sharpness/trace"] = _KINDS[found.method]
         return {
             "sharpness/top_eigenvalue": float(top.values[0]),
             "sharpness/top_eigenvalue_residual": float(top.residuals[0]),
-            "sharpness/trace": float(found.value),
-            "sharpness/trace_standard_error": float(found.standard_error),
+            **self._trace(own, snapshot),
             **self._density(op),
             **self._slice(snapshot),
+        }
+
+    def _trace(self, own: Any, snapshot: Snapshot) -> dict[str, Record]:
+        """The trace; of ranks, the mean of theirs, each from draws of its own."""
+        with snapshot.ranks.own_draws(snapshot.model):
+            found = sharpness.trace(own, num_matvecs=self.trace_matvecs)
+        snapshot.notes["sharpness/trace"] = _KINDS[found.method]
+        mean, squared = snapshot.ranks.join(
+            _weight(snapshot),
+            {"trace": float(found.value)},
+            {"trace": float(found.standard_error) ** 2},
+        )
+        return {
+            "sharpness/trace": mean["trace"],
+            "sharpness/trace_standard_error": squared["trace"] ** 0.5,
         }
 
     def _used(self, snapshot: Snapshot, names: frozenset[str]) -> list[str]:
@@ -91,6 +107,12 @@ class Sharpness:
             used = sharpness.used_parameters(
                 snapshot.model, snapshot.loss, snapshot.batches
             )
+            counts = snapshot.ranks.sum(dict.fromkeys(used, 1.0))
+            if apart := [n for n, k in counts.items() if k < snapshot.ranks.size]:
+                raise ValueError(
+                    "sharpness: expected a loss that depends on the same parameters on "
+                    f"every rank, got one that does on {apart} on some alone"
+                )
             self._names = names, used
         return self._names[1]
 
@@ -126,7 +148,40 @@ class Sharpness:
         losses = sharpness.loss_slice(
             snapshot.model, snapshot.loss, snapshot.batches, alphas, direction
         )
+        heights = {str(k): float(x) for k, x in enumerate(losses)}
+        heights, _ = snapshot.ranks.join(_weight(snapshot), heights)
+        losses = torch.tensor(list(heights.values()), dtype=torch.float64)
         if not bool((losses.isfinite() & (losses >= 0)).all()):
             return {}
         half = 1 / max(1, self.slice_points - 1)
         return {"sharpness/loss_slice": Histogram(losses, -1 - half, 1 + half)}
+
+
+def _weight(snapshot: Snapshot) -> float | None:
+    """What this rank's batches count for; None where the loss adds."""
+    assert snapshot.loss is not None  # by `needs`
+    if snapshot.ranks.size == 1:
+        return 1.0  # nothing to weigh it against
+    if snapshot.loss.reduction == "sum":
+        return None
+    return sum(terms(snapshot.loss, batch) for batch in as_batches(snapshot.batches))
+
+
+class _Joined:
+    """The Hessian on the batches of all ranks as one: each product is summed over them.
+
+    All ranks draw the same vectors, since a measure starts them at the same seed.
+    """
+
+    def __init__(self, op: Any, snapshot: Snapshot) -> None:
+        self._op = op
+        self._ranks = snapshot.ranks
+        self.params = op.params
+        self.shape, self.dtype, self.device = op.shape, op.dtype, op.device
+        weight = _weight(snapshot)
+        self._share = 1.0
+        if weight is not None:
+            self._share = weight / snapshot.ranks.sum({"terms": weight})["terms"]
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self._ranks.sum_of(self._share * (self._op @ v))

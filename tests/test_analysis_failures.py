@@ -1,0 +1,372 @@
+"""Whatever fails, training goes on; whatever cannot be watched is said at once."""
+
+import dataclasses
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import torch_dropout_ir as tdi
+from torch_dropout_ir.analysis import attempts, measures
+from torch_dropout_ir.analysis.cadence import Cadence
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5),
+        nn.Linear(16, 3),
+    )  # fmt: skip
+
+
+def train(model, steps, loss=None, **options):
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    torch.manual_seed(1)
+    options = {"log_dir": False, "every": 1, **options}
+    with tdi.attach_analysis(model, loss, **options) as analysis:
+        for _ in range(steps):
+            sgd.zero_grad()
+            nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
+            sgd.step()
+    return analysis
+
+
+class Says:
+    """Calls a function of the step."""
+
+    name = "says"
+    needs = frozenset()
+
+    def __init__(self, function):
+        self.function = function
+        self.tried = []
+
+    def __call__(self, snapshot):
+        self.tried.append(snapshot.step)
+        return {"says/x": self.function(snapshot.step)}
+
+
+def fails(_):
+    raise MemoryError("full")
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), torch.tensor(-torch.inf)]
+)
+def test_what_is_no_number_is_left_out_with_the_reason(value):
+    says = Says(lambda step: value if step < 2 else 1.0)
+    analysis = train(mlp(), 2, measures=[says])
+    assert "says/x" not in analysis.latest
+    assert f"{float(value)} at step 1" in analysis.absent["says/x"]
+    says.tried.clear()
+    analysis = train(mlp(), 4, measures=[says])
+    assert analysis.history["says/x"] == [(2, 1.0), (3, 1.0)]
+    assert not analysis.absent
+
+
+def test_a_failing_measure_is_retried_ever_less_often_and_switched_off():
+    says = Says(fails)
+    with pytest.warns(UserWarning, match="MemoryError: full") as caught:
+        analysis = train(mlp(), 400, measures=[says])
+    assert len(says.tried) == attempts.MOST_FAILURES
+    gaps = [b - a for a, b in zip(says.tried, says.tried[1:], strict=False)]
+    assert says.tried[0] == 0 and gaps == sorted(gaps) and gaps[-1] > 4 * gaps[1]
+    assert "switched off after 6 failures; MemoryError: full" in analysis.absent["says"]
+    assert len(caught) == 2, "when it fails first, and when it is switched off"
+    assert "switched off" in analysis.summary()
+
+
+def test_a_measure_that_works_again_is_taken_again():
+    def at_first(step):
+        return fails(step) if step < 5 else float(step)
+
+    says = Says(at_first)
+    with pytest.warns(UserWarning, match="full"):
+        analysis = train(mlp(), 40, measures=[says])
+    steps = [step for step, _ in analysis.history["says/x"]]
+    assert 5 <= steps[0] < 12 and steps == list(range(steps[0], 40))
+    assert not analysis.absent
+
+
+def test_what_is_switched_off_can_be_measured_by_hand():
+    says = Says(fails)
+    with pytest.warns(UserWarning, match="full"):
+        model = mlp()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        with tdi.attach_analysis(
+            model, log_dir=False, every=1, measures=[says]
+        ) as analysis:
+            for _ in range(400):
+                sgd.step()
+            says.function = lambda step: 2.0
+            assert analysis.measure()["says/x"] == 2.0
+
+
+def test_an_unsupported_operation_leaves_the_other_measures():
+    class Once(torch.autograd.Function):
+        """It has a gradient that has none."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return g
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x):
+            return Once.apply(self.body(x))
+
+    with pytest.warns(UserWarning, match="sharpness"):
+        analysis = train(Model(), 3)
+    assert "once differentiable" in analysis.absent["sharpness"]
+    assert len(analysis.history["regularizer/R1"]) == 3
+    assert len(analysis.history["condensation/effective_ratio/body.0"]) == 3
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_an_interrupt_in_a_measure_leaves_nothing_behind(convert):
+    class Stops(measures.Regularizer):
+        def __call__(self, snapshot):
+            def stop(*_):
+                raise KeyboardInterrupt
+
+            torch.rand(5)
+            for module in snapshot.model.modules():
+                module.eval()
+            handle = snapshot.model[4].register_forward_hook(stop)
+            try:
+                return super().__call__(snapshot)
+            finally:
+                handle.remove()
+                snapshot.model.train()
+
+    def anatomy(model):
+        return [
+            (type(m), m.training, sorted(m.__dict__), len(m._forward_hooks),
+             len(m._forward_pre_hooks)) for m in model.modules()
+        ]  # fmt: skip
+
+    model = mlp()
+    before = anatomy(model)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    x, y = torch.randn(8, 6), torch.randn(8, 3)
+    analysis = tdi.attach_analysis(
+        model, "mse", log_dir=False, every=1, convert=convert, measures=[Stops()]
+    )
+    nn.MSELoss()(model(x), y).backward()
+    kept = [v.clone() for v in (*model.state_dict().values(), torch.get_rng_state())]
+    with pytest.raises(KeyboardInterrupt):
+        sgd.step()
+    now = [*model.state_dict().values(), torch.get_rng_state()]
+    assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+    analysis.detach()
+    assert anatomy(model) == before
+    assert not nn.modules.module._global_forward_hooks
+
+
+SCRIPT = """
+import resource, sys, time, warnings
+import torch, torch_dropout_ir as tdi
+from torch import nn
+if sys.argv[2] == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+model = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Dropout(), nn.Linear(40, 2))
+sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+analysis = tdi.attach_analysis(model, nn.MSELoss(), log_dir=sys.argv[1], every=1)
+for step in range(int(sys.argv[3])):
+    sgd.zero_grad()
+    nn.MSELoss()(model(torch.randn(8, 4)), torch.randn(8, 2)).backward()
+    sgd.step()
+print("trained", step + 1, analysis.latest["regularizer/R1"], flush=True)
+"""
+
+
+def started(folder, how, steps):
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder), how, str(steps)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def steps_in(folder):
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    if "regularizer/R1" not in found.Tags()["scalars"]:
+        return []
+    return [event.step for event in found.Scalars("regularizer/R1")]
+
+
+def test_on_a_full_disk_training_goes_on(tmp_path):
+    with started(tmp_path, "full", 40) as process:
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "trained 40" in out
+    assert "TensorBoardSink" in err and "`history` goes on" in err
+    assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 20_000
+
+
+def test_killed_at_any_moment_what_was_flushed_is_readable(tmp_path):
+    with started(tmp_path, "killed", 10**9) as process:
+        deadline = time.time() + 60
+        while time.time() < deadline and len(steps_in(tmp_path)) < 5:
+            time.sleep(0.5)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    steps = steps_in(tmp_path)
+    assert len(steps) >= 5 and steps == list(range(len(steps)))
+
+
+def test_off_cadence_there_are_two_hooks_and_no_more():
+    model, seen = mlp(), []
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def count(*_):
+        every = [h for m in model.modules() for h in m._forward_hooks.values()]
+        every += [h for m in model.modules() for h in m._forward_pre_hooks.values()]
+        seen.append(len(every) + len(nn.modules.module._global_forward_hooks) - 1)
+
+    model[0].register_forward_hook(count)
+    with tdi.attach_analysis(model, log_dir=False, every=3):
+        for _ in range(3):
+            nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
+            sgd.step()
+        for off_cadence in (False, True, True):
+            outputs = model(torch.randn(8, 6))
+            assert bool(nn.modules.module._global_forward_hooks) != off_cadence
+            outputs.sum().backward()
+            sgd.step()
+            if not off_cadence:
+                seen.clear()  # the measures' own passes
+        assert seen == [2, 2]
+
+
+def test_state_resumes_the_schedule():
+    cadence = Cadence("auto", 0.1, ["dear", "cheap"])
+    cadence.measured("dear", 5.0)
+    cadence.trained(1.0)
+    model = mlp()
+    first = train(model, 4, every="auto", budget=0.5)
+    second = tdi.attach_analysis(model, log_dir=False, budget=0.5)
+    second.load_state_dict(first.state_dict())
+    second.detach()
+    assert second._cadence.numbers() == first._cadence.numbers()
+    assert second.history == first.history and second.step == 4
+    other = Cadence("auto", 0.1, ["dear", "cheap"])
+    other.load_state_dict(cadence.state_dict())
+    assert other.due(1) == cadence.due(1) == ["cheap"]
+
+
+def test_what_lacks_is_looked_for_as_if_it_cost_a_step():
+    cadence = Cadence("auto", 0.05, ["lacks"])
+    looked = []
+    for step in range(1000):
+        if cadence.due(step):
+            looked.append(step)
+            cadence.put_off("lacks", step)
+        cadence.trained(0.1)
+    gaps = [b - a for a, b in itertools.pairwise(looked[1:])]
+    assert len(gaps) > 20 and set(gaps) <= {19, 20}  # a twentieth of the steps
+    assert cadence.share == 0
+
+
+# --- bad input
+
+
+def test_parameters_without_data_are_refused():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Dropout())
+    with pytest.raises(ValueError, match=r"'0\.weight' first.*Materialize"):
+        tdi.attach_analysis(model, log_dir=False)
+    assert not model._forward_hooks
+
+
+def test_an_optimizer_over_other_parameters_is_refused():
+    model, other = mlp(), mlp()
+    sgd = torch.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="SGD over others"):
+        tdi.attach_analysis(model, log_dir=False, optimizer=sgd)
+    assert not model._forward_hooks
+
+
+@pytest.mark.filterwarnings("ignore:.*quantization:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*quantization:UserWarning")
+def test_a_model_that_does_not_train_is_said():
+    frozen = mlp().requires_grad_(False)
+    bits = nn.Sequential(nn.Dropout())
+    bits.weight = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    for model, said in ((frozen, "no parameter"), (bits, "quantized.*int8")):
+        with pytest.warns(UserWarning, match=said):
+            analysis = tdi.attach_analysis(model, "mse", log_dir=False)
+        assert "no training to watch" in analysis.summary()
+        analysis.detach()
+    with pytest.warns(UserWarning, match="no parameter"):
+        with tdi.attach_analysis(frozen, "mse", log_dir=False) as analysis:
+            frozen(torch.randn(4, 6))
+            assert analysis.measure()["regularizer/R1"] > 0
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Any
+    hidden: Any
+
+
+class Returns(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.body, self.kind = mlp(), kind
+
+    def forward(self, x, labels=None):
+        h = self.body[:4](x)
+        return self.kind(self.body[4](h), h)
+
+
+@pytest.mark.parametrize(
+    ("kind", "read"),
+    [
+        (lambda y, h: (y, h), lambda out: out[0]),
+        (lambda y, h: {"logits": y, "hidden": h}, lambda out: out["logits"]),
+        (Output, lambda out: out.logits),
+    ],
+    ids=["tuple", "dict", "dataclass"],
+)
+@pytest.mark.parametrize("source", ["labels", "data"])
+def test_the_loss_callable_decides_what_of_the_outputs_counts(kind, read, source):
+    def loss(outputs, targets):
+        return nn.functional.mse_loss(read(outputs), targets)
+
+    x, y = torch.randn(8, 6), torch.randn(8, 3)
+    found = []
+    for model, criterion in ((Returns(kind), loss), (mlp(), "mse")):
+        sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+        given = {"labels": y} if source == "labels" and criterion is loss else {}
+        with tdi.attach_analysis(
+            model, criterion, log_dir=False, every=1,
+            data=None if given else (x, y),
+        ) as analysis:  # fmt: skip
+            outputs = model(x, **given)
+            (loss if criterion is loss else nn.functional.mse_loss)(
+                outputs, y
+            ).backward()
+            sgd.step()
+        assert not analysis.absent
+        found.append(analysis.latest)
+    ours, plain = found
+    for tag in ("loss/R_S", "sharpness/top_eigenvalue"):
+        assert ours[tag] == pytest.approx(plain[tag], rel=2e-3)
+    error = ours["regularizer/R1_standard_error"]
+    assert abs(ours["regularizer/R1"] - plain["regularizer/R1"]) < 5 * error + 1e-9

@@ -1,0 +1,152 @@
+"""A checkpoint measured from the command line."""
+
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import torch_dropout_ir as tdi
+from torch_dropout_ir.cli import main
+
+NETS = """
+import torch
+from torch import nn
+
+
+def make():
+    torch.manual_seed(5)
+    return nn.Sequential(
+        nn.Linear(4, 9), nn.Tanh(), nn.Dropout(0.3), nn.Linear(9, 2)
+    ).double()
+
+
+def batches():
+    draw = torch.Generator().manual_seed(2)
+    return [
+        (torch.randn(n, 4, generator=draw, dtype=torch.float64),
+         torch.randn(n, 2, generator=draw, dtype=torch.float64))
+        for n in (6, 3)
+    ]
+
+
+def halved(outputs, targets):
+    return (outputs - targets).square().mean() / 2
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def nets(tmp_path, monkeypatch):
+    (tmp_path / "nets_of_test.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sys.modules.pop("nets_of_test", None)
+    sys.path.insert(0, str(tmp_path))
+    import nets_of_test
+
+    return nets_of_test
+
+
+def analyze(*arguments):
+    named = ["--model", "nets_of_test:make", "--data", "nets_of_test:batches"]
+    return main(["analyze", *named, *arguments])
+
+
+@pytest.mark.parametrize("wrap", ["", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("key", [None, "state_dict", "inner.weights"])
+def test_the_report_is_what_the_functions_say(nets, capsys, wrap, key):
+    model = nets.make()
+    with torch.no_grad():
+        model[0].weight.mul_(2)  # the weights are the checkpoint's
+    weights = {wrap + name: x for name, x in model.state_dict().items()}
+    held = {None: weights, "state_dict": {"state_dict": weights, "epoch": 3}}
+    held["inner.weights"] = {"inner": {"weights": weights}, "model": {"x": 1}}
+    torch.save(held[key], "last.pt")
+    more = ["--key", key] if key == "inner.weights" else []
+    assert not analyze(
+        "--checkpoint", "last.pt", "--loss", "mse", "--json", "out.json",
+        "--log-dir", "run", *more,
+    )  # fmt: skip
+    report = json.loads(Path("out.json").read_text())
+    printed = capsys.readouterr().out
+    found = report["records"]
+    pairs = nets.batches()
+    model.eval()
+    # One batch of all: the batches differ in size.
+    x, y = (torch.cat(column) for column in zip(*pairs, strict=True))
+    r1 = tdi.regularizers.last_layer(model[:3](x), model[3].weight, 0.3)
+    top = torch.linalg.eigvalsh(tdi.sharpness.hessian(model, "mse", (x, y)).dense())
+    assert found["regularizer/R1"] == pytest.approx(float(r1.detach()))
+    assert found["loss/R_S"] == pytest.approx(float(nn.MSELoss()(model(x), y).detach()))
+    assert found["sharpness/top_eigenvalue"] == pytest.approx(float(top[-1]), rel=2e-3)
+    assert report["sites"] == {"2": 0.3} and report["num_batches"] == 2
+    assert report["absent"] == {}
+    for tag in found:
+        assert tag in printed
+    events = EventAccumulator("run").Reload()
+    assert set(events.Tags()["scalars"]) == set(found)
+
+
+def test_a_loss_function_and_fewer_batches(nets, capsys):
+    pairs = nets.batches()[:1]
+    assert not analyze("--loss", "nets_of_test:halved", "--batches", "1",
+                       "--no-sharpness", "--json", "out.json")  # fmt: skip
+    report = json.loads(Path("out.json").read_text())
+    risk = nets.halved(nets.make().eval()(pairs[0][0]), pairs[0][1])
+    assert report["records"]["loss/R_S"] == pytest.approx(float(risk.detach()))
+    assert report["records"]["regularizer/R1_standard_error"] > 0
+    assert not any(tag.startswith("sharpness") for tag in report["records"])
+
+
+class Evil:
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
+    with open("bad.pt", "wb") as file:
+        pickle.dump(Evil(), file)
+    torch.save({"weights": Evil()}, "worse.pt")
+    for name in ("bad.pt", "worse.pt"):
+        assert analyze("--checkpoint", name) == 2
+        assert "without running code" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--checkpoint", "none.pt"], "no file"),
+        (["--model", "nets_of_test"], "expected module:factory"),
+        (["--model", "nets_of_test:other"], "cannot find"),
+        (["--model", "no_such_module:make"], "cannot find"),
+        (["--model", "nets_of_test:number"], "expected an nn.Module, got int"),
+        (["--data", "nets_of_test:number"], "expected a batch"),
+        (["--loss", "l3"], "'mse'"),
+        (["--batches", "0"], "at least 1"),
+        (["--checkpoint", "other.pt"], "does not fit"),
+        (["--checkpoint", "list.pt"], "--key"),
+        (["--checkpoint", "list.pt", "--key", "a.b"], "a.b"),
+    ],
+)
+def test_wrong_arguments_are_said(nets, capsys, arguments, said):
+    torch.save({"x": torch.ones(2)}, "other.pt")
+    torch.save([1, 2], "list.pt")
+    assert analyze(*arguments) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and not printed.out
+
+
+def test_help_says_how(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["analyze", "--help"])
+    assert done.value.code == 0
+    said = capsys.readouterr().out
+    assert "--checkpoint run/last.pt" in said and "weights_only=True" in said

@@ -1,0 +1,460 @@
+"""Several processes that train one model, over gloo: measured as one."""
+
+import contextlib
+import copy
+import datetime
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import torch_dropout_ir as tdi
+from torch_dropout_ir.analysis import distributed, measures
+
+STEPS = 3
+ROWS = 16
+LIMIT = 60
+
+
+def net(p=0.5):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(5, 12), nn.Tanh(), nn.Dropout(p), nn.Linear(12, 3)
+    ).double()
+
+
+def batches(classes=False):
+    draw = torch.Generator().manual_seed(3)
+    for _ in range(STEPS):
+        x = torch.randn(ROWS, 5, generator=draw, dtype=torch.float64)
+        y = torch.randn(ROWS, 3, generator=draw, dtype=torch.float64)
+        labels = torch.where(y[:, 1] > 1, -100, y.argmax(1))  # some are ignored
+        yield x, labels if classes else y
+
+
+def sharded(model):
+    for layer in (model[0], model[3]):
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+WRAPS = {"ddp": DistributedDataParallel, "fsdp": sharded, "none": lambda model: model}
+PRECISE = (
+    measures.ReceivedGradient(),
+    measures.Regularizer(),
+    measures.Condensation(),
+    measures.Sharpness(tol=1e-10, max_matvecs=400, trace_matvecs=111),
+)
+
+
+def part(rank, size, equal):
+    """The rows of a rank."""
+    ends = [ROWS * r // size for r in range(size + 1)]
+    if not equal:
+        ends[1:-1] = [end - 2 for end in ends[1:-1]]
+    return slice(ends[rank], ends[rank + 1])
+
+
+def train(model, rows=slice(None), lr=0.0, classes=False, steps=STEPS, **options):
+    """A script. At a learning rate of 0 its masks do not steer it."""
+    sgd = torch.optim.SGD(model.parameters(), lr=lr)
+    criterion = nn.CrossEntropyLoss() if classes else nn.MSELoss()
+    options = {"log_dir": False, "every": 1, **options}
+    with tdi.attach_analysis(model, **options) as analysis:
+        for x, y in list(batches(classes))[:steps]:
+            sgd.zero_grad()
+            criterion(model(x[rows]), y[rows]).backward()
+            sgd.step()
+    return analysis
+
+
+def process(rank, size, folder, names):
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    # A deadlock ends in an error, not never.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=LIMIT),
+    )
+    found = {}
+    for name in names:
+        work, *arguments = SCENARIOS[name]
+        started = time.perf_counter()
+        found[name] = work(rank, size, *arguments, f"{folder}/{name}")
+        found[f"{name} seconds"] = time.perf_counter() - started
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """What each rank found in each scenario: processes are slow to start."""
+    done: dict = {}
+    mp.set_forkserver_preload([__name__])
+
+    def run(size, name):
+        if size not in done:
+            folder = tmp_path_factory.mktemp(f"ranks{size}")
+            names = [n for n in SCENARIOS if size == 2 or n in OF_FOUR]
+            mp.start_processes(
+                process,
+                (size, str(folder), names),
+                nprocs=size,
+                start_method="forkserver",  # torch is imported once for all
+            )
+            ranks = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+            done[size] = folder, ranks
+        folder, ranks = done[size]
+        return [found[name] for found in ranks]
+
+    return run
+
+
+class Slices:
+    """A sink that keeps the slices of the loss."""
+
+    def __init__(self):
+        self.kept = []
+
+    def write(self, step, records, notes):
+        assert "sharpness/spectral_density" in records
+        self.kept.append(records["sharpness/loss_slice"].counts)
+
+    def close(self):
+        pass
+
+
+def measured(rank, size, wrap, p, lr, classes, equal, _=None):
+    rows = part(rank, size, equal)
+    model = WRAPS[wrap](net(p))
+    slices = Slices()
+    analysis = train(model, rows, lr, classes, measures=PRECISE, sinks=[slices])
+    return analysis.history, analysis.absent, slices.kept
+
+
+@pytest.mark.parametrize(
+    ("size", "wrap", "loss"),
+    [
+        (2, "ddp", "mse"),
+        (2, "ddp", "cross_entropy"),
+        (2, "fsdp", "mse"),
+        (2, "fsdp", "cross_entropy"),
+        (4, "ddp", "mse"),
+        (4, "fsdp", "cross_entropy"),
+    ],
+)
+def test_records_are_those_of_the_joined_batch(ran, size, wrap, loss):
+    found = ran(size, f"joined {loss} {wrap}")
+    of_classes = loss == "cross_entropy"
+    alone, _, slices = measured(0, 1, "none", 0.5, 0.0, of_classes, True)
+    equal = ["loss/R_S", "sharpness/top_eigenvalue", "sharpness/trace"]
+    equal += ["condensation/effective_ratio/0", "regularizer/R1_standard_error"]
+    if loss == "mse":
+        equal += ["regularizer/R1", "regularizer/R1/2"]
+    assert len(slices) == STEPS
+    torch.testing.assert_close(found[0][2], slices, rtol=1e-8, atol=0)
+    for history, absent, _ in found:
+        assert not absent
+        assert history == found[0][0], "the ranks hold different records"
+        assert history.keys() == alone.keys()
+        for tag in equal[: None if loss == "mse" else 4]:
+            torch.testing.assert_close(history[tag], alone[tag], rtol=1e-8, atol=0)
+    if loss == "cross_entropy":  # averaged over masks, which are others
+        for step in range(STEPS):
+            (a, e), (b, f) = (
+                [h[f"regularizer/R1{of}"][step][1] for of in ("", "_standard_error")]
+                for h in (found[0][0], alone)
+            )
+            assert abs(a - b) < 5 * (e**2 + f**2) ** 0.5
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_r2_is_of_the_gradient_that_all_ranks_step_with(ran, wrap):
+    alone = measured(0, 1, "none", 0.0, 0.1, False, True)[0]
+    for history, *_ in ran(2, f"trained {wrap}"):
+        for tag in ("regularizer/R2", "loss/modified", "loss/R_S"):
+            torch.testing.assert_close(history[tag], alone[tag], rtol=1e-8, atol=0)
+
+
+def counted(rank, size, wrap, _):
+    model = WRAPS[wrap](net())
+    analysis = train(model, part(rank, size, False), measures=[measures.Masks()])
+    seen = analysis._statistics()["2"]
+    again = tdi.attach_analysis(model, log_dir=False)
+    again.load_state_dict(analysis.state_dict())
+    again.detach()
+    loaded = again._loaded["2"].num_elements if again._loaded else 0
+    return analysis.latest, float(seen.num_kept), seen.num_elements, loaded
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_masks_of_all_ranks_add(ran, wrap):
+    found = ran(2, f"counted {wrap}")
+    kept, drawn, loaded = (sum(x) for x in list(zip(*found, strict=True))[1:])
+    assert drawn == STEPS * ROWS * 12
+    assert loaded == found[0][2], "counts are not taken up by each rank"
+    z = (kept - drawn / 2) / (drawn / 4) ** 0.5
+    for latest, _, own, _ in found:
+        assert own < drawn
+        assert latest["mask/keep_rate/2"] == pytest.approx(kept / drawn)
+        assert latest["mask/z_score/2"] == pytest.approx(z)
+
+
+def noise_of_masks(rank, size, _):
+    model = DistributedDataParallel(net())
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    start = copy.deepcopy(model.state_dict())
+    x, y = next(batches())
+    rows = part(rank, size, False)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[measures.DropoutNoise()]
+    ) as analysis:
+        for _ in range(150):
+            nn.MSELoss()(model(x[rows]), y[rows]).backward()
+            sgd.step()
+            model.load_state_dict(start)
+    return [x for _, x in analysis.history["regularizer/R2_dropout_noise"]]
+
+
+def test_noise_of_masks_is_unbiased_for_the_joined_batch(ran):
+    found = torch.tensor(ran(2, "noise")[0])
+    truth = tdi.regularizers.gradient_norm(
+        net(), next(batches()), "mse", lr=0.1, num_masks=4000
+    )
+    error = (found.var() / len(found) + truth.dropout_noise_standard_error**2).sqrt()
+    assert len(found) == 150
+    assert (found.mean() - truth.dropout_noise).abs() < 4 * error
+
+
+class FailsOnOne:
+    """Fails on one rank, before, between or after what ranks exchange."""
+
+    name = "fails"
+    needs = frozenset({"loss", "batches"})
+
+    def __init__(self, bad, where):
+        self.bad, self.where = bad, where
+
+    def __call__(self, snapshot):
+        for k in range(5):
+            if snapshot.ranks.rank == self.bad and k == self.where:
+                raise MemoryError("full")
+            if k < 4:
+                snapshot.ranks.sum_of(torch.ones(3))
+        return {"fails/x": 1.0}
+
+
+def failing(rank, size, wrap, bad, where, _):
+    watch = [FailsOnOne(bad, where), measures.Sharpness(max_matvecs=4, trace_matvecs=2)]
+    model = WRAPS[wrap](net())
+    analysis = train(model, part(rank, size, True), 0.1, measures=watch)
+    return analysis.history, analysis.absent
+
+
+@pytest.mark.parametrize(
+    ("wrap", "where"), [("ddp", 0), ("ddp", 2), ("ddp", 4), ("fsdp", 2)]
+)
+def test_where_one_rank_fails_no_rank_waits(ran, wrap, where):
+    name = f"fails {wrap} {where}"
+    assert max(ran(2, f"{name} seconds")) < LIMIT / 2
+    for rank, (history, absent) in enumerate(ran(2, name)):
+        bad = 1 if wrap == "ddp" else 0
+        said = "MemoryError: full" if rank == bad else "another rank"
+        assert said in absent["fails"]
+        assert "fails/x" not in history
+        steps = [step for step, _ in history["sharpness/trace"]]
+        assert steps == list(range(STEPS)), "the other measures go on"
+
+
+def drawn(rank, size, _):
+    model = DistributedDataParallel(net())
+    ranks = distributed.ranks_of(model)
+    before = torch.get_rng_state()
+    with ranks.own_draws(model):
+        own = torch.rand(4)
+    return own, torch.equal(before, torch.get_rng_state())
+
+
+def test_draws_of_ones_own_leave_the_common_stream(ran):
+    (first, kept), (second, also) = ran(2, "drawn")
+    assert kept and also
+    assert not torch.equal(first, second)
+
+
+def lacking(rank, size, _):
+    """One rank calls no loss module: there, targets are not seen."""
+    model = DistributedDataParallel(net())
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, nn.MSELoss(), log_dir=False, every=1) as analysis:
+        for x, y in batches():
+            loss = nn.functional.mse_loss if rank else nn.MSELoss()
+            loss(model(x), y).backward()
+            sgd.step()
+    return analysis.history, analysis.absent
+
+
+def test_what_one_rank_lacks_all_leave_out(ran):
+    (first, absent), (second, other) = ran(2, "lacking")
+    assert first == second
+    assert absent.keys() == other.keys() >= {"sharpness"}
+    assert first["regularizer/R1"] and "loss/R_S" not in first
+
+
+class OneHead(nn.Module):
+    """Each rank trains a head of its own."""
+
+    def __init__(self, which):
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)]).double()
+        self.which = which
+
+    def forward(self, x):
+        return self.heads[self.which](x)
+
+
+def apart(rank, size, _):
+    model = DistributedDataParallel(OneHead(rank), find_unused_parameters=True)
+    given = {"loss": nn.MSELoss(), "data": next(batches())}
+    analysis = train(model, measures=[measures.Sharpness()], steps=1, **given)
+    return analysis.history, analysis.absent
+
+
+def test_ranks_that_train_other_parameters_get_no_curvature(ran):
+    for history, absent in ran(2, "apart"):
+        assert "the same parameters on every rank" in absent["sharpness"]
+        assert not any(tag.startswith("sharpness") for tag in history)
+
+
+def scheduled(rank, size, _):
+    class Counts:
+        name = "counts"
+        needs = frozenset({"gradients"})
+        taken = ()
+
+        def __call__(self, snapshot):
+            self.taken += (snapshot.step,)
+            time.sleep(0.002 * (1 + snapshot.ranks.rank))
+            return {"counts/x": 1.0}
+
+    counts = Counts()
+    model = DistributedDataParallel(net())
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = next(batches())
+    with tdi.attach_analysis(
+        model, log_dir=False, measures=[counts, measures.Condensation()], budget=0.2
+    ) as analysis:
+        for _ in range(300):
+            nn.MSELoss()(model(x), y).backward()
+            sgd.step()
+    return counts.taken, analysis.history, analysis.cost_share
+
+
+def test_ranks_agree_on_the_schedule(ran):
+    (first, history, share), (second, other, _) = ran(2, "scheduled")
+    assert first == second and len(first) > 3
+    assert history == other
+    assert share < 0.4
+
+
+def written(rank, size, folder):
+    analysis = train(DistributedDataParallel(net()), log_dir=folder)
+    return folder, sorted(analysis.latest)
+
+
+def test_only_the_first_rank_writes(ran):
+    (folder, tags), (_, same) = ran(2, "written")
+    assert tags == same
+    assert len(list(Path(folder).iterdir())) == 1
+
+
+def unchanged(rank, size, wrap, _):
+    states = []
+    rows = part(rank, size, True)
+    for attached in (False, True):
+        model = WRAPS[wrap](net())
+        torch.manual_seed(rank)
+        adam = torch.optim.Adam(model.parameters(), lr=0.1)
+        with contextlib.ExitStack() as stack:
+            if attached:
+                watch = tdi.attach_analysis(model, log_dir=False, every=1)
+                stack.enter_context(watch)
+            for x, y in batches():
+                nn.MSELoss()(model(x[rows]), y[rows]).backward()
+                adam.step()
+        tensors = [*model.parameters(), *(x.grad for x in model.parameters())]
+        whole = [getattr(x, "full_tensor", lambda x=x: x)().detach() for x in tensors]
+        states.append(copy.deepcopy([*whole, torch.get_rng_state()]))
+    assert watch.latest["regularizer/R1"] > 0
+    return states
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_training_is_bit_identical(ran, wrap):
+    for bare, watched in ran(2, f"unchanged {wrap}"):
+        assert all(torch.equal(a, b) for a, b in zip(bare, watched, strict=True))
+
+
+def forgotten(rank, size, _):
+    distributed.WAIT = datetime.timedelta(seconds=2)
+    model = DistributedDataParallel(net())
+    said = ""
+    if rank == 0:
+        try:
+            tdi.attach_analysis(model, log_dir=False)
+        except RuntimeError as err:
+            said = str(err)
+    dist.barrier()
+    return said
+
+
+def test_attaching_on_one_rank_alone_is_said(ran):
+    first, _ = ran(2, "~forgotten")
+    assert "Call it on every rank" in first
+
+
+def replica(rank, size, _):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(net(), steps=1)
+    return [str(w.message) for w in caught]
+
+
+def test_a_replica_that_does_not_say_so_is_warned_of(ran):
+    for said in ran(2, "replica"):
+        assert any("Wrap it first, then attach" in text for text in said)
+
+
+SCENARIOS = {
+    "noise": (noise_of_masks,),
+    "drawn": (drawn,),
+    "lacking": (lacking,),
+    "apart": (apart,),
+    "scheduled": (scheduled,),
+    "replica": (replica,),
+    "written": (written,),
+}
+for _wrap in ("ddp", "fsdp"):
+    for _loss in ("mse", "cross_entropy"):
+        _of_classes = _loss == "cross_entropy"
+        SCENARIOS[f"joined {_loss} {_wrap}"] = (
+            measured, _wrap, 0.5, 0.0, _of_classes, False,
+        )  # fmt: skip
+    SCENARIOS[f"trained {_wrap}"] = (measured, _wrap, 0.0, 0.1, False, True)
+    SCENARIOS[f"counted {_wrap}"] = (counted, _wrap)
+    for _where in (0, 2, 4) if _wrap == "ddp" else (2,):
+        _bad = 1 if _wrap == "ddp" else 0
+        SCENARIOS[f"fails {_wrap} {_where}"] = (failing, _wrap, _bad, _where)
+    SCENARIOS[f"unchanged {_wrap}"] = (unchanged, _wrap)
+# The last: the ranks' counts of calls differ then.
+SCENARIOS["~forgotten"] = (forgotten,)
+OF_FOUR = {"joined mse ddp", "joined cross_entropy fsdp"}

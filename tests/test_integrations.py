@@ -1,0 +1,207 @@
+"""The callbacks inside the real trainers, and steps that bring a closure."""
+
+import contextlib
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import torch_dropout_ir as tdi
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
+
+
+def data():
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(48, 6, generator=draw)
+    return TensorDataset(x, torch.randint(3, (48,), generator=draw))
+
+
+@contextlib.contextmanager
+def their_warnings():
+    """Other people's warnings are not ours to fix."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def same_training(train):
+    """Train with and without; return the analysis."""
+    ends = []
+    for attached in (False, True):
+        torch.manual_seed(7)
+        model, analysis = train(attached)
+        ends.append([*model.state_dict().values(), torch.get_rng_state()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return analysis
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.LBFGS])
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_step_with_a_closure_is_measured_after_its_passes(kind, keyword):
+    inputs, targets = data().tensors
+    found = []
+
+    def train(attached):
+        model = mlp()
+        optimizer = kind(model.parameters(), lr=0.1)
+        criterion = nn.CrossEntropyLoss()
+
+        def closure():
+            optimizer.zero_grad()
+            loss = criterion(model(inputs), targets)
+            loss.backward()
+            if attached and len(found) == analysis.step:  # the first of the step
+                squared = sum(p.grad.square().sum() for p in model.parameters())
+                found.append(0.1 / 4 * float(squared))
+            return loss
+
+        with contextlib.ExitStack() as stack:
+            analysis = attached and stack.enter_context(
+                tdi.attach_analysis(model, log_dir=False, every=1)
+            )
+            for _ in range(3):
+                optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+        return model, analysis
+
+    analysis = same_training(train)
+    values = [value for _, value in analysis.history["regularizer/R2"]]
+    assert values == pytest.approx(found, rel=1e-5) and len(values) == 3
+    assert not analysis.absent
+
+
+@pytest.fixture
+def lightning(monkeypatch):
+    with their_warnings():
+        package = pytest.importorskip("lightning.pytorch", reason="no Lightning")
+    monkeypatch.setenv("PL_DISABLE_TIPS", "1")
+    return package
+
+
+@pytest.mark.parametrize("forward", [True, False], ids=["self(x)", "self.net(x)"])
+def test_lightning(lightning, tmp_path, forward):
+    from torch_dropout_ir.integrations.lightning import DropoutAnalysis
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, _):
+            outputs = self(batch[0]) if forward else self.net(batch[0])
+            return F.cross_entropy(outputs, batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def fit(attached, epochs=2, resume=None):
+        module = Module()
+        callback = DropoutAnalysis(
+            "cross_entropy", module="" if forward else "net", every=1
+        )
+        with their_warnings():
+            trainer = lightning.Trainer(
+                max_epochs=epochs, accelerator="cpu", logger=False, devices=1,
+                default_root_dir=tmp_path / str(attached), enable_model_summary=False,
+                enable_progress_bar=False, callbacks=[callback] if attached else [],
+                gradient_clip_val=0.1,
+            )  # fmt: skip
+            trainer.fit(module, DataLoader(data(), batch_size=16), ckpt_path=resume)
+            trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return module, callback.analysis
+
+    analysis = same_training(fit)
+    assert analysis.step == 6 and not analysis.absent
+    site = "net.2" if forward else "2"
+    assert analysis.latest[f"mask/keep_rate/{site}"] > 0
+    # Clipped to a norm of 0.1, as the optimizer receives it.
+    assert analysis.latest["regularizer/R2"] == pytest.approx(0.1 / 4 * 0.01, rel=1e-3)
+    assert list((tmp_path / "True").glob("events*"))
+    _, more = fit(True, epochs=3, resume=tmp_path / "last.ckpt")
+    assert [step for step, _ in more.history["sharpness/trace"]] == list(range(9))
+
+
+def test_lightning_detaches_after_an_exception(lightning, tmp_path):
+    from torch_dropout_ir.integrations.lightning import DropoutAnalysis
+
+    class Fails(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, number):
+            self(batch[0])
+            raise ZeroDivisionError
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Fails()
+    with their_warnings(), pytest.raises(ZeroDivisionError):
+        lightning.Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, devices=1,
+            enable_model_summary=False, default_root_dir=tmp_path,
+            callbacks=[DropoutAnalysis(log_dir=False, every=1)], max_epochs=1,
+        ).fit(module, DataLoader(data(), batch_size=16))  # fmt: skip
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+@pytest.fixture
+def transformers():
+    with their_warnings():
+        package = pytest.importorskip("transformers", reason="no transformers")
+        pytest.importorskip("accelerate", reason="no accelerate: Trainer needs it")
+        yield package
+
+
+def test_hugging_face_trainer(transformers, tmp_path):
+    from torch_dropout_ir.integrations.transformers import DropoutAnalysis
+
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, num_labels=3, attn_implementation="eager",
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(1)
+    rows = [
+        {"input_ids": torch.randint(20, (7,), generator=draw), "labels": i % 3}
+        for i in range(24)
+    ]
+
+    def train(attached, steps=3, resume=False):
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification(copy.deepcopy(config))
+        callback = DropoutAnalysis(every=1)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / str(attached)), max_steps=steps, use_cpu=True,
+            per_device_train_batch_size=8, report_to="none", save_steps=3,
+            disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=rows, callbacks=[callback] * attached
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return model, callback.analysis
+
+    analysis = same_training(train)
+    assert analysis.step == 3
+    assert {
+        "regularizer/R1", "loss/R_S", "regularizer/R2_dropout_noise", "sharpness/trace",
+        "mask/keep_rate/dropout",
+    } <= set(analysis.latest)  # fmt: skip
+    assert list((tmp_path / "True" / "dropout_ir").glob("events*"))
+    _, more = train(True, steps=5, resume=True)
+    assert [s for s, _ in more.history["regularizer/R1"]] == [0, 1, 2, 3, 4]

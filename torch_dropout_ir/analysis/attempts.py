@@ -1,0 +1,115 @@
+"""Taking measures: what fails is put off, later switched off, and never in the way."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from torch_dropout_ir.analysis.delivery import warn
+from torch_dropout_ir.analysis.distributed import Ranks
+from torch_dropout_ir.analysis.records import Record
+from torch_dropout_ir.analysis.snapshot import Measure, Snapshot, take
+
+MOST_FAILURES: Final = 6
+
+
+class Attempts:
+    """Takes measures of a snapshot, on all ranks or on none.
+
+    A measure that fails waits twice as long from failure to failure, and is switched
+    off after six on end; taken by hand, it is tried whatever was before.
+
+    Args:
+        measures: The measures.
+        ranks: The processes that take them together.
+        absent: Where to say why something is missing.
+    """
+
+    def __init__(
+        self, measures: Sequence[Measure], ranks: Ranks, absent: dict[str, str]
+    ) -> None:
+        self.measures = list(measures)
+        self._ranks = ranks
+        self._absent = absent
+        self._failures: dict[str, int] = {}
+        self._last: dict[str, int] = {}
+        self._not_before: dict[str, float] = {}
+
+    def willing(self, names: Iterable[str], step: int) -> set[str]:
+        """Return those of ``names`` that are not put off beyond ``step``."""
+        return {n for n in names if self._not_before.get(n, 0) <= step}
+
+    def take(
+        self, snapshot: Snapshot, names: set[str], seed: int
+    ) -> tuple[dict[str, Record], dict[str, float]]:
+        """Take measures.
+
+        Args:
+            snapshot: What they look at.
+            names: Names of those to take.
+            seed: Seed of their random draws.
+
+        Returns:
+            Their records by tag, and the seconds that each measure took.
+        """
+        records: dict[str, Record] = {}
+        seconds: dict[str, float] = {}
+        for measure in self.measures:
+            if measure.name not in names:
+                continue
+            started = time.perf_counter()
+            records.update(self._try(measure, snapshot, seed))
+            seconds[measure.name] = time.perf_counter() - started
+        return records, seconds
+
+    def _try(
+        self, measure: Measure, snapshot: Snapshot, seed: int
+    ) -> dict[str, Record]:
+        name = measure.name
+        try:
+            with self._ranks.together():
+                reason = snapshot.lacks(measure.needs)
+                if self._ranks.any(reason is not None):
+                    self._absent[name] = reason or "another rank lacks what it needs"
+                    return {}
+                records = take(measure, snapshot, seed)
+        except Exception as err:
+            self.fail(name, err, snapshot.step)
+            return {}
+        self._failures.pop(name, None)
+        self._not_before.pop(name, None)
+        self._absent.pop(name, None)
+        self._last[name] = snapshot.step
+        return {t: x for t, x in records.items() if self._finite(t, x, snapshot.step)}
+
+    def _finite(self, tag: str, value: Record, step: int) -> bool:
+        if not isinstance(value, float) or math.isfinite(value):
+            self._absent.pop(tag, None)
+            return True
+        self._absent[tag] = f"{value} at step {step}, which is no number to draw"
+        return False
+
+    def fail(self, name: str, err: Exception, step: int) -> None:
+        """Enter a failure: say why once, and put off what failed.
+
+        Args:
+            name: What failed.
+            err: How.
+            step: When.
+        """
+        reason = f"{type(err).__name__}: {err}"
+        count = self._failures[name] = self._failures.get(name, 0) + 1
+        wait = 2 * max(1, step - self._last.get(name, step))
+        self._last[name] = step
+        self._not_before[name] = step + wait
+        if count == MOST_FAILURES:
+            self._not_before[name] = math.inf
+            reason = f"switched off after {count} failures; {reason}"
+        if self._absent.get(name) != reason:
+            warn(
+                f"the measure {name!r} failed at step {step} ({reason}); training goes "
+                "on without it."
+            )
+        self._absent[name] = reason

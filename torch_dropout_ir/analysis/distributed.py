@@ -1,0 +1,276 @@
+"""Ranks that train one model together also measure it together.
+
+Semantics:
+
+* Batches differ from rank to rank; records are those of the joined batch. What a rank
+  contributes is a sum, and sums merge by one ``all_reduce(SUM)``: every rank holds the
+  same bits, hence takes the same decisions.
+* Every exchange starts with a round in which each rank says whether it is well and what
+  it came for. A rank that fails says so in the round in which the others are, and all
+  leave the measure together: nobody waits for one that gave up.
+* Time is the first rank's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torch_dropout_ir.functional import preserved_rng
+
+_PEER: Final = (
+    "another rank could not go on (it says why), so that no rank has waited for it"
+)
+_HASH: Final = 2**26 - 1  # its square adds up over thousands of ranks
+# Odd, and within the 32 bits of a seed that the generator of the CPU takes.
+_STRIDE: Final = 0x9E3779B9
+WAIT: Final = datetime.timedelta(minutes=5)
+
+
+class Ranks:
+    """The processes that train one model; one process alone is the trivial case.
+
+    Args:
+        group: Their process group; None for a process alone.
+        device: Where numbers are exchanged.
+
+    Attributes:
+        rank: Number of this process in the group.
+        size: Number of processes.
+    """
+
+    _meetings = 0  # in this process: all ranks attach in the same order
+
+    def __init__(
+        self, group: Any = None, device: torch.device | str | None = None
+    ) -> None:
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self._group = group
+        self._device = device
+        self._left = False
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Do what is inside on all ranks or on none: where one raises, all do.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            RuntimeError: If another rank has raised.
+        """  # noqa: DOC502 (raised by the round)
+        self._left = False
+        try:
+            yield
+            self._meet("end")
+        except BaseException:
+            if not self._left:
+                with contextlib.suppress(RuntimeError):
+                    self._meet("end", failed=True)
+            raise
+
+    def wait_for_all(self) -> None:
+        """Wait until all ranks have come here.
+
+        Raises:
+            RuntimeError: If one has not after five minutes.
+        """
+        if self.size == 1:
+            return
+        Ranks._meetings += 1
+        store = dist.distributed_c10d._get_default_store()
+        here = f"torch_dropout_ir/{Ranks._meetings}"
+        ranks = dist.get_process_group_ranks(self._group)
+        store.set(f"{here}/{dist.get_rank()}", "here")
+        try:
+            store.wait([f"{here}/{rank}" for rank in ranks], WAIT)
+        except RuntimeError as err:
+            raise RuntimeError(
+                f"attach_analysis: expected a call on each of the {self.size} ranks "
+                f"that train this model, some made none within {WAIT}. Call it on "
+                "every rank; only the first one writes."
+            ) from err
+
+    def _meet(self, what: str, names: str = "", failed: bool = False) -> bool:
+        """Return whether all came with the same names; raise unless all are well."""
+        if self.size == 1:
+            return True
+        a, b = (zlib.crc32(text.encode()) & _HASH for text in (what, names))
+        said = torch.tensor([failed, a, a * a, b, b * b], device=self._device)
+        dist.all_reduce(said, group=self._group)
+        failures, a, aa, b, bb = said.tolist()
+        # All terms are equal where the sum of squares is the least that it can be.
+        if failures or self.size * aa != a * a:
+            self._left = True
+            raise RuntimeError(_PEER)
+        return bool(self.size * bb == b * b)
+
+    def sum_of(self, x: Tensor) -> Tensor:
+        """Return the sum over ranks of a tensor that has one shape on all of them."""
+        if self.size == 1:
+            return x
+        self._meet(f"tensor {list(x.shape)}")
+        total = x.detach().clone().to(self._device)
+        dist.all_reduce(total, group=self._group)
+        return total.to(x.device)
+
+    def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Return the sum over ranks of each number; a missing one counts as 0."""
+        if self.size == 1:
+            return dict(numbers)
+        names = sorted(numbers)
+        if not self._meet("numbers", "\n".join(names)):
+            every: list[list[str]] = [[]] * self.size
+            dist.all_gather_object(every, names, group=self._group)
+            names = sorted(set().union(*every))
+        values = [numbers.get(name, 0.0) for name in names]
+        total = self.sum_of(torch.tensor(values, dtype=torch.float64))
+        return dict(zip(names, total.tolist(), strict=True))
+
+    def first(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Return the numbers of the first rank."""
+        if self.size == 1:
+            return dict(numbers)
+        own = 0.0 if self.rank else 1.0
+        return self.sum({name: own * value for name, value in numbers.items()})
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return self.sum({"flag": float(flag)})["flag"] > 0
+
+    def join(
+        self,
+        weight: float | None,
+        means: Mapping[str, float],
+        variances: Mapping[str, float] | None = None,
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        r"""Return means over the joined batch, and variances of such means.
+
+        .. math:: \sum_r w_r x_r, \qquad \sum_r w_r^2 v_r, \qquad
+            w_r = n_r / \sum_s n_s
+
+        Args:
+            weight: Number of terms :math:`n_r` that this rank's means are over; None
+                where they are sums: then all :math:`w_r` are 1.
+            means: Means over this rank's batch.
+            variances: Variances of such, independent between ranks.
+
+        Returns:
+            Both, of the joined batch.
+        """
+        given = dict(variances or {})
+        if self.size == 1:
+            return dict(means), given
+        n = 1.0 if weight is None else weight
+        sums = {f"mean {name}": n * x for name, x in means.items()}
+        sums |= {f"variance {name}": n * n * x for name, x in given.items()}
+        total = self.sum({**sums, "weight": n})
+        whole = 1.0 if weight is None else total["weight"]
+        return (
+            {name: total[f"mean {name}"] / whole for name in means},
+            {name: total[f"variance {name}"] / whole**2 for name in given},
+        )
+
+    def own_draws(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Give this rank random draws of its own; a measure's are common else."""
+        if self.size == 1:
+            return contextlib.nullcontext()
+        seed = (torch.initial_seed() + self.rank * _STRIDE) % 2**62
+        return preserved_rng(model, seed)
+
+
+def ranks_of(model: nn.Module) -> Ranks:
+    """Return the ranks that train ``model``: of DDP's group, or of FSDP2's mesh."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks()
+    group: Any = None
+    while isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model._orig_mod  # type: ignore[assignment]
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        group = model.process_group
+    else:
+        sharded: list[Any] = [x for x in model.parameters() if is_sharded(x)]
+        meshes = [x.device_mesh for x in sharded]
+        if meshes:
+            one = meshes[0].ndim == 1
+            group = meshes[0].get_group() if one else dist.group.WORLD
+    if group is None or dist.get_world_size(group) == 1:
+        return Ranks()
+    device = next(iter(model.parameters())).device
+    return Ranks(group, "cpu" if dist.get_backend(group) == "gloo" else device)
+
+
+def is_sharded(x: object) -> bool:
+    """Whether a tensor is distributed over ranks."""
+    return hasattr(x, "full_tensor") and hasattr(x, "device_mesh")
+
+
+def gathered(x: Any) -> Tensor:
+    """Return the whole of a tensor that is distributed over ranks; else itself."""
+    whole: Tensor = x.full_tensor() if is_sharded(x) else x
+    return whole
+
+
+def gathered_model(model: nn.Module) -> nn.Module:
+    """Return a model that measures can run alone: itself, or a copy with whole tensors.
+
+    A sharded model gathers its parameters in hooks of its own, which the transforms of
+    ``torch.func`` cannot follow. The copy has the same classes, names and modes.
+
+    Args:
+        model: The model.
+
+    Returns:
+        ``model`` itself where nothing of it is sharded.
+    """
+    if any(is_sharded(x) for x in model.parameters()):
+        return _Copy().module(model)
+    return model
+
+
+class _Copy:
+    """Copies modules; what is shared stays shared."""
+
+    def __init__(self) -> None:
+        self._modules: dict[int, nn.Module] = {}
+        self._tensors: dict[int, Tensor] = {}
+
+    def module(self, module: nn.Module) -> nn.Module:
+        if id(module) in self._modules:
+            return self._modules[id(module)]
+        kind = type(module)
+        if kind.__name__.startswith("FSDP") and len(kind.__bases__) == 2:
+            kind = kind.__bases__[1]  # what `fully_shard` has made a subclass of
+        twin = self._modules[id(module)] = kind.__new__(kind)
+        twin.__dict__.update(module.__dict__)
+        for name in ("_parameters", "_buffers"):
+            own = module.__dict__[name].items()
+            twin.__dict__[name] = {n: self._tensor(x) for n, x in own}
+        inner = module._modules.items()
+        twin._modules = {n: m and self.module(m) for n, m in inner}
+        for name in ("_forward_pre_hooks", "_forward_hooks"):
+            hooks = module.__dict__[name]
+            kept = {k: h for k, h in hooks.items() if not _of_sharding(h)}
+            twin.__dict__[name] = type(hooks)(kept)
+        return twin
+
+    def _tensor(self, x: Tensor | None) -> Tensor | None:
+        if x is None or id(x) in self._tensors:
+            return None if x is None else self._tensors[id(x)]
+        whole: Tensor = gathered(x.detach()).clone()
+        if isinstance(x, nn.Parameter):
+            whole = nn.Parameter(whole, requires_grad=x.requires_grad)
+        self._tensors[id(x)] = whole
+        return whole
+
+
+def _of_sharding(hook: object) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed")

@@ -1,0 +1,50 @@
+"""What is due at a step, decided alike on all ranks."""
+
+from __future__ import annotations
+
+import sys
+
+from torch_dropout_ir.analysis.attempts import Attempts
+from torch_dropout_ir.analysis.cadence import Cadence
+from torch_dropout_ir.analysis.distributed import Ranks
+
+
+class Schedule:
+    """The cadence, less what is put off; of ranks, all look at the first one's clock.
+
+    They do so after a measurement and, when nothing is due, at the step where something
+    may be, as far as the pace so far tells: the steps between exchange nothing.
+
+    Args:
+        cadence: What wants measuring by time or number of steps.
+        attempts: What puts measures off that fail.
+        ranks: The processes that train together.
+    """
+
+    def __init__(self, cadence: Cadence, attempts: Attempts, ranks: Ranks) -> None:
+        self._cadence = cadence
+        self._attempts = attempts
+        self._ranks = ranks
+        self._review = 0
+
+    def due(self, step: int) -> set[str]:
+        """Return the names of the measures to take at ``step``."""
+        if self._ranks.size > 1 and self._cadence.every == "auto":
+            if step < self._review:
+                return set()
+            try:
+                self._agree(step)
+            except Exception as err:
+                self._attempts.fail("schedule", err, step)
+                self._review = sys.maxsize
+                return set()
+        return self._attempts.willing(self._cadence.due(step), step)
+
+    def _agree(self, step: int) -> None:
+        numbers = self._ranks.first(self._cadence.numbers())
+        self._cadence.load_numbers(numbers)
+        self._review = step + self._cadence.wait(step)
+
+    def restart(self) -> None:
+        """Look at the clock at the next step, whatever was planned."""
+        self._review = 0

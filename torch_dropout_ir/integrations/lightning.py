@@ -1,0 +1,106 @@
+"""A Lightning callback; needs ``lightning`` or ``pytorch_lightning``."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from typing import Any
+
+from torch import nn
+
+from torch_dropout_ir.analysis import Analysis
+from torch_dropout_ir.attach import attach_analysis
+from torch_dropout_ir.functional import Inputs
+
+try:
+    from lightning.pytorch.callbacks import Callback
+except ImportError:
+    from pytorch_lightning.callbacks import Callback
+
+
+class DropoutAnalysis(Callback):
+    """Attaches an analysis while Lightning's trainer fits.
+
+    The batch's second element is taken for the targets where the first one is what the
+    model was called with. Curves and schedule go with Lightning's checkpoints.
+
+    Args:
+        loss: As in :func:`attach_analysis`.
+        module: Name of the module that ``training_step`` calls, ``"net"`` for
+            ``self.net(x)``; empty for the LightningModule itself.
+        log_dir: A TensorBoard run directory; None: the trainer's; False: none.
+        **options: Further arguments of :func:`attach_analysis`.
+
+    Attributes:
+        analysis: The analysis, from the start of a fit on.
+    """
+
+    def __init__(
+        self, loss: Any = None, *, module: str = "", log_dir: Any = None, **options: Any
+    ) -> None:
+        super().__init__()
+        self.analysis: Analysis | None = None
+        self._loss = loss
+        self._module = module
+        self._log_dir = log_dir
+        self._options = options
+        self._state: dict[str, Any] | None = None
+        self._batch: Any = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach, with the state of the checkpoint that the fit goes on from."""
+        log_dir = trainer.log_dir if self._log_dir is None else self._log_dir
+        model = self._model(trainer, pl_module)
+        self.analysis = attach_analysis(
+            model, self._loss, log_dir=log_dir, **self._options
+        )
+        here = weakref.ref(self)
+
+        def targets_of(inputs: Inputs) -> Any:
+            callback = here()
+            return None if callback is None else callback._targets(inputs)
+
+        self.analysis.targets_of = targets_of
+        if self._state is not None:
+            self.analysis.load_state_dict(self._state)
+
+    def _model(self, trainer: Any, pl_module: nn.Module) -> nn.Module:
+        if self._module:
+            found: nn.Module = operator.attrgetter(self._module)(pl_module)
+            return found
+        wrapped: nn.Module = trainer.model
+        return wrapped
+
+    def _targets(self, inputs: Inputs) -> Any:
+        batch = self._batch
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        called = pair and bool(inputs.args) and inputs.args[0] is batch[0]
+        return batch[1] if called else None
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the batch of the step."""
+        self._batch = batch
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Detach."""
+        self._detach()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: Any) -> None:
+        """Detach."""
+        self._detach()
+
+    def _detach(self) -> None:
+        self._batch = None
+        if self.analysis is not None:
+            self._state = self.analysis.state_dict()
+            self.analysis.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return curves, counts and schedule, for the checkpoint."""
+        return {} if self.analysis is None else self.analysis.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what a checkpoint holds until the fit starts."""
+        self._state = state_dict or None

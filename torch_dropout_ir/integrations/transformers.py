@@ -1,0 +1,82 @@
+"""A callback for Hugging Face's ``Trainer``; needs ``transformers``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from torch_dropout_ir.analysis import Analysis
+from torch_dropout_ir.attach import attach_analysis
+
+_FILE = "torch_dropout_ir.pt"
+
+
+def models_own_loss(outputs: Any, targets: Any) -> Tensor:
+    """Return the loss that the model computes of the ``labels`` it is called with."""
+    del targets  # the model has them
+    loss: Tensor = outputs["loss"]
+    return loss
+
+
+class DropoutAnalysis(TrainerCallback):
+    """Attaches an analysis while a ``Trainer`` trains.
+
+    Curves and schedule are saved beside the trainer's checkpoints, and taken up where
+    it resumes from one. In several processes each measures its own batch, since a
+    callback is not told of the wrapper, and the first one writes.
+
+    Args:
+        loss: As in :func:`attach_analysis`; None: the model's own, of ``labels``.
+        log_dir: A TensorBoard run directory; None: ``<output_dir>/dropout_ir``; False:
+            none.
+        **options: Further arguments of :func:`attach_analysis`.
+
+    Attributes:
+        analysis: The analysis, from the start of training on.
+    """
+
+    def __init__(self, loss: Any = None, *, log_dir: Any = None, **options: Any):
+        self.analysis: Analysis | None = None
+        self._loss = models_own_loss if loss is None else loss
+        self._log_dir = log_dir
+        self._options = options
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Attach, with the state of the checkpoint that training goes on from."""
+        log_dir = self._log_dir
+        if log_dir is None:
+            log_dir = Path(args.output_dir) / "dropout_ir"
+        if not state.is_world_process_zero:
+            log_dir = False
+        self._detach()  # of a run that an exception has ended
+        self.analysis = attach_analysis(
+            model, self._loss, log_dir=log_dir, **self._options
+        )
+        saved = self._checkpoint(args, state) / _FILE
+        if state.global_step and saved.exists():
+            self.analysis.load_state_dict(torch.load(saved, weights_only=True))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the analysis beside the checkpoint."""
+        folder = self._checkpoint(args, state)
+        if self.analysis is not None and state.is_world_process_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.analysis.state_dict(), folder / _FILE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Detach."""
+        self._detach()
+
+    def _detach(self) -> None:
+        if self.analysis is not None:
+            self.analysis.detach()
+
+    @staticmethod
+    def _checkpoint(args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"

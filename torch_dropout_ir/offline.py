@@ -1,0 +1,187 @@
+"""Floor 4: what an analysis measures, of a checkpoint on data, without training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from torch_dropout_ir.analysis.attempts import Attempts
+from torch_dropout_ir.analysis.distributed import Ranks
+from torch_dropout_ir.analysis.measures import Condensation, Regularizer, Sharpness
+from torch_dropout_ir.analysis.measures.regularizer import terms
+from torch_dropout_ir.analysis.records import Record
+from torch_dropout_ir.analysis.snapshot import Snapshot
+from torch_dropout_ir.functional import Batch, fixed_batches, preserved_rng
+from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.sites import find_sites, unobservable
+from torch_dropout_ir.tensorboard import TensorBoardSink
+
+_ERROR: Final = "regularizer/R1_standard_error"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        records: Numbers by tag.
+        absent: What is missing, with the reason.
+        notes: How a number was obtained.
+        sites: Dropout sites that are seen, with ``p``.
+        num_batches: Batches measured.
+    """
+
+    records: dict[str, float]
+    absent: dict[str, str]
+    notes: dict[str, str]
+    sites: dict[str, float]
+    num_batches: int
+
+    def as_json(self) -> str:
+        """Return all of it as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.records), default=0)
+        lines = [f"{len(self.sites)} dropout sites, {self.num_batches} batches", ""]
+        lines += [f"  {t:<{width}} {x:>12.5g}" for t, x in sorted(self.records.items())]
+        for title, said in (("notes", self.notes), ("absent", self.absent)):
+            if said:
+                lines += ["", title, *(f"  {t}: {x}" for t, x in sorted(said.items()))]
+        return "\n".join(lines)
+
+
+def on_device(data: Any, device: str, most: int) -> list[Batch]:
+    """Return up to ``most`` batches of ``data`` with their tensors on ``device``."""
+    batches = fixed_batches(data, most)[:most]
+    moved: list[Batch] = tree_map_only(Tensor, lambda x: x.to(device), batches)
+    return moved
+
+
+def analyze(
+    model: nn.Module,
+    data: Any,
+    loss: Any,
+    *,
+    most_batches: int = 8,
+    num_masks: int = 16,
+    sharpness: bool = True,
+    log_dir: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Report:
+    """Measure a model on data: R_1, R_S, condensation and sharpness.
+
+    R_1 and R_S are means over the batches, in evaluation mode with dropout as it would
+    be in training. The model is left as it was.
+
+    Args:
+        model: The model.
+        data: A batch ``(inputs, targets)``, or batches.
+        loss: As in :func:`attach_analysis`.
+        most_batches: Batches to take of a loader.
+        num_masks: Masks a batch to average over where R_1 has no closed form.
+        sharpness: Whether to measure eigenvalue and trace of the Hessian.
+        log_dir: A TensorBoard run to write; None: none.
+        progress: Whether to draw a bar on the standard error.
+
+    Returns:
+        The report.
+
+    Raises:
+        TypeError: If ``data`` holds no batches.
+        ValueError: If there is no batch, or ``loss`` is unknown.
+    """  # noqa: DOC502 (raised by the parts that read)
+    resolved = resolve_loss(loss)
+    batches = fixed_batches(data, most_batches)[:most_batches]
+    if not batches:
+        raise ValueError("analyze: expected at least one batch, got none")
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with preserved_rng(model):
+            return _Run(model, resolved, batches).report(
+                num_masks, sharpness, log_dir, progress
+            )
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class _Run:
+    """One analysis of a model that stands still."""
+
+    def __init__(self, model: nn.Module, loss: Loss, batches: list[Batch]) -> None:
+        self.model = model
+        self.loss = loss
+        self.batches = batches
+        self.sites = tuple(site for site in find_sites(model) if site.p > 0)
+        self.absent = dict(unobservable(model))
+        self.notes: dict[str, str] = {}
+
+    def _take(self, measure: Any, batch: Batch, seed: int) -> dict[str, Record]:
+        snapshot = Snapshot(
+            self.model, 0, self.sites, self.loss, *batch, batches=self.batches
+        )
+        attempts = Attempts([measure], Ranks(), self.absent)
+        records, _ = attempts.take(snapshot, {measure.name}, seed)
+        self.notes |= snapshot.notes
+        self.absent |= snapshot.absent
+        return records
+
+    def report(
+        self, num_masks: int, sharpness: bool, log_dir: Any, progress: bool
+    ) -> Report:
+        """Take the measures, write and return what they say."""
+        sink = None if log_dir is None else TensorBoardSink(log_dir)
+        more: list[Any] = [Condensation(), *([Sharpness()] if sharpness else [])]
+        work: list[tuple[Any, Batch]] = [
+            (Regularizer(num_masks), batch) for batch in self.batches
+        ]
+        work += [(measure, self.batches[0]) for measure in more]
+        taken = [
+            self._take(measure, batch, seed)
+            for seed, (measure, batch) in enumerate(_bar(work, progress))
+        ]
+        records = self._mean(taken[: len(self.batches)])
+        for found in taken[len(self.batches) :]:
+            records |= found
+        if sink is not None:
+            sink.write(0, records, self.notes)
+            sink.close()
+        numbers = {t: x for t, x in records.items() if isinstance(x, float)}
+        sites = {site.name: site.p for site in self.sites}
+        return Report(numbers, self.absent, self.notes, sites, len(self.batches))
+
+    def _mean(self, taken: list[dict[str, Record]]) -> dict[str, Record]:
+        """The mean over batches, weighted as the loss weighs them."""
+        whole = self.loss.reduction == "sum"
+        weights = [1.0 if whole else terms(self.loss, batch) for batch in self.batches]
+        divisor = 1.0 if whole else sum(weights)
+        mean: dict[str, Record] = {}
+        for tag in taken[0].keys() if all(taken) else ():
+            pairs = zip(weights, (float(found[tag]) for found in taken), strict=True)  # type: ignore[arg-type]
+            if tag == _ERROR:
+                mean[tag] = math.sqrt(sum((w * x) ** 2 for w, x in pairs)) / divisor
+            else:
+                mean[tag] = sum(w * x for w, x in pairs) / divisor
+        return mean
+
+
+def _bar(work: Iterable[Any], progress: bool) -> Iterator[Any]:
+    items = list(work)
+    for done, item in enumerate(items):
+        if progress:
+            filled = 24 * done // len(items)
+            name = f"{item[0].name} ({done + 1} of {len(items)})"
+            print(f"\r[{'#' * filled:<24}] {name:<32}", end="", file=sys.stderr)
+        yield item
+    if progress:
+        print(f"\r{'':<60}\r", end="", file=sys.stderr)
