@@ -1,7 +1,7 @@
-"""The paper's figures, in a reduced form."""
+"""The paper's figures: what their scripts write by hand, and one in a reduced form."""
 
-import importlib.util
-import re
+import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -12,50 +12,80 @@ from PIL import Image
 
 import torch_dropout_ir as tdi
 
-ROOT = Path(__file__).parents[1]
+FOLDER = Path(__file__).parents[1] / "tutorials" / "paper"
 
 
 @pytest.fixture
-def tutorial():
-    path = ROOT / "tutorials" / "paper" / "fig4_condensation.py"
-    spec = importlib.util.spec_from_file_location("fig4_condensation", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
+            del sys.modules[name]
 
 
-def test_the_gradient_written_by_hand_is_autograds(tutorial):
-    state = torch.randn(3, 3, 20, requires_grad=True)
-    noise = tdi.dropout(torch.ones(15, 20), tutorial.P)
-    h = torch.tanh(tutorial.X @ state[:, :1] + state[:, 1:2])
-    risks = [
-        ((read @ state[run, 2] - tutorial.Y) ** 2).mean() / 2
-        for run, read in enumerate((h[0], h[1] * noise, h[2]))
-    ]
-    r1 = tdi.regularizers.last_layer(
-        h[2], state[2, 2][None], tutorial.P, loss=tdi.half_squared_error
-    )
-    (expected,) = torch.autograd.grad(sum(risks) + r1, state)
-    torch.testing.assert_close(tutorial.gradient(state.detach(), noise), expected)
+@pytest.mark.parametrize(("activation", "inputs"), [("tanh", 1), ("relu", 3)])
+def test_the_gradient_written_by_hand_is_autograds(script, activation, inputs):
+    two_layer = script("two_layer")
+    start = torch.randn(inputs + 2, 5, 20)
+    dropped, regularized = [(slice(1, 3), 0.3)], [(slice(3, 5), 0.1)]
+    nets = two_layer.TwoLayer(start, activation, dropped, regularized)
+    x, y = torch.randn(7, inputs), torch.randn(7)
+    for rows in (slice(None), slice(2), slice(None)):  # a mini-batch in between
+        torch.manual_seed(1)
+        nets.gradient(x[rows], y[rows])
+        torch.manual_seed(1)
+        noise = tdi.dropout(torch.ones(len(x[rows]), 2, 20), 0.3)
+        parameters = list(nets.parameters())
+        loss = torch.zeros(())
+        for run, net in enumerate(nets.networks):
+            h = net[1](net[0](x[rows]))
+            if run in (1, 2):
+                read = net[3](h * noise[:, run - 1])
+            else:
+                read = net[3](h)
+            loss = loss + tdi.half_squared_error(read, y[rows, None])
+            if run >= 3:
+                loss = loss + tdi.regularizers.last_layer(
+                    h, net[3].weight, 0.1, loss=tdi.half_squared_error
+                )
+        expected = torch.autograd.grad(loss, parameters)
+        found = [p.grad for p in parameters]
+        torch.testing.assert_close(found, list(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_fig_4_reduced(tutorial, tmp_path, monkeypatch, capsys):
+def test_networks_and_state_are_one(script):
+    two_layer = script("two_layer")
+    nets = two_layer.TwoLayer(torch.randn(4, 3, 6))
+    x, y = torch.randn(5, 2), torch.randn(5)
+    optimizer = torch.optim.Adam(nets.parameters())
+    before = nets.state.clone()
+    nets.gradient(x, y)
+    optimizer.step()
+    assert bool((nets.state != before).all())
+    each = torch.cat([net.eval()(x) for net in nets.networks], 1)
+    torch.testing.assert_close(nets(x), each)
+    risks = [tdi.half_squared_error(each[:, [run]], y[:, None]) for run in range(3)]
+    torch.testing.assert_close(nets.risk(x, y), torch.stack(risks))
+    other = two_layer.TwoLayer(torch.randn(4, 3, 6))
+    other.load_state_dict(nets.state_dict())
+    torch.testing.assert_close(other.state, nets.state)
+
+
+def test_fig_4_reduced_and_resumed(script, tmp_path, capsys):
     """A quarter of the steps: R_1 has condensed, the run without it has not."""
-    path = tmp_path / "picture.png"
-    arguments = ["fig4_condensation.py", "--steps", "24000", "--png", str(path)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    tutorial.main()
-    printed = capsys.readouterr().out
-    rows = {
-        name: re.search(rf"^{name}\s+(.*)$", printed, re.MULTILINE)[1].split()
-        for name in tutorial.RUNS
-    }
-    shares = {name: float(row[2]) for name, row in rows.items()}
-    assert shares["without dropout"] < 0.2
-    assert shares["with R_1 in the loss"] > 0.9
-    assert shares["with dropout"] > 2 * shares["without dropout"]
-    merged = rows["with R_1 in the loss"]
-    assert int(merged[4]) <= 12
-    assert float(merged[6]) <= 1.1 * float(merged[5]) * 1.01
-    pixels = np.asarray(Image.open(path).convert("RGB"))
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+    script("fig04_condensation").main(["--quick", "--out", str(tmp_path)])
+    first = capsys.readouterr().out
+    record = json.loads((tmp_path / "fig04-quick" / "fig04.json").read_text())
+    (numbers,) = record["numbers"]["seeds"]
+    assert numbers["without"]["share"] < 0.2
+    assert numbers["R1"]["share"] > 0.9
+    assert numbers["dropout"]["share"] > 2 * numbers["without"]["share"]
+    assert numbers["R1"]["merged_neurons"] <= 12
+    assert numbers["R1"]["merged_R_S_ratio"] <= 1.1
+    picture = Image.open(tmp_path / "fig04-quick" / "fig04.png").convert("RGB")
+    assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
+    assert list(tmp_path.glob("fig04-quick/tensorboard/dropout-seed0/*tfevents*"))
+    script("fig04_condensation").main(["--quick", "--out", str(tmp_path)])
+    assert capsys.readouterr().out == first  # nothing was trained again
