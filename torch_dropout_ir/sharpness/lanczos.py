@@ -72,8 +72,8 @@ def top_eigenvalues(
     when ``errors`` are within the tolerance for three more products, which is sooner,
     with less certainty about eigenvectors and eigenvalues close to each other.
 
-    Without a ``start``, the operator of one large batch rehearses on every 16th of its
-    samples, at the price of one product. Memory: the basis of at most 32 vectors
+    Without a ``start``, the operator of one large batch rehearses on every eighth of
+    its samples, at the price of two products. Memory: the basis of at most 32 vectors
     (``2 k + 8`` if that is more), within ``max_bytes`` as far as a restart allows.
 
     Args:

@@ -39,7 +39,7 @@ from torch_dropout_ir.sharpness.reading import Reading, sliced
 from torch_dropout_ir.vectors import to_params, to_vector
 
 Subset = Collection[str] | Callable[[str], bool] | None
-_MANY, _EVERY = 256, 16  # samples that can be thinned, and the stride
+_MANY, _EVERY = 256, 8  # samples that can be thinned, and the stride
 _STRIDE: Final = 2**31 + 11  # between the seeds of one pass's batches
 
 
@@ -97,7 +97,7 @@ class Surface:
         return self._batches.single if len(self.seeds) == 1 else None
 
     def thinned(self) -> tuple[Surface, float] | None:
-        """Return the same at every 16th sample, and their share of all.
+        """Return the same at every eighth sample, and their share of all.
 
         Returns:
             None where there are less than 256, or more than one batch, or samples that
