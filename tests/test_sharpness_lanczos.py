@@ -96,13 +96,13 @@ def test_rehearsal_pays_and_is_counted():
     op = sharpness.hessian(net, "cross_entropy", batch)
     truth = sharpness.top_eigenvalues(op, tol=1e-6, max_matvecs=500).values[0]
     few, share = op.thinned()
-    assert share == 0.25 and few.shape == op.shape
-    thinned = sharpness.hessian(net, "cross_entropy", (batch[0][::4], batch[1][::4]))
+    assert share == 1 / 8 and few.shape == op.shape
+    thinned = sharpness.hessian(net, "cross_entropy", (batch[0][::8], batch[1][::8]))
     v = torch.randn(op.shape[0])
     torch.testing.assert_close(few @ v, thinned @ v)
     before = op.num_matvecs
     found = sharpness.top_eigenvalues(op, max_matvecs=16)
-    assert found.num_matvecs == 16 and op.num_matvecs - before == 13
+    assert found.num_matvecs == op.num_matvecs - before + 2
     errors = []
     for seed in range(5):
         torch.manual_seed(seed)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from torch_dropout_ir.vectors import random_like
+
+_WIDE: Final = 2**16  # columns that a restart turns at once: no second basis
 
 
 def random_vector(op: Any, distribution: str = "normal") -> Tensor:
@@ -35,10 +37,10 @@ class Space:
         self.spent = 0
         self._op = op
         self._rows = start.new_empty(capacity, start.numel())
-        self._rows[0] = start / start.norm()
+        torch.div(start, start.norm(), out=self._rows[0])
         self._filled = 1
         self._projected = torch.zeros(capacity, capacity, dtype=torch.float64)
-        self._rest = start
+        self._rest, self._left = self._rows[0], 0.0  # of the last image, and its norm
         self._locked = 0.0  # largest residual of what was locked: a bound from then on
         self.values = torch.zeros(0, dtype=torch.float64)
         self._coordinates = torch.zeros(0, 0, dtype=torch.float64)
@@ -62,6 +64,7 @@ class Space:
         n = rows.shape[0]
         space = cls(op, rest, max(capacity, n), state["k"])
         space._rows[:n] = rows.to(space._rows)
+        space._rest, space._left = rest.to(space._rows), float(rest.norm())
         space._projected[:n, :n] = state["projected"]
         space._filled, space._locked = n, state["locked"]
         space.spent = state["spent"]
@@ -92,7 +95,7 @@ class Space:
     def closed(self) -> bool:
         """Whether the last image has left the basis no further than rounding."""
         rounding = 16 * torch.finfo(self._rows.dtype).eps
-        return float(self._rest.norm()) <= rounding * max(self.scale, 1e-300)
+        return self._left <= rounding * max(self.scale, 1e-300)
 
     def first_entries(self) -> Tensor:
         """First entries of the Ritz vectors in the basis, float64 ``[filled]``."""
@@ -114,7 +117,7 @@ class Space:
         Raises:
             ValueError: If it is not finite.
         """
-        image = self._op @ self._rows[self._filled - 1]
+        image = (self._op @ self._rows[self._filled - 1]).detach()
         if not bool(image.isfinite().all()):
             raise ValueError(
                 "expected an operator with finite products, got one that is not. Look "
@@ -123,6 +126,7 @@ class Space:
         self.spent += 1
         n = self._filled
         column, self._rest = orthogonalize(image, self._rows[:n])
+        self._left = float(self._rest.norm())
         self._projected[n - 1, :n] = self._projected[:n, n - 1] = column
         self._solve()
 
@@ -132,7 +136,7 @@ class Space:
 
     def residuals(self) -> Tensor:
         """Bounds on the residuals of the leading Ritz pairs, ascending by value."""
-        last = float(self._rest.norm()) * self._coordinates[-1, -self.found :]
+        last = self._left * self._coordinates[-1, -self.found :]
         return (last.square() + self._locked**2).sqrt()
 
     def errors(self) -> Tensor:
@@ -153,10 +157,9 @@ class Space:
         return self._locked > tol * float(self.leading.abs().min())
 
     def _keep(self, count: int) -> None:
-        rows = (
-            self._coordinates[:, -count:].T.to(self._rows) @ self._rows[: self._filled]
-        )
-        self._rows[:count] = rows
+        turn = self._coordinates[:, -count:].T.to(self._rows)
+        for piece in self._rows[: self._filled].split(_WIDE, dim=1):
+            piece[:count] = turn @ piece
         self._projected.zero_()
         self._projected[:count, :count] = torch.diag(self.values[-count:])
         self._filled = count
@@ -171,21 +174,33 @@ class Space:
         """Keep what converged alone, and look for more in a random direction."""
         self._locked = float(self.residuals().max())
         self._keep(self.k)
-        self._append(random_vector(self._op))
+        self._append(None)
 
-    def _append(self, vector: Tensor) -> None:
+    def _append(self, vector: Tensor | None) -> None:
         rows = self._rows[: self._filled]
-        if float(vector.norm()) <= 1e-12 * max(self.scale, 1e-300):
-            vector = random_vector(self._op)
-        for _ in range(2):
-            _, vector = orthogonalize(vector / vector.norm(), rows)
-        self._rows[self._filled] = vector / vector.norm()
+        if vector is None or self._left <= 1e-12 * max(self.scale, 1e-300):
+            _, vector = orthogonalize(random_vector(self._op), rows)
+        newest = self._rows[self._filled]
+        torch.div(vector, vector.norm(), out=newest)
+        self._rest = newest  # one vector less while the next product is computed
         self._filled += 1
 
 
 def orthogonalize(image: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the coordinates of ``image`` in ``rows`` and what is left, done twice."""
-    first = rows @ image
-    rest = image - rows.T @ first
-    second = rows @ rest
-    return (first + second).double().cpu(), rest - rows.T @ second
+    """Return the coordinates of ``image`` in ``rows``, float64, and what is left.
+
+    Lanczos leaves rounding in all rows but the last two. These go first, so one pass
+    over all of them does; where they held more, it is repeated.
+    """
+    near = rows[-2:]
+    coordinates = near @ image
+    rest = image - near.T @ coordinates
+    column = torch.zeros(len(rows), dtype=torch.float64)
+    column[-2:] = coordinates.double().cpu()
+    for _ in range(3):
+        coordinates = rows @ rest
+        rest.addmv_(rows.T, coordinates, alpha=-1)
+        column += coordinates.double().cpu()
+        if float(coordinates.norm()) <= 0.1 * float(rest.norm()):
+            break
+    return column, rest

@@ -13,8 +13,10 @@ from torch_dropout_ir.sharpness.krylov import Space, random_vector
 from torch_dropout_ir.vectors import Params, to_params, to_vector
 
 _BASIS: Final = 32
-_LOOK: Final = 6  # products in a random direction, before it is believed
+_HOLD: Final = {"residual": 2, "value": 3}  # products for which a claim must hold
+_LOOK: Final = 6  # products in a random direction, where several values are wanted
 _LOOK_WARM: Final = 4
+_MIXED: Final = 0.1  # share of a random direction in every start
 _REHEARSAL: Final = 12
 _BASIS_BYTES: Final = 2**29
 
@@ -60,16 +62,18 @@ def top_eigenvalues(
 
     Stops when every residual is at most ``tol`` times its value, never because a value
     changed little. A small residual says that the value is near *an* eigenvalue; so
-    before it stops, it looks for larger ones, and for further copies of multiple ones,
-    from a random direction for six products (four from a given ``start``), until
-    nothing new is found. Largest means algebraically largest.
+    every start has a random part, from which larger ones grow, and the claim must hold
+    for two more products. For several values, larger ones and further copies of
+    multiple ones are looked for from another random direction, for six products (four
+    from a given ``start``), until nothing new is found. Largest means algebraically
+    largest.
 
     Eigenvalues settle with the square of the residual: ``stop="value"`` is content
-    when ``errors`` are within the tolerance, in about half the products, with less
-    certainty about eigenvectors and about eigenvalues close to each other.
+    when ``errors`` are within the tolerance for three more products, which is sooner,
+    with less certainty about eigenvectors and eigenvalues close to each other.
 
-    Without a ``start``, the operator of one large batch rehearses on a quarter of it:
-    that costs three products and saves more. Memory: the basis of at most 32 vectors
+    Without a ``start``, the operator of one large batch rehearses on every eighth of
+    its samples, at the price of two products. Memory: the basis of at most 32 vectors
     (``2 k + 8`` if that is more), within ``max_bytes`` as far as a restart allows.
 
     Args:
@@ -78,7 +82,8 @@ def top_eigenvalues(
         tol: Relative error to reach.
         max_matvecs: Most products to spend now.
         start: Starting vector in a form that ``op`` takes, for example the last
-            eigenvector; random if None.
+            eigenvector; random if None. A random vector of a tenth of its norm is
+            added.
         stop: Stop on the residuals or on the estimated errors of the values.
         state: ``Eigen.state`` of an earlier run on the same operator, to go on from;
             its ``k`` and ``start`` count.
@@ -101,7 +106,8 @@ def top_eigenvalues(
         ([49.0, 48.0], True)
     """  # noqa: DOC502 (`_check`, `_start` and the space raise)
     _check(op, k, max_matvecs, stop)
-    search = _Search(tol, stop, _LOOK if start is None else _LOOK_WARM)
+    look = _LOOK if start is None else _LOOK_WARM
+    search = _Search(tol, stop, 0 if k == 1 else look)
     if state is not None:
         room = _capacity(op, state["k"], max_bytes)
         space = Space.resumed(op, state, room)
@@ -132,12 +138,16 @@ def top_eigenvalues(
 
 
 class _Search:
-    """When to believe what has converged: after a look elsewhere finds nothing new."""
+    """When to believe what has converged: when it holds, and a look finds nothing new.
+
+    One value must stay what it is claimed to be for some more products; several must
+    after ``look`` products in a random direction, which may find further copies.
+    """
 
     def __init__(self, tol: float, stop: str, look: int) -> None:
         self._tol, self._stop, self._look = tol, stop, look
-        self._seen: Tensor | None = None  # what had converged before the last look
-        self._until = 0
+        self._seen: Tensor | None = None  # what was claimed last
+        self._until = 0  # products from which it is believed
 
     def state(self) -> dict[str, Any]:
         return {"seen": self._seen, "until": self._until, "look": self._look}
@@ -154,19 +164,25 @@ class _Search:
         """Whether nothing is left to do but to believe."""
         if space.exhausted:
             return space.found == space.k
-        looked = self._seen is not None and space.spent >= self._until
-        return looked and self._converged(space) and not self._grew(space)
+        return self._holds(space) and space.spent >= self._until
 
-    def _grew(self, space: Space) -> bool:
-        return self._seen is not None and space.grew(self._seen, self._tol)
+    def _holds(self, space: Space) -> bool:
+        """Whether what was claimed is still so, and not more than it was."""
+        if self._seen is None or not self._converged(space):
+            return False
+        return not space.grew(self._seen, self._tol)
 
     def next(self, space: Space) -> None:
         """Choose the next direction: the remainder, or a random one for a look."""
-        if self._converged(space) and space.spent >= self._until:
+        ready = self._converged(space)
+        if self._look and ready and space.spent >= self._until:
             self._seen, self._until = space.leading, space.spent + self._look
             space.lock()
-        else:
-            space.advance()
+            return
+        if not self._look and not self._holds(space):
+            self._seen = space.leading if ready else None
+            self._until = space.spent + _HOLD[self._stop]
+        space.advance()
 
 
 def _check(op: Any, k: int, max_matvecs: int, stop: str) -> None:
@@ -195,13 +211,20 @@ def _start(
             f"top_eigenvalues: expected a `start` of {op.shape[0]} numbers that are "
             f"not all zero, got shape {list(vector.shape)}. Without one it is random."
         )
-    return vector.to(op.device, op.dtype), 0
+    vector = vector.detach().to(op.device, op.dtype)
+    return _mixed(op, vector), 0
+
+
+def _mixed(op: Any, vector: Tensor) -> Tensor:
+    """Add a random vector, so that the start is orthogonal to nothing."""
+    other = random_vector(op)
+    return other.mul_(_MIXED * vector.norm() / other.norm()).add_(vector)
 
 
 def _rehearsed(op: Any, max_matvecs: int) -> tuple[Tensor, int]:
     """Return what an operator of few of the samples takes for its first vector."""
     thinned = op.thinned() if hasattr(op, "thinned") else None
-    if thinned is None or max_matvecs < 12:
+    if thinned is None or max_matvecs < 8:
         return random_vector(op), 0
     few, share = thinned
     space = Space(few, random_vector(op), _REHEARSAL, 1)
@@ -209,7 +232,7 @@ def _rehearsed(op: Any, max_matvecs: int) -> tuple[Tensor, int]:
     while space.spent < _REHEARSAL:
         space.advance()
         space.extend()
-    return space.vectors()[0], math.ceil(share * _REHEARSAL)
+    return _mixed(op, space.vectors()[0]), math.ceil(share * _REHEARSAL)
 
 
 def _capacity(op: Any, k: int, max_bytes: int) -> int:

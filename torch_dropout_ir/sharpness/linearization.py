@@ -48,7 +48,9 @@ class Linearized:
 
     def products(self, rows: Tensor, budget: int) -> Tensor:
         """Return the products with ``rows`` (``[K, P]``), as many at once as fit."""
-        at_once = max(1, min(rows.shape[0], budget // max(1, self.bytes_each)))
+        if len(rows) == 1:
+            return self._one(rows[0])[None]
+        at_once = max(1, min(len(rows), budget // max(1, self.bytes_each)))
         if at_once > 1:
             try:
                 with warnings.catch_warnings():

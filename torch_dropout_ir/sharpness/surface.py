@@ -39,7 +39,7 @@ from torch_dropout_ir.sharpness.reading import Reading, sliced
 from torch_dropout_ir.vectors import to_params, to_vector
 
 Subset = Collection[str] | Callable[[str], bool] | None
-_MANY: Final = 256
+_MANY, _EVERY = 256, 8  # samples that can be thinned, and the stride
 _STRIDE: Final = 2**31 + 11  # between the seeds of one pass's batches
 
 
@@ -97,7 +97,7 @@ class Surface:
         return self._batches.single if len(self.seeds) == 1 else None
 
     def thinned(self) -> tuple[Surface, float] | None:
-        """Return the same at every fourth sample, and their share of all.
+        """Return the same at every eighth sample, and their share of all.
 
         Returns:
             None where there are less than 256, or more than one batch, or samples that
@@ -107,12 +107,12 @@ class Surface:
         if batch is None or self.ranks.spread or batch_size(batch) < _MANY:
             return None
         size = batch_size(batch)
-        few = (sliced(batch[0], size, 4), sliced(batch[1], size, 4))
+        few = tuple(sliced(part, size, _EVERY) for part in batch)
         if few[0] is None or few[1] is None:
             return None
         other = copy.copy(self)
         other._batches = Reading(few, self.model)
-        return other, len(range(0, size, 4)) / size
+        return other, len(range(0, size, _EVERY)) / size
 
     @contextlib.contextmanager
     def held(self, seed: int | None) -> Iterator[None]:
@@ -161,7 +161,7 @@ class Surface:
 
         Args:
             function: Called inside ``held`` with a batch, its place and the seed;
-                returns a tensor of a fixed shape.
+                returns a new tensor of a fixed shape.
             seed: Seed of the masks.
 
         Returns:
@@ -180,7 +180,7 @@ class Surface:
                         continue
                     share = 1.0 if self.loss.reduction == "sum" else float(samples)
                     with self.held(seed):
-                        found = function(batch, place, seed) * share
+                        found = function(batch, place, seed).mul_(share)
                     total = found if total is None else total.add_(found)
                     weight += share
         except Exception as err:
@@ -191,13 +191,14 @@ class Surface:
             raise ValueError(
                 f"{self.caller}: expected at least one batch with samples, got none"
             )
-        return total if self.loss.reduction == "sum" else total / weight
+        return total if self.loss.reduction == "sum" else total.div_(weight)
 
     def value(self, params: Mapping[str, Tensor]) -> float:
         """Return the loss at ``params``, averaged over batches and masks."""
 
         def one(batch: Batch, place: int, seed: int | None) -> Tensor:
-            return self.risk(params, batch, place, seed).detach().double()
+            found = self.risk(params, batch, place, seed).detach()
+            return found.to(torch.float64, copy=True)
 
         with torch.no_grad():
             found = [float(self.average(one, seed)) for seed in self.seeds]
