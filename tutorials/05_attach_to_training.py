@@ -1,0 +1,85 @@
+"""Attaching to an existing training script.
+
+Question: what does one line in my training script show, and what does it change?
+
+    python tutorials/05_attach_to_training.py
+
+Draws 05_attach_to_training.png. Every cell below also runs as it stands in a notebook.
+"""
+
+# %% A training script as there are many: a convolutional network with batch norm and
+# two kinds of dropout, mini-batches, Adam, a schedule. Nothing in it knows of the
+# analysis, but for the line that attaches it.
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import torch_dropout_ir as tdi
+
+digits = load_digits()
+images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+data = TensorDataset(images[:1000], torch.tensor(digits.target[:1000]))
+
+
+def build():
+    torch.manual_seed(0)
+    body = nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()
+    pool = nn.Dropout2d(0.1), nn.MaxPool2d(2), nn.Flatten()
+    head = nn.Linear(256, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 10)
+    return nn.Sequential(*body, *pool, *head)
+
+
+def train(model, epochs=6, attach=None):
+    torch.manual_seed(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    criterion = nn.CrossEntropyLoss()
+    loader = DataLoader(data, batch_size=100, shuffle=True)
+    analysis = attach(model) if attach else None  # the one line
+    for _ in range(epochs):
+        for x, y in loader:
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+        schedule.step()
+    return analysis
+
+
+# %% Once as it was, once with the line. Optimizer, loss, targets and dropout sites are
+# found as the script uses them. A log directory would make it a TensorBoard run.
+alone, watched = build(), build()
+train(alone)
+stream = torch.get_rng_state()
+analysis = train(
+    watched, attach=lambda model: tdi.attach_analysis(model, log_dir=False, every=6)
+)
+print(analysis.summary())
+
+# %% What it changed: not a bit, in parameters, buffers or the stream of random numbers.
+torch.testing.assert_close(alone.state_dict(), watched.state_dict(), rtol=0, atol=0)
+assert torch.equal(stream, torch.get_rng_state())
+
+# %% What it saw: numbers by tag and step, and how each was obtained. R_1 comes by
+# dropout site too, which tells where the work is done.
+by_site = {t: v for t, v in analysis.latest.items() if t.startswith("regularizer/R1/")}
+for tag, value in by_site.items():
+    print(f"{tag:20} {value:.5f}")
+
+# %% The curves of the run.
+figure, panels = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+groups = (
+    ("loss/R_S", "regularizer/R1", "regularizer/R2"),
+    tuple(by_site),
+    ("sharpness/trace", "sharpness/top_eigenvalue"),
+)
+for panel, tags in zip(panels, groups, strict=True):
+    for tag in tags:
+        panel.plot(*zip(*analysis.history[tag], strict=True), label=tag)
+    panel.set(xlabel="step", yscale="log")
+    panel.legend(frameon=False)
+figure.savefig("05_attach_to_training.png", dpi=110)
+
+# %% What was shown: one line, the same training, and R_1 of both sites along it.
+assert len(by_site) == 2 and len(analysis.history["regularizer/R1"]) == 10
