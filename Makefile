@@ -7,11 +7,13 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 # One architecture compiles in a fifth of the time of all; a release builds all.
 export TORCH_DROPOUT_IR_CUDA_ARCHS ?= 90
 
-.PHONY: help setup demo test lint pytest clean
+.PHONY: help setup demo paper test lint pytest clean
 
 help:
 	@echo "make demo    set up, train with and without dropout, show the difference"
 	@echo "             (ARGS='--help' lists its options)"
+	@echo "make paper   the paper's figures again, cheapest first (ARGS=--quick for a look,"
+	@echo "             DATA_ROOT=DIR where the data sets are or are to be downloaded)"
 	@echo "make test    set up, check style and types, run the tests"
 	@echo "make setup   virtual environment, torch, the extension, extras"
 	@echo "make lint    style and types alone"
@@ -37,6 +39,10 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 
 demo: setup
 	$(BIN)/torch-dropout-ir demo $(ARGS)
+
+paper: setup
+	$(if $(DATA_ROOT),DROPOUT_IR_DATA=$(DATA_ROOT)) \
+	  $(BIN)/python tutorials/paper/all.py $(ARGS)
 
 test: lint pytest
 

@@ -10,9 +10,10 @@ What the text leaves open, and how it was found: the curves that R_S and R_1 of 
 in training were held against the numbers read off the paper's panels. Normalisation:
 in torch's mean over all outputs (a fifth of the half sum) the curves of keep_prob 0.6
 and 0.8 run into the paper's points; in the half sum they are still far above where the
-test accuracy is the paper's. Start: every parameter N(0, m^-0.75), std 0.075. R_S alone then ends
-near the paper's 79 %; torch's own start gives 88 %, std 0.05 87 %, 0.063 82 %, 0.067 81 %, 0.1
-56 %. Length: that where R_1 and R_S are the paper's, some 6e5 steps of lr 5e-3.
+test accuracy is the paper's. Start: every parameter N(0, m^-0.75), std 0.075. R_S alone
+then ends near the paper's 79 %; torch's own start gives 88 %, std 0.05 87 %, 0.063
+82 %, 0.067 81 %, 0.1 56 %. Length: that where R_1 and R_S are the paper's, some 6e5
+steps of lr 5e-3.
 
 Reduced: momentum carries the flow there in 900 steps. Learning rate 0.005 of the half
 sum without momentum for 60 steps, then 0.008 with momentum rising as 1 - 4/t to 0.995;

@@ -173,13 +173,14 @@ def draw(randoms, ways):
     figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     bins = torch.linspace(-1, 1, 61).tolist()
-    for kind, colour in zip(KINDS, ("#2166ac", "#92c5de", "#f4a582", "#b2182b"), strict=True):  # fmt: skip
+    colours = ("#2166ac", "#92c5de", "#f4a582", "#b2182b")
+    for kind, colour in zip(KINDS, colours, strict=True):
         slopes = [s for one in randoms[kind] for s in one["slopes"]]
         below = 100 * sum(s < 0 for s in slopes) / len(slopes)
         left.hist(slopes, bins, histtype="step", lw=1.8, color=colour,
                   label=f"{kind}: {below:.1f} % < 0")  # fmt: skip
     left.axvline(0, color="black", lw=1)
-    left.set(xlabel="cosine of −grad R$_1$ and grad tr H", ylabel="networks",
+    left.set(xlabel="cosine of -grad R$_1$ and grad tr H", ylabel="networks",
              title="Random networks at zero loss")  # fmt: skip
     left.legend(frameon=False, fontsize=8)
     steps = [k * EVERY for k in range(len(ways[0]["R_S"]))]
@@ -205,7 +206,7 @@ def main():
                 for one in randoms[kind]]  # fmt: skip
 
     claims = [
-        Claim("Theorem 2: derivative of tr H along −grad R_1 is negative at zero loss, "
+        Claim("Theorem 2: derivative of tr H along -grad R_1 is negative at zero loss, "
               "two-layer ReLU without biases: share of random networks, all of them",
               "100 %", below(KINDS[0]), lambda v: v == 100, lambda v: v > 50, " %"),
         Claim("the library's trace, by central differences, gives the same derivative: "
@@ -222,7 +223,9 @@ def main():
     ]  # fmt: skip
     numbers = {
         "share below zero (%)": {kind: below(kind) for kind in KINDS},
-        "least steep cosine": {k: [max(o["slopes"]) for o in randoms[k]] for k in KINDS},
+        "least steep cosine": {
+            k: [max(o["slopes"]) for o in randoms[k]] for k in KINDS
+        },
         "trace, R_1, R_S at the end": {a: [o[a][-1] for o in ways] for a in ARMS},
         "loss at the minimum": [one["start loss"] for one in ways],
     }  # fmt: skip
