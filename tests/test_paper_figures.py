@@ -89,3 +89,50 @@ def test_fig_4_reduced_and_resumed(script, tmp_path, capsys):
     assert list(tmp_path.glob("fig04-quick/tensorboard/dropout-seed0/*tfevents*"))
     script("fig04_condensation").main(["--quick", "--out", str(tmp_path)])
     assert capsys.readouterr().out == first  # nothing was trained again
+
+
+@pytest.mark.parametrize("loss", ["R_S", "R_drop", "L1"])
+def test_the_gradient_of_fig_2_is_autograds(script, loss):
+    fig02 = script("fig02_modified_loss")
+    net = torch.nn.Sequential(
+        torch.nn.Linear(6, 9), torch.nn.ReLU(), torch.nn.Dropout(0.3),
+        torch.nn.Linear(9, 4),
+    ).double()  # fmt: skip
+    x = torch.randn(7, 6, dtype=torch.float64)
+    x[:, 4:] = 0  # the inputs that are not given
+    y = torch.randn(7, 4, dtype=torch.float64)
+    scratch = [torch.empty(7, 9, dtype=torch.float64) for _ in range(3)]
+    for _ in range(2):  # the second into the gradients of the first
+        torch.manual_seed(1)
+        with torch.no_grad():
+            fig02.gradient(net, x[:, :4].contiguous(), y, loss, 0.3, scratch)
+        found = [p.grad.clone() for p in net.parameters()]
+    torch.manual_seed(1)
+    noise = tdi.dropout(torch.ones(7, 9, dtype=torch.float64), 0.3)
+    h = net[:2](x)
+    value = tdi.half_squared_error(net[3](h * noise if loss == "R_drop" else h), y)
+    if loss == "L1":
+        value = value + tdi.regularizers.last_layer(
+            h, net[3].weight, 0.3, loss=tdi.half_squared_error
+        )
+    expected = torch.autograd.grad(value, list(net.parameters()))
+    torch.testing.assert_close(found, list(expected))
+
+
+@pytest.mark.parametrize("faces", [(1.0, 1.0), (-1.0, -1.0), (1.0, -1.0), (-1.0, 1.0)])
+def test_the_perturbation_of_theorem_1(script, monkeypatch, tmp_path, faces):
+    arguments = ["thm1_kinks.py", "--quick", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    thm1 = script("thm1_kinks")
+    net = thm1.Net(2).double().eval()
+    with torch.no_grad():
+        net.hidden.weight[:, 0] = 2 * torch.tensor(faces)
+        net.hidden.bias.copy_(-net.hidden.weight[:, 0] * torch.tensor([0.2, 0.3]))
+        net.last.weight.copy_(torch.tensor([[1.5, 0.5]]))
+    x = torch.tensor([[-2.0], [-1.0], [0.0], [0.6], [1.0], [3.0]], dtype=torch.float64)
+    assert thm1.pairs(net, x) == [(0, 1)]
+    new = thm1.perturbed(net, x, (0, 1))
+    torch.testing.assert_close(new(x), net(x))
+    assert bool(thm1.r1(new, x) < thm1.r1(net, x))
+    kinks, _ = new.kinks()
+    assert bool(((kinks > 0) & (kinks < 0.6)).all())
