@@ -7,13 +7,15 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 # One architecture compiles in a fifth of the time of all; a release builds all.
 export TORCH_DROPOUT_IR_CUDA_ARCHS ?= 90
 
-.PHONY: help setup demo paper test lint pytest clean
+.PHONY: help setup demo paper tutorials test lint pytest clean
 
 help:
 	@echo "make demo    set up, train with and without dropout, show the difference"
 	@echo "             (ARGS='--help' lists its options)"
 	@echo "make paper   the paper's figures again, cheapest first (ARGS=--quick for a look,"
 	@echo "             DATA_ROOT=DIR where the data sets are or are to be downloaded)"
+	@echo "make tutorials"
+	@echo "             run them as notebooks and write pages, in build/tutorials"
 	@echo "make test    set up, check style and types, run the tests"
 	@echo "make setup   virtual environment, torch, the extension, extras"
 	@echo "make lint    style and types alone"
@@ -43,6 +45,11 @@ demo: setup
 paper: setup
 	$(if $(DATA_ROOT),DROPOUT_IR_DATA=$(DATA_ROOT)) \
 	  $(BIN)/python tutorials/paper/all.py $(ARGS)
+
+# The extra "tutorials", without building the extension again.
+tutorials: setup
+	@$(BIN)/pip install -q 'nbconvert>=7.16' 'ipykernel>=6.29'
+	$(BIN)/python tutorials/render.py $(ARGS)
 
 test: lint pytest
 

@@ -71,16 +71,12 @@ merged = {
     kind: condensation.merge_condensed(model, x, 0.95, min_amplitude=0.05)
     for kind, model in models.items()
 }
+print("\nwith       neurons merged   outputs changed   error unseen   merged")
 for kind, small in merged.items():
-    print(
-        f"\nwith {kind}: {small.layers['0'].before} neurons, {small.layers['0'].after}"
-    )
-    print(
-        f"after merging; outputs changed by {100 * small.relative_change:.2g} %; error"
-    )
-    print(
-        f"on unseen points {error(models[kind]):.2g}, merged {error(small.model):.2g}"
-    )
+    size, change = small.layers["0"], 100 * small.relative_change
+    before, after = error(models[kind]), error(small.model)
+    print(f"{kind:8}{size.before:10}{size.after:7}{change:16.2g} %", end="")
+    print(f"{before:15.2g}{after:9.2g}")
 
 # %% Cosines between the neurons, those of one direction side by side.
 figure, panels = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
@@ -90,7 +86,7 @@ for panel, (kind, model) in zip(panels, models.items(), strict=True):
     cosines = condensation.cosine_similarity(weights).numpy()
     image = panel.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
     after = merged[kind].layers["0"].after
-    panel.set(title=f"with {kind}: 50 neurons, {after} merged", xlabel="neuron")
+    panel.set(title=f"with {kind}: 50, merged {after}", xlabel="neuron")
 figure.colorbar(image, ax=panels, label="cosine", shrink=0.8)
 figure.savefig("03_condensation.png", dpi=110)
 

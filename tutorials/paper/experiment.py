@@ -2,16 +2,21 @@
 
 A script is a list of cells, one for each arm of the experiment and seed. A cell is
 computed once, its result kept under ``--out``, so that a run that was stopped goes on
-where it was. What the paper claims is then decided from the results of all seeds, by
-numbers alone, and written with them to ``results/<figure>.json``.
+where it was; that a cell is of older code than the script is said. What the paper
+claims is then decided from the results of all seeds, by numbers alone, and written with
+them to ``results/<figure>.json``.
 """
 
 import argparse
+import ast
+import functools
+import hashlib
 import json
 import math
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -74,9 +79,11 @@ class Experiment:
         doc: The script's docstring: its help.
         figure: Its name, ``fig04`` for instance.
         options: Added to the script's own: ``(flags, keywords)`` of ``add_argument``.
+        arguments: The command line's, if not those of the process.
+        home: Folder whose ``results`` takes the numbers and the picture.
     """
 
-    def __init__(self, doc, figure, options=(), arguments=None):
+    def __init__(self, doc, figure, options=(), arguments=None, home=HERE):
         parser = argparse.ArgumentParser(
             description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -112,6 +119,8 @@ class Experiment:
             parser.error(f"--seeds: expected at least 1, got {self.options.seeds}")
         self.title = doc.strip().splitlines()[0]
         self.figure = figure
+        self.home = home
+        self._older = []
         self.seeds = range(self.options.seeds)
         self.folder = self.options.out / f"{figure}-{self.profile}"
         if self.options.restart and self.folder.is_dir():
@@ -130,13 +139,15 @@ class Experiment:
 
     def cell(self, arm, seed, compute):
         """``compute()``, or what it returned in an earlier run: tensors and numbers."""
-        path = self._path(arm, seed)
+        path, code = self._path(arm, seed), code_of(compute)
         if path.exists():
-            return torch.load(path, weights_only=True)["result"]
+            kept = torch.load(path, weights_only=True)
+            self._compare(path, kept.get("code", code), code)
+            return kept["result"]
         torch.manual_seed(seed)
-        self._before, self._began = 0.0, time.perf_counter()
+        self._before, self._began, self._code = 0.0, time.perf_counter(), code
         result = compute()
-        _save({"result": result, "seconds": self._seconds()}, path)
+        _save({"result": result, "seconds": self._seconds(), "code": code}, path)
         self._part(arm, seed).unlink(missing_ok=True)
         return result
 
@@ -144,7 +155,7 @@ class Experiment:
         """``{arm: [compute(arm, seed) for each seed]}``."""
         return {
             arm: [
-                self.cell(arm, seed, lambda a=arm, s=seed: compute(a, s))
+                self.cell(arm, seed, functools.partial(compute, arm, seed))
                 for seed in self.seeds
             ]
             for arm in arms
@@ -167,6 +178,7 @@ class Experiment:
         path, first = self._part(arm, seed), 0
         if path.exists():
             kept = torch.load(path, weights_only=False)  # our own, of this run
+            self._compare(path, kept.get("code", self._code), self._code)
             for one, saved in zip(state, kept["state"], strict=True):
                 one.load_state_dict(saved)
             torch.set_rng_state(kept["rng"])
@@ -187,6 +199,7 @@ class Experiment:
                     "rng": torch.get_rng_state(),
                     "step": step + 1,
                     "seconds": self._seconds(),
+                    "code": self._code,
                 }
                 _save(kept, path)
                 last = now
@@ -235,6 +248,8 @@ class Experiment:
             print(
                 f"  {one.text}\n    paper {one.paper}, ours {one.ours}: {one.verdict}"
             )
+        if self._older:
+            print(f"of older code, see above: {', '.join(self._older)}")
         print(f"{verdict}\nnumbers: {path}")
         if picture is not None:
             print(f"picture: {picture}")
@@ -245,7 +260,7 @@ class Experiment:
         """Where numbers and pictures go: a quick look stays out of this folder."""
         if self.profile == "quick":
             return self.folder
-        path = HERE / "results"
+        path = self.home / "results"
         path.mkdir(exist_ok=True)
         return path
 
@@ -260,12 +275,54 @@ class Experiment:
     def _part(self, arm, seed):
         return self.folder / f"{arm}-seed{seed}.part.pt"
 
+    def _compare(self, path, kept, now):
+        """Say once, for each file, that cells were computed by an older one."""
+        edited = sorted(name for name, code in now.items() if kept.get(name) != code)
+        if edited:
+            self._older.append(path.name)
+        if len(self._older) == 1 and edited:
+            print(
+                f"{self.figure}: {path} was computed before {', '.join(edited)} was "
+                "edited, and is used as it is; `--restart` computes all cells anew.",
+                file=sys.stderr,
+            )
+
     def _seconds(self):
         """Of the cell being computed, with those of runs that were stopped."""
         return self._before + time.perf_counter() - self._began
 
 
 _FUNCTIONS = ("holds", "direction", "values")
+
+
+def code_of(compute):
+    """Hashes of the code, by file name, that a cell's function is made of.
+
+    Those are the function's own file and the files beside it that are imported, but
+    this one. Comments, docstrings and layout do not count.
+    """
+    function = getattr(compute, "func", compute)  # of a partial
+    script = Path(function.__code__.co_filename).resolve()
+    files = {Path(m.__file__) for m in list(sys.modules.values()) if _has_file(m)}
+    beside = {one for one in files if one.parent == script.parent}
+    return {
+        one.name: hashlib.sha256(_without_words(one).encode()).hexdigest()[:16]
+        for one in {script, *beside} - {Path(__file__).resolve()}
+        if one.is_file()
+    }
+
+
+def _has_file(module):
+    return isinstance(getattr(module, "__file__", None), str)
+
+
+def _without_words(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 def _short(value):

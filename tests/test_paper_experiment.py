@@ -1,0 +1,226 @@
+"""The frame of the paper's scripts: resuming, verdicts, options, older code."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+FOLDER = Path(__file__).parents[1] / "tutorials" / "paper"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up there.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def frame(monkeypatch):
+    before = sys.modules.get("experiment")
+    module = load("experiment")
+    yield module
+    sys.modules.pop("experiment")
+    if before is not None:
+        sys.modules["experiment"] = before
+
+
+@pytest.fixture
+def start(frame, tmp_path):
+    def make(*arguments, out="out", figure="fig99"):
+        found = ["--out", str(tmp_path / out), *arguments]
+        home = tmp_path / "home"
+        home.mkdir(exist_ok=True)
+        return frame.Experiment("A title.\n", figure, arguments=found, home=home)
+
+    return make
+
+
+class Stopped(Exception):
+    """What stands for Ctrl-C."""
+
+
+def training(exp, stop_at=None):
+    """A cell with dropout, Adam and a schedule: all of them have a state."""
+
+    def compute():
+        net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        adam = torch.optim.Adam(net.parameters(), lr=0.1)
+        decay = torch.optim.lr_scheduler.StepLR(adam, 3)
+        losses = torch.zeros(20)
+        kept = Kept(losses)
+        for step in exp.steps("arm", 1, 20, (net, adam, decay, kept)):
+            if step == stop_at:
+                raise Stopped
+            adam.zero_grad()
+            loss = net(torch.randn(5, 3)).square().mean()
+            loss.backward()
+            adam.step()
+            decay.step()
+            losses[step] = loss.detach()
+        return {"losses": losses, "net": net.state_dict()}
+
+    return exp.cell("arm", 1, compute)
+
+
+class Kept:
+    """A tensor with a state."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def state_dict(self):
+        return {"tensor": self.tensor.clone()}
+
+    def load_state_dict(self, state):
+        self.tensor.copy_(state["tensor"])
+
+
+def every_step_saved(frame, monkeypatch):
+    """Let more than half a minute pass at each look at the clock."""
+    clock = iter(range(0, 10**9, 31))
+    monkeypatch.setattr(frame.time, "perf_counter", lambda: float(next(clock)))
+
+
+def test_a_stopped_cell_goes_on_to_the_same_bits(frame, start, monkeypatch):
+    whole = training(start(out="whole"))
+    every_step_saved(frame, monkeypatch)
+    exp = start(out="stopped")
+    with pytest.raises(Stopped):
+        training(exp, stop_at=13)
+    assert not exp._path("arm", 1).exists() and exp._part("arm", 1).exists()
+    torch.manual_seed(99)  # another process draws from elsewhere
+    steps = []
+    original = frame.tqdm
+
+    def counted(numbers, **keywords):
+        steps.extend(numbers)
+        return original(numbers, **keywords)
+
+    monkeypatch.setattr(frame, "tqdm", counted)
+    again = training(start(out="stopped"))
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)
+    assert steps == list(range(13, 20))
+    assert not exp._part("arm", 1).exists()
+
+
+def test_a_finished_cell_is_not_computed_again(start):
+    first = training(start())
+    exp = start()
+    kept = exp.cell("arm", 1, lambda: pytest.fail("computed again"))
+    torch.testing.assert_close(kept, first, rtol=0, atol=0)
+    assert start("--restart").cell("arm", 1, lambda: 7) == 7
+
+
+def test_the_seed_and_not_the_order_decides_a_cell(start):
+    def compute(arm, seed):
+        return torch.rand(2)
+
+    forward = start(out="a").cells(("x", "y"), compute)
+    backward = start(out="b").cells(("y", "x"), compute)
+    torch.testing.assert_close(
+        forward, {k: backward[k] for k in forward}, rtol=0, atol=0
+    )
+    assert not torch.equal(forward["x"][0], forward["x"][1])
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([1.0, 2.0, 3.0], "reproduced"),
+        ([1.0, 2.0, 0.1], "reproduced in direction"),
+        ([9.0, 9.0, -0.1], "not reproduced"),
+        ([], "not reproduced"),
+        ([2.0, float("nan"), 2.0], "not reproduced"),
+    ],
+)
+def test_the_worst_seed_decides_a_claim(frame, values, verdict):
+    claim = frame.Claim("text", "1", values, lambda v: v >= 1, lambda v: v > 0)
+    assert claim.verdict == verdict
+
+
+def test_the_worst_claim_decides_a_figure_and_its_record(frame, start):
+    exp = start("--seeds", "2")
+    exp.cells(("arm",), lambda arm, seed: float(seed))
+    holds = frame.Claim("first", "1", [1.0, 2.0], lambda v: v >= 1, lambda v: v > 0)
+    points = frame.Claim("second", "5", [1.0, 2.0], lambda v: v >= 5, lambda v: v > 0)
+    assert exp.finish([holds, points], {"more": [1]}) == "reproduced in direction"
+    record = json.loads((exp.home / "results" / "fig99.json").read_text())
+    assert record["seeds"] == 2 and record["profile"] == "default"
+    assert [c["verdict"] for c in record["claims"]] == [holds.verdict, points.verdict]
+    assert record["claims"][0]["ours"] == "1.5 ± 0.5"
+    assert record["numbers"] == {"more": [1]}
+
+
+def test_a_quick_look_stays_out_of_the_results(frame, start):
+    exp = start("--quick")
+    assert list(exp.seeds) == [0] and exp.pick(1, 2, 3) == 1
+    exp.finish([frame.Claim("text", "1", [1.0], lambda v: True, lambda v: True)])
+    assert not (exp.home / "results").exists()
+    assert (exp.folder / "fig99.json").is_file()
+    assert start("--paper").pick(1, 2, 3) == 3
+    assert start("--paper").folder != exp.folder
+
+
+@pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--quick", "--paper"]])
+def test_options_that_cannot_be_are_said(start, wrong, capsys):
+    with pytest.raises(SystemExit):
+        start(*wrong)
+    assert wrong[0].strip("-") in capsys.readouterr().err
+
+
+def script(tmp_path, number, comment):
+    """A script's function ``compute``, from a file of its own."""
+    path = tmp_path / "fig99_edited.py"
+    path.write_text(
+        f'"""{comment}"""\n\ndef compute(arm, seed):\n    return {number}\n'
+    )
+    spec = importlib.util.spec_from_file_location("fig99_edited", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.compute
+
+
+def test_cells_of_an_edited_script_are_said(start, tmp_path, capsys):
+    start().cells(("arm",), script(tmp_path, 1, "as it was"))
+    start().cells(("arm",), script(tmp_path, 1, "other words only"))
+    assert "--restart" not in capsys.readouterr().err
+    kept = start().cells(("arm",), script(tmp_path, 2, "another number"))
+    said = capsys.readouterr().err
+    assert kept == {"arm": [1, 1, 1]}  # hours of work are not thrown away unasked
+    assert said.count("edited,") == 1 and "fig99_edited.py" in said
+    assert "--restart" in said
+    fresh = start("--restart").cells(("arm",), script(tmp_path, 2, "another number"))
+    assert fresh == {"arm": [2, 2, 2]} and not capsys.readouterr().err
+
+
+def test_all_runs_cheapest_first_and_past_a_failure(tmp_path, monkeypatch, capfd):
+    for name, body in (
+        ("fig01_dear", "print('ran dear')"),
+        ("fig02_cheap", "import sys; print('ran cheap', sys.argv[1:])"),
+        ("fig03_broken", "raise SystemExit(3)"),
+        ("thm1_new", "print('ran new')"),
+        ("two_layer", "print('no figure')"),
+    ):
+        (tmp_path / f"{name}.py").write_text(body)
+    (tmp_path / "results").mkdir()
+    for name, seconds in (("fig01", 900), ("fig02", 5), ("fig03", 50)):
+        path = tmp_path / "results" / f"{name}.json"
+        path.write_text(json.dumps({"seconds": seconds}))
+    monkeypatch.syspath_prepend(str(FOLDER))
+    every = load("all")
+    monkeypatch.setattr(every, "HERE", tmp_path)
+    monkeypatch.setattr(every.table, "main", lambda: print("ran table", flush=True))
+    assert every.main(["--seeds", "3"])
+    printed, said = capfd.readouterr()
+    order = [printed.index(f"ran {k}") for k in ("cheap", "dear", "new", "table")]
+    assert order == sorted(order) and "['--seeds', '3']" in printed
+    assert "no figure" not in printed and "failed: fig03_broken.py" in said
+    every.main(["--quick"])
+    assert "ran table" not in capfd.readouterr().out
