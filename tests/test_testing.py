@@ -56,6 +56,53 @@ def test_samples_that_meet_get_a_mask_each():
     assert (other - found).abs() > 1e-3
 
 
+def test_samples_that_meet_in_the_loss_alone_get_a_mask_each():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.3), nn.Linear(2, 1)).double()
+    x, y = torch.randn(3, 2).double(), torch.randn(3, 1).double()
+    loss = lambda f, y: (f - y).mean().square()  # noqa: E731
+    expected = sum(
+        chance * loss(net[1](x * mask / 0.7), y)
+        for mask, chance in testing.enumerate_masks((3, 2), 0.3)
+    )
+    found = testing.expected_dropout_loss(net, (x, y), loss)
+    torch.testing.assert_close(found, expected.detach())
+
+
+def test_samples_may_meet_where_derivatives_do_not_reach():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.3), nn.Linear(2, 1)
+
+        def forward(self, x):
+            with torch.no_grad():
+                h = self.drop(x)
+                h = h - h.mean(0)
+            return self.last(h)
+
+    torch.manual_seed(0)
+    net = Cut().double()
+    x, y = torch.randn(3, 2).double(), torch.randn(3, 1).double()
+    expected = 0
+    for mask, chance in testing.enumerate_masks((3, 2), 0.3):
+        h = x * mask / 0.7
+        expected = expected + chance * F.mse_loss(net.last(h - h.mean(0)), y)
+    found = testing.expected_dropout_loss(net, (x, y), "mse")
+    torch.testing.assert_close(found, expected.detach())
+
+
+def test_rounding_of_large_losses_breaks_no_claim():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1)).double()
+    batch = torch.randn(4, 2).double(), torch.full((4, 1), 1e6).double()
+    report = testing.check_regularizer(net, batch, "mse", num_masks=100)
+    by_name = {f.name: f for f in report.findings}
+    assert by_name["last_layer"].relative_error > report.rtol
+    report.assert_holds()
+    assert "last_layer" in report.agreeing
+
+
 def test_too_many_masks_are_refused():
     net = nn.Sequential(nn.Dropout(0.5), nn.Linear(30, 1))
     batch = torch.randn(2, 30), torch.randn(2, 1)
@@ -103,7 +150,8 @@ def test_approximations_are_told_from_the_truth():
     by_name = {f.name: f for f in report.findings}
     assert by_name["last_layer"].claim == "not applicable"
     assert "single site" in by_name["last_layer"].reason
-    assert by_name["second_order"].claim == "second order"
+    for name in ("second_order", "gauss_newton, sampled", "second_order, sampled"):
+        assert by_name[name].claim == "second order"
     assert not by_name["second_order"].agrees
     assert "monte_carlo" in report.agreeing
     loose = testing.check_regularizer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -58,7 +58,9 @@ def _joined(
     if clean is not None:
         means["loss/R_S"] = float(clean)
     squared = {"error": float(found.standard_error) ** 2}
-    means, squared = snapshot.ranks.join(_weight(snapshot), means, squared)
+    means, squared = snapshot.ranks.join(
+        weight(snapshot, [snapshot.batch]), means, squared
+    )
     return {**means, "regularizer/R1_standard_error": squared["error"] ** 0.5}
 
 
@@ -70,18 +72,18 @@ def terms(loss: Loss, batch: Batch) -> float:
     if loss.kind != "cross_entropy" or targets.is_floating_point():
         return float(targets.numel())
     counted = targets[targets != loss.option("ignore_index", -100)]
-    weight = loss.option("weight", None)
-    return float(counted.numel() if weight is None else weight[counted].sum())
+    by_class = loss.option("weight", None)
+    return float(counted.numel() if by_class is None else by_class[counted].sum())
 
 
-def _weight(snapshot: Snapshot) -> float | None:
-    """What this rank's means count for; None where the loss adds."""
+def weight(snapshot: Snapshot, batches: Iterable[Batch]) -> float | None:
+    """What this rank's means over ``batches`` count for; None where the loss adds."""
     assert snapshot.loss is not None  # by `needs`
     if snapshot.ranks.size == 1:
         return 1.0  # nothing to weigh it against
     if snapshot.loss.reduction == "sum":
         return None
-    return terms(snapshot.loss, snapshot.batch)
+    return sum(terms(snapshot.loss, batch) for batch in batches)
 
 
 def _modified_loss(snapshot: Snapshot, risk: float) -> dict[str, Record]:
@@ -147,7 +149,7 @@ class DropoutNoise:
                 snapshot.model, snapshot.batch, snapshot.loss, lr=snapshot.lr
             )
         noise = {"noise": float(found.dropout_noise)}
-        _, joined = snapshot.ranks.join(_weight(snapshot), {}, noise)
+        _, joined = snapshot.ranks.join(weight(snapshot, [snapshot.batch]), {}, noise)
         snapshot.notes["regularizer/R2_dropout_noise"] = (
             "of two masks on one batch, never clipped"
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir import sharpness
-from torch_dropout_ir.analysis.measures.regularizer import terms
+from torch_dropout_ir.analysis.measures.regularizer import weight
 from torch_dropout_ir.analysis.records import Histogram, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
 from torch_dropout_ir.functional import as_batches
@@ -92,7 +92,7 @@ class Sharpness:
             found = sharpness.trace(own, num_matvecs=self.trace_matvecs)
         snapshot.notes["sharpness/trace"] = _KINDS[found.method]
         mean, squared = snapshot.ranks.join(
-            _weight(snapshot),
+            weight(snapshot, as_batches(snapshot.batches)),
             {"trace": float(found.value)},
             {"trace": float(found.standard_error) ** 2},
         )
@@ -149,22 +149,14 @@ class Sharpness:
             snapshot.model, snapshot.loss, snapshot.batches, alphas, direction
         )
         heights = {str(k): float(x) for k, x in enumerate(losses)}
-        heights, _ = snapshot.ranks.join(_weight(snapshot), heights)
+        heights, _ = snapshot.ranks.join(
+            weight(snapshot, as_batches(snapshot.batches)), heights
+        )
         losses = torch.tensor(list(heights.values()), dtype=torch.float64)
         if not bool((losses.isfinite() & (losses >= 0)).all()):
             return {}
         half = 1 / max(1, self.slice_points - 1)
         return {"sharpness/loss_slice": Histogram(losses, -1 - half, 1 + half)}
-
-
-def _weight(snapshot: Snapshot) -> float | None:
-    """What this rank's batches count for; None where the loss adds."""
-    assert snapshot.loss is not None  # by `needs`
-    if snapshot.ranks.size == 1:
-        return 1.0  # nothing to weigh it against
-    if snapshot.loss.reduction == "sum":
-        return None
-    return sum(terms(snapshot.loss, batch) for batch in as_batches(snapshot.batches))
 
 
 class _Joined:
@@ -178,10 +170,10 @@ class _Joined:
         self._ranks = snapshot.ranks
         self.params = op.params
         self.shape, self.dtype, self.device = op.shape, op.dtype, op.device
-        weight = _weight(snapshot)
+        own = weight(snapshot, as_batches(snapshot.batches))
         self._share = 1.0
-        if weight is not None:
-            self._share = weight / snapshot.ranks.sum({"terms": weight})["terms"]
+        if own is not None:
+            self._share = own / snapshot.ranks.sum({"terms": own})["terms"]
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self._ranks.sum_of(self._share * (self._op @ v))
