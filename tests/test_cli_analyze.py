@@ -116,7 +116,9 @@ def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
     torch.save({"weights": Evil()}, "worse.pt")
     for name in ("bad.pt", "worse.pt"):
         assert analyze("--checkpoint", name) == 2
-        assert "without running code" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "without running code" in said
+        assert "weights_only" not in said  # torch's own advice is to run it
     assert not (tmp_path / "ran").exists()
 
 
@@ -134,6 +136,9 @@ def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
         (["--checkpoint", "other.pt"], "does not fit"),
         (["--checkpoint", "list.pt"], "--key"),
         (["--checkpoint", "list.pt", "--key", "a.b"], "a.b"),
+        (["--device", "cuda:77"], "--device: expected a device of this machine"),
+        (["--device", "nothing"], "--device: expected a device of this machine"),
+        (["--json", "nowhere/out.json"], "--json: there is no folder nowhere"),
     ],
 )
 def test_wrong_arguments_are_said(nets, capsys, arguments, said):

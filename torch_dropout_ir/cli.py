@@ -13,7 +13,12 @@ from torch import nn
 
 from torch_dropout_ir.demo import Settings, run_demo
 from torch_dropout_ir.demo.settings import PIXELS, REDUCED
-from torch_dropout_ir.loading import load_factory, load_loss, load_weights
+from torch_dropout_ir.loading import (
+    load_device,
+    load_factory,
+    load_loss,
+    load_weights,
+)
 from torch_dropout_ir.offline import analyze, on_device
 
 _DEMO = """\
@@ -158,6 +163,9 @@ def _run_analyze(chosen: dict[str, Any]) -> None:
     for name in ("batches", "masks"):
         if chosen[name] < 1:
             raise ValueError(f"--{name}: expected at least 1, got {chosen[name]}")
+    out, device = chosen["json"], load_device(chosen["device"])
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"--json: there is no folder {out.parent}")
     torch.manual_seed(chosen["seed"])
     model = load_factory(chosen["model"], "--model")
     if not isinstance(model, nn.Module):
@@ -167,8 +175,8 @@ def _run_analyze(chosen: dict[str, Any]) -> None:
     data = load_factory(chosen["data"], "--data")
     loss = load_loss(chosen["loss"])
     report = analyze(
-        model.to(chosen["device"]),
-        on_device(data, chosen["device"], chosen["batches"]),
+        model.to(device),
+        on_device(data, device, chosen["batches"]),
         loss,
         most_batches=chosen["batches"],
         num_masks=chosen["masks"],
@@ -176,9 +184,9 @@ def _run_analyze(chosen: dict[str, Any]) -> None:
         log_dir=chosen["log_dir"],
         progress=sys.stderr.isatty(),
     )
-    if chosen["json"] is not None:
-        chosen["json"].write_text(report.as_json() + "\n")
     print(report)
+    if out is not None:
+        out.write_text(report.as_json() + "\n")
 
 
 def _add_board(commands: Any) -> None:

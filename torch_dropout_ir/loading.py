@@ -55,6 +55,21 @@ def load_loss(spec: str) -> Any:
     return found() if isinstance(found, type) else found
 
 
+def load_device(name: str) -> torch.device:
+    """Return a device by its name.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as err:
+        raise ValueError(
+            f"--device: expected a device of this machine, got {name!r} "
+            f"({str(err).splitlines()[0]})"
+        ) from err
+
+
 def _named(spec: str, what: str) -> Any:
     """Return what ``module:name`` names.
 
@@ -95,8 +110,7 @@ def load_weights(model: nn.Module, path: Path, key: str | None = None) -> None:
     except Exception as err:  # a pickle can fail in many ways
         raise ValueError(
             f"{path} is no file of tensors and plain values that can be loaded without "
-            "running code out of it. Save `model.state_dict()` and load that. "
-            f"({str(err).splitlines()[0]})"
+            "running code out of it. Save `model.state_dict()` and load that."
         ) from err
     weights = _weights(held, path, key)
     if weights.keys() != model.state_dict().keys():

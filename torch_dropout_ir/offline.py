@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -59,7 +60,7 @@ class Report:
         return "\n".join(lines)
 
 
-def on_device(data: Any, device: str, most: int) -> list[Batch]:
+def on_device(data: Any, device: torch.device, most: int) -> list[Batch]:
     """Return up to ``most`` batches of ``data`` with their tensors on ``device``."""
     batches = fixed_batches(data, most)[:most]
     moved: list[Batch] = tree_map_only(Tensor, lambda x: x.to(device), batches)
