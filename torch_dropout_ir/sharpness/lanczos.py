@@ -65,8 +65,9 @@ def top_eigenvalues(
     every start has a random part, from which larger ones grow, and the claim must hold
     for two more products. For several values, larger ones and further copies of
     multiple ones are looked for from another random direction, for six products (four
-    from a given ``start``), until nothing new is found. Largest means algebraically
-    largest.
+    from a given ``start``), until nothing new is found. A ``start`` close to an
+    eigenvector all the same hides an eigenvalue that is larger by a few percent: the
+    residual is then that of the lower one. Largest means algebraically largest.
 
     Eigenvalues settle with the square of the residual: ``stop="value"`` is content
     when ``errors`` are within the tolerance for three more products, which is sooner,
