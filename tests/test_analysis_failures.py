@@ -183,6 +183,7 @@ SCRIPT = """
 import resource, sys, time, warnings
 import torch, torch_dropout_ir as tdi
 from torch import nn
+torch.set_num_threads(1)  # two that wait for each other take minutes on a busy machine
 if sys.argv[2] == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 model = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Dropout(), nn.Linear(40, 2))
