@@ -78,18 +78,47 @@ def plain(path, found):
     return caller, 1e6 * (time.process_time() - whole) / len(found)
 
 
+# Milliseconds from the page's start to its first frame with a drawn heat map.
+DRAWN = """new Promise((done) => {
+  const look = () => {
+    const canvas = document.querySelector('canvas');
+    const seen = canvas?.width && canvas.getContext('2d')
+      .getImageData(0, 0, canvas.width, canvas.height).data.some((x) => x);
+    seen ? done(performance.now()) : requestAnimationFrame(look);
+  };
+  look();
+})"""
+
+
+def in_the_browser(address, times=5):
+    """Seconds from opening the tab's page to its first picture, each time; or None."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.browser import CHROMIUM, Browser
+
+    if CHROMIUM is None:
+        return None
+    found = []
+    with tempfile.TemporaryDirectory() as profile, Browser(profile) as page:
+        for _ in range(times):
+            page.open(address + "data/plugin_entry.html?name=dropout_ir")
+            page.until("document.querySelector('canvas') !== null")
+            found.append(page.run(DRAWN) / 1000)
+            page.open("about:blank")
+    return found
+
+
 def first_picture(found, runs, steps):
-    """Seconds for all answers that the tab asks for before its first drawing."""
+    """Seconds until all is read, of the tab's questions, and of its first drawing."""
     with tempfile.TemporaryDirectory() as path:
         for run in range(runs):
             sink = TensorBoardSink(f"{path}/{run}")
             for step in range(steps):
                 sink.write(step, found[step % len(found)], {})
             sink.close()
-        address = start(Path(path), port=0).split("#")[0] + "data/plugin/dropout_ir/"
+        address = start(Path(path), port=0).split("#")[0]
 
         def ask(route, of=""):
-            url = f"{address}{route}?of={urllib.parse.quote(of)}"
+            url = f"{address}data/plugin/dropout_ir/{route}?of={urllib.parse.quote(of)}"
             with urllib.request.urlopen(url) as answer:
                 return json.load(answer)
 
@@ -104,7 +133,8 @@ def first_picture(found, runs, steps):
             ask("scalars", scalar)
         for points in ask("images", tag).values():
             ask("picture", points[-1][1])
-        return read, time.perf_counter() - started
+        answers = time.perf_counter() - started
+        return read, answers, in_the_browser(address)
 
 
 def draw(rows, path):
@@ -149,9 +179,15 @@ def main():
         middle = statistics.median(sizes) / 1024
         print(f"{name:18}{statistics.median(caller):>12.0f}{whole:>13.0f}"
               f"{middle:>12.1f}{max(sizes) / 1024:>8.1f}")  # fmt: skip
-    read, answers = first_picture(found, runs=4, steps=50)
+    read, answers, shown = first_picture(found, runs=4, steps=50)
     print(f"tab, 50 steps x {chosen.layers} layers x 4 runs: all runs read after "
           f"{read:.2f} s; answers for the first picture {answers:.2f} s")  # fmt: skip
+    if shown is None:
+        print("chromium is not installed: the drawing itself is not timed")
+    else:
+        first, *later = shown
+        print(f"in the browser, from opening the tab to its drawn heat map: "
+              f"{first:.2f} s, then {statistics.median(later):.2f} s")  # fmt: skip
     if chosen.png:
         draw(rows, chosen.png)
     return 0
