@@ -78,6 +78,7 @@ def plain(path, found):
     return caller, 1e6 * (time.process_time() - whole) / len(found)
 
 
+TAG = "condensation/cosine/0"
 # Milliseconds from the page's start to its first frame with a drawn heat map.
 DRAWN = """new Promise((done) => {
   const look = () => {
@@ -90,13 +91,17 @@ DRAWN = """new Promise((done) => {
 })"""
 
 
-def in_the_browser(address, times=5):
-    """Seconds from opening the tab's page to its first picture, each time; or None."""
+def in_the_browser(path, runs, times=5):
+    """Seconds from opening the tab's page to its first picture, each time; or None.
+
+    Of a server of its own, which has read all runs and answered nothing else yet.
+    """
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tests.browser import CHROMIUM, Browser
 
     if CHROMIUM is None:
         return None
+    address, _ = served(path, runs)
     found = []
     with tempfile.TemporaryDirectory() as profile, Browser(profile) as page:
         for _ in range(times):
@@ -107,6 +112,22 @@ def in_the_browser(address, times=5):
     return found
 
 
+def asked(address, route, of=""):
+    """What the tab's server answers."""
+    url = f"{address}data/plugin/dropout_ir/{route}?of={urllib.parse.quote(of)}"
+    with urllib.request.urlopen(url) as answer:
+        return json.load(answer)
+
+
+def served(path, runs):
+    """The address of a new server, and the seconds until it has read all runs."""
+    address = start(Path(path), port=0).split("#")[0]
+    started = time.perf_counter()
+    while len(asked(address, "index").get("images", {}).get(TAG, ())) < runs:
+        time.sleep(0.02)
+    return address, time.perf_counter() - started
+
+
 def first_picture(found, runs, steps):
     """Seconds until all is read, of the tab's questions, and of its first drawing."""
     with tempfile.TemporaryDirectory() as path:
@@ -115,26 +136,15 @@ def first_picture(found, runs, steps):
             for step in range(steps):
                 sink.write(step, found[step % len(found)], {})
             sink.close()
-        address = start(Path(path), port=0).split("#")[0]
-
-        def ask(route, of=""):
-            url = f"{address}data/plugin/dropout_ir/{route}?of={urllib.parse.quote(of)}"
-            with urllib.request.urlopen(url) as answer:
-                return json.load(answer)
-
-        opened = time.perf_counter()
-        tag = "condensation/cosine/0"
-        while len(ask("index").get("images", {}).get(tag, ())) < runs:
-            time.sleep(0.02)
-        read = time.perf_counter() - opened
+        address, read = served(path, runs)
         started = time.perf_counter()
-        index = ask("index")
+        index = asked(address, "index")
         for scalar in list(index["scalars"])[:10]:
-            ask("scalars", scalar)
-        for points in ask("images", tag).values():
-            ask("picture", points[-1][1])
+            asked(address, "scalars", scalar)
+        for points in asked(address, "images", TAG).values():
+            asked(address, "picture", points[-1][1])
         answers = time.perf_counter() - started
-        return read, answers, in_the_browser(address)
+        return read, answers, in_the_browser(path, runs)
 
 
 def draw(rows, path):

@@ -136,3 +136,37 @@ def test_the_perturbation_of_theorem_1(script, monkeypatch, tmp_path, faces):
     assert bool(thm1.r1(new, x) < thm1.r1(net, x))
     kinks, _ = new.kinks()
     assert bool(((kinks > 0) & (kinks < 0.6)).all())
+
+
+def test_whitened_images_are_uncorrelated_and_tests_are_mapped_alike(
+    script, monkeypatch
+):
+    four_losses = script("four_losses")
+    torch.manual_seed(0)
+    mixed = torch.randn(60, 12) @ torch.randn(12, 12) + 3
+    labels = torch.arange(60) % 10
+    pair = (mixed, labels), (mixed[:7], labels[:7])
+    monkeypatch.setattr(four_losses, "mnist", lambda root, samples: pair)
+    (x, y), (test_x, _) = four_losses.images("", 60, 5)
+    torch.testing.assert_close(x.T @ x / 60, torch.eye(5), rtol=0, atol=1e-4)
+    torch.testing.assert_close(x[:7], test_x)
+    # The leading ones: numpy's eigenvectors of the covariance, up to their signs.
+    sizes, axes = np.linalg.eigh(np.cov(mixed.double().numpy().T, bias=True))
+    centred = (mixed - mixed.mean(0)).double().numpy()
+    expected = centred @ axes[:, ::-1][:, :5] / sizes[::-1][:5] ** 0.5
+    np.testing.assert_allclose(x.abs(), abs(expected), atol=1e-3)
+    assert y.argmax(1).equal(labels)
+    assert y.sum(1).eq(1).all()
+    (plain, _), _ = four_losses.images("", 60, None)
+    assert plain.equal(mixed)
+
+
+def test_claims_of_the_samples_needed_read_the_right_cells(script):
+    fig08 = script("fig08_samples_needed")
+    errors = torch.ones(1, len(fig08.SAMPLES), len(fig08.KEEP))
+    errors[0, fig08.SAMPLES.index(7) :, fig08.MAIN] = 1e-4
+    errors[0, -1, 0] = 0.02
+    enough, fall, without = fig08.claims(list(fig08.SAMPLES), errors)
+    assert enough.values == [7]
+    assert fall.values == pytest.approx([1e4])
+    assert without.values == pytest.approx([0.02])

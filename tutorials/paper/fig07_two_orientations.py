@@ -8,8 +8,7 @@ the largest amplitude.
 The paper's setting; the learning rate 1e-3 falls to nothing over the last tenth. The
 text leaves steps and samples open: here 200 000 steps (one seed of three still has a
 third orientation then), and normal samples of variance 1/10, so that the sum under the
-tanh has variance 1. With samples of variance 1, where nearly all targets are at +-1,
-the two are still being formed after 100 000 steps (37 orientations at seed 0).
+tanh has variance 1.
 
     python tutorials/paper/fig07_two_orientations.py
     python tutorials/paper/fig07_two_orientations.py --quick

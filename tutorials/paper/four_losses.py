@@ -46,15 +46,14 @@ def train(exp, arm, seed, kind, size, *, keep_prob, lr, steps):
         exp: The :class:`experiment.Experiment`.
         arm: Name of the cell.
         seed: Its seed.
-        kind: One of :data:`KINDS`, or ``"R_S"`` or ``"R_drop"``.
+        kind: One of :data:`KINDS`, or ``"R_drop"``.
         size: ``samples``, ``components``, ``width`` and ``std``.
         keep_prob: The paper's p.
         lr: Learning rate, and the coefficient of R_2.
         steps: Their number.
     """
     batch, test = images(exp.options.data_root, size["samples"], size["components"])
-    p = 0.0 if kind == "R_S" else 1 - keep_prob
-    net = network(batch[0].shape[1], size["width"], size["std"], p)
+    net = network(batch[0].shape[1], size["width"], size["std"], 1 - keep_prob)
     optimizer = torch.optim.SGD(net.parameters(), lr=lr)
     analysis = tdi.attach_analysis(
         net, LOSS, optimizer=optimizer, data=batch,
