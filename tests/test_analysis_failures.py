@@ -271,6 +271,19 @@ def test_state_resumes_the_schedule():
     assert other.due(1) == cadence.due(1) == ["cheap"]
 
 
+def test_after_the_second_measurement_the_share_is_within_the_budget():
+    cadence, taken, shares = Cadence("auto", 0.05, ["dear", "cheap"]), {}, []
+    for step in range(3000):
+        for name in cadence.due(step):
+            cadence.measured(name, {"dear": 0.7, "cheap": 0.02}[name])
+            taken[name] = taken.get(name, 0) + 1
+        cadence.trained(0.1)
+        if taken["dear"] > 1:
+            shares.append(cadence.share)
+    assert taken["dear"] > 5 and taken["cheap"] > 100
+    assert max(shares) <= 0.05 and shares[-1] > 0.04  # and it is used
+
+
 def test_what_lacks_is_looked_for_as_if_it_cost_a_step():
     cadence = Cadence("auto", 0.05, ["lacks"])
     looked = []

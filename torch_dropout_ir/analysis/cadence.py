@@ -10,10 +10,10 @@ class Cadence:
     """Decides which measures are due at a step.
 
     With a number, every measure is due at its multiples. With ``"auto"`` each measure
-    has an equal part of the budget: what it costs is a debt that training time pays
-    off, and it is due again when the debt is paid. The first measurement is on credit
-    like any other, so the share of the analysis falls to the budget and stays there;
-    idle time saves nothing up.
+    has an equal part of the budget: what it cost, and what it would cost again, is a
+    debt that training time pays off, and it is due again when the debt is paid. Only
+    the first measurement, whose cost nobody knows, is on credit: from the second on
+    the share of the analysis is within the budget. Idle time saves nothing up.
 
     Args:
         every: Optimizer steps between measurements, or ``"auto"``.
@@ -38,6 +38,7 @@ class Cadence:
         self.every = every
         self._earning = budget / (1.0 - budget) / max(1, len(names))
         self._debt = dict.fromkeys(names, 0.0)
+        self._latest = dict.fromkeys(names, 0.0)
         self.measured_seconds = 0.0
         self.training_seconds = 0.0
 
@@ -54,9 +55,10 @@ class Cadence:
             self._debt[name] = max(0.0, debt - self._earning * seconds)
 
     def measured(self, name: str, seconds: float) -> None:
-        """Enter a measurement."""
+        """Enter a measurement, and the next one as if it cost as much."""
         self.measured_seconds += seconds
-        self._debt[name] += seconds
+        self._debt[name] += 2 * seconds - self._latest[name]
+        self._latest[name] = seconds
 
     def put_off(self, name: str, step: int) -> None:
         """Look for what a measure lacks no more often than if it cost a step."""
@@ -81,12 +83,14 @@ class Cadence:
     def numbers(self) -> dict[str, float]:
         """Return what decides when a measure is due."""
         debts = {f"debt of {name}": debt for name, debt in self._debt.items()}
+        debts |= {f"cost of {name}": cost for name, cost in self._latest.items()}
         times = {"measured": self.measured_seconds, "training": self.training_seconds}
         return debts | times
 
     def load_numbers(self, numbers: dict[str, float]) -> None:
         """Go on from the :meth:`numbers` of another cadence with the same measures."""
         self._debt = {name: numbers[f"debt of {name}"] for name in self._debt}
+        self._latest = {name: numbers[f"cost of {name}"] for name in self._debt}
         self.measured_seconds = numbers["measured"]
         self.training_seconds = numbers["training"]
 
@@ -94,12 +98,14 @@ class Cadence:
         """Return what :meth:`load_state_dict` needs to go on."""
         return {
             "debt": dict(self._debt),
+            "cost": dict(self._latest),
             "measured_seconds": self.measured_seconds,
             "training_seconds": self.training_seconds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; measures that it does not know start afresh."""
-        self._debt.update({n: d for n, d in state["debt"].items() if n in self._debt})
+        for mine, saved in ((self._debt, "debt"), (self._latest, "cost")):
+            mine.update({n: s for n, s in state[saved].items() if n in mine})
         self.measured_seconds = state["measured_seconds"]
         self.training_seconds = state["training_seconds"]
