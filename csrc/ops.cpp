@@ -3,6 +3,7 @@
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
 #include "dropout_backend.h"
@@ -106,18 +107,42 @@ Tensor empty_packed(int64_t numel, Device device) {
   return Tensor::empty(1, &size, aoti_torch_dtype_uint8(), device);
 }
 
+// ---- keys
+
+// An optional argument comes as null or in a box, which is ours to free.
+AtenTensorHandle from_optional(StableIValue value) {
+  auto* boxed = bit_cast<StableIValue*>(value);
+  if (boxed == nullptr) return nullptr;
+  const auto handle = from_stack<AtenTensorHandle>(*boxed);
+  delete boxed;
+  return handle;
+}
+
+// What `torch.randint(2**63 - 1, (2,))` draws, without a way through Python.
+Tensor draw_key(const char* op, Device device) {
+  DROPOUT_CHECK(device.type == aoti_torch_device_type_cpu(), op,
+                ": expected `rng` where `x` is on ", name_of(device), ", got None");
+  const int64_t size = 2;
+  int32_t dtype = aoti_torch_dtype_int64();
+  AtenTensorHandle key;
+  DROPOUT_TORCH(aoti_torch_cpu_randint(INT64_MAX, &size, 1, &dtype, nullptr,
+                                       &device.type, 0, nullptr, &key));
+  return Tensor(key);
+}
+
 // ---- the five ops
 
 // Both forward ops: `run` launches the kernel.
 template <class Run>
 void forward_with(const char* op, StableIValue* stack, const Run& run) {
   Tensor x(from_stack<AtenTensorHandle>(stack[0]));
-  Tensor rng(from_stack<AtenTensorHandle>(stack[1]));
+  Tensor rng(from_optional(stack[1]));
   const double p = from_stack<double>(stack[2]);
   DROPOUT_CHECK(is_probability(p), op,
                 ": dropout probability has to be between 0 and 1, but got ", p);
   const Device device = x.device();
   const Dtype dtype = check_dtype(op, x);
+  if (rng.get() == nullptr) rng = draw_key(op, device);
   check_rng(op, rng);
   check_device(op, "rng", rng, device);
   const DeviceGuard guard(device);

@@ -88,11 +88,14 @@ def test_tally_equals_the_sum_of_its_calls():
 
 def test_small_masks_that_wait_are_all_counted():
     layer, kept = tdi.Dropout(0.5), torch.zeros(16, dtype=torch.int64)
-    for call in range(200):
+    for call in range(700):
         layer(torch.ones(4, 16))
         kept += layer.last_mask.sum(0)
-        if call in (0, 70, 199):
-            assert torch.equal(layer.statistics.unit_kept, kept)
+        if call in (0, 70, 699):
+            found = layer.statistics
+            assert torch.equal(found.unit_kept, kept)
+            assert (found.num_calls, found.num_elements) == (call + 1, 64 * (call + 1))
+            assert found.variance == found.num_elements / 4
 
 
 def test_very_many_units_are_counted_as_a_whole():

@@ -1,10 +1,13 @@
 """The op against NumPy's Philox, against closed forms, and under every transform."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_dropout_ir as tdi
 from tests.reference import philox
@@ -114,6 +117,42 @@ def test_scaling_identity_and_extremes():
     mask = tdi.dropout(torch.ones(300), rng=KEY) != 0
     assert torch.equal(dropped[~mask], torch.zeros(int((~mask).sum())))
     assert not dropped[mask].isfinite().any()
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layer", [None, True, False])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("seen", [True, False])
+def test_the_key_is_torchs_randint_wherever_it_is_drawn(layer, grad, seen):
+    x = torch.randn(7, 64, requires_grad=grad)
+    drop = tdi.dropout
+    if layer is not None:
+        drop = tdi.Dropout(0.5)
+        drop.track = layer
+    torch.manual_seed(5)
+    key = torch.randint(2**63 - 1, (2,))
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    with Seen() if seen else contextlib.nullcontext() as mode:
+        y = drop(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(y, tdi.dropout(x, rng=key))
+    if seen:  # a dispatch mode sees every draw
+        assert torch.ops.aten.randint.default in mode.ops
+    op = ops._dropout_forward
+    for draw in (op, kernels.dropout_forward):
+        torch.manual_seed(5)
+        z, packed = draw(x.detach(), None, 0.5)
+        assert torch.equal(z, y) and torch.equal(packed, op(x, key, 0.5)[1])
 
 
 def test_manual_seed_reproduces_and_eval_draws_nothing():

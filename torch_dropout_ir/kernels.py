@@ -19,6 +19,7 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
+_KEY_RANGE = 2**63 - 1
 
 
 def _low(x: Tensor) -> Tensor:
@@ -54,6 +55,15 @@ def philox4x32_10(rng: Tensor, blocks: Tensor) -> Tensor:
         )
         k0, k1 = _low(k0 + _W0), _low(k1 + _W1)
     return torch.stack((c0, c1, c2, c3), -1)
+
+
+def draw_key(device: torch.device | str = "cpu") -> Tensor:
+    """Draw a Philox key from torch's generator of ``device``.
+
+    Returns:
+        Key and stream, int64 ``[2]``; pass it as ``rng=`` to repeat a mask.
+    """
+    return torch.randint(_KEY_RANGE, (2,), device=device)
 
 
 def packed_size(numel: int) -> int:
@@ -98,14 +108,15 @@ def mask_apply(x: Tensor, packed: Tensor, scale: float) -> Tensor:
     return torch.where(kept, x * scale, torch.zeros((), dtype=x.dtype)).contiguous()
 
 
-def dropout_forward(x: Tensor, rng: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Draw a mask for ``x`` and apply it; return the output and the packed mask."""
+def dropout_forward(x: Tensor, rng: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
+    """Draw a mask for ``x``, and a key if ``rng`` is None; return output and mask."""
+    rng = draw_key(x.device) if rng is None else rng
     packed = mask_draw(rng, torch.tensor(p, dtype=torch.float64), x.numel())
     return mask_apply(x, packed, keep_scale(p)), packed
 
 
 def dropout_counted(
-    x: Tensor, rng: Tensor, p: float, counts: Tensor
+    x: Tensor, rng: Tensor | None, p: float, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
     """:func:`dropout_forward` that adds to ``counts``, int64 ``[units]``."""
     y, packed = dropout_forward(x, rng, p)

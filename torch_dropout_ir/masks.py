@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections import deque
 from typing import Final
 
 import torch
@@ -24,6 +25,7 @@ from torch_dropout_ir import ops
 
 MAX_UNITS: Final = 2**16
 _WORD: Final = 64
+_MAX_WAITING: Final = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +154,8 @@ class MaskTally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        # To append costs a call least; the sums are taken of many at once.
+        self._waiting: deque[tuple[int, float]] = deque()
         self._calls = 0
         self._elements = 0
         self._expected = 0.0
@@ -169,12 +173,18 @@ class MaskTally:
         Returns:
             int64 ``[units]``, or ``[64]`` for a mask counted as a whole.
         """
-        with self._lock:
-            kept = self._kept
-            if kept is not None and kept.device == device:
-                if not self._by_unit or kept.numel() == units:
-                    return kept
+        kept = self._kept
+        if kept is None or kept.numel() != units or kept.device != device:
+            with self._lock:
+                kept = self._fit(units, device)
+        return kept
+
+    def _fit(self, units: int, device: torch.device) -> Tensor:
+        kept = self._kept
+        if kept is None or kept.device != device:
             return self._start(units, device)
+        fits = not self._by_unit or kept.numel() == units
+        return kept if fits else self._start(units, device)
 
     @torch.inference_mode(False)  # what adds up in it could not be added to outside
     def _start(self, units: int, device: torch.device) -> Tensor:
@@ -190,7 +200,14 @@ class MaskTally:
 
     def add_counted(self, numel: int, p: float) -> None:
         """Add a mask of ``numel`` elements whose units are in the counts already."""
-        with self._lock:
+        self._waiting.append((numel, p))
+        if len(self._waiting) >= _MAX_WAITING:
+            with self._lock:
+                self._settle()
+
+    def _settle(self) -> None:
+        for _ in range(len(self._waiting)):
+            numel, p = self._waiting.popleft()
             self._calls += 1
             self._elements += numel
             self._expected += numel * (1 - p)
@@ -220,6 +237,7 @@ class MaskTally:
         with self._lock:
             if self._kept is None:
                 return MaskStatistics()
+            self._settle()
             kept = self._kept.clone()  # the next call adds to it
             return MaskStatistics(
                 self._calls,

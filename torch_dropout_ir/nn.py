@@ -52,39 +52,33 @@ class _Remembers(nn.modules.dropout._DropoutNd):
 
     forward.draws_as_torch = True  # type: ignore[attr-defined]
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return self._draw(x, x.shape[-1] if x.ndim else 1)
-
-    def _draw(self, x: Tensor, units: int) -> Tensor:
+    def _drop(self, x: Tensor, units: int | None = None) -> Tensor:
         """Drop elements of ``x``; keep the mask, and count it where it is a new one."""
         if not tracing.eager():
-            output, packed = ops.draw(x, self.p, None)
+            output, packed = ops.draw(x, self.p, None, fused=False)
             if tracing.leaves_graph():
                 self._last = packed, x.shape
             return output
-        p, numel = self.p, x.numel()
-        tally = self._tally_for(x) if self.track and numel else None
-        counts = None
-        if tally is not None and type(x) is Tensor and not isinstance(p, Tensor):
-            counts = tally.counts_for(units, x.device)
-            counts = None if numel % counts.numel() else counts
-        output, packed = ops.draw(x, p, None, counts)
+        p, numel, shape, counts, tally = self.p, x.numel(), x.shape, None, None
+        if self.track and numel and tracing.makes_new(x):
+            tally = self._tally or self._start_tally()
+            units = units or (shape[-1] if shape else 1)
+            if type(x) is Tensor and not isinstance(p, Tensor):
+                counts = tally.counts_for(units, x.device)
+                counts = None if numel % counts.numel() else counts
+        output, packed = ops.draw(x, p, None, counts, fused=True)
         if (mask := tracing.plain(packed)) is not None:
             # `nn.Module.__setattr__` costs as much as all of this.
-            self.__dict__["_last"] = mask, x.shape
+            self.__dict__["_last"] = mask, shape
             if tally is not None and counts is not None:
-                tally.add_counted(numel, float(p))
+                tally.add_counted(numel, p)
             elif tally is not None:
-                tally.add(mask, numel, units, float(p))
+                tally.add(mask, numel, units or 1, float(p))
         return output
 
-    def _tally_for(self, x: Tensor) -> MaskTally | None:
-        """What counts this call; None for recomputations and recordings."""
-        if x.is_meta or tracing.in_backward() or tracing.recorded(x):
-            return None
-        if self._tally is None:
-            self.__dict__["_tally"] = MaskTally()
-        return self._tally
+    def _start_tally(self) -> MaskTally:
+        tally = self.__dict__["_tally"] = MaskTally()
+        return tally
 
     @property
     def last_mask(self) -> Tensor | None:
@@ -145,14 +139,14 @@ class Dropout(_Remembers, nn.Dropout):
 
 
 class _ChannelDropout(_Remembers):
-    def _drop(self, x: Tensor) -> Tensor:
+    def _drop(self, x: Tensor, units: int | None = None) -> Tensor:
         if x.ndim < 2 or (isinstance(self, nn.Dropout1d) and x.ndim > 3):
             raise RuntimeError(
                 f"{type(self).__name__}: expected a tensor with channels, got shape "
                 f"{list(x.shape)}"
             )
         shape = mask_shape(self, x.shape)
-        noise = self._draw(x.new_ones(shape), num_units(self, x.shape))
+        noise = super()._drop(x.new_ones(shape), num_units(self, x.shape))
         return torch.where(noise != 0, x * noise, torch.zeros_like(x))
 
 

@@ -10,28 +10,30 @@ Semantics:
   come from ``mask_draw``, whose inputs are not differentiable, and everything after
   it is ``torch.where``. No rule of ours stands between the transform and the formula.
 * The key is drawn by ``torch.randint`` on the device of ``x``, so ``manual_seed``,
-  checkpointing and the randomness rules of ``vmap`` hold.
+  checkpointing and the randomness rules of ``vmap`` hold. On the CPU, where nothing
+  looks on, the kernel calls it, which costs less than a way through Python.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torch_dropout_ir import kernels, registration
-from torch_dropout_ir.tracing import eager, transformed
+from torch_dropout_ir.tracing import eager, transformed, unseen
 
 COMPILED = registration.COMPILED
 _dropout_forward = registration.dropout_forward
+_dropout_counted = registration.dropout_counted
 _mask_apply = registration.mask_apply
 _mask_draw = registration.mask_draw
 unit_counts = registration.unit_counts
+draw_key = kernels.draw_key
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-_KEY_RANGE = 2**63 - 1
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
@@ -39,25 +41,26 @@ _MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 class _Dropout(torch.autograd.Function):
     """The fused op; backward is linear in the gradient and reads the packed mask.
 
-    Each argument and each output costs; key, p and counts come in ``rest``, and the
-    mask leaves through it.
+    A second output would cost: the mask leaves through ``call``, which came with the
+    operator and what it takes beside ``x``.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rest: list[Any]) -> Tensor:
-        y, packed = _draw_fused(x, *rest)
+    def forward(ctx: Any, x: Tensor, call: list[Any]) -> Tensor:
+        op, rest = call
+        y, packed = op(x, *rest)
         ctx.save_for_backward(packed)
-        ctx.scale = kernels.keep_scale(rest[1])
-        rest.append(packed)
+        ctx.p = rest[1]
+        call.append(packed)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (packed,) = ctx.saved_tensors
         # No graph and no transform, as nearly always: the kernel itself.
-        plain = not torch.is_grad_enabled() and not transformed()
-        apply = _mask_apply if plain else mask_apply
-        return apply(grad, packed, ctx.scale), None
+        watched = torch.is_grad_enabled() or transformed()
+        apply = mask_apply if watched else _mask_apply
+        return apply(grad, packed, kernels.keep_scale(ctx.p)), None
 
 
 class _MaskApply(torch.autograd.Function):
@@ -134,15 +137,6 @@ def fingerprint(packed: Tensor) -> int:
     return int(mixed.sum()) % 2**64
 
 
-def draw_key(device: torch.device | str = "cpu") -> Tensor:
-    """Draw a Philox key from torch's generator of ``device``.
-
-    Returns:
-        Key and stream, int64 ``[2]``; pass it as ``rng=`` to repeat a mask.
-    """
-    return torch.randint(_KEY_RANGE, (2,), device=device)
-
-
 def check_probability(p: float) -> float:
     """Return ``p`` as a float in ``[0, 1]``.
 
@@ -160,6 +154,8 @@ def draw(
     p: float | Tensor,
     rng: Tensor | None,
     counts: Tensor | None = None,
+    *,
+    fused: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Drop elements of ``x``; return the output and the packed mask.
 
@@ -169,6 +165,7 @@ def draw(
         rng: Philox key, int64 ``[2]``; drawn from torch's generator if None.
         counts: Where to add how often each unit was kept, int64 ``[units]`` on the
             device of ``x``, whose rows have as many elements. In eager mode only.
+        fused: What ``eager()`` says, where the caller has asked.
 
     Returns:
         The output, shaped as ``x``, and its packed mask.
@@ -178,29 +175,32 @@ def draw(
         ValueError: If ``p`` is out of range, or a tensor with dimensions.
     """  # noqa: DOC502 (raised by the checks)
     if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(
-            "dropout: expected `x` to be a floating-point tensor (float16, bfloat16, "
-            f"float32 or float64), got {kind}. Convert it first, for example with "
-            "`x.float()`."
-        )
-    fused = eager()
-    p = check_probability(p) if type(p) is float else _check_rate(p, fused)
-    rng = draw_key(x.device) if rng is None else _check_key(rng, x)
-    if not fused or isinstance(p, Tensor):
-        return _draw_composed(x, p, rng)
+        _refuse(x)
+    fused = eager() if fused is None else fused
+    if type(p) is not float or not 0.0 <= p <= 1.0:
+        p = _check_rate(p, fused)
+        fused = fused and not isinstance(p, Tensor)
+    if rng is not None:
+        _check_key(rng, x)
+    if not fused:
+        return _draw_composed(x, p, draw_key(x.device) if rng is None else rng)
+    if rng is None and not unseen(x):  # else the kernel draws it, from the same stream
+        rng = draw_key(x.device)
+    rest = (rng, p) if counts is None else (rng, p, counts)
+    op = _dropout_forward if counts is None else _dropout_counted
     if x.requires_grad and torch.is_grad_enabled():
-        rest: list[Any] = [rng, p, counts]
-        return _Dropout.apply(x, rest), rest[3]
-    return _draw_fused(x, rng, p, counts)
+        call: list[Any] = [op, rest]
+        return _Dropout.apply(x, call), call[2]
+    return op(x, *rest)
 
 
-def _draw_fused(
-    x: Tensor, rng: Tensor, p: float, counts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if counts is None:
-        return _dropout_forward(x, rng, p)
-    return registration.dropout_counted(x, rng, p, counts)
+def _refuse(x: Any) -> NoReturn:
+    kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+    raise TypeError(
+        "dropout: expected `x` to be a floating-point tensor (float16, bfloat16, "
+        f"float32 or float64), got {kind}. Convert it first, for example with "
+        "`x.float()`."
+    )
 
 
 def _draw_composed(x: Tensor, p: float | Tensor, rng: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,7 +227,7 @@ def _check_rate(p: float | Tensor, readable: bool) -> float | Tensor:
     return check_probability(float(p)) if readable and p.is_cpu else p
 
 
-def _check_key(rng: Tensor, x: Tensor) -> Tensor:
+def _check_key(rng: Tensor, x: Tensor) -> None:
     if not isinstance(rng, Tensor):
         raise ValueError(
             "dropout: expected `rng` to be an int64 tensor of shape [2], got "
@@ -239,7 +239,6 @@ def _check_key(rng: Tensor, x: Tensor) -> Tensor:
             f"{x.device}, got {rng.dtype} {list(rng.shape)} on {rng.device}. "
             "Draw one with `torch.randint(2**63 - 1, (2,), device=x.device)`."
         )
-    return rng
 
 
 def dropout(

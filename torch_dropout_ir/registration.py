@@ -17,8 +17,8 @@ from torch_dropout_ir import kernels
 
 _LIBRARY = torch.library.Library("torch_dropout_ir", "DEF")
 _SCHEMAS = (
-    "dropout_forward(Tensor x, Tensor rng, float p) -> (Tensor, Tensor)",
-    "dropout_counted(Tensor x, Tensor rng, float p, Tensor(a!) counts)"
+    "dropout_forward(Tensor x, Tensor? rng, float p) -> (Tensor, Tensor)",
+    "dropout_counted(Tensor x, Tensor? rng, float p, Tensor(a!) counts)"
     " -> (Tensor, Tensor)",
     "mask_apply(Tensor x, Tensor packed, float scale) -> Tensor",
     "mask_draw(Tensor rng, Tensor p, SymInt numel) -> Tensor",
@@ -55,13 +55,13 @@ unit_counts = _ops.unit_counts.default
 
 
 @torch.library.register_fake("torch_dropout_ir::dropout_forward")
-def _(x: Tensor, rng: Tensor, p: float) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, rng: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, x.new_empty(kernels.packed_size(x.numel()), dtype=torch.uint8)
 
 
 @torch.library.register_fake("torch_dropout_ir::dropout_counted")
-def _(x: Tensor, rng: Tensor, p: float, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, rng: Tensor | None, p: float, counts: Tensor) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, x.new_empty(kernels.packed_size(x.numel()), dtype=torch.uint8)
 

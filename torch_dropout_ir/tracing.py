@@ -14,11 +14,12 @@ from torch.autograd import forward_ad
 
 # Private names. A torch without the first counts what checkpointing recomputes; one
 # without the second takes the composed form everywhere; without the third, what is
-# traced is counted too.
+# traced is counted too; without the fourth, keys are drawn in Python.
 _BACKWARD_RUNNING = getattr(torch._C, "_current_graph_task_id", None)
 _TRANSFORMS_ACTIVE = getattr(torch._C, "_are_functorch_transforms_active", None)
 _MODE = getattr(torch._C, "_get_dispatch_mode", None)
 _PROXY_MODE = _MODE and functools.partial(_MODE, torch._C._TorchDispatchModeKey.PROXY)
+_NUM_MODES = getattr(torch._C, "_len_torch_dispatch_stack", None)
 
 
 # What packs the tensors that autograd saves, if anything does.
@@ -44,21 +45,29 @@ def transformed() -> bool:
 
 def eager() -> bool:
     """Whether no transform, forward-mode AD or compiler is looking on."""
-    if torch.compiler.is_compiling() or transformed():
+    if _TRANSFORMS_ACTIVE is None or torch.compiler.is_compiling():
         return False
-    return getattr(forward_ad, "_current_level", 0) < 0
+    return not _TRANSFORMS_ACTIVE() and getattr(forward_ad, "_current_level", 0) < 0
 
 
-def in_backward() -> bool:
-    """Whether a backward pass is running: a forward pass in it is a recomputation."""
-    return _BACKWARD_RUNNING is not None and _BACKWARD_RUNNING() != -1
+def unseen(x: Tensor) -> bool:
+    """Whether ``x`` is a plain CPU tensor, and no dispatch mode sees its operators."""
+    return (
+        type(x) is Tensor and x.is_cpu and _NUM_MODES is not None and not _NUM_MODES()
+    )
 
 
-def recorded(x: Tensor) -> bool:
-    """Whether what runs is recorded for replay, by a tracer or into a CUDA graph."""
-    if _PROXY_MODE is not None and _PROXY_MODE() is not None:
+def makes_new(x: Tensor) -> bool:
+    """Whether a mask for ``x`` has data and is no recomputation and no recording."""
+    # A forward pass in a backward pass is a recomputation; what a tracer or a CUDA
+    # graph records is to be replayed.
+    if _BACKWARD_RUNNING is not None and _BACKWARD_RUNNING() != -1:
+        return False
+    if x.is_cpu and _NUM_MODES is not None and not _NUM_MODES():
         return True
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if x.is_meta or (_PROXY_MODE is not None and _PROXY_MODE() is not None):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def plain(packed: Tensor) -> Tensor | None:
