@@ -2,9 +2,9 @@
 
 Prints, for each size and dtype, the time of each contender, its ratio to ``nn.Dropout``
 (higher is faster) and to a plain copy (1 is memory speed), and the bytes that it keeps
-for the backward pass. Contenders take many short turns, so that a busy machine slows all
-alike, and the fastest turn of each is reported: others' work only adds to a time, most of
-all where two threads wait for each other. Inputs are rows of 1024 units.
+for the backward pass. Contenders take many short turns, so that a busy machine slows
+all alike, and the fastest turn of each is reported: others' work only adds to a time,
+most of all where two threads wait for each other. Inputs are rows of 1024 units.
 
     python benchmarks/dropout.py --png dropout.png
     python benchmarks/dropout.py --sizes 20 --threads 2
