@@ -1,8 +1,5 @@
 """One line attached to the models that people train, and nothing of it left behind."""
 
-import contextlib
-import hashlib
-import math
 import random
 
 import numpy as np
@@ -12,14 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torch_dropout_ir as tdi
-from torch_dropout_ir.analysis.measures import (
-    Condensation,
-    DropoutNoise,
-    Masks,
-    ReceivedGradient,
-    Regularizer,
-    Sharpness,
-)
+from tests import traces
 
 models = pytest.importorskip("torchvision.models")
 CNBlockConfig = models.convnext.CNBlockConfig
@@ -92,7 +82,7 @@ class Noisy(nn.Module):
     def forward(self, x):
         h = self.body(x.mean(1))
         if self.training:
-            h = h + 0.1 * torch.randn_like(h)
+            h = h + 0.1 * torch.randn_like(h) + random.random() + np.random.rand()
         return self.head(self.drop(h))
 
 
@@ -146,89 +136,32 @@ SITES = {
 }
 
 
+NOT_CALLED = "not called in the last pass looked at"
 # Measures that a model's own operations do not allow, by a piece of the reason.
 ABSENT = {"mobilenet_v3": {"sharpness": "hardsigmoid_backward"}}
 
 
-def digest(*things):
-    """A hash of tensors and states, bit for bit."""
-    found = hashlib.sha256()
-    for thing in things:
-        if isinstance(thing, torch.Tensor):
-            flat = thing.detach().reshape(-1)
-            found.update(flat.view(torch.uint8).numpy().tobytes())
-        else:
-            found.update(repr(thing).encode())
-    return found.hexdigest()
-
-
-def left_behind(model, optimizer):
-    """Everything that a step leaves behind, by name."""
-    state = optimizer.state_dict()["state"]
-    slots = [x for s in state.values() for x in s.values() if torch.is_tensor(x)]
-    return {
-        "parameters": digest(*model.parameters()),
-        "gradients": digest(
-            *(p.grad for p in model.parameters() if p.grad is not None)
-        ),
-        "buffers": digest(*model.buffers()),
-        "optimizer": digest(*slots),
-        "modes": digest([m.training for m in model.modules()]),
-        "torch": digest(torch.get_rng_state()),
-        "python": digest(random.getstate()),
-        "numpy": digest(np.random.get_state()[1].tolist()),
-    }
-
-
 def train(name, attach):
     """A script of three steps; with the analysis or without it."""
+    return traces.train(*script(name), attach)
+
+
+def script(name):
+    """What makes the model, and the loss of a model on a batch."""
     make, batch = ZOO[name]
-    torch.manual_seed(0)
-    model = make()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     criterion = nn.CrossEntropyLoss()
-    seen, analysis = [], None
-    with contextlib.ExitStack() as stack:
-        if attach:
-            measures = [
-                ReceivedGradient(), Regularizer(num_masks=5), DropoutNoise(), Masks(),
-                Condensation(), Sharpness(max_matvecs=2, trace_matvecs=2),
-            ]  # fmt: skip
-            analysis = stack.enter_context(
-                tdi.attach_analysis(model, log_dir=False, every=2, measures=measures)
-            )
-        for _ in range(3):
-            x, y = batch()
-            optimizer.zero_grad()
-            criterion(model(x), y).backward()
-            optimizer.step()
-            seen.append(left_behind(model, optimizer))
-    return model, seen, analysis
+
+    def loss_of(model):
+        x, y = batch()
+        return criterion(model(x), y)
+
+    return make, loss_of
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_it_measures_and_leaves_no_trace(name):
-    plain, expected, _ = train(name, attach=False)
-    model, seen, analysis = train(name, attach=True)
-    assert seen == expected
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    for a, b in zip(plain.modules(), model.modules(), strict=True):
-        assert type(a) is type(b) and set(vars(a)) == set(vars(b))
-    lacking = ABSENT.get(name, {})
-    assert set(analysis.absent) == set(lacking), analysis.absent
-    assert all(reason in analysis.absent[n] for n, reason in lacking.items())
-    latest = analysis.latest
-    assert all(math.isfinite(value) for value in latest.values())
-    wanted = {"regularizer/R1", "regularizer/R2_dropout_noise", "loss/R_S"}
-    if "sharpness" not in lacking:
-        wanted |= {"sharpness/top_eigenvalue", "sharpness/trace"}
-    assert wanted <= set(latest)
-    observed = {site.name for site in analysis.sites if site.observed and site.p > 0}
-    measured = {t.removeprefix("regularizer/R1/") for t in latest if "/R1/" in t}
-    assert SITES.get(name, set()) <= measured <= observed
-    for site in measured:
-        assert 0 <= latest[f"mask/keep_rate/{site}"] <= 1
-        assert abs(latest[f"mask/z_score/{site}"]) < 5
+    analysis = traces.compared(*script(name))
+    traces.assert_measured(analysis, SITES.get(name, ()), ABSENT.get(name))
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])
@@ -244,9 +177,22 @@ def test_dropout_inside_a_recurrent_kernel_is_seen_but_not_in_r1(name):
 def test_noise_that_is_no_dropout_is_told():
     _, _, analysis = train("noisy", attach=True)
     hidden = {site.name: site.reason for site in analysis.sites if not site.observed}
-    assert list(hidden) == [":randn_like"]
-    assert "stay in R_S" in hidden[":randn_like"]
+    assert list(hidden) == [":randn_like", ":random", ":numpy.random"]
+    assert all("stay in R_S" in reason for reason in hidden.values())
     assert hidden[":randn_like"] in analysis.summary()
+
+
+def test_a_layer_that_is_not_called_is_no_site_that_is_observed():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.2), nn.Linear(3, 2))
+    model[0].spare = nn.Dropout(0.3)
+    model[0].off = nn.Dropout(0.0)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        nn.MSELoss()(model(torch.randn(4, 3)), torch.zeros(4, 2)).backward()
+        sgd.step()
+    found = {site.name: (site.kind, site.p, site.reason) for site in analysis.sites}
+    assert found["0.spare"] == ("Dropout", 0.3, NOT_CALLED)
+    assert found["1"] == ("Dropout", 0.2, "") and not found["0.off"][2]
 
 
 def test_masks_of_calls_are_those_that_the_script_saw():

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from torch_dropout_ir.nn import Dropout, Dropout1d, Dropout2d, Dropout3d
 from torch_dropout_ir.ops import mask_unpack
 from torch_dropout_ir.sites import Site, find_sites, is_stochastic_depth
 
+_NO_DROPOUT: Final = "random numbers that are no dropout: they stay in R_S"
 OURS = (Dropout, Dropout1d, Dropout2d, Dropout3d)
 _aten = torch.ops.aten
 _ours = torch.ops.torch_dropout_ir
@@ -60,6 +61,14 @@ class Generators:
             torch.cuda.set_rng_state(state, device)
         random.setstate(self._python)
         np.random.set_state(self._numpy)
+
+    def moved(self) -> Iterator[str]:
+        """Yield the names of Python's and NumPy's generator, where it has drawn."""
+        if random.getstate() != self._python:
+            yield "random"
+        (_, now, place, *_), (_, then, before, *_) = np.random.get_state(), self._numpy
+        if place != before or not np.array_equal(now, then):
+            yield "numpy.random"
 
 
 class Replay:
@@ -101,8 +110,10 @@ def replay(model: nn.Module, inputs: Inputs, start: Generators) -> Replay:
     found = Replay()
     with preserved_rng(model), torch.no_grad(), _uncounted(model):
         start.restore()
-        with _Draws(found) as draws, _Calls(model, found, draws):
+        with _Draws(found) as draws, _Calls(model, found, draws) as calls:
             call(model, inputs)
+        calls.idle()
+        found.unseen.update({f":{name}": _NO_DROPOUT for name in start.moved()})
     return found
 
 
@@ -157,9 +168,8 @@ class _Draws(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if self.site is None:
             if torch.Tag.nondeterministic_seeded in func.tags and not self.accounted:
-                self._found.unseen[f"{self.place}:{func._schema.name[6:]}"] = (
-                    "random numbers that are no dropout: they stay in R_S"
-                )
+                place = f"{self.place}:{func._schema.name[6:]}"
+                self._found.unseen[place] = _NO_DROPOUT
             return out
         mask = _mask_of(func, args, out)
         if mask is not None:
@@ -187,9 +197,17 @@ class _Calls(ModuleCalls):
         self._found = found
         self._draws = draws
         self._sites = {id(site.module): site for site in find_sites(model)}
+        self._called: set[int] = set()
+
+    def idle(self) -> None:
+        """Tell of modules that were not called, though they would have dropped."""
+        for key, site in self._sites.items():
+            if key not in self._called and site.module.training and site.p > 0:
+                self._found.unseen[site.name] = "not called in the last pass looked at"
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         super()._begin(module, args)
+        self._called.add(id(module))
         self._look()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -45,18 +45,20 @@ def report_sites(
     Args:
         model: The model.
         calls: Calls of dropout functions found in a pass.
-        unseen: Other noise found in a pass, with the reason why it cannot be seen.
+        unseen: What a pass has shown of other noise, and of sites that draw out of
+            sight or not at all, with the reason.
     """
     modules = dict(model.named_modules())
-    seen = [SiteReport(s.name, type(s.module).__name__, s.p) for s in find_sites(model)]
-    seen += [SiteReport(n, "call", s.p) for n, s in calls.items() if n not in unseen]
+    sites = {s.name: (type(s.module).__name__, s.p) for s in find_sites(model)}
+    sites |= {name: ("call", site.p) for name, site in calls.items()}
+    seen = [SiteReport(n, *site) for n, site in sites.items() if n not in unseen]
     hidden = [
         SiteReport(name, type(modules[name]).__name__, _rate(modules[name]), reason)
         for name, reason in unobservable(model).items()
     ]
     hidden += [
-        SiteReport(n, "call", calls[n].p if n in calls else float("nan"), reason)
-        for n, reason in unseen.items()
+        SiteReport(name, *sites.get(name, ("call", float("nan"))), reason)
+        for name, reason in unseen.items()
     ]
     return (*seen, *hidden)
 

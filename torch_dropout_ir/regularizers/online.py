@@ -48,7 +48,8 @@ def online(
         found, how = _second_order(model, clean, batch[1], loss)
         if batch[1] is not None:
             with torch.no_grad():
-                risk = loss(clean.outputs, batch[1])
+                # A model may have computed it itself, with its graph.
+                risk = loss(clean.outputs, batch[1]).detach()
             if not found.exact:
                 slopes = linear_parts(clean, loss, batch[1])
     if risk is None:
