@@ -1,5 +1,6 @@
 """Whatever fails, training goes on; whatever cannot be watched is said at once."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import torch_dropout_ir as tdi
+from tests import traces
 from torch_dropout_ir.analysis import attempts, measures
 from torch_dropout_ir.analysis.cadence import Cadence
 
@@ -108,6 +110,61 @@ def test_what_is_switched_off_can_be_measured_by_hand():
                 sgd.step()
             says.function = lambda step: 2.0
             assert analysis.measure()["says/x"] == 2.0
+
+
+class RunsOut(measures.Regularizer):
+    """Moves generators, modes and buffers, then finds no memory."""
+
+    name = "runs_out"
+
+    def __init__(self, until):
+        super().__init__()
+        self.until, self.tried = until, []
+
+    def __call__(self, snapshot):
+        self.tried.append(snapshot.step)
+        super().__call__(snapshot)
+        torch.rand(3)
+        if snapshot.step < self.until:
+            snapshot.model(snapshot.inputs.args[0])
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return {"runs_out/x": 1.0}
+
+
+@pytest.mark.parametrize("until", [5, 10**9])
+def test_where_memory_runs_out_training_is_the_same(until):
+    def run(attach):
+        model, seen = mlp(), []
+        adam = torch.optim.Adam(model.parameters(), lr=0.05)
+        torch.manual_seed(1)
+        runs_out = RunsOut(until)
+        with contextlib.ExitStack() as stack:
+            if attach:
+                analysis = tdi.attach_analysis(
+                    model, log_dir=False, every=1,
+                    measures=[runs_out, measures.ReceivedGradient()],
+                )  # fmt: skip
+                stack.enter_context(analysis)
+            for _ in range(150):
+                adam.zero_grad()
+                x, y = torch.randn(8, 6), torch.randn(8, 3)
+                nn.MSELoss()(model(x), y).backward()
+                adam.step()
+                seen.append(traces.left_behind(model, adam))
+        return seen, attach and analysis, runs_out.tried
+
+    plain, *_ = run(False)
+    with pytest.warns(UserWarning, match="OutOfMemoryError: CUDA out of memory"):
+        seen, analysis, tried = run(True)
+    assert seen == plain
+    assert len(analysis.history["regularizer/R2"]) == 150
+    if until == 5:
+        again = analysis.history["runs_out/x"][0][0]
+        assert 5 <= again < 12 and not analysis.absent
+    else:
+        assert len(tried) == attempts.MOST_FAILURES
+        assert "switched off after 6 failures" in analysis.absent["runs_out"]
+        assert "Tried to allocate 9 GiB" in analysis.absent["runs_out"]
 
 
 def test_an_unsupported_operation_leaves_the_other_measures():

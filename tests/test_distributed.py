@@ -120,15 +120,16 @@ def ran(tmp_path_factory):
     return run
 
 
-class Slices:
-    """A sink that keeps the slices of the loss."""
+class Pictures:
+    """A sink that keeps the slices of the loss and the densities of eigenvalues."""
 
     def __init__(self):
         self.kept = []
 
     def write(self, step, records, notes):
-        assert "sharpness/spectral_density" in records
-        self.kept.append(records["sharpness/loss_slice"].counts)
+        for name in ("loss_slice", "spectral_density"):
+            found = records[f"sharpness/{name}"]
+            self.kept.append((found.counts, found.low, found.high))
 
     def close(self):
         pass
@@ -137,9 +138,9 @@ class Slices:
 def measured(rank, size, wrap, p, lr, classes, equal, _=None):
     rows = part(rank, size, equal)
     model = WRAPS[wrap](net(p))
-    slices = Slices()
-    analysis = train(model, rows, lr, classes, measures=PRECISE, sinks=[slices])
-    return analysis.history, analysis.absent, slices.kept
+    pictures = Pictures()
+    analysis = train(model, rows, lr, classes, measures=PRECISE, sinks=[pictures])
+    return analysis.history, analysis.absent, pictures.kept
 
 
 @pytest.mark.parametrize(
@@ -156,13 +157,13 @@ def measured(rank, size, wrap, p, lr, classes, equal, _=None):
 def test_records_are_those_of_the_joined_batch(ran, size, wrap, loss):
     found = ran(size, f"joined {loss} {wrap}")
     of_classes = loss == "cross_entropy"
-    alone, _, slices = measured(0, 1, "none", 0.5, 0.0, of_classes, True)
+    alone, _, pictures = measured(0, 1, "none", 0.5, 0.0, of_classes, True)
     equal = ["loss/R_S", "sharpness/top_eigenvalue", "sharpness/trace"]
     equal += ["condensation/effective_ratio/0", "regularizer/R1_standard_error"]
     if loss == "mse":
         equal += ["regularizer/R1", "regularizer/R1/2"]
-    assert len(slices) == STEPS
-    torch.testing.assert_close(found[0][2], slices, rtol=1e-8, atol=0)
+    assert len(pictures) == 2 * STEPS
+    torch.testing.assert_close(found[0][2], pictures, rtol=1e-8, atol=1e-12)
     for history, absent, _ in found:
         assert not absent
         assert history == found[0][0], "the ranks hold different records"
@@ -404,6 +405,36 @@ def test_training_is_bit_identical(ran, wrap):
         assert all(torch.equal(a, b) for a, b in zip(bare, watched, strict=True))
 
 
+class Spare(nn.Module):
+    """A net beside a layer that no pass uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.spare = net(), nn.Linear(5, 3).double()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def spare(rank, size, options, _=None):
+    model = Spare()
+    if options:
+        model = DistributedDataParallel(model, **options)
+    watch = [measures.Regularizer(), measures.Sharpness()]
+    analysis = train(model, part(rank, size, True), measures=watch)
+    return analysis.history, analysis.absent
+
+
+@pytest.mark.parametrize("how", ["find_unused_parameters", "static_graph"])
+def test_the_loss_is_found_where_ddp_hands_out_copies(ran, how):
+    alone, _ = spare(0, 1, {})
+    for history, absent in ran(2, f"spare {how}"):
+        assert not absent
+        for tag in ("loss/R_S", "regularizer/R1"):
+            assert len(history[tag]) == STEPS
+            torch.testing.assert_close(history[tag], alone[tag], rtol=1e-8, atol=0)
+
+
 def forgotten(rank, size, _):
     distributed.WAIT = datetime.timedelta(seconds=2)
     model = DistributedDataParallel(net())
@@ -455,6 +486,8 @@ for _wrap in ("ddp", "fsdp"):
         _bad = 1 if _wrap == "ddp" else 0
         SCENARIOS[f"fails {_wrap} {_where}"] = (failing, _wrap, _bad, _where)
     SCENARIOS[f"unchanged {_wrap}"] = (unchanged, _wrap)
+for _option in ("find_unused_parameters", "static_graph"):
+    SCENARIOS[f"spare {_option}"] = (spare, {_option: True})
 # The last: the ranks' counts of calls differ then.
 SCENARIOS["~forgotten"] = (forgotten,)
 OF_FOUR = {"joined mse ddp", "joined cross_entropy fsdp"}

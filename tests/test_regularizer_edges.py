@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
-from torch_dropout_ir.functional import at_sites, call, fresh
+from torch_dropout_ir.functional import Inputs, at_sites, call, fresh
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
     gauss_newton,
@@ -18,6 +18,7 @@ from torch_dropout_ir.regularizers import (
     second_order,
 )
 from torch_dropout_ir.regularizers.masked import clean_risk
+from torch_dropout_ir.regularizers.online import online
 from torch_dropout_ir.testing import expected_dropout_loss
 
 torchvision = pytest.importorskip("torchvision")
@@ -26,6 +27,22 @@ torchvision = pytest.importorskip("torchvision")
 def truth(net, batch, loss="mse"):
     clean = clean_risk(net, batch, resolve_loss(loss)).detach()
     return float(expected_dropout_loss(net, batch, loss) - clean)
+
+
+def test_a_loss_that_the_model_has_computed_itself_comes_without_its_graph():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.Linear(4, 2))
+
+        def forward(self, x, labels):
+            return {"loss": F.mse_loss(self.net(x), labels)}
+
+    inputs = Inputs((torch.randn(5, 3),), {"labels": torch.randn(5, 2)})
+    loss = resolve_loss(lambda outputs, _: outputs["loss"])
+    found, _, risk = online(Model(), (inputs, torch.zeros(5)), loss)
+    assert not risk.requires_grad and not found.value.requires_grad
+    assert float(risk) > 0
 
 
 class Block(nn.Module):

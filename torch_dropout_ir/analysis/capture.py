@@ -158,7 +158,7 @@ class Capture:
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         """See whether this module is the loss: from the outputs to one number."""
-        if len(args) < 2 or args[0] is not self.outputs:
+        if len(args) < 2 or not _handed_out(self.outputs, args[0]):
             return
         if isinstance(result, Tensor) and result.numel() == 1 and result.requires_grad:
             self.loss_module, self.targets = module, args[1]
@@ -189,6 +189,18 @@ class Capture:
 def _not_the_scripts() -> bool:
     """Whether the pass is one of a compiler or of a measure called by hand."""
     return torch.compiler.is_compiling() or measuring()
+
+
+def _handed_out(outputs: Any, x: Any) -> bool:
+    """Whether ``x`` is what the model returned, or DDP's copy of it."""
+    if x is outputs:
+        return True
+    # With `find_unused_parameters` or `static_graph` DDP hands out copies, made by a
+    # node of the graph that tells it when the backward pass starts.
+    node = x.grad_fn if isinstance(x, Tensor) else None
+    if node is None or node.name() != "_DDPSinkBackward" or outputs is None:
+        return False
+    return any(source is outputs.grad_fn for source, _ in node.next_functions)
 
 
 def _versions(inputs: Inputs) -> list[int]:
