@@ -88,6 +88,15 @@ def every_step_saved(frame, monkeypatch):
     monkeypatch.setattr(frame.time, "perf_counter", lambda: float(next(clock)))
 
 
+def test_seconds_are_those_of_the_core(frame, start, monkeypatch):
+    """A machine that is busy or asleep does not make a figure more expensive."""
+    clock = iter((10.0, 17.0))
+    monkeypatch.setattr(frame.time, "process_time", lambda: next(clock))
+    exp = start()
+    training(exp)
+    assert torch.load(exp._path("arm", 1))["seconds"] == 7
+
+
 def test_a_stopped_cell_goes_on_to_the_same_bits(frame, start, monkeypatch):
     whole = training(start(out="whole"))
     every_step_saved(frame, monkeypatch)

@@ -10,6 +10,12 @@ Draws 05_attach_to_training.png. Every cell below also runs as it stands in a no
 # %% A training script as there are many: a convolutional network with batch norm and
 # two kinds of dropout, mini-batches, Adam, a schedule. Nothing in it knows of the
 # analysis, but for the line that attaches it.
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
@@ -31,13 +37,13 @@ def build():
     return nn.Sequential(*body, *pool, *head)
 
 
-def train(model, epochs=6, attach=None):
+def train(model, epochs=6, **options):
     torch.manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     criterion = nn.CrossEntropyLoss()
     loader = DataLoader(data, batch_size=100, shuffle=True)
-    analysis = attach(model) if attach else None  # the one line
+    analysis = tdi.attach_analysis(model, **options) if options else None  # the line
     for _ in range(epochs):
         for x, y in loader:
             optimizer.zero_grad()
@@ -53,9 +59,7 @@ def train(model, epochs=6, attach=None):
 alone, watched = build(), build()
 train(alone)
 stream = torch.get_rng_state()
-analysis = train(
-    watched, attach=lambda model: tdi.attach_analysis(model, log_dir=False, every=6)
-)
+analysis = train(watched, log_dir=False, every=6)
 print(analysis.summary())
 
 # %% What it changed: not a bit, in parameters, buffers or the stream of random numbers.
@@ -65,22 +69,51 @@ assert torch.equal(stream, torch.get_rng_state())
 # %% What it saw: numbers by tag and step, and how each was obtained. R_1 comes by
 # dropout site too, which tells where the work is done.
 by_site = {t: v for t, v in analysis.latest.items() if t.startswith("regularizer/R1/")}
-for tag, value in by_site.items():
-    print(f"{tag:20} {value:.5f}")
+print(by_site)
+
+# %% Several processes: attach on every rank, after wrapping the model. This script runs
+# here as one process, and as two that share the batch: they record what one does.
+SCRIPT = """
+import json, torch, torch.distributed as dist
+from torch import nn
+import torch_dropout_ir as tdi
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 3))
+x, y, rank, size = torch.randn(64, 8), torch.randint(3, (64,)), 0, 1
+if dist.is_torchelastic_launched():
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+    nn.CrossEntropyLoss()(model(x[rank::size]), y[rank::size]).backward()
+    optimizer.step()
+if size == 2 and rank == 0:
+    print(json.dumps(dict(analysis.latest)))
+"""
+Path("train_ddp.py").write_text(SCRIPT)
+torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone"
+command = *torchrun, "--nproc-per-node=2", "train_ddp.py"
+two = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+one = runpy.run_path("train_ddp.py")["analysis"].latest
+for tag in ("loss/R_S", "sharpness/trace", "regularizer/R1"):
+    print(f"{tag:15} one process {one[tag]:.6f}, two {two[tag]:.6f}")
 
 # %% The curves of the run.
 figure, panels = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-groups = (
-    ("loss/R_S", "regularizer/R1", "regularizer/R2"),
-    tuple(by_site),
-    ("sharpness/trace", "sharpness/top_eigenvalue"),
-)
-for panel, tags in zip(panels, groups, strict=True):
+losses = "loss/R_S", "regularizer/R1", "regularizer/R2"
+surface = "sharpness/trace", "sharpness/top_eigenvalue"
+for panel, tags in zip(panels, (losses, by_site, surface), strict=True):
     for tag in tags:
         panel.plot(*zip(*analysis.history[tag], strict=True), label=tag)
     panel.set(xlabel="step", yscale="log")
     panel.legend(frameon=False)
 figure.savefig("05_attach_to_training.png", dpi=110)
 
-# %% What was shown: one line, the same training, and R_1 of both sites along it.
+# %% What was shown: one line, the same training, R_1 of both sites along it; and two
+# ranks record what one does: R_S to rounding, R_1 to the error recorded with it.
 assert len(by_site) == 2 and len(analysis.history["regularizer/R1"]) == 10
+assert abs(one["loss/R_S"] - two["loss/R_S"]) < 1e-5
+error = sum(r["regularizer/R1_standard_error"] ** 2 for r in (one, two)) ** 0.5
+assert abs(one["regularizer/R1"] - two["regularizer/R1"]) < 4 * error

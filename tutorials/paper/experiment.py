@@ -145,7 +145,7 @@ class Experiment:
             self._compare(path, kept.get("code", code), code)
             return kept["result"]
         torch.manual_seed(seed)
-        self._before, self._began, self._code = 0.0, time.perf_counter(), code
+        self._before, self._began, self._code = 0.0, time.process_time(), code
         result = compute()
         _save({"result": result, "seconds": self._seconds(), "code": code}, path)
         self._part(arm, seed).unlink(missing_ok=True)
@@ -288,8 +288,8 @@ class Experiment:
             )
 
     def _seconds(self):
-        """Of the cell being computed, with those of runs that were stopped."""
-        return self._before + time.perf_counter() - self._began
+        """Of one core, for the cell being computed, with those of stopped runs."""
+        return self._before + time.process_time() - self._began
 
 
 _FUNCTIONS = ("holds", "direction", "values")
