@@ -354,7 +354,7 @@ def scheduled(rank, size, _):
     with tdi.attach_analysis(
         model, log_dir=False, measures=[counts, measures.Condensation()], budget=0.2
     ) as analysis:
-        for _ in range(300):
+        for _ in range(1200):
             nn.MSELoss()(model(x), y).backward()
             sgd.step()
     return counts.taken, analysis.history, analysis.cost_share
