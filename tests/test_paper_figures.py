@@ -170,3 +170,36 @@ def test_claims_of_the_samples_needed_read_the_right_cells(script):
     assert enough.values == [7]
     assert fall.values == pytest.approx([1e4])
     assert without.values == pytest.approx([0.02])
+
+
+def test_the_width_of_a_slice_ends_at_the_level_on_both_sides(script):
+    width = script("fig12_flatness").width
+    # A V of slope 2 to the left and 1 to the right, 0.5 between points.
+    line = [4.0, 3.0, 2.0, 1.0, 0.0, 0.5, 1.0, 1.5, 2.0]
+    assert width(line, 1.25, 0.5) == pytest.approx(1.25 / 2 + 1.25)
+    assert width(line, 2.5, 0.5) == pytest.approx(1.25 + 2.0)  # the right one: its end
+    assert width(line, 0.0, 0.5) == 0.0
+    assert width(line, -1.0, 0.5) == 0.0
+    far = [0.0, 9.0, 0.0, 9.0, 0.0]  # other valleys do not count
+    assert width(far, 3.0, 1.0) == pytest.approx(2 / 3)
+
+
+def test_claims_of_fig_12_compare_dropout_with_its_absence(script):
+    fig12 = script("fig12_flatness")
+    found = {
+        "fnn-without": [{"accuracy": 94.0, "width": 1.0}],
+        "fnn-dropout": [{"accuracy": 94.5, "width": 1.2}],
+    }
+    accuracy, width = fig12.claims_of("fnn", found)
+    assert accuracy.values == pytest.approx([0.5])
+    assert width.values == pytest.approx([1.2])
+    assert (accuracy.verdict, width.verdict) == (
+        "reproduced",
+        "reproduced in direction",
+    )
+    # The smaller network of the same kind: six convolutions, three linear layers.
+    net = fig12.vgg9(2, 16, 0.2)
+    kinds = [type(module).__name__ for module in net]
+    assert kinds.count("Conv2d") == 6
+    assert kinds.count("Linear") == 3
+    assert net(torch.randn(2, 3, 16, 16)).shape == (2, 10)
