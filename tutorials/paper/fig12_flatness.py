@@ -11,7 +11,8 @@ place, after the hidden linear layers, Nesterov momentum, lr 0.1 divided by 10 a
 
 Reduced: fnn: the first 5000 images, 20 epochs at lr 5e-4 instead of 1e-4; vgg9: images
 of 16 x 16 (means of 2 x 2 pixels), a quarter of the channels, 25 epochs instead of 300.
---paper takes all images of fnn, their whole size, 64 channels, 100 and 300 epochs, lr 1e-4.
+--paper takes all images of fnn, their whole size, 64 channels, 100 and 300 epochs and
+lr 1e-4.
 
 Width: of the interval around alpha = 0 in which the slice of 512 training samples is
 below the paper's level (fnn 0.05, vgg9 20), the mean over 3 directions; the numbers
