@@ -284,5 +284,8 @@ STABLE_TORCH_LIBRARY_IMPL(torch_dropout_ir, CUDA, library) {
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
                                    nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
+  PyObject* module = PyModule_Create(&definition);
+  // What `registration.py` makes of the schemas that these kernels were written for.
+  if (module != nullptr) PyModule_AddIntConstant(module, "SCHEMAS", 1225182584);
+  return module;
 }

@@ -112,6 +112,20 @@ def test_public_names():
             assert getattr(module, name).__doc__, name
 
 
+def test_an_extension_of_other_sources_is_refused():
+    code = """
+import sys, types
+sys.modules["torch_dropout_ir._C"] = types.ModuleType("torch_dropout_ir._C")
+import torch_dropout_ir
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "got None: they were built from other sources" in done.stderr
+    assert "pip install" in done.stderr
+
+
 def test_without_the_extension_there_is_one_warning_and_the_same_mask():
     code = """
 import sys, warnings

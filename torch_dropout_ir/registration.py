@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+import zlib
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ for _schema in _SCHEMAS:
 
 def _load_compiled_kernels() -> bool:
     try:
-        importlib.import_module("torch_dropout_ir._C")
+        compiled = importlib.import_module("torch_dropout_ir._C")
     except (ImportError, OSError) as err:
         warnings.warn(
             f"torch_dropout_ir: the compiled kernels could not be loaded ({err}); the "
@@ -41,6 +42,15 @@ def _load_compiled_kernels() -> bool:
             stacklevel=2,
         )
         return False
+    # Kernels read their arguments by place: those of other schemas would crash.
+    expected = zlib.crc32("\n".join(_SCHEMAS).encode()) % 2**31
+    built_for = getattr(compiled, "SCHEMAS", None)
+    if built_for != expected:
+        raise ImportError(
+            f"torch_dropout_ir: expected compiled kernels for schemas {expected}, got "
+            f"{built_for}: they were built from other sources. Build them again: pip "
+            "install --no-build-isolation -e ."
+        )
     return True
 
 
