@@ -142,7 +142,8 @@ def attach_analysis(
         every: Optimizer steps between measurements, or ``"auto"``: as often as
             ``budget`` pays for.
         budget: Share of the time that ``"auto"`` may take. The first measurement is
-            on credit; from the second on the share is within the budget.
+            on credit; from the second on the share is within the budget where costs
+            do not rise.
         data: A batch ``(inputs, targets)`` or batches for the measures of the loss
             surface, also where targets are not seen; of a loader the first eight are
             taken, now. By default the batch last seen, where its targets are known.

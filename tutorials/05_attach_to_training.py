@@ -4,7 +4,7 @@ Question: what does one line in my training script show, and what does it change
 
     python tutorials/05_attach_to_training.py
 
-Draws 05_attach_to_training.png. Every cell below also runs as it stands in a notebook.
+Draws 05_attach_to_training.png, writes train_ddp.py; the cells run in a notebook too.
 """
 
 # %% A training script as there are many: a convolutional network with batch norm and

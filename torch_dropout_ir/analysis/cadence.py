@@ -13,7 +13,8 @@ class Cadence:
     has an equal part of the budget: what it cost, and what it would cost again, is a
     debt that training time pays off, and it is due again when the debt is paid. Only
     the first measurement, whose cost nobody knows, is on credit: from the second on
-    the share of the analysis is within the budget. Idle time saves nothing up.
+    the share of the analysis is within the budget, unless a measurement costs more
+    than the last one did. Idle time saves nothing up.
 
     Args:
         every: Optimizer steps between measurements, or ``"auto"``.

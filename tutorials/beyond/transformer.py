@@ -6,8 +6,7 @@
 Two pre-norm blocks with dropout on embeddings, attention weights and both residual
 branches, AdamW with a cosine schedule, on windows of 64 characters of the language
 reference that Python carries (`pydoc_data.topics`): 6000 characters to learn from,
-6000 of other topics to test. `--paper` takes 64 000, a wider
-network and more steps.
+6000 of other topics to test. `--paper` takes 64 000, a wider network and more steps.
 """
 
 import torch
