@@ -90,13 +90,13 @@ with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
     nn.CrossEntropyLoss()(model(x[rank::size]), y[rank::size]).backward()
     optimizer.step()
 if size == 2:
-    print(json.dumps(dict(analysis.latest)), flush=True)
+    print(json.dumps(dict(analysis.latest)) + "\\n", end="", flush=True)
 """
 Path("train_ddp.py").write_text(SCRIPT)
 torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone"
 command = *torchrun, "--nproc-per-node=2", "train_ddp.py"
 ranks = subprocess.run(command, stdout=subprocess.PIPE, check=False).stdout
-two = json.loads(ranks.splitlines()[0])  # each rank has printed them: they are the same
+two = json.loads(ranks.splitlines()[0])  # each rank prints them, a line in one write
 one = runpy.run_path("train_ddp.py")["analysis"].latest
 for tag in ("loss/R_S", "sharpness/trace", "regularizer/R1"):
     print(f"{tag:15} one process {one[tag]:.6f}, two {two[tag]:.6f}")
