@@ -109,6 +109,7 @@ class Analysis:
         self._capture.attach(self)
         self._handles.callback(self._steps.watch(self._before_step, self._after_step))
         self._attached = True
+        self._due = self._names()
         self._plan()
 
     def _before_step(self) -> None:
@@ -116,14 +117,18 @@ class Analysis:
             self._measure_safely(self._due)
 
     def _after_step(self) -> None:
-        before, self._clock = self._clock, time.perf_counter()
-        self._cadence.trained(self._clock - before)
+        now = time.perf_counter()
+        self._cadence.trained(now - self._clock)
+        self._clock = now
         self.step += 1
         self._plan()
 
     def _plan(self) -> None:
         """Decide what the coming step must show."""
-        self._due = self._schedule.due(self.step)
+        due, before = self._schedule.due(self.step), self._due
+        self._due = due
+        if not due and not before:
+            return  # as most steps
         self._capture.want_masks = "masks" in self._due
         needed = [m.needs for m in self._attempts.measures if m.name in self._due]
         self._capture.want_targets = any(
@@ -147,12 +152,15 @@ class Analysis:
                 "`attach_analysis(model)`."
             )
         before = {tag: len(values) for tag, values in self.history.items()}
-        self._measure_safely({m.name for m in self._attempts.measures})
+        self._measure_safely(self._names())
         return {
             tag: values[-1][1]
             for tag, values in self.history.items()
             if len(values) > before.get(tag, 0)
         }
+
+    def _names(self) -> set[str]:
+        return {m.name for m in self._attempts.measures}
 
     def _measure_safely(self, names: set[str]) -> None:
         """Measure; whatever a measure or a sink raises, training goes on."""

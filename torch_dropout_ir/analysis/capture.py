@@ -2,8 +2,8 @@
 
 Semantics:
 
-* Only the root module carries hooks between steps. The global look-out for the loss
-  lives inside a step that measures, and is gone after it.
+* Between measurements the root module carries one hook, which keeps the batch. A second
+  one and the global look-out for the loss live inside a step that measures.
 * Foreign dropout is observed in a second pass from the same generator state.
 * Copies and pickles of the model carry a hook that does nothing.
 """
@@ -86,6 +86,7 @@ class Capture:
         self.want_masks = True
         self.want_targets = True
         self.paused = False
+        self._open = False
         self._seconds = 0.0
         self._versions: list[int] = []
         self._start: Generators | None = None
@@ -93,17 +94,11 @@ class Capture:
         self._root = contextlib.ExitStack()
 
     def attach(self, owner: object) -> None:
-        """Put the two hooks on the root module; ``owner`` lives as long as they do."""
-        before, after = RootHook(self._before, owner), RootHook(self._after, owner)
+        """Put a hook on the root module; ``owner`` lives as long as it does."""
+        before = RootHook(self._before, owner)
         self._keep(
             self._root,
             self.watched.register_forward_pre_hook(before, with_kwargs=True),
-        )
-        self._keep(
-            self._root,
-            self.watched.register_forward_hook(
-                after, with_kwargs=True, always_call=True
-            ),
         )
 
     def detach(self) -> None:
@@ -114,6 +109,7 @@ class Capture:
 
     def end_step(self) -> None:
         """Stop looking for the loss; the batch stays until the next one."""
+        self._open = False
         self._step.close()
         self.outputs = None
 
@@ -131,20 +127,30 @@ class Capture:
     ) -> None:
         if self.paused or not self.watched.training or _not_the_scripts():
             return
-        self.end_step()
         self.inputs, self.targets = Inputs(args, kwargs), None
         self._versions = _versions(self.inputs)
         self._start = None
+        if self._open or self.want_masks or self.want_targets:
+            self._open_step()
+
+    def _open_step(self) -> None:
+        """Look at the coming pass in full, where something of it is wanted."""
+        self.end_step()
         if self.want_masks and self.model is not None and not replaced():
             self._start = Generators(self.model)
+        if self.want_masks or self.want_targets:
+            self._open = True
+            after = self.watched.register_forward_hook(
+                RootHook(self._after), with_kwargs=True, always_call=True
+            )
+            self._keep(self._step, after)
 
     def _after(
         self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any
     ) -> None:
         if self.paused or _not_the_scripts():
             return
-        if self.inputs is not None and _versions(self.inputs) != self._versions:
-            self.inputs = None  # the model writes on its inputs: no second pass
+        self._check_inputs()
         if self.watched.training and self.want_targets and isinstance(outputs, Tensor):
             self.outputs = outputs
             look = weakref.WeakMethod(self._look)
@@ -155,6 +161,11 @@ class Capture:
                     method(*call)
 
             self._keep(self._step, register_module_forward_hook(hook))
+
+    def _check_inputs(self) -> None:
+        """Let go of inputs that were written on: no second pass is the same."""
+        if self.inputs is not None and _versions(self.inputs) != self._versions:
+            self.inputs = None
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         """See whether this module is the loss: from the outputs to one number."""
@@ -170,6 +181,7 @@ class Capture:
         Args:
             model: The model to run again: the own one, or a copy that runs alone.
         """
+        self._check_inputs()
         start, self._start = self._start, None
         if start is None or self.inputs is None or self.model is None:
             return
