@@ -3,12 +3,13 @@
 Models of practice: an MLP on images of 784 pixels, ResNet-18 at 32 x 32 with dropout, a
 small GPT. A bare script and a watched one take turns in blocks of steps in one process
 (bare, watched, watched, bare), so that a drift of the machine's pace falls out.
-Reported are the median over these rounds of watched over bare, less 1, and its standard error:
+Reported are the median over these rounds of watched over bare, less 1, and its
+standard error:
 
 * off cadence: steps at which nothing is due;
 * ``every="auto"``: the same from outside, as wall time over all rounds, beside the
-  share that the analysis counts itself, from the first measurement on (it is on credit) and
-  after it;
+  share that the analysis counts itself, both after the first measurement, which is on
+  credit;
 * one measurement, by measure, in training steps: over N it is the cost of ``every=N``;
 * peak memory of fresh processes beyond what they hold before the model is made, by
   measure and of all.

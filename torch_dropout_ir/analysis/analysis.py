@@ -91,8 +91,7 @@ class Analysis:
         self._capture = Capture(watched, model if watched is model else None)
         self._handles = contextlib.ExitStack()
         self._handles.callback(self._delivery.close)
-        self._attached = False
-        self._loaded: dict[str, MaskStatistics] = {}
+        self._attached, self._loaded = False, dict[str, MaskStatistics]()
         self._leave = weakref.finalize(self, self._handles.close)
         self.targets_of: Callable[[Inputs], Any] = labels
 
@@ -125,9 +124,8 @@ class Analysis:
 
     def _plan(self) -> None:
         """Decide what the coming step must show."""
-        due, before = self._schedule.due(self.step), self._due
-        self._due = due
-        if not due and not before:
+        before, self._due = self._due, self._schedule.due(self.step)
+        if not self._due and not before:
             return  # as most steps
         self._capture.want_masks = "masks" in self._due
         needed = [m.needs for m in self._attempts.measures if m.name in self._due]
@@ -153,11 +151,10 @@ class Analysis:
             )
         before = {tag: len(values) for tag, values in self.history.items()}
         self._measure_safely(self._names())
-        return {
-            tag: values[-1][1]
-            for tag, values in self.history.items()
-            if len(values) > before.get(tag, 0)
-        }
+        new = (
+            t for t, values in self.history.items() if len(values) > before.get(t, 0)
+        )
+        return {tag: self.history[tag][-1][1] for tag in new}
 
     def _names(self) -> set[str]:
         return {m.name for m in self._attempts.measures}
@@ -189,7 +186,8 @@ class Analysis:
             snapshot = self._snapshot(names).agree()
         self.absent.pop("capture", None)
         seed = (self._seed + 2 * self.step) % 2**62
-        records, seconds = self._attempts.take(snapshot, names, seed)
+        with self._capture.bystanders.aside(snapshot.model):
+            records, seconds = self._attempts.take(snapshot, names, seed)
         if "masks" in seconds:
             seconds["masks"] += self._capture.spent()
         cost = {"cost/share": self._cadence.share}
@@ -212,6 +210,7 @@ class Analysis:
         capture = self._capture
         runs = any(runs_model(m) for m in self._attempts.measures if m.name in names)
         model = gathered_model(self.model) if runs else self.model
+        capture.end_step()
         capture.observe(model)
         if not self._loss_given and capture.loss_module is not None:
             with contextlib.suppress(ValueError):

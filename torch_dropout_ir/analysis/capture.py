@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
+from torch_dropout_ir.analysis.bystanders import Bystanders
 from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.replay import Generators, replay
 from torch_dropout_ir.functional import Inputs
@@ -68,6 +69,7 @@ class Capture:
         statistics: Mask statistics of the foreign sites observed.
         calls: The calls of dropout functions that were found, by name.
         unseen: Noise that cannot be seen, by place, with the reason.
+        bystanders: What the measures' own passes leave aside.
         want_masks: Whether to observe the masks of the coming pass.
         want_targets: Whether to look for the targets of the coming pass.
         paused: True while the analysis itself runs the model.
@@ -90,6 +92,8 @@ class Capture:
         self._seconds = 0.0
         self._versions: list[int] = []
         self._start: Generators | None = None
+        self.bystanders = Bystanders(watched)
+        self._told = contextlib.ExitStack()
         self._step = contextlib.ExitStack()
         self._root = contextlib.ExitStack()
 
@@ -103,13 +107,17 @@ class Capture:
 
     def detach(self) -> None:
         """Remove every hook and let go of what was seen."""
-        for stack in (self._step, self._root):
+        for stack in (self._told, self._step, self._root):
             stack.close()
         self.inputs = self.outputs = self.targets = None
 
     def end_step(self) -> None:
-        """Stop looking for the loss; the batch stays until the next one."""
+        """Stop looking at what the step does; the batch stays until the next one."""
         self._open = False
+        self._told.close()
+        self._stop_looking()
+
+    def _stop_looking(self) -> None:
         self._step.close()
         self.outputs = None
 
@@ -136,6 +144,8 @@ class Capture:
     def _open_step(self) -> None:
         """Look at the coming pass in full, where something of it is wanted."""
         self.end_step()
+        if self.model is not None:  # a compiled one has its hooks in the graph
+            self._told.enter_context(self.bystanders.told())
         if self.want_masks and self.model is not None and not replaced():
             self._start = Generators(self.model)
         if self.want_masks or self.want_targets:
@@ -173,7 +183,7 @@ class Capture:
             return
         if isinstance(result, Tensor) and result.numel() == 1 and result.requires_grad:
             self.loss_module, self.targets = module, args[1]
-            self.end_step()
+            self._stop_looking()
 
     def observe(self, model: nn.Module) -> None:
         """Look at the masks of the last pass, where it was one to look at.
@@ -187,7 +197,8 @@ class Capture:
             return
         started = time.perf_counter()
         try:
-            found = replay(model, self.inputs, start)
+            with self.bystanders.aside(model):
+                found = replay(model, self.inputs, start)
         except Exception as err:  # a measure of its own: training goes on
             warn(f"the masks of this step were not observed: {err}")
         else:

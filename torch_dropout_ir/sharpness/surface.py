@@ -36,6 +36,7 @@ from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.sharpness.frozen import Masks, dropout_on, mask_seeds, modes
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
+from torch_dropout_ir.substitution import call_with
 from torch_dropout_ir.vectors import to_params, to_vector
 
 Subset = Collection[str] | Callable[[str], bool] | None
@@ -142,9 +143,7 @@ class Surface:
         place = place * self.ranks.size + self.ranks.rank
         own = 0 if seed is None else seed + _STRIDE * place
         with preserved_rng(self.model, own % 2**63):
-            return torch.func.functional_call(
-                self.model, state, arguments.args, dict(arguments.kwargs)
-            )
+            return call_with(self.model, state, arguments.args, arguments.kwargs)
 
     def risk(
         self, params: Mapping[str, Tensor], batch: Batch, place: int, seed: int | None
