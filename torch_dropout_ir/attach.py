@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
@@ -42,6 +43,7 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
     """Say clearly what cannot be watched.
 
     Raises:
+        TypeError: If the whole model is scripted.
         ValueError: If parameters have no data, or the optimizer steps others.
         RuntimeError: If the model has an analysis already.
     """
@@ -51,6 +53,12 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
                 "attach_analysis: this model has an analysis already. Use that one, or "
                 "`detach()` it first."
             )
+    if isinstance(watched, torch.jit.ScriptModule):
+        raise TypeError(
+            "attach_analysis: expected a model that runs in Python, got a scripted one "
+            "(nothing sees its calls). Attach to a model of which parts are "
+            "scripted, or script it for deployment alone."
+        )
     empty = [name for name, x in model.named_parameters() if x.is_meta]
     if empty:
         raise ValueError(
@@ -157,7 +165,8 @@ def attach_analysis(
         The analysis; also a context manager that detaches at its end.
 
     Raises:
-        TypeError: If ``model`` is no module, or ``loss`` is neither known nor callable.
+        TypeError: If ``model`` is no module or wholly scripted, or ``loss`` is neither
+            known nor callable.
         ValueError: If ``loss``, ``every`` or ``budget`` is out of range, parameters
             have no data yet (meta device), or ``optimizer`` steps none of the model's.
         RuntimeError: If the model has an analysis already, or one of the ranks that

@@ -20,7 +20,7 @@ from torch_dropout_ir.analysis.capture import Capture
 from torch_dropout_ir.analysis.delivery import Delivery
 from torch_dropout_ir.analysis.distributed import Ranks, gathered_model
 from torch_dropout_ir.analysis.facts import run_facts
-from torch_dropout_ir.analysis.records import Record, Sink, remember
+from torch_dropout_ir.analysis.records import Sink, remember
 from torch_dropout_ir.analysis.replay import own_statistics
 from torch_dropout_ir.analysis.schedule import Schedule
 from torch_dropout_ir.analysis.snapshot import (
@@ -127,11 +127,9 @@ class Analysis:
         before, self._due = self._due, self._schedule.due(self.step)
         if not self._due and not before:
             return  # as most steps
-        self._capture.want_masks = "masks" in self._due
         needed = [m.needs for m in self._attempts.measures if m.name in self._due]
-        self._capture.want_targets = any(
-            n & {"targets", "batches", "loss"} for n in needed
-        )
+        look = any(n & {"targets", "batches", "loss"} for n in needed)
+        self._capture.want(bool(self._due), "masks" in self._due, look)
 
     def measure(self) -> dict[str, float]:
         """Take all measures now, off cadence, on the batch last seen.
@@ -199,12 +197,9 @@ class Analysis:
         records.update(self._ranks.first(cost))
         self.notes.update(snapshot.notes)
         self.absent.update(snapshot.absent)
-        self._write(records)
-        return seconds
-
-    def _write(self, records: dict[str, Record]) -> None:
         remember(self.history, self.step, records)
         self._delivery.write(self.step, records, self.notes)
+        return seconds
 
     def _snapshot(self, names: set[str]) -> Snapshot:
         capture = self._capture

@@ -92,25 +92,13 @@ class Bystanders:
                 if key not in self._acting and not _of_torch(hook):
                     changed.append((hooks, key, hook))
         for hooks, key, hook in changed:
-            hooks[key] = self._telling(key, hook)
+            hooks[key] = _Told(hook, key, self._looking, self._acting)
         try:
             yield
         finally:
             for hooks, key, hook in changed:
-                if key in hooks:  # else it was removed on the way
+                if isinstance(hooks.get(key), _Told):  # else the script removed it
                     hooks[key] = hook
-
-    def _telling(self, key: int, hook: Callable[..., Any]) -> Callable[..., Any]:
-        def told(module: Any, *args: Any, **kwargs: Any) -> Any:
-            before = _state(module, args)
-            result = hook(module, *args, **kwargs)
-            if result is not None or _state(module, args) != before:
-                self._acting.add(key)
-            else:
-                self._looking.add(key)
-            return result
-
-        return told
 
     @contextlib.contextmanager
     def aside(self, model: nn.Module) -> Iterator[None]:
@@ -134,12 +122,40 @@ class Bystanders:
                         hooks.update(own)
 
 
+class _Told:
+    """A hook of the script's, and what it did; copies and pickles are the hook."""
+
+    def __init__(
+        self,
+        hook: Callable[..., Any],
+        key: int,
+        looking: set[int],
+        acting: set[int],
+    ) -> None:
+        self._hook = hook
+        self._key = key
+        self._looking, self._acting = looking, acting
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = _state(args)
+        result = self._hook(*args, **kwargs)
+        acts = result is not None or _state(args) != before
+        (self._acting if acts else self._looking).add(self._key)
+        return result
+
+    def __reduce__(self) -> Any:
+        return _itself, (self._hook,)
+
+
+def _itself(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return hook
+
+
 def _hook_dicts(model: nn.Module) -> Iterator[dict[int, Callable[..., Any]]]:
     for module in model.modules():
-        for name in _HOOKS:
-            hooks = vars(module).get(name)
-            if hooks:
-                yield hooks
+        yield from (vars(module).get(name) or {} for name in _HOOKS)
+    for x in model.parameters():
+        yield x._backward_hooks or {}
 
 
 def _of_torch(hook: Any) -> bool:
@@ -147,15 +163,14 @@ def _of_torch(hook: Any) -> bool:
     return place.split(".")[0] in ("torch", "torch_dropout_ir")
 
 
-def _state(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _state(args: tuple[Any, ...]) -> list[Any]:
     """What a hook that acts would change: tensors by version, members by identity."""
     seen: list[Any] = []
     for x in args:
         inner = x if isinstance(x, (tuple, list)) else (x,)
-        seen += [
-            y._version for y in inner if isinstance(y, Tensor) and not y.is_inference()
-        ]
-    if isinstance(module, nn.Module):
-        own = (vars(module), module._parameters, module._buffers, module._modules)
-        seen += [id(y) for members in own for y in members.values()]
-    return tuple(seen)
+        tensors = (y for y in inner if isinstance(y, Tensor) and not y.is_inference())
+        seen += [y._version for y in tensors]
+        if isinstance(x, nn.Module):
+            own = (vars(x), x._parameters, x._buffers, x._modules)
+            seen += [id(y) for members in own for y in members.values()]
+    return seen

@@ -88,7 +88,7 @@ class Capture:
         self.want_masks = True
         self.want_targets = True
         self.paused = False
-        self._open = False
+        self._open = self._with_graph = False
         self._seconds = 0.0
         self._versions: list[int] = []
         self._start: Generators | None = None
@@ -113,11 +113,11 @@ class Capture:
 
     def end_step(self) -> None:
         """Stop looking at what the step does; the batch stays until the next one."""
-        self._open = False
         self._told.close()
         self._stop_looking()
 
     def _stop_looking(self) -> None:
+        self._open = False
         self._step.close()
         self.outputs = None
 
@@ -135,17 +135,33 @@ class Capture:
     ) -> None:
         if self.paused or not self.watched.training or _not_the_scripts():
             return
+        if self._only_looks():
+            return
+        self._with_graph = torch.is_grad_enabled()
         self.inputs, self.targets = Inputs(args, kwargs), None
         self._versions = _versions(self.inputs)
         self._start = None
         if self._open or self.want_masks or self.want_targets:
             self._open_step()
 
-    def _open_step(self) -> None:
-        """Look at the coming pass in full, where something of it is wanted."""
-        self.end_step()
+    def _only_looks(self) -> bool:
+        """Whether a pass without graph follows one with it: nothing trains on it."""
+        return self._with_graph and not torch.is_grad_enabled()
+
+    def want(self, anything: bool, masks: bool, targets: bool) -> None:
+        """Say what the coming step must show."""
+        self.want_masks, self.want_targets = masks, targets
+        if anything:
+            self._listen()
+
+    def _listen(self) -> None:
         if self.model is not None:  # a compiled one has its hooks in the graph
             self._told.enter_context(self.bystanders.told())
+
+    def _open_step(self) -> None:
+        """Look at the coming pass in full, where something of it is wanted."""
+        self._stop_looking()
+        self._listen()  # to hooks that are there since
         if self.want_masks and self.model is not None and not replaced():
             self._start = Generators(self.model)
         if self.want_masks or self.want_targets:
@@ -158,7 +174,7 @@ class Capture:
     def _after(
         self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any
     ) -> None:
-        if self.paused or _not_the_scripts():
+        if self.paused or _not_the_scripts() or self._only_looks():
             return
         self._check_inputs()
         if self.watched.training and self.want_targets and isinstance(outputs, Tensor):
