@@ -109,7 +109,7 @@ class Bystanders:
         """
         still = self._looking - self._acting
         kept = [(hooks, dict(hooks)) for hooks in _hook_dicts(model)] if still else []
-        with unmoved_attributes(model):
+        with unmoved_attributes(model), _unprofiled(model):
             try:
                 for hooks, _ in kept:
                     for key in still.intersection(hooks):
@@ -120,6 +120,20 @@ class Bystanders:
                     if hooks.keys() != own.keys():
                         hooks.clear()
                         hooks.update(own)
+
+
+@contextlib.contextmanager
+def _unprofiled(model: nn.Module) -> Iterator[None]:
+    """Run scripted code as it is: counted calls decide when it is optimized."""
+    scripted = any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
+    optimizes = torch._C._get_graph_executor_optimize()
+    try:
+        if scripted:
+            torch._C._set_graph_executor_optimize(False)
+        yield
+    finally:
+        if scripted:
+            torch._C._set_graph_executor_optimize(optimizes)
 
 
 class _Told:

@@ -92,6 +92,7 @@ class Capture:
         self._seconds = 0.0
         self._versions: list[int] = []
         self._start: Generators | None = None
+        self._end: Tensor | None = None
         self.bystanders = Bystanders(watched)
         self._told = contextlib.ExitStack()
         self._step = contextlib.ExitStack()
@@ -140,7 +141,7 @@ class Capture:
         self._with_graph = torch.is_grad_enabled()
         self.inputs, self.targets = Inputs(args, kwargs), None
         self._versions = _versions(self.inputs)
-        self._start = None
+        self._start = self._end = None
         if self._open or self.want_masks or self.want_targets:
             self._open_step()
 
@@ -177,6 +178,8 @@ class Capture:
         if self.paused or _not_the_scripts() or self._only_looks():
             return
         self._check_inputs()
+        if self.watched.training and self._start is not None:
+            self._end = torch.get_rng_state()
         if self.watched.training and self.want_targets and isinstance(outputs, Tensor):
             self.outputs = outputs
             look = weakref.WeakMethod(self._look)
@@ -214,7 +217,7 @@ class Capture:
         started = time.perf_counter()
         try:
             with self.bystanders.aside(model):
-                found = replay(model, self.inputs, start)
+                found = replay(model, self.inputs, start, self._end)
         except Exception as err:  # a measure of its own: training goes on
             warn(f"the masks of this step were not observed: {err}")
         else:
