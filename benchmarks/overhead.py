@@ -37,6 +37,7 @@ import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis.measures import default_measures
 
 NEVER = 10**9
+PARTS = ("costs", "auto", "memory")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 COLOURS = ("#1f77b4", "#2ca02c", "#ff7f0e", "#d62728", "#9467bd", "#8c564b")
 
@@ -256,17 +257,19 @@ def memory(name: str) -> dict[str, float]:
     return {key: found / bare for key, found in peaks.items()}
 
 
-def row(name: str, seconds: float) -> dict:
+def row(name: str, seconds: float, parts: list[str]) -> dict:
     """Measure one model."""
     turns = off_cadence(name, seconds)
     found = {"model": name, "step": turns.step, "off": turns.extra()}
     if name == "tiny":
         return found
-    return found | {
-        "costs": by_measure(name, turns.step),
-        "auto": automatic(name, seconds),
-        "memory": memory(name),
-    }
+    if "costs" in parts:
+        found["costs"] = by_measure(name, turns.step)
+    if "auto" in parts:
+        found["auto"] = automatic(name, seconds)
+    if "memory" in parts:
+        found["memory"] = memory(name)
+    return found
 
 
 def report(rows: list[dict]) -> str:
@@ -278,9 +281,8 @@ def report(rows: list[dict]) -> str:
             f"{r['model']:<10}{micro / 1e3:>9.3f} ms{extra:>+13.3%} +- {error:.3%}"
             f"{extra * micro:>+11.1f} +- {error * micro:.1f}"
         )
-    whole = [r for r in rows if "auto" in r]
     lines += ["", 'every="auto", budget 5%: share of the wall time']
-    for r in whole:
+    for r in (r for r in rows if "auto" in r):
         a = r["auto"]
         lines.append(
             f"{r['model']:<10}from outside {a['outside']:.2%}, own count {a['own']:.2%}"
@@ -291,6 +293,7 @@ def report(rows: list[dict]) -> str:
         ("one measurement, in training steps", "costs"),
         ("peak memory, over that of training alone", "memory"),
     ):
+        whole = [r for r in rows if key in r]
         names = list(whole[0][key]) if whole else []
         lines += ["", title, " " * 10 + "".join(f"{n:>15}" for n in names)]
         for r in whole:
@@ -327,6 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seconds", type=float, default=40, help="for each timing")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall",
                         help="cpu: on a busy machine")  # fmt: skip
@@ -334,10 +338,10 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     Script.clock = staticmethod(CLOCKS[chosen.clock])
-    rows = [row(name, chosen.seconds) for name in chosen.models]
+    rows = [row(name, chosen.seconds, chosen.parts) for name in chosen.models]
     print(f"torch {torch.__version__}, {chosen.threads} threads, {chosen.clock} clock")
     print(report(rows))
-    if chosen.png:
+    if chosen.png and "costs" in chosen.parts:
         draw(rows, chosen.png)
 
 
