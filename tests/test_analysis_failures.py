@@ -365,6 +365,22 @@ def test_parameters_without_data_are_refused():
     assert not model._forward_hooks
 
 
+def test_buffers_without_data_are_refused():
+    norm = nn.BatchNorm1d(3)
+    norm.running_mean = torch.empty(3, device="meta")
+    with pytest.raises(ValueError, match=r"'1\.running_mean' first"):
+        tdi.attach_analysis(nn.Sequential(nn.Linear(3, 3), norm), log_dir=False)
+
+
+def test_a_model_that_is_quantized_in_part_is_said():
+    model = mlp()
+    model.packed = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    with pytest.warns(UserWarning, match="quantized in part.*int8"):
+        analysis = tdi.attach_analysis(model, "mse", log_dir=False)
+    assert "quantized in part" in analysis.summary()
+    analysis.detach()
+
+
 def test_an_optimizer_over_other_parameters_is_refused():
     model, other = mlp(), mlp()
     sgd = torch.optim.SGD(other.parameters(), lr=0.1)

@@ -44,7 +44,7 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
 
     Raises:
         TypeError: If the whole model is scripted.
-        ValueError: If parameters have no data, or the optimizer steps others.
+        ValueError: If tensors have no data, or the optimizer steps others.
         RuntimeError: If the model has an analysis already.
     """
     for hook in watched._forward_pre_hooks.values():
@@ -59,10 +59,11 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
             "(nothing sees its calls). Attach to a model of which parts are "
             "scripted, or script it for deployment alone."
         )
-    empty = [name for name, x in model.named_parameters() if x.is_meta]
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    empty = [name for name, x in tensors if x.is_meta]
     if empty:
         raise ValueError(
-            "attach_analysis: expected parameters with data, got "
+            "attach_analysis: expected parameters and buffers with data, got "
             f"{len(empty)} on the meta device ({empty[0]!r} first). Materialize and "
             "initialize the model, then attach."
         )
@@ -78,12 +79,18 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
 
 
 def _frozen(model: nn.Module) -> str:
-    """Why nothing of a model trains; empty where something does."""
-    if any(x.requires_grad for x in model.parameters()):
-        return ""
-    said = f"{type(model).__name__} has no parameter that requires a gradient"
-    kinds = {str(x.dtype) for x in model.parameters() if not x.is_floating_point()}
+    """Why a model does not train, or not as a whole; empty where it does."""
+    packed = (torch.int8, torch.uint8)
+    kinds = {str(x.dtype) for x in model.parameters() if x.dtype in packed}
     kinds |= {type(m).__name__ for m in model.modules() if _is_quantized(m)}
+    if any(x.requires_grad for x in model.parameters()):
+        if not kinds:
+            return ""
+        return (
+            f"{type(model).__name__} is quantized in part ({', '.join(sorted(kinds))}): "
+            "where that has no derivative, measures that need it are absent"
+        )
+    said = f"{type(model).__name__} has no parameter that requires a gradient"
     if kinds:
         said += f"; it is quantized ({', '.join(sorted(kinds))})"
     return f"{said}: there is no training to watch, and no sharpness to measure"
