@@ -291,3 +291,24 @@ def test_an_evaluation_pass_that_draws_leaves_the_masks_of_the_step():
         model.train()
         sgd.step()
     assert analysis._statistics()["drop"].num_elements == 48
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_measures_do_not_count_towards_what_torch_optimizes_of_scripted_code():
+    seen = []
+
+    class Asks(nn.Module):
+        def forward(self, x):
+            seen.append(torch._C._get_graph_executor_optimize())
+            return x
+
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+    model = nn.Sequential(scripted, nn.Dropout(), Asks(), nn.Linear(6, 3))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[tdi.analysis.measures.Regularizer()]
+    ):
+        loss_of(model).backward()
+        sgd.step()
+    assert seen[0] and len(seen) > 2 and not any(seen[1:])
+    assert torch._C._get_graph_executor_optimize()

@@ -87,7 +87,7 @@ def _frozen(model: nn.Module) -> str:
         if not kinds:
             return ""
         return (
-            f"{type(model).__name__} is quantized in part ({', '.join(sorted(kinds))}): "
+            f"{type(model).__name__} is quantized in part ({', '.join(kinds)}): "
             "where that has no derivative, measures that need it are absent"
         )
     said = f"{type(model).__name__} has no parameter that requires a gradient"
