@@ -118,7 +118,7 @@ class LossCalls(TorchFunctionMode):
         found: At | None = self._known.get(x)
         if found is not None and found.of == "steps" and x.requires_grad:
             if not self._steps[found.place].differentiated:
-                return None  # of a function with a derivative of its own
+                found = None  # of a function with a derivative of its own
         node = x.grad_fn
         if found is None and node is not None and node.name() == "_DDPSinkBackward":
             # With `find_unused_parameters` or `static_graph` a node of the graph that
