@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -403,3 +404,26 @@ def test_modes_and_hooks_are_given_back_after_an_error():
         with contextlib.suppress(KeyError):
             sharpness.hessian(net, fails, data(), masks=masks)
         assert all(m.training and not m._forward_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize("masks", ["off", 3])
+def test_weight_normalization_has_its_second_derivative(masks):
+    """That of torch's kernel is not symmetric."""
+    net = nn.Sequential(weight_norm(nn.Linear(3, 5)), nn.ReLU(), nn.Linear(5, 2))
+    net, x, y = net.double(), torch.randn(7, 3).double(), torch.randn(7, 2).double()
+    op = sharpness.hessian(net, "mse", (x, y), masks=masks)
+    found = op.dense()
+    torch.testing.assert_close(found, found.T)
+    v, step = torch.randn(op.shape[0]).double(), 1e-5
+
+    def gradient(sign):
+        moved = vectors.to_vector(op.params) + sign * step * v
+        leaves = vectors.to_params(moved, op.params)
+        leaves = {n: p.requires_grad_() for n, p in leaves.items()}
+        risk = F.mse_loss(torch.func.functional_call(net, leaves, (x,)), y)
+        return torch.cat([
+            g.flatten() for g in torch.autograd.grad(risk, list(leaves.values()))
+        ])  # fmt: skip
+
+    expected = (gradient(1) - gradient(-1)) / (2 * step)
+    torch.testing.assert_close(op @ v, expected, rtol=1e-6, atol=1e-8)

@@ -33,7 +33,13 @@ from torch_dropout_ir.functional import (
     unmoved_buffers,
 )
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.sharpness.frozen import Masks, dropout_on, mask_seeds, modes
+from torch_dropout_ir.sharpness.frozen import (
+    ComposedNorms,
+    Masks,
+    dropout_on,
+    mask_seeds,
+    modes,
+)
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
 from torch_dropout_ir.substitution import call_with
@@ -127,6 +133,7 @@ class Surface:
                 stack.enter_context(unmoved_buffers(self.model))
             # Fused attention and recurrent kernels have no second derivative.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(ComposedNorms())
             if any(isinstance(m, nn.RNNBase) for m in self._modes):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield
