@@ -192,10 +192,10 @@ def test_arrival_is_the_first_low_median_and_not_the_first_low_value(script):
 
 def test_a_run_that_does_not_arrive_bounds_the_ratio(script):
     fig09 = script("fig09_small_start")
-    assert fig09.ratio(900, 100, 1000) == (9, "")
-    assert fig09.ratio(None, 100, 1000) == (10, "at least")
-    assert fig09.ratio(900, None, 1000) == (0.9, "at most")
-    value, bound = fig09.ratio(None, None, 1000)
+    assert fig09.ratio(900, 100, (1000, 2000)) == (9, "")
+    assert fig09.ratio(None, 100, (1000, 2000)) == (10, "at least")
+    assert fig09.ratio(900, None, (1000, 2000)) == (0.45, "at most")
+    value, bound = fig09.ratio(None, None, (1000, 2000))
     assert math.isnan(value) and bound == "none"
     one = {
         arm: {"steps": steps, "share": 1.0}
@@ -205,15 +205,16 @@ def test_a_run_that_does_not_arrive_bounds_the_ratio(script):
     other = {**one, "gamma1.4": {"steps": None, "share": 1.0}}
     assert fig09.smallest([one]) == "gamma1.4"
     assert fig09.smallest([one, other]) == "gamma1.3"
-    *condensed, noisy, _ = fig09.claims([one], 1000)
+    runs = {"small": 1000, "normal": 2000}
+    *condensed, noisy, _ = fig09.claims([one], runs)
     assert [claim.verdict for claim in condensed] == ["reproduced"] * 2
     assert noisy.values == [6] and noisy.verdict == "reproduced"
     one["dropout"]["steps"] = None
-    *_, late, _ = fig09.claims([one], 1000)
-    assert late.values == [0.6] and late.verdict == "not reproduced"
-    assert late.ours == "0.6 ± 0x, at most"
+    *_, late, _ = fig09.claims([one], runs)
+    assert late.values == [0.3] and late.verdict == "not reproduced"
+    assert late.ours == "0.3 ± 0x, at most"
     never = {arm: {"steps": None, "share": 1.0} for arm in one}
-    assert {c.verdict for c in fig09.claims([never], 9)} >= {"not reproduced"}
+    assert {c.verdict for c in fig09.claims([never], runs)} >= {"not reproduced"}
 
 
 def test_a_small_network_is_a_line_off_which_biases_grow_with_the_cube_of_w(script):
