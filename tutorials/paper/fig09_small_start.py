@@ -17,7 +17,7 @@ arrive, its length is a bound, and the ratio is one.
 
 Adam at 1e-3 to the end; small starts 80 000 steps, the others 110 000 (--paper: a
 million all). One seed was tried for longer with dropout, 400 000 steps and 800 000 at
-1e-4: its median of R_S stays above 4e-5.
+1e-4: its median of R_S stays above 3e-5.
 
     python tutorials/paper/fig09_small_start.py
     python tutorials/paper/fig09_small_start.py --quick
