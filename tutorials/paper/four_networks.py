@@ -10,7 +10,7 @@ from torch import nn
 from translation import Transformer, multi30k, of_one_length, trim, warmed
 
 SIZES = (50, 4, 20, 20, 256, 3)  # d_model, heads, d_k, d_v, d_ff, layers
-BATCH = {"fnn": 128, "vgg9": 128, "resnet20": 128, "transformer": 32}
+BATCH = {"fnn": 128, "vgg9": 128, "transformer": 32}
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,17 @@ def fnn(p1, p2):
 
 
 def vgg9(width, side, p):
-    """Six convolutions in pairs, each pair with half the side; three linear layers."""
+    """Six convolutions in pairs, each pair with half the side; three linear layers.
+
+    Dropout after each pair and each hidden linear layer.
+    """
     layers, last = [], 3
     for channels in (width, 2 * width, 4 * width):
         for _ in range(2):
             layers += [nn.Conv2d(last, channels, 3, padding=1)]
             layers += [nn.BatchNorm2d(channels), nn.ReLU()]
             last = channels
-        layers.append(nn.MaxPool2d(2))
+        layers += [nn.MaxPool2d(2), nn.Dropout(p)]
     return nn.Sequential(
         *layers, nn.Flatten(),
         nn.Linear((side // 8) ** 2 * last, 8 * width), nn.ReLU(), nn.Dropout(p),
@@ -124,7 +127,7 @@ def _vgg9(root, pick, on):
     halves, side = cifar(root, 10, pick(512, 2048, 2048)), pick(16, 16, 32)
     net = vgg9(pick(8, 16, 64), side, 0.2 * on)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, nesterov=True)
-    each, epochs = len(halves[0][1]) // BATCH["vgg9"], pick(5, 25, 300)
+    each, epochs = len(halves[0][1]) // BATCH["vgg9"], pick(5, 60, 300)
     drops = [int(epochs * s) * each for s in (1 / 2, 3 / 4, 11 / 12)]
     return _of_images(
         _smaller(halves, side), net, optimizer, epochs * each, BATCH["vgg9"], drops
@@ -132,12 +135,15 @@ def _vgg9(root, pick, on):
 
 
 def _resnet20(root, pick, on):
-    halves, side = cifar(root, 100, pick(500, 5000, None)), pick(8, 16, 32)
-    net = resnet20(pick(8, 16, 16), 100, 0.2 * on)
-    optimizer = torch.optim.SGD(net.parameters(), 0.01, pick(0.9, 0.9, 0.0))
-    batch = pick(128, 128, None)
-    steps = pick(20, 1600, 3000)
-    return _of_images(_smaller(halves, side), net, optimizer, steps, batch)
+    classes, side = pick(5, 20, 100), pick(8, 16, 32)
+    halves = [(x[y < classes], y[y < classes]) for x, y in cifar(root, 100)]
+    net, momentum = resnet20(16, classes, 0.2 * on), pick(0.9, 0.9, 0.0)
+    optimizer = torch.optim.SGD(
+        net.parameters(), pick(0.05, 0.05, 0.01), momentum, nesterov=momentum > 0
+    )
+    batch, steps = pick(64, 64, None), pick(30, 2400, 3000)
+    drops = [steps * 3 // 4] if batch else []
+    return _of_images(_smaller(halves, side), net, optimizer, steps, batch, drops)
 
 
 def _of_images(halves, net, optimizer, steps, batch, drops=()):
