@@ -207,8 +207,8 @@ def test_accuracy_leaves_out_what_has_no_target(script):
     assert accuracy(net, torch.randn(4, 4), labels, batch=3) == 75
 
 
-def test_fig_12_reduced_with_a_network_of_each_kind(script, root, tmp_path, capsys):
-    """Two of the networks that need no data set: sentences, and none of the images."""
+def test_fig_12_reduced_and_resumed(script, root, tmp_path, capsys):
+    """Of the four networks the one whose data can be written by hand."""
     arguments = ["--quick", "--networks", "transformer", "--data-root", str(root)]
     script("fig12_flatness").main([*arguments, "--out", str(tmp_path)])
     first = capsys.readouterr().out
@@ -217,7 +217,8 @@ def test_fig_12_reduced_with_a_network_of_each_kind(script, root, tmp_path, caps
     for kind in ("without", "dropout"):
         (numbers,) = record["numbers"][f"transformer-{kind}"]
         assert 0 <= numbers["accuracy"] <= 100
-        assert numbers["R_S"] < numbers["R_S_of_guessing"]
+        assert numbers["R_S"] < 0.8 * np.log(8)  # of guessing one of eight words
+        assert numbers["train_accuracy"] > 50
     picture = Image.open(tmp_path / "fig12-quick" / "fig12.png").convert("RGB")
     assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
     runs = tmp_path / "fig12-quick" / "tensorboard"

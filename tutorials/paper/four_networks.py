@@ -135,7 +135,7 @@ def _vgg9(root, pick, on):
 
 
 def _resnet20(root, pick, on):
-    classes, side = pick(5, 20, 100), pick(8, 16, 32)
+    classes, side = pick(5, 20, 100), pick(8, 8, 32)
     halves = [(x[y < classes], y[y < classes]) for x, y in cifar(root, 100)]
     net, momentum = resnet20(16, classes, 0.2 * on), pick(0.9, 0.9, 0.0)
     optimizer = torch.optim.SGD(
