@@ -152,6 +152,7 @@ def draw(exp, names, found):
             LEVEL[name], color="black", lw=1, ls=":", label="the paper's level"
         )
         panel.set(title=name, ylim=(0, 4 * LEVEL[name]), xlabel=r"$\alpha$")
+        panel.locator_params(axis="x", nbins=7)
     for panel in panels[::2]:
         panel.set_ylabel(r"$R_S(\theta + \alpha d)$")
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncol=3,
@@ -185,6 +186,8 @@ def main(arguments=None):
     }  # fmt: skip
     exp = Experiment(__doc__, "fig12", [option], arguments)
     names = [name for name in PAPER if name in exp.options.networks]
+    if len(names) < len(PAPER):  # the table is to say so
+        exp.title += f" Of the four networks: {', '.join(names)}."
     arms = [f"{name}-{kind}" for name in names for kind in KINDS]
     found = exp.cells(arms, lambda arm, seed: compute(exp, arm, seed))
     numbers = {
