@@ -263,9 +263,10 @@ def test_claims_of_fig_12_compare_dropout_with_its_absence(script):
         "reproduced",
         "reproduced in direction",
     )
-    # The smaller network of the same kind: six convolutions, three linear layers.
-    net = fig12.vgg9(2, 16, 0.2)
-    kinds = [type(module).__name__ for module in net]
-    assert kinds.count("Conv2d") == 6
-    assert kinds.count("Linear") == 3
-    assert net(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_the_width_of_a_network_is_the_mean_over_directions(script):
+    fig12 = script("fig12_flatness")
+    alphas = torch.linspace(-1, 1, 5)
+    slices = [[4.0, 2.0, 0.0, 2.0, 4.0], [8.0, 4.0, 0.0, 4.0, 8.0], [9.0] * 5]
+    assert fig12.mean_width(slices, 2.0, alphas) == pytest.approx((1 + 0.5 + 0) / 3)
