@@ -427,3 +427,29 @@ def test_weight_normalization_has_its_second_derivative(masks):
 
     expected = (gradient(1) - gradient(-1)) / (2 * step)
     torch.testing.assert_close(op @ v, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("make", [sharpness.hessian, sharpness.ggn])
+def test_a_penalty_on_the_weights_is_refused(make):
+    """Its derivatives would be missing: they are at other tensors than it reads."""
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    batch = torch.randn(5, 2), torch.randn(5, 1)
+
+    def penalized(outputs, targets):
+        decay = sum(p.square().sum() for p in net.parameters())
+        return nn.functional.mse_loss(outputs, targets) + 0.1 * decay
+
+    for take in (lambda op: op.dense(), sharpness.trace):
+        with pytest.raises(ValueError, match=r"depends on 4 parameters.*0\.weight"):
+            take(make(net, penalized, batch))
+
+    class Scaled(nn.Module):  # a parameter of the loss itself is a constant
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, outputs, targets):
+            return self.scale * nn.functional.mse_loss(outputs, targets)
+
+    found = make(net, Scaled(), batch).dense()
+    torch.testing.assert_close(found, 2 * make(net, "mse", batch).dense())

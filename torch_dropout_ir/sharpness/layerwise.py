@@ -96,7 +96,7 @@ class Layerwise:
             outputs = surface.outputs(leaves, batch, place, seed)
         if not isinstance(outputs, Tensor) or outputs.ndim < 1:
             raise NotSplit("the outputs are no tensor with samples in front")
-        surface.checked(surface.loss(outputs, batch[1]), place)
+        surface.checked(surface.loss_of(outputs, batch[1]), place)
         self._outputs = outputs
         loss = holding(surface.loss, outputs.detach(), batch[1])
         if loss is None:

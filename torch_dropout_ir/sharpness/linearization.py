@@ -148,7 +148,7 @@ def _ggn(
             "ggn: expected the model to return one tensor, got "
             f"{type(outputs).__name__}. Wrap it in one that returns its logits."
         )
-    surface.checked(surface.loss(outputs, batch[1]), place)
+    surface.checked(surface.loss_of(outputs, batch[1]), place)
     curve = hessian_product(surface.loss, outputs.detach(), batch[1])
     targets = list(leaves.values())
     root = torch.zeros_like(outputs, requires_grad=True)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torch_dropout_ir import tracing
 from torch_dropout_ir.functional import (
     Batch,
     Inputs,
@@ -40,6 +41,7 @@ from torch_dropout_ir.sharpness.frozen import (
     mask_seeds,
     modes,
 )
+from torch_dropout_ir.sharpness.penalties import check_penalties
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
 from torch_dropout_ir.substitution import call_with
@@ -93,6 +95,7 @@ class Surface:
         rest = (*self.model.named_parameters(), *self.model.named_buffers())
         self._rest = {n: x.detach().clone() for n, x in rest if n not in chosen}
         self._modes = {m: m.training for m in self.model.modules()}
+        self._closed = False
 
     def state(self) -> dict[str, Tensor]:
         """Return all parameters and buffers, by name."""
@@ -156,7 +159,14 @@ class Surface:
         self, params: Mapping[str, Tensor], batch: Batch, place: int, seed: int | None
     ) -> Tensor:
         """Return the loss at ``params`` on one batch, inside ``held``."""
-        return self.loss(self.outputs(params, batch, place, seed), batch[1])
+        return self.loss_of(self.outputs(params, batch, place, seed), batch[1])
+
+    def loss_of(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss of outputs, which must be all that it depends on."""
+        if not self._closed and tracing.eager():
+            check_penalties(self.caller, self.model, self.loss, outputs, targets)
+            self._closed = True
+        return self.loss(outputs, targets)
 
     def average(
         self,
