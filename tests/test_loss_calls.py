@@ -118,6 +118,19 @@ def test_the_loss_is_what_the_script_computes(name):
     assert abs(analysis.latest["regularizer/R1"] - float(excess.mean())) < 5 * error
 
 
+def test_sites_have_their_parts_where_the_model_returns_its_loss():
+    """The loss is linear in such outputs: the Gauss-Newton form in them is 0."""
+    model = Pair().double()
+    x, y = X.double(), Y.double()
+    analysis, _ = measured(model, lambda m: m(x, y=[y])["loss"])
+    site = model.net[2], model.net[3].weight
+    with torch.no_grad():
+        exact = tdi.regularizers.last_layer(model.net[:2](x), site[1], site[0].p)
+    part = analysis.latest["regularizer/R1/net.2"]
+    assert part == pytest.approx(float(exact), rel=0.5)
+    assert "sampled form of the whole loss" in analysis.notes["regularizer/R1"]
+
+
 def test_what_a_script_does_not_differentiate_is_not():
     out, model = torch.randn(8, 3), mlp()
     calls = LossCalls(noisy := model(X), 1)
