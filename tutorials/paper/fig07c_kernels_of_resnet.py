@@ -169,7 +169,7 @@ def compute(exp, arm, seed):
 
 # %% The picture
 def draw(exp, found):
-    """Effective ratio against epochs, one panel a layer, one line a seed."""
+    """Effective ratio against epochs, a panel a layer, a line a seed; the paper's."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
@@ -178,9 +178,13 @@ def draw(exp, found):
             for k, one in enumerate(found[arm]):
                 panel.plot(one["epochs"], one[name], color=COLOURS[arm], lw=1.5,
                            label=None if k else label)  # fmt: skip
+            end = LAYERS[name][2 + (arm == "dropout")]
+            panel.axhline(end, color=COLOURS[arm], lw=1, ls=":",
+                          label=f"the paper's end, {label}")  # fmt: skip
         panel.set(title=name, xlabel="epoch")
     figure.axes[0].set_ylabel("effective ratio of the kernels")
-    figure.axes[0].legend(frameon=False)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, ncol=2, loc="outside upper center")
     figure.savefig(exp.picture)
 
 
