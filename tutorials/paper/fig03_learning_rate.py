@@ -16,10 +16,10 @@ larger by it, so it has to lie below all lambdas. At eps the sharpness is held b
 above r is more. So wherever eps can be trained with, its lambda can.
 
 Reduced: the first 500 images at 8 x 8 (means of 4 x 4 pixels), an eighth of the
-channels, time 18 (about where the training loss is small), a small rate of 0.025
-instead of 0.005 (R_regu takes a fifth of the steps), 40 masks for the means instead of
-3000, eps and lambda from 0.05 to 0.8 by factors of 2. --paper takes its size, rate and
-masks, and a grid from 0.0125 on.
+channels, time 18 (at the small rate all training images are right by then), a small
+rate of 0.025 instead of 0.005 (R_regu takes a fifth of the steps), 40 masks for the
+means instead of 3000, eps and lambda from 0.05 to 0.8 by factors of 2. --paper takes
+its size, rate and masks, and a grid from 0.0125 on.
 
 Before the test, batch normalization takes the statistics of the training images: after
 20 steps its running means are not there yet.
