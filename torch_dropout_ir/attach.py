@@ -134,8 +134,9 @@ def attach_analysis(
         model: The model that the script trains.
         loss: The loss that it minimizes: ``"mse"`` and ``"cross_entropy"`` (torch's,
             with their default reduction), a loss module, or a callable
-            ``(outputs, targets) -> scalar``. None: the module that the script calls on
-            the model's output, once it is seen.
+            ``(outputs, targets) -> scalar``. None: what the script makes of the
+            model's outputs until it calls ``backward()``, once it is seen: a loss
+            module, a loss function, a formula, or a loss that the model returns.
         optimizer: The optimizer whose steps count; by default the first that steps
             parameters of the model.
         log_dir: A TensorBoard run directory; None: ``runs/<time>_<host>``; False: none.

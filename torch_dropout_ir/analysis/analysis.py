@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import time
 import weakref
@@ -20,6 +19,7 @@ from torch_dropout_ir.analysis.capture import Capture
 from torch_dropout_ir.analysis.delivery import Delivery
 from torch_dropout_ir.analysis.distributed import Ranks, gathered_model
 from torch_dropout_ir.analysis.facts import run_facts
+from torch_dropout_ir.analysis.measured_batch import MeasuredBatch
 from torch_dropout_ir.analysis.records import Record, Sink, remember
 from torch_dropout_ir.analysis.replay import own_statistics
 from torch_dropout_ir.analysis.schedule import Schedule
@@ -34,7 +34,7 @@ from torch_dropout_ir.analysis.snapshot import (
 from torch_dropout_ir.analysis.steps import OptimizerSteps
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
 from torch_dropout_ir.functional import Batch, Inputs
-from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.nn import convert_dropout_, is_convertible, restore_dropout_
 from torch_dropout_ir.sites import active_sites
@@ -45,12 +45,11 @@ class Analysis:
 
     Attributes:
         model: The model that is watched.
-        loss: The loss; found by itself where the script calls a loss module.
         step: Optimizer steps seen.
         history: Every number recorded, by tag, as ``(step, value)``.
         absent: Measures left out the last time, with the reason.
         notes: How a number was obtained, by tag.
-        targets_of: Where no loss module shows the targets: what finds them by the
+        targets_of: Where the loss does not show the targets: what finds them by the
             inputs of the pass. By default the argument ``labels``.
     """
 
@@ -68,8 +67,7 @@ class Analysis:
         ranks: Ranks,
     ) -> None:
         self.model = model
-        self.loss = loss
-        self._loss_given = loss is not None
+        self._batch = MeasuredBatch(loss, data)
         self.step = 0
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.absent: dict[str, str] = {}
@@ -80,7 +78,6 @@ class Analysis:
         self._attempts = Attempts(measures, ranks, self.absent)
         self._schedule = Schedule(cadence, self._attempts, ranks)
         self._delivery = Delivery(sinks)
-        self._data = data
         self._convert = convert
         self._converted: list[nn.Module] = []
         seed = ranks.first({"seed": float(torch.initial_seed() % 2**52)})
@@ -95,6 +92,11 @@ class Analysis:
         self._loaded: dict[str, MaskStatistics] = {}
         self._leave = weakref.finalize(self, self._handles.close)
         self.targets_of: Callable[[Inputs], Any] = labels
+
+    @property
+    def loss(self) -> Loss | None:
+        """The loss: the one given, or what the script computes of the outputs."""
+        return self._batch.loss
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:
@@ -119,6 +121,7 @@ class Analysis:
         before, self._clock = self._clock, time.perf_counter()
         self._cadence.trained(self._clock - before)
         self.step += 1
+        self._capture.passes = 0
         self._plan()
 
     def _plan(self) -> None:
@@ -205,15 +208,7 @@ class Analysis:
         runs = any(runs_model(m) for m in self._attempts.measures if m.name in names)
         model = gathered_model(self.model) if runs else self.model
         capture.observe(model)
-        if not self._loss_given and capture.loss_module is not None:
-            with contextlib.suppress(ValueError):
-                # A copy: its buffers are the script's.
-                self.loss = resolve_loss(copy.deepcopy(capture.loss_module))
-        batch, on_data = (capture.inputs, capture.targets), False
-        if batch[1] is None and capture.inputs is not None:
-            batch = capture.inputs, self.targets_of(capture.inputs)
-        if batch[1] is None and self._data:
-            batch, on_data = self._data[0], True
+        batch, source = self._batch.choose(capture, self.targets_of)
         seen = None if batch[1] is None else [batch]
         optimizer = self._steps.optimizer
         self.notes.update(theory_note(optimizer) | run_facts(self, optimizer))
@@ -225,8 +220,8 @@ class Analysis:
             loss=self.loss,
             inputs=batch[0],
             targets=batch[1],
-            on_data=on_data,
-            batches=seen if self._data is None else self._data,
+            source=source,
+            batches=seen if self._batch.data is None else self._batch.data,
             lr=lr,
             gradients=gradients,
             statistics=self._statistics(),
