@@ -1,11 +1,9 @@
 """The paper's figures: what their scripts write by hand, and one in a reduced form."""
 
-import importlib
 import json
 import math
 import statistics
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,18 +11,6 @@ import torch
 from PIL import Image
 
 import torch_dropout_ir as tdi
-
-FOLDER = Path(__file__).parents[1] / "tutorials" / "paper"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
-            del sys.modules[name]
 
 
 @pytest.mark.parametrize(("activation", "inputs"), [("tanh", 1), ("relu", 3)])
