@@ -12,6 +12,7 @@ import torch_dropout_ir as tdi
 from tests import traces
 from torch_dropout_ir.analysis.loss_calls import LossCalls
 from torch_dropout_ir.analysis.measures import Regularizer
+from torch_dropout_ir.analysis.measures.regularizer import terms
 
 X, Y = torch.linspace(-1, 1, 48).view(8, 6).sin(), torch.linspace(0, 2, 24).view(8, 3)
 LABELS, WORDS = torch.arange(8) % 3, torch.arange(20).view(4, 5) % 7
@@ -152,6 +153,15 @@ def test_training_is_as_without(name):
     analysis = traces.compared(make, script)
     assert not analysis.absent
     assert {"sharpness/trace", "regularizer/R2_dropout_noise"} <= set(analysis.latest)
+
+
+def test_ranks_weigh_what_the_loss_counts():
+    analysis, _ = measured(Language(), next_word)
+    targets = WORDS[:, 1:].reshape(-1)
+    counted = terms(analysis.loss, (WORDS, targets))
+    assert counted == int((targets != 3).sum()) < targets.numel()
+    analysis, _ = measured(mlp(), SCRIPTS["sum"][1])
+    assert analysis.loss.reduction == "sum"
 
 
 def test_scalers_and_accumulation_are_no_part_of_it():

@@ -49,16 +49,17 @@ class FollowedLoss:
         steps: Calls, in order; those that do not lead to the result are left out.
         result: Which tensor is the loss.
         name: What to call it.
-        reduction: Whether it is a ``"mean"`` or a ``"sum"`` over samples.
+        options: Those of torch's loss function that returned it, ``reduction`` and
+            ``ignore_index`` among them; none where it is no such function's.
     """
 
     def __init__(
-        self, steps: list[Step], result: At, name: str, reduction: str = "mean"
+        self, steps: list[Step], result: At, name: str, options: dict[str, Any]
     ) -> None:
         self._steps = _leading_to(result, steps)
         self._result = result
         self.__name__ = name
-        self.reduction = reduction
+        self.keywords = options  # where those of a functools.partial are
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         """Evaluate the loss of other outputs.

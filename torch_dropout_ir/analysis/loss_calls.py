@@ -142,18 +142,21 @@ class LossCalls(TorchFunctionMode):
             return None
         step = self._steps[result.place] if result.of == "steps" else None
         if step is None:
-            return FollowedLoss([], result, "the model's own"), (), False
+            return FollowedLoss([], result, "the model's own", {}), (), False
         if step.function not in _LOSSES:
-            loss = FollowedLoss(self._steps, result, "that of the script")
+            loss = FollowedLoss(self._steps, result, "that of the script", {})
             return loss, tuple(self._targets), False
+        options = {
+            name: self._targets[x.place] if isinstance(x, At) else x
+            for name, x in step.kwargs.items()
+            if not isinstance(x, At) or x.of == "targets"
+        }
         straight = self._one and len(step.args) == 2 and step.args[0] == OUTPUT
         if straight and isinstance(step.args[1], At) and step.args[1].of == "targets":
-            options = filled(step.kwargs, At, lambda at: self._targets[at.place])
             plain = functools.partial(step.function, **options)
             return plain, (self._targets[step.args[1].place],), True
         name = f"{step.function.__name__} of the script"
-        reduction = "sum" if step.kwargs.get("reduction") == "sum" else "mean"
-        loss = FollowedLoss(self._steps, result, name, reduction)
+        loss = FollowedLoss(self._steps, result, name, options)
         return loss, tuple(self._targets), False
 
     def __torch_function__(
