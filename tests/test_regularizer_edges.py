@@ -19,7 +19,7 @@ from torch_dropout_ir.regularizers import (
 )
 from torch_dropout_ir.regularizers.masked import clean_risk
 from torch_dropout_ir.regularizers.online import online
-from torch_dropout_ir.testing import expected_dropout_loss
+from torch_dropout_ir.testing import check_regularizer, expected_dropout_loss
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -293,3 +293,46 @@ def test_a_pass_keeps_nothing_from_below_the_first_site(outlives):
     with clean_pass(net, torch.randn(5, 3), outlives=outlives) as clean:
         found = torch.autograd.grad(clean.outputs.sum(), weights, allow_unused=True)
     assert [g is not None for g in found] == [outlives, True, True]
+
+
+@pytest.mark.parametrize("p, num_masks", [(1e-9, 64), (0.999, 64), (0.99, 8)])
+def test_masks_that_hardly_differ_have_no_standard_error(p, num_masks):
+    """A mean over masks that are all alike is off by an amount that they do not show."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(p), nn.Linear(3, 2)).double()
+    batch = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+    for _ in range(10):
+        found = monte_carlo(net, batch, "mse", num_masks=num_masks)
+        assert found.standard_error.isnan() and found.notes
+    sure = monte_carlo(net, batch, "mse", num_masks=num_masks, rtol=0.5)
+    assert not sure.converged
+
+
+def test_few_masks_of_few_units_cover():
+    """A fit of the linear part to a handful of kept units pretends to know."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.9), nn.Linear(3, 2)).double()
+    batch = torch.randn(8, 3).double(), torch.randn(8, 2).double()
+    r1 = float(gauss_newton(net, batch, "mse", num_samples=None).value)
+    draws = [monte_carlo(net, batch, "mse", num_masks=9) for _ in range(100)]
+    far = [abs(float(d.value) - r1) > 2 * float(d.standard_error) for d in draws]
+    assert sum(far) <= 25
+
+
+def test_rare_drops_break_no_claim():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(1e-6), nn.Linear(2, 1)).double()
+    batch = torch.randn(2, 2).double(), torch.randn(2, 1).double()
+    report = check_regularizer(net, batch, "mse", rtol=1e-9, num_masks=64)
+    report.assert_holds()
+    assert "monte_carlo" not in report.agreeing
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order, monte_carlo])
+@pytest.mark.parametrize("loss", ["cross_entropy", lambda f, t: F.cross_entropy(f, t)])
+def test_a_loss_of_no_target_is_no_zero(form, loss):
+    """Its value is NaN, its derivatives are 0."""
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
+    batch = torch.randn(4, 3), torch.full((4,), -100)
+    with pytest.raises(ValueError, match="finite"):
+        form(net, batch, loss)

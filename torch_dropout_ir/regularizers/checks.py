@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,24 @@ def check_batch(inputs: Any) -> None:
                 "expected a batch with at least one sample, got an input of shape "
                 f"{list(value.shape)}"
             )
+
+
+def check_risk(
+    name: str, value: Callable[[], Tensor], model: nn.Module, inputs: Any
+) -> None:
+    """Raise if the loss is not finite: its derivatives may still be, or zero.
+
+    Args:
+        name: The function that is about to take them.
+        value: Gives the loss.
+        model: The model.
+        inputs: Its inputs.
+
+    Raises:
+        ValueError: If the loss is NaN or infinite.
+    """  # noqa: DOC502 (`check_finite` raises)
+    with torch.no_grad():
+        check_finite(name, value().detach(), model, inputs)
 
 
 def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> None:
@@ -53,7 +72,11 @@ def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> Non
         and x.is_floating_point()
         and not torch.isfinite(x).all()
     ]
-    where = ", ".join(wrong) if wrong else "the outputs or the loss, which overflow"
+    where = (
+        ", ".join(wrong)
+        if wrong
+        else "the outputs or the loss (overflow, targets, or a mean over none)"
+    )
     raise ValueError(
         f"{name}: expected a finite estimate, got {float(value)}; not finite: {where}"
     )

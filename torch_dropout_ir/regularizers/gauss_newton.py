@@ -16,7 +16,7 @@ from torch_dropout_ir.output_hessian import (
     hessian_roots,
     hessian_sampler,
 )
-from torch_dropout_ir.regularizers.checks import check_finite
+from torch_dropout_ir.regularizers.checks import check_finite, check_risk
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.outputs import (
@@ -97,6 +97,11 @@ def gauss_newton(
         )
     resolved = resolve_loss(loss)
     with clean_pass(model, batch[0], twice=resolved.kind == "general") as clean:
+        if resolved.kind in ("elementwise", "general"):
+            outputs = clean.outputs
+            check_risk(
+                "gauss_newton", lambda: resolved(outputs, batch[1]), model, batch[0]
+            )
         found = estimate(model, clean, batch[1], resolved, num_samples)
     check_finite("gauss_newton", found.value, model, batch[0])
     return found

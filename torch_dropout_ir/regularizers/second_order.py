@@ -8,7 +8,7 @@ from torch import nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers.checks import check_finite
+from torch_dropout_ir.regularizers.checks import check_finite, check_risk
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.gauss_newton import is_exact
@@ -81,6 +81,7 @@ def second_order(
     with clean_pass(model, batch[0], twice=True) as clean:
         clean.check_reachable("second_order")
         read = read_outputs(clean.outputs, resolved, batch[1])
+        check_risk("second_order", lambda: read.risk(read.tensors), model, batch[0])
         check_curvature(read)
         coupled = bool(clean.uses) and (
             clean.couples_samples(read.tensors) or read.couples()
