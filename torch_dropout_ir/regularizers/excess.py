@@ -31,9 +31,8 @@ from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import random_state
 
-
 # Elements that are in the minority, dropped or kept, expected over all draws. With
-# fewer the errors of tiny networks did not cover (p from 0.001 to 0.999, 8 to 300 draws).
+# fewer the errors of tiny networks did not cover, p from 0.001 to 0.999.
 _FEWEST_FOR_AN_ERROR: Final = 20
 _FEWEST_FOR_A_FIT: Final = 100
 

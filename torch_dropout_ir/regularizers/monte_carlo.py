@@ -8,7 +8,7 @@ from torch import nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers.checks import check_finite
+from torch_dropout_ir.regularizers.checks import check_finite, noise_left_out
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.excess import ExcessRisk
 
@@ -86,5 +86,7 @@ def monte_carlo(
         reached = rtol is not None and bool(error <= rtol * value.abs())
     check_finite("monte_carlo", value, model, batch[0])
     converged = reached or rtol is None
-    notes = () if excess.knows_its_error else (_TOO_ALIKE,)
+    notes = noise_left_out(model, False)
+    if not excess.knows_its_error:
+        notes = (*notes, _TOO_ALIKE)
     return Estimate(value, {}, error, False, drawn, converged, notes)

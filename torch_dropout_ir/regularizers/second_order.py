@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers.checks import check_finite, check_risk
+from torch_dropout_ir.regularizers.checks import (
+    check_finite,
+    check_risk,
+    noise_left_out,
+)
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.gauss_newton import is_exact
@@ -91,5 +96,6 @@ def second_order(
         exact = is_exact(model, clean, resolved, num_samples)
         like = read.tensors[0].detach()
         found = assemble(clean, draws, num_samples, coupled, exact, like)
+        left_out = noise_left_out(model, clean.noisy)
     check_finite("second_order", found.value, model, batch[0])
-    return found
+    return dataclasses.replace(found, notes=(*found.notes, *left_out))
