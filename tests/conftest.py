@@ -1,6 +1,8 @@
 """Profiles and fixtures of all tests."""
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 # A stale on-disk graph would be tested in place of this source.
@@ -36,3 +38,15 @@ def data_root():
     if not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").exists():
         pytest.skip(f"MNIST is not under {root}; set DROPOUT_IR_DATA")
     return root
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a script of the paper's figures by its name."""
+    folder = Path(__file__).parents[1] / "tutorials" / "paper"
+    monkeypatch.syspath_prepend(str(folder))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
+            del sys.modules[name]

@@ -20,6 +20,7 @@ FLOORS = {
         "tracing",
         "ops",
         "functional",
+        "substitution",
         "vectors",
         "sites",
         "dropout_calls",

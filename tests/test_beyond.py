@@ -125,6 +125,15 @@ def test_the_page_is_made_of_the_records(script, tmp_path):
     path = tmp_path / "results" / "transformer.json"
     record = json.loads(path.read_text())
     record["numbers"]["predictors"]["R1"]["correlation"] = [0.12, 0.34, 0.56]
+    for model in record["numbers"]["models"].values():
+        model["test_loss"] = [4 * r1 for r1 in model["R1"]]
+        model["train_loss"] = [-r1 for r1 in model["R1"]]
     path.write_text(json.dumps(record))
     study.write_page(tmp_path)
-    assert "| R_1 | 0.34 [0.12, 0.56] |" in (tmp_path / "README.md").read_text()
+    page = (tmp_path / "README.md").read_text()
+    assert "| R_1 | 0.34 [0.12, 0.56] | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in page
+    lines = [x for x in page.splitlines() if x.startswith("| training loss")]
+    assert lines[1].endswith("| 1.00 [1.00, 1.00] |")  # less of it, more test loss
+    values = zip(*(m["R1"] for m in record["numbers"]["models"].values()), strict=True)
+    most = max(max(r1) - min(r1) for r1 in values)
+    assert f"up to {most:.2f} apart, the test losses up to {4 * most:.2f}." in page

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 FOLDER = Path(__file__).parents[1] / "tutorials" / "paper"
+SCRIPTS = sorted((*FOLDER.glob("fig[0-9]*_*.py"), *FOLDER.glob("thm[0-9]*_*.py")))
 
 
 def load(name):
@@ -207,6 +209,29 @@ def test_cells_of_an_edited_script_are_said(start, tmp_path, capsys):
     assert "--restart" in said
     fresh = start("--restart").cells(("arm",), script(tmp_path, 2, "another number"))
     assert fresh == {"arm": [2, 2, 2]} and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_every_script_tells_its_options(path, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    before = set(sys.modules)
+    try:
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(path), run_name="__main__")
+    finally:
+        for name in set(sys.modules) - before:
+            if (
+                Path(getattr(sys.modules[name], "__file__", None) or "/").parent
+                == FOLDER
+            ):
+                del sys.modules[name]
+    said = capsys.readouterr().out
+    assert left.value.code in (0, None)
+    assert all(one in said for one in ("--quick", "--paper", "--seeds", "--restart"))
+    assert f"python tutorials/paper/{path.name}" in said
+    assert not list(tmp_path.iterdir())  # nothing is made by asking
 
 
 def test_all_runs_cheapest_first_and_past_a_failure(tmp_path, monkeypatch, capfd):

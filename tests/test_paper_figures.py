@@ -1,9 +1,9 @@
 """The paper's figures: what their scripts write by hand, and one in a reduced form."""
 
-import importlib
 import json
+import math
+import statistics
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,18 +11,6 @@ import torch
 from PIL import Image
 
 import torch_dropout_ir as tdi
-
-FOLDER = Path(__file__).parents[1] / "tutorials" / "paper"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
-            del sys.modules[name]
 
 
 @pytest.mark.parametrize(("activation", "inputs"), [("tanh", 1), ("relu", 3)])
@@ -172,6 +160,70 @@ def test_claims_of_the_samples_needed_read_the_right_cells(script):
     assert without.values == pytest.approx([0.02])
 
 
+def test_arrival_is_the_first_low_median_and_not_the_first_low_value(script):
+    fig09 = script("fig09_small_start")
+    torch.manual_seed(0)
+    curve = 10 ** (torch.linspace(-3, -7, 200) + 2 * torch.randn(200))
+    rows = torch.stack((50.0 * torch.arange(200), torch.ones(200), curve), 1)
+    medians = [
+        statistics.median_low(curve[k - fig09.WINDOW + 1 : k + 1].tolist())
+        for k in range(fig09.WINDOW - 1, 200)
+    ]
+    torch.testing.assert_close(fig09.smooth(curve).tolist(), medians)
+    low = next(k for k, value in enumerate(medians) if value < fig09.LEVEL)
+    assert fig09.arrival(rows, 2) == 50 * (low + fig09.WINDOW - 1)
+    assert curve[: low + fig09.WINDOW - 1].min() < fig09.LEVEL
+    assert fig09.arrival(rows, 1) is None
+
+
+def test_a_run_that_does_not_arrive_bounds_the_ratio(script):
+    fig09 = script("fig09_small_start")
+    assert fig09.ratio(900, 100, (1000, 2000)) == (9, "")
+    assert fig09.ratio(None, 100, (1000, 2000)) == (10, "at least")
+    assert fig09.ratio(900, None, (1000, 2000)) == (0.45, "at most")
+    value, bound = fig09.ratio(None, None, (1000, 2000))
+    assert math.isnan(value) and bound == "none"
+    one = {
+        arm: {"steps": steps, "share": 1.0}
+        for arm, steps in zip(fig09.SMALL, (10, 20, 30, 600, None, None), strict=True)
+    }
+    one |= {arm: {"steps": 100, "share": 0.95} for arm in ("dropout", "R1")}
+    other = {**one, "gamma1.4": {"steps": None, "share": 1.0}}
+    assert fig09.smallest([one]) == "gamma1.4"
+    assert fig09.smallest([one, other]) == "gamma1.3"
+    runs = {"small": 1000, "normal": 2000}
+    *condensed, noisy, _ = fig09.claims([one], runs)
+    assert [claim.verdict for claim in condensed] == ["reproduced"] * 2
+    assert noisy.values == [6] and noisy.verdict == "reproduced"
+    one["dropout"]["steps"] = None
+    *_, late, _ = fig09.claims([one], runs)
+    assert late.values == [0.3] and late.verdict == "not reproduced"
+    assert late.ours == "0.3 ± 0x, at most"
+    never = {arm: {"steps": None, "share": 1.0} for arm in one}
+    assert {c.verdict for c in fig09.claims([never], runs)} >= {"not reproduced"}
+
+
+def test_a_small_network_is_a_line_off_which_biases_grow_with_the_cube_of_w(script):
+    fig09 = script("fig09_small_start")
+    x = torch.linspace(-12, 12, 15, dtype=torch.float64)  # odd to the last bit
+    y = torch.tanh(x - 6) + torch.tanh(x + 6)
+    torch.testing.assert_close(y.float(), fig09.Y)
+    w, b = 5e-3, 1e-4
+    weights = torch.full((2,), w, dtype=torch.float64)
+    biases = torch.tensor([b, -b], dtype=torch.float64, requires_grad=True)
+    h = torch.tanh(weights * x[:, None] + biases)
+    read = h.detach().sum(1)
+    a = (read @ y) / (read @ read)  # the best for both
+    residual = a * h.sum(1) - y
+    risk = residual.square().mean() / 2
+    assert math.isclose(float(risk.detach()), fig09.straight_line(), rel_tol=1e-2)
+    cubic = float((residual.detach() * x**3).mean())
+    expected = 2 * a * w**3 * biases.detach() * cubic
+    assert cubic < 0
+    (found,) = torch.autograd.grad(risk, biases)
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0)
+
+
 def test_the_width_of_a_slice_ends_at_the_level_on_both_sides(script):
     width = script("fig12_flatness").width
     # A V of slope 2 to the left and 1 to the right, 0.5 between points.
@@ -197,9 +249,10 @@ def test_claims_of_fig_12_compare_dropout_with_its_absence(script):
         "reproduced",
         "reproduced in direction",
     )
-    # The smaller network of the same kind: six convolutions, three linear layers.
-    net = fig12.vgg9(2, 16, 0.2)
-    kinds = [type(module).__name__ for module in net]
-    assert kinds.count("Conv2d") == 6
-    assert kinds.count("Linear") == 3
-    assert net(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_the_width_of_a_network_is_the_mean_over_directions(script):
+    fig12 = script("fig12_flatness")
+    alphas = torch.linspace(-1, 1, 5)
+    slices = [[4.0, 2.0, 0.0, 2.0, 4.0], [8.0, 4.0, 0.0, 4.0, 8.0], [9.0] * 5]
+    assert fig12.mean_width(slices, 2.0, alphas) == pytest.approx((1 + 0.5 + 0) / 3)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -403,3 +404,52 @@ def test_modes_and_hooks_are_given_back_after_an_error():
         with contextlib.suppress(KeyError):
             sharpness.hessian(net, fails, data(), masks=masks)
         assert all(m.training and not m._forward_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize("masks", ["off", 3])
+def test_weight_normalization_has_its_second_derivative(masks):
+    """That of torch's kernel is not symmetric."""
+    net = nn.Sequential(weight_norm(nn.Linear(3, 5)), nn.ReLU(), nn.Linear(5, 2))
+    net, x, y = net.double(), torch.randn(7, 3).double(), torch.randn(7, 2).double()
+    op = sharpness.hessian(net, "mse", (x, y), masks=masks)
+    found = op.dense()
+    torch.testing.assert_close(found, found.T)
+    v, step = torch.randn(op.shape[0]).double(), 1e-5
+
+    def gradient(sign):
+        moved = vectors.to_vector(op.params) + sign * step * v
+        leaves = vectors.to_params(moved, op.params)
+        leaves = {n: p.requires_grad_() for n, p in leaves.items()}
+        risk = F.mse_loss(torch.func.functional_call(net, leaves, (x,)), y)
+        return torch.cat([
+            g.flatten() for g in torch.autograd.grad(risk, list(leaves.values()))
+        ])  # fmt: skip
+
+    expected = (gradient(1) - gradient(-1)) / (2 * step)
+    torch.testing.assert_close(op @ v, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("make", [sharpness.hessian, sharpness.ggn])
+def test_a_penalty_on_the_weights_is_refused(make):
+    """Its derivatives would be missing: they are at other tensors than it reads."""
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    batch = torch.randn(5, 2), torch.randn(5, 1)
+
+    def penalized(outputs, targets):
+        decay = sum(p.square().sum() for p in net.parameters())
+        return nn.functional.mse_loss(outputs, targets) + 0.1 * decay
+
+    for take in (lambda op: op.dense(), sharpness.trace):
+        with pytest.raises(ValueError, match=r"depends on 4 parameters.*0\.weight"):
+            take(make(net, penalized, batch))
+
+    class Scaled(nn.Module):  # a parameter of the loss itself is a constant
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, outputs, targets):
+            return self.scale * nn.functional.mse_loss(outputs, targets)
+
+    found = make(net, Scaled(), batch).dense()
+    torch.testing.assert_close(found, 2 * make(net, "mse", batch).dense())

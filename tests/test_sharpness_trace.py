@@ -72,15 +72,61 @@ class Tokens(nn.Module):
 
 
 class Mixes(nn.Module):
-    """Samples see each other."""
+    """Samples see each other, or all see the first."""
+
+    def __init__(self, first=False):
+        super().__init__()
+        self.a, self.b, self.first = nn.Linear(3, 4), nn.Linear(4, 2), first
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return self.b(h - h[:1] if self.first else h + h.roll(1, 0))
+
+
+class Second(nn.Module):
+    """The samples are the second dimension, or the fastest of the only one."""
+
+    def __init__(self, flat):
+        super().__init__()
+        self.a, self.b, self.flat = nn.Linear(2, 5), nn.Linear(5, 2), flat
+
+    def forward(self, x):
+        h = x.reshape(x.shape[0], -1, 2).transpose(0, 1)
+        h = F.linear(h.flatten(0, 1) if self.flat else h, self.a.weight, self.a.bias)
+        return self.b(F.relu(h)).reshape(-1, x.shape[0], 2).mean(0)
+
+
+class Hidden(nn.Module):
+    """A second use of a parameter, with no first derivative at these parameters."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(3, 3), nn.Linear(3, 2), how
+        with torch.no_grad():
+            (self.a.weight if how == "recurrent" else self.b.bias).zero_()
+
+    def forward(self, x):
+        w, h = self.a.weight, self.a(x)
+        if self.how == "recurrent":
+            h = h + F.linear(F.linear(x, w), w)
+        out = self.b(F.relu(h))
+        if self.how == "bias":
+            out = out + self.b.bias.square()
+        if self.how == "straight":
+            out = out + (w - w.detach()).square().sum()
+        return out
+
+
+class Meets(nn.Module):
+    """Samples see each other, but not to first order where they are all the same."""
 
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
 
     def forward(self, x):
-        h = F.relu(self.a(x))
-        return self.b(h + h.roll(1, 0))
+        h = self.a(x)
+        return self.b(h + (h - h.mean(0)).square())
 
 
 def conv(groups=1, activation=nn.ReLU, norm=nn.Identity):
@@ -124,6 +170,9 @@ EXACT = {
     "eval batch norm": (lambda: conv(norm=nn.BatchNorm2d).eval(), 32),
     "positions": (Tokens, 6),
     "flattened positions": (lambda: Tokens(True), 6),
+    "samples second": (lambda: Second(False), 6),
+    "as many positions": (lambda: Second(False), 14),
+    "samples fastest": (lambda: Second(True), 6),
 }
 ELSE = {
     "tanh": (lambda: mlp(nn.Tanh), 3),
@@ -137,6 +186,10 @@ ELSE = {
     "bare squared": (lambda: Bare(2), 3),
     "attention": (Attends, 6),
     "mixing samples": (Mixes, 3),
+    "relative to the first": (lambda: Mixes(True), 3),
+    "hidden recurrent": (lambda: Hidden("recurrent"), 3),
+    "hidden bias": (lambda: Hidden("bias"), 3),
+    "hidden straight": (lambda: Hidden("straight"), 3),
 }
 LOSSES = ["mse", "cross_entropy", F.smooth_l1_loss, nn.MSELoss(reduction="sum")]
 
@@ -183,6 +236,25 @@ def test_ragged_batches_and_masks_are_unbiased_too(name):
     op = sharpness.hessian(net, "mse", [(x[:2], y[:2]), (x[2:], y[2:])], masks=range(2))
     found = sharpness.trace(op, 1000, method="layerwise")
     assert abs(found.value - op.dense().trace()) <= 4.5 * found.standard_error
+
+
+def test_samples_that_meet_in_the_second_derivative_alone():
+    net = Meets().double()
+    x, y = batch(3, "mse")
+    op = sharpness.hessian(net, "mse", (x[:1].repeat(7, 1), y))
+    found = sharpness.trace(op, 300, method="layerwise")
+    error = (found.value - op.dense().trace()).abs()
+    assert error <= 4.5 * found.standard_error + 1e-9
+    more = sharpness.trace(op, 300, state=found.state)
+    assert (more.value - op.dense().trace()).abs() <= 4.5 * found.standard_error + 1e-9
+
+
+def test_the_gauss_newton_part_of_attention_is_exact():
+    net = Attends().double()
+    op = sharpness.ggn(net, "cross_entropy", batch(6, "cross_entropy"))
+    found = sharpness.trace(op, 40, method="layerwise")
+    assert found.method == "exact"
+    torch.testing.assert_close(found.value, op.dense().trace())
 
 
 def test_errors_cover():

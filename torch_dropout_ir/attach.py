@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
@@ -42,7 +43,8 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
     """Say clearly what cannot be watched.
 
     Raises:
-        ValueError: If parameters have no data, or the optimizer steps others.
+        TypeError: If the whole model is scripted.
+        ValueError: If tensors have no data, or the optimizer steps others.
         RuntimeError: If the model has an analysis already.
     """
     for hook in watched._forward_pre_hooks.values():
@@ -51,10 +53,17 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
                 "attach_analysis: this model has an analysis already. Use that one, or "
                 "`detach()` it first."
             )
-    empty = [name for name, x in model.named_parameters() if x.is_meta]
+    if isinstance(watched, torch.jit.ScriptModule):
+        raise TypeError(
+            "attach_analysis: expected a model that runs in Python, got a scripted one "
+            "(nothing sees its calls). Attach to a model of which parts are "
+            "scripted, or script it for deployment alone."
+        )
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    empty = [name for name, x in tensors if x.is_meta]
     if empty:
         raise ValueError(
-            "attach_analysis: expected parameters with data, got "
+            "attach_analysis: expected parameters and buffers with data, got "
             f"{len(empty)} on the meta device ({empty[0]!r} first). Materialize and "
             "initialize the model, then attach."
         )
@@ -70,12 +79,18 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
 
 
 def _frozen(model: nn.Module) -> str:
-    """Why nothing of a model trains; empty where something does."""
-    if any(x.requires_grad for x in model.parameters()):
-        return ""
-    said = f"{type(model).__name__} has no parameter that requires a gradient"
-    kinds = {str(x.dtype) for x in model.parameters() if not x.is_floating_point()}
+    """Why a model does not train, or not as a whole; empty where it does."""
+    packed = (torch.int8, torch.uint8)
+    kinds = {str(x.dtype) for x in model.parameters() if x.dtype in packed}
     kinds |= {type(m).__name__ for m in model.modules() if _is_quantized(m)}
+    if any(x.requires_grad for x in model.parameters()):
+        if not kinds:
+            return ""
+        return (
+            f"{type(model).__name__} is quantized in part ({', '.join(kinds)}): "
+            "where that has no derivative, measures that need it are absent"
+        )
+    said = f"{type(model).__name__} has no parameter that requires a gradient"
     if kinds:
         said += f"; it is quantized ({', '.join(sorted(kinds))})"
     return f"{said}: there is no training to watch, and no sharpness to measure"
@@ -134,8 +149,9 @@ def attach_analysis(
         model: The model that the script trains.
         loss: The loss that it minimizes: ``"mse"`` and ``"cross_entropy"`` (torch's,
             with their default reduction), a loss module, or a callable
-            ``(outputs, targets) -> scalar``. None: the module that the script calls on
-            the model's output, once it is seen.
+            ``(outputs, targets) -> scalar``. None: what the script makes of the
+            model's outputs until it calls ``backward()``, once it is seen: a loss
+            module, a loss function, a formula, or a loss that the model returns.
         optimizer: The optimizer whose steps count; by default the first that steps
             parameters of the model.
         log_dir: A TensorBoard run directory; None: ``runs/<time>_<host>``; False: none.
@@ -157,7 +173,8 @@ def attach_analysis(
         The analysis; also a context manager that detaches at its end.
 
     Raises:
-        TypeError: If ``model`` is no module, or ``loss`` is neither known nor callable.
+        TypeError: If ``model`` is no module or wholly scripted, or ``loss`` is neither
+            known nor callable.
         ValueError: If ``loss``, ``every`` or ``budget`` is out of range, parameters
             have no data yet (meta device), or ``optimizer`` steps none of the model's.
         RuntimeError: If the model has an analysis already, or one of the ranks that

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch_dropout_ir.dropout_calls import DropoutCalls, SiteFunction
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.sites import Site, active_sites, is_noise, uncompiled
+from torch_dropout_ir.substitution import call_with
 
 Batch = tuple[Any, Any]
 
@@ -146,8 +147,8 @@ def call(
     if move_buffers:
         return model(*arguments.args, **arguments.kwargs)
     state = {name: x.clone() for name, x in model.named_buffers()}
-    return torch.func.functional_call(
-        model, {**(params or {}), **state}, arguments.args, dict(arguments.kwargs)
+    return call_with(
+        model, {**(params or {}), **state}, arguments.args, arguments.kwargs
     )
 
 

@@ -68,7 +68,7 @@ class ModuleCalls(TorchFunctionMode):
     ) -> Any:
         if func in _BACKWARD:
             # What is computed again in it is computed with the mode on.
-            with _on_again(self):
+            with on_again(self):
                 return _inside(func, self)(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name == "multi_head_attention_forward":
@@ -98,7 +98,8 @@ class ModuleCalls(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _on_again(mode: TorchFunctionMode) -> Iterator[None]:
+def on_again(mode: TorchFunctionMode) -> Iterator[None]:
+    """Switch a mode on inside a call that it has been handed."""
     TorchFunctionMode.__enter__(mode)
     try:
         yield
@@ -132,13 +133,25 @@ def _inside(func: Any, mode: TorchFunctionMode) -> Callable[..., Any]:
     def reaching(inner: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: mode.__torch_function__(inner, (), args, kwargs)
 
-    own: dict[str, Any] = {
-        "has_torch_function": lambda _: False,
-        "has_torch_function_unary": lambda _: False,
-    }
+    own: dict[str, Any] = {}
     if func not in _BACKWARD:
         own["dropout"] = reaching(F.dropout)
         own["scaled_dot_product_attention"] = reaching(F.scaled_dot_product_attention)
+    return unchecked(func, own)
+
+
+def unchecked(func: Any, own: dict[str, Any]) -> Callable[..., Any]:
+    """Return a Python function of torch's that asks no mode whether to run.
+
+    Args:
+        func: The function.
+        own: What some of its global names mean in it instead.
+    """
+    own = {
+        "has_torch_function": lambda _: False,
+        "has_torch_function_unary": lambda _: False,
+        **own,
+    }
     found = types.FunctionType(
         func.__code__, {**func.__globals__, **own}, func.__name__, func.__defaults__
     )

@@ -141,6 +141,8 @@ def plain_forward(module: nn.Module) -> Callable[..., Tensor] | None:
 
 def _is_site(module: nn.Module) -> bool:
     """Whether the noise is torch's: a subclass with another forward may draw others."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     if is_stochastic_depth(module):
         return True
     own = getattr(type(module).forward, "draws_as_torch", False)
@@ -174,6 +176,9 @@ def unobservable(model: nn.Module) -> dict[str, str]:
                 f"{type(module).__name__} has a forward of its own: what it multiplies "
                 "by is not known"
             )
+        elif isinstance(module, torch.jit.ScriptModule):
+            if "Dropout" in module.original_name:
+                reasons[name] = "its code is scripted: calls in it are not seen"
         elif isinstance(module, _OTHER_NOISE):
             reasons[name] = (
                 f"{type(module).__name__} shifts what it drops: its noise is not "

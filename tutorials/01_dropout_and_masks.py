@@ -38,8 +38,8 @@ print(f"mask {list(kept.shape)}, kept {kept.float().mean():.3f}, asked for 0.700
 torch.testing.assert_close(dropped, torch.where(kept, features / 0.7, 0.0))
 
 # %% Train, and let the layer count. The z-score says how many standard deviations the
-# number of kept elements is off the binomial law: within +-3 it is chance. Each unit
-# has one too, which finds what the total hides.
+# number of kept elements is off its mean under the binomial law. Within +-3 it is
+# chance; of 128 units, which have one each, a largest of 3 is too, and of 5 is not.
 layer.reset_statistics()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
 for _ in range(200):

@@ -77,7 +77,8 @@ for name, model in models.items():
     direction = sharpness.filter_normalized_direction(model)
     slices[name] = sharpness.loss_slice(model, loss, batch, alphas, direction)
     densities[name] = sharpness.spectral_density(operators[name], 30, num_probes=4)
-    # The level is twice the loss, at least twice `floor`: the same for both here.
+    # The level is twice the loss, at least twice `floor`: the same for both here. The
+    # width is a distance in the parameters; a step of the slice, one length of them.
     found = sharpness.interval_flatness(model, loss, batch, direction, floor=0.05)
     print(f"{name:16} valley {found.width:.3f} wide at a loss of {found.level:.3f}")
 
@@ -86,14 +87,16 @@ for name, colour in (("without dropout", "#4d4d4d"), ("with dropout", "#2166ac")
     left.plot(alphas.numpy(), slices[name].numpy(), color=colour, label=name)
     found = densities[name]
     right.plot(found.grid.numpy(), found.density.numpy(), color=colour, label=name)
-left.set(title="loss along a random direction", xlabel="step", yscale="log")
+left.set(title="loss along a random direction", xlabel="step, in lengths of weights")
+left.set(yscale="log")
 right.set(title="density of the Hessian's eigenvalues", xlabel="eigenvalue")
 right.set(yscale="log", ylim=(1e-5, None))
 left.legend(frameon=False)
 figure.savefig("04_sharpness.png", dpi=110)
 
-# %% What was shown: the minimum of dropout is flatter, by an exact trace and by an
-# eigenvalue known within its residual.
+# %% What was shown: where dropout ends is flatter, by an exact trace and by an
+# eigenvalue known within its residual. It is also higher: dropout minimizes R_S + R_1,
+# not the R_S that is drawn here.
 plain, flat = (tops[name] for name in models)
 assert traces["with dropout"].value < 0.8 * traces["without dropout"].value
 assert flat.values[0] + flat.residuals[0] < plain.values[0] - plain.residuals[0]

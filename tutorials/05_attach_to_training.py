@@ -7,9 +7,8 @@ Question: what does one line in my training script show, and what does it change
 Draws 05_attach_to_training.png, writes train_ddp.py; the cells run in a notebook too.
 """
 
-# %% A training script as there are many: a convolutional network with batch norm and
-# two kinds of dropout, mini-batches, Adam, a schedule. Nothing in it knows of the
-# analysis, but for the line that attaches it.
+# %% A training script as there are many: batch norm, two dropouts, mini-batches,
+# AdamW, a schedule. Nothing in it knows of the analysis but the line that attaches it.
 import json
 import runpy
 import subprocess

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import time
 import weakref
@@ -20,7 +19,8 @@ from torch_dropout_ir.analysis.capture import Capture
 from torch_dropout_ir.analysis.delivery import Delivery
 from torch_dropout_ir.analysis.distributed import Ranks, gathered_model
 from torch_dropout_ir.analysis.facts import run_facts
-from torch_dropout_ir.analysis.records import Record, Sink, remember
+from torch_dropout_ir.analysis.measured_batch import MeasuredBatch
+from torch_dropout_ir.analysis.records import Sink, remember
 from torch_dropout_ir.analysis.replay import own_statistics
 from torch_dropout_ir.analysis.schedule import Schedule
 from torch_dropout_ir.analysis.snapshot import (
@@ -34,7 +34,7 @@ from torch_dropout_ir.analysis.snapshot import (
 from torch_dropout_ir.analysis.steps import OptimizerSteps
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
 from torch_dropout_ir.functional import Batch, Inputs
-from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.nn import convert_dropout_, is_convertible, restore_dropout_
 from torch_dropout_ir.sites import active_sites
@@ -45,12 +45,11 @@ class Analysis:
 
     Attributes:
         model: The model that is watched.
-        loss: The loss; found by itself where the script calls a loss module.
         step: Optimizer steps seen.
         history: Every number recorded, by tag, as ``(step, value)``.
         absent: Measures left out the last time, with the reason.
         notes: How a number was obtained, by tag.
-        targets_of: Where no loss module shows the targets: what finds them by the
+        targets_of: Where the loss does not show the targets: what finds them by the
             inputs of the pass. By default the argument ``labels``.
     """
 
@@ -68,8 +67,7 @@ class Analysis:
         ranks: Ranks,
     ) -> None:
         self.model = model
-        self.loss = loss
-        self._loss_given = loss is not None
+        self._batch = MeasuredBatch(loss, data)
         self.step = 0
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.absent: dict[str, str] = {}
@@ -80,7 +78,6 @@ class Analysis:
         self._attempts = Attempts(measures, ranks, self.absent)
         self._schedule = Schedule(cadence, self._attempts, ranks)
         self._delivery = Delivery(sinks)
-        self._data = data
         self._convert = convert
         self._converted: list[nn.Module] = []
         seed = ranks.first({"seed": float(torch.initial_seed() % 2**52)})
@@ -91,10 +88,14 @@ class Analysis:
         self._capture = Capture(watched, model if watched is model else None)
         self._handles = contextlib.ExitStack()
         self._handles.callback(self._delivery.close)
-        self._attached = False
-        self._loaded: dict[str, MaskStatistics] = {}
+        self._attached, self._loaded = False, dict[str, MaskStatistics]()
         self._leave = weakref.finalize(self, self._handles.close)
         self.targets_of: Callable[[Inputs], Any] = labels
+
+    @property
+    def loss(self) -> Loss | None:
+        """The loss: the one given, or what the script computes of the outputs."""
+        return self._batch.loss
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:
@@ -109,6 +110,7 @@ class Analysis:
         self._capture.attach(self)
         self._handles.callback(self._steps.watch(self._before_step, self._after_step))
         self._attached = True
+        self._due = self._names()
         self._plan()
 
     def _before_step(self) -> None:
@@ -116,19 +118,21 @@ class Analysis:
             self._measure_safely(self._due)
 
     def _after_step(self) -> None:
-        before, self._clock = self._clock, time.perf_counter()
-        self._cadence.trained(self._clock - before)
+        now = time.perf_counter()
+        self._cadence.trained(now - self._clock)
+        self._clock = now
         self.step += 1
+        self._capture.passes = 0
         self._plan()
 
     def _plan(self) -> None:
         """Decide what the coming step must show."""
-        self._due = self._schedule.due(self.step)
-        self._capture.want_masks = "masks" in self._due
+        before, self._due = self._due, self._schedule.due(self.step)
+        if not self._due and not before:
+            return  # as most steps
         needed = [m.needs for m in self._attempts.measures if m.name in self._due]
-        self._capture.want_targets = any(
-            n & {"targets", "batches", "loss"} for n in needed
-        )
+        look = any(n & {"targets", "batches", "loss"} for n in needed)
+        self._capture.want(bool(self._due), "masks" in self._due, look)
 
     def measure(self) -> dict[str, float]:
         """Take all measures now, off cadence, on the batch last seen.
@@ -147,12 +151,14 @@ class Analysis:
                 "`attach_analysis(model)`."
             )
         before = {tag: len(values) for tag, values in self.history.items()}
-        self._measure_safely({m.name for m in self._attempts.measures})
-        return {
-            tag: values[-1][1]
-            for tag, values in self.history.items()
-            if len(values) > before.get(tag, 0)
-        }
+        self._measure_safely(self._names())
+        new = (
+            t for t, values in self.history.items() if len(values) > before.get(t, 0)
+        )
+        return {tag: self.history[tag][-1][1] for tag in new}
+
+    def _names(self) -> set[str]:
+        return {m.name for m in self._attempts.measures}
 
     def _measure_safely(self, names: set[str]) -> None:
         """Measure; whatever a measure or a sink raises, training goes on."""
@@ -181,7 +187,8 @@ class Analysis:
             snapshot = self._snapshot(names).agree()
         self.absent.pop("capture", None)
         seed = (self._seed + 2 * self.step) % 2**62
-        records, seconds = self._attempts.take(snapshot, names, seed)
+        with self._capture.bystanders.aside(snapshot.model):
+            records, seconds = self._attempts.take(snapshot, names, seed)
         if "masks" in seconds:
             seconds["masks"] += self._capture.spent()
         cost = {"cost/share": self._cadence.share}
@@ -193,27 +200,16 @@ class Analysis:
         records.update(self._ranks.first(cost))
         self.notes.update(snapshot.notes)
         self.absent.update(snapshot.absent)
-        self._write(records)
-        return seconds
-
-    def _write(self, records: dict[str, Record]) -> None:
         remember(self.history, self.step, records)
         self._delivery.write(self.step, records, self.notes)
+        return seconds
 
     def _snapshot(self, names: set[str]) -> Snapshot:
         capture = self._capture
         runs = any(runs_model(m) for m in self._attempts.measures if m.name in names)
         model = gathered_model(self.model) if runs else self.model
         capture.observe(model)
-        if not self._loss_given and capture.loss_module is not None:
-            with contextlib.suppress(ValueError):
-                # A copy: its buffers are the script's.
-                self.loss = resolve_loss(copy.deepcopy(capture.loss_module))
-        batch, on_data = (capture.inputs, capture.targets), False
-        if batch[1] is None and capture.inputs is not None:
-            batch = capture.inputs, self.targets_of(capture.inputs)
-        if batch[1] is None and self._data:
-            batch, on_data = self._data[0], True
+        batch, source = self._batch.choose(capture, self.targets_of)
         seen = None if batch[1] is None else [batch]
         optimizer = self._steps.optimizer
         self.notes.update(theory_note(optimizer) | run_facts(self, optimizer))
@@ -225,8 +221,8 @@ class Analysis:
             loss=self.loss,
             inputs=batch[0],
             targets=batch[1],
-            on_data=on_data,
-            batches=seen if self._data is None else self._data,
+            source=source,
+            batches=seen if self._batch.data is None else self._batch.data,
             lr=lr,
             gradients=gradients,
             statistics=self._statistics(),

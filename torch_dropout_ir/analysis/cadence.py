@@ -42,28 +42,44 @@ class Cadence:
         self._latest = dict.fromkeys(names, 0.0)
         self.measured_seconds = 0.0
         self.training_seconds = 0.0
+        # Every step comes by here: debts are settled where it may matter alone.
+        self._unsettled = 0.0
+        self._least = 0.0
 
     def due(self, step: int) -> list[str]:
         """Return the names of the measures to take at ``step``."""
         if isinstance(self.every, int):
             return list(self._debt) if step % self.every == 0 else []
+        if self._earning * self._unsettled < self._least:
+            return []
+        self._settle()
         return [name for name, debt in self._debt.items() if debt <= 0]
 
     def trained(self, seconds: float) -> None:
         """Pay off debts with training time."""
         self.training_seconds += seconds
+        self._unsettled += seconds
+
+    def _settle(self) -> None:
+        earned, self._unsettled = self._earning * self._unsettled, 0.0
         for name, debt in self._debt.items():
-            self._debt[name] = max(0.0, debt - self._earning * seconds)
+            self._debt[name] = max(0.0, debt - earned)
+        self._least = min(self._debt.values(), default=math.inf)
+
+    def _owe(self, name: str, seconds: float) -> None:
+        self._settle()
+        self._debt[name] += seconds
+        self._least = min(self._debt.values())
 
     def measured(self, name: str, seconds: float) -> None:
         """Enter a measurement, and the next one as if it cost as much."""
         self.measured_seconds += seconds
-        self._debt[name] += 2 * seconds - self._latest[name]
+        self._owe(name, 2 * seconds - self._latest[name])
         self._latest[name] = seconds
 
     def put_off(self, name: str, step: int) -> None:
         """Look for what a measure lacks no more often than if it cost a step."""
-        self._debt[name] += self.training_seconds / max(1, step)
+        self._owe(name, self.training_seconds / max(1, step))
 
     def wait(self, step: int) -> int:
         """Return the steps until something may be due, at the pace so far.
@@ -71,9 +87,10 @@ class Cadence:
         At most as many again as were made, since the pace of the first steps says
         little.
         """
+        self._settle()
         earned = self._earning * self.training_seconds / max(1, step)
-        least = min(self._debt.values(), default=0.0)
-        return max(1, min(step, math.ceil(least / earned) if earned else 1))
+        owed = self._least if self._debt else 0.0
+        return max(1, min(step, math.ceil(owed / earned) if earned else 1))
 
     @property
     def share(self) -> float:
@@ -83,6 +100,7 @@ class Cadence:
 
     def numbers(self) -> dict[str, float]:
         """Return what decides when a measure is due."""
+        self._settle()
         debts = {f"debt of {name}": debt for name, debt in self._debt.items()}
         debts |= {f"cost of {name}": cost for name, cost in self._latest.items()}
         times = {"measured": self.measured_seconds, "training": self.training_seconds}
@@ -90,13 +108,16 @@ class Cadence:
 
     def load_numbers(self, numbers: dict[str, float]) -> None:
         """Go on from the :meth:`numbers` of another cadence with the same measures."""
+        self._unsettled = 0.0
         self._debt = {name: numbers[f"debt of {name}"] for name in self._debt}
         self._latest = {name: numbers[f"cost of {name}"] for name in self._debt}
         self.measured_seconds = numbers["measured"]
         self.training_seconds = numbers["training"]
+        self._settle()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` needs to go on."""
+        self._settle()
         return {
             "debt": dict(self._debt),
             "cost": dict(self._latest),
@@ -106,7 +127,9 @@ class Cadence:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; measures that it does not know start afresh."""
+        self._settle()
         for mine, saved in ((self._debt, "debt"), (self._latest, "cost")):
             mine.update({n: s for n, s in state[saved].items() if n in mine})
         self.measured_seconds = state["measured_seconds"]
         self.training_seconds = state["training_seconds"]
+        self._settle()

@@ -2,8 +2,9 @@
 
 Semantics:
 
-* Only the root module carries hooks between steps. The global look-out for the loss
-  lives inside a step that measures, and is gone after it.
+* Between measurements the root module carries one hook, which keeps the batch. A second
+  one and the look-outs for the loss, a global hook on modules and a mode for functions,
+  live inside a step that measures, and are gone after it.
 * Foreign dropout is observed in a second pass from the same generator state.
 * Copies and pickles of the model carry a hook that does nothing.
 """
@@ -11,6 +12,7 @@ Semantics:
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 import weakref
 from collections.abc import Callable
@@ -21,9 +23,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
+from torch_dropout_ir.analysis.bystanders import Bystanders
 from torch_dropout_ir.analysis.delivery import warn
+from torch_dropout_ir.analysis.followed_loss import At
+from torch_dropout_ir.analysis.loss_calls import OUTPUT, LossCalls
 from torch_dropout_ir.analysis.replay import Generators, replay
 from torch_dropout_ir.functional import Inputs
+from torch_dropout_ir.losses import LossFunction
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import measuring, replaced
 from torch_dropout_ir.sites import Site
@@ -62,12 +68,11 @@ class Capture:
 
     Attributes:
         inputs: Arguments of the last training pass.
-        outputs: What it returned, while targets are being looked for.
-        targets: Targets that a loss module received with those outputs.
-        loss_module: That loss module.
+        passes: Training passes since the last optimizer step.
         statistics: Mask statistics of the foreign sites observed.
         calls: The calls of dropout functions that were found, by name.
         unseen: Noise that cannot be seen, by place, with the reason.
+        bystanders: What the measures' own passes leave aside.
         want_masks: Whether to observe the masks of the coming pass.
         want_targets: Whether to look for the targets of the coming pass.
         paused: True while the analysis itself runs the model.
@@ -77,45 +82,68 @@ class Capture:
         self.watched = watched
         self.model = model
         self.inputs: Inputs | None = None
-        self.outputs: Any = None
-        self.targets: Any = None
-        self.loss_module: nn.Module | None = None
+        self.passes = 0
         self.statistics: dict[str, MaskStatistics] = {}
         self.calls: dict[str, Site] = {}
         self.unseen: dict[str, str] = {}
         self.want_masks = True
         self.want_targets = True
         self.paused = False
+        self._open = self._with_graph = False
         self._seconds = 0.0
         self._versions: list[int] = []
+        self._outputs: Any = None
+        self._calls: LossCalls | None = None
+        self._module: tuple[nn.Module, Any, At | None] | None = None
         self._start: Generators | None = None
+        self._end: Tensor | None = None
+        self.bystanders = Bystanders(watched)
+        self._told = contextlib.ExitStack()
         self._step = contextlib.ExitStack()
         self._root = contextlib.ExitStack()
 
     def attach(self, owner: object) -> None:
-        """Put the two hooks on the root module; ``owner`` lives as long as they do."""
-        before, after = RootHook(self._before, owner), RootHook(self._after, owner)
+        """Put a hook on the root module; ``owner`` lives as long as it does."""
+        before = RootHook(self._before, owner)
         self._keep(
             self._root,
             self.watched.register_forward_pre_hook(before, with_kwargs=True),
         )
-        self._keep(
-            self._root,
-            self.watched.register_forward_hook(
-                after, with_kwargs=True, always_call=True
-            ),
-        )
 
     def detach(self) -> None:
         """Remove every hook and let go of what was seen."""
-        for stack in (self._step, self._root):
+        for stack in (self._told, self._step, self._root):
             stack.close()
-        self.inputs = self.outputs = self.targets = None
+        self.inputs = self._outputs = self._calls = self._module = None
 
     def end_step(self) -> None:
-        """Stop looking for the loss; the batch stays until the next one."""
+        """Stop looking at what the step does; the batch stays until the next one."""
+        self._told.close()
+        self._stop_looking()
+
+    def _stop_looking(self) -> None:
+        self._open = False
         self._step.close()
-        self.outputs = None
+        self._outputs = self._calls = self._module = None
+
+    def loss(self) -> tuple[LossFunction, Any, bool] | None:
+        """Return the loss of the last pass, as the script has computed it.
+
+        Returns:
+            The loss; its targets, None where it reads the outputs alone; and whether
+            any loss of outputs and targets would take these targets, since they were
+            handed on beside the output itself. None where no loss was seen.
+        """
+        found = None if self._calls is None else self._calls.found()
+        if self._module is not None and self._calls is not None:
+            module, targets, at = self._module
+            if found is None or at is None or self._calls.trained_on(at):
+                # A copy: its buffers are the script's.
+                return copy.deepcopy(module), targets, True
+        if found is None:
+            return None
+        loss, read, straight = found
+        return loss, (read[0] if len(read) == 1 else read or None), straight
 
     def spent(self) -> float:
         """Return the seconds spent on observing masks since the last call."""
@@ -131,22 +159,55 @@ class Capture:
     ) -> None:
         if self.paused or not self.watched.training or _not_the_scripts():
             return
-        self.end_step()
-        self.inputs, self.targets = Inputs(args, kwargs), None
+        if self._only_looks():
+            return
+        self._with_graph = torch.is_grad_enabled()
+        self.passes += 1
+        self.inputs = Inputs(args, kwargs)
         self._versions = _versions(self.inputs)
-        self._start = None
+        self._start = self._end = None
+        if self._open or self.want_masks or self.want_targets:
+            self._open_step()
+
+    def _only_looks(self) -> bool:
+        """Whether a pass without graph follows one with it: nothing trains on it."""
+        return self._with_graph and not torch.is_grad_enabled()
+
+    def want(self, anything: bool, masks: bool, targets: bool) -> None:
+        """Say what the coming step must show."""
+        self.want_masks, self.want_targets = masks, targets
+        if anything:
+            self._listen()
+
+    def _listen(self) -> None:
+        if self.model is not None:  # a compiled one has its hooks in the graph
+            self._told.enter_context(self.bystanders.told())
+
+    def _open_step(self) -> None:
+        """Look at the coming pass in full, where something of it is wanted."""
+        self._stop_looking()
+        self._listen()  # to hooks that are there since
         if self.want_masks and self.model is not None and not replaced():
             self._start = Generators(self.model)
+        if self.want_masks or self.want_targets:
+            self._open = True
+            after = self.watched.register_forward_hook(
+                RootHook(self._after), with_kwargs=True, always_call=True
+            )
+            self._keep(self._step, after)
 
     def _after(
         self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any
     ) -> None:
-        if self.paused or _not_the_scripts():
+        if self.paused or _not_the_scripts() or self._only_looks():
             return
-        if self.inputs is not None and _versions(self.inputs) != self._versions:
-            self.inputs = None  # the model writes on its inputs: no second pass
-        if self.watched.training and self.want_targets and isinstance(outputs, Tensor):
-            self.outputs = outputs
+        self._check_inputs()
+        if self.watched.training and self._start is not None:
+            self._end = torch.get_rng_state()
+        if self.watched.training and self.want_targets and outputs is not None:
+            self._outputs, self._calls = outputs, LossCalls(outputs, self.passes)
+            self._calls.enter()
+            self._step.callback(self._calls.leave)
             look = weakref.WeakMethod(self._look)
 
             def hook(*call: Any) -> None:
@@ -156,13 +217,20 @@ class Capture:
 
             self._keep(self._step, register_module_forward_hook(hook))
 
+    def _check_inputs(self) -> None:
+        """Let go of inputs that were written on: no second pass is the same."""
+        if self.inputs is not None and _versions(self.inputs) != self._versions:
+            self.inputs = None
+
     def _look(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         """See whether this module is the loss: from the outputs to one number."""
-        if len(args) < 2 or not _handed_out(self.outputs, args[0]):
+        if self._calls is None or self._module is not None or len(args) < 2:
             return
-        if isinstance(result, Tensor) and result.numel() == 1 and result.requires_grad:
-            self.loss_module, self.targets = module, args[1]
-            self.end_step()
+        own = args[0] is self._outputs or self._calls.at(args[0]) == OUTPUT
+        if not own or not isinstance(result, Tensor) or not result.requires_grad:
+            return
+        if result.numel() == 1:
+            self._module = module, args[1], self._calls.at(result)
 
     def observe(self, model: nn.Module) -> None:
         """Look at the masks of the last pass, where it was one to look at.
@@ -170,12 +238,15 @@ class Capture:
         Args:
             model: The model to run again: the own one, or a copy that runs alone.
         """
+        self._told.close()
+        self._check_inputs()
         start, self._start = self._start, None
         if start is None or self.inputs is None or self.model is None:
             return
         started = time.perf_counter()
         try:
-            found = replay(model, self.inputs, start)
+            with self.bystanders.aside(model):
+                found = replay(model, self.inputs, start, self._end)
         except Exception as err:  # a measure of its own: training goes on
             warn(f"the masks of this step were not observed: {err}")
         else:
@@ -189,18 +260,6 @@ class Capture:
 def _not_the_scripts() -> bool:
     """Whether the pass is one of a compiler or of a measure called by hand."""
     return torch.compiler.is_compiling() or measuring()
-
-
-def _handed_out(outputs: Any, x: Any) -> bool:
-    """Whether ``x`` is what the model returned, or DDP's copy of it."""
-    if x is outputs:
-        return True
-    # With `find_unused_parameters` or `static_graph` DDP hands out copies, made by a
-    # node of the graph that tells it when the backward pass starts.
-    node = x.grad_fn if isinstance(x, Tensor) else None
-    if node is None or node.name() != "_DDPSinkBackward" or outputs is None:
-        return False
-    return any(source is outputs.grad_fn for source, _ in node.next_functions)
 
 
 def _versions(inputs: Inputs) -> list[int]:

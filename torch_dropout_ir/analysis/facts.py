@@ -51,7 +51,8 @@ def run_facts(analysis: Analysis, optimizer: Optimizer | None) -> dict[str, str]
 def _name(loss: object) -> str:
     if loss is None:
         return "not known"
-    return getattr(loss, "__name__", "") or type(loss).__name__
+    function = getattr(loss, "func", loss)  # of a functools.partial
+    return getattr(function, "__name__", "") or type(function).__name__
 
 
 @functools.cache

@@ -96,22 +96,30 @@ class Replay:
         self.statistics[site.name] = seen + drawn
 
 
-def replay(model: nn.Module, inputs: Inputs, start: Generators) -> Replay:
+def replay(
+    model: nn.Module, inputs: Inputs, start: Generators, end: Tensor | None = None
+) -> Replay:
     """Run a training pass again and look at what it draws.
 
     Args:
         model: The model; left as it is.
         inputs: The arguments of the pass.
         start: The generators at its start.
+        end: State of the CPU's generator at its end, where it is known.
 
     Returns:
         What it drew.
+
+    Raises:
+        RuntimeError: If it draws otherwise than the pass did.
     """
     found = Replay()
     with preserved_rng(model), torch.no_grad(), _uncounted(model):
         start.restore()
         with _Draws(found) as draws, _Calls(model, found, draws) as calls:
             call(model, inputs)
+        if end is not None and not torch.equal(torch.get_rng_state(), end):
+            raise RuntimeError("a second pass draws other random numbers")
         calls.idle()
         found.unseen.update({f":{name}": _NO_DROPOUT for name in start.moved()})
     return found

@@ -38,7 +38,8 @@ class Schedule:
                 self._attempts.fail("schedule", err, step)
                 self._review = sys.maxsize
                 return set()
-        return self._attempts.willing(self._cadence.due(step), step)
+        names = self._cadence.due(step)
+        return self._attempts.willing(names, step) if names else set()
 
     def _agree(self, step: int) -> None:
         numbers = self._ranks.first(self._cadence.numbers())

@@ -35,14 +35,14 @@ class Snapshot:
         step: Optimizer steps made before.
         sites: The dropout sites.
         loss: The loss; None where it is not known.
-        inputs: Arguments of the last training pass, or of the first batch of `data`
-            where only that one's targets are known; None before the first.
+        inputs: Arguments of the last training pass, or of another batch where only that
+            one's targets are known; None before the first.
         targets: Its targets; None where they were not seen.
         batches: Batches for measures of the loss surface; None where there are none.
         lr: Learning rate by parameter name; None before an optimizer is known.
         gradients: Gradient that the optimizer is about to use, by parameter name.
         statistics: Mask statistics by site name.
-        on_data: Whether the batch is of the user's `data`, not the step's own.
+        source: Which batch that is, in words.
         notes: Where a measure says by tag how a number was obtained.
         absent: Where a measure says by tag why it left a number out.
         ranks: The processes that train together, each with a batch of its own. All
@@ -60,7 +60,7 @@ class Snapshot:
     lr: dict[str, float] | None = None
     gradients: dict[str, Tensor] | None = None
     statistics: dict[str, MaskStatistics] = dataclasses.field(default_factory=dict)
-    on_data: bool = False
+    source: str = "this step's batch"
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
     ranks: Ranks = dataclasses.field(default_factory=Ranks)
@@ -97,12 +97,13 @@ _LACKING: Final[dict[Need, str]] = {
         "attached as such; one that changes its inputs in place cannot be measured)"
     ),
     "loss": (
-        "the loss is not known: call a loss module on the model's output in the "
-        "script, or pass `loss=`, and `data=` for what needs targets"
+        "the loss is not known: no path was found from the model's outputs to the "
+        "number on which the script calls `backward()`. Pass `loss=`, and `data=` for "
+        "what needs targets"
     ),
     "targets": (
-        "the targets were not seen: the script must call a loss module on the model's "
-        "output itself, else pass `data=`"
+        "the targets were not seen: the script must hand them with the model's output "
+        "to a loss, else pass `data=`"
     ),
     "batches": "no batch with targets was seen: pass `data=`",
     "gradients": "no optimizer step with gradients of this model was seen yet",

@@ -16,6 +16,8 @@ from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.excess import ExcessRisk, linear_parts
 from torch_dropout_ir.regularizers.gauss_newton import estimate
 from torch_dropout_ir.regularizers.last_layer import last_layer
+from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
+from torch_dropout_ir.regularizers.second_order import second_order
 
 
 def online(
@@ -28,7 +30,8 @@ def online(
     Else, where targets are known, its definition, averaged over masks: unbiased, for
     the second-order forms can be off by a factor in deep networks. Where targets are
     not known the second-order form is all that can be had. The parts of the sites are
-    those of the second-order form in any case.
+    those of the second-order form in any case: the Gauss-Newton form, or, where the
+    loss is linear in the outputs, as one that the model returns itself, the full one.
 
     Args:
         model: The model; left as it is.
@@ -43,7 +46,7 @@ def online(
         ValueError: If an estimate is not finite.
     """  # noqa: DOC502 (`check_finite` raises)
     twice = loss.kind == "general"
-    risk, slopes = None, []
+    risk, slopes, linear = None, [], False
     with clean_pass(model, batch[0], twice=twice) as clean:
         found, how = _second_order(model, clean, batch[1], loss)
         if batch[1] is not None:
@@ -52,6 +55,9 @@ def online(
                 risk = loss(clean.outputs, batch[1]).detach()
             if not found.exact:
                 slopes = linear_parts(clean, loss, batch[1])
+                linear = _is_linear(clean, loss, batch[1])
+    if linear:
+        found, how = _whole_loss(model, batch, loss)
     if risk is None:
         how = f"second order (approximate; targets unknown), {how}"
     elif found.exact:
@@ -81,9 +87,31 @@ def _second_order(
         # Without targets it is the form or nothing; with them R_1 can still be had.
         if targets is None:
             raise
-        nothing = torch.zeros((), dtype=torch.get_default_dtype())
-        return Estimate(nothing, {}, nothing, False, 0), f"none: {err}"
+        return _nothing(err)
     return found, "sampled Gauss-Newton form"
+
+
+def _whole_loss(model: nn.Module, batch: Batch, loss: Loss) -> tuple[Estimate, str]:
+    try:
+        return second_order(model, batch, loss), "sampled form of the whole loss"
+    except (RuntimeError, ValueError) as err:
+        return _nothing(err)
+
+
+def _nothing(err: Exception) -> tuple[Estimate, str]:
+    """No parts of the sites, and why."""
+    zero = torch.zeros((), dtype=torch.get_default_dtype())
+    return Estimate(zero, {}, zero, False, 0), f"none: {err}"
+
+
+def _is_linear(clean: CleanPass, loss: Loss, targets: Any) -> bool:
+    """Whether the loss is linear in the outputs, where its Hessian is 0."""
+    if loss.kind != "general":
+        return False
+    try:
+        return not check_curvature(read_outputs(clean.outputs, loss, targets))
+    except ValueError:  # piecewise linear: no form of second order sees it
+        return False
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
             f"{type(outputs).__name__}. Pass a callable `(outputs, targets) -> scalar` "
             "that picks what it needs."
         )
-    leaves, rebuild = _flatten(outputs)
+    leaves, rebuild = flatten(outputs)
     places = [
         i
         for i, x in enumerate(leaves)
@@ -139,7 +139,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
     )
 
 
-def _flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+def flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """Return the leaves of what a model returned, and the function that puts them back.
 
     A dataclass that torch does not know is taken by its fields.
@@ -147,7 +147,7 @@ def _flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     known = not _pytree.tree_is_leaf(outputs) or isinstance(outputs, type)
     if dataclasses.is_dataclass(outputs) and not known:
         names = [f.name for f in dataclasses.fields(outputs) if f.init]
-        leaves, put_back = _flatten([getattr(outputs, name) for name in names])
+        leaves, put_back = flatten([getattr(outputs, name) for name in names])
 
         def rebuild(filled: list[Any]) -> Any:
             return dataclasses.replace(

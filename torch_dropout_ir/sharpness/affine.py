@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Final, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -49,11 +50,9 @@ def parts(module: nn.Module, x: Tensor, output: Any, samples: int) -> Found:
     """  # noqa: DOC201
     if not isinstance(output, Tensor) or x.ndim < 2 or not x.shape[0]:
         return
-    if type(module) is nn.Linear and x.shape[0] % samples == 0:
-        yield from _linear(module, x, output, samples)
-    elif x.shape[0] != samples:
+    if x.shape[0] != samples:
         return
-    elif type(module) in CONVOLUTIONS and x.ndim == module.weight.ndim:
+    if type(module) in CONVOLUTIONS and x.ndim == module.weight.ndim:
         yield from _convolution(cast("nn.Conv2d", module), x, output)
     elif isinstance(module, NORMS) and _is_torchs(module):
         yield from _norm(module, x, output)
@@ -63,19 +62,53 @@ def _is_torchs(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.modules")
 
 
-def _linear(module: nn.Linear, x: Tensor, output: Tensor, samples: int) -> Found:
-    size, shape = x.shape[-1], output.shape
-    h = x.reshape(samples, 1, -1, size)
+def linear_parts(
+    x: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, samples: int
+) -> Found:
+    """Yield the parameters of a call of ``linear``, once for each way to see it.
+
+    Args:
+        x: Its input, without graph.
+        weight: Its weight, ``[o, d]``.
+        bias: Its bias.
+        output: Its output.
+        samples: Number of samples: they come first, alone or with the positions of a
+            sample behind it, or along a dimension of their own.
+
+    Yields:
+        Parameter and part, for each place where the samples may be.
+    """
+    lead = list(output.shape[:-1])
+    ways = [(lead, k) for k, size in enumerate(lead) if size == samples]
+    if lead[0] > samples and lead[0] % samples == 0:
+        behind = [lead[0] // samples, *lead[1:]]
+        ways += [([samples, *behind], 0), ([behind[0], samples, *lead[1:]], 1)]
+    for sizes, place in ways:
+        yield from _linear(x, weight, bias, output, (sizes, place))
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    way: tuple[list[int], int],
+) -> Found:
+    sizes, place = way
+    shape, samples = output.shape, sizes[place]
+    moved = torch.Size([samples, *sizes[:place], *sizes[place + 1 :], shape[-1]])
 
     def split(a: Tensor) -> Tensor:
-        return a.reshape(samples, 1, -1, shape[-1])
+        apart = a.reshape(*sizes, a.shape[-1]).movedim(place, 0)
+        return apart.reshape(samples, 1, -1, a.shape[-1])
 
     def join(a: Tensor) -> Tensor:
-        return a.reshape(shape)
+        return a.reshape(moved).movedim(0, place).reshape(shape)
 
-    yield module.weight, Part(lambda c: h[c], split, join, size)
-    yield module.bias, Part(lambda c: h.new_ones(()).expand(*h[c].shape[:3], 1),
-                            split, join, 1)  # fmt: skip
+    h = split(x)
+    yield weight, Part(lambda c: h[c], split, join, x.shape[-1])
+    yield bias, Part(lambda c: h.new_ones(()).expand(*h[c].shape[:3], 1),
+                     split, join, 1)  # fmt: skip
 
 
 def _convolution(module: nn.Conv2d, x: Tensor, output: Tensor) -> Found:

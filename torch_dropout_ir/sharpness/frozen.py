@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
 
 Masks = Literal["off"] | int | Sequence[int]
 
@@ -48,6 +50,28 @@ def dropout_on(model: nn.Module) -> Iterator[None]:
         for module, state in kept:
             module.__dict__.clear()
             module.__dict__.update(state)
+
+
+class ComposedNorms(TorchFunctionMode):
+    """Weight normalization from its parts: torch's kernel has wrong second derivatives.
+
+    They are not even symmetric, and nothing says so.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def mask_seeds(caller: str, masks: Masks) -> tuple[int | None, ...]:

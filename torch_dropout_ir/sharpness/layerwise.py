@@ -16,6 +16,7 @@ Semantics:
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
@@ -25,17 +26,15 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.functional import Batch, batch_size
-from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_hessian import (
     Root,
-    cross_entropy_scale,
-    hessian_product,
     hessian_roots,
     hessian_sampler,
-    squared_scale,
+    holding,
 )
+from torch_dropout_ir.sharpness.linearization import graph_nodes
 from torch_dropout_ir.sharpness.surface import Surface
-from torch_dropout_ir.sharpness.uses import Use, perturbation, uses
+from torch_dropout_ir.sharpness.uses import Use, Uses, perturbation
 
 
 class NotSplit(Exception):
@@ -79,6 +78,8 @@ class Layerwise:
         uses: Uses of the parameters whose action is known.
         others: Leaves of the other parameters, by name.
         width: Number of outputs of a sample.
+        coupled: Whether the residual's blocks are of the parameters themselves, as
+            samples see each other in it.
 
     Raises:
         NotSplit: If the outputs are no tensor, or the loss couples samples.
@@ -91,16 +92,22 @@ class Layerwise:
         leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
         names = {id(x): n for n, x in leaves.items()}
         samples = batch_size(batch)
-        with uses(surface.model, samples, names) as found:
+        with Uses(surface.model, samples, names) as seen:
             outputs = surface.outputs(leaves, batch, place, seed)
         if not isinstance(outputs, Tensor) or outputs.ndim < 1:
             raise NotSplit("the outputs are no tensor with samples in front")
-        surface.checked(surface.loss(outputs, batch[1]), place)
+        surface.checked(surface.loss_of(outputs, batch[1]), place)
         self._outputs = outputs
-        self.loss = _holding(surface.loss, outputs.detach(), batch[1])
+        loss = holding(surface.loss, outputs.detach(), batch[1])
+        if loss is None:
+            raise NotSplit(
+                "the loss couples samples, or is not known and has many outputs"
+            )
+        self.loss = loss
         apart = outputs.shape[0] == samples
-        self.uses = self._known(found, leaves) if apart else []
+        self.uses = self._known(seen.found, leaves) if apart else []
         known = {use.name for use in self.uses}
+        self.coupled, self._leaves = False, leaves
         self.others = {n: x for n, x in leaves.items() if n not in known}
         self.width = outputs[0].numel()
 
@@ -113,26 +120,30 @@ class Layerwise:
 
     def _known(self, found: list[Use], leaves: dict[str, Tensor]) -> list[Use]:
         """Uses that explain the whole derivative of a parameter, by sample."""
-        names = [use.name for use in found]
-        found = [use for use in found if names.count(use.name) == 1]
+        # A second use may have no first derivative here, but a second one.
+        edges = _edges(self._outputs)
+        found = [use for use in found if edges.get(id(leaves[use.name])) == 1]
         if not found:
             return []
         root = torch.randn_like(self._outputs)
         at = self._pull(root, [use.delta for use in found])
         whole = self._pull(root, [leaves[use.name] for use in found])
         tolerance = torch.finfo(root.dtype).eps ** 0.5
-        half = torch.rand(root.shape[0], device=root.device) < 0.5
+        half = halved(root)
         root = root.clone()  # what reaches the last layer is `root` itself
         root[half] = 0
         alone = self._pull(root, [use.delta for use in found])
-        explained = []
+        explained: dict[str, Use] = {}
         for use, delta, g, one in zip(found, at, whole, alone, strict=True):
             error = (use.summed(delta) - g.reshape(-1)).norm()
-            if error <= tolerance * g.norm() and not bool(
-                use.part.split(one)[half].any()
-            ):
-                explained.append(use)
-        return explained
+            rows, live = use.part.split(one), use.part.split(delta)[~half]
+            # Neither do other samples reach these, nor these the others.
+            apart = not bool(rows[half].any()) and bool(
+                (rows[~half] - live).norm() <= tolerance * live.norm()
+            )
+            if apart and error <= tolerance * g.norm():
+                explained.setdefault(use.name, use)
+        return list(explained.values())
 
     def gauss_newton(self, roots: Iterable[Root]) -> Tensor:
         """``sum_i |J_i' s_i|^2`` over the known uses, for each root in turn, 0-d."""
@@ -168,11 +179,12 @@ class Layerwise:
     def blocks(self) -> list[Block]:
         """One block a known layer, and one a module of the other parameters."""
         layers: dict[int, list[Use]] = {}
-        for use in self.uses:
+        for use in () if self.coupled else self.uses:
             layers.setdefault(id(use.delta), []).append(use)
         found = [Block(layer, [layer[0].delta]) for layer in layers.values()]
+        whole = self._leaves if self.coupled else self.others
         owners = itertools.groupby(
-            self.others.items(), lambda item: item[0].rpartition(".")[0]
+            whole.items(), lambda item: item[0].rpartition(".")[0]
         )
         return found + [Block([], [x for _, x in group]) for _, group in owners]
 
@@ -224,6 +236,17 @@ class Residual:
         found = self._product(block.targets, block.probe(True))
         return not any(g is not None and bool(g.any()) for g in found)
 
+    def couples(self, block: Block) -> bool:
+        """Whether what moves half of the samples reaches the others."""
+        if not block.layer:
+            return False
+        part = block.layer[0].part
+        rows = part.split(block.probe(True)[0]).clone()
+        half = halved(rows)
+        rows[half] = 0
+        (found,) = self._product(block.targets, [part.join(rows)])
+        return found is not None and bool(part.split(found)[half].any())
+
     def form(self, blocks: list[Block]) -> Tensor:
         """One probe of the trace of some blocks, 0-d."""
         targets = [x for block in blocks for x in block.targets]
@@ -233,6 +256,20 @@ class Residual:
             if g is not None:
                 total += (z.double() * g.double()).sum().cpu()
         return total
+
+
+def halved(rows: Tensor) -> Tensor:
+    """Draw half of the rows, rounded up: a mask."""
+    count = rows.shape[0]
+    return torch.randperm(count, device=rows.device) >= count // 2
+
+
+def _edges(outputs: Tensor) -> dict[int, int]:
+    """Count the edges of the graph that lead to each leaf, by its identity."""
+    ends = [n for node in graph_nodes([outputs]) for n, _ in node.next_functions]
+    return collections.Counter(
+        id(node.variable) for node in ends if hasattr(node, "variable")
+    )
 
 
 def merged(blocks: list[Block], most: int) -> list[list[Block]]:
@@ -246,39 +283,3 @@ def _by_sign(root: Tensor, sign: Tensor) -> Iterator[tuple[Tensor, float]]:
     for one in (1.0, -1.0):
         if bool((part := (sign == one)).any()):
             yield root * part.view(shape), one
-
-
-def _holding(loss: Loss, outputs: Tensor, targets: Any) -> Loss:
-    """Return the loss with a kind whose closed form is its Hessian.
-
-    Raises:
-        NotSplit: If no form by sample is.
-    """
-    product = hessian_product(loss, outputs, targets)
-    v = torch.randn_like(outputs)
-    expected = product(v)
-    tolerance = torch.finfo(outputs.dtype).eps ** 0.5
-    for kind in dict.fromkeys((loss.kind, "general")):
-        candidate = dataclasses.replace(loss, kind=kind)
-        if kind == "general" and outputs[0].numel() > 256:
-            break
-        found = _hessian_times(candidate, outputs, targets, v)
-        if (found - expected).norm() <= tolerance * (expected.norm() + 1e-30):
-            return candidate
-    raise NotSplit("the loss couples samples, or is not known and has many outputs")
-
-
-def _hessian_times(loss: Loss, outputs: Tensor, targets: Any, v: Tensor) -> Tensor:
-    """The product with the Hessian that the loss's kind stands for."""
-    if loss.kind == "squared":
-        return v * squared_scale(loss, outputs.shape)
-    if loss.kind == "cross_entropy":
-        classes = 1 if outputs.ndim > 1 else 0
-        s = outputs.softmax(classes)
-        centred = v - (s * v).sum(classes, keepdim=True)
-        return cross_entropy_scale(loss, outputs, targets) * s * centred
-    total = torch.zeros_like(v)
-    for root, sign in hessian_roots(loss, outputs, targets):
-        flat = (root * v).reshape(v.shape[0], -1).sum(1) * sign
-        total += root * flat.view(-1, *(1,) * (v.ndim - 1))
-    return total

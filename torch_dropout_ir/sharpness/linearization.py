@@ -148,7 +148,7 @@ def _ggn(
             "ggn: expected the model to return one tensor, got "
             f"{type(outputs).__name__}. Wrap it in one that returns its logits."
         )
-    surface.checked(surface.loss(outputs, batch[1]), place)
+    surface.checked(surface.loss_of(outputs, batch[1]), place)
     curve = hessian_product(surface.loss, outputs.detach(), batch[1])
     targets = list(leaves.values())
     root = torch.zeros_like(outputs, requires_grad=True)
@@ -192,12 +192,18 @@ def _check_graph(gradients: Sequence[Tensor | None]) -> None:
     A backward pass marked as once differentiable leaves an error in the graph that
     leads nowhere, and what leads nowhere is not run.
     """
-    seen = {g.grad_fn for g in gradients if g is not None}
-    left = [node for node in seen if node is not None]
-    while left:
-        node = left.pop()
+    for node in graph_nodes([g for g in gradients if g is not None]):
         if node.name() == "torch::autograd::Error":
             raise NotImplementedError(_ONCE.format("it is once differentiable"))
+
+
+def graph_nodes(values: Sequence[Tensor]) -> Iterator[Any]:
+    """Yield each node of the graph that leads to ``values`` once."""
+    left = list({g.grad_fn for g in values if g.grad_fn is not None})
+    seen: set[Any] = set(left)
+    while left:
+        node = left.pop()
+        yield node
         new = {n for n, _ in node.next_functions if n is not None} - seen
         seen |= new
         left.extend(new)

@@ -44,6 +44,9 @@ class Rounds:
         self._moved: dict[tuple[int, int | None], list[int]] = (
             dict(state["moved"]) if state else {}
         )
+        self._coupled: list[tuple[int, int | None]] = (
+            list(state["coupled"]) if state else []
+        )
         self._most = state["most"] if state else num_matvecs
         self.forms: list[float] = list(state["forms"]) if state else []
         if state:
@@ -62,6 +65,7 @@ class Rounds:
             "forms": self.forms,
             "per_round": self.per_round,
             "moved": self._moved,
+            "coupled": self._coupled,
             "spent": self.spent,
         }
 
@@ -115,6 +119,7 @@ class Rounds:
         """Blocks of the residual that are not zero, and the passes to find them."""
         if self._kind == "ggn":
             return Residual({}), [], 0
+        net.coupled = key in self._coupled
         blocks, spent = net.blocks(), 1
         residual = net.residual(blocks)
         if key not in self._moved:
@@ -122,6 +127,11 @@ class Rounds:
             if len(blocks) <= self._most // 4:
                 spent += len(blocks)
                 moved = [i for i in moved if not residual.vanishes(blocks[i])]
+            spent += len(moved)
+            if any([residual.couples(blocks[i]) for i in moved]):
+                self._coupled.append(key)
+                residual, groups, more = self._residual(net, key)
+                return residual, groups, spent + more
             self._moved[key] = moved
         left = [blocks[i] for i in self._moved[key]]
         return residual, merged(left, max(1, self._most // 8)), spent

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torch_dropout_ir import tracing
 from torch_dropout_ir.functional import (
     Batch,
     Inputs,
@@ -33,9 +34,17 @@ from torch_dropout_ir.functional import (
     unmoved_buffers,
 )
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.sharpness.frozen import Masks, dropout_on, mask_seeds, modes
+from torch_dropout_ir.sharpness.frozen import (
+    ComposedNorms,
+    Masks,
+    dropout_on,
+    mask_seeds,
+    modes,
+)
+from torch_dropout_ir.sharpness.penalties import check_penalties
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
+from torch_dropout_ir.substitution import call_with
 from torch_dropout_ir.vectors import to_params, to_vector
 
 Subset = Collection[str] | Callable[[str], bool] | None
@@ -86,6 +95,7 @@ class Surface:
         rest = (*self.model.named_parameters(), *self.model.named_buffers())
         self._rest = {n: x.detach().clone() for n, x in rest if n not in chosen}
         self._modes = {m: m.training for m in self.model.modules()}
+        self._closed = False
 
     def state(self) -> dict[str, Tensor]:
         """Return all parameters and buffers, by name."""
@@ -126,6 +136,7 @@ class Surface:
                 stack.enter_context(unmoved_buffers(self.model))
             # Fused attention and recurrent kernels have no second derivative.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(ComposedNorms())
             if any(isinstance(m, nn.RNNBase) for m in self._modes):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield
@@ -142,15 +153,20 @@ class Surface:
         place = place * self.ranks.size + self.ranks.rank
         own = 0 if seed is None else seed + _STRIDE * place
         with preserved_rng(self.model, own % 2**63):
-            return torch.func.functional_call(
-                self.model, state, arguments.args, dict(arguments.kwargs)
-            )
+            return call_with(self.model, state, arguments.args, arguments.kwargs)
 
     def risk(
         self, params: Mapping[str, Tensor], batch: Batch, place: int, seed: int | None
     ) -> Tensor:
         """Return the loss at ``params`` on one batch, inside ``held``."""
-        return self.loss(self.outputs(params, batch, place, seed), batch[1])
+        return self.loss_of(self.outputs(params, batch, place, seed), batch[1])
+
+    def loss_of(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss of outputs, which must be all that it depends on."""
+        if not self._closed and tracing.eager():
+            check_penalties(self.caller, self.model, self.loss, outputs, targets)
+            self._closed = True
+        return self.loss(outputs, targets)
 
     def average(
         self,

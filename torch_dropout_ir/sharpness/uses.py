@@ -16,12 +16,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from torch_dropout_ir.sharpness.affine import Part, parts
+from torch_dropout_ir.module_calls import on_again, unchecked
+from torch_dropout_ir.sharpness.affine import Found, Part, linear_parts, parts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _CHUNK_BYTES: Final = 2**26
 Draw = Callable[[Tensor], Tensor]
@@ -113,37 +119,74 @@ def _squared(h: Tensor, a: Tensor) -> Tensor:
     return (a.mT @ h).square().sum((1, 2, 3))
 
 
-@contextlib.contextmanager
-def uses(model: nn.Module, samples: int, names: dict[int, str]) -> Iterator[list[Use]]:
-    """Collect the uses of parameters in a forward pass inside the context.
+class Uses(TorchFunctionMode):
+    """Collects the uses of parameters in a forward pass inside the context.
+
+    Linear maps are seen where they are called, also as functions and in attention;
+    convolutions and normalization as modules.
 
     Args:
         model: The model.
         samples: Number of samples of the batch.
         names: Names by identity of the tensors that stand for the parameters.
 
-    Yields:
-        The uses, filled by the forward pass.
+    Attributes:
+        found: The uses; several of one call where its samples may be here or there.
     """
-    found: list[Use] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+    def __init__(self, model: nn.Module, samples: int, names: dict[int, str]) -> None:
+        super().__init__()
+        self.found: list[Use] = []
+        self._model, self._samples, self._names = model, samples, names
+        self._hooks = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        for module in self._model.modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                handle = module.register_forward_hook(self._hook)
+                self._hooks.callback(handle.remove)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._hooks.close()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with on_again(self):
+                return unchecked(F.multi_head_attention_forward, {})(*args, **kwargs)
+        output = func(*args, **kwargs)
+        return self._linear(output, *args, **kwargs) if func is F.linear else output
+
+    def _linear(
+        self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        if output.ndim < 2 or weight.ndim != 2:
+            return output
+        x = input.detach()
+        return self._with_delta(
+            output, linear_parts(x, weight, bias, output, self._samples)
+        )
+
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if len(args) != 1 or not isinstance(args[0], Tensor):
-            return None
-        own = [
-            (name, part)
-            for x, part in parts(module, args[0].detach(), output, samples)
-            if (name := names.get(id(x))) is not None
-        ]
-        if not own:
-            return None
+            return output
+        x = args[0].detach()
+        return self._with_delta(output, parts(module, x, output, self._samples))
+
+    def _with_delta(self, output: Any, found: Found) -> Any:
+        own = [(self._names.get(id(x)), part) for x, part in found]
+        if all(name is None for name, _ in own):
+            return output
         delta = torch.zeros((), dtype=output.dtype, device=output.device)
         delta = delta.expand(output.shape).requires_grad_()
-        found.extend(Use(name, delta, part) for name, part in own)
+        self.found += [Use(name, delta, part) for name, part in own if name is not None]
         return output + delta
-
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            if next(module.parameters(recurse=False), None) is not None:
-                stack.callback(module.register_forward_hook(hook).remove)
-        yield found

@@ -7,7 +7,6 @@ own p would be zero without dropout, and tell p more than the model.
 """
 
 import itertools
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -25,19 +24,10 @@ from torch_dropout_ir.analysis import measures
 sys.path.insert(0, str(Path(__file__).parents[1] / "paper"))
 from data import cifar
 from experiment import Claim, Experiment
+from page import HERE, PREDICTORS, P, spread, write_page
 
 __all__ = ["Study", "cifar"]
-HERE = Path(__file__).parent
-P, LR = 0.1, 5e-3
-# Of each: its title, and -1 where it is less of it that is to mean a larger gap.
-PREDICTORS = {
-    "R1": ("R_1", 1),
-    "R2": ("R_2", 1),
-    "trace": ("trace of the Hessian", 1),
-    "condensation": ("condensation (less, more gap)", -1),
-    "norm": ("norm of the parameters", 1),
-    "train_loss": ("training loss (less, more gap)", -1),
-}
+LR = 5e-3
 COLOURS = ("#4d4d4d", "#92c5de", "#2166ac", "#053061")
 
 
@@ -217,76 +207,11 @@ def draw(path, drops, seeds, found):
             ]
             x, y = ([row[key] for row in rows] for key in (name, "gap"))
             panel.scatter(x, y, color=colour, s=16, label=f"trained at p = {p:g}")
-        spread = _spread(found[name]["correlation"])
-        panel.set_title(f"rank correlation {spread}", fontsize=10)
+        shown = spread(found[name]["correlation"])
+        panel.set_title(f"rank correlation {shown}", fontsize=10)
         panel.set_xlabel(title)
         panel.locator_params(axis="x", nbins=5)
     for row in panels:
         row[0].set_ylabel("gap: test - training loss")
     panels[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
-
-
-PAGE = """# Does R_1 predict the generalization gap, beyond the paper's networks?
-
-Two small networks of today's practice, each trained as a grid of models that differ in
-the probability of dropping and the weight decay. Afterwards every model is measured at
-one and the same p = {p}: R_1 by masks at all its sites (dropout, attention, stochastic
-depth), R_2, condensation of the layers before the activations, and what else may tell
-the gap between test and training loss, both with dropout off. This page is written by
-`study.py` from `results/*.json`; nothing in it is typed in.
-
-A rank correlation is the mean over the seeds with its extremes. Across p a measure may
-only have learned p; so one column compares models that were trained at one p, which
-differ in weight decay alone: the share of their pairs that is ordered by gap as
-predicted, where one half is chance. And all models take the same number of steps, so
-that one which has fitted more has the larger gap: whatever grows with fitting predicts
-it, the training loss first, and R_1 is held against that. An answer is "yes" when every
-seed meets the bound in the question, and "in direction" when every seed lies on its
-side. This says nothing of cause, nor of networks of another size.
-"""
-ANSWERS = {
-    "reproduced": "yes",
-    "reproduced in direction": "in direction",
-    "not reproduced": "no",
-}
-
-
-def _spread(values):
-    mean = statistics.fmean(values)
-    return f"{mean:.2f} [{min(values):.2f}, {max(values):.2f}]"
-
-
-def section(record, script):
-    """Lines of the page on one study."""
-    numbers = record["numbers"]
-    gaps = [gap for model in numbers["models"].values() for gap in model["gap"]]
-    yield f"## {record['title']}\n"
-    yield (
-        f"`python tutorials/beyond/{script.name}`: "
-        f"{len(numbers['models'])} models, {record['seeds']} seeds, "
-        f"{record['seconds'] / 60:.0f} minutes of one core; gaps from {min(gaps):.2f} "
-        f"to {max(gaps):.2f}.\n\n| question | mean over seeds ± half of their range | "
-        "answer |\n|---|---|---|"
-    )
-    for claim in record["claims"]:
-        answer = ANSWERS[claim["verdict"]]
-        yield f"| {claim['text']} | {claim['ours']} | **{answer}** |"
-    yield (
-        "\n| predictor | rank correlation with the gap | pairs at one p in order |"
-        "\n|---|---|---|"
-    )
-    for name, (title, _) in PREDICTORS.items():
-        both = [_spread(values) for values in numbers["predictors"][name].values()]
-        yield f"| {title} | {' | '.join(both)} |"
-    yield f"\n![Gap against each predictor](results/{record['figure']}.png)\n"
-    yield script.read_text().split('"""')[1].split("\n\n", 2)[2]
-
-
-def write_page(home=HERE):
-    """README.md of this folder, from the records alone."""
-    lines = [PAGE.format(p=P)]
-    for path in sorted((home / "results").glob("*.json")):
-        record = json.loads(path.read_text())
-        lines += section(record, HERE / f"{record['figure']}.py")
-    (home / "README.md").write_text("\n".join(lines))

@@ -50,7 +50,10 @@ def cifar(root, classes=10, train=None, test=None):
 
 
 def accuracy(model, x, y, batch=1000):
-    """Percent of ``y`` that ``model``, evaluated, finds."""
+    """Percent of ``y`` that ``model``, evaluated, finds; without targets of -100.
+
+    The model's output is ``[n, classes]`` or ``[n, classes, words]``.
+    """
     was = model.training
     model.eval()
     with torch.no_grad():
@@ -59,4 +62,4 @@ def accuracy(model, x, y, batch=1000):
             for k in range(0, len(x), batch)
         )
     model.train(was)
-    return 100 * right / len(x)
+    return 100 * right / int((y != -100).sum())

@@ -89,8 +89,7 @@ def weight(snapshot: Snapshot, batches: Iterable[Batch]) -> float | None:
 def _modified_loss(snapshot: Snapshot, risk: float) -> dict[str, Record]:
     if snapshot.gradients is None or snapshot.lr is None:
         return {}
-    batch = "`data`" if snapshot.on_data else "this step's batch"
-    said = f"R_S + R_1 of {batch}, R_2 of this step's batch"
+    said = f"R_S + R_1 of {snapshot.source}, R_2 of this step's batch"
     snapshot.notes["loss/modified"] = said
     return {"loss/modified": risk + received_r2(snapshot.gradients, snapshot.lr)}
 

@@ -1,0 +1,314 @@
+"""Shared modules, hooks, attributes: what a script keeps is as it was."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import torch_dropout_ir as tdi
+from tests import traces
+
+criterion = nn.CrossEntropyLoss()
+
+
+def loss_of(model):
+    return criterion(model(torch.randn(8, 6)), torch.randint(3, (8,)))
+
+
+class Shared(nn.Module):
+    """A layer, a normalization and a dropout that stand in it under two names each."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.drop = (
+            nn.Linear(6, 6),
+            nn.BatchNorm1d(6),
+            nn.Dropout(),
+        )
+        self.again, self.norm_again, self.drop_again = self.layer, self.norm, self.drop
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.drop(self.norm(self.layer(x)))
+        return self.head(self.drop_again(self.norm_again(self.again(torch.tanh(h)))))
+
+
+class Tied(nn.Module):
+    """Two layers that hold one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.drop, self.head = nn.Dropout(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.drop(self.second(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize("make", [Shared, Tied])
+def test_what_is_shared_stays_shared(make):
+    analysis = traces.compared(make, loss_of)
+    traces.assert_measured(analysis)
+
+
+def test_curvature_moves_both_places_of_a_tied_tensor():
+    model = Tied().double()
+    batch = torch.randn(8, 6).double(), torch.randint(3, (8,))
+    op = tdi.sharpness.hessian(model, "cross_entropy", batch)
+    v = {n: torch.randn_like(x) for n, x in op.params.items()}
+    at = {n: x.detach().clone() for n, x in model.named_parameters()}
+
+    def slope(alpha):
+        with torch.no_grad():
+            for n, x in model.named_parameters():
+                x.copy_(at[n] + alpha * v[n])
+        model.drop.eval()
+        found = torch.autograd.grad(
+            criterion(model(batch[0]), batch[1]), list(model.parameters())
+        )
+        model.drop.train()
+        return found
+
+    step = 1e-5
+    pairs = zip(slope(step), slope(-step), strict=True)
+    expected = [(a - b) / (2 * step) for a, b in pairs]
+    slope(0.0)
+    found = op @ v
+    for (n, _), e in zip(model.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(found[n], e, rtol=1e-5, atol=1e-8)
+
+
+class Collects(nn.Module):
+    """Counts, averages and collects in attributes that are no buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.drop, self.head = (
+            nn.Linear(6, 6),
+            nn.Dropout(),
+            nn.Linear(6, 3),
+        )
+        self.calls, self.mean, self.total = 0, torch.zeros(6), torch.zeros(6)
+        self.norms, self.seen, self.shapes = [], {}, set()
+
+    def forward(self, x):
+        h = self.drop(self.layer(x))
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+        self.total += h.detach().sum(0)
+        self.norms.append(float(h.detach().norm()))
+        self.seen[self.calls] = float(h.detach().sum())
+        self.shapes.add((self.calls, *h.shape))
+        self.latest = self.calls
+        return self.head(h) + self.mean.mean() + 0.01 * self.calls
+
+
+def collected(attach):
+    told = []
+    _, _, analysis = traces.train(
+        Collects, lambda model: (told.append(model), loss_of(model))[1], attach
+    )
+    model = told[0]
+    digest = traces.digest(model.mean, model.total, *model.parameters())
+    counted = (model.calls, model.norms, model.seen, model.shapes, model.latest)
+    return (digest, *counted), analysis
+
+
+def test_attributes_are_given_back():
+    expected, _ = collected(False)
+    seen, analysis = collected(True)
+    assert seen == expected and expected[1] == 3
+    traces.assert_measured(analysis, {"drop"})
+
+
+def shifts(_, __, out):
+    out.add_(0.5)
+
+
+def hooked(attach):
+    """A script whose hooks count, and some of which act on what passes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(), nn.Linear(6, 3))
+    counts = dict.fromkeys(("root", "in", "out", "back", "gradient", "late"), 0)
+
+    def count(name):
+        def hook(*_):
+            counts[name] += 1
+
+        return hook
+
+    model.register_forward_pre_hook(count("root"))
+    model[0].register_forward_hook(lambda _, __, out: out * 2)
+    model[0].register_forward_hook(shifts)
+    model[1].register_forward_hook(count("out"))
+    model[2].register_forward_pre_hook(count("in"))
+    model[3].register_full_backward_hook(count("back"))
+    model[3].weight.register_hook(count("gradient"))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    trail, analysis, x = [], None, torch.randn(8, 6)
+    y = torch.randint(3, (8,))
+    if attach:
+        analysis = tdi.attach_analysis(model, log_dir=False, every=2)
+    model[3].register_forward_pre_hook(count("late"))
+    order = [list(m._forward_hooks) for m in model]
+    for _ in range(4):
+        sgd.zero_grad()
+        criterion(model(x), y).backward()
+        sgd.step()
+        trail.append((traces.digest(*model.parameters()), dict(counts)))
+    if attach:
+        analysis.detach()
+    assert [list(m._forward_hooks) for m in model] == order
+    assert all(
+        type(h).__name__ == "function"
+        for m in model
+        for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    )
+    return trail, analysis
+
+
+def test_hooks_that_look_on_are_not_called_by_measures():
+    expected, _ = hooked(False)
+    trail, analysis = hooked(True)
+    assert trail == expected
+    assert set(expected[-1][1].values()) == {4}
+    assert not analysis.absent
+
+
+def test_hooks_that_act_are_part_of_the_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.Linear(6, 3))
+    model[0].register_forward_hook(lambda _, __, out: out * 2)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(8, 6), torch.randn(8, 3)
+    expected = tdi.regularizers.last_layer(
+        2 * torch.nn.functional.linear(x, model[0].weight, model[0].bias),
+        model[2].weight, 0.5,
+    )  # fmt: skip
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        nn.MSELoss()(model(x), y).backward()
+        sgd.step()
+    assert analysis.latest["regularizer/R1"] == pytest.approx(float(expected.detach()))
+
+
+def looks(*_):
+    """A hook that can be pickled."""
+
+
+def test_copies_carry_the_scripts_own_hooks():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    model[0].register_forward_hook(looks)
+    with tdi.attach_analysis(model, log_dir=False):
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert list(twin[0]._forward_hooks.values()) == [looks]
+    assert list(model[0]._forward_hooks.values()) == [looks]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripted_code_is_told_and_trains_alike():
+    def make():
+        block = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.Tanh())
+        return nn.Sequential(torch.jit.script(block), nn.Dropout(), nn.Linear(6, 3))
+
+    outcomes = []
+    for attach in (False, False, True):  # the first one warms torch's compiler up
+        _, seen, analysis = traces.train(make, loss_of, attach)
+        outcomes.append(seen)
+    assert outcomes[1] == outcomes[2]
+    hidden = {s.name: s.reason for s in analysis.sites if not s.observed}
+    assert "scripted" in hidden["0.1"] and hidden["0.1"] in analysis.summary()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_model_that_is_scripted_as_a_whole_is_refused():
+    model = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
+    with pytest.raises(TypeError, match="scripted"):
+        tdi.attach_analysis(model, log_dir=False)
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_pass_without_graph_between_does_not_displace_the_batch(without):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.Linear(6, 3))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(8, 6), torch.randn(8, 3)
+    h = model[0](x).detach()
+    expected = tdi.regularizers.last_layer(h, model[2].weight, 0.5)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        outputs = model(x)
+        with without():
+            model(torch.randn(5, 6))  # masks averaged over, say
+        nn.MSELoss()(outputs, y).backward()
+        sgd.step()
+    assert not analysis.absent
+    assert analysis.latest["regularizer/R1"] == pytest.approx(float(expected.detach()))
+
+
+def test_masks_are_left_out_where_a_second_pass_draws_otherwise():
+    class Grows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.head = nn.Dropout(), nn.Linear(6, 3)
+            self.calls = [itertools.count(1)]
+
+        def forward(self, x):
+            for _ in range(next(self.calls[0])):  # an iterator cannot be given back
+                torch.rand(1)
+            return self.head(self.drop(x))
+
+    model = Grows()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[tdi.analysis.measures.Masks()]
+    ) as analysis:
+        nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
+        model.eval()
+        model(torch.randn(2, 6))
+        model.train()
+        with pytest.warns(UserWarning, match="draws other random numbers"):
+            sgd.step()
+    assert "no mask" in analysis.absent["masks"]
+
+
+def test_an_evaluation_pass_that_draws_leaves_the_masks_of_the_step():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.head = nn.Dropout(), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.drop(x + 0.1 * torch.randn_like(x)))
+
+    model = Draws()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
+        model.eval()
+        model(torch.randn(2, 6))
+        model.train()
+        sgd.step()
+    assert analysis._statistics()["drop"].num_elements == 48
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_measures_do_not_count_towards_what_torch_optimizes_of_scripted_code():
+    seen = []
+
+    class Asks(nn.Module):
+        def forward(self, x):
+            seen.append(torch._C._get_graph_executor_optimize())
+            return x
+
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+    model = nn.Sequential(scripted, nn.Dropout(), Asks(), nn.Linear(6, 3))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[tdi.analysis.measures.Regularizer()]
+    ):
+        loss_of(model).backward()
+        sgd.step()
+    assert seen[0] and len(seen) > 2 and not any(seen[1:])
+    assert torch._C._get_graph_executor_optimize()

@@ -1,0 +1,340 @@
+"""The loss of a script, followed from the outputs to `backward()`."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import torch_dropout_ir as tdi
+from tests import traces
+from torch_dropout_ir.analysis.loss_calls import LossCalls
+from torch_dropout_ir.analysis.measures import Regularizer
+
+X, Y = torch.linspace(-1, 1, 48).view(8, 6).sin(), torch.linspace(0, 2, 24).view(8, 3)
+LABELS, WORDS = torch.arange(8) % 3, torch.arange(20).view(4, 5) % 7
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 3))
+
+
+class Pair(nn.Module):
+    """A model with two outputs, or with a loss of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x, y=None):
+        out = self.net(x)
+        return {"extra": out.mean(), "logits": out, "loss": y and F.mse_loss(out, y[0])}
+
+
+class Language(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.drop = nn.Embedding(7, 6), nn.Dropout(0.2)
+        self.head = nn.Linear(6, 7)
+
+    def forward(self, words):
+        return self.head(self.drop(self.table(words)))
+
+
+def next_word(model):
+    out = model(WORDS)
+    count, length, words = out.shape
+    flat = out[:, :-1].reshape(count * (length - 1), words)
+    return F.cross_entropy(flat, WORDS[:, 1:].reshape(-1), ignore_index=3)
+
+
+def summed(model):
+    out = model(X)
+    return F.cross_entropy(out, LABELS) + 0.1 * nn.MSELoss()(out, Y)
+
+
+def weighted(model):
+    """Weights of the outputs, that are not differentiated."""
+    each = F.cross_entropy(out := model(X), LABELS, reduction="none")
+    with torch.no_grad():
+        weights = 1 - out.softmax(1).max(1).values
+    return (weights * each).mean()
+
+
+SCRIPTS = {
+    "function": (mlp, lambda m: F.cross_entropy(m(X), LABELS), "cross_entropy"),
+    "options": (
+        mlp,
+        lambda m: F.cross_entropy(
+            m(X), LABELS, weight=torch.tensor([1.0, 2, 3]), label_smoothing=0.1
+        ),
+        "cross_entropy",
+    ),
+    "keywords": (mlp, lambda m: F.mse_loss(input=m(X), target=Y), "squared"),
+    "sum": (mlp, lambda m: F.mse_loss(m(X), Y, reduction="sum"), "squared"),
+    "two steps": (mlp, lambda m: F.nll_loss(m(X).log_softmax(1), LABELS), "general"),
+    "by hand": (mlp, lambda m: ((m(X) - Y) ** 2).sum() / len(X), "general"),
+    "half": (mlp, lambda m: 0.5 * F.mse_loss(m(X), Y), "general"),
+    "several": (mlp, lambda m: (m(X).max(1).values - Y.mean()).abs().mean(), "general"),
+    "masked": (mlp, lambda m: F.l1_loss(m(X)[LABELS > 0], Y[LABELS > 0]), "general"),
+    "weighted": (mlp, weighted, "general"),
+    "added": (mlp, summed, "general"),
+    "module": (mlp, lambda m: nn.MSELoss()(m(X), Y), "squared"),
+    "structure": (Pair, lambda m: F.mse_loss(m(X)["logits"], Y), "general"),
+    "model's own": (Pair, lambda m: m(X, y=[Y])["loss"], "general"),
+    "language": (Language, next_word, "general"),
+}
+
+
+def measured(model, script, **options):
+    """One step with the analysis, and what the loss is with dropout off."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    measures = [Regularizer(num_masks=64)]
+    options = {"log_dir": False, "every": 1, "measures": measures, **options}
+    with tdi.attach_analysis(model, **options) as analysis:
+        script(model).backward()
+        optimizer.step()
+    assert torch._C._len_torch_function_stack() == 0
+    with torch.no_grad():
+        clean = script(model.eval())
+    model.train()
+    return analysis, float(clean)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_loss_is_what_the_script_computes(name):
+    make, script, kind = SCRIPTS[name]
+    model = make()
+    analysis, clean = measured(model, script)
+    assert not analysis.absent
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    assert analysis.loss.kind == kind
+    with torch.no_grad():
+        excess = torch.stack([script(model) for _ in range(1000)]) - clean
+    error = float(excess.std()) / 1000**0.5
+    error += 5 * analysis.latest["regularizer/R1_standard_error"]
+    assert abs(analysis.latest["regularizer/R1"] - float(excess.mean())) < 5 * error
+
+
+def test_sites_have_their_parts_where_the_model_returns_its_loss():
+    """The loss is linear in such outputs: the Gauss-Newton form in them is 0."""
+    model = Pair().double()
+    x, y = X.double(), Y.double()
+    analysis, _ = measured(model, lambda m: m(x, y=[y])["loss"])
+    site = model.net[2], model.net[3].weight
+    with torch.no_grad():
+        exact = tdi.regularizers.last_layer(model.net[:2](x), site[1], site[0].p)
+    part = analysis.latest["regularizer/R1/net.2"]
+    assert part == pytest.approx(float(exact), rel=0.5)
+    assert "sampled form of the whole loss" in analysis.notes["regularizer/R1"]
+
+
+def test_what_a_script_does_not_differentiate_is_not():
+    out, model = torch.randn(8, 3), mlp()
+    calls = LossCalls(noisy := model(X), 1)
+    calls.enter()
+    try:
+        weighted(lambda _: noisy).backward()
+    finally:
+        calls.leave()
+    loss, targets, _ = calls.found()
+    found, expected = (out.clone().requires_grad_() for _ in range(2))
+    loss(found, targets[0]).backward()
+    weighted(lambda _: expected).backward()
+    torch.testing.assert_close(found.grad, expected.grad)
+
+
+@pytest.mark.parametrize("name", ["function", "by hand", "added", "model's own"])
+def test_training_is_as_without(name):
+    make, script, _ = SCRIPTS[name]
+    analysis = traces.compared(make, script)
+    assert not analysis.absent
+    assert {"sharpness/trace", "regularizer/R2_dropout_noise"} <= set(analysis.latest)
+
+
+def test_scalers_and_accumulation_are_no_part_of_it():
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    analysis, clean = measured(mlp(), lambda m: scaler.scale(F.mse_loss(m(X), Y)))
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean / 1024, rel=1e-5)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        for step in range(2):
+            for part in (slice(4), slice(4, 8)):
+                loss = ((model(X[part]) - Y[part]) ** 2).mean()
+                (loss / 2).backward()
+            with torch.no_grad():
+                clean = F.mse_loss(model.eval()(X[4:]), Y[4:])
+            model.train()
+            optimizer.step()
+            _, found = analysis.history["loss/R_S"][step]
+            assert found == pytest.approx(float(clean), rel=1e-5)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+REFUSED = {
+    "writes": lambda m: m(X).sub_(Y).square().mean(),
+    "random": lambda m: F.dropout(m(X), 0.5).square().mean(),
+    "other ways": lambda m: (m(X) * m[0].weight.sum()).square().mean(),
+    "a function of its own": lambda m: Doubled.apply(m(X)).square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_followed_is_said(name):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer()]
+    ) as analysis:
+        REFUSED[name](model).backward()
+        optimizer.step()
+    assert "Pass `loss=`" in analysis.absent["regularizer"]
+    assert "regularizer/R1" not in analysis.latest
+
+
+def test_penalties_on_the_parameters_are_no_part_of_it():
+    model = mlp()
+
+    def script(model):
+        decay = sum(p.square().sum() for p in model.parameters())
+        return F.mse_loss(model(X), Y) + 0.1 * decay
+
+    analysis, _ = measured(model, script)
+    clean = F.mse_loss(model.eval()(X), Y).detach()
+    assert analysis.latest["loss/R_S"] == pytest.approx(float(clean), rel=1e-5)
+
+
+def test_a_loss_that_was_given_keeps_its_meaning():
+    """Its targets are what the script hands on beside the output itself."""
+    twice = lambda outputs, targets: 2 * F.mse_loss(outputs, targets)  # noqa: E731
+    analysis, clean = measured(mlp(), lambda m: F.mse_loss(m(X), Y), loss=twice)
+    assert analysis.latest["loss/R_S"] == pytest.approx(2 * clean, rel=1e-5)
+    data = X[:2], Y[:2]
+    model = mlp()
+    analysis, _ = measured(model, SCRIPTS["by hand"][1], loss=twice, data=data)
+    clean = twice(model.eval()(data[0]), data[1]).detach()
+    assert analysis.latest["loss/R_S"] == pytest.approx(float(clean), rel=1e-5)
+
+
+def found_again(model):
+    with torch.no_grad():
+        return float(F.mse_loss(model.eval()(X), Y))
+
+
+def test_measured_by_hand_the_last_targets_count():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=10) as analysis:
+        for _ in range(5):
+            F.mse_loss(model(X), Y).backward()
+            optimizer.step()
+        found = analysis.measure()
+        assert torch._C._len_torch_function_stack() == 0
+    assert not analysis.absent
+    assert found["loss/R_S"] == pytest.approx(found_again(model))
+    assert "last batch whose targets" in analysis.notes["loss/modified"]
+
+
+class Counting(TorchFunctionMode):
+    calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "around", [contextlib.nullcontext, Counting, lambda: torch.device("cpu")]
+)
+@pytest.mark.parametrize("default", [None, "cpu"])
+def test_modes_of_the_script_stay_what_they_are(around, default):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.set_default_device(default)
+    try:
+        depth = torch._C._len_torch_function_stack()
+        with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+            with around() as mode:
+                out = model(X)  # entered around the pass, left before the loss
+            assert torch._C._len_torch_function_stack() == depth + 1
+            calls = mode.calls if isinstance(mode, Counting) else 0
+            with around():
+                loss = F.mse_loss(out, Y)
+            loss.backward()
+            optimizer.step()
+            assert calls == (mode.calls if isinstance(mode, Counting) else 0)
+            assert torch._C._len_torch_function_stack() == depth
+    finally:
+        torch.set_default_device(None)
+    assert torch._C._len_torch_function_stack() == 0
+    assert "regularizer/R1" in analysis.latest
+
+
+def test_a_step_that_breaks_off_leaves_no_mode_behind():
+    model = mlp()
+    with tdi.attach_analysis(model, log_dir=False, every=1):
+        with pytest.raises(ValueError, match="batch"):
+            F.cross_entropy(model(X), LABELS[:2]).backward()
+    assert torch._C._len_torch_function_stack() == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_loss_runs_as_it_did(fullgraph):
+    def train(attached):
+        torch.manual_seed(1)
+        torch.compiler.reset()
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss = torch.compile(
+            lambda out, y: (out - y).square().mean() * 2,
+            backend="aot_eager",
+            fullgraph=fullgraph,
+        )
+        watch = contextlib.nullcontext()
+        if attached:
+            watch = tdi.attach_analysis(
+                model, log_dir=False, every=2, measures=[Regularizer()]
+            )
+        with watch as analysis:
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss(model(X), Y).backward()
+                optimizer.step()
+        return [p.detach().clone() for p in model.parameters()], analysis
+
+    bare, _ = train(False)
+    watched, analysis = train(True)
+    assert all(torch.equal(a, b) for a, b in zip(bare, watched, strict=True))
+    assert "Pass `loss=`" in analysis.absent["regularizer"]
+
+
+def test_what_is_followed_lets_tensors_go():
+    """Nothing of the script's pass is kept alive by looking on."""
+    out = mlp()(X)
+    calls = LossCalls(out, 1)
+    calls.enter()
+    try:
+        passing = out * 2
+        assert calls.at(passing) is not None
+        assert len(calls._known) == 2
+        del passing
+        assert len(calls._known) == 1
+        F.mse_loss(out, Y).backward()
+    finally:
+        calls.leave()
+    loss, (targets,), straight = calls.found()
+    assert targets is Y and straight
+    assert float(loss(torch.zeros(8, 3), Y)) == pytest.approx(float(Y.square().mean()))

@@ -1,0 +1,190 @@
+"""What a script keeps beside the tensors of its model: attributes, and hooks that look.
+
+Semantics:
+
+* The analysis runs the model again. What a module counts or collects in plain
+  attributes is given back afterwards; a list, dict, set or tensor with its contents.
+* A hook that looks on (counts calls, collects activations) is not called in such
+  passes. One that acts (returns something, writes on tensors or on the module) belongs
+  to the model and is. The script's own pass at a step that measures tells which is
+  which; torch's own hooks act.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+_OF_TORCH: Final = frozenset(vars(nn.Module()))
+_HOOKS: Final = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@contextlib.contextmanager
+def unmoved_attributes(model: nn.Module) -> Iterator[None]:
+    """Give back the plain attributes of all modules as they were."""
+    kept = [(vars(m), dict(vars(m))) for m in model.modules()]
+    contents = [
+        (x, _contents(x))
+        for _, own in kept
+        for name, x in own.items()
+        if name not in _OF_TORCH and type(x) in _RESTORE
+    ]
+    try:
+        yield
+    finally:
+        for now, own in kept:
+            for name in [n for n in now if n not in own]:
+                del now[name]
+            now.update({n: x for n, x in own.items() if now.get(n, now) is not x})
+        for x, was in contents:
+            _RESTORE[type(x)](x, was)
+
+
+def _contents(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, Tensor) else x.copy()
+
+
+def _refill(x: Any, was: Any) -> None:
+    x.clear()
+    x.extend(was) if isinstance(x, (list, deque)) else x.update(was)
+
+
+@torch.no_grad()
+def _rewrite(x: Tensor, was: Tensor) -> None:
+    if not torch.equal(x, was):
+        x.copy_(was)
+
+
+_RESTORE: Final[dict[type, Callable[[Any, Any], None]]] = {
+    **dict.fromkeys((list, dict, set, deque), _refill),
+    Tensor: _rewrite,
+}
+
+
+class Bystanders:
+    """Tells hooks that look on from those that act.
+
+    Args:
+        model: The model whose modules carry the hooks.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._looking: set[int] = set()
+        self._acting: set[int] = set()
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Learn which hooks act, from what they do inside the context."""
+        changed = []
+        for hooks in _hook_dicts(self._model):
+            for key, hook in hooks.items():
+                if key not in self._acting and not _of_torch(hook):
+                    changed.append((hooks, key, hook))
+        for hooks, key, hook in changed:
+            hooks[key] = _Told(hook, key, self._looking, self._acting)
+        try:
+            yield
+        finally:
+            for hooks, key, hook in changed:
+                if isinstance(hooks.get(key), _Told):  # else the script removed it
+                    hooks[key] = hook
+
+    @contextlib.contextmanager
+    def aside(self, model: nn.Module) -> Iterator[None]:
+        """Leave those that look on out inside the context, and give attributes back.
+
+        Args:
+            model: The model that runs: the own one, or its copy.
+        """
+        still = self._looking - self._acting
+        kept = [(hooks, dict(hooks)) for hooks in _hook_dicts(model)] if still else []
+        with unmoved_attributes(model), _unprofiled(model):
+            try:
+                for hooks, _ in kept:
+                    for key in still.intersection(hooks):
+                        del hooks[key]
+                yield
+            finally:
+                for hooks, own in kept:  # in their order
+                    if hooks.keys() != own.keys():
+                        hooks.clear()
+                        hooks.update(own)
+
+
+@contextlib.contextmanager
+def _unprofiled(model: nn.Module) -> Iterator[None]:
+    """Run scripted code as it is: counted calls decide when it is optimized."""
+    scripted = any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
+    optimizes = torch._C._get_graph_executor_optimize()
+    try:
+        if scripted:
+            torch._C._set_graph_executor_optimize(False)
+        yield
+    finally:
+        if scripted:
+            torch._C._set_graph_executor_optimize(optimizes)
+
+
+class _Told:
+    """A hook of the script's, and what it did; copies and pickles are the hook."""
+
+    def __init__(
+        self,
+        hook: Callable[..., Any],
+        key: int,
+        looking: set[int],
+        acting: set[int],
+    ) -> None:
+        self._hook = hook
+        self._key = key
+        self._looking, self._acting = looking, acting
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = _state(args)
+        result = self._hook(*args, **kwargs)
+        acts = result is not None or _state(args) != before
+        (self._acting if acts else self._looking).add(self._key)
+        return result
+
+    def __reduce__(self) -> Any:
+        return _itself, (self._hook,)
+
+
+def _itself(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return hook
+
+
+def _hook_dicts(model: nn.Module) -> Iterator[dict[int, Callable[..., Any]]]:
+    for module in model.modules():
+        yield from (vars(module).get(name) or {} for name in _HOOKS)
+    for x in model.parameters():
+        yield x._backward_hooks or {}
+
+
+def _of_torch(hook: Any) -> bool:
+    place = getattr(hook, "__module__", None) or type(hook).__module__
+    return place.split(".")[0] in ("torch", "torch_dropout_ir")
+
+
+def _state(args: tuple[Any, ...]) -> list[Any]:
+    """What a hook that acts would change: tensors by version, members by identity."""
+    seen: list[Any] = []
+    for x in args:
+        inner = x if isinstance(x, (tuple, list)) else (x,)
+        tensors = (y for y in inner if isinstance(y, Tensor) and not y.is_inference())
+        seen += [y._version for y in tensors]
+        if isinstance(x, nn.Module):
+            own = (vars(x), x._parameters, x._buffers, x._modules)
+            seen += [id(y) for members in own for y in members.values()]
+    return seen

@@ -1,0 +1,129 @@
+"""A loss as the list of calls that a script made of the outputs of its model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.regularizers.outputs import flatten
+
+
+class At(NamedTuple):
+    """Stands in a recorded call for a tensor: in which list it is, and where.
+
+    Attributes:
+        of: ``"outputs"`` of the model, ``"targets"`` for whatever else was there, or
+            ``"steps"`` for what came of a call.
+        place: Its number.
+        element: Which one, where a call has returned several.
+    """
+
+    of: str
+    place: int
+    element: int | None = None
+
+
+class Step(NamedTuple):
+    """A call.
+
+    Attributes:
+        function: What was called.
+        args: Its arguments, with an :class:`At` in the place of each tensor.
+        kwargs: Those by name.
+        differentiated: Whether autograd was on.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    differentiated: bool
+
+
+class FollowedLoss:
+    """A loss ``(outputs, targets) -> scalar``: what a script did with its outputs.
+
+    Args:
+        steps: Calls, in order; those that do not lead to the result are left out.
+        result: Which tensor is the loss.
+        name: What to call it.
+        reduction: Whether it is a ``"mean"`` or a ``"sum"`` over samples.
+    """
+
+    def __init__(
+        self, steps: list[Step], result: At, name: str, reduction: str = "mean"
+    ) -> None:
+        self._steps = _leading_to(result, steps)
+        self._result = result
+        self.__name__ = name
+        self.reduction = reduction
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        """Evaluate the loss of other outputs.
+
+        Args:
+            outputs: What the model returned.
+            targets: The tensor that the script read beside the outputs; a tuple where
+                these are several or none.
+
+        Returns:
+            Scalar.
+        """
+        results: dict[int, Any] = {}
+        found: dict[str, Any] = {
+            "outputs": flatten(outputs)[0],
+            "targets": targets if isinstance(targets, tuple) else (targets,),
+            "steps": results,
+        }
+
+        def read(at: At) -> Any:
+            value = found[at.of][at.place]
+            return value if at.element is None else value[at.element]
+
+        for place, step in self._steps.items():
+            args, kwargs = filled((step.args, step.kwargs), At, read)
+            with torch.set_grad_enabled(
+                torch.is_grad_enabled() and step.differentiated
+            ):
+                results[place] = step.function(*args, **kwargs)
+        value: Tensor = read(self._result)
+        return value
+
+
+def _leading_to(result: At, steps: list[Step]) -> dict[int, Step]:
+    """Return the calls that a result is made of, by their numbers."""
+    wanted = {result.place} if result.of == "steps" else set()
+    for place in range(len(steps) - 1, -1, -1):
+        if place in wanted:
+            read = inside((steps[place].args, steps[place].kwargs), At)
+            wanted |= {at.place for at in read if at.of == "steps"}
+    return {place: steps[place] for place in sorted(wanted)}
+
+
+def inside(x: Any, kind: type) -> Iterator[Any]:
+    """Yield what is of a type among arguments."""
+    if isinstance(x, kind):
+        yield x
+    elif isinstance(x, dict):
+        yield from inside(tuple(x.values()), kind)
+    elif isinstance(x, slice):
+        yield from inside((x.start, x.stop, x.step), kind)
+    elif isinstance(x, (tuple, list)):
+        for value in x:
+            yield from inside(value, kind)
+
+
+def filled(x: Any, kind: type, read: Callable[[Any], Any]) -> Any:
+    """Return arguments with ``read(y)`` in the place of each ``y`` of a type."""
+    if isinstance(x, kind):
+        return read(x)
+    if isinstance(x, dict):
+        return {key: filled(value, kind, read) for key, value in x.items()}
+    if isinstance(x, slice):
+        return slice(*filled((x.start, x.stop, x.step), kind, read))
+    if isinstance(x, (tuple, list)) and not isinstance(x, torch.Size):
+        values = [filled(value, kind, read) for value in x]
+        return values if isinstance(x, list) else tuple(values)
+    return x

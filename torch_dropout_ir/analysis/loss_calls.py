@@ -1,0 +1,264 @@
+"""From the outputs of a training pass to the number on which it is trained.
+
+Semantics:
+
+* Calls of torch's functions on what comes of the outputs are listed, until the script
+  calls ``backward``: on the loss. The list, run again on other outputs, is their loss.
+* Of that number the last factor is taken away where it is a tensor, as a gradient
+  scaler has it, and a division by the number of passes since the last optimizer step,
+  as scripts that accumulate gradients do it.
+* Nothing is followed that writes on what came of the outputs, draws random numbers, has
+  a derivative of its own (``autograd.Function``, compiled code), or depends on
+  parameters by another way than the outputs.
+* The mode lies under those of the script, so that what the script enters and leaves
+  meanwhile stays what it is. It only looks: every call is made as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from torch_dropout_ir.analysis.followed_loss import (
+    At,
+    FollowedLoss,
+    Step,
+    filled,
+    inside,
+)
+from torch_dropout_ir.losses import LossFunction
+from torch_dropout_ir.regularizers.outputs import flatten
+
+# Private names; with a torch that lacks them, loss modules alone are found.
+_POP = getattr(torch._C, "_pop_torch_function_stack", None)
+_PUSH = getattr(torch._C, "_push_on_torch_function_stack", None)
+_LENGTH = getattr(torch._C, "_len_torch_function_stack", None)
+# Where torch keeps the mode of `set_default_device`, which has to be the lowest.
+_DEFAULT = getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None)
+
+_MOST_STEPS: Final = 1000
+_BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
+_LOSSES: Final = frozenset({
+    F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.cross_entropy,
+    F.gaussian_nll_loss, F.hinge_embedding_loss, F.huber_loss, F.kl_div, F.l1_loss,
+    F.mse_loss, F.multi_margin_loss, F.multilabel_margin_loss,
+    F.multilabel_soft_margin_loss, F.nll_loss, F.poisson_nll_loss, F.smooth_l1_loss,
+    F.soft_margin_loss,
+})  # fmt: skip
+_TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
+_DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
+# The output of a model that returns a tensor, or the first of several.
+OUTPUT: Final = At("outputs", 0)
+_RANDOM: Final = ("bernoulli", "dropout", "multinomial", "normal_", "rand", "rrelu")
+
+
+class LossCalls(TorchFunctionMode):
+    """Looks on while a script computes its loss.
+
+    Args:
+        outputs: What the model returned.
+        passes: Training passes since the last optimizer step, this one included.
+    """
+
+    def __init__(self, outputs: Any, passes: int) -> None:
+        super().__init__()
+        self._passes = passes
+        self._one = isinstance(outputs, Tensor)
+        self._known: Any = WeakIdKeyDictionary()
+        self._nodes: dict[Any, At] = {}
+        self._steps: list[Step] = []
+        self._targets: list[Tensor] = []
+        self._first: At | None = None
+        self._trained: At | None = None
+        for place, leaf in enumerate(flatten(outputs)[0]):
+            if isinstance(leaf, Tensor):
+                self._known[leaf] = At("outputs", place)
+                self._nodes[leaf.grad_fn] = At("outputs", place)
+        self._looking = bool(self._known)
+
+    def enter(self) -> None:
+        """Lay the mode under those that are active, but over a default device."""
+        if None in (_POP, _PUSH, _LENGTH):
+            self._rest()
+            return
+        modes = _popped()
+        default = getattr(_DEFAULT, "device_context", None)
+        lowest = [modes.pop()] if modes and modes[-1] is default else []
+        _pushed([*modes, self, *lowest])
+
+    def leave(self) -> None:
+        """Take the mode away, wherever it lies."""
+        self._rest()
+        if None not in (_POP, _PUSH, _LENGTH):
+            _pushed([mode for mode in _popped() if mode is not self])
+
+    def _rest(self) -> None:
+        self._looking = False
+        self._known.clear()
+        self._nodes.clear()
+
+    def at(self, x: Any) -> At | None:
+        """Return where a tensor comes from, if it is from the outputs.
+
+        Args:
+            x: Anything.
+
+        Returns:
+            Its place; that of the output where it is the copy that DDP hands out.
+        """
+        if not isinstance(x, Tensor):
+            return None
+        found: At | None = self._known.get(x)
+        if found is not None and found.of == "steps" and x.requires_grad:
+            if not self._steps[found.place].differentiated:
+                found = None  # of a function with a derivative of its own
+        node = x.grad_fn
+        if found is None and node is not None and node.name() == "_DDPSinkBackward":
+            # With `find_unused_parameters` or `static_graph` a node of the graph that
+            # tells DDP when the backward pass starts makes copies, in order.
+            if x.output_nr < len(node.next_functions):
+                found = self._nodes.get(node.next_functions[x.output_nr][0])
+        return found
+
+    def trained_on(self, x: At | None) -> bool:
+        """Whether ``backward`` was called on that number, or on it times a factor."""
+        return x is not None and x == self._trained
+
+    def found(self) -> tuple[LossFunction, tuple[Tensor, ...], bool] | None:
+        """Return the loss, what it reads beside the outputs, and whether it is torch's.
+
+        The loss is what ``backward`` was called on, or, where that could not be
+        followed, what the first of torch's loss functions returned; None if neither.
+        """
+        result = self._trained or self._first
+        if result is None:
+            return None
+        step = self._steps[result.place] if result.of == "steps" else None
+        if step is None:
+            return FollowedLoss([], result, "the model's own"), (), False
+        if step.function not in _LOSSES:
+            loss = FollowedLoss(self._steps, result, "that of the script")
+            return loss, tuple(self._targets), False
+        straight = self._one and len(step.args) == 2 and step.args[0] == OUTPUT
+        if straight and isinstance(step.args[1], At) and step.args[1].of == "targets":
+            options = filled(step.kwargs, At, lambda at: self._targets[at.place])
+            plain = functools.partial(step.function, **options)
+            return plain, (self._targets[step.args[1].place],), True
+        name = f"{step.function.__name__} of the script"
+        reduction = "sum" if step.kwargs.get("reduction") == "sum" else "mean"
+        loss = FollowedLoss(self._steps, result, name, reduction)
+        return loss, tuple(self._targets), False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling() or not self._looking:
+            return func(*args, **kwargs)
+        if func in _BACKWARD:
+            self._end(args[0] if args else None)
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        self._follow(func, args, kwargs, out)
+        return out
+
+    def _end(self, root: Any) -> None:
+        """The script goes back from here: this is what it trains on."""
+        if isinstance(root, (tuple, list)) and len(root) == 1:
+            root = root[0]
+        at = self.at(root)
+        if at is not None and root.numel() == 1:
+            self._trained = self._without_factors(at)
+        self._rest()
+
+    def _without_factors(self, at: At) -> At:
+        scaled = True  # a gradient scaler's factor is the last one
+        while at.of == "steps":
+            step = self._steps[at.place]
+            times = step.function.__name__ in _TIMES
+            if not times and step.function.__name__ not in _DIVIDED:
+                break
+            if len(step.args) != 2 or not isinstance(step.args[0], At):
+                break
+            inner, factor = step.args
+            if isinstance(factor, At):
+                if not (times and scaled and factor.of == "targets"):
+                    break
+            elif factor != (1 / self._passes if times else self._passes):
+                break
+            at, scaled = inner, False
+        return at
+
+    def _follow(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+    ) -> None:
+        """List a call, if something of the outputs goes in and tensors come out."""
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        if not any(isinstance(x, Tensor) for x in results):
+            return
+        into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
+        if all(at is None for _, at in into):
+            return
+        name = getattr(func, "__name__", "")
+        if _writes(name, kwargs):
+            if args and self.at(args[0]) is not None:
+                self._rest()  # what was listed is no longer what it was
+            return
+        free = any(x.requires_grad for x, at in into if at is None)
+        if free or any(part in name for part in _RANDOM):
+            return
+        if len(self._steps) == _MOST_STEPS:
+            self._rest()
+            return
+        place = len(self._steps)
+        read, named = filled((args, kwargs), Tensor, self._stand_in)
+        self._steps.append(Step(func, read, named, torch.is_grad_enabled()))
+        for element, x in enumerate(results):
+            if isinstance(x, Tensor):
+                own = None if isinstance(out, Tensor) else element
+                self._known[x] = At("steps", place, own)
+        if self._first is None and func in _LOSSES and out.numel() == 1:
+            self._first = At("steps", place)
+
+    def _stand_in(self, x: Tensor) -> At:
+        at = self.at(x)
+        if at is not None:
+            return at
+        for place, known in enumerate(self._targets):
+            if known is x:
+                return At("targets", place)
+        self._targets.append(x)
+        return At("targets", len(self._targets) - 1)
+
+
+def _writes(name: str, kwargs: dict[str, Any]) -> bool:
+    in_place = name.endswith("_") and not name.endswith("__")
+    # `__iadd__` is the writing form of `__add__`; `__invert__` is of nothing.
+    by_operator = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
+    written = in_place or by_operator or name == "__setitem__"
+    return written or kwargs.get("out") is not None
+
+
+def _popped() -> list[TorchFunctionMode]:
+    """Take all modes away; the innermost comes first."""
+    return [_POP() for _ in range(_LENGTH())]  # type: ignore[misc]
+
+
+def _pushed(modes: list[TorchFunctionMode]) -> None:
+    for mode in reversed(modes):
+        _PUSH(mode)  # type: ignore[misc]

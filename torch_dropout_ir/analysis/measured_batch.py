@@ -1,0 +1,67 @@
+"""The batch that a measurement is of, and the loss of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from torch_dropout_ir.analysis.capture import Capture
+from torch_dropout_ir.functional import Batch, Inputs
+from torch_dropout_ir.losses import Loss, resolve_loss
+
+
+class MeasuredBatch:
+    """Chooses a batch whose targets are known: the step's own, where it is one.
+
+    Args:
+        loss: The loss that the user gave; None where it is to be seen.
+        data: Batches of the user's, for where the step does not show its targets.
+
+    Attributes:
+        loss: The loss; None before it is known.
+        data: The user's batches.
+    """
+
+    def __init__(self, loss: Loss | None, data: list[Batch] | None) -> None:
+        self.loss = loss
+        self.data = data
+        self._given = loss is not None
+        self._last: Batch | None = None
+
+    def choose(
+        self, capture: Capture, targets_of: Callable[[Inputs], Any]
+    ) -> tuple[Batch, str]:
+        """Return the batch, and which one it is.
+
+        Args:
+            capture: What the step has shown.
+            targets_of: Finds the targets by the inputs where the loss does not.
+
+        Returns:
+            ``(inputs, targets)``, either None where not known, and words for it.
+        """
+        inputs = capture.inputs
+        targets = None if inputs is None else self._targets(capture, targets_of(inputs))
+        if targets is not None:
+            self._last = inputs, targets
+        elif self.data:
+            return self.data[0], "`data`"
+        elif self._last is not None:
+            return self._last, "the last batch whose targets were seen"
+        return (inputs, targets), "this step's batch"
+
+    def _targets(self, capture: Capture, own: Any) -> Any:
+        """Take over the loss of the step, and return its targets, if any were seen."""
+        seen = capture.loss()
+        if seen is None:
+            return own
+        loss, targets, straight = seen
+        if self._given:
+            return targets if straight else own
+        with contextlib.suppress(ValueError):
+            self.loss = resolve_loss(loss)
+        if targets is not None:
+            return targets
+        # A model that computes its loss itself has the targets among its inputs.
+        return capture.inputs if own is None else own

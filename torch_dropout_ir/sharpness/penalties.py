@@ -1,0 +1,46 @@
+"""Losses that read the parameters by another way than the model's outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from torch_dropout_ir.losses import Loss
+
+
+def check_penalties(
+    caller: str, model: nn.Module, loss: Loss, outputs: Any, targets: Any
+) -> None:
+    """Raise if a loss depends on the parameters by another way than the outputs.
+
+    Derivatives are taken at other tensors than the model's own parameters, which such
+    a loss would not see. Parameters of the loss itself are constants.
+
+    Args:
+        caller: The function that takes derivatives.
+        model: The model.
+        loss: The loss.
+        outputs: What the model returned.
+        targets: The targets.
+
+    Raises:
+        ValueError: If the loss reads parameters of ``model``.
+    """
+    fixed = tree_map_only(Tensor, Tensor.detach, outputs)
+    with torch.enable_grad():
+        value = loss(fixed, targets)
+        if not value.requires_grad:
+            return
+        named = {n: x for n, x in model.named_parameters() if x.requires_grad}
+        found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+    read = [n for n, g in zip(named, found, strict=True) if g is not None]
+    if read:
+        raise ValueError(
+            f"{caller}: expected a loss of outputs and targets alone, got one that "
+            f"depends on {len(read)} parameters by another way ({read[0]!r} first), as "
+            "a penalty on weights does: its derivatives would be left out. Leave it "
+            "out of `loss`, or let the model return it with its outputs."
+        )
