@@ -9,14 +9,17 @@ in forward-backward passes of the same network and batch.
 
 Costs: one sample of ``gauss_newton`` and the others against a forward-backward pass of
 784-1024-1024-10 and of a small convolutional network at batch 128, with the peak memory
-of each; ``last_layer`` of features [4096, 4096] with 1000 outputs against one product
-of those. Contenders take turns; medians.
+of each and its ratio to that of the pass, once more with a site at the input;
+``last_layer`` of features [4096, 4096] with 1000 outputs against one product of those.
+Contenders take turns; medians.
 
     python benchmarks/regularizers.py --png regularizers.png
     python benchmarks/regularizers.py --costs
 """
 
 import argparse
+import copy
+import functools
 import multiprocessing
 import statistics
 import sys
@@ -32,6 +35,7 @@ from torch_dropout_ir import testing
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
     gauss_newton,
+    gradient_norm,
     last_layer,
     leave_one_out,
     modified_loss,
@@ -237,21 +241,42 @@ def models() -> dict:
         nn.Dropout2d(0.1), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.5),
         nn.Linear(4096, 10),
     )  # fmt: skip
+    both = (("784-1024-1024-10", mlp), ("convolutional", conv))
+    at_the_input = {
+        f"{name}, a site at the input": nn.Sequential(
+            nn.Dropout(0.1), *copy.deepcopy(net)
+        )
+        for name, net in both
+    }
+    images = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
+    rows = torch.randn(128, 784), torch.randint(10, (128,))
+    nets = {**dict(both), **at_the_input}
     return {
-        "784-1024-1024-10": (mlp, torch.randn(128, 784), torch.randint(10, (128,))),
-        "convolutional": (conv, torch.randn(128, 3, 32, 32), torch.randint(10, (128,))),
+        name: (net, *(images if name.startswith("conv") else rows))
+        for name, net in nets.items()
     }
 
 
 def passes(net, x, y) -> dict:
     """What is timed against a forward-backward pass."""
     batch, loss = (x, y), "cross_entropy"
+    objective = functools.partial(modified_loss, net, batch, loss, lr=0.1)
+
+    def objective_of(kind, **options):
+        net.zero_grad()
+        objective(kind=kind, **options).backward()
+
     return {
         "forward-backward": step(net, batch, F.cross_entropy),
         "gauss_newton, 1": lambda: gauss_newton(net, batch, loss),
         "second_order, 1": lambda: second_order(net, batch, loss),
         "monte_carlo, 8": lambda: monte_carlo(net, batch, loss, num_masks=8),
-        "regu": lambda: modified_loss(net, batch, loss, kind="regu", lr=0.1).backward(),
+        "gradient_norm, 2": lambda: gradient_norm(net, batch, loss, lr=0.1),
+        "L1, gauss_newton": lambda: objective_of("L1", r1="gauss_newton"),
+        "L1, monte_carlo": lambda: objective_of("L1", r1="monte_carlo"),
+        "L2": lambda: objective_of("L2"),
+        "L3": lambda: objective_of("L3"),
+        "regu": lambda: objective_of("regu"),
     }
 
 
@@ -294,7 +319,11 @@ def costs(turns: int) -> None:
         print(f"\n{model}: forward-backward pass {1e3 * base:.1f} ms")
         for name, found in times.items():
             ratio = statistics.median(found) / base
-            print(f"  {name:20}{ratio:>8.2f} passes{memory[name]:>10.0f} MiB added")
+            share = memory[name] / memory["forward-backward"]
+            print(
+                f"  {name:20}{ratio:>8.2f} passes{memory[name]:>10.0f} MiB added,"
+                f"{share:>6.2f} of a step's"
+            )
     h, w = torch.randn(4096, 4096), 0.02 * torch.randn(1000, 4096)
     f, y = h @ w.T, torch.randint(1000, (4096,))
     runs = {

@@ -19,7 +19,7 @@ from torch_dropout_ir.regularizers import (
 )
 from torch_dropout_ir.regularizers.masked import clean_risk
 from torch_dropout_ir.regularizers.online import online
-from torch_dropout_ir.testing import expected_dropout_loss
+from torch_dropout_ir.testing import check_regularizer, expected_dropout_loss
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -293,3 +293,84 @@ def test_a_pass_keeps_nothing_from_below_the_first_site(outlives):
     with clean_pass(net, torch.randn(5, 3), outlives=outlives) as clean:
         found = torch.autograd.grad(clean.outputs.sum(), weights, allow_unused=True)
     assert [g is not None for g in found] == [outlives, True, True]
+
+
+@pytest.mark.parametrize("p, num_masks", [(1e-9, 64), (0.999, 64), (0.99, 8)])
+def test_masks_that_hardly_differ_have_no_standard_error(p, num_masks):
+    """A mean over masks that are all alike is off by what they do not show."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(p), nn.Linear(3, 2)).double()
+    batch = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+    for _ in range(10):
+        found = monte_carlo(net, batch, "mse", num_masks=num_masks)
+        assert found.standard_error.isnan() and found.notes
+    sure = monte_carlo(net, batch, "mse", num_masks=num_masks, rtol=0.5)
+    assert not sure.converged
+
+
+def test_few_masks_of_few_units_cover():
+    """A fit of the linear part to a handful of kept units pretends to know."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.9), nn.Linear(3, 2)).double()
+    batch = torch.randn(1, 3).double(), torch.randn(1, 2).double()
+    r1 = float(gauss_newton(net, batch, "mse", num_samples=None).value)
+    draws = [monte_carlo(net, batch, "mse", num_masks=70) for _ in range(100)]
+    far = [abs(float(d.value) - r1) > 2 * float(d.standard_error) for d in draws]
+    assert sum(far) <= 12
+
+
+def test_rare_drops_break_no_claim():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(1e-6), nn.Linear(2, 1)).double()
+    batch = torch.randn(2, 2).double(), torch.randn(2, 1).double()
+    report = check_regularizer(net, batch, "mse", rtol=1e-9, num_masks=64)
+    report.assert_holds()
+    assert "monte_carlo" not in report.agreeing
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order, monte_carlo])
+@pytest.mark.parametrize("loss", ["cross_entropy", lambda f, t: F.cross_entropy(f, t)])
+def test_a_loss_of_no_target_is_no_zero(form, loss):
+    """Its value is NaN, its derivatives are 0."""
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
+    batch = torch.randn(4, 3), torch.full((4,), -100)
+    with pytest.raises(ValueError, match="finite"):
+        form(net, batch, loss)
+
+
+@pytest.mark.parametrize("kind", ["L2", "L3", "regu"])
+def test_a_loss_that_can_be_differentiated_once_cannot_be_penalized(kind):
+    """Torch alone drops its second derivative and says nothing."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, f, t):
+            ctx.save_for_backward(f, t)
+            return (f - t).square().mean()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            f, t = ctx.saved_tensors
+            return 2 * (f - t) / f.numel() * g, None
+
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 2))
+    batch = torch.randn(5, 3), torch.randn(5, 2)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        modified_loss(net, batch, Once.apply, kind=kind, lr=0.1).backward()
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order, monte_carlo])
+def test_noise_that_is_left_out_is_said(form):
+    net = nn.Sequential(nn.Linear(3, 4), nn.AlphaDropout(0.3), nn.Linear(4, 2))
+    batch = torch.randn(5, 3), torch.randn(5, 2)
+    assert any("AlphaDropout" in note for note in form(net, batch, "mse").notes)
+    plain = nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 2))
+    assert not form(plain, batch, "mse").notes
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order, monte_carlo])
+def test_inference_mode_is_named(form):
+    net = nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 2))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        form(net, (torch.randn(5, 3), torch.randn(5, 2)), "mse")

@@ -16,7 +16,7 @@ class Estimate:
         per_site: Contribution of each dropout site by name; empty where the method
             cannot tell them apart.
         standard_error: Standard error from sampling, 0-d: 0 for a deterministic
-            formula, NaN where one draw cannot tell.
+            formula, NaN where the draws cannot tell.
         exact: Whether the value equals ``E[R_drop] - R_S`` up to rounding, rather than
             its second-order part or a sample of it.
         num_samples: Random draws taken; 0 for a deterministic formula.

@@ -9,10 +9,15 @@ Semantics:
   regression coefficient over the *other* draws, hence independent of this one, and the
   mean stays unbiased. Where the network is far from linear at its noise, the
   coefficient, and with it the correction, goes to zero.
+* Where next to no mask element differs from the rest (``p`` near 0 or 1, few units, few
+  draws), the draws tell nothing of their spread: there is no standard error then, and
+  where they are few, no fit.
 * Antithetic masks would take away the same part, but only at ``p = 1/2``.
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +30,11 @@ from torch_dropout_ir.regularizers.masked import clean_risk, dropout_risk
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import random_state
+
+# Elements that are in the minority, dropped or kept, expected over all draws. With
+# fewer the errors of tiny networks did not cover, p from 0.001 to 0.999.
+_FEWEST_FOR_AN_ERROR: Final = 20
+_FEWEST_FOR_A_FIT: Final = 100
 
 
 class ExcessRisk:
@@ -49,6 +59,7 @@ class ExcessRisk:
         self._loss = loss
         self._excess: list[Tensor] = []
         self._linear: list[Tensor] = []
+        self._minority: float | None = None  # None: no mask was seen
         before = random_state(model)
         with torch.no_grad():
             self._clean = clean_risk(model, batch, loss)
@@ -71,6 +82,9 @@ class ExcessRisk:
                 nonlocal linear, use
                 slope = self._slopes[use] if use < len(self._slopes) else None
                 use += 1
+                if 0 < site.p < 1:
+                    rare = min(site.p, 1 - site.p) * shape.numel()
+                    self._minority = (self._minority or 0.0) + rare
                 # Other sites than in the pass without noise: nothing is known here.
                 if slope is not None and slope.shape == shape and site.p < 1:
                     kept = ops.mask_apply(slope, packed, kernels.keep_scale(site.p))
@@ -100,9 +114,15 @@ class ExcessRisk:
         slopes = torch.where(known, covariance / torch.where(known, variance, 1.0), 0.0)
         return excess - slopes * linear
 
-    @staticmethod
-    def _has_linear_parts(linear: Tensor) -> bool:
+    @property
+    def knows_its_error(self) -> bool:
+        """Whether the masks differ often enough to tell how far the mean is off."""
+        return self._minority is None or self._minority >= _FEWEST_FOR_AN_ERROR
+
+    def _has_linear_parts(self, linear: Tensor) -> bool:
         """Whether there is enough to fit to."""
+        if self._minority is None or self._minority < _FEWEST_FOR_A_FIT:
+            return False
         return len(linear) > 4 and bool(linear.any()) and bool(linear.isfinite().all())
 
     def mean(self) -> tuple[Tensor, Tensor]:
@@ -110,6 +130,7 @@ class ExcessRisk:
 
         A fit to few draws spreads by more than the draws show: their variance is taken
         ``(K + 2) / (K - 1)`` times, which covers what was simulated from five draws on.
+        NaN where the masks hardly differ.
         """
         draws = self.corrected()
         count = len(draws)
@@ -119,6 +140,8 @@ class ExcessRisk:
         # No difference of losses is known better than they are.
         rounding = torch.finfo(self._clean.dtype).eps * self._clean.double().abs()
         error = torch.maximum(variance.sqrt(), rounding)
+        if not self.knows_its_error:
+            error = torch.full_like(error, float("nan"))
         return draws.mean().to(self._clean), error.to(self._clean)
 
 

@@ -16,7 +16,11 @@ from torch_dropout_ir.output_hessian import (
     hessian_roots,
     hessian_sampler,
 )
-from torch_dropout_ir.regularizers.checks import check_finite
+from torch_dropout_ir.regularizers.checks import (
+    check_finite,
+    check_risk,
+    noise_left_out,
+)
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.outputs import (
@@ -97,6 +101,11 @@ def gauss_newton(
         )
     resolved = resolve_loss(loss)
     with clean_pass(model, batch[0], twice=resolved.kind == "general") as clean:
+        if resolved.kind in ("elementwise", "general"):
+            outputs = clean.outputs
+            check_risk(
+                "gauss_newton", lambda: resolved(outputs, batch[1]), model, batch[0]
+            )
         found = estimate(model, clean, batch[1], resolved, num_samples)
     check_finite("gauss_newton", found.value, model, batch[0])
     return found
@@ -142,10 +151,11 @@ def estimate(
     exact = is_exact(model, clean, loss, num_samples)
     like = read.tensors[0].detach()
     found = assemble(clean, draws, num_samples, coupled, exact, like)
-    if curved:
-        return found
-    said = "the loss is linear in the outputs: this form is 0; use `second_order`"
-    return dataclasses.replace(found, notes=(*found.notes, said))
+    notes = (*found.notes, *noise_left_out(model, clean.noisy))
+    if not curved:
+        said = "the loss is linear in the outputs: this form is 0; use `second_order`"
+        notes = (*notes, said)
+    return dataclasses.replace(found, notes=notes)
 
 
 def is_exact(

@@ -229,8 +229,11 @@ def _by_element(site: Site, features: Tensor) -> bool:
 def _penalty(model: nn.Module, risk: Tensor, lr: float | Mapping[str, float]) -> Tensor:
     params = parameters(model)
     rates = learning_rates(lr, list(params))
+    # A root that requires a gradient: without one, torch takes a loss that can be
+    # differentiated once for a linear one, and says nothing.
+    root = torch.ones_like(risk).requires_grad_()
     found = torch.autograd.grad(
-        risk, list(params.values()), create_graph=True, allow_unused=True
+        risk, list(params.values()), root, create_graph=True, allow_unused=True
     )
     terms = [
         rate / 4 * g.square().sum()

@@ -8,11 +8,14 @@ from torch import nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers.checks import check_finite
+from torch_dropout_ir.regularizers.checks import check_finite, noise_left_out
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.excess import ExcessRisk
 
 _AT_A_TIME: Final = 8
+_TOO_ALIKE: Final = (
+    "no standard error: next to no mask element differs from the rest; take more masks"
+)
 
 
 def monte_carlo(
@@ -49,7 +52,8 @@ def monte_carlo(
             magnitude of the estimate, looked at every 8 masks.
 
     Returns:
-        The estimate with its standard error; ``per_site`` is empty, ``converged`` says
+        The estimate with its standard error, NaN where the masks hardly differ (``p``
+        near 0 or 1, few units and few masks); ``per_site`` is empty, ``converged`` says
         whether ``rtol`` was reached.
 
     Raises:
@@ -82,4 +86,7 @@ def monte_carlo(
         reached = rtol is not None and bool(error <= rtol * value.abs())
     check_finite("monte_carlo", value, model, batch[0])
     converged = reached or rtol is None
-    return Estimate(value, {}, error, False, drawn, converged)
+    notes = noise_left_out(model, False)
+    if not excess.knows_its_error:
+        notes = (*notes, _TOO_ALIKE)
+    return Estimate(value, {}, error, False, drawn, converged, notes)

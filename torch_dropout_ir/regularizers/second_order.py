@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers.checks import check_finite
+from torch_dropout_ir.regularizers.checks import (
+    check_finite,
+    check_risk,
+    noise_left_out,
+)
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.gauss_newton import is_exact
@@ -81,6 +86,7 @@ def second_order(
     with clean_pass(model, batch[0], twice=True) as clean:
         clean.check_reachable("second_order")
         read = read_outputs(clean.outputs, resolved, batch[1])
+        check_risk("second_order", lambda: read.risk(read.tensors), model, batch[0])
         check_curvature(read)
         coupled = bool(clean.uses) and (
             clean.couples_samples(read.tensors) or read.couples()
@@ -90,5 +96,6 @@ def second_order(
         exact = is_exact(model, clean, resolved, num_samples)
         like = read.tensors[0].detach()
         found = assemble(clean, draws, num_samples, coupled, exact, like)
+        left_out = noise_left_out(model, clean.noisy)
     check_finite("second_order", found.value, model, batch[0])
-    return found
+    return dataclasses.replace(found, notes=(*found.notes, *left_out))

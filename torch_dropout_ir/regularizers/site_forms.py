@@ -61,7 +61,8 @@ def assemble(
     }
     reached = {name for draw in draws for name, _ in draw}
     notes = tuple(
-        f"site `{name}`: 0, for the loss does not depend on it"
+        f"site `{name}`: 0, for the loss does not depend on it (or the model cuts its "
+        "graph, which `monte_carlo` tells)"
         for name in names
         if name not in reached
     )

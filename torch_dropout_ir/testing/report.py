@@ -253,6 +253,9 @@ def _finding(
     except (ValueError, RuntimeError, TypeError) as err:
         return Finding(name, "not applicable", nan, nan, nan, False, str(err))
     value, own = float(found.value.detach()), float(found.standard_error)
+    if math.isnan(own) or math.isnan(error):
+        said = "masks too alike to tell; raise `num_masks`"
+        return Finding(name, "not applicable", nan, nan, nan, False, said)
     off = abs(value - truth)
     # R_1 is a difference of losses: rounding is relative to them.
     allowed = rtol * max(abs(truth), 1e-3 * abs(risk)) + _FAR * math.hypot(own, error)
