@@ -117,7 +117,10 @@ def test_claims_hold_on_small_networks(problem):
     before = torch.get_rng_state()
     report = testing.check_regularizer(net, batch, "mse", num_masks=200)
     report.assert_holds()
-    assert {"gauss_newton", "second_order", "monte_carlo"} <= set(report.agreeing)
+    too_few = {f.name for f in report.findings if "too alike" in f.reason}
+    expected = {"gauss_newton", "second_order", "monte_carlo"} - too_few
+    assert expected <= set(report.agreeing)
+    assert too_few <= {"monte_carlo"}
     assert torch.equal(before, torch.get_rng_state())
 
 
