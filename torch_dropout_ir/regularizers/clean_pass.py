@@ -46,6 +46,11 @@ class CleanPass:
         """The zeros added to the output of each use."""
         return [delta for _, _, delta in self.uses]
 
+    @property
+    def names(self) -> list[str]:
+        """The site of each use."""
+        return [site.name for site, _, _ in self.uses]
+
     def gradients(self, outputs: Tensor, root: Tensor) -> list[Tensor | None]:
         """Send ``root`` back from a tensor of the outputs to each use of a site."""
         if not self.uses or not outputs.requires_grad:

@@ -150,7 +150,7 @@ def estimate(
         draws = curvature.draws(num_samples, coupled)
     exact = is_exact(model, clean, loss, num_samples)
     like = read.tensors[0].detach()
-    found = assemble(clean, draws, num_samples, coupled, exact, like)
+    found = assemble(clean.names, draws, num_samples, coupled, exact, like)
     notes = (*found.notes, *noise_left_out(model, clean.noisy))
     if not curved:
         said = "the loss is linear in the outputs: this form is 0; use `second_order`"

@@ -23,11 +23,13 @@ class OutputsRead:
         risk: The loss as a function of them.
         loss: The loss ``(outputs, targets)`` of the one tensor, with what is known of
             its curvature; None where there are several.
+        places: Where they are among the leaves of the outputs.
     """
 
     tensors: list[Tensor]
     risk: Callable[[Sequence[Tensor]], Tensor]
     loss: Loss | None
+    places: Sequence[int] = (0,)
 
     @property
     def single(self) -> Tensor:
@@ -134,9 +136,36 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
     read = [i for i, g in zip(places, found, strict=True) if g is not None]
     risk = risk_at(read)
     alone = Loss(lambda f, _: risk([f]), "general", loss.reduction)
-    return OutputsRead(
-        [leaves[i] for i in read], risk, alone if len(read) == 1 else None
-    )
+    one = alone if len(read) == 1 else None
+    return OutputsRead([leaves[i] for i in read], risk, one, read)
+
+
+def without_graph(outputs: Any) -> Any:
+    """Return what a model returned with its tensors cut off from their graph."""
+    leaves, rebuild = flatten(outputs)
+    return rebuild([x.detach() if isinstance(x, Tensor) else x for x in leaves])
+
+
+def replace_rows(read: OutputsRead, outputs: Any, rows: slice) -> OutputsRead:
+    """Return the loss as a function of some rows of the outputs.
+
+    Args:
+        read: What the loss reads of all rows.
+        outputs: What the model returned for those rows.
+        rows: Which.
+
+    Returns:
+        Its tensors are those of ``outputs``; the other rows are as in ``read``.
+    """
+    leaves, _ = flatten(outputs)
+
+    def risk(tensors: Sequence[Tensor]) -> Tensor:
+        pairs = zip(read.tensors, tensors, strict=True)
+        return read.risk([
+            torch.cat((f[: rows.start], x, f[rows.stop :])) for f, x in pairs
+        ])
+
+    return OutputsRead([leaves[i] for i in read.places], risk, None, read.places)
 
 
 def flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from torch import nn
 
 from torch_dropout_ir.functional import Batch
-from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     check_finite,
     check_risk,
@@ -17,9 +17,20 @@ from torch_dropout_ir.regularizers.checks import (
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.gauss_newton import is_exact
-from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
+from torch_dropout_ir.regularizers.outputs import (
+    OutputsRead,
+    check_curvature,
+    read_outputs,
+    without_graph,
+)
+from torch_dropout_ir.regularizers.row_chunks import RowChunks, pays
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
-from torch_dropout_ir.regularizers.site_forms import assemble
+from torch_dropout_ir.regularizers.site_forms import Form, assemble
+
+_TOGETHER: Final = (
+    "memory is that of a double backward of the whole batch, whose samples meet in the "
+    "network or do not run apart"
+)
 
 
 def second_order(
@@ -44,8 +55,14 @@ def second_order(
     \circ h)] = \sum_j h_j^2 A_{jj}`; one forward and two backward passes, and one more
     backward pass of those a sample, whatever the number of sites and outputs. Exact sum
     (``num_samples=None``): one such pass a unit; where samples are coupled, one an
-    element of the mask. Memory: that of a double backward of what lies above the first
-    site, below a training step's where that is the upper part of the network.
+    element of the mask.
+
+    Memory: a large batch goes through a quarter of its rows at a time, each with the
+    whole loss in its own rows, which takes one more forward pass and less than a
+    training step of the network. Where that cannot be (batch normalization in training
+    mode, samples that meet, outputs whose first dimension is not the batch) it is that
+    of a double backward of all that lies above the first site, and the notes say so.
+    What the loss keeps of the outputs is that of all rows in any case.
 
     Args:
         model: The network. Of several outputs, those count that the loss reads.
@@ -83,19 +100,52 @@ def second_order(
             f"second_order: expected `num_samples` >= 1 or None, got {num_samples}"
         )
     resolved = resolve_loss(loss)
+    seen = _first_pass(model, batch, resolved, num_samples)
+    draws, notes = seen.draws, seen.notes
+    if draws is None and seen.chunks is not None:
+        draws = seen.chunks.draws(seen.read, num_samples, seen.coupled)
+    if draws is None:
+        with clean_pass(model, batch[0], twice=True) as clean:
+            read = read_outputs(clean.outputs, resolved, batch[1])
+            curvature = SiteCurvature(clean, read, linearized=False)
+            draws = curvature.draws(num_samples, seen.coupled)
+        notes = (*notes, _TOGETHER)
+    like = seen.read.tensors[0]
+    found = assemble(seen.names, draws, num_samples, seen.coupled, seen.exact, like)
+    check_finite("second_order", found.value, model, batch[0])
+    return dataclasses.replace(found, notes=(*found.notes, *notes))
+
+
+class _Seen(NamedTuple):
+    """What the first pass shows, without its graph; draws where that is no matter."""
+
+    read: OutputsRead
+    names: list[str]
+    coupled: bool
+    exact: bool
+    notes: tuple[str, ...]
+    draws: list[list[Form]] | None
+    chunks: RowChunks | None
+
+
+def _first_pass(
+    model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None
+) -> _Seen:
+    """Check model, batch and loss; take the forms at once where they are small."""
     with clean_pass(model, batch[0], twice=True) as clean:
         clean.check_reachable("second_order")
-        read = read_outputs(clean.outputs, resolved, batch[1])
+        read = read_outputs(clean.outputs, loss, batch[1])
         check_risk("second_order", lambda: read.risk(read.tensors), model, batch[0])
         check_curvature(read)
-        coupled = bool(clean.uses) and (
-            clean.couples_samples(read.tensors) or read.couples()
-        )
-        curvature = SiteCurvature(clean, read, linearized=False)
-        draws = curvature.draws(num_samples, coupled)
-        exact = is_exact(model, clean, resolved, num_samples)
-        like = read.tensors[0].detach()
-        found = assemble(clean, draws, num_samples, coupled, exact, like)
-        left_out = noise_left_out(model, clean.noisy)
-    check_finite("second_order", found.value, model, batch[0])
-    return dataclasses.replace(found, notes=(*found.notes, *left_out))
+        meet = bool(clean.uses) and clean.couples_samples(read.tensors)
+        coupled = meet or (bool(clean.uses) and read.couples())
+        draws, chunks = None, None
+        if not pays(clean):
+            curvature = SiteCurvature(clean, read, linearized=False)
+            draws = curvature.draws(num_samples, coupled)
+        elif not meet:
+            chunks = RowChunks(model, batch[0], clean.uses)
+        kept = read_outputs(without_graph(clean.outputs), loss, batch[1])
+        exact = is_exact(model, clean, loss, num_samples)
+        notes = noise_left_out(model, clean.noisy)
+        return _Seen(kept, clean.names, coupled, exact, notes, draws, chunks)

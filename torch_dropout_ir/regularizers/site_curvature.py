@@ -79,13 +79,21 @@ class SiteCurvature:
             return [self.exact(coupled)]
         return [self.sampled() for _ in range(num_samples)]
 
-    def sampled(self) -> list[Form]:
+    def sampled(self, positive: Sequence[Tensor] | None = None) -> list[Form]:
         r"""Return one draw of the forms: signs :math:`z` on the mask's elements.
 
         :math:`E[(z \circ h)^\top A (z \circ h)] = \sum_j h_j^2 A_{jj}`.
+
+        Args:
+            positive: Whether a sign is plus, a tensor for each use; drawn if None.
         """
-        uses = enumerate(self._clean.uses)
-        return self._forms([self._scaled(i, signs(s, h)) for i, (s, h, _) in uses])
+        uses = self._clean.uses
+        if positive is None:
+            drawn = [signs(site, h) for site, h, _ in uses]
+        else:
+            pairs = zip(positive, uses, strict=True)
+            drawn = [x.to(h.dtype).mul_(2).sub_(1) for x, (_, h, _) in pairs]
+        return self._forms([self._scaled(i, z) for i, z in enumerate(drawn)])
 
     def exact(self, coupled: bool) -> list[Form]:
         """Return the forms of one element of a mask at a time.

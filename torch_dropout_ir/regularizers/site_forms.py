@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.sites import Site
 
@@ -34,7 +33,7 @@ def total(forms: Sequence[Form], like: Tensor, name: str | None = None) -> Tenso
 
 
 def assemble(
-    clean: CleanPass,
+    uses: Sequence[str],
     draws: Sequence[Sequence[Form]],
     num_samples: int | None,
     coupled: bool,
@@ -44,7 +43,7 @@ def assemble(
     """Return the mean of the draws, the part of each site, and the standard error.
 
     Args:
-        clean: The pass without noise.
+        uses: The site of each use in the pass without noise.
         draws: The forms of each draw; a single one where ``num_samples`` is None.
         num_samples: Number of random draws; None for an exact sum.
         coupled: Whether samples depend on each other.
@@ -54,7 +53,7 @@ def assemble(
     Returns:
         The estimate.
     """
-    names = {site.name: None for site, _, _ in clean.uses}
+    names = dict.fromkeys(uses)
     per_site = {
         name: torch.stack([total(draw, like, name) for draw in draws]).mean()
         for name in names
