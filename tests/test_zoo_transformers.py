@@ -224,7 +224,9 @@ def test_it_measures_and_leaves_no_trace(name, attention):
     function = "dropout" if attention == "eager" else "scaled_dot_product_attention"
     sites = {site.format(attention=function) for site in ZOO[name][3]}
     observed, measured = traces.assert_measured(analysis, sites)
-    assert observed == measured
+    # A layer that the pass has dropped whole has no part of R_1.
+    drops_layers = any(place.endswith(":rand") for place in HIDDEN.get(name, ()))
+    assert measured == observed or (drops_layers and measured < observed)
     hidden = {site.name: site.reason for site in analysis.sites if not site.observed}
     assert HIDDEN.get(name, set()) <= set(hidden)
     noise = {site for site, reason in hidden.items() if "not called" not in reason}

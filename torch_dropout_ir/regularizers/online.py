@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
@@ -47,7 +47,12 @@ def online(
     """  # noqa: DOC502 (`check_finite` raises)
     twice = loss.kind == "general"
     risk, slopes, linear = None, [], False
-    with clean_pass(model, batch[0], twice=twice) as clean:
+    # Another pass has to draw the same noise beside its sites, dropped layers for one.
+    seed = int(torch.randint(2**62, ()))
+    with (
+        preserved_rng(model, seed),
+        clean_pass(model, batch[0], twice=twice) as clean,
+    ):
         found, how = _second_order(model, clean, batch[1], loss)
         if batch[1] is not None:
             with torch.no_grad():
@@ -57,7 +62,8 @@ def online(
                 slopes = linear_parts(clean, loss, batch[1])
                 linear = _is_linear(clean, loss, batch[1])
     if linear:
-        found, how = _whole_loss(model, batch, loss)
+        with preserved_rng(model, seed):
+            found, how = _whole_loss(model, batch, loss)
     if risk is None:
         how = f"second order (approximate; targets unknown), {how}"
     elif found.exact:
