@@ -250,6 +250,10 @@ def models() -> dict:
         )
         for name, net in both
     }
+    apart = [m for m in copy.deepcopy(conv) if not isinstance(m, nn.BatchNorm2d)]
+    at_the_input["convolutional, no batch norm, a site at the input"] = nn.Sequential(
+        nn.Dropout(0.1), *apart
+    )
     images = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
     rows = torch.randn(128, 784), torch.randint(10, (128,))
     nets = {**dict(both), **at_the_input}

@@ -148,6 +148,8 @@ class ExcessRisk:
 def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor]:
     """Return ``g h`` of each use of a site, in the shape of its mask.
 
+    The pass is used up: its graph goes as the derivative comes.
+
     Args:
         clean: The pass without noise.
         loss: The loss.
@@ -162,9 +164,7 @@ def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor]:
     risk = read.risk(read.tensors)
     if not risk.requires_grad:
         return []
-    found = torch.autograd.grad(
-        risk, clean.deltas, retain_graph=True, allow_unused=True
-    )
+    found = torch.autograd.grad(risk, clean.deltas, allow_unused=True)
     return [
         (h.detach() * (torch.zeros_like(h) if g is None else g)).sum_to_size(
             site.mask_shape(h.shape)

@@ -104,7 +104,8 @@ class RowChunks:
         inputs = _rows_of(self._inputs, rows, read.tensors[0].shape[0])
         with clean_pass(self._model, inputs, twice=True) as clean:
             chunk = replace_rows(read, clean.outputs, rows)
-            if not self._are_rows(clean, chunk, read, rows):
+            apart = self._are_rows(clean, chunk, read, rows)
+            if not apart or clean.couples_samples(chunk.tensors):
                 return None
             curvature = SiteCurvature(clean, chunk, linearized=False)
             if noise is None:

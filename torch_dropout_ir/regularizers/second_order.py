@@ -58,11 +58,11 @@ def second_order(
     element of the mask.
 
     Memory: a large batch goes through a quarter of its rows at a time, each with the
-    whole loss in its own rows, which takes one more forward pass and less than a
-    training step of the network. Where that cannot be (batch normalization in training
-    mode, samples that meet, outputs whose first dimension is not the batch) it is that
-    of a double backward of all that lies above the first site, and the notes say so.
-    What the loss keeps of the outputs is that of all rows in any case.
+    whole loss in its own rows, which takes one more forward pass and keeps the graph
+    of a double backward of those rows alone. Where that cannot be (samples that meet,
+    as by batch normalization in training mode, or outputs whose first dimension is not
+    the batch) it is that of a double backward of all that lies above the first site,
+    and the notes say so. What the loss keeps of the outputs is that of all rows.
 
     Args:
         model: The network. Of several outputs, those count that the loss reads.
@@ -101,17 +101,18 @@ def second_order(
         )
     resolved = resolve_loss(loss)
     seen = _first_pass(model, batch, resolved, num_samples)
-    draws, notes = seen.draws, seen.notes
+    draws, notes, coupled = seen.draws, seen.notes, seen.coupled
     if draws is None and seen.chunks is not None:
-        draws = seen.chunks.draws(seen.read, num_samples, seen.coupled)
+        draws = seen.chunks.draws(seen.read, num_samples, coupled)
     if draws is None:
         with clean_pass(model, batch[0], twice=True) as clean:
             read = read_outputs(clean.outputs, resolved, batch[1])
             curvature = SiteCurvature(clean, read, linearized=False)
-            draws = curvature.draws(num_samples, seen.coupled)
+            coupled = coupled or clean.couples_samples(read.tensors)
+            draws = curvature.draws(num_samples, coupled)
         notes = (*notes, _TOGETHER)
     like = seen.read.tensors[0]
-    found = assemble(seen.names, draws, num_samples, seen.coupled, seen.exact, like)
+    found = assemble(seen.names, draws, num_samples, coupled, seen.exact, like)
     check_finite("second_order", found.value, model, batch[0])
     return dataclasses.replace(found, notes=(*found.notes, *notes))
 
@@ -137,13 +138,14 @@ def _first_pass(
         read = read_outputs(clean.outputs, loss, batch[1])
         check_risk("second_order", lambda: read.risk(read.tensors), model, batch[0])
         check_curvature(read)
-        meet = bool(clean.uses) and clean.couples_samples(read.tensors)
-        coupled = meet or (bool(clean.uses) and read.couples())
+        coupled = bool(clean.uses) and read.couples()
         draws, chunks = None, None
         if not pays(clean):
+            meet = bool(clean.uses) and clean.couples_samples(read.tensors)
+            coupled = coupled or meet
             curvature = SiteCurvature(clean, read, linearized=False)
             draws = curvature.draws(num_samples, coupled)
-        elif not meet:
+        elif all(x.ndim for x in read.tensors):
             chunks = RowChunks(model, batch[0], clean.uses)
         kept = read_outputs(without_graph(clean.outputs), loss, batch[1])
         exact = is_exact(model, clean, loss, num_samples)
