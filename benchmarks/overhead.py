@@ -343,7 +343,7 @@ def draw(rows: list[dict], path: Path) -> None:
         heights = [r["costs"].get(name, float("nan")) for name in names]
         label = f"{r['model']} (step {r['step'] * 1e3:.0f} ms)"
         bars = axes.bar(places, heights, width, color=COLOURS[k], label=label)
-        axes.bar_label(bars, fmt="%.2g", fontsize=7, padding=2)
+        axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
     axes.set_yscale("log")
     axes.set_ylim(top=8 * max(max(r["costs"].values()) for r in rows))
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
