@@ -6,26 +6,29 @@ small GPT. A bare script and a watched one take turns in blocks of steps in one 
 Reported are the median over these rounds of watched over bare, less 1, and its
 standard error:
 
-* off cadence: steps at which nothing is due;
+* off cadence: steps at which nothing is due, of one and the same script, to which the
+  analysis is attached and detached between blocks; beside it what the same steps of the
+  tiny model cost more, over the step of this one, where direct differences drown;
 * ``every="auto"``: the same from outside, as wall time over all rounds, beside the
   share that the analysis counts itself, both after the first measurement, which is on
   credit;
 * one measurement, by measure, in training steps: over N it is the cost of ``every=N``;
 * peak memory of fresh processes beyond what they hold before the model is made, by
-  measure and of all.
-
-A step of some microseconds shows what a step off cadence costs at least.
+  measure and of all. A tiny model has been trained in them before, with the same
+  measures: the code that these load is in memory once, whatever the model's size.
 
     python benchmarks/overhead.py --png overhead.png
     python benchmarks/overhead.py --models mlp --seconds 20
 """
 
 import argparse
+import gc
 import multiprocessing
 import random
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,6 +42,7 @@ from torch_dropout_ir.analysis.measures import default_measures
 NEVER = 10**9
 PARTS = ("costs", "auto", "memory")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Run = Callable[[int], float]  # from steps to seconds
 COLOURS = ("#1f77b4", "#2ca02c", "#ff7f0e", "#d62728", "#9467bd", "#8c564b")
 
 
@@ -131,6 +135,24 @@ class Script:
                 self.model, optimizer=self.optimizer, log_dir=False, **options
             )
 
+    def run_bare(self, steps: int) -> float:
+        """Train after two steps that are not timed, as the watched blocks have."""
+        self.run(2)
+        return self.run(steps)
+
+    def run_watched(self, steps: int) -> float:
+        """Train with an analysis that has nothing to do; return the seconds."""
+        cheap = [m for m in default_measures() if m.name in ("gradient", "masks")]
+        self.analysis = tdi.attach_analysis(
+            self.model, optimizer=self.optimizer, log_dir=False, every=NEVER,
+            measures=cheap,
+        )  # fmt: skip
+        self.run(2)  # the step that measures, and the one that ends it
+        seconds = self.run(steps)
+        self.analysis.detach()
+        self.analysis = None
+        return seconds
+
     def run(self, steps: int) -> float:
         """Train; return the seconds that it took."""
         if self.analysis is not None:
@@ -147,13 +169,13 @@ class Script:
 class Turns:
     """Rounds of bare, watched, watched, bare."""
 
-    def __init__(self, bare: Script, watched: Script, seconds: float, fewest: int = 8):
-        block = max(1, round(0.05 / statistics.median(bare.run(1) for _ in range(5))))
+    def __init__(self, bare: Run, watched: Run, seconds: float, fewest: int = 8):
+        block = max(1, round(0.05 / statistics.median(bare(1) for _ in range(5))))
         self.bare, self.watched, self.steps = [], [], 2 * block
         until = time.perf_counter() + seconds
         while time.perf_counter() < until or len(self.bare) < fewest:
-            a, b = bare.run(block), watched.run(block)
-            c, d = watched.run(block), bare.run(block)
+            a, b = bare(block), watched(block)
+            c, d = watched(block), bare(block)
             self.bare.append(a + d)
             self.watched.append(b + c)
 
@@ -180,12 +202,8 @@ class Turns:
 
 def off_cadence(name: str, seconds: float) -> Turns:
     """Steps at which nothing is due, beside bare ones."""
-    cheap = [m for m in default_measures() if m.name in ("gradient", "masks")]
-    bare, watched = Script(name), Script(name, every=NEVER, measures=cheap)
-    watched.run(2)  # the step that measures, and the one that ends it
-    turns = Turns(bare, watched, seconds)
-    watched.analysis.detach()
-    return turns
+    script = Script(name)
+    return Turns(script.run_bare, script.run_watched, seconds)
 
 
 def by_measure(name: str, step: float) -> dict[str, float]:
@@ -208,7 +226,7 @@ def automatic(name: str, seconds: float) -> dict[str, float]:
     watched.run(1)
     cadence = watched.analysis._cadence
     credit = cadence.measured_seconds
-    turns = Turns(bare, watched, seconds)
+    turns = Turns(bare.run, watched.run, seconds)
     later = cadence.measured_seconds - credit
     watched.analysis.detach()
     whole = sum(turns.watched)
@@ -224,14 +242,19 @@ def peak(name: str, measures: list[str] | None, queue) -> None:
     """Put the peak memory of three steps above an empty process's, in kilobytes."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    empty = resident("VmRSS")
-    options = {}
-    if measures is not None:
+
+    def script(model: str) -> Script:
+        if measures is None:
+            return Script(model)
         chosen = [m for m in default_measures() if m.name in measures]
-        options = {"every": 1, "measures": chosen}
-    script = Script(name, **options)
+        return Script(model, every=1, measures=chosen)
+
+    script("tiny").run(3)
+    gc.collect()
+    empty = resident("VmRSS")
+    watched = script(name)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    script.run(3)
+    watched.run(3)
     queue.put(resident("VmHWM") - empty)
 
 
@@ -274,12 +297,17 @@ def row(name: str, seconds: float, parts: list[str]) -> dict:
 
 def report(rows: list[dict]) -> str:
     """The tables."""
-    lines = [f"{'model':<10}{'bare step':>12}{'off cadence':>22}{'microseconds':>18}"]
+    calls = [r["off"][0] * r["step"] for r in rows if r["model"] == "tiny"]
+    lines = [
+        f"{'model':<10}{'bare step':>12}{'off cadence':>22}{'microseconds':>18}"
+        f"{'the tiny step has more, of this step':>38}"
+    ]
     for r in rows:
         (extra, error), micro = r["off"], 1e6 * r["step"]
         lines.append(
             f"{r['model']:<10}{micro / 1e3:>9.3f} ms{extra:>+13.3%} +- {error:.3%}"
             f"{extra * micro:>+11.1f} +- {error * micro:.1f}"
+            + "".join(f"{seconds / r['step']:>20.3%}" for seconds in calls)
         )
     lines += ["", 'every="auto", budget 5%: share of the wall time']
     for r in (r for r in rows if "auto" in r):
@@ -315,7 +343,7 @@ def draw(rows: list[dict], path: Path) -> None:
         heights = [r["costs"].get(name, float("nan")) for name in names]
         label = f"{r['model']} (step {r['step'] * 1e3:.0f} ms)"
         bars = axes.bar(places, heights, width, color=COLOURS[k], label=label)
-        axes.bar_label(bars, fmt="%.2g", fontsize=7, padding=2)
+        axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
     axes.set_yscale("log")
     axes.set_ylim(top=8 * max(max(r["costs"].values()) for r in rows))
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
