@@ -7,6 +7,9 @@ product by jvp(grad), which is what one would write by hand; errors are against 
 a tight Lanczos run, and the exact trace (by columns where the network is smooth).
 Libraries that are not there are skipped with a line; `pip install '.[bench]'` brings
 them.
+
+Lanczos, not LOBPCG: at initialization, from one random start, the MLP's top eigenvalue
+is true to 1e-3 after 21 products, LOBPCG's after 24 (56 with four vectors).
 """
 
 from __future__ import annotations
