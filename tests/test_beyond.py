@@ -110,8 +110,9 @@ def test_stochastic_depth_is_a_site_of_the_convolutional_network(script):
     rates = [m.p for m in model.modules() if type(m).__name__ == "StochasticDepth"]
     assert rates == sorted(rates) and rates[-1] == 0.3  # it grows with depth
     batch = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
-    measured = study.measure(model, batch, batch, batch, masks=8, products=2)
-    assert measured["R1"] > 0 and measured["gap"] == 0
+    measured = study.measure(model, batch, batch, batch, masks=80, products=2)
+    assert measured["R1"] > 5 * measured["R1_standard_error"] > 0
+    assert measured["gap"] == 0
     kinds = [type(m).__name__ for m in model.modules()]
     assert kinds.count("StochasticDepth") == 4 and kinds.count("Dropout") == 1
     assert {m.p for m in model.modules() if hasattr(m, "p")} == {study.P}
