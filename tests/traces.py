@@ -102,7 +102,10 @@ def compared(make, loss_of, loss=None):
 def assert_measured(analysis, sites=(), lacking=None):
     """Every applicable tag is there and finite; ``lacking`` is what cannot be, why."""
     lacking = lacking or {}
-    assert set(analysis.absent) == set(lacking), analysis.absent
+    # Five masks of a small batch can be too alike to have a standard error.
+    error = "regularizer/R1_standard_error"
+    alike = {error} if "nan" in analysis.absent.get(error, "") else set()
+    assert set(analysis.absent) - alike == set(lacking), analysis.absent
     assert all(reason in analysis.absent[n] for n, reason in lacking.items())
     latest = analysis.latest
     assert all(math.isfinite(value) for value in latest.values())
@@ -112,7 +115,7 @@ def assert_measured(analysis, sites=(), lacking=None):
     }  # fmt: skip
     if "sharpness" not in lacking:
         wanted |= {"sharpness/top_eigenvalue", "sharpness/trace"}
-    assert wanted <= set(latest)
+    assert wanted - alike <= set(latest)
     assert any(tag.startswith("condensation/effective_ratio/") for tag in latest)
     observed = {site.name for site in analysis.sites if site.observed and site.p > 0}
     measured = {t.removeprefix("regularizer/R1/") for t in latest if "/R1/" in t}
