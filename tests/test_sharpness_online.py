@@ -1,11 +1,16 @@
 """Sharpness in a training run: warm starts, notes, what cannot be differentiated."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 import torch_dropout_ir as tdi
+from torch_dropout_ir.analysis.measures import Sharpness
 from torch_dropout_ir.analysis.records import Histogram
+from torch_dropout_ir.analysis.snapshot import Snapshot
+from torch_dropout_ir.losses import resolve_loss
 
 
 class Sink:
@@ -85,3 +90,31 @@ def test_used_parameters():
     batch = torch.randn(5, 4), torch.randint(3, (5,))
     used = tdi.sharpness.used_parameters(Idle(), "cross_entropy", batch)
     assert used == ["net.0.weight", "net.0.bias", "net.3.weight", "net.3.bias"]
+
+
+def test_the_basis_of_the_eigenvalue_is_let_go_of_before_the_rest(monkeypatch):
+    sharpness, bases, alive = tdi.sharpness, [], []
+    top, density = sharpness.top_eigenvalues, sharpness.spectral_density
+
+    def with_basis(op, **arguments):
+        assert arguments["max_bytes"] == 2**26
+        found = top(op, **arguments)
+        bases.append(weakref.ref(found))
+        return found
+
+    def looking(op, **arguments):
+        alive.append(bases[-1]() is not None)
+        return density(op, **arguments)
+
+    monkeypatch.setattr(sharpness, "top_eigenvalues", with_basis)
+    monkeypatch.setattr(sharpness, "spectral_density", looking)
+    train_once(nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3)))
+    assert alive == [False]
+
+
+def train_once(model):
+    x, y = torch.randn(40, 4), torch.randint(3, (40,))
+    snapshot = Snapshot(
+        model, 0, (), loss=resolve_loss("cross_entropy"), batches=[(x, y)]
+    )
+    return Sharpness()(snapshot)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_dropout_ir.condensation.tiles import (
     cosine_tiles,
     row_norms,
+    rows_a_block,
     unit_rows,
     work_dtype,
 )
@@ -108,13 +109,20 @@ def movement(weights: Tensor, start: Tensor) -> Movement:
             f"{list(weights.shape)} and {list(start.shape)}"
         )
     dtype = work_dtype(weights)
-    now, before = weights.detach().to(dtype), start.detach().to(weights.device, dtype)
-    distances, norms = row_norms(now - before), row_norms(before)
+    size = rows_a_block(weights)
+    pairs = zip(weights.detach().split(size), start.detach().split(size), strict=True)
+    found = [_moved(now.to(dtype), old.to(now.device, dtype)) for now, old in pairs]
+    distances, norms, cosines = (torch.cat(x) for x in zip(*found, strict=True))
     each = torch.where(distances == 0, distances, distances / norms)
     whole = [torch.linalg.vector_norm(x) for x in (distances, norms)]
-    cosines = torch.linalg.vecdot(unit_rows(now), unit_rows(before))
     relative = 0.0 if float(whole[0]) == 0 else float(whole[0] / whole[1])
     return Movement(relative, each.to(dtype), cosines.clamp_(-1.0, 1.0))
+
+
+def _moved(now: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances, norms before and cosines of some rows."""
+    cosines = torch.linalg.vecdot(unit_rows(now), unit_rows(before))
+    return row_norms(now - before), row_norms(before), cosines
 
 
 def leading_plane(rows: Tensor, steps: int = 30) -> Tensor:

@@ -91,8 +91,8 @@ def effective_neurons(
         size = row_norms(weights) if amplitude is None else amplitude.detach().abs()
         size = size[alive]
         alive = alive[size >= min_amplitude * size.amax()]
-    rows = unit_rows(weights[alive])
     total = weights.shape[0]
+    rows = unit_rows(weights if len(alive) == total else weights[alive])
     labels = torch.full((total,), -1, dtype=torch.int64, device=weights.device)
     labels[alive] = greedy_cover(rows, threshold)
     count = int(labels.max()) + 1 if total else 0

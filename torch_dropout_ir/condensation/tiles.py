@@ -56,14 +56,18 @@ def work_dtype(weights: Tensor) -> torch.dtype:
 
 
 def row_norms(weights: Tensor) -> Tensor:
-    """Return the norms of the rows in double precision, ``[m]``."""
+    """Return the norms of the rows in double precision, ``[m]``; copies are small."""
     check_real(weights)
-    wide = weights.double()
-    if not wide.numel():
-        return wide.new_zeros(len(wide))
-    largest = torch.linalg.vector_norm(wide, torch.inf, dim=1, keepdim=True)
-    scaled = wide / largest.masked_fill(largest == 0, 1.0)
-    return largest[:, 0] * torch.linalg.vector_norm(scaled, dim=1)
+    found = weights.new_zeros(len(weights), dtype=torch.float64)
+    if not weights.numel():
+        return found
+    size = rows_a_block(weights)
+    for block, norms in zip(weights.split(size), found.split(size), strict=True):
+        wide = block.double()
+        largest = torch.linalg.vector_norm(wide, torch.inf, dim=1, keepdim=True)
+        scaled = wide / largest.masked_fill(largest == 0, 1.0)
+        norms.copy_(largest[:, 0] * torch.linalg.vector_norm(scaled, dim=1))
+    return found
 
 
 def with_orientation(weights: Tensor) -> tuple[Tensor, int]:
@@ -98,7 +102,7 @@ def cosine_tiles(
         First row, first column and tile. The tile may be written on.
     """
     columns = weights if other is None else other
-    size, dtype = _rows_a_block(weights), work_dtype(weights)
+    size, dtype = rows_a_block(weights), work_dtype(weights)
     blocks, sides = (weights.new_empty(size, w.shape[1], dtype=dtype)
                      for w in (weights, columns))  # fmt: skip
     for i in range(0, len(weights), size):
@@ -111,7 +115,7 @@ def cosine_tiles(
             yield i, j, block @ side.T
 
 
-def _rows_a_block(weights: Tensor) -> int:
+def rows_a_block(weights: Tensor) -> int:
     """Rows that are copied at a time: 6 MB of float32 at most, if more than a few."""
     return max(16, min(_BLOCK, _BLOCK_ENTRIES // max(1, weights.shape[1])))
 

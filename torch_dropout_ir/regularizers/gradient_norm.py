@@ -74,7 +74,7 @@ def gradient_norm(
     gradient, and what is left is the noise of the mini-batches, which plain SGD has
     too. Steps count alike, whatever the sizes of their batches.
 
-    Costs a forward and a backward pass a mask and batch, and the memory of three
+    Costs a forward and a backward pass a mask and batch, and the memory of two
     gradients. For optimizers other than gradient descent R_2 is a diagnostic, not the
     theory. For a gradient that the script has anyway, ``(lr / 4) * g.square().sum()``
     is one unbiased sample of the first form, free of extra passes.
@@ -167,16 +167,14 @@ class _Norms:
         terms = zip(self._rates, a, b, strict=True)
         return torch.stack([r / 4 * (x * y).sum() for r, x, y in terms]).sum()
 
-    def pair(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """Return value, mean, mask noise and 0 from two masks, and their mean."""
+    def pair(self, batch: Batch) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
+        """Return value, mean, mask noise and 0 from two masks, and their gradients."""
         g, h = self._gradient(batch), self._gradient(batch)
         norms = (self._inner(g, g) + self._inner(h, h)) / 2
         across = self._inner(g, h)
-        # Not in place: a gradient of autograd's may be a view of one number.
-        mean = [(x + y) / 2 for x, y in zip(g, h, strict=True)]
-        half = [x - y for x, y in zip(h, mean, strict=True)]
-        noise = 2 * self._inner(half, half)  # |g - g'|^2 / 2, never negative
-        return torch.stack([norms, across, noise, torch.zeros_like(noise)]), mean
+        apart = zip(self._rates, g, h, strict=True)
+        noise = torch.stack([r / 8 * (x - y).square().sum() for r, x, y in apart]).sum()
+        return torch.stack([norms, across, noise, torch.zeros_like(noise)]), (g, h)
 
     def across(self, a: Batch, b: Batch, num_masks: int) -> Tensor:
         """Return value, mean, mask noise and batch noise from two batches."""
@@ -189,13 +187,14 @@ class _Norms:
     def _mean_of_pairs(
         self, batch: Batch, num_masks: int
     ) -> tuple[Tensor, list[Tensor]]:
-        rows, total = self.pair(batch)
+        rows, (g, h) = self.pair(batch)
+        # Not in place: a gradient of autograd's may be a view of one number.
+        total = [x + y for x, y in zip(g, h, strict=True)]
         for _ in range(num_masks // 2 - 1):
-            more, mean = self.pair(batch)
+            more, (g, h) = self.pair(batch)
             rows = rows + more
-            total = [x + y for x, y in zip(total, mean, strict=True)]
-        pairs = num_masks // 2
-        return rows / pairs, [x / pairs for x in total]
+            total = [t + x + y for t, x, y in zip(total, g, h, strict=True)]
+        return rows / (num_masks // 2), [t / num_masks for t in total]
 
 
 def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[float]:

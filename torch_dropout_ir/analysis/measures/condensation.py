@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +55,9 @@ class Condensation:
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``condensation/...`` of each layer."""
         records: dict[str, Record] = {}
-        layers = self._layers(snapshot)
         modules = dict(snapshot.model.named_modules())
         left = self.max_operations
-        for place, (name, weights) in enumerate(layers):
+        for place, (name, weights) in enumerate(self._layers(snapshot)):
             left -= _operations(weights)
             if place and left < 0:
                 self._next = name
@@ -87,9 +86,14 @@ class Condensation:
         reason = out.reason if out else "it is no linear layer or convolution"
         return ((), ""), f"amplitudes are norms of input weights alone: {reason}"
 
-    def _layers(self, snapshot: Snapshot) -> list[tuple[str, Tensor]]:
-        """The layers to measure, from the one where the last measurement stopped."""
-        found = []
+    def _layers(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
+        """The layers to measure, from the one where the last measurement stopped.
+
+        Yields:
+            Name and input weights: a copy where there are biases, of one layer at a
+            time.
+        """
+        names = []
         for name, weights in condensation.named_input_weights(snapshot.model):
             if _operations(weights) > self.max_operations:
                 snapshot.absent[f"condensation/effective_neurons/{name}"] = (
@@ -97,11 +101,13 @@ class Condensation:
                     "beyond `max_operations` of the measure"
                 )
             elif weights.shape[0] >= 2:
-                found.append((name, weights.detach()))
-        names = [name for name, _ in found]
+                names.append(name)
         first = names.index(self._next) if self._next in names else 0
         self._next = ""
-        return found[first:] + found[:first]
+        for part in (names[first:], names[:first]):
+            for name, weights in condensation.named_input_weights(snapshot.model):
+                if name in part:
+                    yield name, weights.detach()
 
     def _layer(self, name: str, weights: Tensor, size: Tensor) -> dict[str, Record]:
         """The records of one layer."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.analysis.distributed import gathered
+from torch_dropout_ir.analysis.distributed import gathered, is_sharded
 from torch_dropout_ir.analysis.records import Record
 from torch_dropout_ir.analysis.snapshot import NO_SITE, Need, Snapshot
 from torch_dropout_ir.functional import Batch, batch_size
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers import Estimate, gradient_norm
 from torch_dropout_ir.regularizers.online import online
+
+_PIECE: Final = 2**17  # entries that are taken to double precision at a time
 
 
 class Regularizer:
@@ -105,11 +108,16 @@ def received_r2(gradients: Mapping[str, Tensor], lr: Mapping[str, float]) -> flo
     Returns:
         The sum over parameters, each with its own learning rate.
     """
-    parts = [
-        gathered(lr[n] / 4 * g.double().square().sum()).cpu()
-        for n, g in gradients.items()
-    ]
+    parts = [gathered(lr[n] / 4 * squared_norm(g)).cpu() for n, g in gradients.items()]
     return float(torch.stack(parts).sum()) if parts else 0.0
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """Return the squared norm in double precision, 0-d, without a copy in it."""
+    if is_sharded(x) or not x.is_contiguous():
+        return x.double().square().sum()
+    pieces = x.view(-1).split(_PIECE)
+    return torch.stack([p.double().square().sum() for p in pieces]).sum()
 
 
 class ReceivedGradient:

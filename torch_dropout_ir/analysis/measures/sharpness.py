@@ -35,6 +35,8 @@ class Sharpness:
         density_steps: Products for the density; 0 leaves it out.
         slice_points: Points of the slice; 0 leaves it out.
         max_parameters: Larger models are left out.
+        max_bytes: Memory for the eigenvalue's basis; of eight vectors at least, and
+            then with restarts, which take more products.
     """
 
     name = "sharpness"
@@ -48,7 +50,9 @@ class Sharpness:
         density_steps: int = 10,
         slice_points: int = 11,
         max_parameters: int = 20_000_000,
+        max_bytes: int = 2**26,
     ) -> None:
+        self.max_bytes = max_bytes
         self.max_parameters = max_parameters
         self.tol = tol
         self.max_matvecs = max_matvecs
@@ -75,16 +79,21 @@ class Sharpness:
         )
         op: Any = own if snapshot.ranks.size == 1 else _Joined(own, snapshot)
         top = sharpness.top_eigenvalues(
-            op, tol=self.tol, max_matvecs=self.max_matvecs, start=self._start(op)
+            op,
+            tol=self.tol,
+            max_matvecs=self.max_matvecs,
+            start=self._start(op),
+            max_bytes=self.max_bytes,
         )
         self._last = top.vectors[0]
-        return {
+        records: dict[str, Record] = {
             "sharpness/top_eigenvalue": float(top.values[0]),
             "sharpness/top_eigenvalue_residual": float(top.residuals[0]),
-            **self._trace(own, snapshot),
-            **self._density(op),
-            **self._slice(snapshot),
         }
+        del top  # its basis is the largest thing here
+        records |= self._density(op) | self._trace(own, snapshot)
+        del op, own  # and the second derivative's graph
+        return records | self._slice(snapshot)
 
     def _trace(self, own: Any, snapshot: Snapshot) -> dict[str, Record]:
         """The trace; of ranks, the mean of theirs, each from draws of its own."""

@@ -1,0 +1,75 @@
+"""What measures copy while they run: by the bytes that operators return."""
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch_dropout_ir import condensation
+from torch_dropout_ir.analysis.measures import Condensation, received_r2
+from torch_dropout_ir.analysis.snapshot import Snapshot
+from torch_dropout_ir.condensation.tiles import row_norms
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes that one operator has returned in memory of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.bytes = max(self.bytes, out.numel() * out.element_size())
+        return out
+
+
+def test_the_received_gradient_is_not_copied():
+    g = torch.randn(1000, 1000)
+    with Largest() as seen:
+        found = received_r2({"w": g}, {"w": 0.1})
+    assert found == pytest.approx(0.025 * float(g.double().square().sum()), rel=1e-12)
+    assert received_r2({"w": g.T}, {"w": 0.1}) == pytest.approx(found, rel=1e-12)
+    assert received_r2({"w": g[:0]}, {"w": 0.1}) == 0
+    assert 0 < seen.bytes <= 2**20
+
+
+def test_the_received_gradient_is_not_written_on():
+    g = torch.randn(50, 30, dtype=torch.float64)  # which `double` does not copy
+    kept = g.clone()
+    assert received_r2({"w": g}, {"w": 4.0}) == pytest.approx(float(g.norm() ** 2))
+    assert torch.equal(g, kept)
+
+
+def test_norms_and_movement_copy_blocks_of_rows():
+    weights = torch.randn(3000, 1000)
+    start = weights + torch.randn(3000, 1000)
+    with Largest() as seen:
+        moved, norms = condensation.movement(weights, start), row_norms(weights)
+    assert seen.bytes <= 2**23 < weights.nbytes
+    apart, old = (weights - start).double(), start.double()
+    assert moved.relative == pytest.approx(float(apart.norm() / old.norm()), rel=1e-6)
+    torch.testing.assert_close(norms, weights.double().norm(dim=1))
+    expected = torch.cosine_similarity(weights.double(), old)
+    torch.testing.assert_close(moved.cosines.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_condensation_holds_the_weights_of_one_layer_at_a_time(monkeypatch):
+    net = nn.Sequential(*(nn.Linear(30, 30) for _ in range(6)))
+    most, walk = [0], condensation.named_input_weights
+
+    def counted(model):
+        given = []
+        for name, rows in walk(model):
+            given.append(StorageWeakRef(rows.untyped_storage()))
+            most[0] = max(most[0], sum(not x.expired() for x in given))
+            yield name, rows
+
+    monkeypatch.setattr(condensation, "named_input_weights", counted)
+    measure = Condensation(max_operations=4.5 * 6 * 30**2 * 47)
+    first, then = (measure(Snapshot(net, k, ())) for k in range(2))
+    layers = [sorted(t[-1] for t in x if "movement" in t) for x in (first, then)]
+    assert layers == [["0", "1", "2", "3"], ["0", "1", "4", "5"]]
+    assert most[0] <= 2  # the last one, while the next is made
