@@ -48,7 +48,7 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
         RuntimeError: If the model has an analysis already.
     """
     for hook in watched._forward_pre_hooks.values():
-        if isinstance(hook, RootHook) and hook.call is not None:
+        if isinstance(hook, RootHook) and hook.owner is not None:
             raise RuntimeError(
                 "attach_analysis: this model has an analysis already. Use that one, or "
                 "`detach()` it first."

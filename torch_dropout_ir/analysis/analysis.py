@@ -114,15 +114,13 @@ class Analysis:
         self._plan()
 
     def _before_step(self) -> None:
-        if self._due:
-            self._measure_safely(self._due)
+        self._measure_safely(self._due)
 
     def _after_step(self) -> None:
         now = time.perf_counter()
         self._cadence.trained(now - self._clock)
         self._clock = now
         self.step += 1
-        self._capture.passes = 0
         self._plan()
 
     def _plan(self) -> None:
@@ -130,6 +128,7 @@ class Analysis:
         before, self._due = self._due, self._schedule.due(self.step)
         if not self._due and not before:
             return  # as most steps
+        self._steps.announced = bool(self._due)
         needed = [m.needs for m in self._attempts.measures if m.name in self._due]
         look = any(n & {"targets", "batches", "loss"} for n in needed)
         self._capture.want(bool(self._due), "masks" in self._due, look)

@@ -2,9 +2,11 @@
 
 Semantics:
 
-* Between measurements the root module carries one hook, which keeps the batch. A second
-  one and the look-outs for the loss, a global hook on modules and a mode for functions,
-  live inside a step that measures, and are gone after it.
+* Between measurements the root module carries one hook, which does nothing: put there
+  and taken away for each measurement, it would have compiled code compiled again. A
+  second one and the look-outs for the loss, a global hook on modules and a mode for
+  functions, live inside a step that measures, and are gone after it. The batch that
+  such a step has shown is kept until the next one.
 * Foreign dropout is observed in a second pass from the same generator state.
 * Copies and pickles of the model carry a hook that does nothing.
 """
@@ -39,8 +41,8 @@ class RootHook:
     """A hook whose copies are inert, so that a model can be copied and pickled.
 
     Args:
-        call: What to call; None in copies.
-        owner: What has to live as long as the model does.
+        call: What to call; None in copies, and where nothing is to be seen.
+        owner: What has to live as long as the model does; None in copies.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class RootHook:
         self.owner = owner
 
     def __call__(self, *args: Any) -> None:
-        """Forward to the capture, if this is no copy."""
+        """Forward to the capture, if there is something to see."""
+        if torch.compiler.is_compiling():
+            return  # before anything that compiled code would depend on
         if self.call is not None:
             self.call(*args)
 
@@ -67,8 +71,8 @@ class Capture:
             the same, as in a compiled wrapper.
 
     Attributes:
-        inputs: Arguments of the last training pass.
-        passes: Training passes since the last optimizer step.
+        inputs: Arguments of the last training pass that was looked at.
+        passes: Training passes since the last optimizer step, at a step that is.
         statistics: Mask statistics of the foreign sites observed.
         calls: The calls of dropout functions that were found, by name.
         unseen: Noise that cannot be seen, by place, with the reason.
@@ -101,13 +105,14 @@ class Capture:
         self._told = contextlib.ExitStack()
         self._step = contextlib.ExitStack()
         self._root = contextlib.ExitStack()
+        self._hook = RootHook()
 
     def attach(self, owner: object) -> None:
         """Put a hook on the root module; ``owner`` lives as long as it does."""
-        before = RootHook(self._before, owner)
+        self._hook.owner = owner
         self._keep(
             self._root,
-            self.watched.register_forward_pre_hook(before, with_kwargs=True),
+            self.watched.register_forward_pre_hook(self._hook, with_kwargs=True),
         )
 
     def detach(self) -> None:
@@ -157,7 +162,7 @@ class Capture:
     def _before(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self.paused or not self.watched.training or _not_the_scripts():
+        if self.paused or not self.watched.training or measuring():
             return
         if self._only_looks():
             return
@@ -174,8 +179,10 @@ class Capture:
         return self._with_graph and not torch.is_grad_enabled()
 
     def want(self, anything: bool, masks: bool, targets: bool) -> None:
-        """Say what the coming step must show."""
+        """Say what the coming step must show; without anything, no pass is seen."""
         self.want_masks, self.want_targets = masks, targets
+        self.passes = 0
+        self._hook.call = self._before if anything else None
         if anything:
             self._listen()
 
@@ -199,7 +206,7 @@ class Capture:
     def _after(
         self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any
     ) -> None:
-        if self.paused or _not_the_scripts() or self._only_looks():
+        if self.paused or measuring() or self._only_looks():
             return
         self._check_inputs()
         if self.watched.training and self._start is not None:
@@ -255,11 +262,6 @@ class Capture:
                 self.statistics[name] = seen + drawn
             self.calls, self.unseen = found.calls, found.unseen
         self._seconds += time.perf_counter() - started
-
-
-def _not_the_scripts() -> bool:
-    """Whether the pass is one of a compiler or of a measure called by hand."""
-    return torch.compiler.is_compiling() or measuring()
 
 
 def _versions(inputs: Inputs) -> list[int]:

@@ -13,8 +13,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-# Pre- and post-hook of two steps.
-_REPLACED: Final = 4
+_REPLACED: Final = 2
 
 
 class OptimizerSteps:
@@ -26,6 +25,9 @@ class OptimizerSteps:
     Args:
         model: The model.
         optimizer: The optimizer; None to find it.
+
+    Attributes:
+        announced: Whether to call before the coming step too.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
@@ -33,6 +35,7 @@ class OptimizerSteps:
         self._given = optimizer is not None
         self._found = None if optimizer is None else weakref.ref(optimizer)
         self._strangers = 0
+        self.announced = False
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -42,18 +45,18 @@ class OptimizerSteps:
     def watch(
         self, before: Callable[[], None], after: Callable[[], None]
     ) -> Callable[[], None]:
-        """Call bound methods before and after each step; neither is kept alive.
+        """Call bound methods before and after steps; neither is kept alive.
 
         Args:
-            before: Method to call before a step.
-            after: Method to call after it.
+            before: Method to call before a step that is :attr:`announced`.
+            after: Method to call after each step.
 
         Returns:
             A function that ends the watch.
         """
         handles = (
             register_optimizer_step_pre_hook(self._calling_before(before)),
-            register_optimizer_step_post_hook(self._calling(after)),
+            register_optimizer_step_post_hook(self._calling(after, made=True)),
         )
 
         def end() -> None:
@@ -62,22 +65,24 @@ class OptimizerSteps:
 
         return end
 
-    def _calling(self, method: Callable[[], None]) -> Callable[..., None]:
+    def _calling(self, method: Callable[[], None], made: bool) -> Callable[..., None]:
         weak = weakref.WeakMethod(method)
 
         def hook(optimizer: Optimizer, *_: Any) -> None:
             call = weak()
-            if call is not None and self._counts(optimizer):
+            if call is not None and self._counts(optimizer, made):
                 call()
 
         return hook
 
     def _calling_before(self, method: Callable[[], None]) -> Callable[..., Any]:
-        plain = self._calling(method)
+        plain = self._calling(method, made=False)
 
         def hook(
             optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Any:
+            if not self.announced:
+                return None
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
             if closure is None:
                 return plain(optimizer)
@@ -96,14 +101,15 @@ class OptimizerSteps:
 
         return hook
 
-    def _counts(self, optimizer: Optimizer) -> bool:
-        if self.optimizer is optimizer:
+    def _counts(self, optimizer: Optimizer, made: bool) -> bool:
+        """Whether its step counts; ``made`` once it is."""
+        if self._found is not None and self._found() is optimizer:
             self._strangers = 0
             return True
         if self._given or not self._steps_model(optimizer):
             return False
         if self.optimizer is not None and self._strangers < _REPLACED:
-            self._strangers += 1
+            self._strangers += made
             return False
         self._found, self._strangers = weakref.ref(optimizer), 0
         return True

@@ -1,0 +1,103 @@
+"""Steps at which nothing is due: what they call, compile and keep."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import torch_dropout_ir as tdi
+
+OURS = str(Path(tdi.__file__).parent)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
+
+
+def step(model, optimizer, size=8):
+    optimizer.zero_grad()
+    nn.functional.mse_loss(model(torch.randn(size, 6)), torch.randn(size, 3)).backward()
+    optimizer.step()
+
+
+def calls_of_ours(function):
+    """The functions of the package that run in a call, in order."""
+    seen = []
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(OURS):
+            seen.append(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return seen
+
+
+def test_little_runs_at_a_step_that_measures_nothing():
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    for every in (1000, "auto"):
+        with tdi.attach_analysis(model, log_dir=False, every=every) as analysis:
+            step(model, sgd)
+            assert analysis.latest["loss/R_S"] > 0
+            before = analysis._capture.inputs
+            for _ in range(3):
+                seen = calls_of_ours(lambda: step(model, sgd, 5))
+                assert len(seen) <= 9, seen
+            # No batch is held but the one that was measured.
+            assert analysis._capture.inputs is before
+            assert before.first_tensor().shape == (8, 6)
+            assert analysis.step == 4
+
+
+def test_compiled_code_is_compiled_once_whatever_is_due():
+    for attach_first in (True, False):
+        torch._dynamo.reset()
+        graphs = []
+
+        def backend(graph, _, graphs=graphs):
+            graphs.append(graph)
+            return graph.forward
+
+        model = mlp()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        if not attach_first:
+            model.compile(backend=backend)
+        with tdi.attach_analysis(model, log_dir=False, every=2, measures=[]):
+            called = torch.compile(model, backend=backend) if attach_first else model
+            for _ in range(4):
+                step(called, sgd)
+        assert len(graphs) == 1
+
+
+def test_an_optimizer_that_replaces_another_is_found_off_cadence():
+    model = mlp()
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    with tdi.attach_analysis(model, log_dir=False, every=1000) as analysis:
+        for _ in range(3):
+            step(model, first)
+        for _ in range(5):
+            step(model, second)
+    assert analysis.step == 3 + 5 - 2
+
+
+def test_every_measurement_sees_the_batch_of_its_step():
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    losses = []
+    with tdi.attach_analysis(model, log_dir=False, every=3) as analysis:
+        for _ in range(7):
+            x, y = torch.randn(8, 6), torch.randn(8, 3)
+            nn.functional.mse_loss(model(x), y).backward()
+            sgd.step()
+            model.eval()
+            losses.append(nn.functional.mse_loss(model(x), y).item())
+            model.train()
+    assert [s for s, _ in analysis.history["loss/R_S"]] == [0, 3, 6]
+    for s, value in analysis.history["loss/R_S"]:
+        assert abs(value - losses[s]) < 1e-6
