@@ -6,6 +6,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import torch_dropout_ir as tdi
 from torch_dropout_ir import condensation
 from torch_dropout_ir.analysis.measures import Condensation, received_r2
 from torch_dropout_ir.analysis.snapshot import Snapshot
@@ -73,3 +74,32 @@ def test_condensation_holds_the_weights_of_one_layer_at_a_time(monkeypatch):
     layers = [sorted(t[-1] for t in x if "movement" in t) for x in (first, then)]
     assert layers == [["0", "1", "2", "3"], ["0", "1", "4", "5"]]
     assert most[0] <= 2  # the last one, while the next is made
+
+
+class Alive(TorchDispatchMode):
+    """The most tensors of one size in memory of their own that lived at a time."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.given, self.most = numel, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor) and x.numel() == self.numel:
+                storage = x.untyped_storage()
+                if storage.nbytes() >= self.numel:  # no view of one number
+                    self.given[storage.data_ptr()] = StorageWeakRef(storage)
+        living = sum(not x.expired() for x in self.given.values())
+        self.most = max(self.most, living)
+        return out
+
+
+def test_the_noise_of_masks_holds_one_gradient():
+    net = nn.Sequential(*(nn.Linear(30, 30) for _ in range(12)), nn.Dropout())
+    batch = torch.randn(4, 30), torch.randn(4, 30)
+    with Alive(900) as seen:
+        found = tdi.regularizers.gradient_norm(net, batch, "mse", lr=0.1)
+    assert found.dropout_noise > 0
+    assert 24 <= seen.most <= 28  # twelve of them are the weights
+    assert all(x._backward_hooks is None and x.grad is None for x in net.parameters())

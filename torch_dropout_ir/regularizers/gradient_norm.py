@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -74,10 +76,12 @@ def gradient_norm(
     gradient, and what is left is the noise of the mini-batches, which plain SGD has
     too. Steps count alike, whatever the sizes of their batches.
 
-    Costs a forward and a backward pass a mask and batch, and the memory of two
-    gradients. For optimizers other than gradient descent R_2 is a diagnostic, not the
-    theory. For a gradient that the script has anyway, ``(lr / 4) * g.square().sum()``
-    is one unbiased sample of the first form, free of extra passes.
+    Costs a forward and a backward pass a mask and batch, and the memory of one gradient
+    (of three where there are several batches): the second of a pair is met parameter by
+    parameter, as it is made. For optimizers other than gradient descent R_2 is a
+    diagnostic, not the theory. For a gradient that the script has anyway,
+    ``(lr / 4) * g.square().sum()`` is one unbiased sample of the first form, free of
+    extra passes.
 
     Args:
         model: The model; neither it nor its ``.grad`` fields change.
@@ -114,7 +118,7 @@ def gradient_norm(
     norms = _Norms(model, resolve_loss(loss), lr, shared_mask)
     batches = list(as_batches(batch))
     if len(batches) == 1:
-        rows = [norms.pair(batches[0])[0] for _ in range(num_masks // 2)]
+        rows = [norms.pair(batches[0]) for _ in range(num_masks // 2)]
     elif batches and len(batches) % 2 == 0:
         rows = [
             norms.across(a, b, num_masks)
@@ -167,14 +171,51 @@ class _Norms:
         terms = zip(self._rates, a, b, strict=True)
         return torch.stack([r / 4 * (x * y).sum() for r, x, y in terms]).sum()
 
-    def pair(self, batch: Batch) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
-        """Return value, mean, mask noise and 0 from two masks, and their gradients."""
-        g, h = self._gradient(batch), self._gradient(batch)
-        norms = (self._inner(g, g) + self._inner(h, h)) / 2
-        across = self._inner(g, h)
-        apart = zip(self._rates, g, h, strict=True)
-        noise = torch.stack([r / 8 * (x - y).square().sum() for r, x, y in apart]).sum()
-        return torch.stack([norms, across, noise, torch.zeros_like(noise)]), (g, h)
+    def pair(self, batch: Batch, total: list[Tensor] | None = None) -> Tensor:
+        """Return value, mean, mask noise and 0 from two masks.
+
+        Args:
+            batch: The batch.
+            total: Where the gradients are added to, a sum for each parameter.
+
+        Returns:
+            The four numbers.
+        """
+        first = self._gradient(batch)
+        rows: list[Tensor] = []
+
+        def meet(place: int, h: Tensor) -> None:
+            g, rate = first[place], self._rates[place]
+            apart = (g - h).square_().sum() / 2  # never negative
+            norms, across = (g.square().sum() + h.square().sum()) / 2, (g * h).sum()
+            numbers = torch.stack([norms, across, apart, torch.zeros_like(apart)])
+            rows.append(rate / 4 * numbers)
+            if total is not None:
+                # Not in place: a gradient of autograd's may be a view of one number.
+                first[place] = g.new_empty(0)
+                total[place] = total[place] + g + h
+
+        self._each_gradient(batch, meet)
+        return torch.stack(rows).sum(0)
+
+    def _each_gradient(self, batch: Batch, take: Callable[[int, Tensor], None]) -> None:
+        """Hand over each parameter's gradient as it is made, and let go of it."""
+        left = set(range(len(self._targets)))
+        masked = dropout_risk(
+            self._model, batch, self._loss, shared_mask=self._shared_mask
+        )
+
+        def taken(place: int, g: Tensor) -> Tensor:
+            left.discard(place)
+            take(place, g.detach())
+            return g.new_zeros(()).expand(g.shape)  # one element in its place
+
+        with torch.enable_grad(), masked as value, contextlib.ExitStack() as stack:
+            for place, x in enumerate(self._targets):
+                stack.enter_context(_hooked(x, functools.partial(taken, place)))
+            torch.autograd.grad(value, self._targets, allow_unused=True)
+        for place in left:
+            take(place, torch.zeros_like(self._targets[place]))
 
     def across(self, a: Batch, b: Batch, num_masks: int) -> Tensor:
         """Return value, mean, mask noise and batch noise from two batches."""
@@ -187,14 +228,22 @@ class _Norms:
     def _mean_of_pairs(
         self, batch: Batch, num_masks: int
     ) -> tuple[Tensor, list[Tensor]]:
-        rows, (g, h) = self.pair(batch)
-        # Not in place: a gradient of autograd's may be a view of one number.
-        total = [x + y for x, y in zip(g, h, strict=True)]
-        for _ in range(num_masks // 2 - 1):
-            more, (g, h) = self.pair(batch)
-            rows = rows + more
-            total = [t + x + y for t, x, y in zip(total, g, h, strict=True)]
-        return rows / (num_masks // 2), [t / num_masks for t in total]
+        total = [x.new_zeros(()).expand(x.shape) for x in self._targets]
+        rows = [self.pair(batch, total) for _ in range(num_masks // 2)]
+        return torch.stack(rows).mean(0), [t / num_masks for t in total]
+
+
+@contextlib.contextmanager
+def _hooked(x: Tensor, hook: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Call a hook with the gradient of ``x`` inside the context, after its own."""
+    own = x._backward_hooks
+    handle = x.register_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+        if own is None:
+            x._backward_hooks = None
 
 
 def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[float]:
