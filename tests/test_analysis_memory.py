@@ -8,9 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir import condensation
-from torch_dropout_ir.analysis.measures import Condensation, received_r2
+from torch_dropout_ir.analysis.measures import Condensation, Sharpness, received_r2
+from torch_dropout_ir.analysis.measures.sample_parts import fitting
 from torch_dropout_ir.analysis.snapshot import Snapshot
 from torch_dropout_ir.condensation.tiles import row_norms
+from torch_dropout_ir.losses import resolve_loss
 
 
 class Largest(TorchDispatchMode):
@@ -103,3 +105,59 @@ def test_the_noise_of_masks_holds_one_gradient():
     assert found.dropout_noise > 0
     assert 24 <= seen.most <= 28  # twelve of them are the weights
     assert all(x._backward_hooks is None and x.grad is None for x in net.parameters())
+
+
+def summed(outputs, targets):
+    return torch.nn.functional.cross_entropy(outputs, targets, reduction="sum")
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", summed])
+def test_curvature_of_parts_is_that_of_the_batch(loss):
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    nn.init.zeros_(net[2].weight)  # outputs tell nothing until it is moved
+    batch = torch.randn(10, 5, dtype=torch.float64), torch.randint(3, (10,))
+    resolved = resolve_loss(loss)
+    parts, said = fitting(net, resolved, batch, 0)
+    if loss is summed:  # taken for a mean, which it is not
+        assert len(parts) == 1 and "first 3 of 10 samples" in said
+        return
+    assert [len(y) for _, y in parts] == [3, 3, 3, 1] and not said
+    ops = (tdi.sharpness.hessian(net, resolved, b) for b in (batch, parts))
+    torch.testing.assert_close(*(op.dense() for op in ops))
+    assert fitting(net, resolved, batch, 2**20)[0] is batch
+
+
+def test_where_samples_meet_a_part_stands_for_the_batch_and_says_so():
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    nn.init.zeros_(net[2].weight)
+    batch = torch.randn(16, 5), torch.randint(3, (16,))
+    snapshot = Snapshot(net, 0, (), loss=resolve_loss("cross_entropy"), batches=[batch])
+    buffers = [x.clone() for x in net.buffers()]
+    for measure, part in ((Sharpness(max_bytes=0), slice(4)), (Sharpness(), slice(16))):
+        records = measure(snapshot)
+        op = tdi.sharpness.hessian(
+            net, "cross_entropy", (batch[0][part], batch[1][part])
+        )
+        top = torch.linalg.eigvalsh(op.dense().double())[-1]
+        assert records["sharpness/top_eigenvalue"] == pytest.approx(
+            float(top), rel=0.02
+        )
+        said = "first 4 of 16 samples" in snapshot.notes["sharpness/top_eigenvalue"]
+        assert said == (part.stop == 4)
+    assert all(torch.equal(x, y) for x, y in zip(buffers, net.buffers(), strict=True))
+
+
+def test_a_density_from_three_vectors_is_that_of_the_whole_basis():
+    matrix = torch.randn(60, 60, dtype=torch.float64)
+    matrix = matrix + matrix.T
+    found = []
+    for most in (2**20, 0):
+        torch.manual_seed(0)
+        found.append(
+            tdi.sharpness.spectral_density(matrix, num_steps=12, max_bytes=most)
+        )
+    whole, short = found
+    torch.testing.assert_close(short.nodes, whole.nodes, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(short.weights, whole.weights, rtol=1e-6, atol=1e-9)
+    few = tdi.sharpness.spectral_density(torch.eye(40), num_steps=9, max_bytes=0)
+    assert few.num_matvecs == 1 and float(few.nodes[0, 0]) == pytest.approx(1)

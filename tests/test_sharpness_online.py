@@ -97,7 +97,7 @@ def test_the_basis_of_the_eigenvalue_is_let_go_of_before_the_rest(monkeypatch):
     top, density = sharpness.top_eigenvalues, sharpness.spectral_density
 
     def with_basis(op, **arguments):
-        assert arguments["max_bytes"] == 2**26
+        assert arguments["max_bytes"] == 2**22
         found = top(op, **arguments)
         bases.append(weakref.ref(found))
         return found

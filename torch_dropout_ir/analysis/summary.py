@@ -83,7 +83,7 @@ def describe(analysis: Analysis) -> str:
         step, value = analysis.history[tag][-1]
         lines.append(f"  {tag:<{width}} {value:>12.5g}  {step:>7d}")
     facts = {k: v for k, v in analysis.notes.items() if k.startswith(RUN)}
-    said = {k: v for k, v in analysis.notes.items() if k not in facts}
+    said = {k: v for k, v in analysis.notes.items() if v and k not in facts}
     lines += _section("how the numbers were obtained", said)
     lines += _section("absent measures", analysis.absent)
     lines += _section("run", {k.removeprefix(RUN): v for k, v in facts.items()})

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.sharpness.krylov import Space, random_vector
+from torch_dropout_ir.sharpness.krylov import Space, finite_product, random_vector
 
 _POINTS = 512
+_BASIS_BYTES = 2**29
 _MARGIN = 6.0  # widths of the kernel beyond the outermost node: all of its mass
 
 
@@ -52,6 +53,7 @@ def spectral_density(
     bandwidth: float | None = None,
     rtol: float | None = None,
     state: dict[str, Any] | None = None,
+    max_bytes: int = _BASIS_BYTES,
 ) -> Density:
     r"""Return the density of the eigenvalues of a symmetric operator.
 
@@ -62,7 +64,9 @@ def spectral_density(
     nodes ``theta`` and, as squared first entries ``tau`` of the eigenvectors of the
     tridiagonal matrix, their weights: a Gauss quadrature, exact for polynomials up to
     degree ``2 num_steps - 1`` in the probe. The outermost nodes bound the grid: no
-    product is spent on bounds. Memory: ``num_steps`` vectors.
+    product is spent on bounds. Memory: ``num_steps`` vectors; where these are more than
+    ``max_bytes``, three, without reorthogonalization: nodes may then come twice, with
+    the weight shared between them.
 
     Args:
         op: Operator of :func:`hessian`, or a symmetric matrix ``[P, P]``.
@@ -73,6 +77,7 @@ def spectral_density(
         rtol: If given, stop as soon as the mean absolute standard error, integrated,
             is at most this, after three probes at least.
         state: ``Density.state`` of an earlier run, whose probes count too.
+        max_bytes: Memory for the basis.
 
     Returns:
         Grid, density, nodes and weights.
@@ -109,7 +114,7 @@ def spectral_density(
     probes = list(state["probes"]) if state else []
     spent = state["spent"] if state else 0
     for _ in range(num_probes):
-        probes.append(_quadrature(op, num_steps))
+        probes.append(_quadrature(op, num_steps, max_bytes))
         spent += probes[-1][0].numel()
         found = _smoothed(probes, spent, grid, bandwidth)
         if rtol is not None and len(probes) >= 3 and _within(found, rtol):
@@ -117,15 +122,40 @@ def spectral_density(
     return dataclasses.replace(found, converged=rtol is None)
 
 
-def _quadrature(op: Any, num_steps: int) -> tuple[Tensor, Tensor]:
+def _quadrature(op: Any, num_steps: int, max_bytes: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights of one probe: fewer than steps where it spans less."""
     steps = min(num_steps, op.shape[0])
+    dtype = getattr(op, "dtype", torch.float32)
+    if steps * op.shape[0] * dtype.itemsize > max_bytes:
+        return _short(op, steps)
     space = Space(op, random_vector(op), steps, 1)
     space.extend()
     while space.spent < steps and not space.closed:
         space.advance()
         space.extend()
     return space.values, space.first_entries().square()
+
+
+def _short(op: Any, steps: int) -> tuple[Tensor, Tensor]:
+    """The same from three vectors at a time."""
+    v = random_vector(op)
+    v /= v.norm()
+    last = torch.zeros_like(v)
+    matrix = torch.zeros(steps, steps, dtype=torch.float64)
+    left = 0.0
+    for k in range(steps):
+        image = finite_product(op, v)
+        rest = last.mul_(-left).add_(image)
+        matrix[k, k] = along = float(rest @ v)
+        rest.add_(v, alpha=-along)
+        left = float(rest.norm())
+        rounding = 16 * torch.finfo(v.dtype).eps * float(matrix.abs().max())
+        if k + 1 == steps or left <= rounding:
+            break
+        matrix[k, k + 1] = matrix[k + 1, k] = left
+        last, v = v, rest.div_(left)
+    values, vectors = torch.linalg.eigh(matrix[: k + 1, : k + 1])
+    return values, vectors[0].square()
 
 
 def _smoothed(

@@ -14,7 +14,7 @@ from torch_dropout_ir.sharpness.directions import checked_direction
 from torch_dropout_ir.sharpness.frozen import Masks
 from torch_dropout_ir.sharpness.landscape import moved
 from torch_dropout_ir.sharpness.surface import Surface
-from torch_dropout_ir.vectors import Params, norm
+from torch_dropout_ir.vectors import Params, norm, to_params
 
 _FIRST: Final = 2.0**-10  # first step, as a share of the norm of the parameters
 _HALVINGS: Final = 60
@@ -257,7 +257,7 @@ def _ascend(surface: Surface, rho: float, num_steps: int, *, adaptive: bool) -> 
     best, highest = {n: torch.zeros_like(x) for n, x in start.items()}, here
     scaled = dict(best)  # the perturbation in units of the scales
     for _ in range(num_steps):
-        slope = surface.mean_gradient(_plus(start, scales, scaled))
+        slope = _mean_gradient(surface, _plus(start, scales, scaled))
         slope = {n: g * scales[n] for n, g in slope.items()}
         steepness = float(norm(slope))
         if not steepness:
@@ -273,3 +273,9 @@ def _ascend(surface: Surface, rho: float, num_steps: int, *, adaptive: bool) -> 
 
 def _plus(start: Params, scales: Params, scaled: Params) -> dict[str, Tensor]:
     return {n: x + scales[n] * scaled[n] for n, x in start.items()}
+
+
+def _mean_gradient(surface: Surface, params: Params) -> dict[str, Tensor]:
+    """The gradient at some parameters, averaged over batches and masks."""
+    each = [surface.gradient(seed, params) for seed in surface.seeds]
+    return to_params(torch.stack(each).mean(0), surface.params)

@@ -112,20 +112,12 @@ class Space:
         return bool((self.leading - seen > tol * self.leading.abs()).any())
 
     def extend(self) -> None:
-        """Take the image of the newest vector.
-
-        Raises:
-            ValueError: If it is not finite.
-        """
-        image = (self._op @ self._rows[self._filled - 1]).detach()
-        if not bool(image.isfinite().all()):
-            raise ValueError(
-                "expected an operator with finite products, got one that is not. Look "
-                "for what overflows at these parameters."
-            )
-        self.spent += 1
+        """Take the image of the newest vector."""
         n = self._filled
+        image = finite_product(self._op, self._rows[n - 1])
+        self.spent += 1
         column, self._rest = orthogonalize(image, self._rows[:n])
+        del image
         self._left = float(self._rest.norm())
         self._projected[n - 1, :n] = self._projected[:n, n - 1] = column
         self._solve()
@@ -186,6 +178,21 @@ class Space:
         self._filled += 1
 
 
+def finite_product(op: Any, vector: Tensor) -> Tensor:
+    """Return ``op @ vector``.
+
+    Raises:
+        ValueError: If it is not finite.
+    """
+    image: Tensor = (op @ vector).detach()
+    if not bool(image.isfinite().all()):
+        raise ValueError(
+            "expected an operator with finite products, got one that is not. Look "
+            "for what overflows at these parameters."
+        )
+    return image
+
+
 def orthogonalize(image: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the coordinates of ``image`` in ``rows``, float64, and what is left.
 
@@ -194,7 +201,7 @@ def orthogonalize(image: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     near = rows[-2:]
     coordinates = near @ image
-    rest = image - near.T @ coordinates
+    rest = torch.addmv(image, near.T, coordinates, alpha=-1)
     column = torch.zeros(len(rows), dtype=torch.float64)
     column[-2:] = coordinates.double().cpu()
     for _ in range(3):

@@ -75,7 +75,8 @@ def top_eigenvalues(
 
     Without a ``start``, the operator of one large batch rehearses on every eighth of
     its samples, at the price of two products. Memory: the basis of at most 32 vectors
-    (``2 k + 8`` if that is more), within ``max_bytes`` as far as a restart allows.
+    (``2 k + 8`` if that is more), within ``max_bytes`` as far as a restart allows: of
+    ``2 k + 3`` at least.
 
     Args:
         op: Operator of :func:`hessian`, or a symmetric matrix ``[P, P]``.
@@ -129,7 +130,7 @@ def top_eigenvalues(
         space.extend()
     return Eigen(
         space.leading.flip(0),
-        [_as_given(op, v / v.norm()) for v in space.vectors()],
+        [_as_given(op, v.div_(v.norm())) for v in space.vectors()],
         space.residuals().flip(0),
         space.errors().flip(0),
         search.done(space),
@@ -239,7 +240,7 @@ def _rehearsed(op: Any, max_matvecs: int) -> tuple[Tensor, int]:
 def _capacity(op: Any, k: int, max_bytes: int) -> int:
     """Vectors to hold: no more than memory allows, and enough for a restart."""
     bytes_each = op.shape[0] * torch.finfo(op.dtype).bits // 8
-    room = max(2 * k + 6, min(max(_BASIS, 2 * k + 8), max_bytes // bytes_each))
+    room = max(2 * k + 3, min(max(_BASIS, 2 * k + 8), max_bytes // bytes_each))
     return int(min(op.shape[0], room))
 
 

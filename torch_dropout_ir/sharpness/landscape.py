@@ -64,7 +64,7 @@ def loss_slice(
         >>> loss_slice(net, "mse", batch, [0.0, 2.0], {"weight": torch.ones(1, 1)})
         tensor([0., 4.], dtype=torch.float64)
     """  # noqa: DOC502 (`checked_direction` raises)
-    surface = Surface("loss_slice", model, loss, batches, masks=masks)
+    surface = Surface("loss_slice", model, loss, batches, masks=masks, copied=False)
     along = filter_normalized_direction(model) if direction is None else direction
     d = checked_direction("loss_slice", _named(surface, model, along), surface.params)
     return _values(surface, (moved(surface, (float(a), d)) for a in alphas))
@@ -107,7 +107,7 @@ def loss_plane(
         >>> loss_plane(net, "mse", batch, [-1.0, 0.0, 1.0], [0.0, 1.0]).shape
         torch.Size([3, 2])
     """  # noqa: DOC502 (`checked_direction` raises)
-    surface = Surface("loss_plane", model, loss, batches, masks=masks)
+    surface = Surface("loss_plane", model, loss, batches, masks=masks, copied=False)
     given = directions or (
         filter_normalized_direction(model),
         filter_normalized_direction(model),

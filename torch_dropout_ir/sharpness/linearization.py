@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.output_hessian import hessian_product
@@ -49,7 +51,7 @@ class Linearized:
     def products(self, rows: Tensor, budget: int) -> Tensor:
         """Return the products with ``rows`` (``[K, P]``), as many at once as fit."""
         if len(rows) == 1:
-            return self._one(rows[0])[None]
+            return self._alone(rows[0])[None]
         at_once = max(1, min(len(rows), budget // max(1, self.bytes_each)))
         if at_once > 1:
             try:
@@ -60,13 +62,32 @@ class Linearized:
                 pass
         found = torch.empty_like(rows)
         for k, row in enumerate(rows):
-            found[k] = self._one(row)
+            found[k] = self._alone(row)
         return found
 
     def _batched(self, rows: Tensor, at_once: int) -> Tensor:
         return torch.func.vmap(self._one, chunk_size=at_once)(rows)
 
+    def _alone(self, row: Tensor) -> Tensor:
+        """One product, written where it belongs as its pieces are made."""
+        found = torch.zeros_like(row)
+        places = found.split([x.numel() for x in self.like])
+
+        def put(g: Tensor, place: Tensor) -> Tensor:
+            place.copy_(g.detach().reshape(-1))
+            return g.new_zeros(()).expand(g.shape)  # one element in its stead
+
+        with contextlib.ExitStack() as stack:
+            for x, place in zip(self.like, places, strict=True):
+                hook = x.register_hook(functools.partial(put, place=place))
+                stack.callback(hook.remove)
+            self._pieces(row)
+        return found
+
     def _one(self, row: Tensor) -> Tensor:
+        return torch.cat([x.reshape(-1) for x in self._pieces(row)]).to(row)
+
+    def _pieces(self, row: Tensor) -> list[Tensor]:
         pieces = [
             piece.view(x.shape).to(x.dtype)
             for piece, x in zip(
@@ -74,7 +95,7 @@ class Linearized:
             )
         ]
         try:
-            return torch.cat([x.reshape(-1) for x in self.product(pieces)]).to(row)
+            return self.product(pieces)
         except RuntimeError as err:
             if any(word in str(err) for word in _WITHOUT):
                 raise NotImplementedError(_ONCE.format(err)) from err
@@ -166,7 +187,8 @@ def _pullback(
 ) -> Callable[[Pieces], list[Tensor]]:
     """Return the reverse derivative of ``values`` in ``targets``, for many uses."""
     places = [i for i, g in enumerate(values) if g is not None and g.requires_grad]
-    active = [g for g in values if g is not None and g.requires_grad]
+    # Where derivatives start is all that is needed: the values are let go of.
+    active = [get_gradient_edge(values[i]) for i in places]  # type: ignore[arg-type]
 
     def pull(v: Pieces) -> list[Tensor]:
         if not active:

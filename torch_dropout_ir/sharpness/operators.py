@@ -155,4 +155,4 @@ def used_parameters(model: nn.Module, loss: Any, batches: Any) -> list[str]:
         >>> used_parameters(net, "mse", (torch.eye(2), torch.zeros(2, 1)))
         ['weight', 'bias']
     """
-    return Surface("used_parameters", model, loss, batches).used()
+    return Surface("used_parameters", model, loss, batches, copied=False).used()

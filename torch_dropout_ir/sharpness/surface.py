@@ -45,7 +45,7 @@ from torch_dropout_ir.sharpness.penalties import check_penalties
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
 from torch_dropout_ir.substitution import call_with
-from torch_dropout_ir.vectors import to_params, to_vector
+from torch_dropout_ir.vectors import to_vector
 
 Subset = Collection[str] | Callable[[str], bool] | None
 _MANY, _EVERY = 256, 8  # samples that can be thinned, and the stride
@@ -65,6 +65,7 @@ class Surface:
             require a gradient.
         group: Process group over which batches are spread; ``"auto"``: that of
             ``DistributedDataParallel``, else none.
+        copied: False holds the model's own tensors, while nobody writes on them.
 
     Attributes:
         params: Copies of the chosen parameters.
@@ -82,6 +83,7 @@ class Surface:
         masks: Masks = "off",
         params: Subset = None,
         group: Group = "auto",
+        copied: bool = True,
     ) -> None:
         self.caller = caller
         self.model, self.ranks = unwrapped(model, group)
@@ -91,7 +93,8 @@ class Surface:
             raise ValueError(f"{caller}: expected at least one batch, got none")
         self.seeds = mask_seeds(caller, masks)
         chosen = _chosen(caller, parameters(self.model), params)
-        self.params = {name: x.detach().clone() for name, x in chosen.items()}
+        own = {n: x.detach() for n, x in chosen.items()}
+        self.params = {n: x.clone() if copied else x for n, x in own.items()}
         rest = (*self.model.named_parameters(), *self.model.named_buffers())
         self._rest = {n: x.detach().clone() for n, x in rest if n not in chosen}
         self._modes = {m: m.training for m in self.model.modules()}
@@ -237,25 +240,21 @@ class Surface:
 
         return self.average(one, seed)
 
-    def mean_gradient(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the gradient at ``params``, averaged over batches and masks."""
-        flat = torch.stack([self.gradient(seed, params) for seed in self.seeds]).mean(0)
-        return to_params(flat, self.params)
-
     def used(self) -> list[str]:
         """Return the parameters that the loss of any batch depends on."""
-        names = list(self.params)
 
         def one(batch: Batch, place: int, seed: int | None) -> Tensor:
             with torch.enable_grad():
-                leaves = [x.detach().requires_grad_() for x in self.params.values()]
-                params = dict(zip(names, leaves, strict=True))
-                risk = self.checked(self.risk(params, batch, place, seed), place)
-                found = torch.autograd.grad(risk, leaves, allow_unused=True)
-            return torch.tensor([float(g is not None) for g in found]).to(leaves[0])
+                leaves = {
+                    n: x.detach().requires_grad_() for n, x in self.params.items()
+                }
+                risk = self.checked(self.risk(leaves, batch, place, seed), place)
+                targets = list(leaves.values())
+                found = torch.autograd.grad(risk, targets, allow_unused=True)
+            return torch.tensor([float(g is not None) for g in found]).to(targets[0])
 
-        depends = self.average(one, self.seeds[0])
-        return [n for n, x in zip(names, depends.tolist(), strict=True) if x > 0]
+        depends = self.average(one, self.seeds[0]).tolist()
+        return [n for n, x in zip(self.params, depends, strict=True) if x > 0]
 
     def checked(self, risk: Tensor, place: int) -> Tensor:
         """Return the loss of a batch if derivatives of it mean something.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -10,9 +11,13 @@ from torch import Tensor
 
 from torch_dropout_ir import sharpness
 from torch_dropout_ir.analysis.measures.regularizer import weight
+from torch_dropout_ir.analysis.measures.sample_parts import fitting
 from torch_dropout_ir.analysis.records import Histogram, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
 from torch_dropout_ir.functional import as_batches
+from torch_dropout_ir.sharpness.curvature import CurvatureOperator
+from torch_dropout_ir.sharpness.operators import BLOCK_BYTES
+from torch_dropout_ir.sharpness.surface import Surface
 
 _KINDS: Final = {
     "exact": "exact: the network is piecewise linear in the weights of each layer",
@@ -20,12 +25,14 @@ _KINDS: Final = {
     "hutchinson": "Hutchinson's estimate on random signs",
 }
 _BINS: Final = 64
+_BASIS_BYTES: Final = 2**22
 
 
 class Sharpness:
     """Top eigenvalue, trace, density of eigenvalues and a slice of the loss ``R_S``.
 
-    The eigenvalue starts from the eigenvector of the last time; the slice goes along
+    At most five vectors of all parameters are held, where these are large. The
+    eigenvalue starts from the eigenvector of the last time; the slice goes along
     one direction for the whole run, from -1 to 1 of the weights' norms.
 
     Args:
@@ -35,8 +42,8 @@ class Sharpness:
         density_steps: Products for the density; 0 leaves it out.
         slice_points: Points of the slice; 0 leaves it out.
         max_parameters: Larger models are left out.
-        max_bytes: Memory for the eigenvalue's basis; of eight vectors at least, and
-            then with restarts, which take more products.
+        max_bytes: Memory for the graph of the second derivative; beyond it the batch
+            is cut into four.
     """
 
     name = "sharpness"
@@ -71,21 +78,39 @@ class Sharpness:
             reason = f"more than {self.max_parameters} parameters: set `max_parameters`"
             snapshot.absent["sharpness/top_eigenvalue"] = reason
             return {}
-        own = sharpness.hessian(
+        assert snapshot.loss is not None  # by `needs`
+        batches, said = fitting(
+            snapshot.model, snapshot.loss, snapshot.batches, self.max_bytes
+        )
+        records = self._of(
+            dataclasses.replace(snapshot, batches=batches), frozenset(trained)
+        )
+        for tag in records:
+            how = snapshot.notes[tag] if tag == "sharpness/trace" else ""
+            snapshot.notes[tag] = "; ".join(filter(None, (how, said)))
+        return records
+
+    def _of(self, snapshot: Snapshot, trained: frozenset[str]) -> dict[str, Record]:
+        """The records of one loss surface."""
+        surface = Surface(
+            "sharpness",
             snapshot.model,
             snapshot.loss,
             snapshot.batches,
-            params=self._used(snapshot, frozenset(trained)),
+            params=self._used(snapshot, trained),
+            copied=False,  # nothing moves the parameters meanwhile
         )
+        own = CurvatureOperator("hessian", surface, BLOCK_BYTES)
         op: Any = own if snapshot.ranks.size == 1 else _Joined(own, snapshot)
         top = sharpness.top_eigenvalues(
             op,
             tol=self.tol,
             max_matvecs=self.max_matvecs,
             start=self._start(op),
-            max_bytes=self.max_bytes,
+            max_bytes=_BASIS_BYTES,
         )
-        self._last = top.vectors[0]
+        # Where to start from the next time: a few digits will do.
+        self._last = {n: x.bfloat16() for n, x in top.vectors[0].items()}
         records: dict[str, Record] = {
             "sharpness/top_eigenvalue": float(top.values[0]),
             "sharpness/top_eigenvalue_residual": float(top.residuals[0]),
@@ -137,7 +162,9 @@ class Sharpness:
         """Shares of the eigenvalues in bins between the outermost nodes."""
         if not self.density_steps:
             return {}
-        found = sharpness.spectral_density(op, num_steps=self.density_steps)
+        found = sharpness.spectral_density(
+            op, num_steps=self.density_steps, max_bytes=_BASIS_BYTES
+        )
         low, high = float(found.grid[0]), float(found.grid[-1])
         step = found.grid[1] - found.grid[0]
         places = (found.grid - low) / (high - low) * _BINS
