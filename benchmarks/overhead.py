@@ -15,7 +15,13 @@ standard error:
 * one measurement, by measure, in training steps: over N it is the cost of ``every=N``;
 * peak memory of fresh processes beyond what they hold before the model is made, by
   measure and of all. A tiny model has been trained in them before, with the same
-  measures: the code that these load is in memory once, whatever the model's size.
+  measures: the code that these load is in memory once, whatever the model's size. What
+  is freed is given back at once in them, so that holes in the heap do not count.
+
+glibc gives memory back and takes it again in the middle of training, at some states of
+the heap and not at others: up to 1200 page faults in a step of the MLP, or none. What
+these cost differs from block to block by more than a step off cadence does; with
+MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 there are none.
 
     python benchmarks/overhead.py --png overhead.png
     python benchmarks/overhead.py --models mlp --seconds 20
@@ -24,6 +30,7 @@ standard error:
 import argparse
 import gc
 import multiprocessing
+import os
 import random
 import statistics
 import time
@@ -40,6 +47,7 @@ import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis.measures import default_measures
 
 NEVER = 10**9
+MALLOC = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "65536")
 PARTS = ("costs", "auto", "memory")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Run = Callable[[int], float]  # from steps to seconds
@@ -267,6 +275,8 @@ def resident(what: str) -> int:
 def memory(name: str) -> dict[str, float]:
     """Return peak memory over that of a bare script: by measure, and of all."""
     context = multiprocessing.get_context("spawn")
+    kept = {name: os.environ.get(name) for name in MALLOC}
+    os.environ.update(MALLOC)
     names = [m.name for m in default_measures()]
     peaks = {}
     for measures in (None, *([n] for n in names), names):
@@ -276,6 +286,10 @@ def memory(name: str) -> dict[str, float]:
         key = measures and ("all" if measures is names else measures[0])
         peaks[key] = queue.get()
         process.join()
+    for key, value in kept.items():
+        os.environ.pop(key)
+        if value is not None:
+            os.environ[key] = value
     bare = peaks.pop(None)
     return {key: found / bare for key, found in peaks.items()}
 

@@ -3,12 +3,12 @@
 Semantics:
 
 * The graph of a second derivative keeps some four times what a training pass does.
-  Where that is much, the samples are cut into four parts, and products are added up
+  Where that is much, the samples are cut into eight parts, and products are added up
   over them: it is the same curvature where samples do not see each other.
 * Whether they do is found out: the loss of the batch is the mean of the parts' losses,
   here and at parameters moved at random, or it is not. Where it is not (batch
   normalization in training, a loss over pairs of samples, weights by class), the first
-  part stands for the batch, and a sentence says so.
+  quarter stands for the batch, and a sentence says so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from torch_dropout_ir.functional import (
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.sharpness.surface import Surface
 
-PARTS: Final = 4
+_OVER: Final = 4  # a second derivative's graph, over what a pass keeps
+_PARTS: Final = 8
+_QUARTER: Final = 4
 _MOVED: Final = 0.1  # of the parameters' root mean square
 
 
@@ -54,9 +56,9 @@ def fitting(
         return batches, ""
     batch, count = given[0], batch_size(given[0])
     whole = Surface("sharpness", model, loss, given, copied=False)
-    if count < 2 or PARTS * _kept(whole, batch) <= max_bytes:
+    if count < 2 or _OVER * _kept(whole, batch) <= max_bytes:
         return batches, ""
-    step = -(-count // PARTS)
+    step = -(-count // _PARTS)
     parts = [_rows(batch, count, i, i + step) for i in range(0, count, step)]
     try:
         same = _same(whole, Surface("sharpness", model, loss, parts, copied=False))
@@ -64,8 +66,9 @@ def fitting(
         return batches, ""  # a model or loss that takes no other number of samples
     if same:
         return parts, ""
-    return parts[:1], (
-        f"of the first {step} of {count} samples, alone: in this model or loss samples "
+    few = -(-count // _QUARTER)
+    return [_rows(batch, count, 0, few)], (
+        f"of the first {few} of {count} samples, alone: in this model or loss samples "
         "see each other, and the graph of them all is larger than `max_bytes`"
     )
 

@@ -43,7 +43,7 @@ class Sharpness:
         slice_points: Points of the slice; 0 leaves it out.
         max_parameters: Larger models are left out.
         max_bytes: Memory for the graph of the second derivative; beyond it the batch
-            is cut into four.
+            is cut into parts.
     """
 
     name = "sharpness"
