@@ -29,6 +29,7 @@ MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 there are no
 
 import argparse
 import gc
+import json
 import multiprocessing
 import os
 import random
@@ -344,6 +345,18 @@ def report(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def joined(rows: list[dict], path: Path) -> list[dict]:
+    """Return the rows with those of earlier runs, and write them where those were."""
+    known = (
+        {r["model"]: r for r in json.loads(path.read_text())} if path.exists() else {}
+    )
+    for r in rows:
+        known[r["model"]] = known.get(r["model"], {}) | r
+    both = [known[name] for name in MODELS if name in known]
+    path.write_text(json.dumps(both, indent=1))
+    return both
+
+
 def draw(rows: list[dict], path: Path) -> None:
     """Bars of what each measure costs, in training steps."""
     import matplotlib.pyplot as plt
@@ -370,20 +383,24 @@ def draw(rows: list[dict], path: Path) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seconds", type=float, default=40, help="for each timing")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall",
                         help="cpu: on a busy machine")  # fmt: skip
     parser.add_argument("--png", type=Path)
+    parser.add_argument("--rows", type=Path,
+                        help="JSON of earlier runs, added to")  # fmt: skip
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     Script.clock = staticmethod(CLOCKS[chosen.clock])
     rows = [row(name, chosen.seconds, chosen.parts) for name in chosen.models]
+    if chosen.rows:
+        rows = joined(rows, chosen.rows)
     print(f"torch {torch.__version__}, {chosen.threads} threads, {chosen.clock} clock")
     print(report(rows))
-    if chosen.png and "costs" in chosen.parts:
+    if chosen.png:
         draw(rows, chosen.png)
 
 
