@@ -107,6 +107,17 @@ def test_the_noise_of_masks_holds_one_gradient():
     assert all(x._backward_hooks is None and x.grad is None for x in net.parameters())
 
 
+def test_the_noise_of_masks_takes_sparse_gradients():
+    net = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Dropout(), nn.Flatten())
+    batch = torch.randint(9, (8, 2)), torch.randn(8, 8)
+    found = []
+    for net[0].sparse in (True, False):
+        torch.manual_seed(0)
+        found.append(tdi.regularizers.gradient_norm(net, batch, "mse", lr=0.1))
+    torch.testing.assert_close(found[0].dropout_noise, found[1].dropout_noise)
+    torch.testing.assert_close(found[0].value, found[1].value)
+
+
 def summed(outputs, targets):
     return torch.nn.functional.cross_entropy(outputs, targets, reduction="sum")
 

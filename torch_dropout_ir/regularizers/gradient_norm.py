@@ -185,10 +185,16 @@ class _Norms:
         rows: list[Tensor] = []
 
         def meet(place: int, h: Tensor) -> None:
-            g, rate = first[place], self._rates[place]
-            apart = (g - h).square_().sum() / 2  # never negative
-            norms, across = (g.square().sum() + h.square().sum()) / 2, (g * h).sum()
-            numbers = torch.stack([norms, across, apart, torch.zeros_like(apart)])
+            g, h, rate = _dense(first[place]), _dense(h), self._rates[place]
+            norms = (torch.linalg.vector_norm(x).square() for x in (g, h))
+            across = torch.dot(g.reshape(-1), h.reshape(-1))
+            apart = torch.linalg.vector_norm(g - h).square() / 2  # never negative
+            numbers = torch.stack([
+                sum(norms) / 2,
+                across,
+                apart,
+                torch.zeros_like(apart),
+            ])
             rows.append(rate / 4 * numbers)
             if total is not None:
                 # Not in place: a gradient of autograd's may be a view of one number.
@@ -205,9 +211,11 @@ class _Norms:
             self._model, batch, self._loss, shared_mask=self._shared_mask
         )
 
-        def taken(place: int, g: Tensor) -> Tensor:
+        def taken(place: int, g: Tensor) -> Tensor | None:
             left.discard(place)
             take(place, g.detach())
+            if g.layout is not torch.strided:
+                return None
             return g.new_zeros(()).expand(g.shape)  # one element in its place
 
         with torch.enable_grad(), masked as value, contextlib.ExitStack() as stack:
@@ -233,8 +241,12 @@ class _Norms:
         return torch.stack(rows).mean(0), [t / num_masks for t in total]
 
 
+def _dense(x: Tensor) -> Tensor:
+    return x if x.layout is torch.strided else x.to_dense()
+
+
 @contextlib.contextmanager
-def _hooked(x: Tensor, hook: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _hooked(x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Call a hook with the gradient of ``x`` inside the context, after its own."""
     own = x._backward_hooks
     handle = x.register_hook(hook)
