@@ -147,6 +147,7 @@ class Script:
     def run_bare(self, steps: int) -> float:
         """Train after two steps that are not timed, as the watched blocks have."""
         self.run(2)
+        gc.collect()
         return self.run(steps)
 
     def run_watched(self, steps: int) -> float:
@@ -157,6 +158,7 @@ class Script:
             measures=cheap,
         )  # fmt: skip
         self.run(2)  # the step that measures, and the one that ends it
+        gc.collect()  # what attaching has left is no step's
         seconds = self.run(steps)
         self.analysis.detach()
         self.analysis = None
