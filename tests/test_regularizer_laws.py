@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import torch_dropout_ir as tdi
 from tests.reference.enumeration import every_mask
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
+    by_rows,
     gauss_newton,
     gradient_norm,
     last_layer,
@@ -408,10 +411,38 @@ def test_large_features_are_summed_block_by_block(loss, monkeypatch):
     )
     monkeypatch.setattr(closed, "_IN_CACHE", 8 * 7)
     monkeypatch.setattr(closed, "_FOR_PRODUCTS", 8 * 7)
-    monkeypatch.setattr(one_by_one, "_ELEMENTS", 3 * 8 * 7)
-    for a, b in zip(whole, (run(last_layer), run(leave_one_out)), strict=True):
-        for one, several in zip(a, b, strict=True):
-            torch.testing.assert_close(one, several)
+    for units in (8 * 7, 5):  # rows in a block; part of a row
+        monkeypatch.setattr(one_by_one, "_ELEMENTS", 3 * units)
+        for a, b in zip(whole, (run(last_layer), run(leave_one_out)), strict=True):
+            for one, several in zip(a, b, strict=True):
+                torch.testing.assert_close(one, several)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that an operator returned, in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for x in tree_leaves(found):
+            if isinstance(x, torch.Tensor) and x._base is None:
+                self.bytes = max(self.bytes, x.numel() * x.element_size())
+        return found
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@pytest.mark.parametrize("form", [last_layer, leave_one_out])
+def test_a_closed_form_holds_a_block_and_computes_it_once(loss, form, monkeypatch):
+    """No tensor of samples by units by outputs; nothing twice without a gradient."""
+    monkeypatch.delattr(by_rows, "checkpoint")
+    h, w = torch.randn(300, 500), torch.randn(60, 500)
+    f, y = h @ w.T, torch.randint(60, (300,))
+    with Largest() as largest:
+        form(h, w, 0.3, loss=loss, outputs=f, targets=y)
+    assert largest.bytes <= 2**20
 
 
 # ---- models with several outputs
