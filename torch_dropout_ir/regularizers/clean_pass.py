@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.regularizers.checks import check_batch
-from torch_dropout_ir.regularizers.coupling import by_powers, even_root
+from torch_dropout_ir.regularizers.coupling import alike, by_powers, even_root
 from torch_dropout_ir.sites import Site, uncompiled, unobservable
 from torch_dropout_ir.tracing import random_state
 
@@ -51,14 +52,58 @@ class CleanPass:
         """The site of each use."""
         return [site.name for site, _, _ in self.uses]
 
-    def gradients(self, outputs: Tensor, root: Tensor) -> list[Tensor | None]:
-        """Send ``root`` back from a tensor of the outputs to each use of a site."""
+    def pull(
+        self,
+        outputs: Tensor,
+        root: Tensor | None,
+        receive: Callable[[int, Tensor], None],
+        *,
+        keep: bool = True,
+    ) -> None:
+        """Send ``root`` back from a tensor of the outputs to each use of a site.
+
+        Args:
+            outputs: The tensor.
+            root: A tensor of its shape; None for a scalar.
+            receive: Called with the number of a use and its derivative as it comes, in
+                reverse order; not at all where there is none.
+            keep: Whether the graph is kept for another root.
+        """
         if not self.uses or not outputs.requires_grad:
-            return [None] * len(self.uses)
-        found = torch.autograd.grad(
-            outputs, self.deltas, root, retain_graph=True, allow_unused=True
+            return
+        with contextlib.ExitStack() as stack:
+            ends: list[Tensor] = []
+            for i, delta in enumerate(self.deltas):
+                base = delta._base  # one element: what is received is not held
+                if delta.requires_grad and base is not None:
+                    hook = functools.partial(receive, i)
+                    stack.callback(delta.register_hook(hook).remove)
+                    ends.append(base)
+            torch.autograd.grad(
+                outputs, ends, root, retain_graph=keep, allow_unused=True
+            )
+
+    def row_weights(self, outputs: Tensor, root: Tensor) -> dict[int, Tensor]:
+        """Return the sum of magnitudes of each row of what a root is at each use."""
+        found: dict[int, Tensor] = {}
+
+        def receive(use: int, g: Tensor) -> None:
+            found[use] = self.row_weight(g)
+
+        self.pull(outputs, root, receive)
+        return found
+
+    @staticmethod
+    def row_weight(g: Tensor) -> Tensor:
+        """Return the sum of magnitudes of each row."""
+        return g.abs().flatten(1).sum(1) if g.ndim > 1 else g.abs()
+
+    def by_samples(self, count: int) -> bool:
+        """Whether inputs and masks of all uses have one row for each of the samples."""
+        return all(
+            h.ndim and h.shape[0] == count and site.mask_shape(h.shape)[0] == count
+            for site, h, _ in self.uses
         )
-        return list(found)
 
     def couples_samples(self, outputs: Sequence[Tensor]) -> bool:
         """Whether an output of one sample depends on another sample at some site.
@@ -79,21 +124,14 @@ class CleanPass:
     def _couples(self, outputs: Tensor) -> bool:
         if outputs.ndim == 0:
             return bool(self.uses)
-        count = outputs.shape[0]
-        for site, h, _ in self.uses:
-            if h.ndim == 0 or h.shape[0] != count:
-                return True
-            if site.mask_shape(h.shape)[0] != count:
-                return True
-        if count < 2:
+        if not self.by_samples(outputs.shape[0]):
+            return True
+        if outputs.shape[0] < 2:
             return False
         even = even_root(outputs)
-        plain = self.gradients(outputs, even)
-        scaled = self.gradients(outputs, by_powers(even))
-        return any(
-            p is not None and s is not None and not torch.equal(by_powers(p), s)
-            for p, s in zip(plain, scaled, strict=True)
-        )
+        plain = self.row_weights(outputs, even)
+        scaled = self.row_weights(outputs, by_powers(even))
+        return not alike(plain, scaled)
 
     def check_reachable(self, name: str) -> None:
         """Raise if derivatives cannot reach a site.
@@ -117,6 +155,7 @@ def clean_pass(
     twice: bool = False,
     move_buffers: bool = False,
     outlives: bool = False,
+    first: Tensor | None = None,
 ) -> Iterator[CleanPass]:
     """Run ``model`` without noise; take derivatives inside the context.
 
@@ -127,6 +166,7 @@ def clean_pass(
         move_buffers: Whether the pass moves running statistics as training does.
         outlives: Whether its graph is used after the context, and down to the
             parameters; else it begins at the first site.
+        first: What the first site is given in the place of its input, if anything.
 
     Yields:
         The pass.
@@ -143,6 +183,8 @@ def clean_pass(
     def perturb(site: Site, h: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             unreachable.append(site.name)
+        if first is not None and not passed:
+            h = _in_place_of(h, first)
         delta = h.new_zeros((), requires_grad=True).expand(h.shape)  # one element
         held = h if outlives else h.detach()
         # Nothing below the first site is asked for: what it keeps is let go now.
@@ -172,6 +214,15 @@ def clean_pass(
         alone = len(uses) == 1 and not unobservable(model) and not noisy
         last = _maker(reads, outputs) if alone else None
         yield CleanPass(outputs, uses, last, noisy, tuple(unreachable))
+
+
+def _in_place_of(h: Tensor, first: Tensor) -> Tensor:
+    if h.shape != first.shape:
+        raise ValueError(
+            f"expected the input of the first site to have the shape "
+            f"{list(first.shape)}, got {list(h.shape)}"
+        )
+    return first
 
 
 class _Passed(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,16 @@ def by_powers(root: Tensor, dims: int = 1) -> Tensor:
     weights = torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents)
     shape = (*root.shape[:dims], *(1,) * (root.ndim - dims))
     return root * weights.to(root.dtype).view(shape)
+
+
+def alike(plain: Mapping[int, Tensor], scaled: Mapping[int, Tensor]) -> bool:
+    """Whether what came of a root by powers is that of the plain root by powers.
+
+    Args:
+        plain: What came of the plain root, a tensor with a row a sample for each key.
+        scaled: What came of the root by powers.
+
+    Returns:
+        Whether they are equal to the bit, which tells that samples are apart.
+    """
+    return all(torch.equal(by_powers(x), scaled[key]) for key, x in plain.items())

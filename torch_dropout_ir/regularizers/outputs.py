@@ -146,13 +146,13 @@ def without_graph(outputs: Any) -> Any:
     return rebuild([x.detach() if isinstance(x, Tensor) else x for x in leaves])
 
 
-def replace_rows(read: OutputsRead, outputs: Any, rows: slice) -> OutputsRead:
+def replace_rows(read: OutputsRead, outputs: Any, rows: Tensor) -> OutputsRead:
     """Return the loss as a function of some rows of the outputs.
 
     Args:
         read: What the loss reads of all rows.
         outputs: What the model returned for those rows.
-        rows: Which.
+        rows: Their numbers.
 
     Returns:
         Its tensors are those of ``outputs``; the other rows are as in ``read``.
@@ -161,9 +161,8 @@ def replace_rows(read: OutputsRead, outputs: Any, rows: slice) -> OutputsRead:
 
     def risk(tensors: Sequence[Tensor]) -> Tensor:
         pairs = zip(read.tensors, tensors, strict=True)
-        return read.risk([
-            torch.cat((f[: rows.start], x, f[rows.stop :])) for f, x in pairs
-        ])
+        at = rows.to(read.tensors[0].device)
+        return read.risk([f.index_copy(0, at, x) for f, x in pairs])
 
     return OutputsRead([leaves[i] for i in read.places], risk, None, read.places)
 
