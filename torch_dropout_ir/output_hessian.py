@@ -19,6 +19,7 @@ from torch_dropout_ir.losses import Loss, half_squared_error
 Root = tuple[Tensor, "Tensor | float"]
 Rows: TypeAlias = "Tensor | slice"
 ALL: Final = slice(None)
+_DRAWN_AT_ONCE: Final = 2**18
 
 
 def squared_scale(loss: Loss, outputs_shape: torch.Size) -> float:
@@ -241,12 +242,14 @@ def _less_a_label(f: Tensor) -> Tensor:
     """Softmax, less one at a label drawn from it."""
     classes = 1 if f.ndim > 1 else 0
     softmax = f.softmax(classes)
-    last = softmax.movedim(classes, -1)
-    labels = torch.multinomial(last.reshape(-1, last.shape[-1]), 1)
-    chosen = labels.view(*last.shape[:-1], 1).movedim(-1, classes)
-    return softmax.scatter_add_(
-        classes, chosen, -softmax.new_ones(()).expand(chosen.shape)
-    )
+    # Some samples at a time: a draw takes twice the space of what it draws from.
+    count = max(1, _DRAWN_AT_ONCE * f.shape[0] // max(1, f.numel()))
+    for block in softmax.split(count) if f.ndim > 1 else (softmax,):
+        last = block.movedim(classes, -1)
+        labels = torch.multinomial(last.reshape(-1, last.shape[-1]), 1)
+        chosen = labels.view(*last.shape[:-1], 1).movedim(-1, classes)
+        block.scatter_add_(classes, chosen, -torch.ones_like(chosen, dtype=f.dtype))
+    return softmax
 
 
 def holding(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:

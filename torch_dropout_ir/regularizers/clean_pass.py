@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.regularizers.checks import check_batch
 from torch_dropout_ir.regularizers.coupling import alike, by_powers, even_root
-from torch_dropout_ir.sites import Site, uncompiled, unobservable
+from torch_dropout_ir.regularizers.recorder import Recorder, Use
+from torch_dropout_ir.sites import uncompiled, unobservable
 from torch_dropout_ir.tracing import random_state
-
-Use = tuple[Site, Tensor, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +66,25 @@ class CleanPass:
             root: A tensor of its shape; None for a scalar.
             receive: Called with the number of a use and its derivative as it comes, in
                 reverse order; not at all where there is none.
-            keep: Whether the graph is kept for another root.
+            keep: Whether the graph is kept for another root; if not, the inputs of the
+                sites go with it, each as its derivative has been received.
         """
         if not self.uses or not outputs.requires_grad:
             return
+
+        def hook(use: int, g: Tensor) -> None:
+            receive(use, g)
+            if not keep:
+                site, h, delta = self.uses[use]
+                self.uses[use] = site, h.detach().new_empty(()).expand(h.shape), delta
+
         with contextlib.ExitStack() as stack:
             ends: list[Tensor] = []
             for i, delta in enumerate(self.deltas):
                 base = delta._base  # one element: what is received is not held
                 if delta.requires_grad and base is not None:
-                    hook = functools.partial(receive, i)
-                    stack.callback(delta.register_hook(hook).remove)
+                    handle = delta.register_hook(functools.partial(hook, i))
+                    stack.callback(handle.remove)
                     ends.append(base)
             torch.autograd.grad(
                 outputs, ends, root, retain_graph=keep, allow_unused=True
@@ -176,94 +183,26 @@ def clean_pass(
     """  # noqa: DOC502 (`check_batch` raises)
     check_batch(inputs)
     model = uncompiled(model)
-    passed: list[_Passed] = []
-    reads: list[tuple[nn.Linear, bool, Tensor, int]] = []
-    unreachable: list[str] = []
-
-    def perturb(site: Site, h: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            unreachable.append(site.name)
-        if first is not None and not passed:
-            h = _in_place_of(h, first)
-        delta = h.new_zeros((), requires_grad=True).expand(h.shape)  # one element
-        held = h if outlives else h.detach()
-        # Nothing below the first site is asked for: what it keeps is let go now.
-        out = (h if passed else held) + delta
-        passed.append(_Passed(site, held, held._version, delta, out, out._version))
-        return out
-
-    def read(layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
-        # Identity is not enough: an operation in place leaves the tensor the same.
-        direct = bool(args and passed) and args[0] is passed[0].out
-        direct = direct and args[0]._version == passed[0].out_version
-        reads.append((layer, direct, output, output._version))
-
+    seen = Recorder(outlives, first)
     with torch.enable_grad(), contextlib.ExitStack() as stack:
         if twice:  # the fused attention kernels have no second derivative
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for module in model.modules():
             if type(module) is nn.Linear:
-                stack.callback(module.register_forward_hook(read).remove)
-        placed = at_sites(model, perturb, move_buffers=move_buffers, outlives=outlives)
+                stack.callback(module.register_forward_hook(seen.read).remove)
+        placed = at_sites(
+            model, seen.perturb, move_buffers=move_buffers, outlives=outlives
+        )
         calls = stack.enter_context(placed)
         before = random_state(model)
         outputs = call(model, inputs, move_buffers=move_buffers)
         noisy = bool(calls.silenced) or not _alike(before, random_state(model))
-        # Now: recomputation under checkpointing passes the sites again.
-        uses = [_use(p) for p in passed]
+        uses = seen.uses()
         alone = len(uses) == 1 and not unobservable(model) and not noisy
-        last = _maker(reads, outputs) if alone else None
-        yield CleanPass(outputs, uses, last, noisy, tuple(unreachable))
-
-
-def _in_place_of(h: Tensor, first: Tensor) -> Tensor:
-    if h.shape != first.shape:
-        raise ValueError(
-            f"expected the input of the first site to have the shape "
-            f"{list(first.shape)}, got {list(h.shape)}"
-        )
-    return first
-
-
-class _Passed(NamedTuple):
-    """A use of a site, and what tells whether something was written over it."""
-
-    site: Site
-    h: Tensor
-    h_version: int
-    delta: Tensor
-    out: Tensor
-    out_version: int
-
-
-def _use(passed: _Passed) -> Use:
-    """Return a use with its input as it was: itself, or what passed on.
-
-    Raises:
-        RuntimeError: If both were overwritten.
-    """
-    if passed.h._version == passed.h_version:
-        return passed.site, passed.h, passed.delta
-    if passed.out._version == passed.out_version:
-        return passed.site, passed.out, passed.delta
-    raise RuntimeError(
-        f"expected the input of dropout site `{passed.site.name}` or its output to "
-        "stay as they are in the forward pass, got both overwritten in place. Use "
-        "`monte_carlo`."
-    )
+        last = seen.maker(outputs) if alone else None
+        seen.close()
+        yield CleanPass(outputs, uses, last, noisy, tuple(seen.unreachable))
 
 
 def _alike(before: list[Tensor], after: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def _maker(
-    reads: list[tuple[nn.Linear, bool, Tensor, int]], outputs: Any
-) -> nn.Linear | None:
-    """Return the linear layer that read a site directly and made the outputs."""
-    made = [
-        layer
-        for layer, direct, output, version in reads
-        if direct and output is outputs and output._version == version
-    ]
-    return made[0] if len(made) == 1 else None

@@ -100,7 +100,9 @@ def gauss_newton(
     resolved = resolve_loss(loss)
     seen = _first_pass(model, batch, resolved, num_samples)
     draws, coupled = seen.draws, seen.coupled
-    if seen.chunks is not None:
+    if draws is not None and seen.chunks is not None:
+        coupled = not seen.chunks.apart()
+    elif seen.chunks is not None:
         parts = seen.chunks.each(functools.partial(_of_chunk, seen.forms, num_samples))
         draws = None if parts is None else join(parts, num_samples)
     if draws is None:
@@ -131,7 +133,7 @@ class _Known(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What the first pass shows, without its graph; draws where that is no matter."""
+    """What the first pass shows, without its graph; draws where they take no more."""
 
     known: _Known
     forms: RootForms
@@ -165,6 +167,9 @@ def _first_pass(
         kept = read_outputs(without_graph(clean.outputs), loss, targets)
         twice = loss.kind == "general"
         chunks = RowChunks(model, inputs, clean, kept, twice=twice, parts=_CHUNKS)
+        if forms.one_pass:  # its graph goes as the derivatives come
+            draws, _ = forms.draws(clean, read, coupled=False, keep=False)
+            return _Seen(known, forms, draws, False, chunks)
         return _Seen(known, forms, None, False, chunks)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,9 @@ from torch_dropout_ir.functional import Batch, as_batches, parameters
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.masked import dropout_risk
+
+# Elements of a gradient that are looked at together.
+_BLOCK: Final = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +119,7 @@ def gradient_norm(
     norms = _Norms(model, resolve_loss(loss), lr, shared_mask)
     batches = list(as_batches(batch))
     if len(batches) == 1:
-        rows = [norms.pair(batches[0])[0] for _ in range(num_masks // 2)]
+        rows = [norms.pair(batches[0]) for _ in range(num_masks // 2)]
     elif batches and len(batches) % 2 == 0:
         rows = [
             norms.across(a, b, num_masks)
@@ -152,50 +157,86 @@ class _Norms:
         self._targets = list(params.values())
         self._shared_mask = shared_mask
 
-    def _gradient(self, batch: Batch) -> list[Tensor]:
+    def _gradients(self, batch: Batch, receive: Callable[[int, Tensor], None]) -> None:
+        """Draw masks; give each parameter's gradient away as it comes, by number."""
+
+        def take(i: int, g: Tensor) -> None:
+            receive(i, g.to_dense() if g.is_sparse else g)
+
         masked = dropout_risk(
             self._model, batch, self._loss, shared_mask=self._shared_mask
         )
-        with torch.enable_grad(), masked as value:
-            found = torch.autograd.grad(value, self._targets, allow_unused=True)
-        return [
-            torch.zeros_like(x) if g is None else g
-            for g, x in zip(found, self._targets, strict=True)
-        ]
+        with contextlib.ExitStack() as stack:
+            for i, x in enumerate(self._targets):
+                hook = functools.partial(take, i)
+                stack.callback(x.register_hook(hook).remove)
+            with torch.enable_grad(), masked as value:
+                torch.autograd.grad(value, self._targets, allow_unused=True)
 
-    def _inner(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        terms = zip(self._rates, a, b, strict=True)
-        return torch.stack([r / 4 * (x * y).sum() for r, x, y in terms]).sum()
+    def pair(
+        self,
+        batch: Batch,
+        total: list[Tensor] | None = None,
+        other: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Return value, mean and mask noise of two masks, and their mean by ``other``.
 
-    def pair(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """Return value, mean, mask noise and 0 from two masks, and their mean."""
-        g, h = self._gradient(batch), self._gradient(batch)
-        norms = (self._inner(g, g) + self._inner(h, h)) / 2
-        across = self._inner(g, h)
-        # Not in place: a gradient of autograd's may be a view of one number.
-        mean = [(x + y) / 2 for x, y in zip(g, h, strict=True)]
-        half = [x - y for x, y in zip(h, mean, strict=True)]
-        noise = 2 * self._inner(half, half)  # |g - g'|^2 / 2, never negative
-        return torch.stack([norms, across, noise, torch.zeros_like(noise)]), mean
+        The gradient of the first is held, and let go parameter by parameter as that of
+        the second comes.
+
+        Args:
+            batch: The batch.
+            total: Gradient that the two are added to, in place.
+            other: Gradient that their mean is multiplied with; 0 without one.
+        """
+        first: dict[int, Tensor] = {}
+        self._gradients(batch, first.__setitem__)
+        found = [x.new_zeros(4) for x in self._targets]
+
+        def receive(i: int, second: Tensor) -> None:
+            g = first.pop(i) if i in first else torch.zeros_like(second)
+            if total is not None:
+                total[i].add_(g).add_(second)
+            third = None if other is None else other[i]
+            found[i] = self._rates[i] / 4 * _products(g, second, third)
+
+        self._gradients(batch, receive)
+        for i in list(first):  # at the second masks the loss does not depend on these
+            receive(i, torch.zeros_like(first[i]))
+        return torch.stack(found).sum(0)
 
     def across(self, a: Batch, b: Batch, num_masks: int) -> Tensor:
         """Return value, mean, mask noise and batch noise from two batches."""
-        first, mean_a = self._mean_of_pairs(a, num_masks)
-        second, mean_b = self._mean_of_pairs(b, num_masks)
-        within = (first + second) / 2
-        across = self._inner(mean_a, mean_b)
+        pairs = range(num_masks // 2)
+        total = [torch.zeros_like(x) for x in self._targets]
+        first = torch.stack([self.pair(a, total=total) for _ in pairs]).mean(0)
+        mean = [x.div_(num_masks) for x in total]
+        second = torch.stack([self.pair(b, other=mean) for _ in pairs]).mean(0)
+        within, across = (first + second) / 2, second[3]
         return torch.stack([within[0], across, within[2], within[1] - across])
 
-    def _mean_of_pairs(
-        self, batch: Batch, num_masks: int
-    ) -> tuple[Tensor, list[Tensor]]:
-        rows, total = self.pair(batch)
-        for _ in range(num_masks // 2 - 1):
-            more, mean = self.pair(batch)
-            rows = rows + more
-            total = [x + y for x, y in zip(total, mean, strict=True)]
-        pairs = num_masks // 2
-        return rows / pairs, [x / pairs for x in total]
+
+def _products(g: Tensor, h: Tensor, other: Tensor | None) -> Tensor:
+    """Return half the sum of squares, the inner product, and half the squared distance.
+
+    And, fourth, the inner product of the mean with a third vector, or 0. A block at a
+    time, so that nothing of the vectors' size is made.
+    """
+    wide = torch.promote_types(g.dtype, torch.float32)
+    total = torch.zeros(4, dtype=wide, device=g.device)
+    third = g.new_zeros(()).expand(g.numel()) if other is None else other
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).sum(dtype=wide)
+
+    blocks = zip(*(x.reshape(-1).split(_BLOCK) for x in (g, h, third)), strict=True)
+    for x, y, z in blocks:
+        away = x - y
+        squares = inner(x, x) + inner(y, y)
+        mean = inner(x, z) + inner(y, z)
+        parts = squares / 2, inner(x, y), inner(away, away) / 2, mean / 2
+        total += torch.stack(parts)
+    return total.to(g.dtype)
 
 
 def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[float]:

@@ -28,6 +28,10 @@ class RootForms:
         read: What the loss reads of the outputs of all rows.
         targets: The targets, or None.
         num_samples: Random roots; None for the exact sum.
+
+    Attributes:
+        one_pass: Whether it takes a single pass backward.
+        loss_couples: Whether the loss couples samples.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class RootForms:
         self._roots = None
         if read.loss is not None and _has_roots(read):
             self._roots = HessianRoots(read.loss, read.single, targets)
+        self.one_pass = num_samples == 1 and self._roots is not None
         self.loss_couples = self._roots is None and read.couples()
 
     def draws(
@@ -95,9 +100,9 @@ class RootForms:
             for j, (root, sign) in enumerate(roots):
                 last = k + 1 == self._num_samples and j + 1 == len(roots)
                 needed = keep or not last or coupled is None
-                plain: dict[int, Tensor] = {}
+                plain: dict[int, Tensor] | None = {} if coupled is None else None
                 forms += _pull(clean, outputs, root, sign, needed, plain)
-                if coupled is None:  # what a root misses is 0 in its form too
+                if plain is not None:  # what a root misses is 0 in its form too
                     meet |= not alike(
                         plain, clean.row_weights(outputs, by_powers(root))
                     )

@@ -26,14 +26,19 @@ from torch.utils import _pytree
 
 from torch_dropout_ir.functional import Inputs
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
+from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.outputs import OutputsRead, replace_rows
 
 T = TypeVar("T")
 
 # Elements of the sites' inputs under which memory is no matter.
 _FEWEST_ELEMENTS: Final = 2**16
-# Share of the rows in the first chunk, which tells at small cost whether samples meet.
-_FIRST: Final = 16
+# Fewer rows are not taken apart.
+_FEWEST_ROWS: Final = 4
+# One row of so many is in the first chunk, which tells at small cost whether samples
+# meet. Where a share ``q`` of the rows meets others, ``m`` rows miss that in ``(1 -
+# q)^m`` of cases.
+_FIRST: Final = 8
 _SEED: Final = 0
 
 
@@ -80,9 +85,18 @@ class RowChunks:
     def pay(clean: CleanPass, read: OutputsRead) -> bool:
         """Whether there are rows to take apart, and memory worth saving."""
         counts = {x.shape[0] if x.ndim else 0 for x in read.tensors}
-        if len(counts) != 1 or not clean.by_samples(next(iter(counts))):
+        count = next(iter(counts))
+        if len(counts) != 1 or count < _FEWEST_ROWS or not clean.by_samples(count):
             return False
         return matters(clean)
+
+    def apart(self) -> bool:
+        """Whether a few rows run alone as among all, and do not meet each other."""
+
+        def take(clean: CleanPass, read: OutputsRead, _: Tensor) -> bool | None:
+            return None if clean.couples_samples(read.tensors) else True
+
+        return bool(self._try(next(self.rows()), take))
 
     def each(
         self, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
@@ -98,10 +112,7 @@ class RowChunks:
         """
         found: list[T] = []
         for rows in self.rows():
-            try:
-                part = self._chunk(rows, take)
-            except (RuntimeError, ValueError, TypeError, IndexError):
-                return None  # a model that does not run on part of the rows
+            part = self._try(rows, take)
             if part is None:
                 return None
             found.append(part)
@@ -116,6 +127,14 @@ class RowChunks:
         for rows in (order[:first], *rest):
             if len(rows):
                 yield rows.sort().values
+
+    def _try(
+        self, rows: Tensor, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
+    ) -> T | None:
+        try:
+            return self._chunk(rows, take)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return None  # a model that does not run on part of the rows
 
     def _chunk(
         self, rows: Tensor, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
@@ -139,15 +158,7 @@ class RowChunks:
             (name, torch.Size((len(rows), *shape[1:]))) for name, shape in self._uses
         ]
         pairs = zip(chunk.tensors, self._read.tensors, strict=True)
-        return used == expected and all(_equal(x, f[rows]) for x, f in pairs)
-
-
-def _equal(found: Tensor, expected: Tensor) -> bool:
-    """Whether two results are equal but for the order of their sums."""
-    if found.shape != expected.shape:
-        return False
-    off = (found.detach() - expected).abs().max()
-    return bool(off <= torch.finfo(found.dtype).eps ** (2 / 3) * expected.abs().max())
+        return used == expected and all(nearly_equal(x, f[rows]) for x, f in pairs)
 
 
 def _rows_of(inputs: Inputs, rows: Tensor, count: int) -> Inputs:
