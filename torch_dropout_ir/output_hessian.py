@@ -242,12 +242,16 @@ def _less_a_label(f: Tensor) -> Tensor:
     """Softmax, less one at a label drawn from it."""
     classes = 1 if f.ndim > 1 else 0
     softmax = f.softmax(classes)
-    # Some samples at a time: a draw takes twice the space of what it draws from.
+    # Some samples at a time, lest the sums take twice the space of the outputs.
     count = max(1, _DRAWN_AT_ONCE * f.shape[0] // max(1, f.numel()))
     for block in softmax.split(count) if f.ndim > 1 else (softmax,):
         last = block.movedim(classes, -1)
-        labels = torch.multinomial(last.reshape(-1, last.shape[-1]), 1)
-        chosen = labels.view(*last.shape[:-1], 1).movedim(-1, classes)
+        sums = last.cumsum(-1, dtype=torch.float64)
+        at = torch.rand_like(sums[..., -1:]) * sums[..., -1:]
+        labels = torch.searchsorted(sums, at, right=True).clamp_(
+            max=f.shape[classes] - 1
+        )
+        chosen = labels.movedim(-1, classes)
         block.scatter_add_(classes, chosen, -torch.ones_like(chosen, dtype=f.dtype))
     return softmax
 
