@@ -62,6 +62,17 @@ def gauss_newton(
     take the place of the sampled outputs: :math:`(z \circ h)^\top J^\top H J (z \circ
     h)`, in three backward passes a sample; the exact sum takes them unit by unit.
 
+    Memory: with one sample no more than a training step's (forward and backward pass
+    with the parameters' gradients), for what has been used goes as the derivatives
+    come. More samples, the exact sum and a loss without a root go through a large
+    batch half of its rows at a time. Samples that meet (batch normalization in
+    training mode above a site, message passing) cannot be taken apart: their graph is
+    gone through as a whole, and a pass that keeps it took one and a half times a step's
+    memory.
+
+    Whether samples meet is asked of an eighth of a large batch. Rows that do not run
+    by themselves as among all do not tell, and pass for samples that meet.
+
     Args:
         model: The network. Of several outputs, those count that the loss reads.
         batch: ``(inputs, targets)``; targets may be None where the loss's Hessian does
@@ -72,7 +83,7 @@ def gauss_newton(
     Returns:
         The estimate with the part of each site. The standard error is that of the
         sampling of outputs; with one sample it includes the spread between the data
-        and is an upper bound.
+        and is an upper bound, and NaN where samples meet.
 
     Raises:
         TypeError: If the model's outputs hold no tensor.

@@ -79,8 +79,12 @@ def gradient_norm(
     gradient, and what is left is the noise of the mini-batches, which plain SGD has
     too. Steps count alike, whatever the sizes of their batches.
 
-    Costs a forward and a backward pass a mask and batch, and the memory of three
-    gradients. For optimizers other than gradient descent R_2 is a diagnostic, not the
+    Costs a forward and a backward pass a mask and batch. Memory: an inner product of
+    two gradients takes both of a parameter at once, so the whole first gradient is held
+    when the second pass begins, and let go parameter by parameter as the second comes:
+    a training step, which has its gradient only when its activations have gone, and up
+    to one gradient and the largest parameter's beside; with several batches one more
+    gradient. For optimizers other than gradient descent R_2 is a diagnostic, not the
     theory. For a gradient that the script has anyway, ``(lr / 4) * g.square().sum()``
     is one unbiased sample of the first form, free of extra passes.
 

@@ -64,8 +64,10 @@ def modified_loss(
 
     Differentiable in the parameters: call ``.backward()`` on it in the place of the
     loss. ``L1`` with ``"last_layer"`` costs a plain step; a penalty on the gradient a
-    second backward pass through the first: two to three and a half times the memory of
-    a plain step in ``benchmarks/regularizers.py``. Sites under activation
+    second backward pass through the first. That one frees nothing as it goes: every
+    activation stays, its derivative beside it, and the gradient beside that of the
+    penalty: two to four times the memory of a plain step in
+    ``benchmarks/regularizers.py``. Sites under activation
     checkpointing cannot be trained with ``L1``, ``L2`` and ``L4``:
     they would run again with dropout on.
 

@@ -41,7 +41,9 @@ def monte_carlo(
     most of the variance where dropout is a small perturbation, and fades where it is
     not.
 
-    Costs a forward pass a mask, and two forward and one backward pass.
+    Costs a forward pass a mask, and two forward and one backward pass. Memory is that
+    of a training step and, beside it, the linear part: an element for each of a mask
+    (and what the loss keeps of the outputs, which a training step lets go sooner).
 
     Args:
         model: The model; left as it is. Of its outputs only the loss takes notice.
