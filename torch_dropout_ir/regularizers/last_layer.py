@@ -160,10 +160,11 @@ def _softmax_form(
 
     def form(h: Tensor, s: Tensor, a: Tensor, w: Tensor, squares: Tensor) -> Tensor:
         spread, mean = s @ squares, s @ w
-        if in_place:
-            spread = spread.addcmul_(mean, mean, value=-1).mul_(h).mul_(h)
-        else:
-            spread = (spread - mean.square()) * h.square()
+        if not in_place:
+            return (a.squeeze(-1) @ ((spread - mean.square()) * h.square())).sum()
+        few = max(1, _IN_CACHE // h.shape[1])
+        for x, m, g in zip(*(t.split(few) for t in (spread, mean, h)), strict=True):
+            x.addcmul_(m, m, value=-1).mul_(g).mul_(g)
         return (a.squeeze(-1) @ spread).sum()
 
     whole = weight, weight.square()
