@@ -56,10 +56,14 @@ class Use:
         step = max(1, _CHUNK_BYTES // max(1, each))
         yield from (slice(i, min(i + step, n)) for i in range(0, n, step))
 
+    def _rows(self, c: slice) -> Tensor:
+        """Rows in the dtype that the layer computes in, which autocast may choose."""
+        return self.part.rows(c).to(self.delta.dtype)
+
     def squared_norms(self, gradient: Tensor) -> Tensor:
         """Return squared norms of the samples' derivatives, float64 ``[n]``."""
         a = self.part.split(gradient)
-        found = [_squared(self.part.rows(c), a[c]) for c in self._chunks(a)]
+        found = [_squared(self._rows(c), a[c]) for c in self._chunks(a)]
         return torch.cat([x.double() for x in found])
 
     def summed(self, gradient: Tensor) -> Tensor:
@@ -67,7 +71,7 @@ class Use:
         a = self.part.split(gradient)
         total = a.new_zeros(a.shape[1], a.shape[3], self.part.size)
         for c in self._chunks(a):
-            total += torch.einsum("ngto,ngtd->god", a[c], self.part.rows(c))
+            total += torch.einsum("ngto,ngtd->god", a[c], self._rows(c))
         return total.reshape(-1)
 
     @property
@@ -88,7 +92,7 @@ class Use:
         a = self.part.split(self.delta)
         found = torch.empty_like(a)
         for c in self._chunks(a):
-            h = self.part.rows(c)
+            h = self._rows(c)
             found[c] = h @ draw(h.new_empty(*h.shape[:2], h.shape[3], a.shape[3]))
         return self.part.join(found)
 
