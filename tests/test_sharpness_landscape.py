@@ -150,6 +150,35 @@ def test_interval_flatness_is_monotone_in_the_level_and_finds_the_nearest():
     assert near.right == pytest.approx(0.9517, abs=5e-3)
 
 
+def test_interval_flatness_sees_a_ridge_that_one_doubling_leaps_over():
+    def ridge(f, t):
+        x = f[0, 0]
+        return 1 + 3 * torch.exp(-((x - 0.6).square()) / 0.01) + 0.01 * x**2
+
+    net = Bowl(torch.zeros(1))
+    found = sharpness.interval_flatness(net, ridge, BATCH, {"theta": torch.ones(1)})
+    assert found.right == pytest.approx(0.6 - 0.1 * math.log(3) ** 0.5, abs=2e-3)
+    assert found.left == pytest.approx(-10, abs=2e-3)
+
+
+def test_the_finest_accuracy_ends_between_two_neighbouring_numbers():
+    net, loss = bowl(torch.zeros(2), torch.tensor([2.0, 1.0]), 1.0)
+    d = {"theta": torch.tensor([1.0, 0.0])}
+    found = sharpness.interval_flatness(net, loss, BATCH, d, rtol=1e-300)
+    assert found.right == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_filters_of_transposed_convolutions_are_those_of_their_outputs(groups):
+    net = nn.ConvTranspose2d(4, 6, 3, groups=groups)
+    d = sharpness.filter_normalized_direction(net)["weight"]
+    split = [x.detach().chunk(groups) for x in (d, net.weight)]
+    for got, x in zip(*split, strict=True):  # inputs first in each group
+        torch.testing.assert_close(
+            got.square().sum((0, 2, 3)), x.square().sum((0, 2, 3))
+        )
+
+
 def test_interval_flatness_at_zero_loss_flat_sides_and_blow_ups():
     net, loss = bowl(torch.zeros(2), torch.tensor([2.0, 0.0]))
     found = sharpness.interval_flatness(
@@ -227,7 +256,10 @@ def test_bad_input():
             call({**good, "bias": torch.ones(5)})
         with pytest.raises(ValueError, match="finite"):
             call({**good, "bias": torch.full((1,), float("nan"))})
-    for wrong in ({"factor": 1.0}, {"floor": 0.0}):
+    for wrong in (
+        {"factor": 1.0}, {"floor": 0.0}, {"rtol": 0.0}, {"reach": math.inf},
+        {"reach": 0.0}, {"factor": math.inf},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="factor"):
             sharpness.interval_flatness(net, "mse", batch, good, **wrong)
     with pytest.raises(ValueError, match="finite loss"):
