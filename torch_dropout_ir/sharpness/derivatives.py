@@ -1,4 +1,4 @@
-r"""Convolutions whose second derivative costs what is asked of it.
+r"""Second derivatives that cost what is asked of them: convolutions and ReLU.
 
 A convolution ``y = x * W + b`` is bilinear, so three of its kinds make up all of its
 derivatives: with ``g`` the derivative in ``y``,
@@ -9,7 +9,7 @@ derivatives: with ``g`` the derivative in ``y``,
 
 Torch's own double backward also computes what leads nowhere, such as the derivative in
 the network's input, and takes the one in the weight by a convolution with roles
-exchanged, for which CPUs have no fast kernel.
+exchanged, for which CPUs have no fast kernel. That of ReLU makes zeros and adds them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir import tracing
 
 _forward: Final = torch.ops.aten.convolution.default
 _backward: Final = torch.ops.aten.convolution_backward.default
-_PLAIN: Final = (F.conv1d, F.conv2d, F.conv3d)
-_TRANSPOSED: Final = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-
+_mask: Final = torch.ops.aten.threshold_backward.default
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 
 
@@ -92,8 +90,36 @@ class _Derivative(torch.autograd.Function):
         return tuple(found)
 
 
-class LeanConvolutions(TorchFunctionMode):
-    """Convolutions called inside the context take their second derivative from here.
+class _Relu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.relu(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        found: Tensor = _Masked.apply(g, y.detach())
+        return found
+
+
+class _Masked(torch.autograd.Function):
+    """What passes where ``y`` is positive: linear, and constant in ``y``."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        return _mask(g, y, 0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        return _mask(g, y, 0), None
+
+
+class LeanDerivatives(TorchFunctionMode):
+    """What is called inside the context takes its second derivative from here.
 
     Left to torch where arguments or surroundings (autocast, transforms, compilers,
     tensors of other types) are none of those that the formulas hold for.
@@ -107,13 +133,18 @@ class LeanConvolutions(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _PLAIN and tracing.eager():
-            found = _plain(*args, **kwargs)
-        elif func in _TRANSPOSED and tracing.eager():
-            found = _transposed(*args, **kwargs)
-        else:
-            found = None
+        own = _OWN.get(func) if tracing.eager() else None
+        found = None if own is None else own(*args, **kwargs)
         return func(*args, **kwargs) if found is None else found
+
+
+def _ours(*tensors: Tensor) -> bool:
+    plain = all(type(x) in (Tensor, nn.Parameter) for x in tensors)
+    return plain and not torch.is_autocast_enabled(tensors[0].device.type)
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor | None:
+    return None if inplace or not _ours(input) else _Relu.apply(input)
 
 
 def _plain(
@@ -153,8 +184,7 @@ def _convolved(
     groups: int,
     transposed: bool,
 ) -> Tensor | None:
-    ours = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight))
-    if not ours or x.ndim != weight.ndim or torch.is_autocast_enabled(x.device.type):
+    if not _ours(x, weight) or x.ndim != weight.ndim:
         return None
     spatial = x.ndim - 2
     stride, padding, dilation, more = (
@@ -163,3 +193,12 @@ def _convolved(
     )
     geometry = (stride, padding, dilation, transposed, more, groups)
     return _Convolution.apply(x, weight, bias, geometry)
+
+
+_OWN: Final[dict[Callable[..., Any], Callable[..., Tensor | None]]] = {
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _plain),
+    **dict.fromkeys(
+        (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed
+    ),
+}

@@ -1,4 +1,4 @@
-"""Second derivatives of convolutions: dense oracles, and no more work than needed."""
+"""Second derivatives of our own: dense oracles, and no more work than needed."""
 
 import contextlib
 
@@ -42,7 +42,8 @@ class Around(nn.Module):
 
     def forward(self, x):
         h = torch.tanh(self.below(x)).unflatten(1, self.shape)
-        return self.above(torch.tanh(self.convolution(h)).flatten(1))
+        h = torch.relu(self.convolution(h))  # some entries are dropped
+        return self.above(torch.tanh(h + h.square()).flatten(1))
 
 
 def around(name):
@@ -89,19 +90,20 @@ def test_gauss_newton_products_are_as_without(monkeypatch):
         op = sharpness.ggn(net, "cross_entropy", batch)
         v = torch.randn(op.shape[0], 2).double()
         with monkeypatch.context() as patch:
-            patch.setattr(linearization, "LeanConvolutions", contextlib.nullcontext)
+            patch.setattr(linearization, "LeanDerivatives", contextlib.nullcontext)
             expected = sharpness.ggn(net, "cross_entropy", batch) @ v
         torch.testing.assert_close(op @ v, expected)
 
 
 class Counts(TorchDispatchMode):
-    """Which derivatives of convolutions are computed."""
+    """Which derivatives of convolutions are computed, and what else."""
 
     def __init__(self):
         super().__init__()
-        self.forward, self.backward = 0, [0, 0, 0]
+        self.forward, self.backward, self.names = 0, [0, 0, 0], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
         if func is torch.ops.aten.convolution.default:
             self.forward += 1
         if func is torch.ops.aten.convolution_backward.default:
@@ -120,6 +122,22 @@ def test_no_derivative_is_computed_that_leads_nowhere():
     # Tangents: of the first layer in its weight, of the second in both. In the inputs:
     # of the second layer twice; in weights: of the first once, of the second twice.
     assert (counts.forward, counts.backward) == (3, [2, 3, 2])
+
+
+def test_relu_makes_no_zeros():
+    for layer in (nn.ReLU(), torch.relu, lambda x: x.relu(), nn.ReLU(inplace=True)):
+        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        net[0].register_forward_hook(lambda *args, layer=layer: layer(args[2] + 0))
+        batch = torch.randn(5, 3), torch.randn(5, 2)
+        op = sharpness.hessian(net, "mse", batch)
+        v = torch.randn(op.shape[0])
+        with Counts() as counts:
+            found = op @ v
+        torch.testing.assert_close(found, op.dense() @ v)
+        inplace = getattr(layer, "inplace", False)
+        zeros = [n for n in counts.names if "zeros" in n or "fill" in n]
+        assert inplace or not zeros
+        assert counts.names.count("aten::threshold_backward") == 2
 
 
 class Odd(nn.Module):
@@ -150,6 +168,6 @@ def test_other_surroundings_are_as_without(how, monkeypatch):
     batch = torch.randn(4, 6), torch.randint(2, (4,))
     op = sharpness.hessian(net, "cross_entropy", batch)
     v = torch.randn(op.shape[0])
-    monkeypatch.setattr(linearization, "LeanConvolutions", contextlib.nullcontext)
+    monkeypatch.setattr(linearization, "LeanDerivatives", contextlib.nullcontext)
     expected = sharpness.hessian(net, "cross_entropy", batch) @ v
     torch.testing.assert_close(op @ v, expected)
