@@ -163,6 +163,9 @@ def test_blocks_that_run_again_run_where_they_ran(normalize, masks):
                 p.mul_(1.5)
         for _ in range(2):
             torch.testing.assert_close(op.dense(), expected)
+        trace = sharpness.trace(op, 60, method="layerwise")
+        error = (trace.value - expected.trace()).abs()
+        assert error <= 6 * trace.standard_error + 1e-9
         assert all(p is q for p, q in zip(own, nets[0].parameters(), strict=True))
         nets[0].load_state_dict(nets[1].state_dict())
     climbs = [

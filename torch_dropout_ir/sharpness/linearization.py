@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.output_hessian import hessian_product
+from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sharpness.surface import Surface
 
 Kind = Literal["hessian", "ggn"]
@@ -98,7 +99,7 @@ def linearize(
         The products, which keep the graph alive.
     """
     leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
-    with torch.enable_grad(), _sizes(surface.model) as sizes:
+    with torch.enable_grad(), _sizes(surface.model) as sizes, LeanDerivatives():
         build = _hessian if kind == "hessian" else _ggn
         used, product = build(surface, leaves, batch, place, seed)
     like = list(leaves.values())

@@ -145,12 +145,15 @@ def _columns(op: Any) -> TraceEstimate:
 
 
 def _estimate(
-    exact: float, forms: list[float], spent: int, rtol: float | None, method: str
+    exact: float, draws: list[list[float]], spent: int, rtol: float | None, method: str
 ) -> TraceEstimate:
-    seen = torch.tensor(forms, dtype=torch.float64)
-    value = seen.mean() + exact if forms else torch.tensor(exact, dtype=torch.float64)
-    error = seen.std() / len(forms) ** 0.5 if forms else torch.zeros_like(value)
-    reached = not forms or _reached(float(value), float(error), len(forms), rtol)
+    """The sum of the means of what was drawn apart."""
+    seen = [torch.tensor(x, dtype=torch.float64) for x in draws]
+    value = torch.tensor(exact, dtype=torch.float64) + sum(x.mean() for x in seen)
+    variance = sum(x.var() / len(x) for x in seen)
+    error = torch.as_tensor(variance, dtype=torch.float64).sqrt()
+    count = sum(map(len, seen)) // max(1, len(seen))
+    reached = not seen or _reached(float(value), float(error), count, rtol)
     return TraceEstimate(value, error, spent, reached or rtol is None, method, {})
 
 
@@ -165,7 +168,7 @@ def _hutchinson(
     for _ in range(num_matvecs):
         forms.append(form(op))
         if len(forms) > 1:
-            found = _estimate(0.0, forms, len(forms), rtol, "hutchinson")
+            found = _estimate(0.0, [forms], len(forms), rtol, "hutchinson")
             if rtol is not None and found.converged:
                 break
     saved = {"method": "hutchinson", "forms": forms}
@@ -205,20 +208,18 @@ def _layerwise(
     most = num_matvecs + (state["spent"] if state else 0)
     with op.released() as surface:
         rounds = Rounds(surface, op.kind, num_matvecs, state)
+        method = "gauss_newton" if rounds.draws else "exact"
         while True:
-            forms = rounds.forms
-            method = "gauss_newton" if rounds.per_round else "exact"
-            found = _estimate(rounds.exact, forms, rounds.spent, rtol, method)
-            left = (most - rounds.spent - OVERHEAD) // max(1, rounds.per_round)
-            enough = len(forms) >= 2 and (
-                left < 1 or (rtol is not None and found.converged)
-            )
-            if not rounds.per_round or enough:
-                break
-            rounds.more(
-                max(
-                    2 - len(forms), min(left, _AT_ONCE if rtol is not None else left), 1
+            begun = all(rounds.draws)
+            left = most - rounds.spent - OVERHEAD
+            round_of = len(rounds.draws)
+            if begun:
+                found = _estimate(
+                    rounds.exact, rounds.draws, rounds.spent, rtol, method
                 )
-            )
+                enough = rtol is not None and found.converged
+                if not rounds.draws or enough or left < round_of:
+                    break
+            rounds.more(left if rtol is None else min(left, _AT_ONCE * round_of))
     op.num_matvecs += rounds.spent - (state["spent"] if state else 0)
     return dataclasses.replace(found, state=rounds.state())
