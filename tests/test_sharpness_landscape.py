@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -121,6 +121,7 @@ def test_interpolation_meets_both_models_and_their_statistics(mode):
         sharpness.interpolate(nn.Linear(2, 1), nn.Linear(3, 1), "mse", BATCH)
 
 
+@settings(max_examples=20)
 @given(
     st.floats(0.01, 100), st.floats(0.001, 10), st.floats(1.1, 9), st.floats(0.1, 50)
 )
