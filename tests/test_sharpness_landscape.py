@@ -151,15 +151,18 @@ def test_interval_flatness_is_monotone_in_the_level_and_finds_the_nearest():
     assert near.right == pytest.approx(0.9517, abs=5e-3)
 
 
-def test_interval_flatness_sees_a_ridge_that_one_doubling_leaps_over():
-    def ridge(f, t):
-        x = f[0, 0]
-        return 1 + 3 * torch.exp(-((x - 0.6).square()) / 0.01) + 0.01 * x**2
+def test_interval_flatness_sees_a_ridge_that_the_last_doublings_leap_over():
+    def ridge(x):
+        return 1 + 3 * torch.exp(-((x - 0.75).square()) / 0.01) + 0.5 * x**2
 
     net = Bowl(torch.zeros(1))
-    found = sharpness.interval_flatness(net, ridge, BATCH, {"theta": torch.ones(1)})
-    assert found.right == pytest.approx(0.6 - 0.1 * math.log(3) ** 0.5, abs=2e-3)
-    assert found.left == pytest.approx(-10, abs=2e-3)
+    found = sharpness.interval_flatness(
+        net, lambda f, t: ridge(f[0, 0]), BATCH, {"theta": torch.ones(1)}
+    )
+    places = torch.linspace(0, 1, 100_001)
+    nearest = float(places[ridge(places) >= 2][0])
+    assert nearest < 0.75 and found.right == pytest.approx(nearest, abs=1e-3)
+    assert found.left == pytest.approx(-(2**0.5), abs=1e-3)
 
 
 def test_the_finest_accuracy_ends_between_two_neighbouring_numbers():
