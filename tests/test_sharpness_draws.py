@@ -9,16 +9,16 @@ from torch_dropout_ir.sharpness.residual import Block, Residual
 
 
 class Positions(nn.Module):
-    """Tokens by themselves, or neighbours that meet in a product."""
+    """Tokens by themselves, or some that meet in a product, by their partners."""
 
-    def __init__(self, meet=False):
+    def __init__(self, meet=None):
         super().__init__()
         self.a, self.b, self.meet = nn.Linear(3, 4), nn.Linear(4, 2), meet
 
     def forward(self, x):
         h = F.gelu(self.a(x.unflatten(1, (4, 3))))
         if self.meet:
-            h = h * h.roll(1, 1)
+            h = h * h[:, self.meet]
         return self.b(h.mean(1))
 
 
@@ -48,7 +48,7 @@ def test_positions_that_do_not_meet_are_exact_by_their_diagonal():
 
 
 def test_positions_that_meet_are_probed_together():
-    op = operator(Positions(True), 12)
+    op = operator(Positions([1, 2, 3, 0]), 12)
     found = sharpness.trace(op, 800, method="layerwise")
     assert 0 < found.standard_error < 0.05 * found.value.abs()
     error = (found.value - op.dense().trace()).abs()
@@ -56,12 +56,11 @@ def test_positions_that_meet_are_probed_together():
 
 
 def test_few_rows_are_not_taken_for_positions_that_do_not_meet():
-    """With two rows, halves that happen to be whole samples would look apart."""
-    op = operator(Positions(True), 12, n=2)
-    truth = op.dense().trace()
-    for _ in range(5):
-        found = sharpness.trace(op, 400, method="layerwise")
-        assert (found.value - truth).abs() <= 5 * found.standard_error
+    """Of a single sample a half may well hold both or neither of each pair."""
+    op = operator(Positions([1, 0, 3, 2]), 12, n=1)
+    for _ in range(12):
+        found = sharpness.trace(op, 20, method="layerwise")
+        assert found.state["moved"][0, None][0] is False
 
 
 def test_queries_keys_and_values_are_probed_apart(monkeypatch):
