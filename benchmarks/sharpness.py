@@ -368,7 +368,7 @@ def numbers(model: nn.Module, batch, true: dict, unit: float) -> None:
     plain = plain_product(model, batch)
     times = {"jvp(grad)": [], "hessian": [], "ggn": []}
     gn = sharpness.ggn(model, "cross_entropy", batch)
-    for _ in range(5):
+    for _ in range(15):
         for name, run in zip(
             times, (plain, lambda: op @ v, lambda: gn @ v), strict=True
         ):

@@ -5,8 +5,9 @@ Semantics:
 * The first run over the batches takes what is exact, and finds the blocks of the
   residual that are not zero. Neighbours are put together until all can be afforded.
 * Every group of blocks is drawn apart, and one with more noise more often: shares of
-  the draws follow the standard deviations that the first run has estimated, and a
-  quarter of them is spread evenly. No draw that counts has a say in how many there are.
+  the draws follow the standard deviations that the first run has estimated, but for
+  a part that is spread evenly, which errors of that run cannot starve. No draw that
+  counts has a say in how many there are.
 * A draw of a group is the average over all batches of one probe each.
 """
 
@@ -29,7 +30,7 @@ from torch_dropout_ir.sharpness.surface import Surface
 OVERHEAD: Final = 4  # passes of one run over the batches, besides its draws
 _HEAD: Final = 4  # exact part, passes spent, one, whether outputs are sampled
 _PIECES: Final = 3
-_EVEN: Final = 0.25
+_EVEN: Final = 0.4
 _SAMPLED: Final[list[int]] = []  # the group of what is sampled of the outputs
 
 Key = tuple[int, int | None]

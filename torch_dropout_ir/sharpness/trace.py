@@ -61,9 +61,11 @@ def trace(
     then the trace is exact. That is found out, not assumed: a random probe of each
     block must come back as zero. Otherwise (smooth activations, shared weights,
     attention, batch normalization in training) the blocks that are not zero are probed
-    alone, and what has no known layer, or more outputs than half of ``num_matvecs``, is
-    sampled. An operator of at most ``num_matvecs`` dimensions is traced column by
-    column.
+    alone, those with more noise more often, and queries, keys and values apart; where
+    the positions of a layer do not see each other above it, each is probed by itself,
+    which makes the last nonlinearity of a network exact. What has no known layer, or
+    more outputs than half of ``num_matvecs``, is sampled. An operator of at most
+    ``num_matvecs`` dimensions is traced column by column.
 
     Operators given as such are probed with random signs: ``"hutchinson"`` averages
     ``z' A z``; ``"hutchpp"`` and ``"xtrace"`` take the range of a sketch apart, which
@@ -75,8 +77,8 @@ def trace(
         num_matvecs: Most products to spend now, at least 2. A backward pass counts as
             one.
         rtol: If given, stop as soon as the standard error is at most this share of the
-            magnitude of the estimate, after 16 draws at least: fewer would be stopped
-            where they happen to agree.
+            magnitude of the estimate, after 16 draws a group at least, on average:
+            fewer would be stopped where they happen to agree.
         method: How; ``"auto"``: column by column, else layer by layer, else Hutchinson.
         state: ``TraceEstimate.state`` of an earlier run on the same operator.
 
