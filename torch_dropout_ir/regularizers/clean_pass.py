@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.normalization import ComposedNormalization
 from torch_dropout_ir.regularizers.checks import check_batch, check_site
-from torch_dropout_ir.regularizers.coupling import by_powers, even_root
+from torch_dropout_ir.regularizers.coupling import by_powers, even_root, weighs_alike
 from torch_dropout_ir.sites import Site, uncompiled, unobservable
 from torch_dropout_ir.tracing import random_state
 
@@ -92,7 +92,7 @@ class CleanPass:
         plain = self.gradients(outputs, even)
         scaled = self.gradients(outputs, by_powers(even))
         return any(
-            p is not None and s is not None and not torch.equal(by_powers(p), s)
+            p is not None and s is not None and not weighs_alike(p, s)
             for p, s in zip(plain, scaled, strict=True)
         )
 

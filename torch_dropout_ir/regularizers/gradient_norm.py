@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch, as_batches, parameters
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.regularizers.checks import as_pair, check_finite
+from torch_dropout_ir.regularizers.checks import as_pair, check_finite, noise_left_out
 from torch_dropout_ir.regularizers.masked import dropout_risk
 
 
@@ -36,6 +36,8 @@ class GradientNorm:
         batch_noise_standard_error: The same for ``batch_noise``.
         num_masks: Number of masks drawn a batch.
         shared_mask: Whether one mask served all samples.
+        notes: What there is to know besides: noise that is not in it, or that no
+            dropout site acted.
     """
 
     value: Tensor
@@ -48,6 +50,7 @@ class GradientNorm:
     batch_noise_standard_error: Tensor
     num_masks: int
     shared_mask: bool
+    notes: tuple[str, ...] = ()
 
 
 def gradient_norm(
@@ -132,7 +135,10 @@ def gradient_norm(
     names = ("value", "mean_gradient", "dropout_noise", "batch_noise")
     errors = ("standard_error", *(f"{name}_standard_error" for name in names[1:]))
     found = dict(zip((*names, *errors), (*mean, *error), strict=True))
-    return GradientNorm(num_masks=num_masks, shared_mask=shared_mask, **found)
+    notes = noise_left_out(model, False, norms.met)
+    return GradientNorm(
+        num_masks=num_masks, shared_mask=shared_mask, notes=notes, **found
+    )
 
 
 class _Norms:
@@ -151,10 +157,18 @@ class _Norms:
         self._rates = learning_rates(lr, list(params))
         self._targets = list(params.values())
         self._shared_mask = shared_mask
+        self.met = False  # whether a site acted
+
+    def _watch(self, *_: object) -> None:
+        self.met = True
 
     def _gradient(self, batch: Batch) -> list[Tensor]:
         masked = dropout_risk(
-            self._model, batch, self._loss, shared_mask=self._shared_mask
+            self._model,
+            batch,
+            self._loss,
+            shared_mask=self._shared_mask,
+            watch=self._watch,
         )
         with torch.enable_grad(), masked as value:
             check_differentiable("gradient_norm", value)

@@ -71,7 +71,7 @@ def modified_loss(
     second backward pass through the first: two to three and a half times the memory of
     a plain step in ``benchmarks/regularizers.py``. Sites under activation
     checkpointing cannot be trained with ``L1``, ``L2`` and ``L4``:
-    they would run again with dropout on.
+    they would run again with dropout on. Not-a-number in gives not-a-number out.
 
     Args:
         model: The model, in training mode.

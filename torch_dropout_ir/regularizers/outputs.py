@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.regularizers.coupling import by_powers, even_root
+from torch_dropout_ir.regularizers.coupling import by_powers, even_root, weighs_alike
 
 _PIECEWISE: Final = (
     "expected a loss with a second derivative, got one that is piecewise {}: its "
@@ -67,10 +67,7 @@ class OutputsRead:
         plain = _curved(live, at, roots)
         weighed = _curved(live, at, [by_powers(r, dims) for r in roots])
         return any(
-            p is not None
-            and w is not None
-            # Not-a-number stays where it is: that is no coupling.
-            and not torch.equal(by_powers(p, dims).nan_to_num(), w.nan_to_num())
+            p is not None and w is not None and not weighs_alike(p, w, dims)
             for p, w in zip(plain, weighed, strict=True)
         )
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,101 +34,12 @@ from torch_dropout_ir.regularizers.modified_loss import (
     last_layer_form,
 )
 from torch_dropout_ir.testing.enumeration import count_masks, expected_dropout_loss
+from torch_dropout_ir.testing.findings import Claim, Finding, RegularizerReport
 
-Claim: TypeAlias = Literal["exact", "unbiased", "second order", "not applicable"]
 Estimator: TypeAlias = tuple[Claim, Callable[[], Estimate]]
 _FAR: Final = 5.0  # standard errors
+_ALIKE: Final = 24  # draws: signs are that often the same once in 2^22
 _ROUNDED: Final = 64  # units of the last place of a loss, which is a sum of many
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One estimator against the truth.
-
-    Attributes:
-        name: The estimator.
-        claim: ``"exact"``: equal to R_1 up to rounding; ``"unbiased"``: its mean is;
-            ``"second order"``: an approximation, of which nothing is asserted;
-            ``"not applicable"``: it does not fit the model.
-        value: The estimate; NaN where not applicable.
-        standard_error: Its standard error; 0 for a formula.
-        relative_error: ``|value - truth| / |truth|``.
-        agrees: Whether it is within the tolerance of the truth: ``rtol`` and five
-            standard errors.
-        reason: Why there is no value, else empty.
-    """
-
-    name: str
-    claim: Claim
-    value: float
-    standard_error: float
-    relative_error: float
-    agrees: bool
-    reason: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class RegularizerReport:
-    """What :func:`check_regularizer` found; ``str()`` makes a table of it.
-
-    Attributes:
-        truth: R_1.
-        truth_standard_error: Its standard error; 0 where every mask was taken.
-        risk: ``R_S``, for scale.
-        rtol: The relative tolerance.
-        findings: One for each estimator.
-        notes: What there is to know besides: noise that is in none of the numbers, or
-            that no dropout site acted.
-    """
-
-    truth: float
-    truth_standard_error: float
-    risk: float
-    rtol: float
-    findings: tuple[Finding, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def agreeing(self) -> tuple[str, ...]:
-        """Names of the estimators that agree with the truth."""
-        return tuple(f.name for f in self.findings if f.agrees)
-
-    @property
-    def broken(self) -> tuple[Finding, ...]:
-        """Findings whose claim does not hold."""
-        claims = ("exact", "unbiased")
-        return tuple(f for f in self.findings if f.claim in claims and not f.agrees)
-
-    def assert_holds(self) -> None:
-        """Raise unless every estimator is what it claims to be.
-
-        Raises:
-            AssertionError: With the table.
-        """
-        if self.broken:
-            names = [f.name for f in self.broken]
-            raise AssertionError(f"{names} are not what they claim to be\n{self}")
-
-    def __str__(self) -> str:
-        source = "every mask"
-        if self.truth_standard_error:
-            source = f"masks at random, +- {self.truth_standard_error:.2g}"
-        lines = [
-            f"R_1 = {self.truth:.6g} ({source}); R_S = {self.risk:.6g}",
-            f"{'estimator':24}{'claim':>16}{'value':>14}{'+-':>10}{'off by':>10}"
-            "  agrees",
-        ]
-        for f in self.findings:
-            if f.reason:
-                lines.append(f"{f.name:24}{f.claim:>16}  {f.reason}")
-                continue
-            error = f"{f.standard_error:.1e}" if f.standard_error else "-"
-            lines.append(
-                f"{f.name:24}{f.claim:>16}{f.value:>14.6g}{error:>10}"
-                f"{f.relative_error:>10.1e}  {'yes' if f.agrees else 'no'}"
-            )
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
 
 
 def check_regularizer(
@@ -152,8 +62,8 @@ def check_regularizer(
         model: The model; left as it is, and so are torch's generators.
         batch: ``(inputs, targets)``.
         loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
-        rtol: Relative tolerance for agreement, on top of five standard errors and of
-            what the precision of the model rounds.
+        rtol: Relative tolerance for agreement, on top of five standard errors (more
+            where they come from few draws) and of what the model's precision rounds.
         max_masks: Most masks to enumerate.
         num_masks: Random masks where they are more, and of ``monte_carlo``.
         num_samples: Draws of the sampled estimators, at least 2.
@@ -276,10 +186,30 @@ def _finding(
         said: Claim = "not applicable" if claim == "second order" else claim
         return Finding(name, said, nan, nan, nan, False, str(err))
     value, own = float(found.value.detach()), float(found.standard_error)
+    off = abs(value - truth)
+    why = ""
     if math.isnan(own) or math.isnan(error):
         why = "masks too alike to tell; raise `num_masks`"
+    elif own == 0 and 0 < found.num_samples < _ALIKE and off > allowed:
+        why = "draws alike, perhaps by chance; raise `num_samples`"
+    if why:
         return Finding(name, "not applicable", nan, nan, nan, False, why)
-    off = abs(value - truth)
     relative = off / abs(truth) if truth else (0.0 if off == 0 else math.inf)
-    agrees = off <= allowed + _FAR * math.hypot(own, error)
+    spread = own
+    if claim == "unbiased" and name != "monte_carlo" and value:
+        # Squares: where their draws are small by chance, so is the spread they show.
+        spread *= max(1.0, abs(truth / value))
+    far = _far(found.num_samples) if own else _FAR
+    agrees = off <= allowed + far * math.hypot(spread, error)
     return Finding(name, claim, value, own, relative, agrees)
+
+
+def _far(draws: int) -> float:
+    """Return standard errors that are as rare as five of a normal variable.
+
+    Wallace's approximation to Student's distribution (*Annals of Mathematical
+    Statistics* 30, 1959), on the safe side where ``draws`` are few.
+    """
+    freedom = max(draws - 1, 1)
+    scale = (8 * freedom + 3) / (8 * freedom + 1)
+    return math.sqrt(freedom * math.expm1((_FAR * scale) ** 2 / freedom))
