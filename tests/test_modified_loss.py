@@ -1,6 +1,7 @@
 """The modified losses: their values, their gradients, and training on them."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import torch_dropout_ir as tdi
 from tests.reference.enumeration import every_mask
+from tests.reference.second_order import second_order_form
 from torch_dropout_ir.normalization import ComposedNormalization
 from torch_dropout_ir.regularizers import (
     gauss_newton,
@@ -362,3 +364,78 @@ def test_penalties_of_half_precision_do_not_vanish(kind):
 
     expected = penalty(torch.float64)
     assert penalty(torch.float16) == pytest.approx(expected, rel=0.05)
+
+
+class Parts(nn.Module):
+    """A residual block, weights that are tied, and two heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.drop = nn.Linear(2, 2), nn.Dropout(0.3)
+        self.one, self.two = nn.Linear(2, 2), nn.Linear(2, 1)
+
+    def forward(self, x):
+        h = x + self.drop(torch.tanh(self.inner(x)))
+        return self.one(h), {"two": self.two(torch.sigmoid(h @ self.inner.weight))}
+
+
+def of_parts(f, t):
+    return F.mse_loss(f[0], t[:, :2]) + 2 * (f[1]["two"] - t[:, 2:]).pow(4).sum()
+
+
+def unlike_models():
+    """Model, shapes of its masks, batch and loss."""
+    torch.manual_seed(0)
+    x, labels = torch.randn(2, 2), torch.tensor([1, 0])
+    two = nn.Sequential(
+        nn.Dropout(0.2), nn.Linear(2, 2), nn.Tanh(), nn.Dropout(0.4), nn.Linear(2, 3)
+    )
+    channels = nn.Sequential(
+        nn.Conv1d(1, 2, 2), nn.Dropout1d(0.3), nn.GELU(), nn.Flatten(), nn.Linear(4, 2)
+    )
+    frozen = nn.Sequential(
+        nn.Linear(2, 2), nn.Dropout(0.6), nn.Softplus(), nn.Linear(2, 2)
+    )
+    frozen[0].weight.requires_grad_(False)
+    pair = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 3.0]).double())
+    smooth = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum")
+    return {
+        "two sites": (two, [(2, 2), (2, 2)], (x, labels), smooth),
+        "channels": (channels, [(2, 2, 1)], (x[:, None, :].repeat(1, 1, 2)[..., :3],
+                                             torch.rand(2, 2)), pair),
+        "frozen": (frozen, [(2, 2)], (x, labels), F.cross_entropy),
+        "parts": (Parts(), [(2, 2)], (x, torch.randn(2, 3)), of_parts),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["two sites", "channels", "frozen", "parts"])
+@pytest.mark.parametrize("form", ["gauss_newton", "second_order"])
+def test_over_all_signs_it_is_the_dense_form_with_its_gradient(form, name, monkeypatch):
+    net, shapes, batch, loss = unlike_models()[name]
+    net.double()
+    batch = tuple(x.double() if x.is_floating_point() else x for x in batch)
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    patterns = list(itertools.product((-1.0, 1.0), repeat=sum(sizes)))
+    mean = 0
+    for pattern in patterns:
+        left = iter(torch.tensor(pattern).double().split(sizes))
+        monkeypatch.setattr(
+            "torch_dropout_ir.regularizers.site_curvature.signs",
+            lambda site, h, left=left: next(left).view(site.mask_shape(h.shape)),
+        )
+        value = modified_loss(net, batch, loss, kind="L1", r1=form)
+        slopes = gradient(value, only_trained(net))
+        mean = mean + torch.cat((value.detach()[None], slopes)) / len(patterns)
+    same = copy.deepcopy(net)
+    r1 = second_order_form(same, shapes, batch, loss, linearized=form == "gauss_newton")
+    for module in same.modules():
+        if hasattr(module, "noise"):
+            module.noise = 1.0
+    expected = loss(same(batch[0]), batch[1]) + r1
+    both = torch.cat((expected.detach()[None], gradient(expected, only_trained(same))))
+    torch.testing.assert_close(mean, both)
+
+
+def only_trained(net):
+    """A stand-in whose parameters are those that are trained."""
+    return nn.ParameterList([x for x in net.parameters() if x.requires_grad])

@@ -606,6 +606,20 @@ def test_the_mean_iterate_follows_the_drift_form():
     second = errors[papers][0] / errors[papers][1]
     assert 7 < third < 9
     assert 3.5 < second < 4.5
+    net = nn.Sequential(nn.Linear(2, m), nn.Tanh(), nn.Dropout(0.5), nn.Linear(m, 1))
+    net[3].bias = None
+    with torch.no_grad():
+        net.double()[0].weight.copy_(start[: 2 * m].view(2, m).T)
+        net[0].bias.copy_(start[2 * m : 3 * m])
+        net[3].weight.copy_(start[None, 3 * m :])
+    found = gradient_norm(
+        net, (x, y), tdi.half_squared_error, lr=eps, num_masks=600, shared_mask=True
+    )
+    for form, value, error in (
+        (papers, found.value, found.standard_error),
+        (drift, found.mean_gradient, found.mean_gradient_standard_error),
+    ):
+        assert (value - (form(start, eps) - mean_loss(start))).abs() < 4 * error
 
 
 # ---- the paper's theorems
