@@ -60,8 +60,9 @@ def check_regularizer(
 
     Args:
         model: The model; left as it is, and so are torch's generators.
-        batch: ``(inputs, targets)``.
-        loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
+        batch: ``(inputs, targets)``; several inputs are a tuple or a mapping.
+        loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable; of a model
+            with several outputs a callable that picks what it takes.
         rtol: Relative tolerance for agreement, on top of five standard errors (more
             where they come from few draws) and of what the model's precision rounds.
         max_masks: Most masks to enumerate.
