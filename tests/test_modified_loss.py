@@ -321,8 +321,11 @@ def test_composed_normalization_is_torchs(norm):
         torch.testing.assert_close(torch.autograd.grad(found.sin().sum(), x), slope)
     torch.testing.assert_close(own.state_dict(), norm.state_dict())
     half = torch.randn(5, 3, 4, dtype=torch.bfloat16)
-    with ComposedNormalization():
-        assert own.bfloat16()(half).dtype == torch.bfloat16
+    for precision in (torch.float32, torch.bfloat16):  # of the weights
+        expected = norm.to(precision)(half)
+        with ComposedNormalization():
+            found = own.to(precision)(half)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("form", ["last_layer", "leave_one_out"])

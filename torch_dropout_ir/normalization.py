@@ -41,12 +41,20 @@ class ComposedNormalization(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _normalized(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    """Subtract the mean and divide by the deviation, in float32 at least."""
+def _normalized(
+    x: Tensor,
+    dims: list[int],
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Subtract the mean, divide by the deviation, scale and shift; float32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = wide - wide.mean(dims, keepdim=True)
-    variance = centred.square().mean(dims, keepdim=True)
-    return (centred * (variance + eps).rsqrt()).to(x.dtype)
+    found = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    found = found if weight is None else found * weight
+    found = found if bias is None else found + bias
+    return found.to(x.dtype)
 
 
 def _layer_norm(
@@ -58,9 +66,7 @@ def _layer_norm(
     *_: Any,
 ) -> Tensor:
     dims = list(range(-len(normalized_shape), 0))
-    found = _normalized(input, dims, eps)
-    found = found if weight is None else found * weight
-    return found if bias is None else found + bias
+    return _normalized(input, dims, eps, weight, bias)
 
 
 def _batch_norm(
@@ -80,7 +86,7 @@ def _batch_norm(
     with torch.no_grad():  # checks the shape, and moves the running statistics
         F.batch_norm(input, running_mean, running_var, None, None, True, momentum, eps)
     dims = [0, *range(2, input.ndim)]
-    return _by_channel(_normalized(input, dims, eps), weight, bias)
+    return _normalized(input, dims, eps, *_by_channel(input, weight, bias))
 
 
 def _instance_norm(
@@ -99,10 +105,10 @@ def _instance_norm(
     with torch.no_grad():
         F.instance_norm(input, *running, None, None, True, momentum, eps)
     dims = list(range(2, input.ndim))
-    return _by_channel(_normalized(input, dims, eps), weight, bias)
+    return _normalized(input, dims, eps, *_by_channel(input, weight, bias))
 
 
-def _by_channel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    shape = (1, -1, *(1,) * (x.ndim - 2))
-    found = x if weight is None else x * weight.view(shape)
-    return found if bias is None else found + bias.view(shape)
+def _by_channel(like: Tensor, *affine: Tensor | None) -> list[Tensor | None]:
+    """Return what scales and shifts the channels, shaped to multiply ``like``."""
+    shape = (1, -1, *(1,) * (like.ndim - 2))
+    return [None if x is None else x.view(shape) for x in affine]
