@@ -227,6 +227,21 @@ def test_what_is_not_finite_has_no_truth():
             run(net, batch, "mse")
 
 
+def test_sites_that_are_used_at_some_masks_alone():
+    class Flow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.5), nn.Linear(2, 1)
+
+        def forward(self, x):
+            h = self.drop(x)
+            return self.last(self.drop(h) if bool((h == 0).any()) else h)
+
+    batch = torch.ones(1, 2), torch.ones(1, 1)
+    with pytest.raises(ValueError, match="one more of site `drop`"):
+        testing.expected_dropout_loss(Flow(), batch, "mse")
+
+
 def test_reports_say_what_no_number_holds():
     net, batch = lemma_1(0.5)
     report = testing.check_regularizer(net, batch, "mse", num_masks=50)

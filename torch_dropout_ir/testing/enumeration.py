@@ -76,8 +76,8 @@ def expected_dropout_loss(
 
     Raises:
         TypeError: If ``batch`` is no pair.
-        ValueError: If there are more masks than ``max_masks``, or the loss is not
-            finite.
+        ValueError: If there are more masks than ``max_masks``, the loss is not finite,
+            or which sites are used depends on the masks.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, Lemma 1.
@@ -150,7 +150,14 @@ def _risk_at(model: nn.Module, batch: Batch, loss: Loss, masks: list[Tensor]) ->
     left = iter(masks)
 
     def multiply(site: Site, h: Tensor) -> Tensor:
-        kept = next(left).to(h.device)
+        kept = next(left, None)
+        if kept is None:
+            raise ValueError(
+                f"expected_dropout_loss: expected the uses of the pass without noise, "
+                f"got one more of site `{site.name}` at some masks. Use "
+                "`regularizers.monte_carlo`."
+            )
+        kept = kept.to(h.device)
         scale = 1 / (1 - site.p) if site.p < 1 else 0.0
         return torch.where(kept, h * scale, torch.zeros_like(h))
 
