@@ -552,6 +552,13 @@ def test_noise_of_mini_batches_is_kept_apart():
     )
     with pytest.raises(ValueError, match="even number"):
         gradient_norm(net, batches[:3], "mse", lr=1.0)
+    net[2].p = 0.0  # then the number of masks is no matter
+    few, many = (
+        gradient_norm(net, batches, "mse", lr=1.0, num_masks=k) for k in (2, 6)
+    )
+    for name in ("value", "mean_gradient", "batch_noise", "standard_error"):
+        torch.testing.assert_close(getattr(many, name), getattr(few, name))
+    assert many.dropout_noise == 0 and many.batch_noise > 0
 
 
 def test_the_mean_iterate_follows_the_drift_form():
