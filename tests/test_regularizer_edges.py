@@ -18,6 +18,7 @@ from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
     gauss_newton,
     gradient_norm,
+    leave_one_out,
     modified_loss,
     monte_carlo,
     second_order,
@@ -631,3 +632,21 @@ def test_that_no_site_acted_is_said(form):
 
 def clipped(f, t):
     return F.mse_loss(f[:, :2], t)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", [nn.HuberLoss(), nn.BCEWithLogitsLoss(), clipped])
+def test_half_precision_does_not_round_a_unit_away(loss, dtype):
+    torch.manual_seed(0)
+    h, w = torch.randn(64, 128), torch.randn(2, 128) / 20
+    f, y = h @ w.T, torch.rand(64, 2)
+    options = {"outputs": f, "targets": y}
+    expected = leave_one_out(h.double(), w.double(), 0.3, loss=loss,
+                             **{k: x.double() for k, x in options.items()})  # fmt: skip
+    weight = w.to(dtype).requires_grad_()
+    found = leave_one_out(h.to(dtype), weight, 0.3, loss=loss,
+                          **{k: x.to(dtype) for k, x in options.items()})  # fmt: skip
+    assert found.dtype == dtype
+    assert float(found.detach()) == pytest.approx(float(expected), rel=0.05)
+    found.backward()
+    assert weight.grad.isfinite().all()
