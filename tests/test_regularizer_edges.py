@@ -650,3 +650,12 @@ def test_half_precision_does_not_round_a_unit_away(loss, dtype):
     assert float(found.detach()) == pytest.approx(float(expected), rel=0.05)
     found.backward()
     assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order])
+def test_that_float16_loses_small_parts_is_said(form):
+    net, (x, y) = last_dropped()
+    loss = lambda f, t: 1e-4 * F.mse_loss(f, t)  # noqa: E731
+    assert form(net.bfloat16(), (x.bfloat16(), y.bfloat16()), loss).value > 0
+    lost = form(net.half(), (x.half(), y.half()), loss)
+    assert any("float16" in note for note in lost.notes)

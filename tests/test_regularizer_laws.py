@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import torch_dropout_ir as tdi
 from tests.reference.enumeration import every_mask
+from tests.test_regularizers import two_layer_closed_form
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
     gauss_newton,
@@ -487,8 +488,6 @@ def test_attention_has_second_derivatives():
 
 def test_per_sample_masks_have_their_own_closed_form():
     """``E||g||^2`` with a mask each, by every mask of every sample."""
-    from tests.test_regularizers import two_layer_closed_form
-
     torch.manual_seed(1)
     n, m, p = 2, 3, 0.4
     net = nn.Sequential(
@@ -508,6 +507,40 @@ def test_per_sample_masks_have_their_own_closed_form():
     expected, drift = two_layer_closed_form(net, (x, y), p, shared=False)
     assert squares == pytest.approx(float(expected), rel=1e-10)
     assert float(mean @ mean) == pytest.approx(float(drift), rel=1e-10)
+
+
+@settings(max_examples=15)
+@given(
+    st.integers(1, 2), st.integers(1, 2), st.floats(0.05, 0.95), st.integers(0, 2**16),
+    st.booleans(),
+)  # fmt: skip
+def test_r2_over_all_pairs_of_masks_is_the_closed_form(n, m, p, seed, shared):
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Linear(2, m, bias=False), nn.ReLU(), nn.Dropout(p),
+        nn.Linear(m, 1, bias=False),
+    ).double()  # fmt: skip
+    batch = torch.randn(n, 2).double(), torch.randn(n, 1).double()
+    size = (1 if shared else n, m)
+    masks = list(every_mask(size[0] * m, p))
+    value, drift, noise = 0.0, 0.0, 0.0
+    for (one, chance), (two, other) in itertools.product(masks, masks):
+        left = iter((one, two))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "torch_dropout_ir.ops.draw",
+                lambda x, p, _, left=left: (x * next(left).view(size) / (1 - p), None),
+            )
+            found = gradient_norm(
+                net, batch, tdi.half_squared_error, lr=4.0, shared_mask=shared
+            )
+        value += chance * other * float(found.value)
+        drift += chance * other * float(found.mean_gradient)
+        noise += chance * other * float(found.dropout_noise)
+    expected, mean = (float(x) for x in two_layer_closed_form(net, batch, p, shared))
+    assert value == pytest.approx(expected, rel=1e-9)
+    assert drift == pytest.approx(mean, rel=1e-9, abs=1e-9 * expected)
+    assert noise == pytest.approx(expected - mean, rel=1e-9, abs=1e-9 * expected)
 
 
 def test_the_drift_form_is_the_gradient_of_r_s_plus_r_1():
