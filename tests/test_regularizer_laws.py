@@ -317,6 +317,11 @@ def test_each_draw_is_corrected_by_what_the_others_tell(monkeypatch):
         slope = (known * x[rest]).sum() / known.square().sum()
         expected.append(x[k] - slope * c[k])
     torch.testing.assert_close(excess.corrected(), torch.stack(expected))
+    mean, error = excess.mean()
+    torch.testing.assert_close(mean, torch.stack(expected).mean())
+    # A fit to few draws: their variance is taken (K + 2) / (K - 1) times.
+    variance = torch.stack(expected).var() / 6 * 8 / 5
+    torch.testing.assert_close(error, variance.sqrt())
     excess._linear = [torch.tensor(float(k == 3)).double() for k in range(6)]
     rest = torch.stack([x[j] for j in range(6) if j != 3])
     torch.testing.assert_close(excess.corrected()[3], x[3])  # the others are alike
