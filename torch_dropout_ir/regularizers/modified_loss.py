@@ -82,7 +82,9 @@ def modified_loss(
             one a parameter name.
         r1: How ``L1`` and ``L4`` take R_1. ``"last_layer"`` and ``"leave_one_out"``
             need one ``nn.Dropout`` straight before the last linear layer;
-            ``"gauss_newton"`` and ``"second_order"`` draw one vector of signs;
+            ``"gauss_newton"`` and ``"second_order"`` draw one vector of signs, and
+            compute layer, batch and instance normalization in elementary operations,
+            for torch has no right third derivative of them;
             ``"monte_carlo"`` draws one mask and is unbiased for every model.
 
     Returns:

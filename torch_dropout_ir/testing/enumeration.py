@@ -61,7 +61,7 @@ def expected_dropout_loss(
     over the masks of all sites together. Less ``R_S`` it is R_1, for any model and
     loss. Where samples do not meet (neither in the network nor in the loss), one mask
     for all of them has the same mean as a mask each, and ``d`` is the number of units;
-    else it is that of units times samples.
+    else it is that of units times samples. Noise besides dropout sites is off.
 
     Args:
         model: A small model; left as it is. Of one in training mode those sites count
