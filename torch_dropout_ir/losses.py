@@ -101,8 +101,12 @@ class Loss:
             Scalar.
 
         Raises:
-            ValueError: If the result is no scalar.
-        """
+            TypeError: If the outputs are several where the loss takes one.
+            ValueError: If the result is no scalar, or there are no targets.
+        """  # noqa: DOC502 (`check_outputs` raises)
+        self.check_outputs(outputs)
+        if targets is None and self.kind != "general":
+            raise ValueError("expected `targets` for this loss, got None")
         value = self.function(outputs, targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = list(value.shape) if isinstance(value, Tensor) else type(value)
@@ -111,6 +115,19 @@ class Loss:
                 "Use a reduction of 'mean' or 'sum'."
             )
         return value.reshape(())
+
+    def check_outputs(self, outputs: Any) -> None:
+        """Raise if a loss of one tensor is given something else.
+
+        Raises:
+            TypeError: If it is.
+        """
+        if self.kind != "general" and not isinstance(outputs, Tensor):
+            raise TypeError(
+                "expected the model to return one tensor for this loss, got "
+                f"{type(outputs).__name__}. Pass a callable `(outputs, targets) -> "
+                "scalar` that picks what it needs."
+            )
 
     def option(self, name: str, default: Any) -> Any:
         """Return a setting of the loss, of a module or of a partial function."""

@@ -19,11 +19,19 @@ from torch_dropout_ir.losses import Loss, half_squared_error
 Root = tuple[Tensor, "Tensor | float"]
 
 
-def squared_scale(loss: Loss, outputs_shape: torch.Size) -> float:
-    """Return ``a`` of ``H_i = a * identity`` for a squared loss."""
+def squared_scale(loss: Loss, shape: torch.Size, targets: Any = None) -> float:
+    """Return ``a`` of ``H_i = a * identity`` for a squared loss of outputs ``shape``.
+
+    Targets of another shape make torch count an output as often as it is broadcast.
+    """
     if getattr(loss.function, "func", loss.function) is half_squared_error:
-        return 1.0 / outputs_shape[0]
-    return 2.0 / (outputs_shape.numel() if loss.reduction == "mean" else 1)
+        return 1.0 / shape[0]
+    if loss.reduction == "mean":
+        return 2.0 / shape.numel()
+    if not isinstance(targets, Tensor) or targets.shape == shape:
+        return 2.0
+    counted = torch.broadcast_shapes(shape, targets.shape).numel()
+    return 2.0 * counted / shape.numel()
 
 
 def cross_entropy_scale(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
@@ -158,7 +166,7 @@ def _known_root(loss: Loss, outputs: Tensor, targets: Any, place: Tensor) -> Ten
     """Column of a root of ``H_i`` at one output of each sample."""
     column = place.expand(outputs.shape[0], -1).reshape(outputs.shape)
     if loss.kind == "squared":
-        return column * squared_scale(loss, outputs.shape) ** 0.5
+        return column * squared_scale(loss, outputs.shape, targets) ** 0.5
     classes = 1 if outputs.ndim > 1 else 0
     softmax = outputs.softmax(classes)
     scale = cross_entropy_scale(loss, outputs, targets)
@@ -188,8 +196,8 @@ def hessian_sampler(
         blocks are indefinite a second one for their negative part.
     """
     if loss.kind == "squared":
-        scale = squared_scale(loss, outputs.shape) ** 0.5
-        return lambda: [(torch.randn_like(outputs) * scale, 1.0)]
+        root = squared_scale(loss, outputs.shape, targets) ** 0.5
+        return lambda: [(torch.randn_like(outputs) * root, 1.0)]
     if loss.kind == "cross_entropy":
         return _label_sampler(outputs, cross_entropy_scale(loss, outputs, targets))
     if loss.kind == "elementwise":
@@ -260,7 +268,7 @@ def holding(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
 def _hessian_times(loss: Loss, outputs: Tensor, targets: Any, v: Tensor) -> Tensor:
     """The product with the Hessian that the loss's kind stands for."""
     if loss.kind == "squared":
-        return v * squared_scale(loss, outputs.shape)
+        return v * squared_scale(loss, outputs.shape, targets)
     if loss.kind == "cross_entropy":
         classes = 1 if outputs.ndim > 1 else 0
         s = outputs.softmax(classes)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_dropout_ir.functional import at_sites, call
-from torch_dropout_ir.regularizers.checks import check_batch
-from torch_dropout_ir.regularizers.coupling import by_powers, even_root
+from torch_dropout_ir.normalization import ComposedNormalization
+from torch_dropout_ir.regularizers.checks import check_batch, check_site
+from torch_dropout_ir.regularizers.coupling import by_powers, even_root, weighs_alike
 from torch_dropout_ir.sites import Site, uncompiled, unobservable
 from torch_dropout_ir.tracing import random_state
 
@@ -91,7 +92,7 @@ class CleanPass:
         plain = self.gradients(outputs, even)
         scaled = self.gradients(outputs, by_powers(even))
         return any(
-            p is not None and s is not None and not torch.equal(by_powers(p), s)
+            p is not None and s is not None and not weighs_alike(p, s)
             for p, s in zip(plain, scaled, strict=True)
         )
 
@@ -132,15 +133,17 @@ def clean_pass(
         The pass.
 
     Raises:
+        TypeError: If a site's input is not real.
         ValueError: If the batch is empty.
-    """  # noqa: DOC502 (`check_batch` raises)
-    check_batch(inputs)
+    """  # noqa: DOC502 (raised by the checks)
+    check_batch(model, inputs)
     model = uncompiled(model)
     passed: list[_Passed] = []
     reads: list[tuple[nn.Linear, bool, Tensor, int]] = []
     unreachable: list[str] = []
 
     def perturb(site: Site, h: Tensor) -> Tensor:
+        check_site(site, h)
         if not torch.is_grad_enabled():
             unreachable.append(site.name)
         delta = h.new_zeros((), requires_grad=True).expand(h.shape)  # one element
@@ -157,8 +160,8 @@ def clean_pass(
         reads.append((layer, direct, output, output._version))
 
     with torch.enable_grad(), contextlib.ExitStack() as stack:
-        if twice:  # the fused attention kernels have no second derivative
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if twice:
+            stack.enter_context(_differentiable(outlives))
         for module in model.modules():
             if type(module) is nn.Linear:
                 stack.callback(module.register_forward_hook(read).remove)
@@ -172,6 +175,15 @@ def clean_pass(
         alone = len(uses) == 1 and not unobservable(model) and not noisy
         last = _maker(reads, outputs) if alone else None
         yield CleanPass(outputs, uses, last, noisy, tuple(unreachable))
+
+
+@contextlib.contextmanager
+def _differentiable(outlives: bool) -> Iterator[None]:
+    """Let a pass be differentiated twice, and once more in the parameters after it."""
+    # The fused attention kernels have no second derivative.
+    third = ComposedNormalization() if outlives else contextlib.nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), third:
+        yield
 
 
 class _Passed(NamedTuple):

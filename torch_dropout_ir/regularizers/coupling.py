@@ -30,3 +30,12 @@ def by_powers(root: Tensor, dims: int = 1) -> Tensor:
     weights = torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents)
     shape = (*root.shape[:dims], *(1,) * (root.ndim - dims))
     return root * weights.to(root.dtype).view(shape)
+
+
+def weighs_alike(plain: Tensor, weighed: Tensor, dims: int = 1) -> bool:
+    """Return whether a derivative at weighed roots is the plain one, weighed."""
+    expected = by_powers(plain, dims)
+    if torch.equal(expected, weighed):
+        return True
+    # Not-a-number stays where it is: that is no coupling.
+    return torch.equal(expected.nan_to_num(), weighed.nan_to_num())

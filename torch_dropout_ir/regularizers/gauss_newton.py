@@ -17,6 +17,7 @@ from torch_dropout_ir.output_hessian import (
     hessian_sampler,
 )
 from torch_dropout_ir.regularizers.checks import (
+    as_pair,
     check_finite,
     check_risk,
     noise_left_out,
@@ -77,7 +78,7 @@ def gauss_newton(
         and is an upper bound.
 
     Raises:
-        TypeError: If the model's outputs hold no tensor.
+        TypeError: If the model's outputs hold no tensor, or ``batch`` is no pair.
         ValueError: If ``num_samples`` is below 1, the batch is empty, a site drops
             everything, the loss has no second derivative, cross-entropy is taken of
             outputs without batch dimension, or the estimate is not finite.
@@ -99,15 +100,15 @@ def gauss_newton(
         raise ValueError(
             f"gauss_newton: expected `num_samples` >= 1 or None, got {num_samples}"
         )
-    resolved = resolve_loss(loss)
-    with clean_pass(model, batch[0], twice=resolved.kind == "general") as clean:
-        if resolved.kind in ("elementwise", "general"):
+    resolved, (inputs, targets) = resolve_loss(loss), as_pair(batch)
+    with clean_pass(model, inputs, twice=resolved.kind == "general") as clean:
+        if targets is not None or resolved.kind in ("elementwise", "general"):
             outputs = clean.outputs
             check_risk(
-                "gauss_newton", lambda: resolved(outputs, batch[1]), model, batch[0]
+                "gauss_newton", lambda: resolved(outputs, targets), model, inputs
             )
-        found = estimate(model, clean, batch[1], resolved, num_samples)
-    check_finite("gauss_newton", found.value, model, batch[0])
+        found = estimate(model, clean, targets, resolved, num_samples)
+    check_finite("gauss_newton", found.value, model, inputs)
     return found
 
 
@@ -151,7 +152,7 @@ def estimate(
     exact = is_exact(model, clean, loss, num_samples)
     like = read.tensors[0].detach()
     found = assemble(clean.names, draws, num_samples, coupled, exact, like)
-    notes = (*found.notes, *noise_left_out(model, clean.noisy))
+    notes = (*found.notes, *noise_left_out(model, clean.noisy, bool(clean.uses)))
     if not curved:
         said = "the loss is linear in the outputs: this form is 0; use `second_order`"
         notes = (*notes, said)

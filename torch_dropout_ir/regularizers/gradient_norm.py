@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch, as_batches, parameters
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.regularizers.checks import check_finite
+from torch_dropout_ir.regularizers.checks import as_pair, check_finite, noise_left_out
 from torch_dropout_ir.regularizers.masked import dropout_risk
 
 
@@ -36,6 +36,8 @@ class GradientNorm:
         batch_noise_standard_error: The same for ``batch_noise``.
         num_masks: Number of masks drawn a batch.
         shared_mask: Whether one mask served all samples.
+        notes: What there is to know besides: noise that is not in it, or that no
+            dropout site acted.
     """
 
     value: Tensor
@@ -48,6 +50,7 @@ class GradientNorm:
     batch_noise_standard_error: Tensor
     num_masks: int
     shared_mask: bool
+    notes: tuple[str, ...] = ()
 
 
 def gradient_norm(
@@ -112,7 +115,7 @@ def gradient_norm(
             f"gradient_norm: expected an even `num_masks` >= 2, got {num_masks}"
         )
     norms = _Norms(model, resolve_loss(loss), lr, shared_mask)
-    batches = list(as_batches(batch))
+    batches = [as_pair(each) for each in as_batches(batch)]
     if len(batches) == 1:
         rows = [norms.pair(batches[0])[0] for _ in range(num_masks // 2)]
     elif batches and len(batches) % 2 == 0:
@@ -132,7 +135,10 @@ def gradient_norm(
     names = ("value", "mean_gradient", "dropout_noise", "batch_noise")
     errors = ("standard_error", *(f"{name}_standard_error" for name in names[1:]))
     found = dict(zip((*names, *errors), (*mean, *error), strict=True))
-    return GradientNorm(num_masks=num_masks, shared_mask=shared_mask, **found)
+    notes = noise_left_out(model, False, norms.met)
+    return GradientNorm(
+        num_masks=num_masks, shared_mask=shared_mask, notes=notes, **found
+    )
 
 
 class _Norms:
@@ -151,12 +157,21 @@ class _Norms:
         self._rates = learning_rates(lr, list(params))
         self._targets = list(params.values())
         self._shared_mask = shared_mask
+        self.met = False  # whether a site acted
+
+    def _watch(self, *_: object) -> None:
+        self.met = True
 
     def _gradient(self, batch: Batch) -> list[Tensor]:
         masked = dropout_risk(
-            self._model, batch, self._loss, shared_mask=self._shared_mask
+            self._model,
+            batch,
+            self._loss,
+            shared_mask=self._shared_mask,
+            watch=self._watch,
         )
         with torch.enable_grad(), masked as value:
+            check_differentiable("gradient_norm", value)
             found = torch.autograd.grad(value, self._targets, allow_unused=True)
         return [
             torch.zeros_like(x) if g is None else g
@@ -164,8 +179,7 @@ class _Norms:
         ]
 
     def _inner(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        terms = zip(self._rates, a, b, strict=True)
-        return torch.stack([r / 4 * (x * y).sum() for r, x, y in terms]).sum()
+        return weighted_inner(self._rates, a, b)
 
     def pair(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Return value, mean, mask noise and 0 from two masks, and their mean."""
@@ -198,17 +212,48 @@ class _Norms:
         return rows / pairs, [x / pairs for x in total]
 
 
+def weighted_inner(
+    rates: Sequence[float], a: Sequence[Tensor], b: Sequence[Tensor]
+) -> Tensor:
+    r"""Return :math:`\sum \frac{\epsilon}{4} \mathrm{Re} \langle a, b \rangle`.
+
+    Of complex parameters the real and the imaginary part are two. In float32 at least:
+    squares of half precision vanish.
+    """
+    terms = []
+    for rate, x, y in zip(rates, a, b, strict=True):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        terms.append(rate / 4 * (x.to(wide) * y.to(wide).conj()).sum().real)
+    return torch.stack(terms).sum()
+
+
+def check_differentiable(name: str, value: Tensor) -> None:
+    """Raise if a loss does not depend on any parameter, as far as autograd sees.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not value.requires_grad:
+        raise ValueError(
+            f"{name}: expected a loss that can be differentiated in the parameters, "
+            "got one whose value is cut off from them (detached, or an argmax)"
+        )
+
+
 def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[float]:
     """Return the learning rate of each parameter.
 
     Raises:
-        ValueError: If a mapping lacks one.
+        ValueError: If a mapping lacks one, or one is negative or not finite.
     """
-    if not isinstance(lr, Mapping):
-        return [lr] * len(names)
-    missing = [name for name in names if name not in lr]
+    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(names, lr)
+    missing = [name for name in names if name not in rates]
     if missing:
         raise ValueError(
             f"expected a learning rate `lr` for every parameter, got none for {missing}"
         )
-    return [lr[name] for name in names]
+    found = [rates[name] for name in names]
+    wrong = [rate for rate in found if not 0 <= rate < float("inf")]
+    if wrong:
+        raise ValueError(f"expected a finite learning rate `lr` >= 0, got {wrong[0]}")
+    return found

@@ -90,7 +90,9 @@ def last_layer(
     if resolved.kind == "squared":
         shape = torch.Size((*features.shape[:-1], weight.shape[0]))
         lengths = weight.square().sum(0)
-        form = squared_scale(resolved, shape) * _weighted_squares(rows, lengths)
+        form = squared_scale(resolved, shape, targets) * _weighted_squares(
+            rows, lengths
+        )
         return variance / 2 * form
     if outputs is None:
         raise ValueError(

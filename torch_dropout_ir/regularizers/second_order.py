@@ -10,6 +10,7 @@ from torch import nn
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
+    as_pair,
     check_finite,
     check_risk,
     noise_left_out,
@@ -76,7 +77,7 @@ def second_order(
         bound.
 
     Raises:
-        TypeError: If the model's outputs hold no tensor.
+        TypeError: If the model's outputs hold no tensor, or ``batch`` is no pair.
         ValueError: If ``num_samples`` is below 1, the batch is empty, a site drops
             everything, the loss has no second derivative, or the estimate is not
             finite.
@@ -99,7 +100,7 @@ def second_order(
         raise ValueError(
             f"second_order: expected `num_samples` >= 1 or None, got {num_samples}"
         )
-    resolved = resolve_loss(loss)
+    resolved, batch = resolve_loss(loss), as_pair(batch)
     seen = _first_pass(model, batch, resolved, num_samples)
     draws, notes, coupled = seen.draws, seen.notes, seen.coupled
     if draws is None and seen.chunks is not None:
@@ -149,5 +150,5 @@ def _first_pass(
             chunks = RowChunks(model, batch[0], clean.uses)
         kept = read_outputs(without_graph(clean.outputs), loss, batch[1])
         exact = is_exact(model, clean, loss, num_samples)
-        notes = noise_left_out(model, clean.noisy)
+        notes = noise_left_out(model, clean.noisy, bool(clean.uses))
         return _Seen(kept, clean.names, coupled, exact, notes, draws, chunks)
