@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch_dropout_ir.analysis import Analysis, Measure, Sink
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import RootHook
+from torch_dropout_ir.analysis.compiled_calls import CompiledCall
 from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.distributed import Ranks, ranks_of
 from torch_dropout_ir.analysis.measures import default_measures
@@ -47,12 +48,13 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
         ValueError: If tensors have no data, or the optimizer steps others.
         RuntimeError: If the model has an analysis already.
     """
-    for hook in watched._forward_pre_hooks.values():
-        if isinstance(hook, RootHook) and hook.call is not None:
-            raise RuntimeError(
-                "attach_analysis: this model has an analysis already. Use that one, or "
-                "`detach()` it first."
-            )
+    hooks = watched._forward_pre_hooks.values()
+    own = any(isinstance(hook, RootHook) and hook.call is not None for hook in hooks)
+    if own or isinstance(getattr(watched, "_compiled_call_impl", None), CompiledCall):
+        raise RuntimeError(
+            "attach_analysis: this model has an analysis already. Use that one, or "
+            "`detach()` it first."
+        )
     if isinstance(watched, torch.jit.ScriptModule):
         raise TypeError(
             "attach_analysis: expected a model that runs in Python, got a scripted one "
@@ -67,9 +69,9 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
             f"{len(empty)} on the meta device ({empty[0]!r} first). Materialize and "
             "initialize the model, then attach."
         )
-    own = {id(x) for x in model.parameters()}
+    stepped = {id(x) for x in model.parameters()}
     if optimizer is not None and not any(
-        id(x) in own for group in optimizer.param_groups for x in group["params"]
+        id(x) in stepped for group in optimizer.param_groups for x in group["params"]
     ):
         raise ValueError(
             "attach_analysis: expected an `optimizer` that steps parameters of "
