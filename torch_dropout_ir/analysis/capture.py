@@ -251,6 +251,8 @@ class Capture:
             model: The model to run again: the own one, or a copy that runs alone.
         """
         self._told.close()
+        if self._calls is not None:
+            self._calls.leave()  # every call of the measures would go through it
         self._check_inputs()
         start, self._start = self._start, None
         if start is None or self.inputs is None or self.model is None:
