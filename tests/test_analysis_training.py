@@ -461,6 +461,28 @@ def test_masks_are_of_the_precision_that_the_script_had():
     assert analysis._statistics()["drop"].num_elements == 48
 
 
+def test_masks_are_found_where_a_generator_of_the_models_own_says_what_is_drawn():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.head = nn.Dropout(), nn.Linear(6, 3)
+            self.own, self.sizes = random.Random(0), []
+
+        def forward(self, x):
+            self.sizes.append(self.own.randrange(1000))
+            torch.rand(self.sizes[-1])
+            return self.head(self.drop(x))
+
+    model = Draws()
+    optimizer = sgd(model)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        for _ in range(2):
+            plain(model)
+            optimizer.step()
+    assert len(set(model.sizes)) == 2
+    assert analysis._statistics()["drop"].num_elements == 96
+
+
 def test_attention_without_dropout_is_no_noise():
     class Attends(nn.Module):
         def __init__(self):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -109,6 +109,22 @@ def _torchs_own(optimizer: Any) -> Any:
     return optimizer
 
 
+def _instances(given: Any, what: str, needed: tuple[str, ...]) -> list[Any]:
+    """Return measures or sinks as a list.
+
+    Raises:
+        TypeError: If something else is given.
+    """
+    one = not isinstance(given, Iterable)
+    for x in [given] if one else given:
+        if one or isinstance(x, type) or not all(hasattr(x, name) for name in needed):
+            raise TypeError(
+                f"attach_analysis: expected `{what}` to be a list of instances with "
+                f"{', '.join(f'`{name}`' for name in needed)}, got {x!r}"
+            )
+    return list(given)
+
+
 def _ranks(model: nn.Module) -> Ranks:
     """The ranks that train a model; a replica that does not say so is warned of."""
     ranks = ranks_of(model)
@@ -175,8 +191,8 @@ def attach_analysis(
         The analysis; also a context manager that detaches at its end.
 
     Raises:
-        TypeError: If ``model`` is no module or wholly scripted, or ``loss`` is neither
-            known nor callable.
+        TypeError: If ``model`` is no module or wholly scripted, ``loss`` is neither
+            known nor callable, or ``measures`` or ``sinks`` are none.
         ValueError: If ``loss``, ``every`` or ``budget`` is out of range, parameters
             have no data yet (meta device), or ``optimizer`` steps none of the model's.
         RuntimeError: If the model has an analysis already, or one of the ranks that
@@ -209,12 +225,15 @@ def attach_analysis(
     resolved = None if loss is None else resolve_loss(loss)
     with preserved_rng(inner):
         batches = None if data is None else fixed_batches(data)
-    chosen = list(default_measures() if measures is None else measures)
+    chosen = default_measures()
+    if measures is not None:
+        chosen = _instances(measures, "measures", ("name", "needs", "__call__"))
+    further = _instances(sinks or (), "sinks", ("write", "close"))
     cadence = Cadence(every, budget, [m.name for m in chosen])
     ranks = _ranks(model)
     ranks.wait_for_all()
     with ranks.together():
-        places = [] if ranks.rank else list(sinks or ())
+        places = [] if ranks.rank else further
         if log_dir is not False and not ranks.rank:
             places.append(TensorBoardSink(log_dir))
     analysis = Analysis(
