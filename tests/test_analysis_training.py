@@ -238,6 +238,18 @@ def sharpness_aware(model, steps):
         yield model, optimizer
 
 
+def draws_after_the_pass(model, steps):
+    optimizer = sgd(model)
+    for _ in steps:
+        optimizer.zero_grad()
+        x, y = batch()
+        outputs = model(x)
+        noise = torch.randn_like(y) + random.random() + np.random.rand()
+        mse(outputs, y + noise).backward()
+        optimizer.step()
+        yield model, optimizer
+
+
 def other_thread(model, steps):
     optimizer = sgd(model)
     for _ in steps:
@@ -368,7 +380,8 @@ MAKES = {
 SCRIPTS = (
     own_generators, mixed_precision, step_under_autocast, accumulation,
     step_in_the_backward_pass, two_optimizers, averages, parametrized_later, adapters,
-    other_precision, failures, sharpness_aware, other_thread, looked_at_as_a_whole,
+    other_precision, failures, sharpness_aware, draws_after_the_pass, other_thread,
+    looked_at_as_a_whole,
     nested_inputs, packed_sequences, per_sample_gradients, without_second_derivative,
 )  # fmt: skip
 
@@ -547,3 +560,45 @@ def test_what_a_loss_module_reads_of_several_outputs_is_the_loss():
         loss.backward()
         optimizer.step()
     assert analysis.latest["loss/R_S"] == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+def test_of_outputs_that_a_hook_has_copied_the_right_one_is_followed():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.net(x).chunk(2, 1)
+
+    model = Halves()
+    model.register_full_backward_hook(lambda *_: None)
+    optimizer = sgd(model)
+    x, y = batch()
+    x.requires_grad_()
+    measures = [Regularizer()]
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=measures
+    ) as analysis:
+        loss = nn.functional.mse_loss(model(x)[1], y)
+        loss.backward()
+        optimizer.step()
+    assert analysis.latest["loss/R_S"] == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+def test_passes_of_a_measure_of_the_users_are_none_of_the_scripts():
+    class Probes:
+        name, needs = "probes", frozenset()
+
+        def __call__(self, snapshot):
+            snapshot.model(torch.zeros(2, 6))
+            return {}
+
+    model = mlp()
+    optimizer = sgd(model)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Probes()]
+    ) as analysis:
+        plain(model)
+        optimizer.step()
+        assert analysis._capture.inputs.first_tensor().shape == (8, 6)
