@@ -58,8 +58,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Tests are of one thread each: two processes use two cores.
 pytest: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info torch_dropout_ir/_C*.so

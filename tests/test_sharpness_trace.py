@@ -191,7 +191,12 @@ ELSE = {
     "hidden bias": (lambda: Hidden("bias"), 3),
     "hidden straight": (lambda: Hidden("straight"), 3),
 }
-LOSSES = ["mse", "cross_entropy", F.smooth_l1_loss, nn.MSELoss(reduction="sum")]
+LOSSES = {
+    "mse": "mse",
+    "cross entropy": "cross_entropy",
+    "smooth l1": F.smooth_l1_loss,
+    "sum of squares": nn.MSELoss(reduction="sum"),
+}
 
 
 def batch(inputs, loss, n=7):
@@ -200,7 +205,7 @@ def batch(inputs, loss, n=7):
     return x, torch.randint(2, (n,)) if whole else torch.randn(n, 2).double()
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("name", EXACT)
 def test_piecewise_linear_networks_are_exact(name, loss):
     make, inputs = EXACT[name]
