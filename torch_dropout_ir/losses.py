@@ -163,10 +163,12 @@ def resolve_loss(loss: Any) -> Loss:
                 f"`(outputs, targets) -> scalar`, got {loss!r}"
             )
         loss = named[loss]
-    if not callable(loss):
+    is_class = isinstance(loss, type)
+    if not callable(loss) or (is_class and issubclass(loss, nn.Module)):
+        got = f"the class {loss.__name__}" if is_class else type(loss).__name__
         raise TypeError(
             "expected `loss` to be 'mse', 'cross_entropy', a module or a callable "
-            f"`(outputs, targets) -> scalar`, got {type(loss).__name__}"
+            f"`(outputs, targets) -> scalar`, got {got}"
         )
     reduction = _option(loss, "reduction", "mean")
     if reduction not in ("mean", "sum", "batchmean"):

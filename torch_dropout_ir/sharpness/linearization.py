@@ -118,7 +118,8 @@ def _sizes(model: nn.Module) -> Iterator[list[int]]:
 
     with contextlib.ExitStack() as stack:
         for module in model.modules():
-            stack.callback(module.register_forward_hook(note).remove)
+            if not isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                stack.callback(module.register_forward_hook(note).remove)
         yield sizes
 
 

@@ -156,7 +156,9 @@ class Uses(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         for module in self._model.modules():
-            if next(module.parameters(recurse=False), None) is not None:
+            scripted = isinstance(module, torch.jit.ScriptModule)  # it takes no hooks
+            own = next(module.parameters(recurse=False), None)
+            if own is not None and not scripted:
                 handle = module.register_forward_hook(self._hook)
                 self._hooks.callback(handle.remove)
         super().__enter__()
