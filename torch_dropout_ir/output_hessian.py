@@ -22,11 +22,19 @@ ALL: Final = slice(None)
 _DRAWN_AT_ONCE: Final = 2**18
 
 
-def squared_scale(loss: Loss, outputs_shape: torch.Size) -> float:
-    """Return ``a`` of ``H_i = a * identity`` for a squared loss."""
+def squared_scale(loss: Loss, shape: torch.Size, targets: Any = None) -> float:
+    """Return ``a`` of ``H_i = a * identity`` for a squared loss of outputs ``shape``.
+
+    Targets of another shape make torch count an output as often as it is broadcast.
+    """
     if getattr(loss.function, "func", loss.function) is half_squared_error:
-        return 1.0 / outputs_shape[0]
-    return 2.0 / (outputs_shape.numel() if loss.reduction == "mean" else 1)
+        return 1.0 / shape[0]
+    if loss.reduction == "mean":
+        return 2.0 / shape.numel()
+    if not isinstance(targets, Tensor) or targets.shape == shape:
+        return 2.0
+    counted = torch.broadcast_shapes(shape, targets.shape).numel()
+    return 2.0 * counted / shape.numel()
 
 
 def cross_entropy_scale(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
@@ -127,7 +135,7 @@ class HessianRoots:
         self._outputs = outputs
         self._vectors: Tensor | None = None
         if loss.kind == "squared":
-            self._factor = squared_scale(loss, outputs.shape) ** 0.5
+            self._factor = squared_scale(loss, outputs.shape, targets) ** 0.5
         elif loss.kind == "cross_entropy":
             self._mass = cross_entropy_scale(loss, outputs, targets)
         elif loss.kind == "elementwise":
@@ -284,7 +292,7 @@ def holding(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
 def _hessian_times(loss: Loss, outputs: Tensor, targets: Any, v: Tensor) -> Tensor:
     """The product with the Hessian that the loss's kind stands for."""
     if loss.kind == "squared":
-        return v * squared_scale(loss, outputs.shape)
+        return v * squared_scale(loss, outputs.shape, targets)
     if loss.kind == "cross_entropy":
         classes = 1 if outputs.ndim > 1 else 0
         s = outputs.softmax(classes)

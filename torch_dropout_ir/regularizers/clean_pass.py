@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_dropout_ir.functional import at_sites, call
+from torch_dropout_ir.normalization import ComposedNormalization
 from torch_dropout_ir.regularizers.checks import check_batch
 from torch_dropout_ir.regularizers.coupling import alike, by_powers, even_root
 from torch_dropout_ir.regularizers.recorder import Recorder, Use
@@ -179,14 +180,15 @@ def clean_pass(
         The pass.
 
     Raises:
+        TypeError: If a site's input is not real.
         ValueError: If the batch is empty.
-    """  # noqa: DOC502 (`check_batch` raises)
-    check_batch(inputs)
+    """  # noqa: DOC502 (raised by the checks)
+    check_batch(model, inputs)
     model = uncompiled(model)
     seen = Recorder(outlives, first)
     with torch.enable_grad(), contextlib.ExitStack() as stack:
-        if twice:  # the fused attention kernels have no second derivative
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if twice:
+            stack.enter_context(_differentiable(outlives))
         for module in model.modules():
             if type(module) is nn.Linear:
                 stack.callback(module.register_forward_hook(seen.read).remove)
@@ -202,6 +204,15 @@ def clean_pass(
         last = seen.maker(outputs) if alone else None
         seen.close()
         yield CleanPass(outputs, uses, last, noisy, tuple(seen.unreachable))
+
+
+@contextlib.contextmanager
+def _differentiable(outlives: bool) -> Iterator[None]:
+    """Let a pass be differentiated twice, and once more in the parameters after it."""
+    # The fused attention kernels have no second derivative.
+    third = ComposedNormalization() if outlives else contextlib.nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), third:
+        yield
 
 
 def _alike(before: list[Tensor], after: list[Tensor]) -> bool:

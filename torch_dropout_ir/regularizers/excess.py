@@ -62,6 +62,7 @@ class ExcessRisk:
         self._excess: list[Tensor] = []
         self._linear: list[Tensor] = []
         self._minority: float | None = None  # None: no mask was seen
+        self.met = False  # whether a site acted
         before = random_state(model)
         with torch.no_grad():
             self._clean = clean_risk(model, batch, loss)
@@ -82,6 +83,7 @@ class ExcessRisk:
 
             def watch(site: Site, packed: Tensor, shape: torch.Size) -> None:
                 nonlocal linear, use
+                self.met = True
                 slope = self._slopes[use] if use < len(self._slopes) else None
                 use += 1
                 if 0 < site.p < 1:

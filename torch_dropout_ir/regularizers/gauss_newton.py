@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
+    as_pair,
     check_finite,
     check_risk,
     noise_left_out,
@@ -86,7 +87,7 @@ def gauss_newton(
         and is an upper bound, and NaN where samples meet.
 
     Raises:
-        TypeError: If the model's outputs hold no tensor.
+        TypeError: If the model's outputs hold no tensor, or ``batch`` is no pair.
         ValueError: If ``num_samples`` is below 1, the batch is empty, a site drops
             everything, the loss has no second derivative, cross-entropy is taken of
             outputs without batch dimension, or the estimate is not finite.
@@ -108,7 +109,7 @@ def gauss_newton(
         raise ValueError(
             f"gauss_newton: expected `num_samples` >= 1 or None, got {num_samples}"
         )
-    resolved = resolve_loss(loss)
+    resolved, batch = resolve_loss(loss), as_pair(batch)
     seen = _first_pass(model, batch, resolved, num_samples)
     draws, coupled = seen.draws, seen.coupled
     if draws is not None and seen.chunks is not None:
@@ -165,7 +166,7 @@ def _first_pass(
     """Check model, batch and loss; take the forms at once where they are small."""
     inputs, targets = batch
     with _pass(model, batch, loss) as clean:
-        if loss.kind in ("elementwise", "general"):
+        if targets is not None or loss.kind in ("elementwise", "general"):
             check_risk(
                 "gauss_newton", lambda: loss(clean.outputs, targets), model, inputs
             )
@@ -217,7 +218,7 @@ def _known(
     loss: Loss,
     num_samples: int | None,
 ) -> _Known:
-    notes = noise_left_out(model, clean.noisy)
+    notes = noise_left_out(model, clean.noisy, bool(clean.uses))
     if not check_curvature(read):
         said = "the loss is linear in the outputs: this form is 0; use `second_order`"
         notes = (*notes, said)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch, as_batches, parameters
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.regularizers.checks import check_finite
+from torch_dropout_ir.regularizers.checks import as_pair, check_finite, noise_left_out
 from torch_dropout_ir.regularizers.masked import dropout_risk
 
 # Elements of a gradient that are looked at together.
@@ -41,6 +41,8 @@ class GradientNorm:
         batch_noise_standard_error: The same for ``batch_noise``.
         num_masks: Number of masks drawn a batch.
         shared_mask: Whether one mask served all samples.
+        notes: What there is to know besides: noise that is not in it, or that no
+            dropout site acted.
     """
 
     value: Tensor
@@ -53,6 +55,7 @@ class GradientNorm:
     batch_noise_standard_error: Tensor
     num_masks: int
     shared_mask: bool
+    notes: tuple[str, ...] = ()
 
 
 def gradient_norm(
@@ -121,7 +124,7 @@ def gradient_norm(
             f"gradient_norm: expected an even `num_masks` >= 2, got {num_masks}"
         )
     norms = _Norms(model, resolve_loss(loss), lr, shared_mask)
-    batches = list(as_batches(batch))
+    batches = [as_pair(each) for each in as_batches(batch)]
     if len(batches) == 1:
         rows = [norms.pair(batches[0]) for _ in range(num_masks // 2)]
     elif batches and len(batches) % 2 == 0:
@@ -141,7 +144,10 @@ def gradient_norm(
     names = ("value", "mean_gradient", "dropout_noise", "batch_noise")
     errors = ("standard_error", *(f"{name}_standard_error" for name in names[1:]))
     found = dict(zip((*names, *errors), (*mean, *error), strict=True))
-    return GradientNorm(num_masks=num_masks, shared_mask=shared_mask, **found)
+    notes = noise_left_out(model, False, norms.met)
+    return GradientNorm(
+        num_masks=num_masks, shared_mask=shared_mask, notes=notes, **found
+    )
 
 
 class _Norms:
@@ -160,6 +166,10 @@ class _Norms:
         self._rates = learning_rates(lr, list(params))
         self._targets = list(params.values())
         self._shared_mask = shared_mask
+        self.met = False  # whether a site acted
+
+    def _watch(self, *_: object) -> None:
+        self.met = True
 
     def _gradients(self, batch: Batch, receive: Callable[[int, Tensor], None]) -> None:
         """Draw masks; give each parameter's gradient away as it comes, by number."""
@@ -168,13 +178,18 @@ class _Norms:
             receive(i, g.to_dense() if g.is_sparse else g)
 
         masked = dropout_risk(
-            self._model, batch, self._loss, shared_mask=self._shared_mask
+            self._model,
+            batch,
+            self._loss,
+            shared_mask=self._shared_mask,
+            watch=self._watch,
         )
         with contextlib.ExitStack() as stack:
             for i, x in enumerate(self._targets):
                 hook = functools.partial(take, i)
                 stack.callback(x.register_hook(hook).remove)
             with torch.enable_grad(), masked as value:
+                check_differentiable("gradient_norm", value)
                 torch.autograd.grad(value, self._targets, allow_unused=True)
 
     def pair(
@@ -195,7 +210,7 @@ class _Norms:
         """
         first: dict[int, Tensor] = {}
         self._gradients(batch, first.__setitem__)
-        found = [x.new_zeros(4) for x in self._targets]
+        found = [x.new_zeros(4, dtype=_wide(x).to_real()) for x in self._targets]
 
         def receive(i: int, second: Tensor) -> None:
             g = first.pop(i) if i in first else torch.zeros_like(second)
@@ -220,18 +235,23 @@ class _Norms:
         return torch.stack([within[0], across, within[2], within[1] - across])
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """Precision of sums: squares of half precision vanish."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _products(g: Tensor, h: Tensor, other: Tensor | None) -> Tensor:
     """Return half the sum of squares, the inner product, and half the squared distance.
 
     And, fourth, the inner product of the mean with a third vector, or 0. A block at a
     time, so that nothing of the vectors' size is made.
     """
-    wide = torch.promote_types(g.dtype, torch.float32)
-    total = torch.zeros(4, dtype=wide, device=g.device)
+    wide = _wide(g)
+    total = torch.zeros(4, dtype=wide.to_real(), device=g.device)
     third = g.new_zeros(()).expand(g.numel()) if other is None else other
 
     def inner(x: Tensor, y: Tensor) -> Tensor:
-        return (x * y).sum(dtype=wide)
+        return (x * y.conj()).sum(dtype=wide).real
 
     blocks = zip(*(x.reshape(-1).split(_BLOCK) for x in (g, h, third)), strict=True)
     for x, y, z in blocks:
@@ -240,20 +260,51 @@ def _products(g: Tensor, h: Tensor, other: Tensor | None) -> Tensor:
         mean = inner(x, z) + inner(y, z)
         parts = squares / 2, inner(x, y), inner(away, away) / 2, mean / 2
         total += torch.stack(parts)
-    return total.to(g.dtype)
+    return total
+
+
+def weighted_inner(
+    rates: Sequence[float], a: Sequence[Tensor], b: Sequence[Tensor]
+) -> Tensor:
+    r"""Return :math:`\sum \frac{\epsilon}{4} \mathrm{Re} \langle a, b \rangle`.
+
+    Of complex parameters the real and the imaginary part are two. In float32 at least:
+    squares of half precision vanish.
+    """
+    terms = []
+    for rate, x, y in zip(rates, a, b, strict=True):
+        wide = _wide(x)
+        terms.append(rate / 4 * (x.to(wide) * y.to(wide).conj()).sum().real)
+    return torch.stack(terms).sum()
+
+
+def check_differentiable(name: str, value: Tensor) -> None:
+    """Raise if a loss does not depend on any parameter, as far as autograd sees.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not value.requires_grad:
+        raise ValueError(
+            f"{name}: expected a loss that can be differentiated in the parameters, "
+            "got one whose value is cut off from them (detached, or an argmax)"
+        )
 
 
 def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[float]:
     """Return the learning rate of each parameter.
 
     Raises:
-        ValueError: If a mapping lacks one.
+        ValueError: If a mapping lacks one, or one is negative or not finite.
     """
-    if not isinstance(lr, Mapping):
-        return [lr] * len(names)
-    missing = [name for name in names if name not in lr]
+    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(names, lr)
+    missing = [name for name in names if name not in rates]
     if missing:
         raise ValueError(
             f"expected a learning rate `lr` for every parameter, got none for {missing}"
         )
-    return [lr[name] for name in names]
+    found = [rates[name] for name in names]
+    wrong = [rate for rate in found if not 0 <= rate < float("inf")]
+    if wrong:
+        raise ValueError(f"expected a finite learning rate `lr` >= 0, got {wrong[0]}")
+    return found

@@ -91,7 +91,7 @@ def last_layer(
     rows = features.reshape(-1, features.shape[-1])
     if resolved.kind == "squared":
         shape = torch.Size((*features.shape[:-1], weight.shape[0]))
-        form = squared_scale(resolved, shape) * _squared_form(rows, weight)
+        form = squared_scale(resolved, shape, targets) * _squared_form(rows, weight)
         return variance / 2 * form
     if outputs is None:
         raise ValueError(

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 from torch_dropout_ir import tracing
@@ -91,7 +92,17 @@ def leave_one_out(
     if resolved.kind == "cross_entropy":
         return variance * _softmax_form(resolved, features, weight, outputs, targets)
     check_rows(read_outputs(outputs, resolved, targets))
-    return variance * _general_form(resolved, features, weight, outputs, targets)
+    # A small difference of losses: half precision would round it away.
+    tensors, narrow = (features, weight, outputs, targets), outputs.dtype
+    wide = _pytree.tree_map(_widened, tensors)
+    return variance * _general_form(resolved, *wide).to(narrow)
+
+
+def _widened(x: Any) -> Any:
+    """Return a tensor in float32 at least; anything else as it is."""
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x
 
 
 def _softmax_form(

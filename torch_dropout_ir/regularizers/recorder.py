@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.regularizers.checks import check_site
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import checkpointed
@@ -38,6 +39,7 @@ class Recorder:
 
     def perturb(self, site: Site, h: Tensor) -> Tensor:
         """Add a zero to a site's input, and record both."""
+        check_site(site, h)
         if not torch.is_grad_enabled():
             self.unreachable.append(site.name)
         first = self._open and not self.passed

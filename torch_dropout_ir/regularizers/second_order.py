@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
+    as_pair,
     check_finite,
     check_risk,
     noise_left_out,
@@ -89,7 +90,7 @@ def second_order(
         bound.
 
     Raises:
-        TypeError: If the model's outputs hold no tensor.
+        TypeError: If the model's outputs hold no tensor, or ``batch`` is no pair.
         ValueError: If ``num_samples`` is below 1, the batch is empty, a site drops
             everything, the loss has no second derivative, or the estimate is not
             finite.
@@ -112,7 +113,7 @@ def second_order(
         raise ValueError(
             f"second_order: expected `num_samples` >= 1 or None, got {num_samples}"
         )
-    resolved = resolve_loss(loss)
+    resolved, batch = resolve_loss(loss), as_pair(batch)
     seen = _first_pass(model, batch, resolved, num_samples)
     draws, notes, coupled = seen.draws, seen.notes, seen.coupled
     if draws is None and seen.chunks is not None:
@@ -163,7 +164,7 @@ def _first_pass(
             curvature = SiteCurvature(clean, read, linearized=False)
             draws = curvature.draws(num_samples, coupled)
         exact = is_exact(model, clean, loss, num_samples)
-        notes = noise_left_out(model, clean.noisy)
+        notes = noise_left_out(model, clean.noisy, bool(clean.uses))
         masks = [(site, h.new_empty(()), h.shape) for site, h, _ in clean.uses]
         like = read.tensors[0].detach().new_zeros(())
         return _Seen(like, masks, coupled, exact, notes, draws, chunks)

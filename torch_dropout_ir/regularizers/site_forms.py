@@ -88,6 +88,8 @@ def assemble(
         for name in names
         if name not in reached
     )
+    if like.dtype == torch.float16:
+        notes = (*notes, "in float16 parts below 6e-8 vanish: use float32 or bfloat16")
     value = sum(per_site.values(), like.new_zeros(()))
     error = _standard_error(draws, like, num_samples, coupled)
     return Estimate(value, per_site, error, exact, num_samples or 0, notes=notes)
