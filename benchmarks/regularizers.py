@@ -10,7 +10,9 @@ in forward-backward passes of the same network and batch.
 Costs: one sample of ``gauss_newton`` and the others against a forward-backward pass of
 784-1024-1024-10 and of a small convolutional network at batch 128, with the peak memory
 of each and its ratio to that of the pass, once more with a site at the input (the first
-two with the forward pass that gives them their features and outputs);
+two with the forward pass that gives them their features and outputs). The pass holds
+what is kept for going backward, what is made on the way, and the parameters' gradients,
+which it allocates; parameters, batch and state of an optimizer are there before.
 ``last_layer`` of features [4096, 4096] with 1000 outputs against one product of those.
 Contenders take turns; medians.
 

@@ -15,6 +15,7 @@ from torch import nn
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis.cadence import Cadence
+from torch_dropout_ir.analysis.measures import Masks
 from torch_dropout_ir.module_calls import measuring
 
 OPTIMIZER = sys.modules["torch.optim.optimizer"]
@@ -402,6 +403,12 @@ def test_attaching_twice_and_wrong_arguments():
         ({"every": 0}, ValueError),
         ({"every": "often"}, ValueError),
         ({"budget": 1.0}, ValueError),
+        ({"budget": "5%"}, ValueError),
+        ({"loss": nn.MSELoss}, TypeError),
+        ({"measures": Masks()}, TypeError),
+        ({"measures": [Masks]}, TypeError),
+        ({"measures": [3]}, TypeError),
+        ({"sinks": [print]}, TypeError),
     ):
         with pytest.raises(error):
             tdi.attach_analysis(model, log_dir=False, convert=True, **arguments)

@@ -221,6 +221,7 @@ def test_scripted_code_is_told_and_trains_alike():
     assert outcomes[1] == outcomes[2]
     hidden = {s.name: s.reason for s in analysis.sites if not s.observed}
     assert "scripted" in hidden["0.1"] and hidden["0.1"] in analysis.summary()
+    assert "sharpness/trace" in analysis.latest
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

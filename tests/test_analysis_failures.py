@@ -19,6 +19,8 @@ import torch_dropout_ir as tdi
 from tests import traces
 from torch_dropout_ir.analysis import attempts, measures
 from torch_dropout_ir.analysis.cadence import Cadence
+from torch_dropout_ir.analysis.distributed import Ranks
+from torch_dropout_ir.analysis.snapshot import Snapshot
 
 
 def mlp():
@@ -84,6 +86,19 @@ def test_a_failing_measure_is_retried_ever_less_often_and_switched_off():
     assert "switched off after 6 failures; MemoryError: full" in analysis.absent["says"]
     assert len(caught) == 2, "when it fails first, and when it is switched off"
     assert "switched off" in analysis.summary()
+
+
+def test_only_failures_on_end_switch_a_measure_off():
+    says, absent = Says(fails), {}
+    tries = attempts.Attempts([says], Ranks(), absent)
+    snapshot = Snapshot(model=mlp(), step=0, sites=())
+    with pytest.warns(UserWarning, match="full"):
+        for works in [False] * 5 + [True] + [False] * 5:
+            says.function = (lambda step: 1.0) if works else fails
+            tries.take(snapshot, {"says"}, seed=0)
+        assert tries.willing({"says"}, 10**9) and "switched off" not in absent["says"]
+        tries.take(snapshot, {"says"}, seed=0)
+    assert not tries.willing({"says"}, 10**9) and "switched off" in absent["says"]
 
 
 def test_a_measure_that_works_again_is_taken_again():

@@ -26,6 +26,7 @@ FLOORS = {
         "dropout_calls",
         "module_calls",
         "attention",
+        "normalization",
         "losses",
         "output_hessian",
     ),

@@ -38,6 +38,18 @@ def halved(outputs, targets):
     return (outputs - targets).square().mean() / 2
 
 
+def other_sizes():
+    return [(torch.randn(6, 5).double(), torch.randn(6, 2).double())]
+
+
+def fails():
+    raise KeyError("rows")
+
+
+def asks(path):
+    return path
+
+
 number = 3
 """
 
@@ -130,7 +142,10 @@ def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
         (["--model", "nets_of_test:other"], "cannot find"),
         (["--model", "no_such_module:make"], "cannot find"),
         (["--model", "nets_of_test:number"], "expected an nn.Module, got int"),
+        (["--model", "unreadable:make"], "'unreadable:make' raised SyntaxError"),
         (["--data", "nets_of_test:number"], "expected a batch"),
+        (["--data", "nets_of_test:fails"], "raised KeyError: 'rows' ("),
+        (["--data", "nets_of_test:asks"], "--data: 'nets_of_test:asks' raised TypeE"),
         (["--loss", "l3"], "'mse'"),
         (["--batches", "0"], "at least 1"),
         (["--checkpoint", "other.pt"], "does not fit"),
@@ -139,14 +154,29 @@ def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
         (["--device", "cuda:77"], "--device: expected a device of this machine"),
         (["--device", "nothing"], "--device: expected a device of this machine"),
         (["--json", "nowhere/out.json"], "--json: there is no folder nowhere"),
+        (["--json", "."], "--json: expected a file, got the folder ."),
     ],
 )
 def test_wrong_arguments_are_said(nets, capsys, arguments, said):
     torch.save({"x": torch.ones(2)}, "other.pt")
     torch.save([1, 2], "list.pt")
+    Path("unreadable.py").write_text("def make(:")
     assert analyze(*arguments) == 2
     printed = capsys.readouterr()
     assert said in printed.err and not printed.out
+
+
+def test_what_could_not_be_measured_is_said_and_the_status_tells(nets, capsys):
+    with pytest.warns(UserWarning, match="shapes cannot be multiplied"):
+        status = analyze("--data", "nets_of_test:other_sizes", "--loss", "mse",
+                         "--json", "out.json")  # fmt: skip
+    printed = capsys.readouterr()
+    assert status == 1
+    assert "no regularizer: RuntimeError" in printed.err
+    assert "no sharpness: " in printed.err and "condensation" not in printed.err
+    found = json.loads(Path("out.json").read_text())
+    assert "condensation/effective_ratio/0" in found["records"]
+    assert set(found["absent"]) == {"regularizer", "sharpness"}
 
 
 def test_help_says_how(capsys):

@@ -205,3 +205,13 @@ def test_hugging_face_trainer(transformers, tmp_path):
     assert list((tmp_path / "True" / "dropout_ir").glob("events*"))
     _, more = train(True, steps=5, resume=True)
     assert [s for s, _ in more.history["regularizer/R1"]] == [0, 1, 2, 3, 4]
+
+
+def test_a_loss_that_the_trainer_computes_is_to_be_given(transformers):
+    from torch_dropout_ir.integrations.transformers import models_own_loss
+
+    outputs = transformers.modeling_outputs.SequenceClassifierOutput
+    loss = torch.ones(())
+    assert models_own_loss(outputs(loss=loss, logits=torch.ones(2)), None) is loss
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        models_own_loss(outputs(logits=torch.ones(2)), None)

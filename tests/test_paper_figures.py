@@ -160,6 +160,27 @@ def test_claims_of_the_samples_needed_read_the_right_cells(script):
     assert without.values == pytest.approx([0.02])
 
 
+def test_each_keep_prob_of_fig_8_has_its_column_and_each_trial_its_start(
+    script, monkeypatch
+):
+    fig08 = script("fig08_samples_needed")
+    trained = []
+    keep = lambda exp, arm, seed, nets, data, steps, **how: trained.append(nets)  # noqa: E731
+    monkeypatch.setattr(fig08, "train", keep)
+    torch.manual_seed(0)
+    found = fig08.compute(None, "7", 0, (30, 0, 0.0))
+    (nets,) = trained
+    rates = torch.tensor([net[2].p for net in nets.networks]).view(fig08.TRIALS, -1)
+    expected = 1 - torch.tensor(fig08.KEEP)
+    torch.testing.assert_close(rates, expected.expand(fig08.TRIALS, -1))
+    with torch.no_grad():
+        for trial in range(fig08.TRIALS):
+            net = nets.networks[trial * len(fig08.KEEP) + 1].eval()
+            error = (net(fig08.LINE)[:, 0] - fig08.target(fig08.LINE)).square().mean()
+            torch.testing.assert_close(found["test"][1, trial], error)
+    assert not torch.allclose(*found["test"][1])
+
+
 def test_arrival_is_the_first_low_median_and_not_the_first_low_value(script):
     fig09 = script("fig09_small_start")
     torch.manual_seed(0)

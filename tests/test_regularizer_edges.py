@@ -1,6 +1,9 @@
 """Where a form of R_1 could be wrong without a word: each against every mask."""
 
+import copy
 import functools
+import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -9,10 +12,13 @@ from torch import nn
 from torch.nn.attention.bias import causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
+from torch_dropout_ir.analysis.measures import received_r2
 from torch_dropout_ir.functional import Inputs, at_sites, call, fresh
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
     gauss_newton,
+    gradient_norm,
+    leave_one_out,
     modified_loss,
     monte_carlo,
     second_order,
@@ -374,3 +380,282 @@ def test_inference_mode_is_named(form):
     net = nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 2))
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         form(net, (torch.randn(5, 3), torch.randn(5, 2)), "mse")
+
+
+# ---- R_2 of unusual parameters, masks and rates
+
+
+class Spectral(nn.Module):
+    """A complex weight, as of a layer in Fourier space."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, dtype=torch.complex128))
+        self.drop, self.last = nn.Dropout(0.0), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.drop((x.to(self.weight.dtype) @ self.weight).abs()))
+
+
+def test_complex_parameters_are_pairs_of_real_ones():
+    torch.manual_seed(0)
+    net = Spectral().double()
+    batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    slopes = torch.autograd.grad(F.mse_loss(net(batch[0]), batch[1]), net.parameters())
+    expected = sum(torch.view_as_real(g).square().sum() if g.is_complex()
+                   else g.square().sum() for g in slopes) / 4  # fmt: skip
+    found = gradient_norm(net, batch, "mse", lr=1.0)
+    torch.testing.assert_close(found.value, expected)
+    torch.testing.assert_close(found.mean_gradient, expected)
+    value = modified_loss(net, batch, "mse", kind="regu", lr=1.0)
+    risk = F.mse_loss(net(batch[0]), batch[1])
+    torch.testing.assert_close(value - risk, expected)
+    value.backward()
+    names = [name for name, _ in net.named_parameters()]
+    given = dict(zip(names, slopes, strict=True))
+    online = received_r2(given, dict.fromkeys(names, 1.0))
+    assert online == pytest.approx(float(expected))
+
+
+def test_r2_of_half_precision_does_not_vanish():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Dropout(0.3), nn.Linear(32, 2))
+    batch = torch.randn(8, 8), torch.randn(8, 2)
+    found = []
+    for dtype in (torch.float64, torch.float16):
+        torch.manual_seed(1)
+        data = tuple(x.to(dtype) for x in batch)
+        net.to(dtype)
+        loss = lambda f, t: 1e-3 * F.mse_loss(f, t)  # noqa: E731
+        found.append(gradient_norm(net, data, loss, lr=1e-3, num_masks=4))
+    for name in ("value", "mean_gradient", "dropout_noise", "standard_error"):
+        expected = float(getattr(found[0], name))
+        assert float(getattr(found[1], name)) == pytest.approx(expected, rel=0.05)
+
+
+def test_one_mask_for_all_samples_needs_a_row_for_each():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.5), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(self.drop(x.flatten(0, 1)))
+
+    batch = torch.randn(4, 5, 3), torch.randn(20, 2)
+    with pytest.raises(ValueError, match=r"site `drop`.* 4 samples, got 20"):
+        gradient_norm(Tokens(), batch, "mse", lr=0.1, shared_mask=True)
+    assert gradient_norm(Tokens(), batch, "mse", lr=0.1).value > 0
+    whole = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
+    batch = torch.randn(4, 5, 3), torch.randn(4, 5, 2)
+    assert gradient_norm(whole, batch, "mse", lr=0.1, shared_mask=True).value > 0
+
+
+@pytest.mark.parametrize("lr", [-0.1, float("nan"), float("inf")])
+def test_learning_rates_that_are_none(lr):
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
+    batch = torch.randn(4, 3), torch.randn(4, 2)
+    with pytest.raises(ValueError, match="`lr`"):
+        gradient_norm(net, batch, "mse", lr=lr)
+    with pytest.raises(ValueError, match="`lr`"):
+        modified_loss(net, batch, "mse", kind="regu", lr=lr)
+
+
+# ---- inputs of which no number can be made
+
+
+def every_estimator(net, batch, loss):
+    """Each function of a model, to be run."""
+    return (
+        *(partial(f, net, batch, loss)
+          for f in (gauss_newton, second_order, monte_carlo, check_regularizer)),
+        partial(gradient_norm, net, batch, loss, lr=0.1),
+        partial(expected_dropout_loss, net, batch, loss),
+        *(partial(modified_loss, net, batch, loss, kind=kind, lr=0.1)
+          for kind in ("L1", "L2", "L3", "L4", "regu")),
+    )  # fmt: skip
+
+
+def last_dropped(p=0.5):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(p), nn.Linear(4, 2))
+    return net, (torch.randn(5, 3), torch.randn(5, 2))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = last_dropped()[0]
+
+    def forward(self, x):
+        return self.net(x), x
+
+
+@pytest.mark.parametrize("name, error, match", [
+    ("one tensor", TypeError, "expected a batch"),
+    ("three", TypeError, "expected a batch"),
+    ("meta", ValueError, "meta device"),
+    ("tuple", TypeError, "one tensor for this loss"),
+    ("broadcast", (RuntimeError, ValueError), "size"),
+    ("labels", IndexError, "out of bounds"),
+])  # fmt: skip
+def test_what_does_not_fit_is_said_by_every_function(name, error, match):
+    net, (x, y) = last_dropped()
+    case = {
+        "one tensor": (net, x, "mse"),
+        "three": (net, (x, x, y), "mse"),
+        "meta": (copy.deepcopy(net).to("meta"), (x.to("meta"), y.to("meta")), "mse"),
+        "tuple": (Pair(), (x, y), "mse"),
+        "broadcast": (net, (x, y[:4]), "mse"),
+        "labels": (net, (x, torch.tensor([0, 1, -1, 0, 1])), "cross_entropy"),
+    }[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of the shapes
+        for run in every_estimator(*case):
+            with pytest.raises(error, match=match):
+                run()
+
+
+def test_losses_that_compare_need_targets():
+    net, (x, _) = last_dropped()
+    for run in every_estimator(net, (x, None), "mse")[1:]:
+        with pytest.raises(ValueError, match="`targets`"):
+            run()
+
+
+def test_complex_features_are_refused_by_name():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.5), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(self.drop(x + 0j).abs())
+
+    batch = torch.randn(5, 3), torch.randn(5, 2)
+    for run in every_estimator(Net(), batch, "mse")[:6]:
+        with pytest.raises(TypeError, match=r"site `drop`.*complex64"):
+            run()
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_targets_that_are_broadcast_count_an_output_several_times():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 1)).double()
+    batch = torch.randn(4, 3).double(), torch.randn(4).double()
+    for loss in (nn.MSELoss(reduction="sum"), nn.MSELoss()):
+        r1 = truth(net, batch, loss)
+        exact = gauss_newton(net, batch, loss, num_samples=None)
+        assert float(exact.value) == pytest.approx(r1, rel=1e-9)
+        drawn = gauss_newton(net, batch, loss, num_samples=500)
+        assert abs(float(drawn.value) - r1) < 5 * float(drawn.standard_error)
+        value = modified_loss(net, batch, loss, kind="L1")
+        expected = expected_dropout_loss(net, batch, loss)
+        torch.testing.assert_close(value.detach(), expected)
+
+
+@pytest.mark.parametrize("name", ["margin", "argmax", "round", "once"])
+def test_losses_that_no_second_order_form_can_take(name):
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, f, t):
+            ctx.save_for_backward(f, t)
+            return (f - t).square().mean()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            f, t = ctx.saved_tensors
+            return 2 * (f - t) / f.numel() * g, None
+
+    net, (x, y) = last_dropped()
+    labels = torch.tensor([0, 1, 1, 0, 1])
+    loss, targets = {
+        "margin": (nn.MultiMarginLoss(), labels),
+        "argmax": (lambda f, t: (f.argmax(1) == t).float().mean(), labels),
+        "round": (lambda f, t: F.mse_loss(f.round(), t), y),
+        "once": (Once.apply, y),
+    }[name]
+    batch = x, targets
+    for form in (gauss_newton, second_order):
+        for count in (1, None):
+            with pytest.raises(ValueError, match=r"second derivative|cut off"):
+                form(net, batch, loss, num_samples=count)
+    for form in ("last_layer", "gauss_newton", "second_order"):
+        with pytest.raises(ValueError, match=r"second derivative|cut off"):
+            modified_loss(net, batch, loss, kind="L1", r1=form)
+    found = monte_carlo(net, batch, loss, num_masks=200)
+    report = check_regularizer(net, batch, loss, num_masks=200)
+    report.assert_holds()
+    assert found.value.isfinite()
+    by_name = {f.name: f.claim for f in report.findings}
+    assert by_name["gauss_newton"] == by_name["second_order"] == "not applicable"
+    if name == "argmax":
+        for run in every_estimator(net, batch, loss):
+            if run.func is gradient_norm or run.keywords.get("kind") in ("L2", "regu"):
+                with pytest.raises(ValueError, match="cut off"):
+                    run()
+
+
+def test_a_loss_that_fits_to_the_last_bit_is_none_of_these():
+    """Nothing is left of its derivatives, though it has them."""
+    net, (x, _) = last_dropped()
+    with torch.no_grad():
+        net[3].weight.zero_()
+        net[3].bias.fill_(200.0)
+    loss, batch = nn.BCEWithLogitsLoss(), (x, torch.ones(5, 2))
+    assert gauss_newton(net, batch, loss, num_samples=None).value == 0
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order, monte_carlo])
+def test_that_no_site_acted_is_said(form):
+    net, batch = last_dropped()
+
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(F.dropout(x, 0.5, self.training))
+
+    assert form(net, batch, "mse").notes == ()
+    assert any("no dropout site" in n for n in form(net[:2], batch, clipped).notes)
+    called = Called()
+    assert form(called, batch, "mse").notes == ()
+    notes = form(called.eval(), batch, "mse").notes
+    assert any("no dropout site" in n for n in notes)
+    assert any("evaluation mode" in n for n in notes)
+    notes = form(net.eval(), batch, "mse").notes
+    assert len(notes) == 1 and "evaluation mode" in notes[0]
+
+
+def clipped(f, t):
+    return F.mse_loss(f[:, :2], t)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", [nn.HuberLoss(), nn.BCEWithLogitsLoss(), clipped])
+def test_half_precision_does_not_round_a_unit_away(loss, dtype):
+    torch.manual_seed(0)
+    h, w = torch.randn(64, 128), torch.randn(2, 128) / 20
+    f, y = h @ w.T, torch.rand(64, 2)
+    options = {"outputs": f, "targets": y}
+    expected = leave_one_out(h.double(), w.double(), 0.3, loss=loss,
+                             **{k: x.double() for k, x in options.items()})  # fmt: skip
+    weight = w.to(dtype).requires_grad_()
+    found = leave_one_out(h.to(dtype), weight, 0.3, loss=loss,
+                          **{k: x.to(dtype) for k, x in options.items()})  # fmt: skip
+    assert found.dtype == dtype
+    assert float(found.detach()) == pytest.approx(float(expected), rel=0.05)
+    found.backward()
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order])
+def test_that_float16_loses_small_parts_is_said(form):
+    net, (x, y) = last_dropped()
+    loss = lambda f, t: 1e-4 * F.mse_loss(f, t)  # noqa: E731
+    assert form(net.bfloat16(), (x.bfloat16(), y.bfloat16()), loss).value > 0
+    lost = form(net.half(), (x.half(), y.half()), loss)
+    assert any("float16" in note for note in lost.notes)

@@ -7,14 +7,18 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import torch_dropout_ir as tdi
 from tests.reference.enumeration import every_mask
+from tests.test_regularizers import two_layer_closed_form
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
+    by_rows,
     gauss_newton,
     gradient_norm,
     last_layer,
@@ -316,6 +320,11 @@ def test_each_draw_is_corrected_by_what_the_others_tell(monkeypatch):
         slope = (known * x[rest]).sum() / known.square().sum()
         expected.append(x[k] - slope * c[k])
     torch.testing.assert_close(excess.corrected(), torch.stack(expected))
+    mean, error = excess.mean()
+    torch.testing.assert_close(mean, torch.stack(expected).mean())
+    # A fit to few draws: their variance is taken (K + 2) / (K - 1) times.
+    variance = torch.stack(expected).var() / 6 * 8 / 5
+    torch.testing.assert_close(error, variance.sqrt())
     excess._linear = [torch.tensor(float(k == 3)).double() for k in range(6)]
     rest = torch.stack([x[j] for j in range(6) if j != 3])
     torch.testing.assert_close(excess.corrected()[3], x[3])  # the others are alike
@@ -408,10 +417,38 @@ def test_large_features_are_summed_block_by_block(loss, monkeypatch):
     )
     monkeypatch.setattr(closed, "_IN_CACHE", 8 * 7)
     monkeypatch.setattr(closed, "_FOR_PRODUCTS", 8 * 7)
-    monkeypatch.setattr(one_by_one, "_ELEMENTS", 3 * 8 * 7)
-    for a, b in zip(whole, (run(last_layer), run(leave_one_out)), strict=True):
-        for one, several in zip(a, b, strict=True):
-            torch.testing.assert_close(one, several)
+    for units in (8 * 7, 5):  # rows in a block; part of a row
+        monkeypatch.setattr(one_by_one, "_ELEMENTS", 3 * units)
+        for a, b in zip(whole, (run(last_layer), run(leave_one_out)), strict=True):
+            for one, several in zip(a, b, strict=True):
+                torch.testing.assert_close(one, several)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that an operator returned, in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for x in tree_leaves(found):
+            if isinstance(x, torch.Tensor) and x._base is None:
+                self.bytes = max(self.bytes, x.numel() * x.element_size())
+        return found
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@pytest.mark.parametrize("form", [last_layer, leave_one_out])
+def test_a_closed_form_holds_a_block_and_computes_it_once(loss, form, monkeypatch):
+    """No tensor of samples by units by outputs; nothing twice without a gradient."""
+    monkeypatch.delattr(by_rows, "checkpoint")
+    h, w = torch.randn(300, 500), torch.randn(60, 500)
+    f, y = h @ w.T, torch.randint(60, (300,))
+    with Largest() as largest:
+        form(h, w, 0.3, loss=loss, outputs=f, targets=y)
+    assert largest.bytes <= 2**20
 
 
 # ---- models with several outputs
@@ -487,8 +524,6 @@ def test_attention_has_second_derivatives():
 
 def test_per_sample_masks_have_their_own_closed_form():
     """``E||g||^2`` with a mask each, by every mask of every sample."""
-    from tests.test_regularizers import two_layer_closed_form
-
     torch.manual_seed(1)
     n, m, p = 2, 3, 0.4
     net = nn.Sequential(
@@ -508,6 +543,40 @@ def test_per_sample_masks_have_their_own_closed_form():
     expected, drift = two_layer_closed_form(net, (x, y), p, shared=False)
     assert squares == pytest.approx(float(expected), rel=1e-10)
     assert float(mean @ mean) == pytest.approx(float(drift), rel=1e-10)
+
+
+@settings(max_examples=15)
+@given(
+    st.integers(1, 2), st.integers(1, 2), st.floats(0.05, 0.95), st.integers(0, 2**16),
+    st.booleans(),
+)  # fmt: skip
+def test_r2_over_all_pairs_of_masks_is_the_closed_form(n, m, p, seed, shared):
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Linear(2, m, bias=False), nn.ReLU(), nn.Dropout(p),
+        nn.Linear(m, 1, bias=False),
+    ).double()  # fmt: skip
+    batch = torch.randn(n, 2).double(), torch.randn(n, 1).double()
+    size = (1 if shared else n, m)
+    masks = list(every_mask(size[0] * m, p))
+    value, drift, noise = 0.0, 0.0, 0.0
+    for (one, chance), (two, other) in itertools.product(masks, masks):
+        left = iter((one, two))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "torch_dropout_ir.ops.draw",
+                lambda x, p, _, left=left: (x * next(left).view(size) / (1 - p), None),
+            )
+            found = gradient_norm(
+                net, batch, tdi.half_squared_error, lr=4.0, shared_mask=shared
+            )
+        value += chance * other * float(found.value)
+        drift += chance * other * float(found.mean_gradient)
+        noise += chance * other * float(found.dropout_noise)
+    expected, mean = (float(x) for x in two_layer_closed_form(net, batch, p, shared))
+    assert value == pytest.approx(expected, rel=1e-9)
+    assert drift == pytest.approx(mean, rel=1e-9, abs=1e-9 * expected)
+    assert noise == pytest.approx(expected - mean, rel=1e-9, abs=1e-9 * expected)
 
 
 def test_the_drift_form_is_the_gradient_of_r_s_plus_r_1():
@@ -552,6 +621,13 @@ def test_noise_of_mini_batches_is_kept_apart():
     )
     with pytest.raises(ValueError, match="even number"):
         gradient_norm(net, batches[:3], "mse", lr=1.0)
+    net[2].p = 0.0  # then the number of masks is no matter
+    few, many = (
+        gradient_norm(net, batches, "mse", lr=1.0, num_masks=k) for k in (2, 6)
+    )
+    for name in ("value", "mean_gradient", "batch_noise", "standard_error"):
+        torch.testing.assert_close(getattr(many, name), getattr(few, name))
+    assert many.dropout_noise == 0 and many.batch_noise > 0
 
 
 def test_the_mean_iterate_follows_the_drift_form():
@@ -606,6 +682,20 @@ def test_the_mean_iterate_follows_the_drift_form():
     second = errors[papers][0] / errors[papers][1]
     assert 7 < third < 9
     assert 3.5 < second < 4.5
+    net = nn.Sequential(nn.Linear(2, m), nn.Tanh(), nn.Dropout(0.5), nn.Linear(m, 1))
+    net[3].bias = None
+    with torch.no_grad():
+        net.double()[0].weight.copy_(start[: 2 * m].view(2, m).T)
+        net[0].bias.copy_(start[2 * m : 3 * m])
+        net[3].weight.copy_(start[None, 3 * m :])
+    found = gradient_norm(
+        net, (x, y), tdi.half_squared_error, lr=eps, num_masks=600, shared_mask=True
+    )
+    for form, value, error in (
+        (papers, found.value, found.standard_error),
+        (drift, found.mean_gradient, found.mean_gradient_standard_error),
+    ):
+        assert (value - (form(start, eps) - mean_loss(start))).abs() < 4 * error
 
 
 # ---- the paper's theorems

@@ -1,11 +1,15 @@
-"""Second-order forms by chunks of rows against the same by the whole batch."""
+"""Estimates by chunks of rows against the same by the whole batch."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from torch_dropout_ir.regularizers import row_chunks, second_order
+from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.output_hessian import ALL, HessianRoots
+from torch_dropout_ir.regularizers import gauss_newton, row_chunks, second_order
+from torch_dropout_ir.regularizers.clean_pass import clean_pass
 
 
 def convolutional():
@@ -55,18 +59,35 @@ LOSSES = {
 }
 
 
-def of_both(monkeypatch, net, batch, loss, num_samples):
-    """The estimate by chunks and by the whole, with the same signs."""
+def of_both(monkeypatch, form, net, batch, loss, num_samples):
+    """The estimate by chunks and by the whole, with the same signs or roots."""
+
+    def one(self, rows=ALL):
+        return [next(self.exact(rows))]
+
+    monkeypatch.setattr(HessianRoots, "sample", one)
     found = []
     for least in (0, 2**62):
         monkeypatch.setattr(row_chunks, "_FEWEST_ELEMENTS", least)
         torch.manual_seed(5)
-        found.append(second_order(net, batch, loss, num_samples=num_samples))
+        found.append(form(net, batch, loss, num_samples=num_samples))
     return found
 
 
+def assert_equal(parts, whole):
+    close = {"rtol": 1e-12, "atol": 1e-14}
+    torch.testing.assert_close(parts.value, whole.value, **close)
+    torch.testing.assert_close(
+        parts.standard_error, whole.standard_error, equal_nan=True, **close
+    )
+    assert parts.per_site.keys() == whole.per_site.keys()
+    for name, value in whole.per_site.items():
+        torch.testing.assert_close(parts.per_site[name], value, **close)
+
+
 CASES = [
-    (make, loss, count)
+    (form, make, loss, count)
+    for form in (second_order, gauss_newton)
     for make, loss in (
         (convolutional, "weighted"),
         (convolutional, "module"),
@@ -74,13 +95,14 @@ CASES = [
         (several, "weighted"),
     )
     for count in (1, 6, None)
-    if (make, count) != (transformer, None)  # a pass a unit of each of its sites
+    # A pass a unit of each of its sites.
+    if (form, make, count) != (second_order, transformer, None)
 ]
 
 
-@pytest.mark.parametrize(("make", "loss", "num_samples"), CASES)
+@pytest.mark.parametrize(("form", "make", "loss", "num_samples"), CASES)
 def test_chunks_of_rows_give_what_the_whole_batch_gives(
-    monkeypatch, make, loss, num_samples
+    monkeypatch, form, make, loss, num_samples
 ):
     torch.manual_seed(0)
     net, x = make()
@@ -93,19 +115,15 @@ def test_chunks_of_rows_give_what_the_whole_batch_gives(
     monkeypatch.setattr(
         row_chunks.RowChunks,
         "_chunk",
-        lambda self, read, rows, *rest: (
-            seen.append(rows) or chunk(self, read, rows, *rest)
-        ),
+        lambda self, rows, take: seen.append(len(rows)) or chunk(self, rows, take),
     )
-    parts, whole = of_both(monkeypatch, net, batch, LOSSES[loss], num_samples)
-    assert len(seen) >= 3 and max(r.stop - r.start for r in seen) <= -(-count // 4)
+    parts, whole = of_both(monkeypatch, form, net, batch, LOSSES[loss], num_samples)
+    if form is gauss_newton and num_samples == 1:
+        assert seen == [2]  # one backward pass holds no more than a step does
+    else:
+        assert len(seen) >= 3 and max(seen) <= -(-count // 2)
     assert not parts.notes and not whole.notes
-    close = {"rtol": 1e-12, "atol": 1e-14}
-    torch.testing.assert_close(parts.value, whole.value, **close)
-    torch.testing.assert_close(parts.standard_error, whole.standard_error, **close)
-    assert parts.per_site.keys() == whole.per_site.keys()
-    for name, value in whole.per_site.items():
-        torch.testing.assert_close(parts.per_site[name], value, **close)
+    assert_equal(parts, whole)
 
 
 class Masked(nn.Module):
@@ -120,28 +138,132 @@ class Masked(nn.Module):
         return self.out(torch.tanh(mask @ self.drop(x))).sum(1)
 
 
-def meeting():
-    norm = nn.Sequential(
+def norm():
+    return nn.Sequential(
         nn.Dropout(0.2), nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)
-    )
-    below = nn.Sequential(
+    ), torch.randn(8, 3)  # fmt: skip
+
+
+def below():
+    return nn.Sequential(
         nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Tanh(), nn.Linear(4, 3)
-    )
-    return (
-        (norm, torch.randn(8, 3)),
-        (below, torch.randn(8, 3)),
-        (Masked(), (torch.randn(8, 8, 3), torch.randn(8, 8))),
-    )
+    ), torch.randn(8, 3)  # fmt: skip
 
 
-@pytest.mark.parametrize("case", range(3))
-def test_samples_that_do_not_run_apart_run_together_and_it_is_said(monkeypatch, case):
+def masked():
+    return Masked(), (torch.randn(8, 8, 3), torch.randn(8, 8))
+
+
+@pytest.mark.parametrize("num_samples", [1, None])
+@pytest.mark.parametrize("form", [second_order, gauss_newton])
+@pytest.mark.parametrize("make", [norm, below, masked])
+def test_samples_that_do_not_run_apart_run_together(
+    monkeypatch, make, form, num_samples
+):
     torch.manual_seed(1)
-    net, x = meeting()[case]
+    net, x = make()
     net = net.double()
     x = tuple(v.double() for v in x) if isinstance(x, tuple) else x.double()
     batch = x, torch.arange(8) % 3
-    parts, whole = of_both(monkeypatch, net, batch, "cross_entropy", None)
-    assert any("whole batch" in note for note in parts.notes)
-    assert not any("whole batch" in note for note in whole.notes)
-    torch.testing.assert_close(parts.value, whole.value, rtol=1e-12, atol=1e-14)
+    parts, whole = of_both(monkeypatch, form, net, batch, "cross_entropy", num_samples)
+    if num_samples is None or make is below:
+        assert_equal(parts, whole)
+    if num_samples == 1:
+        # Rows that do not run alone do not tell whether they meet.
+        told = make if form is gauss_newton else norm
+        assert parts.standard_error.isnan() == (make is not below and make is told)
+        assert whole.standard_error.isnan() == (make is norm)
+    if form is gauss_newton:
+        torch.testing.assert_close(parts.value, whole.value)
+    # What lies below the first site does not matter.
+    if form is second_order:
+        assert bool(parts.notes) == (make is not below)
+
+
+class Again(nn.Module):
+    """Batch normalization and the first site in a block that is computed again."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.last = nn.Sequential(*below()[0]), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.last(checkpoint(self.block, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("form", [second_order, gauss_newton])
+def test_a_block_that_is_computed_again_is_given_what_it_was(monkeypatch, form):
+    torch.manual_seed(4)
+    net = Again().double()
+    batch = torch.randn(8, 3).double(), torch.arange(8) % 3
+    parts, whole = of_both(monkeypatch, form, net, batch, "cross_entropy", None)
+    assert_equal(parts, whole)
+
+
+class Pairs(nn.Module):
+    """Samples of one group meet; the first of all are alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.last = nn.Dropout(0.3), nn.Linear(4, 2)
+
+    def forward(self, x, group):
+        h = self.drop(x)
+        sums = torch.zeros_like(h).index_add(0, group, h)
+        return self.last(torch.tanh(sums[group]))
+
+
+@pytest.mark.parametrize("form", [second_order, gauss_newton])
+def test_samples_that_meet_in_pairs_are_seen_to(monkeypatch, form):
+    torch.manual_seed(2)
+    net, x = Pairs().double(), torch.randn(24, 4).double()
+    group = torch.cat((torch.arange(16), torch.arange(16, 20).repeat_interleave(2)))
+    batch = (x, group), torch.randint(2, (24,))
+    parts, whole = of_both(monkeypatch, form, net, batch, "cross_entropy", None)
+    assert_equal(parts, whole)
+    sampled, _ = of_both(monkeypatch, form, net, batch, "cross_entropy", 1)
+    assert sampled.standard_error.isnan()
+
+
+def test_roots_of_some_rows_are_those_rows_of_the_roots():
+    torch.manual_seed(3)
+    f, rows = torch.randn(6, 4).double(), torch.tensor([4, 0, 3])
+    labels, values = torch.randint(4, (6,)), torch.randn(6, 4).double()
+    for loss, y in (
+        (nn.CrossEntropyLoss(weight=torch.rand(4).double()), labels),
+        (nn.MSELoss(), values),
+        (nn.BCEWithLogitsLoss(), values.sigmoid()),
+        (lambda a, b: (a - b).pow(4).sum(), values),
+    ):
+        roots = HessianRoots(resolve_loss(loss), f, y)
+        pairs = zip(roots.exact(), roots.exact(rows), strict=True)
+        for (root, sign), (part, its) in pairs:
+            sign = sign[rows] if isinstance(sign, torch.Tensor) else sign
+            torch.testing.assert_close(part, root[rows])
+            torch.testing.assert_close(its, sign)
+        # On average their squares are the Hessian's blocks.
+        blocks = sum(
+            s * (r[:, :, None] * r[:, None])
+            for r, s in (
+                (r, s if isinstance(s, float) else s[:, None, None])
+                for r, s in roots.exact(rows)
+            )
+        )
+        drawn = 0.0
+        for _ in range(2000):
+            drawn += (
+                sum(s * r[:, :, None] * r[:, None] for r, s in roots.sample(rows))
+                / 2000
+            )
+        assert (drawn - blocks).abs().max() < 0.15 * blocks.abs().max()
+
+
+def test_a_backward_pass_holds_no_derivative_of_a_site():
+    net = nn.Sequential(nn.Dropout(0.2), nn.Linear(5, 5), nn.Dropout(0.2))
+    with clean_pass(net, torch.randn(3, 5)) as clean:
+        found = {}
+        clean.pull(clean.outputs, torch.ones(3, 5), found.__setitem__)
+        plain = torch.autograd.grad(clean.outputs, clean.deltas, torch.ones(3, 5))
+    assert list(found) == [1, 0]
+    for use, g in enumerate(plain):
+        torch.testing.assert_close(found[use], g)

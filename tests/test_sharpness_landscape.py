@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -121,6 +121,7 @@ def test_interpolation_meets_both_models_and_their_statistics(mode):
         sharpness.interpolate(nn.Linear(2, 1), nn.Linear(3, 1), "mse", BATCH)
 
 
+@settings(max_examples=20)
 @given(
     st.floats(0.01, 100), st.floats(0.001, 10), st.floats(1.1, 9), st.floats(0.1, 50)
 )
@@ -148,6 +149,38 @@ def test_interval_flatness_is_monotone_in_the_level_and_finds_the_nearest():
     assert widths == sorted(widths)
     near = sharpness.interval_flatness(net, waves, BATCH, d, 2.0)
     assert near.right == pytest.approx(0.9517, abs=5e-3)
+
+
+def test_interval_flatness_sees_a_ridge_that_the_last_doublings_leap_over():
+    def ridge(x):
+        return 1 + 3 * torch.exp(-((x - 0.75).square()) / 0.01) + 0.5 * x**2
+
+    net = Bowl(torch.zeros(1))
+    found = sharpness.interval_flatness(
+        net, lambda f, t: ridge(f[0, 0]), BATCH, {"theta": torch.ones(1)}
+    )
+    places = torch.linspace(0, 1, 100_001)
+    nearest = float(places[ridge(places) >= 2][0])
+    assert nearest < 0.75 and found.right == pytest.approx(nearest, abs=1e-3)
+    assert found.left == pytest.approx(-(2**0.5), abs=1e-3)
+
+
+def test_the_finest_accuracy_ends_between_two_neighbouring_numbers():
+    net, loss = bowl(torch.zeros(2), torch.tensor([2.0, 1.0]), 1.0)
+    d = {"theta": torch.tensor([1.0, 0.0])}
+    found = sharpness.interval_flatness(net, loss, BATCH, d, rtol=1e-300)
+    assert found.right == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_filters_of_transposed_convolutions_are_those_of_their_outputs(groups):
+    net = nn.ConvTranspose2d(4, 6, 3, groups=groups)
+    d = sharpness.filter_normalized_direction(net)["weight"]
+    split = [x.detach().chunk(groups) for x in (d, net.weight)]
+    for got, x in zip(*split, strict=True):  # inputs first in each group
+        torch.testing.assert_close(
+            got.square().sum((0, 2, 3)), x.square().sum((0, 2, 3))
+        )
 
 
 def test_interval_flatness_at_zero_loss_flat_sides_and_blow_ups():
@@ -227,7 +260,10 @@ def test_bad_input():
             call({**good, "bias": torch.ones(5)})
         with pytest.raises(ValueError, match="finite"):
             call({**good, "bias": torch.full((1,), float("nan"))})
-    for wrong in ({"factor": 1.0}, {"floor": 0.0}):
+    for wrong in (
+        {"factor": 1.0}, {"floor": 0.0}, {"rtol": 0.0}, {"reach": math.inf},
+        {"reach": 0.0}, {"factor": math.inf},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="factor"):
             sharpness.interval_flatness(net, "mse", batch, good, **wrong)
     with pytest.raises(ValueError, match="finite loss"):

@@ -410,7 +410,23 @@ def test_xtrace_is_the_naive_one():
     ], 1)  # fmt: skip
     expected = xtrace_naive(matrix, probes)
     torch.testing.assert_close(found.value, expected.mean())
-    torch.testing.assert_close(found.standard_error, expected.std() / 6**0.5)
+    fewer = torch.stack([
+        xtrace_naive(matrix, probes[:, torch.arange(6) != i]).mean() for i in range(6)
+    ])  # fmt: skip
+    jackknife = (5 / 6 * (fewer - fewer.mean()).square().sum()).sqrt()
+    torch.testing.assert_close(found.standard_error, jackknife)
+
+
+@pytest.mark.parametrize("method", ["hutchpp", "xtrace"])
+@pytest.mark.parametrize("rank", [3, 60])
+def test_errors_of_sketches_cover(method, rank):
+    """Also where the sketch holds all but rounding."""
+    basis = torch.linalg.qr(torch.randn(60, rank).double()).Q
+    matrix = basis * torch.arange(1, rank + 1).double() ** -1.5 @ basis.T
+    found = [sharpness.trace(matrix, 30, method=method) for _ in range(200)]
+    errors = torch.stack([f.value for f in found]) - matrix.trace()
+    said = torch.stack([f.standard_error for f in found])
+    assert errors.square().mean() < (1.3 if rank > 3 else 4) * said.square().mean()
 
 
 def test_rtol_stops_early():

@@ -1,5 +1,6 @@
 """What users test the formula with, itself tested."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -139,6 +140,120 @@ def test_a_broken_estimator_is_found(monkeypatch):
     with pytest.raises(AssertionError, match="not what they claim"):
         report.assert_holds()
     assert " no" in str(report) and "every mask" in str(report)
+
+
+ESTIMATORS = (
+    "last_layer", "leave_one_out", "gauss_newton", "second_order", "monte_carlo",
+)  # fmt: skip
+
+
+def lemma_1(p, width=4, dtype=torch.float64):
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Linear(2, width), nn.Tanh(), nn.Dropout(p), nn.Linear(width, 2)
+    ).to(dtype)  # fmt: skip
+    return net, (torch.randn(4, 2, dtype=dtype), torch.randn(4, 2, dtype=dtype))
+
+
+@pytest.mark.parametrize("name, width", [
+    *((name, 4) for name in ESTIMATORS),  # every mask
+    *((name, 40) for name in ESTIMATORS[:4]),  # masks at random, which are the truth
+])  # fmt: skip
+def test_estimators_that_are_off_by_a_factor_are_found(name, width, monkeypatch):
+    p = 0.5
+    net, batch = lemma_1(p, width)
+    real = getattr(tdi.regularizers, name)
+
+    def mutant(factor):
+        def run(*args, **kwargs):
+            found = real(*args, **kwargs)
+            if isinstance(found, torch.Tensor):
+                return factor * found
+            return dataclasses.replace(
+                found,
+                value=factor * found.value,
+                standard_error=abs(factor) * found.standard_error,
+            )
+
+        run.__name__ = name
+        return run
+
+    # Twice, a half (p for p / (1 - p)), the sign, a mean for a sum, a site left out.
+    for factor in (2.0, 1 - p, -1.0, 0.25, 0.0) if width == 4 else (1 - p,):
+        monkeypatch.setattr(f"torch_dropout_ir.testing.report.{name}", mutant(factor))
+        report = testing.check_regularizer(net, batch, "mse", num_masks=400)
+        assert {f.name.removesuffix(", sampled") for f in report.broken} == {name}
+
+
+def test_an_estimator_that_fails_is_broken(monkeypatch):
+    net, batch = lemma_1(0.5)
+
+    def fails(*_, **__):
+        raise RuntimeError("out of order")
+
+    fails.__name__ = "gauss_newton"
+    monkeypatch.setattr("torch_dropout_ir.testing.report.gauss_newton", fails)
+    report = testing.check_regularizer(net, batch, "mse", num_masks=100)
+    with pytest.raises(AssertionError, match="out of order"):
+        report.assert_holds()
+    assert [f.name for f in report.broken] == ["gauss_newton", "gauss_newton, sampled"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_the_precision_rounds_breaks_no_claim(dtype):
+    for p in (0.02, 0.3, 0.8):
+        net, batch = lemma_1(p, dtype=dtype)
+        testing.check_regularizer(net, batch, "mse", num_masks=400).assert_holds()
+
+
+def test_few_samples_break_no_claim():
+    """Two draws tell little of their spread, and squares less."""
+    for seed in range(40):
+        net, (x, y) = lemma_1(0.5, width=2)
+        one = nn.Sequential(*net[:3], nn.Linear(2, 1)).double()
+        for count in (2, 3):
+            testing.check_regularizer(
+                one, (x[:1], y[:1, :1]), "mse", num_masks=50, num_samples=count,
+                seed=seed,
+            ).assert_holds()  # fmt: skip
+
+
+def test_what_is_not_finite_has_no_truth():
+    net, batch = lemma_1(0.5)
+    with torch.no_grad():
+        net[3].weight[0, 1] = float("nan")
+    for run in (testing.check_regularizer, testing.expected_dropout_loss):
+        with pytest.raises(ValueError, match=r"parameter `3\.weight`"):
+            run(net, batch, "mse")
+
+
+def test_sites_that_are_used_at_some_masks_alone():
+    class Flow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.5), nn.Linear(2, 1)
+
+        def forward(self, x):
+            h = self.drop(x)
+            return self.last(self.drop(h) if bool((h == 0).any()) else h)
+
+    batch = torch.ones(1, 2), torch.ones(1, 1)
+    with pytest.raises(ValueError, match="one more of site `drop`"):
+        testing.expected_dropout_loss(Flow(), batch, "mse")
+
+
+def test_reports_say_what_no_number_holds():
+    net, batch = lemma_1(0.5)
+    report = testing.check_regularizer(net, batch, "mse", num_masks=50)
+    assert report.notes == () and "note" not in str(report)
+    net[2] = nn.AlphaDropout(0.5)
+    report = testing.check_regularizer(net.eval(), batch, "mse", num_masks=50)
+    assert len(report.notes) == 3
+    for said in ("AlphaDropout", "no dropout site", "evaluation mode"):
+        assert f"{said}" in str(report)
+    for count in ("num_masks", "num_samples"):
+        with pytest.raises(ValueError, match=count):
+            testing.check_regularizer(net, batch, "mse", **{count: 1})
 
 
 def test_approximations_are_told_from_the_truth():

@@ -1,6 +1,10 @@
 """One line attached to the models that people train, and nothing of it left behind."""
 
+import inspect
 import random
+import re
+import sys
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -13,10 +17,45 @@ from tests import traces
 
 models = pytest.importorskip("torchvision.models")
 CNBlockConfig = models.convnext.CNBlockConfig
+MBConvConfig = models.efficientnet.MBConvConfig
+FusedMBConvConfig = models.efficientnet.FusedMBConvConfig
 
 
 def picture(n=2, side=32):
     return torch.randn(n, 3, side, side), torch.randint(5, (n,))
+
+
+def larger():
+    """What a network takes that halves its pictures' sides often, or with pooling."""
+    return picture(side=75)
+
+
+def thin(make, times):
+    """A network of torchvision's as it is, its layers so many times narrower."""
+    with torch.device("meta"):
+        model = make()
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if (new := thinner(layer, times)) is not None:
+                setattr(parent, name, new)
+    return model
+
+
+def thinner(layer, times):
+    if isinstance(layer, nn.Conv2d):
+        into, out = layer.in_channels, layer.out_channels
+        return nn.Conv2d(
+            into if into == 3 else into // times,
+            out if out == 5 else out // times,
+            layer.kernel_size, layer.stride, layer.padding,
+            groups=max(1, layer.groups // times), bias=layer.bias is not None,
+        )  # fmt: skip
+    if isinstance(layer, nn.BatchNorm2d):
+        return nn.BatchNorm2d(layer.num_features // times, layer.eps)
+    if isinstance(layer, nn.Linear):
+        out = layer.out_features
+        return nn.Linear(layer.in_features // times, out if out == 5 else out // times)
+    return None
 
 
 def tokens(n=3, length=6):
@@ -86,14 +125,51 @@ class Noisy(nn.Module):
         return self.head(self.drop(h))
 
 
+# A class of torchvision's, and where its sizes differ in more than width, each.
 ZOO = {
-    "squeezenet": (lambda: models.squeezenet1_1(num_classes=5), picture),
-    "mobilenet_v2": (
-        lambda: models.mobilenet_v2(num_classes=5, width_mult=0.25), picture,
+    "alexnet": (lambda: thin(lambda: models.alexnet(num_classes=5), 16), larger),
+    "vgg": (lambda: thin(lambda: models.vgg11_bn(num_classes=5), 16), picture),
+    "squeezenet": (
+        lambda: thin(lambda: models.squeezenet1_1(num_classes=5), 8), picture,
     ),
-    "mobilenet_v3": (lambda: models.mobilenet_v3_small(num_classes=5), picture),
-    "mnasnet": (lambda: models.mnasnet0_5(num_classes=5), picture),
-    "efficientnet": (lambda: models.efficientnet_b0(num_classes=5), picture),
+    "googlenet": (
+        lambda: thin(
+            lambda: models.googlenet(num_classes=5, init_weights=False), 8
+        ), picture,
+    ),
+    "inception": (
+        lambda: thin(
+            # Its second head wants pictures of 299; GoogLeNet has such heads too.
+            lambda: models.Inception3(5, aux_logits=False, init_weights=False), 16
+        ), larger,
+    ),
+    "mobilenet_v2": (
+        lambda: models.MobileNetV2(
+            5, 0.25, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]]
+        ), picture,
+    ),
+    "mobilenet_v3": (
+        lambda: thin(lambda: models.mobilenet_v3_small(num_classes=5), 8), picture,
+    ),
+    "mnasnet": (lambda: models.MNASNet(0.1, num_classes=5), picture),
+    "efficientnet": (
+        lambda: models.EfficientNet(
+            [MBConvConfig(1, 3, 1, 8, 8, 1), MBConvConfig(4, 3, 2, 8, 16, 2)],
+            dropout=0.2, stochastic_depth_prob=0.3, num_classes=5, last_channel=16,
+        ), picture,
+    ),
+    "efficientnet_v2": (
+        lambda: models.EfficientNet(
+            [FusedMBConvConfig(1, 3, 1, 8, 8, 2), MBConvConfig(4, 3, 2, 8, 16, 1)],
+            dropout=0.2, stochastic_depth_prob=0.3, num_classes=5, last_channel=16,
+        ), picture,
+    ),
+    "maxvit": (
+        lambda: models.MaxVit(
+            (32, 32), 8, 4, [8], [2], 8, 0.3, attention_dropout=0.1, mlp_dropout=0.1,
+            num_classes=5,
+        ), picture,
+    ),
     "densenet": (
         lambda: models.DenseNet(8, (2, 2), 8, drop_rate=0.2, num_classes=5), picture,
     ),
@@ -107,6 +183,14 @@ ZOO = {
         lambda: models.SwinTransformer(
             [4, 4], 8, [2, 2], [2, 2], [4, 4], dropout=0.1, attention_dropout=0.1,
             stochastic_depth_prob=0.3, num_classes=5,
+        ), picture,
+    ),
+    "swin_v2": (
+        lambda: models.SwinTransformer(
+            [4, 4], 8, [1, 1], [2, 2], [4, 4], dropout=0.1, attention_dropout=0.1,
+            stochastic_depth_prob=0.3, num_classes=5,
+            block=models.swin_transformer.SwinTransformerBlockV2,
+            downsample_layer=models.swin_transformer.PatchMergingV2,
         ), picture,
     ),
     "vit": (
@@ -124,7 +208,17 @@ ZOO = {
 # What the sites of a model are called, by a piece of their names, and what is not seen.
 SITES = {
     "squeezenet": {"classifier.0"},
-    "efficientnet": {"classifier.0", "features.3.1.stochastic_depth"},
+    "alexnet": {"classifier.0", "classifier.3"},
+    "vgg": {"classifier.2", "classifier.5"},
+    "googlenet": {"aux1.dropout", "aux2.dropout", "dropout"},
+    "inception": {"dropout"},
+    "efficientnet": {"classifier.0", "features.2.1.stochastic_depth"},
+    "efficientnet_v2": {"classifier.0", "features.1.1.stochastic_depth"},
+    "maxvit": {
+        "blocks.0.layers.1.layers.MBconv.stochastic_depth",
+        "blocks.0.layers.0.layers.grid_attention.attn_layer.2",
+    },
+    "swin_v2": {"features.3.0.stochastic_depth", "features.1.0.attn:dropout#1"},
     "transformer": {"body.encoder.layers.0.self_attn:scaled_dot_product_attention#0"},
     "scaled": {":dropout#0", ":scaled_dot_product_attention#0", ":dropout#1"},
     "lstm": {":dropout#0"},
@@ -153,7 +247,10 @@ def script(name):
 
     def loss_of(model):
         x, y = batch()
-        return criterion(model(x), y)
+        found = model(x)
+        if isinstance(found, tuple):  # with heads half way
+            return sum(criterion(head, y) for head in found)
+        return criterion(found, y)
 
     return make, loss_of
 
@@ -162,6 +259,25 @@ def script(name):
 def test_it_measures_and_leaves_no_trace(name):
     analysis = traces.compared(*script(name))
     traces.assert_measured(analysis, SITES.get(name, ()), ABSENT.get(name))
+
+
+def test_the_zoo_has_every_class_of_torchvision_that_drops():
+    """Names of one class differ in depth and width; its source says what it draws."""
+    made = {type(make()).__name__ for make, _ in ZOO.values()}
+    names = models.list_models(models)
+    builders = [models.get_model_builder(name) for name in names]
+    assert len(builders) > 70
+    classes = {get_type_hints(builder)["return"] for builder in builders}
+    drops = re.compile("dropout|stochastic", re.IGNORECASE)
+    found = {
+        kind.__name__
+        for kind in classes
+        if drops.search(inspect.getsource(sys.modules[kind.__module__]))
+    }
+    assert found <= made and "VGG" in found
+    assert {kind.__name__ for kind in classes} - found == {
+        "ResNet", "RegNet", "ShuffleNetV2",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])

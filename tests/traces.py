@@ -75,7 +75,10 @@ def train(make, loss_of, attach, loss=None):
         if attach:
             measures = [
                 ReceivedGradient(), Regularizer(num_masks=5), DropoutNoise(), Masks(),
-                Condensation(), Sharpness(max_matvecs=2, trace_matvecs=2),
+                Condensation(),
+                Sharpness(
+                    max_matvecs=2, trace_matvecs=2, density_steps=2, slice_points=3
+                ),
             ]  # fmt: skip
             analysis = stack.enter_context(
                 tdi.attach_analysis(

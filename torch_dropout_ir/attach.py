@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch_dropout_ir.analysis import Analysis, Measure, Sink
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import RootHook
+from torch_dropout_ir.analysis.compiled_calls import CompiledCall
 from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.distributed import Ranks, ranks_of
 from torch_dropout_ir.analysis.measures import default_measures
@@ -47,12 +48,13 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
         ValueError: If tensors have no data, or the optimizer steps others.
         RuntimeError: If the model has an analysis already.
     """
-    for hook in watched._forward_pre_hooks.values():
-        if isinstance(hook, RootHook) and hook.owner is not None:
-            raise RuntimeError(
-                "attach_analysis: this model has an analysis already. Use that one, or "
-                "`detach()` it first."
-            )
+    hooks = watched._forward_pre_hooks.values()
+    own = any(isinstance(hook, RootHook) and hook.owner is not None for hook in hooks)
+    if own or isinstance(getattr(watched, "_compiled_call_impl", None), CompiledCall):
+        raise RuntimeError(
+            "attach_analysis: this model has an analysis already. Use that one, or "
+            "`detach()` it first."
+        )
     if isinstance(watched, torch.jit.ScriptModule):
         raise TypeError(
             "attach_analysis: expected a model that runs in Python, got a scripted one "
@@ -67,9 +69,9 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
             f"{len(empty)} on the meta device ({empty[0]!r} first). Materialize and "
             "initialize the model, then attach."
         )
-    own = {id(x) for x in model.parameters()}
+    stepped = {id(x) for x in model.parameters()}
     if optimizer is not None and not any(
-        id(x) in own for group in optimizer.param_groups for x in group["params"]
+        id(x) in stepped for group in optimizer.param_groups for x in group["params"]
     ):
         raise ValueError(
             "attach_analysis: expected an `optimizer` that steps parameters of "
@@ -105,6 +107,22 @@ def _torchs_own(optimizer: Any) -> Any:
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def _instances(given: Any, what: str, needed: tuple[str, ...]) -> list[Any]:
+    """Return measures or sinks as a list.
+
+    Raises:
+        TypeError: If something else is given.
+    """
+    one = not isinstance(given, Iterable)
+    for x in [given] if one else given:
+        if one or isinstance(x, type) or not all(hasattr(x, name) for name in needed):
+            raise TypeError(
+                f"attach_analysis: expected `{what}` to be a list of instances with "
+                f"{', '.join(f'`{name}`' for name in needed)}, got {x!r}"
+            )
+    return list(given)
 
 
 def _ranks(model: nn.Module) -> Ranks:
@@ -173,8 +191,8 @@ def attach_analysis(
         The analysis; also a context manager that detaches at its end.
 
     Raises:
-        TypeError: If ``model`` is no module or wholly scripted, or ``loss`` is neither
-            known nor callable.
+        TypeError: If ``model`` is no module or wholly scripted, ``loss`` is neither
+            known nor callable, or ``measures`` or ``sinks`` are none.
         ValueError: If ``loss``, ``every`` or ``budget`` is out of range, parameters
             have no data yet (meta device), or ``optimizer`` steps none of the model's.
         RuntimeError: If the model has an analysis already, or one of the ranks that
@@ -207,12 +225,15 @@ def attach_analysis(
     resolved = None if loss is None else resolve_loss(loss)
     with preserved_rng(inner):
         batches = None if data is None else fixed_batches(data)
-    chosen = list(default_measures() if measures is None else measures)
+    chosen = default_measures()
+    if measures is not None:
+        chosen = _instances(measures, "measures", ("name", "needs", "__call__"))
+    further = _instances(sinks or (), "sinks", ("write", "close"))
     cadence = Cadence(every, budget, [m.name for m in chosen])
     ranks = _ranks(model)
     ranks.wait_for_all()
     with ranks.together():
-        places = [] if ranks.rank else list(sinks or ())
+        places = [] if ranks.rank else further
         if log_dir is not False and not ranks.rank:
             places.append(TensorBoardSink(log_dir))
     analysis = Analysis(

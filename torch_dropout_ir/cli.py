@@ -159,13 +159,15 @@ def _add_budget(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def _run_analyze(chosen: dict[str, Any]) -> None:
+def _run_analyze(chosen: dict[str, Any]) -> int:
     for name in ("batches", "masks"):
         if chosen[name] < 1:
             raise ValueError(f"--{name}: expected at least 1, got {chosen[name]}")
     out, device = chosen["json"], load_device(chosen["device"])
-    if out is not None and not out.parent.is_dir():
-        raise ValueError(f"--json: there is no folder {out.parent}")
+    if out is not None and not (out.parent.is_dir() and not out.is_dir()):
+        where = out if out.is_dir() else out.parent
+        said = "expected a file, got the" if out.is_dir() else "there is no"
+        raise ValueError(f"--json: {said} folder {where}")
     torch.manual_seed(chosen["seed"])
     model = load_factory(chosen["model"], "--model")
     if not isinstance(model, nn.Module):
@@ -187,6 +189,10 @@ def _run_analyze(chosen: dict[str, Any]) -> None:
     print(report)
     if out is not None:
         out.write_text(report.as_json() + "\n")
+    failed = {"regularizer", "condensation", "sharpness"} & report.absent.keys()
+    for name in sorted(failed):
+        print(f"torch-dropout-ir: no {name}: {report.absent[name]}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _add_board(commands: Any) -> None:
@@ -238,14 +244,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen.pop("command")
     run = chosen.pop("run")
     try:
-        run(chosen)
+        return run(chosen) or 0
     except (ValueError, TypeError, OSError, ImportError) as err:
         print(f"torch-dropout-ir: {err}", file=sys.stderr)
         return 2 if isinstance(err, (ValueError, TypeError)) else 1
     except KeyboardInterrupt:
         print("torch-dropout-ir: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree
 
 from torch_dropout_ir.dropout_calls import DropoutCalls, SiteFunction
 from torch_dropout_ir.losses import Loss
@@ -107,13 +109,9 @@ def at_sites(
             stack.enter_context(unmoved_buffers(model))
         stack.enter_context(dropout_off(model))
         for site in chosen:
-
-            def hook(
-                _: nn.Module, args: tuple[Any, ...], output: Tensor, site: Site = site
-            ) -> Tensor:
-                return apply(site, output)
-
-            handle = site.module.register_forward_hook(hook)
+            handle = site.module.register_forward_hook(
+                lambda _, __, output, site=site: apply(site, output)
+            )
             stack.callback(handle.remove)
         yield stack.enter_context(DropoutCalls(model, apply, move_buffers, outlives))
 
@@ -171,25 +169,28 @@ class Inputs:
             return inputs
         if isinstance(inputs, Mapping):
             return cls((), inputs)
-        if isinstance(inputs, (tuple, list)):
+        if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
             return cls(tuple(inputs), {})
         return cls((inputs,), {})
 
     def first_tensor(self) -> Tensor:
-        """Return the first tensor argument, whose first dimension is the batch.
+        """Return the first tensor of the arguments; its first dimension is the batch.
 
         Raises:
-            TypeError: If no argument is a tensor.
+            TypeError: If no argument is or holds a tensor.
         """
-        for value in (*self.args, *self.kwargs.values()):
-            if isinstance(value, Tensor):
-                return value
-        raise TypeError("expected a batch whose inputs hold a tensor, got none")
+        leaves = _pytree.tree_leaves((self.args, dict(self.kwargs)))
+        if not (tensors := [x for x in leaves if isinstance(x, Tensor)]):
+            raise TypeError("expected a batch whose inputs hold a tensor, got none")
+        return tensors[0]
 
 
 def batch_size(batch: Batch) -> int:
     """Return the number of samples of a batch: the first dimension of its inputs."""
-    first = Inputs.of(batch[0]).first_tensor()
+    inputs = Inputs.of(batch[0])
+    for packed in (x for x in inputs.args if isinstance(x, PackedSequence)):
+        return int(packed.batch_sizes[0])
+    first = inputs.first_tensor()
     return first.shape[0] if first.ndim else 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -30,11 +31,15 @@ def load_factory(spec: str, what: str) -> Any:
         The object.
 
     Raises:
-        ValueError: If ``spec`` has another form, or there is no such thing.
-    """  # noqa: DOC502 (raised where it is looked up)
+        ValueError: If it fails; if ``spec`` has another form or names nothing.
+    """
     found = _named(spec, what)
-    plain = isinstance(found, nn.Module) or not callable(found)
-    return found if plain else found()
+    if isinstance(found, nn.Module) or not callable(found):
+        return found
+    try:
+        return found()
+    except Exception as err:
+        raise ValueError(_of_theirs(err, spec, what)) from err
 
 
 def load_loss(spec: str) -> Any:
@@ -74,7 +79,8 @@ def _named(spec: str, what: str) -> Any:
     """Return what ``module:name`` names.
 
     Raises:
-        ValueError: If ``spec`` has another form, or there is no such thing.
+        ValueError: If ``spec`` has another form, there is no such thing, or importing
+            it fails.
     """
     name, colon, attribute = spec.partition(":")
     if not (name and colon and attribute):
@@ -87,7 +93,18 @@ def _named(spec: str, what: str) -> Any:
             found = getattr(found, part)
     except (ModuleNotFoundError, AttributeError) as err:
         raise ValueError(f"{what}: cannot find {spec!r}: {err}") from err
+    except Exception as err:
+        raise ValueError(_of_theirs(err, spec, what)) from err
     return found
+
+
+def _of_theirs(err: Exception, spec: str, what: str) -> str:
+    """Say what the user's own code has raised, and where."""
+    said = f"{what}: {spec!r} raised {type(err).__name__}: {err}"
+    last = traceback.extract_tb(err.__traceback__)[-1]
+    if last.filename != __file__ and Path(last.filename).is_file():
+        said += f" ({last.filename}, line {last.lineno})"
+    return said
 
 
 def load_weights(model: nn.Module, path: Path, key: str | None = None) -> None:

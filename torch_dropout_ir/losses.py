@@ -101,8 +101,12 @@ class Loss:
             Scalar.
 
         Raises:
-            ValueError: If the result is no scalar.
-        """
+            TypeError: If the outputs are several where the loss takes one.
+            ValueError: If the result is no scalar, or there are no targets.
+        """  # noqa: DOC502 (`check_outputs` raises)
+        self.check_outputs(outputs)
+        if targets is None and self.kind != "general":
+            raise ValueError("expected `targets` for this loss, got None")
         value = self.function(outputs, targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = list(value.shape) if isinstance(value, Tensor) else type(value)
@@ -111,6 +115,19 @@ class Loss:
                 "Use a reduction of 'mean' or 'sum'."
             )
         return value.reshape(())
+
+    def check_outputs(self, outputs: Any) -> None:
+        """Raise if a loss of one tensor is given something else.
+
+        Raises:
+            TypeError: If it is.
+        """
+        if self.kind != "general" and not isinstance(outputs, Tensor):
+            raise TypeError(
+                "expected the model to return one tensor for this loss, got "
+                f"{type(outputs).__name__}. Pass a callable `(outputs, targets) -> "
+                "scalar` that picks what it needs."
+            )
 
     def option(self, name: str, default: Any) -> Any:
         """Return a setting of the loss, of a module or of a partial function."""
@@ -146,10 +163,12 @@ def resolve_loss(loss: Any) -> Loss:
                 f"`(outputs, targets) -> scalar`, got {loss!r}"
             )
         loss = named[loss]
-    if not callable(loss):
+    is_class = isinstance(loss, type)
+    if not callable(loss) or (is_class and issubclass(loss, nn.Module)):
+        got = f"the class {loss.__name__}" if is_class else type(loss).__name__
         raise TypeError(
             "expected `loss` to be 'mse', 'cross_entropy', a module or a callable "
-            f"`(outputs, targets) -> scalar`, got {type(loss).__name__}"
+            f"`(outputs, targets) -> scalar`, got {got}"
         )
     reduction = _option(loss, "reduction", "mean")
     if reduction not in ("mean", "sum", "batchmean"):

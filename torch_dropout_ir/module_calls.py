@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +28,8 @@ _BACKWARD: Final = (torch.autograd.grad, torch.autograd.backward, Tensor.backwar
 class ModuleCalls(TorchFunctionMode):
     """A mode that knows which module of a model makes a call.
 
+    Blocks of the model that are compiled run uncompiled in it.
+
     Args:
         model: The model whose modules make the calls.
     """
@@ -35,6 +38,7 @@ class ModuleCalls(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self._compiled = _holds_compiled(model)
         self._names = {id(m): name for name, m in model.named_modules()}
         self._running: list[tuple[nn.Module, dict[str, int]]] = []
         self._hooks = contextlib.ExitStack()
@@ -44,6 +48,8 @@ class ModuleCalls(TorchFunctionMode):
         self._hooks.callback(before.remove)
         after = register_module_forward_hook(self._end, always_call=True)
         self._hooks.callback(after.remove)
+        if self._compiled:
+            self._hooks.enter_context(_uncompiled())
         super().__enter__()
         return self
 
@@ -95,6 +101,22 @@ class ModuleCalls(TorchFunctionMode):
         number = calls.get(function, 0)
         calls[function] = number + 1
         return Site(f"{self._names[id(module)]}:{function}#{number}", module, kind, p)
+
+
+def _holds_compiled(model: nn.Module) -> bool:
+    """Whether modules of a model are compiled by themselves."""
+    if torch.compiler.is_compiling():
+        return False
+    kinds = ("_orig_mod", "_compiled_call_impl")
+    return any(vars(m).get(kinds[1]) or kinds[0] in m._modules for m in model.modules())
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run compiled modules as they are written: graphs have no place for masks."""
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.filterwarnings("ignore", message=".*when there are global hooks")
+        yield
 
 
 @contextlib.contextmanager

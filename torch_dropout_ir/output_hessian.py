@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,13 +17,24 @@ from torch import Tensor
 from torch_dropout_ir.losses import Loss, half_squared_error
 
 Root = tuple[Tensor, "Tensor | float"]
+Rows: TypeAlias = "Tensor | slice"
+ALL: Final = slice(None)
+_DRAWN_AT_ONCE: Final = 2**18
 
 
-def squared_scale(loss: Loss, outputs_shape: torch.Size) -> float:
-    """Return ``a`` of ``H_i = a * identity`` for a squared loss."""
+def squared_scale(loss: Loss, shape: torch.Size, targets: Any = None) -> float:
+    """Return ``a`` of ``H_i = a * identity`` for a squared loss of outputs ``shape``.
+
+    Targets of another shape make torch count an output as often as it is broadcast.
+    """
     if getattr(loss.function, "func", loss.function) is half_squared_error:
-        return 1.0 / outputs_shape[0]
-    return 2.0 / (outputs_shape.numel() if loss.reduction == "mean" else 1)
+        return 1.0 / shape[0]
+    if loss.reduction == "mean":
+        return 2.0 / shape.numel()
+    if not isinstance(targets, Tensor) or targets.shape == shape:
+        return 2.0
+    counted = torch.broadcast_shapes(shape, targets.shape).numel()
+    return 2.0 * counted / shape.numel()
 
 
 def cross_entropy_scale(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
@@ -110,35 +121,109 @@ def hessian_blocks(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     return torch.stack([c.reshape(samples, width) for c in columns], -1)
 
 
-def hessian_roots(loss: Loss, outputs: Tensor, targets: Any) -> Iterator[Root]:
-    """Yield ``(s_c, sign_c)`` with ``sum_c sign_c s_c s_c' = H_i`` for each sample.
+class HessianRoots:
+    r"""Roots of the loss's Hessian in the outputs of all samples, or of some.
 
     Args:
         loss: The loss, a sum (or mean) of terms of one sample each.
         outputs: Network outputs, ``[n, ...]``, without graph.
         targets: The targets; None where the Hessian does not depend on them.
-
-    Yields:
-        A tensor shaped as ``outputs`` and a sign, a float or ``[n]``.
     """
-    width = outputs[0].numel()
-    if loss.kind == "general":
-        values, vectors = _eigen(loss, outputs, targets)
-        for c in range(width):
-            root = vectors[..., c] * values[:, c, None].abs().sqrt()
-            yield root.view(outputs.shape), values[:, c].sign()
-        return
-    diagonal = None
-    if loss.kind == "elementwise":
-        diagonal = _diagonal(loss, outputs, targets).reshape(outputs.shape[0], -1)
-    for c in range(width):
-        place = torch.zeros(width, dtype=outputs.dtype, device=outputs.device)
-        place[c] = 1.0
-        if diagonal is None:
-            yield _known_root(loss, outputs, targets, place), 1.0
+
+    def __init__(self, loss: Loss, outputs: Tensor, targets: Any) -> None:
+        self._kind = loss.kind
+        self._outputs = outputs
+        self._vectors: Tensor | None = None
+        if loss.kind == "squared":
+            self._factor = squared_scale(loss, outputs.shape, targets) ** 0.5
+        elif loss.kind == "cross_entropy":
+            self._mass = cross_entropy_scale(loss, outputs, targets)
+        elif loss.kind == "elementwise":
+            self._values = _diagonal(loss, outputs, targets)
         else:
-            root = (diagonal.abs().sqrt() * place).view(outputs.shape)
-            yield root, diagonal[:, c].sign()
+            self._values, self._vectors = _eigen(loss, outputs, targets)
+        self._signs: tuple[float, ...] = (1.0,)
+        if loss.kind in ("elementwise", "general"):
+            # What float rounding makes of a zero eigenvalue is no negative part.
+            negative = self._values < -1e-6 * self._values.abs().amax()
+            self._signs = (1.0, -1.0) if bool(negative.any()) else (1.0,)
+
+    def exact(self, rows: Rows = ALL) -> Iterator[Root]:
+        """Yield ``(s_c, sign_c)`` with ``sum_c sign_c s_c s_c' = H_i`` a sample.
+
+        Args:
+            rows: The samples.
+
+        Yields:
+            A tensor shaped as their outputs and a sign, a float or one a sample.
+        """
+        f = _of(self._outputs, rows)
+        width = f[0].numel()
+        for c in range(width):
+            if self._vectors is not None:
+                values = _of(self._values, rows)[:, c]
+                root = _of(self._vectors, rows)[..., c] * values[:, None].abs().sqrt()
+                yield root.view(f.shape), values.sign()
+                continue
+            place = torch.zeros(width, dtype=f.dtype, device=f.device)
+            place[c] = 1.0
+            column = place.expand(f.shape[0], -1).reshape(f.shape)
+            if self._kind == "elementwise":
+                values = _of(self._values, rows)
+                sign = values.reshape(f.shape[0], -1)[:, c].sign()
+                yield values.abs().sqrt() * column, sign
+            elif self._kind == "squared":
+                yield column * self._factor, 1.0
+            else:
+                yield self._softmax_root(f, column, rows), 1.0
+
+    def _softmax_root(self, f: Tensor, column: Tensor, rows: Rows) -> Tensor:
+        """Column of a root of ``H_i`` at one output of each sample."""
+        classes = 1 if f.ndim > 1 else 0
+        softmax = f.softmax(classes)
+        weighted = column * softmax.sqrt()
+        centred = weighted - softmax * weighted.sum(classes, keepdim=True)
+        here = column.sum(classes, keepdim=True) != 0
+        return centred * (_of(self._mass, rows).sqrt() * here)
+
+    def sample(self, rows: Rows = ALL) -> list[Root]:
+        r"""Draw ``v`` with :math:`E[v_i v_i^\top] = H_i`.
+
+        Samples draw independently, and so do the outputs of one sample, so that cross
+        terms vanish. For cross-entropy ``v`` is the gradient at a label drawn from the
+        model's own softmax; for squared losses it is normal; else a random combination
+        of the eigenvectors of the block.
+
+        Args:
+            rows: The samples.
+
+        Returns:
+            A tensor shaped as their outputs with its sign, and where blocks are
+            indefinite a second one for their negative part.
+        """
+        f = _of(self._outputs, rows)
+        if self._kind == "squared":
+            return [(torch.randn_like(f).mul_(self._factor), 1.0)]
+        if self._kind == "cross_entropy":
+            return [(_less_a_label(f).mul_(_of(self._mass, rows).sqrt()), 1.0)]
+        values = _of(self._values, rows)
+        drawn = torch.empty_like(values).bernoulli_(0.5).mul_(2).sub_(1)
+        roots: list[Root] = []
+        for sign in self._signs:
+            weights = (sign * values).clamp(min=0).sqrt() * drawn
+            if self._vectors is not None:
+                weights = _of(self._vectors, rows) @ weights.unsqueeze(-1)
+            roots.append((weights.view(f.shape), sign))
+        return roots
+
+
+def _of(x: Tensor, rows: Rows) -> Tensor:
+    return x if rows is ALL else x[rows]
+
+
+def hessian_roots(loss: Loss, outputs: Tensor, targets: Any) -> Iterator[Root]:
+    """Yield ``(s_c, sign_c)`` with ``sum_c sign_c s_c s_c' = H_i`` for each sample."""
+    return HessianRoots(loss, outputs, targets).exact()
 
 
 def _diagonal(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
@@ -154,82 +239,22 @@ def _eigen(loss: Loss, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
     return values.to(outputs.dtype), vectors.to(outputs.dtype)
 
 
-def _known_root(loss: Loss, outputs: Tensor, targets: Any, place: Tensor) -> Tensor:
-    """Column of a root of ``H_i`` at one output of each sample."""
-    column = place.expand(outputs.shape[0], -1).reshape(outputs.shape)
-    if loss.kind == "squared":
-        return column * squared_scale(loss, outputs.shape) ** 0.5
-    classes = 1 if outputs.ndim > 1 else 0
-    softmax = outputs.softmax(classes)
-    scale = cross_entropy_scale(loss, outputs, targets)
-    weighted = column * softmax.sqrt()
-    return (weighted - softmax * weighted.sum(classes, keepdim=True)) * (
-        scale.sqrt() * (column.sum(classes, keepdim=True) != 0)
-    )
-
-
-def hessian_sampler(
-    loss: Loss, outputs: Tensor, targets: Any
-) -> Callable[[], list[Root]]:
-    r"""Return a function that draws ``v`` with :math:`E[v_i v_i^\top] = H_i`.
-
-    Samples draw independently, and so do the outputs of one sample, so that cross terms
-    vanish. For cross-entropy ``v`` is the gradient at a label drawn from the model's
-    own softmax; for squared losses it is normal; else a random combination of the
-    eigenvectors of the block.
-
-    Args:
-        loss: The loss, a sum (or mean) of terms of one sample each.
-        outputs: Network outputs, ``[n, ...]``, without graph.
-        targets: The targets; None where the Hessian does not depend on them.
-
-    Returns:
-        A function that returns a tensor shaped as ``outputs`` with its sign, and where
-        blocks are indefinite a second one for their negative part.
-    """
-    if loss.kind == "squared":
-        scale = squared_scale(loss, outputs.shape) ** 0.5
-        return lambda: [(torch.randn_like(outputs) * scale, 1.0)]
-    if loss.kind == "cross_entropy":
-        return _label_sampler(outputs, cross_entropy_scale(loss, outputs, targets))
-    if loss.kind == "elementwise":
-        values = _diagonal(loss, outputs, targets)
-        return _signed_draws(values, lambda weights: weights)
-    values, vectors = _eigen(loss, outputs, targets)
-    return _signed_draws(
-        values, lambda weights: (vectors @ weights.unsqueeze(-1)).view(outputs.shape)
-    )
-
-
-def _signed_draws(
-    values: Tensor, combine: Callable[[Tensor], Tensor]
-) -> Callable[[], list[Root]]:
-    # What float rounding makes of a zero eigenvalue is no negative part.
-    negative = bool((values < -1e-6 * values.abs().amax()).any())
-
-    def draw() -> list[Root]:
-        signs = torch.empty_like(values).bernoulli_(0.5).mul_(2).sub_(1)
-        return [
-            (combine((sign * values).clamp(min=0).sqrt() * signs), sign)
-            for sign in ((1.0, -1.0) if negative else (1.0,))
-        ]
-
-    return draw
-
-
-def _label_sampler(outputs: Tensor, scale: Tensor) -> Callable[[], list[Root]]:
-    classes = 1 if outputs.ndim > 1 else 0
-    softmax = outputs.softmax(classes)
-    last = softmax.movedim(classes, -1)
-    rows = last.reshape(-1, last.shape[-1])
-
-    def draw() -> list[Root]:
-        labels = torch.multinomial(rows, 1)
-        onehot = torch.zeros_like(rows).scatter_(1, labels, 1.0)
-        chosen = onehot.view(last.shape).movedim(-1, classes)
-        return [((softmax - chosen) * scale.sqrt(), 1.0)]
-
-    return draw
+def _less_a_label(f: Tensor) -> Tensor:
+    """Softmax, less one at a label drawn from it."""
+    classes = 1 if f.ndim > 1 else 0
+    softmax = f.softmax(classes)
+    # Some samples at a time, lest the sums take twice the space of the outputs.
+    count = max(1, _DRAWN_AT_ONCE * f.shape[0] // max(1, f.numel()))
+    for block in softmax.split(count) if f.ndim > 1 else (softmax,):
+        last = block.movedim(classes, -1)
+        sums = last.cumsum(-1, dtype=torch.float64)
+        at = torch.rand_like(sums[..., -1:]) * sums[..., -1:]
+        labels = torch.searchsorted(sums, at, right=True).clamp_(
+            max=f.shape[classes] - 1
+        )
+        chosen = labels.movedim(-1, classes)
+        block.scatter_add_(classes, chosen, -torch.ones_like(chosen, dtype=f.dtype))
+    return softmax
 
 
 def holding(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
@@ -260,7 +285,7 @@ def holding(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
 def _hessian_times(loss: Loss, outputs: Tensor, targets: Any, v: Tensor) -> Tensor:
     """The product with the Hessian that the loss's kind stands for."""
     if loss.kind == "squared":
-        return v * squared_scale(loss, outputs.shape)
+        return v * squared_scale(loss, outputs.shape, targets)
     if loss.kind == "cross_entropy":
         classes = 1 if outputs.ndim > 1 else 0
         s = outputs.softmax(classes)

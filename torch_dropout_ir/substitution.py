@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,3 +58,32 @@ def call_with(
     return torch.func.functional_call(
         model, places(model, tensors), args, dict(kwargs), tie_weights=False
     )
+
+
+@contextlib.contextmanager
+def substituted(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put ``tensors`` in the place of a model's own inside the context.
+
+    For what runs forward outside of a call: a checkpointed block in a backward pass.
+
+    Args:
+        model: The model.
+        tensors: Tensors by name of a parameter or buffer; the rest stay.
+
+    Yields:
+        Nothing.
+    """
+    kept: list[tuple[dict[str, Any], str, Tensor | None]] = []
+    try:
+        for name, x in places(model, tensors).items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            held: dict[str, Any] = (
+                module._parameters if leaf in module._parameters else module._buffers
+            )
+            kept.append((held, leaf, held[leaf]))
+            held[leaf] = x
+        yield
+    finally:
+        for held, leaf, own in reversed(kept):
+            held[leaf] = own

@@ -17,6 +17,9 @@ from torch.autograd import forward_ad
 # traced is counted too; without the fourth, keys are drawn in Python.
 _BACKWARD_RUNNING = getattr(torch._C, "_current_graph_task_id", None)
 _TRANSFORMS_ACTIVE = getattr(torch._C, "_are_functorch_transforms_active", None)
+_WRAPPED = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None
+)
 _MODE = getattr(torch._C, "_get_dispatch_mode", None)
 _PROXY_MODE = _MODE and functools.partial(_MODE, torch._C._TorchDispatchModeKey.PROXY)
 _NUM_MODES = getattr(torch._C, "_len_torch_dispatch_stack", None)
@@ -36,6 +39,13 @@ def random_state(model: nn.Module) -> list[Tensor]:
     """Return the states of torch's generators that a pass may draw from."""
     devices = {x.device for x in model.parameters() if x.is_cuda}
     return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+
+
+def mapped(x: object) -> bool:
+    """Whether ``x`` is a tensor inside a transform, and means nothing outside of it."""
+    if _WRAPPED is None or not isinstance(x, Tensor):
+        return False
+    return transformed() and bool(_WRAPPED(x))
 
 
 def transformed() -> bool:

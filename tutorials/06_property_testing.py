@@ -94,6 +94,26 @@ print("\n200 units")
 print(report)
 report.assert_holds()
 
+# %% Several inputs are a tuple (or a dict); of several outputs the loss takes what it
+# needs. How a loss of your own is made is not known: no form is called "exact" then.
+
+
+class Scaled(MyModel):
+    """Two inputs, and two outputs."""
+
+    def forward(self, x, scale):
+        outputs = super().forward(scale * x)
+        return outputs, outputs.norm()
+
+
+inputs, targets = (torch.randn(6, 3), torch.rand(6, 1)), torch.randn(6, 2)
+batch = tuple(x.double() for x in inputs), targets.double()
+first = lambda outputs, y: nn.functional.mse_loss(outputs[0], y)  # noqa: E731
+scaled = tdi.testing.check_regularizer(Scaled().double(), batch, first, num_masks=500)
+print("\ntwo inputs, two outputs")
+print(scaled)
+scaled.assert_holds()
+
 # %% What was shown: the closed form is what dropout adds, on this model and this loss,
 # and it is not under another loss.
 assert "last_layer" in report.agreeing and "last_layer" not in other.agreeing

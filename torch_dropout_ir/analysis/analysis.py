@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch_dropout_ir.analysis.attempts import Attempts
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import Capture
+from torch_dropout_ir.analysis.compiled_calls import compiled_in_place
 from torch_dropout_ir.analysis.delivery import Delivery
 from torch_dropout_ir.analysis.distributed import Ranks, gathered_model
 from torch_dropout_ir.analysis.facts import run_facts
@@ -84,8 +85,9 @@ class Analysis:
         self._seed = int(seed["seed"])
         self._clock = time.perf_counter()
         self._due: set[str] = set()
-        # A compiled wrapper draws other masks than the model inside it would.
-        self._capture = Capture(watched, model if watched is model else None)
+        # What is compiled draws other masks than the model as it is written.
+        plain = watched is model and not compiled_in_place(model)
+        self._capture = Capture(watched, model if plain else None)
         self._handles = contextlib.ExitStack()
         self._handles.callback(self._delivery.close)
         self._attached, self._loaded = False, dict[str, MaskStatistics]()

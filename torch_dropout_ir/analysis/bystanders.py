@@ -3,22 +3,27 @@
 Semantics:
 
 * The analysis runs the model again. What a module counts or collects in plain
-  attributes is given back afterwards; a list, dict, set or tensor with its contents.
-* A hook that looks on (counts calls, collects activations) is not called in such
-  passes. One that acts (returns something, writes on tensors or on the module) belongs
-  to the model and is. The script's own pass at a step that measures tells which is
-  which; torch's own hooks act.
+  attributes is given back afterwards; a list, dict, set, tensor or random generator
+  with its contents.
+* A hook that looks on (counts calls, collects activations), of a module or of all, is
+  not called in such passes. One that acts (returns something, writes on tensors or on
+  the module) belongs to the model and is. The script's own pass at a step that measures
+  tells which is which; torch's own hooks act.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 
 _OF_TORCH: Final = frozenset(vars(nn.Module()))
 _HOOKS: Final = (
@@ -33,12 +38,7 @@ _HOOKS: Final = (
 def unmoved_attributes(model: nn.Module) -> Iterator[None]:
     """Give back the plain attributes of all modules as they were."""
     kept = [(vars(m), dict(vars(m))) for m in model.modules()]
-    contents = [
-        (x, _contents(x))
-        for _, own in kept
-        for name, x in own.items()
-        if name not in _OF_TORCH and type(x) in _RESTORE
-    ]
+    contents = [(x, _contents(x)) for x in _held(own for _, own in kept)]
     try:
         yield
     finally:
@@ -50,8 +50,38 @@ def unmoved_attributes(model: nn.Module) -> Iterator[None]:
             _RESTORE[type(x)](x, was)
 
 
+def _held(attributes: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    """Yield what modules hold in plain attributes, and what is in it, once each."""
+    seen: set[int] = set()
+    left: list[Any] = []
+    for own in attributes:
+        left += [x for name, x in own.items() if name not in _OF_TORCH]
+    while left:
+        x = left.pop()
+        if type(x) not in _RESTORE or id(x) in seen:
+            continue
+        seen.add(id(x))
+        yield x
+        if isinstance(x, (list, deque, dict)):
+            left += x.values() if isinstance(x, dict) else x
+
+
 def _contents(x: Any) -> Any:
+    if type(x) in _STATE:
+        return _STATE[type(x)](x)
     return x.detach().clone() if isinstance(x, Tensor) else x.copy()
+
+
+def own_generators(model: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the random generators that modules hold, with their states."""
+    held = _held(vars(m) for m in model.modules())
+    return [(x, _contents(x)) for x in held if type(x) in _STATE]
+
+
+def set_back(generators: list[tuple[Any, Any]]) -> None:
+    """Give generators the states of :func:`own_generators`."""
+    for x, was in generators:
+        _RESTORE[type(x)](x, was)
 
 
 def _refill(x: Any, was: Any) -> None:
@@ -65,9 +95,23 @@ def _rewrite(x: Tensor, was: Tensor) -> None:
         x.copy_(was)
 
 
+def _resume(x: np.random.Generator, was: Any) -> None:
+    x.bit_generator.state = was
+
+
+_STATE: Final[dict[type, Callable[[Any], Any]]] = {
+    torch.Generator: torch.Generator.get_state,
+    random.Random: random.Random.getstate,
+    np.random.RandomState: np.random.RandomState.get_state,
+    np.random.Generator: lambda x: copy.deepcopy(x.bit_generator.state),
+}
 _RESTORE: Final[dict[type, Callable[[Any, Any], None]]] = {
     **dict.fromkeys((list, dict, set, deque), _refill),
     Tensor: _rewrite,
+    torch.Generator: lambda x, was: x.set_state(was),
+    random.Random: random.Random.setstate,
+    np.random.RandomState: np.random.RandomState.set_state,
+    np.random.Generator: _resume,
 }
 
 
@@ -166,6 +210,7 @@ def _itself(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _hook_dicts(model: nn.Module) -> Iterator[dict[int, Callable[..., Any]]]:
+    yield from (vars(all_modules).get(f"_global{name}") or {} for name in _HOOKS)
     for module in model.modules():
         yield from (vars(module).get(name) or {} for name in _HOOKS)
     for x in model.parameters():

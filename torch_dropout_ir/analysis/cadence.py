@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 
@@ -32,9 +33,10 @@ class Cadence:
                 "attach_analysis: expected `every` to be 'auto' or a number of steps "
                 f">= 1, got {every!r}"
             )
-        if not 0.0 < budget < 1.0:
+        real = isinstance(budget, numbers.Real)
+        if not (real and 0.0 < budget < 1.0):
             raise ValueError(
-                f"attach_analysis: expected `budget` in (0, 1), got {budget}"
+                f"attach_analysis: expected `budget` in (0, 1), got {budget!r}"
             )
         self.every = every
         self._earning = budget / (1.0 - budget) / max(1, len(names))

@@ -26,15 +26,18 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
 from torch_dropout_ir.analysis.bystanders import Bystanders
+from torch_dropout_ir.analysis.compiled_calls import CompiledCall, compiled_in_place
 from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.followed_loss import At
-from torch_dropout_ir.analysis.loss_calls import OUTPUT, LossCalls
-from torch_dropout_ir.analysis.replay import Generators, replay
+from torch_dropout_ir.analysis.generators import Generators
+from torch_dropout_ir.analysis.loss_calls import OUTPUT, LossCalls, sweep
+from torch_dropout_ir.analysis.replay import replay
 from torch_dropout_ir.functional import Inputs
 from torch_dropout_ir.losses import LossFunction
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import measuring, replaced
 from torch_dropout_ir.sites import Site
+from torch_dropout_ir.tracing import mapped, random_state
 
 
 class RootHook:
@@ -93,14 +96,14 @@ class Capture:
         self.want_masks = True
         self.want_targets = True
         self.paused = False
-        self._open = self._with_graph = False
+        self._open = self._with_graph = self._outside = False
         self._seconds = 0.0
         self._versions: list[int] = []
         self._outputs: Any = None
         self._calls: LossCalls | None = None
         self._module: tuple[nn.Module, Any, At | None] | None = None
         self._start: Generators | None = None
-        self._end: Tensor | None = None
+        self._end: list[Tensor] | None = None
         self.bystanders = Bystanders(watched)
         self._told = contextlib.ExitStack()
         self._step = contextlib.ExitStack()
@@ -110,6 +113,11 @@ class Capture:
     def attach(self, owner: object) -> None:
         """Put a hook on the root module; ``owner`` lives as long as it does."""
         self._hook.owner = owner
+        if compiled_in_place(self.watched):
+            call = CompiledCall(self.watched, self._hook, self._after, owner)
+            self._root.callback(call.leave)
+            self._outside = True
+            return
         self._keep(
             self._root,
             self.watched.register_forward_pre_hook(self._hook, with_kwargs=True),
@@ -119,6 +127,7 @@ class Capture:
         """Remove every hook and let go of what was seen."""
         for stack in (self._told, self._step, self._root):
             stack.close()
+        sweep()
         self.inputs = self._outputs = self._calls = self._module = None
 
     def end_step(self) -> None:
@@ -164,8 +173,9 @@ class Capture:
     ) -> None:
         if self.paused or not self.watched.training or measuring():
             return
-        if self._only_looks():
+        if self._only_looks() or any(map(mapped, args)):
             return
+        sweep()
         self._with_graph = torch.is_grad_enabled()
         self.passes += 1
         self.inputs = Inputs(args, kwargs)
@@ -198,6 +208,7 @@ class Capture:
             self._start = Generators(self.model)
         if self.want_masks or self.want_targets:
             self._open = True
+        if self._open and not self._outside:
             after = self.watched.register_forward_hook(
                 RootHook(self._after), with_kwargs=True, always_call=True
             )
@@ -206,11 +217,11 @@ class Capture:
     def _after(
         self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any
     ) -> None:
-        if self.paused or measuring() or self._only_looks():
+        if self.paused or measuring() or self._only_looks() or not self._open:
             return
         self._check_inputs()
         if self.watched.training and self._start is not None:
-            self._end = torch.get_rng_state()
+            self._end = random_state(self.watched)
         if self.watched.training and self.want_targets and outputs is not None:
             self._outputs, self._calls = outputs, LossCalls(outputs, self.passes)
             self._calls.enter()
@@ -233,7 +244,8 @@ class Capture:
         """See whether this module is the loss: from the outputs to one number."""
         if self._calls is None or self._module is not None or len(args) < 2:
             return
-        own = args[0] is self._outputs or self._calls.at(args[0]) == OUTPUT
+        same = self._calls.one and self._calls.at(args[0]) == OUTPUT  # or its copy
+        own = args[0] is self._outputs or same
         if not own or not isinstance(result, Tensor) or not result.requires_grad:
             return
         if result.numel() == 1:
@@ -246,6 +258,8 @@ class Capture:
             model: The model to run again: the own one, or a copy that runs alone.
         """
         self._told.close()
+        if self._calls is not None:
+            self._calls.leave()  # every call of the measures would go through it
         self._check_inputs()
         start, self._start = self._start, None
         if start is None or self.inputs is None or self.model is None:

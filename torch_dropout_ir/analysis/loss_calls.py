@@ -54,6 +54,9 @@ _LOSSES: Final = frozenset({
 })  # fmt: skip
 _TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
 _DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
+# Nodes of the graph that make copies, in order: one tells DDP when the backward pass
+# starts (`find_unused_parameters`, `static_graph`), one calls hooks of that pass.
+_COPYING: Final = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
 # The output of a model that returns a tensor, or the first of several.
 OUTPUT: Final = At("outputs", 0)
 _RANDOM: Final = ("bernoulli", "dropout", "multinomial", "normal_", "rand", "rrelu")
@@ -70,9 +73,9 @@ class LossCalls(TorchFunctionMode):
     def __init__(self, outputs: Any, passes: int) -> None:
         super().__init__()
         self._passes = passes
-        self._one = isinstance(outputs, Tensor)
+        self.one = isinstance(outputs, Tensor)
         self._known: Any = WeakIdKeyDictionary()
-        self._nodes: dict[Any, At] = {}
+        self._nodes: dict[tuple[Any, int], At] = {}
         self._steps: list[Step] = []
         self._targets: list[Tensor] = []
         self._first: At | None = None
@@ -80,7 +83,7 @@ class LossCalls(TorchFunctionMode):
         for place, leaf in enumerate(flatten(outputs)[0]):
             if isinstance(leaf, Tensor):
                 self._known[leaf] = At("outputs", place)
-                self._nodes[leaf.grad_fn] = At("outputs", place)
+                self._nodes[leaf.grad_fn, leaf.output_nr] = At("outputs", place)
         self._looking = bool(self._known)
 
     def enter(self) -> None:
@@ -96,8 +99,12 @@ class LossCalls(TorchFunctionMode):
     def leave(self) -> None:
         """Take the mode away, wherever it lies."""
         self._rest()
-        if None not in (_POP, _PUSH, _LENGTH):
-            _pushed([mode for mode in _popped() if mode is not self])
+        sweep()
+
+    @property
+    def rests(self) -> bool:
+        """Whether it looks no more."""
+        return not self._looking
 
     def _rest(self) -> None:
         self._looking = False
@@ -111,7 +118,8 @@ class LossCalls(TorchFunctionMode):
             x: Anything.
 
         Returns:
-            Its place; that of the output where it is the copy that DDP hands out.
+            Its place; that of the output where it is the copy that DDP or a hook of the
+            backward pass hands out.
         """
         if not isinstance(x, Tensor):
             return None
@@ -119,12 +127,16 @@ class LossCalls(TorchFunctionMode):
         if found is not None and found.of == "steps" and x.requires_grad:
             if not self._steps[found.place].differentiated:
                 found = None  # of a function with a derivative of its own
-        node = x.grad_fn
-        if found is None and node is not None and node.name() == "_DDPSinkBackward":
-            # With `find_unused_parameters` or `static_graph` a node of the graph that
-            # tells DDP when the backward pass starts makes copies, in order.
-            if x.output_nr < len(node.next_functions):
-                found = self._nodes.get(node.next_functions[x.output_nr][0])
+        return self._copied(x) if found is None else found
+
+    def _copied(self, x: Tensor) -> At | None:
+        """Return where a tensor comes from that nodes of the graph have copied."""
+        node, place, found = x.grad_fn, x.output_nr, None
+        while found is None and node is not None and node.name() in _COPYING:
+            if place >= len(node.next_functions):
+                break
+            node, place = node.next_functions[place]
+            found = self._nodes.get((node, place))
         return found
 
     def trained_on(self, x: At | None) -> bool:
@@ -151,7 +163,7 @@ class LossCalls(TorchFunctionMode):
             for name, x in step.kwargs.items()
             if not isinstance(x, At) or x.of == "targets"
         }
-        straight = self._one and len(step.args) == 2 and step.args[0] == OUTPUT
+        straight = self.one and len(step.args) == 2 and step.args[0] == OUTPUT
         if straight and isinstance(step.args[1], At) and step.args[1].of == "targets":
             plain = functools.partial(step.function, **options)
             return plain, (self._targets[step.args[1].place],), True
@@ -247,6 +259,18 @@ class LossCalls(TorchFunctionMode):
                 return At("targets", place)
         self._targets.append(x)
         return At("targets", len(self._targets) - 1)
+
+
+def sweep() -> None:
+    """Take away the modes that look no more.
+
+    Within a call that a mode is handed the mode is not there to be taken, and is there
+    again after it: an optimizer that steps in the backward pass leaves it so.
+    """
+    if _POP is None or _PUSH is None or _LENGTH is None or not _LENGTH():
+        return
+    modes = _popped()
+    _pushed([m for m in modes if not (isinstance(m, LossCalls) and m.rests)])
 
 
 def _writes(name: str, kwargs: dict[str, Any]) -> bool:

@@ -14,15 +14,14 @@ Semantics:
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.dropout_calls import (
     KINDS,
     RECURRENT,
@@ -34,41 +33,12 @@ from torch_dropout_ir.module_calls import ModuleCalls
 from torch_dropout_ir.nn import Dropout, Dropout1d, Dropout2d, Dropout3d
 from torch_dropout_ir.ops import mask_unpack
 from torch_dropout_ir.sites import Site, find_sites, is_stochastic_depth
+from torch_dropout_ir.tracing import random_state
 
 _NO_DROPOUT: Final = "random numbers that are no dropout: they stay in R_S"
 OURS = (Dropout, Dropout1d, Dropout2d, Dropout3d)
 _aten = torch.ops.aten
 _ours = torch.ops.torch_dropout_ir
-
-
-class Generators:
-    """The state of torch's, Python's and NumPy's generators at one moment.
-
-    Args:
-        model: The model, whose devices' generators count.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._cpu = torch.get_rng_state()
-        devices = {x.device for x in model.parameters() if x.is_cuda}
-        self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices}
-        self._python, self._numpy = random.getstate(), np.random.get_state()
-
-    def restore(self) -> None:
-        """Set the generators back to that moment."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-
-    def moved(self) -> Iterator[str]:
-        """Yield the names of Python's and NumPy's generator, where it has drawn."""
-        if random.getstate() != self._python:
-            yield "random"
-        (_, now, place, *_), (_, then, before, *_) = np.random.get_state(), self._numpy
-        if place != before or not np.array_equal(now, then):
-            yield "numpy.random"
 
 
 class Replay:
@@ -97,7 +67,7 @@ class Replay:
 
 
 def replay(
-    model: nn.Module, inputs: Inputs, start: Generators, end: Tensor | None = None
+    model: nn.Module, inputs: Inputs, start: Generators, end: list[Tensor] | None = None
 ) -> Replay:
     """Run a training pass again and look at what it draws.
 
@@ -105,7 +75,7 @@ def replay(
         model: The model; left as it is.
         inputs: The arguments of the pass.
         start: The generators at its start.
-        end: State of the CPU's generator at its end, where it is known.
+        end: States of torch's generators at its end, where they are known.
 
     Returns:
         What it drew.
@@ -114,15 +84,20 @@ def replay(
         RuntimeError: If it draws otherwise than the pass did.
     """
     found = Replay()
-    with preserved_rng(model), torch.no_grad(), _uncounted(model):
+    with preserved_rng(model), torch.no_grad(), _uncounted(model), start.autocast():
         start.restore()
-        with _Draws(found) as draws, _Calls(model, found, draws) as calls:
+        with _Draws(model, found) as draws, _Calls(model, found, draws) as calls:
             call(model, inputs)
-        if end is not None and not torch.equal(torch.get_rng_state(), end):
+        if end is not None and not _alike(end, random_state(model)):
             raise RuntimeError("a second pass draws other random numbers")
         calls.idle()
         found.unseen.update({f":{name}": _NO_DROPOUT for name in start.moved()})
     return found
+
+
+def _alike(states: list[Tensor], others: list[Tensor]) -> bool:
+    pairs = zip(states, others, strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def own_statistics(model: nn.Module) -> dict[str, MaskStatistics]:
@@ -148,8 +123,9 @@ def _uncounted(model: nn.Module) -> Iterator[None]:
 class _Draws(TorchDispatchMode):
     """Takes the masks of the site that draws, and counts what nobody accounts for."""
 
-    def __init__(self, found: Replay) -> None:
+    def __init__(self, model: nn.Module, found: Replay) -> None:
         super().__init__()
+        self._model = model
         self._found = found
         self.site: Site | None = None
         self.place = ""
@@ -173,16 +149,25 @@ class _Draws(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         if self.site is None:
             if torch.Tag.nondeterministic_seeded in func.tags and not self.accounted:
-                place = f"{self.place}:{func._schema.name[6:]}"
-                self._found.unseen[place] = _NO_DROPOUT
-            return out
+                return self._counted(func, args, kwargs)
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
         mask = _mask_of(func, args, out)
         if mask is not None:
             self._seen += 1
             self._found.add(self.site, mask)
+        return out
+
+    def _counted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call that may draw, as attention without dropout does not."""
+        own = any(isinstance(x, torch.Generator) for x in (*args, *kwargs.values()))
+        before = random_state(self._model)
+        out = func(*args, **kwargs)
+        if own or not _alike(before, random_state(self._model)):
+            self._found.unseen[f"{self.place}:{func._schema.name[6:]}"] = _NO_DROPOUT
         return out
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal, Protocol
 
 import torch
@@ -94,7 +95,8 @@ _LACKING: Final[dict[Need, str]] = {
     "sites": NO_SITE,
     "inputs": (
         "no forward pass in training mode was seen yet (a compiled model must be "
-        "attached as such; one that changes its inputs in place cannot be measured)"
+        "attached as such, or after `model.compile()`; one that changes its inputs in "
+        "place, or runs inside `torch.func` transforms alone, cannot be measured)"
     ),
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "
@@ -188,6 +190,16 @@ def runs_model(measure: Measure) -> bool:
     return not measure.needs or measure.needs - {"gradients", "sites"} != frozenset()
 
 
+@contextlib.contextmanager
+def _uncast() -> Iterator[None]:
+    """Measure in the parameters' precision, whatever surrounds the optimizer's step."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
     """Take a measure, and give back generators and buffers that it moved.
 
@@ -200,5 +212,10 @@ def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
         Its records by tag.
     """
     model = snapshot.model
-    with preserved_rng(model, seed), unmoved_buffers(model), torch.enable_grad():
+    with (
+        preserved_rng(model, seed),
+        unmoved_buffers(model),
+        torch.enable_grad(),
+        _uncast(),
+    ):
         return {tag: plain(record) for tag, record in measure(snapshot).items()}

@@ -16,9 +16,22 @@ _FILE = "torch_dropout_ir.pt"
 
 
 def models_own_loss(outputs: Any, targets: Any) -> Tensor:
-    """Return the loss that the model computes of the ``labels`` it is called with."""
+    """Return the loss that the model computes of the ``labels`` it is called with.
+
+    Raises:
+        ValueError: If it computes none.
+    """
     del targets  # the model has them
-    loss: Tensor = outputs["loss"]
+    named = isinstance(outputs, dict)
+    loss: Tensor | None = (
+        outputs.get("loss") if named else getattr(outputs, "loss", None)
+    )
+    if loss is None:
+        raise ValueError(
+            "DropoutAnalysis: expected a model that computes its loss of the `labels` "
+            "it is called with, got outputs without one (with `label_smoothing_factor` "
+            "or `compute_loss_func` the trainer does). Pass `loss=` and `data=`."
+        )
     return loss
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,34 +11,47 @@ from torch.utils.checkpoint import checkpoint
 from torch_dropout_ir import tracing
 
 
+def differentiated(*tensors: Tensor) -> bool:
+    """Whether what is made of these tensors may be differentiated or transformed."""
+    live = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return live or not tracing.eager()
+
+
 def sum_by_rows(
-    form: Callable[..., Tensor], elements: int, rows: Tensor, *others: Tensor
+    form: Callable[..., Tensor],
+    elements: int,
+    rows: Tensor,
+    *others: Tensor,
+    whole: Sequence[Tensor] = (),
 ) -> Tensor:
     """Return the sum of ``form`` over blocks of rows.
 
-    Under autograd a block is computed again in the backward pass rather than kept.
-    Where a ``torch.func`` transform or a compiler looks on, all rows are one block.
+    Where a gradient will be asked for, a block is computed again in the backward pass
+    rather than kept. Where a ``torch.func`` transform or a compiler looks on, all rows
+    are one block.
 
     Args:
-        form: Function of blocks of ``rows`` and ``others`` to a scalar; other tensors
-            that it reads may require a gradient too.
+        form: Function of blocks of ``rows`` and ``others``, and of ``whole``, to a
+            scalar or a tensor of the same shape for all blocks.
         elements: Elements of ``rows`` that a block may have.
         rows: ``[N, D]``.
         others: Tensors with ``N`` rows.
+        whole: Tensors that each block reads as they are.
 
     Returns:
-        Scalar.
+        What ``form`` returns, summed.
     """
     count = max(1, elements // max(1, rows.shape[1]))
     if rows.shape[0] <= count or not tracing.eager():
-        return form(rows, *others)
+        return form(rows, *others, *whole)
+    again = differentiated(rows, *others, *whole)
     total = rows.new_zeros(())
     for block in zip(*(x.split(count) for x in (rows, *others)), strict=True):
-        if torch.is_grad_enabled():
+        if again:
             part = checkpoint(
-                form, *block, use_reentrant=False, preserve_rng_state=False
+                form, *block, *whole, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            part = form(*block)
+            part = form(*block, *whole)
         total = total + part
     return total

@@ -8,15 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.functional import Inputs
-from torch_dropout_ir.sites import unobservable
+from torch_dropout_ir.functional import Batch, Inputs
+from torch_dropout_ir.sites import Site, unobservable
 
 
-def check_batch(inputs: Any) -> None:
-    """Raise if a batch has no sample, or derivatives are out of reach.
+def as_pair(batch: Any) -> Batch:
+    """Return a batch, or raise if it is no pair of inputs and targets.
 
     Raises:
-        ValueError: If a tensor among the inputs has no element in its first dimension.
+        TypeError: If it is none.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    got = type(batch).__name__
+    if isinstance(batch, (tuple, list)):
+        got = f"{got} of {len(batch)}"
+    raise TypeError(
+        f"expected a batch `(inputs, targets)`, got {got}. Several inputs are a tuple: "
+        "`((a, b), targets)`."
+    )
+
+
+def check_batch(model: nn.Module, inputs: Any) -> None:
+    """Raise if a batch has no sample, or values or derivatives are out of reach.
+
+    Raises:
+        ValueError: If a tensor among the inputs has no element in its first dimension,
+            or something is on the meta device.
         RuntimeError: Under ``torch.inference_mode``.
     """
     if torch.is_inference_mode_enabled():
@@ -25,12 +43,35 @@ def check_batch(inputs: Any) -> None:
             "have no derivatives. Leave it, or use torch.no_grad."
         )
     arguments = Inputs.of(inputs)
-    for value in (*arguments.args, *arguments.kwargs.values()):
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == 0:
+    tensors = [
+        x
+        for x in (*arguments.args, *arguments.kwargs.values())
+        if isinstance(x, Tensor)
+    ]
+    if any(x.is_meta for x in (*model.parameters(), *tensors)):
+        raise ValueError(
+            "expected a model and a batch with values, got tensors on the meta device. "
+            "Use `model.to_empty(device=...)` and load weights first."
+        )
+    for value in tensors:
+        if value.ndim and value.shape[0] == 0:
             raise ValueError(
                 "expected a batch with at least one sample, got an input of shape "
                 f"{list(value.shape)}"
             )
+
+
+def check_site(site: Site, h: Tensor) -> None:
+    """Raise if what a site drops is not real.
+
+    Raises:
+        TypeError: If it is complex or integer.
+    """
+    if not h.is_floating_point():
+        raise TypeError(
+            f"dropout site `{site.name}`: expected a real floating-point input, got "
+            f"{h.dtype}"
+        )
 
 
 def check_risk(
@@ -89,15 +130,36 @@ def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> Non
     )
 
 
-def noise_left_out(model: nn.Module, noisy: bool) -> tuple[str, ...]:
+def noise_left_out(model: nn.Module, noisy: bool, met: bool) -> tuple[str, ...]:
     """Return what is to be said of noise that an estimate does not hold.
 
     Args:
         model: The model.
         noisy: Whether a pass drew random numbers, or had noise switched off in it.
+        met: Whether a site acted in a pass.
     """
     known = unobservable(model)
-    said = tuple(f"`{name}` is not in it: {why}" for name, why in known.items())
+    said = [f"`{name}` is not in it: {why}" for name, why in known.items()]
     if noisy and not known:
-        return ("the model draws noise besides its sites, which is not in it",)
-    return said
+        said = ["the model draws noise besides its sites, which is not in it"]
+    if not met:
+        said.append("no dropout site acted: there is nothing to estimate")
+    if not model.training:
+        said.append(
+            "the model is in evaluation mode: its dropout modules are taken as in "
+            "training, calls of dropout functions are off"
+        )
+    return tuple(said)
+
+
+def check_differentiable(name: str, value: Tensor) -> None:
+    """Raise if a loss does not depend on any parameter, as far as autograd sees.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not value.requires_grad:
+        raise ValueError(
+            f"{name}: expected a loss that can be differentiated in the parameters, "
+            "got one whose value is cut off from them (detached, or an argmax)"
+        )

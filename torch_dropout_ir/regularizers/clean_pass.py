@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_dropout_ir.functional import at_sites, call
+from torch_dropout_ir.normalization import ComposedNormalization
 from torch_dropout_ir.regularizers.checks import check_batch
-from torch_dropout_ir.regularizers.coupling import by_powers, even_root
-from torch_dropout_ir.sites import Site, uncompiled, unobservable
+from torch_dropout_ir.regularizers.coupling import alike, by_powers, even_root
+from torch_dropout_ir.regularizers.recorder import Recorder, Use
+from torch_dropout_ir.sites import uncompiled, unobservable
 from torch_dropout_ir.tracing import random_state
-
-Use = tuple[Site, Tensor, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +52,66 @@ class CleanPass:
         """The site of each use."""
         return [site.name for site, _, _ in self.uses]
 
-    def gradients(self, outputs: Tensor, root: Tensor) -> list[Tensor | None]:
-        """Send ``root`` back from a tensor of the outputs to each use of a site."""
+    def pull(
+        self,
+        outputs: Tensor,
+        root: Tensor | None,
+        receive: Callable[[int, Tensor], None],
+        *,
+        keep: bool = True,
+    ) -> None:
+        """Send ``root`` back from a tensor of the outputs to each use of a site.
+
+        Args:
+            outputs: The tensor.
+            root: A tensor of its shape; None for a scalar.
+            receive: Called with the number of a use and its derivative as it comes, in
+                reverse order; not at all where there is none.
+            keep: Whether the graph is kept for another root; if not, the inputs of the
+                sites go with it, each as its derivative has been received.
+        """
         if not self.uses or not outputs.requires_grad:
-            return [None] * len(self.uses)
-        found = torch.autograd.grad(
-            outputs, self.deltas, root, retain_graph=True, allow_unused=True
+            return
+
+        def hook(use: int, g: Tensor) -> None:
+            receive(use, g)
+            if not keep:
+                site, h, delta = self.uses[use]
+                self.uses[use] = site, h.detach().new_empty(()).expand(h.shape), delta
+
+        with contextlib.ExitStack() as stack:
+            ends: list[Tensor] = []
+            for i, delta in enumerate(self.deltas):
+                base = delta._base  # one element: what is received is not held
+                if delta.requires_grad and base is not None:
+                    handle = delta.register_hook(functools.partial(hook, i))
+                    stack.callback(handle.remove)
+                    ends.append(base)
+            torch.autograd.grad(
+                outputs, ends, root, retain_graph=keep, allow_unused=True
+            )
+
+    def row_weights(self, outputs: Tensor, root: Tensor) -> dict[int, Tensor]:
+        """Return the sum of magnitudes of each row of what a root is at each use."""
+        found: dict[int, Tensor] = {}
+
+        def receive(use: int, g: Tensor) -> None:
+            found[use] = self.row_weight(g)
+
+        self.pull(outputs, root, receive)
+        return found
+
+    @staticmethod
+    def row_weight(g: Tensor) -> Tensor:
+        """Return the sum of magnitudes of each row."""
+        return g.abs().flatten(1).sum(1) if g.ndim > 1 else g.abs()
+
+    def by_samples(self, count: int) -> bool:
+        """Whether inputs and masks of all uses have one row for each of the samples."""
+        return all(
+            h.ndim and h.shape[0] == count and site.mask_shape(h.shape)[0] == count
+            for site, h, _ in self.uses
         )
-        return list(found)
 
     def couples_samples(self, outputs: Sequence[Tensor]) -> bool:
         """Whether an output of one sample depends on another sample at some site.
@@ -79,21 +132,14 @@ class CleanPass:
     def _couples(self, outputs: Tensor) -> bool:
         if outputs.ndim == 0:
             return bool(self.uses)
-        count = outputs.shape[0]
-        for site, h, _ in self.uses:
-            if h.ndim == 0 or h.shape[0] != count:
-                return True
-            if site.mask_shape(h.shape)[0] != count:
-                return True
-        if count < 2:
+        if not self.by_samples(outputs.shape[0]):
+            return True
+        if outputs.shape[0] < 2:
             return False
         even = even_root(outputs)
-        plain = self.gradients(outputs, even)
-        scaled = self.gradients(outputs, by_powers(even))
-        return any(
-            p is not None and s is not None and not torch.equal(by_powers(p), s)
-            for p, s in zip(plain, scaled, strict=True)
-        )
+        plain = self.row_weights(outputs, even)
+        scaled = self.row_weights(outputs, by_powers(even))
+        return not alike(plain, scaled)
 
     def check_reachable(self, name: str) -> None:
         """Raise if derivatives cannot reach a site.
@@ -117,6 +163,7 @@ def clean_pass(
     twice: bool = False,
     move_buffers: bool = False,
     outlives: bool = False,
+    first: Tensor | None = None,
 ) -> Iterator[CleanPass]:
     """Run ``model`` without noise; take derivatives inside the context.
 
@@ -127,92 +174,46 @@ def clean_pass(
         move_buffers: Whether the pass moves running statistics as training does.
         outlives: Whether its graph is used after the context, and down to the
             parameters; else it begins at the first site.
+        first: What the first site is given in the place of its input, if anything.
 
     Yields:
         The pass.
 
     Raises:
+        TypeError: If a site's input is not real.
         ValueError: If the batch is empty.
-    """  # noqa: DOC502 (`check_batch` raises)
-    check_batch(inputs)
+    """  # noqa: DOC502 (raised by the checks)
+    check_batch(model, inputs)
     model = uncompiled(model)
-    passed: list[_Passed] = []
-    reads: list[tuple[nn.Linear, bool, Tensor, int]] = []
-    unreachable: list[str] = []
-
-    def perturb(site: Site, h: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            unreachable.append(site.name)
-        delta = h.new_zeros((), requires_grad=True).expand(h.shape)  # one element
-        held = h if outlives else h.detach()
-        # Nothing below the first site is asked for: what it keeps is let go now.
-        out = (h if passed else held) + delta
-        passed.append(_Passed(site, held, held._version, delta, out, out._version))
-        return out
-
-    def read(layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
-        # Identity is not enough: an operation in place leaves the tensor the same.
-        direct = bool(args and passed) and args[0] is passed[0].out
-        direct = direct and args[0]._version == passed[0].out_version
-        reads.append((layer, direct, output, output._version))
-
+    seen = Recorder(outlives, first)
     with torch.enable_grad(), contextlib.ExitStack() as stack:
-        if twice:  # the fused attention kernels have no second derivative
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if twice:
+            stack.enter_context(_differentiable(outlives))
         for module in model.modules():
             if type(module) is nn.Linear:
-                stack.callback(module.register_forward_hook(read).remove)
-        placed = at_sites(model, perturb, move_buffers=move_buffers, outlives=outlives)
+                stack.callback(module.register_forward_hook(seen.read).remove)
+        placed = at_sites(
+            model, seen.perturb, move_buffers=move_buffers, outlives=outlives
+        )
         calls = stack.enter_context(placed)
         before = random_state(model)
         outputs = call(model, inputs, move_buffers=move_buffers)
         noisy = bool(calls.silenced) or not _alike(before, random_state(model))
-        # Now: recomputation under checkpointing passes the sites again.
-        uses = [_use(p) for p in passed]
+        uses = seen.uses()
         alone = len(uses) == 1 and not unobservable(model) and not noisy
-        last = _maker(reads, outputs) if alone else None
-        yield CleanPass(outputs, uses, last, noisy, tuple(unreachable))
+        last = seen.maker(outputs) if alone else None
+        seen.close()
+        yield CleanPass(outputs, uses, last, noisy, tuple(seen.unreachable))
 
 
-class _Passed(NamedTuple):
-    """A use of a site, and what tells whether something was written over it."""
-
-    site: Site
-    h: Tensor
-    h_version: int
-    delta: Tensor
-    out: Tensor
-    out_version: int
-
-
-def _use(passed: _Passed) -> Use:
-    """Return a use with its input as it was: itself, or what passed on.
-
-    Raises:
-        RuntimeError: If both were overwritten.
-    """
-    if passed.h._version == passed.h_version:
-        return passed.site, passed.h, passed.delta
-    if passed.out._version == passed.out_version:
-        return passed.site, passed.out, passed.delta
-    raise RuntimeError(
-        f"expected the input of dropout site `{passed.site.name}` or its output to "
-        "stay as they are in the forward pass, got both overwritten in place. Use "
-        "`monte_carlo`."
-    )
+@contextlib.contextmanager
+def _differentiable(outlives: bool) -> Iterator[None]:
+    """Let a pass be differentiated twice, and once more in the parameters after it."""
+    # The fused attention kernels have no second derivative.
+    third = ComposedNormalization() if outlives else contextlib.nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), third:
+        yield
 
 
 def _alike(before: list[Tensor], after: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def _maker(
-    reads: list[tuple[nn.Linear, bool, Tensor, int]], outputs: Any
-) -> nn.Linear | None:
-    """Return the linear layer that read a site directly and made the outputs."""
-    made = [
-        layer
-        for layer, direct, output, version in reads
-        if direct and output is outputs and output._version == version
-    ]
-    return made[0] if len(made) == 1 else None

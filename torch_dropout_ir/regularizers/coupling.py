@@ -1,6 +1,8 @@
-"""Roots that tell whether samples meet: each sample weighs another power of two."""
+"""Whether samples meet: roots of powers of two, one a sample; equal results."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -30,3 +32,33 @@ def by_powers(root: Tensor, dims: int = 1) -> Tensor:
     weights = torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents)
     shape = (*root.shape[:dims], *(1,) * (root.ndim - dims))
     return root * weights.to(root.dtype).view(shape)
+
+
+def alike(plain: Mapping[int, Tensor], scaled: Mapping[int, Tensor]) -> bool:
+    """Whether what came of a root by powers is that of the plain root by powers.
+
+    Args:
+        plain: What came of the plain root, a tensor with a row a sample for each key.
+        scaled: What came of the root by powers.
+
+    Returns:
+        Whether they are equal to the bit, which tells that samples are apart.
+    """
+    return all(weighs_alike(x, scaled[key]) for key, x in plain.items())
+
+
+def weighs_alike(plain: Tensor, weighed: Tensor, dims: int = 1) -> bool:
+    """Return whether a derivative at weighed roots is the plain one, weighed."""
+    expected = by_powers(plain, dims)
+    if torch.equal(expected, weighed):
+        return True
+    # Not-a-number stays where it is: that is no coupling.
+    return torch.equal(expected.nan_to_num(), weighed.nan_to_num())
+
+
+def nearly_equal(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results are equal but for the order of their sums."""
+    if found.shape != expected.shape:
+        return False
+    off = (found.detach() - expected).abs().max()
+    return bool(off <= torch.finfo(found.dtype).eps ** (2 / 3) * expected.abs().max())

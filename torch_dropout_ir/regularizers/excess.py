@@ -35,6 +35,8 @@ from torch_dropout_ir.tracing import random_state
 # fewer the errors of tiny networks did not cover, p from 0.001 to 0.999.
 _FEWEST_FOR_AN_ERROR: Final = 20
 _FEWEST_FOR_A_FIT: Final = 100
+# Elements of a mask that are looked at together, eight to a byte.
+_BITS: Final = 2**18
 
 
 class ExcessRisk:
@@ -52,7 +54,7 @@ class ExcessRisk:
         model: nn.Module,
         batch: Batch,
         loss: Loss,
-        slopes: list[Tensor] | None = None,
+        slopes: list[Tensor | None] | None = None,
     ) -> None:
         self._model = model
         self._batch = batch
@@ -60,6 +62,7 @@ class ExcessRisk:
         self._excess: list[Tensor] = []
         self._linear: list[Tensor] = []
         self._minority: float | None = None  # None: no mask was seen
+        self.met = False  # whether a site acted
         before = random_state(model)
         with torch.no_grad():
             self._clean = clean_risk(model, batch, loss)
@@ -80,6 +83,7 @@ class ExcessRisk:
 
             def watch(site: Site, packed: Tensor, shape: torch.Size) -> None:
                 nonlocal linear, use
+                self.met = True
                 slope = self._slopes[use] if use < len(self._slopes) else None
                 use += 1
                 if 0 < site.p < 1:
@@ -87,8 +91,7 @@ class ExcessRisk:
                     self._minority = (self._minority or 0.0) + rare
                 # Other sites than in the pass without noise: nothing is known here.
                 if slope is not None and slope.shape == shape and site.p < 1:
-                    kept = ops.mask_apply(slope, packed, kernels.keep_scale(site.p))
-                    linear = linear + (kept.double().sum() - slope.double().sum())
+                    linear = linear + _linear_part(slope, packed, site.p)
 
             masked = dropout_risk(self._model, self._batch, self._loss, watch=watch)
             with masked as risk:
@@ -145,7 +148,18 @@ class ExcessRisk:
         return draws.mean().to(self._clean), error.to(self._clean)
 
 
-def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor]:
+def _linear_part(slope: Tensor, packed: Tensor, p: float) -> Tensor:
+    """Return the sum of ``slope`` times the noise of a mask, float64."""
+    parts = []
+    for x, bits in zip(
+        slope.flatten().split(_BITS), packed.split(_BITS // 8), strict=False
+    ):
+        kept = ops.mask_apply(x, bits, kernels.keep_scale(p))
+        parts.append(kept.sum(dtype=torch.float64) - x.sum(dtype=torch.float64))
+    return torch.stack(parts).sum()
+
+
+def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor | None]:
     """Return ``g h`` of each use of a site, in the shape of its mask.
 
     The pass is used up: its graph goes as the derivative comes.
@@ -156,7 +170,8 @@ def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor]:
         targets: The targets.
 
     Returns:
-        A tensor a use; none at all where derivatives cannot reach the sites.
+        A tensor a use, None where the loss does not depend on it; none at all where
+        derivatives cannot reach the sites.
     """
     if clean.unreachable or not clean.uses:
         return []
@@ -164,10 +179,11 @@ def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor]:
     risk = read.risk(read.tensors)
     if not risk.requires_grad:
         return []
-    found = torch.autograd.grad(risk, clean.deltas, allow_unused=True)
-    return [
-        (h.detach() * (torch.zeros_like(h) if g is None else g)).sum_to_size(
-            site.mask_shape(h.shape)
-        )
-        for (site, h, _), g in zip(clean.uses, found, strict=True)
-    ]
+    slopes: list[Tensor | None] = [None] * len(clean.uses)
+
+    def receive(use: int, g: Tensor) -> None:
+        site, h, _ = clean.uses[use]
+        slopes[use] = (h.detach() * g).sum_to_size(site.mask_shape(h.shape))
+
+    clean.pull(risk, None, receive, keep=False)
+    return slopes

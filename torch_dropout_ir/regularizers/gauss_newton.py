@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from typing import Any, Final
+import functools
+from contextlib import AbstractContextManager
+from typing import Any, Final, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.output_hessian import (
-    Root,
-    hessian_roots,
-    hessian_sampler,
-)
 from torch_dropout_ir.regularizers.checks import (
+    as_pair,
     check_finite,
     check_risk,
     noise_left_out,
@@ -27,12 +23,15 @@ from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,
     check_curvature,
     read_outputs,
+    without_graph,
 )
-from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
-from torch_dropout_ir.regularizers.site_forms import Form, assemble, by_row
+from torch_dropout_ir.regularizers.root_forms import RootForms
+from torch_dropout_ir.regularizers.row_chunks import RowChunks
+from torch_dropout_ir.regularizers.site_forms import Form, assemble, join
 from torch_dropout_ir.sites import unobservable
 
-_MOST_BLOCK_ELEMENTS: Final = 2**24
+# A backward pass that may be repeated holds under twice what a training step does.
+_CHUNKS: Final = 2
 
 
 def gauss_newton(
@@ -64,6 +63,17 @@ def gauss_newton(
     take the place of the sampled outputs: :math:`(z \circ h)^\top J^\top H J (z \circ
     h)`, in three backward passes a sample; the exact sum takes them unit by unit.
 
+    Memory: with one sample no more than a training step's (forward and backward pass
+    with the parameters' gradients), for what has been used goes as the derivatives
+    come. More samples, the exact sum and a loss without a root go through a large
+    batch half of its rows at a time. Samples that meet (batch normalization in
+    training mode above a site, message passing) cannot be taken apart: their graph is
+    gone through as a whole, and a pass that keeps it took one and a half times a step's
+    memory.
+
+    Whether samples meet is asked of an eighth of a large batch. Rows that do not run
+    by themselves as among all do not tell, and pass for samples that meet.
+
     Args:
         model: The network. Of several outputs, those count that the loss reads.
         batch: ``(inputs, targets)``; targets may be None where the loss's Hessian does
@@ -74,10 +84,10 @@ def gauss_newton(
     Returns:
         The estimate with the part of each site. The standard error is that of the
         sampling of outputs; with one sample it includes the spread between the data
-        and is an upper bound.
+        and is an upper bound, and NaN where samples meet.
 
     Raises:
-        TypeError: If the model's outputs hold no tensor.
+        TypeError: If the model's outputs hold no tensor, or ``batch`` is no pair.
         ValueError: If ``num_samples`` is below 1, the batch is empty, a site drops
             everything, the loss has no second derivative, cross-entropy is taken of
             outputs without batch dimension, or the estimate is not finite.
@@ -99,16 +109,122 @@ def gauss_newton(
         raise ValueError(
             f"gauss_newton: expected `num_samples` >= 1 or None, got {num_samples}"
         )
-    resolved = resolve_loss(loss)
-    with clean_pass(model, batch[0], twice=resolved.kind == "general") as clean:
-        if resolved.kind in ("elementwise", "general"):
-            outputs = clean.outputs
-            check_risk(
-                "gauss_newton", lambda: resolved(outputs, batch[1]), model, batch[0]
-            )
-        found = estimate(model, clean, batch[1], resolved, num_samples)
+    resolved, batch = resolve_loss(loss), as_pair(batch)
+    seen = _first_pass(model, batch, resolved, num_samples)
+    draws, coupled = seen.draws, seen.coupled
+    if draws is not None and seen.chunks is not None:
+        coupled = not seen.chunks.apart()
+    elif seen.chunks is not None:
+        parts = seen.chunks.each(functools.partial(_of_chunk, seen.forms, num_samples))
+        draws = None if parts is None else join(parts, num_samples)
+    if draws is None:
+        assert seen.chunks is not None  # else the first pass has given them
+        with _pass(model, batch, resolved) as clean:
+            read = _read(clean, batch[1], resolved)
+            meet = True if seen.chunks.coupled else None
+            draws, coupled = seen.forms.draws(clean, read, coupled=meet, keep=False)
+    found = seen.known.estimate(draws, coupled or seen.forms.loss_couples)
     check_finite("gauss_newton", found.value, model, batch[0])
     return found
+
+
+class _Known(NamedTuple):
+    """What there is to say of an estimate besides its draws."""
+
+    names: list[str]
+    num_samples: int | None
+    exact: bool
+    like: Tensor
+    notes: tuple[str, ...]
+
+    def estimate(self, draws: list[list[Form]], coupled: bool) -> Estimate:
+        found = assemble(
+            self.names, draws, self.num_samples, coupled, self.exact, self.like
+        )
+        return dataclasses.replace(found, notes=(*found.notes, *self.notes))
+
+
+class _Seen(NamedTuple):
+    """What the first pass shows, without its graph; draws where they take no more."""
+
+    known: _Known
+    forms: RootForms
+    draws: list[list[Form]] | None
+    coupled: bool
+    chunks: RowChunks | None
+
+
+def _pass(
+    model: nn.Module, batch: Batch, loss: Loss
+) -> AbstractContextManager[CleanPass]:
+    return clean_pass(model, batch[0], twice=loss.kind == "general")
+
+
+def _first_pass(
+    model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None
+) -> _Seen:
+    """Check model, batch and loss; take the forms at once where they are small."""
+    inputs, targets = batch
+    with _pass(model, batch, loss) as clean:
+        if targets is not None or loss.kind in ("elementwise", "general"):
+            check_risk(
+                "gauss_newton", lambda: loss(clean.outputs, targets), model, inputs
+            )
+        read = _read(clean, targets, loss)
+        known = _known(model, clean, read, loss, num_samples)
+        forms = RootForms(read, targets, num_samples)
+        if not RowChunks.pay(clean, read):
+            draws, coupled = forms.draws(clean, read, keep=False)
+            return _Seen(known, forms, draws, coupled, None)
+        kept = read_outputs(without_graph(clean.outputs), loss, targets)
+        twice = loss.kind == "general"
+        chunks = RowChunks(model, inputs, clean, kept, twice=twice, parts=_CHUNKS)
+        if forms.one_pass:  # its graph goes as the derivatives come
+            draws, _ = forms.draws(clean, read, coupled=False, keep=False)
+            return _Seen(known, forms, draws, False, chunks)
+        return _Seen(known, forms, None, False, chunks)
+
+
+def _of_chunk(
+    forms: RootForms,
+    num_samples: int | None,
+    clean: CleanPass,
+    read: OutputsRead,
+    rows: Tensor,
+) -> list[list[Form]] | None:
+    """Return the draws of a chunk of rows; None where samples meet in it."""
+    # In a sample they add to the spread alone, and chunks have told most of that.
+    if num_samples is None and clean.couples_samples(read.tensors):
+        return None
+    return forms.draws(clean, read, coupled=False, rows=rows, keep=False)[0]
+
+
+def _read(clean: CleanPass, targets: Any, loss: Loss) -> OutputsRead:
+    """Find what the loss reads, and that derivatives can be had of it."""
+    clean.check_reachable("gauss_newton")
+    read = read_outputs(clean.outputs, loss, targets)
+    if loss.kind == "cross_entropy" and read.tensors[0].ndim < 2:
+        raise ValueError(
+            "gauss_newton: expected outputs with a batch dimension, got shape "
+            f"{list(read.tensors[0].shape)}"
+        )
+    return read
+
+
+def _known(
+    model: nn.Module,
+    clean: CleanPass,
+    read: OutputsRead,
+    loss: Loss,
+    num_samples: int | None,
+) -> _Known:
+    notes = noise_left_out(model, clean.noisy, bool(clean.uses))
+    if not check_curvature(read):
+        said = "the loss is linear in the outputs: this form is 0; use `second_order`"
+        notes = (*notes, said)
+    exact = is_exact(model, clean, loss, num_samples)
+    like = read.tensors[0].detach().new_zeros(())
+    return _Known(clean.names, num_samples, exact, like, notes)
 
 
 def estimate(
@@ -122,7 +238,7 @@ def estimate(
 
     Args:
         model: The model.
-        clean: The pass without noise.
+        clean: The pass without noise; its graph is kept.
         targets: The targets, or None.
         loss: The loss.
         num_samples: Backward passes with sampled outputs; None for the exact sum.
@@ -132,30 +248,12 @@ def estimate(
 
     Raises:
         ValueError: If the outputs have no batch dimension that the loss needs.
-    """
-    clean.check_reachable("gauss_newton")
-    read = read_outputs(clean.outputs, loss, targets)
-    if loss.kind == "cross_entropy" and read.tensors[0].ndim < 2:
-        raise ValueError(
-            "gauss_newton: expected outputs with a batch dimension, got shape "
-            f"{list(read.tensors[0].shape)}"
-        )
-    curved = check_curvature(read)
-    coupled = bool(clean.uses) and clean.couples_samples(read.tensors)
-    if _has_roots(read):
-        draws = _from_roots(clean, read, targets, num_samples, coupled)
-    else:
-        curvature = SiteCurvature(clean, read, linearized=True)
-        coupled = bool(clean.uses) and (coupled or read.couples())
-        draws = curvature.draws(num_samples, coupled)
-    exact = is_exact(model, clean, loss, num_samples)
-    like = read.tensors[0].detach()
-    found = assemble(clean.names, draws, num_samples, coupled, exact, like)
-    notes = (*found.notes, *noise_left_out(model, clean.noisy))
-    if not curved:
-        said = "the loss is linear in the outputs: this form is 0; use `second_order`"
-        notes = (*notes, said)
-    return dataclasses.replace(found, notes=notes)
+    """  # noqa: DOC502 (`_read` raises)
+    read = _read(clean, targets, loss)
+    known = _known(model, clean, read, loss, num_samples)
+    forms = RootForms(read, targets, num_samples)
+    draws, coupled = forms.draws(clean, read)
+    return known.estimate(draws, coupled or forms.loss_couples)
 
 
 def is_exact(
@@ -165,59 +263,3 @@ def is_exact(
     if not clean.uses:
         return not unobservable(model) and not clean.noisy
     return num_samples is None and clean.last_layer is not None and loss.is_quadratic
-
-
-def _has_roots(read: OutputsRead) -> bool:
-    """Whether the Hessian of each sample has a root that can be computed."""
-    if read.loss is None:
-        return False
-    f = read.single
-    if read.loss.kind != "general":
-        return True
-    if f.ndim == 0 or read.couples():
-        return False
-    return f.numel() * f[0].numel() <= _MOST_BLOCK_ELEMENTS
-
-
-def _from_roots(
-    clean: CleanPass,
-    read: OutputsRead,
-    targets: Any,
-    num_samples: int | None,
-    coupled: bool,
-) -> list[list[Form]]:
-    """Forms of roots of the output Hessian sent back to the sites."""
-    assert read.loss is not None  # by `_has_roots`
-    passes: Iterable[Iterable[Root]]
-    if num_samples is None:
-        passes = [_apart(coupled, hessian_roots(read.loss, read.single, targets))]
-    else:
-        draw = hessian_sampler(read.loss, read.single, targets)
-        passes = (draw() for _ in range(num_samples))
-    return [_forms(clean, read.tensors[0], roots) for roots in passes]
-
-
-def _apart(coupled: bool, roots: Iterator[Root]) -> Iterator[Root]:
-    """One root for each sample where samples are coupled, else all samples at once."""
-    for root, sign in roots:
-        if not coupled:
-            yield root, sign
-            continue
-        for i in range(root.shape[0]):
-            alone = torch.zeros_like(root)
-            alone[i] = root[i]
-            yield alone, sign[i] if isinstance(sign, Tensor) else sign
-
-
-def _forms(clean: CleanPass, outputs: Tensor, roots: Iterable[Root]) -> list[Form]:
-    """Quadratic form of each use, summed over units: one entry a leading index."""
-    forms: list[Form] = []
-    for root, sign in roots:
-        found = clean.gradients(outputs, root)
-        for (site, h, _), g in zip(clean.uses, found, strict=True):
-            if g is None:
-                continue
-            shared = (h.detach() * g).sum_to_size(site.mask_shape(h.shape))
-            name, rows = by_row(site, shared.square())
-            forms.append((name, site.variance / 2 * sign * rows))
-    return forms

@@ -5,16 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch, as_batches, parameters
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.regularizers.checks import check_finite
+from torch_dropout_ir.regularizers.checks import (
+    as_pair,
+    check_differentiable,
+    check_finite,
+    noise_left_out,
+)
 from torch_dropout_ir.regularizers.masked import dropout_risk
+
+# Elements of a gradient that are looked at together.
+_BLOCK: Final = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +46,8 @@ class GradientNorm:
         batch_noise_standard_error: The same for ``batch_noise``.
         num_masks: Number of masks drawn a batch.
         shared_mask: Whether one mask served all samples.
+        notes: What there is to know besides: noise that is not in it, or that no
+            dropout site acted.
     """
 
     value: Tensor
@@ -50,6 +60,7 @@ class GradientNorm:
     batch_noise_standard_error: Tensor
     num_masks: int
     shared_mask: bool
+    notes: tuple[str, ...] = ()
 
 
 def gradient_norm(
@@ -76,12 +87,14 @@ def gradient_norm(
     gradient, and what is left is the noise of the mini-batches, which plain SGD has
     too. Steps count alike, whatever the sizes of their batches.
 
-    Costs a forward and a backward pass a mask and batch, and the memory of one gradient
-    (of three where there are several batches): the second of a pair is met parameter by
-    parameter, as it is made. For optimizers other than gradient descent R_2 is a
-    diagnostic, not the theory. For a gradient that the script has anyway,
-    ``(lr / 4) * g.square().sum()`` is one unbiased sample of the first form, free of
-    extra passes.
+    Costs a forward and a backward pass a mask and batch. Memory: an inner product of
+    two gradients takes both of a parameter at once, so the whole first gradient is held
+    when the second pass begins, and let go parameter by parameter as the second comes:
+    a training step, which has its gradient only when its activations have gone, and up
+    to one gradient and the largest parameter's beside; with several batches one more
+    gradient. For optimizers other than gradient descent R_2 is a diagnostic, not the
+    theory. For a gradient that the script has anyway, ``(lr / 4) * g.square().sum()``
+    is one unbiased sample of the first form, free of extra passes.
 
     Args:
         model: The model; neither it nor its ``.grad`` fields change.
@@ -116,7 +129,7 @@ def gradient_norm(
             f"gradient_norm: expected an even `num_masks` >= 2, got {num_masks}"
         )
     norms = _Norms(model, resolve_loss(loss), lr, shared_mask)
-    batches = list(as_batches(batch))
+    batches = [as_pair(each) for each in as_batches(batch)]
     if len(batches) == 1:
         rows = [norms.pair(batches[0]) for _ in range(num_masks // 2)]
     elif batches and len(batches) % 2 == 0:
@@ -136,7 +149,10 @@ def gradient_norm(
     names = ("value", "mean_gradient", "dropout_noise", "batch_noise")
     errors = ("standard_error", *(f"{name}_standard_error" for name in names[1:]))
     found = dict(zip((*names, *errors), (*mean, *error), strict=True))
-    return GradientNorm(num_masks=num_masks, shared_mask=shared_mask, **found)
+    notes = noise_left_out(model, False, norms.met)
+    return GradientNorm(
+        num_masks=num_masks, shared_mask=shared_mask, notes=notes, **found
+    )
 
 
 class _Norms:
@@ -155,120 +171,129 @@ class _Norms:
         self._rates = learning_rates(lr, list(params))
         self._targets = list(params.values())
         self._shared_mask = shared_mask
+        self.met = False  # whether a site acted
 
-    def _gradient(self, batch: Batch) -> list[Tensor]:
+    def _watch(self, *_: object) -> None:
+        self.met = True
+
+    def _gradients(self, batch: Batch, receive: Callable[[int, Tensor], None]) -> None:
+        """Draw masks; give each parameter's gradient away as it comes, by number."""
+
+        def take(i: int, g: Tensor) -> None:
+            receive(i, g.to_dense() if g.is_sparse else g)
+
         masked = dropout_risk(
-            self._model, batch, self._loss, shared_mask=self._shared_mask
+            self._model,
+            batch,
+            self._loss,
+            shared_mask=self._shared_mask,
+            watch=self._watch,
         )
-        with torch.enable_grad(), masked as value:
-            found = torch.autograd.grad(value, self._targets, allow_unused=True)
-        return [
-            torch.zeros_like(x) if g is None else g
-            for g, x in zip(found, self._targets, strict=True)
-        ]
+        with contextlib.ExitStack() as stack:
+            for i, x in enumerate(self._targets):
+                hook = functools.partial(take, i)
+                stack.callback(x.register_hook(hook).remove)
+            with torch.enable_grad(), masked as value:
+                check_differentiable("gradient_norm", value)
+                torch.autograd.grad(value, self._targets, allow_unused=True)
 
-    def _inner(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        terms = zip(self._rates, a, b, strict=True)
-        return torch.stack([r / 4 * (x * y).sum() for r, x, y in terms]).sum()
-
-    def pair(self, batch: Batch, total: list[Tensor] | None = None) -> Tensor:
-        """Return value, mean, mask noise and 0 from two masks.
+    def pair(
+        self,
+        batch: Batch,
+        total: list[Tensor] | None = None,
+        other: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Return value, mean and mask noise of two masks, and their mean by ``other``.
 
         Args:
             batch: The batch.
-            total: Where the gradients are added to, a sum for each parameter.
-
-        Returns:
-            The four numbers.
+            total: Gradient that the two are added to, in place.
+            other: Gradient that their mean is multiplied with; 0 without one.
         """
-        first = self._gradient(batch)
-        rows: list[Tensor] = []
+        first: dict[int, Tensor] = {}
+        self._gradients(batch, first.__setitem__)
+        found = [x.new_zeros(4, dtype=_wide(x).to_real()) for x in self._targets]
 
-        def meet(place: int, h: Tensor) -> None:
-            g, h, rate = _dense(first[place]), _dense(h), self._rates[place]
-            norms = (torch.linalg.vector_norm(x).square() for x in (g, h))
-            across = torch.dot(g.reshape(-1), h.reshape(-1))
-            apart = torch.linalg.vector_norm(g - h).square() / 2  # never negative
-            numbers = torch.stack([
-                sum(norms) / 2,
-                across,
-                apart,
-                torch.zeros_like(apart),
-            ])
-            rows.append(rate / 4 * numbers)
+        def receive(i: int, second: Tensor) -> None:
+            g = first.pop(i) if i in first else torch.zeros_like(second)
             if total is not None:
-                # Not in place: a gradient of autograd's may be a view of one number.
-                first[place] = g.new_empty(0)
-                total[place] = total[place] + g + h
+                total[i].add_(g).add_(second)
+            third = None if other is None else other[i]
+            found[i] = self._rates[i] / 4 * _products(g, second, third)
 
-        self._each_gradient(batch, meet)
-        return torch.stack(rows).sum(0)
-
-    def _each_gradient(self, batch: Batch, take: Callable[[int, Tensor], None]) -> None:
-        """Hand over each parameter's gradient as it is made, and let go of it."""
-        left = set(range(len(self._targets)))
-        masked = dropout_risk(
-            self._model, batch, self._loss, shared_mask=self._shared_mask
-        )
-
-        def taken(place: int, g: Tensor) -> Tensor | None:
-            left.discard(place)
-            take(place, g.detach())
-            if g.layout is not torch.strided:
-                return None
-            return g.new_zeros(()).expand(g.shape)  # one element in its place
-
-        with torch.enable_grad(), masked as value, contextlib.ExitStack() as stack:
-            for place, x in enumerate(self._targets):
-                stack.enter_context(_hooked(x, functools.partial(taken, place)))
-            torch.autograd.grad(value, self._targets, allow_unused=True)
-        for place in left:
-            take(place, torch.zeros_like(self._targets[place]))
+        self._gradients(batch, receive)
+        for i in list(first):  # at the second masks the loss does not depend on these
+            receive(i, torch.zeros_like(first[i]))
+        return torch.stack(found).sum(0)
 
     def across(self, a: Batch, b: Batch, num_masks: int) -> Tensor:
         """Return value, mean, mask noise and batch noise from two batches."""
-        first, mean_a = self._mean_of_pairs(a, num_masks)
-        second, mean_b = self._mean_of_pairs(b, num_masks)
-        within = (first + second) / 2
-        across = self._inner(mean_a, mean_b)
+        pairs = range(num_masks // 2)
+        total = [torch.zeros_like(x) for x in self._targets]
+        first = torch.stack([self.pair(a, total=total) for _ in pairs]).mean(0)
+        mean = [x.div_(num_masks) for x in total]
+        second = torch.stack([self.pair(b, other=mean) for _ in pairs]).mean(0)
+        within, across = (first + second) / 2, second[3]
         return torch.stack([within[0], across, within[2], within[1] - across])
 
-    def _mean_of_pairs(
-        self, batch: Batch, num_masks: int
-    ) -> tuple[Tensor, list[Tensor]]:
-        total = [x.new_zeros(()).expand(x.shape) for x in self._targets]
-        rows = [self.pair(batch, total) for _ in range(num_masks // 2)]
-        return torch.stack(rows).mean(0), [t / num_masks for t in total]
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Precision of sums: squares of half precision vanish."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x if x.layout is torch.strided else x.to_dense()
+def _products(g: Tensor, h: Tensor, other: Tensor | None) -> Tensor:
+    """Return half the sum of squares, the inner product, and half the squared distance.
+
+    And, fourth, the inner product of the mean with a third vector, or 0. A block at a
+    time, so that nothing of the vectors' size is made.
+    """
+    wide = _wide(g)
+    total = torch.zeros(4, dtype=wide.to_real(), device=g.device)
+    third = g.new_zeros(()).expand(g.numel()) if other is None else other
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y.conj()).sum(dtype=wide).real
+
+    blocks = zip(*(x.reshape(-1).split(_BLOCK) for x in (g, h, third)), strict=True)
+    for x, y, z in blocks:
+        away = x - y
+        squares = inner(x, x) + inner(y, y)
+        mean = inner(x, z) + inner(y, z)
+        parts = squares / 2, inner(x, y), inner(away, away) / 2, mean / 2
+        total += torch.stack(parts)
+    return total
 
 
-@contextlib.contextmanager
-def _hooked(x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call a hook with the gradient of ``x`` inside the context, after its own."""
-    own = x._backward_hooks
-    handle = x.register_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-        if own is None:
-            x._backward_hooks = None
+def weighted_inner(
+    rates: Sequence[float], a: Sequence[Tensor], b: Sequence[Tensor]
+) -> Tensor:
+    r"""Return :math:`\sum \frac{\epsilon}{4} \mathrm{Re} \langle a, b \rangle`.
+
+    Of complex parameters the real and the imaginary part are two. In float32 at least:
+    squares of half precision vanish.
+    """
+    terms = []
+    for rate, x, y in zip(rates, a, b, strict=True):
+        wide = _wide(x)
+        terms.append(rate / 4 * (x.to(wide) * y.to(wide).conj()).sum().real)
+    return torch.stack(terms).sum()
 
 
 def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[float]:
     """Return the learning rate of each parameter.
 
     Raises:
-        ValueError: If a mapping lacks one.
+        ValueError: If a mapping lacks one, or one is negative or not finite.
     """
-    if not isinstance(lr, Mapping):
-        return [lr] * len(names)
-    missing = [name for name in names if name not in lr]
+    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(names, lr)
+    missing = [name for name in names if name not in rates]
     if missing:
         raise ValueError(
             f"expected a learning rate `lr` for every parameter, got none for {missing}"
         )
-    return [lr[name] for name in names]
+    found = [rates[name] for name in names]
+    wrong = [rate for rate in found if not 0 <= rate < float("inf")]
+    if wrong:
+        raise ValueError(f"expected a finite learning rate `lr` >= 0, got {wrong[0]}")
+    return found

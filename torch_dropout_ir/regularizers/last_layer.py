@@ -14,7 +14,7 @@ from torch_dropout_ir.output_hessian import (
     hessian_product,
     squared_scale,
 )
-from torch_dropout_ir.regularizers.by_rows import sum_by_rows
+from torch_dropout_ir.regularizers.by_rows import differentiated, sum_by_rows
 from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,
     check_curvature,
@@ -22,8 +22,10 @@ from torch_dropout_ir.regularizers.outputs import (
 )
 from torch_dropout_ir.sites import noise_variance
 
-_IN_CACHE: Final = 2**20
-_FOR_PRODUCTS: Final = 2**22
+# Elements of a block: what is made of it stays in the cache, or is long enough for a
+# product of matrices to be at its best.
+_IN_CACHE: Final = 2**17
+_FOR_PRODUCTS: Final = 2**21
 
 
 def last_layer(
@@ -89,8 +91,7 @@ def last_layer(
     rows = features.reshape(-1, features.shape[-1])
     if resolved.kind == "squared":
         shape = torch.Size((*features.shape[:-1], weight.shape[0]))
-        lengths = weight.square().sum(0)
-        form = squared_scale(resolved, shape) * _weighted_squares(rows, lengths)
+        form = squared_scale(resolved, shape, targets) * _squared_form(rows, weight)
         return variance / 2 * form
     if outputs is None:
         raise ValueError(
@@ -137,30 +138,47 @@ def softmax_and_scale(
     return logits.softmax(-1), cross_entropy_scale(loss, logits, targets)
 
 
-def _weighted_squares(rows: Tensor, weights: Tensor) -> Tensor:
-    """Sum over rows of ``h_j^2`` times the weight of its column."""
-    return sum_by_rows(lambda h: (h.square() @ weights).sum(), _IN_CACHE, rows)
+def _squared_form(rows: Tensor, weight: Tensor) -> Tensor:
+    """Sum over rows of ``h_j^2 |w_j|^2``."""
+
+    def squares(w: Tensor) -> Tensor:
+        return w.square().sum(0)
+
+    def form(h: Tensor, lengths: Tensor) -> Tensor:
+        return (h.square() @ lengths).sum()
+
+    lengths = sum_by_rows(squares, _IN_CACHE, weight)
+    return sum_by_rows(form, _IN_CACHE, rows, whole=(lengths,))
 
 
 def _softmax_form(
     rows: Tensor, weight: Tensor, softmax: Tensor, scale: Tensor
 ) -> Tensor:
     """Sum of ``h^2 (s'w^2 - (s'w)^2)``: the variance of each column under softmax."""
-    squares = weight.square()
+    # Fresh memory for each step would cost a quarter of the two products.
+    in_place = not differentiated(rows, weight, softmax, scale)
 
-    def form(h: Tensor, s: Tensor, a: Tensor) -> Tensor:
-        spread = s @ squares - (s @ weight).square()
-        return (spread * h.square()).sum(-1) @ a.squeeze(-1)
+    def form(h: Tensor, s: Tensor, a: Tensor, w: Tensor, squares: Tensor) -> Tensor:
+        spread, mean = s @ squares, s @ w
+        if not in_place:
+            return (a.squeeze(-1) @ ((spread - mean.square()) * h.square())).sum()
+        few = max(1, _IN_CACHE // h.shape[1])
+        for x, m, g in zip(*(t.split(few) for t in (spread, mean, h)), strict=True):
+            x.addcmul_(m, m, value=-1).mul_(g).mul_(g)
+        return (a.squeeze(-1) @ spread).sum()
 
-    return sum_by_rows(form, _FOR_PRODUCTS, rows, softmax, scale)
+    whole = weight, weight.square()
+    return sum_by_rows(form, _FOR_PRODUCTS, rows, softmax, scale, whole=whole)
 
 
 def _diagonal_form(rows: Tensor, weight: Tensor, diagonal: Tensor) -> Tensor:
     """Sum over outputs ``c`` of ``h^2 d_c w_c^2``."""
-    squares = weight.square()
-    return sum_by_rows(
-        lambda h, d: ((d @ squares) * h.square()).sum(), _FOR_PRODUCTS, rows, diagonal
-    )
+
+    def form(h: Tensor, d: Tensor, squares: Tensor) -> Tensor:
+        return ((d @ squares) * h.square()).sum()
+
+    whole = (weight.square(),)
+    return sum_by_rows(form, _FOR_PRODUCTS, rows, diagonal, whole=whole)
 
 
 def _general_form(

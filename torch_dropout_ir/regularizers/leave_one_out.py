@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 from torch_dropout_ir import tracing
@@ -19,7 +20,8 @@ from torch_dropout_ir.regularizers.last_layer import (
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import noise_variance
 
-_ELEMENTS: Final = 2**20
+# Of a block, one for each of its units, samples and outputs: a cache holds that.
+_ELEMENTS: Final = 2**16
 
 
 def leave_one_out(
@@ -90,7 +92,17 @@ def leave_one_out(
     if resolved.kind == "cross_entropy":
         return variance * _softmax_form(resolved, features, weight, outputs, targets)
     check_rows(read_outputs(outputs, resolved, targets))
-    return variance * _general_form(resolved, features, weight, outputs, targets)
+    # A small difference of losses: half precision would round it away.
+    tensors, narrow = (features, weight, outputs, targets), outputs.dtype
+    wide = _pytree.tree_map(_widened, tensors)
+    return variance * _general_form(resolved, *wide).to(narrow)
+
+
+def _widened(x: Any) -> Any:
+    """Return a tensor in float32 at least; anything else as it is."""
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x
 
 
 def _softmax_form(
@@ -99,18 +111,21 @@ def _softmax_form(
     """Sum of ``log sum_c s_c exp(-o_c) + s'o``: the loss is logsumexp and linear."""
     softmax, scale = softmax_and_scale(loss, outputs, targets)
     rows = features.reshape(-1, features.shape[-1])
-    # The two terms cancel to second order in the unit's share of the outputs.
-    wide = weight.double()
+    logits = outputs.reshape(-1, weight.shape[0])
 
-    def form(h: Tensor, f: Tensor, s: Tensor, a: Tensor) -> Tensor:
-        h, s = h.double(), s.double()
-        without = f.double().log_softmax(-1)[:, None] - h[:, :, None] * wide.T
-        divergence = without.logsumexp(-1) + h * (s @ wide)
+    # The two terms cancel to second order in the unit's share of the outputs.
+    def form(h: Tensor, f: Tensor, s: Tensor, a: Tensor, w: Tensor) -> Tensor:
+        h, s, w = h.double(), s.double(), w.double()
+        without = f.double().log_softmax(-1)[:, None] - h[:, :, None] * w.T
+        divergence = without.logsumexp(-1) + h * (s @ w)
         return (divergence.sum(-1) @ a.double().squeeze(-1)).to(f.dtype)
 
-    logits = outputs.reshape(-1, weight.shape[0])
-    elements = _ELEMENTS // weight.shape[0]
-    return sum_by_rows(form, elements, rows, logits, softmax, scale)
+    units = max(1, _ELEMENTS // weight.shape[0])
+    parts = [
+        sum_by_rows(form, units, h, logits, softmax, scale, whole=(w,))
+        for h, w in zip(rows.split(units, 1), weight.split(units, 1), strict=True)
+    ]
+    return torch.stack(parts).sum()
 
 
 def _general_form(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir import ops
-from torch_dropout_ir.functional import Batch, at_sites, call, fresh
+from torch_dropout_ir.functional import Batch, at_sites, batch_size, call, fresh
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.regularizers.checks import check_batch
+from torch_dropout_ir.regularizers.checks import check_batch, check_site
 from torch_dropout_ir.sites import Site
 
 
@@ -38,13 +38,16 @@ def dropout_risk(
         Scalar.
 
     Raises:
-        ValueError: If the batch is empty.
-    """  # noqa: DOC502 (`check_batch` raises)
-    check_batch(batch[0])
+        TypeError: If a site's input is not real.
+        ValueError: If the batch is empty, or ``shared_mask`` does not fit a site.
+    """  # noqa: DOC502 (raised by the checks)
+    check_batch(model, batch[0])
 
     def drop(site: Site, h: Tensor) -> Tensor:
+        check_site(site, h)
         shape = site.mask_shape(h.shape)
         if shared_mask and h.ndim:
+            _check_rows(site, shape, batch)
             shape = (1, *shape[1:])
         own = shape == tuple(h.shape)
         dropped, packed = ops.draw(h if own else h.new_ones(shape), site.p, None)
@@ -56,6 +59,16 @@ def dropout_risk(
 
     with at_sites(model, drop):
         yield loss(call(model, batch[0]), batch[1])
+
+
+def _check_rows(site: Site, shape: tuple[int, ...], batch: Batch) -> None:
+    """Raise if the first dimension of a mask counts something else than samples."""
+    if shape[0] not in (1, batch_size(batch)):
+        raise ValueError(
+            f"dropout site `{site.name}`: expected one row of the mask for each of the "
+            f"{batch_size(batch)} samples, got {shape[0]}: one mask for all samples is "
+            "not defined there. Use `shared_mask=False`."
+        )
 
 
 def clean_risk(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:

@@ -12,9 +12,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_dropout_ir.functional import Batch, at_sites, call, fresh, parameters
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.regularizers.checks import check_batch
+from torch_dropout_ir.regularizers.checks import (
+    as_pair,
+    check_batch,
+    check_differentiable,
+)
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.gradient_norm import learning_rates
+from torch_dropout_ir.regularizers.gradient_norm import (
+    learning_rates,
+    weighted_inner,
+)
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
@@ -64,10 +71,12 @@ def modified_loss(
 
     Differentiable in the parameters: call ``.backward()`` on it in the place of the
     loss. ``L1`` with ``"last_layer"`` costs a plain step; a penalty on the gradient a
-    second backward pass through the first: two to three and a half times the memory of
-    a plain step in ``benchmarks/regularizers.py``. Sites under activation
+    second backward pass through the first. That one frees nothing as it goes: every
+    activation stays, its derivative beside it, and the gradient beside that of the
+    penalty: two to four times the memory of a plain step in
+    ``benchmarks/regularizers.py``. Sites under activation
     checkpointing cannot be trained with ``L1``, ``L2`` and ``L4``:
-    they would run again with dropout on.
+    they would run again with dropout on. Not-a-number in gives not-a-number out.
 
     Args:
         model: The model, in training mode.
@@ -78,7 +87,9 @@ def modified_loss(
             one a parameter name.
         r1: How ``L1`` and ``L4`` take R_1. ``"last_layer"`` and ``"leave_one_out"``
             need one ``nn.Dropout`` straight before the last linear layer;
-            ``"gauss_newton"`` and ``"second_order"`` draw one vector of signs;
+            ``"gauss_newton"`` and ``"second_order"`` draw one vector of signs, and
+            compute layer, batch and instance normalization in elementary operations,
+            for torch has no right third derivative of them;
             ``"monte_carlo"`` draws one mask and is unbiased for every model.
 
     Returns:
@@ -101,7 +112,8 @@ def modified_loss(
         ...     modified_loss(net, batch, "mse", kind=kind, lr=0.1).backward()
     """  # noqa: DOC502 (raised by the checks)
     _check(model, kind, lr, r1)
-    check_batch(batch[0])
+    batch = as_pair(batch)
+    check_batch(model, batch[0])
     resolved = resolve_loss(loss)
     if kind in ("L1", "L4"):
         with _not_checkpointed(model):
@@ -203,17 +215,25 @@ def last_layer_form(
     """Return a closed form of R_1 from the features that a pass has found.
 
     Raises:
-        ValueError: If the model has no single site straight before the last layer.
+        ValueError: If the model has no single site straight before the last layer, or
+            cross-entropy has its classes in another dimension than that layer.
     """
     layer = clean.last_layer
     if layer is None or not _by_element(*clean.uses[0][:2]):
         raise ValueError(
             f"{form.__name__}: expected a single site, an `nn.Dropout` whose output "
-            "goes straight into the last `nn.Linear`, got the sites "
-            f"{[site.name for site, _, _ in clean.uses]}. Use 'gauss_newton', "
-            "'second_order' or 'monte_carlo'."
+            "goes straight into the last `nn.Linear`, which makes all that the model "
+            f"returns, got the sites {[site.name for site, _, _ in clean.uses]}. Use "
+            "'gauss_newton', 'second_order' or 'monte_carlo'."
+        )
+    if loss.kind == "cross_entropy" and clean.outputs.ndim > 2:
+        raise ValueError(
+            f"{form.__name__}: expected outputs [n, C] for this loss, got "
+            f"{list(clean.outputs.shape)}: its classes are in dimension 1, those of "
+            "the last layer in the last. Pass a callable that flattens them."
         )
     site, features, _ = clean.uses[0]
+    _ = site.variance  # names the site where it drops everything
     return form(
         features,
         layer.weight,
@@ -224,6 +244,13 @@ def last_layer_form(
     )
 
 
+def fits_last_layer(clean: CleanPass, loss: Loss) -> bool:
+    """Whether a pass has features of which the closed forms can be taken."""
+    if clean.last_layer is None or not _by_element(*clean.uses[0][:2]):
+        return False
+    return loss.kind != "cross_entropy" or clean.outputs.ndim <= 2
+
+
 def _by_element(site: Site, features: Tensor) -> bool:
     return site.mask_shape(features.shape) == tuple(features.shape)
 
@@ -231,18 +258,18 @@ def _by_element(site: Site, features: Tensor) -> bool:
 def _penalty(model: nn.Module, risk: Tensor, lr: float | Mapping[str, float]) -> Tensor:
     params = parameters(model)
     rates = learning_rates(lr, list(params))
+    check_differentiable("modified_loss", risk)
     # A root that requires a gradient: without one, torch takes a loss that can be
     # differentiated once for a linear one, and says nothing.
     root = torch.ones_like(risk).requires_grad_()
     found = torch.autograd.grad(
         risk, list(params.values()), root, create_graph=True, allow_unused=True
     )
-    terms = [
-        rate / 4 * g.square().sum()
-        for rate, g in zip(rates, found, strict=True)
-        if g is not None
-    ]
-    return torch.stack(terms).sum() if terms else risk.new_zeros(())
+    pairs = [(r, g) for r, g in zip(rates, found, strict=True) if g is not None]
+    if not pairs:
+        return risk.new_zeros(())
+    own, slopes = zip(*pairs, strict=True)
+    return weighted_inner(own, slopes, slopes)
 
 
 def _dropout_risk(

@@ -8,7 +8,7 @@ from torch import nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers.checks import check_finite, noise_left_out
+from torch_dropout_ir.regularizers.checks import as_pair, check_finite, noise_left_out
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.excess import ExcessRisk
 
@@ -41,7 +41,9 @@ def monte_carlo(
     most of the variance where dropout is a small perturbation, and fades where it is
     not.
 
-    Costs a forward pass a mask, and two forward and one backward pass.
+    Costs a forward pass a mask, and two forward and one backward pass. Memory is that
+    of a training step and, beside it, the linear part: an element for each of a mask
+    (and what the loss keeps of the outputs, which a training step lets go sooner).
 
     Args:
         model: The model; left as it is. Of its outputs only the loss takes notice.
@@ -57,6 +59,7 @@ def monte_carlo(
         whether ``rtol`` was reached.
 
     Raises:
+        TypeError: If ``batch`` is no pair.
         ValueError: If ``num_masks`` is below 2 (one mask has no standard error),
             ``rtol`` is not positive, the batch is empty, or the estimate is not finite.
 
@@ -71,11 +74,12 @@ def monte_carlo(
         >>> exact = gauss_newton(net, (x, y), "mse", num_samples=None)
         >>> bool((found.value - exact.value).abs() < 5 * found.standard_error)
         True
-    """
+    """  # noqa: DOC502 (`as_pair` raises)
     if num_masks < 2:
         raise ValueError(f"monte_carlo: expected `num_masks` >= 2, got {num_masks}")
     if rtol is not None and not rtol > 0:
         raise ValueError(f"monte_carlo: expected `rtol` > 0 or None, got {rtol}")
+    batch = as_pair(batch)
     excess = ExcessRisk(model, batch, resolve_loss(loss))
     drawn, reached = 0, False
     while drawn < num_masks and not reached:
@@ -86,7 +90,7 @@ def monte_carlo(
         reached = rtol is not None and bool(error <= rtol * value.abs())
     check_finite("monte_carlo", value, model, batch[0])
     converged = reached or rtol is None
-    notes = noise_left_out(model, False)
+    notes = noise_left_out(model, False, excess.met)
     if not excess.knows_its_error:
         notes = (*notes, _TOO_ALIKE)
     return Estimate(value, {}, error, False, drawn, converged, notes)

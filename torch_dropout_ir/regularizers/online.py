@@ -116,8 +116,8 @@ def _is_linear(clean: CleanPass, loss: Loss, targets: Any) -> bool:
         return False
     try:
         return not check_curvature(read_outputs(clean.outputs, loss, targets))
-    except ValueError:  # piecewise linear: no form of second order sees it
-        return False
+    except (RuntimeError, ValueError):
+        return False  # no second derivative, or piecewise linear: no form sees it
 
 
 @torch.no_grad()

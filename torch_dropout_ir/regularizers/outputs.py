@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.regularizers.coupling import by_powers, even_root
+from torch_dropout_ir.regularizers.coupling import by_powers, even_root, weighs_alike
+
+_PIECEWISE: Final = (
+    "expected a loss with a second derivative, got one that is piecewise {}: its "
+    "second derivative is 0 at all outputs, and so would be every second-order form of "
+    "R_1. Use `monte_carlo`."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +50,10 @@ class OutputsRead:
 
         Returns:
             Whether the second derivative across samples is not zero.
-        """
+
+        Raises:
+            ValueError: If the loss has no second derivative.
+        """  # noqa: DOC502 (`_curved` raises)
         if self.loss is not None and self.loss.kind != "general":
             return False
         counts = {x.shape[:dims].numel() for x in self.tensors if x.ndim >= dims}
@@ -55,12 +64,10 @@ class OutputsRead:
         if not live:
             return False
         roots = [even_root(s, dims) for s in live]
-        scaled = [by_powers(r, dims) for r in roots]
-        options = {"allow_unused": True, "retain_graph": True}
-        plain = torch.autograd.grad(live, at, roots, **options)
-        weighed = torch.autograd.grad(live, at, scaled, **options)
+        plain = _curved(live, at, roots)
+        weighed = _curved(live, at, [by_powers(r, dims) for r in roots])
         return any(
-            p is not None and not torch.equal(by_powers(p, dims), w)
+            p is not None and w is not None and not weighs_alike(p, w, dims)
             for p, w in zip(plain, weighed, strict=True)
         )
 
@@ -101,12 +108,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
     """
     if isinstance(outputs, Tensor):
         return OutputsRead([outputs], lambda x: loss(x[0], targets), loss)
-    if loss.kind != "general":
-        raise TypeError(
-            "expected the model to return one tensor for this loss, got "
-            f"{type(outputs).__name__}. Pass a callable `(outputs, targets) -> scalar` "
-            "that picks what it needs."
-        )
+    loss.check_outputs(outputs)
     leaves, rebuild = flatten(outputs)
     places = [
         i
@@ -146,13 +148,13 @@ def without_graph(outputs: Any) -> Any:
     return rebuild([x.detach() if isinstance(x, Tensor) else x for x in leaves])
 
 
-def replace_rows(read: OutputsRead, outputs: Any, rows: slice) -> OutputsRead:
+def replace_rows(read: OutputsRead, outputs: Any, rows: Tensor) -> OutputsRead:
     """Return the loss as a function of some rows of the outputs.
 
     Args:
         read: What the loss reads of all rows.
         outputs: What the model returned for those rows.
-        rows: Which.
+        rows: Their numbers.
 
     Returns:
         Its tensors are those of ``outputs``; the other rows are as in ``read``.
@@ -161,9 +163,8 @@ def replace_rows(read: OutputsRead, outputs: Any, rows: slice) -> OutputsRead:
 
     def risk(tensors: Sequence[Tensor]) -> Tensor:
         pairs = zip(read.tensors, tensors, strict=True)
-        return read.risk([
-            torch.cat((f[: rows.start], x, f[rows.stop :])) for f, x in pairs
-        ])
+        at = rows.to(read.tensors[0].device)
+        return read.risk([f.index_copy(0, at, x) for f, x in pairs])
 
     return OutputsRead([leaves[i] for i in read.places], risk, None, read.places)
 
@@ -189,6 +190,31 @@ def flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     return leaves, lambda filled: _pytree.tree_unflatten(filled, structure)
 
 
+def _curved(
+    slopes: Sequence[Tensor], at: Sequence[Tensor], roots: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Differentiate the loss's gradient once more.
+
+    Returns:
+        A tensor for each of ``at``, or None where there is no dependence.
+
+    Raises:
+        RuntimeError: What autograd raises of another kind.
+        ValueError: If torch has no derivative of it.
+    """
+    try:
+        return torch.autograd.grad(
+            slopes, at, roots, allow_unused=True, retain_graph=True
+        )
+    except RuntimeError as err:
+        if "derivative" not in str(err) and "differentiate twice" not in str(err):
+            raise
+        raise ValueError(
+            "expected a loss with a second derivative, got one whose derivative torch "
+            f"cannot differentiate again ({err}). Use `monte_carlo`."
+        ) from err
+
+
 def check_curvature(read: OutputsRead) -> bool:
     """Raise if the loss is linear where the outputs are, and not everywhere.
 
@@ -201,20 +227,21 @@ def check_curvature(read: OutputsRead) -> bool:
         Whether the loss has a second derivative; a linear one has none to miss.
 
     Raises:
-        ValueError: If it is piecewise linear.
+        ValueError: If it is piecewise linear or constant, or torch cannot
+            differentiate it twice.
     """
     if read.loss is not None and read.loss.kind in ("squared", "cross_entropy"):
         return True
     at = [x.detach().requires_grad_() for x in read.tensors]
     slopes = read.slopes(at)
-    if not any(bool(s.any()) for s in slopes):
-        return True
     live = [s for s in slopes if s.requires_grad]
     steps = [torch.linspace(1, 2, s.numel()).to(s).view_as(s) for s in live]
     if live:
-        found = torch.autograd.grad(live, at, steps, allow_unused=True)
+        found = _curved(live, at, steps)
         if any(g is not None and bool(g.any()) for g in found):
             return True
+    flat = not any(bool(s.any()) for s in slopes)
+    jumps = False
     for side in (1e3, -1e3):
         far = [(x.detach() + side * (1 + x.detach().abs())) for x in at]
         try:
@@ -222,9 +249,14 @@ def check_curvature(read: OutputsRead) -> bool:
         except (RuntimeError, ValueError):  # no place for outputs: nothing to learn
             continue
         if any(not torch.equal(a, b) for a, b in zip(slopes, others, strict=True)):
-            raise ValueError(
-                "expected a loss with a second derivative, got one that is piecewise "
-                "linear: its second derivative is 0 at all outputs, and so would be "
-                "every second-order form of R_1. Use `monte_carlo`."
-            )
+            if flat:  # it fits so well that nothing is left of its derivatives
+                return True
+            raise ValueError(_PIECEWISE.format("linear"))
+        jumps = jumps or (flat and _differs(read.risk(far), read.risk(at)))
+    if jumps:
+        raise ValueError(_PIECEWISE.format("constant"))
     return False
+
+
+def _differs(a: Tensor, b: Tensor) -> bool:
+    return bool(a.isfinite() and b.isfinite() and a != b)

@@ -1,139 +1,167 @@
-"""Second derivatives of the whole loss, some rows of the batch at a time.
+"""A pass without noise, some rows of the batch at a time.
 
 Semantics:
 
 * Where the network keeps samples apart, the rows of a chunk run alone, and the loss is
   that of the clean outputs of all rows with those of the chunk in their place: its
-  second derivative in the chunk's rows is that of the whole loss, whatever the loss.
-  Where the loss couples samples, what is between two chunks is left out of a sample of
-  the form, and is not in its mean either way.
-* The graph of a double backward is then that of a chunk, below a training step's.
-* A chunk whose outputs are not the rows of the whole batch (batch normalization below
-  the sites, a mask of the batch's size, other noise) says that this does not hold.
+  derivatives in the chunk's rows are those of the whole loss, whatever the loss. Where
+  the loss couples samples, what is between two chunks is left out of a sample of a
+  second-order form, and is not in its mean either way.
+* The first site is given what it had in the pass over all rows: what lies below it, for
+  example batch normalization, may couple samples.
+* The graph of a backward pass is then that of a chunk, below a training step's.
+* A chunk whose outputs are not the rows of the whole batch (batch normalization above
+  the first site, a mask of the batch's size, other noise) says that this does not hold.
+  Rows go to chunks in no order, lest pairs or groups of samples stay together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
 from torch_dropout_ir.functional import Inputs
-from torch_dropout_ir.regularizers.clean_pass import CleanPass, Use, clean_pass
+from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
+from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.outputs import OutputsRead, replace_rows
-from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
-from torch_dropout_ir.regularizers.site_forms import Form, signs
 
-# A double backward keeps under three times what a training step does.
-_CHUNKS: Final = 4
+T = TypeVar("T")
+
 # Elements of the sites' inputs under which memory is no matter.
 _FEWEST_ELEMENTS: Final = 2**16
-# Draws whose signs are held at once, a byte each: the space of the sites' inputs.
-_DRAWS_HELD: Final = 4
+# Fewer rows are not taken apart.
+_FEWEST_ROWS: Final = 4
+# One row of so many is in the first chunk, which tells at small cost whether samples
+# meet. Where a share ``q`` of the rows meets others, ``m`` rows miss that in ``(1 -
+# q)^m`` of cases.
+_FIRST: Final = 8
+_SEED: Final = 0
 
-Noise = list[Tensor]
 
-
-def pays(clean: CleanPass) -> bool:
-    """Whether there is memory worth saving."""
+def matters(clean: CleanPass) -> bool:
+    """Whether a pass holds memory worth saving."""
     return sum(h.numel() for _, h, _ in clean.uses) >= _FEWEST_ELEMENTS
 
 
 class RowChunks:
-    """The forms of :class:`SiteCurvature`, of a chunk of rows at a time.
+    """Chunks of the rows of a batch, for what is a sum or a list over rows.
 
     Args:
         model: The model.
         inputs: Its inputs.
-        uses: The uses of the sites in the pass over all rows; they are not held.
+        clean: The pass over all rows; of it the input of the first site is held.
+        read: What the loss reads of its outputs, without their graph.
+        twice: Whether second derivatives will be taken.
+        parts: Chunks besides the first, small one.
+
+    Attributes:
+        coupled: Whether a chunk has shown that samples meet above the first site.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any, uses: Sequence[Use]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        clean: CleanPass,
+        read: OutputsRead,
+        *,
+        twice: bool,
+        parts: int,
+    ) -> None:
+        self.coupled = False
         self._model = model
         self._inputs = Inputs.of(inputs)
-        self._uses = [(site, h.new_empty(()), h.shape) for site, h, _ in uses]
+        self._uses = [(site.name, h.shape) for site, h, _ in clean.uses]
+        self._first = clean.uses[0][1].detach()
+        self._read = read
+        self._twice = twice
+        self._parts = parts
 
-    def draws(
-        self, read: OutputsRead, num_samples: int | None, coupled: bool
-    ) -> list[list[Form]] | None:
-        """Return draws of the forms, as :meth:`SiteCurvature.draws` does.
+    @staticmethod
+    def pay(clean: CleanPass, read: OutputsRead) -> bool:
+        """Whether there are rows to take apart, and memory worth saving."""
+        counts = {x.shape[0] if x.ndim else 0 for x in read.tensors}
+        count = next(iter(counts))
+        if len(counts) != 1 or count < _FEWEST_ROWS or not clean.by_samples(count):
+            return False
+        return matters(clean)
+
+    def apart(self) -> bool:
+        """Whether a few rows run alone as among all, and do not meet each other."""
+
+        def take(clean: CleanPass, read: OutputsRead, _: Tensor) -> bool | None:
+            return None if clean.couples_samples(read.tensors) else True
+
+        return bool(self._try(next(self.rows()), take))
+
+    def each(
+        self, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
+    ) -> list[T] | None:
+        """Return what is taken of the pass of each chunk.
 
         Args:
-            read: What the loss reads of the outputs of all rows, without their graph.
-            num_samples: Draws of signs; None for the exact sum.
-            coupled: Whether the loss couples samples.
+            take: Called with the pass, what the loss reads of it, and the numbers of
+                the rows; None says that samples meet.
 
         Returns:
-            The draws; None where the rows of a chunk are not those of the batch.
+            What it returns; None where the rows of a chunk are not those of the batch.
         """
-        found: list[list[Form]] = []
-        wanted = 1 if num_samples is None else num_samples
-        while len(found) < wanted:
-            noise = None
-            if num_samples is not None:
-                held = range(min(_DRAWS_HELD, num_samples - len(found)))
-                noise = [self._noise() for _ in held]
-            parts = []
-            count = read.tensors[0].shape[0]
-            step = -(-count // _CHUNKS)
-            for start in range(0, count, step):
-                rows = slice(start, min(start + step, count))
-                try:
-                    part = self._chunk(read, rows, noise, coupled)
-                except (RuntimeError, ValueError, TypeError, IndexError):
-                    return None  # a model that does not run on part of the rows
-                if part is None:
-                    return None
-                parts.append(part)
-            if noise is None:
-                return [[form for part in parts for form in part[0]]]
-            found += [_join(draw) for draw in zip(*parts, strict=True)]
+        found: list[T] = []
+        for rows in self.rows():
+            part = self._try(rows, take)
+            if part is None:
+                return None
+            found.append(part)
         return found
 
-    def _noise(self) -> Noise:
-        """Draw signs on the masks of all rows, as a pass over all of them does."""
-        return [signs(site, like.expand(s)) > 0 for site, like, s in self._uses]
+    def rows(self) -> Iterator[Tensor]:
+        """Yield the numbers of the rows of each chunk."""
+        count = self._read.tensors[0].shape[0]
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
+        first = min(count, max(2, count // _FIRST))
+        rest = order[first:].split(max(1, -(-(count - first) // self._parts)))
+        for rows in (order[:first], *rest):
+            if len(rows):
+                yield rows.sort().values
+
+    def _try(
+        self, rows: Tensor, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
+    ) -> T | None:
+        try:
+            return self._chunk(rows, take)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return None  # a model that does not run on part of the rows
 
     def _chunk(
-        self, read: OutputsRead, rows: slice, noise: list[Noise] | None, coupled: bool
-    ) -> list[list[Form]] | None:
-        """Return the forms of each draw in the chunk's rows."""
+        self, rows: Tensor, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
+    ) -> T | None:
+        read = self._read
         inputs = _rows_of(self._inputs, rows, read.tensors[0].shape[0])
-        with clean_pass(self._model, inputs, twice=True) as clean:
+        first = self._first[rows]
+        with clean_pass(self._model, inputs, twice=self._twice, first=first) as clean:
             chunk = replace_rows(read, clean.outputs, rows)
-            apart = self._are_rows(clean, chunk, read, rows)
-            if not apart or clean.couples_samples(chunk.tensors):
-                return None
-            curvature = SiteCurvature(clean, chunk, linearized=False)
-            if noise is None:
-                return [curvature.exact(coupled)]
-            return [curvature.sampled([z[rows] for z in draw]) for draw in noise]
+            if self._are_rows(clean, chunk, rows):
+                part = take(clean, chunk, rows)
+                self.coupled = part is None
+                return part
+            self.coupled = clean.couples_samples(chunk.tensors)
+            return None
 
-    def _are_rows(
-        self, clean: CleanPass, chunk: OutputsRead, read: OutputsRead, rows: slice
-    ) -> bool:
+    def _are_rows(self, clean: CleanPass, chunk: OutputsRead, rows: Tensor) -> bool:
         """Whether a chunk's pass is what the pass over all rows is in those."""
-        count = rows.stop - rows.start
         used = [(site.name, h.shape) for site, h, _ in clean.uses]
         expected = [
-            (site.name, torch.Size((count, *s[1:]))) for site, _, s in self._uses
+            (name, torch.Size((len(rows), *shape[1:]))) for name, shape in self._uses
         ]
-        pairs = zip(chunk.tensors, read.tensors, strict=True)
-        return used == expected and all(_equal(x, f[rows]) for x, f in pairs)
+        pairs = zip(chunk.tensors, self._read.tensors, strict=True)
+        return used == expected and all(nearly_equal(x, f[rows]) for x, f in pairs)
 
 
-def _equal(found: Tensor, expected: Tensor) -> bool:
-    """Whether two results are equal but for the order of their sums."""
-    if found.shape != expected.shape:
-        return False
-    off = (found.detach() - expected).abs().max()
-    return bool(off <= torch.finfo(found.dtype).eps ** (2 / 3) * expected.abs().max())
-
-
-def _rows_of(inputs: Inputs, rows: slice, count: int) -> Inputs:
+def _rows_of(inputs: Inputs, rows: Tensor, count: int) -> Inputs:
     """Take rows of every tensor whose first dimension counts the samples."""
 
     def take(x: Any) -> Any:
@@ -142,11 +170,3 @@ def _rows_of(inputs: Inputs, rows: slice, count: int) -> Inputs:
 
     args, kwargs = _pytree.tree_map(take, (inputs.args, dict(inputs.kwargs)))
     return Inputs(args, kwargs)
-
-
-def _join(parts: Sequence[list[Form]]) -> list[Form]:
-    """Return the forms of all rows from those of chunks, use by use."""
-    return [
-        (forms[0][0], torch.cat([rows for _, rows in forms]))
-        for forms in zip(*parts, strict=True)
-    ]

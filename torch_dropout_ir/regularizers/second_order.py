@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
+    as_pair,
     check_finite,
     check_risk,
     noise_left_out,
 )
-from torch_dropout_ir.regularizers.clean_pass import clean_pass
+from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.gauss_newton import is_exact
 from torch_dropout_ir.regularizers.outputs import (
@@ -23,9 +26,17 @@ from torch_dropout_ir.regularizers.outputs import (
     read_outputs,
     without_graph,
 )
-from torch_dropout_ir.regularizers.row_chunks import RowChunks, pays
+from torch_dropout_ir.regularizers.row_chunks import RowChunks, matters
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
-from torch_dropout_ir.regularizers.site_forms import Form, assemble
+from torch_dropout_ir.regularizers.site_forms import Form, assemble, join, signs
+from torch_dropout_ir.sites import Site
+
+# A double backward keeps under three times what a training step does.
+_CHUNKS: Final = 4
+# Draws whose signs are held at once, a byte each: the space of the sites' inputs.
+_DRAWS_HELD: Final = 4
+
+Mask = tuple[Site, Tensor, torch.Size]
 
 _TOGETHER: Final = (
     "memory is that of a double backward of the whole batch, whose samples meet in the "
@@ -59,10 +70,13 @@ def second_order(
 
     Memory: a large batch goes through a quarter of its rows at a time, each with the
     whole loss in its own rows, which takes one more forward pass and keeps the graph
-    of a double backward of those rows alone. Where that cannot be (samples that meet,
-    as by batch normalization in training mode, or outputs whose first dimension is not
-    the batch) it is that of a double backward of all that lies above the first site,
-    and the notes say so. What the loss keeps of the outputs is that of all rows.
+    of a double backward of those rows alone: no more than a training step's. Where that
+    cannot be (samples that meet, as by batch normalization in training mode above a
+    site, or outputs whose first dimension is not the batch) it is that of a double
+    backward of all that lies above the first site, which keeps every activation, its
+    derivative and what those were made of: three and a half times a step's, and the
+    notes say so. What the loss keeps of the outputs is that of all rows, which matters
+    where outputs are most of what a step holds.
 
     Args:
         model: The network. Of several outputs, those count that the loss reads.
@@ -76,7 +90,7 @@ def second_order(
         bound.
 
     Raises:
-        TypeError: If the model's outputs hold no tensor.
+        TypeError: If the model's outputs hold no tensor, or ``batch`` is no pair.
         ValueError: If ``num_samples`` is below 1, the batch is empty, a site drops
             everything, the loss has no second derivative, or the estimate is not
             finite.
@@ -99,20 +113,21 @@ def second_order(
         raise ValueError(
             f"second_order: expected `num_samples` >= 1 or None, got {num_samples}"
         )
-    resolved = resolve_loss(loss)
+    resolved, batch = resolve_loss(loss), as_pair(batch)
     seen = _first_pass(model, batch, resolved, num_samples)
     draws, notes, coupled = seen.draws, seen.notes, seen.coupled
     if draws is None and seen.chunks is not None:
-        draws = seen.chunks.draws(seen.read, num_samples, coupled)
+        draws = _by_chunks(seen.chunks, seen.masks, num_samples, coupled)
     if draws is None:
         with clean_pass(model, batch[0], twice=True) as clean:
             read = read_outputs(clean.outputs, resolved, batch[1])
             curvature = SiteCurvature(clean, read, linearized=False)
-            coupled = coupled or clean.couples_samples(read.tensors)
+            meet = seen.chunks is not None and seen.chunks.coupled
+            coupled = coupled or meet or clean.couples_samples(read.tensors)
             draws = curvature.draws(num_samples, coupled)
         notes = (*notes, _TOGETHER)
-    like = seen.read.tensors[0]
-    found = assemble(seen.names, draws, num_samples, coupled, seen.exact, like)
+    names = [site.name for site, _, _ in seen.masks]
+    found = assemble(names, draws, num_samples, coupled, seen.exact, seen.like)
     check_finite("second_order", found.value, model, batch[0])
     return dataclasses.replace(found, notes=(*found.notes, *notes))
 
@@ -120,8 +135,8 @@ def second_order(
 class _Seen(NamedTuple):
     """What the first pass shows, without its graph; draws where that is no matter."""
 
-    read: OutputsRead
-    names: list[str]
+    like: Tensor
+    masks: list[Mask]
     coupled: bool
     exact: bool
     notes: tuple[str, ...]
@@ -140,14 +155,54 @@ def _first_pass(
         check_curvature(read)
         coupled = bool(clean.uses) and read.couples()
         draws, chunks = None, None
-        if not pays(clean):
+        if RowChunks.pay(clean, read):
+            kept = read_outputs(without_graph(clean.outputs), loss, batch[1])
+            chunks = RowChunks(model, batch[0], clean, kept, twice=True, parts=_CHUNKS)
+        elif not matters(clean):
             meet = bool(clean.uses) and clean.couples_samples(read.tensors)
             coupled = coupled or meet
             curvature = SiteCurvature(clean, read, linearized=False)
             draws = curvature.draws(num_samples, coupled)
-        elif all(x.ndim for x in read.tensors):
-            chunks = RowChunks(model, batch[0], clean.uses)
-        kept = read_outputs(without_graph(clean.outputs), loss, batch[1])
         exact = is_exact(model, clean, loss, num_samples)
-        notes = noise_left_out(model, clean.noisy)
-        return _Seen(kept, clean.names, coupled, exact, notes, draws, chunks)
+        notes = noise_left_out(model, clean.noisy, bool(clean.uses))
+        masks = [(site, h.new_empty(()), h.shape) for site, h, _ in clean.uses]
+        like = read.tensors[0].detach().new_zeros(())
+        return _Seen(like, masks, coupled, exact, notes, draws, chunks)
+
+
+def _by_chunks(
+    chunks: RowChunks, masks: Sequence[Mask], num_samples: int | None, coupled: bool
+) -> list[list[Form]] | None:
+    """Return draws of the forms; None where samples do not run apart.
+
+    Args:
+        chunks: The chunks of rows.
+        masks: Of each use of a site, the site, a tensor like its input, and its shape.
+        num_samples: Draws of signs; None for the exact sum.
+        coupled: Whether the loss couples samples.
+    """
+    noise: list[list[Tensor]] = []
+
+    def take(
+        clean: CleanPass, read: OutputsRead, rows: Tensor
+    ) -> list[list[Form]] | None:
+        curvature = SiteCurvature(clean, read, linearized=False)
+        if num_samples is None:
+            if clean.couples_samples(read.tensors):
+                return None
+            return [curvature.exact(coupled)]
+        return [curvature.sampled([z[rows] for z in draw]) for draw in noise]
+
+    if num_samples is None:
+        parts = chunks.each(take)
+        return None if parts is None else join(parts, None)
+    found: list[list[Form]] = []
+    while len(found) < num_samples:
+        held = range(min(_DRAWS_HELD, num_samples - len(found)))
+        # On the masks of all rows, as a pass over all of them draws them.
+        noise = [[signs(s, x.expand(n)) > 0 for s, x, n in masks] for _ in held]
+        parts = chunks.each(take)
+        if parts is None:
+            return None
+        found += join(parts, num_samples)
+    return found

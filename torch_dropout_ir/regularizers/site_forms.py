@@ -32,6 +32,29 @@ def total(forms: Sequence[Form], like: Tensor, name: str | None = None) -> Tenso
     return torch.stack(parts).sum() if parts else like.new_zeros(())
 
 
+def join(
+    parts: Sequence[Sequence[Sequence[Form]]], num_samples: int | None
+) -> list[list[Form]]:
+    """Return the draws of all rows from those of chunks of rows.
+
+    Args:
+        parts: The draws of each chunk.
+        num_samples: Number of random draws; None for an exact sum.
+
+    Returns:
+        The draws; of an exact sum its terms, as they are.
+    """
+    if num_samples is None:
+        return [[form for part in parts for form in part[0]]]
+    return [
+        [
+            (forms[0][0], torch.cat([rows for _, rows in forms]))
+            for forms in zip(*draw, strict=True)
+        ]
+        for draw in zip(*parts, strict=True)
+    ]
+
+
 def assemble(
     uses: Sequence[str],
     draws: Sequence[Sequence[Form]],
@@ -65,6 +88,8 @@ def assemble(
         for name in names
         if name not in reached
     )
+    if like.dtype == torch.float16:
+        notes = (*notes, "in float16 parts below 6e-8 vanish: use float32 or bfloat16")
     value = sum(per_site.values(), like.new_zeros(()))
     error = _standard_error(draws, like, num_samples, coupled)
     return Estimate(value, per_site, error, exact, num_samples or 0, notes=notes)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.functional import as_batches, batch_size
 from torch_dropout_ir.sharpness.ranks import Group
-from torch_dropout_ir.sharpness.surface import Subset, Surface
+from torch_dropout_ir.sharpness.subsets import Subset
+from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.vectors import Params, to_params, to_vector
 
 _MAX_BYTES: Final = 2**31

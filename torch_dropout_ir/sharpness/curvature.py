@@ -70,7 +70,7 @@ class CurvatureOperator:
         """Refuse parameters that no batch depends on."""
         if self._checked or self.surface.ranks.spread:
             return
-        if unused := [name for name in self.params if name not in used]:
+        if unused := [n for n, x in self.params.items() if x.numel() and n not in used]:
             raise ValueError(
                 f"{self.kind}: expected a loss that depends on every parameter, got "
                 f"one that does not on {unused}. Leave them out with `params=`."

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from torch_dropout_ir.vectors import Params
 
 Part = Literal["filter", "neuron", "layer"]
 Vectors = Literal["fixed", "scaled"]
+_WRAPPED: Final = re.compile(r"^((module|_orig_mod)\.)+")
 _NORMS: Final = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -73,6 +76,11 @@ def filter_normalized_direction(
         if isinstance(module, _NORMS)
         for x in module.parameters(recurse=False)
     }
+    groups = {
+        id(module._parameters.get("weight")): module.groups
+        for module in model.modules()
+        if isinstance(module, _ConvTransposeNd)
+    }
     direction = {}
     for name, x in model.named_parameters():
         if not x.requires_grad:
@@ -80,16 +88,27 @@ def filter_normalized_direction(
         fixed = x.ndim < 2 and biases == "fixed"
         if id(x) in of_norms:
             fixed = norms == "fixed"
-        direction[name] = torch.zeros_like(x) if fixed else _scaled(x, per, generator)
+        d = torch.zeros_like(x)
+        if not fixed:
+            d.normal_(generator=generator)
+            shape, dims = _filters(x, per, groups.get(id(x)))
+            d = _scaled(d.view(shape), x.reshape(shape), dims).view(x.shape)
+        direction[name] = d
     return direction
 
 
-def _scaled(x: Tensor, per: Part, generator: torch.Generator | None) -> Tensor:
-    d = torch.empty_like(x).normal_(generator=generator)
-    first = (
-        1 if (per == "neuron" and x.ndim > 1) or (per == "filter" and x.ndim > 2) else 0
-    )
-    dims = tuple(range(first, x.ndim))
+def _filters(
+    x: Tensor, per: Part, groups: int | None
+) -> tuple[torch.Size, tuple[int, ...]]:
+    """A shape in which filters lie along some dimensions, and those dimensions."""
+    apart = (per == "neuron" and x.ndim > 1) or (per == "filter" and x.ndim > 2)
+    if apart and groups:  # transposed: inputs first, and outputs group by group
+        shape = torch.Size([groups, x.shape[0] // groups, *x.shape[1:]])
+        return shape, (1, *range(3, len(shape)))
+    return x.shape, tuple(range(int(apart), x.ndim))
+
+
+def _scaled(d: Tensor, x: Tensor, dims: tuple[int, ...]) -> Tensor:
     length = torch.linalg.vector_norm(d, dim=dims, keepdim=True)
     wanted = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
     return d * wanted / torch.where(length > 0, length, 1.0)
@@ -111,6 +130,10 @@ def checked_direction(
     Raises:
         ValueError: If it lacks a parameter, has another shape, is not finite or zero.
     """
+    # One drawn of a wrapped model has its names.
+    direction = {
+        n if n in params else _WRAPPED.sub("", n): x for n, x in direction.items()
+    }
     missing = [n for n, x in params.items() if n not in direction]
     if missing:
         raise ValueError(

@@ -18,6 +18,7 @@ from torch_dropout_ir.vectors import Params, norm, to_params
 
 _FIRST: Final = 2.0**-10  # first step, as a share of the norm of the parameters
 _HALVINGS: Final = 60
+_PLACES: Final = 16  # between nothing and what is above: it may be so earlier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,9 @@ def interval_flatness(
         R_S(\theta + \theta_v^{l,r} v) = c \, R_S(\theta)
 
     From a thousandth of the parameters' norm on, the step doubles until the level is
-    passed, then the place is bisected: the nearest crossing, unless the loss passes the
-    level twice within one doubling. A loss that is not finite counts as above.
+    passed; of sixteen places on the way the first above it is taken, and bisected: the
+    nearest crossing, unless the loss passes the level twice between two of them. A loss
+    that is not finite counts as above.
 
     Args:
         model: The model, at a minimum; left as it is.
@@ -76,7 +78,8 @@ def interval_flatness(
 
     Raises:
         ValueError: If ``direction`` is zero or lacks a parameter, ``factor`` is not
-            above 1, ``floor`` not positive, or the loss is negative or not finite.
+            above 1, ``floor``, ``reach`` or ``rtol`` not positive, or the loss is
+            negative or not finite.
 
     References:
         Feng & Tu, *The inverse variance-flatness relation in stochastic gradient
@@ -91,10 +94,12 @@ def interval_flatness(
         >>> round(found.left, 3), round(found.right, 3)
         (-1.0, 3.0)
     """
-    if not factor > 1 or not floor > 0:
+    finite = all(map(math.isfinite, (factor, floor, reach)))
+    if not (finite and factor > 1 and min(floor, reach, rtol) > 0):
         raise ValueError(
-            "interval_flatness: expected `factor` > 1 and `floor` > 0, got "
-            f"factor={factor} and floor={floor}"
+            "interval_flatness: expected a finite `factor` > 1 and `floor`, `reach` "
+            f"and `rtol` > 0, got factor={factor}, floor={floor}, reach={reach} and "
+            f"rtol={rtol}"
         )
     surface = Surface("interval_flatness", model, loss, batches, masks=masks)
     d = checked_direction("interval_flatness", direction, surface.params)
@@ -119,7 +124,7 @@ def interval_flatness(
 def _crossing(
     above: Callable[[float], bool], first: float, farthest: float, rtol: float
 ) -> float:
-    """Bracket from the inside, then bisect; infinity where nothing is above."""
+    """Bracket from the inside, look on the way, then bisect; infinity if none."""
     high = first
     if above(high):
         for _ in range(_HALVINGS):
@@ -132,9 +137,13 @@ def _crossing(
             high *= 2
             if high > farthest:
                 return math.inf
-    low = high / 2
+    places = [high * k / _PLACES for k in range(1, _PLACES)]
+    high = next((t for t in places if above(t)), high)
+    low = max((t for t in places if t < high), default=0.0)
     while high - low > rtol * high:
         middle = (low + high) / 2
+        if not low < middle < high:  # two neighbouring numbers
+            break
         low, high = (low, middle) if above(middle) else (middle, high)
     return (low + high) / 2
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
+from torch_dropout_ir.module_calls import on_again, unchecked
+from torch_dropout_ir.tracing import checkpointed
+
 Masks = Literal["off"] | int | Sequence[int]
+_SPARSE: Final = 6  # place of that argument of an embedding
 
 
 @contextlib.contextmanager
@@ -52,11 +57,20 @@ def dropout_on(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(state)
 
 
-class ComposedNorms(TorchFunctionMode):
-    """Weight normalization from its parts: torch's kernel has wrong second derivatives.
+class TwiceDifferentiable(TorchFunctionMode):
+    """Puts operations that have second derivatives in the place of some that do not.
 
-    They are not even symmetric, and nothing says so.
+    Those of torch's kernel of weight normalization are not even symmetric, and nothing
+    says so: it is put together from its parts. Sparse gradients of embeddings have
+    none: they are dense here.
+
+    Attributes:
+        again: Whether a block has been seen that backward passes compute again.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = False
 
     def __torch_function__(
         self,
@@ -65,9 +79,16 @@ class ComposedNorms(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.autograd.grad:  # in which blocks may run again
+            with on_again(self):
+                return unchecked(torch.autograd.grad, {})(*args, **kwargs)
+        self.again = self.again or checkpointed()
         if func is torch._weight_norm:
-            return _weight_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return _weight_norm(*args, **kwargs)
+        if func is F.embedding:
+            args, kwargs = args[:_SPARSE], {**kwargs, "sparse": False}
+        return func(*args, **kwargs)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -66,7 +66,7 @@ def loss_slice(
     """  # noqa: DOC502 (`checked_direction` raises)
     surface = Surface("loss_slice", model, loss, batches, masks=masks, copied=False)
     along = filter_normalized_direction(model) if direction is None else direction
-    d = checked_direction("loss_slice", _named(surface, model, along), surface.params)
+    d = checked_direction("loss_slice", along, surface.params)
     return _values(surface, (moved(surface, (float(a), d)) for a in alphas))
 
 
@@ -112,10 +112,7 @@ def loss_plane(
         filter_normalized_direction(model),
         filter_normalized_direction(model),
     )
-    d, e = (
-        checked_direction("loss_plane", _named(surface, model, x), surface.params)
-        for x in given
-    )
+    d, e = (checked_direction("loss_plane", x, surface.params) for x in given)
     others = alphas if betas is None else betas
     flat = _values(
         surface,
@@ -186,17 +183,10 @@ def interpolate(
 
 
 def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    if not a.is_floating_point():
+    if not (a.is_floating_point() or a.is_complex()):
         return b if alpha > 0.5 else a
     return (1 - alpha) * a + alpha * b.to(a)
 
 
 def _values(surface: Surface, places: Iterable[Mapping[str, Tensor]]) -> Tensor:
     return torch.tensor([surface.value(x) for x in places], dtype=torch.float64)
-
-
-def _named(surface: Surface, model: nn.Module, direction: Params) -> Params:
-    """A direction drawn for a wrapped model, by the names inside."""
-    if surface.model is model:
-        return direction
-    return {n.removeprefix("module."): x for n, x in direction.items()}

@@ -17,7 +17,6 @@ Semantics:
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -27,41 +26,19 @@ from torch import Tensor
 
 from torch_dropout_ir.functional import Batch, batch_size
 from torch_dropout_ir.output_hessian import (
+    HessianRoots,
     Root,
     hessian_roots,
-    hessian_sampler,
     holding,
 )
 from torch_dropout_ir.sharpness.linearization import graph_nodes
+from torch_dropout_ir.sharpness.residual import Block, Residual, halved
 from torch_dropout_ir.sharpness.surface import Surface
-from torch_dropout_ir.sharpness.uses import Use, Uses, perturbation
+from torch_dropout_ir.sharpness.uses import Use, Uses
 
 
 class NotSplit(Exception):
     """The loss or the outputs do not allow for the split: why, as a sentence."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """Parameters whose block of the residual is probed alone.
-
-    Attributes:
-        layer: Uses of one layer, perturbed at its output; empty for other parameters.
-        targets: What derivatives are taken in.
-    """
-
-    layer: list[Use]
-    targets: list[Tensor]
-
-    def probe(self, normal: bool) -> list[Tensor]:
-        """Draw a perturbation of the targets."""
-
-        def draw(x: Tensor) -> Tensor:
-            return x.normal_() if normal else x.bernoulli_(0.5).mul_(2).sub_(1)
-
-        if self.layer:
-            return [perturbation(self.layer, draw)]
-        return [draw(torch.empty_like(x)) for x in self.targets]
 
 
 class Layerwise:
@@ -105,7 +82,8 @@ class Layerwise:
             )
         self.loss = loss
         apart = outputs.shape[0] == samples
-        self.uses = self._known(seen.found, leaves) if apart else []
+        with surface.backward():
+            self.uses = self._known(seen.found, leaves) if apart else []
         known = {use.name for use in self.uses}
         self.coupled, self._leaves = False, leaves
         self.others = {n: x for n, x in leaves.items() if n not in known}
@@ -174,19 +152,23 @@ class Layerwise:
 
     def sampler(self) -> Any:
         """A function that draws roots whose squares are the Hessian on average."""
-        return hessian_sampler(self.loss, self._outputs.detach(), self._targets)
+        return HessianRoots(self.loss, self._outputs.detach(), self._targets).sample
 
     def blocks(self) -> list[Block]:
         """One block a known layer, and one a module of the other parameters."""
         layers: dict[int, list[Use]] = {}
         for use in () if self.coupled else self.uses:
             layers.setdefault(id(use.delta), []).append(use)
-        found = [Block(layer, [layer[0].delta]) for layer in layers.values()]
+        found = [
+            block
+            for layer in layers.values()
+            for block in Block(owner(layer[0].name), layer, [layer[0].delta]).split()
+        ]
         whole = self._leaves if self.coupled else self.others
-        owners = itertools.groupby(
-            whole.items(), lambda item: item[0].rpartition(".")[0]
-        )
-        return found + [Block([], [x for _, x in group]) for _, group in owners]
+        groups = itertools.groupby(whole.items(), lambda item: owner(item[0]))
+        return found + [
+            Block(name, [], [x for _, x in group]) for name, group in groups
+        ]
 
     def residual(self, blocks: list[Block]) -> Residual:
         """Build the graph of the residual's products."""
@@ -204,64 +186,9 @@ class Layerwise:
         return Residual(dict(zip(map(id, targets), gradients, strict=True)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Residual:
-    """Products with the diagonal blocks of the residual.
-
-    Attributes:
-        gradients: Derivatives of the outputs under the loss's slope, by target.
-    """
-
-    gradients: dict[int, Tensor]
-
-    def _product(
-        self, targets: list[Tensor], probe: list[Tensor]
-    ) -> list[Tensor | None]:
-        pairs = [
-            (g, z)
-            for x, z in zip(targets, probe, strict=True)
-            if (g := self.gradients[id(x)]).requires_grad
-        ]
-        if not pairs:
-            return [None] * len(probe)
-        values, weights = zip(*pairs, strict=True)
-        return list(
-            torch.autograd.grad(
-                values, targets, weights, retain_graph=True, allow_unused=True
-            )
-        )
-
-    def vanishes(self, block: Block) -> bool:
-        """Whether the block is zero: a normal probe would show it if it were not."""
-        found = self._product(block.targets, block.probe(True))
-        return not any(g is not None and bool(g.any()) for g in found)
-
-    def couples(self, block: Block) -> bool:
-        """Whether what moves half of the samples reaches the others."""
-        if not block.layer:
-            return False
-        part = block.layer[0].part
-        rows = part.split(block.probe(True)[0]).clone()
-        half = halved(rows)
-        rows[half] = 0
-        (found,) = self._product(block.targets, [part.join(rows)])
-        return found is not None and bool(part.split(found)[half].any())
-
-    def form(self, blocks: list[Block]) -> Tensor:
-        """One probe of the trace of some blocks, 0-d."""
-        targets = [x for block in blocks for x in block.targets]
-        probe = [z for block in blocks for z in block.probe(False)]
-        total = torch.zeros((), dtype=torch.float64)
-        for z, g in zip(probe, self._product(targets, probe), strict=True):
-            if g is not None:
-                total += (z.double() * g.double()).sum().cpu()
-        return total
-
-
-def halved(rows: Tensor) -> Tensor:
-    """Draw half of the rows, rounded up: a mask."""
-    count = rows.shape[0]
-    return torch.randperm(count, device=rows.device) >= count // 2
+def owner(name: str) -> str:
+    """Return the name of the module that a parameter is of."""
+    return name.rpartition(".")[0]
 
 
 def _edges(outputs: Tensor) -> dict[int, int]:
@@ -270,12 +197,6 @@ def _edges(outputs: Tensor) -> dict[int, int]:
     return collections.Counter(
         id(node.variable) for node in ends if hasattr(node, "variable")
     )
-
-
-def merged(blocks: list[Block], most: int) -> list[list[Block]]:
-    """Put neighbours together until there are at most ``most`` groups."""
-    size = max(1, -(-len(blocks) // most))
-    return [blocks[i : i + size] for i in range(0, len(blocks), size)]
 
 
 def _by_sign(root: Tensor, sign: Tensor) -> Iterator[tuple[Tensor, float]]:

@@ -20,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.output_hessian import hessian_product
+from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sharpness.surface import Surface
 
 Kind = Literal["hessian", "ggn"]
@@ -98,7 +99,8 @@ class Linearized:
             return self.product(pieces)
         except RuntimeError as err:
             if any(word in str(err) for word in _WITHOUT):
-                raise NotImplementedError(_ONCE.format(err)) from err
+                why = str(err).rstrip(".")
+                raise NotImplementedError(_ONCE.format(why)) from err
             raise
 
 
@@ -118,7 +120,7 @@ def linearize(
         The products, which keep the graph alive.
     """
     leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
-    with torch.enable_grad(), _sizes(surface.model) as sizes:
+    with torch.enable_grad(), _sizes(surface.model) as sizes, LeanDerivatives():
         build = _hessian if kind == "hessian" else _ggn
         used, product = build(surface, leaves, batch, place, seed)
     like = list(leaves.values())
@@ -137,7 +139,8 @@ def _sizes(model: nn.Module) -> Iterator[list[int]]:
 
     with contextlib.ExitStack() as stack:
         for module in model.modules():
-            stack.callback(module.register_forward_hook(note).remove)
+            if not isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                stack.callback(module.register_forward_hook(note).remove)
         yield sizes
 
 
@@ -150,10 +153,13 @@ def _hessian(
 ) -> tuple[list[str], Callable[[Pieces], list[Tensor]]]:
     risk = surface.checked(surface.risk(leaves, batch, place, seed), place)
     targets = list(leaves.values())
-    gradients = torch.autograd.grad(risk, targets, create_graph=True, allow_unused=True)
+    with surface.backward():
+        gradients = torch.autograd.grad(
+            risk, targets, create_graph=True, allow_unused=True
+        )
     _check_graph(gradients)
     used = [n for n, g in zip(leaves, gradients, strict=True) if g is not None]
-    return used, _pullback(gradients, targets)
+    return used, _pullback(surface, gradients, targets)
 
 
 def _ggn(
@@ -173,17 +179,19 @@ def _ggn(
     curve = hessian_product(surface.loss, outputs.detach(), batch[1])
     targets = list(leaves.values())
     root = torch.zeros_like(outputs, requires_grad=True)
-    pulled = torch.autograd.grad(
-        outputs, targets, root, create_graph=True, allow_unused=True
-    )
+    with surface.backward():
+        pulled = torch.autograd.grad(
+            outputs, targets, root, create_graph=True, allow_unused=True
+        )
     _check_graph(pulled)
     used = [n for n, g in zip(leaves, pulled, strict=True) if g is not None]
-    push, pull = _pullback(pulled, [root]), _pullback([outputs], targets)
+    push = _pullback(surface, pulled, [root])
+    pull = _pullback(surface, [outputs], targets)
     return used, lambda v: pull([curve(push(v)[0])])
 
 
 def _pullback(
-    values: Sequence[Tensor | None], targets: Pieces
+    surface: Surface, values: Sequence[Tensor | None], targets: Pieces
 ) -> Callable[[Pieces], list[Tensor]]:
     """Return the reverse derivative of ``values`` in ``targets``, for many uses."""
     places = [i for i, g in enumerate(values) if g is not None and g.requires_grad]
@@ -193,13 +201,14 @@ def _pullback(
     def pull(v: Pieces) -> list[Tensor]:
         if not active:
             return [torch.zeros_like(x) for x in targets]
-        found = torch.autograd.grad(
-            active,
-            targets,
-            [v[i] for i in places],
-            retain_graph=True,
-            allow_unused=True,
-        )
+        with surface.backward():
+            found = torch.autograd.grad(
+                active,
+                targets,
+                [v[i] for i in places],
+                retain_graph=True,
+                allow_unused=True,
+            )
         return [
             torch.zeros_like(x) if g is None else g
             for g, x in zip(found, targets, strict=True)

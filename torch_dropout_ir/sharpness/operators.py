@@ -9,7 +9,8 @@ from torch import nn
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.frozen import Masks
 from torch_dropout_ir.sharpness.ranks import Group
-from torch_dropout_ir.sharpness.surface import Subset, Surface
+from torch_dropout_ir.sharpness.subsets import Subset
+from torch_dropout_ir.sharpness.surface import Surface
 
 BLOCK_BYTES: Final = 2**26
 

@@ -9,19 +9,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_dropout_ir.sites import uncompiled
+
 Group = Any  # a process group, "auto" or None
 
 
 def unwrapped(model: nn.Module, group: Group) -> tuple[nn.Module, Ranks]:
-    """Return the model inside ``DistributedDataParallel``, and its ranks.
+    """Return the model inside ``DistributedDataParallel`` or a compiler, and its ranks.
 
     Args:
         model: The model.
         group: A process group, None for this rank alone, or ``"auto"``: the group of
             ``DistributedDataParallel``, else none.
     """
+    model = uncompiled(model)
     if isinstance(model, DistributedDataParallel):
-        return model.module, Ranks(model.process_group if group == "auto" else group)
+        return uncompiled(model.module), Ranks(
+            model.process_group if group == "auto" else group
+        )
     return model, Ranks(None if group == "auto" else group)
 
 

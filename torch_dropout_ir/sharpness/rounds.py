@@ -1,24 +1,43 @@
-"""Rounds of the layer-by-layer trace over all batches, masks and ranks."""
+"""Draws of the layer-by-layer trace over all batches, masks and ranks.
+
+Semantics:
+
+* The first run over the batches takes what is exact, and finds the blocks of the
+  residual that are not zero. Neighbours are put together until all can be afforded.
+* Every group of blocks is drawn apart, and one with more noise more often: shares of
+  the draws follow the standard deviations that the first run has estimated, but for
+  a part that is spread evenly, which errors of that run cannot starve. No draw that
+  counts has a say in how many there are.
+* A draw of a group is the average over all batches of one probe each.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from torch_dropout_ir.functional import Batch
-from torch_dropout_ir.sharpness.layerwise import Block, Layerwise, Residual, merged
+from torch_dropout_ir.sharpness.layerwise import Layerwise, owner
 from torch_dropout_ir.sharpness.linearization import Kind
+from torch_dropout_ir.sharpness.residual import Block, Residual, merged
 from torch_dropout_ir.sharpness.surface import Surface
 
-OVERHEAD: Final = 4  # passes of one run over the batches, besides its rounds
-_HEAD: Final = 4  # exact part, cost of a round, passes spent, one
+OVERHEAD: Final = 4  # passes of one run over the batches, besides its draws
+_HEAD: Final = 4  # exact part, passes spent, one, whether outputs are sampled
+_PIECES: Final = 3
+_EVEN: Final = 0.4
+_SAMPLED: Final[list[int]] = []  # the group of what is sampled of the outputs
+
+Key = tuple[int, int | None]
 
 
 class Rounds:
-    """What is exact, once, and as many random rounds of the rest as are asked for.
+    """What is exact, once, and as many random draws of the rest as are asked for.
 
     Args:
         surface: The loss.
@@ -28,8 +47,8 @@ class Rounds:
 
     Attributes:
         exact: The part that is exact.
-        forms: Totals of the random rounds: each is an estimate of the rest.
-        per_round: Passes that a round costs; 0 where nothing is left to chance.
+        draws: Draws of each group; the sum of their means is an estimate of the rest.
+            Empty where nothing is left to chance.
         spent: Passes spent.
     """
 
@@ -41,20 +60,18 @@ class Rounds:
         state: dict[str, Any] | None,
     ) -> None:
         self._surface, self._kind = surface, kind
-        self._moved: dict[tuple[int, int | None], list[int]] = (
-            dict(state["moved"]) if state else {}
-        )
-        self._coupled: list[tuple[int, int | None]] = (
-            list(state["coupled"]) if state else []
-        )
-        self._most = state["most"] if state else num_matvecs
-        self.forms: list[float] = list(state["forms"]) if state else []
-        if state:
-            self.exact, self.spent = state["exact"], state["spent"]
-            self.per_round = state["per_round"]
-        else:
-            self.exact, self.spent, self.per_round = 0.0, 0, 0
-            self._run(0)
+        owners = list(dict.fromkeys(owner(name) for name in surface.params))
+        self._places = {name: _PIECES * i for i, name in enumerate(owners)}
+        state = state or {}
+        self._moved: dict[Key, dict[int, bool]] = dict(state.get("moved", {}))
+        self._coupled: list[Key] = list(state.get("coupled", []))
+        self._most: int = state.get("most", num_matvecs)
+        self.exact, self.spent = state.get("exact", 0.0), state.get("spent", 0)
+        self.draws: list[list[float]] = [list(x) for x in state.get("draws", [])]
+        self._groups: list[list[int]] = state.get("groups", [])
+        self._shares: list[float] = state.get("shares", [])
+        if not state:
+            self._begin()
 
     def state(self) -> dict[str, Any]:
         """Return all that is needed to go on."""
@@ -62,76 +79,142 @@ class Rounds:
             "method": "layerwise",
             "most": self._most,
             "exact": self.exact,
-            "forms": self.forms,
-            "per_round": self.per_round,
+            "draws": self.draws,
+            "groups": self._groups,
+            "shares": self._shares,
             "moved": self._moved,
             "coupled": self._coupled,
             "spent": self.spent,
         }
 
-    def more(self, rounds: int) -> None:
-        """Take more random rounds."""
-        self._run(rounds)
+    def _begin(self) -> None:
+        found = self._run(self._first)
+        self.exact, sampled = float(found[0]), bool(found[3] > 0)
+        moved, variances = found[_HEAD:].chunk(2)
+        places = [i for i, x in enumerate(moved.tolist()) if x > 0]
+        groups = merged(places, max(1, self._most // 8))
+        noise = torch.stack(
+            [variances[x].sum() for x in groups] or [moved.sum()]
+        ).sqrt()
+        if not bool(noise.any()):
+            noise = torch.ones_like(noise)
+        even = 1 / max(1, len(groups) + sampled)
+        shares = (_EVEN / len(noise) + (1 - _EVEN) * noise / noise.sum()).tolist()
+        self._shares = [even] * sampled + [
+            (1 - even * sampled) * x for x in shares[: len(groups)]
+        ]
+        self._groups = [_SAMPLED] * sampled + groups
+        self.draws = [[] for _ in self._groups]
 
-    def _run(self, rounds: int) -> None:
-        first = not self.spent
+    def more(self, products: int) -> None:
+        """Take so many more draws, and at least two of each group in all."""
+        least = [max(0, 2 - len(draws)) for draws in self.draws]
+        wanted = [math.floor(products * share) for share in self._shares]
+        counts = [max(pair) for pair in zip(least, wanted, strict=True)]
+        noisiest = self._shares.index(max(self._shares))
+        counts[noisiest] += max(0, products - sum(counts))
+        found = self._run(lambda net, key: self._drawn(net, key, counts))
+        new = found[_HEAD:].split(counts)
+        for draws, own in zip(self.draws, new, strict=True):
+            draws += own.tolist()
+
+    def _run(self, take: Callable[[Layerwise, Key], Tensor]) -> Tensor:
+        """Average what is taken of the batches, over all masks."""
 
         def one(batch: Batch, place: int, seed: int | None) -> Tensor:
             with torch.enable_grad():
                 net = Layerwise(self._surface, batch, place, seed)
-                return self._batch(net, rounds, first, (place, seed))
+                with self._surface.backward():
+                    found = take(net, (place, seed))
+            return found.to(next(iter(self._surface.params.values())).device)
 
         seeds = self._surface.seeds
-        found = [self._surface.average(one, seed).cpu() for seed in seeds]
-        total = torch.stack(found).mean(0)
-        exact, cost, spent, weight = total[:_HEAD].tolist()
-        if first:
-            self.exact, self.per_round = exact, math.ceil(cost / weight - 1e-6)
-        self.spent += math.ceil(spent / weight - 1e-6)
-        self.forms += total[_HEAD:].tolist()
+        total = torch.stack([self._surface.average(one, s).cpu() for s in seeds])
+        found = total.mean(0)
+        # A loss that is a sum over samples counts every batch.
+        self.spent += math.ceil(float(found[1] / found[2]) - 1e-6)
+        return found
 
-    def _batch(
-        self, net: Layerwise, rounds: int, first: bool, key: tuple[int, int | None]
-    ) -> Tensor:
-        """Exact part (the first time), cost of a round, passes spent, 1, the rounds."""
+    def _first(self, net: Layerwise, key: Key) -> Tensor:
+        """Take what is exact, and look which blocks are not zero."""
         sampled = net.width > self._most // 2
-        total = torch.zeros(_HEAD + rounds, dtype=torch.float64)
+        head = torch.zeros(_HEAD, dtype=torch.float64)
         spent = OVERHEAD - 1
-        if first and net.uses and not sampled:
-            total[0] = net.gauss_newton(net.roots())
+        if net.uses and not sampled:
+            head[0] = net.gauss_newton(net.roots())
             spent += net.width
-        drawn = bool(net.others) or sampled
-        residual, groups, probes = self._residual(net, key)
-        draw = net.sampler() if drawn and rounds else None
-        for k in range(_HEAD, _HEAD + rounds):
-            roots = [] if draw is None else draw()
-            total[k] = net.gauss_newton(roots) if sampled else 0.0
-            total[k] += net.sampled_elsewhere(roots)
-            for group in groups:
-                total[k] += residual.form(group)
-        cost = len(groups) + int(drawn)
-        total[1], total[2], total[3] = cost, spent + probes + rounds * cost, 1.0
-        return total.to(next(iter(self._surface.params.values())).device)
+        moved, variances, probes = self._look(net, key)
+        head[1], head[2] = spent + probes, 1.0
+        head[3] = float(bool(net.others) or sampled)
+        return torch.cat((head, moved, variances))
 
-    def _residual(
-        self, net: Layerwise, key: tuple[int, int | None]
-    ) -> tuple[Residual, list[list[Block]], int]:
-        """Blocks of the residual that are not zero, and the passes to find them."""
+    def _look(self, net: Layerwise, key: Key) -> tuple[Tensor, Tensor, int]:
+        """Places of the blocks that are not zero, variances, and what it has cost."""
+        moved, variances = torch.zeros(
+            2, _PIECES * len(self._places), dtype=torch.float64
+        )
         if self._kind == "ggn":
-            return Residual({}), [], 0
+            return moved, variances, 0
         net.coupled = key in self._coupled
         blocks, spent = net.blocks(), 1
         residual = net.residual(blocks)
-        if key not in self._moved:
-            moved = list(range(len(blocks)))
-            if len(blocks) <= self._most // 4:
-                spent += len(blocks)
-                moved = [i for i in moved if not residual.vanishes(blocks[i])]
-            spent += len(moved)
-            if any([residual.couples(blocks[i]) for i in moved]):
-                self._coupled.append(key)
-                residual, groups, more = self._residual(net, key)
-                return residual, groups, spent + more
-            self._moved[key] = moved
-        left = [blocks[i] for i in self._moved[key]]
-        return residual, merged(left, max(1, self._most // 8)), spent
+        few = len(blocks) <= self._most // 4  # so that each can be looked at
+        spent += few * len(blocks)
+        seen = [residual.variances(x) if few else (0.0, 0.0) for x in blocks]
+        self._moved[key] = {}
+        layers: dict[int, bool] = {}
+        for i, block in enumerate(blocks):
+            if (noise := seen[i]) is None:
+                continue
+            if block.layer and (layer := id(block.layer[0].delta)) not in layers:
+                layers[layer], coupled, cost = self._meetings(residual, block, few)
+                spent += cost
+                if coupled:
+                    self._coupled.append(key)
+                    moved, variances, more = self._look(net, key)
+                    return moved, variances, spent + more
+            apart = bool(block.layer) and layers[layer]
+            self._moved[key][i] = apart
+            moved[self._place(block)] = 1.0
+            variances[self._place(block)] += noise[apart]
+        return moved, variances, spent
+
+    def _meetings(
+        self, residual: Residual, block: Block, few: bool
+    ) -> tuple[bool, bool, int]:
+        """Whether positions are apart, whether samples meet, and what it has cost."""
+        layer = dataclasses.replace(block, piece=None)
+        once = all(use.once for use in block.layer)
+        if not once and few and residual.apart(layer):
+            return True, False, 1
+        return once, residual.couples(layer), 1 + int(not once and few)
+
+    def _place(self, block: Block) -> int:
+        return self._places[block.owner] + (block.piece or 0)
+
+    def _drawn(self, net: Layerwise, key: Key, counts: list[int]) -> Tensor:
+        """Draw each group as often as counted."""
+        net.coupled = key in self._coupled
+        sampled = net.width > self._most // 2
+        draw = net.sampler() if sampled or net.others else None
+        blocks = net.blocks() if (known := self._moved.get(key)) else []
+        own = [
+            dataclasses.replace(blocks[i], apart=apart)
+            for i, apart in (known or {}).items()
+        ]
+        residual = net.residual(own) if own else Residual({})
+        drawn, spent = [], OVERHEAD
+        for group, count in zip(self._groups, counts, strict=True):
+            mine = [block for block in own if self._place(block) in group]
+            for _ in range(count):
+                found = torch.zeros((), dtype=torch.float64)
+                if group == _SAMPLED and draw is not None:
+                    roots = draw()
+                    found += net.gauss_newton(roots) if sampled else 0.0
+                    found += net.sampled_elsewhere(roots)
+                elif mine:
+                    found += residual.form(mine)
+                drawn.append(found)
+            spent += count * int(bool(mine) or group == _SAMPLED)
+        head = torch.tensor([0.0, spent, 1.0, 0.0], dtype=torch.float64)
+        return torch.cat((head, torch.stack(drawn)))

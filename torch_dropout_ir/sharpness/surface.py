@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -35,8 +35,8 @@ from torch_dropout_ir.functional import (
 )
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.sharpness.frozen import (
-    ComposedNorms,
     Masks,
+    TwiceDifferentiable,
     dropout_on,
     mask_seeds,
     modes,
@@ -44,10 +44,10 @@ from torch_dropout_ir.sharpness.frozen import (
 from torch_dropout_ir.sharpness.penalties import check_penalties
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
-from torch_dropout_ir.substitution import call_with
+from torch_dropout_ir.sharpness.subsets import Subset, chosen_parameters
+from torch_dropout_ir.substitution import call_with, substituted
 from torch_dropout_ir.vectors import to_vector
 
-Subset = Collection[str] | Callable[[str], bool] | None
 _MANY, _EVERY = 256, 8  # samples that can be thinned, and the stride
 _STRIDE: Final = 2**31 + 11  # between the seeds of one pass's batches
 
@@ -92,13 +92,14 @@ class Surface:
         if self._batches.empty and not self.ranks.spread:
             raise ValueError(f"{caller}: expected at least one batch, got none")
         self.seeds = mask_seeds(caller, masks)
-        chosen = _chosen(caller, parameters(self.model), params)
+        chosen = chosen_parameters(caller, parameters(self.model), params)
         own = {n: x.detach() for n, x in chosen.items()}
         self.params = {n: x.clone() if copied else x for n, x in own.items()}
         rest = (*self.model.named_parameters(), *self.model.named_buffers())
         self._rest = {n: x.detach().clone() for n, x in rest if n not in chosen}
         self._modes = {m: m.training for m in self.model.modules()}
         self._closed = False
+        self._operations = TwiceDifferentiable()
 
     def state(self) -> dict[str, Tensor]:
         """Return all parameters and buffers, by name."""
@@ -139,7 +140,9 @@ class Surface:
                 stack.enter_context(unmoved_buffers(self.model))
             # Fused attention and recurrent kernels have no second derivative.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(ComposedNorms())
+            stack.enter_context(self._operations)
+            # Compiled code has no second derivative either.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             if any(isinstance(m, nn.RNNBase) for m in self._modes):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield
@@ -148,15 +151,32 @@ class Surface:
         self, params: Mapping[str, Tensor], batch: Batch, place: int, seed: int | None
     ) -> Any:
         """Run the model at ``params`` on the batch of that place, inside ``held``."""
-        buffers = {n for n, _ in self.model.named_buffers()}
-        rest = {**self._rest, **params}
-        state = {n: x.clone() if n in buffers else x for n, x in rest.items()}
-        arguments = Inputs.of(batch[0])
+        state, arguments = self._at(params), Inputs.of(batch[0])
         # The first batch has the masks of `frozen_masks(model, seed)`.
         place = place * self.ranks.size + self.ranks.rank
         own = 0 if seed is None else seed + _STRIDE * place
         with preserved_rng(self.model, own % 2**63):
             return call_with(self.model, state, arguments.args, arguments.kwargs)
+
+    def _at(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors of the model: these parameters, and buffers that may be moved."""
+        buffers = {n for n, _ in self.model.named_buffers()}
+        rest = {**self._rest, **params}
+        return {n: x.clone() if n in buffers else x for n, x in rest.items()}
+
+    @contextlib.contextmanager
+    def backward(self, params: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Let blocks that a backward pass computes again find what they ran at.
+
+        Args:
+            params: What they ran at; the parameters of this surface if None.
+        """
+        at: dict[str, Tensor] = {}
+        if self._operations.again:
+            own = self.params if params is None else params
+            at = self._at({n: x.detach().requires_grad_() for n, x in own.items()})
+        with substituted(self.model, at):
+            yield
 
     def risk(
         self, params: Mapping[str, Tensor], batch: Batch, place: int, seed: int | None
@@ -233,9 +253,10 @@ class Surface:
             with torch.enable_grad():
                 leaves = {n: x.detach().requires_grad_() for n, x in at.items()}
                 risk = self.checked(self.risk(leaves, batch, place, seed), place)
-                found = torch.autograd.grad(
-                    risk, list(leaves.values()), materialize_grads=True
-                )
+                with self.backward(at):
+                    found = torch.autograd.grad(
+                        risk, list(leaves.values()), materialize_grads=True
+                    )
             return to_vector(dict(zip(leaves, found, strict=True)))
 
         return self.average(one, seed)
@@ -276,24 +297,3 @@ class Surface:
                 "integer dtype."
             )
         return risk
-
-
-def _chosen(
-    caller: str, params: dict[str, Tensor], subset: Subset
-) -> dict[str, Tensor]:
-    if subset is None:
-        return params
-    if isinstance(subset, str):
-        subset = [subset]
-    if callable(subset):
-        kept = {name: x for name, x in params.items() if subset(name)}
-    else:
-        if foreign := sorted(set(subset) - set(params)):
-            raise ValueError(
-                f"{caller}: expected `params` to name parameters that require a "
-                f"gradient, got {foreign}. There are {list(params)}."
-            )
-        kept = {name: x for name, x in params.items() if name in subset}
-    if not kept:
-        raise ValueError(f"{caller}: `params` chooses none of {list(params)}")
-    return kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch_dropout_ir.sharpness.layerwise import NotSplit
 from torch_dropout_ir.sharpness.rounds import OVERHEAD, Rounds
 from torch_dropout_ir.sharpness.sketches import SKETCHES, form
 
+_LEAST: Final = 16  # draws before an error is believed
+_AT_ONCE: Final = 8  # rounds between two looks at it
 Method = Literal["auto", "layerwise", "hutchinson", "hutchpp", "xtrace"]
 
 
@@ -59,9 +61,11 @@ def trace(
     then the trace is exact. That is found out, not assumed: a random probe of each
     block must come back as zero. Otherwise (smooth activations, shared weights,
     attention, batch normalization in training) the blocks that are not zero are probed
-    alone, and what has no known layer, or more outputs than half of ``num_matvecs``, is
-    sampled. An operator of at most ``num_matvecs`` dimensions is traced column by
-    column.
+    alone, those with more noise more often, and queries, keys and values apart; where
+    the positions of a layer do not see each other above it, each is probed by itself,
+    which makes the last nonlinearity of a network exact. What has no known layer, or
+    more outputs than half of ``num_matvecs``, is sampled. An operator of at most
+    ``num_matvecs`` dimensions is traced column by column.
 
     Operators given as such are probed with random signs: ``"hutchinson"`` averages
     ``z' A z``; ``"hutchpp"`` and ``"xtrace"`` take the range of a sketch apart, which
@@ -73,7 +77,8 @@ def trace(
         num_matvecs: Most products to spend now, at least 2. A backward pass counts as
             one.
         rtol: If given, stop as soon as the standard error is at most this share of the
-            magnitude of the estimate, after 8 draws at least.
+            magnitude of the estimate, after 16 draws a group at least, on average:
+            fewer would be stopped where they happen to agree.
         method: How; ``"auto"``: column by column, else layer by layer, else Hutchinson.
         state: ``TraceEstimate.state`` of an earlier run on the same operator.
 
@@ -142,17 +147,20 @@ def _columns(op: Any) -> TraceEstimate:
 
 
 def _estimate(
-    exact: float, forms: list[float], spent: int, rtol: float | None, method: str
+    exact: float, draws: list[list[float]], spent: int, rtol: float | None, method: str
 ) -> TraceEstimate:
-    seen = torch.tensor(forms, dtype=torch.float64)
-    value = seen.mean() + exact if forms else torch.tensor(exact, dtype=torch.float64)
-    error = seen.std() / len(forms) ** 0.5 if forms else torch.zeros_like(value)
-    reached = not forms or _reached(float(value), float(error), len(forms), rtol)
+    """The sum of the means of what was drawn apart."""
+    seen = [torch.tensor(x, dtype=torch.float64) for x in draws]
+    value = torch.tensor(exact, dtype=torch.float64) + sum(x.mean() for x in seen)
+    variance = sum(x.var() / len(x) for x in seen)
+    error = torch.as_tensor(variance, dtype=torch.float64).sqrt()
+    count = sum(map(len, seen)) // max(1, len(seen))
+    reached = not seen or _reached(float(value), float(error), count, rtol)
     return TraceEstimate(value, error, spent, reached or rtol is None, method, {})
 
 
 def _reached(value: float, error: float, count: int, rtol: float | None) -> bool:
-    return rtol is not None and count >= 8 and error <= rtol * abs(value)
+    return rtol is not None and count >= _LEAST and error <= rtol * abs(value)
 
 
 def _hutchinson(
@@ -162,7 +170,7 @@ def _hutchinson(
     for _ in range(num_matvecs):
         forms.append(form(op))
         if len(forms) > 1:
-            found = _estimate(0.0, forms, len(forms), rtol, "hutchinson")
+            found = _estimate(0.0, [forms], len(forms), rtol, "hutchinson")
             if rtol is not None and found.converged:
                 break
     saved = {"method": "hutchinson", "forms": forms}
@@ -182,7 +190,7 @@ def _sketched(
     values, errors, weights = torch.tensor(runs, dtype=torch.float64).T
     weights = weights / weights.sum()
     mean, deviation = (weights * values).sum(), (weights * errors).norm()
-    reached = _reached(float(mean), float(deviation), 8, rtol)
+    reached = _reached(float(mean), float(deviation), _LEAST, rtol)
     return TraceEstimate(
         mean,
         deviation,
@@ -202,18 +210,18 @@ def _layerwise(
     most = num_matvecs + (state["spent"] if state else 0)
     with op.released() as surface:
         rounds = Rounds(surface, op.kind, num_matvecs, state)
+        method = "gauss_newton" if rounds.draws else "exact"
         while True:
-            forms = rounds.forms
-            method = "gauss_newton" if rounds.per_round else "exact"
-            found = _estimate(rounds.exact, forms, rounds.spent, rtol, method)
-            left = (most - rounds.spent - OVERHEAD) // max(1, rounds.per_round)
-            enough = len(forms) >= 2 and (
-                left < 1 or (rtol is not None and found.converged)
-            )
-            if not rounds.per_round or enough:
-                break
-            rounds.more(
-                max(2 - len(forms), min(left, 8 if rtol is not None else left), 1)
-            )
+            begun = all(rounds.draws)
+            left = most - rounds.spent - OVERHEAD
+            round_of = len(rounds.draws)
+            if begun:
+                found = _estimate(
+                    rounds.exact, rounds.draws, rounds.spent, rtol, method
+                )
+                enough = rtol is not None and found.converged
+                if not rounds.draws or enough or left < round_of:
+                    break
+            rounds.more(left if rtol is None else min(left, _AT_ONCE * round_of))
     op.num_matvecs += rounds.spent - (state["spent"] if state else 0)
     return dataclasses.replace(found, state=rounds.state())

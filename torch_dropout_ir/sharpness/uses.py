@@ -56,10 +56,14 @@ class Use:
         step = max(1, _CHUNK_BYTES // max(1, each))
         yield from (slice(i, min(i + step, n)) for i in range(0, n, step))
 
+    def _rows(self, c: slice) -> Tensor:
+        """Rows in the dtype that the layer computes in, which autocast may choose."""
+        return self.part.rows(c).to(self.delta.dtype)
+
     def squared_norms(self, gradient: Tensor) -> Tensor:
         """Return squared norms of the samples' derivatives, float64 ``[n]``."""
         a = self.part.split(gradient)
-        found = [_squared(self.part.rows(c), a[c]) for c in self._chunks(a)]
+        found = [_squared(self._rows(c), a[c]) for c in self._chunks(a)]
         return torch.cat([x.double() for x in found])
 
     def summed(self, gradient: Tensor) -> Tensor:
@@ -67,7 +71,7 @@ class Use:
         a = self.part.split(gradient)
         total = a.new_zeros(a.shape[1], a.shape[3], self.part.size)
         for c in self._chunks(a):
-            total += torch.einsum("ngto,ngtd->god", a[c], self.part.rows(c))
+            total += torch.einsum("ngto,ngtd->god", a[c], self._rows(c))
         return total.reshape(-1)
 
     @property
@@ -76,38 +80,48 @@ class Use:
         return self.part.split(self.delta).shape[2] == 1
 
     def variance(self) -> Tensor:
-        """Variance of the output under a random parameter, where that is once."""
+        """Variance of each entry of the output under a random parameter."""
         a = self.part.split(self.delta)
         found = torch.empty_like(a)
         for c in self._chunks(a):
             found[c] = self.part.rows(c).square().sum(-1, keepdim=True)
         return self.part.join(found)
 
-    def perturbed(self, draw: Draw) -> Tensor:
+    def perturbed(self, draw: Draw, columns: slice) -> Tensor:
         """Change of the output under a parameter that is drawn for each sample."""
         a = self.part.split(self.delta)
-        found = torch.empty_like(a)
+        found = torch.zeros_like(a)
+        width = a[..., columns].shape[3]
         for c in self._chunks(a):
-            h = self.part.rows(c)
-            found[c] = h @ draw(h.new_empty(*h.shape[:2], h.shape[3], a.shape[3]))
+            h = self._rows(c)
+            drawn = draw(h.new_empty(*h.shape[:2], h.shape[3], width))
+            found[c, ..., columns] = h @ drawn
         return self.part.join(found)
 
 
-def perturbation(layer: list[Use], draw: Draw) -> Tensor:
+def perturbation(
+    layer: list[Use], draw: Draw, columns: slice = slice(None), apart: bool = False
+) -> Tensor:
     """Return a change of one layer's output under random parameters of that layer.
 
     Args:
         layer: The uses of its parameters, of one ``delta``.
         draw: Fills a tensor with independent entries of mean 0 and variance 1.
+        columns: Which of the output features are changed.
+        apart: Whether each position may have parameters of its own.
 
     Returns:
-        The change. Each sample has parameters of its own; where it meets them once,
-        only their variance counts, and one number an output is drawn.
+        The change. Each sample has parameters of its own; where it meets them once, or
+        positions are apart, only their variance counts, and one number an output is
+        drawn.
     """
-    if all(use.once for use in layer):
-        variance = torch.stack([use.variance() for use in layer]).sum(0)
-        return variance.sqrt() * draw(torch.empty_like(variance))
-    return torch.stack([use.perturbed(draw) for use in layer]).sum(0)
+    if apart or all(use.once for use in layer):
+        part = layer[0].part
+        scale = part.split(torch.stack([use.variance() for use in layer]).sum(0).sqrt())
+        found = torch.zeros_like(scale)
+        found[..., columns] = draw(torch.empty_like(scale[..., columns]))
+        return part.join(found.mul_(scale))
+    return torch.stack([use.perturbed(draw, columns) for use in layer]).sum(0)
 
 
 def _squared(h: Tensor, a: Tensor) -> Tensor:
@@ -142,7 +156,9 @@ class Uses(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         for module in self._model.modules():
-            if next(module.parameters(recurse=False), None) is not None:
+            scripted = isinstance(module, torch.jit.ScriptModule)  # it takes no hooks
+            own = next(module.parameters(recurse=False), None)
+            if own is not None and not scripted:
                 handle = module.register_forward_hook(self._hook)
                 self._hooks.callback(handle.remove)
         super().__enter__()

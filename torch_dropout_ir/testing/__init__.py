@@ -5,11 +5,8 @@ held against it. :mod:`hypothesis` is needed for the strategies alone.
 """
 
 from torch_dropout_ir.testing.enumeration import enumerate_masks, expected_dropout_loss
-from torch_dropout_ir.testing.report import (
-    Finding,
-    RegularizerReport,
-    check_regularizer,
-)
+from torch_dropout_ir.testing.findings import Finding, RegularizerReport
+from torch_dropout_ir.testing.report import check_regularizer
 from torch_dropout_ir.testing.strategies import (
     batches,
     drop_probabilities,

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch, at_sites, call
 from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.regularizers.checks import as_pair, check_finite
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
-from torch_dropout_ir.regularizers.outputs import read_outputs
+from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.sites import Site
 
 MAX_MASKS: Final = 2**20
@@ -60,7 +61,7 @@ def expected_dropout_loss(
     over the masks of all sites together. Less ``R_S`` it is R_1, for any model and
     loss. Where samples do not meet (neither in the network nor in the loss), one mask
     for all of them has the same mean as a mask each, and ``d`` is the number of units;
-    else it is that of units times samples.
+    else it is that of units times samples. Noise besides dropout sites is off.
 
     Args:
         model: A small model; left as it is. Of one in training mode those sites count
@@ -74,7 +75,9 @@ def expected_dropout_loss(
         0-d float64.
 
     Raises:
-        ValueError: If there are more masks than ``max_masks``.
+        TypeError: If ``batch`` is no pair.
+        ValueError: If there are more masks than ``max_masks``, the loss is not finite,
+            or which sites are used depends on the masks.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, Lemma 1.
@@ -85,10 +88,10 @@ def expected_dropout_loss(
         >>> expected = expected_dropout_loss(net, batch, "mse")
         >>> r1 = expected - nn.functional.mse_loss(net[1](batch[0]), batch[1])
         >>> torch.testing.assert_close(r1, net[1].weight.square().sum())
-    """
-    resolved = resolve_loss(loss)
+    """  # noqa: DOC502 (the checks raise too)
+    resolved, batch = resolve_loss(loss), as_pair(batch)
     uses = _uses(model, batch, resolved, coupled)
-    count = math.prod(2 ** shape.numel() if site.p < 1 else 1 for site, shape in uses)
+    count = _count(uses)
     if count > max_masks:
         sizes = ", ".join(f"`{site.name}` {list(shape)}" for site, shape in uses)
         raise ValueError(
@@ -102,7 +105,17 @@ def expected_dropout_loss(
             chance = math.prod(c for _, c in combination)
             risk = _risk_at(model, batch, resolved, [mask for mask, _ in combination])
             total += chance * risk.double().cpu()
+    check_finite("expected_dropout_loss", total, model, batch[0])
     return total
+
+
+def count_masks(model: nn.Module, batch: Batch, loss: Loss) -> int:
+    """Return the number of masks that :func:`expected_dropout_loss` would take."""
+    return _count(_uses(model, batch, loss, None))
+
+
+def _count(uses: list[tuple[Site, torch.Size]]) -> int:
+    return math.prod(2 ** shape.numel() if site.p < 1 else 1 for site, shape in uses)
 
 
 def _uses(
@@ -115,7 +128,7 @@ def _uses(
             coupled = (
                 bool(clean.unreachable)
                 or clean.couples_samples(read.tensors)
-                or read.couples()
+                or _meet_in_loss(read)
             )
         shapes = [(site, site.mask_shape(h.shape)) for site, h, _ in clean.uses]
     return [
@@ -124,12 +137,27 @@ def _uses(
     ]
 
 
+def _meet_in_loss(read: OutputsRead) -> bool:
+    """Whether samples meet in the loss; taken to where no derivative can tell."""
+    try:
+        return read.couples()
+    except ValueError:
+        return True
+
+
 def _risk_at(model: nn.Module, batch: Batch, loss: Loss, masks: list[Tensor]) -> Tensor:
     """Return the loss at given masks, one a use in their order."""
     left = iter(masks)
 
     def multiply(site: Site, h: Tensor) -> Tensor:
-        kept = next(left).to(h.device)
+        kept = next(left, None)
+        if kept is None:
+            raise ValueError(
+                f"expected_dropout_loss: expected the uses of the pass without noise, "
+                f"got one more of site `{site.name}` at some masks. Use "
+                "`regularizers.monte_carlo`."
+            )
+        kept = kept.to(h.device)
         scale = 1 / (1 - site.p) if site.p < 1 else 0.0
         return torch.where(kept, h * scale, torch.zeros_like(h))
 

@@ -165,7 +165,8 @@ def train(
             Adam, which oscillates to the end, is stopped would decide the loss.
         batch: Samples of a step, drawn anew for each; all if None.
         arms: Names of the runs, for their TensorBoard logs; none are written without.
-        how: ``settle=False`` keeps ``lr`` to the end; ``track`` is a :class:`Track`.
+        how: ``settle`` is another share than a tenth, or False, which keeps ``lr`` to
+            the end; ``track`` is a :class:`Track`.
     """
     # Adam's averages of a neuron that is silent at all points decay to denormals,
     # on which arithmetic is many times slower.
@@ -185,13 +186,14 @@ def train(
         )
         for net, name in zip(networks.networks, arms, strict=False)
     ]
-    track = how.get("track")
+    track, settle = how.get("track"), how.get("settle", 0.1)
     kept = [one for one in (networks, optimizer, track, *watched) if one is not None]
     for step in exp.steps(arm, seed, steps, kept):
         if track is not None and step % track.every == 0:
             track(step)
-        if how.get("settle", True):
-            optimizer.param_groups[0]["lr"] = lr * min(1, 10 * (1 - step / steps))
+        if settle:
+            left = 1 - step / steps
+            optimizer.param_groups[0]["lr"] = lr * min(1, left * (1 / settle))
         if batch is None:
             networks.gradient(x, y)
         else:

@@ -108,7 +108,8 @@ def received_r2(gradients: Mapping[str, Tensor], lr: Mapping[str, float]) -> flo
     Returns:
         The sum over parameters, each with its own learning rate.
     """
-    parts = [gathered(lr[n] / 4 * squared_norm(g)).cpu() for n, g in gradients.items()]
+    real = {n: g.abs() if g.is_complex() else g for n, g in gradients.items()}
+    parts = [gathered(lr[n] / 4 * squared_norm(g)).cpu() for n, g in real.items()]
     return float(torch.stack(parts).sum()) if parts else 0.0
 
 

@@ -1,0 +1,118 @@
+"""What the estimators hold at once, against a training step of the same model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.profiler import profile
+
+from torch_dropout_ir import ops, output_hessian
+from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.output_hessian import HessianRoots
+from torch_dropout_ir.regularizers import (
+    excess,
+    gauss_newton,
+    gradient_norm,
+    monte_carlo,
+    second_order,
+)
+
+
+def peak(run) -> int:
+    """The most bytes that tensors held at once while ``run`` ran, beyond before."""
+    with profile(profile_memory=True, use_cpu=True) as profiled:
+        run()
+    events = profiled.kineto_results.events()
+    steps = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    held = most = 0
+    for _, size in sorted(steps, key=lambda step: step[0]):
+        held += size
+        most = max(most, held)
+    return most
+
+
+def convolutional(norm):
+    return nn.Sequential(
+        nn.Dropout(0.1), nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16) if norm else nn.Identity(), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.1), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Dropout(0.5), nn.Linear(2048, 10),
+    ), torch.randn(32, 3, 32, 32)  # fmt: skip
+
+
+def transformer():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
+    body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    net = nn.Sequential(nn.Dropout(0.1), body, nn.Flatten(), nn.Linear(32 * 32, 10))
+    return net, torch.randn(32, 32, 32)
+
+
+def deep():
+    layers = [nn.Dropout(0.1), nn.Linear(64, 96)]
+    for _ in range(6):
+        layers += [nn.ReLU(), nn.Dropout(0.2), nn.Linear(96, 96)]
+    return nn.Sequential(*layers), torch.randn(1024, 64)
+
+
+MODELS = {
+    "convolutional": lambda: convolutional(norm=False),
+    "batch norm": lambda: convolutional(norm=True),
+    "transformer": transformer,
+    "deep": deep,
+}
+FORMS = {
+    "gauss_newton": lambda *a: gauss_newton(*a),
+    "gauss_newton, 3": lambda *a: gauss_newton(*a, num_samples=3),
+    "second_order": lambda *a: second_order(*a),
+    "monte_carlo": lambda *a: monte_carlo(*a, num_masks=4),
+    "gradient_norm": lambda *a: gradient_norm(*a, lr=0.1),
+}
+
+
+# Beyond a step: the linear part of the noise, an element of it for each of a mask; the
+# whole gradient at the first masks, which a step has when its pass is over.
+BESIDE = {"monte_carlo": 0.04, "gradient_norm": 0.05}
+# Samples meet, and the pass over all of them is gone through more than once.
+TOGETHER = {"gauss_newton, 3": 1.6, "second_order": 4.0}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("model", MODELS)
+def test_an_estimate_holds_no_more_than_a_training_step(model, form):
+    torch.manual_seed(0)
+    net, x = MODELS[model]()
+    y = torch.randint(10, (len(x),))
+    step = peak(lambda: F.cross_entropy(net(x), y).backward())
+    net.zero_grad()
+    FORMS[form](net, (x[:8], y[:8]), "cross_entropy")
+    found = peak(lambda: FORMS[form](net, (x, y), "cross_entropy"))
+    most = TOGETHER.get(form, 1.0) if model == "batch norm" else 1.0
+    assert found <= (most + BESIDE.get(form, 0.0)) * step
+
+
+def test_a_pair_of_gradients_is_one_and_a_parameter():
+    net = nn.Sequential(nn.Dropout(0.5), *(nn.Linear(256, 256) for _ in range(8)))
+    x, y = torch.randn(2, 256), torch.randn(2, 256)
+    size = sum(4 * p.numel() for p in net.parameters())
+    one = peak(lambda: gradient_norm(net, (x, y), "mse", lr=0.1))
+    two = peak(lambda: gradient_norm(net, [(x, y)] * 2, "mse", lr=0.1, num_masks=4))
+    assert one < 1.5 * size
+    assert two < 2.5 * size
+
+
+def test_labels_are_drawn_some_samples_at_a_time(monkeypatch):
+    f = torch.randn(64, 50, 8)
+    roots = HessianRoots(resolve_loss("cross_entropy"), f, None)
+    held = peak(roots.sample)
+    monkeypatch.setattr(output_hessian, "_DRAWN_AT_ONCE", 2**10)
+    assert peak(roots.sample) < 1.6 * 4 * f.numel() < held
+    drawn = sum(roots.sample()[0][0] for _ in range(400)) / 400
+    assert drawn.abs().max() < 0.15 * roots.sample()[0][0].abs().max()
+
+
+def test_the_linear_part_of_a_mask_is_summed_block_by_block(monkeypatch):
+    slope = torch.randn(3, 333).double()
+    dropped, packed = ops.draw(torch.ones_like(slope), 0.4, None)
+    monkeypatch.setattr(excess, "_BITS", 2**6)
+    found = excess._linear_part(slope, packed, 0.4)
+    torch.testing.assert_close(found, (slope * (dropped - 1)).sum())

@@ -1,0 +1,120 @@
+"""What a forward pass without noise shows while it runs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir.regularizers.checks import check_site
+from torch_dropout_ir.regularizers.coupling import nearly_equal
+from torch_dropout_ir.sites import Site
+from torch_dropout_ir.tracing import checkpointed
+
+Use = tuple[Site, Tensor, Tensor]
+
+
+class _Passed(NamedTuple):
+    """A use of a site, and what tells whether something was written over it."""
+
+    site: Site
+    h: Tensor
+    h_version: int
+    delta: Tensor
+    out: Tensor
+    out_version: int
+
+
+class Recorder:
+    """What a pass shows while it runs."""
+
+    def __init__(self, outlives: bool, first: Tensor | None) -> None:
+        self.passed: list[_Passed] = []
+        self.reads: list[tuple[nn.Linear, bool, Tensor, int]] = []
+        self.unreachable: list[str] = []
+        self._outlives = outlives
+        self._first = first
+        self._open = True
+
+    def perturb(self, site: Site, h: Tensor) -> Tensor:
+        """Add a zero to a site's input, and record both."""
+        check_site(site, h)
+        if not torch.is_grad_enabled():
+            self.unreachable.append(site.name)
+        first = self._open and not self.passed
+        if first and self._first is not None:
+            h = _in_place_of(h, self._first)
+        delta = h.new_zeros((), requires_grad=True).expand(h.shape)  # one element
+        if not self._open:  # computed again under checkpointing
+            return h + delta
+        held = h if self._outlives else h.detach()
+        # Nothing below the first site is asked for: what it keeps is let go now.
+        out = (held if first else h) + delta
+        self.passed.append(_Passed(site, held, held._version, delta, out, out._version))
+        return out
+
+    def read(self, layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
+        """Record whether a linear layer reads the first site as it is."""
+        if not self._open:
+            return
+        # Identity is not enough: an operation in place leaves the tensor the same.
+        direct = bool(args and self.passed) and args[0] is self.passed[0].out
+        direct = direct and args[0]._version == self.passed[0].out_version
+        self.reads.append((layer, direct, output, output._version))
+
+    def uses(self) -> list[Use]:
+        """Return each use with its input as it was: itself, or what passed on.
+
+        Raises:
+            RuntimeError: If both were overwritten.
+        """  # noqa: DOC502 (`_use` raises)
+        return [_use(p) for p in self.passed]
+
+    def maker(self, outputs: Any) -> nn.Linear | None:
+        """Return the linear layer that read a site directly and made the outputs."""
+        made = [
+            layer
+            for layer, direct, output, version in self.reads
+            if direct and output is outputs and output._version == version
+        ]
+        return made[0] if len(made) == 1 else None
+
+    def close(self) -> None:
+        """Let go of what was recorded, lest tensors outlive their use in the graph."""
+        self._open = False
+        self.passed.clear()
+        self.reads.clear()
+
+
+def _in_place_of(h: Tensor, first: Tensor) -> Tensor:
+    """Return what the first site is given, where the pass has something else.
+
+    Raises:
+        ValueError: If that is not possible.
+    """
+    if h.shape != first.shape:
+        raise ValueError(
+            f"expected the input of the first site to have the shape "
+            f"{list(first.shape)}, got {list(h.shape)}"
+        )
+    if nearly_equal(h, first):
+        return h
+    if checkpointed():
+        raise ValueError(
+            "expected the first site outside of activation checkpointing, which would "
+            "compute again what it is not given"
+        )
+    return first
+
+
+def _use(passed: _Passed) -> Use:
+    if passed.h._version == passed.h_version:
+        return passed.site, passed.h, passed.delta
+    if passed.out._version == passed.out_version:
+        return passed.site, passed.out, passed.delta
+    raise RuntimeError(
+        f"expected the input of dropout site `{passed.site.name}` or its output to "
+        "stay as they are in the forward pass, got both overwritten in place. Use "
+        "`monte_carlo`."
+    )

@@ -1,0 +1,48 @@
+"""Which parameters derivatives are taken in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from torch import Tensor
+
+Subset = Collection[str] | Callable[[str], bool] | None
+
+
+def chosen_parameters(
+    caller: str, params: dict[str, Tensor], subset: Subset
+) -> dict[str, Tensor]:
+    """Read the user's `params`.
+
+    Args:
+        caller: Name of the user-facing function.
+        params: The parameters that require a gradient.
+        subset: Names, or a predicate on names; None takes all.
+
+    Returns:
+        Those that are chosen, at least one.
+
+    Raises:
+        ValueError: If a name is foreign, or none is chosen.
+        NotImplementedError: If one of them is complex.
+    """
+    kept = params
+    if callable(subset):
+        kept = {name: x for name, x in params.items() if subset(name)}
+    elif subset is not None:
+        subset = [subset] if isinstance(subset, str) else subset
+        if foreign := sorted(set(subset) - set(params)):
+            raise ValueError(
+                f"{caller}: expected `params` to name parameters that require a "
+                f"gradient, got {foreign}. There are {list(params)}."
+            )
+        kept = {name: x for name, x in params.items() if name in subset}
+    if not kept:
+        raise ValueError(f"{caller}: `params` chooses none of {list(params)}")
+    if found := [name for name, x in kept.items() if x.is_complex()]:
+        raise NotImplementedError(
+            f"{caller}: expected real parameters, got complex ones: {found}. Hold them "
+            "as real ones that the model views with `torch.view_as_complex`, or leave "
+            "them out with `params=`."
+        )
+    return kept
