@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,8 @@ from torch_dropout_ir.regularizers.checks import (
     check_finite,
     noise_left_out,
 )
+from torch_dropout_ir.regularizers.inner_products import pair_products, wide_dtype
 from torch_dropout_ir.regularizers.masked import dropout_risk
-
-# Elements of a gradient that are looked at together.
-_BLOCK: Final = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +177,10 @@ class _Norms:
     def _gradients(self, batch: Batch, receive: Callable[[int, Tensor], None]) -> None:
         """Draw masks; give each parameter's gradient away as it comes, by number."""
 
-        def take(i: int, g: Tensor) -> None:
+        def take(i: int, g: Tensor) -> Tensor | None:
             receive(i, g.to_dense() if g.is_sparse else g)
+            # One element in its place, lest autograd holds it to the end.
+            return None if g.is_sparse else g.new_zeros(()).expand(g.shape)
 
         masked = dropout_risk(
             self._model,
@@ -191,8 +191,7 @@ class _Norms:
         )
         with contextlib.ExitStack() as stack:
             for i, x in enumerate(self._targets):
-                hook = functools.partial(take, i)
-                stack.callback(x.register_hook(hook).remove)
+                stack.enter_context(_hooked(x, functools.partial(take, i)))
             with torch.enable_grad(), masked as value:
                 check_differentiable("gradient_norm", value)
                 torch.autograd.grad(value, self._targets, allow_unused=True)
@@ -212,14 +211,14 @@ class _Norms:
         """
         first: dict[int, Tensor] = {}
         self._gradients(batch, first.__setitem__)
-        found = [x.new_zeros(4, dtype=_wide(x).to_real()) for x in self._targets]
+        found = [x.new_zeros(4, dtype=wide_dtype(x).to_real()) for x in self._targets]
 
         def receive(i: int, second: Tensor) -> None:
             g = first.pop(i) if i in first else torch.zeros_like(second)
             if total is not None:
                 total[i].add_(g).add_(second)
             third = None if other is None else other[i]
-            found[i] = self._rates[i] / 4 * _products(g, second, third)
+            found[i] = self._rates[i] / 4 * pair_products(g, second, third)
 
         self._gradients(batch, receive)
         for i in list(first):  # at the second masks the loss does not depend on these
@@ -237,47 +236,17 @@ class _Norms:
         return torch.stack([within[0], across, within[2], within[1] - across])
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """Precision of sums: squares of half precision vanish."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _products(g: Tensor, h: Tensor, other: Tensor | None) -> Tensor:
-    """Return half the sum of squares, the inner product, and half the squared distance.
-
-    And, fourth, the inner product of the mean with a third vector, or 0. A block at a
-    time, so that nothing of the vectors' size is made.
-    """
-    wide = _wide(g)
-    total = torch.zeros(4, dtype=wide.to_real(), device=g.device)
-    third = g.new_zeros(()).expand(g.numel()) if other is None else other
-
-    def inner(x: Tensor, y: Tensor) -> Tensor:
-        return (x * y.conj()).sum(dtype=wide).real
-
-    blocks = zip(*(x.reshape(-1).split(_BLOCK) for x in (g, h, third)), strict=True)
-    for x, y, z in blocks:
-        away = x - y
-        squares = inner(x, x) + inner(y, y)
-        mean = inner(x, z) + inner(y, z)
-        parts = squares / 2, inner(x, y), inner(away, away) / 2, mean / 2
-        total += torch.stack(parts)
-    return total
-
-
-def weighted_inner(
-    rates: Sequence[float], a: Sequence[Tensor], b: Sequence[Tensor]
-) -> Tensor:
-    r"""Return :math:`\sum \frac{\epsilon}{4} \mathrm{Re} \langle a, b \rangle`.
-
-    Of complex parameters the real and the imaginary part are two. In float32 at least:
-    squares of half precision vanish.
-    """
-    terms = []
-    for rate, x, y in zip(rates, a, b, strict=True):
-        wide = _wide(x)
-        terms.append(rate / 4 * (x.to(wide) * y.to(wide).conj()).sum().real)
-    return torch.stack(terms).sum()
+@contextlib.contextmanager
+def _hooked(x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call a hook with the gradient of ``x`` inside the context, after its own."""
+    own = x._backward_hooks
+    handle = x.register_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+        if own is None:
+            x._backward_hooks = None
 
 
 def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[float]:

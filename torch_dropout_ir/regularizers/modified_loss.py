@@ -18,10 +18,8 @@ from torch_dropout_ir.regularizers.checks import (
     check_differentiable,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.gradient_norm import (
-    learning_rates,
-    weighted_inner,
-)
+from torch_dropout_ir.regularizers.gradient_norm import learning_rates
+from torch_dropout_ir.regularizers.inner_products import weighted_inner
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
