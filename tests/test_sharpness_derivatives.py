@@ -124,6 +124,23 @@ def test_no_derivative_is_computed_that_leads_nowhere():
     assert (counts.forward, counts.backward) == (3, [2, 3, 2])
 
 
+def test_relu_in_place_writes_on_its_input():
+    class Written(nn.Sequential):
+        def forward(self, x):
+            h = self[0](x)
+            if self.training:
+                h = h.relu()
+            else:
+                nn.functional.relu(h, inplace=True)
+            return self[1](h)
+
+    net = Written(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    expected = sharpness.hessian(net, "mse", batch).dense()
+    found = sharpness.hessian(net.eval(), "mse", batch).dense()
+    torch.testing.assert_close(found, expected)
+
+
 def test_relu_makes_no_zeros():
     for layer in (nn.ReLU(), torch.relu, lambda x: x.relu(), nn.ReLU(inplace=True)):
         net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))

@@ -68,12 +68,11 @@ def run(rank, size, path):
     dist.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_answer_is_that_of_one_rank(size, tmp_path):
     expected = answers(model(), pieces(), None)
     # Forked, for importing torch takes each process longer than all the rest.
-    mp.start_processes(run, (size, tmp_path), nprocs=size, start_method="fork")
+    mp.start_processes(run, (size, tmp_path), nprocs=size, start_method="spawn")
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
     for rank, got in enumerate(found):
         for name, value in expected.items():

@@ -5,10 +5,20 @@ dropout and with it (keep_prob 0.5), from one start. The target has one neuron; 
 its opposite are the orientations that dropout leaves, of the neurons above a tenth of
 the largest amplitude.
 
-The paper's setting; the learning rate 1e-3 falls to nothing over the last tenth. The
-text leaves steps and samples open: here 200 000 steps (one seed of three still has a
-third orientation then), and normal samples of variance 1/10, so that the sum under the
-tanh has variance 1.
+The paper's width, number of samples and learning rate, 1e-3, which falls to nothing
+over the last half of 200 000 steps. The text leaves steps, start and samples open: here
+the start is standard normal, and samples are of standard deviation 0.2. Two is where
+R_1 leads: over all networks of any width it is the squared sum of |a_j| rms(h_j), and
+by the inequality of Cauchy and Schwarz the least of those that fit has neurons with h
+proportional to the targets alone. Neurons that saturate hardly see that way, and
+samples of this size keep them from it.
+
+The choice was made on 24 seeds that are not reported, 10 to 33 of another program of
+the same training, with one rule for all, that of the claim: 22 of them ended with two
+orientations, two with one or two more, of two neurons in all. With samples of variance
+1 / 10, a start of variance width^-0.2 and the rate falling over the last tenth alone
+seven of eight did, three of these with neurons at the edge of the threshold; on the
+reported seeds, where that was tried first, the orientations were 2, 2 and 3.
 
     python tutorials/paper/fig07_two_orientations.py
     python tutorials/paper/fig07_two_orientations.py --quick
@@ -25,16 +35,18 @@ from torch_dropout_ir import condensation
 
 ARMS = ("without", "dropout")
 NAMES = ("without dropout", "with dropout")
-P, INPUTS, WIDTH, SAMPLES = 0.5, 10, 100, 30
+P, INPUTS, WIDTH, SAMPLES, SCALE = 0.5, 10, 100, 30, 0.2
 TEACHER = torch.cat((torch.ones(INPUTS), torch.zeros(1)))
 TEACHER = torch.stack((TEACHER, -TEACHER))
 
 
 def compute(exp, arm, seed, steps):
     """Train both arms from one start on one draw of samples."""
-    x, start = torch.randn(SAMPLES, INPUTS) / INPUTS**0.5, normal(WIDTH, INPUTS)
+    x = SCALE * torch.randn(SAMPLES, INPUTS)
+    start = normal(WIDTH, INPUTS, variance=1.0)
     nets = TwoLayer(start.repeat(1, 2, 1), dropped=[(slice(1, 2), P)])
-    train(exp, arm, seed, nets, (x, torch.tanh(x.sum(1))), steps, arms=ARMS)
+    data = x, torch.tanh(x.sum(1))
+    train(exp, arm, seed, nets, data, steps, arms=ARMS, settle=0.5)
     return {"x": x, "start": start, "end": nets.state}
 
 
@@ -44,7 +56,7 @@ def measure(result):
     nets, x = TwoLayer(result["end"]), result["x"]
     risks = nets.risk(x, torch.tanh(x.sum(1))).tolist()
     generator = torch.Generator().manual_seed(0)
-    fresh = torch.randn(10_000, INPUTS, generator=generator) / INPUTS**0.5
+    fresh = SCALE * torch.randn(10_000, INPUTS, generator=generator)
     errors = nets.risk(fresh, torch.tanh(fresh.sum(1))).tolist()
     found = {}
     for arm, net, risk, error in zip(ARMS, nets.networks, risks, errors, strict=True):
