@@ -138,6 +138,21 @@ def test_curvature_of_parts_is_that_of_the_batch(loss):
     assert fitting(net, resolved, batch, 2**20)[0] is batch
 
 
+def test_the_look_at_what_a_pass_keeps_lets_go_of_it():
+    given = []
+
+    class Kept(nn.Module):
+        def forward(self, x):
+            x = x.exp()  # whose derivative is its output
+            given.append(StorageWeakRef(x.untyped_storage()))
+            return x
+
+    net = nn.Sequential(nn.Linear(5, 8), Kept(), nn.Linear(8, 3))
+    batch = torch.randn(10, 5), torch.randint(3, (10,))
+    fitting(net, resolve_loss("cross_entropy"), batch, 2**20)
+    assert given and all(x.expired() for x in given)
+
+
 def test_where_samples_meet_a_part_stands_for_the_batch_and_says_so():
     net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     nn.init.zeros_(net[2].weight)

@@ -82,7 +82,8 @@ def _kept(surface: Surface, batch: Batch) -> int:
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return x
+        # An output of the node that keeps it, held as it is, would hold its node.
+        return x.detach()
 
     leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
     with torch.enable_grad(), surface.held(None), saved_tensors_hooks(pack, _itself):
