@@ -31,7 +31,7 @@ from torch_dropout_ir.output_hessian import (
     hessian_roots,
     holding,
 )
-from torch_dropout_ir.sharpness.linearization import graph_nodes
+from torch_dropout_ir.sharpness.arrivals import graph_nodes
 from torch_dropout_ir.sharpness.residual import Block, Residual, halved
 from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.sharpness.uses import Use, Uses
@@ -193,7 +193,9 @@ def owner(name: str) -> str:
 
 def _edges(outputs: Tensor) -> dict[int, int]:
     """Count the edges of the graph that lead to each leaf, by its identity."""
-    ends = [n for node in graph_nodes([outputs]) for n, _ in node.next_functions]
+    ends = [
+        n for node in graph_nodes([outputs.grad_fn]) for n, _ in node.next_functions
+    ]
     return collections.Counter(
         id(node.variable) for node in ends if hasattr(node, "variable")
     )

@@ -232,6 +232,11 @@ class Surface:
             )
         return total if self.loss.reduction == "sum" else total.div_(weight)
 
+    def shares(self) -> list[tuple[Batch, float]] | None:
+        """Batches with what each counts for; None where reading them has to tell."""
+        adds = self.loss.reduction == "sum"
+        return None if self.ranks.spread else self._batches.shares(adds)
+
     def value(self, params: Mapping[str, Tensor]) -> float:
         """Return the loss at ``params``, averaged over batches and masks."""
 
@@ -260,22 +265,6 @@ class Surface:
             return to_vector(dict(zip(leaves, found, strict=True)))
 
         return self.average(one, seed)
-
-    def used(self) -> list[str]:
-        """Return the parameters that the loss of any batch depends on."""
-
-        def one(batch: Batch, place: int, seed: int | None) -> Tensor:
-            with torch.enable_grad():
-                leaves = {
-                    n: x.detach().requires_grad_() for n, x in self.params.items()
-                }
-                risk = self.checked(self.risk(leaves, batch, place, seed), place)
-                targets = list(leaves.values())
-                found = torch.autograd.grad(risk, targets, allow_unused=True)
-            return torch.tensor([float(g is not None) for g in found]).to(targets[0])
-
-        depends = self.average(one, self.seeds[0]).tolist()
-        return [n for n, x in zip(self.params, depends, strict=True) if x > 0]
 
     def checked(self, risk: Tensor, place: int) -> Tensor:
         """Return the loss of a batch if derivatives of it mean something.

@@ -8,7 +8,7 @@ Semantics:
 * Whether they do is found out: the loss of the batch is the mean of the parts' losses,
   here and at parameters moved at random, or it is not. Where it is not (batch
   normalization in training, a loss over pairs of samples, weights by class), the first
-  quarter stands for the batch, and a sentence says so.
+  eighth stands for the batch, and a sentence says so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from torch_dropout_ir.sharpness.surface import Surface
 
 _OVER: Final = 4  # a second derivative's graph, over what a pass keeps
 _PARTS: Final = 8
-_QUARTER: Final = 4
 _MOVED: Final = 0.1  # of the parameters' root mean square
 
 
@@ -66,7 +65,7 @@ def fitting(
         return batches, ""  # a model or loss that takes no other number of samples
     if same:
         return parts, ""
-    few = -(-count // _QUARTER)
+    few = max(2, step)  # of one alone, batch normalization makes nothing
     return [_rows(batch, count, 0, few)], (
         f"of the first {few} of {count} samples, alone: in this model or loss samples "
         "see each other, and the graph of them all is larger than `max_bytes`"
