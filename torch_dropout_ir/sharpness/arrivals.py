@@ -24,7 +24,8 @@ _TRANSPOSE: Final = "TBackward0"  # between the weight of a linear layer and its
 def arrivals(leaves: Sequence[Tensor], receive: Receive) -> Iterator[None]:
     """Give the gradient of each leaf away as it comes, inside the context.
 
-    In its place ``torch.autograd.grad`` is left with one element, expanded.
+    In its place ``torch.autograd.grad`` is left with one element, expanded; sparse
+    gradients are small, and stay.
 
     Args:
         leaves: The tensors in which derivatives are taken, each of them once.
@@ -33,7 +34,7 @@ def arrivals(leaves: Sequence[Tensor], receive: Receive) -> Iterator[None]:
 
     def take(g: Tensor, i: int) -> Tensor:
         receive(i, g)
-        return g.new_zeros(()).expand(g.shape)
+        return g if g.is_sparse else g.new_zeros(()).expand(g.shape)
 
     with contextlib.ExitStack() as stack:
         for i, x in enumerate(leaves):

@@ -68,7 +68,10 @@ class Layerwise:
         self._targets = batch[1]
         leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
         names = {id(x): n for n, x in leaves.items()}
-        samples = batch_size(batch)
+        try:
+            samples = batch_size(batch)
+        except TypeError as err:
+            raise NotSplit("the samples of its inputs cannot be told apart") from err
         with Uses(surface.model, samples, names) as seen:
             outputs = surface.outputs(leaves, batch, place, seed)
         if not isinstance(outputs, Tensor) or outputs.ndim < 1:

@@ -37,6 +37,19 @@ class Reading:
         self.empty = listed == []
         self._generators = [(g, g.get_state()) for g in _generators(self._batches)]
 
+    def samples(self, batch: Batch) -> int:
+        """Return the number of samples of one of the batches.
+
+        Raises:
+            TypeError: If it is not to be told, and there are others to weigh it with.
+        """
+        try:
+            return batch_size(batch)
+        except TypeError:  # inputs that are objects of the script's own
+            if self.single is None:
+                raise
+            return 1
+
     def shares(self, adds: bool) -> list[tuple[Batch, float]] | None:
         """Return batches of samples with their shares in the mean, or with 1.
 
@@ -48,7 +61,7 @@ class Reading:
         """
         if not isinstance(self._batches, list):
             return None
-        counts = [(batch, batch_size(batch)) for batch in self._batches]
+        counts = [(batch, self.samples(batch)) for batch in self._batches]
         whole = 1 if adds else sum(n for _, n in counts)
         return [(b, 1.0 if adds else n / whole) for b, n in counts if n] or None
 

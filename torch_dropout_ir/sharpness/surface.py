@@ -27,7 +27,6 @@ from torch_dropout_ir.functional import (
     Batch,
     Inputs,
     at_sites,
-    batch_size,
     fresh,
     parameters,
     preserved_rng,
@@ -118,9 +117,9 @@ class Surface:
             cannot be told apart.
         """
         batch = self.single
-        if batch is None or self.ranks.spread or batch_size(batch) < _MANY:
+        size = 0 if batch is None else self._batches.samples(batch)
+        if batch is None or self.ranks.spread or size < _MANY:
             return None
-        size = batch_size(batch)
         few = tuple(sliced(part, size, _EVERY) for part in batch)
         if few[0] is None or few[1] is None:
             return None
@@ -215,7 +214,7 @@ class Surface:
         try:
             with contextlib.closing(self._batches.__iter__()) as batches:
                 for place, batch in enumerate(batches):
-                    if not (samples := batch_size(batch)):
+                    if not (samples := self._batches.samples(batch)):
                         continue
                     share = 1.0 if self.loss.reduction == "sum" else float(samples)
                     with self.held(seed):

@@ -48,7 +48,8 @@ class Condensation:
         self.max_operations = max_operations
         self.max_image = max_image
         self._start: dict[str, tuple[Tensor, Tensor]] = {}
-        self._outgoing: dict[str, condensation.Outgoing] | None = None
+        self._outgoing: dict[str, condensation.Outgoing] = {}
+        self._traced: dict[str, type[nn.Module]] = {}  # modules that it was found in
         self._next = ""
 
     @torch.no_grad()
@@ -72,8 +73,10 @@ class Condensation:
     def _readers(
         self, model: nn.Module, name: str
     ) -> tuple[tuple[tuple[str, ...], str], str]:
-        """What reads a layer, traced once for the model, and what amplitudes are."""
-        if self._outgoing is None:
+        """What reads a layer, traced once for all modules, and what amplitudes are."""
+        modules = {n: type(m) for n, m in model.named_modules()}
+        if modules != self._traced:
+            self._traced = modules
             found = condensation.outgoing_weights(model, run_own_code=False)
             self._outgoing = {
                 n: dataclasses.replace(o, weight=None) for n, o in found.items()

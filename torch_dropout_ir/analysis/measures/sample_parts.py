@@ -53,7 +53,11 @@ def fitting(
     given = as_batches(batches)
     if not isinstance(given, list) or len(given) != 1:
         return batches, ""
-    batch, count = given[0], batch_size(given[0])
+    batch = given[0]
+    try:
+        count = batch_size(batch)
+    except TypeError:
+        return batches, ""  # inputs that are objects of the script's own
     whole = Surface("sharpness", model, loss, given, copied=False)
     if count < 2 or _OVER * _kept(whole, batch) <= max_bytes:
         return batches, ""
