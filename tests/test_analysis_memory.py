@@ -62,6 +62,19 @@ def test_norms_and_movement_copy_blocks_of_rows():
     torch.testing.assert_close(moved.cosines.double(), expected, rtol=0, atol=1e-6)
 
 
+def test_the_heat_map_is_that_of_a_matrix_that_is_not_made():
+    weights = torch.randn(200, 12)
+    labels = condensation.effective_neurons(weights).labels
+    with Largest() as seen:
+        found = Condensation(max_image=64)._heat_map(weights, labels).values
+    assert seen.bytes < 200 * 200 * 4
+    cosines = condensation.cosine_similarity(
+        weights[condensation.cluster_order(weights, labels)]
+    )
+    expected = nn.functional.adaptive_avg_pool2d(cosines[None, None], 64)[0, 0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_condensation_holds_the_weights_of_one_layer_at_a_time(monkeypatch):
     net = nn.Sequential(*(nn.Linear(30, 30) for _ in range(6)))
     most, walk = [0], condensation.named_input_weights

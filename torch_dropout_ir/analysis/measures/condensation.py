@@ -13,6 +13,7 @@ from torch_dropout_ir import condensation
 from torch_dropout_ir.analysis.records import Histogram, Image, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
 from torch_dropout_ir.condensation.graph import weights_read
+from torch_dropout_ir.condensation.tiles import unit_rows
 
 _ROWS, _COLUMNS = 32, 96
 _FAINTEST = 0.35  # the colour of a single neuron, of 1
@@ -142,9 +143,11 @@ class Condensation:
         order = condensation.cluster_order(weights, labels)
         # A stride through the sorted neurons keeps the shares of the clusters.
         stride = -(-len(order) // (4 * self.max_image))
-        cosines = condensation.cosine_similarity(weights[order[::stride]]).float()
-        side = min(self.max_image, cosines.shape[0])
-        field = nn.functional.adaptive_avg_pool2d(cosines[None, None], side)[0, 0]
+        rows = unit_rows(weights[order[::stride]])
+        side = min(self.max_image, len(rows))
+        # Means of cosines are cosines of means: the matrix itself is not made.
+        means = nn.functional.adaptive_avg_pool2d(rows[None, None], (side, None))[0, 0]
+        field = (means @ means.T).clamp_(-1.0, 1.0).float()
         return Image(field.cpu(), -1.0, 1.0, order[::stride].cpu())
 
 
