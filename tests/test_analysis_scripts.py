@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import torch_dropout_ir as tdi
+from torch_dropout_ir.analysis.compiled_calls import CompiledCall
 from torch_dropout_ir.analysis.measures import Condensation
 
 
@@ -241,6 +242,34 @@ def test_a_compiled_model_is_measured_uncompiled():
     assert analysis.latest["regularizer/R1"] > 0
     assert analysis.latest["regularizer/R2_dropout_noise"] > 0
     assert "no mask" in analysis.absent["masks"]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_model_that_is_compiled_while_it_is_watched(in_place):
+    options = {"backend": "aot_eager", "fullgraph": True}
+    made = []
+
+    def script(attach):
+        torch._dynamo.reset()
+        model, compiled = mlp(), []
+
+        def forward(x):
+            if not compiled:
+                compiled.append(model if in_place else torch.compile(model, **options))
+                if in_place:
+                    model.compile(**options)
+            return compiled[0](x)
+
+        made.append((model, compiled))
+        return loop(model, attach, forward=forward)
+
+    analysis = compare(script)
+    assert [step for step, _ in analysis.history["regularizer/R1"]] == [1, 2, 3]
+    assert set(analysis.absent) == {"masks"}
+    model, (compiled,) = made[1]
+    assert not model._forward_pre_hooks and not compiled._forward_pre_hooks
+    assert not isinstance(model._compiled_call_impl, CompiledCall)
 
 
 def test_sites_in_evaluation_mode_draw_nothing_and_count_nothing():
