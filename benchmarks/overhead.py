@@ -48,6 +48,7 @@ import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis.measures import default_measures
 
 NEVER = 10**9
+WARM = 0.05  # seconds
 MALLOC = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "65536")
 PARTS = ("costs", "auto", "memory")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -145,9 +146,8 @@ class Script:
             )
 
     def run_bare(self, steps: int) -> float:
-        """Train after two steps that are not timed, as the watched blocks have."""
-        self.run(2)
-        gc.collect()
+        """Train after steps that are not timed, as the watched blocks have them."""
+        self.warm_up()
         return self.run(steps)
 
     def run_watched(self, steps: int) -> float:
@@ -157,12 +157,19 @@ class Script:
             self.model, optimizer=self.optimizer, log_dir=False, every=NEVER,
             measures=cheap,
         )  # fmt: skip
-        self.run(2)  # the step that measures, and the one that ends it
-        gc.collect()  # what attaching has left is no step's
+        self.warm_up()  # the step that measures is among these
         seconds = self.run(steps)
         self.analysis.detach()
         self.analysis = None
         return seconds
+
+    def warm_up(self) -> None:
+        """Collect garbage, which is no step's, and take the steps that pay for it."""
+        self.run(2)
+        gc.collect()  # it reads every object there is: caches are cold after it
+        until = time.perf_counter() + WARM
+        while time.perf_counter() < until:
+            self.run(1)
 
     def run(self, steps: int) -> float:
         """Train; return the seconds that it took."""
@@ -250,7 +257,7 @@ def automatic(name: str, seconds: float) -> dict[str, float]:
 
 
 def peak(name: str, measures: list[str] | None, queue) -> None:
-    """Put the peak memory of three steps above an empty process's, in kilobytes."""
+    """Put the peak memory of two steps above an empty process's, in kilobytes."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
 
@@ -265,7 +272,7 @@ def peak(name: str, measures: list[str] | None, queue) -> None:
     empty = resident("VmRSS")
     watched = script(name)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    watched.run(3)
+    watched.run(2)
     queue.put(resident("VmHWM") - empty)
 
 

@@ -13,6 +13,9 @@ from torch_dropout_ir.analysis.measures.sample_parts import fitting
 from torch_dropout_ir.analysis.snapshot import Snapshot
 from torch_dropout_ir.condensation.tiles import row_norms
 from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.sharpness.landscape import used_up_slice
+from torch_dropout_ir.sharpness.recurrence import recurrence
+from torch_dropout_ir.sharpness.surface import Surface
 
 
 class Largest(TorchDispatchMode):
@@ -57,6 +60,19 @@ def test_norms_and_movement_copy_blocks_of_rows():
     torch.testing.assert_close(norms, weights.double().norm(dim=1))
     expected = torch.cosine_similarity(weights.double(), old)
     torch.testing.assert_close(moved.cosines.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_the_heat_map_is_that_of_a_matrix_that_is_not_made():
+    weights = torch.randn(200, 12)
+    labels = condensation.effective_neurons(weights).labels
+    with Largest() as seen:
+        found = Condensation(max_image=64)._heat_map(weights, labels).values
+    assert seen.bytes < 200 * 200 * 4
+    cosines = condensation.cosine_similarity(
+        weights[condensation.cluster_order(weights, labels)]
+    )
+    expected = nn.functional.adaptive_avg_pool2d(cosines[None, None], 64)[0, 0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_condensation_holds_the_weights_of_one_layer_at_a_time(monkeypatch):
@@ -130,12 +146,27 @@ def test_curvature_of_parts_is_that_of_the_batch(loss):
     resolved = resolve_loss(loss)
     parts, said = fitting(net, resolved, batch, 0)
     if loss is summed:  # taken for a mean, which it is not
-        assert len(parts) == 1 and "first 3 of 10 samples" in said
+        assert len(parts) == 1 and "first 2 of 10 samples" in said
         return
     assert [len(y) for _, y in parts] == [2, 2, 2, 2, 2] and not said
     ops = (tdi.sharpness.hessian(net, resolved, b) for b in (batch, parts))
     torch.testing.assert_close(*(op.dense() for op in ops))
     assert fitting(net, resolved, batch, 2**20)[0] is batch
+
+
+def test_the_look_at_what_a_pass_keeps_lets_go_of_it():
+    given = []
+
+    class Kept(nn.Module):
+        def forward(self, x):
+            x = x.exp()  # whose derivative is its output
+            given.append(StorageWeakRef(x.untyped_storage()))
+            return x
+
+    net = nn.Sequential(nn.Linear(5, 8), Kept(), nn.Linear(8, 3))
+    batch = torch.randn(10, 5), torch.randint(3, (10,))
+    fitting(net, resolve_loss("cross_entropy"), batch, 2**20)
+    assert given and all(x.expired() for x in given)
 
 
 def test_where_samples_meet_a_part_stands_for_the_batch_and_says_so():
@@ -144,7 +175,7 @@ def test_where_samples_meet_a_part_stands_for_the_batch_and_says_so():
     batch = torch.randn(16, 5), torch.randint(3, (16,))
     snapshot = Snapshot(net, 0, (), loss=resolve_loss("cross_entropy"), batches=[batch])
     buffers = [x.clone() for x in net.buffers()]
-    for measure, part in ((Sharpness(max_bytes=0), slice(4)), (Sharpness(), slice(16))):
+    for measure, part in ((Sharpness(max_bytes=0), slice(2)), (Sharpness(), slice(16))):
         records = measure(snapshot)
         op = tdi.sharpness.hessian(
             net, "cross_entropy", (batch[0][part], batch[1][part])
@@ -153,12 +184,43 @@ def test_where_samples_meet_a_part_stands_for_the_batch_and_says_so():
         assert records["sharpness/top_eigenvalue"] == pytest.approx(
             float(top), rel=0.02
         )
-        said = "first 4 of 16 samples" in snapshot.notes["sharpness/top_eigenvalue"]
-        assert said == (part.stop == 4)
+        said = "first 2 of 16 samples" in snapshot.notes["sharpness/top_eigenvalue"]
+        assert said == (part.stop == 2)
     assert all(torch.equal(x, y) for x, y in zip(buffers, net.buffers(), strict=True))
 
 
-def test_a_density_from_three_vectors_is_that_of_the_whole_basis():
+@pytest.mark.parametrize("cut", [False, True])
+def test_curvature_holds_two_vectors_and_no_gradient(cut):
+    net = nn.Sequential(*(nn.Linear(60, 60, bias=False) for _ in range(6)))
+    x = torch.randn(8, 60)
+    batches = [(x[:4], x[:4]), (x[4:], x[4:])] if cut else (x, x)
+    op = tdi.sharpness.hessian(net, "mse", batches)
+    assert recurrence(op, 2).nodes[-1] > 0
+    with Alive(6 * 60**2) as vectors, Alive(60**2) as pieces:
+        found = recurrence(op, 6)
+    assert len(found.nodes) == 6 and vectors.most == 2
+    assert pieces.most <= 9  # the weights, the vectors, one of the twelve parts
+    v, total = torch.randn(2, op.shape[0])
+    expected = total + op @ v
+    op.add_product(v, total)
+    torch.testing.assert_close(total, expected)
+
+
+def test_a_slice_takes_the_memory_of_its_direction():
+    net = nn.Sequential(nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 30))
+    batch, alphas = (torch.randn(9, 30), torch.randn(9, 30)), [-1.0, -0.3, 0.0, 0.7]
+    direction = tdi.sharpness.filter_normalized_direction(net)
+    expected = tdi.sharpness.loss_slice(net, "mse", batch, alphas, direction)
+    surface = Surface("slice", net, "mse", batch, copied=False)
+    kept = [x.clone() for x in net.parameters()]
+    with Alive(900) as seen:
+        found = used_up_slice(surface, alphas, direction)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert seen.most <= 6  # two weights, the direction, what looks at a piece of it
+    assert all(torch.equal(x, y) for x, y in zip(kept, net.parameters(), strict=True))
+
+
+def test_a_density_from_two_vectors_is_that_of_the_whole_basis():
     matrix = torch.randn(60, 60, dtype=torch.float64)
     matrix = matrix + matrix.T
     found = []

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import torch_dropout_ir as tdi
+from torch_dropout_ir.analysis.compiled_calls import CompiledCall
+from torch_dropout_ir.analysis.measures import Condensation
 
 
 def mlp(p=0.5):
@@ -242,6 +244,34 @@ def test_a_compiled_model_is_measured_uncompiled():
     assert "no mask" in analysis.absent["masks"]
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_model_that_is_compiled_while_it_is_watched(in_place):
+    options = {"backend": "aot_eager", "fullgraph": True}
+    made = []
+
+    def script(attach):
+        torch._dynamo.reset()
+        model, compiled = mlp(), []
+
+        def forward(x):
+            if not compiled:
+                compiled.append(model if in_place else torch.compile(model, **options))
+                if in_place:
+                    model.compile(**options)
+            return compiled[0](x)
+
+        made.append((model, compiled))
+        return loop(model, attach, forward=forward)
+
+    analysis = compare(script)
+    assert [step for step, _ in analysis.history["regularizer/R1"]] == [1, 2, 3]
+    assert set(analysis.absent) == {"masks"}
+    model, (compiled,) = made[1]
+    assert not model._forward_pre_hooks and not compiled._forward_pre_hooks
+    assert not isinstance(model._compiled_call_impl, CompiledCall)
+
+
 def test_sites_in_evaluation_mode_draw_nothing_and_count_nothing():
     model = nn.Sequential(nn.Dropout(0.9), nn.Linear(6, 16), nn.Dropout(0.5),
                           nn.Linear(16, 3))  # fmt: skip
@@ -419,3 +449,72 @@ def test_deep_networks_get_an_unbiased_r1():
     assert abs(float(values.mean() - truth.value)) < 4 * float(pooled)
     assert float(values.std()) == pytest.approx(float(errors.mean()), rel=0.4)
     assert "unbiased" in analysis.notes["regularizer/R1"]
+
+
+def test_layers_that_are_put_in_on_the_way_are_measured():
+    def script(attach):
+        model = mlp()
+        with attach(model, measures=[Condensation()]) as analysis:
+            for step in range(4):
+                if step == 1:
+                    model[3] = nn.Linear(16, 4)
+                if step == 2:  # what read the first layer is no layer any more
+                    model.insert(3, nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.3)))
+                sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+                model(torch.randn(8, 6)).square().mean().backward()
+                sgd.step()
+        return state(model), analysis
+
+    analysis = compare(script)
+    assert not analysis.absent
+    last = {tag: values[-1][0] for tag, values in analysis.history.items()}
+    names = {t.rpartition("/")[2] for t, step in last.items() if "/movement/" in t}
+    assert names == {"0", "3", "3.0", "4"} and last["condensation/movement/3.0"] >= 2
+    assert "of 3.0" in analysis.notes["condensation/orientation_amplitude/0"]
+
+
+def test_an_optimizer_for_each_parameter_makes_one_step_of_all():
+    def script(attach):
+        model = mlp()
+        steps = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+        def step(p):
+            steps[p].step()
+            p.grad = None
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(step)
+        with attach(model) as analysis:
+            for _ in range(4):
+                nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
+        return state(model), analysis
+
+    assert compare(script).step == 4
+
+
+def test_inputs_may_be_objects_of_the_scripts_own():
+    class Graph:
+        def __init__(self):
+            self.x, self.y = torch.randn(8, 6), torch.randint(3, (8,))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, graph):
+            return F.cross_entropy(self.net(graph.x), graph.y)
+
+    def script(attach):
+        model = Net()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        with attach(model) as analysis:
+            for _ in range(2):
+                sgd.zero_grad()
+                model(Graph()).backward()
+                sgd.step()
+        return state(model), analysis
+
+    analysis = compare(script)
+    assert not analysis.absent
+    assert {"regularizer/R1", "sharpness/trace"} <= set(analysis.latest)

@@ -263,12 +263,18 @@ def failing(rank, size, wrap, bad, where, _):
 
 
 @pytest.mark.parametrize(
-    ("wrap", "where"), [("ddp", 0), ("ddp", 2), ("ddp", 4), ("fsdp", 2)]
+    ("size", "wrap", "where"),
+    [
+        *((2, "ddp", where) for where in (0, 2, 4)),
+        (2, "fsdp", 2),
+        (4, "ddp", 2),
+        (4, "fsdp", 2),
+    ],
 )
-def test_where_one_rank_fails_no_rank_waits(ran, wrap, where):
+def test_where_one_rank_fails_no_rank_waits(ran, size, wrap, where):
     name = f"fails {wrap} {where}"
-    assert max(ran(2, f"{name} seconds")) < LIMIT / 2
-    for rank, (history, absent) in enumerate(ran(2, name)):
+    assert max(ran(size, f"{name} seconds")) < LIMIT / 2
+    for rank, (history, absent) in enumerate(ran(size, name)):
         bad = 1 if wrap == "ddp" else 0
         said = "MemoryError: full" if rank == bad else "another rank"
         assert said in absent["fails"]
@@ -355,17 +361,18 @@ def scheduled(rank, size, _):
     with tdi.attach_analysis(
         model, log_dir=False, measures=[counts, measures.Condensation()], budget=0.2
     ) as analysis:
-        for _ in range(1200):
+        for _ in range(2400 // size):
             nn.MSELoss()(model(x), y).backward()
             sgd.step()
     return counts.taken, analysis.history, analysis.cost_share
 
 
-def test_ranks_agree_on_the_schedule(ran):
-    (first, history, share), (second, other, _) = ran(2, "scheduled")
-    assert first == second and len(first) > 3
-    assert history == other
-    assert share < 0.4
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_agree_on_the_schedule(ran, size):
+    found = ran(size, "scheduled")
+    taken, history, share = found[0]
+    assert len(found) == size and len(taken) > 3 and share < 0.4
+    assert all(x == taken and y == history for x, y, _ in found)
 
 
 def written(rank, size, folder):
@@ -491,4 +498,7 @@ for _option in ("find_unused_parameters", "static_graph"):
     SCENARIOS[f"spare {_option}"] = (spare, {_option: True})
 # The last: the ranks' counts of calls differ then.
 SCENARIOS["~forgotten"] = (forgotten,)
-OF_FOUR = {"joined mse ddp", "joined cross_entropy fsdp"}
+OF_FOUR = {
+    "joined mse ddp", "joined cross_entropy fsdp", "fails ddp 2", "fails fsdp 2",
+    "scheduled",
+}  # fmt: skip

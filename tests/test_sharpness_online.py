@@ -1,16 +1,12 @@
-"""Sharpness in a training run: warm starts, notes, what cannot be differentiated."""
-
-import weakref
+"""Sharpness in a training run: eigenvalue, notes, what cannot be differentiated."""
 
 import pytest
 import torch
 from torch import nn
 
 import torch_dropout_ir as tdi
-from torch_dropout_ir.analysis.measures import Sharpness
 from torch_dropout_ir.analysis.records import Histogram
-from torch_dropout_ir.analysis.snapshot import Snapshot
-from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.sharpness.recurrence import Quadrature, Settled, recurrence
 
 
 class Sink:
@@ -44,34 +40,62 @@ def train(model, steps=4):
     sink, criterion = Sink(), nn.CrossEntropyLoss()
     x, y = torch.randn(40, 4), torch.randint(3, (40,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    spent = []
-    real = tdi.sharpness.top_eigenvalues
-
-    def counted(op, **arguments):
-        found = real(op, **arguments)
-        spent.append((arguments["start"] is not None, found.num_matvecs))
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tdi.sharpness, "top_eigenvalues", counted)
-        analysis = tdi.attach_analysis(model, log_dir=False, every=1, sinks=[sink])
-        with analysis:
-            for _ in range(steps):
-                optimizer.zero_grad()
-                criterion(model(x), y).backward()
-                optimizer.step()
-    return analysis, sink, spent
+    analysis = tdi.attach_analysis(model, log_dir=False, every=1, sinks=[sink])
+    with analysis:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+    return analysis, sink
 
 
-def test_warm_starts_spend_less():
-    _, _, spent = train(Idle())
-    assert [warm for warm, _ in spent] == [False, True, True, True]
-    assert all(count < spent[0][1] for _, count in spent[1:])
+class Counted:
+    """A matrix that counts its products."""
+
+    def __init__(self, values):
+        turn = torch.linalg.qr(torch.randn(len(values), len(values)).double())[0]
+        self.matrix = turn * torch.as_tensor(values).double() @ turn.T
+        self.shape, self.dtype, self.device = self.matrix.shape, torch.float64, "cpu"
+        self.count = 0
+
+    def __matmul__(self, v):
+        self.count += 1
+        return self.matrix @ v
+
+
+def test_the_largest_node_has_the_residual_that_it_says():
+    torch.manual_seed(0)
+    op = Counted([5.0, 4.5, *torch.rand(70).tolist()])
+    found = recurrence(op, 60, Settled(1e-6, 4))
+    assert op.count == len(found.nodes) < 40
+    assert found.residual <= 1e-6 * found.top
+    assert found.top == pytest.approx(5, rel=1e-9)
+    assert float(found.weights.sum()) == pytest.approx(1)
+    least = recurrence(op, 60, Settled(1.0, 9))
+    assert len(least.nodes) == 9  # settled at once, and a density asked for more
+
+
+def test_a_claim_must_hold_for_two_more_products():
+    def says(count, top, residual):
+        return settled(Quadrature(torch.full((count,), top), torch.ones(1), residual))
+
+    settled = Settled(0.01, 0)
+    assert not says(3, 1.0, 0.005) and not says(4, 1.0, 0.005)
+    assert not says(5, 2.0, 0.005)  # a larger one has come up
+    assert not says(6, 2.0, 0.005) and says(7, 2.0, 0.005)
+    settled = Settled(0.01, 0)
+    assert not says(3, 1.0, 0.005) and not says(4, 1.0, 0.05)
+    assert not says(5, 1.0, 0.005) and not says(6, 1.0, 0.005) and says(7, 1.0, 0.0)
+
+
+def test_a_product_that_is_not_finite_is_an_error():
+    with pytest.raises(ValueError, match="finite products"):
+        recurrence(Counted([float("inf"), 1.0, 2.0]), 3)
 
 
 def test_records_notes_and_idle_parameters():
     torch.manual_seed(0)
-    analysis, sink, _ = train(Idle())
+    analysis, sink = train(Idle())
     assert "sharpness" not in analysis.absent
     assert analysis.notes["sharpness/trace"].startswith("exact")
     assert analysis.latest["sharpness/trace_standard_error"] == 0
@@ -82,7 +106,7 @@ def test_records_notes_and_idle_parameters():
     assert density.high > last["sharpness/top_eigenvalue"] * 0.9
     assert slice_.counts.numel() == 11
     assert float(slice_.counts[5]) == pytest.approx(last["loss/R_S"], rel=1e-5)
-    smooth, *_ = train(Idle(nn.Tanh), 1)
+    smooth, _ = train(Idle(nn.Tanh), 1)
     assert "Gauss-Newton" in smooth.notes["sharpness/trace"]
 
 
@@ -90,31 +114,3 @@ def test_used_parameters():
     batch = torch.randn(5, 4), torch.randint(3, (5,))
     used = tdi.sharpness.used_parameters(Idle(), "cross_entropy", batch)
     assert used == ["net.0.weight", "net.0.bias", "net.3.weight", "net.3.bias"]
-
-
-def test_the_basis_of_the_eigenvalue_is_let_go_of_before_the_rest(monkeypatch):
-    sharpness, bases, alive = tdi.sharpness, [], []
-    top, density = sharpness.top_eigenvalues, sharpness.spectral_density
-
-    def with_basis(op, **arguments):
-        assert arguments["max_bytes"] == 2**22
-        found = top(op, **arguments)
-        bases.append(weakref.ref(found))
-        return found
-
-    def looking(op, **arguments):
-        alive.append(bases[-1]() is not None)
-        return density(op, **arguments)
-
-    monkeypatch.setattr(sharpness, "top_eigenvalues", with_basis)
-    monkeypatch.setattr(sharpness, "spectral_density", looking)
-    train_once(nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3)))
-    assert alive == [False]
-
-
-def train_once(model):
-    x, y = torch.randn(40, 4), torch.randint(3, (40,))
-    snapshot = Snapshot(
-        model, 0, (), loss=resolve_loss("cross_entropy"), batches=[(x, y)]
-    )
-    return Sharpness()(snapshot)

@@ -210,6 +210,8 @@ class Analysis:
         runs = any(runs_model(m) for m in self._attempts.measures if m.name in names)
         model = gathered_model(self.model) if runs else self.model
         capture.observe(model)
+        if runs and capture.inputs is None:
+            capture.follow()
         batch, source = self._batch.choose(capture, self.targets_of)
         seen = None if batch[1] is None else [batch]
         optimizer = self._steps.optimizer

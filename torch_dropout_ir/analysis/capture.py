@@ -26,7 +26,11 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
 from torch_dropout_ir.analysis.bystanders import Bystanders
-from torch_dropout_ir.analysis.compiled_calls import CompiledCall, compiled_in_place
+from torch_dropout_ir.analysis.compiled_calls import (
+    CompiledCall,
+    compiled,
+    compiled_in_place,
+)
 from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.followed_loss import At
 from torch_dropout_ir.analysis.generators import Generators
@@ -112,7 +116,7 @@ class Capture:
 
     def attach(self, owner: object) -> None:
         """Put a hook on the root module; ``owner`` lives as long as it does."""
-        self._hook.owner = owner
+        self._hook = RootHook(self._hook.call, owner)
         if compiled_in_place(self.watched):
             call = CompiledCall(self.watched, self._hook, self._after, owner)
             self._root.callback(call.leave)
@@ -122,6 +126,18 @@ class Capture:
             self._root,
             self.watched.register_forward_pre_hook(self._hook, with_kwargs=True),
         )
+
+    def follow(self) -> None:
+        """Watch the compiled model, where the script has compiled it since."""
+        wrapper = None if self._outside else compiled(self.watched)
+        if wrapper is None:
+            return
+        self.watched = wrapper
+        self.model = None  # its masks are others than those of the compiled one
+        self._told.close()
+        before = self._hook  # in compiled code, where it does nothing
+        self.attach(before.owner)
+        before.call = None
 
     def detach(self) -> None:
         """Remove every hook and let go of what was seen."""
@@ -280,9 +296,5 @@ class Capture:
 
 def _versions(inputs: Inputs) -> list[int]:
     """Version counters of the tensors among the inputs."""
-    tensors = [x for x in (*inputs.args, *inputs.kwargs.values()) if _counted(x)]
-    return [x._version for x in tensors]
-
-
-def _counted(x: Any) -> bool:
-    return isinstance(x, Tensor) and not x.is_inference()
+    given = (x for x in (*inputs.args, *inputs.kwargs.values()) if torch.is_tensor(x))
+    return [x._version for x in given if not x.is_inference()]

@@ -1,7 +1,9 @@
-"""Calls of a model that ``model.compile()`` has compiled in place, from outside."""
+"""Calls of compiled models from outside: compiled in place, or in a wrapper."""
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,26 @@ _CALL = "_compiled_call_impl"
 def compiled_in_place(model: nn.Module) -> bool:
     """Whether the model's own call is compiled: its hooks are part of the graph."""
     return getattr(model, _CALL, None) is not None
+
+
+def compiled(model: nn.Module) -> nn.Module | None:
+    """Return what is called in a model's place, compiled; None where nothing is.
+
+    That is the model itself, or what ``torch.compile(model)`` has made of it, wherever
+    that may be: all objects are looked through, some ten milliseconds' work. Of several
+    it is the latest.
+    """
+    if compiled_in_place(model):
+        return model
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    kind = getattr(compiler, "OptimizedModule", None)
+    # `isinstance` would ask objects that only pretend to have a class.
+    made = [x for x in gc.get_objects() if type(x) is kind] if kind else []
+    inside = [x._orig_mod for x in made]
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    inside = [x.module if isinstance(x, parallel) else x for x in inside]
+    found = [x for x, own in zip(made, inside, strict=True) if own is model]
+    return found[-1] if found else None
 
 
 class CompiledCall:

@@ -128,3 +128,18 @@ def filled(x: Any, kind: type, read: Callable[[Any], Any]) -> Any:
         values = [filled(value, kind, read) for value in x]
         return values if isinstance(x, list) else tuple(values)
     return x
+
+
+def keeps_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of ``backward`` leaves the graph for another one."""
+    named = kwargs.get("retain_graph") or kwargs.get("create_graph")
+    return bool(named or any(args[2:4]))
+
+
+def writes(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a call of that name writes on a tensor that is there."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    # `__iadd__` is the writing form of `__add__`; `__invert__` is of nothing.
+    by_operator = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
+    written = in_place or by_operator or name == "__setitem__"
+    return written or kwargs.get("out") is not None

@@ -4,6 +4,7 @@ Semantics:
 
 * Calls of torch's functions on what comes of the outputs are listed, until the script
   calls ``backward``: on the loss. The list, run again on other outputs, is their loss.
+  Where that call keeps the graph, another one can follow: the losses are added up.
 * Of that number the last factor is taken away where it is a tensor, as a gradient
   scaler has it, and a division by the number of passes since the last optimizer step,
   as scripts that accumulate gradients do it.
@@ -32,6 +33,8 @@ from torch_dropout_ir.analysis.followed_loss import (
     Step,
     filled,
     inside,
+    keeps_graph,
+    writes,
 )
 from torch_dropout_ir.losses import LossFunction
 from torch_dropout_ir.regularizers.outputs import flatten
@@ -182,20 +185,29 @@ class LossCalls(TorchFunctionMode):
         if torch.compiler.is_compiling() or not self._looking:
             return func(*args, **kwargs)
         if func in _BACKWARD:
-            self._end(args[0] if args else None)
+            self._note(args[0] if args else None)
+            if not keeps_graph(args, kwargs):
+                self._rest()
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         self._follow(func, args, kwargs, out)
         return out
 
-    def _end(self, root: Any) -> None:
+    def _note(self, root: Any) -> None:
         """The script goes back from here: this is what it trains on."""
         if isinstance(root, (tuple, list)) and len(root) == 1:
             root = root[0]
         at = self.at(root)
-        if at is not None and root.numel() == 1:
-            self._trained = self._without_factors(at)
-        self._rest()
+        if at is None or root.numel() != 1:
+            if self._trained is not None:  # a part of the loss is not known
+                self._trained = self._first = None
+                self._rest()
+            return
+        at = self._without_factors(at)
+        if self._trained is not None:
+            self._steps.append(Step(torch.add, (self._trained, at), {}, True))
+            at = At("steps", len(self._steps) - 1)
+        self._trained = at
 
     def _without_factors(self, at: At) -> At:
         scaled = True  # a gradient scaler's factor is the last one
@@ -230,7 +242,7 @@ class LossCalls(TorchFunctionMode):
         if all(at is None for _, at in into):
             return
         name = getattr(func, "__name__", "")
-        if _writes(name, kwargs):
+        if writes(name, kwargs):
             if args and self.at(args[0]) is not None:
                 self._rest()  # what was listed is no longer what it was
             return
@@ -271,14 +283,6 @@ def sweep() -> None:
         return
     modes = _popped()
     _pushed([m for m in modes if not (isinstance(m, LossCalls) and m.rests)])
-
-
-def _writes(name: str, kwargs: dict[str, Any]) -> bool:
-    in_place = name.endswith("_") and not name.endswith("__")
-    # `__iadd__` is the writing form of `__add__`; `__invert__` is of nothing.
-    by_operator = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
-    written = in_place or by_operator or name == "__setitem__"
-    return written or kwargs.get("out") is not None
 
 
 def _popped() -> list[TorchFunctionMode]:

@@ -94,8 +94,8 @@ NO_SITE: Final = "no dropout with p > 0 was found, neither a module nor a call"
 _LACKING: Final[dict[Need, str]] = {
     "sites": NO_SITE,
     "inputs": (
-        "no forward pass in training mode was seen yet (a compiled model must be "
-        "attached as such, or after `model.compile()`; one that changes its inputs in "
+        "no forward pass in training mode was seen yet (a model that was compiled "
+        "since is measured from the next time on; one that changes its inputs in "
         "place, or runs inside `torch.func` transforms alone, cannot be measured)"
     ),
     "loss": (

@@ -20,7 +20,8 @@ class OptimizerSteps:
     """Tells when the optimizer that counts makes a step.
 
     It is the one that was given, or else the first that steps parameters of the model,
-    until another one does so several times on end: then the script has replaced it.
+    until another one does so several times between its steps: then the script has
+    replaced it.
 
     Args:
         model: The model.
@@ -34,7 +35,7 @@ class OptimizerSteps:
         self._own = weakref.ref(model)
         self._given = optimizer is not None
         self._found = None if optimizer is None else weakref.ref(optimizer)
-        self._strangers = 0
+        self._strangers: dict[int, int] = {}  # steps of others since its last one
         self.announced = False
 
     @property
@@ -104,14 +105,16 @@ class OptimizerSteps:
     def _counts(self, optimizer: Optimizer, made: bool) -> bool:
         """Whether its step counts; ``made`` once it is."""
         if self._found is not None and self._found() is optimizer:
-            self._strangers = 0
+            self._strangers.clear()
             return True
         if self._given or not self._steps_model(optimizer):
             return False
-        if self.optimizer is not None and self._strangers < _REPLACED:
-            self._strangers += made
+        steps = self._strangers.get(id(optimizer), 0)
+        if self.optimizer is not None and steps < _REPLACED:
+            self._strangers[id(optimizer)] = steps + made
             return False
-        self._found, self._strangers = weakref.ref(optimizer), 0
+        self._found = weakref.ref(optimizer)
+        self._strangers.clear()
         return True
 
     def _steps_model(self, optimizer: Optimizer) -> bool:

@@ -109,7 +109,7 @@ def movement(weights: Tensor, start: Tensor) -> Movement:
             f"{list(weights.shape)} and {list(start.shape)}"
         )
     dtype = work_dtype(weights)
-    size = rows_a_block(weights)
+    size = max(1, rows_a_block(weights) // 4)  # some copies are in double precision
     pairs = zip(weights.detach().split(size), start.detach().split(size), strict=True)
     found = [_moved(now.to(dtype), old.to(now.device, dtype)) for now, old in pairs]
     distances, norms, cosines = (torch.cat(x) for x in zip(*found, strict=True))
@@ -215,7 +215,7 @@ def project_orientations(weights: Tensor, plane: Tensor | None = None) -> Tensor
     if plane is None:
         plane = principal_plane(weights)
     points = rows @ plane.to(rows)
-    return points.masked_fill_(~torch.isfinite(rows).all(1)[:, None], torch.nan)
+    return points.masked_fill_(~_finite(rows)[:, None], torch.nan)
 
 
 @torch.no_grad()
@@ -237,4 +237,10 @@ def principal_plane(weights: Tensor) -> Tensor:
                 [0., 1.]])
     """
     rows = unit_rows(weights.detach())
-    return leading_plane(rows[torch.isfinite(rows).all(1)])
+    sound = _finite(rows)
+    return leading_plane(rows if bool(sound.all()) else rows[sound])
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Which rows are finite; nothing of their size is made."""
+    return torch.linalg.vector_norm(rows, torch.inf, dim=1).isfinite()

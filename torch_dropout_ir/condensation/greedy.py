@@ -54,12 +54,14 @@ def num_far_apart(rows: Tensor, threshold: float) -> int:
     if threshold < 0 or not len(rows):
         return min(1, len(rows))
     widest = _twice(rows, _resolvable(rows, threshold))
-    chosen = rows[:0]
-    for block in rows.split(_BLOCK):
+    chosen = torch.zeros(0, dtype=torch.int64, device=rows.device)
+    for start in range(0, len(rows), _BLOCK):
+        block = rows[start : start + _BLOCK]
         free = torch.ones(len(block), dtype=torch.bool, device=rows.device)
         for piece in chosen.split(_BLOCK):
-            free &= (block @ piece.T <= widest).all(1)
-        left = block[free]
+            free &= (block @ rows[piece].T <= widest).all(1)
+        places = free.nonzero().squeeze(1)
+        left = block[places]
         far = (left @ left.T <= widest).cpu().numpy()
         picked, open_ = [], np.ones(len(left), dtype=bool)
         while open_.any():
@@ -67,7 +69,7 @@ def num_far_apart(rows: Tensor, threshold: float) -> int:
             picked.append(first)
             open_ &= far[first]
             open_[first] = False
-        chosen = torch.cat((chosen, left[picked]))
+        chosen = torch.cat((chosen, places[picked] + start))
     return len(chosen)
 
 

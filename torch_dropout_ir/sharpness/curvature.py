@@ -54,17 +54,40 @@ class CurvatureOperator:
         used: set[str] = set()
 
         def one(batch: Batch, place: int, seed: int | None) -> Tensor:
-            last = self.surface.single is not None
-            if last and self._cached is None:
-                self._cached = self._linearize(batch, place, seed)
-            found = self._cached if last else None
-            found = found or linearize(self.kind, self.surface, batch, place, seed)
+            found = self._linearized(batch, place, seed)
             used.update(found.used)
             return found.products(columns, self._block_bytes).reshape(-1)
 
         product = self.surface.average(one, seed).view_as(columns)
         self._check_used(used)
         return product
+
+    def _linearized(self, batch: Batch, place: int, seed: int | None) -> Linearized:
+        """The graph of one batch, inside ``held``; kept where there is but one."""
+        if self.surface.single is None:
+            return linearize(self.kind, self.surface, batch, place, seed)
+        if self._cached is None:
+            self._cached = linearize(self.kind, self.surface, batch, place, seed)
+        return self._cached
+
+    def add_product(self, v: Tensor, total: Tensor) -> None:
+        """Add ``op @ v`` to ``total`` in place, both ``[P]``.
+
+        Nothing of their size is made besides, unless ranks, several masks or a loader
+        are averaged over.
+        """
+        shares, seeds = self.surface.shares(), self.surface.seeds
+        if shares is None or len(seeds) > 1:
+            total.add_(self @ v)
+            return
+        used: set[str] = set()
+        for place, (batch, share) in enumerate(shares):
+            with self.surface.held(seeds[0]):
+                found = self._linearized(batch, place, seeds[0])
+                found.add(v, total, share)
+            used.update(found.used)
+        self.num_matvecs += 1
+        self._check_used(used)
 
     def _check_used(self, used: set[str]) -> None:
         """Refuse parameters that no batch depends on."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.sharpness.krylov import Space, finite_product, random_vector
+from torch_dropout_ir.sharpness.krylov import Space, random_vector
+from torch_dropout_ir.sharpness.recurrence import recurrence
 
 _POINTS = 512
 _BASIS_BYTES = 2**29
@@ -65,7 +66,7 @@ def spectral_density(
     tridiagonal matrix, their weights: a Gauss quadrature, exact for polynomials up to
     degree ``2 num_steps - 1`` in the probe. The outermost nodes bound the grid: no
     product is spent on bounds. Memory: ``num_steps`` vectors; where these are more than
-    ``max_bytes``, three, without reorthogonalization: nodes may then come twice, with
+    ``max_bytes``, two, without reorthogonalization: nodes may then come twice, with
     the weight shared between them.
 
     Args:
@@ -116,7 +117,7 @@ def spectral_density(
     for _ in range(num_probes):
         probes.append(_quadrature(op, num_steps, max_bytes))
         spent += probes[-1][0].numel()
-        found = _smoothed(probes, spent, grid, bandwidth)
+        found = smoothed(probes, spent, grid, bandwidth)
         if rtol is not None and len(probes) >= 3 and _within(found, rtol):
             return found
     return dataclasses.replace(found, converged=rtol is None)
@@ -127,7 +128,8 @@ def _quadrature(op: Any, num_steps: int, max_bytes: int) -> tuple[Tensor, Tensor
     steps = min(num_steps, op.shape[0])
     dtype = getattr(op, "dtype", torch.float32)
     if steps * op.shape[0] * dtype.itemsize > max_bytes:
-        return _short(op, steps)
+        found = recurrence(op, steps)
+        return found.nodes, found.weights
     space = Space(op, random_vector(op), steps, 1)
     space.extend()
     while space.spent < steps and not space.closed:
@@ -136,34 +138,20 @@ def _quadrature(op: Any, num_steps: int, max_bytes: int) -> tuple[Tensor, Tensor
     return space.values, space.first_entries().square()
 
 
-def _short(op: Any, steps: int) -> tuple[Tensor, Tensor]:
-    """The same from three vectors at a time."""
-    v = random_vector(op)
-    v /= v.norm()
-    last = torch.zeros_like(v)
-    matrix = torch.zeros(steps, steps, dtype=torch.float64)
-    left = 0.0
-    for k in range(steps):
-        image = finite_product(op, v)
-        rest = last.mul_(-left).add_(image)
-        matrix[k, k] = along = float(rest @ v)
-        rest.add_(v, alpha=-along)
-        left = float(rest.norm())
-        rounding = 16 * torch.finfo(v.dtype).eps * float(matrix.abs().max())
-        if k + 1 == steps or left <= rounding:
-            break
-        matrix[k, k + 1] = matrix[k + 1, k] = left
-        last, v = v, rest.div_(left)
-    values, vectors = torch.linalg.eigh(matrix[: k + 1, : k + 1])
-    return values, vectors[0].square()
-
-
-def _smoothed(
+def smoothed(
     probes: list[tuple[Tensor, Tensor]],
     spent: int,
-    grid: Tensor | None,
-    bandwidth: float | None,
+    grid: Tensor | None = None,
+    bandwidth: float | None = None,
 ) -> Density:
+    """Return the density that nodes and weights stand for.
+
+    Args:
+        probes: Nodes and weights of each probe.
+        spent: Products that they took.
+        grid: Where to evaluate; as for :func:`spectral_density`.
+        bandwidth: Standard deviation of the kernel, likewise.
+    """
     longest = max(theta.numel() for theta, _ in probes)
     nodes = torch.stack([_padded(theta, longest, True) for theta, _ in probes])
     weights = torch.stack([_padded(tau, longest, False) for _, tau in probes])

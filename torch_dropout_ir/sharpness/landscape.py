@@ -70,6 +70,34 @@ def loss_slice(
     return _values(surface, (moved(surface, (float(a), d)) for a in alphas))
 
 
+def used_up_slice(
+    surface: Surface, alphas: Sequence[float], direction: dict[str, Tensor]
+) -> Tensor:
+    """Return the loss along a line, from no more vectors than ``direction``.
+
+    Args:
+        surface: The loss.
+        alphas: Steps along the direction.
+        direction: Direction by parameter name; it is written on, and means nothing
+            afterwards.
+    """
+    at = checked_direction(surface.caller, direction, surface.params)
+    reached = 0.0  # steps from the parameters to where `at` is; 0 while it points
+
+    def move(alpha: float) -> Mapping[str, Tensor]:
+        nonlocal reached
+        if not alpha:
+            return surface.params
+        for n, x in surface.params.items():
+            if reached:
+                at[n].sub_(x).div_(reached)
+            at[n].mul_(alpha).add_(x)
+        reached = alpha
+        return at
+
+    return _values(surface, (move(float(a)) for a in alphas))
+
+
 def loss_plane(
     model: nn.Module,
     loss: Any,

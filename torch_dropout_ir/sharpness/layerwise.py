@@ -31,7 +31,7 @@ from torch_dropout_ir.output_hessian import (
     hessian_roots,
     holding,
 )
-from torch_dropout_ir.sharpness.linearization import graph_nodes
+from torch_dropout_ir.sharpness.arrivals import graph_nodes
 from torch_dropout_ir.sharpness.residual import Block, Residual, halved
 from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.sharpness.uses import Use, Uses
@@ -68,7 +68,10 @@ class Layerwise:
         self._targets = batch[1]
         leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
         names = {id(x): n for n, x in leaves.items()}
-        samples = batch_size(batch)
+        try:
+            samples = batch_size(batch)
+        except TypeError as err:
+            raise NotSplit("the samples of its inputs cannot be told apart") from err
         with Uses(surface.model, samples, names) as seen:
             outputs = surface.outputs(leaves, batch, place, seed)
         if not isinstance(outputs, Tensor) or outputs.ndim < 1:
@@ -193,7 +196,9 @@ def owner(name: str) -> str:
 
 def _edges(outputs: Tensor) -> dict[int, int]:
     """Count the edges of the graph that lead to each leaf, by its identity."""
-    ends = [n for node in graph_nodes([outputs]) for n, _ in node.next_functions]
+    ends = [
+        n for node in graph_nodes([outputs.grad_fn]) for n, _ in node.next_functions
+    ]
     return collections.Counter(
         id(node.variable) for node in ends if hasattr(node, "variable")
     )

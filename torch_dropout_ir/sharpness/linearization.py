@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.output_hessian import hessian_product
+from torch_dropout_ir.sharpness.arrivals import (
+    Receive,
+    arrivals,
+    graph_nodes,
+    last_nodes,
+    parts_given,
+)
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sharpness.surface import Surface
 
 Kind = Literal["hessian", "ggn"]
 Pieces = Sequence[Tensor]
+Product = Callable[[Pieces, Receive | None], list[Tensor | None]]
 _WITHOUT: Final = ("derivative", "differentiable", "double backward", "not implemented")
 _ONCE: Final = (
     "expected a model and a loss that can be differentiated twice, got an operation "
@@ -40,13 +47,14 @@ class Linearized:
     Attributes:
         like: The parameters.
         used: Names of those that the loss depends on.
-        product: From pieces shaped as the parameters to the like.
+        product: From pieces shaped as the parameters to the like, None for zeros; what
+            a second argument is given in parts is left out of the result.
         bytes_each: Memory that the intermediate results of one product take.
     """
 
     like: list[Tensor]
     used: list[str]
-    product: Callable[[Pieces], list[Tensor]]
+    product: Product
     bytes_each: int
 
     def products(self, rows: Tensor, budget: int) -> Tensor:
@@ -70,25 +78,29 @@ class Linearized:
         return torch.func.vmap(self._one, chunk_size=at_once)(rows)
 
     def _alone(self, row: Tensor) -> Tensor:
-        """One product, written where it belongs as its pieces are made."""
         found = torch.zeros_like(row)
-        places = found.split([x.numel() for x in self.like])
-
-        def put(g: Tensor, place: Tensor) -> Tensor:
-            place.copy_(g.detach().reshape(-1))
-            return g.new_zeros(()).expand(g.shape)  # one element in its stead
-
-        with contextlib.ExitStack() as stack:
-            for x, place in zip(self.like, places, strict=True):
-                hook = x.register_hook(functools.partial(put, place=place))
-                stack.callback(hook.remove)
-            self._pieces(row)
+        self.add(row, found)
         return found
 
-    def _one(self, row: Tensor) -> Tensor:
-        return torch.cat([x.reshape(-1) for x in self._pieces(row)]).to(row)
+    def add(self, row: Tensor, total: Tensor, scale: float = 1.0) -> None:
+        """Add the product with ``row`` (``[P]``), times ``scale``, as it is made."""
+        places = total.split([x.numel() for x in self.like])
 
-    def _pieces(self, row: Tensor) -> list[Tensor]:
+        def receive(i: int, g: Tensor) -> None:
+            places[i].view(g.shape).add_(g.detach(), alpha=scale)
+
+        for i, g in enumerate(self._pieces(row, receive)):
+            if g is not None:
+                receive(i, g)
+
+    def _one(self, row: Tensor) -> Tensor:
+        pieces = zip(self._pieces(row), self.like, strict=True)
+        whole = [torch.zeros_like(x) if g is None else g for g, x in pieces]
+        return torch.cat([x.reshape(-1) for x in whole]).to(row)
+
+    def _pieces(
+        self, row: Tensor, receive: Receive | None = None
+    ) -> list[Tensor | None]:
         pieces = [
             piece.view(x.shape).to(x.dtype)
             for piece, x in zip(
@@ -96,7 +108,7 @@ class Linearized:
             )
         ]
         try:
-            return self.product(pieces)
+            return self.product(pieces, receive)
         except RuntimeError as err:
             if any(word in str(err) for word in _WITHOUT):
                 why = str(err).rstrip(".")
@@ -150,16 +162,22 @@ def _hessian(
     batch: Batch,
     place: int,
     seed: int | None,
-) -> tuple[list[str], Callable[[Pieces], list[Tensor]]]:
+) -> tuple[list[str], Product]:
     risk = surface.checked(surface.risk(leaves, batch, place, seed), place)
     targets = list(leaves.values())
-    with surface.backward():
+    # Where second derivatives start is all that is needed: the values are let go of.
+    starts: list[GradientEdge | None] = [None] * len(targets)
+
+    def note(i: int, g: Tensor) -> None:
+        starts[i] = _edge(g)
+
+    with surface.backward(), arrivals(targets, note):
         gradients = torch.autograd.grad(
             risk, targets, create_graph=True, allow_unused=True
         )
-    _check_graph(gradients)
+    _check_graph(starts)
     used = [n for n, g in zip(leaves, gradients, strict=True) if g is not None]
-    return used, _pullback(surface, gradients, targets)
+    return used, _pullback(surface, starts, targets)
 
 
 def _ggn(
@@ -168,7 +186,7 @@ def _ggn(
     batch: Batch,
     place: int,
     seed: int | None,
-) -> tuple[list[str], Callable[[Pieces], list[Tensor]]]:
+) -> tuple[list[str], Product]:
     outputs = surface.outputs(leaves, batch, place, seed)
     if not isinstance(outputs, Tensor):
         raise TypeError(
@@ -183,58 +201,60 @@ def _ggn(
         pulled = torch.autograd.grad(
             outputs, targets, root, create_graph=True, allow_unused=True
         )
-    _check_graph(pulled)
+    starts = [_edge(g) for g in pulled]
+    _check_graph(starts)
     used = [n for n, g in zip(leaves, pulled, strict=True) if g is not None]
-    push = _pullback(surface, pulled, [root])
-    pull = _pullback(surface, [outputs], targets)
-    return used, lambda v: pull([curve(push(v)[0])])
+    push = _pullback(surface, starts, [root])
+    pull = _pullback(surface, [_edge(outputs)], targets)
+
+    def product(v: Pieces, receive: Receive | None = None) -> list[Tensor | None]:
+        (pushed,) = push(v, None)
+        if pushed is None:
+            return [None] * len(targets)
+        return pull([curve(pushed)], receive)
+
+    return used, product
+
+
+def _edge(value: Tensor | None) -> GradientEdge | None:
+    """Where derivatives of a value start; None where there are none."""
+    return (
+        None if value is None or not value.requires_grad else get_gradient_edge(value)
+    )
 
 
 def _pullback(
-    surface: Surface, values: Sequence[Tensor | None], targets: Pieces
-) -> Callable[[Pieces], list[Tensor]]:
-    """Return the reverse derivative of ``values`` in ``targets``, for many uses."""
-    places = [i for i, g in enumerate(values) if g is not None and g.requires_grad]
-    # Where derivatives start is all that is needed: the values are let go of.
-    active = [get_gradient_edge(values[i]) for i in places]  # type: ignore[arg-type]
+    surface: Surface, starts: Sequence[GradientEdge | None], targets: Pieces
+) -> Product:
+    """Return the reverse derivative, in ``targets``, of values, for many uses."""
+    places = [i for i, edge in enumerate(starts) if edge is not None]
+    active = [edge for edge in starts if edge is not None]
+    last = last_nodes(graph_nodes([edge.node for edge in active]), targets)
 
-    def pull(v: Pieces) -> list[Tensor]:
+    def pull(v: Pieces, receive: Receive | None = None) -> list[Tensor | None]:
         if not active:
-            return [torch.zeros_like(x) for x in targets]
-        with surface.backward():
-            found = torch.autograd.grad(
-                active,
-                targets,
-                [v[i] for i in places],
-                retain_graph=True,
-                allow_unused=True,
+            return [None] * len(targets)
+        given = parts_given(last, receive) if receive else contextlib.nullcontext()
+        with surface.backward(), given:
+            return list(
+                torch.autograd.grad(
+                    active,
+                    targets,
+                    [v[i] for i in places],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
             )
-        return [
-            torch.zeros_like(x) if g is None else g
-            for g, x in zip(found, targets, strict=True)
-        ]
 
     return pull
 
 
-def _check_graph(gradients: Sequence[Tensor | None]) -> None:
+def _check_graph(starts: Sequence[GradientEdge | None]) -> None:
     """Refuse gradients that torch would silently differentiate to zero.
 
     A backward pass marked as once differentiable leaves an error in the graph that
     leads nowhere, and what leads nowhere is not run.
     """
-    for node in graph_nodes([g for g in gradients if g is not None]):
+    for node in graph_nodes([edge.node for edge in starts if edge is not None]):
         if node.name() == "torch::autograd::Error":
             raise NotImplementedError(_ONCE.format("it is once differentiable"))
-
-
-def graph_nodes(values: Sequence[Tensor]) -> Iterator[Any]:
-    """Yield each node of the graph that leads to ``values`` once."""
-    left = list({g.grad_fn for g in values if g.grad_fn is not None})
-    seen: set[Any] = set(left)
-    while left:
-        node = left.pop()
-        yield node
-        new = {n for n, _ in node.next_functions if n is not None} - seen
-        seen |= new
-        left.extend(new)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.sharpness.arrivals import arrivals
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.frozen import Masks
 from torch_dropout_ir.sharpness.ranks import Group
@@ -156,4 +159,16 @@ def used_parameters(model: nn.Module, loss: Any, batches: Any) -> list[str]:
         >>> used_parameters(net, "mse", (torch.eye(2), torch.zeros(2, 1)))
         ['weight', 'bias']
     """
-    return Surface("used_parameters", model, loss, batches, copied=False).used()
+    surface = Surface("used_parameters", model, loss, batches, copied=False)
+
+    def one(batch: Batch, place: int, seed: int | None) -> Tensor:
+        with torch.enable_grad():
+            leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
+            risk = surface.checked(surface.risk(leaves, batch, place, seed), place)
+            targets = list(leaves.values())
+            with arrivals(targets, lambda *_: None):
+                found = torch.autograd.grad(risk, targets, allow_unused=True)
+        return torch.tensor([float(g is not None) for g in found]).to(targets[0])
+
+    depends = surface.average(one).tolist()
+    return [n for n, x in zip(surface.params, depends, strict=True) if x > 0]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.functional import Batch, as_batches, preserved_rng
+from torch_dropout_ir.functional import Batch, as_batches, batch_size, preserved_rng
 
 
 class Reading:
@@ -36,6 +36,34 @@ class Reading:
         self.single = listed[0] if listed and len(listed) == 1 else None
         self.empty = listed == []
         self._generators = [(g, g.get_state()) for g in _generators(self._batches)]
+
+    def samples(self, batch: Batch) -> int:
+        """Return the number of samples of one of the batches.
+
+        Raises:
+            TypeError: If it is not to be told, and there are others to weigh it with.
+        """
+        try:
+            return batch_size(batch)
+        except TypeError:  # inputs that are objects of the script's own
+            if self.single is None:
+                raise
+            return 1
+
+    def shares(self, adds: bool) -> list[tuple[Batch, float]] | None:
+        """Return batches of samples with their shares in the mean, or with 1.
+
+        Args:
+            adds: Whether it is a sum rather than a mean.
+
+        Returns:
+            None of a loader, which would have to be read for that, and of nothing.
+        """
+        if not isinstance(self._batches, list):
+            return None
+        counts = [(batch, self.samples(batch)) for batch in self._batches]
+        whole = 1 if adds else sum(n for _, n in counts)
+        return [(b, 1.0 if adds else n / whole) for b, n in counts if n] or None
 
     def __iter__(self) -> Generator[Batch, None, None]:
         if isinstance(self._batches, (list, tuple)):

@@ -27,7 +27,6 @@ from torch_dropout_ir.functional import (
     Batch,
     Inputs,
     at_sites,
-    batch_size,
     fresh,
     parameters,
     preserved_rng,
@@ -118,9 +117,9 @@ class Surface:
             cannot be told apart.
         """
         batch = self.single
-        if batch is None or self.ranks.spread or batch_size(batch) < _MANY:
+        size = 0 if batch is None else self._batches.samples(batch)
+        if batch is None or self.ranks.spread or size < _MANY:
             return None
-        size = batch_size(batch)
         few = tuple(sliced(part, size, _EVERY) for part in batch)
         if few[0] is None or few[1] is None:
             return None
@@ -215,7 +214,7 @@ class Surface:
         try:
             with contextlib.closing(self._batches.__iter__()) as batches:
                 for place, batch in enumerate(batches):
-                    if not (samples := batch_size(batch)):
+                    if not (samples := self._batches.samples(batch)):
                         continue
                     share = 1.0 if self.loss.reduction == "sum" else float(samples)
                     with self.held(seed):
@@ -231,6 +230,11 @@ class Surface:
                 f"{self.caller}: expected at least one batch with samples, got none"
             )
         return total if self.loss.reduction == "sum" else total.div_(weight)
+
+    def shares(self) -> list[tuple[Batch, float]] | None:
+        """Batches with what each counts for; None where reading them has to tell."""
+        adds = self.loss.reduction == "sum"
+        return None if self.ranks.spread else self._batches.shares(adds)
 
     def value(self, params: Mapping[str, Tensor]) -> float:
         """Return the loss at ``params``, averaged over batches and masks."""
@@ -260,22 +264,6 @@ class Surface:
             return to_vector(dict(zip(leaves, found, strict=True)))
 
         return self.average(one, seed)
-
-    def used(self) -> list[str]:
-        """Return the parameters that the loss of any batch depends on."""
-
-        def one(batch: Batch, place: int, seed: int | None) -> Tensor:
-            with torch.enable_grad():
-                leaves = {
-                    n: x.detach().requires_grad_() for n, x in self.params.items()
-                }
-                risk = self.checked(self.risk(leaves, batch, place, seed), place)
-                targets = list(leaves.values())
-                found = torch.autograd.grad(risk, targets, allow_unused=True)
-            return torch.tensor([float(g is not None) for g in found]).to(targets[0])
-
-        depends = self.average(one, self.seeds[0]).tolist()
-        return [n for n, x in zip(self.params, depends, strict=True) if x > 0]
 
     def checked(self, risk: Tensor, place: int) -> Tensor:
         """Return the loss of a batch if derivatives of it mean something.

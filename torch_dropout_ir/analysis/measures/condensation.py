@@ -13,6 +13,7 @@ from torch_dropout_ir import condensation
 from torch_dropout_ir.analysis.records import Histogram, Image, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
 from torch_dropout_ir.condensation.graph import weights_read
+from torch_dropout_ir.condensation.tiles import unit_rows
 
 _ROWS, _COLUMNS = 32, 96
 _FAINTEST = 0.35  # the colour of a single neuron, of 1
@@ -48,7 +49,8 @@ class Condensation:
         self.max_operations = max_operations
         self.max_image = max_image
         self._start: dict[str, tuple[Tensor, Tensor]] = {}
-        self._outgoing: dict[str, condensation.Outgoing] | None = None
+        self._outgoing: dict[str, condensation.Outgoing] = {}
+        self._traced: dict[str, type[nn.Module]] = {}  # modules that it was found in
         self._next = ""
 
     @torch.no_grad()
@@ -72,8 +74,10 @@ class Condensation:
     def _readers(
         self, model: nn.Module, name: str
     ) -> tuple[tuple[tuple[str, ...], str], str]:
-        """What reads a layer, traced once for the model, and what amplitudes are."""
-        if self._outgoing is None:
+        """What reads a layer, traced once for all modules, and what amplitudes are."""
+        modules = {n: type(m) for n, m in model.named_modules()}
+        if modules != self._traced:
+            self._traced = modules
             found = condensation.outgoing_weights(model, run_own_code=False)
             self._outgoing = {
                 n: dataclasses.replace(o, weight=None) for n, o in found.items()
@@ -139,9 +143,11 @@ class Condensation:
         order = condensation.cluster_order(weights, labels)
         # A stride through the sorted neurons keeps the shares of the clusters.
         stride = -(-len(order) // (4 * self.max_image))
-        cosines = condensation.cosine_similarity(weights[order[::stride]]).float()
-        side = min(self.max_image, cosines.shape[0])
-        field = nn.functional.adaptive_avg_pool2d(cosines[None, None], side)[0, 0]
+        rows = unit_rows(weights[order[::stride]])
+        side = min(self.max_image, len(rows))
+        # Means of cosines are cosines of means: the matrix itself is not made.
+        means = nn.functional.adaptive_avg_pool2d(rows[None, None], (side, None))[0, 0]
+        field = (means @ means.T).clamp_(-1.0, 1.0).float()
         return Image(field.cpu(), -1.0, 1.0, order[::stride].cpu())
 
 

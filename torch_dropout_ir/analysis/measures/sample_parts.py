@@ -8,7 +8,7 @@ Semantics:
 * Whether they do is found out: the loss of the batch is the mean of the parts' losses,
   here and at parameters moved at random, or it is not. Where it is not (batch
   normalization in training, a loss over pairs of samples, weights by class), the first
-  quarter stands for the batch, and a sentence says so.
+  eighth stands for the batch, and a sentence says so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from torch_dropout_ir.sharpness.surface import Surface
 
 _OVER: Final = 4  # a second derivative's graph, over what a pass keeps
 _PARTS: Final = 8
-_QUARTER: Final = 4
 _MOVED: Final = 0.1  # of the parameters' root mean square
 
 
@@ -54,7 +53,11 @@ def fitting(
     given = as_batches(batches)
     if not isinstance(given, list) or len(given) != 1:
         return batches, ""
-    batch, count = given[0], batch_size(given[0])
+    batch = given[0]
+    try:
+        count = batch_size(batch)
+    except TypeError:
+        return batches, ""  # inputs that are objects of the script's own
     whole = Surface("sharpness", model, loss, given, copied=False)
     if count < 2 or _OVER * _kept(whole, batch) <= max_bytes:
         return batches, ""
@@ -66,7 +69,7 @@ def fitting(
         return batches, ""  # a model or loss that takes no other number of samples
     if same:
         return parts, ""
-    few = -(-count // _QUARTER)
+    few = max(2, step)  # of one alone, batch normalization makes nothing
     return [_rows(batch, count, 0, few)], (
         f"of the first {few} of {count} samples, alone: in this model or loss samples "
         "see each other, and the graph of them all is larger than `max_bytes`"
@@ -82,7 +85,8 @@ def _kept(surface: Surface, batch: Batch) -> int:
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return x
+        # An output of the node that keeps it, held as it is, would hold its node.
+        return x.detach()
 
     leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
     with torch.enable_grad(), surface.held(None), saved_tensors_hooks(pack, _itself):

@@ -16,7 +16,10 @@ from torch_dropout_ir.analysis.records import Histogram, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
 from torch_dropout_ir.functional import as_batches
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
+from torch_dropout_ir.sharpness.density import smoothed
+from torch_dropout_ir.sharpness.landscape import used_up_slice
 from torch_dropout_ir.sharpness.operators import BLOCK_BYTES
+from torch_dropout_ir.sharpness.recurrence import Quadrature, Settled, recurrence
 from torch_dropout_ir.sharpness.surface import Surface
 
 _KINDS: Final = {
@@ -25,21 +28,21 @@ _KINDS: Final = {
     "hutchinson": "Hutchinson's estimate on random signs",
 }
 _BINS: Final = 64
-_BASIS_BYTES: Final = 2**22
 
 
 class Sharpness:
     """Top eigenvalue, trace, density of eigenvalues and a slice of the loss ``R_S``.
 
-    At most five vectors of all parameters are held, where these are large. The
-    eigenvalue starts from the eigenvector of the last time; the slice goes along
-    one direction for the whole run, from -1 to 1 of the weights' norms.
+    Two vectors of all parameters are held. Eigenvalue and density come from the same
+    products, of a random vector that is new each time: the curve cannot stay with an
+    eigenvector that is no longer the leading one. The slice goes along one direction
+    for the whole run, from -1 to 1 of the weights' norms.
 
     Args:
         tol: Relative error of the eigenvalue.
-        max_matvecs: Most products for the eigenvalue.
+        max_matvecs: Most products for eigenvalue and density.
         trace_matvecs: Most products and backward passes for the trace.
-        density_steps: Products for the density; 0 leaves it out.
+        density_steps: Least products for the density; 0 leaves it out.
         slice_points: Points of the slice; 0 leaves it out.
         max_parameters: Larger models are left out.
         max_bytes: Memory for the graph of the second derivative; beyond it the batch
@@ -66,7 +69,6 @@ class Sharpness:
         self.trace_matvecs = trace_matvecs
         self.density_steps = density_steps
         self.slice_points = slice_points
-        self._last: Any = None
         self._names: tuple[frozenset[str], list[str]] = frozenset(), []
 
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
@@ -102,21 +104,13 @@ class Sharpness:
         )
         own = CurvatureOperator("hessian", surface, BLOCK_BYTES)
         op: Any = own if snapshot.ranks.size == 1 else _Joined(own, snapshot)
-        top = sharpness.top_eigenvalues(
-            op,
-            tol=self.tol,
-            max_matvecs=self.max_matvecs,
-            start=self._start(op),
-            max_bytes=_BASIS_BYTES,
-        )
-        # Where to start from the next time: a few digits will do.
-        self._last = {n: x.bfloat16() for n, x in top.vectors[0].items()}
+        settled = Settled(self.tol, self.density_steps)
+        found = recurrence(op, self.max_matvecs, settled)
         records: dict[str, Record] = {
-            "sharpness/top_eigenvalue": float(top.values[0]),
-            "sharpness/top_eigenvalue_residual": float(top.residuals[0]),
+            "sharpness/top_eigenvalue": found.top,
+            "sharpness/top_eigenvalue_residual": found.residual,
         }
-        del top  # its basis is the largest thing here
-        records |= self._density(op) | self._trace(own, snapshot)
+        records |= self._density(found) | self._trace(own, snapshot)
         del op, own  # and the second derivative's graph
         return records | self._slice(snapshot)
 
@@ -150,21 +144,11 @@ class Sharpness:
             self._names = names, used
         return self._names[1]
 
-    def _start(self, op: Any) -> Any:
-        """The last eigenvector, if its parameters are still those of the operator."""
-        if self._last is None:
-            return None
-        now = {name: x.shape for name, x in op.params.items()}
-        last = {name: x.shape for name, x in self._last.items()}
-        return self._last if now == last else None
-
-    def _density(self, op: Any) -> dict[str, Record]:
+    def _density(self, probe: Quadrature) -> dict[str, Record]:
         """Shares of the eigenvalues in bins between the outermost nodes."""
         if not self.density_steps:
             return {}
-        found = sharpness.spectral_density(
-            op, num_steps=self.density_steps, max_bytes=_BASIS_BYTES
-        )
+        found = smoothed([(probe.nodes, probe.weights)], len(probe.nodes))
         low, high = float(found.grid[0]), float(found.grid[-1])
         step = found.grid[1] - found.grid[0]
         places = (found.grid - low) / (high - low) * _BINS
@@ -177,13 +161,16 @@ class Sharpness:
         if not self.slice_points:
             return {}
         device = next(snapshot.model.parameters()).device
-        direction = sharpness.filter_normalized_direction(
-            snapshot.model, torch.Generator(device).manual_seed(0)
-        )
-        alphas = torch.linspace(-1, 1, self.slice_points)
-        losses = sharpness.loss_slice(
-            snapshot.model, snapshot.loss, snapshot.batches, alphas, direction
-        )
+        losses = used_up_slice(
+            Surface(
+                "sharpness", snapshot.model, snapshot.loss, snapshot.batches,
+                copied=False,
+            ),
+            torch.linspace(-1, 1, self.slice_points).tolist(),
+            sharpness.filter_normalized_direction(
+                snapshot.model, torch.Generator(device).manual_seed(0)
+            ),
+        )  # fmt: skip
         heights = {str(k): float(x) for k, x in enumerate(losses)}
         heights, _ = snapshot.ranks.join(
             weight(snapshot, as_batches(snapshot.batches)), heights

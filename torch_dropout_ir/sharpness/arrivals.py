@@ -1,0 +1,113 @@
+"""Gradients of leaves, given away one by one while a backward pass makes them.
+
+``torch.autograd.grad`` holds all that it returns to its end, and where a leaf is used
+more than once, as each weight is in a gradient's graph, the first part of its
+derivative waits for the others. Sums need neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final
+
+from torch import Tensor
+
+Receive = Callable[[int, Tensor], None]  # of a derivative, or a part, by its number
+Leads = dict[int, tuple[int, Any]]
+Last = tuple[Any, Leads]
+_TRANSPOSE: Final = "TBackward0"  # between the weight of a linear layer and its uses
+
+
+@contextlib.contextmanager
+def arrivals(leaves: Sequence[Tensor], receive: Receive) -> Iterator[None]:
+    """Give the gradient of each leaf away as it comes, inside the context.
+
+    In its place ``torch.autograd.grad`` is left with one element, expanded; sparse
+    gradients are small, and stay.
+
+    Args:
+        leaves: The tensors in which derivatives are taken, each of them once.
+        receive: Called with the number of the leaf and its whole gradient.
+    """
+
+    def take(g: Tensor, i: int) -> Tensor:
+        receive(i, g)
+        return g if g.is_sparse else g.new_zeros(()).expand(g.shape)
+
+    with contextlib.ExitStack() as stack:
+        for i, x in enumerate(leaves):
+            hook = x.register_hook(functools.partial(take, i=i))
+            stack.callback(hook.remove)
+        yield
+
+
+@contextlib.contextmanager
+def parts_given(last: Sequence[Last], receive: Receive) -> Iterator[None]:
+    """Give each part of a leaf's derivative away as it comes, inside the context.
+
+    Args:
+        last: What :func:`last_nodes` returned.
+        receive: Called with the number of a leaf and a part of its derivative.
+    """
+
+    def give(results: tuple[Any, ...], _: Any, leads: Leads) -> tuple[Any, ...]:
+        left = list(results)
+        for k, (i, between) in leads.items():
+            if left[k] is not None:
+                receive(i, left[k] if between is None else between(left[k]))
+                left[k] = None
+        return tuple(left)
+
+    with contextlib.ExitStack() as stack:
+        for node, leads in last:
+            hook = node.register_hook(functools.partial(give, leads=leads))
+            stack.callback(hook.remove)
+        yield
+
+
+def last_nodes(nodes: Iterable[Any], leaves: Sequence[Tensor]) -> list[Last]:
+    """Return the nodes next to leaves, and which of their results leads to which.
+
+    Args:
+        nodes: Nodes of a graph.
+        leaves: The leaves.
+
+    Returns:
+        Nodes with, by the place of a result, the number of the leaf and the
+        transposition that is between.
+    """
+    numbers = {id(x): i for i, x in enumerate(leaves)}
+    nodes = list(nodes)
+
+    def number(node: Any) -> int | None:
+        return numbers.get(id(getattr(node, "variable", None)))
+
+    ends = {n: (i, None) for n in nodes if (i := number(n)) is not None}
+    turned = {
+        n: (ends[n.next_functions[0][0]][0], n)
+        for n in nodes
+        if n.name() == _TRANSPOSE and n.next_functions[0][0] in ends
+    }
+    ends |= turned
+    found = []
+    for node in nodes:
+        leads = {
+            k: ends[n] for k, (n, _) in enumerate(node.next_functions) if n in ends
+        }
+        if leads:
+            found.append((node, leads))
+    return found
+
+
+def graph_nodes(starts: Iterable[Any]) -> Iterator[Any]:
+    """Yield each node of the graph that begins at some nodes once."""
+    left = list(set(starts))
+    seen: set[Any] = set(left)
+    while left:
+        node = left.pop()
+        yield node
+        new = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= new
+        left.extend(new)

@@ -1,0 +1,126 @@
+"""Lanczos by its three-term recurrence: two vectors, whatever the number of steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.sharpness.krylov import random_vector
+
+_ROUNDING: Final = 16  # times the precision: what is no more than that is zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadrature:
+    r"""What some products say of the spectrum, from one random vector.
+
+    Attributes:
+        nodes: Ritz values, ascending, float64 ``[steps]``.
+        weights: Squared first entries of their vectors, ``[steps]``, which sum to 1.
+        residual: :math:`\lVert A v - \lambda v \rVert` of the largest one: an
+            eigenvalue of the operator lies within that distance of it.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    residual: float
+
+    @property
+    def top(self) -> float:
+        """The largest Ritz value."""
+        return float(self.nodes[-1])
+
+
+def recurrence(
+    op: Any, steps: int, enough: Callable[[Quadrature], bool] | None = None
+) -> Quadrature:
+    r"""Return nodes and weights of a random probe, from two vectors at a time.
+
+    .. math:: \beta_{k+1} v_{k+1} = A v_k - \alpha_k v_k - \beta_k v_{k-1}
+
+    The product is added to the older vector, in its memory. Without a basis nothing is
+    orthogonalized again: once a node has converged, it can come a second time, and the
+    two share the weight. Neither the largest node nor its residual suffers from that.
+
+    Args:
+        op: An operator, or a symmetric matrix ``[P, P]``.
+        steps: Most products.
+        enough: Called after each product; ends it where it returns True.
+
+    Returns:
+        What the products said; of fewer than ``steps`` where they span all that the
+        probe reaches.
+
+    Raises:
+        ValueError: If a product is not finite.
+
+    References:
+        Paige, *Accuracy and effectiveness of the Lanczos algorithm for the symmetric
+        eigenproblem*, Linear Algebra Appl. 34 (1980).
+    """
+    v = random_vector(op)
+    v /= v.norm()
+    last = torch.zeros_like(v)
+    matrix = torch.zeros(steps, steps, dtype=torch.float64)
+    left = 0.0
+    for k in range(steps):
+        rest = _plus_product(last.mul_(-left), op, v)
+        matrix[k, k] = along = float(rest @ v)
+        rest.add_(v, alpha=-along)
+        left = float(rest.norm())
+        if not math.isfinite(left):
+            raise ValueError(
+                "expected an operator with finite products, got one that is not. Look "
+                "for what overflows at these parameters."
+            )
+        nodes, vectors = torch.linalg.eigh(matrix[: k + 1, : k + 1])
+        found = Quadrature(
+            nodes, vectors[0].square(), abs(left * float(vectors[-1, -1]))
+        )
+        rounding = _ROUNDING * torch.finfo(v.dtype).eps * float(matrix.abs().max())
+        if k + 1 == steps or left <= rounding or (enough and enough(found)):
+            break
+        matrix[k, k + 1] = matrix[k + 1, k] = left
+        last, v = v, rest.div_(left)
+    return found
+
+
+def _plus_product(total: Tensor, op: Any, v: Tensor) -> Tensor:
+    """Add ``op @ v`` in place."""
+    if hasattr(op, "add_product"):
+        op.add_product(v, total)
+        return total
+    return total.add_(op @ v)
+
+
+class Settled:
+    """Whether the largest node is an eigenvalue, and has stayed one.
+
+    A residual within the tolerance says that it is near *an* eigenvalue; so the claim
+    must hold for two more products, in which a larger one would come up.
+
+    Args:
+        tol: Relative error to reach.
+        least: Products to take at least.
+    """
+
+    _HOLD: Final = 2
+
+    def __init__(self, tol: float, least: int) -> None:
+        self._tol, self._least = tol, least
+        self._claimed: float | None = None
+        self._until = 0
+
+    def __call__(self, found: Quadrature) -> bool:
+        """Whether to stop."""
+        count, allowed = len(found.nodes), self._tol * abs(found.top)
+        if found.residual > allowed:
+            self._claimed = None
+        elif self._claimed is None or found.top - self._claimed > allowed:
+            self._claimed, self._until = found.top, count + self._HOLD
+        return self._claimed is not None and count >= max(self._until, self._least)
