@@ -143,7 +143,13 @@ def test_relu_in_place_writes_on_its_input():
 
 def test_relu_makes_no_zeros():
     zeros_of_tanh = None
-    layers = (torch.tanh, nn.ReLU(), torch.relu, lambda x: x.relu(), nn.ReLU(inplace=True))
+    layers = (
+        torch.tanh,
+        nn.ReLU(),
+        torch.relu,
+        lambda x: x.relu(),
+        nn.ReLU(inplace=True),
+    )
     for layer in layers:
         net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
         net[0].register_forward_hook(lambda *args, layer=layer: layer(args[2] + 0))
