@@ -119,7 +119,8 @@ def test_chunks_of_rows_give_what_the_whole_batch_gives(
     )
     parts, whole = of_both(monkeypatch, form, net, batch, LOSSES[loss], num_samples)
     if form is gauss_newton and num_samples == 1:
-        assert seen == [2]  # one backward pass holds no more than a step does
+        # The graph tells, or a few rows; one backward pass holds no more than a step.
+        assert seen in ([], [2])
     else:
         assert len(seen) >= 3 and max(seen) <= -(-count // 2)
     assert not parts.notes and not whole.notes

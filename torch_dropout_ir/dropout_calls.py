@@ -45,6 +45,7 @@ _OTHER_NOISE: Final = (
     "feature_alpha_dropout_",
 )
 RECURRENT: Final = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_SILENCED: Final = frozenset((*_OTHER_NOISE, "rrelu", "rrelu_", *RECURRENT))
 
 
 class DropoutCalls(ModuleCalls):
@@ -88,7 +89,7 @@ class DropoutCalls(ModuleCalls):
             return output, torch.ones_like(output, dtype=torch.bool)
         if name == "scaled_dot_product_attention":
             return self._attention(*args, **kwargs)
-        if name in (*_OTHER_NOISE, "rrelu", "rrelu_", *RECURRENT):
+        if name in _SILENCED:
             return self._silence(name, func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -162,6 +163,7 @@ class DropoutCalls(ModuleCalls):
 
     def _check_once(self, function: str) -> None:
         """Raise where what is replaced would be computed again out of our sight."""
+        self._runs_again()
         if not checkpointed():
             return
         if self._outlives or torch.cuda.is_initialized():

@@ -145,6 +145,8 @@ def call(
     if move_buffers:
         return model(*arguments.args, **arguments.kwargs)
     state = {name: x.clone() for name, x in model.named_buffers()}
+    if not state and not params:
+        return model(*arguments.args, **arguments.kwargs)
     return call_with(
         model, {**(params or {}), **state}, arguments.args, arguments.kwargs
     )

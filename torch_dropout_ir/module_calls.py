@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir.sites import Site
+from torch_dropout_ir.tracing import checkpointed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,6 +33,9 @@ class ModuleCalls(TorchFunctionMode):
 
     Args:
         model: The model whose modules make the calls.
+
+    Attributes:
+        again: Whether something ran that may be computed again in a backward pass.
     """
 
     trains = False
@@ -42,6 +46,7 @@ class ModuleCalls(TorchFunctionMode):
         self._names = {id(m): name for name, m in model.named_modules()}
         self._running: list[tuple[nn.Module, dict[str, int]]] = []
         self._hooks = contextlib.ExitStack()
+        self.again = False
 
     def __enter__(self) -> Self:
         before = register_module_forward_pre_hook(self._begin)
@@ -57,9 +62,27 @@ class ModuleCalls(TorchFunctionMode):
         super().__exit__(*error)
         self._hooks.close()
 
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Hand nothing over inside the context; it is the innermost mode around it.
+
+        Every property that is read of a tensor is a call, so that looking on costs more
+        than small passes do.
+        """
+        TorchFunctionMode.__exit__(self, None, None, None)
+        try:
+            yield
+        finally:
+            TorchFunctionMode.__enter__(self)
+
     def _begin(self, module: nn.Module, _: Any) -> None:
         if id(module) in self._names:
             self._running.append((module, {}))
+            self._runs_again()
+
+    def _runs_again(self) -> None:
+        """Remember a checkpointed block; the older kind runs without autograd."""
+        self.again = self.again or checkpointed() or not torch.is_grad_enabled()
 
     def _end(self, module: nn.Module, _: Any, __: Any) -> None:
         if self._running and self._running[-1][0] is module:

@@ -57,10 +57,14 @@ def cross_entropy_scale(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
                 "depends on them, got None"
             )
         return mass / mass.numel() if loss.reduction == "mean" else mass
+    smoothing = loss.option("label_smoothing", 0.0)
+    if weight is None and not targets.is_floating_point():  # all weigh one
+        mass = (targets != loss.option("ignore_index", -100)).to(mass)
+        mass = mass / mass.sum() if loss.reduction == "mean" else mass
+        return mass.unsqueeze(classes)
     if weight is None:
         weight = mass.new_ones(outputs.shape[classes])
     weight = weight.detach().to(mass)
-    smoothing = loss.option("label_smoothing", 0.0)
     if targets.is_floating_point():
         weighted = targets.detach().movedim(classes, -1) @ weight
         count: float | Tensor = float(mass.numel())
@@ -243,17 +247,15 @@ def _less_a_label(f: Tensor) -> Tensor:
     """Softmax, less one at a label drawn from it."""
     classes = 1 if f.ndim > 1 else 0
     softmax = f.softmax(classes)
-    # Some samples at a time, lest the sums take twice the space of the outputs.
+    wide = torch.promote_types(f.dtype, torch.float32)
+    # Some samples at a time, lest the times take twice the space of the outputs.
     count = max(1, _DRAWN_AT_ONCE * f.shape[0] // max(1, f.numel()))
     for block in softmax.split(count) if f.ndim > 1 else (softmax,):
-        last = block.movedim(classes, -1)
-        sums = last.cumsum(-1, dtype=torch.float64)
-        at = torch.rand_like(sums[..., -1:]) * sums[..., -1:]
-        labels = torch.searchsorted(sums, at, right=True).clamp_(
-            max=f.shape[classes] - 1
-        )
-        chosen = labels.movedim(-1, classes)
-        block.scatter_add_(classes, chosen, -torch.ones_like(chosen, dtype=f.dtype))
+        # Of independent exponential times the first is that of a class with the
+        # probability of its rate; a time of zero would beat a probability of zero.
+        times = torch.empty_like(block, dtype=wide).exponential_().clamp_(min=1e-37)
+        label = (block / times).argmax(classes, keepdim=True)
+        block.scatter_(classes, label, -1.0, reduce="add")
     return softmax
 
 

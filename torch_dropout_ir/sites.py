@@ -114,9 +114,10 @@ def is_stochastic_depth(module: nn.Module) -> bool:
     name = type(module).__name__
     if name == "StochasticDepth":
         return hasattr(module, "p") and hasattr(module, "mode")
+    if not name.endswith("DropPath"):  # first: what a module lacks is slow to ask for
+        return False
     rate = getattr(module, "drop_prob", None)
-    scaled = getattr(module, "scale_by_keep", True)
-    return name.endswith("DropPath") and isinstance(rate, (int, float)) and scaled
+    return isinstance(rate, (int, float)) and getattr(module, "scale_by_keep", True)
 
 
 def active_sites(model: nn.Module) -> tuple[Site, ...]:

@@ -37,7 +37,8 @@ def checkpointed() -> bool:
 
 def random_state(model: nn.Module) -> list[Tensor]:
     """Return the states of torch's generators that a pass may draw from."""
-    devices = {x.device for x in model.parameters() if x.is_cuda}
+    seen = model.parameters() if torch.cuda.is_initialized() else ()
+    devices = {x.device for x in seen if x.is_cuda}
     return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
 
 

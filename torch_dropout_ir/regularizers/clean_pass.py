@@ -17,6 +17,7 @@ from torch_dropout_ir.normalization import ComposedNormalization
 from torch_dropout_ir.regularizers.checks import check_batch
 from torch_dropout_ir.regularizers.coupling import alike, by_powers, even_root
 from torch_dropout_ir.regularizers.recorder import Recorder, Use
+from torch_dropout_ir.regularizers.row_graph import rows_apart
 from torch_dropout_ir.sites import uncompiled, unobservable
 from torch_dropout_ir.tracing import random_state
 
@@ -117,8 +118,9 @@ class CleanPass:
         """Whether an output of one sample depends on another sample at some site.
 
         Batch normalization in training mode does that, and message passing, outputs
-        whose first dimension is not the batch, and masks that samples share. Two
-        backward passes tell: where each sample's outputs weigh another power of two, so
+        whose first dimension is not the batch, and masks that samples share. Where the
+        graph has none but operations known to keep samples apart, that tells; else two
+        backward passes: where each sample's outputs weigh another power of two, so
         do its derivatives, to the bit, if they come from that sample alone.
 
         Args:
@@ -129,13 +131,26 @@ class CleanPass:
         """
         return any(self._couples(x) for x in outputs)
 
-    def _couples(self, outputs: Tensor) -> bool:
-        if outputs.ndim == 0:
+    def samples_meet(self, outputs: Tensor) -> bool | None:
+        """Say what :meth:`couples_samples` would, as far as the graph shows it.
+
+        Args:
+            outputs: A tensor of the outputs that the loss reads.
+
+        Returns:
+            Whether samples meet; None where derivatives have to tell.
+        """
+        if outputs.ndim == 0 or not self.uses:
             return bool(self.uses)
-        if not self.by_samples(outputs.shape[0]):
+        count = outputs.shape[0]
+        if not self.by_samples(count):
             return True
-        if outputs.shape[0] < 2:
-            return False
+        return False if count < 2 or rows_apart(outputs, self.deltas, count) else None
+
+    def _couples(self, outputs: Tensor) -> bool:
+        meet = self.samples_meet(outputs)
+        if meet is not None:
+            return meet
         even = even_root(outputs)
         plain = self.row_weights(outputs, even)
         scaled = self.row_weights(outputs, by_powers(even))
@@ -164,6 +179,7 @@ def clean_pass(
     move_buffers: bool = False,
     outlives: bool = False,
     first: Tensor | None = None,
+    bare: bool = False,
 ) -> Iterator[CleanPass]:
     """Run ``model`` without noise; take derivatives inside the context.
 
@@ -175,6 +191,7 @@ def clean_pass(
         outlives: Whether its graph is used after the context, and down to the
             parameters; else it begins at the first site.
         first: What the first site is given in the place of its input, if anything.
+        bare: Whether no code of the user's will run in the context, a loss for one.
 
     Yields:
         The pass.
@@ -203,6 +220,8 @@ def clean_pass(
         alone = len(uses) == 1 and not unobservable(model) and not noisy
         last = seen.maker(outputs) if alone else None
         seen.close()
+        if bare and not calls.again:
+            stack.enter_context(calls.at_rest())
         yield CleanPass(outputs, uses, last, noisy, tuple(seen.unreachable))
 
 

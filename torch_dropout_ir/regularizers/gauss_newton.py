@@ -71,8 +71,9 @@ def gauss_newton(
     gone through as a whole, and a pass that keeps it took one and a half times a step's
     memory.
 
-    Whether samples meet is asked of an eighth of a large batch. Rows that do not run
-    by themselves as among all do not tell, and pass for samples that meet.
+    Whether samples meet is seen in the graph where its operations are known to keep
+    them apart, and else asked of an eighth of a large batch. Rows that do not run by
+    themselves as among all do not tell, and pass for samples that meet.
 
     Args:
         model: The network. Of several outputs, those count that the loss reads.
@@ -157,7 +158,8 @@ class _Seen(NamedTuple):
 def _pass(
     model: nn.Module, batch: Batch, loss: Loss
 ) -> AbstractContextManager[CleanPass]:
-    return clean_pass(model, batch[0], twice=loss.kind == "general")
+    general = loss.kind == "general"
+    return clean_pass(model, batch[0], twice=general, bare=not general)
 
 
 def _first_pass(
@@ -180,8 +182,11 @@ def _first_pass(
         twice = loss.kind == "general"
         chunks = RowChunks(model, inputs, clean, kept, twice=twice, parts=_CHUNKS)
         if forms.one_pass:  # its graph goes as the derivatives come
+            meet = clean.samples_meet(read.tensors[0])
             draws, _ = forms.draws(clean, read, coupled=False, keep=False)
-            return _Seen(known, forms, draws, False, chunks)
+            return _Seen(
+                known, forms, draws, bool(meet), chunks if meet is None else None
+            )
         return _Seen(known, forms, None, False, chunks)
 
 

@@ -39,6 +39,12 @@ class Recorder:
 
     def perturb(self, site: Site, h: Tensor) -> Tensor:
         """Add a zero to a site's input, and record both."""
+        if type(h) is not Tensor:
+            return self._perturb(site, h)
+        with torch._C.DisableTorchFunction():  # nobody is asked about each property
+            return self._perturb(site, h)
+
+    def _perturb(self, site: Site, h: Tensor) -> Tensor:
         check_site(site, h)
         if not torch.is_grad_enabled():
             self.unreachable.append(site.name)

@@ -90,8 +90,7 @@ class RootForms:
         keep: bool,
     ) -> tuple[list[list[Form]], bool]:
         assert self._roots is not None and self._num_samples is not None
-        if coupled is None and not (outputs.ndim and clean.by_samples(len(outputs))):
-            coupled = bool(clean.uses)
+        coupled = clean.samples_meet(outputs) if coupled is None else coupled
         draws: list[list[Form]] = []
         for k in range(self._num_samples):
             roots = self._roots.sample(rows)
