@@ -422,6 +422,8 @@ def test_log_probabilities_with_nll_are_cross_entropy():
         found = gauss_newton(log, batch, loss, num_samples=None)
         torch.testing.assert_close(found.value, expected.value)
         assert not found.exact
+        linear = gauss_newton(body, batch, loss, num_samples=None)  # of raw outputs
+        assert linear.value == 0 and "linear in the outputs" in linear.notes[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

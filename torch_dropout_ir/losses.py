@@ -21,6 +21,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Final, Literal, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -128,6 +129,21 @@ class Loss:
                 f"{type(outputs).__name__}. Pass a callable `(outputs, targets) -> "
                 "scalar` that picks what it needs."
             )
+
+    def at(self, outputs: Tensor) -> Loss:
+        """Return the loss with the kind that it is of at ``outputs``.
+
+        The negative log-likelihood is a cross-entropy of log-probabilities alone; of
+        anything else it is linear.
+        """
+        function = getattr(self.function, "func", self.function)
+        likelihood = function is F.nll_loss or type(function) is nn.NLLLoss
+        if self.kind != "cross_entropy" or not likelihood or not outputs.ndim:
+            return self
+        sums = outputs.detach().logsumexp(1 if outputs.ndim > 1 else 0)
+        if bool((sums.abs() <= torch.finfo(outputs.dtype).eps ** 0.5).all()):
+            return self
+        return dataclasses.replace(self, kind="general")
 
     def option(self, name: str, default: Any) -> Any:
         """Return a setting of the loss, of a module or of a partial function."""

@@ -19,7 +19,7 @@ from torch_dropout_ir.regularizers.checks import (
     check_finite,
     noise_left_out,
 )
-from torch_dropout_ir.regularizers.inner_products import pair_products, wide_dtype
+from torch_dropout_ir.regularizers.inner_products import products, wide_dtype
 from torch_dropout_ir.regularizers.masked import dropout_risk
 
 
@@ -83,14 +83,14 @@ def gradient_norm(
     :math:`\lVert g - g' \rVert^2 / 2`, without bias; their inner product is the rest.
     Of several batches, inner products across a pair of them give the squared mean
     gradient, and what is left is the noise of the mini-batches, which plain SGD has
-    too. Steps count alike, whatever the sizes of their batches.
+    too; that of the masks is of the first of a pair. Steps count alike, whatever the
+    sizes of their batches.
 
-    Costs a forward and a backward pass a mask and batch. Memory: an inner product of
-    two gradients takes both of a parameter at once, so the whole first gradient is held
-    when the second pass begins, and let go parameter by parameter as the second comes:
-    a training step, which has its gradient only when its activations have gone, and up
-    to one gradient and the largest parameter's beside; with several batches one more
-    gradient. For optimizers other than gradient descent R_2 is a diagnostic, not the
+    Costs a forward and a backward pass a mask and batch. Memory: beside a pass, whose
+    gradients go one by one as they come, one gradient, and the largest parameter's as
+    it comes. A training step holds its gradient only when its activations have gone:
+    this took 1.0 of a step's where activations are most of it, 1.7 where two parameters
+    are. For optimizers other than gradient descent R_2 is a diagnostic, not the
     theory. For a gradient that the script has anyway, ``(lr / 4) * g.square().sum()``
     is one unbiased sample of the first form, free of extra passes.
 
@@ -196,44 +196,74 @@ class _Norms:
                 check_differentiable("gradient_norm", value)
                 torch.autograd.grad(value, self._targets, allow_unused=True)
 
-    def pair(
-        self,
-        batch: Batch,
-        total: list[Tensor] | None = None,
-        other: list[Tensor] | None = None,
+    def within(
+        self, batch: Batch, num_masks: int, mean: dict[int, Tensor], keep: bool = True
     ) -> Tensor:
-        """Return value, mean and mask noise of two masks, and their mean by ``other``.
+        """Return value, mean, and mask noise of one batch, each from all of its masks.
 
-        Args:
-            batch: The batch.
-            total: Gradient that the two are added to, in place.
-            other: Gradient that their mean is multiplied with; 0 without one.
+        ``mean`` is filled with the mean gradient by number of the parameter; unless
+        ``keep``, each goes as its last gradient comes.
         """
-        first: dict[int, Tensor] = {}
-        self._gradients(batch, first.__setitem__)
-        found = [x.new_zeros(4, dtype=wide_dtype(x).to_real()) for x in self._targets]
+        found = self._table()
+        for k in range(num_masks):
+            missed = set(mean)
+            keeps = keep or k + 1 < num_masks
+            receive = functools.partial(self._add, found, mean, missed, k, keeps)
+            self._gradients(batch, receive)
+            for i in missed.copy():  # at these masks the loss does not depend on it
+                receive(i, torch.zeros_like(mean[i]))
+        counts = num_masks, num_masks * (num_masks - 1) / 2, num_masks - 1
+        return self._sum(found) / found[0].new_tensor(counts)
 
-        def receive(i: int, second: Tensor) -> None:
-            g = first.pop(i) if i in first else torch.zeros_like(second)
-            if total is not None:
-                total[i].add_(g).add_(second)
-            third = None if other is None else other[i]
-            found[i] = self._rates[i] / 4 * pair_products(g, second, third)
+    @staticmethod
+    def _add(
+        found: list[Tensor],
+        mean: dict[int, Tensor],
+        missed: set[int],
+        k: int,
+        keeps: bool,
+        i: int,
+        g: Tensor,
+    ) -> None:
+        """Take the gradient of parameter ``i`` at mask ``k`` into sums and mean."""
+        missed.discard(i)
+        so_far = mean.pop(i, None)
+        so_far = (g if k == 0 else torch.zeros_like(g)) if so_far is None else so_far
+        square, inner, away = products(g, so_far)
+        found[i] += torch.stack((square, k * inner, k / (k + 1) * away))
+        if keeps:
+            mean[i] = so_far.lerp_(g, 1 / (k + 1)) if k else g
 
-        self._gradients(batch, receive)
-        for i in list(first):  # at the second masks the loss does not depend on these
-            receive(i, torch.zeros_like(first[i]))
-        return torch.stack(found).sum(0)
+    def beside(self, batch: Batch, num_masks: int, mean: dict[int, Tensor]) -> Tensor:
+        """Return the value of a batch and its inner product with a mean gradient."""
+        found = self._table()
+
+        def receive(i: int, g: Tensor) -> None:
+            found[i] += products(g, mean.get(i, g.new_zeros(()).expand(g.shape)))
+
+        for _ in range(num_masks):
+            self._gradients(batch, receive)
+        return self._sum(found)[:2] / num_masks
 
     def across(self, a: Batch, b: Batch, num_masks: int) -> Tensor:
-        """Return value, mean, mask noise and batch noise from two batches."""
-        pairs = range(num_masks // 2)
-        total = [torch.zeros_like(x) for x in self._targets]
-        first = torch.stack([self.pair(a, total=total) for _ in pairs]).mean(0)
-        mean = [x.div_(num_masks) for x in total]
-        second = torch.stack([self.pair(b, other=mean) for _ in pairs]).mean(0)
-        within, across = (first + second) / 2, second[3]
-        return torch.stack([within[0], across, within[2], within[1] - across])
+        """Return value, mean, mask noise (of the first) and batch noise of two."""
+        mean: dict[int, Tensor] = {}
+        first, _, noise = self.within(a, num_masks, mean)
+        second, inner = self.beside(b, num_masks, mean)
+        value = (first + second) / 2
+        return torch.stack((value, inner, noise, value - noise - inner))
+
+    def pair(self, batch: Batch) -> Tensor:
+        """Return value, mean, mask noise and batch noise, which is 0, of two masks."""
+        found = self.within(batch, 2, {}, keep=False)
+        return torch.cat((found, found.new_zeros(1)))
+
+    def _table(self) -> list[Tensor]:
+        return [x.new_zeros(3, dtype=wide_dtype(x).to_real()) for x in self._targets]
+
+    def _sum(self, found: list[Tensor]) -> Tensor:
+        pairs = zip(self._rates, found, strict=True)
+        return torch.stack([rate / 4 * x for rate, x in pairs]).sum(0)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Elements of a gradient that are looked at together.
-_BLOCK: Final = 2**18
+_BLOCK: Final = 2**15
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -17,27 +17,21 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def pair_products(g: Tensor, h: Tensor, other: Tensor | None) -> Tensor:
-    """Return half the sum of squares, the inner product, and half the squared distance.
+def products(g: Tensor, h: Tensor) -> Tensor:
+    """Return the square of the first vector, the inner product, the squared distance.
 
-    And, fourth, the inner product of the mean with a third vector, or 0. A block at a
-    time, so that nothing of the vectors' size is made.
+    A block at a time, so that nothing of the vectors' size is made.
     """
     wide = wide_dtype(g)
-    total = torch.zeros(4, dtype=wide.to_real(), device=g.device)
-    third = g.new_zeros(()).expand(g.numel()) if other is None else other
+    total = torch.zeros(3, dtype=wide.to_real(), device=g.device)
 
     def inner(x: Tensor, y: Tensor) -> Tensor:
         return (x * y.conj()).sum().real
 
-    blocks = zip(*(x.reshape(-1).split(_BLOCK) for x in (g, h, third)), strict=True)
-    for block in blocks:
-        x, y, z = (part.to(wide) for part in block)
+    for parts in zip(*(x.reshape(-1).split(_BLOCK) for x in (g, h)), strict=True):
+        x, y = (part.to(wide) for part in parts)
         away = x - y
-        squares = inner(x, x) + inner(y, y)
-        mean = inner(x, z) + inner(y, z)
-        parts = squares / 2, inner(x, y), inner(away, away) / 2, mean / 2
-        total += torch.stack(parts)
+        total += torch.stack((inner(x, x), inner(x, y), inner(away, away)))
     return total
 
 

@@ -122,10 +122,12 @@ def _is_linear(clean: CleanPass, loss: Loss, targets: Any) -> bool:
 
 @torch.no_grad()
 def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
-    if clean.last_layer is None or loss.kind not in ("squared", "cross_entropy"):
+    if clean.last_layer is None:
         return None
     site, features, _ = clean.uses[0]
     outputs: Tensor = clean.outputs.detach()
+    if loss.at(outputs).kind not in ("squared", "cross_entropy"):
+        return None
     elementwise = site.mask_shape(features.shape) == tuple(features.shape)
     # Cross-entropy has its classes in dimension 1, the linear layer in the last.
     if not elementwise or (loss.kind == "cross_entropy" and outputs.ndim > 2):

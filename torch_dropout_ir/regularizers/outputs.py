@@ -107,7 +107,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
             the loss takes one.
     """
     if isinstance(outputs, Tensor):
-        return OutputsRead([outputs], lambda x: loss(x[0], targets), loss)
+        return OutputsRead([outputs], lambda x: loss(x[0], targets), loss.at(outputs))
     loss.check_outputs(outputs)
     leaves, rebuild = flatten(outputs)
     places = [
