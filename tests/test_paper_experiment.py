@@ -1,5 +1,6 @@
 """The frame of the paper's scripts: resuming, verdicts, options, older code."""
 
+import ast
 import importlib.util
 import json
 import runpy
@@ -209,6 +210,22 @@ def test_cells_of_an_edited_script_are_said(start, tmp_path, capsys):
     assert "--restart" in said
     fresh = start("--restart").cells(("arm",), script(tmp_path, 2, "another number"))
     assert fresh == {"arm": [2, 2, 2]} and not capsys.readouterr().err
+
+
+def trainings():
+    """Functions of the scripts that attach the analysis to a resumable loop."""
+    for path in sorted(FOLDER.glob("*.py")):
+        text = path.read_text()
+        for node in ast.parse(text).body:
+            source = ast.get_source_segment(text, node)
+            if "attach_analysis(" in source and "exp.steps(" in source:
+                yield pytest.param(source, id=f"{path.stem}-{node.name}")
+
+
+@pytest.mark.parametrize("source", list(trainings()))
+def test_a_stopped_run_takes_its_analysis_up_again(source):
+    """What `steps` keeps holds it, or the TensorBoard run would begin anew."""
+    assert "analysis]" in source or "*watched)" in source
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)

@@ -117,7 +117,7 @@ def train(loss, keep_prob, seed):
     scratch = [torch.empty(len(x), WIDTH) for _ in range(3)]
     arm = f"{loss}-{keep_prob}"
     with analysis, torch.no_grad():
-        for step in exp.steps(arm, seed, STEPS, [net, optimizer]):
+        for step in exp.steps(arm, seed, STEPS, [net, optimizer, analysis]):
             optimizer.param_groups[0].update(schedule(step))
             gradient(net, shown, y, loss, p, scratch)
             optimizer.step()

@@ -76,8 +76,9 @@ def compute(exp, arm, seed):
         log_dir=exp.log_dir(arm, seed), every=its.steps,
         measures=[m for m in default_measures() if m.name != "sharpness"],
     )  # fmt: skip
+    kept = [net, optimizer, its.schedule, analysis]
     with analysis:
-        for _ in exp.steps(arm, seed, its.steps, [net, optimizer, its.schedule]):
+        for _ in exp.steps(arm, seed, its.steps, kept):
             optimizer.zero_grad()
             chosen = its.rows()
             for rows in chosen.split(PART):

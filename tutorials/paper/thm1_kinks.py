@@ -174,7 +174,7 @@ def train(arm, seed):
         measures=[m for m in default_measures() if m.name != "sharpness"],
     )  # fmt: skip
     with analysis:
-        for step in exp.steps(arm, seed, STEPS, [net, optimizer]):
+        for step in exp.steps(arm, seed, STEPS, [net, optimizer, analysis]):
             # Over the last tenth the steps fall to nothing, or where they stop decides.
             optimizer.param_groups[0]["lr"] = 1e-3 * min(1, 10 * (1 - step / STEPS))
             if arm == "R_S + R_1":
