@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -275,3 +276,18 @@ def test_all_runs_cheapest_first_and_past_a_failure(tmp_path, monkeypatch, capfd
     assert "no figure" not in printed and "failed: fig03_broken.py" in said
     every.main(["--quick"])
     assert "ran table" not in capfd.readouterr().out
+
+
+RECORDS = sorted((FOLDER / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
+def test_a_claim_that_falls_short_has_its_reason_on_the_page(path):
+    table, record = load("table"), json.loads(path.read_text())
+    page, below = (FOLDER / "README.md").read_text(), table.section(record)
+    assert below in page
+    for row in table.rows(record):
+        assert row in page and len(re.findall(r"(?<!\\)\|", row)) == 8  # seven cells
+    (script,) = FOLDER.glob(f"{path.stem}_*.py")
+    short = record["verdict"] != "reproduced"
+    assert any(one in below for one in table.reasons(script)) == short

@@ -24,6 +24,9 @@ them, without momentum. Inputs are given in the principal axes of the training i
 (the start has no preferred axes), so that those in which the images are all zero need
 not be computed: exact.
 
+In direction: R_S, which still falls where the run ends, two to four times as fast as
+R_1, by which the length is chosen; and what the masks add to it needs longer to settle.
+
     python tutorials/paper/fig02_modified_loss.py --data-root DIR
     python tutorials/paper/fig02_modified_loss.py --data-root DIR --quick
 

@@ -32,6 +32,9 @@ instead of 300; resnet20: the first 20 classes (2000 images), images of 8 x 8, N
 momentum 0.9 with 64 images a step, lr 0.05, in the last quarter 0.005, 2400 steps
 instead of full batches; transformer: 3000 steps of 32 pairs.
 
+In direction: where a gain is smaller than the paper's, training was shorter and the
+images fewer or smaller; which of these it is was not tried.
+
     python tutorials/paper/fig12_flatness.py --data-root DIR
     python tutorials/paper/fig12_flatness.py --data-root DIR --networks fnn --quick
 
