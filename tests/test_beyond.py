@@ -138,3 +138,18 @@ def test_the_page_is_made_of_the_records(script, tmp_path):
     values = zip(*(m["R1"] for m in record["numbers"]["models"].values()), strict=True)
     most = max(max(r1) - min(r1) for r1 in values)
     assert f"up to {most:.2f} apart, the test losses up to {4 * most:.2f}." in page
+
+
+@pytest.mark.parametrize("name", ["convnet", "transformer"])
+def test_the_answers_of_a_record_are_those_of_its_numbers(script, name):
+    study = script("study")
+    record = json.loads((BEYOND / "results" / f"{name}.json").read_text())
+    models = list(record["numbers"]["models"].values())
+    claims = study.claims_of(record["numbers"]["predictors"], models)
+    assert [c.text for c in claims] == [c["text"] for c in record["claims"]]
+    for claim, kept in zip(claims, record["claims"], strict=True):
+        assert (list(claim.values), claim.verdict) == (kept["values"], kept["verdict"])
+    r1, losses = ([m[key][0] for m in models] for key in ("R1", "test_loss"))
+    ranks = [torch.tensor(one).argsort().argsort() for one in (r1, losses)]
+    expected = torch.corrcoef(torch.stack(ranks).double())[0, 1]
+    assert math.isclose(claims[3].values[0], expected, abs_tol=1e-9)

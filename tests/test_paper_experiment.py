@@ -1,7 +1,9 @@
 """The frame of the paper's scripts: resuming, verdicts, options, older code."""
 
+import ast
 import importlib.util
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -211,6 +213,22 @@ def test_cells_of_an_edited_script_are_said(start, tmp_path, capsys):
     assert fresh == {"arm": [2, 2, 2]} and not capsys.readouterr().err
 
 
+def trainings():
+    """Functions of the scripts that attach the analysis to a resumable loop."""
+    for path in sorted(FOLDER.glob("*.py")):
+        text = path.read_text()
+        for node in ast.parse(text).body:
+            source = ast.get_source_segment(text, node)
+            if "attach_analysis(" in source and "exp.steps(" in source:
+                yield pytest.param(source, id=f"{path.stem}-{node.name}")
+
+
+@pytest.mark.parametrize("source", list(trainings()))
+def test_a_stopped_run_takes_its_analysis_up_again(source):
+    """What `steps` keeps holds it, or the TensorBoard run would begin anew."""
+    assert "analysis]" in source or "*watched)" in source
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
 def test_every_script_tells_its_options(path, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
@@ -258,3 +276,18 @@ def test_all_runs_cheapest_first_and_past_a_failure(tmp_path, monkeypatch, capfd
     assert "no figure" not in printed and "failed: fig03_broken.py" in said
     every.main(["--quick"])
     assert "ran table" not in capfd.readouterr().out
+
+
+RECORDS = sorted((FOLDER / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
+def test_a_claim_that_falls_short_has_its_reason_on_the_page(path):
+    table, record = load("table"), json.loads(path.read_text())
+    page, below = (FOLDER / "README.md").read_text(), table.section(record)
+    assert below in page
+    for row in table.rows(record):
+        assert row in page and len(re.findall(r"(?<!\\)\|", row)) == 8  # seven cells
+    (script,) = FOLDER.glob(f"{path.stem}_*.py")
+    short = record["verdict"] != "reproduced"
+    assert any(one in below for one in table.reasons(script)) == short

@@ -79,6 +79,37 @@ def test_fig_4_reduced_and_resumed(script, tmp_path, capsys):
     assert capsys.readouterr().out == first  # nothing was trained again
 
 
+def test_the_gradient_of_three_layers_is_autograds_and_its_start_one(script):
+    nets = script("fig04b_three_layers").ThreeLayer(7, 0.3)
+    first, second = (list(net.parameters()) for net in nets.networks)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    x, y = torch.randn(5, 1), torch.randn(5)
+    torch.manual_seed(1)
+    nets.gradient(x, y)
+    found = [p.grad.clone() for p in nets.parameters()]
+    torch.manual_seed(1)
+    noise = [tdi.dropout(torch.ones(5, 7), 0.3) for _ in range(2)]
+    expected = []
+    for net, masks in zip(nets.networks, ([1, 1], noise), strict=True):
+        h = torch.tanh(net[0](x)) * masks[0]
+        h = torch.tanh(net[3](h)) * masks[1]
+        loss = tdi.half_squared_error(net[6](h), y[:, None])
+        expected += torch.autograd.grad(loss, list(net.parameters()))
+    torch.testing.assert_close(found, expected)
+    torch.optim.SGD(nets.parameters(), lr=1.0).step()
+    for both, one in zip(nets.tensors.values(), second, strict=True):
+        assert both[1].equal(one.detach())  # a step is seen by the next gradient
+
+
+def test_the_fullest_directions_hold_what_lies_near_them_on_the_circle(script):
+    share = script("fig04b_three_layers").share_near_fullest
+    pi = torch.pi
+    close = torch.tensor([0.0, 0.05, -0.05, pi - 0.04, -pi + 0.04])
+    assert share(close, count=2) == 1  # across the cut at pi
+    assert share(close, count=1) == pytest.approx(3 / 5)
+    assert share(torch.linspace(-pi, pi, 64)[:-1], count=4) == pytest.approx(12 / 63)
+
+
 @pytest.mark.parametrize("loss", ["R_S", "R_drop", "L1"])
 def test_the_gradient_of_fig_2_is_autograds(script, loss):
     fig02 = script("fig02_modified_loss")

@@ -17,13 +17,13 @@ import torch_dropout_ir as tdi
 from torch_dropout_ir import condensation
 
 generator = torch.Generator().manual_seed(0)
-x = torch.randn(30, 10, generator=generator)
+x = 0.5 * torch.randn(30, 10, generator=generator)
 y = torch.tanh(x.sum(1, keepdim=True))
-unseen = torch.randn(1000, 10, generator=generator)
+unseen = 0.5 * torch.randn(1000, 10, generator=generator)
 P = 0.5
 
 
-def train(kind, steps=8000):
+def train(kind, steps=4000):
     torch.manual_seed(0)
     layers = nn.Linear(10, 50), nn.Tanh(), nn.Dropout(P), nn.Linear(50, 1)
     model = tdi.convert_dropout_(nn.Sequential(*layers))
@@ -93,7 +93,7 @@ figure.savefig("03_condensation.png", dpi=110)
 # %% What was shown: with dropout 50 neurons are a few, told many times; R_1 alone does
 # it too; and the small network that they are can take their place.
 assert covers["nothing"].count > 30
-assert covers["dropout"].count <= 15 and covers["R_1"].count <= 15
+assert covers["dropout"].count <= 10 and covers["R_1"].count <= 10
 for kind in ("dropout", "R_1"):
-    assert merged[kind].relative_change < 0.03
+    assert merged[kind].relative_change < 0.1
     assert error(merged[kind].model) < error(models["nothing"]) / 3

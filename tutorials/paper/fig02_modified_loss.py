@@ -24,6 +24,9 @@ them, without momentum. Inputs are given in the principal axes of the training i
 (the start has no preferred axes), so that those in which the images are all zero need
 not be computed: exact.
 
+In direction: R_S, which still falls where the run ends, two to four times as fast as
+R_1, by which the length is chosen; and what the masks add to it needs longer to settle.
+
     python tutorials/paper/fig02_modified_loss.py --data-root DIR
     python tutorials/paper/fig02_modified_loss.py --data-root DIR --quick
 
@@ -117,7 +120,7 @@ def train(loss, keep_prob, seed):
     scratch = [torch.empty(len(x), WIDTH) for _ in range(3)]
     arm = f"{loss}-{keep_prob}"
     with analysis, torch.no_grad():
-        for step in exp.steps(arm, seed, STEPS, [net, optimizer]):
+        for step in exp.steps(arm, seed, STEPS, [net, optimizer, analysis]):
             optimizer.param_groups[0].update(schedule(step))
             gradient(net, shown, y, loss, p, scratch)
             optimizer.step()

@@ -8,7 +8,7 @@ and their opposites in the second and third and stay in the first; the condensed
 networks are then merged into ones of a few neurons.
 
 The setting is the paper's; its learning rate is 1e-3 too, and falls to nothing over the
-last tenth here. The paper's network of three layers is not trained.
+last tenth here. The network of three layers is in fig04b_three_layers.py.
 
     python tutorials/paper/fig04_condensation.py
     python tutorials/paper/fig04_condensation.py --quick

@@ -16,7 +16,7 @@ pixels), the first 2000, 16 epochs with batches of 32 instead of 200 of all imag
 128: 1008 steps, an eightieth of the paper's. --paper takes whole images, all under
 --data-root, batches and epochs.
 
-At this size not reproduced: after so few steps the ratios of neither network have left
+Not reproduced: the ends. After so few steps the ratios of neither network have left
 those of the start by more than a seed changes them, and the one with dropout has
 hardly begun to fit.
 

@@ -15,6 +15,12 @@ the smallest one that arrives in every seed; it is also the slowest, which favou
 claim. R_S is a running median over 1000 steps, for all alike. Where a run does not
 arrive, its length is a bound, and the ratio is one.
 
+Not reproduced: that dropout is sooner. The minimum of R_S + R_1 is not one of R_S, and
+at this width and keep_prob it has R_S near 1e-5; the noise of the masks adds to that.
+Small starts either pass the straight line and are sooner, or stay on it, and then the
+ratio is as large as the run is long. A start in between that gives nine would be a
+choice, not a finding.
+
 Adam at 1e-3 to the end; small starts 80 000 steps, the others 110 000 (--paper: a
 million all). One seed was tried for longer with dropout, 400 000 steps and 800 000 at
 1e-4: its median of R_S stays above 3e-5.

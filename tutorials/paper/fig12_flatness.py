@@ -32,6 +32,9 @@ instead of 300; resnet20: the first 20 classes (2000 images), images of 8 x 8, N
 momentum 0.9 with 64 images a step, lr 0.05, in the last quarter 0.005, 2400 steps
 instead of full batches; transformer: 3000 steps of 32 pairs.
 
+In direction: where a gain is smaller than the paper's, training was shorter and the
+images fewer or smaller; which of these it is was not tried.
+
     python tutorials/paper/fig12_flatness.py --data-root DIR
     python tutorials/paper/fig12_flatness.py --data-root DIR --networks fnn --quick
 
@@ -76,8 +79,9 @@ def compute(exp, arm, seed):
         log_dir=exp.log_dir(arm, seed), every=its.steps,
         measures=[m for m in default_measures() if m.name != "sharpness"],
     )  # fmt: skip
+    kept = [net, optimizer, its.schedule, analysis]
     with analysis:
-        for _ in exp.steps(arm, seed, its.steps, [net, optimizer, its.schedule]):
+        for _ in exp.steps(arm, seed, its.steps, kept):
             optimizer.zero_grad()
             chosen = its.rows()
             for rows in chosen.split(PART):

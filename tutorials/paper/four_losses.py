@@ -61,7 +61,7 @@ def train(exp, arm, seed, kind, size, *, keep_prob, lr, steps):
         measures=[m for m in default_measures() if m.name != "sharpness"],
     )  # fmt: skip
     with analysis:
-        for _ in exp.steps(arm, seed, steps, [net, optimizer]):
+        for _ in exp.steps(arm, seed, steps, [net, optimizer, analysis]):
             optimizer.zero_grad()
             if kind in KINDS:
                 loss = regularizers.modified_loss(net, batch, LOSS, kind=kind, lr=lr)

@@ -3,7 +3,9 @@
 python tutorials/paper/table.py
 """
 
+import ast
 import json
+import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -17,8 +19,9 @@ its progress, and goes on where it was stopped.
 
 "Ours" is the mean over the seeds ± half of the distance between the extremes. A claim
 is **reproduced** when every seed meets the tolerance that its sentence states, and
-**reproduced in direction** when every seed points the paper's way. Settings other than
-the paper's are stated at the top of each script, where `--paper` restores them.
+**reproduced in direction** when every seed points the paper's way; why not more is told
+below. Settings other than the paper's are stated at the top of each script, where
+`--paper` restores them.
 """
 
 
@@ -33,10 +36,39 @@ def rows(record):
             f"[picture](results/{name}.png)",
         )
         title, cost, picture = first if k == 0 else ("", "", "")
+        verdict = f"**{claim['verdict']}**"
+        if claim["verdict"] != "reproduced":
+            verdict += f", [why](#{_anchor(record['title'])})"
         yield (
-            f"| {title} | {claim['text']} | {claim['paper']} | {claim['ours']} | "
-            f"**{claim['verdict']}** | {cost} | {picture} |"
+            f"| {title} | {_escaped(claim['text'])} | {claim['paper']} | "
+            f"{claim['ours']} | {verdict} | {cost} | {picture} |"
         )
+
+
+def reasons(script):
+    """Paragraphs of a script's docstring that say why a claim falls short."""
+    told = ast.get_docstring(ast.parse(script.read_text())).split("\n\n")
+    return [one for one in told if one.startswith(("Not reproduced:", "In direction:"))]
+
+
+def section(record):
+    """The picture of a figure, and why it falls short where it does."""
+    title, figure = record["title"], record["figure"]
+    (script,) = HERE.glob(f"{figure}_*.py")
+    parts = [f"## {title}", f"`python tutorials/paper/{script.name}`"]
+    if record["verdict"] != "reproduced":
+        parts += reasons(script)
+    return "\n\n".join([*parts, f"![{title}](results/{figure}.png)\n"])
+
+
+def _escaped(text):
+    """With bars that do not end a cell."""
+    return text.replace("|", "\\|")
+
+
+def _anchor(title):
+    """Where GitHub puts a heading."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def _time(seconds):
@@ -52,12 +84,7 @@ def main():
         "|---|---|---|---|---|---|---|",
         *(line for record in records for line in rows(record)),
         "",
-        *(
-            f"## {r['title']}\n\n`python tutorials/paper/{script.name}`\n\n"
-            f"![{r['title']}](results/{r['figure']}.png)\n"
-            for r in records
-            for script in HERE.glob(f"{r['figure']}_*.py")
-        ),
+        *map(section, records),
     ]
     (HERE / "README.md").write_text("\n".join(lines))
     print(f"{HERE / 'README.md'}: {len(records)} figures")

@@ -14,10 +14,13 @@ signs stay where they are.
 Second part, what training makes of it: one network of 100 neurons on 8 points, without
 dropout, with dropout and with R_1 in the loss (keep_prob 0.9): the spread of kinks of
 one sign within each interval between samples, weighted by |s|, over the length of the
-interval; 0.29 for kinks spread evenly. The theorem does not say what comes of that, and
-little does: dropout leaves R_S at 6e-3, not zero, and where the loss is not zero the
-neurons need not move within their interval for R_1 to fall, they can shrink, which
-they do. The paper has no experiment of it; nothing is reduced.
+interval; 0.29 for kinks spread evenly. The paper has no experiment of it; nothing is
+reduced.
+
+Not reproduced: nothing of the theorem, which does not say what training makes of it,
+and little it does: dropout leaves R_S at 6e-3, not zero, and where the loss is not zero
+the neurons need not move within their interval for R_1 to fall, they can shrink, which
+they do.
 
     python tutorials/paper/thm1_kinks.py
     python tutorials/paper/thm1_kinks.py --quick
@@ -174,7 +177,7 @@ def train(arm, seed):
         measures=[m for m in default_measures() if m.name != "sharpness"],
     )  # fmt: skip
     with analysis:
-        for step in exp.steps(arm, seed, STEPS, [net, optimizer]):
+        for step in exp.steps(arm, seed, STEPS, [net, optimizer, analysis]):
             # Over the last tenth the steps fall to nothing, or where they stop decides.
             optimizer.param_groups[0]["lr"] = 1e-3 * min(1, 10 * (1 - step / STEPS))
             if arm == "R_S + R_1":

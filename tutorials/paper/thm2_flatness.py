@@ -23,11 +23,13 @@ of it.
 
 # %% What is run
 import copy
+import math
 
 import torch
 from experiment import COLOURS, Claim, Experiment
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from two_layer import Track
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir import regularizers, sharpness
@@ -95,62 +97,75 @@ def derivative(net, x):
     return slope, abs(difference - slope)
 
 
+def random_network(kind):
+    """The derivative for one network, and how far the check is off; nan if R_1 is 0."""
+    inputs, width, n = (int(torch.randint(1, k, ())) for k in (9, 33, 17))
+    net = network(kind, inputs, width)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_().mul_(torch.rand(()) * 2)
+    x = torch.randn(n, inputs, dtype=torch.float64)
+    alive = float(r1(net, dict(net.named_parameters()), x).detach()) > 0
+    return derivative(net, x) if alive else (math.nan, math.nan)
+
+
 def random_networks(kind, seed):
-    """The derivative for many networks, ``[N]``, and how far the check is off."""
-    found = []
-    for _ in range(NETWORKS):
-        inputs, width, n = (int(torch.randint(1, k, ())) for k in (9, 33, 17))
-        net = network(kind, inputs, width)
-        with torch.no_grad():
-            for p in net.parameters():
-                p.normal_().mul_(torch.rand(()) * 2)
-        x = torch.randn(n, inputs, dtype=torch.float64)
-        if float(r1(net, dict(net.named_parameters()), x).detach()) > 0:  # not all dead
-            found.append(derivative(net, x))
-    return {"slopes": [f[0] for f in found], "off": [f[1] for f in found]}
+    """The derivatives and checks for many networks, ``[N]``."""
+    found = Track(1, lambda: random_network(kind))
+    for k in exp.steps(kind, seed, NETWORKS, [found]):
+        found(k)
+    alive = [row for row in found.rows if not math.isnan(row[1])]
+    return {"slopes": [row[1] for row in alive], "off": [row[2] for row in alive]}
 
 
 # %% From one minimum onwards
-def descend(seed):
-    """tr H and R_1 along the three ways from one minimum of R_S."""
+def minimum(arm, seed):
+    """A network at a minimum of R_S, and its data."""
     x = torch.randn(20, 5, dtype=torch.float64)
     y = torch.randn(20, 1, dtype=torch.float64)
-    start = network(KINDS[0], 5, 100)
+    net = network(KINDS[0], 5, 100)
     with torch.no_grad():
-        for p in start.parameters():
+        for p in net.parameters():
             p.normal_(std=0.5)
-    optimizer = torch.optim.Adam(start.parameters(), lr=1e-3)
-    for _ in range(20000):
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    for _ in exp.steps(arm, seed, 20_000, [net, optimizer]):
         optimizer.zero_grad()
-        loss = tdi.half_squared_error(start(x), y)
+        loss = tdi.half_squared_error(net(x), y)
         loss.backward()
         optimizer.step()
         if loss < 1e-10:
             break
-    result = {"start loss": float(loss.detach())}
-    for arm, kind in (("R_S", None), ("R_drop", None), ("R_S + R_1", "L1")):
-        body, last = copy.deepcopy(start[:-1]), copy.deepcopy(start[-1])
-        net = nn.Sequential(*body, nn.Dropout(P if arm != "R_S" else 0.0), last)
-        optimizer = torch.optim.SGD(net.parameters(), lr=5e-3)
-        points = []
-        with tdi.attach_analysis(
-            net, tdi.half_squared_error, optimizer=optimizer, data=(x, y),
-            log_dir=exp.log_dir(arm.replace(" ", ""), seed), every=STEPS // 4,
-        ):  # fmt: skip
-            for step in range(STEPS + 1):
-                if step % EVERY == 0:
-                    points.append(state(net, x, y))
-                if kind:
-                    loss = regularizers.modified_loss(
-                        net, (x, y), tdi.half_squared_error, kind=kind
-                    )
-                else:
-                    loss = tdi.half_squared_error(net(x), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        result[arm] = points
-    return result
+    return {"x": x, "y": y, "net": net.state_dict(), "loss": float(loss.detach())}
+
+
+def descend(arm, seed, start):
+    """tr H, R_1 and R_S on the way, from the minimum of this seed."""
+    x, y = start["x"], start["y"]
+    layers = network(KINDS[0], 5, 100)
+    layers.load_state_dict(start["net"])
+    drop = nn.Dropout(P if arm != "R_S" else 0.0)
+    net = nn.Sequential(*layers[:-1], drop, layers[-1])
+    optimizer = torch.optim.SGD(net.parameters(), lr=5e-3)
+    points = Track(EVERY, lambda: state(net, x, y))
+    analysis = tdi.attach_analysis(
+        net, tdi.half_squared_error, optimizer=optimizer, data=(x, y),
+        log_dir=exp.log_dir(arm.replace(" ", ""), seed), every=STEPS // 4,
+    )  # fmt: skip
+    with analysis:
+        for step in exp.steps(arm, seed, STEPS, [net, optimizer, points, analysis]):
+            if step % EVERY == 0:
+                points(step)
+            if arm == "R_S + R_1":
+                loss = regularizers.modified_loss(
+                    net, (x, y), tdi.half_squared_error, kind="L1"
+                )
+            else:
+                loss = tdi.half_squared_error(net(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    points(STEPS)
+    return {"points": [row[1:] for row in points.rows]}
 
 
 def state(net, x, y):
@@ -199,7 +214,9 @@ def draw(randoms, ways):
 def main():
     """Compute, decide and draw."""
     randoms = exp.cells(KINDS, random_networks)
-    ways = exp.cells(["descend"], lambda _, seed: descend(seed))["descend"]
+    minima = exp.cells(["minimum"], minimum)["minimum"]
+    cells = exp.cells(ARMS, lambda arm, seed: descend(arm, seed, minima[seed]))
+    ways = [{arm: cells[arm][seed]["points"] for arm in ARMS} for seed in exp.seeds]
 
     def below(kind):
         return [100 * sum(s < 0 for s in one["slopes"]) / len(one["slopes"])
@@ -227,7 +244,7 @@ def main():
             k: [max(o["slopes"]) for o in randoms[k]] for k in KINDS
         },
         "trace, R_1, R_S at the end": {a: [o[a][-1] for o in ways] for a in ARMS},
-        "loss at the minimum": [one["start loss"] for one in ways],
+        "loss at the minimum": [one["loss"] for one in minima],
     }  # fmt: skip
     draw(randoms, ways)
     exp.finish(claims, numbers, exp.picture)

@@ -158,7 +158,7 @@ def train(
         exp: The :class:`experiment.Experiment`.
         arm: Name of the cell.
         seed: Its seed.
-        networks: A :class:`TwoLayer`.
+        networks: A :class:`TwoLayer`, or another with ``gradient`` and ``networks``.
         data: ``(x, y)``.
         steps: Number of steps.
         lr: Learning rate; over the last tenth it falls to nothing, or the step at which
@@ -172,9 +172,9 @@ def train(
     # on which arithmetic is many times slower.
     torch.set_flush_denormal(True)
     x, y = data
-    fused = networks.state.shape[0] == 3
-    parameters = networks.parameters() if arms else [networks.state]
-    optimizer = torch.optim.Adam(parameters, lr=lr, fused=fused or not arms)
+    parameters = list(networks.parameters()) if arms else [networks.state]
+    fused = all(one.is_contiguous() for one in parameters)
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=fused)
     watched = [
         tdi.attach_analysis(
             net,
