@@ -127,6 +127,7 @@ def tiny():
 
 
 MODELS = {"mlp": mlp, "resnet18": resnet18, "gpt": gpt, "tiny": tiny}
+TITLES = {"mlp": "MLP", "resnet18": "ResNet-18", "gpt": "small GPT"}
 
 
 class Script:
@@ -377,9 +378,10 @@ def draw(rows: list[dict], path: Path) -> None:
     for k, r in enumerate(rows):
         places = [i + (k - (len(rows) - 1) / 2) * width for i in range(len(names))]
         heights = [r["costs"].get(name, float("nan")) for name in names]
-        label = f"{r['model']} (step {r['step'] * 1e3:.0f} ms)"
+        label = f"{TITLES[r['model']]} (step {r['step'] * 1e3:.0f} ms)"
         bars = axes.bar(places, heights, width, color=COLOURS[k], label=label)
-        axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
+        labels = [f"{x:.3g}" if x >= 1 else f"{x:.1g}" for x in heights]
+        axes.bar_label(bars, labels, fontsize=6, padding=2)
     axes.set_yscale("log")
     axes.set_ylim(top=8 * max(max(r["costs"].values()) for r in rows))
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])

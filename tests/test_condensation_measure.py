@@ -1,5 +1,7 @@
 """Condensation while a model trains, against the functions called by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch_dropout_ir as tdi
 from torch_dropout_ir import condensation as cd
 from torch_dropout_ir.analysis import Image
 from torch_dropout_ir.analysis.measures import Condensation
+from torch_dropout_ir.analysis.measures.start import Start
 from torch_dropout_ir.analysis.snapshot import Snapshot
 
 
@@ -105,3 +108,24 @@ def test_wide_layers_are_measured_in_a_run():
         sgd.step()
     assert 2 < analysis.latest["condensation/effective_neurons/0"] < 6000
     assert not analysis.absent
+
+
+def test_large_layers_are_compared_with_a_start_in_half_the_memory():
+    torch.manual_seed(0)
+    weights = torch.randn(300, 400) * torch.logspace(-9, 3, 300)[:, None]
+    weights[7] = 0
+    start = Start(weights, weights.norm(dim=1))
+    assert start.directions.nbytes == weights.nbytes // 2
+    assert start.relative_distance(weights) == 0.0
+    assert start.mean_cosine(weights) == pytest.approx(299 / 300, abs=1e-6)
+    for away in (1e-3, 1.0):
+        now = weights * (1 + away * torch.randn_like(weights))
+        exact = cd.movement(now, weights)
+        assert start.relative_distance(now) == pytest.approx(exact.relative, rel=1e-2)
+        mean = float(exact.cosines.mean())
+        assert start.mean_cosine(now) == pytest.approx(mean, abs=1e-6)
+    small = Start(weights[:9], weights[:9].norm(dim=1))
+    assert torch.equal(small.directions, weights[:9])
+    gone = weights.clone()
+    gone[3, 3] = float("nan")
+    assert not math.isfinite(start.relative_distance(gone))

@@ -86,8 +86,8 @@ def lightning(monkeypatch):
     return package
 
 
-@pytest.mark.parametrize("forward", [True, False], ids=["self(x)", "self.net(x)"])
-def test_lightning(lightning, tmp_path, forward):
+@pytest.mark.parametrize("calls", ["self(x)", "self.net(x)", "no forward"])
+def test_lightning(lightning, tmp_path, calls):
     from torch_dropout_ir.integrations.lightning import DropoutAnalysis
 
     class Module(lightning.LightningModule):
@@ -95,11 +95,13 @@ def test_lightning(lightning, tmp_path, forward):
             super().__init__()
             self.net = mlp()
 
-        def forward(self, x):
-            return self.net(x)
+        if calls != "no forward":
+
+            def forward(self, x):
+                return self.net(x)
 
         def training_step(self, batch, _):
-            outputs = self(batch[0]) if forward else self.net(batch[0])
+            outputs = self(batch[0]) if calls == "self(x)" else self.net(batch[0])
             return F.cross_entropy(outputs, batch[1])
 
         def configure_optimizers(self):
@@ -108,7 +110,7 @@ def test_lightning(lightning, tmp_path, forward):
     def fit(attached, epochs=2, resume=None):
         module = Module()
         callback = DropoutAnalysis(
-            "cross_entropy", module="" if forward else "net", every=1
+            "cross_entropy", module="net" if calls == "self.net(x)" else "", every=1
         )
         with their_warnings():
             trainer = lightning.Trainer(
@@ -123,7 +125,7 @@ def test_lightning(lightning, tmp_path, forward):
 
     analysis = same_training(fit)
     assert analysis.step == 6 and not analysis.absent
-    site = "net.2" if forward else "2"
+    site = "net.2" if calls == "self(x)" else "2"
     assert analysis.latest[f"mask/keep_rate/{site}"] > 0
     # Clipped to a norm of 0.1, as the optimizer receives it.
     assert analysis.latest["regularizer/R2"] == pytest.approx(0.1 / 4 * 0.01, rel=1e-3)

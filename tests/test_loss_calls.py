@@ -370,6 +370,27 @@ def test_losses_that_are_differentiated_one_by_one_are_added_up(known):
     assert analysis.latest["loss/R_S"] == pytest.approx(float(whole), rel=1e-5)
 
 
+def test_a_loss_module_may_take_more_than_targets():
+    class Heard(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Linear(8, 6))
+
+        def forward(self, x):
+            return self.net(x).log_softmax(-1)
+
+    model, criterion = Heard(), nn.CTCLoss()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    x = torch.randn(12, 3, 5)
+    rest = torch.randint(1, 6, (3, 4)), torch.full((3,), 12), torch.full((3,), 4)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        criterion(model(x), *rest).backward()
+        sgd.step()
+    clean = float(criterion(model.eval()(x), *rest).detach())
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    assert "regularizer/R1" in analysis.latest
+
+
 class Twice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

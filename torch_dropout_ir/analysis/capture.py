@@ -258,8 +258,8 @@ class Capture:
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         """See whether this module is the loss: from the outputs to one number."""
-        if self._calls is None or self._module is not None or len(args) < 2:
-            return
+        if self._calls is None or self._module is not None or len(args) != 2:
+            return  # one that takes more is followed as a function is
         same = self._calls.one and self._calls.at(args[0]) == OUTPUT  # or its copy
         own = args[0] is self._outputs or same
         if not own or not isinstance(result, Tensor) or not result.requires_grad:

@@ -94,9 +94,10 @@ NO_SITE: Final = "no dropout with p > 0 was found, neither a module nor a call"
 _LACKING: Final[dict[Need, str]] = {
     "sites": NO_SITE,
     "inputs": (
-        "no forward pass in training mode was seen yet (a model that was compiled "
-        "since is measured from the next time on; one that changes its inputs in "
-        "place, or runs inside `torch.func` transforms alone, cannot be measured)"
+        "no call of the model in training mode was seen yet: attach to the module that "
+        "the script calls (a model that was compiled since is measured from the next "
+        "time on; one that changes its inputs in place, or runs inside `torch.func` "
+        "transforms alone, cannot be measured)"
     ),
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "

@@ -13,8 +13,10 @@ from torch_dropout_ir.attach import attach_analysis
 from torch_dropout_ir.functional import Inputs
 
 try:
+    from lightning.pytorch import LightningModule
     from lightning.pytorch.callbacks import Callback
 except ImportError:
+    from pytorch_lightning import LightningModule
     from pytorch_lightning.callbacks import Callback
 
 
@@ -27,7 +29,8 @@ class DropoutAnalysis(Callback):
     Args:
         loss: As in :func:`attach_analysis`.
         module: Name of the module that ``training_step`` calls, ``"net"`` for
-            ``self.net(x)``; empty for the LightningModule itself.
+            ``self.net(x)``; empty for the LightningModule itself, or, where that has no
+            ``forward``, for the only child that has parameters.
         log_dir: A TensorBoard run directory; None: the trainer's; False: none.
         **options: Further arguments of :func:`attach_analysis`.
 
@@ -69,7 +72,10 @@ class DropoutAnalysis(Callback):
             found: nn.Module = operator.attrgetter(self._module)(pl_module)
             return found
         wrapped: nn.Module = trainer.model
-        return wrapped
+        if type(pl_module).forward is not LightningModule.forward:
+            return wrapped
+        trained = [m for m in pl_module.children() if any(True for _ in m.parameters())]
+        return trained[0] if len(trained) == 1 else wrapped
 
     def _targets(self, inputs: Inputs) -> Any:
         batch = self._batch

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir import condensation
+from torch_dropout_ir.analysis.measures.start import Start
 from torch_dropout_ir.analysis.records import Histogram, Image, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
 from torch_dropout_ir.condensation.graph import weights_read
@@ -22,9 +23,9 @@ _FAINTEST = 0.35  # the colour of a single neuron, of 1
 class Condensation:
     """Effective neurons of every layer that has neurons, and how far they have moved.
 
-    The input weights at the first measurement are kept, on the CPU, and what comes
-    later is compared with them. One measurement is bounded: it goes on with the layers
-    that it has not come to the next time.
+    The input weights at the first measurement are kept, on the CPU and of large layers
+    in half precision, and what comes later is compared with them. One measurement is
+    bounded: it goes on with the layers that it has not come to the next time.
 
     Args:
         threshold: Cosine above which neurons are parallel.
@@ -48,7 +49,7 @@ class Condensation:
         self.min_amplitude = min_amplitude
         self.max_operations = max_operations
         self.max_image = max_image
-        self._start: dict[str, tuple[Tensor, Tensor]] = {}
+        self._start: dict[str, Start] = {}
         self._outgoing: dict[str, condensation.Outgoing] = {}
         self._traced: dict[str, type[nn.Module]] = {}  # modules that it was found in
         self._next = ""
@@ -119,16 +120,15 @@ class Condensation:
             weights, self.threshold, self.min_amplitude
         )
         start = self._start.get(name)
-        if start is None or start[0].shape != weights.shape:
-            start = self._start[name] = (weights.cpu().clone(), size.cpu().clone())
-        moved = condensation.movement(weights, start[0])
+        if start is None or start.directions.shape != weights.shape:
+            start = self._start[name] = Start(weights, size)
         counts = condensation.cosine_statistics(weights).counts
         records: dict[str, Record] = {
             f"condensation/effective_ratio/{name}": found.ratio,
             f"condensation/effective_neurons/{name}": float(found.count),
             f"condensation/dead_neurons/{name}": float(found.num_dead),
-            f"condensation/movement/{name}": moved.relative,
-            f"condensation/cosine_to_start/{name}": float(moved.cosines.mean()),
+            f"condensation/movement/{name}": start.relative_distance(weights),
+            f"condensation/cosine_to_start/{name}": start.mean_cosine(weights),
             f"condensation/cosines/{name}": Histogram(counts.cpu(), -1.0, 1.0),
             f"condensation/cosine/{name}": self._heat_map(weights, found.labels),
         }
@@ -136,7 +136,9 @@ class Condensation:
         records = {t: r for t, r in records.items() if not _is_infinite(r)}
         if weights.shape[1] >= 2:
             tag = f"condensation/orientation_amplitude/{name}"
-            records[tag] = _orientation_amplitude(weights, size, *start)
+            records[tag] = _orientation_amplitude(
+                weights, size, start.directions, start.size
+            )
         return records
 
     def _heat_map(self, weights: Tensor, labels: Tensor) -> Image:
