@@ -353,7 +353,7 @@ def test_sites_that_cannot_be_seen_are_listed_with_the_reason():
 def test_measure_off_cadence():
     model = mlp()
     with tdi.attach_analysis(model, "mse", log_dir=False, every=1000) as analysis:
-        assert "no forward pass" in str(analysis.measure() and analysis.absent)
+        assert "no call of the model" in str(analysis.measure() and analysis.absent)
         model(torch.randn(4, 6))
         found = analysis.measure()
         assert found["regularizer/R1"] == analysis.latest["regularizer/R1"]

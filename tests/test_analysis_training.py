@@ -364,8 +364,8 @@ def no_norm():
 ABSENT = {
     without_second_derivative: {"sharpness": "differentiated twice"},
     per_sample_gradients: {
-        "regularizer": "no forward pass",
-        "dropout_noise": "no forward pass",
+        "regularizer": "no call of the model",
+        "dropout_noise": "no call of the model",
         "masks": "no mask",
         "sharpness": "the loss is not known",
     },
