@@ -518,3 +518,12 @@ def test_inputs_may_be_objects_of_the_scripts_own():
     analysis = compare(script)
     assert not analysis.absent
     assert {"regularizer/R1", "sharpness/trace"} <= set(analysis.latest)
+
+
+def test_where_no_optimizer_steps_the_summary_says_so():
+    model = mlp()
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
+        assert "no step of a torch.optim.Optimizer" in analysis.summary()
+        assert {"loss/R_S", "regularizer/R1"} <= set(analysis.measure())
+        assert "no step of" not in analysis.summary()

@@ -361,7 +361,7 @@ def scheduled(rank, size, _):
     with tdi.attach_analysis(
         model, log_dir=False, measures=[counts, measures.Condensation()], budget=0.2
     ) as analysis:
-        for _ in range(2400 // size):
+        for _ in range(4800 // size**2):
             nn.MSELoss()(model(x), y).backward()
             sgd.step()
     return counts.taken, analysis.history, analysis.cost_share

@@ -88,6 +88,12 @@ def describe(analysis: Analysis) -> str:
     lines += _section("absent measures", analysis.absent)
     lines += _section("run", {k.removeprefix(RUN): v for k, v in facts.items()})
     lines += ["", f"the analysis took {analysis.cost_share:.1%} of the time"]
+    if not analysis.step and not latest:
+        lines.append(
+            "nothing was measured: no step of a torch.optim.Optimizer over parameters "
+            "of this model was seen; where they are stepped by hand, "
+            "`analysis.measure()` measures between backward pass and update"
+        )
     last = max((values[-1][0] for values in analysis.history.values()), default=0)
     if analysis.step > 2 * last + 1:
         lines.append(
