@@ -13,6 +13,8 @@ of each and its ratio to that of the pass, once more with a site at the input (t
 two with the forward pass that gives them their features and outputs). The pass holds
 what is kept for going backward, what is made on the way, and the parameters' gradients,
 which it allocates; parameters, batch and state of an optimizer are there before.
+``gauss_newton`` on small networks, beside the least it could take: a forward pass, a
+root of the loss's Hessian sent back to the sites' inputs alone, and the sums.
 ``last_layer`` of features [4096, 4096] with 1000 outputs against one product of those.
 Contenders take turns; medians.
 
@@ -171,6 +173,78 @@ def errors(chosen) -> list[dict]:
             )
         rows.append(row)
     return rows
+
+
+def small_models() -> dict:
+    """Networks whose pass takes less than some milliseconds, with their batches."""
+    drop, relu = functools.partial(nn.Dropout, 0.5), nn.ReLU
+    conv = nn.Sequential(
+        nn.Conv2d(1, 8, 3), relu(), nn.MaxPool2d(2), nn.Dropout2d(0.2),
+        nn.Conv2d(8, 16, 3), relu(), nn.MaxPool2d(2), nn.Flatten(), drop(),
+        nn.Linear(400, 10),
+    )  # fmt: skip
+    toy = nn.Sequential(
+        nn.Linear(20, 64), relu(), drop(), nn.Linear(64, 64), relu(), drop(),
+        nn.Linear(64, 3),
+    )  # fmt: skip
+    digits = nn.Sequential(nn.Linear(784, 128), relu(), drop(), nn.Linear(128, 10))
+    return {
+        "20-64-64-3, batch 32": (toy, torch.randn(32, 20), torch.randint(3, (32,))),
+        "784-128-10, batch 64": (
+            digits, torch.randn(64, 784), torch.randint(10, (64,))
+        ),
+        "convolutional, 28 x 28, batch 64": (
+            conv, torch.randn(64, 1, 28, 28), torch.randint(10, (64,))
+        ),
+    }  # fmt: skip
+
+
+def least(net, x):
+    """The passes and sums of the Gauss-Newton form written out for one network."""
+
+    def run():
+        held, h = [], x
+        for layer in net:
+            if isinstance(layer, (nn.Dropout, nn.Dropout2d)):
+                h = h + torch.zeros((), requires_grad=True).expand(h.shape)
+                held.append((layer, h))
+            else:
+                h = layer(h)
+        softmax = h.detach().softmax(1)
+        label = torch.multinomial(softmax, 1)
+        root = softmax.scatter_add_(1, label, -torch.ones_like(label, dtype=h.dtype))
+        found = torch.autograd.grad(h, [at for _, at in held], root / len(x) ** 0.5)
+        total = 0.0
+        for (layer, at), g in zip(held, found, strict=True):
+            shared = (2, 3) if isinstance(layer, nn.Dropout2d) else ()
+            form = at.detach() * g
+            form = form.sum(shared) if shared else form
+            total += layer.p / (2 - 2 * layer.p) * form.square().sum()
+        return total
+
+    return run
+
+
+def small_costs(turns: int) -> None:
+    """Print what one sample of the Gauss-Newton form costs on small networks."""
+    print("\nsmall networks: gauss_newton, 1, and the least it could take, in passes")
+    for name, (net, x, y) in small_models().items():
+        runs = {
+            "pass": step(net, (x, y), F.cross_entropy),
+            "least": least(net, x),
+            "gauss_newton, 1": functools.partial(
+                gauss_newton, net, (x, y), "cross_entropy"
+            ),
+        }
+        times = {key: [] for key in runs}
+        for _ in range(20 * turns):
+            for key, run in runs.items():
+                times[key].append(seconds(run))
+        base, lowest, cost = (statistics.median(found) for found in times.values())
+        print(
+            f"  {name:34}pass {1e3 * base:>6.2f} ms{lowest / base:>8.2f} least"
+            f"{cost / base:>8.2f} gauss_newton"
+        )
 
 
 def print_errors(rows: list[dict]) -> None:
@@ -382,6 +456,7 @@ def main() -> int:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    small_costs(chosen.turns)
     costs(chosen.turns)
     if chosen.costs:
         return 0

@@ -83,6 +83,30 @@ def test_what_is_computed_again_is_computed_without_dropout():
             modified_loss(nets[1], batch, "mse", kind=kind, lr=0.1, r1="second_order")
 
 
+class Asks(nn.Module):
+    """A model that asks its dropout module whether it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.last = nn.Dropout(0.3), nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.last(self.drop(x) if self.drop.training else 100 * x)
+
+
+def test_a_model_may_ask_a_dropout_module_for_its_mode():
+    net = Asks().double()
+    batch = torch.randn(3, 2).double(), torch.randn(3, 1).double()
+    plain = nn.Sequential(nn.Dropout(0.3), net.last)
+    expected = truth(plain, batch)
+    assert expected > 0
+    for found in (truth(net, batch), gauss_newton(net, batch, "mse", num_samples=None)):
+        assert float(getattr(found, "value", found)) == pytest.approx(expected)
+    with pytest.raises(RuntimeError):  # left as it was, after an exception too
+        gauss_newton(nn.Sequential(net.drop, nn.Linear(7, 1).double()), batch, "mse")
+    assert net.drop.training and not net.drop._forward_hooks
+
+
 class Sums(nn.Module):
     """Sample ``i`` reads those before it: the first reads itself alone."""
 

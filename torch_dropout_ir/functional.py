@@ -2,18 +2,17 @@
 
 Semantics:
 
-* ``R_S`` is the loss of the network as it trains, with dropout off: dropout modules are
-  in evaluation mode, calls of dropout functions are replaced, and every other module
+* ``R_S`` is the loss of the network as it trains, with dropout off: dropout modules run
+  as in evaluation mode, calls of dropout functions are replaced, and every other module
   keeps its mode, batch normalization too.
 * Buffers are cloned before every pass, so running statistics never move.
 * Modes and hooks are restored when the context ends, after an exception too.
-* What these functions draw comes from torch's generators; :func:`preserved_rng`
-  gives the generators back as they were.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,15 +50,18 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Switch dropout modules off inside the context; the others keep their mode."""
-    modes = [(m, m.training) for m in model.modules() if is_noise(m)]
-    try:
-        for module, _ in modes:
-            module.training = False
+    """Switch dropout modules off in their calls; a model may ask for their mode."""
+
+    def switch(module: nn.Module, *_: Any, training: bool = False) -> None:
+        module.training = training
+
+    with contextlib.ExitStack() as stack:
+        for m in filter(is_noise, model.modules()):
+            back = functools.partial(switch, training=m.training)
+            stack.callback(back, m)
+            stack.callback(m.register_forward_pre_hook(switch).remove)
+            stack.callback(m.register_forward_hook(back, always_call=True).remove)
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextlib.contextmanager
@@ -118,8 +120,7 @@ def at_sites(
 
 def fresh(_: Site, h: Tensor) -> Tensor:
     """Pass on a copy, as dropout in training does and dropout switched off does not."""
-    # What follows may write on it, and must not write on the model's inputs then.
-    return h.clone()
+    return h.clone()  # what follows may write on it, not on the model's inputs
 
 
 def call(
@@ -142,9 +143,8 @@ def call(
         What the model returns.
     """
     model, arguments = uncompiled(model), Inputs.of(inputs)
-    if move_buffers:
-        return model(*arguments.args, **arguments.kwargs)
-    state = {name: x.clone() for name, x in model.named_buffers()}
+    own = () if move_buffers else model.named_buffers()
+    state = {name: x.clone() for name, x in own}
     if not state and not params:
         return model(*arguments.args, **arguments.kwargs)
     return call_with(
