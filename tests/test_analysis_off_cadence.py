@@ -1,5 +1,6 @@
 """Steps at which nothing is due: what they call, compile and keep."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -38,7 +39,21 @@ def calls_of_ours(function):
     return seen
 
 
+def test_an_analysis_that_was_dropped_leaves_no_hook():
+    gc.collect()
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = calls_of_ours(lambda: step(model, sgd))
+    dropped = mlp()
+    tdi.attach_analysis(dropped, log_dir=False, measures=[])
+    assert len(calls_of_ours(lambda: step(model, sgd))) > len(before)
+    del dropped
+    gc.collect()
+    assert calls_of_ours(lambda: step(model, sgd)) == before
+
+
 def test_little_runs_at_a_step_that_measures_nothing():
+    gc.collect()  # analyses of failed scripts, of other tests
     model = mlp()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     for every in (1000, "auto"):

@@ -143,14 +143,8 @@ def test_relu_in_place_writes_on_its_input():
 
 def test_relu_makes_no_zeros():
     zeros_of_tanh = None
-    layers = (
-        torch.tanh,
-        nn.ReLU(),
-        torch.relu,
-        lambda x: x.relu(),
-        nn.ReLU(inplace=True),
-    )
-    for layer in layers:
+    relus = (nn.ReLU(), torch.relu, lambda x: x.relu(), nn.ReLU(inplace=True))
+    for layer in (torch.tanh, *relus):
         net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
         net[0].register_forward_hook(lambda *args, layer=layer: layer(args[2] + 0))
         batch = torch.randn(5, 3), torch.randn(5, 2)
