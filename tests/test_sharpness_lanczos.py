@@ -1,5 +1,7 @@
 """Top eigenvalues: budgets, resumed runs, stopping, rehearsal on few samples."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -74,6 +76,52 @@ def test_stopping_on_values_spends_less_and_errors_are_estimates():
         assert float(by_residual.residuals[0]) <= tol * 8
     short = sharpness.top_eigenvalues(matrix, k=2, max_matvecs=9)
     assert (short.errors <= short.residuals).all()
+
+
+class Diagonal:
+    dtype, device = torch.float64, torch.device("cpu")
+
+    def __init__(self, values):
+        self.values, self.shape = values, (len(values), len(values))
+
+    def __matmul__(self, v):
+        return self.values * v
+
+
+@pytest.mark.parametrize(
+    ("stop", "allowed"), [("value", 1), ("residual", 0)], ids=["value", "residual"]
+)
+def test_claims_hold_where_two_values_look_like_one(stop, allowed):
+    """Before they part, the one Ritz value of both has a small residual.
+
+    The gap behind it is not known then: the next Ritz value is on its way up.
+    """
+    wrong = 0
+    for gap in (0.01, 0.003):
+        values = torch.linspace(-0.5, 0.5, 200).double()
+        values[:2] = torch.tensor([1.0, 1.0 - gap]).double()
+        for seed in range(20):
+            torch.manual_seed(seed)
+            found = sharpness.top_eigenvalues(Diagonal(values), stop=stop)
+            assert found.converged
+            wrong += float(found.values[0]) < 1 - 1e-3
+    assert wrong <= allowed
+
+
+def test_a_small_change_is_no_reason_to_stop():
+    """At an edge without a gap the value creeps: half a tolerance a product."""
+    op = Diagonal(torch.linspace(0, 1, 3000).double())
+    values = []
+    for most in range(10, 40):
+        torch.manual_seed(0)
+        found = sharpness.top_eigenvalues(op, max_matvecs=most)
+        values.append(float(found.values[0]))
+        assert not found.converged or values[-1] >= 1 - 1e-3
+    creeps = [
+        after - before < 5e-4 and after < 1 - 1e-3
+        for before, after in itertools.pairwise(values)
+    ]
+    assert sum(creeps) >= 3  # a rule of small change would have stopped there
 
 
 def test_memory_of_the_basis_is_bounded():

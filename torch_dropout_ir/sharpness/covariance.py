@@ -100,9 +100,11 @@ def _covariance(
             f"{len(vectors)}"
         )
     first = vectors[0]  # from which equal vectors deviate by exactly nothing
-    rows = torch.stack(vectors).sub_(first)
-    apart = rows.mean(0)
     scale = (len(vectors) - 1) ** 0.5
+    rows = first.new_empty(len(vectors), first.numel())
+    while vectors:  # each is let go as it is written: no second set of them
+        torch.sub(vectors.pop(), first, out=rows[len(vectors)])
+    apart = rows.mean(0)
     return Covariance(rows.sub_(apart).div_(scale), first + apart, dict(params))
 
 

@@ -128,15 +128,23 @@ class Space:
 
     def residuals(self) -> Tensor:
         """Bounds on the residuals of the leading Ritz pairs, ascending by value."""
-        last = self._left * self._coordinates[-1, -self.found :]
+        return self._residuals_of(slice(-self.found, None))
+
+    def _residuals_of(self, pairs: slice) -> Tensor:
+        last = self._left * self._coordinates[-1, pairs]
         return (last.square() + self._locked**2).sqrt()
 
     def errors(self) -> Tensor:
-        """Squared residuals over the gap to the other Ritz values, if that is less."""
+        """Squared residuals over the gap to the rest, if that is less (Kato-Temple)."""
         residuals = self.residuals()
         if self._filled == self.found:
             return residuals
-        gap = self.leading[0] - self.values[-self.found - 1]
+        rest = slice(-self.found - 1, -self.found)
+        # What the next Ritz value may still hide is no part of the gap.
+        below = float(self.values[rest] + self._residuals_of(rest))
+        gap = float(self.leading[0]) - below
+        if gap <= 0.0:
+            return residuals
         return torch.minimum(residuals, residuals.square().sum() / gap)
 
     def vectors(self) -> Tensor:

@@ -32,7 +32,7 @@ class Eigen:
         residuals: :math:`\lVert A v - \lambda v \rVert`, float64 ``[k]``. An
             eigenvalue of the operator lies within that distance of each value.
         errors: Estimated errors of the values, float64 ``[k]``: the squared residual
-            over the gap to what else was seen of the spectrum.
+            over the gap to the next Ritz value and its residual, or the residual.
         converged: Whether all residuals (or errors) are within the tolerance.
         num_matvecs: Products spent, rehearsal and resumed runs included.
         state: All that is needed to go on, for ``state=``; it can be saved.
