@@ -52,9 +52,9 @@ def build(width, p):
 class ThreeLayer(nn.Module):
     """The networks without and with dropout from one start, gradients by hand.
 
-    As :class:`two_layer.TwoLayer`: both are one tensor a layer, the first, and each is
-    a torch module whose parameters are views of it. A step costs a quarter of what it
-    costs by autograd.
+    As :class:`two_layer.TwoLayer`: a parameter of both is one tensor, and each is a
+    torch module whose parameters are views. A step costs a third of what it costs by
+    autograd.
 
     Args:
         width: Of both hidden layers.
