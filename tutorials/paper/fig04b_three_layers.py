@@ -5,10 +5,10 @@ and with it (keep_prob 0.9, behind both hidden layers), from one start. The orie
 of the first layer's neurons go to a few directions with dropout and stay spread out
 without.
 
-Where they go is not the two-layer target's directions alone, as the next layer makes of
-them what it needs; so no direction is given. Of the neurons above a tenth of the
-largest amplitude those are counted that lie within 0.1 rad of one of four directions,
-the four that hold the most.
+Where they have to go the next layer decides, so no direction is given: of the neurons
+above a tenth of the largest amplitude those are counted that lie within 0.1 rad of one
+of four directions, the four that hold the most. The numbers count those near the
+target's four (lines in the picture) too: nearly the same ones.
 
 Reduced: both layers 200 wide for 1000, and the learning rate 1e-3, falling to nothing
 over the last half, for 100 000 steps (--paper: width 1000). The start is that of Fig. 4
@@ -52,9 +52,9 @@ def build(width, p):
 class ThreeLayer(nn.Module):
     """The networks without and with dropout from one start, gradients by hand.
 
-    As :class:`two_layer.TwoLayer`: both are one tensor a layer, the first, and each is
-    a torch module whose parameters are views of it. A step costs a quarter of what it
-    costs by autograd.
+    As :class:`two_layer.TwoLayer`: a parameter of both is one tensor, and each is a
+    torch module whose parameters are views. A step costs a third of what it costs by
+    autograd.
 
     Args:
         width: Of both hidden layers.
