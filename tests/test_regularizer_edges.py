@@ -310,6 +310,26 @@ def test_the_online_r1_takes_the_linear_part_away():
     assert values.std() < 0.5 * torch.stack(plain).std()
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_the_online_r1_is_the_truth_within_its_error(loss):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(3, 5), nn.Dropout(0.3), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(),
+        nn.Linear(4, 3),
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        net[3].weight *= 3
+        net[5].weight *= 3
+    x = torch.randn(2, 3).double()
+    near = net.eval()(x).detach() + 0.1  # where R_1 is no small difference
+    batch = x, torch.tensor([0, 2]) if loss == "cross_entropy" else near
+    found, how, _ = online(net.train(), batch, resolve_loss(loss), num_masks=2000)
+    assert "unbiased" in how
+    error = float(found.standard_error)
+    assert abs(float(found.value) - truth(net, batch, loss)) < 4 * error
+    assert error < 0.1 * abs(float(found.value))  # twice the truth is far away
+
+
 @pytest.mark.parametrize("outlives", [False, True])
 def test_a_pass_keeps_nothing_from_below_the_first_site(outlives):
     """Diagnostics hold what lies above it; training objectives all of it."""
