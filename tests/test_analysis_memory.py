@@ -7,6 +7,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_dropout_ir as tdi
+from tests.largest import Largest
 from torch_dropout_ir import condensation
 from torch_dropout_ir.analysis.measures import Condensation, Sharpness, received_r2
 from torch_dropout_ir.analysis.measures.sample_parts import fitting
@@ -16,20 +17,6 @@ from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.sharpness.landscape import used_up_slice
 from torch_dropout_ir.sharpness.recurrence import recurrence
 from torch_dropout_ir.sharpness.surface import Surface
-
-
-class Largest(TorchDispatchMode):
-    """The most bytes that one operator has returned in memory of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not func.is_view:
-            self.bytes = max(self.bytes, out.numel() * out.element_size())
-        return out
 
 
 def test_the_received_gradient_is_not_copied():

@@ -22,6 +22,7 @@ FLOORS = {
         "functional",
         "substitution",
         "vectors",
+        "arrivals",
         "sites",
         "dropout_calls",
         "module_calls",

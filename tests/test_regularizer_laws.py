@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import torch_dropout_ir as tdi
+from tests.largest import Largest
 from tests.reference.enumeration import every_mask
 from tests.test_regularizers import two_layer_closed_form
 from torch_dropout_ir.losses import resolve_loss
@@ -422,21 +421,6 @@ def test_large_features_are_summed_block_by_block(loss, monkeypatch):
         for a, b in zip(whole, (run(last_layer), run(leave_one_out)), strict=True):
             for one, several in zip(a, b, strict=True):
                 torch.testing.assert_close(one, several)
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that an operator returned, in bytes."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        for x in tree_leaves(found):
-            if isinstance(x, torch.Tensor) and x._base is None:
-                self.bytes = max(self.bytes, x.numel() * x.element_size())
-        return found
 
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.functional import Batch, as_batches, parameters
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
@@ -177,10 +177,8 @@ class _Norms:
     def _gradients(self, batch: Batch, receive: Callable[[int, Tensor], None]) -> None:
         """Draw masks; give each parameter's gradient away as it comes, by number."""
 
-        def take(i: int, g: Tensor) -> Tensor | None:
+        def take(i: int, g: Tensor) -> None:
             receive(i, g.to_dense() if g.is_sparse else g)
-            # One element in its place, lest autograd holds it to the end.
-            return None if g.is_sparse else g.new_zeros(()).expand(g.shape)
 
         masked = dropout_risk(
             self._model,
@@ -189,12 +187,9 @@ class _Norms:
             shared_mask=self._shared_mask,
             watch=self._watch,
         )
-        with contextlib.ExitStack() as stack:
-            for i, x in enumerate(self._targets):
-                stack.enter_context(_hooked(x, functools.partial(take, i)))
-            with torch.enable_grad(), masked as value:
-                check_differentiable("gradient_norm", value)
-                torch.autograd.grad(value, self._targets, allow_unused=True)
+        with arrivals(self._targets, take), torch.enable_grad(), masked as value:
+            check_differentiable("gradient_norm", value)
+            torch.autograd.grad(value, self._targets, allow_unused=True)
 
     def within(
         self, batch: Batch, num_masks: int, mean: dict[int, Tensor], keep: bool = True
@@ -264,19 +259,6 @@ class _Norms:
     def _sum(self, found: list[Tensor]) -> Tensor:
         pairs = zip(self._rates, found, strict=True)
         return torch.stack([rate / 4 * x for rate, x in pairs]).sum(0)
-
-
-@contextlib.contextmanager
-def _hooked(x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call a hook with the gradient of ``x`` inside the context, after its own."""
-    own = x._backward_hooks
-    handle = x.register_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-        if own is None:
-            x._backward_hooks = None
 
 
 def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[float]:

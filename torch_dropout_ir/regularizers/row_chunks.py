@@ -140,7 +140,7 @@ class RowChunks:
         self, rows: Tensor, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
     ) -> T | None:
         read = self._read
-        inputs = _rows_of(self._inputs, rows, read.tensors[0].shape[0])
+        inputs = rows_of(self._inputs, rows, read.tensors[0].shape[0])
         first = self._first[rows]
         with clean_pass(self._model, inputs, twice=self._twice, first=first) as clean:
             chunk = replace_rows(read, clean.outputs, rows)
@@ -161,7 +161,7 @@ class RowChunks:
         return used == expected and all(nearly_equal(x, f[rows]) for x, f in pairs)
 
 
-def _rows_of(inputs: Inputs, rows: Tensor, count: int) -> Inputs:
+def rows_of(inputs: Inputs, rows: Tensor | slice, count: int) -> Inputs:
     """Take rows of every tensor whose first dimension counts the samples."""
 
     def take(x: Any) -> Any:

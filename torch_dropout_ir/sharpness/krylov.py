@@ -9,6 +9,10 @@ from torch import Tensor
 
 from torch_dropout_ir.vectors import random_like
 
+NOT_FINITE: Final = (
+    "expected an operator with finite products, got one that is not. Look for what "
+    "overflows at these parameters."
+)
 _WIDE: Final = 2**16  # columns that a restart turns at once: no second basis
 
 
@@ -194,10 +198,7 @@ def finite_product(op: Any, vector: Tensor) -> Tensor:
     """
     image: Tensor = (op @ vector).detach()
     if not bool(image.isfinite().all()):
-        raise ValueError(
-            "expected an operator with finite products, got one that is not. Look "
-            "for what overflows at these parameters."
-        )
+        raise ValueError(NOT_FINITE)
     return image
 
 

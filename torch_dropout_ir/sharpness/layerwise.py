@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.functional import Batch, batch_size
 from torch_dropout_ir.output_hessian import (
     HessianRoots,
@@ -31,7 +32,6 @@ from torch_dropout_ir.output_hessian import (
     hessian_roots,
     holding,
 )
-from torch_dropout_ir.sharpness.arrivals import graph_nodes
 from torch_dropout_ir.sharpness.residual import Block, Residual, halved
 from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.sharpness.uses import Use, Uses

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from torch_dropout_ir.functional import Batch
-from torch_dropout_ir.output_hessian import hessian_product
-from torch_dropout_ir.sharpness.arrivals import (
+from torch_dropout_ir.arrivals import (
     Receive,
     arrivals,
     graph_nodes,
     last_nodes,
     parts_given,
 )
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.output_hessian import hessian_product
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sharpness.surface import Surface
 

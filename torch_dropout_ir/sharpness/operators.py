@@ -7,8 +7,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.functional import Batch
-from torch_dropout_ir.sharpness.arrivals import arrivals
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.frozen import Masks
 from torch_dropout_ir.sharpness.ranks import Group

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.sharpness.krylov import random_vector
+from torch_dropout_ir.sharpness.krylov import NOT_FINITE, random_vector
 
 _ROUNDING: Final = 16  # times the precision: what is no more than that is zero
 
@@ -74,10 +74,7 @@ def recurrence(
         rest.add_(v, alpha=-along)
         left = float(rest.norm())
         if not math.isfinite(left):
-            raise ValueError(
-                "expected an operator with finite products, got one that is not. Look "
-                "for what overflows at these parameters."
-            )
+            raise ValueError(NOT_FINITE)
         nodes, vectors = torch.linalg.eigh(matrix[: k + 1, : k + 1])
         found = Quadrature(
             nodes, vectors[0].square(), abs(left * float(vectors[-1, -1]))

@@ -157,7 +157,7 @@ def draw(result, numbers, path):
     """Orientations of the first layer at the start and the end; the fits."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(11, 4), dpi=100, layout="constrained")
     *scatters, right = figure.subplots(1, 3)
     line = torch.linspace(-14, 14, 400)[:, None]
     for panel, arm, name in zip(scatters, ARMS, NAMES, strict=True):
@@ -172,10 +172,10 @@ def draw(result, numbers, path):
         with torch.no_grad():
             right.plot(line, net(line), color=COLOURS[arm], label=name)
     scatters[0].set_ylabel("amplitude / largest")
-    scatters[0].legend(loc="upper left", framealpha=1)
-    right.plot(X, Y, "o", color="black", ms=4)
+    right.plot(X, Y, "o", color="black", ms=4, label="samples")
     right.set(xlabel="input", title="output")
-    right.legend(frameon=False)
+    scatters[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2)
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=3, fontsize=8)
     figure.savefig(path)
 
 

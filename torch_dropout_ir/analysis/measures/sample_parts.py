@@ -18,7 +18,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import _pytree
 
 from torch_dropout_ir.functional import (
     Batch,
@@ -28,6 +27,7 @@ from torch_dropout_ir.functional import (
     preserved_rng,
 )
 from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.regularizers.row_chunks import rows_of
 from torch_dropout_ir.sharpness.surface import Surface
 
 _OVER: Final = 4  # a second derivative's graph, over what a pass keeps
@@ -99,18 +99,12 @@ def _itself(x: Tensor) -> Tensor:
 
 
 def _rows(batch: Batch, count: int, start: int, stop: int) -> Batch:
-    """Take some samples of every tensor whose first dimension counts them."""
-
-    def take(x: Any) -> Any:
-        has_rows = isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == count
-        return x[start:stop] if has_rows else x
-
-    inputs = Inputs.of(batch[0])
-    args, kwargs = _pytree.tree_map(take, (inputs.args, dict(inputs.kwargs)))
-    targets = batch[1]
-    if targets is batch[0]:  # a model that computes its loss has them there
-        return (one := Inputs(args, kwargs)), one
-    return Inputs(args, kwargs), _pytree.tree_map(take, targets)
+    """Take some samples of a batch."""
+    rows = slice(start, stop)
+    inputs = rows_of(Inputs.of(batch[0]), rows, count)
+    if batch[1] is batch[0]:  # a model that computes its loss has its targets there
+        return inputs, inputs
+    return inputs, rows_of(Inputs((batch[1],), {}), rows, count).args[0]
 
 
 def _same(whole: Surface, parts: Surface) -> bool:

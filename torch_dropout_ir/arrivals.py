@@ -25,7 +25,7 @@ def arrivals(leaves: Sequence[Tensor], receive: Receive) -> Iterator[None]:
     """Give the gradient of each leaf away as it comes, inside the context.
 
     In its place ``torch.autograd.grad`` is left with one element, expanded; sparse
-    gradients are small, and stay.
+    gradients are small, and stay. A leaf's own hooks come first.
 
     Args:
         leaves: The tensors in which derivatives are taken, each of them once.
@@ -38,6 +38,8 @@ def arrivals(leaves: Sequence[Tensor], receive: Receive) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for i, x in enumerate(leaves):
+            if x._backward_hooks is None:  # the dictionary of a hook would stay
+                stack.callback(setattr, x, "_backward_hooks", None)
             hook = x.register_hook(functools.partial(take, i=i))
             stack.callback(hook.remove)
         yield
