@@ -98,6 +98,7 @@ def last_layer(
             "last_layer: the Hessian of this loss depends on the outputs: expected "
             "`outputs` [..., C], got None"
         )
+    resolved = resolved.at(outputs.reshape(-1, outputs.shape[-1]))
     if resolved.kind == "cross_entropy":
         softmax, scale = softmax_and_scale(resolved, outputs, targets)
         return variance / 2 * _softmax_form(rows, weight, softmax, scale)

@@ -89,6 +89,7 @@ def leave_one_out(
     variance = noise_variance(p)
     if resolved.kind == "squared":
         return last_layer(features, weight, p, loss=resolved)
+    resolved = resolved.at(outputs.reshape(-1, outputs.shape[-1]))
     if resolved.kind == "cross_entropy":
         return variance * _softmax_form(resolved, features, weight, outputs, targets)
     check_rows(read_outputs(outputs, resolved, targets))

@@ -25,6 +25,7 @@ from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import total
+from torch_dropout_ir.sharpness.frozen import TwiceDifferentiable
 from torch_dropout_ir.sites import Site, find_sites
 from torch_dropout_ir.tracing import checkpointed
 
@@ -116,7 +117,7 @@ def modified_loss(
     if kind in ("L1", "L4"):
         with _not_checkpointed(model):
             return _with_r1(model, batch, resolved, kind, r1)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no second derivative
+    with _twice_differentiable():
         risk = _dropout_risk(model, batch, resolved, move_buffers=kind != "L2")
     assert lr is not None  # by `_check`
     penalty = _penalty(model, risk, lr)
@@ -124,6 +125,17 @@ def modified_loss(
         with _not_checkpointed(model):
             return penalty + _clean_risk(model, batch, resolved, move_buffers=True)
     return risk - penalty if kind == "L3" else risk + penalty
+
+
+@contextlib.contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Run nothing that has no second derivative, or a wrong one."""
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        TwiceDifferentiable(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield
 
 
 def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:
