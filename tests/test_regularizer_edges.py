@@ -626,6 +626,26 @@ def test_samples_that_meet_at_some_masks_alone():
     torch.testing.assert_close(expected_dropout_loss(net, batch, apart), expected)
 
 
+def test_rows_that_meet_in_a_hinge_have_no_units_left_out():
+    h, w = torch.tensor([[3.0, 0.0], [0.0, 3.0]]).double(), torch.eye(2).double()
+
+    def apart(f, _):
+        return (5 - (f[0] - f[1]).square().sum()).clamp(min=0)
+
+    assert apart(h, None) == 0  # not met, and without a derivative
+    with pytest.raises(ValueError, match="couples rows"):
+        leave_one_out(h, w, 0.5, outputs=h, targets=None, loss=apart)
+
+
+@pytest.mark.parametrize("kind", ["L1", "L4"])
+def test_noise_that_a_modified_loss_leaves_out_is_said(kind):
+    net = nn.Sequential(nn.AlphaDropout(0.3), nn.Linear(3, 4), nn.Dropout(0.2),
+                        nn.Linear(4, 2))  # fmt: skip
+    batch = torch.randn(5, 3), torch.randn(5, 2)
+    with pytest.warns(UserWarning, match="AlphaDropout"):
+        modified_loss(net, batch, "mse", kind=kind, r1="second_order")
+
+
 @pytest.mark.parametrize("kind", ["L2", "L3", "regu"])
 def test_penalties_under_weight_normalization_have_torchs_gradient_put_right(kind):
     """The kernel's second derivative is not even symmetric."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal, TypeAlias
 
@@ -16,6 +17,7 @@ from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_batch,
     check_differentiable,
+    noise_left_out,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.gradient_norm import learning_rates
@@ -64,9 +66,8 @@ def modified_loss(
     with :math:`\tilde R_2` at the masks of this very step: in ``L3`` and ``"regu"`` the
     loss and its penalty see the same ones. ``R_drop`` is the model as the script calls
     it, all of its noise included; ``R_S`` is the model with dropout off, and R_1 that
-    of the sites (:attr:`Analysis.sites` lists what is none). Of the passes that a kind
-    takes, the one that gives ``R_S`` or ``R_drop`` moves batch-norm statistics, once a
-    step as in training.
+    of the sites; a warning names other noise. Of the passes that a kind takes, the one
+    that gives ``R_S`` or ``R_drop`` moves batch-norm statistics, once a step.
 
     Differentiable in the parameters: call ``.backward()`` on it in the place of the
     loss. ``L1`` with ``"last_layer"`` costs a plain step; a penalty on the gradient a
@@ -196,6 +197,8 @@ def _with_r1(model: nn.Module, batch: Batch, loss: Loss, kind: str, r1: str) -> 
         with clean_pass(
             model, batch[0], twice=twice, move_buffers=kind == "L1", outlives=True
         ) as passed:
+            for said in noise_left_out(model, passed.noisy, met=True):
+                warnings.warn(f"modified_loss: R_1: {said}", stacklevel=3)
             clean = loss(passed.outputs, batch[1])
             excess = _r1(passed, batch[1], loss, r1)
     if kind == "L1":
