@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import torch_dropout_ir as tdi
+from torch_dropout_ir import offline
 from torch_dropout_ir.cli import main
 
 NETS = """
@@ -99,11 +100,41 @@ def test_the_report_is_what_the_functions_say(nets, capsys, wrap, key):
     assert found["loss/R_S"] == pytest.approx(float(nn.MSELoss()(model(x), y).detach()))
     assert found["sharpness/top_eigenvalue"] == pytest.approx(float(top[-1]), rel=2e-3)
     assert report["sites"] == {"2": 0.3} and report["num_batches"] == 2
-    assert report["absent"] == {}
+    assert report["absent"] == {} and all(report["notes"].values())
+    assert not any("movement" in tag for tag in found)  # since when?
     for tag in found:
         assert tag in printed
     events = EventAccumulator("run").Reload()
     assert set(events.Tags()["scalars"]) == set(found)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_calls_of_dropout_functions_act_in_training_mode_alone(nets, heads):
+    class ByCall(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.first, self.last = net[0], net[3]
+            self.norm = nn.BatchNorm1d(9).double()
+
+        def forward(self, x):
+            h = self.norm(self.first(x).tanh())
+            out = self.last(nn.functional.dropout(h, 0.3, self.training))
+            return out if heads == 1 or not self.training else (out, out)
+
+    net = nets.make()
+    model = ByCall(net).eval()
+    twin = nn.Sequential(*net[:2], model.norm, *net[2:]).eval()
+    found = offline.analyze(model, nets.batches(), "mse")
+    expected = offline.analyze(twin, nets.batches(), "mse")
+    assert not any(module.training for module in model.modules())
+    assert found.records["loss/R_S"] == pytest.approx(expected.records["loss/R_S"])
+    if heads == 2:
+        assert "off in evaluation mode" in found.absent[":dropout#0"]
+        assert "regularizer/R1" not in found.records
+        return
+    assert found.sites == {":dropout#0": 0.3} and "training" in found.notes["mode"]
+    r1 = expected.records["regularizer/R1"]
+    assert found.records["regularizer/R1"] == pytest.approx(r1)
 
 
 def test_a_loss_function_and_fewer_batches(nets, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,17 +17,29 @@ from torch.utils._pytree import tree_map_only
 
 from torch_dropout_ir.analysis.attempts import Attempts
 from torch_dropout_ir.analysis.distributed import Ranks
+from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.analysis.measures import Condensation, Regularizer, Sharpness
 from torch_dropout_ir.analysis.measures.regularizer import terms
 from torch_dropout_ir.analysis.records import Record
+from torch_dropout_ir.analysis.replay import Replay, replay
 from torch_dropout_ir.analysis.snapshot import Snapshot
 from torch_dropout_ir.batches import fixed_batches
-from torch_dropout_ir.functional import Batch, preserved_rng
+from torch_dropout_ir.functional import Batch, call, preserved_rng
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.sites import find_sites, unobservable
+from torch_dropout_ir.sites import Site, find_sites, unobservable
 from torch_dropout_ir.tensorboard import TensorBoardSink
 
 _ERROR: Final = "regularizer/R1_standard_error"
+# A checkpoint has no start to be away from.
+_SINCE: Final = ("condensation/movement/", "condensation/cosine_to_start/")
+_IN_TRAINING: Final = (
+    "training, with running statistics as in evaluation: calls of dropout functions "
+    "act in it alone"
+)
+_OFF: Final = (
+    "a call of a dropout function, off in evaluation mode; in training mode the loss "
+    "does not take what the model returns"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +66,18 @@ class Report:
 
     def __str__(self) -> str:
         width = max(map(len, self.records), default=0)
-        lines = [f"{len(self.sites)} dropout sites, {self.num_batches} batches", ""]
+        counts = ("dropout site", len(self.sites)), ("batch", self.num_batches)
+        lines = [", ".join(_counted(*count) for count in counts), ""]
         lines += [f"  {t:<{width}} {x:>12.5g}" for t, x in sorted(self.records.items())]
         for title, said in (("notes", self.notes), ("absent", self.absent)):
             if said:
                 lines += ["", title, *(f"  {t}: {x}" for t, x in sorted(said.items()))]
         return "\n".join(lines)
+
+
+def _counted(what: str, number: int) -> str:
+    plural = "es" if what.endswith("ch") else "s"
+    return f"{number} {what}{plural if number != 1 else ''}"
 
 
 def on_device(data: Any, device: torch.device, most: int) -> list[Batch]:
@@ -82,7 +101,9 @@ def analyze(
     """Measure a model on data: R_1, R_S, condensation and sharpness.
 
     R_1 and R_S are means over the batches, in evaluation mode with dropout as it would
-    be in training. The model is left as it was.
+    be in training. Calls of dropout functions act in training mode alone: a model that
+    has some is measured in it, with running statistics as in evaluation. The model is
+    left as it was.
 
     Args:
         model: The model.
@@ -106,7 +127,6 @@ def analyze(
     if not batches:
         raise ValueError("analyze: expected at least one batch, got none")
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         with preserved_rng(model):
             return _Run(model, resolved, batches).report(
@@ -124,9 +144,31 @@ class _Run:
         self.model = model
         self.loss = loss
         self.batches = batches
-        self.sites = tuple(site for site in find_sites(model) if site.p > 0)
         self.absent = dict(unobservable(model))
         self.notes: dict[str, str] = {}
+        calls = self._calls()
+        sites = (*find_sites(model), *calls.values())
+        self.sites = tuple(site for site in sites if site.p > 0)
+
+    def _calls(self) -> dict[str, Site]:
+        """Choose the mode to measure in; return the dropout calls that act in it."""
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.eval()
+        inputs, targets = self.batches[0]
+        found = Replay()
+        with contextlib.suppress(Exception):  # of no use in training mode
+            found = replay(self.model, inputs, Generators(self.model))
+            with torch.no_grad():
+                self.loss(call(self.model, inputs), targets)
+            if found.calls:
+                self.notes["mode"] = _IN_TRAINING
+                self.absent |= found.unseen
+                return found.calls
+        self.model.eval()
+        self.absent |= dict.fromkeys(found.calls, _OFF)
+        return {}
 
     def _take(self, measure: Any, batch: Batch, seed: int) -> dict[str, Record]:
         snapshot = Snapshot(
@@ -154,13 +196,14 @@ class _Run:
         ]
         records = self._mean(taken[: len(self.batches)])
         for found in taken[len(self.batches) :]:
-            records |= found
+            records |= {t: x for t, x in found.items() if not t.startswith(_SINCE)}
         if sink is not None:
             sink.write(0, records, self.notes)
             sink.close()
         numbers = {t: x for t, x in records.items() if isinstance(x, float)}
+        notes = {tag: said for tag, said in self.notes.items() if said}
         sites = {site.name: site.p for site in self.sites}
-        return Report(numbers, self.absent, self.notes, sites, len(self.batches))
+        return Report(numbers, self.absent, notes, sites, len(self.batches))
 
     def _mean(self, taken: list[dict[str, Record]]) -> dict[str, Record]:
         """The mean over batches, weighted as the loss weighs them."""

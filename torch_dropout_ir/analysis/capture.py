@@ -45,7 +45,7 @@ from torch_dropout_ir.tracing import mapped, random_state
 
 
 class RootHook:
-    """A hook whose copies are inert, so that a model can be copied and pickled.
+    """A hook whose copies do nothing: pickles load where this package is not.
 
     Args:
         call: What to call; None in copies, and where nothing is to be seen.
@@ -65,8 +65,8 @@ class RootHook:
         if self.call is not None:
             self.call(*args)
 
-    def __reduce__(self) -> tuple[type[RootHook], tuple[()]]:
-        return RootHook, ()
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 class Capture:
