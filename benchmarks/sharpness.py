@@ -1,12 +1,16 @@
 """Curvature against PyHessian, curvlinops and hessian-eigenthings.
 
     python benchmarks/sharpness.py [--tasks mlp conv attention] [--data-root DIR]
+        [--race top trace density] [--no-numbers] [--no-memory]
 
 Cross-entropy on one batch, one thread. Times are in one run and in units of one
 product by jvp(grad), which is what one would write by hand; errors are against float64:
 a tight Lanczos run, and the exact trace (by columns where the network is smooth).
 Libraries that are not there are skipped with a line; `pip install '.[bench]'` brings
 them.
+
+A density's error is the Wasserstein distance of its nodes and weights to those of many
+probes in float64, over the root mean square of the eigenvalues.
 
 Lanczos, not LOBPCG: at initialization, from one random start, the MLP's top eigenvalue
 is true to 1e-3 after 21 products, LOBPCG's after 24 (56 with four vectors).
@@ -22,7 +26,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -33,10 +37,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_dropout_ir import sharpness, vectors
 
 BUDGETS = {
-    "top": (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 128),
-    "trace": (8, 16, 32, 64, 128),
+    "top": (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64),
+    "trace": (8, 16, 32, 64),
+    "density": (4, 6, 8, 10, 12, 14, 16, 18, 20, 40, 80),
 }
+STEPS = 20  # of a density: beyond that, more probes
+TARGETS = {"top": 1e-3, "trace": 1e-2, "density": 0.25}
 SEEDS = 3
+Measure = tuple[torch.Tensor, torch.Tensor]  # nodes and weights
 LIBRARIES = ("pyhessian", "curvlinops", "hessian_eigenthings")
 
 
@@ -175,7 +183,41 @@ def ours(model: nn.Module, batch) -> dict[str, Callable]:
             sharpness.top_eigenvalues(op(), max_matvecs=k, stop="value").values[0]
         ),
         "trace": lambda k: float(sharpness.trace(op(), k).value),
+        "density": lambda k: quadrature(sharpness.spectral_density(op(), *steps(k))),
     }
+
+
+def steps(budget: int) -> tuple[int, int]:
+    """Steps of Lanczos and probes of a density."""
+    return min(budget, STEPS), max(1, budget // STEPS)
+
+
+def quadrature(found: sharpness.Density) -> Measure:
+    """Nodes and weights of all probes of a density of ours."""
+    return averaged(zip(found.nodes, found.weights, strict=True))
+
+
+def averaged(probes: Iterable) -> Measure:
+    """One measure of the nodes and weights of several probes."""
+    nodes, weights = zip(*probes, strict=True)
+    weights = [torch.as_tensor(x) / len(weights) for x in weights]
+    return torch.cat([torch.as_tensor(x) for x in nodes]), torch.cat(weights)
+
+
+def distance(found: Measure, true: Measure) -> float:
+    """Wasserstein distance of two measures, over the second's root mean square."""
+    nodes = torch.cat([x.double() for x, _ in (found, true)])
+    weights = torch.cat((found[1].double(), -true[1].double()))
+    nodes, order = nodes.sort()
+    apart = weights[order].cumsum(0)[:-1].abs() * nodes.diff()
+    return float(apart.sum() / (true[1] * true[0].square()).sum().sqrt())
+
+
+def error_of(what: str, found, true) -> float:
+    """Relative error of what a contender returned."""
+    if what == "density":
+        return distance(found, true)
+    return abs(found - true) / abs(true)
 
 
 def pyhessian(model: nn.Module, batch) -> dict[str, Callable]:
@@ -188,12 +230,14 @@ def pyhessian(model: nn.Module, batch) -> dict[str, Callable]:
     return {
         "top": lambda k: float(op().eigenvalues(maxIter=k, tol=0.0)[0][0]),
         "trace": lambda k: statistics.fmean(op().trace(maxIter=k, tol=0.0)),
+        "density": lambda k: averaged(zip(*op().density(*steps(k)), strict=True)),
     }
 
 
 def curvlinops(model: nn.Module, batch) -> dict[str, Callable]:
     """Curvlinops, with SciPy's Lanczos as its documentation has it."""
     library = importlib.import_module("curvlinops")
+    spectrum = importlib.import_module("curvlinops.papyan2020traces.spectrum")
     from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
     def op():
@@ -211,9 +255,17 @@ def curvlinops(model: nn.Module, batch) -> dict[str, Callable]:
         except ArpackNoConvergence:
             return float("nan")
 
+    def density(k: int) -> Measure:
+        """Its Lanczos alone: bounds for its grid would take more products."""
+        each, probes = steps(k)
+        matrix = op()
+        found = [spectrum.fast_lanczos(matrix, each) for _ in range(probes)]
+        return averaged((nodes, vectors[0].square()) for nodes, vectors in found)
+
     return {
         "top": top,
         "trace": lambda k: float(library.hutchpp_trace(op(), k - k % 3)),
+        "density": density,
     }
 
 
@@ -236,53 +288,74 @@ def hessian_eigenthings(model: nn.Module, batch) -> dict[str, Callable]:
         found = library.trace(op(), num_matvecs=k, method="hutch++", seed=seed)
         return float(found.estimate)
 
-    return {"top": top, "trace": trace}
+    def density(k: int) -> Measure:
+        each, probes = steps(k)
+        seed = 1000 * torch.initial_seed()  # it adds the number of the probe
+        found = library.spectral_density(
+            op(), num_runs=probes, lanczos_steps=each, seed=seed
+        )
+        return averaged(zip(found.raw_eigenvalues, found.raw_weights, strict=True))
+
+    return {"top": top, "trace": trace, "density": density}
 
 
-def truth(make: Callable, state: dict, batch) -> dict[str, float]:
-    """Both numbers in float64."""
+def truth(make: Callable, state: dict, batch, wanted: set[str]) -> dict:
+    """What is wanted, in float64."""
     model = make().double()
     model.load_state_dict(state)
     op = sharpness.hessian(model, "cross_entropy", (batch[0].double(), batch[1]))
-    top = sharpness.top_eigenvalues(op, tol=1e-7, stop="value", max_matvecs=400)
-    found = sharpness.trace(op, 100)
-    if found.method != "exact":
-        size = op.shape[0]
-        found = sharpness.trace(op, size if size < 4000 else 2000)
-    error = float(found.standard_error)
-    said = "exact" if found.method == "exact" else f"+- {error:.1e}"
-    residual = f"residual {float(top.residuals[0]):.0e}"
-    print(
-        f"  float64: top {float(top.values[0]):.8g} ({residual}), "
-        f"trace {float(found.value):.8g} ({said})"
-    )
-    return {"top": float(top.values[0]), "trace": float(found.value)}
+    true, said = {}, []
+    if "top" in wanted:
+        top = sharpness.top_eigenvalues(op, tol=1e-7, stop="value", max_matvecs=400)
+        true["top"] = float(top.values[0])
+        residual = float(top.residuals[0])
+        said.append(f"top {true['top']:.8g} (residual {residual:.0e})")
+    if "trace" in wanted:
+        found = sharpness.trace(op, 100)
+        if found.method != "exact":
+            size = op.shape[0]
+            found = sharpness.trace(op, size if size < 4000 else 2000)
+        true["trace"], error = float(found.value), float(found.standard_error)
+        how = "exact" if found.method == "exact" else f"+- {error:.1e}"
+        said.append(f"trace {true['trace']:.8g} ({how})")
+    if "density" in wanted:
+        torch.manual_seed(100)
+        probes = 128 if op.shape[0] < 1e5 else 2
+        true["density"] = quadrature(sharpness.spectral_density(op, 40, probes))
+    print(f"  float64: {', '.join(said)}")
+    return true
 
 
-def race(name: str, contender: dict[str, Callable], true: dict, unit: float) -> None:
+def race(
+    name: str, contender: dict[str, Callable], true: dict, unit: float, wanted
+) -> None:
     """Smallest budget that reaches the true value from every seed, and what it cost."""
-    for what, target in (("top", 1e-3), ("trace", 1e-2)):
-        line, first = [], None
+    for what in wanted:
+        line, first, failed = [], None, False
         for budget in BUDGETS[what]:
-            errors, started = [], time.perf_counter()
+            errors = []
             try:
                 for seed in range(SEEDS):
                     torch.manual_seed(seed)
                     # The fused kernel has no second derivative: it stops the others.
                     with sdpa_kernel(SDPBackend.MATH):
                         value = contender[what](budget)
-                    errors.append(abs(value - true[what]) / abs(true[what]))
+                    errors.append(error_of(what, value, true[what]))
             except Exception as err:
+                if failed:
+                    break
+                failed = True
                 line.append(f"{budget}: {type(err).__name__}")
                 continue
-            took = (time.perf_counter() - started) / unit / SEEDS
             line.append(f"{budget}: {max(errors):.1e}")
-            if max(errors) <= target:
-                first = took
+            if max(errors) <= TARGETS[what]:
+                with sdpa_kernel(SDPBackend.MATH):
+                    took = seconds(lambda k=budget, w=what: contender[w](k), 3)
+                first = took / unit
                 break
         reached = "not reached" if first is None else f"{first:6.1f} units"
-        print(f"  {name:20} {what:6} to {target:.0e}: {reached:>12}   "
-              f"worst true error by budget {', '.join(line)}")  # fmt: skip
+        print(f"  {name:20} {what:7} to {TARGETS[what]:g}: {reached:>12}   "
+              f"worst true error by budget {', '.join(line)}", flush=True)  # fmt: skip
 
 
 def lanczos_to(op, true: float, start: torch.Tensor | None) -> Callable:
@@ -412,18 +485,21 @@ def main() -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 100],
                         help="steps of training before")  # fmt: skip
     parser.add_argument("--data-root", type=Path, help="folder that holds MNIST/raw")
-    parser.add_argument("--no-race", action="store_true", help="ours alone")
+    parser.add_argument("--race", nargs="*", default=list(TARGETS), choices=TARGETS,
+                        help="what to race for; nothing: ours alone")  # fmt: skip
+    parser.add_argument("--no-numbers", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     others = {}
-    for name in () if chosen.no_race else LIBRARIES:
+    for name in LIBRARIES if chosen.race else ():
         try:
             importlib.import_module(name)
             others[name] = globals()[name]
         except ImportError as err:
             print(f"skipped: {name} ({err})")
+    wanted = {*chosen.race, *(() if chosen.no_numbers else ("top", "trace"))}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread")
     for task in chosen.tasks:
         make, shape, n = TASKS[task]
@@ -436,16 +512,15 @@ def main() -> int:
             done = steps
             model.eval()
             print(f"\n{task}, batch {n}, after {steps} steps", flush=True)
-            true = truth(make, copy.deepcopy(model.state_dict()), batch)
+            true = truth(make, copy.deepcopy(model.state_dict()), batch, wanted)
             unit = seconds(plain_product(model, batch), 3)
             print(f"  unit: one product by jvp(grad), {1e3 * unit:.1f} ms")
-            numbers(model, batch, true, unit)
-            if not chosen.no_race and task == "mlp":
-                lanczos_or_lobpcg(model, batch, true["top"], unit)
-            if not chosen.no_race:
-                race("ours", ours(model, batch), true, unit)
-            for name, contender in others.items():
-                race(name, contender(model, batch), true, unit)
+            if not chosen.no_numbers:
+                numbers(model, batch, true, unit)
+                if task == "mlp":
+                    lanczos_or_lobpcg(model, batch, true["top"], unit)
+            for name, contender in {"ours": ours, **others}.items():
+                race(name, contender(model, batch), true, unit, chosen.race)
         if not chosen.no_memory:
             memory(model, batch)
     return 0

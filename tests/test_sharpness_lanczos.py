@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from torch_dropout_ir import sharpness
+from torch_dropout_ir.sharpness.recurrence import Settled, recurrence
 
 
 class Counted:
@@ -204,3 +205,40 @@ def test_bad_input():
         sharpness.top_eigenvalues(torch.eye(9) * float("nan"))
     with pytest.raises(ValueError, match="<= 3"):
         sharpness.top_eigenvalues(torch.eye(3), k=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 2])
+def test_half_precision_is_of_the_products_alone(dtype, k):
+    """The basis is wider: what comes out is as true as the products are."""
+    torch.manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(300, 300)).Q
+    values = torch.cat((torch.tensor([1.0, 0.92]), torch.linspace(-0.5, 0.6, 298)))
+    matrix = (turn * values @ turn.T).to(dtype)
+    matrix = (matrix + matrix.T) / 2
+    true = torch.linalg.eigvalsh(matrix.double()).flip(0)[:k]
+    found = sharpness.top_eigenvalues(matrix, k, tol=1e-3)
+    assert found.converged and found.vectors[0].dtype == dtype
+    assert (found.residuals <= torch.finfo(dtype).eps).all()
+    torch.testing.assert_close(found.values, true, rtol=2e-3, atol=0)
+    probe = sharpness.spectral_density(matrix, 30).nodes
+    assert probe.unique().numel() == 30  # none twice, as without orthogonality
+    assert float(probe.max()) == pytest.approx(float(true[0]), rel=2e-3)
+    exact = sharpness.top_eigenvalues(matrix, k, tol=0.0)
+    assert exact.converged and exact.num_matvecs < 60
+    tops = [recurrence(matrix, 60, Settled(1e-3, 10)).top for _ in range(10)]
+    errors = torch.tensor(tops) / true[0] - 1
+    assert errors.square().mean().sqrt() < 5e-4
+
+
+def test_matrices_that_have_no_such_spectrum_are_refused():
+    for bad in (torch.randn(5, 4), torch.arange(9).view(3, 3), torch.ones(3)):
+        with pytest.raises(ValueError, match="square matrix of floating-point"):
+            sharpness.top_eigenvalues(bad)
+    skew = torch.triu(torch.ones(6, 6))
+    for measure in (sharpness.top_eigenvalues, sharpness.spectral_density):
+        with pytest.raises(ValueError, match="expected a symmetric matrix"):
+            measure(skew)
+    for tol in (-1e-3, float("nan")):
+        with pytest.raises(ValueError, match="`tol` >= 0"):
+            sharpness.top_eigenvalues(torch.eye(3), tol=tol)

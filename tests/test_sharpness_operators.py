@@ -350,6 +350,22 @@ def test_bad_input_is_named(kind):
         kind(net, "mse", (x, y)) @ torch.ones(31, 2)
 
 
+def test_dictionaries_are_told_where_to_go():
+    """Collators give one dictionary with the labels in it."""
+    net, (x, y) = mlp(), data()
+    batch = {"input": x, "labels": y}
+    loader = torch.utils.data.DataLoader([batch], batch_size=None)
+    with pytest.raises(TypeError, match=r"got dict\. A dictionary goes"):
+        sharpness.hessian(net, "mse", batch)
+    for batches in ([batch], [batch] * 3, loader):
+        with pytest.raises(
+            TypeError, match=r"form `\(inputs, targets\)`, got one of d"
+        ):
+            sharpness.hessian(net, "mse", batches) @ torch.ones(32).double()
+    inside = sharpness.hessian(net, "mse", [({"input": x}, y)]).dense()
+    torch.testing.assert_close(inside, sharpness.hessian(net, "mse", (x, y)).dense())
+
+
 def test_an_operation_without_second_derivative_is_named():
     class Once(torch.autograd.Function):
         @staticmethod

@@ -223,10 +223,10 @@ def as_batches(batches: Any) -> Iterable[Batch]:
     if isinstance(batches, list) and len(batches) == 2:
         if isinstance(batches[0], (Tensor, Mapping)):
             return [(batches[0], batches[1])]
-    if not isinstance(batches, Iterable):
+    if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, Tensor)):
         raise TypeError(
             "expected a batch `(inputs, targets)` or an iterable of batches, got "
-            f"{type(batches).__name__}"
+            f"{type(batches).__name__}. A dictionary goes where the inputs are."
         )
     if isinstance(batches, Iterator):
         raise TypeError(

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.sharpness.krylov import Space, random_vector
+from torch_dropout_ir.sharpness.krylov import (
+    Space,
+    check_symmetric,
+    random_vector,
+    working_dtype,
+)
 from torch_dropout_ir.sharpness.recurrence import recurrence
 
 _POINTS = 512
@@ -85,7 +90,7 @@ def spectral_density(
 
     Raises:
         ValueError: If a number is below 1, ``bandwidth`` is not positive, or ``grid``
-            has no dimension.
+            has no dimension, or a matrix is not symmetric.
 
     References:
         Ghorbani, Krishnan & Xiao, *An investigation into neural net optimization via
@@ -99,6 +104,7 @@ def spectral_density(
         >>> found.num_matvecs
         5
     """
+    check_symmetric("spectral_density", op)
     if min(num_steps, num_probes) < 1 or not op.shape[0]:
         raise ValueError(
             "spectral_density: expected `num_steps` >= 1 and `num_probes` >= 1, got "
@@ -126,7 +132,7 @@ def spectral_density(
 def _quadrature(op: Any, num_steps: int, max_bytes: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights of one probe: fewer than steps where it spans less."""
     steps = min(num_steps, op.shape[0])
-    dtype = getattr(op, "dtype", torch.float32)
+    dtype = working_dtype(getattr(op, "dtype", torch.float32))
     if steps * op.shape[0] * dtype.itemsize > max_bytes:
         found = recurrence(op, steps)
         return found.nodes, found.weights

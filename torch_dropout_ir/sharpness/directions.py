@@ -151,7 +151,8 @@ def checked_direction(
         raise ValueError(f"{caller}: expected a finite `direction`")
     if not any(bool(x.any()) for x in found.values()):
         raise ValueError(
-            f"{caller}: expected a `direction` that is not zero everywhere. Draw one "
-            "with `filter_normalized_direction(model)`."
+            f"{caller}: expected a `direction` that is not zero everywhere. One of "
+            "`filter_normalized_direction` is, where all weights are zero or all "
+            'parameters are biases or of norms: say `biases="scaled"`.'
         )
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import torch
@@ -14,6 +15,33 @@ NOT_FINITE: Final = (
     "overflows at these parameters."
 )
 _WIDE: Final = 2**16  # columns that a restart turns at once: no second basis
+
+
+def check_symmetric(caller: str, op: Any) -> None:
+    """Refuse matrices that are not symmetric, or not of real numbers.
+
+    Raises:
+        ValueError: If a matrix given as such is one of these.
+    """
+    if not isinstance(op, Tensor):
+        return
+    square = op.ndim == 2 and op.shape[0] == op.shape[1]
+    if not (square and op.is_floating_point()):
+        raise ValueError(
+            f"{caller}: expected a square matrix of floating-point numbers, got shape "
+            f"{list(op.shape)} of {op.dtype}"
+        )
+    apart = float((op - op.T).norm()) if op.numel() else 0.0
+    if apart > 0.01 * float(op.norm()):
+        raise ValueError(
+            f"{caller}: expected a symmetric matrix, got one that differs from its "
+            f"transpose by {apart:.2g} of {float(op.norm()):.2g} in norm"
+        )
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a basis: half precision would not stay orthogonal."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def random_vector(op: Any, distribution: str = "normal") -> Tensor:
@@ -40,7 +68,10 @@ class Space:
         self.k = k
         self.spent = 0
         self._op = op
-        self._rows = start.new_empty(capacity, start.numel())
+        dtype = working_dtype(start.dtype)
+        self._rows = start.new_empty(capacity, start.numel(), dtype=dtype)
+        given = torch.finfo(getattr(op, "dtype", start.dtype)).eps
+        self._rounding = max(16 * torch.finfo(dtype).eps, given)
         torch.div(start, start.norm(), out=self._rows[0])
         self._filled = 1
         self._projected = torch.zeros(capacity, capacity, dtype=torch.float64)
@@ -98,31 +129,37 @@ class Space:
     @property
     def closed(self) -> bool:
         """Whether the last image has left the basis no further than rounding."""
-        rounding = 16 * torch.finfo(self._rows.dtype).eps
-        return self._left <= rounding * max(self.scale, 1e-300)
+        return self._left <= self._rounding * max(self.scale, 1e-300)
 
     def first_entries(self) -> Tensor:
         """First entries of the Ritz vectors in the basis, float64 ``[filled]``."""
         return self._coordinates[0]
 
     def within(self, tol: float, of: Tensor) -> bool:
-        """Whether errors are within ``tol`` of their values."""
-        rounding = 16 * torch.finfo(self._rows.dtype).eps * self.scale
-        allowed = (tol * self.leading.abs()).clamp(min=rounding)
-        return bool((of <= allowed).all())
+        """Whether errors are within ``tol`` of their values, or of rounding."""
+        return bool((of <= self._allowed(tol)).all())
 
     def grew(self, seen: Tensor, tol: float) -> bool:
         """Whether a leading value exceeds what was seen by more than ``tol``."""
-        return bool((self.leading - seen > tol * self.leading.abs()).any())
+        return bool((self.leading - seen > self._allowed(tol)).any())
+
+    def _allowed(self, tol: float) -> Tensor:
+        least = self._rounding * self.scale
+        return (tol * self.leading.abs()).clamp(min=least)
 
     def extend(self) -> None:
         """Take the image of the newest vector."""
         n = self._filled
-        image = finite_product(self._op, self._rows[n - 1])
+        newest = self._rows[n - 1]
+        image: Tensor = self._op @ newest.to(getattr(self._op, "dtype", newest.dtype))
         self.spent += 1
-        column, self._rest = orthogonalize(image, self._rows[:n])
+        column, self._rest = orthogonalize(
+            image.detach().to(newest.dtype), self._rows[:n]
+        )
         del image
         self._left = float(self._rest.norm())
+        if not math.isfinite(self._left):  # as soon as one entry of the image is not
+            raise ValueError(NOT_FINITE)
         self._projected[n - 1, :n] = self._projected[:n, n - 1] = column
         self._solve()
 
@@ -183,23 +220,11 @@ class Space:
     def _append(self, vector: Tensor | None) -> None:
         rows = self._rows[: self._filled]
         if vector is None or self._left <= 1e-12 * max(self.scale, 1e-300):
-            _, vector = orthogonalize(random_vector(self._op), rows)
+            _, vector = orthogonalize(random_vector(self._op).to(rows), rows)
         newest = self._rows[self._filled]
         torch.div(vector, vector.norm(), out=newest)
         self._rest = newest  # one vector less while the next product is computed
         self._filled += 1
-
-
-def finite_product(op: Any, vector: Tensor) -> Tensor:
-    """Return ``op @ vector``.
-
-    Raises:
-        ValueError: If it is not finite.
-    """
-    image: Tensor = (op @ vector).detach()
-    if not bool(image.isfinite().all()):
-        raise ValueError(NOT_FINITE)
-    return image
 
 
 def orthogonalize(image: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

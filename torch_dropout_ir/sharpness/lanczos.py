@@ -6,10 +6,14 @@ import dataclasses
 import math
 from typing import Any, Final, Literal
 
-import torch
 from torch import Tensor
 
-from torch_dropout_ir.sharpness.krylov import Space, random_vector
+from torch_dropout_ir.sharpness.krylov import (
+    Space,
+    check_symmetric,
+    random_vector,
+    working_dtype,
+)
 from torch_dropout_ir.vectors import Params, to_params, to_vector
 
 _BASIS: Final = 32
@@ -33,7 +37,8 @@ class Eigen:
             eigenvalue of the operator lies within that distance of each value.
         errors: Estimated errors of the values, float64 ``[k]``: the squared residual
             over the gap to the next Ritz value and its residual, or the residual.
-        converged: Whether all residuals (or errors) are within the tolerance.
+        converged: Whether all residuals (or errors) are within the tolerance, or within
+            the rounding of the operator's products.
         num_matvecs: Products spent, rehearsal and resumed runs included.
         state: All that is needed to go on, for ``state=``; it can be saved.
     """
@@ -96,8 +101,9 @@ def top_eigenvalues(
         values are lower bounds of the true ones.
 
     Raises:
-        ValueError: If ``k`` is out of range, ``max_matvecs`` below ``k``, ``start``
-            of another size or zero, or a product is not finite.
+        ValueError: If ``k`` is out of range, ``max_matvecs`` below ``k``, ``tol``
+            negative, a matrix not symmetric, ``start`` of another size or zero, or a
+            product is not finite.
 
     References:
         Wu & Simon, *Thick-restart Lanczos method*, SIAM J. Matrix Anal. 22 (2000).
@@ -107,7 +113,8 @@ def top_eigenvalues(
         >>> found.values.round(decimals=3).tolist(), found.converged
         ([49.0, 48.0], True)
     """  # noqa: DOC502 (`_check`, `_start` and the space raise)
-    _check(op, k, max_matvecs, stop)
+    check_symmetric("top_eigenvalues", op)
+    _check(op, k, tol, max_matvecs, stop)
     look = _LOOK if start is None else _LOOK_WARM
     search = _Search(tol, stop, 0 if k == 1 else look)
     if state is not None:
@@ -187,13 +194,15 @@ class _Search:
         space.advance()
 
 
-def _check(op: Any, k: int, max_matvecs: int, stop: str) -> None:
+def _check(op: Any, k: int, tol: float, max_matvecs: int, stop: str) -> None:
     size = op.shape[0]
     if not 1 <= k <= size or max_matvecs < k:
         raise ValueError(
             f"top_eigenvalues: expected 1 <= `k` <= {size} and `max_matvecs` >= `k`, "
             f"got k={k} and max_matvecs={max_matvecs}"
         )
+    if not tol >= 0:
+        raise ValueError(f"top_eigenvalues: expected `tol` >= 0, got {tol}")
     if stop not in ("residual", "value"):
         raise ValueError(
             "top_eigenvalues: expected `stop` to be 'residual' or 'value', got "
@@ -239,10 +248,12 @@ def _rehearsed(op: Any, max_matvecs: int) -> tuple[Tensor, int]:
 
 def _capacity(op: Any, k: int, max_bytes: int) -> int:
     """Vectors to hold: no more than memory allows, and enough for a restart."""
-    bytes_each = op.shape[0] * torch.finfo(op.dtype).bits // 8
+    bytes_each = op.shape[0] * working_dtype(op.dtype).itemsize
     room = max(2 * k + 3, min(max(_BASIS, 2 * k + 8), max_bytes // bytes_each))
     return int(min(op.shape[0], room))
 
 
 def _as_given(op: Any, vector: Tensor) -> Any:
-    return to_params(vector, op.params) if hasattr(op, "params") else vector
+    if hasattr(op, "params"):
+        return to_params(vector, op.params)
+    return vector.to(getattr(op, "dtype", vector.dtype))

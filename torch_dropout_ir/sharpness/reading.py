@@ -33,6 +33,8 @@ class Reading:
         self._batches: Iterable[Batch] = as_batches(data)
         self._model = model
         listed = self._batches if isinstance(self._batches, list) else None
+        for batch in listed or ():
+            check_pair(batch)
         self.single = listed[0] if listed and len(listed) == 1 else None
         self.empty = listed == []
         self._generators = [(g, g.get_state()) for g in _generators(self._batches)]
@@ -76,10 +78,26 @@ class Reading:
                 np.random.seed(0)
                 for generator, state in self._generators:
                     generator.set_state(state)
-                yield from self._batches
+                for batch in self._batches:
+                    check_pair(batch)
+                    yield batch
         finally:
             for generator, state in kept:
                 generator.set_state(state)
+
+
+def check_pair(batch: Any) -> None:
+    """Refuse what is no ``(inputs, targets)``; more than two may come of a loader.
+
+    Raises:
+        TypeError: If it is a dictionary, or of less than two parts.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        raise TypeError(
+            "expected batches of the form `(inputs, targets)`, got one of "
+            f"{type(batch).__name__}. Make pairs of them: a dictionary of inputs may "
+            "be the first part."
+        )
 
 
 def sliced(value: Any, size: int, every: int) -> Any:

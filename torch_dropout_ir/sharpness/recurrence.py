@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.sharpness.krylov import NOT_FINITE, random_vector
+from torch_dropout_ir.sharpness.krylov import NOT_FINITE, random_vector, working_dtype
 
 _ROUNDING: Final = 16  # times the precision: what is no more than that is zero
 
@@ -64,7 +64,10 @@ def recurrence(
         eigenproblem*, Linear Algebra Appl. 34 (1980).
     """
     v = random_vector(op)
+    given = torch.finfo(v.dtype).eps
+    v = v.to(working_dtype(v.dtype))
     v /= v.norm()
+    rounding = max(_ROUNDING * torch.finfo(v.dtype).eps, given)
     last = torch.zeros_like(v)
     matrix = torch.zeros(steps, steps, dtype=torch.float64)
     left = 0.0
@@ -79,8 +82,8 @@ def recurrence(
         found = Quadrature(
             nodes, vectors[0].square(), abs(left * float(vectors[-1, -1]))
         )
-        rounding = _ROUNDING * torch.finfo(v.dtype).eps * float(matrix.abs().max())
-        if k + 1 == steps or left <= rounding or (enough and enough(found)):
+        least = rounding * float(matrix.abs().max())
+        if k + 1 == steps or left <= least or (enough and enough(found)):
             break
         matrix[k, k + 1] = matrix[k + 1, k] = left
         last, v = v, rest.div_(left)
@@ -92,7 +95,7 @@ def _plus_product(total: Tensor, op: Any, v: Tensor) -> Tensor:
     if hasattr(op, "add_product"):
         op.add_product(v, total)
         return total
-    return total.add_(op @ v)
+    return total.add_(op @ v.to(getattr(op, "dtype", v.dtype)))
 
 
 class Settled:
