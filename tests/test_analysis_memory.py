@@ -95,13 +95,13 @@ class Alive(TorchDispatchMode):
         return out
 
 
-def test_the_noise_of_masks_holds_one_gradient():
+def test_the_noise_of_masks_holds_the_gradient_of_no_linear_layer():
     net = nn.Sequential(*(nn.Linear(30, 30) for _ in range(12)), nn.Dropout())
     batch = torch.randn(4, 30), torch.randn(4, 30)
     with Alive(900) as seen:
         found = tdi.regularizers.gradient_norm(net, batch, "mse", lr=0.1)
     assert found.dropout_noise > 0
-    assert 24 <= seen.most <= 28  # twelve of them are the weights
+    assert 12 <= seen.most <= 17  # twelve of them are the weights
     assert all(x._backward_hooks is None and x.grad is None for x in net.parameters())
 
 

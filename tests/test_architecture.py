@@ -22,7 +22,7 @@ FLOORS = {
         "functional",
         "substitution",
         "vectors",
-        "arrivals",
+        "arrivals", "weight_parts",
         "sites",
         "dropout_calls",
         "module_calls",
