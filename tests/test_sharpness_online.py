@@ -68,16 +68,28 @@ def test_the_largest_node_has_the_residual_that_it_says():
     op = Counted([5.0, 4.5, *torch.rand(70).tolist()])
     found = recurrence(op, 60, Settled(1e-6, 4))
     assert op.count == len(found.nodes) < 40
-    assert found.residual <= 1e-6 * found.top
+    assert found.error <= 1e-6 * found.top and found.error < found.residual
     assert found.top == pytest.approx(5, rel=1e-9)
     assert float(found.weights.sum()) == pytest.approx(1)
     least = recurrence(op, 60, Settled(1.0, 9))
     assert len(least.nodes) == 9  # settled at once, and a density asked for more
 
 
+def test_an_error_is_the_square_of_the_residual_over_the_gap():
+    op, found = Counted([5.0, 4.0, 1.0, *torch.rand(30).tolist()]), []
+    recurrence(op, 12, lambda q: found.append(q))
+    for q in found[5:]:
+        assert abs(q.top - 5.0) <= q.error * (1 + 1e-6) + 1e-12
+        assert q.error <= q.residual
+    assert found[8].error < found[8].residual / 10
+    alone = recurrence(op, 1)
+    assert alone.error == alone.residual > 0
+
+
 def test_a_claim_must_hold_for_two_more_products():
-    def says(count, top, residual):
-        return settled(Quadrature(torch.full((count,), top), torch.ones(1), residual))
+    def says(count, top, error):
+        nodes = torch.full((count,), top)
+        return settled(Quadrature(nodes, torch.ones(1), 9.0, error))
 
     settled = Settled(0.01, 0)
     assert not says(3, 1.0, 0.005) and not says(4, 1.0, 0.005)

@@ -32,7 +32,9 @@ def arrivals(leaves: Sequence[Tensor], receive: Receive) -> Iterator[None]:
         receive: Called with the number of the leaf and its whole gradient.
     """
 
-    def take(g: Tensor, i: int) -> Tensor:
+    def take(g: Tensor | None, i: int) -> Tensor | None:
+        if g is None:  # what is given away elsewhere
+            return None
         receive(i, g)
         return g if g.is_sparse else g.new_zeros(()).expand(g.shape)
 

@@ -19,8 +19,13 @@ from torch_dropout_ir.regularizers.checks import (
     check_finite,
     noise_left_out,
 )
-from torch_dropout_ir.regularizers.inner_products import products, wide_dtype
+from torch_dropout_ir.regularizers.inner_products import (
+    compared,
+    products,
+    wide_dtype,
+)
 from torch_dropout_ir.regularizers.masked import dropout_risk
+from torch_dropout_ir.weight_parts import Factors, WeightParts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +182,18 @@ class _Norms:
     def _watch(self, *_: object) -> None:
         self.met = True
 
-    def _gradients(self, batch: Batch, receive: Callable[[int, Tensor], None]) -> None:
+    def _gradients(
+        self,
+        batch: Batch,
+        receive: Callable[[int, Tensor], None],
+        factors: Callable[[int, Factors], None] | None = None,
+    ) -> None:
         """Draw masks; give each parameter's gradient away as it comes, by number."""
 
         def take(i: int, g: Tensor) -> None:
             receive(i, g.to_dense() if g.is_sparse else g)
+
+        parts = WeightParts(self._targets, factors)
 
         masked = dropout_risk(
             self._model,
@@ -190,23 +202,20 @@ class _Norms:
             shared_mask=self._shared_mask,
             watch=self._watch,
         )
-        with arrivals(self._targets, take), torch.enable_grad(), masked as value:
+        with arrivals(self._targets, take), torch.enable_grad(), parts, masked as value:
             check_differentiable("gradient_norm", value)
+            parts.settle(value)
             torch.autograd.grad(value, self._targets, allow_unused=True)
 
-    def within(
-        self, batch: Batch, num_masks: int, mean: dict[int, Tensor], keep: bool = True
-    ) -> Tensor:
+    def within(self, batch: Batch, num_masks: int, mean: dict[int, Tensor]) -> Tensor:
         """Return value, mean, and mask noise of one batch, each from all of its masks.
 
-        ``mean`` is filled with the mean gradient by number of the parameter; unless
-        ``keep``, each goes as its last gradient comes.
+        ``mean`` is filled with the mean gradient by number of the parameter.
         """
         found = self._table()
         for k in range(num_masks):
             missed = set(mean)
-            keeps = keep or k + 1 < num_masks
-            receive = functools.partial(self._add, found, mean, missed, k, keeps)
+            receive = functools.partial(self._add, found, mean, missed, k)
             self._gradients(batch, receive)
             for i in missed.copy():  # at these masks the loss does not depend on it
                 receive(i, torch.zeros_like(mean[i]))
@@ -219,7 +228,6 @@ class _Norms:
         mean: dict[int, Tensor],
         missed: set[int],
         k: int,
-        keeps: bool,
         i: int,
         g: Tensor,
     ) -> None:
@@ -229,8 +237,7 @@ class _Norms:
         so_far = (g if k == 0 else torch.zeros_like(g)) if so_far is None else so_far
         square, inner, away = products(g, so_far)
         found[i] += torch.stack((square, k * inner, k / (k + 1) * away))
-        if keeps:
-            mean[i] = so_far.lerp_(g, 1 / (k + 1)) if k else g
+        mean[i] = so_far.lerp_(g, 1 / (k + 1)) if k else g
 
     def beside(self, batch: Batch, num_masks: int, mean: dict[int, Tensor]) -> Tensor:
         """Return the value of a batch and its inner product with a mean gradient."""
@@ -253,8 +260,19 @@ class _Norms:
 
     def pair(self, batch: Batch) -> Tensor:
         """Return value, mean, mask noise and batch noise, which is 0, of two masks."""
-        found = self.within(batch, 2, {}, keep=False)
-        return torch.cat((found, found.new_zeros(1)))
+        found, first = self._table(), dict[int, Tensor | Factors]()
+
+        def keep(i: int, factors: Factors) -> None:
+            first[i] = factors.smaller()
+
+        def compare(i: int, g: Tensor | Factors | None) -> None:
+            found[i] += compared(first.pop(i, None), g, self._targets[i])
+
+        self._gradients(batch, first.__setitem__, keep)
+        self._gradients(batch, compare, compare)
+        for i in list(first):  # at the second masks the loss does not depend on it
+            compare(i, None)
+        return torch.cat((self._sum(found), found[0].new_zeros(1)))
 
     def _table(self) -> list[Tensor]:
         return [x.new_zeros(3, dtype=wide_dtype(x).to_real()) for x in self._targets]

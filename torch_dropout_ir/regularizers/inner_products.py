@@ -8,6 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.weight_parts import Factors, row_blocks
+
 # Elements of a gradient that are looked at together.
 _BLOCK: Final = 2**15
 
@@ -32,6 +34,31 @@ def products(g: Tensor, h: Tensor) -> Tensor:
         x, y = (part.to(wide) for part in parts)
         away = x - y
         total += torch.stack((inner(x, x), inner(x, y), inner(away, away)))
+    return total
+
+
+def compared(
+    a: Tensor | Factors | None, b: Tensor | Factors | None, like: Tensor
+) -> Tensor:
+    r"""Return what a pair of gradients of one parameter says, some rows at a time.
+
+    Args:
+        a: The first gradient, as such or as factors; None for zero.
+        b: The second.
+        like: The parameter.
+
+    Returns:
+        :math:`(\lVert a \rVert^2 + \lVert b \rVert^2)/2`, :math:`\langle a, b \rangle`
+        and :math:`\lVert a - b \rVert^2 / 2`.
+    """
+    zero = like.new_zeros(()).expand(like.shape)
+    a, b = zero if a is None else a, zero if b is None else b
+    total = torch.zeros(3, dtype=wide_dtype(like).to_real(), device=like.device)
+    a, b = (g[None] if isinstance(g, Tensor) and not g.ndim else g for g in (a, b))
+    for part in row_blocks(like):
+        x, y = a[part], b[part]
+        square, inner, away = products(x, y)
+        total += torch.stack(((square + products(y, x)[0]) / 2, inner, away / 2))
     return total
 
 

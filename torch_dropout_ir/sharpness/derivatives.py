@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir import tracing
+from torch_dropout_ir.sharpness.linear import linear
 
 _forward: Final = torch.ops.aten.convolution.default
 _backward: Final = torch.ops.aten.convolution_backward.default
@@ -147,6 +148,12 @@ def _relu(input: Tensor, inplace: bool = False) -> Tensor | None:
     return None if inplace or not _ours(input) else _Relu.apply(input)
 
 
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    if not _ours(input, weight) or input.ndim < 2 or weight.ndim != 2:
+        return None
+    return None if tracing.checkpointed() else linear(input, weight, bias)
+
+
 def _plain(
     input: Tensor,
     weight: Tensor,
@@ -197,6 +204,7 @@ def _convolved(
 
 _OWN: Final[dict[Callable[..., Any], Callable[..., Tensor | None]]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
+    F.linear: _linear,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _plain),
     **dict.fromkeys(
         (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed

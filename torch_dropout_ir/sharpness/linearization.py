@@ -27,6 +27,7 @@ from torch_dropout_ir.arrivals import (
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.output_hessian import hessian_product
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
+from torch_dropout_ir.sharpness.linear import added_into
 from torch_dropout_ir.sharpness.surface import Surface
 
 Kind = Literal["hessian", "ggn"]
@@ -84,14 +85,16 @@ class Linearized:
 
     def add(self, row: Tensor, total: Tensor, scale: float = 1.0) -> None:
         """Add the product with ``row`` (``[P]``), times ``scale``, as it is made."""
-        places = total.split([x.numel() for x in self.like])
+        parts = total.split([x.numel() for x in self.like])
+        sums = [s.view(x.shape) for s, x in zip(parts, self.like, strict=True)]
 
         def receive(i: int, g: Tensor) -> None:
-            places[i].view(g.shape).add_(g.detach(), alpha=scale)
+            sums[i].add_(g.detach(), alpha=scale)
 
-        for i, g in enumerate(self._pieces(row, receive)):
-            if g is not None:
-                receive(i, g)
+        with added_into(self.like, sums, scale):
+            for i, g in enumerate(self._pieces(row, receive)):
+                if g is not None:
+                    receive(i, g)
 
     def _one(self, row: Tensor) -> Tensor:
         pieces = zip(self._pieces(row), self.like, strict=True)

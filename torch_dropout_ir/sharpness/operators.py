@@ -159,7 +159,11 @@ def used_parameters(model: nn.Module, loss: Any, batches: Any) -> list[str]:
         >>> used_parameters(net, "mse", (torch.eye(2), torch.zeros(2, 1)))
         ['weight', 'bias']
     """
-    surface = Surface("used_parameters", model, loss, batches, copied=False)
+    return used_by(Surface("used_parameters", model, loss, batches, copied=False))
+
+
+def used_by(surface: Surface) -> list[str]:
+    """Return the names of the parameters that a loss depends on."""
 
     def one(batch: Batch, place: int, seed: int | None) -> Tensor:
         with torch.enable_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,22 @@ class Reading:
     Args:
         data: What :func:`torch_dropout_ir.functional.as_batches` takes.
         model: The model, whose devices' generators count.
+        weigh: What a batch counts for in a mean; None: its number of samples.
 
     Attributes:
         single: The only batch, where there is just one.
         empty: Whether it is known to hold no batch.
     """
 
-    def __init__(self, data: Any, model: nn.Module) -> None:
+    def __init__(
+        self,
+        data: Any,
+        model: nn.Module,
+        weigh: Callable[[Batch], float] | None = None,
+    ) -> None:
         self._batches: Iterable[Batch] = as_batches(data)
         self._model = model
+        self._weigh = weigh
         listed = self._batches if isinstance(self._batches, list) else None
         for batch in listed or ():
             check_pair(batch)
@@ -52,6 +59,10 @@ class Reading:
                 raise
             return 1
 
+    def weight(self, batch: Batch) -> float:
+        """Return what one of the batches counts for in a mean."""
+        return float(self.samples(batch) if self._weigh is None else self._weigh(batch))
+
     def shares(self, adds: bool) -> list[tuple[Batch, float]] | None:
         """Return batches of samples with their shares in the mean, or with 1.
 
@@ -63,7 +74,7 @@ class Reading:
         """
         if not isinstance(self._batches, list):
             return None
-        counts = [(batch, self.samples(batch)) for batch in self._batches]
+        counts = [(batch, self.weight(batch)) for batch in self._batches]
         whole = 1 if adds else sum(n for _, n in counts)
         return [(b, 1.0 if adds else n / whole) for b, n in counts if n] or None
 

@@ -24,11 +24,14 @@ class Quadrature:
         weights: Squared first entries of their vectors, ``[steps]``, which sum to 1.
         residual: :math:`\lVert A v - \lambda v \rVert` of the largest one: an
             eigenvalue of the operator lies within that distance of it.
+        error: Its estimated error: the residual, or its square over the gap to the next
+            node and that one's residual, if that is less (Kato-Temple).
     """
 
     nodes: Tensor
     weights: Tensor
     residual: float
+    error: float
 
     @property
     def top(self) -> float:
@@ -79,15 +82,23 @@ def recurrence(
         if not math.isfinite(left):
             raise ValueError(NOT_FINITE)
         nodes, vectors = torch.linalg.eigh(matrix[: k + 1, : k + 1])
-        found = Quadrature(
-            nodes, vectors[0].square(), abs(left * float(vectors[-1, -1]))
-        )
+        found = _quadrature(nodes, vectors, left)
         least = rounding * float(matrix.abs().max())
         if k + 1 == steps or left <= least or (enough and enough(found)):
             break
         matrix[k, k + 1] = matrix[k + 1, k] = left
         last, v = v, rest.div_(left)
     return found
+
+
+def _quadrature(nodes: Tensor, vectors: Tensor, left: float) -> Quadrature:
+    residuals = [left * abs(x) for x in vectors[-1].tolist()]
+    error = residual = residuals[-1]
+    if len(nodes) > 1:
+        # What the next node may still hide is no part of the gap.
+        gap = float(nodes[-1] - nodes[-2]) - residuals[-2]
+        error = min(residual, residual**2 / gap) if gap > 0 else residual
+    return Quadrature(nodes, vectors[0].square(), residual, error)
 
 
 def _plus_product(total: Tensor, op: Any, v: Tensor) -> Tensor:
@@ -101,7 +112,7 @@ def _plus_product(total: Tensor, op: Any, v: Tensor) -> Tensor:
 class Settled:
     """Whether the largest node is an eigenvalue, and has stayed one.
 
-    A residual within the tolerance says that it is near *an* eigenvalue; so the claim
+    An error within the tolerance says that it is near *an* eigenvalue; so the claim
     must hold for two more products, in which a larger one would come up.
 
     Args:
@@ -119,7 +130,7 @@ class Settled:
     def __call__(self, found: Quadrature) -> bool:
         """Whether to stop."""
         count, allowed = len(found.nodes), self._tol * abs(found.top)
-        if found.residual > allowed:
+        if found.error > allowed:
             self._claimed = None
         elif self._claimed is None or found.top - self._claimed > allowed:
             self._claimed, self._until = found.top, count + self._HOLD

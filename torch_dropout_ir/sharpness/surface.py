@@ -65,6 +65,7 @@ class Surface:
         group: Process group over which batches are spread; ``"auto"``: that of
             ``DistributedDataParallel``, else none.
         copied: False holds the model's own tensors, while nobody writes on them.
+        weigh: What a batch counts for in a mean; None: its number of samples.
 
     Attributes:
         params: Copies of the chosen parameters.
@@ -83,11 +84,12 @@ class Surface:
         params: Subset = None,
         group: Group = "auto",
         copied: bool = True,
+        weigh: Callable[[Batch], float] | None = None,
     ) -> None:
         self.caller = caller
         self.model, self.ranks = unwrapped(model, group)
         self.loss = resolve_loss(loss)
-        self._batches = Reading(batches, self.model)
+        self._batches = Reading(batches, self.model, weigh)
         if self._batches.empty and not self.ranks.spread:
             raise ValueError(f"{caller}: expected at least one batch, got none")
         self.seeds = mask_seeds(caller, masks)
@@ -103,6 +105,16 @@ class Surface:
     def state(self) -> dict[str, Tensor]:
         """Return all parameters and buffers, by name."""
         return {**self.params, **self._rest}
+
+    def hold_statistics(self, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Let batch normalization, by module, use these means and variances alone."""
+        modules = dict(self.model.named_modules())
+        for name, (mean, variance) in found.items():
+            self._modes[modules[name]] = False
+            prefix = f"{name}." if name else ""
+            self._rest |= {
+                f"{prefix}running_mean": mean, f"{prefix}running_var": variance
+            }  # fmt: skip
 
     @property
     def single(self) -> Batch | None:
@@ -214,9 +226,9 @@ class Surface:
         try:
             with contextlib.closing(self._batches.__iter__()) as batches:
                 for place, batch in enumerate(batches):
-                    if not (samples := self._batches.samples(batch)):
+                    if not (own := self._batches.weight(batch)):
                         continue
-                    share = 1.0 if self.loss.reduction == "sum" else float(samples)
+                    share = 1.0 if self.loss.reduction == "sum" else own
                     with self.held(seed):
                         found = function(batch, place, seed).mul_(share)
                     total = found if total is None else total.add_(found)

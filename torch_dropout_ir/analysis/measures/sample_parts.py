@@ -1,24 +1,33 @@
-"""The batch that curvature is of, cut where its graph would be larger than training's.
+"""The batch that curvature is of, cut where its graph would take too much memory.
 
 Semantics:
 
-* The graph of a second derivative keeps some four times what a training pass does.
-  Where that is much, the samples are cut into eight parts, and products are added up
-  over them: it is the same curvature where samples do not see each other.
+* The graph of a second derivative keeps some five times what a training pass does.
+  Where that is more than there is room for, the samples are cut into parts, and
+  products are added up over them: it is the same curvature where samples do not see
+  each other.
 * Whether they do is found out: the loss of the batch is the mean of the parts' losses,
-  here and at parameters moved at random, or it is not. Where it is not (batch
-  normalization in training, a loss over pairs of samples, weights by class), the first
-  eighth stands for the batch, and a sentence says so.
+  by samples or by what the loss counts, here and at parameters moved at random, or it
+  is not.
+* Batch normalization in training mode makes them see each other. Where the batch does
+  not fit as a whole, its means and variances are taken once, of all samples, and held:
+  the loss at the parameters is the same, and its curvature that of the network whose
+  normalization is a fixed affine map, as it is in evaluation. A sentence says so.
+* Samples that see each other otherwise, and do not fit, have no curvature here: what
+  part of them there is room for has another one.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from torch_dropout_ir.analysis.measures.regularizer import terms
 from torch_dropout_ir.functional import (
     Batch,
     Inputs,
@@ -28,52 +37,144 @@ from torch_dropout_ir.functional import (
 )
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.row_chunks import rows_of
+from torch_dropout_ir.sharpness.batch_statistics import (
+    Statistics,
+    batch_statistics,
+    normalizes,
+)
+from torch_dropout_ir.sharpness.subsets import Subset
 from torch_dropout_ir.sharpness.surface import Surface
 
-_OVER: Final = 4  # a second derivative's graph, over what a pass keeps
-_PARTS: Final = 8
+_OVER: Final = 5  # a second derivative's graph, over what a pass keeps
+_PEAK: Final = 1.3  # of what training takes
+_LEAST: Final = 1 / 8  # of that, where parameters alone take more
 _MOVED: Final = 0.1  # of the parameters' root mean square
+_PADDING: Final = -100  # labels that losses of language models leave out
+Coupling = Literal["auto", "batch", "fixed"]
+Weigh = Callable[[Batch], float] | None
+_FIXED: Final = (
+    "batch normalization held at the means and variances of the batch, which are those "
+    "of training, as constants: the curvature without their derivatives"
+)
+_MEET: Final = (
+    "samples of this model or loss see each other, and the graph of all {} is larger "
+    "than there is room for: set `Sharpness(max_bytes=)`, or "
+    '`Sharpness(coupling="batch")` for no bound at all'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The loss surface that curvature is taken of.
+
+    Attributes:
+        batches: Batches, or parts of one.
+        weigh: What each counts for; None: its samples.
+        statistics: What batch normalization is held at.
+        said: A sentence where it is not the loss as it is trained.
+        lacking: Why there is none; empty where there is.
+    """
+
+    batches: Any
+    weigh: Weigh = None
+    statistics: Statistics = dataclasses.field(default_factory=dict)
+    said: str = ""
+    lacking: str = ""
+
+    def surface(self, model: nn.Module, loss: Loss, params: Subset = None) -> Surface:
+        """Return the loss at the model's own tensors, which nobody may move."""
+        found = Surface("sharpness", model, loss, self.batches, params=params,
+                        copied=False, weigh=self.weigh)  # fmt: skip
+        found.hold_statistics(self.statistics)
+        return found
 
 
 def fitting(
-    model: nn.Module, loss: Loss, batches: Any, max_bytes: int
-) -> tuple[Any, str]:
-    """Return batches whose graphs of second derivatives are small, and what they are.
+    model: nn.Module,
+    loss: Loss,
+    batches: Any,
+    max_bytes: int | None = None,
+    coupling: Coupling = "auto",
+) -> Parts:
+    """Return batches whose graphs of second derivatives fit, and what they are of.
 
     Args:
         model: The model; left as it is.
         loss: The loss.
         batches: Batches of the loss surface. Several are taken as they are: one of
             them is in memory at a time.
-        max_bytes: Memory of a graph below which nothing is cut.
+        max_bytes: Memory of a graph below which nothing is cut; None: what is left of
+            1.3 times the memory of plain gradient descent, beside parameters, their
+            gradient, and two vectors of that size; an eighth of that memory at least.
+        coupling: What becomes of batch normalization in training mode: ``"batch"``
+            takes the curvature of the loss as it is trained, the whole batch at once
+            whatever memory that takes; ``"fixed"`` holds means and variances; and
+            ``"auto"`` does so where the whole batch does not fit.
 
     Returns:
-        Batches, and a sentence where they are not all of the samples.
+        The parts.
     """
     given = as_batches(batches)
-    if not isinstance(given, list) or len(given) != 1:
-        return batches, ""
+    if not isinstance(given, list) or len(given) != 1 or coupling == "batch":
+        return Parts(batches)
     batch = given[0]
     try:
         count = batch_size(batch)
     except TypeError:
-        return batches, ""  # inputs that are objects of the script's own
-    whole = Surface("sharpness", model, loss, given, copied=False)
-    if count < 2 or _OVER * _kept(whole, batch) <= max_bytes:
-        return batches, ""
-    step = -(-count // _PARTS)
-    parts = [_rows(batch, count, i, i + step) for i in range(0, count, step)]
+        return Parts(batches)  # inputs that are objects of the script's own
+    whole = Parts(given).surface(model, loss)
+    kept = _kept(whole, batch)
+    room = _room(whole, kept) if max_bytes is None else max_bytes
+    pieces = min(count, -(-_OVER * kept // max(1, room)))
+    held = Parts(given)
+    if normalizes(model) and (coupling == "fixed" or pieces > 1):
+        found = batch_statistics(whole)
+        if found is not None:
+            held = Parts(given, statistics=found, said=_FIXED)
+    if pieces <= 1:
+        return dataclasses.replace(held, batches=batches)
+    if normalizes(model) and not held.statistics:
+        return dataclasses.replace(held, lacking=_MEET.format(count))
+    return _cut(model, loss, batch, held, pieces)
+
+
+def _cut(
+    model: nn.Module, loss: Loss, batch: Batch, whole: Parts, pieces: int
+) -> Parts:
+    """Cut a batch, if its loss is the mean of that of the parts."""
+    count = batch_size(batch)
+    step = -(-count // pieces)
     try:
-        same = _same(whole, Surface("sharpness", model, loss, parts, copied=False))
+        parts = [_rows(batch, count, i, i + step) for i in range(0, count, step)]
+        for weigh in _weights(loss, batch):
+            cut = dataclasses.replace(whole, batches=parts, weigh=weigh)
+            if _same(whole.surface(model, loss), cut.surface(model, loss)):
+                return cut
     except (RuntimeError, ValueError, TypeError, IndexError):
-        return batches, ""  # a model or loss that takes no other number of samples
-    if same:
-        return parts, ""
-    few = max(2, step)  # of one alone, batch normalization makes nothing
-    return [_rows(batch, count, 0, few)], (
-        f"of the first {few} of {count} samples, alone: in this model or loss samples "
-        "see each other, and the graph of them all is larger than `max_bytes`"
-    )
+        return whole  # a model or loss that takes no other number of samples
+    return dataclasses.replace(whole, lacking=_MEET.format(count))
+
+
+def _weights(loss: Loss, batch: Batch) -> Iterator[Weigh]:
+    """What parts may count for: samples, what the loss counts, or labels."""
+    yield None
+    yield lambda part: terms(loss, part)
+    labels = Inputs.of(batch[0]).kwargs.get("labels")
+    if isinstance(labels, Tensor):
+        for first in (0, 1):  # of the next symbol, the first label is left out
+
+            def counted(part: Batch, first: int = first) -> float:
+                own = Inputs.of(part[0]).kwargs["labels"]
+                return float((own[..., first:] != _PADDING).sum())
+
+            yield counted
+
+
+def _room(surface: Surface, kept: int) -> int:
+    """Bytes for a graph, such that no more is taken than the peak allows."""
+    own = sum(x.nbytes for x in surface.params.values())
+    training = 2 * own + kept
+    return int(max(_LEAST * training, _PEAK * training - 4 * own))
 
 
 def _kept(surface: Surface, batch: Batch) -> int:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from torch_dropout_ir import sharpness
 from torch_dropout_ir.analysis.measures.regularizer import weight
-from torch_dropout_ir.analysis.measures.sample_parts import fitting
+from torch_dropout_ir.analysis.measures.sample_parts import Coupling, Parts, fitting
 from torch_dropout_ir.analysis.records import Histogram, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
 from torch_dropout_ir.functional import as_batches
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.density import smoothed
 from torch_dropout_ir.sharpness.landscape import used_up_slice
-from torch_dropout_ir.sharpness.operators import BLOCK_BYTES
+from torch_dropout_ir.sharpness.operators import BLOCK_BYTES, used_by
 from torch_dropout_ir.sharpness.recurrence import Quadrature, Settled, recurrence
 from torch_dropout_ir.sharpness.surface import Surface
 
@@ -45,8 +45,15 @@ class Sharpness:
         density_steps: Least products for the density; 0 leaves it out.
         slice_points: Points of the slice; 0 leaves it out.
         max_parameters: Larger models are left out.
-        max_bytes: Memory for the graph of the second derivative; beyond it the batch
-            is cut into parts.
+        max_bytes: Memory for the graph of the second derivative, beyond which the batch
+            is cut into parts; None: such that the peak is 1.3 times that of training by
+            plain gradient descent, or nearly, where parameters are most of it.
+        coupling: With batch normalization in training mode samples see each other, and
+            cannot be taken apart. ``"batch"``: the curvature of the loss as it is
+            trained, from the whole batch at once, whatever memory that takes;
+            ``"fixed"``: means and variances of the whole batch are held; ``"auto"``:
+            so where the whole batch does not fit. The notes say which it was. The
+            slice of the loss is always that of the loss as it is trained.
     """
 
     name = "sharpness"
@@ -60,8 +67,15 @@ class Sharpness:
         density_steps: int = 10,
         slice_points: int = 11,
         max_parameters: int = 20_000_000,
-        max_bytes: int = 2**26,
+        max_bytes: int | None = None,
+        coupling: Coupling = "auto",
     ) -> None:
+        if coupling not in ("auto", "batch", "fixed"):
+            raise ValueError(
+                "Sharpness: expected `coupling` to be 'auto', 'batch' or 'fixed', got "
+                f"{coupling!r}"
+            )
+        self.coupling: Coupling = coupling
         self.max_bytes = max_bytes
         self.max_parameters = max_parameters
         self.tol = tol
@@ -81,27 +95,29 @@ class Sharpness:
             snapshot.absent["sharpness/top_eigenvalue"] = reason
             return {}
         assert snapshot.loss is not None  # by `needs`
-        batches, said = fitting(
-            snapshot.model, snapshot.loss, snapshot.batches, self.max_bytes
-        )
-        records = self._of(
-            dataclasses.replace(snapshot, batches=batches), frozenset(trained)
-        )
+        parts = fitting(
+            snapshot.model, snapshot.loss, snapshot.batches, self.max_bytes,
+            self.coupling,
+        )  # fmt: skip
+        if snapshot.ranks.any(bool(parts.lacking)):
+            snapshot.absent["sharpness/top_eigenvalue"] = (
+                parts.lacking or "another rank"
+            )
+            return self._slice(snapshot)
+        cut = dataclasses.replace(snapshot, batches=parts.batches)
+        records = self._of(cut, parts, frozenset(trained))
         for tag in records:
             how = snapshot.notes[tag] if tag == "sharpness/trace" else ""
-            snapshot.notes[tag] = "; ".join(filter(None, (how, said)))
-        return records
+            snapshot.notes[tag] = "; ".join(filter(None, (how, parts.said)))
+        return records | self._slice(snapshot)
 
-    def _of(self, snapshot: Snapshot, trained: frozenset[str]) -> dict[str, Record]:
+    def _of(
+        self, snapshot: Snapshot, parts: Parts, trained: frozenset[str]
+    ) -> dict[str, Record]:
         """The records of one loss surface."""
-        surface = Surface(
-            "sharpness",
-            snapshot.model,
-            snapshot.loss,
-            snapshot.batches,
-            params=self._used(snapshot, trained),
-            copied=False,  # nothing moves the parameters meanwhile
-        )
+        assert snapshot.loss is not None
+        used = self._used(snapshot, parts, trained)
+        surface = parts.surface(snapshot.model, snapshot.loss, used)
         own = CurvatureOperator("hessian", surface, BLOCK_BYTES)
         op: Any = own if snapshot.ranks.size == 1 else _Joined(own, snapshot)
         settled = Settled(self.tol, self.density_steps)
@@ -110,9 +126,7 @@ class Sharpness:
             "sharpness/top_eigenvalue": found.top,
             "sharpness/top_eigenvalue_residual": found.residual,
         }
-        records |= self._density(found) | self._trace(own, snapshot)
-        del op, own  # and the second derivative's graph
-        return records | self._slice(snapshot)
+        return records | self._density(found) | self._trace(own, snapshot)
 
     def _trace(self, own: Any, snapshot: Snapshot) -> dict[str, Record]:
         """The trace; of ranks, the mean of theirs, each from draws of its own."""
@@ -129,12 +143,13 @@ class Sharpness:
             "sharpness/trace_standard_error": squared["trace"] ** 0.5,
         }
 
-    def _used(self, snapshot: Snapshot, names: frozenset[str]) -> list[str]:
+    def _used(
+        self, snapshot: Snapshot, parts: Parts, names: frozenset[str]
+    ) -> list[str]:
         """Parameters that the loss depends on; found once for a set of names."""
         if self._names[0] != names:
-            used = sharpness.used_parameters(
-                snapshot.model, snapshot.loss, snapshot.batches
-            )
+            assert snapshot.loss is not None
+            used = used_by(parts.surface(snapshot.model, snapshot.loss))
             counts = snapshot.ranks.sum(dict.fromkeys(used, 1.0))
             if apart := [n for n, k in counts.items() if k < snapshot.ranks.size]:
                 raise ValueError(

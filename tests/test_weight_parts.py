@@ -1,0 +1,136 @@
+"""Gradients that are given away as factors are those of autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torch_dropout_ir as tdi
+from tests.live import Live
+from torch_dropout_ir.regularizers.inner_products import compared
+from torch_dropout_ir.weight_parts import Factors, WeightParts, row_blocks
+
+
+class Twice(nn.Module):
+    """Uses a weight in two layers, and another one in a layer and by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.own = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.shared(torch.tanh(self.shared(x)))
+        return self.own(x) + self.own.weight.sum() * x
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.mix(x, x, x)[0]
+
+
+CASES = {
+    "linear": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
+               (4, 6), {"0.weight", "2.weight"}),
+    "positions": (lambda: nn.Linear(6, 5, bias=False), (4, 2, 3, 6), {"weight"}),
+    "one sample": (lambda: nn.Linear(6, 5), (6,), set()),
+    "convolution": (lambda: nn.Sequential(
+        nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.ReLU(inplace=True),
+        nn.Conv2d(5, 4, (2, 1), dilation=2, padding=(1, 0), bias=False)),
+        (2, 3, 9, 9), {"0.weight", "2.weight"}),
+    "line": (lambda: nn.Conv1d(3, 5, 3, padding=2), (2, 3, 9), {"weight"}),
+    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5), set()),
+    "same": (lambda: nn.Conv2d(4, 6, 3, padding="same"), (2, 4, 5, 5), set()),
+    "twice": (Twice, (4, 6), set()),
+    "attention": (Attention, (3, 4, 6), set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_factors_are_of_the_gradient(case):
+    make, shape, expected = CASES[case]
+    model, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    named = dict(model.named_parameters())
+    names, targets = list(named), list(named.values())
+    given = {}
+    with WeightParts(targets, given.__setitem__) as parts:
+        value = model(x).square().mean()
+        parts.settle(value)
+        found = torch.autograd.grad(value, targets, allow_unused=True)
+    truth = torch.autograd.grad(model(x).square().mean(), targets)
+    assert {names[i] for i in given} == expected
+    for i, (a, b) in enumerate(zip(found, truth, strict=True)):
+        assert (a is None) == (i in given)
+        whole = given[i][:] if i in given else a
+        torch.testing.assert_close(whole, b)
+        if i in given:
+            torch.testing.assert_close(given[i][1:3], b[1:3])
+
+
+def test_a_pair_of_gradients_is_compared_by_rows(monkeypatch):
+    monkeypatch.setattr("torch_dropout_ir.weight_parts._ENTRIES", 20)
+    weight = torch.randn(9, 7)
+    assert [s.start for s in row_blocks(weight)] == [0, 2, 4, 6, 8]
+    a, b = (Factors(torch.randn(4, 9), torch.randn(4, 7), weight, None) for _ in "ab")
+    x, y = a[:].double(), b[:].double()
+    zero = torch.zeros_like(x)
+    for (one, other), (u, v) in (
+        ((a, b), (x, y)), ((a[:], b), (x, y)), ((None, b), (zero, y)),
+        ((a, None), (x, zero)),
+    ):  # fmt: skip
+        expected = torch.stack([
+            (u.square().sum() + v.square().sum()) / 2, (u * v).sum(),
+            (u - v).square().sum() / 2,
+        ])  # fmt: skip
+        found = compared(one, other, weight).double()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    x = torch.tensor(3.0)
+    assert compared(x, None, x).tolist() == [4.5, 0.0, 4.5]
+
+
+def test_the_gradient_is_kept_where_that_is_smaller():
+    weight = torch.randn(5, 6)
+    many = Factors(torch.randn(20, 5), torch.randn(20, 6), weight, None)
+    few = Factors(torch.randn(1, 5), torch.randn(1, 6), weight, None)
+    assert torch.equal(many.smaller(), many[:]) and few.smaller() is few
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c != "one sample"])
+def test_the_noise_of_masks_is_that_of_whole_gradients(monkeypatch, case):
+    make, shape, _ = CASES[case]
+    model = nn.Sequential(nn.Dropout(0.4), make()).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    batch = x, torch.zeros_like(model(x))
+    found = []
+    for settled in (True, False):
+        if not settled:
+            monkeypatch.setattr(WeightParts, "settle", lambda *_: None)
+        torch.manual_seed(0)
+        found.append(tdi.regularizers.gradient_norm(model, batch, "mse", lr=0.1))
+    torch.testing.assert_close(found[0].value, found[1].value)
+    torch.testing.assert_close(found[0].dropout_noise, found[1].dropout_noise)
+    torch.testing.assert_close(found[0].mean_gradient, found[1].mean_gradient)
+
+
+def test_the_noise_of_masks_holds_no_gradient_of_a_large_layer():
+    net = nn.Sequential(nn.Dropout(), *(nn.Linear(500, 500) for _ in range(4)))
+    batch = torch.randn(8, 500), torch.randn(8, 500)
+    own = sum(x.nbytes for x in net.parameters())
+    with Live(net.parameters()) as seen:
+        found = tdi.regularizers.gradient_norm(net, batch, "mse", lr=0.1)
+    assert found.dropout_noise > 0 and seen.most < 0.5 * own
+
+
+def test_nothing_is_given_without_graph_or_under_autocast():
+    layer, given = nn.Linear(4, 3), {}
+    with WeightParts(list(layer.parameters()), given.__setitem__) as parts:
+        with torch.no_grad():
+            assert not layer(torch.randn(2, 4)).requires_grad
+        with torch.autocast("cpu", torch.bfloat16):
+            value = F.mse_loss(layer(torch.randn(2, 4)).float(), torch.zeros(2, 3))
+        parts.settle(value)
+        value.backward()
+    assert not given and layer.weight.grad is not None

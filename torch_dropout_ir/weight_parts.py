@@ -1,0 +1,216 @@
+"""Floor 1: gradients in weights as products that are made some rows at a time.
+
+The gradient in the weight of a linear layer is a product of what went in and of the
+derivative in what came out, and that of a convolution is much the same. Both are often
+smaller than the weight, and norms and inner products need a few rows of the gradient at
+a time: the gradient itself is not made.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from torch_dropout_ir import tracing
+from torch_dropout_ir.arrivals import graph_nodes
+
+_ENTRIES: Final = 2**16  # of a gradient that are made together
+Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
+
+
+class Factors:
+    """The gradient in one weight, not made yet.
+
+    Args:
+        g: Derivative in the layer's output.
+        x: The layer's input.
+        weight: The weight, ``[o, ...]``; its values do not count.
+        geometry: Of a convolution: stride, padding, dilation, False, zeros, groups.
+    """
+
+    def __init__(
+        self, g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry | None
+    ) -> None:
+        self._g, self._x, self._geometry = g, x, geometry
+        self._like = weight.detach()
+
+    def __getitem__(self, part: slice) -> Tensor:
+        if self._geometry is None:
+            return self._g[:, part].T @ self._x
+        some, mask = self._like[part], [False, True, False]
+        found: Tensor = torch.ops.aten.convolution_backward(
+            self._g[:, part], self._x, some, None, *self._geometry, mask
+        )[1]
+        return found
+
+    def smaller(self) -> Tensor | Factors:
+        """Return the gradient itself where that takes less memory."""
+        own = self._g.nbytes + self._x.nbytes
+        return self if own < self._like.nbytes else self[:]
+
+
+def row_blocks(weight: Tensor) -> Iterator[slice]:
+    """Go through the rows of a weight a few at a time."""
+    count = len(weight) if weight.ndim else 1
+    step = max(1, _ENTRIES * count // max(1, weight.numel()))
+    return (slice(i, i + step) for i in range(0, count, step))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, give: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.give = give
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        return (
+            g @ weight if needed[0] else None,
+            ctx.give(Factors(g, x, weight, None)) if needed[1] else None,
+            g.sum(0) if needed[2] else None,
+            None,
+        )
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        give: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.give = geometry, give
+        found: Tensor = torch.ops.aten.convolution(x, weight, bias, *geometry)
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        mask = [needed[0], False, needed[2]]
+        in_x, _, in_bias = torch.ops.aten.convolution_backward(
+            g, x, weight, [len(weight)], *ctx.geometry, mask
+        )
+        given = ctx.give(Factors(g, x, weight, ctx.geometry)) if needed[1] else None
+        return in_x, given, in_bias, None, None
+
+
+class WeightParts(TorchFunctionMode):
+    """Gives the gradients in weights away as factors, in a pass inside the context.
+
+    Weights that a pass uses once, in a linear layer or an ungrouped convolution, are
+    given so; for others, and until :meth:`settle` is called, all is as it is.
+
+    Args:
+        targets: The tensors in which derivatives are taken.
+        receive: Called with the number of a tensor and the factors of its gradient;
+            ``torch.autograd.grad`` then returns None for it. None: nothing is given.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Tensor],
+        receive: Callable[[int, Factors], None] | None,
+    ) -> None:
+        super().__init__()
+        self._numbers = {id(x): i for i, x in enumerate(targets) if receive}
+        self._receive = receive
+        self._given: set[int] = set()
+
+    def settle(self, value: Tensor) -> None:
+        """Find the weights that are used once on the way to what is differentiated."""
+        ends = collections.Counter(
+            self._numbers.get(id(getattr(end, "variable", None)))
+            for node in graph_nodes([value.grad_fn] if value.grad_fn else [])
+            for end, _ in node.next_functions
+        )
+        self._given = {i for i, count in ends.items() if count == 1 and i is not None}
+
+    def _giver(self, i: int) -> Callable[[Factors], Tensor | None]:
+        def give(factors: Factors) -> Tensor | None:
+            if self._receive is None or i not in self._given:
+                return factors[:]
+            self._receive(i, factors)
+            return None
+
+        return give
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        own = _OWN.get(func) if tracing.eager() else None
+        if own is not None and torch.is_grad_enabled() and not tracing.checkpointed():
+            found = own(self, *args, **kwargs)
+            if found is not None:
+                return found
+        return func(*args, **kwargs)
+
+    def _number(self, input: Tensor, weight: Tensor) -> int | None:
+        plain = all(type(x) in (Tensor, nn.Parameter) for x in (input, weight))
+        same = plain and input.dtype == weight.dtype and weight.is_floating_point()
+        if not same or torch.is_autocast_enabled(input.device.type):
+            return None
+        return self._numbers.get(id(weight))
+
+    def _linear(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor | None:
+        i = self._number(input, weight)
+        if i is None or input.ndim < 2 or weight.ndim != 2:
+            return None
+        rows = input.reshape(-1, input.shape[-1])
+        found: Tensor = _Linear.apply(rows, weight, bias, self._giver(i))
+        return found if input.ndim == 2 else found.view(*input.shape[:-1], len(weight))
+
+    def _convolved(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor | None:
+        i = self._number(input, weight)
+        whole = not isinstance(padding, str) and input.ndim == weight.ndim
+        if i is None or groups != 1 or not whole:
+            return None
+        spatial = input.ndim - 2
+        sizes = (
+            [s] * spatial if isinstance(s, int) else [*s] * (spatial // len(s))
+            for s in (stride, padding, dilation)
+        )
+        geometry = (*sizes, False, [0] * spatial, 1)
+        found: Tensor = _Convolution.apply(
+            input, weight, bias, geometry, self._giver(i)
+        )
+        return found
+
+
+_OWN: Final[dict[Callable[..., Any], Callable[..., Tensor | None]]] = {
+    F.linear: WeightParts._linear,
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), WeightParts._convolved),
+}
