@@ -129,6 +129,7 @@ def test_the_page_is_made_of_the_records(script, tmp_path):
     for model in record["numbers"]["models"].values():
         model["test_loss"] = [4 * r1 for r1 in model["R1"]]
         model["train_loss"] = [-r1 for r1 in model["R1"]]
+    record["claims"][3]["values"] = [0.7, 0.8, 0.9]
     path.write_text(json.dumps(record))
     study.write_page(tmp_path)
     page = (tmp_path / "README.md").read_text()
@@ -138,6 +139,13 @@ def test_the_page_is_made_of_the_records(script, tmp_path):
     values = zip(*(m["R1"] for m in record["numbers"]["models"].values()), strict=True)
     most = max(max(r1) - min(r1) for r1 in values)
     assert f"up to {most:.2f} apart, the test losses up to {4 * most:.2f}." in page
+    assert "0.80 [0.70, 0.90] with the test loss" in " ".join(page.split())
+
+
+def test_what_unrelated_models_correlate_is_as_the_page_says():
+    ranks = torch.stack([torch.randperm(9) for _ in range(20_000)])
+    correlation = 1 - (ranks - torch.arange(9)).square().sum(1) / 120
+    assert abs((correlation.abs() > 0.699).float().mean() - 0.04) < 0.01
 
 
 @pytest.mark.parametrize("name", ["convnet", "transformer"])
@@ -149,6 +157,9 @@ def test_the_answers_of_a_record_are_those_of_its_numbers(script, name):
     assert [c.text for c in claims] == [c["text"] for c in record["claims"]]
     for claim, kept in zip(claims, record["claims"], strict=True):
         assert (list(claim.values), claim.verdict) == (kept["values"], kept["verdict"])
+    # What the page says in short of both studies.
+    answers = ["reproduced", "reproduced", "not reproduced", "not reproduced"]
+    assert [c.verdict for c in claims] == answers
     r1, losses = ([m[key][0] for m in models] for key in ("R1", "test_loss"))
     ranks = [torch.tensor(one).argsort().argsort() for one in (r1, losses)]
     expected = torch.corrcoef(torch.stack(ranks).double())[0, 1]

@@ -207,7 +207,10 @@ def report(exp, grid, cells):
 
 
 def draw(path, drops, seeds, found):
-    """The gap against each predictor, one point a model and seed, coloured by p."""
+    """The gap against each predictor, one point a model and seed, coloured by p.
+
+    The bars are standard errors, of those predictors that are sampled.
+    """
     figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
     panels = figure.subplots(2, 3, sharey=True)
     for panel, (name, (title, _)) in zip(panels.flat, PREDICTORS.items(), strict=True):
@@ -219,12 +222,14 @@ def draw(path, drops, seeds, found):
                 if q == p
             ]
             x, y = ([row[key] for row in rows] for key in (name, "gap"))
-            panel.scatter(x, y, color=colour, s=16, label=f"trained at p = {p:g}")
+            error = [row.get(f"{name}_standard_error", 0.0) for row in rows]
+            panel.errorbar(x, y, xerr=error, fmt="o", ms=4, lw=1, color=colour,
+                           label=f"trained at p = {p:g}")  # fmt: skip
         shown = spread(found[name]["correlation"])
         panel.set_title(f"rank correlation {shown}", fontsize=10)
         panel.set_xlabel(title)
         panel.locator_params(axis="x", nbins=5)
     for row in panels:
-        row[0].set_ylabel("gap: test - training loss")
+        row[0].set_ylabel("gap: test - training loss (nats)")
     panels[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path)

@@ -3,14 +3,13 @@
 Question: is the loss slice R_S(theta + alpha d) at the end of training, d random and
 filter-normalized, wider with dropout than without it, and the test accuracy higher?
 
-Four networks (--networks takes some of them), each with and without dropout:
-fnn: 784-1024-1024-10 on MNIST, keep_prob 0.8 after the first hidden layer and 0.5 after
-the second, Adam, lr 1e-4; vgg9: 2048 CIFAR-10 images, keep_prob 0.8, which the text
-does not place, after the hidden linear layers, Nesterov momentum, lr 0.1 divided by 10
-at 1/2, 3/4 and 11/12 of the epochs; resnet20: CIFAR-100, keep_prob 0.8 after each
-block's last activation, gradient descent, lr 0.01; transformer: 2048 pairs of Multi30k,
-German to English, d_model 50, 4 heads of d_k = d_v = 20, d_ff 256, 3 layers, keep_prob
-0.9, label smoothing 0.1, warm-up of 4000 steps.
+Four networks (--networks takes some of them), each with and without dropout: fnn:
+784-1024-1024-10 on MNIST, keep_prob 0.8 after the first hidden layer and 0.5 after the
+second, Adam, lr 1e-4; vgg9: 2048 CIFAR-10 images, keep_prob 0.8, Nesterov momentum, lr
+0.1 divided by 10 at 1/2, 3/4 and 11/12 of the epochs; resnet20: CIFAR-100, keep_prob
+0.8 after each block's last activation, gradient descent, lr 0.01; transformer: 2048
+pairs of Multi30k, German to English, d_model 50, 4 heads of d_k = d_v = 20, d_ff 256, 3
+layers, keep_prob 0.9, label smoothing 0.1, warm-up of 4000 steps.
 
 Accuracy: of the test images; of the words, full stops and ends of the 1000 sentences of
 the test of 2016, each guessed from the right words before it. Words that occur once in
@@ -20,6 +19,12 @@ Width: of the interval around alpha = 0 in which the slice of the training loss 
 the paper's level, the mean over 3 directions; the numbers have that at half the loss of
 guessing too. The first 512 images, or 128 pairs, with batch normalization as in
 evaluation and label smoothing as in training.
+
+Open in the text: what a slice moves. In vgg9 biases and batch normalization's
+parameters too, each tensor of them as a filter is. This was found by the paper's width
+without dropout, 1.42. Seed 0 has 1.42 so; with the biases still 1.61, with batch
+normalization still 2.58, with both still 2.63. In the others the weights alone: in fnn
+the biases change little, in resnet20 and the transformer they were not tried.
 
 Open in the text: the places of dropout. resnet20: as the paper has it for Fig. 7c;
 vgg9: after each pair of convolutions and each hidden linear layer (after the latter
@@ -32,8 +37,19 @@ instead of 300; resnet20: the first 20 classes (2000 images), images of 8 x 8, N
 momentum 0.9 with 64 images a step, lr 0.05, in the last quarter 0.005, 2400 steps
 instead of full batches; transformer: 3000 steps of 32 pairs.
 
-In direction: where a gain is smaller than the paper's, training was shorter and the
-images fewer or smaller; which of these it is was not tried.
+In direction: in fnn and vgg9 no choice tried gives all of the paper's numbers; one seed
+each, weights saved and cut anew. fnn: squared error on one-hot labels has nearly its
+widths, 1.85 without dropout and, after half of the training, 2.67 with it, where the
+paper has 1.58 and 2.82; but then 98.6 % are found without dropout, where the paper, and
+cross-entropy here, have 98.1 %, and with dropout 98.5 % by then, so cross-entropy was
+kept. On 10 000 images the ratio is 0.75, with squared error 1.37; each row of a weight
+as a filter, or biases moved, change it by 0.02; with dropout on the inputs R_S is above
+the level. 100 epochs: 1.13, as with 30. vgg9: dropout after the hidden linear layers
+alone 0.84, after every convolution too 1.47, both without a gain in accuracy; each
+linear layer's row as a filter 1.29, each kernel's whole tensor 1.28, and here 1.31; a
+low rate without batch normalization did not learn. 300 epochs, weights moved alone:
+1.08. resnet20 and the transformer: shorter training, and smaller images in the former;
+longer runs were not made.
 
     python tutorials/paper/fig12_flatness.py --data-root DIR
     python tutorials/paper/fig12_flatness.py --data-root DIR --networks fnn --quick
@@ -59,6 +75,8 @@ PART = 1000  # rows at once: a full batch is not held as a whole
 LEVEL = {"fnn": 0.05, "vgg9": 20.0, "resnet20": 9.0, "transformer": 2.5}
 SPAN = {"fnn": 3.0, "vgg9": 3.0, "resnet20": 2.0, "transformer": 1.0}
 SEEN = {"fnn": 512, "vgg9": 512, "resnet20": 512, "transformer": 128}
+# Whether a slice moves biases and batch normalization's parameters too.
+MOVED = {"fnn": "fixed", "vgg9": "scaled", "resnet20": "fixed", "transformer": "fixed"}
 # Test accuracy and width of the slice, each without and with dropout.
 PAPER = {
     "fnn": (98.1, 98.7, 1.58, 2.82),
@@ -96,7 +114,9 @@ def compute(exp, arm, seed):
     slices = [
         sharpness.loss_slice(
             net, its.loss, seen, alphas,
-            sharpness.filter_normalized_direction(net, generator),
+            sharpness.filter_normalized_direction(
+                net, generator, biases=MOVED[name], norms=MOVED[name]
+            ),
         ).tolist()
         for generator in generators
     ]  # fmt: skip

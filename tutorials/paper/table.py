@@ -12,7 +12,8 @@ HERE = Path(__file__).parent
 TOP = """# The paper, figure by figure
 
 Zhang & Xu, *Implicit Regularization of Dropout*, TPAMI 2024. This page is written by
-`table.py` from `results/*.json`, which the scripts write; nothing in it is typed in.
+`table.py` from `results/*.json`, which the scripts write; the reasons are the scripts'
+own words, and nothing else is typed in.
 `make paper` runs all of them, cheapest first; `make paper ARGS=--quick` has a look at
 each in minutes (its numbers never enter this table). Every script takes `--help`, shows
 its progress, and goes on where it was stopped.
