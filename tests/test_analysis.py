@@ -403,6 +403,7 @@ def test_attaching_twice_and_wrong_arguments():
         ({"loss": 3}, TypeError),
         ({"every": 0}, ValueError),
         ({"every": "often"}, ValueError),
+        ({"data": []}, ValueError),
         ({"budget": 1.0}, ValueError),
         ({"budget": "5%"}, ValueError),
         ({"loss": nn.MSELoss}, TypeError),

@@ -119,6 +119,8 @@ def test_one_event_a_step_and_descriptions_once(run, tmp_path):
     said = {v.tag: v.metadata.summary_description for v in events[0].summary.value}
     for tag in said:
         assert said[tag], f"{tag} has no description"
+    for value in events[0].summary.value:  # else `EventAccumulator` warns of each
+        assert value.metadata.plugin_data.plugin_name, value.tag
     assert "exact, closed form" in said["regularizer/R1"]
     again = [v.metadata.summary_description for v in events[1].summary.value]
     assert not any(again)

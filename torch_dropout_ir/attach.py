@@ -19,7 +19,7 @@ from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.distributed import Ranks, ranks_of
 from torch_dropout_ir.analysis.measures import default_measures
 from torch_dropout_ir.batches import fixed_batches
-from torch_dropout_ir.functional import preserved_rng
+from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.tensorboard import TensorBoardSink
 
@@ -110,6 +110,22 @@ def _torchs_own(optimizer: Any) -> Any:
     return optimizer
 
 
+def _first_batches(data: Any, model: nn.Module) -> list[Batch]:
+    """Return batches that stay as they are.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    with preserved_rng(model):
+        batches = fixed_batches(data)
+    if not batches:
+        raise ValueError(
+            "attach_analysis: expected `data` to hold at least one batch, got none. A "
+            "generator gives its batches once: pass the loader, or a list"
+        )
+    return batches
+
+
 def _instances(given: Any, what: str, needed: tuple[str, ...]) -> list[Any]:
     """Return measures or sinks as a list.
 
@@ -194,8 +210,9 @@ def attach_analysis(
     Raises:
         TypeError: If ``model`` is no module or wholly scripted, ``loss`` is neither
             known nor callable, or ``measures`` or ``sinks`` are none.
-        ValueError: If ``loss``, ``every`` or ``budget`` is out of range, parameters
-            have no data yet (meta device), or ``optimizer`` steps none of the model's.
+        ValueError: If ``loss``, ``every`` or ``budget`` is out of range, ``data`` is
+            empty, parameters have no data yet (meta device), or ``optimizer`` steps
+            none of the model's.
         RuntimeError: If the model has an analysis already, or one of the ranks that
             train it does not attach.
         OSError: If ``log_dir`` cannot be written.
@@ -224,8 +241,7 @@ def attach_analysis(
     optimizer = _torchs_own(optimizer)
     _check(inner, watched, optimizer)
     resolved = None if loss is None else resolve_loss(loss)
-    with preserved_rng(inner):
-        batches = None if data is None else fixed_batches(data)
+    batches = None if data is None else _first_batches(data, inner)
     chosen = default_measures()
     if measures is not None:
         chosen = _instances(measures, "measures", ("name", "needs", "__call__"))

@@ -112,10 +112,10 @@ class Panels:
                 values.add_picture(summary, tag, (png, width, height), said)
             else:
                 value = summary.value.add(tag=tag)
-                values.describe(value, said)
                 value.image.width, value.image.height = width, height
                 value.image.colorspace = 3
                 value.image.encoded_image_string = png
+                values.describe(value, said)
         return summary
 
     def _picture(self, tag: str, image: Image, share: int) -> tuple[bytes, int, int]:

@@ -33,10 +33,16 @@ _CURVES: Final = {
 }
 
 
+_PAGES: Final = {"simple_value": "scalars", "histo": "histograms", "image": "images"}
+
+
 def describe(value: Summary.Value, said: str) -> None:
-    """Attach a description, where there is one."""
+    """Attach a description, where there is one, and the page that it stands on."""
     if said:
         value.metadata.summary_description = said
+        page = _PAGES.get(value.WhichOneof("value"))
+        if page is not None:  # readers warn of metadata without one
+            value.metadata.plugin_data.plugin_name = page
 
 
 def histogram(record: Histogram) -> HistogramProto:
