@@ -1,27 +1,26 @@
 """What an attached analysis costs a training script: time by cadence, and peak memory.
 
 Models of practice: an MLP on images of 784 pixels, ResNet-18 at 32 x 32 with dropout, a
-small GPT. A bare script and a watched one take turns in blocks of steps in one process
-(bare, watched, watched, bare), so that a drift of the machine's pace falls out.
-Reported are the median over these rounds of watched over bare, less 1, and its
-standard error:
+small GPT. A bare script and a watched one take turns in one process, so that a drift of
+the machine's pace falls out:
 
-* off cadence: steps at which nothing is due, of one and the same script, to which the
-  analysis is attached and detached between blocks; beside it what the same steps of the
-  tiny model cost more, over the step of this one, where direct differences drown;
-* ``every="auto"``: the same from outside, as wall time over all rounds, beside the
-  share that the analysis counts itself, both after the first measurement, which is on
-  credit;
+* off cadence: steps of one script at which nothing is due, with the hooks of the
+  analysis in place and without, by turns step by step (bare, watched, watched, bare and
+  the reverse). All else is the same for both, the state of Python's garbage collector
+  included. The median over these rounds of what watched steps take more, its standard
+  error, and the objects that a step leaves for the collector, either way;
+* ``every="auto"``: two scripts in blocks of steps, as wall time over all rounds, beside
+  the share that the analysis counts itself, both after the first measurement, which is
+  on credit;
 * one measurement, by measure, in training steps: over N it is the cost of ``every=N``;
 * peak memory of fresh processes beyond what they hold before the model is made, by
   measure and of all. A tiny model has been trained in them before, with the same
   measures: the code that these load is in memory once, whatever the model's size. What
-  is freed is given back at once in them, so that holes in the heap do not count.
-
-glibc gives memory back and takes it again in the middle of training, at some states of
-the heap and not at others: up to 1200 page faults in a step of the MLP, or none. What
-these cost differs from block to block by more than a step off cadence does; with
-MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 there are none.
+  is freed is given back at once in them, so that holes in the heap do not count. Beside
+  it a floor: parameters and their gradient are in memory when a measurement is made,
+  and a product with the Hessian is of one vector of that size and makes another, so
+  sharpness cannot do with less than four times the parameters, nor the process with
+  less than training.
 
     python benchmarks/overhead.py --png overhead.png
     python benchmarks/overhead.py --models mlp --seconds 20
@@ -29,6 +28,7 @@ MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 there are no
 
 import argparse
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -38,19 +38,21 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.optim.optimizer as hooks
 import torchvision
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis.measures import default_measures
 
 NEVER = 10**9
-WARM = 0.05  # seconds
 MALLOC = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "65536")
-PARTS = ("costs", "auto", "memory")
+PARTS = ("off", "costs", "auto", "memory")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Run = Callable[[int], float]  # from steps to seconds
 COLOURS = ("#1f77b4", "#2ca02c", "#ff7f0e", "#d62728", "#9467bd", "#8c564b")
@@ -146,31 +148,26 @@ class Script:
                 self.model, optimizer=self.optimizer, log_dir=False, **options
             )
 
-    def run_bare(self, steps: int) -> float:
-        """Train after steps that are not timed, as the watched blocks have them."""
-        self.warm_up()
-        return self.run(steps)
-
-    def run_watched(self, steps: int) -> float:
-        """Train with an analysis that has nothing to do; return the seconds."""
+    def switch(self) -> Callable[[bool], None]:
+        """Attach what has nothing to do; return what puts its hooks there or away."""
         cheap = [m for m in default_measures() if m.name in ("gradient", "masks")]
         self.analysis = tdi.attach_analysis(
             self.model, optimizer=self.optimizer, log_dir=False, every=NEVER,
             measures=cheap,
         )  # fmt: skip
-        self.warm_up()  # the step that measures is among these
-        seconds = self.run(steps)
-        self.analysis.detach()
-        self.analysis = None
-        return seconds
+        self.run(5)  # the step that measures is among these
+        places = (
+            hooks._global_optimizer_pre_hooks, hooks._global_optimizer_post_hooks,
+            self.model._forward_pre_hooks, self.model._forward_pre_hooks_with_kwargs,
+        )  # fmt: skip
+        kept = [dict(place) for place in places]
 
-    def warm_up(self) -> None:
-        """Collect garbage, which is no step's, and take the steps that pay for it."""
-        self.run(2)
-        gc.collect()  # it reads every object there is: caches are cold after it
-        until = time.perf_counter() + WARM
-        while time.perf_counter() < until:
-            self.run(1)
+        def watch(on: bool) -> None:
+            for place, own in zip(places, kept, strict=True):
+                place.clear()
+                place.update(own if on else {})
+
+        return watch
 
     def run(self, steps: int) -> float:
         """Train; return the seconds that it took."""
@@ -186,7 +183,7 @@ class Script:
 
 
 class Turns:
-    """Rounds of bare, watched, watched, bare."""
+    """Rounds of bare, watched, watched, bare, in blocks of steps."""
 
     def __init__(self, bare: Run, watched: Run, seconds: float, fewest: int = 8):
         block = max(1, round(0.05 / statistics.median(bare(1) for _ in range(5))))
@@ -198,31 +195,44 @@ class Turns:
             self.bare.append(a + d)
             self.watched.append(b + c)
 
-    @property
-    def step(self) -> float:
-        """Seconds of a bare step."""
-        return statistics.median(self.bare) / self.steps
-
-    def extra(self) -> tuple[float, float]:
-        """What watching adds to a step, relative, and its standard error."""
-        pairs = zip(self.watched, self.bare, strict=True)
-        ratios = [w / b - 1 for w, b in pairs]
-        # Of medians of samples drawn again: outliers are the machine's own.
-        draw = random.Random(0)
-        again = [
-            statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(400)
-        ]
-        return statistics.median(ratios), statistics.stdev(again)
-
     def outside(self) -> float:
         """Share of the watched script's wall time that the bare one does not need."""
         return 1 - sum(self.bare) / sum(self.watched)
 
 
-def off_cadence(name: str, seconds: float) -> Turns:
-    """Steps at which nothing is due, beside bare ones."""
+def off_cadence(name: str, seconds: float) -> dict[str, Any]:
+    """Steps at which nothing is due, beside bare ones, by turns step by step."""
     script = Script(name)
-    return Turns(script.run_bare, script.run_watched, seconds)
+    watch = script.switch()
+    left = {}
+    for on in (True, False):
+        watch(on)
+        script.run(1)
+        gc.collect()
+        gc.disable()
+        before = gc.get_count()[0]
+        script.run(50)
+        left[on] = (gc.get_count()[0] - before) / 50
+        gc.enable()
+    extra, bare, order = [], [], (False, True, True, False)
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        took = []
+        for on in order:
+            watch(on)
+            took.append(script.run(1))
+        pairs = list(zip(took, order, strict=True))
+        bare.append(sum(t for t, on in pairs if not on) / 2)
+        extra.append(sum(t for t, on in pairs if on) / 2 - bare[-1])
+        order = tuple(not on for on in order)
+    script.analysis.detach()
+    # Of medians of samples drawn again: outliers are the machine's own.
+    draw = random.Random(0)
+    again = [statistics.median(draw.choices(extra, k=len(extra))) for _ in range(400)]
+    step = statistics.median(bare)
+    more = statistics.median(extra), statistics.stdev(again)
+    return {"step": step, "off": [x / step for x in more],
+            "left": [left[False], left[True]]}  # fmt: skip
 
 
 def by_measure(name: str, step: float) -> dict[str, float]:
@@ -305,34 +315,54 @@ def memory(name: str) -> dict[str, float]:
     return {key: found / bare for key, found in peaks.items()}
 
 
+def floor(name: str) -> float:
+    """Return the least peak of sharpness over training's: four times the parameters."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        script = Script(name)
+        script.run(2)
+    own = sum(x.nbytes for x in script.model.parameters())
+    events = list(seen.profiler.kineto_results.experimental_event_tree())
+    sizes = []
+    while events:
+        event = events.pop()
+        events.extend(event.children)
+        if "Allocation" in str(event.tag):
+            sizes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    peak = max(itertools.accumulate(size for _, size in sorted(sizes)))
+    return max(1.0, (4 * own + script.inputs.nbytes) / peak)
+
+
 def row(name: str, seconds: float, parts: list[str]) -> dict:
     """Measure one model."""
-    turns = off_cadence(name, seconds)
-    found = {"model": name, "step": turns.step, "off": turns.extra()}
+    found = {"model": name}
+    if "off" in parts or "costs" in parts:
+        found |= off_cadence(name, seconds if "off" in parts else 5)
     if name == "tiny":
         return found
     if "costs" in parts:
-        found["costs"] = by_measure(name, turns.step)
+        found["costs"] = by_measure(name, found["step"])
     if "auto" in parts:
         found["auto"] = automatic(name, seconds)
     if "memory" in parts:
-        found["memory"] = memory(name)
+        found["memory"] = memory(name) | {"floor": floor(name)}
     return found
 
 
 def report(rows: list[dict]) -> str:
     """The tables."""
-    calls = [r["off"][0] * r["step"] for r in rows if r["model"] == "tiny"]
+    timed = [r for r in rows if "off" in r]
+    tiny = [r["off"][0] * r["step"] for r in timed if r["model"] == "tiny"]
     lines = [
         f"{'model':<10}{'bare step':>12}{'off cadence':>22}{'microseconds':>18}"
-        f"{'the tiny step has more, of this step':>38}"
+        f"{'what the tiny step has more':>29}{'objects left, bare, watched':>29}"
     ]
-    for r in rows:
+    for r in timed:
         (extra, error), micro = r["off"], 1e6 * r["step"]
         lines.append(
             f"{r['model']:<10}{micro / 1e3:>9.3f} ms{extra:>+13.3%} +- {error:.3%}"
             f"{extra * micro:>+11.1f} +- {error * micro:.1f}"
-            + "".join(f"{seconds / r['step']:>20.3%}" for seconds in calls)
+            + "".join(f"{seconds / r['step']:>20.3%}" for seconds in tiny)
+            + f"{r['left'][0]:>20.2f} {r['left'][1]:.2f}"
         )
     lines += ["", 'every="auto", budget 5%: share of the wall time']
     for r in (r for r in rows if "auto" in r):

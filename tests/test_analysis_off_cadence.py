@@ -70,6 +70,31 @@ def test_little_runs_at_a_step_that_measures_nothing():
             assert analysis.step == 4
 
 
+def test_a_step_that_measures_nothing_leaves_nothing_for_the_garbage_collector():
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def left():
+        step(model, sgd)
+        gc.collect()
+        before = gc.get_count()[0]
+        for _ in range(100):
+            step(model, sgd)
+        return gc.get_count()[0] - before
+
+    gc.disable()
+    try:
+        bare = left()
+        for every in (100_000, "auto"):
+            with tdi.attach_analysis(
+                model, log_dir=False, every=every, measures=[]
+            ) as analysis:
+                assert left() <= bare + 20  # none of a step's own
+            assert analysis.step == 101
+    finally:
+        gc.enable()
+
+
 def test_compiled_code_is_compiled_once_whatever_is_due():
     for attach_first in (True, False):
         torch._dynamo.reset()

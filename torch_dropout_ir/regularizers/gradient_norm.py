@@ -95,10 +95,9 @@ def gradient_norm(
     not show how far the mean is off, and neither do the errors.
 
     Costs a forward and a backward pass a mask and batch. Memory: beside a pass, whose
-    gradients go one by one as they come, one gradient, and the largest parameter's as
-    it comes. A training step holds its gradient only when its activations have gone:
-    this took 1.0 of a step's where activations are most of it, 1.7 where two parameters
-    are. For optimizers other than gradient descent R_2 is a diagnostic, not the
+    gradients go one by one as they come, one gradient. Of two masks on one batch, those
+    of linear layers and convolutions are held as what they are products of, where that
+    is smaller, and compared some rows at a time. For optimizers other than gradient descent R_2 is a diagnostic, not the
     theory. For a gradient that the script has anyway, ``(lr / 4) * g.square().sum()``
     is one unbiased sample of the first form, free of extra passes.
 

@@ -65,6 +65,7 @@ class Rounds:
         state = state or {}
         self._moved: dict[Key, dict[int, bool]] = dict(state.get("moved", {}))
         self._coupled: list[Key] = list(state.get("coupled", []))
+        self._met: dict[tuple[int, int], tuple[bool, bool]] = {}
         self._most: int = state.get("most", num_matvecs)
         self.exact, self.spent = state.get("exact", 0.0), state.get("spent", 0)
         self.draws: list[list[float]] = [list(x) for x in state.get("draws", [])]
@@ -167,8 +168,13 @@ class Rounds:
             if (noise := seen[i]) is None:
                 continue
             if block.layer and (layer := id(block.layer[0].delta)) not in layers:
-                layers[layer], coupled, cost = self._meetings(residual, block, few)
-                spent += cost
+                # What meets in a layer is the model's doing: one batch tells for all.
+                place = len(blocks), i
+                if place not in self._met:
+                    *found, cost = self._meetings(residual, block, few)
+                    self._met[place] = found[0], found[1]
+                    spent += cost
+                layers[layer], coupled = self._met[place]
                 if coupled:
                     self._coupled.append(key)
                     moved, variances, more = self._look(net, key)
