@@ -28,9 +28,8 @@ in percent of R_1. The number behind a name is its number of draws; "sum" is the
 sum over outputs.
 
 Cost is time in forward-backward passes of the same network and batch, side by side
-({setup}). These networks are small (a pass took {fastest:.2f} to {slowest:.2f} ms): what
-Python does around a pass counts most. `python benchmarks/regularizers.py --costs` has
-larger ones, and the memory.
+({setup}). These networks are small (a pass took {fastest:.2f} to {slowest:.2f} ms):
+what Python does around a pass counts most. `--costs` has larger ones, and the memory.
 
 **Bias** is the mean error of the draws, **spread** the standard deviation of one. What
 is random has a bias of its spread over the root of {repeats}, by chance alone.

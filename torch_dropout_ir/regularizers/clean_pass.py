@@ -180,6 +180,7 @@ def clean_pass(
     outlives: bool = False,
     first: Tensor | None = None,
     bare: bool = False,
+    reduce: Callable[[Any], Any] | None = None,
 ) -> Iterator[CleanPass]:
     """Run ``model`` without noise; take derivatives inside the context.
 
@@ -192,6 +193,7 @@ def clean_pass(
             parameters; else it begins at the first site.
         first: What the first site is given in the place of its input, if anything.
         bare: Whether no code of the user's will run in the context, a loss for one.
+        reduce: Makes the pass's outputs of the model's, of which it then holds none.
 
     Yields:
         The pass.
@@ -215,6 +217,8 @@ def clean_pass(
         calls = stack.enter_context(placed)
         before = random_state(model)
         outputs = call(model, inputs, move_buffers=move_buffers)
+        if reduce is not None:
+            outputs = reduce(outputs)
         noisy = bool(calls.silenced) or not _alike(before, random_state(model))
         uses = seen.uses()
         alone = len(uses) == 1 and not unobservable(model) and not noisy
