@@ -208,6 +208,8 @@ class _Norms:
             keeps = keep or k + 1 < num_masks
             receive = functools.partial(self._add, found, mean, missed, k, keeps)
             self._gradients(batch, receive)
+            if k == 0:
+                _take_apart(mean)
             for i in missed.copy():  # at these masks the loss does not depend on it
                 receive(i, torch.zeros_like(mean[i]))
         counts = num_masks, num_masks * (num_masks - 1) / 2, num_masks - 1
@@ -281,3 +283,15 @@ def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[fl
     if wrong:
         raise ValueError(f"expected a finite learning rate `lr` >= 0, got {wrong[0]}")
     return found
+
+
+def _take_apart(gradients: dict[int, Tensor]) -> None:
+    """Give each gradient memory of its own: those of a sum's terms are one tensor."""
+    seen: set[int] = set()
+    for i, g in gradients.items():
+        spread = any(
+            not step and n > 1 for step, n in zip(g.stride(), g.shape, strict=True)
+        )
+        if spread or g.data_ptr() in seen:
+            gradients[i] = g.clone(memory_format=torch.contiguous_format)
+        seen.add(gradients[i].data_ptr())
