@@ -1,5 +1,7 @@
 """What the estimators hold at once, against a training step of the same model."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,10 @@ from torch_dropout_ir.regularizers import (
     excess,
     gauss_newton,
     gradient_norm,
+    gradient_pairs,
     monte_carlo,
     second_order,
+    tangents,
 )
 
 
@@ -98,6 +102,47 @@ def test_a_pair_of_gradients_is_one_and_a_parameter():
     two = peak(lambda: gradient_norm(net, [(x, y)] * 2, "mse", lr=0.1, num_masks=4))
     assert one < 1.5 * size
     assert two < 1.5 * size
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("model", ["dense", "batch norm", "transformer"])
+def test_the_second_gradient_is_not_beside_the_first(model, shared, monkeypatch):
+    """What the first is worth along the second pass takes no pass back."""
+    torch.manual_seed(0)
+    if model == "dense":
+        net = nn.Sequential(nn.Linear(512, 512), nn.Dropout(0.2), nn.ReLU(),
+                            nn.Linear(512, 512), nn.Dropout(0.5),
+                            nn.Linear(512, 10))  # fmt: skip
+        x = torch.randn(32, 512)
+    else:
+        net, x = MODELS[model]()
+    batch = x, torch.randint(10, (len(x),))
+    found, held, seen = [], [], []
+
+    def spy(*args):
+        seen.append(tangents.along(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(gradient_pairs, "along", spy)
+    for few in (2**60, 0):
+        monkeypatch.setattr(tangents, "_FEWEST", few)
+        monkeypatch.setattr(tangents, "_SHARE", 2**60)
+        run = partial(gradient_norm, net, batch, "cross_entropy", lr=0.1,
+                      shared_mask=shared)  # fmt: skip
+        torch.manual_seed(1)
+        found.append(run())
+        after = torch.rand(1)
+        held.append(peak(run))
+    for name in ("value", "mean_gradient", "dropout_noise"):
+        a, b = (getattr(x, name) for x in found)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert seen and all(x is not None for x in seen)
+    torch.manual_seed(1)
+    run()
+    assert torch.equal(after, torch.rand(1))
+    if model == "dense":
+        step = peak(lambda: F.cross_entropy(net(x), batch[1]).backward())
+        assert held[1] < 1.3 * step < 1.6 * step < held[0]
 
 
 def test_labels_are_drawn_some_samples_at_a_time(monkeypatch):

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.arrivals import arrivals
-from torch_dropout_ir.functional import Batch, as_batches, parameters
-from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.functional import as_batches, parameters
+from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
-    check_differentiable,
     check_finite,
     noise_left_out,
 )
-from torch_dropout_ir.regularizers.inner_products import products, wide_dtype
-from torch_dropout_ir.regularizers.masked import dropout_risk
+from torch_dropout_ir.regularizers.gradient_pairs import GradientPairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +85,13 @@ def gradient_norm(
     Near ``p = 1``, where next to no unit is kept at both masks of a pair, the draws do
     not show how far the mean is off, and neither do the errors.
 
-    Costs a forward and a backward pass a mask and batch. Memory: beside a pass, whose
-    gradients go one by one as they come, one gradient, and the largest parameter's as
-    it comes. A training step holds its gradient only when its activations have gone:
-    this took 1.0 of a step's where activations are most of it, 1.7 where two parameters
-    are. For optimizers other than gradient descent R_2 is a diagnostic, not the
+    Costs a forward and a backward pass a mask and batch. Memory: where gradients are a
+    small part of what a step holds, that of a step and one gradient. Where they are
+    more (and one batch is given, in full precision, with one ``lr``), the second mask
+    of a pair takes a forward pass more, along the first gradient, and only then a
+    backward pass, whose gradients go as they come: this took 1.4 of a step's where
+    two parameters are most of it, and the noise is then known to the rounding of
+    the value. For optimizers other than gradient descent R_2 is a diagnostic, not the
     theory. For a gradient that the script has anyway, ``(lr / 4) * g.square().sum()``
     is one unbiased sample of the first form, free of extra passes.
 
@@ -129,7 +127,8 @@ def gradient_norm(
         raise ValueError(
             f"gradient_norm: expected an even `num_masks` >= 2, got {num_masks}"
         )
-    norms = _Norms(model, resolve_loss(loss), lr, shared_mask)
+    rates = learning_rates(lr, list(parameters(model)))
+    norms = GradientPairs(model, resolve_loss(loss), rates, shared_mask)
     batches = [as_pair(each) for each in as_batches(batch)]
     if len(batches) == 1:
         rows = [norms.pair(batches[0]) for _ in range(num_masks // 2)]
@@ -156,116 +155,6 @@ def gradient_norm(
     )
 
 
-class _Norms:
-    """Squared norms of the gradients of one model, weighted by learning rates."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        lr: float | Mapping[str, float],
-        shared_mask: bool,
-    ) -> None:
-        params = parameters(model)
-        self._model = model
-        self._loss = loss
-        self._rates = learning_rates(lr, list(params))
-        self._targets = list(params.values())
-        self._shared_mask = shared_mask
-        self.met = False  # whether a site acted
-
-    def _watch(self, *_: object) -> None:
-        self.met = True
-
-    def _gradients(self, batch: Batch, receive: Callable[[int, Tensor], None]) -> None:
-        """Draw masks; give each parameter's gradient away as it comes, by number."""
-
-        def take(i: int, g: Tensor) -> None:
-            receive(i, g.to_dense() if g.is_sparse else g)
-
-        masked = dropout_risk(
-            self._model,
-            batch,
-            self._loss,
-            shared_mask=self._shared_mask,
-            watch=self._watch,
-        )
-        with arrivals(self._targets, take), torch.enable_grad(), masked as value:
-            check_differentiable("gradient_norm", value)
-            torch.autograd.grad(value, self._targets, allow_unused=True)
-
-    def within(
-        self, batch: Batch, num_masks: int, mean: dict[int, Tensor], keep: bool = True
-    ) -> Tensor:
-        """Return value, mean, and mask noise of one batch, each from all of its masks.
-
-        ``mean`` is filled with the mean gradient by number of the parameter; unless
-        ``keep``, each goes as its last gradient comes.
-        """
-        found = self._table()
-        for k in range(num_masks):
-            missed = set(mean)
-            keeps = keep or k + 1 < num_masks
-            receive = functools.partial(self._add, found, mean, missed, k, keeps)
-            self._gradients(batch, receive)
-            if k == 0:
-                _take_apart(mean)
-            for i in missed.copy():  # at these masks the loss does not depend on it
-                receive(i, torch.zeros_like(mean[i]))
-        counts = num_masks, num_masks * (num_masks - 1) / 2, num_masks - 1
-        return self._sum(found) / found[0].new_tensor(counts)
-
-    @staticmethod
-    def _add(
-        found: list[Tensor],
-        mean: dict[int, Tensor],
-        missed: set[int],
-        k: int,
-        keeps: bool,
-        i: int,
-        g: Tensor,
-    ) -> None:
-        """Take the gradient of parameter ``i`` at mask ``k`` into sums and mean."""
-        missed.discard(i)
-        so_far = mean.pop(i, None)
-        so_far = (g if k == 0 else torch.zeros_like(g)) if so_far is None else so_far
-        square, inner, away = products(g, so_far)
-        found[i] += torch.stack((square, k * inner, k / (k + 1) * away))
-        if keeps:
-            mean[i] = so_far.lerp_(g, 1 / (k + 1)) if k else g
-
-    def beside(self, batch: Batch, num_masks: int, mean: dict[int, Tensor]) -> Tensor:
-        """Return the value of a batch and its inner product with a mean gradient."""
-        found = self._table()
-
-        def receive(i: int, g: Tensor) -> None:
-            found[i] += products(g, mean.get(i, g.new_zeros(()).expand(g.shape)))
-
-        for _ in range(num_masks):
-            self._gradients(batch, receive)
-        return self._sum(found)[:2] / num_masks
-
-    def across(self, a: Batch, b: Batch, num_masks: int) -> Tensor:
-        """Return value, mean, mask noise (of the first) and batch noise of two."""
-        mean: dict[int, Tensor] = {}
-        first, _, noise = self.within(a, num_masks, mean)
-        second, inner = self.beside(b, num_masks, mean)
-        value = (first + second) / 2
-        return torch.stack((value, inner, noise, value - noise - inner))
-
-    def pair(self, batch: Batch) -> Tensor:
-        """Return value, mean, mask noise and batch noise, which is 0, of two masks."""
-        found = self.within(batch, 2, {}, keep=False)
-        return torch.cat((found, found.new_zeros(1)))
-
-    def _table(self) -> list[Tensor]:
-        return [x.new_zeros(3, dtype=wide_dtype(x).to_real()) for x in self._targets]
-
-    def _sum(self, found: list[Tensor]) -> Tensor:
-        pairs = zip(self._rates, found, strict=True)
-        return torch.stack([rate / 4 * x for rate, x in pairs]).sum(0)
-
-
 def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[float]:
     """Return the learning rate of each parameter.
 
@@ -283,15 +172,3 @@ def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[fl
     if wrong:
         raise ValueError(f"expected a finite learning rate `lr` >= 0, got {wrong[0]}")
     return found
-
-
-def _take_apart(gradients: dict[int, Tensor]) -> None:
-    """Give each gradient memory of its own: those of a sum's terms are one tensor."""
-    seen: set[int] = set()
-    for i, g in gradients.items():
-        spread = any(
-            not step and n > 1 for step, n in zip(g.stride(), g.shape, strict=True)
-        )
-        if spread or g.data_ptr() in seen:
-            gradients[i] = g.clone(memory_format=torch.contiguous_format)
-        seen.add(gradients[i].data_ptr())

@@ -13,6 +13,7 @@ from torch_dropout_ir.functional import Batch, at_sites, batch_size, call, fresh
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_batch, check_site
 from torch_dropout_ir.sites import Site
+from torch_dropout_ir.vectors import Params
 
 
 @contextlib.contextmanager
@@ -23,6 +24,7 @@ def dropout_risk(
     *,
     shared_mask: bool = False,
     watch: Callable[[Site, Tensor, torch.Size], None] | None = None,
+    params: Params | None = None,
 ) -> Iterator[Tensor]:
     """Give ``R_drop`` of a batch at one draw of masks; differentiate it inside.
 
@@ -33,6 +35,7 @@ def dropout_risk(
         shared_mask: If True, one mask serves all samples (the paper's ``eta``); else
             each sample draws its own, as ``nn.Dropout`` does.
         watch: Called at each use with the site, its packed mask and the mask's shape.
+        params: Dual tensors to use in place of the model's parameters.
 
     Yields:
         Scalar.
@@ -49,16 +52,18 @@ def dropout_risk(
         if shared_mask and h.ndim:
             _check_rows(site, shape, batch)
             shape = (1, *shape[1:])
-        own = shape == tuple(h.shape)
+        own = shape == tuple(h.shape) and params is None
         dropped, packed = ops.draw(h if own else h.new_ones(shape), site.p, None)
         if watch is not None:
             watch(site, packed, torch.Size(shape))
         if own:
             return dropped
+        if params is not None:  # with tangents: one product holds the least
+            return h * dropped
         return torch.where(dropped != 0, h * dropped, torch.zeros_like(h))
 
     with at_sites(model, drop):
-        yield loss(call(model, batch[0]), batch[1])
+        yield loss(call(model, batch[0], params), batch[1])
 
 
 def _check_rows(site: Site, shape: tuple[int, ...], batch: Batch) -> None:
