@@ -16,6 +16,7 @@ from torch_dropout_ir.regularizers import (
     gauss_newton,
     gradient_norm,
     gradient_pairs,
+    modified_loss,
     monte_carlo,
     second_order,
     tangents,
@@ -172,3 +173,19 @@ def test_masks_are_weighed_without_the_outputs_at_hand():
     net.zero_grad()
     found = peak(lambda: monte_carlo(net, (x, y), "cross_entropy", num_masks=4))
     assert found < 1.1 * step
+
+
+@pytest.mark.parametrize("model, most", [("convolutional", 2.7), ("batch norm", 3.4)])
+def test_a_trained_form_holds_one_graph_of_a_pass_back(model, most):
+    torch.manual_seed(0)
+    net, x = MODELS[model]()
+    batch = x, torch.randint(10, (len(x),))
+    step = peak(lambda: F.cross_entropy(net(x), batch[1]).backward())
+
+    def run():
+        net.zero_grad()
+        loss = modified_loss(net, batch, "cross_entropy", kind="L1", r1="gauss_newton")
+        loss.backward()
+
+    run()
+    assert peak(run) < most * step

@@ -176,6 +176,7 @@ def clean_pass(
     inputs: Any,
     *,
     twice: bool = False,
+    thrice: bool = False,
     move_buffers: bool = False,
     outlives: bool = False,
     first: Tensor | None = None,
@@ -188,6 +189,7 @@ def clean_pass(
         model: The model; left as it is.
         inputs: Its inputs.
         twice: Whether second derivatives will be taken.
+        thrice: Whether third ones will be.
         move_buffers: Whether the pass moves running statistics as training does.
         outlives: Whether its graph is used after the context, and down to the
             parameters; else it begins at the first site.
@@ -207,7 +209,7 @@ def clean_pass(
     seen = Recorder(outlives, first)
     with torch.enable_grad(), contextlib.ExitStack() as stack:
         if twice:
-            stack.enter_context(_differentiable(outlives))
+            stack.enter_context(_differentiable(thrice))
         for module in model.modules():
             if type(module) is nn.Linear:
                 stack.callback(module.register_forward_hook(seen.read).remove)
@@ -230,10 +232,10 @@ def clean_pass(
 
 
 @contextlib.contextmanager
-def _differentiable(outlives: bool) -> Iterator[None]:
-    """Let a pass be differentiated twice, and once more in the parameters after it."""
+def _differentiable(thrice: bool) -> Iterator[None]:
+    """Let a pass be differentiated twice, or once more."""
     # The fused attention kernels have no second derivative.
-    third = ComposedNormalization() if outlives else contextlib.nullcontext()
+    third = ComposedNormalization() if thrice else contextlib.nullcontext()
     with sdpa_kernel(SDPBackend.MATH), third:
         yield
 
