@@ -20,11 +20,19 @@ Contenders take turns; medians.
 
     python benchmarks/regularizers.py --png regularizers.png
     python benchmarks/regularizers.py --costs
+
+``docs/estimators.md`` and its picture are made from the errors, which can be taken in
+parts, each of them without anything beside it:
+
+    python benchmarks/regularizers.py --errors --losses mse --save 1.json
+    python benchmarks/regularizers.py --errors --losses cross_entropy --save 2.json
+    python benchmarks/regularizers.py --page docs/estimators.md --rows 1.json 2.json
 """
 
 import argparse
 import copy
 import functools
+import json
 import multiprocessing
 import os
 import statistics
@@ -34,6 +42,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from estimator_page import write_page
 from torch import nn
 from tqdm import tqdm
 
@@ -149,6 +158,7 @@ def errors(chosen) -> list[dict]:
         for width in chosen.widths
         for p in chosen.rates
     ]
+    grid = [cell for cell in grid if cell[1] in chosen.losses]
     for sites, loss, width, p in tqdm(grid, desc="errors", disable=None):
         net, x = network(width, p, sites)
         y = torch.randn(32, 4) if loss == "mse" else torch.randint(4, (32,))
@@ -156,21 +166,24 @@ def errors(chosen) -> list[dict]:
         true, uncertain = truth(net, batch, loss, width, sites)
         plain = step(net, batch, resolve_loss(loss))
         seconds(plain)
+        passes = []
         row = {"sites": sites, "loss": loss, "width": width, "p": p, "+-": uncertain}
         for name, run in estimators(net, batch, loss).items():
-            drawn = 1 if name in ("last_layer", "leave_one_out") else chosen.repeats
+            random = name.endswith(tuple("0123456789"))
             times, base, values = [], [], []
-            for _ in range(drawn if "sum" not in name else 1):
+            for _ in range(chosen.repeats if random else 5):
                 base.append(seconds(plain))
                 started = time.perf_counter()
                 values.append(float(run()))
                 times.append(time.perf_counter() - started)
+            passes += base
             off = torch.tensor(values, dtype=torch.float64) / true - 1
             row[name] = (
                 float(off.mean()),
-                float(off.std()) if len(values) > 1 else 0.0,
+                float(off.std()) if random else 0.0,
                 statistics.median(times) / statistics.median(base),
             )
+        row["pass"] = statistics.median(passes)
         rows.append(row)
     return rows
 
@@ -445,6 +458,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--costs", action="store_true", help="the costs alone")
+    parser.add_argument("--errors", action="store_true", help="the errors alone")
+    parser.add_argument("--losses", nargs="+", default=["mse", "cross_entropy"])
+    parser.add_argument("--save", type=Path, help="write the errors into this file")
+    parser.add_argument("--page", type=Path, help="write a page of saved errors")
+    parser.add_argument("--rows", type=Path, nargs="+", help="the saved errors")
     parser.add_argument("--threads", type=int, help="torch's threads; default: its own")
     parser.add_argument("--turns", type=int, default=9, help="turns of the costs")
     parser.add_argument("--repeats", type=int, default=20, help="draws of the errors")
@@ -455,13 +473,26 @@ def main() -> int:
     chosen = parser.parse_args()
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    small_costs(chosen.turns)
-    costs(chosen.turns)
+    if chosen.page:
+        saved = [json.loads(path.read_text()) for path in chosen.rows]
+        write_page(saved, ESTIMATORS, chosen.page)
+        draw(
+            [row for part in saved for row in part["rows"]],
+            chosen.page.with_suffix(".png"),
+        )
+        return 0
+    setup = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    print(setup)
+    if not chosen.errors:
+        small_costs(chosen.turns)
+        costs(chosen.turns)
     if chosen.costs:
         return 0
     rows = errors(chosen)
     print_errors(rows)
+    if chosen.save:
+        about = {"setup": setup, "repeats": chosen.repeats, "rows": rows}
+        chosen.save.write_text(json.dumps(about))
     if chosen.png:
         draw(rows, chosen.png)
     return 0

@@ -8,6 +8,7 @@ from torch import nn
 import torch_dropout_ir as tdi
 from torch_dropout_ir.functional import at_sites, call, fresh
 from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.module_calls import makes_no_calls, measuring
 from torch_dropout_ir.regularizers import gauss_newton, monte_carlo, second_order
 from torch_dropout_ir.regularizers.masked import clean_risk
 from torch_dropout_ir.testing import expected_dropout_loss
@@ -284,3 +285,22 @@ def test_an_exception_leaves_nothing():
     torch.manual_seed(0)
     first = F.dropout(torch.ones(99), 0.5)
     assert 0 < int((first == 0).sum()) < 99
+
+
+def test_models_of_torchs_layers_alone_are_not_looked_on():
+    """Every property that a mode sees costs more than a small pass."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    with at_sites(net, fresh) as calls:
+        assert calls.absent and measuring() and not net[1].training
+    assert not measuring() and net[1].training
+    hook = net[0].register_forward_hook(lambda _, __, h: F.dropout(h, 0.5))
+    assert not makes_no_calls(net)
+    with at_sites(net, fresh) as calls:
+        torch.testing.assert_close(net(torch.ones(2, 3)), net(torch.ones(2, 3)))
+    hook.remove()
+    assert makes_no_calls(net)
+    net[2].forward = lambda h: F.linear(F.dropout(h, 0.5), net[2].weight)
+    assert not makes_no_calls(net)
+    del net[2].forward
+    for other in (nn.RReLU(), nn.AlphaDropout(), tdi.Dropout(), nn.GRU(2, 2)):
+        assert not makes_no_calls(nn.Sequential(*net, other))

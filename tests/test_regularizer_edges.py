@@ -461,6 +461,31 @@ def test_complex_parameters_are_pairs_of_real_ones():
     assert online == pytest.approx(float(expected))
 
 
+@pytest.mark.parametrize("num_masks", [2, 4])
+def test_parameters_that_are_added_up_have_a_gradient_each(num_masks):
+    """Autograd gives one tensor for both."""
+
+    class Sum(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.one, self.two = (nn.Parameter(torch.randn(2, 3)) for _ in range(2))
+            self.drop, self.scale = nn.Dropout(0.5), scale
+
+        def forward(self, x):
+            two = self.two if self.scale is None else self.scale * self.two
+            return self.drop(x) @ (self.one + two).T
+
+    batch = torch.randn(5, 3), torch.randn(5, 2)
+    found = []
+    for scale in (None, 1.0):
+        torch.manual_seed(0)
+        net = Sum(scale)
+        found.append(gradient_norm(net, [batch] * 2, "mse", lr=1.0,
+                                   num_masks=num_masks))  # fmt: skip
+    torch.testing.assert_close(found[0].mean_gradient, found[1].mean_gradient)
+    torch.testing.assert_close(found[0].dropout_noise, found[1].dropout_noise)
+
+
 def test_r2_of_half_precision_does_not_vanish():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Dropout(0.3), nn.Linear(32, 2))

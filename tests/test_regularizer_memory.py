@@ -13,6 +13,7 @@ from torch_dropout_ir.regularizers import (
     excess,
     gauss_newton,
     gradient_norm,
+    modified_loss,
     monte_carlo,
     second_order,
 )
@@ -100,6 +101,17 @@ def test_a_pair_of_gradients_is_one_and_a_parameter():
     assert two < 1.5 * size
 
 
+def test_of_a_pair_no_gradient_of_a_linear_layer_is_held():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(512, 512), nn.Dropout(0.2), nn.ReLU(),
+                        nn.Linear(512, 512), nn.Dropout(0.5),
+                        nn.Linear(512, 10))  # fmt: skip
+    x, y = torch.randn(32, 512), torch.randint(10, (32,))
+    step = peak(lambda: F.cross_entropy(net(x), y).backward())
+    net.zero_grad()
+    assert peak(lambda: gradient_norm(net, (x, y), "cross_entropy", lr=0.1)) < step
+
+
 def test_labels_are_drawn_some_samples_at_a_time(monkeypatch):
     f = torch.randn(64, 50, 8)
     roots = HessianRoots(resolve_loss("cross_entropy"), f, None)
@@ -116,3 +128,30 @@ def test_the_linear_part_of_a_mask_is_summed_block_by_block(monkeypatch):
     monkeypatch.setattr(excess, "_BITS", 2**6)
     found = excess._linear_part(slope, packed, 0.4)
     torch.testing.assert_close(found, (slope * (dropped - 1)).sum())
+
+
+def test_masks_are_weighed_without_the_outputs_at_hand():
+    """Of many classes the outputs are most of what a step holds."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32), nn.Dropout(0.2), nn.Linear(32, 2000))
+    x, y = torch.randn(256, 16), torch.randint(2000, (256,))
+    step = peak(lambda: F.cross_entropy(net(x), y).backward())
+    net.zero_grad()
+    found = peak(lambda: monte_carlo(net, (x, y), "cross_entropy", num_masks=4))
+    assert found < 1.1 * step
+
+
+@pytest.mark.parametrize("model, most", [("convolutional", 2.7), ("batch norm", 3.4)])
+def test_a_trained_form_holds_one_graph_of_a_pass_back(model, most):
+    torch.manual_seed(0)
+    net, x = MODELS[model]()
+    batch = x, torch.randint(10, (len(x),))
+    step = peak(lambda: F.cross_entropy(net(x), batch[1]).backward())
+
+    def run():
+        net.zero_grad()
+        loss = modified_loss(net, batch, "cross_entropy", kind="L1", r1="gauss_newton")
+        loss.backward()
+
+    run()
+    assert peak(run) < most * step

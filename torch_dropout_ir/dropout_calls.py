@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_dropout_ir.attention import attention_weights
-from torch_dropout_ir.module_calls import ModuleCalls
+from torch_dropout_ir.module_calls import ModuleCalls, makes_no_calls
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import checkpointed
 
@@ -69,7 +69,7 @@ class DropoutCalls(ModuleCalls):
         trains: bool = False,
         outlives: bool = False,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, makes_no_calls(model))
         self._apply = apply
         self._outlives = outlives
         self.trains = trains

@@ -48,8 +48,16 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Switch dropout modules off in their calls; a model may ask for their mode."""
+def dropout_off(model: nn.Module, whole: bool = False) -> Iterator[None]:
+    """Switch dropout modules off in their calls; a model may ask for their mode.
+
+    Args:
+        model: The model.
+        whole: Whether nobody asks, and one switch for all calls is enough.
+
+    Yields:
+        Nothing.
+    """
 
     def switch(module: nn.Module, *_: Any, training: bool = False) -> None:
         module.training = training
@@ -58,6 +66,9 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
         for m in filter(is_noise, model.modules()):
             back = functools.partial(switch, training=m.training)
             stack.callback(back, m)
+            if whole:
+                switch(m)
+                continue
             stack.callback(m.register_forward_pre_hook(switch).remove)
             stack.callback(m.register_forward_hook(back, always_call=True).remove)
         yield
@@ -105,16 +116,17 @@ def at_sites(
     """
     model = uncompiled(model)
     chosen = active_sites(model) if sites is None else tuple(sites)
+    calls = DropoutCalls(model, apply, move_buffers, outlives)  # before there are hooks
     with contextlib.ExitStack() as stack:
         if not move_buffers:
             stack.enter_context(unmoved_buffers(model))
-        stack.enter_context(dropout_off(model))
+        stack.enter_context(dropout_off(model, calls.absent))
         for site in chosen:
             handle = site.module.register_forward_hook(
                 lambda _, __, output, site=site: apply(site, output)
             )
             stack.callback(handle.remove)
-        yield stack.enter_context(DropoutCalls(model, apply, move_buffers, outlives))
+        yield stack.enter_context(calls)
 
 
 def fresh(_: Site, h: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,12 +18,15 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
-from torch_dropout_ir.sites import Site
+from torch_dropout_ir.sites import LAYERS, Site
 from torch_dropout_ir.tracing import checkpointed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_OVERRIDING: Final = frozenset(("forward", "_compiled_call_impl"))
+# Modes of such models are on no stack: to look on would cost more than the pass.
+_ABSENT: Final = threading.local()
 _BACKWARD: Final = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
@@ -33,22 +37,29 @@ class ModuleCalls(TorchFunctionMode):
 
     Args:
         model: The model whose modules make the calls.
+        absent: Whether there is none to see.
 
     Attributes:
         again: Whether something ran that may be computed again in a backward pass.
+        absent: Whether it is on no stack, and sees no call.
     """
 
     trains = False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, absent: bool = False) -> None:
         super().__init__()
-        self._compiled = _holds_compiled(model)
-        self._names = {id(m): name for name, m in model.named_modules()}
+        self.absent = absent
+        self._compiled = not self.absent and _holds_compiled(model)
+        named = () if self.absent else model.named_modules()
+        self._names = {id(m): name for name, m in named}
         self._running: list[tuple[nn.Module, dict[str, int]]] = []
         self._hooks = contextlib.ExitStack()
         self.again = False
 
     def __enter__(self) -> Self:
+        if self.absent:
+            _ABSENT.modes = (*_absent(), self)
+            return self
         before = register_module_forward_pre_hook(self._begin)
         self._hooks.callback(before.remove)
         after = register_module_forward_hook(self._end, always_call=True)
@@ -59,6 +70,9 @@ class ModuleCalls(TorchFunctionMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if self.absent:
+            _ABSENT.modes = _absent()[:-1]
+            return
         super().__exit__(*error)
         self._hooks.close()
 
@@ -69,6 +83,9 @@ class ModuleCalls(TorchFunctionMode):
         Every property that is read of a tensor is a call, so that looking on costs more
         than small passes do.
         """
+        if self.absent:
+            yield
+            return
         TorchFunctionMode.__exit__(self, None, None, None)
         try:
             yield
@@ -164,7 +181,22 @@ def replaced() -> bool:
 
 def _modes() -> list[TorchFunctionMode]:
     stack = getattr(torch.overrides, "_get_current_function_mode_stack", None)
-    return [] if stack is None else stack()
+    return [*_absent(), *([] if stack is None else stack())]
+
+
+def _absent() -> tuple[TorchFunctionMode, ...]:
+    return getattr(_ABSENT, "modes", ())
+
+
+def makes_no_calls(model: nn.Module) -> bool:
+    """Whether a model is made of layers of torch alone, which call no dropout."""
+    return not torch.compiler.is_compiling() and all(
+        type(m) in LAYERS
+        and not m._forward_hooks
+        and not m._forward_pre_hooks
+        and m.__dict__.keys().isdisjoint(_OVERRIDING)
+        for m in model.modules()
+    )
 
 
 def _inside(func: Any, mode: TorchFunctionMode) -> Callable[..., Any]:

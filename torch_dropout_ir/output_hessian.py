@@ -49,28 +49,28 @@ def cross_entropy_scale(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     """
     classes = 1 if outputs.ndim > 1 else 0
     weight = loss.option("weight", None)
-    mass = torch.ones_like(outputs.detach().narrow(classes, 0, 1))
     if not isinstance(targets, Tensor):
         if weight is not None:
             raise ValueError(
                 "expected `targets`: the Hessian of a cross-entropy with class weights "
                 "depends on them, got None"
             )
+        mass = torch.ones_like(outputs.detach().narrow(classes, 0, 1))
         return mass / mass.numel() if loss.reduction == "mean" else mass
     smoothing = loss.option("label_smoothing", 0.0)
     if weight is None and not targets.is_floating_point():  # all weigh one
-        mass = (targets != loss.option("ignore_index", -100)).to(mass)
+        mass = (targets != loss.option("ignore_index", -100)).to(outputs)
         mass = mass / mass.sum() if loss.reduction == "mean" else mass
         return mass.unsqueeze(classes)
     if weight is None:
-        weight = mass.new_ones(outputs.shape[classes])
-    weight = weight.detach().to(mass)
+        weight = outputs.new_ones(outputs.shape[classes])
+    weight = weight.detach().to(outputs)
     if targets.is_floating_point():
         weighted = targets.detach().movedim(classes, -1) @ weight
-        count: float | Tensor = float(mass.numel())
+        count: float | Tensor = float(weighted.numel())
         known = torch.ones_like(weighted)
     else:
-        known = (targets != loss.option("ignore_index", -100)).to(mass)
+        known = (targets != loss.option("ignore_index", -100)).to(outputs)
         weighted = weight[torch.where(known > 0, targets, 0)] * known
         count = weighted.sum()
     mass = (1 - smoothing) * weighted + smoothing * weight.mean() * known

@@ -29,6 +29,21 @@ CHANNEL_DROPOUT: Final = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 # At any rank but this one torch reads the input as one sample without batch dimension.
 _BATCHED_RANK: Final = ((nn.Dropout1d, 3), (nn.Dropout3d, 5))
 _OTHER_NOISE: Final = (nn.AlphaDropout, nn.FeatureAlphaDropout)
+# Torch's own layers that draw no noise, or that of dropout, and call no other module.
+_FILES: Final = (
+    "activation", "batchnorm", "container", "conv", "distance", "dropout", "flatten",
+    "fold", "instancenorm", "linear", "normalization", "padding", "pixelshuffle",
+    "pooling", "sparse", "upsampling",
+)  # fmt: skip
+LAYERS: Final = frozenset(
+    kind
+    for kind in vars(nn).values()
+    if isinstance(kind, type)
+    and kind.__module__ in {f"torch.nn.modules.{name}" for name in _FILES}
+) - {nn.MultiheadAttention, nn.RReLU, *_OTHER_NOISE} - {
+    kind for name, kind in vars(nn).items() if name.startswith("FractionalMaxPool")
+}  # fmt: skip
+_QUIET: Final = LAYERS - {nn.Dropout, *CHANNEL_DROPOUT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +157,7 @@ def plain_forward(module: nn.Module) -> Callable[..., Tensor] | None:
 
 def _is_site(module: nn.Module) -> bool:
     """Whether the noise is torch's: a subclass with another forward may draw others."""
-    if isinstance(module, torch.jit.ScriptModule):
+    if type(module) in _QUIET or isinstance(module, torch.jit.ScriptModule):
         return False
     if is_stochastic_depth(module):
         return True
@@ -164,6 +179,8 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 def is_noise(module: nn.Module) -> bool:
     """Whether a module does nothing but draw noise, of a kind that is known or not."""
+    if type(module) in _QUIET:
+        return False
     other = isinstance(module, _OTHER_NOISE)
     return other or _is_site(module) or plain_forward(module) is not None
 
@@ -172,6 +189,8 @@ def unobservable(model: nn.Module) -> dict[str, str]:
     """Return the modules that draw dropout noise out of sight, with the reason."""
     reasons = {}
     for name, module in uncompiled(model).named_modules():
+        if type(module) in LAYERS:
+            continue
         if plain_forward(module) is not None and not _is_site(module):
             reasons[name] = (
                 f"{type(module).__name__} has a forward of its own: what it multiplies "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +105,7 @@ def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> Non
     Raises:
         ValueError: If ``value`` is NaN or infinite.
     """
-    if bool(torch.isfinite(value)):
+    if math.isfinite(float(value.detach())):
         return
     arguments = Inputs.of(inputs)
     places = {

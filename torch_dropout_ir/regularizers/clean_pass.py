@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from torch_dropout_ir.regularizers.recorder import Recorder, Use
 from torch_dropout_ir.regularizers.row_graph import rows_apart
 from torch_dropout_ir.sites import uncompiled, unobservable
 from torch_dropout_ir.tracing import random_state
+
+# Elements of the sites' inputs under which memory is no matter.
+_FEWEST_ELEMENTS: Final = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,11 @@ class CleanPass:
         return [delta for _, _, delta in self.uses]
 
     @property
+    def matters(self) -> bool:
+        """Whether it holds memory worth saving."""
+        return sum(h.numel() for _, h, _ in self.uses) >= _FEWEST_ELEMENTS
+
+    @property
     def names(self) -> list[str]:
         """The site of each use."""
         return [site.name for site, _, _ in self.uses]
@@ -72,6 +80,14 @@ class CleanPass:
                 sites go with it, each as its derivative has been received.
         """
         if not self.uses or not outputs.requires_grad:
+            return
+        if not self.matters:
+            found = torch.autograd.grad(
+                outputs, self.deltas, root, retain_graph=keep, allow_unused=True
+            )
+            for i in reversed(range(len(found))):
+                if found[i] is not None:
+                    receive(i, found[i])
             return
 
         def hook(use: int, g: Tensor) -> None:
@@ -176,10 +192,13 @@ def clean_pass(
     inputs: Any,
     *,
     twice: bool = False,
+    thrice: bool = False,
     move_buffers: bool = False,
     outlives: bool = False,
     first: Tensor | None = None,
     bare: bool = False,
+    reduce: Callable[[Any], Any] | None = None,
+    find_last: bool = True,
 ) -> Iterator[CleanPass]:
     """Run ``model`` without noise; take derivatives inside the context.
 
@@ -187,11 +206,14 @@ def clean_pass(
         model: The model; left as it is.
         inputs: Its inputs.
         twice: Whether second derivatives will be taken.
+        thrice: Whether third ones will be.
         move_buffers: Whether the pass moves running statistics as training does.
         outlives: Whether its graph is used after the context, and down to the
             parameters; else it begins at the first site.
         first: What the first site is given in the place of its input, if anything.
         bare: Whether no code of the user's will run in the context, a loss for one.
+        find_last: Whether to look for the layer that makes the outputs.
+        reduce: Makes the pass's outputs of the model's, of which it then holds none.
 
     Yields:
         The pass.
@@ -205,19 +227,22 @@ def clean_pass(
     seen = Recorder(outlives, first)
     with torch.enable_grad(), contextlib.ExitStack() as stack:
         if twice:
-            stack.enter_context(_differentiable(outlives))
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                stack.callback(module.register_forward_hook(seen.read).remove)
+            stack.enter_context(_differentiable(thrice))
         placed = at_sites(
             model, seen.perturb, move_buffers=move_buffers, outlives=outlives
         )
         calls = stack.enter_context(placed)
-        before = random_state(model)
+        for module in model.modules() if find_last else ():
+            if type(module) is nn.Linear:
+                stack.callback(module.register_forward_hook(seen.read).remove)
+        before = [] if calls.absent else random_state(model)
         outputs = call(model, inputs, move_buffers=move_buffers)
-        noisy = bool(calls.silenced) or not _alike(before, random_state(model))
+        if reduce is not None:
+            outputs = reduce(outputs)
+        noisy = bool(calls.silenced)
+        noisy = noisy or (not calls.absent and not _alike(before, random_state(model)))
         uses = seen.uses()
-        alone = len(uses) == 1 and not unobservable(model) and not noisy
+        alone = find_last and len(uses) == 1 and not unobservable(model) and not noisy
         last = seen.maker(outputs) if alone else None
         seen.close()
         if bare and not calls.again:
@@ -226,10 +251,10 @@ def clean_pass(
 
 
 @contextlib.contextmanager
-def _differentiable(outlives: bool) -> Iterator[None]:
-    """Let a pass be differentiated twice, and once more in the parameters after it."""
+def _differentiable(thrice: bool) -> Iterator[None]:
+    """Let a pass be differentiated twice, or once more."""
     # The fused attention kernels have no second derivative.
-    third = ComposedNormalization() if outlives else contextlib.nullcontext()
+    third = ComposedNormalization() if thrice else contextlib.nullcontext()
     with sdpa_kernel(SDPBackend.MATH), third:
         yield
 

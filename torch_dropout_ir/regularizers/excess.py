@@ -17,6 +17,7 @@ Semantics:
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 import torch
@@ -70,8 +71,9 @@ class ExcessRisk:
         # Other noise than dropout's is drawn afresh for each mask, on both sides.
         self._noisy = not all(torch.equal(a, b) for a, b in states)
         if slopes is None:
-            with clean_pass(model, batch[0]) as clean:
-                slopes = linear_parts(clean, loss, batch[1])
+            risk = functools.partial(_risk, loss, batch[1])
+            with clean_pass(model, batch[0], reduce=risk) as clean:
+                slopes = _of_risk(clean, clean.outputs)
         self._slopes = slopes
 
     @torch.no_grad()
@@ -176,8 +178,16 @@ def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor |
     if clean.unreachable or not clean.uses:
         return []
     read = read_outputs(clean.outputs, loss, targets)
-    risk = read.risk(read.tensors)
-    if not risk.requires_grad:
+    return _of_risk(clean, read.risk(read.tensors))
+
+
+def _risk(loss: Loss, targets: object, outputs: object) -> Tensor:
+    return loss(outputs, targets)
+
+
+def _of_risk(clean: CleanPass, risk: Tensor) -> list[Tensor | None]:
+    """The linear parts of a loss that has been taken already."""
+    if clean.unreachable or not risk.requires_grad:
         return []
     slopes: list[Tensor | None] = [None] * len(clean.uses)
 

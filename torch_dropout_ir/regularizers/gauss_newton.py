@@ -120,7 +120,7 @@ def gauss_newton(
         draws = None if parts is None else join(parts, num_samples)
     if draws is None:
         assert seen.chunks is not None  # else the first pass has given them
-        with _pass(model, batch, resolved) as clean:
+        with _pass(model, batch, resolved, num_samples) as clean:
             read = _read(clean, batch[1], resolved)
             meet = True if seen.chunks.coupled else None
             draws, coupled = seen.forms.draws(clean, read, coupled=meet, keep=False)
@@ -156,10 +156,11 @@ class _Seen(NamedTuple):
 
 
 def _pass(
-    model: nn.Module, batch: Batch, loss: Loss
+    model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None
 ) -> AbstractContextManager[CleanPass]:
     general = loss.kind == "general"
-    return clean_pass(model, batch[0], twice=general, bare=not general)
+    find = num_samples is None  # else nothing is called exact
+    return clean_pass(model, batch[0], twice=general, bare=not general, find_last=find)
 
 
 def _first_pass(
@@ -167,7 +168,7 @@ def _first_pass(
 ) -> _Seen:
     """Check model, batch and loss; take the forms at once where they are small."""
     inputs, targets = batch
-    with _pass(model, batch, loss) as clean:
+    with _pass(model, batch, loss, num_samples) as clean:
         if targets is not None or loss.kind in ("elementwise", "general"):
             check_risk(
                 "gauss_newton", lambda: loss(clean.outputs, targets), model, inputs

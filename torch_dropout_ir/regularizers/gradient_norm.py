@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.arrivals import arrivals
-from torch_dropout_ir.functional import Batch, as_batches, parameters
-from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.functional import as_batches, parameters
+from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
-    check_differentiable,
     check_finite,
     noise_left_out,
 )
-from torch_dropout_ir.regularizers.inner_products import (
-    compared,
-    products,
-    wide_dtype,
-)
-from torch_dropout_ir.regularizers.masked import dropout_risk
-from torch_dropout_ir.weight_parts import Factors, WeightParts
+from torch_dropout_ir.regularizers.gradient_pairs import GradientPairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +88,10 @@ def gradient_norm(
     Costs a forward and a backward pass a mask and batch. Memory: beside a pass, whose
     gradients go one by one as they come, one gradient. Of two masks on one batch, those
     of linear layers and convolutions are held as what they are products of, where that
-    is smaller, and compared some rows at a time. For optimizers other than gradient descent R_2 is a diagnostic, not the
-    theory. For a gradient that the script has anyway, ``(lr / 4) * g.square().sum()``
-    is one unbiased sample of the first form, free of extra passes.
+    is smaller, and compared some rows at a time. For optimizers other than gradient
+    descent R_2 is a diagnostic, not the theory. For a gradient that the script has
+    anyway, ``(lr / 4) * g.square().sum()`` is one unbiased sample of the first form,
+    free of extra passes.
 
     Args:
         model: The model; neither it nor its ``.grad`` fields change.
@@ -133,7 +125,8 @@ def gradient_norm(
         raise ValueError(
             f"gradient_norm: expected an even `num_masks` >= 2, got {num_masks}"
         )
-    norms = _Norms(model, resolve_loss(loss), lr, shared_mask)
+    rates = learning_rates(lr, list(parameters(model)))
+    norms = GradientPairs(model, resolve_loss(loss), rates, shared_mask)
     batches = [as_pair(each) for each in as_batches(batch)]
     if len(batches) == 1:
         rows = [norms.pair(batches[0]) for _ in range(num_masks // 2)]
@@ -158,127 +151,6 @@ def gradient_norm(
     return GradientNorm(
         num_masks=num_masks, shared_mask=shared_mask, notes=notes, **found
     )
-
-
-class _Norms:
-    """Squared norms of the gradients of one model, weighted by learning rates."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        lr: float | Mapping[str, float],
-        shared_mask: bool,
-    ) -> None:
-        params = parameters(model)
-        self._model = model
-        self._loss = loss
-        self._rates = learning_rates(lr, list(params))
-        self._targets = list(params.values())
-        self._shared_mask = shared_mask
-        self.met = False  # whether a site acted
-
-    def _watch(self, *_: object) -> None:
-        self.met = True
-
-    def _gradients(
-        self,
-        batch: Batch,
-        receive: Callable[[int, Tensor], None],
-        factors: Callable[[int, Factors], None] | None = None,
-    ) -> None:
-        """Draw masks; give each parameter's gradient away as it comes, by number."""
-
-        def take(i: int, g: Tensor) -> None:
-            receive(i, g.to_dense() if g.is_sparse else g)
-
-        parts = WeightParts(self._targets, factors)
-
-        masked = dropout_risk(
-            self._model,
-            batch,
-            self._loss,
-            shared_mask=self._shared_mask,
-            watch=self._watch,
-        )
-        with arrivals(self._targets, take), torch.enable_grad(), parts, masked as value:
-            check_differentiable("gradient_norm", value)
-            parts.settle(value)
-            torch.autograd.grad(value, self._targets, allow_unused=True)
-
-    def within(self, batch: Batch, num_masks: int, mean: dict[int, Tensor]) -> Tensor:
-        """Return value, mean, and mask noise of one batch, each from all of its masks.
-
-        ``mean`` is filled with the mean gradient by number of the parameter.
-        """
-        found = self._table()
-        for k in range(num_masks):
-            missed = set(mean)
-            receive = functools.partial(self._add, found, mean, missed, k)
-            self._gradients(batch, receive)
-            for i in missed.copy():  # at these masks the loss does not depend on it
-                receive(i, torch.zeros_like(mean[i]))
-        counts = num_masks, num_masks * (num_masks - 1) / 2, num_masks - 1
-        return self._sum(found) / found[0].new_tensor(counts)
-
-    @staticmethod
-    def _add(
-        found: list[Tensor],
-        mean: dict[int, Tensor],
-        missed: set[int],
-        k: int,
-        i: int,
-        g: Tensor,
-    ) -> None:
-        """Take the gradient of parameter ``i`` at mask ``k`` into sums and mean."""
-        missed.discard(i)
-        so_far = mean.pop(i, None)
-        so_far = (g if k == 0 else torch.zeros_like(g)) if so_far is None else so_far
-        square, inner, away = products(g, so_far)
-        found[i] += torch.stack((square, k * inner, k / (k + 1) * away))
-        mean[i] = so_far.lerp_(g, 1 / (k + 1)) if k else g
-
-    def beside(self, batch: Batch, num_masks: int, mean: dict[int, Tensor]) -> Tensor:
-        """Return the value of a batch and its inner product with a mean gradient."""
-        found = self._table()
-
-        def receive(i: int, g: Tensor) -> None:
-            found[i] += products(g, mean.get(i, g.new_zeros(()).expand(g.shape)))
-
-        for _ in range(num_masks):
-            self._gradients(batch, receive)
-        return self._sum(found)[:2] / num_masks
-
-    def across(self, a: Batch, b: Batch, num_masks: int) -> Tensor:
-        """Return value, mean, mask noise (of the first) and batch noise of two."""
-        mean: dict[int, Tensor] = {}
-        first, _, noise = self.within(a, num_masks, mean)
-        second, inner = self.beside(b, num_masks, mean)
-        value = (first + second) / 2
-        return torch.stack((value, inner, noise, value - noise - inner))
-
-    def pair(self, batch: Batch) -> Tensor:
-        """Return value, mean, mask noise and batch noise, which is 0, of two masks."""
-        found, first = self._table(), dict[int, Tensor | Factors]()
-
-        def keep(i: int, factors: Factors) -> None:
-            first[i] = factors.smaller()
-
-        def compare(i: int, g: Tensor | Factors | None) -> None:
-            found[i] += compared(first.pop(i, None), g, self._targets[i])
-
-        self._gradients(batch, first.__setitem__, keep)
-        self._gradients(batch, compare, compare)
-        for i in list(first):  # at the second masks the loss does not depend on it
-            compare(i, None)
-        return torch.cat((self._sum(found), found[0].new_zeros(1)))
-
-    def _table(self) -> list[Tensor]:
-        return [x.new_zeros(3, dtype=wide_dtype(x).to_real()) for x in self._targets]
-
-    def _sum(self, found: list[Tensor]) -> Tensor:
-        pairs = zip(self._rates, found, strict=True)
-        return torch.stack([rate / 4 * x for rate, x in pairs]).sum(0)
 
 
 def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[float]:

@@ -9,25 +9,22 @@ from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torch_dropout_ir.functional import Batch, at_sites, call, fresh, parameters
+from torch_dropout_ir.functional import Batch, at_sites, call, fresh
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_batch,
-    check_differentiable,
     noise_left_out,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.gradient_norm import learning_rates
-from torch_dropout_ir.regularizers.inner_products import weighted_inner
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
+from torch_dropout_ir.regularizers.penalty import gradient_penalty, twice_differentiable
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import total
-from torch_dropout_ir.sharpness.frozen import TwiceDifferentiable
+from torch_dropout_ir.regularizers.trained_roots import ROOTED, drawn_form
 from torch_dropout_ir.sites import Site, find_sites
 from torch_dropout_ir.tracing import checkpointed
 
@@ -71,10 +68,12 @@ def modified_loss(
 
     Differentiable in the parameters: call ``.backward()`` on it in the place of the
     loss. ``L1`` with ``"last_layer"`` costs a plain step; a penalty on the gradient a
-    second backward pass through the first. That one frees nothing as it goes: every
-    activation stays, its derivative beside it, and the gradient beside that of the
-    penalty: two to four times the memory of a plain step in
-    ``benchmarks/regularizers.py``. Sites under activation
+    second backward pass through the first, and so does ``"gauss_newton"``. Nothing
+    of the first can be freed as it goes: what a double backward holds at the least is
+    every activation and its derivative, twice a plain step's, and the gradient beside
+    that of a penalty. ``benchmarks/regularizers.py`` found 1.3 to 3.3 of a step's, the
+    most with batch normalization, whose second derivative torch puts together from
+    parts. Sites under activation
     checkpointing cannot be trained with ``L1``, ``L2`` and ``L4``:
     they would run again with dropout on. Not-a-number in gives not-a-number out.
 
@@ -87,9 +86,11 @@ def modified_loss(
             one a parameter name.
         r1: How ``L1`` and ``L4`` take R_1. ``"last_layer"`` and ``"leave_one_out"``
             need one ``nn.Dropout`` straight before the last linear layer;
-            ``"gauss_newton"`` and ``"second_order"`` draw one vector of signs, and
-            compute layer, batch and instance normalization in elementary operations,
-            for torch has no right third derivative of them;
+            ``"gauss_newton"`` draws signs on the outputs of a squared loss or a
+            cross-entropy, and takes second derivatives alone; of other losses it
+            draws signs on the units, as ``"second_order"`` does, and both compute
+            layer, batch and instance normalization in elementary operations, for
+            torch has no right third derivative of them;
             ``"monte_carlo"`` draws one mask and is unbiased for every model.
 
     Returns:
@@ -118,25 +119,14 @@ def modified_loss(
     if kind in ("L1", "L4"):
         with _not_checkpointed(model):
             return _with_r1(model, batch, resolved, kind, r1)
-    with _twice_differentiable():
+    with twice_differentiable():
         risk = _dropout_risk(model, batch, resolved, move_buffers=kind != "L2")
     assert lr is not None  # by `_check`
-    penalty = _penalty(model, risk, lr)
+    penalty = gradient_penalty(model, risk, lr)
     if kind == "L2":
         with _not_checkpointed(model):
             return penalty + _clean_risk(model, batch, resolved, move_buffers=True)
     return risk - penalty if kind == "L3" else risk + penalty
-
-
-@contextlib.contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    """Run nothing that has no second derivative, or a wrong one."""
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        TwiceDifferentiable(),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        yield
 
 
 def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:
@@ -194,8 +184,14 @@ def _with_r1(model: nn.Module, batch: Batch, loss: Loss, kind: str, r1: str) -> 
         excess = _dropout_risk(model, batch, loss, move_buffers=False) - clean
     else:
         twice = r1 in ("gauss_newton", "second_order")
+        thrice = twice and (r1 == "second_order" or loss.kind not in ROOTED)
         with clean_pass(
-            model, batch[0], twice=twice, move_buffers=kind == "L1", outlives=True
+            model,
+            batch[0],
+            twice=twice,
+            thrice=thrice,
+            move_buffers=kind == "L1",
+            outlives=True,
         ) as passed:
             for said in noise_left_out(model, passed.noisy, met=True):
                 warnings.warn(f"modified_loss: R_1: {said}", stacklevel=3)
@@ -214,6 +210,9 @@ def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
     if r1 in ("gauss_newton", "second_order"):
         read = read_outputs(clean.outputs, loss, targets)
         check_curvature(read)
+        rooted = read.loss is not None and read.loss.kind in ROOTED
+        if r1 == "gauss_newton" and rooted:
+            return total(drawn_form(clean, read, targets), read.tensors[0])
         curvature = SiteCurvature(
             clean, read, linearized=r1 == "gauss_newton", create_graph=True
         )
@@ -266,23 +265,6 @@ def fits_last_layer(clean: CleanPass, loss: Loss) -> bool:
 
 def _by_element(site: Site, features: Tensor) -> bool:
     return site.mask_shape(features.shape) == tuple(features.shape)
-
-
-def _penalty(model: nn.Module, risk: Tensor, lr: float | Mapping[str, float]) -> Tensor:
-    params = parameters(model)
-    rates = learning_rates(lr, list(params))
-    check_differentiable("modified_loss", risk)
-    # A root that requires a gradient: without one, torch takes a loss that can be
-    # differentiated once for a linear one, and says nothing.
-    root = torch.ones_like(risk).requires_grad_()
-    found = torch.autograd.grad(
-        risk, list(params.values()), root, create_graph=True, allow_unused=True
-    )
-    pairs = [(r, g) for r, g in zip(rates, found, strict=True) if g is not None]
-    if not pairs:
-        return risk.new_zeros(())
-    own, slopes = zip(*pairs, strict=True)
-    return weighted_inner(own, slopes, slopes)
 
 
 def _dropout_risk(

@@ -31,8 +31,6 @@ from torch_dropout_ir.regularizers.outputs import OutputsRead, replace_rows
 
 T = TypeVar("T")
 
-# Elements of the sites' inputs under which memory is no matter.
-_FEWEST_ELEMENTS: Final = 2**16
 # Fewer rows are not taken apart.
 _FEWEST_ROWS: Final = 4
 # One row of so many is in the first chunk, which tells at small cost whether samples
@@ -40,11 +38,6 @@ _FEWEST_ROWS: Final = 4
 # q)^m`` of cases.
 _FIRST: Final = 8
 _SEED: Final = 0
-
-
-def matters(clean: CleanPass) -> bool:
-    """Whether a pass holds memory worth saving."""
-    return sum(h.numel() for _, h, _ in clean.uses) >= _FEWEST_ELEMENTS
 
 
 class RowChunks:
@@ -84,11 +77,12 @@ class RowChunks:
     @staticmethod
     def pay(clean: CleanPass, read: OutputsRead) -> bool:
         """Whether there are rows to take apart, and memory worth saving."""
+        if not clean.matters:
+            return False
         counts = {x.shape[0] if x.ndim else 0 for x in read.tensors}
         count = next(iter(counts))
-        if len(counts) != 1 or count < _FEWEST_ROWS or not clean.by_samples(count):
-            return False
-        return matters(clean)
+        many = len(counts) == 1 and count >= _FEWEST_ROWS
+        return many and clean.by_samples(count)
 
     def apart(self) -> bool:
         """Whether a few rows run alone as among all, and do not meet each other."""

@@ -26,7 +26,7 @@ from torch_dropout_ir.regularizers.outputs import (
     read_outputs,
     without_graph,
 )
-from torch_dropout_ir.regularizers.row_chunks import RowChunks, matters
+from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble, join, signs
 from torch_dropout_ir.sites import Site
@@ -158,7 +158,7 @@ def _first_pass(
         if RowChunks.pay(clean, read):
             kept = read_outputs(without_graph(clean.outputs), loss, batch[1])
             chunks = RowChunks(model, batch[0], clean, kept, twice=True, parts=_CHUNKS)
-        elif not matters(clean):
+        elif not clean.matters:
             meet = bool(clean.uses) and clean.couples_samples(read.tensors)
             coupled = coupled or meet
             curvature = SiteCurvature(clean, read, linearized=False)

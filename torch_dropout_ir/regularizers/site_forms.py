@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.sites import Site
 
 Form = tuple[str, Tensor]
+_NAN: Final = float("nan")
 
 
 def by_row(site: Site, form: Tensor) -> Form:
@@ -29,7 +31,15 @@ def signs(site: Site, h: Tensor) -> Tensor:
 def total(forms: Sequence[Form], like: Tensor, name: str | None = None) -> Tensor:
     """Return the sum of all forms, or of those of one site."""
     parts = [form.sum() for site, form in forms if name in (None, site)]
+    if len(parts) == 1:
+        return parts[0]
     return torch.stack(parts).sum() if parts else like.new_zeros(())
+
+
+def _mean(draws: Sequence[Sequence[Form]], like: Tensor, name: str) -> Tensor:
+    """Return the mean over draws of the part of a site."""
+    totals = [total(draw, like, name) for draw in draws]
+    return torch.stack(totals).mean() if len(totals) > 1 else totals[0]
 
 
 def join(
@@ -77,10 +87,7 @@ def assemble(
         The estimate.
     """
     names = dict.fromkeys(uses)
-    per_site = {
-        name: torch.stack([total(draw, like, name) for draw in draws]).mean()
-        for name in names
-    }
+    per_site = {name: _mean(draws, like, name) for name in names}
     reached = {name for draw in draws for name, _ in draw}
     notes = tuple(
         f"site `{name}`: 0, for the loss does not depend on it (or the model cuts its "
@@ -90,7 +97,7 @@ def assemble(
     )
     if like.dtype == torch.float16:
         notes = (*notes, "in float16 parts below 6e-8 vanish: use float32 or bfloat16")
-    value = sum(per_site.values(), like.new_zeros(()))
+    value = torch.stack([*per_site.values()]).sum() if names else like.new_zeros(())
     error = _standard_error(draws, like, num_samples, coupled)
     return Estimate(value, per_site, error, exact, num_samples or 0, notes=notes)
 
@@ -107,15 +114,12 @@ def _standard_error(
     samples = draws[0][0][1].shape[0]
     aligned = all(form.shape[0] == samples for draw in draws for _, form in draw)
     if aligned and not coupled:
+        if num_samples == 1:
+            own = torch.stack([f for _, f in draws[0]]).sum(0)
+            return samples**0.5 * own.std() if samples > 1 else like.new_tensor(_NAN)
         rows = torch.stack([torch.stack([f for _, f in draw]).sum(0) for draw in draws])
-        if num_samples > 1:
-            return (rows.var(0).sum() / num_samples).sqrt()
-        return (
-            samples**0.5 * rows[0].std()
-            if samples > 1
-            else rows.new_tensor(float("nan"))
-        )
+        return (rows.var(0).sum() / num_samples).sqrt()
     if num_samples == 1:
-        return like.new_tensor(float("nan"))
+        return like.new_tensor(_NAN)
     totals = torch.stack([total(draw, like) for draw in draws])
     return totals.std() / num_samples**0.5

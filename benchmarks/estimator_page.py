@@ -1,0 +1,120 @@
+"""The page ``docs/estimators.md``, written from what ``regularizers.py`` measured."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+# What theory says; the rest of the page is measured.
+EXACT = {
+    "last_layer": "one site before the last layer, squared loss",
+    "leave_one_out": "as `last_layer`; any loss as p goes to 0",
+    "gauss_newton, 1": "in the mean, as `last_layer`",
+    "gauss_newton, sum": "as `last_layer`",
+    "second_order, 1": "in the mean, as `last_layer`",
+    "monte_carlo, 8": "in the mean, always",
+    "monte_carlo, 64": "in the mean, always",
+}
+CASES = [(s, x) for s in ("one", "two") for x in ("mse", "cross_entropy")]
+NAMES = {"mse": "MSE", "cross_entropy": "cross-entropy"}
+
+HEAD = """# The estimators of R_1, measured
+
+Written by `benchmarks/regularizers.py`, whose docstring has the commands: a network
+16-width-width-4 with tanh, 32 samples, float32, dropout straight before the last layer
+(one site) or before both of the last two (two sites). Of each estimator {repeats} draws
+are held against the truth: every mask where that is possible, Lemma 1 for a squared
+loss and one site, else masks at random to the error in the column "truth". Errors are
+in percent of R_1. The number behind a name is its number of draws; "sum" is the exact
+sum over outputs.
+
+Cost is time in forward-backward passes of the same network and batch, side by side
+({setup}). These networks are small (a pass took {fastest:.2f} to {slowest:.2f} ms):
+what Python does around a pass counts most. `--costs` has larger ones, and the memory.
+
+**Bias** is the mean error of the draws, **spread** the standard deviation of one. What
+is random has a bias of its spread over the root of {repeats}, by chance alone.
+
+![Bias against p]({picture})
+
+## In short
+
+"Off by" is the largest bias over all widths ({widths}) and p ({rates}); spread and cost
+are medians over them.
+"""
+
+
+def write_page(parts: Sequence[dict], estimators: Sequence[str], path: Path) -> None:
+    """Write the page.
+
+    Args:
+        parts: What ``--save`` has written.
+        estimators: Names in their order.
+        path: The file; its picture lies beside it.
+    """
+    rows = [row for part in parts for row in part["rows"]]
+    passes = [1e3 * row["pass"] for row in rows]
+    text = HEAD.format(
+        repeats=parts[0]["repeats"],
+        setup=parts[0]["setup"],
+        picture=path.with_suffix(".png").name,
+        widths=_several(rows, "width"),
+        rates=_several(rows, "p"),
+        fastest=min(passes),
+        slowest=max(passes),
+    )
+    text += _summary(rows, estimators)
+    for sites, loss in CASES:
+        chosen = [r for r in rows if (r["sites"], r["loss"]) == (sites, loss)]
+        if chosen:
+            text += _details(chosen, estimators, sites, loss)
+    path.write_text(text)
+    print(f"page: {path}")
+
+
+def _several(rows: Sequence[dict], key: str) -> str:
+    return ", ".join(str(x) for x in sorted({row[key] for row in rows}))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _summary(rows: Sequence[dict], estimators: Sequence[str]) -> str:
+    cases = [c for c in CASES if any((r["sites"], r["loss"]) == c for r in rows)]
+    titles = [f"{sites} site{'s' * (sites == 'two')}, {NAMES[x]}" for sites, x in cases]
+    text = "\n" + _line(["estimator", "exact", *titles, "cost"])
+    text += "|---|---|" + "---:|" * (len(cases) + 1) + "\n"
+    for name in estimators:
+        cells = [f"`{name}`", EXACT[name]]
+        for case in cases:
+            found = [
+                r[name] for r in rows if name in r and (r["sites"], r["loss"]) == case
+            ]
+            if not found:
+                cells.append("-")
+                continue
+            bias = max((x[0] for x in found), key=abs)
+            spread = median(x[1] for x in found)
+            said = f"off by {100 * bias:+.1f}"
+            cells.append(said + (f", spread {100 * spread:.1f}" if spread else ""))
+        costs = [row[name][2] for row in rows if name in row]
+        text += _line([*cells, f"{median(costs):.1f}"])
+    return text
+
+
+def _details(
+    rows: Sequence[dict], estimators: Sequence[str], sites: str, loss: str
+) -> str:
+    names = [name for name in estimators if name in rows[0]]
+    title = f"{sites.capitalize()} site{'s' * (sites == 'two')}, {NAMES[loss]}"
+    text = f"\n## {title}: bias ± spread in %, (cost)\n\n"
+    text += _line(["width", "p", "truth ±", *(f"`{name}`" for name in names)])
+    text += "|---:" * (3 + len(names)) + "|\n"
+    for row in rows:
+        cells = [str(row["width"]), str(row["p"]), f"{100 * row['+-']:.2f}"]
+        for name in names:
+            bias, spread, cost = (row[name][0], row[name][1], row[name][2])
+            around = f" ± {100 * spread:.1f}" if spread else ""
+            cells.append(f"{100 * bias:+.1f}{around} ({cost:.1f})")
+        text += _line(cells)
+    return text
