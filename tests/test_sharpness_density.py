@@ -66,6 +66,20 @@ def test_weights_are_squared_first_entries_not_whole_vectors():
     assert ((found.weights * found.nodes**8).sum() - beyond).abs() > 1e-6
 
 
+def test_two_vectors_give_the_same_quadrature_as_a_basis():
+    """Where a basis does not fit: no second rule for the weights."""
+    matrix = torch.randn(40, 40).double()
+    matrix = matrix + matrix.T
+    torch.manual_seed(1)
+    held = sharpness.spectral_density(matrix, 10)
+    torch.manual_seed(1)
+    lean = sharpness.spectral_density(matrix, 10, max_bytes=0)
+    torch.testing.assert_close(lean.nodes, held.nodes)
+    torch.testing.assert_close(lean.weights, held.weights)
+    torch.testing.assert_close(lean.density, held.density)
+    assert lean.num_matvecs == 10
+
+
 def test_the_density_is_that_of_the_eigenvalues_within_its_error():
     values = torch.cat((torch.randn(280) * 0.2, torch.full((20,), 3.0)))
     matrix = symmetric(values)

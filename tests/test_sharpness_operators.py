@@ -422,6 +422,71 @@ def test_modes_and_hooks_are_given_back_after_an_error():
         assert all(m.training and not m._forward_hooks for m in net.modules())
 
 
+class Counts(nn.Module):
+    """Its output depends on a buffer that every pass moves, and it can break."""
+
+    def __init__(self):
+        super().__init__()
+        self.out, self.broken = nn.Linear(3, 2), False
+        self.register_buffer("passes", torch.ones(()))
+
+    def forward(self, x):
+        self.passes += 1
+        y = self.out(x) * self.passes
+        if self.broken:
+            raise RuntimeError("broken")
+        return y
+
+
+@pytest.mark.parametrize("masks", ["off", 3])
+def test_passes_do_not_see_each_others_buffers(masks):
+    net, (x, y) = Counts().double(), data()
+    for batches in ((x, y), [(x[:4], y[:4]), (x[4:], y[4:])]):
+        op = sharpness.ggn(net, "mse", batches, masks=masks)
+        once = op.dense()
+        torch.testing.assert_close(op.dense(), once)
+        assert net.passes == 1
+        net.eval()
+        other = sharpness.hessian(net, "mse", (x, y)).dense()
+        torch.testing.assert_close(other, once)  # linear in its parameters
+
+
+def everything(net, batch):
+    """All that looks at a model."""
+    op = sharpness.hessian(net, "mse", batch)
+    sharpness.trace(op, 20, method="layerwise")
+    sharpness.top_eigenvalues(op), sharpness.ggn(net, "mse", batch).dense()
+    sharpness.hessian(net, "mse", batch, masks=3).dense()
+    noise = sharpness.gradient_covariance(net, batch, "mse", num_masks=3)
+    sharpness.variance_flatness(net, "mse", batch, noise, k=1)
+    direction = sharpness.filter_normalized_direction(net)
+    sharpness.loss_slice(net, "mse", batch, [0.0, 1.0], direction)
+    sharpness.sam_sharpness(net, "mse", batch)
+
+
+def test_nothing_is_written_on_models_modules_or_parameters():
+    net, batch = mlp(), data()
+    held = [*net.modules(), *net.parameters()]
+    before = [{k: str(v) for k, v in vars(x).items()} for x in held]
+    everything(net, batch)
+    assert [{k: str(v) for k, v in vars(x).items()} for x in held] == before
+
+
+def test_hooks_are_taken_off_where_a_pass_fails():
+    net, batch = Counts().double(), data()
+    op = sharpness.hessian(net, "mse", batch)
+    net.broken = True
+    for run in (
+        lambda: sharpness.trace(op, 20, method="layerwise"),
+        lambda: sharpness.hessian(net, "mse", batch),
+        lambda: sharpness.gradient_covariance(net, batch, "mse", num_masks=2),
+    ):
+        with pytest.raises(RuntimeError, match="broken"):
+            run()
+        for module in net.modules():
+            assert not module._forward_hooks and not module._forward_pre_hooks
+
+
 @pytest.mark.parametrize("masks", ["off", 3])
 def test_weight_normalization_has_its_second_derivative(masks):
     """That of torch's kernel is not symmetric."""
