@@ -30,6 +30,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -204,15 +205,15 @@ def off_cadence(name: str, seconds: float) -> dict[str, Any]:
     """Steps at which nothing is due, beside bare ones, by turns step by step."""
     script = Script(name)
     watch = script.switch()
-    left = {}
-    for on in (True, False):
+    left = dict.fromkeys((True, False), math.inf)
+    for on in (True, False) * 2:
         watch(on)
         script.run(1)
         gc.collect()
         gc.disable()
         before = gc.get_count()[0]
         script.run(50)
-        left[on] = (gc.get_count()[0] - before) / 50
+        left[on] = min(left[on], (gc.get_count()[0] - before) / 50)
         gc.enable()
     extra, bare, order = [], [], (False, True, True, False)
     until = time.perf_counter() + seconds
