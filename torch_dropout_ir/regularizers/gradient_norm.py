@@ -98,8 +98,9 @@ def gradient_norm(
     gradients go one by one as they come, one gradient. Of two masks on one batch, those
     of linear layers and convolutions are held as what they are products of, where that
     is smaller, and compared some rows at a time. For optimizers other than gradient
-    descent R_2 is a diagnostic, not the theory. For a gradient that the script has anyway, ``(lr / 4) * g.square().sum()``
-    is one unbiased sample of the first form, free of extra passes.
+    descent R_2 is a diagnostic, not the theory. For a gradient that the script has
+    anyway, ``(lr / 4) * g.square().sum()`` is one unbiased sample of the first form,
+    free of extra passes.
 
     Args:
         model: The model; neither it nor its ``.grad`` fields change.
