@@ -12,9 +12,15 @@ import torch_dropout_ir as tdi
 from tests.largest import Largest
 from tests.live import Live
 from torch_dropout_ir import condensation
-from torch_dropout_ir.analysis.measures import Condensation, Sharpness, received_r2
+from torch_dropout_ir.analysis.measures import (
+    Condensation,
+    Sharpness,
+    default_measures,
+    received_r2,
+)
 from torch_dropout_ir.analysis.measures.sample_parts import fitting
-from torch_dropout_ir.analysis.snapshot import Snapshot
+from torch_dropout_ir.analysis.records import Image
+from torch_dropout_ir.analysis.snapshot import Snapshot, take
 from torch_dropout_ir.condensation.rows import row_norms
 from torch_dropout_ir.functional import Inputs
 from torch_dropout_ir.losses import resolve_loss
@@ -22,6 +28,7 @@ from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.landscape import used_up_slice
 from torch_dropout_ir.sharpness.recurrence import recurrence
 from torch_dropout_ir.sharpness.surface import Surface
+from torch_dropout_ir.sites import active_sites
 
 
 def test_the_received_gradient_is_not_copied():
@@ -265,6 +272,47 @@ def test_the_batch_is_cut_so_that_the_peak_is_what_was_said():
         room = max(training / 8, 1.3 * training - 4 * own)
         assert pieces(tanhs, samples) == pytest.approx(5 * kept / room, abs=1.5)
     assert pieces(1, 4) == 1 < pieces(9, 64)
+
+
+@pytest.fixture(scope="module")
+def training():
+    """A model under dropout with its gradient, what it is watched with, and a peak."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(900, 900), nn.ReLU(), nn.Dropout(), nn.Linear(900, 900), nn.ReLU(),
+        nn.Dropout(), nn.Linear(900, 10),
+    )  # fmt: skip
+    batch = torch.randn(64, 900), torch.randint(10, (64,))
+    loss = resolve_loss("cross_entropy")
+    own = sum(x.nbytes for x in net.parameters())
+    with Live((*net.parameters(), *batch)) as seen:
+        loss(net(batch[0]), batch[1]).backward()
+    snapshot = Snapshot(
+        net, 0, active_sites(net), loss=loss, inputs=batch[0], targets=batch[1],
+        batches=[batch], lr={n: 0.1 for n, _ in net.named_parameters()},
+        gradients={n: x.grad for n, x in net.named_parameters()},
+        statistics={"2": tdi.MaskStatistics()},
+    )  # fmt: skip
+    return snapshot, own, own + seen.most
+
+
+@pytest.mark.parametrize("measure", default_measures(), ids=lambda m: m.name)
+def test_what_each_measure_holds_beside_parameters_and_gradient(training, measure):
+    snapshot, own, peak = training
+    net = snapshot.model
+    kept = [x.grad.clone() for x in net.parameters()]
+    held = [x for y in net.parameters() for x in (y, y.grad)]
+    with Live((*held, snapshot.inputs, snapshot.targets)) as seen:
+        taken = take(measure, snapshot, 0)
+    assert taken or measure.name == "masks"
+    # A product with the Hessian is of a vector and makes another: no peak is below.
+    floor = max(1.3 * peak, 4.4 * own) if measure.name == "sharpness" else 1.3 * peak
+    # Pictures are of one size whatever the layer.
+    pictures = [x.values for x in taken.values() if isinstance(x, Image)]
+    assert 2 * own + seen.most <= floor + sum(x.nbytes for x in pictures)
+    assert all(
+        torch.equal(x.grad, g) for x, g in zip(net.parameters(), kept, strict=True)
+    )
 
 
 @pytest.mark.parametrize("cut", [False, True])

@@ -30,6 +30,7 @@ def test_unit_rows_are_those_of_the_matrix(monkeypatch, kind, biased):
     expected = unit_rows(matrix)
     given = Rows(matrix[:, :-1], matrix[:, -1]) if biased else matrix
     monkeypatch.setattr(module, "_HELD", 0)
+    monkeypatch.setattr(module, "_SHORT", 0)
     rows = UnitRows(given)
     some = torch.tensor([8, 3, 3, 4, 5, 149])
     same = {"rtol": 1e-5, "atol": 1e-6, "equal_nan": True}
@@ -63,6 +64,7 @@ def test_what_is_said_of_rows_is_what_is_said_of_the_matrix(monkeypatch, kind):
 
     whole = said(matrix)
     monkeypatch.setattr(module, "_HELD", 0)
+    monkeypatch.setattr(module, "_SHORT", 0)
     for given in (matrix, Rows(matrix[:, :-1], matrix[:, -1])):
         *counts, angles = said(given)
         assert all(torch.equal(a, b) for a, b in zip(counts[:2], whole, strict=False))

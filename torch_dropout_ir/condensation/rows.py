@@ -15,7 +15,9 @@ _BLOCK: Final = 512
 _LARGEST: Final = 3 * 2**19  # entries of a block
 _SMALLEST: Final = 2**15
 _SHARE: Final = 8  # of a layer: two blocks are a quarter of it
-_HELD: Final = 2**19  # entries up to which unit rows are made once
+# Unit rows are made once where they are small, or short: tiles then cost as much to
+# scale as to make, and lists of near pairs are larger.
+_HELD, _SHORT = 2**16, 64
 _SAFE: Final = 1e12  # norms whose squares and inverses are far from any overflow
 
 
@@ -148,7 +150,7 @@ def row_norms(weights: Weights) -> Tensor:
     found = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
     if not weights.numel():
         return found
-    size = max(1, _SMALLEST // weights.shape[1])
+    size = max(1, _SMALLEST // (2 * weights.shape[1]))
     for i in range(0, len(weights), size):
         wide = weights[i : i + size].double()
         largest = torch.linalg.vector_norm(wide, torch.inf, dim=1, keepdim=True)
@@ -174,10 +176,10 @@ class UnitRows:
     """
 
     def __init__(self, weights: Weights, places: Tensor | None = None) -> None:
-        if isinstance(weights, Rows) and weights.numel() <= _HELD:
+        held = weights.numel() <= _HELD or weights.shape[1] <= _SHORT
+        if held and isinstance(weights, Rows):
             weights = weights.whole()
         weights = weights.detach()
-        held = isinstance(weights, Tensor) and weights.numel() <= _HELD
         self._set(
             weights, places, row_norms(weights), unit_rows(weights[:]) if held else None
         )
@@ -245,7 +247,7 @@ class UnitRows:
         if not self._direct:
             return rows_a_block(self)
         side = max(math.isqrt(self.shape.numel()) // 4, len(self) // 16)
-        return max(_BLOCK // 2, min(_BLOCK, side))
+        return max(_BLOCK // 4, min(_BLOCK, side))
 
     @property
     def _direct(self) -> bool:
@@ -253,7 +255,7 @@ class UnitRows:
         return every and self._weights.dtype == self.dtype
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        size = max(1, 2 * _SMALLEST // self.shape[1])
+        size = max(1, _SMALLEST // self.shape[1])
         for i in range(0, len(self), size):
             part = slice(i, min(i + size, len(self)))
             yield part, self[part]
