@@ -770,6 +770,34 @@ def test_losses_that_no_second_order_form_can_take(name):
                     run()
 
 
+@pytest.mark.parametrize("compared", ["by sample", "over samples"])
+def test_losses_that_see_differences_of_outputs(compared):
+    """A direction that both outputs share is one that they do not see."""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return tuple(self.last(self.drop(part)) for part in x.chunk(2, -1))
+
+    def loss(outputs, _):
+        distance = (outputs[0] - outputs[1]).square().sum(1)
+        return distance.mean() if compared == "by sample" else distance.var()
+
+    def clean(features):
+        return loss((net.last(features[:5]), net.last(features[5:])), None)
+
+    net, x = Pair().double(), torch.randn(5, 12).double()
+    features = torch.cat(x.chunk(2, -1))
+    hessian = torch.autograd.functional.hessian(clean, features).view(60, 60)
+    expected = 0.3 / 0.7 / 2 * (hessian.diagonal() * features.flatten() ** 2).sum()
+    for form in (gauss_newton, second_order):
+        found = form(net, (x, None), loss, num_samples=None).value
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_loss_that_fits_to_the_last_bit_is_none_of_these():
     """Nothing is left of its derivatives, though it has them."""
     net, (x, _) = last_dropped()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torch_dropout_ir as tdi
+from tests.test_regularizer_memory import peak
 from torch_dropout_ir import sharpness, vectors
 
 
@@ -93,6 +94,55 @@ def test_trajectory_covariance():
         sharpness.trajectory_covariance([states[0], {"x": torch.ones(2)}])
     with pytest.raises(ValueError, match="at least two"):
         sharpness.trajectory_covariance(states[:1])
+
+
+def test_covariances_hold_their_vectors_once():
+    """Live bytes, as the allocator counts them: on a GPU untouched memory counts."""
+    net = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Dropout(), nn.Linear(400, 2))
+    batch = torch.randn(4, 300), torch.randn(4, 2)
+    size = sum(p.numel() for p in net.parameters())
+    steps = [{"w": torch.randn(size)} for _ in range(20)]
+    found = sharpness.gradient_covariance(net, batch, "mse", num_masks=20)
+    op = sharpness.hessian(net, "mse", batch)
+    runs = {
+        "masks": lambda: sharpness.gradient_covariance(net, batch, "mse", num_masks=20),
+        "batches": lambda: sharpness.gradient_covariance(
+            net, [batch] * 20, "mse", over="batches"
+        ),
+        "trajectory": lambda: sharpness.trajectory_covariance(steps),
+        "components": found.principal,
+        "alignment": lambda: sharpness.hessian_variance_alignment(
+            op, found, trace_matvecs=8
+        ),
+    }
+    held = {name: peak(run) / (4 * size) for name, run in runs.items()}
+    # Those of one pass and of the Hessian's products come on top.
+    assert all(19 <= vectors < 20 + 7 for vectors in held.values()), held
+
+
+def test_covariance_of_what_has_no_length():
+    """A generator of snapshots, a loader that does not know how many batches it has."""
+    net, (x, y) = network(), data(12)
+    batches = [(x[i : i + 2], y[i : i + 2]) for i in range(0, 10, 2)]
+    batches.insert(1, (x[:0], y[:0]))
+
+    class Unsized(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(batches)
+
+    loader = torch.utils.data.DataLoader(Unsized(), batch_size=None)
+    found = sharpness.gradient_covariance(net, loader, "mse", over="batches")
+    same = sharpness.gradient_covariance(net, batches, "mse", over="batches")
+    assert found.rows.shape == same.rows.shape == (5, 26)
+    torch.testing.assert_close(found.dense(), same.dense())
+    with pytest.raises(ValueError, match="3 of 208 bytes"):
+        sharpness.gradient_covariance(
+            net, loader, "mse", over="batches", max_bytes=2 * 208
+        )
+    with pytest.raises(ValueError, match="6 of 208 bytes"):  # before the first pass
+        sharpness.gradient_covariance(
+            net, batches, "mse", over="batches", max_bytes=2 * 208
+        )
 
 
 def random_rotations(matrix, count):

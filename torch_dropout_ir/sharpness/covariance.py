@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from operator import length_hint
 from typing import Any, Final, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.vectors import Params, to_params, to_vector
 
 _MAX_BYTES: Final = 2**31
+_WIDE: Final = 2**14  # columns that are squared at once in float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +58,22 @@ class Covariance:
         flat = self @ to_vector({n: v[n] for n in self.params})
         return to_params(flat, self.params)
 
-    @property
     def _gram(self) -> Tensor:
-        return self.rows.double() @ self.rows.double().T
+        """Inner products of the rows, some columns at a time: no second set of them."""
+        count = len(self.rows)
+        found = self.rows.new_zeros(count, count, dtype=torch.float64)
+        for piece in self.rows.split(_WIDE, dim=1):
+            wide = piece.double()
+            found.addmm_(wide, wide.T)
+        return found
 
     def trace(self) -> Tensor:
         """Return the total variance, 0-d float64."""
-        return self.rows.double().square().sum()
+        return self._gram().trace()
 
     def frobenius_norm(self) -> Tensor:
         """Return the root of the sum of squared entries, 0-d float64."""
-        return self._gram.norm()
+        return self._gram().norm()
 
     def principal(self, k: int | None = None) -> tuple[Tensor, Tensor]:
         """Return variances and directions of the principal components.
@@ -78,13 +85,13 @@ class Covariance:
             Variances, largest first, float64 ``[k]``, and unit directions ``[k, P]``;
             components without variance are left out.
         """
-        values, vectors = torch.linalg.eigh(self._gram)
+        values, vectors = torch.linalg.eigh(self._gram())
         values, vectors = values.flip(0), vectors.flip(1)
         least = 1e-12 if self.dtype == torch.float64 else 1e-6
         rank = int((values > least * values[:1].clamp(min=1e-300)).sum())
         keep = rank if k is None else min(k, rank)
         directions = vectors[:, :keep].T.to(self.rows) @ self.rows
-        return values[:keep], directions / directions.norm(dim=1, keepdim=True)
+        return values[:keep], directions.div_(directions.norm(dim=1, keepdim=True))
 
     def dense(self) -> Tensor:
         """Return the matrix ``[P, P]``; for small models."""
@@ -92,20 +99,25 @@ class Covariance:
 
 
 def _covariance(
-    caller: str, vectors: list[Tensor], params: dict[str, Tensor]
+    caller: str, vectors: Iterator[Tensor], expected: int, params: dict[str, Tensor]
 ) -> Covariance:
-    if len(vectors) < 2:
+    """The covariance of so many vectors (0: unknown), each written as it comes."""
+    rows, first, count = torch.empty(0, 0), torch.empty(0), 0
+    for count, vector in enumerate(vectors, 1):
+        if count == 1:  # from which equal vectors deviate by exactly nothing
+            rows, first = vector.new_empty(expected or 2, vector.numel()), vector
+        if count > len(rows):
+            rows = torch.cat((rows, torch.empty_like(rows)))
+        torch.sub(vector, first, out=rows[count - 1])
+        del vector  # before the next is made
+    if count < 2:
         raise ValueError(
-            f"{caller}: expected at least two vectors for a covariance, got "
-            f"{len(vectors)}"
+            f"{caller}: expected at least two vectors for a covariance, got {count}"
         )
-    first = vectors[0]  # from which equal vectors deviate by exactly nothing
-    scale = (len(vectors) - 1) ** 0.5
-    rows = first.new_empty(len(vectors), first.numel())
-    while vectors:  # each is let go as it is written: no second set of them
-        torch.sub(vectors.pop(), first, out=rows[len(vectors)])
+    rows = rows[:count]
     apart = rows.mean(0)
-    return Covariance(rows.sub_(apart).div_(scale), first + apart, dict(params))
+    rows.sub_(apart).div_((count - 1) ** 0.5)
+    return Covariance(rows, apart.add_(first), dict(params))
 
 
 def gradient_covariance(
@@ -127,7 +139,8 @@ def gradient_covariance(
     Over masks: the gradient of the whole of ``batch`` at independent masks, dropout of
     every kind. Over batches: that of ``R_S`` on each batch, in equal weight, which is
     the noise of mini-batches of that size. Costs a forward and a backward pass a mask
-    or batch, and the memory of that many gradients.
+    or batch, and the memory of that many gradients, besides that of one pass; where a
+    loader has no length, up to three times as much while it grows.
 
     Args:
         model: The model; left as it is.
@@ -178,24 +191,26 @@ def gradient_covariance(
         group=group,
     )
     _check_bytes(surface, num_masks, max_bytes)
-    found = [surface.gradient(own) for own in surface.seeds]
-    return _covariance("gradient_covariance", found, surface.params)
+    found = map(surface.gradient, surface.seeds)
+    return _covariance("gradient_covariance", found, num_masks, surface.params)
 
 
 def _over_batches(
     model: nn.Module, batches: Any, loss: Any, params: Subset, max_bytes: int
 ) -> Covariance:
-    found: list[Tensor] = []
+    given = as_batches(batches)
     like: dict[str, Tensor] = {}
-    for batch in as_batches(batches):
-        if not batch_size(batch):
-            continue
-        pair = (batch[0], batch[1])
-        surface = Surface("gradient_covariance", model, loss, pair, params=params)
-        _check_bytes(surface, len(found) + 1, max_bytes)
-        found.append(surface.gradient())
-        like = surface.params
-    return _covariance("gradient_covariance", found, like)
+
+    def gradients() -> Iterator[Tensor]:
+        filled = (batch for batch in given if batch_size(batch))
+        for count, batch in enumerate(filled, 1):
+            pair = (batch[0], batch[1])
+            surface = Surface("gradient_covariance", model, loss, pair, params=params)
+            _check_bytes(surface, max(count, length_hint(given)), max_bytes)
+            like.update(surface.params)
+            yield surface.gradient()
+
+    return _covariance("gradient_covariance", gradients(), length_hint(given), like)
 
 
 def _check_bytes(surface: Surface, count: int, max_bytes: int) -> None:
@@ -209,6 +224,9 @@ def _check_bytes(surface: Surface, count: int, max_bytes: int) -> None:
 
 def trajectory_covariance(snapshots: Iterable[Mapping[str, Tensor]]) -> Covariance:
     r"""Return the covariance of the parameters along a trajectory.
+
+    Takes the memory of the snapshots once, besides those that are given; of an iterator
+    up to three times as much while it grows.
 
     Args:
         snapshots: Parameters (or state dictionaries, of which only floating-point
@@ -229,19 +247,22 @@ def trajectory_covariance(snapshots: Iterable[Mapping[str, Tensor]]) -> Covarian
         >>> trajectory_covariance(steps).dense()
         tensor([[2., 0.],
                 [0., 0.]])
-    """
-    found: list[Tensor] = []
+    """  # noqa: DOC502 (the generator below raises)
     like: dict[str, Tensor] = {}
-    for snapshot in snapshots:
-        params: Params = {
-            n: x.detach() for n, x in snapshot.items() if x.is_floating_point()
-        }
-        like = like or {n: torch.empty_like(x) for n, x in params.items()}
-        shapes = {n: x.shape for n, x in params.items()}
-        if shapes != {n: x.shape for n, x in like.items()}:
-            raise ValueError(
-                "trajectory_covariance: expected snapshots of the same names and "
-                f"shapes, got {list(shapes)} after {list(like)}"
-            )
-        found.append(to_vector({n: params[n] for n in like}).clone())
-    return _covariance("trajectory_covariance", found, like)
+
+    def vectors() -> Iterator[Tensor]:
+        for snapshot in snapshots:
+            params: Params = {
+                n: x.detach() for n, x in snapshot.items() if x.is_floating_point()
+            }
+            if not like:
+                like.update({n: torch.empty_like(x) for n, x in params.items()})
+            shapes = {n: x.shape for n, x in params.items()}
+            if shapes != {n: x.shape for n, x in like.items()}:
+                raise ValueError(
+                    "trajectory_covariance: expected snapshots of the same names and "
+                    f"shapes, got {list(shapes)} after {list(like)}"
+                )
+            yield to_vector({n: params[n] for n in like})
+
+    return _covariance("trajectory_covariance", vectors(), length_hint(snapshots), like)

@@ -171,18 +171,11 @@ def hessian_variance_alignment(
             f"hessian_variance_alignment: expected `num_probes` >= 2, got {num_probes}"
         )
     size = op.shape[0]
+    sigma, other = float(noise.frobenius_norm()), float(noise.trace())
     variances, directions = noise.principal()
-    images = [op @ v for v in directions]
-    curvatures = (
-        torch.stack([
-            (v.double() @ image.double()).cpu()
-            for v, image in zip(directions, images, strict=True)
-        ])
-        if images
-        else variances.new_zeros(0)
-    )
+    seen = [float((op @ v).double() @ v.double()) for v in directions]
+    curvatures = torch.tensor(seen, dtype=torch.float64)
     squares, error, spent = _squared_norm(op, num_probes)
-    sigma = float(noise.frobenius_norm())
     if not squares or not sigma:
         raise ValueError(
             "hessian_variance_alignment: expected a curvature and a covariance that "
@@ -191,7 +184,7 @@ def hessian_variance_alignment(
     total = trace(op, trace_matvecs)
     both = squares**0.5 * sigma
     value = float((variances.cpu() * curvatures).sum()) / both
-    own, other = float(total.value), float(noise.trace())
+    own = float(total.value)
     mean = own * other / size / both
     apart = max(0.0, squares - own**2 / size) * max(0.0, sigma**2 - other**2 / size)
     deviation = (2 * apart / max(1, (size - 1) * (size + 2))) ** 0.5 / both
@@ -203,7 +196,7 @@ def hessian_variance_alignment(
         (value - mean) / deviation if deviation else math.nan,
         variances.cpu(),
         curvatures,
-        len(images) + spent + total.num_matvecs,
+        len(seen) + spent + total.num_matvecs,
     )
 
 
