@@ -142,12 +142,20 @@ def softmax_and_scale(
 
 def _squared_form(rows: Tensor, weight: Tensor) -> Tensor:
     """Sum over rows of ``h_j^2 |w_j|^2``."""
+    most = max(rows.shape[0], weight.shape[0])
+    count = min(most, max(1, _IN_CACHE // max(1, rows.shape[1])))
+    # Memory that stays in the cache: each of both is read once.
+    fresh = differentiated(rows, weight) or rows.dtype != weight.dtype
+    held = None if fresh else rows.new_empty(count, rows.shape[1])
+
+    def squared(x: Tensor) -> Tensor:
+        return x.square() if held is None else torch.mul(x, x, out=held[: len(x)])
 
     def squares(w: Tensor) -> Tensor:
-        return w.square().sum(0)
+        return squared(w).sum(0)
 
     def form(h: Tensor, lengths: Tensor) -> Tensor:
-        return (h.square() @ lengths).sum()
+        return (squared(h) @ lengths).sum()
 
     lengths = sum_by_rows(squares, _IN_CACHE, weight)
     return sum_by_rows(form, _IN_CACHE, rows, whole=(lengths,))
