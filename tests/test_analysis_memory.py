@@ -8,11 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_dropout_ir as tdi
 from tests.largest import Largest
+from tests.live import Live
 from torch_dropout_ir import condensation
 from torch_dropout_ir.analysis.measures import Condensation, Sharpness, received_r2
 from torch_dropout_ir.analysis.measures.sample_parts import fitting
 from torch_dropout_ir.analysis.snapshot import Snapshot
-from torch_dropout_ir.condensation.tiles import row_norms
+from torch_dropout_ir.condensation.rows import row_norms
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.sharpness.landscape import used_up_slice
 from torch_dropout_ir.sharpness.recurrence import recurrence
@@ -62,23 +63,17 @@ def test_the_heat_map_is_that_of_a_matrix_that_is_not_made():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_condensation_holds_the_weights_of_one_layer_at_a_time(monkeypatch):
-    net = nn.Sequential(*(nn.Linear(30, 30) for _ in range(6)))
-    most, walk = [0], condensation.named_input_weights
-
-    def counted(model):
-        given = []
-        for name, rows in walk(model):
-            given.append(StorageWeakRef(rows.untyped_storage()))
-            most[0] = max(most[0], sum(not x.expired() for x in given))
-            yield name, rows
-
-    monkeypatch.setattr(condensation, "named_input_weights", counted)
-    measure = Condensation(max_operations=4.5 * 6 * 30**2 * 47)
-    first, then = (measure(Snapshot(net, k, ())) for k in range(2))
-    layers = [sorted(t[-1] for t in x if "movement" in t) for x in (first, then)]
-    assert layers == [["0", "1", "2", "3"], ["0", "1", "4", "5"]]
-    assert most[0] <= 2  # the last one, while the next is made
+def test_condensation_holds_half_of_the_weights_and_blocks_of_a_layer():
+    net = nn.Sequential(*(nn.Linear(800, 800) for _ in range(2)))
+    own, measure = sum(x.nbytes for x in net.parameters()), Condensation(max_image=64)
+    for step in range(2):
+        with Live(net.parameters()) as seen:
+            if not step:
+                records = measure(Snapshot(net, 0, ()))
+            else:
+                again = measure(Snapshot(net, 1, ()))
+        assert seen.most <= 0.72 * own  # half of it is what is kept of the start
+    assert records.keys() == again.keys() and len(again) == 2 * 8
 
 
 class Alive(TorchDispatchMode):

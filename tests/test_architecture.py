@@ -20,6 +20,7 @@ FLOORS = {
         "tracing",
         "ops",
         "functional",
+        "batches",
         "substitution",
         "vectors",
         "arrivals",

@@ -246,7 +246,7 @@ def test_small_and_weak_neurons():
     assert cd.effective_neurons(half).count == 2
 
 
-@pytest.mark.parametrize("block", [1, 3, 7, 64])
+@pytest.mark.parametrize("block", [3, 7, 64])
 @pytest.mark.parametrize("pairs", [0, 1, 64])
 def test_blocks_and_lists_change_nothing(monkeypatch, block, pairs):
     """Nor is a duplicate or an exact parallel lost, however the rows fall."""
@@ -256,8 +256,7 @@ def test_blocks_and_lists_change_nothing(monkeypatch, block, pairs):
     whole = [cd.effective_neurons(weights, t) for t in (0.5, 0.9, 1 - 1e-9, 1.0)]
     statistics = cd.cosine_statistics(weights)
     nearest = cd.closest(weights, drawn)
-    monkeypatch.setattr(cd.tiles, "_BLOCK", block)
-    monkeypatch.setattr(cd.greedy, "_BLOCK", block)
+    monkeypatch.setattr(cd.rows.UnitRows, "side", block)
     monkeypatch.setattr(cd.greedy, "_PAIRS_A_ROW", pairs)
     for before, t in zip(whole, (0.5, 0.9, 1 - 1e-9, 1.0), strict=True):
         found = cd.effective_neurons(weights, t)
@@ -378,7 +377,7 @@ def naive_greedy(rows, threshold):
 @pytest.mark.parametrize("pairs", [1, 5, 64])
 @pytest.mark.parametrize("dims", [2, 3, 5])
 def test_lazy_choices_are_the_naive_ones(monkeypatch, dims, pairs):
-    monkeypatch.setattr(cd.tiles, "_BLOCK", 64)
+    monkeypatch.setattr(cd.rows.UnitRows, "side", 64)
     monkeypatch.setattr(cd.greedy, "_PAIRS_A_ROW", pairs)
     for threshold in (-0.2, 0.6, 0.9, 0.97):
         rows = cd.orientations(torch.randn(200, dims).double())

@@ -253,9 +253,36 @@ def test_strides_change_neither_mask_nor_derivative(memory_format):
     leaf = other.detach().requires_grad_()
     y = tdi.dropout(leaf, rng=KEYS[1])
     assert torch.equal(y, tdi.dropout(x, rng=KEYS[1]))
+    outputs = [y, torch.func.vjp(tdi.dropout, leaf)[0], tdi.Dropout()(other)]
+    if memory_format != "expanded":
+        outputs += [tdi.Dropout2d()(other), tdi.Dropout(inplace=True)(other)]
+    assert {y.stride() for y in outputs} == {nn.Dropout()(other).stride()}
     weight = torch.randn_like(x).transpose(1, 2).contiguous().transpose(1, 2)
     (g,) = torch.autograd.grad(y, leaf, weight)
     torch.testing.assert_close(g, torch.where(y != 0, 2 * weight, 0.0))
+
+
+@QUIET
+def test_what_a_tracer_records_drops_anew_at_every_call():
+    model = nn.Sequential(nn.Linear(4, 500), tdi.Dropout())
+    traced = torch.jit.trace(model, torch.ones(2, 4), check_trace=False)
+    a, b = traced(torch.ones(2, 4)), traced(torch.ones(2, 4))
+    assert not torch.equal(a, b)
+    kept = a != 0
+    torch.testing.assert_close(a[kept], (2 * model[0](torch.ones(2, 4)))[kept])
+    a.sum().backward()
+    assert model[0].weight.grad is not None
+    assert model[1].statistics.num_calls == 0
+
+
+def test_the_rate_gets_no_derivative_in_any_mode():
+    rate = torch.tensor(0.3, requires_grad=True)
+    assert not tdi.dropout(torch.ones(9), rate, rng=KEYS[0]).requires_grad
+
+    def total(p):
+        return tdi.dropout(torch.ones(9), p, rng=KEYS[0]).sum()
+
+    assert torch.func.grad(total)(rate.detach()) == 0
 
 
 def test_a_key_on_another_device_is_refused():

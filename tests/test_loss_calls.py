@@ -224,6 +224,21 @@ def test_penalties_on_the_parameters_are_no_part_of_it():
     analysis, _ = measured(model, script)
     clean = F.mse_loss(model.eval()(X), Y).detach()
     assert analysis.latest["loss/R_S"] == pytest.approx(float(clean), rel=1e-5)
+    assert "penalties on parameters" in analysis.notes["loss/R_S"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_loss_of_two_passes_is_said_to_be_known_in_part(whole):
+    def script(model):
+        one, two = model(X), model(X)
+        loss = F.cross_entropy(two, LABELS)
+        return loss if whole else loss + F.mse_loss(one, two)
+
+    analysis, _ = measured(mlp(), script)
+    assert "regularizer/R1" in analysis.latest
+    said = analysis.notes["loss/R_S"]
+    assert not said if whole else "outputs of another pass" in said
+    assert ("outputs of another pass" in analysis.summary()) is not whole
 
 
 def test_a_loss_that_was_given_keeps_its_meaning():

@@ -582,6 +582,110 @@ def test_complex_features_are_refused_by_name():
             run()
 
 
+@pytest.mark.parametrize("r1", ["last_layer", "leave_one_out"])
+def test_the_negative_likelihood_of_no_log_probabilities_is_linear(r1):
+    net, (x, _) = last_dropped()
+    batch = x.double(), torch.tensor([0, 1, 1, 0, 1])
+    found = modified_loss(net.double(), batch, nn.NLLLoss(), kind="L1", r1=r1)
+    plain = clean_risk(net, batch, resolve_loss(nn.NLLLoss()))
+    assert found.item() == pytest.approx(plain.item(), abs=1e-12)
+    assert truth(net, batch, nn.NLLLoss()) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_loss_of_differences_of_outputs_is_curved():
+    """A step that its tensors share changes nothing."""
+    torch.manual_seed(0)
+
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.2), nn.Linear(3, 2))
+
+        def forward(self, *inputs):
+            return tuple(self.net(x) for x in inputs)
+
+    loss = lambda f, _: F.triplet_margin_loss(*f, margin=9.0)  # noqa: E731
+    batch = tuple(torch.randn(2, 3).double() + k for k in (0, 0.5, -1)), None
+    found = gauss_newton(Three().double(), batch, loss, num_samples=None)
+    assert found.value.abs() > 1e-4
+
+
+def test_samples_that_meet_at_some_masks_alone():
+    """A hinge that is not met without dropout has no derivative there."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.4), nn.Linear(3, 2, bias=False)).double()
+    x = torch.randn(2, 3).double()
+
+    def apart(f, _):
+        return (9.0 - (f[0] - f[1]).square().sum()).clamp(min=0)
+
+    batch = 30 * x, None
+    assert clean_risk(net, batch, resolve_loss(apart)) == 0
+    expected = expected_dropout_loss(net, batch, apart, coupled=True)
+    assert float(expected) > 0.01
+    torch.testing.assert_close(expected_dropout_loss(net, batch, apart), expected)
+
+
+def test_rows_that_meet_in_a_hinge_have_no_units_left_out():
+    h, w = torch.tensor([[3.0, 0.0], [0.0, 3.0]]).double(), torch.eye(2).double()
+
+    def apart(f, _):
+        return (5 - (f[0] - f[1]).square().sum()).clamp(min=0)
+
+    assert apart(h, None) == 0  # not met, and without a derivative
+    with pytest.raises(ValueError, match="couples rows"):
+        leave_one_out(h, w, 0.5, outputs=h, targets=None, loss=apart)
+
+
+@pytest.mark.parametrize("kind", ["L1", "L4"])
+def test_noise_that_a_modified_loss_leaves_out_is_said(kind):
+    net = nn.Sequential(nn.AlphaDropout(0.3), nn.Linear(3, 4), nn.Dropout(0.2),
+                        nn.Linear(4, 2))  # fmt: skip
+    batch = torch.randn(5, 3), torch.randn(5, 2)
+    with pytest.warns(UserWarning, match="AlphaDropout"):
+        modified_loss(net, batch, "mse", kind=kind, r1="second_order")
+
+
+@pytest.mark.parametrize("kind", ["L2", "L3", "regu"])
+def test_penalties_under_weight_normalization_have_torchs_gradient_put_right(kind):
+    """The kernel's second derivative is not even symmetric."""
+    net, (x, y) = last_dropped()
+    net.double()
+    torch.nn.utils.parametrizations.weight_norm(net[3])
+    batch = x.double(), y.double()
+
+    def value():
+        torch.manual_seed(3)
+        return modified_loss(net, batch, "mse", kind=kind, lr=1.0)
+
+    params = list(net.parameters())
+    steps = [torch.randn_like(q) for q in params]
+    found = torch.autograd.grad(value(), params)
+    slope = sum((g * s).sum() for g, s in zip(found, steps, strict=True))
+    ends = []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for q, s in zip(params, steps, strict=True):
+                q.add_(s, alpha=sign * 1e-6)
+        ends.append(float(value().detach()))
+    assert float(slope) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind, r1", [("L2", "last_layer"), ("L4", "monte_carlo")])
+def test_dropout_in_place_at_the_input_does_not_feed_the_next_pass(kind, r1):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.5, inplace=True), nn.Linear(3, 2)).double()
+    batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    x = batch[0].clone()
+    found = []
+    for inplace in (True, False):
+        net[0].inplace = inplace
+        torch.manual_seed(1)
+        found.append(modified_loss(net, batch, "mse", kind=kind, r1=r1, lr=0.1))
+    torch.testing.assert_close(found[0], found[1])
+    assert torch.equal(batch[0], x)
+
+
 @pytest.mark.filterwarnings("ignore:Using a target size")
 def test_targets_that_are_broadcast_count_an_output_several_times():
     torch.manual_seed(0)
@@ -639,6 +743,34 @@ def test_losses_that_no_second_order_form_can_take(name):
             if run.func is gradient_norm or run.keywords.get("kind") in ("L2", "regu"):
                 with pytest.raises(ValueError, match="cut off"):
                     run()
+
+
+@pytest.mark.parametrize("compared", ["by sample", "over samples"])
+def test_losses_that_see_differences_of_outputs(compared):
+    """A direction that both outputs share is one that they do not see."""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return tuple(self.last(self.drop(part)) for part in x.chunk(2, -1))
+
+    def loss(outputs, _):
+        distance = (outputs[0] - outputs[1]).square().sum(1)
+        return distance.mean() if compared == "by sample" else distance.var()
+
+    def clean(features):
+        return loss((net.last(features[:5]), net.last(features[5:])), None)
+
+    net, x = Pair().double(), torch.randn(5, 12).double()
+    features = torch.cat(x.chunk(2, -1))
+    hessian = torch.autograd.functional.hessian(clean, features).view(60, 60)
+    expected = 0.3 / 0.7 / 2 * (hessian.diagonal() * features.flatten() ** 2).sum()
+    for form in (gauss_newton, second_order):
+        found = form(net, (x, None), loss, num_samples=None).value
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_loss_that_fits_to_the_last_bit_is_none_of_these():

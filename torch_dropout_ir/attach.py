@@ -18,7 +18,8 @@ from torch_dropout_ir.analysis.compiled_calls import CompiledCall
 from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.distributed import Ranks, ranks_of
 from torch_dropout_ir.analysis.measures import default_measures
-from torch_dropout_ir.functional import fixed_batches, preserved_rng
+from torch_dropout_ir.batches import fixed_batches
+from torch_dropout_ir.functional import preserved_rng
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.tensorboard import TensorBoardSink
 

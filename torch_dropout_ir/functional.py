@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -132,6 +131,9 @@ def call(
 ) -> Any:
     """Run ``model`` on ``inputs`` with cloned buffers.
 
+    Of a model with modules that write in place, on a copy of the inputs: another pass
+    may read them.
+
     Args:
         model: The model.
         inputs: A tensor; a tuple or list of positional arguments; a mapping of
@@ -143,6 +145,8 @@ def call(
         What the model returns.
     """
     model, arguments = uncompiled(model), Inputs.of(inputs)
+    if any(m.__dict__.get("inplace") for m in model.modules()):
+        arguments = arguments.copied()
     own = () if move_buffers else model.named_buffers()
     state = {name: x.clone() for name, x in own}
     if not state and not params:
@@ -175,6 +179,11 @@ class Inputs:
             return cls(tuple(inputs), {})
         return cls((inputs,), {})
 
+    def copied(self) -> Inputs:
+        """Return the same arguments with a copy of each tensor."""
+        both = self.args, dict(self.kwargs)
+        return Inputs(*_pytree.tree_map_only(Tensor, Tensor.clone, both))
+
     def first_tensor(self) -> Tensor:
         """Return the first tensor of the arguments; its first dimension is the batch.
 
@@ -194,31 +203,6 @@ def batch_size(batch: Batch) -> int:
         return int(packed.batch_sizes[0])
     first = inputs.first_tensor()
     return first.shape[0] if first.ndim else 1
-
-
-def fixed_batches(data: Any, most: int = 8) -> list[Batch]:
-    """Read the user's ``data`` once: a batch, a list of batches, or a loader.
-
-    Args:
-        data: What :func:`as_batches` takes.
-        most: Batches to take of a loader.
-
-    Returns:
-        A list of batches.
-
-    Raises:
-        TypeError: If ``data`` is none of them, or its batches are no pairs.
-    """
-    batches = as_batches(data)
-    if not isinstance(batches, (list, tuple)):
-        batches = list(itertools.islice(batches, most))
-    for batch in batches:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise TypeError(
-                "expected `data` to be a batch `(inputs, targets)` or batches of that "
-                f"form, got one of {type(batch).__name__}"
-            )
-    return [(inputs, targets) for inputs, targets in batches]
 
 
 def as_batches(batches: Any) -> Iterable[Batch]:

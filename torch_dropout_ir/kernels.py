@@ -124,6 +124,19 @@ def dropout_counted(
     return y, packed
 
 
+def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """Return contiguous ``y`` with its dimensions in memory in the order of ``x``'s.
+
+    As torch's dropout does: what could be viewed before it can be viewed behind it.
+    """
+    strides = x.stride()
+    if 0 in strides:  # expanded: no order of its own
+        return y
+    order = sorted(range(x.ndim), key=lambda dim: -strides[dim])
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return y.permute(order).contiguous().permute(back)
+
+
 def unit_counts(packed: Tensor, rows: int, units: int) -> Tensor:
     """Return how often each unit was kept: column sums of a ``[rows, units]`` mask."""
     return unpack(packed, (rows, units)).sum(0)

@@ -17,7 +17,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir import ops, tracing
@@ -147,7 +146,7 @@ class _ChannelDropout(_Remembers):
             )
         shape = mask_shape(self, x.shape)
         noise = super()._drop(x.new_ones(shape), num_units(self, x.shape))
-        return torch.where(noise != 0, x * noise, torch.zeros_like(x))
+        return (x * noise).masked_fill_(noise == 0, 0)  # 0 for a dropped inf or nan
 
 
 class Dropout1d(_ChannelDropout, nn.Dropout1d):

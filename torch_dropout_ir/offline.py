@@ -20,7 +20,8 @@ from torch_dropout_ir.analysis.measures import Condensation, Regularizer, Sharpn
 from torch_dropout_ir.analysis.measures.regularizer import terms
 from torch_dropout_ir.analysis.records import Record
 from torch_dropout_ir.analysis.snapshot import Snapshot
-from torch_dropout_ir.functional import Batch, fixed_batches, preserved_rng
+from torch_dropout_ir.batches import fixed_batches
+from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.sites import find_sites, unobservable
 from torch_dropout_ir.tensorboard import TensorBoardSink

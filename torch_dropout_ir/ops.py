@@ -168,7 +168,7 @@ def draw(
         fused: What ``eager()`` says, where the caller has asked.
 
     Returns:
-        The output, shaped as ``x``, and its packed mask.
+        The output, of the shape and memory layout of ``x``, and its packed mask.
 
     Raises:
         TypeError: If ``x`` is no floating-point tensor.
@@ -183,7 +183,15 @@ def draw(
     if rng is not None:
         _check_key(rng, x)
     if not fused:
-        return _draw_composed(x, p, draw_key(x.device) if rng is None else rng)
+        y, packed = _draw_composed(x, p, draw_key(x.device) if rng is None else rng)
+    else:
+        y, packed = _draw_fused(x, p, rng, counts)
+    return y if x.is_contiguous() else kernels.laid_out_as(x, y), packed
+
+
+def _draw_fused(
+    x: Tensor, p: float | Tensor, rng: Tensor | None, counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if rng is None and not unseen(x):  # else the kernel draws it, from the same stream
         rng = draw_key(x.device)
     rest = (rng, p) if counts is None else (rng, p, counts)
@@ -224,6 +232,7 @@ def _check_rate(p: float | Tensor, readable: bool) -> float | Tensor:
             "dropout: expected `p` to be a float or a 0-d tensor, got a tensor of "
             f"shape {list(p.shape)}"
         )
+    p = p.detach()  # the mask's own part of a derivative is not to be had
     return check_probability(float(p)) if readable and p.is_cpu else p
 
 
@@ -266,8 +275,8 @@ def dropout(
             same mask for ever. None draws one from torch's generator.
 
     Returns:
-        Tensor of the shape and dtype of ``x``, contiguous; differentiable to any
-        order, under ``torch.func`` and forward-mode AD too.
+        Tensor of the shape, dtype and memory layout of ``x``; differentiable in ``x``
+        (not in ``p``) to any order, under ``torch.func`` and forward-mode AD too.
 
     Raises:
         ValueError: If ``p`` is outside ``[0, 1]`` or NaN, or if ``rng`` has another

@@ -55,8 +55,10 @@ def transformed() -> bool:
 
 
 def eager() -> bool:
-    """Whether no transform, forward-mode AD or compiler is looking on."""
+    """Whether no transform, forward-mode AD, compiler or tracer is looking on."""
     if _TRANSFORMS_ACTIVE is None or torch.compiler.is_compiling():
+        return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     return not _TRANSFORMS_ACTIVE() and getattr(forward_ad, "_current_level", 0) < 0
 

@@ -87,7 +87,7 @@ assert torch.equal(first, second) and not torch.equal(model(x), model(x))
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
 left.imshow(kept.numpy(), cmap="gray_r", aspect="auto", interpolation="nearest")
 left.set(title="mask of one step (black: kept)", xlabel="unit", ylabel="sample")
-bins = torch.linspace(-16, 16, 65).tolist()
+bins = torch.linspace(-24, 24, 97).tolist()
 for counted, colour, label in (
     (faulty, "#b2182b", "one row a batch"),
     (seen, "#2166ac", "tdi.Dropout"),

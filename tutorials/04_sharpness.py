@@ -47,7 +47,7 @@ traces = {name: sharpness.trace(op) for name, op in operators.items()}
 tops = {name: sharpness.top_eigenvalues(op) for name, op in operators.items()}
 for name in models:
     print(f"{name:16} trace {traces[name].value:8.3f}, method {traces[name].method}")
-    print(f"{'':16} top   {tops[name].values[0]:8.3f} +- {tops[name].residuals[0]:.3f}")
+    print(f"{'':16} top   {tops[name].values[0]:8.3f} +- {tops[name].residuals[0]:.0e}")
 
 # %% Is the exact trace right? Probes at random tell the same, with their error.
 torch.manual_seed(0)
@@ -88,10 +88,10 @@ for name, colour in (("without dropout", "#4d4d4d"), ("with dropout", "#2166ac")
     found = densities[name]
     right.plot(found.grid.numpy(), found.density.numpy(), color=colour, label=name)
 left.set(title="loss along a random direction", xlabel="step, in lengths of weights")
-left.set(yscale="log")
+left.set(ylabel="R_S", yscale="log")
 right.set(title="density of the Hessian's eigenvalues", xlabel="eigenvalue")
 highest = max(float(found.density.max()) for found in densities.values())
-right.set(yscale="log", ylim=(1e-5, 2 * highest))
+right.set(ylabel="density", yscale="log", ylim=(1e-5, 2 * highest))
 left.legend(frameon=False)
 figure.savefig("04_sharpness.png", dpi=110)
 

@@ -40,13 +40,12 @@ def train(model, epochs=6, **options):
     torch.manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    criterion = nn.CrossEntropyLoss()
     loader = DataLoader(data, batch_size=100, shuffle=True)
     analysis = tdi.attach_analysis(model, **options) if options else None  # the line
     for _ in range(epochs):
         for x, y in loader:
             optimizer.zero_grad()
-            criterion(model(x), y).backward()
+            nn.CrossEntropyLoss()(model(x), y).backward()
             optimizer.step()
         schedule.step()
     return analysis
@@ -90,11 +89,12 @@ with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
     optimizer.step()
 if size == 2:
     print(json.dumps(dict(analysis.latest)) + "\\n", end="", flush=True)
+    dist.destroy_process_group()
 """
 Path("train_ddp.py").write_text(SCRIPT)
 torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone"
 command = *torchrun, "--nproc-per-node=2", "train_ddp.py"
-ranks = subprocess.run(command, stdout=subprocess.PIPE, check=False).stdout
+ranks = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
 two = json.loads(ranks.splitlines()[0])  # each rank prints them, a line in one write
 one = runpy.run_path("train_ddp.py")["analysis"].latest
 for tag in ("loss/R_S", "sharpness/trace", "regularizer/R1"):

@@ -156,24 +156,25 @@ class Capture:
         self._step.close()
         self._outputs = self._calls = self._module = None
 
-    def loss(self) -> tuple[LossFunction, Any, bool] | None:
+    def loss(self) -> tuple[LossFunction, Any, bool, bool] | None:
         """Return the loss of the last pass, as the script has computed it.
 
         Returns:
-            The loss; its targets, None where it reads the outputs alone; and whether
-            any loss of outputs and targets would take these targets, since they were
-            handed on beside the output itself. None where no loss was seen.
+            The loss; its targets, None where it reads the outputs alone; whether any
+            loss of outputs and targets would take these, handed on beside the output
+            itself; whether it is a part of the script's. None where none was seen.
         """
         found = None if self._calls is None else self._calls.found()
         if self._module is not None and self._calls is not None:
             module, targets, at = self._module
             if found is None or at is None or self._calls.trained_on(at):
                 # A copy: its buffers are the script's.
-                return copy.deepcopy(module), targets, True
-        if found is None:
+                return copy.deepcopy(module), targets, True, self._calls.in_part
+        if found is None or self._calls is None:
             return None
-        loss, read, straight = found
-        return loss, (read[0] if len(read) == 1 else read or None), straight
+        loss, all_read, straight = found
+        read = all_read[0] if len(all_read) == 1 else all_read or None
+        return loss, read, straight, self._calls.in_part
 
     def spent(self) -> float:
         """Return the seconds spent on observing masks since the last call."""
@@ -245,8 +246,7 @@ class Capture:
             look = weakref.WeakMethod(self._look)
 
             def hook(*call: Any) -> None:
-                method = look()
-                if method is not None:
+                if (method := look()) is not None:
                     method(*call)
 
             self._keep(self._step, register_module_forward_hook(hook))

@@ -43,8 +43,7 @@ from torch_dropout_ir.regularizers.outputs import flatten
 _POP = getattr(torch._C, "_pop_torch_function_stack", None)
 _PUSH = getattr(torch._C, "_push_on_torch_function_stack", None)
 _LENGTH = getattr(torch._C, "_len_torch_function_stack", None)
-# Where torch keeps the mode of `set_default_device`, which has to be the lowest.
-_DEFAULT = getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None)
+_DEFAULT = getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None)  # the lowest of the modes
 
 _MOST_STEPS: Final = 1000
 _BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
@@ -83,6 +82,7 @@ class LossCalls(TorchFunctionMode):
         self._targets: list[Tensor] = []
         self._first: At | None = None
         self._trained: At | None = None
+        self._missed = False
         for place, leaf in enumerate(flatten(outputs)[0]):
             if isinstance(leaf, Tensor):
                 self._known[leaf] = At("outputs", place)
@@ -90,7 +90,7 @@ class LossCalls(TorchFunctionMode):
         self._looking = bool(self._known)
 
     def enter(self) -> None:
-        """Lay the mode under those that are active, but over a default device."""
+        """Lay the mode under those that are active, but over a default device's."""
         if None in (_POP, _PUSH, _LENGTH):
             self._rest()
             return
@@ -146,6 +146,11 @@ class LossCalls(TorchFunctionMode):
         """Whether ``backward`` was called on that number, or on it times a factor."""
         return x is not None and x == self._trained
 
+    @property
+    def in_part(self) -> bool:
+        """Whether ``backward`` was called on a number that could not be followed."""
+        return self._missed and self._trained is None
+
     def found(self) -> tuple[LossFunction, tuple[Tensor, ...], bool] | None:
         """Return the loss, what it reads beside the outputs, and whether it is torch's.
 
@@ -199,6 +204,7 @@ class LossCalls(TorchFunctionMode):
             root = root[0]
         at = self.at(root)
         if at is None or root.numel() != 1:
+            self._missed = True
             if self._trained is not None:  # a part of the loss is not known
                 self._trained = self._first = None
                 self._rest()
@@ -236,10 +242,9 @@ class LossCalls(TorchFunctionMode):
     ) -> None:
         """List a call, if something of the outputs goes in and tensors come out."""
         results = out if isinstance(out, (tuple, list)) else (out,)
-        if not any(isinstance(x, Tensor) for x in results):
-            return
         into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
-        if all(at is None for _, at in into):
+        tensors = any(isinstance(x, Tensor) for x in results)
+        if not tensors or all(at is None for _, at in into):
             return
         name = getattr(func, "__name__", "")
         if writes(name, kwargs):

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from torch_dropout_ir.analysis.capture import Capture
 from torch_dropout_ir.functional import Batch, Inputs
 from torch_dropout_ir.losses import Loss, resolve_loss
+
+_IN_PART: Final = (
+    "of the first loss function that the outputs went through: the number on which the "
+    "script calls `backward()` holds what was not followed (penalties on parameters, "
+    "outputs of another pass), and so does its R_1. Pass `loss=` for another one"
+)
 
 
 class MeasuredBatch:
@@ -21,11 +27,13 @@ class MeasuredBatch:
     Attributes:
         loss: The loss; None before it is known.
         data: The user's batches.
+        note: What is to be said of the loss, by tag.
     """
 
     def __init__(self, loss: Loss | None, data: list[Batch] | None) -> None:
         self.loss = loss
         self.data = data
+        self.note: dict[str, str] = {}
         self._given = loss is not None
         self._last: Batch | None = None
 
@@ -56,9 +64,10 @@ class MeasuredBatch:
         seen = capture.loss()
         if seen is None:
             return own
-        loss, targets, straight = seen
+        loss, targets, straight, in_part = seen
         if self._given:
             return targets if straight else own
+        self.note["loss/R_S"] = _IN_PART if in_part else ""
         with contextlib.suppress(ValueError):
             self.loss = resolve_loss(loss)
         if targets is not None:

@@ -7,13 +7,15 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.condensation.tiles import (
-    cosine_tiles,
+from torch_dropout_ir.condensation.rows import (
+    UnitRows,
+    Weights,
     row_norms,
     rows_a_block,
     unit_rows,
     work_dtype,
 )
+from torch_dropout_ir.condensation.tiles import cosine_tiles
 
 
 @torch.no_grad()
@@ -55,7 +57,7 @@ def closest(weights: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         )
     best = weights.new_full((len(weights),), -2.0, dtype=work_dtype(weights))
     place = torch.full((len(weights),), -1, device=weights.device)
-    for i, j, tile in cosine_tiles(weights, other):
+    for i, j, tile in cosine_tiles(UnitRows(weights), UnitRows(other)):
         values, columns = tile.clamp_(-1.0, 1.0).max(1)
         part = slice(i, i + len(tile))
         better = ~(values <= best[part])
@@ -125,7 +127,7 @@ def _moved(now: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return row_norms(now - before), row_norms(before), cosines
 
 
-def leading_plane(rows: Tensor, steps: int = 30) -> Tensor:
+def leading_plane(rows: UnitRows, steps: int = 30) -> Tensor:
     """Return two leading principal directions of the rows, ``[d, 2]``.
 
     Of the matrix ``U'U`` with its mean in it, by subspace iteration from a fixed start:
@@ -144,12 +146,12 @@ def leading_plane(rows: Tensor, steps: int = 30) -> Tensor:
     phase = torch.arange(dims, device=rows.device, dtype=rows.dtype)
     plane = torch.stack((torch.cos(phase), torch.sin(1.7 * phase + 1)), 1)
     for _ in range(steps):
-        plane, _ = torch.linalg.qr(rows.T @ (rows @ plane))
+        plane, _ = torch.linalg.qr(rows.sums(rows @ plane))
     return plane
 
 
 @torch.no_grad()
-def orientation_angles(weights: Tensor, plane: Tensor | None = None) -> Tensor:
+def orientation_angles(weights: Weights, plane: Tensor | None = None) -> Tensor:
     """Return the angle of each neuron in a plane, in ``[-pi, pi)``.
 
     For neurons of two weights (one input and a bias) it is the orientation itself. For
@@ -174,15 +176,16 @@ def orientation_angles(weights: Tensor, plane: Tensor | None = None) -> Tensor:
         tensor([ 1.5708, -3.1416,     nan])
     """  # noqa: DOC502 (raised by `project_orientations`)
     points = project_orientations(weights, plane)
+    zero = row_norms(weights) == 0
     angles = torch.atan2(points[:, 1], points[:, 0])
-    none = (weights == 0).all(1) | torch.isnan(points).any(1)
+    none = zero | torch.isnan(points).any(1)
     return torch.where(angles >= torch.pi, -torch.pi, angles).masked_fill_(
         none, torch.nan
     )
 
 
 @torch.no_grad()
-def project_orientations(weights: Tensor, plane: Tensor | None = None) -> Tensor:
+def project_orientations(weights: Weights, plane: Tensor | None = None) -> Tensor:
     """Return the orientations' coordinates in a plane: points of the unit disc.
 
     Args:
@@ -211,15 +214,15 @@ def project_orientations(weights: Tensor, plane: Tensor | None = None) -> Tensor
             "expected `weights` [m, d] with d >= 2 and `plane` [d, 2], got "
             f"{list(weights.shape)} and {None if plane is None else list(plane.shape)}"
         )
-    rows = unit_rows(weights.detach())
+    rows = UnitRows(weights)
     if plane is None:
-        plane = principal_plane(weights)
-    points = rows @ plane.to(rows)
-    return points.masked_fill_(~_finite(rows)[:, None], torch.nan)
+        plane = _plane(rows)
+    points = rows @ plane.to(rows.device, rows.dtype)
+    return points.masked_fill_(~rows.norms.isfinite()[:, None], torch.nan)
 
 
 @torch.no_grad()
-def principal_plane(weights: Tensor) -> Tensor:
+def principal_plane(weights: Weights) -> Tensor:
     """Return the plane of the orientations' two leading principal directions.
 
     Neurons without orientation do not count; for two weights it is the plane as it
@@ -236,11 +239,8 @@ def principal_plane(weights: Tensor) -> Tensor:
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    rows = unit_rows(weights.detach())
-    sound = _finite(rows)
-    return leading_plane(rows if bool(sound.all()) else rows[sound])
+    return _plane(UnitRows(weights))
 
 
-def _finite(rows: Tensor) -> Tensor:
-    """Which rows are finite; nothing of their size is made."""
-    return torch.linalg.vector_norm(rows, torch.inf, dim=1).isfinite()
+def _plane(rows: UnitRows) -> Tensor:
+    return leading_plane(rows.at(rows.norms.isfinite()))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.condensation.greedy import greedy_cover, num_far_apart
-from torch_dropout_ir.condensation.tiles import row_norms, unit_rows, with_orientation
+from torch_dropout_ir.condensation.rows import UnitRows, Weights
+from torch_dropout_ir.condensation.tiles import with_orientation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class EffectiveNeurons:
 
 @torch.no_grad()
 def effective_neurons(
-    weights: Tensor,
+    weights: Weights,
     threshold: float = 0.95,
     min_amplitude: float = 0.0,
     *,
@@ -87,12 +88,13 @@ def effective_neurons(
     _check(weights, threshold, min_amplitude, amplitude)
     weights = weights.detach()
     alive, num_nonfinite = with_orientation(weights)
+    rows = UnitRows(weights)
     if min_amplitude > 0 and len(alive):
-        size = row_norms(weights) if amplitude is None else amplitude.detach().abs()
+        size = rows.norms if amplitude is None else amplitude.detach().abs()
         size = size[alive]
         alive = alive[size >= min_amplitude * size.amax()]
     total = weights.shape[0]
-    rows = unit_rows(weights if len(alive) == total else weights[alive])
+    rows = rows if len(alive) == total else rows.at(alive)
     labels = torch.full((total,), -1, dtype=torch.int64, device=weights.device)
     labels[alive] = greedy_cover(rows, threshold)
     count = int(labels.max()) + 1 if total else 0
@@ -107,7 +109,7 @@ def effective_neurons(
 
 
 def _check(
-    weights: Tensor, threshold: float, min_amplitude: float, amplitude: Tensor | None
+    weights: Weights, threshold: float, min_amplitude: float, amplitude: Tensor | None
 ) -> None:
     if weights.ndim != 2:
         raise ValueError(

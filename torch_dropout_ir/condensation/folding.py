@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torch_dropout_ir.condensation.rewire import narrow, parameter
-from torch_dropout_ir.condensation.tiles import row_norms
+from torch_dropout_ir.condensation.rows import row_norms
 
 _NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from torch_dropout_ir.condensation.acting import acting, affine
 from torch_dropout_ir.condensation.folding import is_foldable, scale_of
-from torch_dropout_ir.condensation.layers import CONVOLUTIONS, TRANSPOSED, input_weights
+from torch_dropout_ir.condensation.layers import CONVOLUTIONS, TRANSPOSED, by_group
 from torch_dropout_ir.condensation.passing import Passing, passing
 from torch_dropout_ir.functional import preserved_rng
 
@@ -66,6 +67,25 @@ def outgoing_weights(
         ([2, 8], ('2',))
         >>> found["2"].reason
         'it is an output of the model'
+    """
+    modules = dict(model.named_modules())
+    found = readers(model, run_own_code=run_own_code)
+    for name, out in found.items():
+        if out.consumers:
+            weight = weights_read(modules, name, out.consumers, out.norm)
+            found[name] = dataclasses.replace(out, weight=weight)
+    return found
+
+
+def readers(model: nn.Module, *, run_own_code: bool = True) -> dict[str, Outgoing]:
+    """Find the same without the weights themselves: none is copied.
+
+    Args:
+        model: The model.
+        run_own_code: As for :func:`outgoing_weights`.
+
+    Returns:
+        By name of the layer: what reads it, or why that is not known.
     """
     modules = dict(model.named_modules())
     names = [n for n, m in modules.items() if isinstance(m, _SOURCES)]
@@ -166,8 +186,7 @@ def _follow(
         pending += [(u, user, channels, flat) for u in user.users]
     if not consumers:
         return Outgoing((), False, "nothing reads it")
-    weight = weights_read(modules, name, consumers, norm)
-    return Outgoing(tuple(consumers), homogeneous, "", weight, norm)
+    return Outgoing(tuple(consumers), homogeneous, "", None, norm)
 
 
 def _normalized(
@@ -210,8 +229,25 @@ def weights_read(
         Outgoing weights ``[outputs, m]``.
     """
     neurons = num_neurons(modules[name])
-    weight = torch.cat([_columns(modules[c], neurons) for c in consumers])
+    parts = [_read(modules[c], neurons) for c in consumers]
+    weight = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])
     return weight * scale_of(modules[norm]).to(weight) if norm else weight
+
+
+def norms_read(
+    modules: Mapping[str, nn.Module],
+    name: str,
+    consumers: Iterable[str],
+    norm: str = "",
+) -> Tensor:
+    """Return the norms ``[m]`` of the columns of :func:`weights_read`, without them."""
+    neurons = num_neurons(modules[name])
+    norms = torch.stack([
+        torch.linalg.vector_norm(_read(modules[c], neurons), dim=(0, 2))
+        for c in consumers
+    ])
+    found = torch.linalg.vector_norm(norms, dim=0)
+    return found * scale_of(modules[norm]).abs().to(found) if norm else found
 
 
 def _is_call(node: fx.Node) -> bool:
@@ -232,9 +268,10 @@ def _fits(module: nn.Module, neurons: int, channels: bool, flat: bool) -> bool:
     return not channels and (whole or module.in_features == neurons)
 
 
-def _columns(module: nn.Module, neurons: int) -> Tensor:
-    """Weights ``[outputs, neurons]`` with which a layer reads neurons."""
-    if not isinstance(module, nn.Linear):
-        return input_weights(module, "input_channel").T
-    weight = input_weights(module)[:, : module.in_features]
-    return weight.unflatten(1, (neurons, -1)).transpose(1, 2).flatten(0, 1)
+def _read(module: nn.Module, neurons: int) -> Tensor:
+    """Weights ``[outputs, neurons, positions]`` with which a layer reads neurons."""
+    with acting(module):
+        if isinstance(module, nn.Linear):
+            return affine(module)[0].unflatten(1, (neurons, -1))
+        grouped = by_group(module).transpose(1, 2)
+    return grouped.flatten(0, 1).transpose(0, 1)

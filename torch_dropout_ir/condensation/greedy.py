@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.condensation.rows import UnitRows
 from torch_dropout_ir.condensation.tiles import near_tiles
 
 _PAIRS_A_ROW: Final = 64
-_BLOCK: Final = 512
 
 
-def greedy_cover(rows: Tensor, threshold: float) -> Tensor:
+def greedy_cover(rows: UnitRows, threshold: float) -> Tensor:
     """Cover unit rows by caps around some of them, the fullest cap first.
 
     Args:
@@ -41,7 +41,7 @@ def greedy_cover(rows: Tensor, threshold: float) -> Tensor:
     return _by_falling_size(_cover_by_pairs(labels, pairs))
 
 
-def num_far_apart(rows: Tensor, threshold: float) -> int:
+def num_far_apart(rows: UnitRows, threshold: float) -> int:
     """Return a number of unit rows no two of which fit into one cap.
 
     A cap around any direction holds what has a cosine above ``threshold`` with it: two
@@ -55,14 +55,19 @@ def num_far_apart(rows: Tensor, threshold: float) -> int:
         return min(1, len(rows))
     widest = _twice(rows, _resolvable(rows, threshold))
     chosen = torch.zeros(0, dtype=torch.int64, device=rows.device)
-    for start in range(0, len(rows), _BLOCK):
-        block = rows[start : start + _BLOCK]
-        free = torch.ones(len(block), dtype=torch.bool, device=rows.device)
-        for piece in chosen.split(_BLOCK):
-            free &= (block @ rows[piece].T <= widest).all(1)
+    for start in range(0, len(rows), size := rows.side):
+        part = slice(start, min(start + size, len(rows)))
+        free = torch.ones(part.stop - start, dtype=torch.bool, device=rows.device)
+        for j in range(0, start, size):
+            piece = chosen[(chosen >= j) & (chosen < j + size)]
+            if 2 * len(piece) > size:
+                tile = rows.tile(part, slice(j, j + size))[:, piece - j]
+            else:
+                tile = rows[part] @ rows[piece].T
+            free &= (tile <= widest).all(1)
         places = free.nonzero().squeeze(1)
-        left = block[places]
-        far = (left @ left.T <= widest).cpu().numpy()
+        left = rows.tile(part, part)[places][:, places]
+        far = (left <= widest).cpu().numpy()
         picked, open_ = [], np.ones(len(left), dtype=bool)
         while open_.any():
             first = int(open_.argmax())
@@ -73,23 +78,23 @@ def num_far_apart(rows: Tensor, threshold: float) -> int:
     return len(chosen)
 
 
-def _rounding(rows: Tensor) -> float:
+def _rounding(rows: UnitRows) -> float:
     """Bound on the error of a cosine of equal directions."""
     return 16 * torch.finfo(rows.dtype).eps
 
 
-def _resolvable(rows: Tensor, threshold: float) -> float:
+def _resolvable(rows: UnitRows, threshold: float) -> float:
     """The threshold, or what rounding can tell from 1."""
     return min(threshold, 1 - _rounding(rows))
 
 
-def _twice(rows: Tensor, threshold: float) -> float:
+def _twice(rows: UnitRows, threshold: float) -> float:
     """Cosine of twice the angle, less what rounding may add."""
     return 2 * threshold**2 - 1 - _rounding(rows)
 
 
 def _count_near(
-    rows: Tensor, threshold: float, most: int
+    rows: UnitRows, threshold: float, most: int
 ) -> tuple[Tensor, Tensor | None]:
     """Rows near each, with itself; and the pairs ``[2, k]`` unless above ``most``."""
     counts = torch.ones(len(rows), dtype=torch.int64, device=rows.device)
@@ -114,13 +119,13 @@ def _places(near: Tensor, across: Tensor, i: int, j: int) -> Tensor:
 
 
 def _cover_by_counts(
-    rows: Tensor, threshold: float, labels: Tensor, counts: Tensor, most: int
+    rows: UnitRows, threshold: float, labels: Tensor, counts: Tensor, most: int
 ) -> None:
     """Choose caps until at most ``most`` pairs with an uncovered row are left."""
     cluster = 0
     while int(counts.sum()) > most:
         best = int(counts.argmax())
-        cosines = rows @ rows[best]
+        cosines = (rows @ rows[best : best + 1].T)[:, 0]
         near = cosines > threshold
         near[best] = True  # whatever rounding says of its norm
         members = (near & (labels < 0)).nonzero().squeeze(1)
@@ -134,16 +139,16 @@ def _cover_by_counts(
         widest = _twice(rows, threshold) if threshold > 0 else -2.0
         around = (cosines > widest).nonzero().squeeze(1)
         lost = torch.zeros_like(around)
-        for i, _, tile in near_tiles(rows[around], rows[members], threshold):
+        for i, _, tile in near_tiles(rows.at(around), rows.at(members), threshold):
             lost[i : i + len(tile)] += tile.sum(1).long()
         counts[around] = (counts[around] - lost).clamp_(min=0)
         counts[best] = 0
 
 
-def _list_pairs(rows: Tensor, left: Tensor, threshold: float) -> Tensor:
+def _list_pairs(rows: UnitRows, left: Tensor, threshold: float) -> Tensor:
     """Pairs ``[2, k]`` of any row and one of ``left``, each once."""
     listed = [left.new_empty(2, 0)]
-    for i, j, near in near_tiles(rows, rows[left], threshold):
+    for i, j, near in near_tiles(rows, rows.at(left), threshold):
         found = _places(near, near.sum(1), i, j)
         listed.append(torch.stack((found[0], left[found[1]])))
     pairs = torch.cat(listed, 1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.condensation.acting import acting, affine
 from torch_dropout_ir.condensation.recurrent import RECURRENT, recurrent_parts
+from torch_dropout_ir.condensation.rows import Rows, Weights
 
 CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -80,14 +81,21 @@ def input_weights(
                 f"input_weights: expected `view` of {type(module).__name__} to be one "
                 f"of {tuple(views)}, got {view!r}"
             )
-        rows = views[view]
+        rows = whole(views[view])
     if isinstance(module, nn.MultiheadAttention):
         num_heads = module.num_heads
     return rows if head is None else _head(rows, head, num_heads, view)
 
 
-def layer_parts(module: nn.Module) -> dict[str, Tensor]:
+def whole(rows: Weights) -> Tensor:
+    """Return the matrix of rows, put together where they are not."""
+    return rows.whole() if isinstance(rows, Rows) else rows
+
+
+def layer_parts(module: nn.Module) -> dict[str, Weights]:
     """Return the sets of like neurons that a layer holds, by part; empty if none.
+
+    Biases are put beside weights when rows are taken, where the layer has them apart.
 
     Args:
         module: Any module; its children do not count.
@@ -114,7 +122,7 @@ def _known(module: nn.Module) -> bool:
     )
 
 
-def _views(module: nn.Module) -> dict[str, Tensor]:
+def _views(module: nn.Module) -> dict[str, Weights]:
     """Every view of a layer, by name."""
     if not _known(module):
         raise NotImplementedError(
@@ -127,24 +135,40 @@ def _views(module: nn.Module) -> dict[str, Tensor]:
     if isinstance(module, nn.MultiheadAttention):
         return _attention(module)
     if isinstance(module, RECURRENT):
-        return recurrent_parts(module)
+        return {**recurrent_parts(module)}
     if isinstance(module, nn.Embedding):
         return {"filter": module.weight, "feature": module.weight.T}
     if isinstance(module, nn.Linear):
-        rows = _with_bias(*affine(module))
-        thirds = rows.chunk(3) if len(rows) % 3 == 0 else ()
-        return {"filter": rows, **dict(zip(_PROJECTIONS, thirds, strict=False))}
+        weight, bias = affine(module)
+        views = {"filter": _with_bias(weight, bias)}
+        if len(weight) % 3 == 0:
+            views |= _thirds(weight, bias)
+        return views
     assert isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
     return _convolution(module)
 
 
-def _convolution(module: nn.Module) -> dict[str, Tensor]:
-    """The three views of a convolution, out of ``[groups, out, in, positions]``."""
+def _thirds(weight: Tensor, bias: Tensor | None) -> dict[str, Weights]:
+    """The three projections of a fused one."""
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    pairs = zip(weight.chunk(3), biases, strict=True)
+    own = (_with_bias(*pair) for pair in pairs)
+    return dict(zip(_PROJECTIONS, own, strict=True))
+
+
+def by_group(module: nn.Module) -> Tensor:
+    """Return the weight of a convolution as ``[groups, out, in, positions]``."""
     weight = module.weight
     assert isinstance(weight, Tensor) and isinstance(module.groups, int)
     grouped = weight.unflatten(0, (module.groups, -1)).flatten(3)
     if isinstance(module, TRANSPOSED):
         grouped = grouped.transpose(1, 2)
+    return grouped
+
+
+def _convolution(module: nn.Module) -> dict[str, Weights]:
+    """The three views of a convolution."""
+    grouped = by_group(module)
     filters = grouped.flatten(2).flatten(0, 1)
     return {
         "filter": _with_bias(filters, module.bias),  # type: ignore[arg-type]
@@ -153,22 +177,24 @@ def _convolution(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _attention(module: nn.MultiheadAttention) -> dict[str, Tensor]:
+def _attention(module: nn.MultiheadAttention) -> dict[str, Weights]:
     if module.in_proj_weight is None:
         weights = [module.get_parameter(f"{n[0]}_proj_weight") for n in _PROJECTIONS]
     else:
         weights = list(module.in_proj_weight.chunk(3))
-    if module.in_proj_bias is not None:
-        biases = module.in_proj_bias.chunk(3)
-        weights = [_with_bias(w, b) for w, b in zip(weights, biases, strict=True)]
-    views = dict(zip(_PROJECTIONS, weights, strict=True))
-    if len({w.shape[1] for w in weights}) == 1:
-        views["filter"] = torch.cat(weights)
+    bias = module.in_proj_bias
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    rows = [_with_bias(w, b) for w, b in zip(weights, biases, strict=True)]
+    views = dict(zip(_PROJECTIONS, rows, strict=True))
+    if module.in_proj_weight is not None:
+        views["filter"] = _with_bias(module.in_proj_weight, bias)
+    elif len({w.shape[1] for w in weights}) == 1:
+        views["filter"] = _with_bias(torch.cat(weights), bias)
     return views
 
 
-def _with_bias(rows: Tensor, bias: Tensor | None) -> Tensor:
-    return rows if bias is None else torch.cat((rows, bias[:, None]), 1)
+def _with_bias(weight: Tensor, bias: Tensor | None) -> Weights:
+    return weight if bias is None else Rows(weight, bias)
 
 
 def _head(rows: Tensor, head: int, num_heads: int | None, view: str) -> Tensor:

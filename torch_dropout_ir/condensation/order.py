@@ -7,11 +7,11 @@ from torch import Tensor
 
 from torch_dropout_ir.condensation.compare import leading_plane
 from torch_dropout_ir.condensation.cover import effective_neurons
-from torch_dropout_ir.condensation.tiles import unit_rows
+from torch_dropout_ir.condensation.rows import UnitRows, Weights
 
 
 @torch.no_grad()
-def cluster_order(weights: Tensor, labels: Tensor | None = None) -> Tensor:
+def cluster_order(weights: Weights, labels: Tensor | None = None) -> Tensor:
     """Return an order of the neurons that puts parallel ones side by side.
 
     Clusters of :func:`effective_neurons` stay together and follow one another by the
@@ -33,17 +33,15 @@ def cluster_order(weights: Tensor, labels: Tensor | None = None) -> Tensor:
     """
     if labels is None:
         labels = effective_neurons(weights).labels
-    rows = unit_rows(weights.detach())
-    rows[labels < 0] = 0.0
-    plane = leading_plane(rows)
+    rows = UnitRows(weights).at(alive := labels >= 0)
+    points = rows @ leading_plane(rows)
     clusters = int(labels.max()) + 1 if labels.numel() else 0
     # The extra row gathers the dead.
-    sums = rows.new_zeros(clusters + 1, rows.shape[1]).index_add_(
-        0, labels % (clusters + 1), rows
-    )
-    cluster_angle = _angle(sums @ plane)
+    sums = points.new_zeros(clusters + 1, points.shape[1])
+    cluster_angle = _angle(sums.index_add_(0, labels[alive], points))
     cluster_angle[clusters] = torch.inf
-    by_angle = _angle(rows @ plane).argsort(stable=True)
+    angle = points.new_zeros(len(labels)).masked_scatter_(alive, _angle(points))
+    by_angle = angle.argsort(stable=True)
     by_cluster = labels[by_angle].argsort(stable=True)
     order = by_angle[by_cluster]
     return order[cluster_angle[labels[order]].argsort(stable=True)]

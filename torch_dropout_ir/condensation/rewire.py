@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.condensation.tiles import row_norms, unit_rows
+from torch_dropout_ir.condensation.rows import row_norms, unit_rows
 from torch_dropout_ir.functional import call
 
 _MOST_ROWS: Final = 2**16

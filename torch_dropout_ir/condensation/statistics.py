@@ -9,7 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.condensation.tiles import cosine_tiles, with_orientation
+from torch_dropout_ir.condensation.rows import UnitRows, Weights
+from torch_dropout_ir.condensation.tiles import cosine_tiles
 
 _BINS: Final = 80
 
@@ -54,7 +55,7 @@ class CosineStatistics:
 
 @torch.no_grad()
 def cosine_statistics(
-    weights: Tensor, other: Tensor | None = None, *, bins: int = _BINS
+    weights: Weights, other: Weights | None = None, *, bins: int = _BINS
 ) -> CosineStatistics:
     r"""Return mean, spread and histogram of the cosines between neurons.
 
@@ -62,8 +63,8 @@ def cosine_statistics(
     with one of the other set: another layer on the same inputs, or the same layer at
     another step. Neurons that are zero or not finite are in no pair.
 
-    Tiles of the matrix of cosines are made and summed; of the weights two blocks of at
-    most 512 rows are copied.
+    Tiles of the matrix of cosines are made and summed; of the weights two blocks of
+    rows are copied, at most a quarter of them.
 
     Args:
         weights: Input weights, ``[m, d]``.
@@ -86,8 +87,8 @@ def cosine_statistics(
         (3, 0.3333, [0, 0, 2, 1])
     """  # noqa: DOC502 (raised by `_check`)
     _check(weights, other, bins)
-    rows = _sound(weights.detach())
-    columns = None if other is None else _sound(other.detach())
+    rows = _sound(weights)
+    columns = None if other is None else _sound(other)
     total = torch.zeros((), dtype=torch.float64, device=weights.device)
     squares, counts = total.clone(), total.new_zeros(bins)
     for i, j, tile in cosine_tiles(rows, columns):
@@ -103,13 +104,13 @@ def cosine_statistics(
     return CosineStatistics(num_pairs, total, squares, counts.long())
 
 
-def _sound(weights: Tensor) -> Tensor:
-    """The rows that have an orientation; the matrix itself where all have."""
-    alive, _ = with_orientation(weights)
-    return weights if len(alive) == len(weights) else weights[alive]
+def _sound(weights: Weights) -> UnitRows:
+    """The rows that have an orientation."""
+    rows = UnitRows(weights)
+    return rows.at((rows.norms > 0) & rows.norms.isfinite())
 
 
-def _check(weights: Tensor, other: Tensor | None, bins: int) -> None:
+def _check(weights: Weights, other: Weights | None, bins: int) -> None:
     shapes = [list(w.shape) for w in (weights, other) if w is not None]
     if any(len(s) != 2 for s in shapes) or len({s[-1] for s in shapes}) != 1:
         raise ValueError(

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from torch_dropout_ir.condensation.layers import layer_parts
+from torch_dropout_ir.condensation.layers import layer_parts, whole
+from torch_dropout_ir.condensation.rows import Weights
 
 
 def named_input_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -27,6 +28,19 @@ def named_input_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> [(name, list(w.shape)) for name, w in named_input_weights(net)]
         [('0', [8, 5]), ('2', [2, 9])]
+    """
+    for name, rows in named_rows(model):
+        yield name, whole(rows)
+
+
+def named_rows(model: nn.Module) -> Iterator[tuple[str, Weights]]:
+    """Go through the same, without copies where biases are apart.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Name, and input weights ``[neurons, d]`` as a matrix, or as rows to be taken.
     """
     seen: set[tuple[int, ...]] = set()
     for name, module in model.named_modules():

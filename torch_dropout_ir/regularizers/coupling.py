@@ -8,21 +8,42 @@ import torch
 from torch import Tensor
 
 _POWERS = 16
+_GOLDEN = (5**0.5 - 1) / 2
+_PERIOD = 2**16
 
 
-def even_root(like: Tensor, dims: int = 1) -> Tensor:
-    """Return a root without zeros that is the same for all samples; no random draw.
+def uneven(like: Tensor, first: int = 0) -> Tensor:
+    """Return numbers in ``[1, 2)`` without pattern, and without a random draw.
+
+    Losses see differences of outputs, sums, second differences: a direction with a
+    pattern may be one along which they are constant.
 
     Args:
-        like: A tensor whose first ``dims`` dimensions count the samples.
-        dims: Their number.
+        like: A tensor of the shape, dtype and device wanted.
+        first: Where to start, for another tensor than the one before.
 
     Returns:
         A tensor of its shape.
     """
-    own = like.shape[dims:]
-    steps = torch.linspace(1, 2, own.numel(), device=like.device).to(like.dtype)
-    return steps.view(own).expand(like.shape).contiguous()
+    count = like.numel()
+    index = torch.arange(first, first + min(count, _PERIOD), device=like.device)
+    period = (1 + index.double() ** 2 * _GOLDEN % 1).to(like.dtype)
+    return period.repeat(-(-count // _PERIOD))[:count].view(like.shape)
+
+
+def even_root(like: Tensor, dims: int = 1, first: int = 0) -> Tensor:
+    """Return a root without zeros that is the same for all samples.
+
+    Args:
+        like: A tensor whose first ``dims`` dimensions count the samples.
+        dims: Their number.
+        first: Where to start, for another tensor than the one before.
+
+    Returns:
+        A tensor of its shape.
+    """
+    own = like[(0,) * dims] if like.numel() else like
+    return uneven(own, first).expand(like.shape).contiguous()
 
 
 def by_powers(root: Tensor, dims: int = 1) -> Tensor:

@@ -86,6 +86,9 @@ def gradient_norm(
     too; that of the masks is of the first of a pair. Steps count alike, whatever the
     sizes of their batches.
 
+    Near ``p = 1``, where next to no unit is kept at both masks of a pair, the draws do
+    not show how far the mean is off, and neither do the errors.
+
     Costs a forward and a backward pass a mask and batch. Memory: beside a pass, whose
     gradients go one by one as they come, one gradient, and the largest parameter's as
     it comes. A training step holds its gradient only when its activations have gone:

@@ -26,6 +26,10 @@ from torch_dropout_ir.sites import noise_variance
 # product of matrices to be at its best.
 _IN_CACHE: Final = 2**17
 _FOR_PRODUCTS: Final = 2**21
+ROWS_MEET: Final = (
+    "expected a loss that is a sum (or mean) of terms of one row of the outputs each, "
+    "got one that couples rows. Use `regularizers.second_order`, or `monte_carlo`."
+)
 
 
 def last_layer(
@@ -98,6 +102,7 @@ def last_layer(
             "last_layer: the Hessian of this loss depends on the outputs: expected "
             "`outputs` [..., C], got None"
         )
+    resolved = resolved.at(outputs.reshape(-1, outputs.shape[-1]))
     if resolved.kind == "cross_entropy":
         softmax, scale = softmax_and_scale(resolved, outputs, targets)
         return variance / 2 * _softmax_form(rows, weight, softmax, scale)
@@ -118,10 +123,7 @@ def check_rows(read: OutputsRead) -> None:
         ValueError: If it couples rows.
     """
     if read.couples(read.tensors[0].ndim - 1):
-        raise ValueError(
-            "expected a loss that is a sum (or mean) of terms of one row of the outputs"
-            " each, got one that couples rows. Use `regularizers.second_order`."
-        )
+        raise ValueError(ROWS_MEET)
 
 
 def softmax_and_scale(

@@ -13,6 +13,7 @@ from torch_dropout_ir import tracing
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.by_rows import sum_by_rows
 from torch_dropout_ir.regularizers.last_layer import (
+    ROWS_MEET,
     check_rows,
     last_layer,
     softmax_and_scale,
@@ -89,6 +90,7 @@ def leave_one_out(
     variance = noise_variance(p)
     if resolved.kind == "squared":
         return last_layer(features, weight, p, loss=resolved)
+    resolved = resolved.at(outputs.reshape(-1, outputs.shape[-1]))
     if resolved.kind == "cross_entropy":
         return variance * _softmax_form(resolved, features, weight, outputs, targets)
     check_rows(read_outputs(outputs, resolved, targets))
@@ -134,6 +136,9 @@ def _general_form(
     """One evaluation of the loss a unit; all samples lose that unit at once."""
     f = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
     differentiable = torch.is_grad_enabled() and outputs.requires_grad
+    contribution = features @ weight.T
+    if tracing.eager():
+        _check_rows_apart(loss, outputs, outputs - contribution, targets)
     with torch.enable_grad():
         value = loss(f, targets)
         (slope,) = torch.autograd.grad(value, f, create_graph=differentiable)
@@ -143,7 +148,7 @@ def _general_form(
     def without(h: Tensor, w: Tensor) -> Tensor:
         return loss(outputs - h[..., None] * w, targets)
 
-    total = (slope * (features @ weight.T)).sum()
+    total = (slope * contribution).sum()
     for h, w in zip(features.unbind(-1), weight.unbind(1), strict=True):
         if torch.is_grad_enabled() and tracing.eager():
             part = checkpoint(
@@ -153,3 +158,18 @@ def _general_form(
             part = without(h, w)
         total = total + (part - value)
     return total
+
+
+@torch.no_grad()
+def _check_rows_apart(loss: Loss, a: Tensor, b: Tensor, targets: Any) -> None:
+    """Raise where rows meet between two outputs, as in a hinge that is not met at one.
+
+    Raises:
+        ValueError: If exchanging rows changes the sum of their losses.
+    """
+    own = torch.arange(a.shape[:-1].numel(), device=a.device) % 2 == 0
+    own = own.view(*a.shape[:-1], 1)
+    exchanged = torch.where(own, a, b), torch.where(own, b, a)
+    plain, mixed = (loss(x, targets) + loss(y, targets) for x, y in ((a, b), exchanged))
+    if (plain - mixed).abs() > torch.finfo(a.dtype).eps ** (2 / 3) * plain.abs():
+        raise ValueError(ROWS_MEET)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal, TypeAlias
 
@@ -16,6 +17,7 @@ from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_batch,
     check_differentiable,
+    noise_left_out,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.gradient_norm import learning_rates
@@ -25,6 +27,7 @@ from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import total
+from torch_dropout_ir.sharpness.frozen import TwiceDifferentiable
 from torch_dropout_ir.sites import Site, find_sites
 from torch_dropout_ir.tracing import checkpointed
 
@@ -63,9 +66,8 @@ def modified_loss(
     with :math:`\tilde R_2` at the masks of this very step: in ``L3`` and ``"regu"`` the
     loss and its penalty see the same ones. ``R_drop`` is the model as the script calls
     it, all of its noise included; ``R_S`` is the model with dropout off, and R_1 that
-    of the sites (:attr:`Analysis.sites` lists what is none). Of the passes that a kind
-    takes, the one that gives ``R_S`` or ``R_drop`` moves batch-norm statistics, once a
-    step as in training.
+    of the sites; a warning names other noise. Of the passes that a kind takes, the one
+    that gives ``R_S`` or ``R_drop`` moves batch-norm statistics, once a step.
 
     Differentiable in the parameters: call ``.backward()`` on it in the place of the
     loss. ``L1`` with ``"last_layer"`` costs a plain step; a penalty on the gradient a
@@ -116,7 +118,7 @@ def modified_loss(
     if kind in ("L1", "L4"):
         with _not_checkpointed(model):
             return _with_r1(model, batch, resolved, kind, r1)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no second derivative
+    with _twice_differentiable():
         risk = _dropout_risk(model, batch, resolved, move_buffers=kind != "L2")
     assert lr is not None  # by `_check`
     penalty = _penalty(model, risk, lr)
@@ -124,6 +126,17 @@ def modified_loss(
         with _not_checkpointed(model):
             return penalty + _clean_risk(model, batch, resolved, move_buffers=True)
     return risk - penalty if kind == "L3" else risk + penalty
+
+
+@contextlib.contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Run nothing that has no second derivative, or a wrong one."""
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        TwiceDifferentiable(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield
 
 
 def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:
@@ -184,6 +197,8 @@ def _with_r1(model: nn.Module, batch: Batch, loss: Loss, kind: str, r1: str) -> 
         with clean_pass(
             model, batch[0], twice=twice, move_buffers=kind == "L1", outlives=True
         ) as passed:
+            for said in noise_left_out(model, passed.noisy, met=True):
+                warnings.warn(f"modified_loss: R_1: {said}", stacklevel=3)
             clean = loss(passed.outputs, batch[1])
             excess = _r1(passed, batch[1], loss, r1)
     if kind == "L1":

@@ -11,7 +11,12 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.regularizers.coupling import by_powers, even_root, weighs_alike
+from torch_dropout_ir.regularizers.coupling import (
+    by_powers,
+    even_root,
+    uneven,
+    weighs_alike,
+)
 
 _PIECEWISE: Final = (
     "expected a loss with a second derivative, got one that is piecewise {}: its "
@@ -63,7 +68,7 @@ class OutputsRead:
         live = [s for s in self.slopes(at) if s.requires_grad]
         if not live:
             return False
-        roots = [even_root(s, dims) for s in live]
+        roots = [even_root(s, dims, i * s.numel()) for i, s in enumerate(live)]
         plain = _curved(live, at, roots)
         weighed = _curved(live, at, [by_powers(r, dims) for r in roots])
         return any(
@@ -235,7 +240,7 @@ def check_curvature(read: OutputsRead) -> bool:
     at = [x.detach().requires_grad_() for x in read.tensors]
     slopes = read.slopes(at)
     live = [s for s in slopes if s.requires_grad]
-    steps = [torch.linspace(1, 2, s.numel()).to(s).view_as(s) for s in live]
+    steps = [uneven(s, i * s.numel()) for i, s in enumerate(live)]
     if live:
         found = _curved(live, at, steps)
         if any(g is not None and bool(g.any()) for g in found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.sites import Site
 
 MAX_MASKS: Final = 2**20
+# Pairs of sets of masks at which samples are held apart.
+_PAIRS: Final = 8
 
 
 def enumerate_masks(
@@ -69,7 +72,8 @@ def expected_dropout_loss(
         batch: ``(inputs, targets)``.
         loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
         max_masks: Most forward passes to spend.
-        coupled: Whether samples meet; found from derivatives if None.
+        coupled: Whether samples meet; found from derivatives, and from the loss at
+            some masks, if None.
 
     Returns:
         0-d float64.
@@ -122,6 +126,7 @@ def _uses(
     model: nn.Module, batch: Batch, loss: Loss, coupled: bool | None
 ) -> list[tuple[Site, torch.Size]]:
     """Return each use of a site with the shape of the mask to enumerate."""
+    look = coupled is None
     with clean_pass(model, batch[0]) as clean:
         if coupled is None:
             read = read_outputs(clean.outputs, loss, batch[1])
@@ -130,11 +135,54 @@ def _uses(
                 or clean.couples_samples(read.tensors)
                 or _meet_in_loss(read)
             )
-        shapes = [(site, site.mask_shape(h.shape)) for site, h, _ in clean.uses]
-    return [
-        (site, torch.Size(shape if coupled or not shape else (1, *shape[1:])))
-        for site, shape in shapes
-    ]
+        each = [(s, torch.Size(s.mask_shape(h.shape))) for s, h, _ in clean.uses]
+        noisy = clean.noisy
+    one = [(s, torch.Size((1, *shape[1:])) if shape else shape) for s, shape in each]
+    if look and not coupled and not noisy and _count(one) <= MAX_MASKS:
+        coupled = _meet_at_masks(model, batch, loss, each)
+    return each if coupled else one
+
+
+def _meet_at_masks(
+    model: nn.Module, batch: Batch, loss: Loss, uses: list[tuple[Site, torch.Size]]
+) -> bool:
+    """Whether samples meet at masks that are far from none, as in a hinge."""
+    # If not, the loss is a sum over samples: two sets of masks have the same sum of
+    # losses as the two that come of exchanging rows.
+    counts = {shape[0] if shape else 0 for _, shape in uses}
+    if len(counts) != 1 or counts <= {0, 1}:
+        return False
+    draw = functools.partial(
+        torch.randint, 2, generator=torch.Generator().manual_seed(0), dtype=torch.bool
+    )
+    risk = functools.partial(_risk_at, model, batch, loss)
+    (rows,) = counts
+    with torch.no_grad():
+        for _ in range(_PAIRS):
+            own = draw(size=(rows,))
+            pairs = [(draw(size=shape), draw(size=shape)) for _, shape in uses]
+            exchanged = [_exchanged(own, a, b) for a, b in pairs]
+            a, b, c, d = (
+                risk([pair[i] for pair in found])
+                for found in (pairs, exchanged)
+                for i in (0, 1)
+            )
+            off = (a.double() + b - c - d).abs()
+            if bool(off > precision(model, a) ** (2 / 3) * (a.abs() + b.abs())):
+                return True
+    return False
+
+
+def precision(model: nn.Module, risk: Tensor) -> float:
+    """Return the coarsest rounding of parameters and loss."""
+    real = (x for x in (*model.parameters(), risk) if x.is_floating_point())
+    return max(torch.finfo(x.dtype).eps for x in real)
+
+
+def _exchanged(rows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Exchange some rows of two masks."""
+    own = rows.view(-1, *(1,) * (a.ndim - 1))
+    return torch.where(own, a, b), torch.where(own, b, a)
 
 
 def _meet_in_loss(read: OutputsRead) -> bool:

@@ -33,7 +33,11 @@ from torch_dropout_ir.regularizers.modified_loss import (
     fits_last_layer,
     last_layer_form,
 )
-from torch_dropout_ir.testing.enumeration import count_masks, expected_dropout_loss
+from torch_dropout_ir.testing.enumeration import (
+    count_masks,
+    expected_dropout_loss,
+    precision,
+)
 from torch_dropout_ir.testing.findings import Claim, Finding, RegularizerReport
 
 Estimator: TypeAlias = tuple[Claim, Callable[[], Estimate]]
@@ -103,19 +107,13 @@ def check_regularizer(
         risk = float(clean)
         truth, error = _truth(model, batch, resolved, risk, max_masks, num_masks)
         estimators, notes = _estimators(model, batch, resolved, num_masks, num_samples)
-        rounding = _ROUNDED * _precision(model, clean) * max(abs(risk), abs(truth))
+        rounding = _ROUNDED * precision(model, clean) * max(abs(risk), abs(truth))
         allowed = rtol * abs(truth) + rounding
         findings = tuple(
             _finding(name, estimator, truth, error, allowed)
             for name, estimator in estimators.items()
         )
     return RegularizerReport(truth, error, risk, rtol, findings, notes)
-
-
-def _precision(model: nn.Module, risk: Tensor) -> float:
-    """The coarsest rounding of parameters and loss."""
-    real = (x for x in (*model.parameters(), risk) if x.is_floating_point())
-    return max(torch.finfo(x.dtype).eps for x in real)
 
 
 def _truth(

@@ -169,8 +169,8 @@ class Experiment:
             seed: The cell's seed.
             total: Number of steps.
             state: Objects with ``state_dict`` and ``load_state_dict``: model,
-                optimizer, analysis. They and torch's generator are kept every half
-                minute.
+                optimizer, analysis, all that a step changes and a later one or the
+                result reads. They and torch's generator are kept every half minute.
 
         Yields:
             The number of the step, from 0.
@@ -193,7 +193,9 @@ class Experiment:
         )
         for step in bar:
             yield step
-            if (now := time.perf_counter()) - last > 30:
+            # Not after the last: a run that goes on has a step to take, and with it
+            # what the steps leave in local names.
+            if (now := time.perf_counter()) - last > 30 and step + 1 < total:
                 kept = {
                     "state": [one.state_dict() for one in state],
                     "rng": torch.get_rng_state(),

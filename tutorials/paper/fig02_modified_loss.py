@@ -38,6 +38,7 @@ import torch
 from data import accuracy, mnist
 from experiment import COLOURS, Claim, Experiment
 from torch import nn
+from two_layer import Track
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir import regularizers
@@ -116,20 +117,21 @@ def train(loss, keep_prob, seed):
         log_dir=exp.log_dir(f"{loss}-{keep_prob}", seed), every=STEPS // 2,
         measures=[m for m in default_measures() if m.name != "sharpness"],
     )  # fmt: skip
-    shown, points = x[:, :r].contiguous(), []
+    shown = x[:, :r].contiguous()
+    points = Track(STEPS // 10, lambda: numbers(net, x, y))
     scratch = [torch.empty(len(x), WIDTH) for _ in range(3)]
     arm = f"{loss}-{keep_prob}"
     with analysis, torch.no_grad():
-        for step in exp.steps(arm, seed, STEPS, [net, optimizer, analysis]):
+        for step in exp.steps(arm, seed, STEPS, [net, optimizer, points, analysis]):
             optimizer.param_groups[0].update(schedule(step))
             gradient(net, shown, y, loss, p, scratch)
             optimizer.step()
-            if (step + 1) % (STEPS // 10) == 0:
-                points.append([step + 1, *numbers(net, x, y)])
+            if (step + 1) % points.every == 0:
+                points(step + 1)
     ours = numbers(net, x, y)
     excess = p / (1 - p) * ours[1]
     return {"accuracy": accuracy(net, test_x, test_y), "R_S": ours[0], "R_1": excess,
-            "points": points}  # fmt: skip
+            "points": points.rows}  # fmt: skip
 
 
 def numbers(net, x, y):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
@@ -13,8 +12,14 @@ from torch_dropout_ir import condensation
 from torch_dropout_ir.analysis.measures.start import Start
 from torch_dropout_ir.analysis.records import Histogram, Image, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
-from torch_dropout_ir.condensation.graph import weights_read
-from torch_dropout_ir.condensation.tiles import unit_rows
+from torch_dropout_ir.condensation.graph import norms_read, readers
+from torch_dropout_ir.condensation.rows import (
+    UnitRows,
+    Weights,
+    row_norms,
+    rows_a_block,
+)
+from torch_dropout_ir.condensation.walk import named_rows
 
 _ROWS, _COLUMNS = 32, 96
 _FAINTEST = 0.35  # the colour of a single neuron, of 1
@@ -66,8 +71,9 @@ class Condensation:
                 self._next = name
                 break
             (consumers, norm), note = self._readers(snapshot.model, name)
-            read = weights_read(modules, name, consumers, norm) if consumers else None
-            size = condensation.amplitudes(weights, read)
+            size = row_norms(weights)
+            if consumers:
+                size *= norms_read(modules, name, consumers, norm)
             snapshot.notes[f"condensation/orientation_amplitude/{name}"] = note
             records |= self._layer(name, weights, size)
         return records
@@ -79,27 +85,23 @@ class Condensation:
         modules = {n: type(m) for n, m in model.named_modules()}
         if modules != self._traced:
             self._traced = modules
-            found = condensation.outgoing_weights(model, run_own_code=False)
-            self._outgoing = {
-                n: dataclasses.replace(o, weight=None) for n, o in found.items()
-            }
+            self._outgoing = readers(model, run_own_code=False)
         out = self._outgoing.get(name)
         if out is not None and out.consumers:
-            readers = ", ".join((*out.consumers, *((out.norm,) if out.norm else ())))
-            said = f"amplitudes count the outgoing weights, of {readers}"
+            named = ", ".join((*out.consumers, *((out.norm,) if out.norm else ())))
+            said = f"amplitudes count the outgoing weights, of {named}"
             return (out.consumers, out.norm), said
         reason = out.reason if out else "it is no linear layer or convolution"
         return ((), ""), f"amplitudes are norms of input weights alone: {reason}"
 
-    def _layers(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
+    def _layers(self, snapshot: Snapshot) -> Iterator[tuple[str, Weights]]:
         """The layers to measure, from the one where the last measurement stopped.
 
         Yields:
-            Name and input weights: a copy where there are biases, of one layer at a
-            time.
+            Name and input weights.
         """
         names = []
-        for name, weights in condensation.named_input_weights(snapshot.model):
+        for name, weights in named_rows(snapshot.model):
             if _operations(weights) > self.max_operations:
                 snapshot.absent[f"condensation/effective_neurons/{name}"] = (
                     f"{weights.shape[0]} neurons of {weights.shape[1]} weights are "
@@ -110,11 +112,11 @@ class Condensation:
         first = names.index(self._next) if self._next in names else 0
         self._next = ""
         for part in (names[first:], names[:first]):
-            for name, weights in condensation.named_input_weights(snapshot.model):
+            for name, weights in named_rows(snapshot.model):
                 if name in part:
                     yield name, weights.detach()
 
-    def _layer(self, name: str, weights: Tensor, size: Tensor) -> dict[str, Record]:
+    def _layer(self, name: str, weights: Weights, size: Tensor) -> dict[str, Record]:
         """The records of one layer."""
         found = condensation.effective_neurons(
             weights, self.threshold, self.min_amplitude
@@ -141,40 +143,59 @@ class Condensation:
             )
         return records
 
-    def _heat_map(self, weights: Tensor, labels: Tensor) -> Image:
+    def _heat_map(self, weights: Weights, labels: Tensor) -> Image:
         order = condensation.cluster_order(weights, labels)
         # A stride through the sorted neurons keeps the shares of the clusters.
-        stride = -(-len(order) // (4 * self.max_image))
-        rows = unit_rows(weights[order[::stride]])
-        side = min(self.max_image, len(rows))
-        # Means of cosines are cosines of means: the matrix itself is not made.
-        means = nn.functional.adaptive_avg_pool2d(rows[None, None], (side, None))[0, 0]
-        field = (means @ means.T).clamp_(-1.0, 1.0).float()
-        return Image(field.cpu(), -1.0, 1.0, order[::stride].cpu())
+        kept = order[:: -(-len(order) // (4 * self.max_image))]
+        field = _mean_cosines(UnitRows(weights).at(kept), self.max_image)
+        return Image(field.float().cpu(), -1.0, 1.0, kept.cpu())
+
+
+def _mean_cosines(rows: UnitRows, most: int) -> Tensor:
+    """Cosines of rows, averaged down to ``most`` a side as by adaptive pooling."""
+    # Means of cosines are cosines of means: the matrix itself is not made.
+    side, count = min(most, len(rows)), len(rows)
+    field = torch.empty(side, side, dtype=rows.dtype, device=rows.device)
+    step = max(1, rows_a_block(rows) * side // (2 * count))
+
+    def means(first: int) -> Tensor:
+        bins = range(first, min(first + step, side))
+        ends = [(k * count // side, -(-(k + 1) * count // side)) for k in bins]
+        block = rows[ends[0][0] : ends[-1][1]]
+        return torch.stack([
+            block[i - ends[0][0] : j - ends[0][0]].mean(0) for i, j in ends
+        ])
+
+    for i in range(0, side, step):
+        high = means(i)
+        for j in range(i, side, step):
+            tile = high @ (high if i == j else means(j)).T
+            field[i : i + step, j : j + step] = tile
+            field[j : j + step, i : i + step] = tile.T
+    return field.clamp_(-1.0, 1.0)
 
 
 def _is_infinite(record: Record) -> bool:
     return isinstance(record, float) and not math.isfinite(record)
 
 
-def _operations(weights: Tensor) -> float:
+def _operations(weights: Weights) -> float:
     """Multiplications of one layer: cover, bound, order and histogram."""
     neurons, dims = weights.shape
     return 6.0 * neurons**2 * (dims + 16)
 
 
 def _orientation_amplitude(
-    weights: Tensor, size: Tensor, start: Tensor, start_size: Tensor
+    weights: Weights, size: Tensor, start: Tensor, start_size: Tensor
 ) -> Image:
     """How many neurons are where, from the middle up now and down at the start."""
     # Across: the angle in the plane of the leading directions of now; from the middle
     # outwards: the amplitude over the largest; red and blue.
     plane = condensation.principal_plane(weights)
     now = _places(condensation.orientation_angles(weights, plane), size)
-    before = start.to(weights.device)
-    angles = condensation.orientation_angles(before, plane)
-    then = _places(angles, start_size.to(weights.device))
-    return Image(torch.cat((now.flip(0), -then)).float().cpu(), -1.0, 1.0)
+    # They stay where they are kept: no copy goes to the device of the weights.
+    then = _places(condensation.orientation_angles(start, plane.cpu()), start_size)
+    return Image(torch.cat((now.flip(0).cpu(), -then)).float(), -1.0, 1.0)
 
 
 def _places(angles: Tensor, size: Tensor) -> Tensor:

@@ -19,10 +19,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.condensation.tiles import row_norms, unit_rows
+from torch_dropout_ir.condensation.rows import (
+    Weights,
+    row_norms,
+    unit_rows,
+)
 
 _LARGE: Final = 2**16  # entries from which a layer is rounded
-_ROWS: Final = 128  # that are looked at together
+_ROWS: Final = 32  # that are looked at together
 
 
 class Start:
@@ -37,27 +41,29 @@ class Start:
         size: The amplitudes.
     """
 
-    def __init__(self, weights: Tensor, size: Tensor) -> None:
+    def __init__(self, weights: Weights, size: Tensor) -> None:
         self.size = size.cpu().clone()
         self._scale: Tensor | None = None
         if weights.dtype == torch.float32 and weights.numel() >= _LARGE:
-            largest = torch.linalg.vector_norm(weights, torch.inf, dim=1, keepdim=True)
-            scale = largest.masked_fill_((largest == 0) | ~largest.isfinite(), 1.0)
             self.directions = torch.empty(weights.shape, dtype=torch.float16)
+            self._scale = torch.empty(len(weights), 1)
             for part in _parts(weights):
-                self.directions[part] = (weights[part] / scale[part]).cpu()
-            self._scale = scale.cpu()
+                rows = weights[part]
+                scale = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True)
+                scale.masked_fill_((scale == 0) | ~scale.isfinite(), 1.0)
+                self.directions[part] = (rows / scale).cpu()
+                self._scale[part] = scale.cpu()
         else:
-            self.directions = weights.cpu().clone()
+            self.directions = weights[:].cpu().clone()
         self._norm = float(torch.linalg.vector_norm(row_norms(weights)))
         self._rounded = 0.0
         self._rounded = self._squared_distance(weights)
 
-    def _kept(self, part: slice, like: Tensor) -> Tensor:
+    def _kept(self, part: slice, like: Weights) -> Tensor:
         rows = self.directions[part].to(like.device, like.dtype)
-        return rows if self._scale is None else rows.mul_(self._scale[part].to(like))
+        return rows if self._scale is None else rows.mul_(self._scale[part].to(rows))
 
-    def _squared_distance(self, weights: Tensor) -> float:
+    def _squared_distance(self, weights: Weights) -> float:
         """Squared distance, where it is more than what rounding has taken."""
         away = [
             row_norms(weights[part] - self._kept(part, weights)).square().sum()
@@ -66,12 +72,12 @@ class Start:
         found = float(sum(away)) - self._rounded
         return 0.0 if found <= 0 else found  # NaN stays
 
-    def relative_distance(self, weights: Tensor) -> float:
+    def relative_distance(self, weights: Weights) -> float:
         r"""Return :math:`\lVert W - W_0 \rVert / \lVert W_0 \rVert` of all neurons."""
         away = math.sqrt(self._squared_distance(weights))
         return away / self._norm if self._norm or not away else math.inf
 
-    def mean_cosine(self, weights: Tensor) -> float:
+    def mean_cosine(self, weights: Weights) -> float:
         """Return the mean cosine between each neuron and what it was."""
         total = torch.zeros((), dtype=torch.float64)
         for part in _parts(weights):
@@ -82,5 +88,5 @@ class Start:
         return float(total) / max(1, len(weights))
 
 
-def _parts(weights: Tensor) -> list[slice]:
+def _parts(weights: Weights) -> list[slice]:
     return [slice(k, k + _ROWS) for k in range(0, len(weights), _ROWS)]
