@@ -17,6 +17,7 @@ from torch_dropout_ir.analysis.measures import (
     Sharpness,
     default_measures,
     received_r2,
+    sample_parts,
 )
 from torch_dropout_ir.analysis.measures.sample_parts import fitting
 from torch_dropout_ir.analysis.records import Image
@@ -199,11 +200,12 @@ def test_the_look_at_what_a_pass_keeps_lets_go_of_it():
 @pytest.mark.parametrize(
     ("max_bytes", "coupling", "fixed"),
     [(0, "auto", True), (2**30, "auto", False), (0, "batch", False),
-     (2**30, "fixed", True)],
+     (2**30, "fixed", True), (None, "auto", False)],
 )  # fmt: skip
 def test_batch_normalization_is_of_the_whole_batch_and_notes_say_how(
-    max_bytes, coupling, fixed
+    max_bytes, coupling, fixed, monkeypatch
 ):
+    monkeypatch.setattr(sample_parts, "_TINY", 0)
     torch.manual_seed(1)
     net = nn.Sequential(
         nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(), nn.Linear(8, 3)
@@ -234,7 +236,9 @@ def test_batch_normalization_is_of_the_whole_batch_and_notes_say_how(
         assert ("held at the means" in snapshot.notes[tag]) == fixed
 
 
-def test_samples_that_meet_otherwise_and_do_not_fit_are_left_out_and_said():
+def test_samples_that_meet_otherwise_and_do_not_fit_are_left_out_and_said(monkeypatch):
+    monkeypatch.setattr(sample_parts, "_TINY", 0)
+
     class Pairs(nn.Module):
         def __init__(self):
             super().__init__()
@@ -245,7 +249,7 @@ def test_samples_that_meet_otherwise_and_do_not_fit_are_left_out_and_said():
 
     net, batch = Pairs(), (torch.randn(16, 5), torch.randint(3, (16,)))
     loss = resolve_loss("cross_entropy")
-    for most, there in ((0, False), (2**30, True)):
+    for most, there in ((0, False), (2**30, True), (None, True)):
         snapshot = Snapshot(net, 0, (), loss=loss, batches=[batch])
         records = Sharpness(max_bytes=most)(snapshot)
         assert ("sharpness/top_eigenvalue" in records) == there
@@ -269,7 +273,7 @@ def test_the_batch_is_cut_so_that_the_peak_is_what_was_said():
     for tanhs, samples in ((1, 4), (9, 64), (30, 256)):
         kept = (tanhs + 1) * samples * 300 * 4  # outputs; what the loss keeps of them
         training = 2 * own + kept
-        room = max(training / 8, 1.3 * training - 4 * own)
+        room = max(2**20, training / 8, 1.3 * training - 4 * own)
         assert pieces(tanhs, samples) == pytest.approx(5 * kept / room, abs=1.5)
     assert pieces(1, 4) == 1 < pieces(9, 64)
 

@@ -15,6 +15,8 @@ Semantics:
   normalization is a fixed affine map, as it is in evaluation. A sentence says so.
 * Samples that see each other otherwise, and do not fit, have no curvature here: what
   part of them there is room for has another one.
+* A graph of at most 64 MB fits where cutting it would change the curvature: small
+  networks have that of their training, whatever they see of each other.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ from torch_dropout_ir.sharpness.surface import Surface
 _OVER: Final = 5  # a second derivative's graph, over what a pass keeps
 _PEAK: Final = 1.3  # of what training takes
 _LEAST: Final = 1 / 8  # of that, where parameters alone take more
+_TINY: Final = 2**20  # bytes of a graph that no cut makes worth its time
+_SMALL: Final = 2**26  # of one that is held whole where a cut has another curvature
 _MOVED: Final = 0.1  # of the parameters' root mean square
 _PADDING: Final = -100  # labels that losses of language models leave out
 Coupling = Literal["auto", "batch", "fixed"]
@@ -106,6 +110,7 @@ def fitting(
         max_bytes: Memory of a graph below which nothing is cut; None: what is left of
             1.3 times the memory of plain gradient descent, beside parameters, their
             gradient, and two vectors of that size; an eighth of that memory at least.
+            Batches that cannot be cut without a change have 64 MB at least.
         coupling: What becomes of batch normalization in training mode: ``"batch"``
             takes the curvature of the loss as it is trained, the whole batch at once
             whatever memory that takes; ``"fixed"`` holds means and variances; and
@@ -124,8 +129,12 @@ def fitting(
         return Parts(batches)  # inputs that are objects of the script's own
     whole = Parts(given).surface(model, loss)
     kept = _kept(whole, batch)
+    graph = _OVER * kept
     room = _room(whole, kept) if max_bytes is None else max_bytes
-    pieces = min(count, -(-_OVER * kept // max(1, room)))
+    pieces = min(count, -(-graph // max(1, room)))
+    small = max_bytes is None and graph <= _SMALL
+    if small and normalizes(model):
+        pieces = 1
     held = Parts(given)
     if normalizes(model) and (coupling == "fixed" or pieces > 1):
         found = batch_statistics(whole)
@@ -135,7 +144,8 @@ def fitting(
         return dataclasses.replace(held, batches=batches)
     if normalizes(model) and not held.statistics:
         return dataclasses.replace(held, lacking=_MEET.format(count))
-    return _cut(model, loss, batch, held, pieces)
+    cut = _cut(model, loss, batch, held, pieces)
+    return Parts(batches) if cut.lacking and small else cut
 
 
 def _cut(
@@ -174,7 +184,7 @@ def _room(surface: Surface, kept: int) -> int:
     """Bytes for a graph, such that no more is taken than the peak allows."""
     own = sum(x.nbytes for x in surface.params.values())
     training = 2 * own + kept
-    return int(max(_LEAST * training, _PEAK * training - 4 * own))
+    return int(max(_TINY, _LEAST * training, _PEAK * training - 4 * own))
 
 
 def _kept(surface: Surface, batch: Batch) -> int:
