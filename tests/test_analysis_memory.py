@@ -1,6 +1,7 @@
 """What measures copy while they run: by the bytes that operators return."""
 
 import functools
+import warnings
 
 import pytest
 import torch
@@ -260,6 +261,37 @@ def test_samples_that_meet_otherwise_and_do_not_fit_are_left_out_and_said(monkey
     assert "see each other" in fitting(net, loss, batch, 0).lacking
     with pytest.raises(ValueError, match="coupling"):
         Sharpness(coupling="eighth")
+
+
+def test_statistics_of_half_precision_are_held_in_it():
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).bfloat16()
+    batch = torch.randn(16, 5).bfloat16(), torch.randint(3, (16,))
+    found = fitting(net, resolve_loss("cross_entropy"), batch, 0)
+    assert len(found.batches) > 1
+    assert {x.dtype for x in found.statistics["1"]} == {torch.bfloat16}
+    snapshot = Snapshot(net, 0, (), loss=resolve_loss("cross_entropy"), batches=[batch])
+    assert Sharpness(max_bytes=0)(snapshot)["sharpness/top_eigenvalue"] > 0
+
+
+def test_what_parts_make_a_loss_warn_of_is_no_matter():
+    """A loss that pairs all outputs with one target takes parts of other shapes."""
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(x)[-1:] + self.head(x).mean(0)
+
+    batch = torch.randn(16, 5), torch.randn(1, 3).expand(16, 3)
+
+    def pairs(outputs, targets):
+        if len(targets) < 16:
+            warnings.warn("targets are few", stacklevel=1)
+        return (outputs - targets).square().mean()
+
+    assert "see each other" in fitting(Last(), resolve_loss(pairs), batch, 0).lacking
 
 
 def test_the_batch_is_cut_so_that_the_peak_is_what_was_said():

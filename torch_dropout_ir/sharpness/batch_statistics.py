@@ -43,12 +43,13 @@ def batch_statistics(surface: Surface) -> Statistics | None:
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in own}
 
     def look(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             dims = [d for d in range(x.ndim) if d != 1]
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             variance, mean = torch.var_mean(wide, dims, correction=0)
-            found[name].append((mean, variance))
+            like = module.running_mean
+            found[name].append((mean.to(like), variance.to(like)))
 
         return hook
 
