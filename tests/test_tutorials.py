@@ -22,7 +22,7 @@ def test_tutorial_runs(path, tmp_path):
     found = subprocess.run(
         command, check=False, cwd=tmp_path, env=environment, **options
     )
-    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.returncode == 0, found.stderr
     assert found.stdout.strip()
 
 
