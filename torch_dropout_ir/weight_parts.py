@@ -24,6 +24,24 @@ _ENTRIES: Final = 2**16  # of a gradient that are made together
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 
 
+def geometry_of(
+    spatial: int, sizes: Sequence[Any], groups: int, transposed: bool = False
+) -> Geometry:
+    """Return what aten's convolution takes behind input, weight and bias.
+
+    Args:
+        spatial: Number of dimensions beside samples and channels.
+        sizes: Stride, padding, dilation and output padding, each one number or several.
+        groups: Number of groups.
+        transposed: Whether it is the transposed convolution.
+    """
+    stride, padding, dilation, more = (
+        [s] * spatial if isinstance(s, int) else [*s] * (spatial // len(s))
+        for s in sizes
+    )
+    return stride, padding, dilation, transposed, more, groups
+
+
 class Factors:
     """The gradient in one weight, not made yet.
 
@@ -198,12 +216,7 @@ class WeightParts(TorchFunctionMode):
         whole = not isinstance(padding, str) and input.ndim == weight.ndim
         if i is None or groups != 1 or not whole:
             return None
-        spatial = input.ndim - 2
-        sizes = (
-            [s] * spatial if isinstance(s, int) else [*s] * (spatial // len(s))
-            for s in (stride, padding, dilation)
-        )
-        geometry = (*sizes, False, [0] * spatial, 1)
+        geometry = geometry_of(input.ndim - 2, (stride, padding, dilation, 0), 1)
         found: Tensor = _Convolution.apply(
             input, weight, bias, geometry, self._giver(i)
         )

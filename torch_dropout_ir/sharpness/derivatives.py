@@ -24,11 +24,11 @@ from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.sharpness.linear import linear
+from torch_dropout_ir.weight_parts import Geometry, geometry_of
 
 _forward: Final = torch.ops.aten.convolution.default
 _backward: Final = torch.ops.aten.convolution_backward.default
 _mask: Final = torch.ops.aten.threshold_backward.default
-Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 
 
 class _Convolution(torch.autograd.Function):
@@ -193,12 +193,7 @@ def _convolved(
 ) -> Tensor | None:
     if not _ours(x, weight) or x.ndim != weight.ndim:
         return None
-    spatial = x.ndim - 2
-    stride, padding, dilation, more = (
-        [s] * spatial if isinstance(s, int) else [*s] * (spatial // len(s))
-        for s in sizes
-    )
-    geometry = (stride, padding, dilation, transposed, more, groups)
+    geometry = geometry_of(x.ndim - 2, sizes, groups, transposed)
     return _Convolution.apply(x, weight, bias, geometry)
 
 
