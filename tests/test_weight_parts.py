@@ -134,3 +134,29 @@ def test_nothing_is_given_without_graph_or_under_autocast():
         parts.settle(value)
         value.backward()
     assert not given and layer.weight.grad is not None
+
+
+def test_a_gradient_that_the_second_masks_lack_is_zero_there():
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(40, 40), nn.Linear(40, 40)
+            self.drop, self.calls = nn.Dropout(0.0), 0
+
+        def forward(self, x):
+            self.calls += 1
+            x = self.drop(self.b(x))
+            return x + self.a(x) if self.calls % 2 else x
+
+    torch.manual_seed(0)
+    net, batch = Once().double(), (torch.randn(4, 40).double(),) * 2
+    found = tdi.regularizers.gradient_norm(net, batch, "mse", lr=4.0)
+    both = []
+    for _ in range(2):
+        value = nn.functional.mse_loss(net(batch[0]), batch[1])
+        grads = torch.autograd.grad(value, list(net.parameters()), allow_unused=True)
+        pairs = zip(grads, net.parameters(), strict=True)
+        flat = [(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]
+        both.append(torch.cat(flat))
+    expected = (both[0] - both[1]).square().sum() / 2
+    torch.testing.assert_close(found.dropout_noise, expected)
