@@ -123,10 +123,22 @@ class CleanPass:
         """Return the sum of magnitudes of each row."""
         return g.abs().flatten(1).sum(1) if g.ndim > 1 else g.abs()
 
+    def count(self, outputs: Tensor) -> int:
+        """Return the number of samples, each of which may have several rows.
+
+        It is the least number of rows at a use, where the rows of the outputs are a
+        multiple of it, as those of tokens that have been flattened; else theirs.
+        """
+        rows = outputs.shape[0] if outputs.ndim else 1
+        least = min([h.shape[0] if h.ndim else 0 for _, h, _ in self.uses], default=0)
+        return least if least and not rows % least else rows
+
     def by_samples(self, count: int) -> bool:
-        """Whether inputs and masks of all uses have one row for each of the samples."""
+        """Whether inputs and masks of all uses have rows of their own for a sample."""
         return all(
-            h.ndim and h.shape[0] == count and site.mask_shape(h.shape)[0] == count
+            h.ndim
+            and not h.shape[0] % count
+            and site.mask_shape(h.shape)[0] == h.shape[0]
             for site, h, _ in self.uses
         )
 
@@ -158,8 +170,8 @@ class CleanPass:
         """
         if outputs.ndim == 0 or not self.uses:
             return bool(self.uses)
-        count = outputs.shape[0]
-        if not self.by_samples(count):
+        count = self.count(outputs)
+        if not count or not self.by_samples(count):
             return True
         return False if count < 2 or rows_apart(outputs, self.deltas, count) else None
 
@@ -167,10 +179,11 @@ class CleanPass:
         meet = self.samples_meet(outputs)
         if meet is not None:
             return meet
-        even = even_root(outputs)
+        count = self.count(outputs)
+        even = even_root(outputs.unflatten(0, (count, -1))).flatten(0, 1)
         plain = self.row_weights(outputs, even)
-        scaled = self.row_weights(outputs, by_powers(even))
-        return not alike(plain, scaled)
+        scaled = self.row_weights(outputs, by_powers(even, count=count))
+        return not alike(plain, scaled, count)
 
     def check_reachable(self, name: str) -> None:
         """Raise if derivatives cannot reach a site.

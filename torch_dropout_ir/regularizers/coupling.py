@@ -46,31 +46,47 @@ def even_root(like: Tensor, dims: int = 1, first: int = 0) -> Tensor:
     return uneven(own, first).expand(like.shape).contiguous()
 
 
-def by_powers(root: Tensor, dims: int = 1) -> Tensor:
-    """Return a tensor with sample ``i`` times ``2^(i mod 16 - 8)``, which is exact."""
-    count = root.shape[:dims].numel()
-    exponents = torch.arange(count, device=root.device) % _POWERS - _POWERS // 2
+def by_powers(root: Tensor, dims: int = 1, count: int | None = None) -> Tensor:
+    """Return a tensor with sample ``i`` times ``2^(i mod 16 - 8)``, which is exact.
+
+    Args:
+        root: A tensor whose first ``dims`` dimensions count the rows.
+        dims: Their number.
+        count: Number of samples, which have as many rows each, one after the other;
+            None for one row.
+
+    Returns:
+        A tensor of its shape.
+    """
+    rows = root.shape[:dims].numel()
+    samples = torch.arange(rows, device=root.device) // (rows // (count or rows or 1))
+    exponents = samples % _POWERS - _POWERS // 2
     weights = torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents)
     shape = (*root.shape[:dims], *(1,) * (root.ndim - dims))
     return root * weights.to(root.dtype).view(shape)
 
 
-def alike(plain: Mapping[int, Tensor], scaled: Mapping[int, Tensor]) -> bool:
+def alike(
+    plain: Mapping[int, Tensor], scaled: Mapping[int, Tensor], count: int
+) -> bool:
     """Whether what came of a root by powers is that of the plain root by powers.
 
     Args:
-        plain: What came of the plain root, a tensor with a row a sample for each key.
+        plain: What came of the plain root, a tensor of samples' rows for each key.
         scaled: What came of the root by powers.
+        count: Number of samples.
 
     Returns:
         Whether they are equal to the bit, which tells that samples are apart.
     """
-    return all(weighs_alike(x, scaled[key]) for key, x in plain.items())
+    return all(weighs_alike(x, scaled[key], 1, count) for key, x in plain.items())
 
 
-def weighs_alike(plain: Tensor, weighed: Tensor, dims: int = 1) -> bool:
+def weighs_alike(
+    plain: Tensor, weighed: Tensor, dims: int = 1, count: int | None = None
+) -> bool:
     """Return whether a derivative at weighed roots is the plain one, weighed."""
-    expected = by_powers(plain, dims)
+    expected = by_powers(plain, dims, count)
     if torch.equal(expected, weighed):
         return True
     # Not-a-number stays where it is: that is no coupling.

@@ -23,6 +23,7 @@ from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,
     check_curvature,
     read_outputs,
+    rows_of_samples,
     without_graph,
 )
 from torch_dropout_ir.regularizers.root_forms import RootForms
@@ -202,6 +203,7 @@ def _of_chunk(
     # In a sample they add to the spread alone, and chunks have told most of that.
     if num_samples is None and clean.couples_samples(read.tensors):
         return None
+    rows = rows_of_samples(rows, len(read.tensors[0]) // len(rows))
     return forms.draws(clean, read, coupled=False, rows=rows, keep=False)[0]
 
 

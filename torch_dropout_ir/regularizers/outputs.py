@@ -153,13 +153,31 @@ def without_graph(outputs: Any) -> Any:
     return rebuild([x.detach() if isinstance(x, Tensor) else x for x in leaves])
 
 
-def replace_rows(read: OutputsRead, outputs: Any, rows: Tensor) -> OutputsRead:
-    """Return the loss as a function of some rows of the outputs.
+def rows_of_samples(samples: Tensor, each: int) -> Tensor:
+    """Return the numbers of the rows of some samples.
 
     Args:
-        read: What the loss reads of all rows.
-        outputs: What the model returned for those rows.
-        rows: Their numbers.
+        samples: Their numbers.
+        each: Rows of a sample, one after the other.
+
+    Returns:
+        The numbers.
+    """
+    if each == 1:
+        return samples
+    return (samples[:, None] * each + torch.arange(each)).flatten()
+
+
+def replace_rows(
+    read: OutputsRead, outputs: Any, samples: Tensor, count: int
+) -> OutputsRead:
+    """Return the loss as a function of the outputs of some samples.
+
+    Args:
+        read: What the loss reads of all samples.
+        outputs: What the model returned for those.
+        samples: Their numbers.
+        count: How many there are in all.
 
     Returns:
         Its tensors are those of ``outputs``; the other rows are as in ``read``.
@@ -168,8 +186,10 @@ def replace_rows(read: OutputsRead, outputs: Any, rows: Tensor) -> OutputsRead:
 
     def risk(tensors: Sequence[Tensor]) -> Tensor:
         pairs = zip(read.tensors, tensors, strict=True)
-        at = rows.to(read.tensors[0].device)
-        return read.risk([f.index_copy(0, at, x) for f, x in pairs])
+        return read.risk([
+            f.index_copy(0, rows_of_samples(samples, len(f) // count).to(f.device), x)
+            for f, x in pairs
+        ])
 
     return OutputsRead([leaves[i] for i in read.places], risk, None, read.places)
 

@@ -74,7 +74,7 @@ class RootForms:
             return curvature.draws(self._num_samples, bool(meet)), bool(coupled)
         outputs = read.tensors[0]
         if self._num_samples is None:
-            roots = _apart(bool(coupled), self._roots.exact(rows))
+            roots = _apart(clean.count(outputs), coupled, self._roots.exact(rows))
             forms = [
                 f for root, sign in roots for f in _pull(clean, outputs, root, sign)
             ]
@@ -91,6 +91,7 @@ class RootForms:
     ) -> tuple[list[list[Form]], bool]:
         assert self._roots is not None and self._num_samples is not None
         coupled = clean.samples_meet(outputs) if coupled is None else coupled
+        count = clean.count(outputs) if coupled is None else None
         draws: list[list[Form]] = []
         for k in range(self._num_samples):
             roots = self._roots.sample(rows)
@@ -101,10 +102,11 @@ class RootForms:
                 needed = keep or not last or coupled is None
                 plain: dict[int, Tensor] | None = {} if coupled is None else None
                 forms += _pull(clean, outputs, root, sign, needed, plain)
-                if plain is not None:  # what a root misses is 0 in its form too
-                    meet |= not alike(
-                        plain, clean.row_weights(outputs, by_powers(root))
-                    )
+                if plain is not None and count is not None:
+                    # What a root misses is 0 in its form too.
+                    scaled = by_powers(root, count=count)
+                    found = clean.row_weights(outputs, scaled)
+                    meet |= not alike(plain, found, count)
             coupled = coupled or meet
             draws.append(forms)
         return draws, bool(coupled)
@@ -122,16 +124,28 @@ def _has_roots(read: OutputsRead) -> bool:
     return f.numel() * f[0].numel() <= _MOST_BLOCK_ELEMENTS
 
 
-def _apart(coupled: bool, roots: Iterator[Root]) -> Iterator[Root]:
-    """One root for each sample where samples are coupled, else all samples at once."""
+def _apart(count: int, coupled: bool | None, roots: Iterator[Root]) -> Iterator[Root]:
+    """Take roots apart: outputs that meet do not share one.
+
+    Args:
+        count: Number of samples.
+        coupled: Whether they meet; else only the rows of each do.
+        roots: The roots, of all rows of the outputs.
+
+    Yields:
+        One root for each row where samples meet; else one for the rows that have the
+        same place in all samples.
+    """
     for root, sign in roots:
-        if not coupled:
+        rows = root.shape[0]
+        apart = rows if coupled else rows // max(1, count)
+        if apart < 2 and not coupled:
             yield root, sign
             continue
-        for i in range(root.shape[0]):
+        for i in range(apart):
             alone = torch.zeros_like(root)
-            alone[i] = root[i]
-            yield alone, sign[i] if isinstance(sign, Tensor) else sign
+            alone[i::apart] = root[i::apart]
+            yield alone, sign[i::apart] if isinstance(sign, Tensor) else sign
 
 
 def _pull(
@@ -166,7 +180,14 @@ def _pull(
 
     clean.pull(outputs, root, receive, keep=keep)
     return [
-        (site.name, site.variance / 2 * sign * squares[use])
+        (site.name, site.variance / 2 * _each(sign, squares[use]) * squares[use])
         for use, (site, _, _) in enumerate(clean.uses)
         if use in squares
     ]
+
+
+def _each(sign: Tensor | float, rows: Tensor) -> Tensor | float:
+    """Return the sign of each row of a use, of which a sample may have several."""
+    if not isinstance(sign, Tensor) or sign.numel() == rows.numel():
+        return sign
+    return sign.repeat_interleave(rows.numel() // sign.numel())

@@ -24,10 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from torch_dropout_ir.functional import Inputs
+from torch_dropout_ir.functional import Inputs, batch_size
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import nearly_equal
-from torch_dropout_ir.regularizers.outputs import OutputsRead, replace_rows
+from torch_dropout_ir.regularizers.outputs import (
+    OutputsRead,
+    replace_rows,
+    rows_of_samples,
+)
 
 T = TypeVar("T")
 
@@ -73,16 +77,21 @@ class RowChunks:
         self._read = read
         self._twice = twice
         self._parts = parts
+        self._count = _samples(clean, read, inputs)
 
     @staticmethod
     def pay(clean: CleanPass, read: OutputsRead) -> bool:
         """Whether there are rows to take apart, and memory worth saving."""
         if not clean.matters:
             return False
-        counts = {x.shape[0] if x.ndim else 0 for x in read.tensors}
+        counts = {clean.count(x) if x.ndim else 0 for x in read.tensors}
         count = next(iter(counts))
         many = len(counts) == 1 and count >= _FEWEST_ROWS
         return many and clean.by_samples(count)
+
+    def take(self, x: Tensor, samples: Tensor) -> Tensor:
+        """Return the rows of some samples of a tensor that has rows of all."""
+        return x[rows_of_samples(samples, len(x) // self._count)]
 
     def apart(self) -> bool:
         """Whether a few rows run alone as among all, and do not meet each other."""
@@ -114,7 +123,7 @@ class RowChunks:
 
     def rows(self) -> Iterator[Tensor]:
         """Yield the numbers of the rows of each chunk."""
-        count = self._read.tensors[0].shape[0]
+        count = self._count
         order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
         first = min(count, max(2, count // _FIRST))
         rest = order[first:].split(max(1, -(-(count - first) // self._parts)))
@@ -134,10 +143,10 @@ class RowChunks:
         self, rows: Tensor, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
     ) -> T | None:
         read = self._read
-        inputs = rows_of(self._inputs, rows, read.tensors[0].shape[0])
-        first = self._first[rows]
+        inputs = rows_of(self._inputs, rows, self._count)
+        first = self.take(self._first, rows)
         with clean_pass(self._model, inputs, twice=self._twice, first=first) as clean:
-            chunk = replace_rows(read, clean.outputs, rows)
+            chunk = replace_rows(read, clean.outputs, rows, self._count)
             if self._are_rows(clean, chunk, rows):
                 part = take(clean, chunk, rows)
                 self.coupled = part is None
@@ -149,10 +158,19 @@ class RowChunks:
         """Whether a chunk's pass is what the pass over all rows is in those."""
         used = [(site.name, h.shape) for site, h, _ in clean.uses]
         expected = [
-            (name, torch.Size((len(rows), *shape[1:]))) for name, shape in self._uses
+            (name, torch.Size((len(rows) * (shape[0] // self._count), *shape[1:])))
+            for name, shape in self._uses
         ]
         pairs = zip(chunk.tensors, self._read.tensors, strict=True)
-        return used == expected and all(nearly_equal(x, f[rows]) for x, f in pairs)
+        return used == expected and all(
+            nearly_equal(x, self.take(f, rows)) for x, f in pairs
+        )
+
+
+def _samples(clean: CleanPass, read: OutputsRead, inputs: Any) -> int:
+    """Return the number of samples, by the inputs where uses have flattened rows."""
+    count, given = clean.count(read.tensors[0]), batch_size((inputs, None))
+    return count if given < 2 or count % given else given
 
 
 def rows_of(inputs: Inputs, rows: Tensor | slice, count: int) -> Inputs:

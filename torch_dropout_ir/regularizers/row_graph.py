@@ -43,7 +43,8 @@ def rows_apart(outputs: Tensor, sites: Sequence[Tensor], count: int) -> bool:
     """Whether every operation from the sites to the outputs keeps samples apart.
 
     Args:
-        outputs: A tensor of the outputs, with its graph.
+        outputs: A tensor of the outputs, with its graph; several rows a sample may be
+            one after the other.
         sites: What enters the graph at each site.
         count: Number of samples.
 
@@ -51,7 +52,7 @@ def rows_apart(outputs: Tensor, sites: Sequence[Tensor], count: int) -> bool:
         True where that is certain; False where the graph does not tell.
     """
     ends = {x.grad_fn for x in sites}
-    if outputs.grad_fn is None or not outputs.ndim or outputs.shape[0] != count:
+    if outputs.grad_fn is None or not outputs.ndim or outputs.shape[0] % count:
         return False
     leads: dict[Any, bool] = {}
     for node in _inputs_first(outputs.grad_fn):

@@ -191,7 +191,9 @@ def _by_chunks(
             if clean.couples_samples(read.tensors):
                 return None
             return [curvature.exact(coupled)]
-        return [curvature.sampled([z[rows] for z in draw]) for draw in noise]
+        return [
+            curvature.sampled([chunks.take(z, rows) for z in draw]) for draw in noise
+        ]
 
     if num_samples is None:
         parts = chunks.each(take)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -103,15 +104,17 @@ class SiteCurvature:
                 all samples is taken at once.
         """
         forms = []
+        counts = [1] if coupled else [self._clean.count(x) for x in self._tensors]
+        count = math.gcd(*counts)
         for i, (site, h, _) in enumerate(self._clean.uses):
             shape = site.mask_shape(h.shape)
-            together = 1 if coupled or not shape else shape[0]
-            own = torch.Size(shape[1:] if together > 1 else shape)
-            for place in range(own.numel()):
-                one = h.new_zeros(own.numel())
+            own = shape if count < 2 else (shape[0] // count, *shape[1:])
+            for place in range(torch.Size(own).numel()):
+                one = h.new_zeros(torch.Size(own).numel())
                 one[place] = 1.0
+                rows = one.view(own).expand(count, *own).reshape(shape)
                 vectors: list[Tensor | None] = [None] * len(self._clean.uses)
-                vectors[i] = self._scaled(i, one.view(own))
+                vectors[i] = self._scaled(i, rows)
                 forms += self._forms(vectors)
         return forms
 

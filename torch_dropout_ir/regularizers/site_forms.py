@@ -102,6 +102,12 @@ def assemble(
     return Estimate(value, per_site, error, exact, num_samples or 0, notes=notes)
 
 
+def _rows(draw: Sequence[Form], samples: int) -> Tensor:
+    """Return the forms of each sample, which may have several rows at a site."""
+    forms = [f if len(f) == samples else f.view(samples, -1).sum(1) for _, f in draw]
+    return torch.stack(forms).sum(0)
+
+
 def _standard_error(
     draws: Sequence[Sequence[Form]],
     like: Tensor,
@@ -111,13 +117,13 @@ def _standard_error(
     """Standard error over draws; by sample where each has its own independent draws."""
     if num_samples is None or not draws or not draws[0]:
         return like.new_zeros(())
-    samples = draws[0][0][1].shape[0]
-    aligned = all(form.shape[0] == samples for draw in draws for _, form in draw)
+    samples = min([form.shape[0] for _, form in draws[0]])
+    aligned = all(not form.shape[0] % samples for draw in draws for _, form in draw)
     if aligned and not coupled:
+        rows = torch.stack([_rows(draw, samples) for draw in draws])
         if num_samples == 1:
-            own = torch.stack([f for _, f in draws[0]]).sum(0)
+            own = rows[0]
             return samples**0.5 * own.std() if samples > 1 else like.new_tensor(_NAN)
-        rows = torch.stack([torch.stack([f for _, f in draw]).sum(0) for draw in draws])
         return (rows.var(0).sum() / num_samples).sqrt()
     if num_samples == 1:
         return like.new_tensor(_NAN)

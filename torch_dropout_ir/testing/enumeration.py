@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_dropout_ir.functional import Batch, at_sites, call
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import as_pair, check_finite
-from torch_dropout_ir.regularizers.clean_pass import clean_pass
+from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.sites import Site
 
@@ -133,6 +133,7 @@ def _uses(
             coupled = (
                 bool(clean.unreachable)
                 or clean.couples_samples(read.tensors)
+                or not _a_row_each(clean, read)
                 or _meet_in_loss(read)
             )
         each = [(s, torch.Size(s.mask_shape(h.shape))) for s, h, _ in clean.uses]
@@ -141,6 +142,12 @@ def _uses(
     if look and not coupled and not noisy and _count(one) <= MAX_MASKS:
         coupled = _meet_at_masks(model, batch, loss, each)
     return each if coupled else one
+
+
+def _a_row_each(clean: CleanPass, read: OutputsRead) -> bool:
+    """Whether each sample has one row at each use of a site."""
+    counts = {clean.count(x) for x in read.tensors if x.ndim}
+    return {h.shape[0] if h.ndim else 0 for _, h, _ in clean.uses} <= counts
 
 
 def _meet_at_masks(
