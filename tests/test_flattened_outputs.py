@@ -119,16 +119,40 @@ def test_samples_with_batch_norm_between_their_rows_meet():
         assert form(net, batch, "cross_entropy").standard_error.isnan()
 
 
-@pytest.mark.parametrize("flat_site", [False, True])
-def test_every_mask_of_rows_that_are_flattened(flat_site):
+class Bag(nn.Module):
+    """A site on the flattened rows of samples that have one row of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.out = nn.Dropout(0.3), nn.Linear(2, 3)
+
+    def forward(self, x):
+        rows = self.drop(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.out(torch.tanh(rows.sum(1)))
+
+
+def bag(samples):
+    torch.manual_seed(1)
+    batch = torch.randn(samples, 2, 2).double(), torch.arange(samples) % 3
+    return Bag().double(), batch
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_a_sample_that_meet_are_taken_one_by_one(form):
+    net, batch = bag(4)
+    expected = second_order_form(
+        copy.deepcopy(net), [(8, 2)], batch, F.cross_entropy,
+        linearized=form is gauss_newton,
+    )  # fmt: skip
+    found = form(net, batch, "cross_entropy", num_samples=None).value
+    torch.testing.assert_close(found, expected.detach())
+
+
+def test_every_mask_of_rows_that_are_flattened():
     """Where a sample has several rows, they do not share a mask."""
-    net, batch = language(1, 2, flat_site=flat_site)
+    net, batch = bag(1)
     found = expected_dropout_loss(net, batch, "cross_entropy")
-    both = tuple(torch.cat((x, x)) for x in batch)
-    if not flat_site:  # each sample by itself
-        twice = expected_dropout_loss(net, both, "cross_entropy")
-        torch.testing.assert_close(twice, found)
-    shapes = masks(net, 1, 2)
+    shapes = [(2, 2)]
     placed = replace_sites(net)
     expected = 0.0
     sizes = [torch.Size(s).numel() for s in shapes]
