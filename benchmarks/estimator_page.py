@@ -1,4 +1,4 @@
-"""The page ``docs/estimators.md``, written from what ``regularizers.py`` measured."""
+"""The page ``docs/estimators.md`` and its picture, of ``regularizers.py``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,3 +121,43 @@ def _details(
             cells.append(f"{100 * bias:+.1f}{around} ({cost:.1f})")
         text += _line(cells)
     return text
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Draw the bias against p, a panel a number of sites and a loss."""
+    from matplotlib.figure import Figure
+
+    names = ("last_layer", "leave_one_out", "gauss_newton, sum", "monte_carlo, 64")
+    colours = dict(
+        zip(names, ("#1f77b4", "#2ca02c", "#d62728", "#999999"), strict=True)
+    )
+    widths = sorted({row["width"] for row in rows})
+    shown = (widths[0], widths[-1])
+    figure = Figure(figsize=(10, 6.6), dpi=100, layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    for line, sites in zip(panels, ("one", "two"), strict=True):
+        for axes, loss in zip(line, ("mse", "cross_entropy"), strict=True):
+            for name, colour in colours.items():
+                for width, style in zip(shown, ("--", "-"), strict=True):
+                    points = [
+                        (row["p"], 100 * row[name][0])
+                        for row in rows
+                        if (row["sites"], row["loss"], row["width"])
+                        == (sites, loss, width)
+                        and name in row
+                    ]
+                    if points:
+                        axes.plot(
+                            *zip(*points, strict=True), style, color=colour, marker=".",
+                            label=f"{name}, width {width}",
+                        )  # fmt: skip
+            axes.axhline(0, color="black", lw=0.5)
+            axes.set_yscale("symlog", linthresh=1)
+            title = "one site before the last layer" if sites == "one" else "two sites"
+            axes.set_title(f"{title}, {loss.replace('_', ' ')}")
+            axes.set(xlabel="p (drop)", ylabel="bias of R_1, %")
+            axes.grid(alpha=0.3)
+    names_, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(names_, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path)
+    print(f"\npicture: {path}")
