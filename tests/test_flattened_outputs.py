@@ -124,10 +124,11 @@ class Bag(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.drop, self.out = nn.Dropout(0.3), nn.Linear(2, 3)
+        self.early, self.drop = nn.Dropout(0.2), nn.Dropout(0.3)
+        self.out = nn.Linear(2, 3)
 
     def forward(self, x):
-        rows = self.drop(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        rows = self.drop(self.early(x).flatten(0, 1)).unflatten(0, x.shape[:2])
         return self.out(torch.tanh(rows.sum(1)))
 
 
@@ -141,7 +142,7 @@ def bag(samples):
 def test_rows_of_a_sample_that_meet_are_taken_one_by_one(form):
     net, batch = bag(4)
     expected = second_order_form(
-        copy.deepcopy(net), [(8, 2)], batch, F.cross_entropy,
+        copy.deepcopy(net), [(4, 2, 2), (8, 2)], batch, F.cross_entropy,
         linearized=form is gauss_newton,
     )  # fmt: skip
     found = form(net, batch, "cross_entropy", num_samples=None).value
@@ -152,7 +153,7 @@ def test_every_mask_of_rows_that_are_flattened():
     """Where a sample has several rows, they do not share a mask."""
     net, batch = bag(1)
     found = expected_dropout_loss(net, batch, "cross_entropy")
-    shapes = [(2, 2)]
+    shapes = [(1, 2, 2), (2, 2)]
     placed = replace_sites(net)
     expected = 0.0
     sizes = [torch.Size(s).numel() for s in shapes]
