@@ -73,8 +73,8 @@ FORMS = {
 # Beyond a step: the linear part of the noise, an element of it for each of a mask; the
 # whole gradient at the first masks, which a step has when its pass is over.
 BESIDE = {"monte_carlo": 0.04, "gradient_norm": 0.05}
-# Samples meet, and the pass over all of them is gone through more than once.
-TOGETHER = {"gauss_newton, 3": 1.6, "second_order": 4.0}
+# Samples meet, and the second derivative is of a pass over all of them.
+TOGETHER = {"second_order": 4.0}
 
 
 @pytest.mark.parametrize("form", FORMS)

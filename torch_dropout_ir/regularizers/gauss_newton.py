@@ -68,9 +68,9 @@ def gauss_newton(
     with the parameters' gradients), for what has been used goes as the derivatives
     come. More samples, the exact sum and a loss without a root go through a large
     batch half of its rows at a time. Samples that meet (batch normalization in
-    training mode above a site, message passing) cannot be taken apart: their graph is
-    gone through as a whole, and a pass that keeps it took one and a half times a step's
-    memory.
+    training mode above a site, message passing) cannot be taken apart: of those each
+    sample of roots takes a forward pass too, for a graph that is kept for the next one
+    took one and a half times a step's memory, as it does for the exact sum.
 
     Whether samples meet is seen in the graph where its operations are known to keep
     them apart, and else asked of an eighth of a large batch. Rows that do not run by
@@ -121,13 +121,17 @@ def gauss_newton(
         draws = None if parts is None else join(parts, num_samples)
     if draws is None:
         assert seen.chunks is not None  # else the first pass has given them
-        with _pass(model, batch, resolved, num_samples) as clean:
-            read = _read(clean, batch[1], resolved)
-            meet = True if seen.chunks.coupled else None
-            draws, coupled = seen.forms.draws(clean, read, coupled=meet, keep=False)
-    found = seen.known.estimate(draws, coupled or seen.forms.loss_couples)
-    check_finite("gauss_newton", found.value, model, batch[0])
-    return found
+        draws, meet = [], True if seen.chunks.coupled else None
+        # A graph that goes as its derivatives come holds less than one that is kept.
+        for forms in seen.forms.one_by_one():
+            with _pass(model, batch, resolved, num_samples) as clean:
+                read = _read(clean, batch[1], resolved)
+                found, meet = forms.draws(clean, read, coupled=meet, keep=False)
+                draws += found
+        coupled = bool(meet)
+    result = seen.known.estimate(draws, coupled or seen.forms.loss_couples)
+    check_finite("gauss_newton", result.value, model, batch[0])
+    return result
 
 
 class _Known(NamedTuple):

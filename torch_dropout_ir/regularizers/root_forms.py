@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -43,6 +44,14 @@ class RootForms:
             self._roots = HessianRoots(read.loss, read.single, targets)
         self.one_pass = num_samples == 1 and self._roots is not None
         self.loss_couples = self._roots is None and read.couples()
+
+    def one_by_one(self) -> list[RootForms]:
+        """Return the same for one random root each; itself where that is not less."""
+        if self._roots is None or self._num_samples is None:
+            return [self]
+        one = copy.copy(self)
+        one._num_samples = 1
+        return [one] * self._num_samples
 
     def draws(
         self,
