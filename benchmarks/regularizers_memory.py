@@ -2,29 +2,107 @@
 
 A step holds what is kept for going backward, what is made on the way, and the
 parameters' gradients, which it allocates; parameters, batch and state of an optimizer
-are there before.
+are there before. The floor is the same quantity written out with autograd alone on the
+same model, its second derivatives by ``create_graph=True``; of an estimator, which
+nobody has to write that way, it is a step's.
 """
 
 import multiprocessing
 import os
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from regularizers_models import models, passes
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def all_models() -> dict:
+    """The models that are timed, and a language model whose outputs are flattened."""
+
+    def layer():
+        return nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True)
+
+    net = nn.Sequential(
+        nn.Embedding(1000, 128), nn.Dropout(0.1), layer(), nn.Dropout(0.1), layer(),
+        nn.Flatten(0, 1), nn.Dropout(0.5), nn.Linear(128, 1000),
+    )  # fmt: skip
+    x, y = torch.randint(1000, (32, 64)), torch.randint(1000, (32 * 64,))
+    return {**models(), "language model, flattened outputs": (net, x, y)}
+
+
+def calls(net, x, y) -> dict:
+    """What is measured, by name, ours and by hand."""
+    ours = passes(net, x, y)
+    return {**ours, **{f"{k}, by hand": run for k, run in by_hand(net, x, y).items()}}
 
 
 def memory() -> None:
     """Print what a call adds at its peak, and its ratio to what a step adds."""
-    for model, batch in models().items():
-        print(f"\n{model}: peak memory added")
+    for model, batch in all_models().items():
+        base = peak(model, "forward-backward")
+        hands = by_hand(*batch)
+        print(f"\n{model}: peak memory added; a step {base:.0f} MiB")
+        print(f"  {'':20}{'MiB':>8}{'of a step':>12}{'floor':>8}")
         for name in passes(*batch):
-            try:
-                added = peak(model, name)
-            except RuntimeError as err:  # batch norm has no third derivative
-                print(f"  {name:20}none: {err}")
-                continue
-            if name == "forward-backward":
-                base = added
-            print(f"  {name:20}{added:>8.0f} MiB,{added / base:>6.2f} of a step's")
+            added = peak(model, name)
+            floor = peak(model, f"{name}, by hand") if name in hands else base
+            print(f"  {name:20}{added:>8.0f}{added / base:>12.2f}{floor / base:>8.2f}")
+
+
+def by_hand(net, x, y) -> dict:
+    """The modified losses as one would write them for this model with autograd."""
+    params = list(net.parameters())
+    drops = [m for m in net if isinstance(m, (nn.Dropout, nn.Dropout2d))]
+
+    def penalized(sign, clean):
+        net.zero_grad()
+        with sdpa_kernel(SDPBackend.MATH):
+            risk = F.cross_entropy(net(x), y)
+            slopes = torch.autograd.grad(risk, params, create_graph=True)
+            penalty = sign * 0.1 / 4 * sum(g.square().sum() for g in slopes)
+            if clean:
+                for m in drops:
+                    m.eval()
+                risk = F.cross_entropy(net(x), y)
+                for m in drops:
+                    m.train()
+            (risk + penalty).backward()
+
+    def rooted():
+        net.zero_grad()
+        held, h = [], x
+        if x.is_floating_point():  # for a site at the input
+            h = x.detach().requires_grad_(isinstance(net[0], nn.Dropout))
+        with sdpa_kernel(SDPBackend.MATH):
+            for m in net:
+                if m in drops:
+                    h = h.clone()
+                    held.append((m, h))
+                else:
+                    h = m(h)
+            s = h.softmax(1)
+            label = torch.multinomial(s.detach(), 1)
+            root = s - torch.zeros_like(s).scatter_(1, label, 1.0)
+            inputs = [at for _, at in held]
+            found = torch.autograd.grad(
+                h, inputs, root / len(h) ** 0.5, create_graph=True
+            )
+            total = F.cross_entropy(h, y)
+            for (m, at), g in zip(held, found, strict=True):
+                form = at * g
+                form = form.sum((2, 3)) if isinstance(m, nn.Dropout2d) else form
+                total = total + m.p / (2 - 2 * m.p) * form.square().sum()
+            total.backward()
+
+    return {
+        "L1, gauss_newton": rooted,
+        "L1, monte_carlo": passes(net, x, y)["forward-backward"],
+        "L2": lambda: penalized(1, clean=True),
+        "L3": lambda: penalized(-1, clean=False),
+        "regu": lambda: penalized(1, clean=False),
+    }
 
 
 def peak(model: str, name: str) -> float:
@@ -37,10 +115,10 @@ def peak(model: str, name: str) -> float:
 
 
 def _added(model: str, name: str) -> float:
-    net, x, y = models()[model]
-    passes(net, x[:2], y[:2])[name]()  # what is loaded once is nobody's
+    net, x, y = all_models()[model]
+    calls(net, x[:2], y[: 2 * len(y) // len(x)])[name]()  # what is loaded once
     net.zero_grad()
-    run = passes(net, x, y)[name]
+    run = calls(net, x, y)[name]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = _status("VmRSS")
     run()

@@ -155,3 +155,41 @@ def test_a_trained_form_holds_one_graph_of_a_pass_back(model, most):
 
     run()
     assert peak(run) < most * step
+
+
+def test_the_loss_with_r1_by_one_mask_holds_one_pass():
+    torch.manual_seed(0)
+    net, x = MODELS["batch norm"]()
+    batch = x, torch.randint(10, (len(x),))
+    step = peak(lambda: F.cross_entropy(net(x), batch[1]).backward())
+
+    def run():
+        net.zero_grad()
+        loss = modified_loss(net, batch, "cross_entropy", kind="L1", r1="monte_carlo")
+        loss.backward()
+
+    run()
+    assert peak(run) <= 1.01 * step
+
+
+def flattened():
+    layers = [
+        nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
+        for _ in range(2)
+    ]
+    net = nn.Sequential(
+        nn.Embedding(50, 32), nn.Dropout(0.1), *layers, nn.Flatten(0, 1),
+        nn.Linear(32, 50),
+    )  # fmt: skip
+    return net, torch.randint(50, (32, 32))
+
+
+@pytest.mark.parametrize("form", ["gauss_newton, 3", "second_order"])
+def test_flattened_outputs_hold_no_more_than_a_training_step(form):
+    torch.manual_seed(0)
+    net, x = flattened()
+    y = torch.randint(50, (x.numel(),))
+    step = peak(lambda: F.cross_entropy(net(x), y).backward())
+    net.zero_grad()
+    FORMS[form](net, (x[:8], y[: 8 * 32]), "cross_entropy")
+    assert peak(lambda: FORMS[form](net, (x, y), "cross_entropy")) <= step

@@ -91,7 +91,8 @@ def modified_loss(
             draws signs on the units, as ``"second_order"`` does, and both compute
             layer, batch and instance normalization in elementary operations, for
             torch has no right third derivative of them;
-            ``"monte_carlo"`` draws one mask and is unbiased for every model.
+            ``"monte_carlo"`` draws one mask and is unbiased for every model; ``L1`` is
+            then ``R_drop`` itself.
 
     Returns:
         Scalar in the units of the loss.
@@ -178,9 +179,10 @@ def _not_checkpointed(model: nn.Module) -> Iterator[None]:
 
 
 def _with_r1(model: nn.Module, batch: Batch, loss: Loss, kind: str, r1: str) -> Tensor:
+    if r1 == "monte_carlo" and kind == "L1":  # R_S + (R_drop - R_S)
+        return _dropout_risk(model, batch, loss, move_buffers=True)
     if r1 == "monte_carlo":
-        moved = kind == "L1"
-        clean = _clean_risk(model, batch, loss, move_buffers=moved)
+        clean = _clean_risk(model, batch, loss, move_buffers=False)
         excess = _dropout_risk(model, batch, loss, move_buffers=False) - clean
     else:
         twice = r1 in ("gauss_newton", "second_order")
