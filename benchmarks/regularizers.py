@@ -10,7 +10,8 @@ in forward-backward passes of the same network and batch.
 Costs: one sample of ``gauss_newton`` and the others against a forward-backward pass of
 784-1024-1024-10 and of a small convolutional network at batch 128, once more with a
 site at the input (the first two with the forward pass that gives them their features
-and outputs); then the peak memory of each and its ratio to that of the pass.
+and outputs); then the peak memory of each, its ratio to that of the pass, and that of
+the same written by hand with autograd, on these and on a language model.
 ``gauss_newton`` on small networks, beside the least it could take: a forward pass, a
 root of the loss's Hessian sent back to the sites' inputs alone, and the sums.
 ``last_layer`` of features [4096, 4096] with 1000 outputs against one product of those.

@@ -73,9 +73,10 @@ def modified_loss(
     every activation and its derivative, twice a plain step's, and the gradient beside
     that of a penalty. ``benchmarks/regularizers.py`` found 1.3 to 3.3 of a step's, the
     most with batch normalization, whose second derivative torch puts together from
-    parts. Sites under activation
-    checkpointing cannot be trained with ``L1``, ``L2`` and ``L4``:
-    they would run again with dropout on. Not-a-number in gives not-a-number out.
+    parts; the same losses written by hand with autograd took 0.94 to 1.27 times that.
+    ``L1`` by ``"monte_carlo"`` is one pass. Sites under activation checkpointing cannot
+    be trained with ``L2``, ``L4`` and any other ``L1``: they would run again with
+    dropout on. Not-a-number in gives not-a-number out.
 
     Args:
         model: The model, in training mode.

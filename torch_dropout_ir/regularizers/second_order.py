@@ -72,10 +72,10 @@ def second_order(
     whole loss in its own rows, which takes one more forward pass and keeps the graph
     of a double backward of those rows alone: no more than a training step's. Where that
     cannot be (samples that meet, as by batch normalization in training mode above a
-    site, or outputs whose first dimension is not the batch) it is that of a double
-    backward of all that lies above the first site, which keeps every activation, its
-    derivative and what those were made of: three and a half times a step's, and the
-    notes say so. What the loss keeps of the outputs is that of all rows, which matters
+    site, or outputs whose rows are not those of the samples, one after the other) it
+    is that of a double backward of all that lies above the first site, which keeps
+    every activation, its derivative and what those were made of: three and a half times
+    a step's, and the notes say so. What the loss keeps of the outputs is that of all rows, which matters
     where outputs are most of what a step holds.
 
     Args:
