@@ -17,8 +17,9 @@ _NAN: Final = float("nan")
 
 def by_row(site: Site, form: Tensor) -> Form:
     """Sum a form over all but the first dimension."""
-    rows = form.reshape(form.shape[0] if form.ndim else 1, -1).sum(-1)
-    return site.name, rows
+    if form.ndim != 2:
+        form = form.reshape(form.shape[0] if form.ndim else 1, -1)
+    return site.name, form.sum(1)
 
 
 def signs(site: Site, h: Tensor) -> Tensor:
@@ -97,7 +98,9 @@ def assemble(
     )
     if like.dtype == torch.float16:
         notes = (*notes, "in float16 parts below 6e-8 vanish: use float32 or bfloat16")
-    value = torch.stack([*per_site.values()]).sum() if names else like.new_zeros(())
+    value = like.new_zeros(()) if len(names) != 1 else per_site[uses[0]].clone()
+    if len(names) > 1:
+        value = torch.stack([*per_site.values()]).sum()
     error = _standard_error(draws, like, num_samples, coupled)
     return Estimate(value, per_site, error, exact, num_samples or 0, notes=notes)
 
@@ -115,7 +118,8 @@ def _standard_error(
     aligned = all(form.shape[0] == samples for draw in draws for _, form in draw)
     if aligned and not coupled:
         if num_samples == 1:
-            own = torch.stack([f for _, f in draws[0]]).sum(0)
+            forms = [f for _, f in draws[0]]
+            own = torch.stack(forms).sum(0) if len(forms) > 1 else forms[0]
             return samples**0.5 * own.std() if samples > 1 else like.new_tensor(_NAN)
         rows = torch.stack([torch.stack([f for _, f in draw]).sum(0) for draw in draws])
         return (rows.var(0).sum() / num_samples).sqrt()
