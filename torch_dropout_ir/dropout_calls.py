@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_dropout_ir.attention import attention_weights
-from torch_dropout_ir.module_calls import ModuleCalls, makes_no_calls
+from torch_dropout_ir.module_calls import LOOKED_INTO, ModuleCalls, may_call
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import checkpointed
 
@@ -46,6 +46,9 @@ _OTHER_NOISE: Final = (
 )
 RECURRENT: Final = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _SILENCED: Final = frozenset((*_OTHER_NOISE, "rrelu", "rrelu_", *RECURRENT))
+_HANDED_OVER: Final = _SILENCED | LOOKED_INTO | KINDS.keys() | {
+    "native_dropout", "scaled_dot_product_attention"
+}  # fmt: skip
 
 
 class DropoutCalls(ModuleCalls):
@@ -69,11 +72,22 @@ class DropoutCalls(ModuleCalls):
         trains: bool = False,
         outlives: bool = False,
     ) -> None:
-        super().__init__(model, makes_no_calls(model))
+        super().__init__(may_call(model))
         self._apply = apply
         self._outlives = outlives
         self.trains = trains
         self.silenced: set[str] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__name__", "") in _HANDED_OVER:
+            return super().__torch_function__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
     def _call(
         self,

@@ -25,8 +25,14 @@ from torch.utils import _pytree
 
 from torch_dropout_ir.dropout_calls import DropoutCalls, SiteFunction
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.sites import Site, active_sites, is_noise, uncompiled
-from torch_dropout_ir.substitution import call_with
+from torch_dropout_ir.sites import (
+    Site,
+    active_sites,
+    is_noise,
+    named_modules,
+    uncompiled,
+)
+from torch_dropout_ir.substitution import call_with, keep_buffers
 
 Batch = tuple[Any, Any]
 
@@ -47,45 +53,28 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     return params  # type: ignore[return-value]
 
 
-@contextlib.contextmanager
-def dropout_off(model: nn.Module, whole: bool = False) -> Iterator[None]:
-    """Switch dropout modules off in their calls; a model may ask for their mode.
+def switch_off(module: nn.Module, whole: bool = False) -> list[Callable[[], None]]:
+    """Switch a dropout module off in its calls; a model may ask for its mode.
 
     Args:
-        model: The model.
+        module: The module.
         whole: Whether nobody asks, and one switch for all calls is enough.
 
-    Yields:
-        Nothing.
+    Returns:
+        What gives it back, to be called from the last to the first.
     """
 
     def switch(module: nn.Module, *_: Any, training: bool = False) -> None:
-        module.training = training
+        vars(module)["training"] = training  # to set an attribute asks what it is
 
-    with contextlib.ExitStack() as stack:
-        for m in filter(is_noise, model.modules()):
-            back = functools.partial(switch, training=m.training)
-            stack.callback(back, m)
-            if whole:
-                switch(m)
-                continue
-            stack.callback(m.register_forward_pre_hook(switch).remove)
-            stack.callback(m.register_forward_hook(back, always_call=True).remove)
-        yield
-
-
-@contextlib.contextmanager
-def unmoved_buffers(model: nn.Module) -> Iterator[None]:
-    """Give back the values of buffers that something inside the context has moved."""
-    # Batch normalization writes without counting a version: values are compared.
-    kept = [(x, x.detach().clone()) for x in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for x, value in kept:
-                if not torch.equal(x, value):
-                    x.copy_(value)
+    back = functools.partial(switch, training=module.training)
+    restored = functools.partial(back, module)
+    if whole:
+        switch(module)
+        return [restored]
+    before = module.register_forward_pre_hook(switch)
+    after = module.register_forward_hook(back, always_call=True)
+    return [restored, before.remove, after.remove]
 
 
 @contextlib.contextmanager
@@ -117,16 +106,23 @@ def at_sites(
     model = uncompiled(model)
     chosen = active_sites(model) if sites is None else tuple(sites)
     calls = DropoutCalls(model, apply, move_buffers, outlives)  # before there are hooks
-    with contextlib.ExitStack() as stack:
+    undo: list[Callable[[], None]] = []
+    try:
         if not move_buffers:
-            stack.enter_context(unmoved_buffers(model))
-        stack.enter_context(dropout_off(model, calls.absent))
+            undo.append(keep_buffers(model))
+        for _, module in named_modules(model):
+            if is_noise(module):
+                undo += switch_off(module, calls.absent)
         for site in chosen:
             handle = site.module.register_forward_hook(
                 lambda _, __, output, site=site: apply(site, output)
             )
-            stack.callback(handle.remove)
-        yield stack.enter_context(calls)
+            undo.append(handle.remove)
+        with calls:
+            yield calls
+    finally:
+        for back in reversed(undo):
+            back()
 
 
 def fresh(_: Site, h: Tensor) -> Tensor:
@@ -157,10 +153,11 @@ def call(
         What the model returns.
     """
     model, arguments = uncompiled(model), Inputs.of(inputs)
-    if any(m.__dict__.get("inplace") for m in model.modules()):
+    modules = named_modules(model)
+    if any(m.__dict__.get("inplace") for _, m in modules):
         arguments = arguments.copied()
-    own = () if move_buffers else model.named_buffers()
-    state = {name: x.clone() for name, x in own}
+    own = not move_buffers and any(m._buffers for _, m in modules)
+    state = {name: x.clone() for name, x in model.named_buffers()} if own else {}
     if not state and not params:
         return model(*arguments.args, **arguments.kwargs)
     return call_with(

@@ -5,20 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 import types
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.overrides import TorchFunctionMode
 
-from torch_dropout_ir.sites import LAYERS, Site
+from torch_dropout_ir.sites import LAYERS, Site, named_modules
 from torch_dropout_ir.tracing import checkpointed
 
 if TYPE_CHECKING:
@@ -28,6 +23,7 @@ _OVERRIDING: Final = frozenset(("forward", "_compiled_call_impl"))
 # Modes of such models are on no stack: to look on would cost more than the pass.
 _ABSENT: Final = threading.local()
 _BACKWARD: Final = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+LOOKED_INTO: Final = frozenset(("grad", "backward", "multi_head_attention_forward"))
 
 
 class ModuleCalls(TorchFunctionMode):
@@ -36,8 +32,8 @@ class ModuleCalls(TorchFunctionMode):
     Blocks of the model that are compiled run uncompiled in it.
 
     Args:
-        model: The model whose modules make the calls.
-        absent: Whether there is none to see.
+        named: The modules that make the calls, by name. Without any the mode is on no
+            stack.
 
     Attributes:
         again: Whether something ran that may be computed again in a backward pass.
@@ -46,56 +42,57 @@ class ModuleCalls(TorchFunctionMode):
 
     trains = False
 
-    def __init__(self, model: nn.Module, absent: bool = False) -> None:
+    def __init__(self, named: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__()
-        self.absent = absent
-        self._compiled = not self.absent and _holds_compiled(model)
-        named = () if self.absent else model.named_modules()
+        self.absent = not named
+        scripted = torch.jit.ScriptModule  # takes no hooks
+        self._modules = [m for _, m in named if not isinstance(m, scripted)]
         self._names = {id(m): name for name, m in named}
         self._running: list[tuple[nn.Module, dict[str, int]]] = []
-        self._hooks = contextlib.ExitStack()
+        self._undo: list[Callable[[], None]] = []
+        self._on = False
         self.again = False
 
     def __enter__(self) -> Self:
         if self.absent:
             _ABSENT.modes = (*_absent(), self)
             return self
-        before = register_module_forward_pre_hook(self._begin)
-        self._hooks.callback(before.remove)
-        after = register_module_forward_hook(self._end, always_call=True)
-        self._hooks.callback(after.remove)
-        if self._compiled:
-            self._hooks.enter_context(_uncompiled())
+        for module in self._modules:  # around hooks of the user's, which may call too
+            before = module.register_forward_pre_hook(self._begin, prepend=True)
+            after = module.register_forward_hook(
+                self._end, prepend=True, always_call=True
+            )
+            self._undo += [before.remove, after.remove]
+        if _any_compiled(self._modules):  # graphs have no place for masks
+            stance = torch.compiler.set_stance("force_eager")
+            stance.__enter__()
+            self._undo.append(lambda: stance.__exit__(None, None, None))
         super().__enter__()
+        self._on = True
         return self
 
     def __exit__(self, *error: Any) -> None:
         if self.absent:
             _ABSENT.modes = _absent()[:-1]
             return
-        super().__exit__(*error)
-        self._hooks.close()
+        self.rest()
+        for back in reversed(self._undo):
+            back()
+        self._undo.clear()
 
-    @contextlib.contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """Hand nothing over inside the context; it is the innermost mode around it.
+    def rest(self) -> None:
+        """Hand nothing over until the context ends; it is the innermost mode now.
 
         Every property that is read of a tensor is a call, so that looking on costs more
         than small passes do.
         """
-        if self.absent:
-            yield
-            return
-        TorchFunctionMode.__exit__(self, None, None, None)
-        try:
-            yield
-        finally:
-            TorchFunctionMode.__enter__(self)
+        if self._on:
+            self._on = False
+            super().__exit__(None, None, None)
 
     def _begin(self, module: nn.Module, _: Any) -> None:
-        if id(module) in self._names:
-            self._running.append((module, {}))
-            self._runs_again()
+        self._running.append((module, {}))
+        self._runs_again()
 
     def _runs_again(self) -> None:
         """Remember a checkpointed block; the older kind runs without autograd."""
@@ -143,20 +140,12 @@ class ModuleCalls(TorchFunctionMode):
         return Site(f"{self._names[id(module)]}:{function}#{number}", module, kind, p)
 
 
-def _holds_compiled(model: nn.Module) -> bool:
-    """Whether modules of a model are compiled by themselves."""
+def _any_compiled(modules: Sequence[nn.Module]) -> bool:
+    """Whether modules are compiled by themselves."""
     if torch.compiler.is_compiling():
         return False
     kinds = ("_orig_mod", "_compiled_call_impl")
-    return any(vars(m).get(kinds[1]) or kinds[0] in m._modules for m in model.modules())
-
-
-@contextlib.contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Run compiled modules as they are written: graphs have no place for masks."""
-    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
-        warnings.filterwarnings("ignore", message=".*when there are global hooks")
-        yield
+    return any(vars(m).get(kinds[1]) or kinds[0] in m._modules for m in modules)
 
 
 @contextlib.contextmanager
@@ -188,15 +177,18 @@ def _absent() -> tuple[TorchFunctionMode, ...]:
     return getattr(_ABSENT, "modes", ())
 
 
-def makes_no_calls(model: nn.Module) -> bool:
-    """Whether a model is made of layers of torch alone, which call no dropout."""
-    return not torch.compiler.is_compiling() and all(
-        type(m) in LAYERS
-        and not m._forward_hooks
-        and not m._forward_pre_hooks
-        and m.__dict__.keys().isdisjoint(_OVERRIDING)
-        for m in model.modules()
-    )
+def may_call(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules that may call dropout: all but layers of torch as they are."""
+    compiling = torch.compiler.is_compiling()
+    return [
+        (name, m)
+        for name, m in named_modules(model)
+        if compiling
+        or type(m) not in LAYERS
+        or m._forward_hooks
+        or m._forward_pre_hooks
+        or not m.__dict__.keys().isdisjoint(_OVERRIDING)
+    ]
 
 
 def _inside(func: Any, mode: TorchFunctionMode) -> Callable[..., Any]:

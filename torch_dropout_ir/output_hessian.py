@@ -250,7 +250,7 @@ def _less_a_label(f: Tensor) -> Tensor:
     wide = torch.promote_types(f.dtype, torch.float32)
     # Some samples at a time, lest the times take twice the space of the outputs.
     count = max(1, _DRAWN_AT_ONCE * f.shape[0] // max(1, f.numel()))
-    for block in softmax.split(count) if f.ndim > 1 else (softmax,):
+    for block in softmax.split(count) if f.ndim > 1 and len(f) > count else (softmax,):
         # Of independent exponential times the first is that of a class with the
         # probability of its rate; a time of zero would beat a probability of zero.
         times = torch.empty_like(block, dtype=wide).exponential_().clamp_(min=1e-37)

@@ -67,7 +67,8 @@ class Site:
         """Probability of dropping, as the module has it now or the call had it."""
         if self.rate is not None:
             return self.rate
-        return float(getattr(self.module, "p", getattr(self.module, "drop_prob", 0.0)))
+        p = getattr(self.module, "p", None)
+        return float(getattr(self.module, "drop_prob", 0.0) if p is None else p)
 
     @property
     def variance(self) -> float:
@@ -76,12 +77,13 @@ class Site:
         Raises:
             ValueError: If the site drops everything.
         """
-        if not 0.0 <= self.p < 1.0:
+        p = self.p
+        if not 0.0 <= p < 1.0:
             raise ValueError(
                 f"dropout site `{self.name}`: the noise has a variance for `p` in "
-                f"[0, 1), got {self.p}. A site with p = 1 cuts the network."
+                f"[0, 1), got {p}. A site with p = 1 cuts the network."
             )
-        return self.p / (1.0 - self.p)
+        return p / (1.0 - p)
 
     def mask_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """Return the shape of the mask that an input of ``shape`` receives."""
@@ -167,8 +169,30 @@ def _is_site(module: nn.Module) -> bool:
 
 def find_sites(model: nn.Module) -> tuple[Site, ...]:
     """Return the dropout modules of ``model`` in the order of ``named_modules()``."""
-    modules = uncompiled(model).named_modules()
+    modules = named_modules(uncompiled(model))
     return tuple(Site(name, module) for name, module in modules if _is_site(module))
+
+
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return what ``model.named_modules()`` does, several times as fast.
+
+    Small passes are run through in less time than its nested generators are.
+    """
+    found, seen = [], set()
+    stack = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found.append((name, module))
+        before = f"{name}." if name else ""
+        stack += [
+            (before + key, x)
+            for key, x in reversed(module._modules.items())
+            if x is not None
+        ]
+    return found
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -188,7 +212,7 @@ def is_noise(module: nn.Module) -> bool:
 def unobservable(model: nn.Module) -> dict[str, str]:
     """Return the modules that draw dropout noise out of sight, with the reason."""
     reasons = {}
-    for name, module in uncompiled(model).named_modules():
+    for name, module in named_modules(uncompiled(model)):
         if type(module) in LAYERS:
             continue
         if plain_forward(module) is not None and not _is_site(module):

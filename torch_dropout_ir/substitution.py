@@ -1,13 +1,15 @@
-"""Floor 1: a call of a model with other tensors in the place of its own."""
+"""Floor 1: a model with other tensors in the place of its own, which are given back."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from torch_dropout_ir.sites import named_modules
 
 
 def places(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -87,3 +89,28 @@ def substituted(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
     finally:
         for held, leaf, own in reversed(kept):
             held[leaf] = own
+
+
+def keep_buffers(model: nn.Module) -> Callable[[], None]:
+    """Return what gives back the values of buffers that something moves from now on."""
+    # Batch normalization writes without counting a version: values are compared.
+    held = any(m._buffers for _, m in named_modules(model))
+    kept = [(x, x.detach().clone()) for x in model.buffers()] if held else []
+
+    def back() -> None:
+        for x, value in kept:
+            if not torch.equal(x, value):
+                with torch.no_grad():
+                    x.copy_(value)
+
+    return back
+
+
+@contextlib.contextmanager
+def unmoved_buffers(model: nn.Module) -> Iterator[None]:
+    """Give back the values of buffers that something inside the context has moved."""
+    back = keep_buffers(model)
+    try:
+        yield
+    finally:
+        back()

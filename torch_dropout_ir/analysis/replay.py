@@ -32,7 +32,12 @@ from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import ModuleCalls
 from torch_dropout_ir.nn import Dropout, Dropout1d, Dropout2d, Dropout3d
 from torch_dropout_ir.ops import mask_unpack
-from torch_dropout_ir.sites import Site, find_sites, is_stochastic_depth
+from torch_dropout_ir.sites import (
+    Site,
+    find_sites,
+    is_stochastic_depth,
+    named_modules,
+)
 from torch_dropout_ir.tracing import random_state
 
 _NO_DROPOUT: Final = "random numbers that are no dropout: they stay in R_S"
@@ -186,7 +191,7 @@ class _Calls(ModuleCalls):
     """Tells the draws which site they are of."""
 
     def __init__(self, model: nn.Module, found: Replay, draws: _Draws) -> None:
-        super().__init__(model)
+        super().__init__(named_modules(model))
         self._found = found
         self._draws = draws
         self._sites = {id(site.module): site for site in find_sites(model)}

@@ -17,11 +17,11 @@ from torch_dropout_ir.functional import (
     Batch,
     Inputs,
     preserved_rng,
-    unmoved_buffers,
 )
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.sites import Site
+from torch_dropout_ir.substitution import unmoved_buffers
 
 Need = Literal["sites", "inputs", "loss", "targets", "gradients", "masks", "batches"]
 _BINS = 80

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch, Inputs
-from torch_dropout_ir.sites import Site, unobservable
+from torch_dropout_ir.sites import Site, named_modules, unobservable
 
 
 def as_pair(batch: Any) -> Batch:
@@ -49,7 +49,8 @@ def check_batch(model: nn.Module, inputs: Any) -> None:
         for x in (*arguments.args, *arguments.kwargs.values())
         if isinstance(x, Tensor)
     ]
-    if any(x.is_meta for x in (*model.parameters(), *tensors)):
+    own = (x for _, m in named_modules(model) for x in m._parameters.values())
+    if any(x.is_meta for x in (*own, *tensors) if x is not None):
         raise ValueError(
             "expected a model and a batch with values, got tensors on the meta device. "
             "Use `model.to_empty(device=...)` and load weights first."

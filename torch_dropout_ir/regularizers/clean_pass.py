@@ -259,7 +259,7 @@ def clean_pass(
         last = seen.maker(outputs) if alone else None
         seen.close()
         if bare and not calls.again:
-            stack.enter_context(calls.at_rest())
+            calls.rest()
         yield CleanPass(outputs, uses, last, noisy, tuple(seen.unreachable))
 
 

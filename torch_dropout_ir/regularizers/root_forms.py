@@ -182,7 +182,9 @@ def _pull(
 
     def receive(use: int, g: Tensor) -> None:
         site, h, _ = clean.uses[use]
-        shared = (h.detach() * g).sum_to_size(site.mask_shape(h.shape))
+        shared, shape = h.detach() * g, site.mask_shape(h.shape)
+        if shared.shape != shape:
+            shared = shared.sum_to_size(shape)
         _, squares[use] = by_row(site, shared.square_())
         if weights is not None:
             weights[use] = clean.row_weight(g)

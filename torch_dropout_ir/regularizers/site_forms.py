@@ -17,8 +17,9 @@ _NAN: Final = float("nan")
 
 def by_row(site: Site, form: Tensor) -> Form:
     """Sum a form over all but the first dimension."""
-    rows = form.reshape(form.shape[0] if form.ndim else 1, -1).sum(-1)
-    return site.name, rows
+    if form.ndim != 2:
+        form = form.reshape(form.shape[0] if form.ndim else 1, -1)
+    return site.name, form.sum(1)
 
 
 def signs(site: Site, h: Tensor) -> Tensor:
@@ -97,7 +98,9 @@ def assemble(
     )
     if like.dtype == torch.float16:
         notes = (*notes, "in float16 parts below 6e-8 vanish: use float32 or bfloat16")
-    value = torch.stack([*per_site.values()]).sum() if names else like.new_zeros(())
+    value = like.new_zeros(()) if len(names) != 1 else per_site[uses[0]].clone()
+    if len(names) > 1:
+        value = torch.stack([*per_site.values()]).sum()
     error = _standard_error(draws, like, num_samples, coupled)
     return Estimate(value, per_site, error, exact, num_samples or 0, notes=notes)
 
@@ -105,7 +108,7 @@ def assemble(
 def _rows(draw: Sequence[Form], samples: int) -> Tensor:
     """Return the forms of each sample, which may have several rows at a site."""
     forms = [f if len(f) == samples else f.view(samples, -1).sum(1) for _, f in draw]
-    return torch.stack(forms).sum(0)
+    return torch.stack(forms).sum(0) if len(forms) > 1 else forms[0]
 
 
 def _standard_error(
@@ -120,10 +123,10 @@ def _standard_error(
     samples = min([form.shape[0] for _, form in draws[0]])
     aligned = all(not form.shape[0] % samples for draw in draws for _, form in draw)
     if aligned and not coupled:
-        rows = torch.stack([_rows(draw, samples) for draw in draws])
         if num_samples == 1:
-            own = rows[0]
+            own = _rows(draws[0], samples)
             return samples**0.5 * own.std() if samples > 1 else like.new_tensor(_NAN)
+        rows = torch.stack([_rows(draw, samples) for draw in draws])
         return (rows.var(0).sum() / num_samples).sqrt()
     if num_samples == 1:
         return like.new_tensor(_NAN)

@@ -30,7 +30,6 @@ from torch_dropout_ir.functional import (
     fresh,
     parameters,
     preserved_rng,
-    unmoved_buffers,
 )
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.sharpness.frozen import (
@@ -44,7 +43,7 @@ from torch_dropout_ir.sharpness.penalties import check_penalties
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
 from torch_dropout_ir.sharpness.subsets import Subset, chosen_parameters
-from torch_dropout_ir.substitution import call_with, substituted
+from torch_dropout_ir.substitution import call_with, substituted, unmoved_buffers
 from torch_dropout_ir.vectors import to_vector
 
 _MANY, _EVERY = 256, 8  # samples that can be thinned, and the stride
