@@ -1,0 +1,65 @@
+"""Seconds and megabytes of a call, and the unit of time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from torch_dropout_ir import vectors
+
+
+def seconds(run: Callable, turns: int = 5) -> float:
+    """Median wall time of a call, after one that does not count."""
+    run()
+    times = []
+    for _ in range(turns):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def resident(field: str) -> float:
+    """Megabytes of this process, as Linux counts them: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(field)) / 1024
+
+
+def peak(run: Callable) -> float:
+    """Megabytes that a call adds at its peak, in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+
+    def child() -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the parent's peak
+        before = resident("VmRSS")
+        run()
+        queue.put(resident("VmHWM") - before)
+
+    process = context.Process(target=child)
+    process.start()
+    used = queue.get()
+    process.join()
+    return used
+
+
+def plain_product(model: nn.Module, batch) -> Callable:
+    """One product by jvp(grad), from scratch each time."""
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    v = vectors.random_like(params)
+
+    def loss(p):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.cross_entropy(
+                torch.func.functional_call(model, p, (batch[0],)), batch[1]
+            )
+
+    return lambda: torch.func.jvp(torch.func.grad(loss), (params,), (v,))[1]
