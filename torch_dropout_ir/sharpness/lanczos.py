@@ -21,7 +21,9 @@ _HOLD: Final = {"residual": 2, "value": 3}  # products for which a claim must ho
 _LOOK: Final = 6  # products in a random direction, where several values are wanted
 _LOOK_WARM: Final = 4
 _MIXED: Final = 0.1  # share of a random direction in every start
-_REHEARSAL: Final = 12
+_REHEARSAL: Final = 20  # products with few samples, at most
+_REHEARSED: Final = 0.03  # residual that is enough of them, over the value
+_GATHERING: Final = 0.35  # of a product: the forward pass that chooses them, a graph
 _BASIS_BYTES: Final = 2**29
 
 
@@ -78,11 +80,12 @@ def top_eigenvalues(
     when ``errors`` are within the tolerance for three more products, which is sooner,
     with less certainty about eigenvectors and eigenvalues close to each other.
 
-    Without a ``start``, the operator of one large batch rehearses on every eighth of
-    its samples, twelve times at the price of two products (in time, up to four). That
-    is no faster on average, but steadier: on MNIST at initialization, where the two
-    largest are 3 % apart, the value is true to 1e-3 after 14 to 20 products, without
-    after 15 to 29, which no method that multiplies one random vector can go below.
+    Without a ``start``, the operator of one large batch rehearses on an eighth of its
+    samples, at most 20 times at the price of three products (in time, up to six). They
+    are chosen to have the outputs, loss derivatives and products of both that all have
+    on average: on MNIST at initialization, where the two largest are 3 % apart, the
+    value is true to 1e-3 after 13 products, without after 15 to 29, which no method
+    that multiplies one random vector can go below.
     Memory: the basis of at most 32 vectors
     (``2 k + 8`` if that is more), within ``max_bytes`` as far as a restart allows: of
     ``2 k + 3`` at least.
@@ -237,17 +240,18 @@ def _mixed(op: Any, vector: Tensor) -> Tensor:
 
 
 def _rehearsed(op: Any, max_matvecs: int) -> tuple[Tensor, int]:
-    """Return what an operator of few of the samples takes for its first vector."""
+    """Return what an operator of few of the samples has for its first vector."""
     thinned = op.thinned() if hasattr(op, "thinned") else None
     if thinned is None or max_matvecs < 8:
         return random_vector(op), 0
     few, share = thinned
     space = Space(few, random_vector(op), _REHEARSAL, 1)
     space.extend()
-    while space.spent < _REHEARSAL:
+    while space.spent < _REHEARSAL and not space.within(_REHEARSED, space.residuals()):
         space.advance()
         space.extend()
-    return _mixed(op, space.vectors()[0]), math.ceil(share * _REHEARSAL)
+    spent = math.ceil(share * space.spent + _GATHERING)
+    return _mixed(op, space.vectors()[0]), spent
 
 
 def _capacity(op: Any, k: int, max_bytes: int) -> int:

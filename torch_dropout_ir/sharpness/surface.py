@@ -40,6 +40,7 @@ from torch_dropout_ir.sharpness.frozen import (
     mask_seeds,
     modes,
 )
+from torch_dropout_ir.sharpness.herding import representatives
 from torch_dropout_ir.sharpness.penalties import check_penalties
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
@@ -47,7 +48,7 @@ from torch_dropout_ir.sharpness.subsets import Subset, chosen_parameters
 from torch_dropout_ir.substitution import call_with, substituted
 from torch_dropout_ir.vectors import to_vector
 
-_MANY, _EVERY = 256, 8  # samples that can be thinned, and the stride
+_MANY, _EVERY = 256, 8  # samples that can be thinned; how many one stands for
 _STRIDE: Final = 2**31 + 11  # between the seeds of one pass's batches
 
 
@@ -122,22 +123,22 @@ class Surface:
         return self._batches.single if len(self.seeds) == 1 else None
 
     def thinned(self) -> tuple[Surface, float] | None:
-        """Return the same at every eighth sample, and their share of all.
+        """Return the same at some of the samples, and their share of all.
 
         Returns:
-            None where there are less than 256, or more than one batch, or samples that
-            cannot be told apart.
+            None of less than 256, of several batches, or where none is apart.
         """
         batch = self.single
         size = 0 if batch is None else self._batches.samples(batch)
         if batch is None or self.ranks.spread or size < _MANY:
             return None
-        few = tuple(sliced(part, size, _EVERY) for part in batch)
+        chosen = representatives(self, batch, size, _EVERY)
+        few = tuple(sliced(part, size, chosen) for part in batch)
         if few[0] is None or few[1] is None:
             return None
         other = copy.copy(self)
         other._batches = Reading(few, self.model)
-        return other, len(range(0, size, _EVERY)) / size
+        return other, len(chosen) / size
 
     @contextlib.contextmanager
     def held(self, seed: int | None) -> Iterator[None]:
