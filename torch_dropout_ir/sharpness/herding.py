@@ -30,7 +30,7 @@ _EXCHANGES: Final = 2  # times that each sample may be exchanged
 
 
 def representatives(surface: Surface, batch: Batch, size: int, every: int) -> Tensor:
-    """Choose one in ``every`` samples of a batch, and no more than 256.
+    """Choose one in ``every`` samples of a batch, out of no more than 2048.
 
     Args:
         surface: The loss.
