@@ -111,25 +111,25 @@ def check_pair(batch: Any) -> None:
         )
 
 
-def sliced(value: Any, size: int, every: int) -> Any:
-    """Take one in ``every`` of ``size`` samples; None where they cannot be told apart.
+def sliced(value: Any, size: int, places: Tensor) -> Any:
+    """Take some of ``size`` samples; None where they cannot be told apart.
 
     Args:
         value: A tensor, or a tuple, list or dictionary of tensors, sample in front.
         size: Number of samples.
-        every: The stride.
+        places: Which of them.
 
     Returns:
         The like, with fewer samples.
     """
     if isinstance(value, Tensor):
         fits = value.ndim > 0 and value.shape[0] == size
-        return value[::every] if fits else None
+        return value[places.to(value.device)] if fits else None
     if type(value) in (tuple, list):
-        parts = [sliced(x, size, every) for x in value]
+        parts = [sliced(x, size, places) for x in value]
         return None if any(x is None for x in parts) else type(value)(parts)
     if type(value) is dict:
-        named = {k: sliced(x, size, every) for k, x in value.items()}
+        named = {k: sliced(x, size, places) for k, x in value.items()}
         return None if any(x is None for x in named.values()) else named
     return None
 

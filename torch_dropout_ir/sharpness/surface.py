@@ -39,6 +39,7 @@ from torch_dropout_ir.sharpness.frozen import (
     mask_seeds,
     modes,
 )
+from torch_dropout_ir.sharpness.herding import representatives
 from torch_dropout_ir.sharpness.penalties import check_penalties
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
@@ -46,7 +47,7 @@ from torch_dropout_ir.sharpness.subsets import Subset, chosen_parameters
 from torch_dropout_ir.substitution import call_with, substituted, unmoved_buffers
 from torch_dropout_ir.vectors import to_vector
 
-_MANY, _EVERY = 256, 8  # samples that can be thinned, and the stride
+_FEW: Final = 64  # samples that are left at least where they are thinned
 _STRIDE: Final = 2**31 + 11  # between the seeds of one pass's batches
 
 
@@ -98,7 +99,7 @@ class Surface:
         rest = (*self.model.named_parameters(), *self.model.named_buffers())
         self._rest = {n: x.detach().clone() for n, x in rest if n not in chosen}
         self._modes = {m: m.training for m in self.model.modules()}
-        self._closed = False
+        self._closed, self._every = False, 4  # samples that one may stand for
         self._operations = TwiceDifferentiable()
 
     def state(self) -> dict[str, Tensor]:
@@ -121,22 +122,22 @@ class Surface:
         return self._batches.single if len(self.seeds) == 1 else None
 
     def thinned(self) -> tuple[Surface, float] | None:
-        """Return the same at every eighth sample, and their share of all.
+        """Return the same at a quarter of the samples (then half), and their share.
 
         Returns:
-            None where there are less than 256, or more than one batch, or samples that
-            cannot be told apart.
+            None of less than 256, of several batches, or where none is apart.
         """
-        batch = self.single
+        batch, every = self.single, self._every
         size = 0 if batch is None else self._batches.samples(batch)
-        if batch is None or self.ranks.spread or size < _MANY:
+        if batch is None or self.ranks.spread or size < _FEW * every:
             return None
-        few = tuple(sliced(part, size, _EVERY) for part in batch)
+        chosen = representatives(self, batch, size, every)
+        few = tuple(sliced(part, size, chosen) for part in batch)
         if few[0] is None or few[1] is None:
             return None
         other = copy.copy(self)
-        other._batches = Reading(few, self.model)
-        return other, len(range(0, size, _EVERY)) / size
+        other._batches, other._every = Reading(few, self.model), 2
+        return other, len(chosen) / size
 
     @contextlib.contextmanager
     def held(self, seed: int | None) -> Iterator[None]:

@@ -1,0 +1,124 @@
+r"""A few samples on which the loss curves as on all of them.
+
+The curvature of a sample's loss is made of its outputs, the derivative of the loss in
+them, and the derivatives of the outputs in the parameters. Of the first two all is
+known after one forward pass. So samples are taken whose means of both, and of all
+products of two of their entries, are those of all samples:
+
+.. math:: \min_S \Bigl\lVert \frac{1}{|S|} \sum_{i \in S} \phi(u_i)
+    - \frac{1}{N} \sum_i \phi(u_i) \Bigr\rVert, \qquad
+    \phi(u)^\top \phi(v) = (1 + u^\top v)^2
+
+One at a time, each where the distance is least, then exchanged one by one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.functional import Batch
+
+if TYPE_CHECKING:
+    from torch_dropout_ir.sharpness.surface import Surface
+
+_POOL: Final = 2048  # samples to choose from
+_ENTRIES: Final = 2**27  # of all samples' outputs
+_EXCHANGES: Final = 2  # times that each sample may be exchanged
+
+
+def representatives(surface: Surface, batch: Batch, size: int, every: int) -> Tensor:
+    """Choose one in ``every`` samples of a batch, out of no more than 2048.
+
+    Args:
+        surface: The loss.
+        batch: Its only batch.
+        size: Number of samples.
+        every: Samples that one stands for.
+
+    Returns:
+        Their places, ascending; evenly spaced where the model does not return one
+        tensor with samples in front.
+    """
+    features = _features(surface, batch, size)
+    if features is None:
+        return torch.arange(0, size, every)
+    step = -(-size // _POOL)
+    found = herded(features, torch.arange(0, size, step), -(-min(size, _POOL) // every))
+    return found.sort().values
+
+
+def _features(surface: Surface, batch: Batch, size: int) -> Tensor | None:
+    """Outputs, and derivatives of the loss in them, each of unit mean square."""
+    seed = surface.seeds[0]
+    with surface.held(seed):
+        with torch.no_grad():
+            outputs = surface.outputs(surface.params, batch, 0, seed)
+        if not (
+            isinstance(outputs, Tensor)
+            and outputs.is_floating_point()
+            and outputs.ndim > 0
+            and outputs.shape[0] == size
+            and outputs.numel() <= _ENTRIES
+        ):
+            return None
+        with torch.enable_grad():
+            root = outputs.detach().requires_grad_()
+            # A loss may write on what it is given.
+            risk = surface.loss_of(root.clone(), batch[1])
+            (derivative,) = torch.autograd.grad(risk, root)
+    parts = [x.detach().reshape(size, -1).cpu().double() for x in (outputs, derivative)]
+    tiny = torch.finfo(torch.float64).tiny
+    scaled = [x / x.square().sum(1).mean().sqrt().clamp(min=tiny) for x in parts]
+    features = torch.cat(scaled, 1)
+    return features if bool(features.isfinite().all()) else None
+
+
+def herded(features: Tensor, places: Tensor, count: int) -> Tensor:
+    """Choose samples that have the moments of all.
+
+    Args:
+        features: Of each sample, ``[N, D]``.
+        places: Samples to choose from.
+        count: How many to choose.
+
+    Returns:
+        Their places.
+
+    References:
+        Chen, Welling & Smola, *Super-samples from kernel herding*, UAI 2010.
+
+    Example:
+        >>> x = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 100.0])[:, None] / 10
+        >>> herded(x[:5], torch.arange(5), 1)
+        tensor([2])
+    """
+    pool = features[places]
+    kernel = (1 + pool @ pool.T).square()
+    wanted = torch.zeros_like(kernel[0])
+    for piece in features.split(_POOL):
+        wanted += (1 + pool @ piece.T).square().sum(1)
+    wanted /= len(features)
+    taken = torch.zeros(len(pool), dtype=torch.bool)
+    total = torch.zeros_like(wanted)  # of the kernel with what is taken
+    chosen: list[int] = []
+
+    def nearest(size: int) -> int:
+        """What brings the mean of so many closest to that of all."""
+        distance = 2 * (total - size * wanted) + kernel.diagonal()
+        return int(distance.masked_fill(taken, float("inf")).argmin())
+
+    for size in range(1, count + 1):
+        chosen.append(nearest(size))
+        taken[chosen[-1]] = True
+        total += kernel[chosen[-1]]
+    for turn in range(_EXCHANGES * count):
+        old = chosen[turn % count]
+        taken[old] = False
+        total -= kernel[old]
+        chosen[turn % count] = new = nearest(count)
+        taken[new] = True
+        total += kernel[new]
+    return places[torch.tensor(chosen)]
