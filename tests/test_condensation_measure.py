@@ -110,6 +110,21 @@ def test_wide_layers_are_measured_in_a_run():
     assert not analysis.absent
 
 
+def test_a_layer_that_starts_at_zero_is_measured_without_its_start():
+    """As the second factor of a low-rank adapter does."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5, bias=False))
+    nn.init.zeros_(net[1].weight)
+    measure = Condensation()
+    first = measure(Snapshot(net, 0, ()))
+    assert first["condensation/dead_neurons/1"] == 5
+    assert "condensation/movement/0" in first
+    nn.init.eye_(net[1].weight)
+    then = measure(Snapshot(net, 1, ()))
+    assert then["condensation/effective_neurons/1"] == 4
+    relative = {"condensation/movement/1", "condensation/cosine_to_start/1"}
+    assert not relative & (first.keys() | then.keys())
+
+
 def test_large_layers_are_compared_with_a_start_in_half_the_memory():
     torch.manual_seed(0)
     weights = torch.randn(300, 400) * torch.logspace(-9, 3, 300)[:, None]

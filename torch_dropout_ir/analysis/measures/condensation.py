@@ -135,7 +135,7 @@ class Condensation:
             f"condensation/cosine/{name}": self._heat_map(weights, found.labels),
         }
         # Of a layer that starts at zero nothing can be said relative to its start.
-        records = {t: r for t, r in records.items() if not _is_infinite(r)}
+        records = {t: r for t, r in records.items() if not _is_undefined(r)}
         if weights.shape[1] >= 2:
             tag = f"condensation/orientation_amplitude/{name}"
             records[tag] = _orientation_amplitude(
@@ -175,7 +175,7 @@ def _mean_cosines(rows: UnitRows, most: int) -> Tensor:
     return field.clamp_(-1.0, 1.0)
 
 
-def _is_infinite(record: Record) -> bool:
+def _is_undefined(record: Record) -> bool:
     return isinstance(record, float) and not math.isfinite(record)
 
 

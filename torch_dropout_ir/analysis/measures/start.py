@@ -73,12 +73,20 @@ class Start:
         return 0.0 if found <= 0 else found  # NaN stays
 
     def relative_distance(self, weights: Weights) -> float:
-        r"""Return :math:`\lVert W - W_0 \rVert / \lVert W_0 \rVert` of all neurons."""
+        r"""Return :math:`\lVert W - W_0 \rVert / \lVert W_0 \rVert` of all neurons.
+
+        NaN where all started at zero.
+        """
         away = math.sqrt(self._squared_distance(weights))
-        return away / self._norm if self._norm or not away else math.inf
+        return away / self._norm if self._norm else math.nan
 
     def mean_cosine(self, weights: Weights) -> float:
-        """Return the mean cosine between each neuron and what it was."""
+        """Return the mean cosine between each neuron and what it was.
+
+        NaN where all started at zero.
+        """
+        if not self._norm:
+            return math.nan
         total = torch.zeros((), dtype=torch.float64)
         for part in _parts(weights):
             before = unit_rows(self.directions[part].to(weights.device))
