@@ -183,6 +183,23 @@ def test_scalers_and_accumulation_are_no_part_of_it():
             assert found == pytest.approx(float(clean), rel=1e-5)
 
 
+def test_passes_that_do_not_train_are_not_accumulated():
+    """A batch that did not fit, and is taken in halves; one that is skipped."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        for first in (X, torch.full_like(X, float("nan"))):
+            F.mse_loss(model(first), Y)  # and no `backward()`
+            for part in (slice(4), slice(4, 8)):
+                (F.mse_loss(model(X[part]), Y[part]) / 2).backward()
+            with torch.no_grad():
+                clean = F.mse_loss(model.eval()(X[4:]), Y[4:])
+            model.train()
+            optimizer.step()
+            found = analysis.latest["loss/R_S"]
+            assert found == pytest.approx(float(clean), rel=1e-5)
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -79,7 +79,7 @@ class Capture:
 
     Attributes:
         inputs: Arguments of the last training pass that was looked at.
-        passes: Training passes since the last optimizer step, at a step that is.
+        passes: Passes that went backward since the last optimizer step.
         statistics: Mask statistics of the foreign sites observed.
         calls: The calls of dropout functions that were found, by name.
         unseen: Noise that cannot be seen, by place, with the reason.
@@ -194,7 +194,6 @@ class Capture:
             return
         sweep()
         self._with_graph = torch.is_grad_enabled()
-        self.passes += 1
         self.inputs = Inputs(args, kwargs)
         self._versions = _versions(self.inputs)
         self._start = self._end = None
@@ -219,6 +218,7 @@ class Capture:
 
     def _open_step(self) -> None:
         """Look at the coming pass in full, where something of it is wanted."""
+        self.passes += self._calls is not None and self._calls.went_back
         self._stop_looking()
         self._listen()  # to hooks that are there since
         if self.want_masks and self.model is not None and not replaced():
@@ -240,7 +240,7 @@ class Capture:
         if self.watched.training and self._start is not None:
             self._end = random_state(self.watched)
         if self.watched.training and self.want_targets and outputs is not None:
-            self._outputs, self._calls = outputs, LossCalls(outputs, self.passes)
+            self._outputs, self._calls = outputs, LossCalls(outputs, self.passes + 1)
             self._calls.enter()
             self._step.callback(self._calls.leave)
             look = weakref.WeakMethod(self._look)

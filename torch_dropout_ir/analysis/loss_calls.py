@@ -6,8 +6,8 @@ Semantics:
   calls ``backward``: on the loss. The list, run again on other outputs, is their loss.
   Where that call keeps the graph, another one can follow: the losses are added up.
 * Of that number the last factor is taken away where it is a tensor, as a gradient
-  scaler has it, and a division by the number of passes since the last optimizer step,
-  as scripts that accumulate gradients do it.
+  scaler has it, and a division by the number of passes that went backward since the
+  last optimizer step, as scripts that accumulate gradients do it.
 * Nothing is followed that writes on what came of the outputs, draws random numbers, has
   a derivative of its own (``autograd.Function``, compiled code), or depends on
   parameters by another way than the outputs.
@@ -22,7 +22,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -36,7 +35,7 @@ from torch_dropout_ir.analysis.followed_loss import (
     keeps_graph,
     writes,
 )
-from torch_dropout_ir.losses import LossFunction
+from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
 from torch_dropout_ir.regularizers.outputs import flatten
 
 # Private names; with a torch that lacks them, loss modules alone are found.
@@ -47,13 +46,6 @@ _DEFAULT = getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None)  # the lowest of the m
 
 _MOST_STEPS: Final = 1000
 _BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
-_LOSSES: Final = frozenset({
-    F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.cross_entropy,
-    F.gaussian_nll_loss, F.hinge_embedding_loss, F.huber_loss, F.kl_div, F.l1_loss,
-    F.mse_loss, F.multi_margin_loss, F.multilabel_margin_loss,
-    F.multilabel_soft_margin_loss, F.nll_loss, F.poisson_nll_loss, F.smooth_l1_loss,
-    F.soft_margin_loss,
-})  # fmt: skip
 _TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
 _DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
 # Nodes of the graph that make copies, in order: one tells DDP when the backward pass
@@ -69,7 +61,7 @@ class LossCalls(TorchFunctionMode):
 
     Args:
         outputs: What the model returned.
-        passes: Training passes since the last optimizer step, this one included.
+        passes: Passes that went backward since the last optimizer step, and this one.
     """
 
     def __init__(self, outputs: Any, passes: int) -> None:
@@ -147,6 +139,11 @@ class LossCalls(TorchFunctionMode):
         return x is not None and x == self._trained
 
     @property
+    def went_back(self) -> bool:
+        """Whether ``backward`` was called, or may have been when it looked no more."""
+        return self.rests or self._missed or self._trained is not None
+
+    @property
     def in_part(self) -> bool:
         """Whether ``backward`` was called on a number that could not be followed."""
         return self._missed and self._trained is None
@@ -163,7 +160,7 @@ class LossCalls(TorchFunctionMode):
         step = self._steps[result.place] if result.of == "steps" else None
         if step is None:
             return FollowedLoss([], result, "the model's own", {}), (), False
-        if step.function not in _LOSSES:
+        if step.function not in TORCH_LOSSES:
             loss = FollowedLoss(self._steps, result, "that of the script", {})
             return loss, tuple(self._targets), False
         options = {
@@ -264,7 +261,7 @@ class LossCalls(TorchFunctionMode):
             if isinstance(x, Tensor):
                 own = None if isinstance(out, Tensor) else element
                 self._known[x] = At("steps", place, own)
-        if self._first is None and func in _LOSSES and out.numel() == 1:
+        if self._first is None and func in TORCH_LOSSES and out.numel() == 1:
             self._first = At("steps", place)
 
     def _stand_in(self, x: Tensor) -> At:
