@@ -215,7 +215,8 @@ class Analysis:
         batch, source = self._batch.choose(capture, self.targets_of)
         seen = None if batch[1] is None else [batch]
         optimizer = self._steps.optimizer
-        self.notes.update(theory_note(optimizer) | self._batch.note)
+        self.notes.update(theory_note(self.model, optimizer) | self._batch.note)
+        self.notes["masks"] = capture.failure
         self.notes.update(run_facts(self, optimizer))
         lr, gradients = received_gradients(self.model, optimizer)
         return Snapshot(

@@ -83,6 +83,7 @@ class Capture:
         statistics: Mask statistics of the foreign sites observed.
         calls: The calls of dropout functions that were found, by name.
         unseen: Noise that cannot be seen, by place, with the reason.
+        failure: Why the masks of the last pass are not in the statistics.
         bystanders: What the measures' own passes leave aside.
         want_masks: Whether to observe the masks of the coming pass.
         want_targets: Whether to look for the targets of the coming pass.
@@ -97,9 +98,8 @@ class Capture:
         self.statistics: dict[str, MaskStatistics] = {}
         self.calls: dict[str, Site] = {}
         self.unseen: dict[str, str] = {}
-        self.want_masks = True
-        self.want_targets = True
-        self.paused = False
+        self.want_masks = self.want_targets = True
+        self.paused, self.failure = False, ""
         self._open = self._with_graph = self._outside = False
         self._seconds = 0.0
         self._versions: list[int] = []
@@ -122,10 +122,8 @@ class Capture:
             self._root.callback(call.leave)
             self._outside = True
             return
-        self._keep(
-            self._root,
-            self.watched.register_forward_pre_hook(self._hook, with_kwargs=True),
-        )
+        hook = self.watched.register_forward_pre_hook(self._hook, with_kwargs=True)
+        self._keep(self._root, hook)
 
     def follow(self) -> None:
         """Watch the compiled model, where the script has compiled it since."""
@@ -285,8 +283,10 @@ class Capture:
             with self.bystanders.aside(model):
                 found = replay(model, self.inputs, start, self._end)
         except Exception as err:  # a measure of its own: training goes on
-            warn(f"the masks of this step were not observed: {err}")
+            self.failure = f"the masks of the last step were not observed: {err}"
+            warn(self.failure)
         else:
+            self.failure = ""
             for name, drawn in found.statistics.items():
                 seen = self.statistics.get(name, MaskStatistics())
                 self.statistics[name] = seen + drawn

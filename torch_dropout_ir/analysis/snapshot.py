@@ -102,7 +102,8 @@ _LACKING: Final[dict[Need, str]] = {
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "
         "number on which the script calls `backward()`. Pass `loss=`, and `data=` for "
-        "what needs targets"
+        "what needs targets; a loss that compares several passes is followed where one "
+        "`forward` makes them all"
     ),
     "targets": (
         "the targets were not seen: the script must hand them with the model's output "
@@ -151,23 +152,28 @@ def received_gradients(
     return rates, found or None
 
 
-def theory_note(optimizer: Optimizer | None) -> dict[str, str]:
-    """Say where R_2 is a diagnostic rather than the theory."""
+def theory_note(model: nn.Module, optimizer: Optimizer | None) -> dict[str, str]:
+    """Say what R_2 leaves out, and where it is a diagnostic rather than the theory."""
     if optimizer is None:
         return {}
-    kind = type(optimizer).__name__
+    kind, groups = type(optimizer).__name__, optimizer.param_groups
+    said, named = [], kind
     if type(optimizer) is torch.optim.SGD:
-        used = {
-            name
-            for group in optimizer.param_groups
-            for name in ("momentum", "weight_decay")
-            if group.get(name)
-        }
-        if not used:
-            return {}
-        kind += f" with {' and '.join(sorted(used))}"
-    said = f"R_2 is the theory of gradient descent; under {kind} it is a diagnostic"
-    return {"optimizer": said}
+        used = {x for g in groups for x in ("momentum", "weight_decay") if g.get(x)}
+        named = f"SGD with {' and '.join(sorted(used))}" if used else ""
+    if named:
+        said += [
+            f"R_2 is the theory of gradient descent; under {named} it is a diagnostic"
+        ]
+    stepped = {id(x) for group in groups for x in group["params"]}
+    trained = [x for x in model.parameters() if x.requires_grad]
+    count = sum(id(x) in stepped for x in trained)
+    if count < len(trained):
+        said += [
+            f"R_2 is of the parameters that this {kind} steps, {count} of "
+            f"{len(trained)} tensors"
+        ]
+    return {"optimizer": "; ".join(said)}
 
 
 class Measure(Protocol):
