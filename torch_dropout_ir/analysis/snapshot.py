@@ -179,6 +179,9 @@ def theory_note(model: nn.Module, optimizer: Optimizer | None) -> dict[str, str]
 class Measure(Protocol):
     """What to compute, and what must have been captured for it.
 
+    One that keeps something between measurements can have ``state_dict`` and
+    ``load_state_dict``: they are part of the analysis's own.
+
     Attributes:
         name: Name under which its cost is recorded.
         needs: What it cannot do without; where something lacks, it is left out and the

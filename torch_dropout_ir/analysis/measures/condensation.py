@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,17 @@ class Condensation:
             snapshot.notes[f"condensation/orientation_amplitude/{name}"] = note
             records |= self._layer(name, weights, size)
         return records
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where each layer started, and where to go on."""
+        starts = {name: start.state_dict() for name, start in self._start.items()}
+        return {"start": starts, "next": self._next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        saved = state["start"].items()
+        self._start = {name: Start.of_state(start) for name, start in saved}
+        self._next = state["next"]
 
     def _readers(
         self, model: nn.Module, name: str

@@ -14,7 +14,7 @@ of itself.
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -58,6 +58,17 @@ class Start:
         self._norm = float(torch.linalg.vector_norm(row_norms(weights)))
         self._rounded = 0.0
         self._rounded = self._squared_distance(weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what :meth:`of_state` needs; tensors are not copied."""
+        return dict(vars(self))
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Start:
+        """Return the start that a saved state is of."""
+        start = cls.__new__(cls)
+        vars(start).update(state)
+        return start
 
     def _kept(self, part: slice, like: Weights) -> Tensor:
         rows = self.directions[part].to(like.device, like.dtype)
