@@ -200,6 +200,23 @@ def test_passes_that_do_not_train_are_not_accumulated():
             assert found == pytest.approx(float(clean), rel=1e-5)
 
 
+@pytest.mark.parametrize("written", ["targets", "inputs"])
+@pytest.mark.parametrize(
+    "criterion", [nn.MSELoss(), lambda out, y: (out - y).abs().mean()]
+)
+def test_what_changes_in_place_before_the_step_is_not_measured(criterion, written):
+    model = mlp()
+    model.forward = lambda batch: nn.Sequential.forward(model, batch["x"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        x, y = X.clone(), Y.clone()
+        criterion(model({"x": x}), y).backward()
+        (y if written == "targets" else x).zero_()
+        optimizer.step()
+    assert "in place" in analysis.absent["regularizer"]
+    assert "loss/R_S" not in analysis.latest
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

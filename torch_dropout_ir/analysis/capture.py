@@ -32,7 +32,7 @@ from torch_dropout_ir.analysis.compiled_calls import (
     compiled_in_place,
 )
 from torch_dropout_ir.analysis.delivery import warn
-from torch_dropout_ir.analysis.followed_loss import At
+from torch_dropout_ir.analysis.followed_loss import At, versions
 from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.analysis.loss_calls import OUTPUT, LossCalls, sweep
 from torch_dropout_ir.analysis.replay import replay
@@ -160,15 +160,18 @@ class Capture:
         Returns:
             The loss; its targets, None where it reads the outputs alone; whether any
             loss of outputs and targets would take these, handed on beside the output
-            itself; whether it is a part of the script's. None where none was seen.
+            itself; whether it is a part of the script's. None where none was seen, or
+            what it has read was written on since.
         """
-        found = None if self._calls is None else self._calls.found()
-        if self._module is not None and self._calls is not None:
+        if self._calls is None or self._calls.overwritten:
+            return None
+        found = self._calls.found()
+        if self._module is not None:
             module, targets, at = self._module
             if found is None or at is None or self._calls.trained_on(at):
                 # A copy: its buffers are the script's.
                 return copy.deepcopy(module), targets, True, self._calls.in_part
-        if found is None or self._calls is None:
+        if found is None:
             return None
         loss, all_read, straight = found
         read = all_read[0] if len(all_read) == 1 else all_read or None
@@ -193,7 +196,7 @@ class Capture:
         sweep()
         self._with_graph = torch.is_grad_enabled()
         self.inputs = Inputs(args, kwargs)
-        self._versions = _versions(self.inputs)
+        self._versions = versions((args, kwargs))
         self._start = self._end = None
         if self._open or self.want_masks or self.want_targets:
             self._open_step()
@@ -251,7 +254,8 @@ class Capture:
 
     def _check_inputs(self) -> None:
         """Let go of inputs that were written on: no second pass is the same."""
-        if self.inputs is not None and _versions(self.inputs) != self._versions:
+        given = self.inputs and (self.inputs.args, self.inputs.kwargs)
+        if versions(given) != self._versions:
             self.inputs = None
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
@@ -292,9 +296,3 @@ class Capture:
                 self.statistics[name] = seen + drawn
             self.calls, self.unseen = found.calls, found.unseen
         self._seconds += time.perf_counter() - started
-
-
-def _versions(inputs: Inputs) -> list[int]:
-    """Version counters of the tensors among the inputs."""
-    given = (x for x in (*inputs.args, *inputs.kwargs.values()) if torch.is_tensor(x))
-    return [x._version for x in given if not x.is_inference()]

@@ -130,6 +130,11 @@ def filled(x: Any, kind: type, read: Callable[[Any], Any]) -> Any:
     return x
 
 
+def versions(given: Any) -> list[int]:
+    """Return the version counters of the tensors among arguments."""
+    return [x._version for x in inside(given, Tensor) if not x.is_inference()]
+
+
 def keeps_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call of ``backward`` leaves the graph for another one."""
     named = kwargs.get("retain_graph") or kwargs.get("create_graph")

@@ -33,6 +33,7 @@ from torch_dropout_ir.analysis.followed_loss import (
     filled,
     inside,
     keeps_graph,
+    versions,
     writes,
 )
 from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
@@ -72,6 +73,7 @@ class LossCalls(TorchFunctionMode):
         self._nodes: dict[tuple[Any, int], At] = {}
         self._steps: list[Step] = []
         self._targets: list[Tensor] = []
+        self._versions: list[int] = []
         self._first: At | None = None
         self._trained: At | None = None
         self._missed = False
@@ -144,6 +146,11 @@ class LossCalls(TorchFunctionMode):
         return self.rests or self._missed or self._trained is not None
 
     @property
+    def overwritten(self) -> bool:
+        """Whether what the loss has read is no longer what it was."""
+        return self._versions != versions(self._targets)
+
+    @property
     def in_part(self) -> bool:
         """Whether ``backward`` was called on a number that could not be followed."""
         return self._missed and self._trained is None
@@ -177,11 +184,7 @@ class LossCalls(TorchFunctionMode):
         return loss, tuple(self._targets), False
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or not self._looking:
@@ -268,11 +271,10 @@ class LossCalls(TorchFunctionMode):
         at = self.at(x)
         if at is not None:
             return at
-        for place, known in enumerate(self._targets):
-            if known is x:
-                return At("targets", place)
-        self._targets.append(x)
-        return At("targets", len(self._targets) - 1)
+        if not any(x is known for known in self._targets):
+            self._targets.append(x)
+            self._versions += versions(x)
+        return At("targets", [x is known for known in self._targets].index(True))
 
 
 def sweep() -> None:

@@ -96,18 +96,20 @@ _LACKING: Final[dict[Need, str]] = {
     "inputs": (
         "no call of the model in training mode was seen yet: attach to the module that "
         "the script calls (a model that was compiled since is measured from the next "
-        "time on; one that changes its inputs in place, or runs inside `torch.func` "
-        "transforms alone, cannot be measured)"
+        "time on; one whose inputs change in place before the optimizer steps, or that "
+        "runs inside `torch.func` transforms alone, cannot be measured)"
     ),
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "
-        "number on which the script calls `backward()`. Pass `loss=`, and `data=` for "
+        "number on which the script calls `backward()`, or what it reads changed in "
+        "place before the optimizer stepped. Pass `loss=`, and `data=` for "
         "what needs targets; a loss that compares several passes is followed where one "
         "`forward` makes them all"
     ),
     "targets": (
         "the targets were not seen: the script must hand them with the model's output "
-        "to a loss, else pass `data=`"
+        "to a loss, and leave them as they are until the optimizer steps; else pass "
+        "`data=`"
     ),
     "batches": "no batch with targets was seen: pass `data=`",
     "gradients": "no optimizer step with gradients of this model was seen yet",
