@@ -217,6 +217,45 @@ def test_what_changes_in_place_before_the_step_is_not_measured(criterion, writte
     assert "loss/R_S" not in analysis.latest
 
 
+def spoiled(model):
+    """A second term that is made by writing."""
+    out = model(X)
+    return F.mse_loss(out, Y) + (out.T @ out).fill_diagonal_(0).square().sum()
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), F.mse_loss])
+def test_outputs_that_are_written_on_are_not_those_of_the_model(criterion):
+    def script(model):
+        out = model(X)
+        out[:, 0] /= 2
+        return criterion(out, Y)
+
+    analysis, _ = measured(mlp(), script)
+    assert "loss" in analysis.absent["regularizer"]
+    assert "loss/R_S" not in analysis.latest
+
+
+def test_a_term_that_is_written_on_makes_the_loss_known_in_part():
+    analysis, _ = measured(mlp(), spoiled)
+    assert "first loss function" in analysis.notes["loss/R_S"]
+
+
+def test_metrics_that_are_written_on_are_no_part_of_the_loss():
+    counts = torch.zeros(3, 3)
+
+    def script(model):
+        out = model(X)
+        loss = F.cross_entropy(out, LABELS)
+        counts[LABELS, out.argmax(1)] += 1
+        chosen = out.detach().softmax(1)
+        chosen[chosen < 0.5] = 0
+        return loss
+
+    analysis, clean = measured(mlp(), script)
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    assert not analysis.notes["loss/R_S"]
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -264,7 +264,9 @@ class Capture:
             return  # one that takes more is followed as a function is
         same = self._calls.one and self._calls.at(args[0]) == OUTPUT  # or its copy
         own = args[0] is self._outputs or same
-        if not own or not isinstance(result, Tensor) or not result.requires_grad:
+        if not own or self._calls.lost(args[0]):
+            return
+        if not isinstance(result, Tensor) or not result.requires_grad:
             return
         if result.numel() == 1:
             self._module = module, args[1], self._calls.at(result)

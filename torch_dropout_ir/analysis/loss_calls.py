@@ -8,7 +8,7 @@ Semantics:
 * Of that number the last factor is taken away where it is a tensor, as a gradient
   scaler has it, and a division by the number of passes that went backward since the
   last optimizer step, as scripts that accumulate gradients do it.
-* Nothing is followed that writes on what came of the outputs, draws random numbers, has
+* Nothing is followed that was written on, draws random numbers, has
   a derivative of its own (``autograd.Function``, compiled code), or depends on
   parameters by another way than the outputs.
 * The mode lies under those of the script, so that what the script enters and leaves
@@ -33,17 +33,14 @@ from torch_dropout_ir.analysis.followed_loss import (
     filled,
     inside,
     keeps_graph,
+    leading_to,
+    memory,
     versions,
     writes,
 )
+from torch_dropout_ir.analysis.function_modes import lay_under, take_away
 from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
 from torch_dropout_ir.regularizers.outputs import flatten
-
-# Private names; with a torch that lacks them, loss modules alone are found.
-_POP = getattr(torch._C, "_pop_torch_function_stack", None)
-_PUSH = getattr(torch._C, "_push_on_torch_function_stack", None)
-_LENGTH = getattr(torch._C, "_len_torch_function_stack", None)
-_DEFAULT = getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None)  # the lowest of the modes
 
 _MOST_STEPS: Final = 1000
 _BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
@@ -54,6 +51,8 @@ _DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
 _COPYING: Final = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
 # The output of a model that returns a tensor, or the first of several.
 OUTPUT: Final = At("outputs", 0)
+# What was written on, or comes of that.
+_LOST: Final = At("lost", 0)
 _RANDOM: Final = ("bernoulli", "dropout", "multinomial", "normal_", "rand", "rrelu")
 
 
@@ -73,7 +72,7 @@ class LossCalls(TorchFunctionMode):
         self._nodes: dict[tuple[Any, int], At] = {}
         self._steps: list[Step] = []
         self._targets: list[Tensor] = []
-        self._versions: list[int] = []
+        self._versions: list[list[int]] = []
         self._first: At | None = None
         self._trained: At | None = None
         self._missed = False
@@ -85,13 +84,8 @@ class LossCalls(TorchFunctionMode):
 
     def enter(self) -> None:
         """Lay the mode under those that are active, but over a default device's."""
-        if None in (_POP, _PUSH, _LENGTH):
+        if not lay_under(self):
             self._rest()
-            return
-        modes = _popped()
-        default = getattr(_DEFAULT, "device_context", None)
-        lowest = [modes.pop()] if modes and modes[-1] is default else []
-        _pushed([*modes, self, *lowest])
 
     def leave(self) -> None:
         """Take the mode away, wherever it lies."""
@@ -121,6 +115,8 @@ class LossCalls(TorchFunctionMode):
         if not isinstance(x, Tensor):
             return None
         found: At | None = self._known.get(x)
+        if found == _LOST:
+            return found
         if found is not None and found.of == "steps" and x.requires_grad:
             if not self._steps[found.place].differentiated:
                 found = None  # of a function with a derivative of its own
@@ -136,6 +132,10 @@ class LossCalls(TorchFunctionMode):
             found = self._nodes.get((node, place))
         return found
 
+    def lost(self, outputs: Any) -> bool:
+        """Whether some of the outputs were written on since the pass."""
+        return any(self.at(x) == _LOST for x in inside(outputs, Tensor))
+
     def trained_on(self, x: At | None) -> bool:
         """Whether ``backward`` was called on that number, or on it times a factor."""
         return x is not None and x == self._trained
@@ -148,7 +148,11 @@ class LossCalls(TorchFunctionMode):
     @property
     def overwritten(self) -> bool:
         """Whether what the loss has read is no longer what it was."""
-        return self._versions != versions(self._targets)
+        result = self._trained or self._first
+        steps = {} if result is None else leading_to(result, self._steps)
+        read = inside([(step.args, step.kwargs) for step in steps.values()], At)
+        places = {at.place for at in read if at.of == "targets"}
+        return any(versions(self._targets[k]) != self._versions[k] for k in places)
 
     @property
     def in_part(self) -> bool:
@@ -203,7 +207,7 @@ class LossCalls(TorchFunctionMode):
         if isinstance(root, (tuple, list)) and len(root) == 1:
             root = root[0]
         at = self.at(root)
-        if at is None or root.numel() != 1:
+        if at in (None, _LOST) or root.numel() != 1:
             self._missed = True
             if self._trained is not None:  # a part of the loss is not known
                 self._trained = self._first = None
@@ -248,13 +252,16 @@ class LossCalls(TorchFunctionMode):
             return
         name = getattr(func, "__name__", "")
         if writes(name, kwargs):
-            if args and self.at(args[0]) is not None:
-                self._rest()  # what was listed is no longer what it was
+            self._lose(args[0] if args else kwargs.get("out"))
+            return
+        if any(at == _LOST for _, at in into):
+            self._known.update((x, _LOST) for x in results if isinstance(x, Tensor))
             return
         free = any(x.requires_grad for x, at in into if at is None)
         if free or any(part in name for part in _RANDOM):
             return
         if len(self._steps) == _MOST_STEPS:
+            self._missed = True
             self._rest()
             return
         place = len(self._steps)
@@ -267,33 +274,23 @@ class LossCalls(TorchFunctionMode):
         if self._first is None and func in TORCH_LOSSES and out.numel() == 1:
             self._first = At("steps", place)
 
+    def _lose(self, written: Any) -> None:
+        """What shares the memory that was written on is no longer what it was."""
+        if self.at(written) is not None:
+            place = memory(written)
+            for x in [x for x in self._known if memory(x) == place]:
+                self._known[x] = _LOST
+
     def _stand_in(self, x: Tensor) -> At:
         at = self.at(x)
         if at is not None:
             return at
         if not any(x is known for known in self._targets):
             self._targets.append(x)
-            self._versions += versions(x)
+            self._versions.append(versions(x))
         return At("targets", [x is known for known in self._targets].index(True))
 
 
 def sweep() -> None:
-    """Take away the modes that look no more.
-
-    Within a call that a mode is handed the mode is not there to be taken, and is there
-    again after it: an optimizer that steps in the backward pass leaves it so.
-    """
-    if _POP is None or _PUSH is None or _LENGTH is None or not _LENGTH():
-        return
-    modes = _popped()
-    _pushed([m for m in modes if not (isinstance(m, LossCalls) and m.rests)])
-
-
-def _popped() -> list[TorchFunctionMode]:
-    """Take all modes away; the innermost comes first."""
-    return [_POP() for _ in range(_LENGTH())]  # type: ignore[misc]
-
-
-def _pushed(modes: list[TorchFunctionMode]) -> None:
-    for mode in reversed(modes):
-        _PUSH(mode)  # type: ignore[misc]
+    """Take away the modes that look no more."""
+    take_away(lambda mode: isinstance(mode, LossCalls) and mode.rests)
