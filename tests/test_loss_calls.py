@@ -240,6 +240,23 @@ def test_a_term_that_is_written_on_makes_the_loss_known_in_part():
     assert "first loss function" in analysis.notes["loss/R_S"]
 
 
+def test_a_loss_module_with_parameters_of_its_own_is_the_whole_loss():
+    class Prototypes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows = nn.Parameter(torch.eye(3))
+
+        def forward(self, out, labels):
+            return F.cross_entropy(out @ self.rows, labels)
+
+    criterion = Prototypes()
+    analysis, clean = measured(mlp(), lambda model: criterion(model(X), LABELS))
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    assert not analysis.notes["loss/R_S"]
+    more = measured(mlp(), lambda m: criterion(m(X), LABELS) + criterion.rows.norm())
+    assert more[0].notes["loss/R_S"]
+
+
 def test_metrics_that_are_written_on_are_no_part_of_the_loss():
     counts = torch.zeros(3, 3)
 

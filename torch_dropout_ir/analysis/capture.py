@@ -266,10 +266,9 @@ class Capture:
         own = args[0] is self._outputs or same
         if not own or self._calls.lost(args[0]):
             return
-        if not isinstance(result, Tensor) or not result.requires_grad:
-            return
-        if result.numel() == 1:
+        if isinstance(result, Tensor) and result.requires_grad and result.numel() == 1:
             self._module = module, args[1], self._calls.at(result)
+            self._calls.of_module = weakref.ref(result)
 
     def observe(self, model: nn.Module) -> None:
         """Look at the masks of the last pass, where it was one to look at.

@@ -18,6 +18,7 @@ Semantics:
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -51,8 +52,7 @@ _DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
 _COPYING: Final = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
 # The output of a model that returns a tensor, or the first of several.
 OUTPUT: Final = At("outputs", 0)
-# What was written on, or comes of that.
-_LOST: Final = At("lost", 0)
+_LOST: Final = At("lost", 0)  # what was written on, or comes of that
 _RANDOM: Final = ("bernoulli", "dropout", "multinomial", "normal_", "rand", "rrelu")
 
 
@@ -62,6 +62,9 @@ class LossCalls(TorchFunctionMode):
     Args:
         outputs: What the model returned.
         passes: Passes that went backward since the last optimizer step, and this one.
+
+    Attributes:
+        of_module: What the loss module has returned, where there is one.
     """
 
     def __init__(self, outputs: Any, passes: int) -> None:
@@ -76,6 +79,7 @@ class LossCalls(TorchFunctionMode):
         self._first: At | None = None
         self._trained: At | None = None
         self._missed = False
+        self.of_module: weakref.ref[Tensor] | None = None
         for place, leaf in enumerate(flatten(outputs)[0]):
             if isinstance(leaf, Tensor):
                 self._known[leaf] = At("outputs", place)
@@ -208,7 +212,7 @@ class LossCalls(TorchFunctionMode):
             root = root[0]
         at = self.at(root)
         if at in (None, _LOST) or root.numel() != 1:
-            self._missed = True
+            self._missed = self.of_module is None or self.of_module() is not root
             if self._trained is not None:  # a part of the loss is not known
                 self._trained = self._first = None
                 self._rest()
