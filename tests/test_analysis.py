@@ -9,6 +9,7 @@ import sys
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import nn
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis.cadence import Cadence
-from torch_dropout_ir.analysis.measures import Masks
+from torch_dropout_ir.analysis.measures import Condensation, Masks
 from torch_dropout_ir.module_calls import measuring
 
 OPTIMIZER = sys.modules["torch.optim.optimizer"]
@@ -551,3 +552,14 @@ def test_the_analysis_lives_as_long_as_its_model():
     gc.collect()
     train(model, steps=2)
     assert seen == [0, 1]
+
+
+def test_measures_of_a_generator_are_all_taken():
+    given = (measure for measure in [Masks(), Condensation()])
+    with tdi.attach_analysis(mlp(), log_dir=False, measures=given) as analysis:
+        assert analysis.measure().keys() > {"condensation/dead_neurons/0"}
+
+
+def test_steps_between_measurements_may_be_a_number_of_numpys():
+    cadence = Cadence(np.int64(3), 0.05, ["masks"])
+    assert [step for step in range(7) if cadence.due(step)] == [0, 3, 6]

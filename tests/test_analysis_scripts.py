@@ -421,6 +421,18 @@ def test_momentum_and_weight_decay_are_noted():
     assert "momentum and weight_decay" in analysis.notes["optimizer"]
 
 
+def test_parameters_that_another_optimizer_steps_are_noted():
+    model = mlp()
+    first, rest = [*model.parameters()][:2], [*model.parameters()][2:]
+    optimizers = torch.optim.SGD(first, lr=0.1), torch.optim.SGD(rest, lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        model(torch.randn(4, 6)).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    said = "R_2 is of the parameters that this SGD steps, 2 of 4 tensors"
+    assert analysis.notes["optimizer"] == said
+
+
 def test_deep_networks_get_an_unbiased_r1():
     """Where no closed form is exact, the definition is averaged, with its error."""
     torch.manual_seed(0)

@@ -536,6 +536,25 @@ def test_attention_without_dropout_is_no_noise():
     assert hidden == [":rand"]
 
 
+def test_where_no_mask_is_drawn_the_reason_is_the_true_one():
+    """An empty input draws none, as of an expert that gets no row; nor does p = 1."""
+    model = nn.ModuleList([
+        nn.Linear(4, 4),
+        nn.Dropout(1.0),
+        nn.Dropout(),
+        nn.Linear(4, 2),
+    ])
+    model.forward = lambda x: model[3](
+        model[0](x) + model[1](x) + model[2](x[:0]).sum()
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        model(torch.ones(8, 4)).square().mean().backward()
+        optimizer.step()
+        said = {site.name: site.reason for site in analysis.sites}
+    assert said == {"1": "at p = 1 it drops everything, and draws no mask", "2": ""}
+
+
 def test_a_batch_of_packed_sequences_counts_sequences():
     rows = [torch.randn(length, 6).double() for length in (5, 4, 4, 2)]
     packed = nn.utils.rnn.pack_sequence(rows)

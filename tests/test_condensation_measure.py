@@ -1,5 +1,6 @@
 """Condensation while a model trains, against the functions called by hand."""
 
+import io
 import math
 
 import numpy as np
@@ -108,6 +109,43 @@ def test_wide_layers_are_measured_in_a_run():
         sgd.step()
     assert 2 < analysis.latest["condensation/effective_neurons/0"] < 6000
     assert not analysis.absent
+
+
+def test_a_layer_that_starts_at_zero_is_measured_without_its_start():
+    """As the second factor of a low-rank adapter does."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5, bias=False))
+    nn.init.zeros_(net[1].weight)
+    measure = Condensation()
+    first = measure(Snapshot(net, 0, ()))
+    assert first["condensation/dead_neurons/1"] == 5
+    assert "condensation/movement/0" in first
+    nn.init.eye_(net[1].weight)
+    then = measure(Snapshot(net, 1, ()))
+    assert then["condensation/effective_neurons/1"] == 4
+    relative = {"condensation/movement/1", "condensation/cosine_to_start/1"}
+    assert not relative & (first.keys() | then.keys())
+
+
+def test_after_a_restart_the_start_is_the_first_one():
+    def attached():
+        return tdi.attach_analysis(net, log_dir=False, measures=[Condensation()])
+
+    net = nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 2))
+    with attached() as first:
+        first.measure()
+        state = io.BytesIO()
+        torch.save(first.state_dict(), state)
+        torch.nn.utils.vector_to_parameters(
+            1.1 * nn.utils.parameters_to_vector(net.parameters()), net.parameters()
+        )
+        expected = first.measure()
+    with attached() as second:
+        state.seek(0)
+        second.load_state_dict(torch.load(state, weights_only=True))
+        found = second.measure()
+    tags = [t for t in expected if t.startswith("condensation")]
+    assert {t: found[t] for t in tags} == {t: expected[t] for t in tags}
+    assert found["condensation/movement/0"] == pytest.approx(0.1, rel=1e-3)
 
 
 def test_large_layers_are_compared_with_a_start_in_half_the_memory():

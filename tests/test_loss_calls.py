@@ -183,6 +183,96 @@ def test_scalers_and_accumulation_are_no_part_of_it():
             assert found == pytest.approx(float(clean), rel=1e-5)
 
 
+def test_passes_that_do_not_train_are_not_accumulated():
+    """A batch that did not fit, and is taken in halves; one that is skipped."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        for first in (X, torch.full_like(X, float("nan"))):
+            F.mse_loss(model(first), Y)  # and no `backward()`
+            for part in (slice(4), slice(4, 8)):
+                (F.mse_loss(model(X[part]), Y[part]) / 2).backward()
+            with torch.no_grad():
+                clean = F.mse_loss(model.eval()(X[4:]), Y[4:])
+            model.train()
+            optimizer.step()
+            found = analysis.latest["loss/R_S"]
+            assert found == pytest.approx(float(clean), rel=1e-5)
+
+
+@pytest.mark.parametrize("written", ["targets", "inputs"])
+@pytest.mark.parametrize(
+    "criterion", [nn.MSELoss(), lambda out, y: (out - y).abs().mean()]
+)
+def test_what_changes_in_place_before_the_step_is_not_measured(criterion, written):
+    model = mlp()
+    model.forward = lambda batch: nn.Sequential.forward(model, batch["x"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        x, y = X.clone(), Y.clone()
+        criterion(model({"x": x}), y).backward()
+        (y if written == "targets" else x).zero_()
+        optimizer.step()
+    assert "in place" in analysis.absent["regularizer"]
+    assert "loss/R_S" not in analysis.latest
+
+
+def spoiled(model):
+    """A second term that is made by writing."""
+    out = model(X)
+    return F.mse_loss(out, Y) + (out.T @ out).fill_diagonal_(0).square().sum()
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), F.mse_loss])
+def test_outputs_that_are_written_on_are_not_those_of_the_model(criterion):
+    def script(model):
+        out = model(X)
+        out[:, 0] /= 2
+        return criterion(out, Y)
+
+    analysis, _ = measured(mlp(), script)
+    assert "loss" in analysis.absent["regularizer"]
+    assert "loss/R_S" not in analysis.latest
+
+
+def test_a_term_that_is_written_on_makes_the_loss_known_in_part():
+    analysis, _ = measured(mlp(), spoiled)
+    assert "first loss function" in analysis.notes["loss/R_S"]
+
+
+def test_a_loss_module_with_parameters_of_its_own_is_the_whole_loss():
+    class Prototypes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows = nn.Parameter(torch.eye(3))
+
+        def forward(self, out, labels):
+            return F.cross_entropy(out @ self.rows, labels)
+
+    criterion = Prototypes()
+    analysis, clean = measured(mlp(), lambda model: criterion(model(X), LABELS))
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    assert not analysis.notes["loss/R_S"]
+    more = measured(mlp(), lambda m: criterion(m(X), LABELS) + criterion.rows.norm())
+    assert more[0].notes["loss/R_S"]
+
+
+def test_metrics_that_are_written_on_are_no_part_of_the_loss():
+    counts = torch.zeros(3, 3)
+
+    def script(model):
+        out = model(X)
+        loss = F.cross_entropy(out, LABELS)
+        counts[LABELS, out.argmax(1)] += 1
+        chosen = out.detach().softmax(1)
+        chosen[chosen < 0.5] = 0
+        return loss
+
+    analysis, clean = measured(mlp(), script)
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    assert not analysis.notes["loss/R_S"]
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -133,13 +133,14 @@ def _instances(given: Any, what: str, needed: tuple[str, ...]) -> list[Any]:
         TypeError: If something else is given.
     """
     one = not isinstance(given, Iterable)
-    for x in [given] if one else given:
+    found = [given] if one else list(given)
+    for x in found:
         if one or isinstance(x, type) or not all(hasattr(x, name) for name in needed):
             raise TypeError(
                 f"attach_analysis: expected `{what}` to be a list of instances with "
                 f"{', '.join(f'`{name}`' for name in needed)}, got {x!r}"
             )
-    return list(given)
+    return found
 
 
 def _ranks(model: nn.Module) -> Ranks:

@@ -47,6 +47,13 @@ _ELEMENTWISE_FUNCTIONS: Final = (
     F.smooth_l1_loss,
     F.soft_margin_loss,
 )
+TORCH_LOSSES: Final = frozenset({
+    F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.cross_entropy,
+    F.gaussian_nll_loss, F.hinge_embedding_loss, F.huber_loss, F.kl_div, F.l1_loss,
+    F.mse_loss, F.multi_margin_loss, F.multilabel_margin_loss,
+    F.multilabel_soft_margin_loss, F.nll_loss, F.poisson_nll_loss, F.smooth_l1_loss,
+    F.soft_margin_loss,
+})  # fmt: skip
 
 
 def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:

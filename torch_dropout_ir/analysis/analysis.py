@@ -215,7 +215,8 @@ class Analysis:
         batch, source = self._batch.choose(capture, self.targets_of)
         seen = None if batch[1] is None else [batch]
         optimizer = self._steps.optimizer
-        self.notes.update(theory_note(optimizer) | self._batch.note)
+        self.notes.update(theory_note(self.model, optimizer) | self._batch.note)
+        self.notes["masks"] = capture.failure
         self.notes.update(run_facts(self, optimizer))
         lr, gradients = received_gradients(self.model, optimizer)
         return Snapshot(
@@ -253,7 +254,7 @@ class Analysis:
         return self._cadence.share
 
     def state_dict(self) -> dict[str, Any]:
-        """Return curves, counts and schedule, to go on from after a restart."""
+        """Return curves, counts, schedule and starts, to go on from after a restart."""
         return {
             "step": self.step,
             "history": {tag: list(values) for tag, values in self.history.items()},
@@ -262,6 +263,7 @@ class Analysis:
                 for name, seen in self._statistics().items()
             },
             "cadence": self._cadence.state_dict(),
+            "measures": self._attempts.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -273,6 +275,7 @@ class Analysis:
         }
         if self._ranks.rank:
             self._loaded = {}  # counts add over ranks: the first one goes on with them
+        self._attempts.load_state_dict(state.get("measures", {}))
         self._schedule.restart()
         self._cadence.load_state_dict(state["cadence"])
         self._plan()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.distributed import Ranks
@@ -90,6 +90,17 @@ class Attempts:
             return True
         self._absent[tag] = f"{value} at step {step}, which is no number to draw"
         return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what measures keep between measurements, by their names."""
+        kept = (m for m in self.measures if hasattr(m, "state_dict"))
+        return {m.name: m.state_dict() for m in kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        for measure in self.measures:
+            if measure.name in state and hasattr(measure, "load_state_dict"):
+                measure.load_state_dict(state[measure.name])
 
     def fail(self, name: str, err: Exception, step: int) -> None:
         """Enter a failure: say why once, and put off what failed.

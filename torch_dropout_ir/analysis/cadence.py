@@ -27,8 +27,9 @@ class Cadence:
     """
 
     def __init__(self, every: int | str, budget: float, names: list[str]) -> None:
-        counted = isinstance(every, int) and not isinstance(every, bool) and every >= 1
-        if every != "auto" and not counted:
+        counted = isinstance(every, numbers.Integral) and not isinstance(every, bool)
+        steps = int(every) if counted else 0
+        if every != "auto" and steps < 1:
             raise ValueError(
                 "attach_analysis: expected `every` to be 'auto' or a number of steps "
                 f">= 1, got {every!r}"
@@ -38,7 +39,7 @@ class Cadence:
             raise ValueError(
                 f"attach_analysis: expected `budget` in (0, 1), got {budget!r}"
             )
-        self.every = every
+        self.every = steps or every
         self._earning = budget / (1.0 - budget) / max(1, len(names))
         self._debt = dict.fromkeys(names, 0.0)
         self._latest = dict.fromkeys(names, 0.0)

@@ -32,7 +32,7 @@ from torch_dropout_ir.analysis.compiled_calls import (
     compiled_in_place,
 )
 from torch_dropout_ir.analysis.delivery import warn
-from torch_dropout_ir.analysis.followed_loss import At
+from torch_dropout_ir.analysis.followed_loss import At, versions
 from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.analysis.loss_calls import OUTPUT, LossCalls, sweep
 from torch_dropout_ir.analysis.replay import replay
@@ -79,10 +79,11 @@ class Capture:
 
     Attributes:
         inputs: Arguments of the last training pass that was looked at.
-        passes: Training passes since the last optimizer step, at a step that is.
+        passes: Passes that went backward since the last optimizer step.
         statistics: Mask statistics of the foreign sites observed.
         calls: The calls of dropout functions that were found, by name.
         unseen: Noise that cannot be seen, by place, with the reason.
+        failure: Why the masks of the last pass are not in the statistics.
         bystanders: What the measures' own passes leave aside.
         want_masks: Whether to observe the masks of the coming pass.
         want_targets: Whether to look for the targets of the coming pass.
@@ -97,9 +98,8 @@ class Capture:
         self.statistics: dict[str, MaskStatistics] = {}
         self.calls: dict[str, Site] = {}
         self.unseen: dict[str, str] = {}
-        self.want_masks = True
-        self.want_targets = True
-        self.paused = False
+        self.want_masks = self.want_targets = True
+        self.paused, self.failure = False, ""
         self._open = self._with_graph = self._outside = False
         self._seconds = 0.0
         self._versions: list[int] = []
@@ -122,10 +122,8 @@ class Capture:
             self._root.callback(call.leave)
             self._outside = True
             return
-        self._keep(
-            self._root,
-            self.watched.register_forward_pre_hook(self._hook, with_kwargs=True),
-        )
+        hook = self.watched.register_forward_pre_hook(self._hook, with_kwargs=True)
+        self._keep(self._root, hook)
 
     def follow(self) -> None:
         """Watch the compiled model, where the script has compiled it since."""
@@ -162,15 +160,18 @@ class Capture:
         Returns:
             The loss; its targets, None where it reads the outputs alone; whether any
             loss of outputs and targets would take these, handed on beside the output
-            itself; whether it is a part of the script's. None where none was seen.
+            itself; whether it is a part of the script's. None where none was seen, or
+            what it has read was written on since.
         """
-        found = None if self._calls is None else self._calls.found()
-        if self._module is not None and self._calls is not None:
+        if self._calls is None or self._calls.overwritten:
+            return None
+        found = self._calls.found()
+        if self._module is not None:
             module, targets, at = self._module
             if found is None or at is None or self._calls.trained_on(at):
                 # A copy: its buffers are the script's.
                 return copy.deepcopy(module), targets, True, self._calls.in_part
-        if found is None or self._calls is None:
+        if found is None:
             return None
         loss, all_read, straight = found
         read = all_read[0] if len(all_read) == 1 else all_read or None
@@ -194,9 +195,8 @@ class Capture:
             return
         sweep()
         self._with_graph = torch.is_grad_enabled()
-        self.passes += 1
         self.inputs = Inputs(args, kwargs)
-        self._versions = _versions(self.inputs)
+        self._versions = versions((args, kwargs))
         self._start = self._end = None
         if self._open or self.want_masks or self.want_targets:
             self._open_step()
@@ -219,6 +219,7 @@ class Capture:
 
     def _open_step(self) -> None:
         """Look at the coming pass in full, where something of it is wanted."""
+        self.passes += self._calls is not None and self._calls.went_back
         self._stop_looking()
         self._listen()  # to hooks that are there since
         if self.want_masks and self.model is not None and not replaced():
@@ -240,7 +241,7 @@ class Capture:
         if self.watched.training and self._start is not None:
             self._end = random_state(self.watched)
         if self.watched.training and self.want_targets and outputs is not None:
-            self._outputs, self._calls = outputs, LossCalls(outputs, self.passes)
+            self._outputs, self._calls = outputs, LossCalls(outputs, self.passes + 1)
             self._calls.enter()
             self._step.callback(self._calls.leave)
             look = weakref.WeakMethod(self._look)
@@ -253,7 +254,8 @@ class Capture:
 
     def _check_inputs(self) -> None:
         """Let go of inputs that were written on: no second pass is the same."""
-        if self.inputs is not None and _versions(self.inputs) != self._versions:
+        given = self.inputs and (self.inputs.args, self.inputs.kwargs)
+        if versions(given) != self._versions:
             self.inputs = None
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
@@ -262,10 +264,11 @@ class Capture:
             return  # one that takes more is followed as a function is
         same = self._calls.one and self._calls.at(args[0]) == OUTPUT  # or its copy
         own = args[0] is self._outputs or same
-        if not own or not isinstance(result, Tensor) or not result.requires_grad:
+        if not own or self._calls.lost(args[0]):
             return
-        if result.numel() == 1:
+        if isinstance(result, Tensor) and result.requires_grad and result.numel() == 1:
             self._module = module, args[1], self._calls.at(result)
+            self._calls.of_module = weakref.ref(result)
 
     def observe(self, model: nn.Module) -> None:
         """Look at the masks of the last pass, where it was one to look at.
@@ -285,16 +288,12 @@ class Capture:
             with self.bystanders.aside(model):
                 found = replay(model, self.inputs, start, self._end)
         except Exception as err:  # a measure of its own: training goes on
-            warn(f"the masks of this step were not observed: {err}")
+            self.failure = f"the masks of the last step were not observed: {err}"
+            warn(self.failure)
         else:
+            self.failure = ""
             for name, drawn in found.statistics.items():
                 seen = self.statistics.get(name, MaskStatistics())
                 self.statistics[name] = seen + drawn
             self.calls, self.unseen = found.calls, found.unseen
         self._seconds += time.perf_counter() - started
-
-
-def _versions(inputs: Inputs) -> list[int]:
-    """Version counters of the tensors among the inputs."""
-    given = (x for x in (*inputs.args, *inputs.kwargs.values()) if torch.is_tensor(x))
-    return [x._version for x in given if not x.is_inference()]

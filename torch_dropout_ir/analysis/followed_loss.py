@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ class FollowedLoss:
     def __init__(
         self, steps: list[Step], result: At, name: str, options: dict[str, Any]
     ) -> None:
-        self._steps = _leading_to(result, steps)
+        self._steps = leading_to(result, steps)
         self._result = result
         self.__name__ = name
         self.keywords = options  # where those of a functools.partial are
@@ -93,7 +94,7 @@ class FollowedLoss:
         return value
 
 
-def _leading_to(result: At, steps: list[Step]) -> dict[int, Step]:
+def leading_to(result: At, steps: list[Step]) -> dict[int, Step]:
     """Return the calls that a result is made of, by their numbers."""
     wanted = {result.place} if result.of == "steps" else set()
     for place in range(len(steps) - 1, -1, -1):
@@ -128,6 +129,18 @@ def filled(x: Any, kind: type, read: Callable[[Any], Any]) -> Any:
         values = [filled(value, kind, read) for value in x]
         return values if isinstance(x, list) else tuple(values)
     return x
+
+
+def versions(given: Any) -> list[int]:
+    """Return the version counters of the tensors among arguments."""
+    return [x._version for x in inside(given, Tensor) if not x.is_inference()]
+
+
+def memory(x: Tensor) -> int | None:
+    """Return where the memory of a tensor is; None where it has none of one piece."""
+    with contextlib.suppress(NotImplementedError, RuntimeError):
+        return x.untyped_storage().data_ptr()
+    return None
 
 
 def keeps_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -6,9 +6,9 @@ Semantics:
   calls ``backward``: on the loss. The list, run again on other outputs, is their loss.
   Where that call keeps the graph, another one can follow: the losses are added up.
 * Of that number the last factor is taken away where it is a tensor, as a gradient
-  scaler has it, and a division by the number of passes since the last optimizer step,
-  as scripts that accumulate gradients do it.
-* Nothing is followed that writes on what came of the outputs, draws random numbers, has
+  scaler has it, and a division by the number of passes that went backward since the
+  last optimizer step, as scripts that accumulate gradients do it.
+* Nothing is followed that was written on, draws random numbers, has
   a derivative of its own (``autograd.Function``, compiled code), or depends on
   parameters by another way than the outputs.
 * The mode lies under those of the script, so that what the script enters and leaves
@@ -18,11 +18,11 @@ Semantics:
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -34,26 +34,17 @@ from torch_dropout_ir.analysis.followed_loss import (
     filled,
     inside,
     keeps_graph,
+    leading_to,
+    memory,
+    versions,
     writes,
 )
-from torch_dropout_ir.losses import LossFunction
+from torch_dropout_ir.analysis.function_modes import lay_under, take_away
+from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
 from torch_dropout_ir.regularizers.outputs import flatten
-
-# Private names; with a torch that lacks them, loss modules alone are found.
-_POP = getattr(torch._C, "_pop_torch_function_stack", None)
-_PUSH = getattr(torch._C, "_push_on_torch_function_stack", None)
-_LENGTH = getattr(torch._C, "_len_torch_function_stack", None)
-_DEFAULT = getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None)  # the lowest of the modes
 
 _MOST_STEPS: Final = 1000
 _BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
-_LOSSES: Final = frozenset({
-    F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.cross_entropy,
-    F.gaussian_nll_loss, F.hinge_embedding_loss, F.huber_loss, F.kl_div, F.l1_loss,
-    F.mse_loss, F.multi_margin_loss, F.multilabel_margin_loss,
-    F.multilabel_soft_margin_loss, F.nll_loss, F.poisson_nll_loss, F.smooth_l1_loss,
-    F.soft_margin_loss,
-})  # fmt: skip
 _TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
 _DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
 # Nodes of the graph that make copies, in order: one tells DDP when the backward pass
@@ -61,6 +52,7 @@ _DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
 _COPYING: Final = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
 # The output of a model that returns a tensor, or the first of several.
 OUTPUT: Final = At("outputs", 0)
+_LOST: Final = At("lost", 0)  # what was written on, or comes of that
 _RANDOM: Final = ("bernoulli", "dropout", "multinomial", "normal_", "rand", "rrelu")
 
 
@@ -69,7 +61,10 @@ class LossCalls(TorchFunctionMode):
 
     Args:
         outputs: What the model returned.
-        passes: Training passes since the last optimizer step, this one included.
+        passes: Passes that went backward since the last optimizer step, and this one.
+
+    Attributes:
+        of_module: What the loss module has returned, where there is one.
     """
 
     def __init__(self, outputs: Any, passes: int) -> None:
@@ -80,9 +75,11 @@ class LossCalls(TorchFunctionMode):
         self._nodes: dict[tuple[Any, int], At] = {}
         self._steps: list[Step] = []
         self._targets: list[Tensor] = []
+        self._versions: list[list[int]] = []
         self._first: At | None = None
         self._trained: At | None = None
         self._missed = False
+        self.of_module: weakref.ref[Tensor] | None = None
         for place, leaf in enumerate(flatten(outputs)[0]):
             if isinstance(leaf, Tensor):
                 self._known[leaf] = At("outputs", place)
@@ -91,13 +88,8 @@ class LossCalls(TorchFunctionMode):
 
     def enter(self) -> None:
         """Lay the mode under those that are active, but over a default device's."""
-        if None in (_POP, _PUSH, _LENGTH):
+        if not lay_under(self):
             self._rest()
-            return
-        modes = _popped()
-        default = getattr(_DEFAULT, "device_context", None)
-        lowest = [modes.pop()] if modes and modes[-1] is default else []
-        _pushed([*modes, self, *lowest])
 
     def leave(self) -> None:
         """Take the mode away, wherever it lies."""
@@ -127,6 +119,8 @@ class LossCalls(TorchFunctionMode):
         if not isinstance(x, Tensor):
             return None
         found: At | None = self._known.get(x)
+        if found == _LOST:
+            return found
         if found is not None and found.of == "steps" and x.requires_grad:
             if not self._steps[found.place].differentiated:
                 found = None  # of a function with a derivative of its own
@@ -142,9 +136,27 @@ class LossCalls(TorchFunctionMode):
             found = self._nodes.get((node, place))
         return found
 
+    def lost(self, outputs: Any) -> bool:
+        """Whether some of the outputs were written on since the pass."""
+        return any(self.at(x) == _LOST for x in inside(outputs, Tensor))
+
     def trained_on(self, x: At | None) -> bool:
         """Whether ``backward`` was called on that number, or on it times a factor."""
         return x is not None and x == self._trained
+
+    @property
+    def went_back(self) -> bool:
+        """Whether ``backward`` was called, or may have been when it looked no more."""
+        return self.rests or self._missed or self._trained is not None
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether what the loss has read is no longer what it was."""
+        result = self._trained or self._first
+        steps = {} if result is None else leading_to(result, self._steps)
+        read = inside([(step.args, step.kwargs) for step in steps.values()], At)
+        places = {at.place for at in read if at.of == "targets"}
+        return any(versions(self._targets[k]) != self._versions[k] for k in places)
 
     @property
     def in_part(self) -> bool:
@@ -163,7 +175,7 @@ class LossCalls(TorchFunctionMode):
         step = self._steps[result.place] if result.of == "steps" else None
         if step is None:
             return FollowedLoss([], result, "the model's own", {}), (), False
-        if step.function not in _LOSSES:
+        if step.function not in TORCH_LOSSES:
             loss = FollowedLoss(self._steps, result, "that of the script", {})
             return loss, tuple(self._targets), False
         options = {
@@ -180,11 +192,7 @@ class LossCalls(TorchFunctionMode):
         return loss, tuple(self._targets), False
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or not self._looking:
@@ -203,8 +211,8 @@ class LossCalls(TorchFunctionMode):
         if isinstance(root, (tuple, list)) and len(root) == 1:
             root = root[0]
         at = self.at(root)
-        if at is None or root.numel() != 1:
-            self._missed = True
+        if at in (None, _LOST) or root.numel() != 1:
+            self._missed = self.of_module is None or self.of_module() is not root
             if self._trained is not None:  # a part of the loss is not known
                 self._trained = self._first = None
                 self._rest()
@@ -248,13 +256,16 @@ class LossCalls(TorchFunctionMode):
             return
         name = getattr(func, "__name__", "")
         if writes(name, kwargs):
-            if args and self.at(args[0]) is not None:
-                self._rest()  # what was listed is no longer what it was
+            self._lose(args[0] if args else kwargs.get("out"))
+            return
+        if any(at == _LOST for _, at in into):
+            self._known.update((x, _LOST) for x in results if isinstance(x, Tensor))
             return
         free = any(x.requires_grad for x, at in into if at is None)
         if free or any(part in name for part in _RANDOM):
             return
         if len(self._steps) == _MOST_STEPS:
+            self._missed = True
             self._rest()
             return
         place = len(self._steps)
@@ -264,37 +275,26 @@ class LossCalls(TorchFunctionMode):
             if isinstance(x, Tensor):
                 own = None if isinstance(out, Tensor) else element
                 self._known[x] = At("steps", place, own)
-        if self._first is None and func in _LOSSES and out.numel() == 1:
+        if self._first is None and func in TORCH_LOSSES and out.numel() == 1:
             self._first = At("steps", place)
+
+    def _lose(self, written: Any) -> None:
+        """What shares the memory that was written on is no longer what it was."""
+        if self.at(written) is not None:
+            place = memory(written)
+            for x in [x for x in self._known if memory(x) == place]:
+                self._known[x] = _LOST
 
     def _stand_in(self, x: Tensor) -> At:
         at = self.at(x)
         if at is not None:
             return at
-        for place, known in enumerate(self._targets):
-            if known is x:
-                return At("targets", place)
-        self._targets.append(x)
-        return At("targets", len(self._targets) - 1)
+        if not any(x is known for known in self._targets):
+            self._targets.append(x)
+            self._versions.append(versions(x))
+        return At("targets", [x is known for known in self._targets].index(True))
 
 
 def sweep() -> None:
-    """Take away the modes that look no more.
-
-    Within a call that a mode is handed the mode is not there to be taken, and is there
-    again after it: an optimizer that steps in the backward pass leaves it so.
-    """
-    if _POP is None or _PUSH is None or _LENGTH is None or not _LENGTH():
-        return
-    modes = _popped()
-    _pushed([m for m in modes if not (isinstance(m, LossCalls) and m.rests)])
-
-
-def _popped() -> list[TorchFunctionMode]:
-    """Take all modes away; the innermost comes first."""
-    return [_POP() for _ in range(_LENGTH())]  # type: ignore[misc]
-
-
-def _pushed(modes: list[TorchFunctionMode]) -> None:
-    for mode in reversed(modes):
-        _PUSH(mode)  # type: ignore[misc]
+    """Take away the modes that look no more."""
+    take_away(lambda mode: isinstance(mode, LossCalls) and mode.rests)

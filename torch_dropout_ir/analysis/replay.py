@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torch_dropout_ir.analysis.followed_loss import inside
 from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.dropout_calls import (
     KINDS,
@@ -40,6 +41,10 @@ from torch_dropout_ir.sites import (
 )
 from torch_dropout_ir.tracing import random_state
 
+_FUSED: Final = (
+    "its mask is inside a fused kernel: R_1 counts it, mask statistics do not"
+)
+_ALL_DROPPED: Final = "at p = 1 it drops everything, and draws no mask"
 _NO_DROPOUT: Final = "random numbers that are no dropout: they stay in R_S"
 OURS = (Dropout, Dropout1d, Dropout2d, Dropout3d)
 _aten = torch.ops.aten
@@ -138,18 +143,15 @@ class _Draws(TorchDispatchMode):
         self._seen = 0
 
     @contextlib.contextmanager
-    def of(self, site: Site) -> Iterator[None]:
-        """Read what is drawn inside as the masks of a site."""
+    def of(self, site: Site, given: Any) -> Iterator[None]:
+        """Read what is drawn inside, for these arguments, as the masks of a site."""
         self.site, before = site, self._seen
         try:
             yield
         finally:
             self.site = None
-        if self._seen == before:
-            self._found.unseen[site.name] = (
-                "its mask is inside a fused kernel: R_1 counts it, mask statistics do "
-                "not"
-            )
+        if self._seen == before and all(x.numel() for x in inside(given, Tensor)):
+            self._found.unseen[site.name] = _FUSED if site.p < 1 else _ALL_DROPPED
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -241,7 +243,7 @@ class _Calls(ModuleCalls):
             site = self._site(name.rstrip("_"), p, KINDS.get(name))
             if name not in RECURRENT:
                 self._found.calls[site.name] = site
-        with self._draws.of(site):
+        with self._draws.of(site, (args, kwargs)):
             return func(*args, **kwargs)
 
 

@@ -96,17 +96,20 @@ _LACKING: Final[dict[Need, str]] = {
     "inputs": (
         "no call of the model in training mode was seen yet: attach to the module that "
         "the script calls (a model that was compiled since is measured from the next "
-        "time on; one that changes its inputs in place, or runs inside `torch.func` "
-        "transforms alone, cannot be measured)"
+        "time on; one whose inputs change in place before the optimizer steps, or that "
+        "runs inside `torch.func` transforms alone, cannot be measured)"
     ),
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "
-        "number on which the script calls `backward()`. Pass `loss=`, and `data=` for "
-        "what needs targets"
+        "number on which the script calls `backward()`, or what it reads changed in "
+        "place before the optimizer stepped. Pass `loss=`, and `data=` for "
+        "what needs targets; a loss that compares several passes is followed where one "
+        "`forward` makes them all"
     ),
     "targets": (
         "the targets were not seen: the script must hand them with the model's output "
-        "to a loss, else pass `data=`"
+        "to a loss, and leave them as they are until the optimizer steps; else pass "
+        "`data=`"
     ),
     "batches": "no batch with targets was seen: pass `data=`",
     "gradients": "no optimizer step with gradients of this model was seen yet",
@@ -151,27 +154,35 @@ def received_gradients(
     return rates, found or None
 
 
-def theory_note(optimizer: Optimizer | None) -> dict[str, str]:
-    """Say where R_2 is a diagnostic rather than the theory."""
+def theory_note(model: nn.Module, optimizer: Optimizer | None) -> dict[str, str]:
+    """Say what R_2 leaves out, and where it is a diagnostic rather than the theory."""
     if optimizer is None:
         return {}
-    kind = type(optimizer).__name__
+    kind, groups = type(optimizer).__name__, optimizer.param_groups
+    said, named = [], kind
     if type(optimizer) is torch.optim.SGD:
-        used = {
-            name
-            for group in optimizer.param_groups
-            for name in ("momentum", "weight_decay")
-            if group.get(name)
-        }
-        if not used:
-            return {}
-        kind += f" with {' and '.join(sorted(used))}"
-    said = f"R_2 is the theory of gradient descent; under {kind} it is a diagnostic"
-    return {"optimizer": said}
+        used = {x for g in groups for x in ("momentum", "weight_decay") if g.get(x)}
+        named = f"SGD with {' and '.join(sorted(used))}" if used else ""
+    if named:
+        said += [
+            f"R_2 is the theory of gradient descent; under {named} it is a diagnostic"
+        ]
+    stepped = {id(x) for group in groups for x in group["params"]}
+    trained = [x for x in model.parameters() if x.requires_grad]
+    count = sum(id(x) in stepped for x in trained)
+    if count < len(trained):
+        said += [
+            f"R_2 is of the parameters that this {kind} steps, {count} of "
+            f"{len(trained)} tensors"
+        ]
+    return {"optimizer": "; ".join(said)}
 
 
 class Measure(Protocol):
     """What to compute, and what must have been captured for it.
+
+    One that keeps something between measurements can have ``state_dict`` and
+    ``load_state_dict``: they are part of the analysis's own.
 
     Attributes:
         name: Name under which its cost is recorded.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,17 @@ class Condensation:
             records |= self._layer(name, weights, size)
         return records
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return where each layer started, and where to go on."""
+        starts = {name: start.state_dict() for name, start in self._start.items()}
+        return {"start": starts, "next": self._next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        saved = state["start"].items()
+        self._start = {name: Start.of_state(start) for name, start in saved}
+        self._next = state["next"]
+
     def _readers(
         self, model: nn.Module, name: str
     ) -> tuple[tuple[tuple[str, ...], str], str]:
@@ -135,7 +147,7 @@ class Condensation:
             f"condensation/cosine/{name}": self._heat_map(weights, found.labels),
         }
         # Of a layer that starts at zero nothing can be said relative to its start.
-        records = {t: r for t, r in records.items() if not _is_infinite(r)}
+        records = {t: r for t, r in records.items() if not _is_undefined(r)}
         if weights.shape[1] >= 2:
             tag = f"condensation/orientation_amplitude/{name}"
             records[tag] = _orientation_amplitude(
@@ -175,7 +187,7 @@ def _mean_cosines(rows: UnitRows, most: int) -> Tensor:
     return field.clamp_(-1.0, 1.0)
 
 
-def _is_infinite(record: Record) -> bool:
+def _is_undefined(record: Record) -> bool:
     return isinstance(record, float) and not math.isfinite(record)
 
 

@@ -23,7 +23,7 @@ from torch_dropout_ir.sharpness.recurrence import Quadrature, Settled, recurrenc
 from torch_dropout_ir.sharpness.surface import Surface
 
 _KINDS: Final = {
-    "exact": "exact: the network is piecewise linear in the weights of each layer",
+    "exact": "exact: nothing in it is sampled",
     "gauss_newton": "the Gauss-Newton part, and probes of what it leaves out",
     "hutchinson": "Hutchinson's estimate on random signs",
 }

@@ -14,7 +14,7 @@ of itself.
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -59,6 +59,17 @@ class Start:
         self._rounded = 0.0
         self._rounded = self._squared_distance(weights)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what :meth:`of_state` needs; tensors are not copied."""
+        return dict(vars(self))
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Start:
+        """Return the start that a saved state is of."""
+        start = cls.__new__(cls)
+        vars(start).update(state)
+        return start
+
     def _kept(self, part: slice, like: Weights) -> Tensor:
         rows = self.directions[part].to(like.device, like.dtype)
         return rows if self._scale is None else rows.mul_(self._scale[part].to(rows))
@@ -73,12 +84,20 @@ class Start:
         return 0.0 if found <= 0 else found  # NaN stays
 
     def relative_distance(self, weights: Weights) -> float:
-        r"""Return :math:`\lVert W - W_0 \rVert / \lVert W_0 \rVert` of all neurons."""
+        r"""Return :math:`\lVert W - W_0 \rVert / \lVert W_0 \rVert` of all neurons.
+
+        NaN where all started at zero.
+        """
         away = math.sqrt(self._squared_distance(weights))
-        return away / self._norm if self._norm or not away else math.inf
+        return away / self._norm if self._norm else math.nan
 
     def mean_cosine(self, weights: Weights) -> float:
-        """Return the mean cosine between each neuron and what it was."""
+        """Return the mean cosine between each neuron and what it was.
+
+        NaN where all started at zero.
+        """
+        if not self._norm:
+            return math.nan
         total = torch.zeros((), dtype=torch.float64)
         for part in _parts(weights):
             before = unit_rows(self.directions[part].to(weights.device))

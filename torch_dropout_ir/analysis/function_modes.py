@@ -1,0 +1,57 @@
+"""The stack of torch's function modes: one laid under the others, and taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# Private names; with a torch that lacks them, loss modules alone are found.
+_POP: Final = getattr(torch._C, "_pop_torch_function_stack", None)
+_PUSH: Final = getattr(torch._C, "_push_on_torch_function_stack", None)
+_LENGTH: Final = getattr(torch._C, "_len_torch_function_stack", None)
+_DEFAULT: Final = getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None)  # the lowest of all
+
+
+def lay_under(mode: TorchFunctionMode) -> bool:
+    """Lay a mode under those that are active, but over a default device's.
+
+    Args:
+        mode: The mode.
+
+    Returns:
+        Whether that could be done.
+    """
+    if None in (_POP, _PUSH, _LENGTH):
+        return False
+    modes = _popped()
+    default = getattr(_DEFAULT, "device_context", None)
+    lowest = [modes.pop()] if modes and modes[-1] is default else []
+    _pushed([*modes, mode, *lowest])
+    return True
+
+
+def take_away(done: Callable[[TorchFunctionMode], bool]) -> None:
+    """Take away modes, wherever they lie.
+
+    Within a call that a mode is handed the mode is not there to be taken, and is there
+    again after it: an optimizer that steps in the backward pass leaves it so.
+
+    Args:
+        done: Which ones.
+    """
+    if _POP is None or _PUSH is None or _LENGTH is None or not _LENGTH():
+        return
+    _pushed([mode for mode in _popped() if not done(mode)])
+
+
+def _popped() -> list[TorchFunctionMode]:
+    """Take all modes away; the innermost comes first."""
+    return [_POP() for _ in range(_LENGTH())]  # type: ignore[misc]
+
+
+def _pushed(modes: list[TorchFunctionMode]) -> None:
+    for mode in reversed(modes):
+        _PUSH(mode)  # type: ignore[misc]
