@@ -175,6 +175,11 @@ class Surface:
         rest = {**self._rest, **params}
         return {n: x.clone() if n in buffers else x for n, x in rest.items()}
 
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody's code gives a backward pass what autograd has saved."""
+        return self._operations.hooked
+
     @contextlib.contextmanager
     def backward(self, params: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Let blocks that a backward pass computes again find what they ran at.
@@ -206,6 +211,7 @@ class Surface:
         self,
         function: Callable[[Batch, int, int | None], Tensor],
         seed: int | None = None,
+        bare: bool = False,
     ) -> Tensor:
         """Return the mean (or sum) over samples of what ``function`` says of batches.
 
@@ -213,6 +219,7 @@ class Surface:
             function: Called inside ``held`` with a batch, its place and the seed;
                 returns a new tensor of a fixed shape.
             seed: Seed of the masks.
+            bare: Whether it runs nothing of the model's, and is called outside.
 
         Returns:
             The mean, over all ranks.
@@ -229,7 +236,7 @@ class Surface:
                     if not (own := self._batches.weight(batch)):
                         continue
                     share = 1.0 if self.loss.reduction == "sum" else own
-                    with self.held(seed):
+                    with contextlib.nullcontext() if bare else self.held(seed):
                         found = function(batch, place, seed).mul_(share)
                     total = found if total is None else total.add_(found)
                     weight += share
