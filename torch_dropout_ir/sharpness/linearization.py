@@ -143,7 +143,7 @@ def linearize(
         build = _hessian if kind == "hessian" else _ggn
         used, product, starts = build(surface, leaves, batch, place, seed)
     like = list(leaves.values())
-    bare = not surface.hooked and not any(map(_foreign, graph_nodes(starts)))
+    bare = not surface.operations.hooked and not any(map(_foreign, graph_nodes(starts)))
     own = sum(x.numel() * x.element_size() for x in like)
     return Linearized(like, used, product, 2 * own + 4 * sum(sizes), bare)
 

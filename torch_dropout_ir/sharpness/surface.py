@@ -71,6 +71,7 @@ class Surface:
         params: Copies of the chosen parameters.
         loss: The resolved loss.
         seeds: The masks' seeds; ``(None,)`` where dropout is off.
+        operations: Puts operations with second derivatives in their place.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Surface:
         self._rest = {n: x.detach().clone() for n, x in rest if n not in chosen}
         self._modes = {m: m.training for m in self.model.modules()}
         self._closed = False
-        self._operations = TwiceDifferentiable()
+        self.operations = TwiceDifferentiable()
 
     def state(self) -> dict[str, Tensor]:
         """Return all parameters and buffers, by name."""
@@ -151,7 +152,7 @@ class Surface:
                 stack.enter_context(unmoved_buffers(self.model))
             # Fused attention and recurrent kernels have no second derivative.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(self._operations)
+            stack.enter_context(self.operations)
             # Compiled code has no second derivative either.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             if any(isinstance(m, nn.RNNBase) for m in self._modes):
@@ -175,11 +176,6 @@ class Surface:
         rest = {**self._rest, **params}
         return {n: x.clone() if n in buffers else x for n, x in rest.items()}
 
-    @property
-    def hooked(self) -> bool:
-        """Whether somebody's code gives a backward pass what autograd has saved."""
-        return self._operations.hooked
-
     @contextlib.contextmanager
     def backward(self, params: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Let blocks that a backward pass computes again find what they ran at.
@@ -188,7 +184,7 @@ class Surface:
             params: What they ran at; the parameters of this surface if None.
         """
         at: dict[str, Tensor] = {}
-        if self._operations.again:
+        if self.operations.again:
             own = self.params if params is None else params
             at = self._at({n: x.detach().requires_grad_() for n, x in own.items()})
         with substituted(self.model, at):
