@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -534,3 +535,58 @@ def test_a_penalty_on_the_weights_is_refused(make):
 
     found = make(net, Scaled(), batch).dense()
     torch.testing.assert_close(found, 2 * make(net, "mse", batch).dense())
+
+
+class Twice(torch.autograd.Function):
+    """Doubles, and asks a module of the model on the way back."""
+
+    @staticmethod
+    def forward(ctx, x, drop):
+        ctx.drop = drop
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.drop(g), None
+
+
+class AsksOnTheWayBack(nn.Module):
+    """A backward pass runs its dropout, from a node or to give a tensor back."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.drop = how, nn.Dropout(0.5)
+        self.below, self.above = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = torch.tanh(self.below(x))
+        if self.how == "node":
+            return self.above(Twice.apply(h, self.drop))
+        if self.how == "hook":
+            with saved_tensors_hooks(lambda x: x, self.drop):
+                return self.above(2 * h.square().sqrt() * h.sign())
+        return self.above(2 * h)
+
+
+@pytest.mark.parametrize("how", ["node", "hook", "neither"])
+def test_modes_are_in_place_only_where_a_product_runs_the_model(how):
+    torch.manual_seed(0)
+    net = AsksOnTheWayBack(how).double()
+    batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    plain = AsksOnTheWayBack("neither").double()
+    plain.load_state_dict(net.state_dict())
+    expected = sharpness.hessian(plain.eval(), "mse", batch).dense()
+    op = sharpness.hessian(net, "mse", batch)
+    held, runs = op.surface.held, []
+
+    def counted(seed):
+        runs.append(seed)
+        return held(seed)
+
+    op.surface.held = counted
+    torch.testing.assert_close(op.dense(), expected)
+    v, total = torch.randn(len(expected)).double(), torch.zeros(len(expected)).double()
+    torch.testing.assert_close(op @ v, expected @ v)
+    op.add_product(v, total)
+    torch.testing.assert_close(total, expected @ v)
+    assert len(runs) == (0 if how == "neither" else 3)

@@ -35,6 +35,11 @@ def checkpointed() -> bool:
     return packing is not None and "checkpoint" in packing[0].__qualname__
 
 
+def unpacked_by_hooks() -> bool:
+    """Whether what autograd saves now is given back by somebody's code, or may be."""
+    return _PACKING is None or _PACKING(False) is not None
+
+
 def random_state(model: nn.Module) -> list[Tensor]:
     """Return the states of torch's generators that a pass may draw from."""
     seen = model.parameters() if torch.cuda.is_initialized() else ()

@@ -58,7 +58,8 @@ class CurvatureOperator:
             used.update(found.used)
             return found.products(columns, self._block_bytes).reshape(-1)
 
-        product = self.surface.average(one, seed).view_as(columns)
+        bare = self._cached is not None and self._cached.bare
+        product = self.surface.average(one, seed, bare).view_as(columns)
         self._check_used(used)
         return product
 
@@ -82,7 +83,9 @@ class CurvatureOperator:
             return
         used: set[str] = set()
         for place, (batch, share) in enumerate(shares):
-            with self.surface.held(seeds[0]):
+            bare = self._cached is not None and self._cached.bare
+            held = contextlib.nullcontext() if bare else self.surface.held(seeds[0])
+            with held:
                 found = self._linearized(batch, place, seeds[0])
                 found.add(v, total, share)
             used.update(found.used)

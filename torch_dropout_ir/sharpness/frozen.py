@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir.module_calls import on_again, unchecked
-from torch_dropout_ir.tracing import checkpointed
+from torch_dropout_ir.tracing import checkpointed, unpacked_by_hooks
 
 Masks = Literal["off"] | int | Sequence[int]
 _SPARSE: Final = 6  # place of that argument of an embedding
@@ -66,11 +66,13 @@ class TwiceDifferentiable(TorchFunctionMode):
 
     Attributes:
         again: Whether a block has been seen that backward passes compute again.
+        hooked: Whether backward passes run somebody's code where they need a tensor.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.again = False
+        self.hooked = False
 
     def __torch_function__(
         self,
@@ -84,6 +86,7 @@ class TwiceDifferentiable(TorchFunctionMode):
             with on_again(self):
                 return unchecked(torch.autograd.grad, {})(*args, **kwargs)
         self.again = self.again or checkpointed()
+        self.hooked = self.hooked or unpacked_by_hooks()
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         if func is F.embedding:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, Literal
 
 import torch
@@ -34,6 +34,7 @@ Kind = Literal["hessian", "ggn"]
 Pieces = Sequence[Tensor]
 Product = Callable[[Pieces, Receive | None], list[Tensor | None]]
 _WITHOUT: Final = ("derivative", "differentiable", "double backward", "not implemented")
+_OURS: Final = "torch_dropout_ir."
 _ONCE: Final = (
     "expected a model and a loss that can be differentiated twice, got an operation "
     "that cannot: {}. Put one in its place that can, or leave out the parameters below "
@@ -51,12 +52,15 @@ class Linearized:
         product: From pieces shaped as the parameters to the like, None for zeros; what
             a second argument is given in parts is left out of the result.
         bytes_each: Memory that the intermediate results of one product take.
+        bare: Whether products run nothing of the model's, in a graph of torch's and our
+            own nodes alone, and so need not be made inside ``surface.held``.
     """
 
     like: list[Tensor]
     used: list[str]
     product: Product
     bytes_each: int
+    bare: bool
 
     def products(self, rows: Tensor, budget: int) -> Tensor:
         """Return the products with ``rows`` (``[K, P]``), as many at once as fit."""
@@ -137,10 +141,11 @@ def linearize(
     leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
     with torch.enable_grad(), _sizes(surface.model) as sizes, LeanDerivatives():
         build = _hessian if kind == "hessian" else _ggn
-        used, product = build(surface, leaves, batch, place, seed)
+        used, product, starts = build(surface, leaves, batch, place, seed)
     like = list(leaves.values())
+    bare = not surface.operations.hooked and not any(map(_foreign, graph_nodes(starts)))
     own = sum(x.numel() * x.element_size() for x in like)
-    return Linearized(like, used, product, 2 * own + 4 * sum(sizes))
+    return Linearized(like, used, product, 2 * own + 4 * sum(sizes), bare)
 
 
 @contextlib.contextmanager
@@ -165,7 +170,7 @@ def _hessian(
     batch: Batch,
     place: int,
     seed: int | None,
-) -> tuple[list[str], Product]:
+) -> tuple[list[str], Product, list[Any]]:
     risk = surface.checked(surface.risk(leaves, batch, place, seed), place)
     targets = list(leaves.values())
     # Where second derivatives start is all that is needed: the values are let go of.
@@ -180,7 +185,7 @@ def _hessian(
         )
     _check_graph(starts)
     used = [n for n, g in zip(leaves, gradients, strict=True) if g is not None]
-    return used, _pullback(surface, starts, targets)
+    return used, _pullback(surface, starts, targets), _nodes(starts)
 
 
 def _ggn(
@@ -189,7 +194,7 @@ def _ggn(
     batch: Batch,
     place: int,
     seed: int | None,
-) -> tuple[list[str], Product]:
+) -> tuple[list[str], Product, list[Any]]:
     outputs = surface.outputs(leaves, batch, place, seed)
     if not isinstance(outputs, Tensor):
         raise TypeError(
@@ -208,7 +213,8 @@ def _ggn(
     _check_graph(starts)
     used = [n for n, g in zip(leaves, pulled, strict=True) if g is not None]
     push = _pullback(surface, starts, [root])
-    pull = _pullback(surface, [_edge(outputs)], targets)
+    end = _edge(outputs)
+    pull = _pullback(surface, [end], targets)
 
     def product(v: Pieces, receive: Receive | None = None) -> list[Tensor | None]:
         (pushed,) = push(v, None)
@@ -216,7 +222,17 @@ def _ggn(
             return [None] * len(targets)
         return pull([curve(pushed)], receive)
 
-    return used, product
+    return used, product, _nodes([*starts, end])
+
+
+def _nodes(edges: Iterable[GradientEdge | None]) -> list[Any]:
+    return [edge.node for edge in edges if edge is not None]
+
+
+def _foreign(node: Any) -> bool:
+    """Whether a node of a graph runs Python code that is not of this package."""
+    made_by = getattr(node, "_forward_cls", None)
+    return made_by is not None and not made_by.__module__.startswith(_OURS)
 
 
 def _edge(value: Tensor | None) -> GradientEdge | None:
@@ -258,6 +274,6 @@ def _check_graph(starts: Sequence[GradientEdge | None]) -> None:
     A backward pass marked as once differentiable leaves an error in the graph that
     leads nowhere, and what leads nowhere is not run.
     """
-    for node in graph_nodes([edge.node for edge in starts if edge is not None]):
+    for node in graph_nodes(_nodes(starts)):
         if node.name() == "torch::autograd::Error":
             raise NotImplementedError(_ONCE.format("it is once differentiable"))

@@ -1,4 +1,4 @@
-"""Losses that read the parameters by another way than the model's outputs."""
+"""Losses that have no curvature to speak of, or not by the model's outputs alone."""
 
 from __future__ import annotations
 
@@ -43,4 +43,30 @@ def check_penalties(
             f"depends on {len(read)} parameters by another way ({read[0]!r} first), as "
             "a penalty on weights does: its derivatives would be left out. Leave it "
             "out of `loss`, or let the model return it with its outputs."
+        )
+
+
+def check_risk(caller: str, risk: Tensor, place: int) -> None:
+    """Raise if derivatives of the loss of a batch mean nothing.
+
+    Args:
+        caller: The function that takes derivatives.
+        risk: The loss.
+        place: The batch's place.
+
+    Raises:
+        ValueError: If it is not finite or does not depend on the parameters.
+    """
+    if not bool(risk.detach().isfinite()):
+        raise ValueError(
+            f"{caller}: expected a finite loss, got {risk.item()} on batch "
+            f"{place}. Look for it in the inputs, targets and parameters: there is "
+            "no curvature to speak of."
+        )
+    if not risk.requires_grad:
+        raise ValueError(
+            f"{caller}: expected a loss that depends on the parameters, got "
+            f"one without a gradient on batch {place}. Something in the model or "
+            "the loss cuts it: torch.no_grad, detach, item, argmax, round, an "
+            "integer dtype."
         )

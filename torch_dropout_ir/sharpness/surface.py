@@ -40,7 +40,7 @@ from torch_dropout_ir.sharpness.frozen import (
     modes,
 )
 from torch_dropout_ir.sharpness.herding import representatives
-from torch_dropout_ir.sharpness.penalties import check_penalties
+from torch_dropout_ir.sharpness.penalties import check_penalties, check_risk
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
 from torch_dropout_ir.sharpness.subsets import Subset, chosen_parameters
@@ -71,6 +71,7 @@ class Surface:
         params: Copies of the chosen parameters.
         loss: The resolved loss.
         seeds: The masks' seeds; ``(None,)`` where dropout is off.
+        operations: Puts operations with second derivatives in their place.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Surface:
         self._rest = {n: x.detach().clone() for n, x in rest if n not in chosen}
         self._modes = {m: m.training for m in self.model.modules()}
         self._closed, self._every = False, 4  # samples that one may stand for
-        self._operations = TwiceDifferentiable()
+        self.operations = TwiceDifferentiable()
 
     def state(self) -> dict[str, Tensor]:
         """Return all parameters and buffers, by name."""
@@ -151,7 +152,7 @@ class Surface:
                 stack.enter_context(unmoved_buffers(self.model))
             # Fused attention and recurrent kernels have no second derivative.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(self._operations)
+            stack.enter_context(self.operations)
             # Compiled code has no second derivative either.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             if any(isinstance(m, nn.RNNBase) for m in self._modes):
@@ -183,7 +184,7 @@ class Surface:
             params: What they ran at; the parameters of this surface if None.
         """
         at: dict[str, Tensor] = {}
-        if self._operations.again:
+        if self.operations.again:
             own = self.params if params is None else params
             at = self._at({n: x.detach().requires_grad_() for n, x in own.items()})
         with substituted(self.model, at):
@@ -206,6 +207,7 @@ class Surface:
         self,
         function: Callable[[Batch, int, int | None], Tensor],
         seed: int | None = None,
+        bare: bool = False,
     ) -> Tensor:
         """Return the mean (or sum) over samples of what ``function`` says of batches.
 
@@ -213,6 +215,7 @@ class Surface:
             function: Called inside ``held`` with a batch, its place and the seed;
                 returns a new tensor of a fixed shape.
             seed: Seed of the masks.
+            bare: Whether it runs nothing of the model's, and is called outside.
 
         Returns:
             The mean, over all ranks.
@@ -229,7 +232,7 @@ class Surface:
                     if not (own := self._batches.weight(batch)):
                         continue
                     share = 1.0 if self.loss.reduction == "sum" else own
-                    with self.held(seed):
+                    with contextlib.nullcontext() if bare else self.held(seed):
                         found = function(batch, place, seed).mul_(share)
                     total = found if total is None else total.add_(found)
                     weight += share
@@ -278,22 +281,6 @@ class Surface:
         return self.average(one, seed)
 
     def checked(self, risk: Tensor, place: int) -> Tensor:
-        """Return the loss of a batch if derivatives of it mean something.
-
-        Raises:
-            ValueError: If it is not finite or does not depend on the parameters.
-        """
-        if not bool(risk.detach().isfinite()):
-            raise ValueError(
-                f"{self.caller}: expected a finite loss, got {risk.item()} on batch "
-                f"{place}. Look for it in the inputs, targets and parameters: there is "
-                "no curvature to speak of."
-            )
-        if not risk.requires_grad:
-            raise ValueError(
-                f"{self.caller}: expected a loss that depends on the parameters, got "
-                f"one without a gradient on batch {place}. Something in the model or "
-                "the loss cuts it: torch.no_grad, detach, item, argmax, round, an "
-                "integer dtype."
-            )
+        """Return the loss of a batch if derivatives of it mean something."""
+        check_risk(self.caller, risk, place)
         return risk
