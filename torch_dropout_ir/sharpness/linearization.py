@@ -120,7 +120,12 @@ class Linearized:
 
 
 def linearize(
-    kind: Kind, surface: Surface, batch: Batch, place: int, seed: int | None
+    kind: Kind,
+    surface: Surface,
+    batch: Batch,
+    place: int,
+    seed: int | None,
+    once: bool = False,
 ) -> Linearized:
     """Build the graph of one batch, inside ``surface.held``.
 
@@ -130,6 +135,8 @@ def linearize(
         batch: The batch.
         place: Its place among the batches.
         seed: Seed of the masks.
+        once: Whether there is to be one product alone, of one vector: the graph is let
+            go of while it runs, which takes some half of the memory.
 
     Returns:
         The products, which keep the graph alive.
@@ -137,7 +144,7 @@ def linearize(
     leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
     with torch.enable_grad(), _sizes(surface.model) as sizes, LeanDerivatives():
         build = _hessian if kind == "hessian" else _ggn
-        used, product = build(surface, leaves, batch, place, seed)
+        used, product = build(surface, leaves, batch, place, seed, once)
     like = list(leaves.values())
     own = sum(x.numel() * x.element_size() for x in like)
     return Linearized(like, used, product, 2 * own + 4 * sum(sizes))
@@ -165,6 +172,7 @@ def _hessian(
     batch: Batch,
     place: int,
     seed: int | None,
+    once: bool,
 ) -> tuple[list[str], Product]:
     risk = surface.checked(surface.risk(leaves, batch, place, seed), place)
     targets = list(leaves.values())
@@ -180,7 +188,7 @@ def _hessian(
         )
     _check_graph(starts)
     used = [n for n, g in zip(leaves, gradients, strict=True) if g is not None]
-    return used, _pullback(surface, starts, targets)
+    return used, _pullback(surface, starts, targets, once)
 
 
 def _ggn(
@@ -189,6 +197,7 @@ def _ggn(
     batch: Batch,
     place: int,
     seed: int | None,
+    once: bool,
 ) -> tuple[list[str], Product]:
     outputs = surface.outputs(leaves, batch, place, seed)
     if not isinstance(outputs, Tensor):
@@ -208,7 +217,7 @@ def _ggn(
     _check_graph(starts)
     used = [n for n, g in zip(leaves, pulled, strict=True) if g is not None]
     push = _pullback(surface, starts, [root])
-    pull = _pullback(surface, [_edge(outputs)], targets)
+    pull = _pullback(surface, [_edge(outputs)], targets, once)
 
     def product(v: Pieces, receive: Receive | None = None) -> list[Tensor | None]:
         (pushed,) = push(v, None)
@@ -227,7 +236,10 @@ def _edge(value: Tensor | None) -> GradientEdge | None:
 
 
 def _pullback(
-    surface: Surface, starts: Sequence[GradientEdge | None], targets: Pieces
+    surface: Surface,
+    starts: Sequence[GradientEdge | None],
+    targets: Pieces,
+    once: bool = False,
 ) -> Product:
     """Return the reverse derivative, in ``targets``, of values, for many uses."""
     places = [i for i, edge in enumerate(starts) if edge is not None]
@@ -244,7 +256,7 @@ def _pullback(
                     active,
                     targets,
                     [v[i] for i in places],
-                    retain_graph=True,
+                    retain_graph=not once,
                     allow_unused=True,
                 )
             )
