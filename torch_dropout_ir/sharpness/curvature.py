@@ -54,7 +54,7 @@ class CurvatureOperator:
         used: set[str] = set()
 
         def one(batch: Batch, place: int, seed: int | None) -> Tensor:
-            found = self._linearized(batch, place, seed)
+            found = self._linearized(batch, place, seed, len(columns) == 1)
             used.update(found.used)
             return found.products(columns, self._block_bytes).reshape(-1)
 
@@ -63,10 +63,12 @@ class CurvatureOperator:
         self._check_used(used)
         return product
 
-    def _linearized(self, batch: Batch, place: int, seed: int | None) -> Linearized:
+    def _linearized(
+        self, batch: Batch, place: int, seed: int | None, once: bool
+    ) -> Linearized:
         """The graph of one batch, inside ``held``; kept where there is but one."""
         if self.surface.single is None:
-            return linearize(self.kind, self.surface, batch, place, seed)
+            return linearize(self.kind, self.surface, batch, place, seed, once)
         if self._cached is None:
             self._cached = linearize(self.kind, self.surface, batch, place, seed)
         return self._cached
@@ -86,7 +88,7 @@ class CurvatureOperator:
             bare = self._cached is not None and self._cached.bare
             held = contextlib.nullcontext() if bare else self.surface.held(seeds[0])
             with held:
-                found = self._linearized(batch, place, seeds[0])
+                found = self._linearized(batch, place, seeds[0], True)
                 found.add(v, total, share)
             used.update(found.used)
         self.num_matvecs += 1

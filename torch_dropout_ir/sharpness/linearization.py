@@ -124,7 +124,12 @@ class Linearized:
 
 
 def linearize(
-    kind: Kind, surface: Surface, batch: Batch, place: int, seed: int | None
+    kind: Kind,
+    surface: Surface,
+    batch: Batch,
+    place: int,
+    seed: int | None,
+    once: bool = False,
 ) -> Linearized:
     """Build the graph of one batch, inside ``surface.held``.
 
@@ -134,6 +139,8 @@ def linearize(
         batch: The batch.
         place: Its place among the batches.
         seed: Seed of the masks.
+        once: Whether there is to be one product alone, of one vector: the graph is let
+            go of while it runs, which takes some half of the memory.
 
     Returns:
         The products, which keep the graph alive.
@@ -141,7 +148,7 @@ def linearize(
     leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
     with torch.enable_grad(), _sizes(surface.model) as sizes, LeanDerivatives():
         build = _hessian if kind == "hessian" else _ggn
-        used, product, starts = build(surface, leaves, batch, place, seed)
+        used, product, starts = build(surface, leaves, batch, place, seed, once)
     like = list(leaves.values())
     bare = not surface.operations.hooked and not any(map(_foreign, graph_nodes(starts)))
     own = sum(x.numel() * x.element_size() for x in like)
@@ -170,6 +177,7 @@ def _hessian(
     batch: Batch,
     place: int,
     seed: int | None,
+    once: bool,
 ) -> tuple[list[str], Product, list[Any]]:
     risk = surface.checked(surface.risk(leaves, batch, place, seed), place)
     targets = list(leaves.values())
@@ -185,7 +193,7 @@ def _hessian(
         )
     _check_graph(starts)
     used = [n for n, g in zip(leaves, gradients, strict=True) if g is not None]
-    return used, _pullback(surface, starts, targets), _nodes(starts)
+    return used, _pullback(surface, starts, targets, once), _nodes(starts)
 
 
 def _ggn(
@@ -194,6 +202,7 @@ def _ggn(
     batch: Batch,
     place: int,
     seed: int | None,
+    once: bool,
 ) -> tuple[list[str], Product, list[Any]]:
     outputs = surface.outputs(leaves, batch, place, seed)
     if not isinstance(outputs, Tensor):
@@ -214,7 +223,7 @@ def _ggn(
     used = [n for n, g in zip(leaves, pulled, strict=True) if g is not None]
     push = _pullback(surface, starts, [root])
     end = _edge(outputs)
-    pull = _pullback(surface, [end], targets)
+    pull = _pullback(surface, [end], targets, once)
 
     def product(v: Pieces, receive: Receive | None = None) -> list[Tensor | None]:
         (pushed,) = push(v, None)
@@ -243,7 +252,10 @@ def _edge(value: Tensor | None) -> GradientEdge | None:
 
 
 def _pullback(
-    surface: Surface, starts: Sequence[GradientEdge | None], targets: Pieces
+    surface: Surface,
+    starts: Sequence[GradientEdge | None],
+    targets: Pieces,
+    once: bool = False,
 ) -> Product:
     """Return the reverse derivative, in ``targets``, of values, for many uses."""
     places = [i for i, edge in enumerate(starts) if edge is not None]
@@ -260,7 +272,7 @@ def _pullback(
                     active,
                     targets,
                     [v[i] for i in places],
-                    retain_graph=True,
+                    retain_graph=not once,
                     allow_unused=True,
                 )
             )

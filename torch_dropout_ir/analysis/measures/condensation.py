@@ -30,8 +30,9 @@ class Condensation:
     """Effective neurons of every layer that has neurons, and how far they have moved.
 
     The input weights at the first measurement are kept, on the CPU and of large layers
-    in half precision, and what comes later is compared with them. One measurement is
-    bounded: it goes on with the layers that it has not come to the next time.
+    in half precision or 8 bits, and what comes later is compared with them. One
+    measurement is bounded: it goes on with the layers that it has not come to the next
+    time.
 
     Args:
         threshold: Cosine above which neurons are parallel.
@@ -134,7 +135,7 @@ class Condensation:
             weights, self.threshold, self.min_amplitude
         )
         start = self._start.get(name)
-        if start is None or start.directions.shape != weights.shape:
+        if start is None or start.shape != weights.shape:
             start = self._start[name] = Start(weights, size)
         counts = condensation.cosine_statistics(weights).counts
         records: dict[str, Record] = {
@@ -150,9 +151,7 @@ class Condensation:
         records = {t: r for t, r in records.items() if not _is_undefined(r)}
         if weights.shape[1] >= 2:
             tag = f"condensation/orientation_amplitude/{name}"
-            records[tag] = _orientation_amplitude(
-                weights, size, start.directions, start.size
-            )
+            records[tag] = _orientation_amplitude(weights, size, start)
         return records
 
     def _heat_map(self, weights: Weights, labels: Tensor) -> Image:
@@ -197,16 +196,14 @@ def _operations(weights: Weights) -> float:
     return 6.0 * neurons**2 * (dims + 16)
 
 
-def _orientation_amplitude(
-    weights: Weights, size: Tensor, start: Tensor, start_size: Tensor
-) -> Image:
+def _orientation_amplitude(weights: Weights, size: Tensor, start: Start) -> Image:
     """How many neurons are where, from the middle up now and down at the start."""
     # Across: the angle in the plane of the leading directions of now; from the middle
     # outwards: the amplitude over the largest; red and blue.
     plane = condensation.principal_plane(weights)
     now = _places(condensation.orientation_angles(weights, plane), size)
     # They stay where they are kept: no copy goes to the device of the weights.
-    then = _places(condensation.orientation_angles(start, plane.cpu()), start_size)
+    then = _places(start.angles(plane.cpu()), start.size)
     return Image(torch.cat((now.flip(0).cpu(), -then)).float(), -1.0, 1.0)
 
 

@@ -5,7 +5,8 @@ Semantics:
 * The graph of a second derivative keeps some five times what a training pass does.
   Where that is more than there is room for, the samples are cut into parts, and
   products are added up over them: it is the same curvature where samples do not see
-  each other.
+  each other. A part's graph is let go of while its product runs, and takes some half
+  of that.
 * Whether they do is found out: the loss of the batch is the mean of the parts' losses,
   by samples or by what the loss counts, here and at parameters moved at random, or it
   is not.
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Literal
 
 import torch
@@ -48,8 +49,13 @@ from torch_dropout_ir.sharpness.batch_statistics import (
 from torch_dropout_ir.sharpness.subsets import Subset
 from torch_dropout_ir.sharpness.surface import Surface
 
-_OVER: Final = 5  # a second derivative's graph, over what a pass keeps
-_PEAK: Final = 1.3  # of what training takes
+# What a pass keeps, times: a second derivative's graph for many products, one that is
+# let go of, and the graph of the trace.
+_OVER, _ONCE, _TRACED = 5.0, 2.75, 4.5
+_PEAK: Final = 1.2  # of what training takes: 1.3, less what is on nobody's account
+_HELD: Final = (
+    4.25  # of the parameters: gradient, two vectors, and condensation's start
+)
 _LEAST: Final = 1 / 8  # of that, where parameters alone take more
 _TINY: Final = 2**20  # bytes of a graph that no cut makes worth its time
 _SMALL: Final = 2**26  # of one that is held whole where a cut has another curvature
@@ -74,6 +80,7 @@ class Parts:
 
     Attributes:
         batches: Batches, or parts of one.
+        finer: The like for the trace, whose graph is larger.
         weigh: What each counts for; None: its samples.
         statistics: What batch normalization is held at.
         said: A sentence where it is not the loss as it is trained.
@@ -81,14 +88,18 @@ class Parts:
     """
 
     batches: Any
+    finer: Any = None
     weigh: Weigh = None
     statistics: Statistics = dataclasses.field(default_factory=dict)
     said: str = ""
     lacking: str = ""
 
-    def surface(self, model: nn.Module, loss: Loss, params: Subset = None) -> Surface:
+    def surface(
+        self, model: nn.Module, loss: Loss, params: Subset = None, fine: bool = False
+    ) -> Surface:
         """Return the loss at the model's own tensors, which nobody may move."""
-        found = Surface("sharpness", model, loss, self.batches, params=params,
+        batches = self.finer if fine else self.batches
+        found = Surface("sharpness", model, loss, batches, params=params,
                         copied=False, weigh=self.weigh)  # fmt: skip
         found.hold_statistics(self.statistics)
         return found
@@ -109,9 +120,10 @@ def fitting(
         batches: Batches of the loss surface. Several are taken as they are: one of
             them is in memory at a time.
         max_bytes: Memory of a graph below which nothing is cut; None: what is left of
-            1.3 times the memory of plain gradient descent, beside parameters, their
-            gradient, and two vectors of that size; an eighth of that memory at least.
-            Batches that cannot be cut without a change have 64 MB at least.
+            1.2 times the memory of plain gradient descent, beside parameters, their
+            gradient, two vectors of that size, and what condensation keeps; an eighth
+            of that memory at least. Batches that cannot be cut without a change have
+            64 MB at least.
         coupling: What becomes of batch normalization in training mode: ``"batch"``
             takes the curvature of the loss as it is trained, the whole batch at once
             whatever memory that takes; ``"fixed"`` holds means and variances; and
@@ -130,34 +142,47 @@ def fitting(
         return Parts(batches)  # inputs that are objects of the script's own
     whole = Parts(given).surface(model, loss)
     kept = _kept(whole, batch)
-    graph = _OVER * kept
     room = _room(whole, kept) if max_bytes is None else max_bytes
-    pieces = min(count, -(-graph // max(1, room)))
-    small = max_bytes is None and graph <= _SMALL
-    if small and normalizes(model):
-        pieces = 1
+    small = max_bytes is None and _OVER * kept <= _SMALL
+    fits = _OVER * kept <= room or count < 2 or (small and normalizes(model))
     held = Parts(given)
-    if normalizes(model) and (coupling == "fixed" or pieces > 1):
+    if normalizes(model) and (coupling == "fixed" or not fits):
         found = batch_statistics(whole)
         if found is not None:
             held = Parts(given, statistics=found, said=_FIXED)
-    if pieces <= 1:
+    if fits:
         return dataclasses.replace(held, batches=batches)
     if normalizes(model) and not held.statistics:
         return dataclasses.replace(held, lacking=_MEET.format(count))
-    cut = _cut(model, loss, batch, held, pieces)
-    return Parts(batches) if cut.lacking and small else cut
+    step, fine = (_even(count, room / (x * kept)) for x in (_ONCE, _TRACED))
+    cut = _cut(model, loss, batch, held, step, _weights(loss, batch))
+    if cut.lacking or cut is held:
+        return Parts(batches) if small else cut
+    finer = _cut(model, loss, batch, held, fine, [cut.weigh])
+    if finer.lacking or finer is held:
+        return cut
+    return dataclasses.replace(cut, finer=finer.batches)
+
+
+def _even(count: int, share: float) -> int:
+    """Samples of a part that is at most this share of all, and half of them."""
+    most = max(1, min(int(count * share), -(-count // 2)))
+    return -(-count // -(-count // most))
 
 
 def _cut(
-    model: nn.Module, loss: Loss, batch: Batch, whole: Parts, pieces: int
+    model: nn.Module,
+    loss: Loss,
+    batch: Batch,
+    whole: Parts,
+    step: int,
+    weighs: Iterable[Weigh],
 ) -> Parts:
     """Cut a batch, if its loss is the mean of that of the parts."""
     count = batch_size(batch)
-    step = -(-count // pieces)
     try:
         parts = [_rows(batch, count, i, i + step) for i in range(0, count, step)]
-        for weigh in _weights(loss, batch):
+        for weigh in weighs:
             cut = dataclasses.replace(whole, batches=parts, weigh=weigh)
             with warnings.catch_warnings():  # parts may be of shapes that do not fit
                 warnings.simplefilter("ignore")
@@ -187,7 +212,7 @@ def _room(surface: Surface, kept: int) -> int:
     """Bytes for a graph, such that no more is taken than the peak allows."""
     own = sum(x.nbytes for x in surface.params.values())
     training = 2 * own + kept
-    return int(max(_TINY, _LEAST * training, _PEAK * training - 4 * own))
+    return int(max(_TINY, _LEAST * training, _PEAK * training - _HELD * own))
 
 
 def _kept(surface: Surface, batch: Batch) -> int:

@@ -130,6 +130,9 @@ class Sharpness:
             "sharpness/top_eigenvalue": found.top,
             "sharpness/top_eigenvalue_residual": found.residual,
         }
+        if parts.finer is not None:
+            surface = parts.surface(snapshot.model, snapshot.loss, used, fine=True)
+            own = CurvatureOperator("hessian", surface, BLOCK_BYTES)
         return records | self._density(found) | self._trace(own, snapshot)
 
     def _trace(self, own: Any, snapshot: Snapshot) -> dict[str, Record]:
