@@ -35,12 +35,14 @@ class OutputsRead:
         loss: The loss ``(outputs, targets)`` of the one tensor, with what is known of
             its curvature; None where there are several.
         places: Where they are among the leaves of the outputs.
+        targets: The targets, where the outputs are one tensor.
     """
 
     tensors: list[Tensor]
     risk: Callable[[Sequence[Tensor]], Tensor]
     loss: Loss | None
     places: Sequence[int] = (0,)
+    targets: Any = None
 
     @property
     def single(self) -> Tensor:
@@ -112,7 +114,12 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
             the loss takes one.
     """
     if isinstance(outputs, Tensor):
-        return OutputsRead([outputs], lambda x: loss(x[0], targets), loss.at(outputs))
+        return OutputsRead(
+            [outputs],
+            lambda x: loss(x[0], targets),
+            loss.at(outputs),
+            targets=targets,
+        )
     loss.check_outputs(outputs)
     leaves, rebuild = flatten(outputs)
     places = [
@@ -183,6 +190,10 @@ def replace_rows(
         Its tensors are those of ``outputs``; the other rows are as in ``read``.
     """
     leaves, _ = flatten(outputs)
+    tensors = [leaves[i] for i in read.places]
+    alone = _loss_of_rows(read, rows_of_samples(samples, len(read.tensors[0]) // count))
+    if alone is not None:
+        return OutputsRead(tensors, alone, None, read.places)
 
     def risk(tensors: Sequence[Tensor]) -> Tensor:
         pairs = zip(read.tensors, tensors, strict=True)
@@ -191,7 +202,36 @@ def replace_rows(
             for f, x in pairs
         ])
 
-    return OutputsRead([leaves[i] for i in read.places], risk, None, read.places)
+    return OutputsRead(tensors, risk, None, read.places)
+
+
+def _loss_of_rows(
+    read: OutputsRead, rows: Tensor
+) -> Callable[[Sequence[Tensor]], Tensor] | None:
+    """Return a loss of some rows alone whose derivatives are those of the whole loss.
+
+    A sum or mean over rows of a known kind, taken of some of them, is that of the whole
+    but for a constant and a factor (of a mean, their share in the weight of all), which
+    the gradient tells. None where it is of another kind, or the gradient is zero.
+    """
+    loss, targets, f = read.loss, read.targets, read.single
+    known = loss is not None and loss.kind in ("squared", "cross_entropy")
+    if not known or not isinstance(targets, Tensor) or targets.shape[:1] != f.shape[:1]:
+        return None
+    assert loss is not None
+    if loss.kind == "squared" and targets.shape != f.shape:  # torch pairs all rows
+        return None
+    rows = rows.to(f.device)
+    some = targets[rows.to(targets.device)]
+    (whole,) = read.slopes([f.requires_grad_()], create_graph=False)
+    whole, at = whole[rows], f.detach()[rows].requires_grad_()
+    with torch.enable_grad():
+        (own,) = torch.autograd.grad(loss(at, some), at)
+    factor = (whole * own).sum() / own.square().sum()
+    off = (factor * own - whole).norm()
+    if not bool(off <= torch.finfo(f.dtype).eps ** 0.5 * whole.norm()):
+        return None
+    return lambda x: factor * loss(x[0], some)
 
 
 def flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
