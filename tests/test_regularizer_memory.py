@@ -178,8 +178,8 @@ def flattened():
         for _ in range(2)
     ]
     net = nn.Sequential(
-        nn.Embedding(50, 32), nn.Dropout(0.1), *layers, nn.Flatten(0, 1),
-        nn.Linear(32, 50),
+        nn.Embedding(400, 32), nn.Dropout(0.1), *layers, nn.Flatten(0, 1),
+        nn.Linear(32, 400),
     )  # fmt: skip
     return net, torch.randint(50, (32, 32))
 
@@ -188,7 +188,7 @@ def flattened():
 def test_flattened_outputs_hold_no_more_than_a_training_step(form):
     torch.manual_seed(0)
     net, x = flattened()
-    y = torch.randint(50, (x.numel(),))
+    y = torch.randint(400, (x.numel(),))
     step = peak(lambda: F.cross_entropy(net(x), y).backward())
     net.zero_grad()
     FORMS[form](net, (x[:8], y[: 8 * 32]), "cross_entropy")

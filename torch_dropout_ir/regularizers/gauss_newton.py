@@ -19,11 +19,11 @@ from torch_dropout_ir.regularizers.checks import (
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
+from torch_dropout_ir.regularizers.output_rows import rows_of_samples
 from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,
     check_curvature,
     read_outputs,
-    rows_of_samples,
     without_graph,
 )
 from torch_dropout_ir.regularizers.root_forms import RootForms

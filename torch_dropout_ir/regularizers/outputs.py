@@ -35,12 +35,14 @@ class OutputsRead:
         loss: The loss ``(outputs, targets)`` of the one tensor, with what is known of
             its curvature; None where there are several.
         places: Where they are among the leaves of the outputs.
+        targets: The targets, where the outputs are one tensor.
     """
 
     tensors: list[Tensor]
     risk: Callable[[Sequence[Tensor]], Tensor]
     loss: Loss | None
     places: Sequence[int] = (0,)
+    targets: Any = None
 
     @property
     def single(self) -> Tensor:
@@ -112,7 +114,12 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
             the loss takes one.
     """
     if isinstance(outputs, Tensor):
-        return OutputsRead([outputs], lambda x: loss(x[0], targets), loss.at(outputs))
+        return OutputsRead(
+            [outputs],
+            lambda x: loss(x[0], targets),
+            loss.at(outputs),
+            targets=targets,
+        )
     loss.check_outputs(outputs)
     leaves, rebuild = flatten(outputs)
     places = [
@@ -151,47 +158,6 @@ def without_graph(outputs: Any) -> Any:
     """Return what a model returned with its tensors cut off from their graph."""
     leaves, rebuild = flatten(outputs)
     return rebuild([x.detach() if isinstance(x, Tensor) else x for x in leaves])
-
-
-def rows_of_samples(samples: Tensor, each: int) -> Tensor:
-    """Return the numbers of the rows of some samples.
-
-    Args:
-        samples: Their numbers.
-        each: Rows of a sample, one after the other.
-
-    Returns:
-        The numbers.
-    """
-    if each == 1:
-        return samples
-    return (samples[:, None] * each + torch.arange(each)).flatten()
-
-
-def replace_rows(
-    read: OutputsRead, outputs: Any, samples: Tensor, count: int
-) -> OutputsRead:
-    """Return the loss as a function of the outputs of some samples.
-
-    Args:
-        read: What the loss reads of all samples.
-        outputs: What the model returned for those.
-        samples: Their numbers.
-        count: How many there are in all.
-
-    Returns:
-        Its tensors are those of ``outputs``; the other rows are as in ``read``.
-    """
-    leaves, _ = flatten(outputs)
-
-    def risk(tensors: Sequence[Tensor]) -> Tensor:
-        pairs = zip(read.tensors, tensors, strict=True)
-        return read.risk([
-            f.index_copy(0, rows_of_samples(samples, len(f) // count).to(f.device), x)
-            for f, x in pairs
-        ])
-
-    return OutputsRead([leaves[i] for i in read.places], risk, None, read.places)
 
 
 def flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:

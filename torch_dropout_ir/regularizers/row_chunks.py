@@ -27,11 +27,8 @@ from torch.utils import _pytree
 from torch_dropout_ir.functional import Inputs, batch_size
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import nearly_equal
-from torch_dropout_ir.regularizers.outputs import (
-    OutputsRead,
-    replace_rows,
-    rows_of_samples,
-)
+from torch_dropout_ir.regularizers.output_rows import replace_rows, rows_of_samples
+from torch_dropout_ir.regularizers.outputs import OutputsRead
 
 T = TypeVar("T")
 
