@@ -563,3 +563,17 @@ def test_measures_of_a_generator_are_all_taken():
 def test_steps_between_measurements_may_be_a_number_of_numpys():
     cadence = Cadence(np.int64(3), 0.05, ["masks"])
     assert [step for step in range(7) if cadence.due(step)] == [0, 3, 6]
+
+
+def test_measuring_by_hand_in_inference_mode():
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        F.mse_loss(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
+        optimizer.step()
+        with torch.inference_mode():
+            found = analysis.measure()
+            assert torch.is_inference_mode_enabled()
+    assert not analysis.absent
+    assert {"regularizer/R1", "sharpness/trace"} < found.keys()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import torch_dropout_ir as tdi
+from torch_dropout_ir.analysis.measures import Sharpness
 from torch_dropout_ir.analysis.records import Histogram
 from torch_dropout_ir.sharpness.recurrence import Quadrature, Settled, recurrence
 
@@ -126,3 +127,30 @@ def test_used_parameters():
     batch = torch.randn(5, 4), torch.randint(3, (5,))
     used = tdi.sharpness.used_parameters(Idle(), "cross_entropy", batch)
     assert used == ["net.0.weight", "net.0.bias", "net.3.weight", "net.3.bias"]
+
+
+def test_branches_that_change_from_step_to_step_are_measured():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.turn = nn.Linear(4, 5), 0
+            self.heads = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])
+
+        def forward(self, x):
+            return self.heads[self.turn](self.trunk(x).tanh())
+
+    torch.manual_seed(0)
+    model = Heads().double()
+    x, y = torch.randn(40, 4).double(), torch.randint(3, (40,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    measures = [Sharpness(tol=1e-6, max_matvecs=60)]
+    with tdi.attach_analysis(model, log_dir=False, every=1, measures=measures) as seen:
+        for model.turn in (0, 1, 0):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            named = {n: p for n, p in model.named_parameters() if p.grad is not None}
+            op = tdi.sharpness.hessian(model, "cross_entropy", [(x, y)], params=named)
+            top = float(torch.linalg.eigvalsh(op.dense())[-1])
+            optimizer.step()
+            found = seen.latest["sharpness/top_eigenvalue"]
+            assert found == pytest.approx(top, rel=1e-5)

@@ -225,6 +225,7 @@ def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
     """
     model = snapshot.model
     with (
+        torch.inference_mode(False),
         preserved_rng(model, seed),
         unmoved_buffers(model),
         torch.enable_grad(),

@@ -87,14 +87,11 @@ class Sharpness:
         self.trace_matvecs = trace_matvecs
         self.density_steps = density_steps
         self.slice_points = slice_points
-        self._names: tuple[frozenset[str], list[str]] = frozenset(), []
 
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return the records ``sharpness/...`` with their errors."""
-        trained = {
-            n: x for n, x in snapshot.model.named_parameters() if x.requires_grad
-        }
-        if sum(x.numel() for x in trained.values()) > self.max_parameters:
+        trained = (x.numel() for x in snapshot.model.parameters() if x.requires_grad)
+        if sum(trained) > self.max_parameters:
             reason = f"more than {self.max_parameters} parameters: set `max_parameters`"
             snapshot.absent["sharpness/top_eigenvalue"] = reason
             return {}
@@ -109,18 +106,16 @@ class Sharpness:
             )
             return self._slice(snapshot)
         cut = dataclasses.replace(snapshot, batches=parts.batches)
-        records = self._of(cut, parts, frozenset(trained))
+        records = self._of(cut, parts)
         for tag in records:
             how = snapshot.notes[tag] if tag == "sharpness/trace" else ""
             snapshot.notes[tag] = "; ".join(filter(None, (how, parts.said)))
         return records | self._slice(snapshot)
 
-    def _of(
-        self, snapshot: Snapshot, parts: Parts, trained: frozenset[str]
-    ) -> dict[str, Record]:
+    def _of(self, snapshot: Snapshot, parts: Parts) -> dict[str, Record]:
         """The records of one loss surface."""
         assert snapshot.loss is not None
-        used = self._used(snapshot, parts, trained)
+        used = self._used(snapshot, parts)
         surface = parts.surface(snapshot.model, snapshot.loss, used)
         own = CurvatureOperator("hessian", surface, BLOCK_BYTES)
         op: Any = own if snapshot.ranks.size == 1 else _Joined(own, snapshot)
@@ -150,21 +145,17 @@ class Sharpness:
             "sharpness/trace_standard_error": squared["trace"] ** 0.5,
         }
 
-    def _used(
-        self, snapshot: Snapshot, parts: Parts, names: frozenset[str]
-    ) -> list[str]:
-        """Parameters that the loss depends on; found once for a set of names."""
-        if self._names[0] != names:
-            assert snapshot.loss is not None
-            used = used_by(parts.surface(snapshot.model, snapshot.loss))
-            counts = snapshot.ranks.sum(dict.fromkeys(used, 1.0))
-            if apart := [n for n, k in counts.items() if k < snapshot.ranks.size]:
-                raise ValueError(
-                    "sharpness: expected a loss that depends on the same parameters on "
-                    f"every rank, got one that does on {apart} on some alone"
-                )
-            self._names = names, used
-        return self._names[1]
+    def _used(self, snapshot: Snapshot, parts: Parts) -> list[str]:
+        """Parameters that the loss depends on: by branches, others at each step."""
+        assert snapshot.loss is not None
+        used = used_by(parts.surface(snapshot.model, snapshot.loss))
+        counts = snapshot.ranks.sum(dict.fromkeys(used, 1.0))
+        if apart := [n for n, k in counts.items() if k < snapshot.ranks.size]:
+            raise ValueError(
+                "sharpness: expected a loss that depends on the same parameters on "
+                f"every rank, got one that does on {apart} on some alone"
+            )
+        return used
 
     def _density(self, probe: Quadrature) -> dict[str, Record]:
         """Shares of the eigenvalues in bins between the outermost nodes."""
