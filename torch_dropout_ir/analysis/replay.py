@@ -36,6 +36,10 @@ from torch_dropout_ir.sites import Site, find_sites, is_stochastic_depth
 from torch_dropout_ir.tracing import random_state
 
 _NO_DROPOUT: Final = "random numbers that are no dropout: they stay in R_S"
+_FUSED: Final = (
+    "its mask is inside a fused kernel: R_1 counts it, mask statistics do not"
+)
+_NO_SAMPLE: Final = "no mask was drawn in the last pass looked at: its input was empty"
 OURS = (Dropout, Dropout1d, Dropout2d, Dropout3d)
 _aten = torch.ops.aten
 _ours = torch.ops.torch_dropout_ir
@@ -133,7 +137,7 @@ class _Draws(TorchDispatchMode):
         self._seen = 0
 
     @contextlib.contextmanager
-    def of(self, site: Site) -> Iterator[None]:
+    def of(self, site: Site, empty: bool) -> Iterator[None]:
         """Read what is drawn inside as the masks of a site."""
         self.site, before = site, self._seen
         try:
@@ -141,10 +145,7 @@ class _Draws(TorchDispatchMode):
         finally:
             self.site = None
         if self._seen == before:
-            self._found.unseen[site.name] = (
-                "its mask is inside a fused kernel: R_1 counts it, mask statistics do "
-                "not"
-            )
+            self._found.unseen[site.name] = _NO_SAMPLE if empty else _FUSED
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -236,7 +237,8 @@ class _Calls(ModuleCalls):
             site = self._site(name.rstrip("_"), p, KINDS.get(name))
             if name not in RECURRENT:
                 self._found.calls[site.name] = site
-        with self._draws.of(site):
+        empty = isinstance(args[0], Tensor) and not args[0].numel() if args else False
+        with self._draws.of(site, empty):
             return func(*args, **kwargs)
 
 
