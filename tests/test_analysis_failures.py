@@ -472,3 +472,32 @@ def test_the_loss_callable_decides_what_of_the_outputs_counts(kind, read, source
         assert ours[tag] == pytest.approx(plain[tag], rel=2e-3)
     error = ours["regularizer/R1_standard_error"]
     assert abs(ours["regularizer/R1"] - plain["regularizer/R1"]) < 5 * error + 1e-9
+
+
+def test_an_optimizer_of_another_kind_is_said_to_lack():
+    class Own:
+        def step(self):
+            for x in model.parameters():
+                x.data -= 0.1 * x.grad
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(), nn.Linear(3, 1))
+    with tdi.attach_analysis(model, "mse", log_dir=False) as analysis:
+        for _ in range(3):
+            nn.functional.mse_loss(
+                model(torch.randn(4, 3)), torch.zeros(4, 1)
+            ).backward()
+            Own().step()
+        assert "measure()" in analysis.absent["optimizer steps"]
+        assert "optimizer steps" in analysis.summary()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        assert "optimizer steps" not in analysis.absent
+
+
+def test_an_empty_batch_draws_no_mask_and_that_is_said():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout())
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, "mse", log_dir=False, every=1) as analysis:
+        model(torch.randn(0, 3)).sum().backward()
+        sgd.step()
+        (site,) = analysis.sites
+        assert "empty" in site.reason

@@ -552,7 +552,8 @@ def test_where_no_mask_is_drawn_the_reason_is_the_true_one():
         model(torch.ones(8, 4)).square().mean().backward()
         optimizer.step()
         said = {site.name: site.reason for site in analysis.sites}
-    assert said == {"1": "at p = 1 it drops everything, and draws no mask", "2": ""}
+    assert said.pop("1") == "at p = 1 it drops everything, and draws no mask"
+    assert "its input was empty" in said["2"]
 
 
 def test_a_batch_of_packed_sequences_counts_sequences():

@@ -32,7 +32,7 @@ from torch_dropout_ir.analysis.snapshot import (
     runs_model,
     theory_note,
 )
-from torch_dropout_ir.analysis.steps import OptimizerSteps
+from torch_dropout_ir.analysis.steps import NO_STEP, STEPS, OptimizerSteps
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
 from torch_dropout_ir.functional import Batch, Inputs
 from torch_dropout_ir.losses import Loss
@@ -113,9 +113,11 @@ class Analysis:
         self._handles.callback(self._steps.watch(self._before_step, self._after_step))
         self._attached = True
         self._due = self._names()
+        self.absent[STEPS] = NO_STEP
         self._plan()
 
     def _before_step(self) -> None:
+        self.absent.pop(STEPS, None)
         self._measure_safely(self._due)
 
     def _after_step(self) -> None:

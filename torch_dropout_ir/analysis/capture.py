@@ -8,7 +8,7 @@ Semantics:
   functions, live inside a step that measures, and are gone after it. The batch that
   such a step has shown is kept until the next one.
 * Foreign dropout is observed in a second pass from the same generator state.
-* Copies and pickles of the model carry a hook that does nothing.
+* Copies carry an idle hook: no value can have itself left out of a dictionary's copy.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ _FUSED: Final = (
 )
 _ALL_DROPPED: Final = "at p = 1 it drops everything, and draws no mask"
 _NO_DROPOUT: Final = "random numbers that are no dropout: they stay in R_S"
+_NO_SAMPLE: Final = "no mask was drawn in the last pass looked at: its input was empty"
 OURS = (Dropout, Dropout1d, Dropout2d, Dropout3d)
 _aten = torch.ops.aten
 _ours = torch.ops.torch_dropout_ir
@@ -150,8 +151,10 @@ class _Draws(TorchDispatchMode):
             yield
         finally:
             self.site = None
-        if self._seen == before and all(x.numel() for x in inside(given, Tensor)):
-            self._found.unseen[site.name] = _FUSED if site.p < 1 else _ALL_DROPPED
+        if self._seen == before:
+            drawn = _FUSED if site.p < 1 else _ALL_DROPPED
+            some = all(x.numel() for x in inside(given, Tensor))
+            self._found.unseen[site.name] = drawn if some else _NO_SAMPLE
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -14,6 +14,12 @@ from torch.optim.optimizer import (
 )
 
 _REPLACED: Final = 2
+STEPS: Final = "optimizer steps"  # what is absent until one is seen
+NO_STEP: Final = (
+    "none was seen: measures are taken at the steps of a torch.optim.Optimizer that "
+    "steps this model. With another kind of optimizer call `analysis.measure()`; R_2 "
+    "is left out there"
+)
 
 
 class OptimizerSteps:
