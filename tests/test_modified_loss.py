@@ -453,3 +453,24 @@ def test_over_all_signs_it_is_the_dense_form_with_its_gradient(form, name, monke
 def only_trained(net):
     """A stand-in whose parameters are those that are trained."""
     return nn.ParameterList([x for x in net.parameters() if x.requires_grad])
+
+
+def test_operators_without_a_second_derivative_are_named():
+    class Bag(torch.nn.EmbeddingBag):
+        def forward(self, x):
+            return super().forward(x.abs().long() % 3)
+
+    def ctc(f, y):
+        steps = f.view(5, 1, -1).log_softmax(-1)
+        return torch.nn.functional.ctc_loss(steps, y[None, :2], (5,), (2,))
+
+    linear = torch.nn.Linear(3, 4)
+    margin, labels = torch.nn.MultiMarginLoss(), torch.tensor([1, 2, 3, 0, 1])
+    for first, loss in ((Bag(3, 4), "mse"), (linear, ctc), (linear, margin)):
+        net = torch.nn.Sequential(first, torch.nn.Dropout(0.5), torch.nn.Linear(4, 4))
+        targets = torch.zeros(5, 4) if loss == "mse" else labels
+        for kind in ("L2", "L3", "regu"):
+            with pytest.raises(NotImplementedError, match="differentiate twice"):
+                modified_loss(net, (torch.randn(5, 3), targets), loss, kind=kind, lr=1)
+        batch = torch.randn(5, 3), targets
+        modified_loss(net, batch, loss, kind="L1", r1="monte_carlo").backward()

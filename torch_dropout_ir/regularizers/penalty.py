@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.functional import parameters
 from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.gradient_norm import learning_rates
 from torch_dropout_ir.regularizers.inner_products import weighted_inner
 from torch_dropout_ir.sharpness.frozen import TwiceDifferentiable
+
+_ONCE: Final = (
+    "modified_loss: expected a model and a loss that torch can differentiate twice, "
+    "got an operator whose derivative has none ({}), as those of `nn.EmbeddingBag`, "
+    "CTC and the margin losses. Write it in others (`nn.Embedding` and a mean), or "
+    "use `kind='L1'` or 'L4' with `r1='monte_carlo'`."
+)
+# Nodes of a gradient's graph that raise when the penalty is differentiated.
+_ABSENT: Final = ("NotImplemented", "EmbeddingBagBackwardBackward")
+
+
+def _operators(risk: Tensor) -> set[str]:
+    """Return the operators of a graph by the names of their derivatives."""
+    return {node.name() for node in graph_nodes([risk.grad_fn] if risk.grad_fn else [])}
 
 
 @contextlib.contextmanager
@@ -39,6 +55,9 @@ def gradient_penalty(
 
     Returns:
         Scalar.
+
+    Raises:
+        NotImplementedError: If torch cannot differentiate the gradient again.
     """
     params = parameters(model)
     rates = learning_rates(lr, list(params))
@@ -46,9 +65,19 @@ def gradient_penalty(
     # A root that requires a gradient: without one, torch takes a loss that can be
     # differentiated once for a linear one, and says nothing.
     root = torch.ones_like(risk).requires_grad_()
-    found = torch.autograd.grad(
-        risk, list(params.values()), root, create_graph=True, allow_unused=True
-    )
+    try:
+        found = torch.autograd.grad(
+            risk, list(params.values()), root, create_graph=True, allow_unused=True
+        )
+    except NotImplementedError as err:
+        raise NotImplementedError(_ONCE.format(err)) from err
+    ends = [g.grad_fn for g in found if g is not None and g.grad_fn]
+    for node in graph_nodes(ends):
+        if any(
+            part in node.name() for part in _ABSENT
+        ):  # it would raise in the backward pass
+            lacking = sorted(_operators(risk))
+            raise NotImplementedError(_ONCE.format(f"one of {lacking}"))
     pairs = [(r, g) for r, g in zip(rates, found, strict=True) if g is not None]
     if not pairs:
         return risk.new_zeros(())
