@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -64,9 +65,11 @@ class ModuleCalls(TorchFunctionMode):
             )
             self._undo += [before.remove, after.remove]
         if _any_compiled(self._modules):  # graphs have no place for masks
-            stance = torch.compiler.set_stance("force_eager")
-            stance.__enter__()
-            self._undo.append(lambda: stance.__exit__(None, None, None))
+            stack = contextlib.ExitStack()
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message=".*when there are global hooks")
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self._undo.append(stack.close)
         super().__enter__()
         self._on = True
         return self
