@@ -18,6 +18,8 @@ from torch_dropout_ir.vectors import Params, to_params, to_vector
 
 _BASIS: Final = 32
 _HOLD: Final = {"residual": 2, "value": 3}  # products for which a claim must hold
+_HOLD_REHEARSED: Final = 2
+_NEAR: Final = 0.15  # residual of a start that is near an eigenvector, over the value
 _LOOK: Final = 6  # products in a random direction, where several values are wanted
 _LOOK_WARM: Final = 4
 _MIXED: Final = 0.1  # share of a random direction in every start
@@ -129,7 +131,7 @@ def top_eigenvalues(
         space = Space.resumed(op, state, room)
         if space.loosely_locked(tol):  # the tolerance is tighter now
             space = Space(op, space.vectors().sum(0), room, state["k"])
-            space.spent = state["spent"]
+            space.spent, space.informed = state["spent"], state["informed"]
             space.extend()
         else:
             search.load(state)
@@ -138,6 +140,9 @@ def top_eigenvalues(
         space = Space(op, first, _capacity(op, k, max_bytes), k)
         space.spent = spent
         space.extend()
+        near = start is not None and space.within(_NEAR, space.residuals())
+        space.informed = spent > 0 or near
+        search.hold = _HOLD_REHEARSED if spent else search.hold
     most = max_matvecs + (state["spent"] if state is not None else 0)
     while not search.done(space) and space.spent < most:
         search.next(space)
@@ -162,15 +167,17 @@ class _Search:
 
     def __init__(self, tol: float, stop: str, look: int) -> None:
         self._tol, self._stop, self._look = tol, stop, look
+        self.hold = _HOLD[stop]
         self._seen: Tensor | None = None  # what was claimed last
         self._until = 0  # products from which it is believed
 
     def state(self) -> dict[str, Any]:
-        return {"seen": self._seen, "until": self._until, "look": self._look}
+        known = {"seen": self._seen, "until": self._until, "look": self._look}
+        return known | {"hold": self.hold}
 
     def load(self, state: dict[str, Any]) -> None:
         self._seen, self._until = state["seen"], state["until"]
-        self._look = state["look"]
+        self._look, self.hold = state["look"], state["hold"]
 
     def _converged(self, space: Space) -> bool:
         of = space.residuals() if self._stop == "residual" else space.errors()
@@ -197,7 +204,7 @@ class _Search:
             return
         if not self._look and not self._holds(space):
             self._seen = space.leading if ready else None
-            self._until = space.spent + _HOLD[self._stop]
+            self._until = space.spent + self.hold
         space.advance()
 
 
