@@ -40,7 +40,9 @@ class Eigen:
         residuals: :math:`\lVert A v - \lambda v \rVert`, float64 ``[k]``. An
             eigenvalue of the operator lies within that distance of each value.
         errors: Estimated errors of the values, float64 ``[k]``: the squared residual
-            over the gap to the next Ritz value and its residual, or the residual.
+            over the gap to the next Ritz value and its residual, or the residual. Of
+            one value from a start near an eigenvector also what the value would still
+            grow if the recurrence went on with its mean coefficients, if that is less.
         converged: Whether all residuals (or errors) are within the tolerance, or within
             the rounding of the operator's products.
         num_matvecs: Products spent, rehearsal and resumed runs included.
@@ -83,11 +85,9 @@ def top_eigenvalues(
     with less certainty about eigenvectors and eigenvalues close to each other.
 
     Without a ``start``, the operator of one large batch rehearses on an eighth of its
-    samples, at most 20 times at the price of three products (in time, up to six). They
-    are chosen to have the outputs, loss derivatives and products of both that all have
-    on average: on MNIST at initialization, where the two largest are 3 % apart, the
-    value is true to 1e-3 after 13 products, without after 15 to 29, which no method
-    that multiplies one random vector can go below.
+    samples, then on a quarter, at most 14 and 8 times at the price of five products (in
+    time, up to ten). They are chosen to have the outputs, loss derivatives and products
+    of both that all have on average. The claim must then hold for two more products.
     Memory: the basis of at most 32 vectors
     (``2 k + 8`` if that is more), within ``max_bytes`` as far as a restart allows: of
     ``2 k + 3`` at least.
