@@ -23,7 +23,7 @@ FLOORS = {
         "batches",
         "substitution",
         "vectors",
-        "arrivals", "weight_parts",
+        "arrivals", "collectives", "weight_parts",
         "sites",
         "dropout_calls",
         "module_calls",

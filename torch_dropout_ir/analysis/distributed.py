@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torch_dropout_ir.collectives import released
 from torch_dropout_ir.functional import preserved_rng
 
 _PEER: Final = (
@@ -105,7 +106,8 @@ class Ranks:
             return True
         a, b = (zlib.crc32(text.encode()) & _HASH for text in (what, names))
         said = torch.tensor([failed, a, a * a, b, b * b], device=self._device)
-        dist.all_reduce(said, group=self._group)
+        with released(said):
+            dist.all_reduce(said, group=self._group)
         failures, a, aa, b, bb = said.tolist()
         # All terms are equal where the sum of squares is the least that it can be.
         if failures or self.size * aa != a * a:
@@ -119,7 +121,8 @@ class Ranks:
             return x
         self._meet(f"tensor {list(x.shape)}")
         total = x.detach().clone().to(self._device)
-        dist.all_reduce(total, group=self._group)
+        with released(total):
+            dist.all_reduce(total, group=self._group)
         return total.to(x.device)
 
     def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:

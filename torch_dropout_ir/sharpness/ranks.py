@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_dropout_ir.collectives import released
 from torch_dropout_ir.sites import uncompiled
 
 Group = Any  # a process group, "auto" or None
@@ -50,7 +51,8 @@ class Ranks:
         if self.spread:
             vector = vector.clone()  # the caller's stays its own
             first = dist.get_global_rank(self._group, 0)
-            dist.broadcast(vector, first, group=self._group)
+            with released(vector):
+                dist.broadcast(vector, first, group=self._group)
         return vector
 
     def sum(
@@ -79,7 +81,8 @@ class Ranks:
             [weight, float(error is not None), size, item], dtype=torch.float64
         )
         heads = [torch.empty_like(head) for _ in range(self.size)]
-        dist.all_gather(heads, head, group=self._group)
+        with released(head, *heads):
+            dist.all_gather(heads, head, group=self._group)
         weights, errors, sizes, items = torch.stack(heads).T.tolist()
         if error is not None:
             raise error
@@ -88,5 +91,6 @@ class Ranks:
         if total is None:
             dtype = like.dtype if max(items) == like.element_size() else torch.float64
             total = like.new_zeros(int(max(sizes)), dtype=dtype)
-        dist.all_reduce(total, group=self._group)
+        with released(total):
+            dist.all_reduce(total, group=self._group)
         return total, sum(weights)
