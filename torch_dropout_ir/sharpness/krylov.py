@@ -14,6 +14,7 @@ NOT_FINITE: Final = (
     "expected an operator with finite products, got one that is not. Look for what "
     "overflows at these parameters."
 )
+_AHEAD, _RECENT = 12, 8  # steps that are foreseen, and how many tell of them
 _WIDE: Final = 2**16  # columns that a restart turns at once: no second basis
 
 
@@ -76,6 +77,7 @@ class Space:
         self._filled = 1
         self._projected = torch.zeros(capacity, capacity, dtype=torch.float64)
         self._rest, self._left = self._rows[0], 0.0  # of the last image, and its norm
+        self.informed = False  # whether the start was near an eigenvector
         self._locked = 0.0  # largest residual of what was locked: a bound from then on
         self.values = torch.zeros(0, dtype=torch.float64)
         self._coordinates = torch.zeros(0, 0, dtype=torch.float64)
@@ -90,6 +92,7 @@ class Space:
             "projected": self._projected[:n, :n].clone(),
             "rest": self._rest,
             "locked": self._locked,
+            "informed": self.informed,
         }
 
     @classmethod
@@ -102,7 +105,7 @@ class Space:
         space._rest, space._left = rest.to(space._rows), float(rest.norm())
         space._projected[:n, :n] = state["projected"]
         space._filled, space._locked = n, state["locked"]
-        space.spent = state["spent"]
+        space.spent, space.informed = state["spent"], state["informed"]
         space._solve()
         return space
 
@@ -176,7 +179,41 @@ class Space:
         return (last.square() + self._locked**2).sqrt()
 
     def errors(self) -> Tensor:
-        """Squared residuals over the gap to the rest, if that is less (Kato-Temple)."""
+        """Squared residuals over the gap to the rest, if that is less (Kato-Temple).
+
+        From a start near an eigenvector, what the value may still grow, if less.
+
+        Returns:
+            Estimates, ascending by value.
+        """
+        found = self._kato_temple()
+        if self.informed and self.found == 1:
+            found = found.clamp(max=self._growth())
+        return found
+
+    def _growth(self) -> float:
+        """By how much the largest value grows if the recurrence goes on as it did.
+
+        The coefficients of Lanczos settle: the matrix is continued by their means.
+
+        Returns:
+            Its largest eigenvalue, less the largest Ritz value.
+        """
+        n, ahead = self._filled, self._filled + _AHEAD
+        steps = torch.cat((
+            self._projected[:n, :n].diagonal(1),
+            torch.tensor([self._left]),
+        ))
+        recent = max(1, min(n - 1, _RECENT))
+        matrix = torch.zeros(ahead, ahead, dtype=torch.float64)
+        matrix.diagonal()[:] = self._projected.diagonal()[n - recent : n].mean()
+        for side in (1, -1):
+            matrix.diagonal(side)[:] = steps[-recent:].mean()
+        matrix[:n, :n] = self._projected[:n, :n]
+        matrix[n - 1, n] = matrix[n, n - 1] = self._left
+        return float(torch.linalg.eigvalsh(matrix)[-1] - self.leading[0])
+
+    def _kato_temple(self) -> Tensor:
         residuals = self.residuals()
         if self._filled == self.found:
             return residuals

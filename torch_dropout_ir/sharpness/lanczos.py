@@ -18,6 +18,8 @@ from torch_dropout_ir.vectors import Params, to_params, to_vector
 
 _BASIS: Final = 32
 _HOLD: Final = {"residual": 2, "value": 3}  # products for which a claim must hold
+_HOLD_REHEARSED: Final = 2
+_NEAR: Final = 0.15  # residual of a start that is near an eigenvector, over the value
 _LOOK: Final = 6  # products in a random direction, where several values are wanted
 _LOOK_WARM: Final = 4
 _MIXED: Final = 0.1  # share of a random direction in every start
@@ -38,7 +40,9 @@ class Eigen:
         residuals: :math:`\lVert A v - \lambda v \rVert`, float64 ``[k]``. An
             eigenvalue of the operator lies within that distance of each value.
         errors: Estimated errors of the values, float64 ``[k]``: the squared residual
-            over the gap to the next Ritz value and its residual, or the residual.
+            over the gap to the next Ritz value and its residual, or the residual. Of
+            one value from a start near an eigenvector also what the value would still
+            grow if the recurrence went on with its mean coefficients, if that is less.
         converged: Whether all residuals (or errors) are within the tolerance, or within
             the rounding of the operator's products.
         num_matvecs: Products spent, rehearsal and resumed runs included.
@@ -81,11 +85,9 @@ def top_eigenvalues(
     with less certainty about eigenvectors and eigenvalues close to each other.
 
     Without a ``start``, the operator of one large batch rehearses on an eighth of its
-    samples, at most 20 times at the price of three products (in time, up to six). They
-    are chosen to have the outputs, loss derivatives and products of both that all have
-    on average: on MNIST at initialization, where the two largest are 3 % apart, the
-    value is true to 1e-3 after 13 products, without after 15 to 29, which no method
-    that multiplies one random vector can go below.
+    samples, then on a quarter, at most 14 and 8 times at the price of five products (in
+    time, up to ten). They are chosen to have the outputs, loss derivatives and products
+    of both that all have on average. The claim must then hold for two more products.
     Memory: the basis of at most 32 vectors
     (``2 k + 8`` if that is more), within ``max_bytes`` as far as a restart allows: of
     ``2 k + 3`` at least.
@@ -129,7 +131,7 @@ def top_eigenvalues(
         space = Space.resumed(op, state, room)
         if space.loosely_locked(tol):  # the tolerance is tighter now
             space = Space(op, space.vectors().sum(0), room, state["k"])
-            space.spent = state["spent"]
+            space.spent, space.informed = state["spent"], state["informed"]
             space.extend()
         else:
             search.load(state)
@@ -138,6 +140,9 @@ def top_eigenvalues(
         space = Space(op, first, _capacity(op, k, max_bytes), k)
         space.spent = spent
         space.extend()
+        near = start is not None and space.within(_NEAR, space.residuals())
+        space.informed = spent > 0 or near
+        search.hold = _HOLD_REHEARSED if spent else search.hold
     most = max_matvecs + (state["spent"] if state is not None else 0)
     while not search.done(space) and space.spent < most:
         search.next(space)
@@ -162,15 +167,17 @@ class _Search:
 
     def __init__(self, tol: float, stop: str, look: int) -> None:
         self._tol, self._stop, self._look = tol, stop, look
+        self.hold = _HOLD[stop]
         self._seen: Tensor | None = None  # what was claimed last
         self._until = 0  # products from which it is believed
 
     def state(self) -> dict[str, Any]:
-        return {"seen": self._seen, "until": self._until, "look": self._look}
+        known = {"seen": self._seen, "until": self._until, "look": self._look}
+        return known | {"hold": self.hold}
 
     def load(self, state: dict[str, Any]) -> None:
         self._seen, self._until = state["seen"], state["until"]
-        self._look = state["look"]
+        self._look, self.hold = state["look"], state["hold"]
 
     def _converged(self, space: Space) -> bool:
         of = space.residuals() if self._stop == "residual" else space.errors()
@@ -197,7 +204,7 @@ class _Search:
             return
         if not self._look and not self._holds(space):
             self._seen = space.leading if ready else None
-            self._until = space.spent + _HOLD[self._stop]
+            self._until = space.spent + self.hold
         space.advance()
 
 
