@@ -8,6 +8,7 @@ from torch import nn
 
 from torch_dropout_ir import sharpness
 from torch_dropout_ir.sharpness.herding import herded, representatives
+from torch_dropout_ir.sharpness.krylov import Space
 from torch_dropout_ir.sharpness.recurrence import Settled, recurrence
 
 
@@ -282,3 +283,20 @@ def test_matrices_that_have_no_such_spectrum_are_refused():
     for tol in (-1e-3, float("nan")):
         with pytest.raises(ValueError, match="`tol` >= 0"):
             sharpness.top_eigenvalues(torch.eye(3), tol=tol)
+
+
+def test_the_growth_of_a_value_is_foreseen_where_coefficients_have_settled():
+    """Near the first vector of a chain of equal links, what is left is known."""
+    half = torch.full((199,), 0.5).double()
+    matrix = torch.diag(half, 1) + torch.diag(half, -1)
+    matrix[0, 0] = first = 0.7
+    true = first + 1 / (4 * first)  # of the endless chain
+    space = Space(matrix, torch.eye(200).double()[0], 32, 1)
+    space.extend()
+    for _ in range(6):
+        space.advance()
+        space.extend()
+    left = true - float(space.leading[0])
+    assert float(space.errors()[0]) > 3 * left  # nothing is known of the gap
+    space.informed = True
+    assert float(space.errors()[0]) == pytest.approx(left, rel=0.02)
