@@ -111,8 +111,7 @@ class Analysis:
             convert_dropout_(self.model)
         self._capture.attach(self)
         self._handles.callback(self._steps.watch(self._before_step, self._after_step))
-        self._attached = True
-        self._due = self._names()
+        self._attached, self._due = True, self._names()
         self.absent[STEPS] = NO_STEP
         self._plan()
 
@@ -218,8 +217,7 @@ class Analysis:
         seen = None if batch[1] is None else [batch]
         optimizer = self._steps.optimizer
         self.notes.update(theory_note(self.model, optimizer) | self._batch.note)
-        self.notes["masks"] = capture.failure
-        self.notes.update(run_facts(self, optimizer))
+        self.notes.update({"masks": capture.failure} | run_facts(self, optimizer))
         lr, gradients = received_gradients(self.model, optimizer)
         return Snapshot(
             model=model,
