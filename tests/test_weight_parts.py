@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import torch_dropout_ir as tdi
 from tests.live import Live
@@ -160,3 +161,33 @@ def test_a_gradient_that_the_second_masks_lack_is_zero_there():
         both.append(torch.cat(flat))
     expected = (both[0] - both[1]).square().sum() / 2
     torch.testing.assert_close(found.dropout_noise, expected)
+
+
+class Checkpointed(nn.Module):
+    """A block of square layers, of which nothing tells a weight from its transpose."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.again = again
+        self.below, self.above = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.4))
+
+    def forward(self, x):
+        h = torch.tanh(self.below(x))
+        if self.again:
+            return self.above(checkpoint(self.block, h, use_reentrant=False))
+        return self.above(self.block(h))
+
+
+def test_blocks_that_run_twice_have_the_same_gradients():
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        net = Checkpointed(again).double()
+        batch = torch.randn(6, 4).double(), torch.randn(6, 2).double()
+        found.append(
+            tdi.regularizers.gradient_norm(net, batch, "mse", lr=0.1, num_masks=4)
+        )
+    for name in ("value", "mean_gradient", "dropout_noise"):
+        expected, same = (getattr(r2, name) for r2 in found)
+        torch.testing.assert_close(same, expected)

@@ -75,11 +75,15 @@ def unseen(x: Tensor) -> bool:
     )
 
 
+def recomputes() -> bool:
+    """Whether a backward pass is running: a forward pass in it is a recomputation."""
+    return _BACKWARD_RUNNING is not None and _BACKWARD_RUNNING() != -1
+
+
 def makes_new(x: Tensor) -> bool:
     """Whether a mask for ``x`` has data and is no recomputation and no recording."""
-    # A forward pass in a backward pass is a recomputation; what a tracer or a CUDA
-    # graph records is to be replayed.
-    if _BACKWARD_RUNNING is not None and _BACKWARD_RUNNING() != -1:
+    # What a tracer or a CUDA graph records is to be replayed.
+    if recomputes():
         return False
     if x.is_cpu and _NUM_MODES is not None and not _NUM_MODES():
         return True

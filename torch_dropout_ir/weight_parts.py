@@ -179,7 +179,9 @@ class WeightParts(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         own = _OWN.get(func) if tracing.eager() else None
-        if own is not None and torch.is_grad_enabled() and not tracing.checkpointed():
+        # A block that runs twice must save the same both times: torch's own then.
+        again = tracing.checkpointed() or tracing.recomputes()
+        if own is not None and torch.is_grad_enabled() and not again:
             found = own(self, *args, **kwargs)
             if found is not None:
                 return found
