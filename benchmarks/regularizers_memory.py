@@ -53,56 +53,60 @@ def memory() -> None:
 
 def by_hand(net, x, y) -> dict:
     """The modified losses as one would write them for this model with autograd."""
-    params = list(net.parameters())
-    drops = [m for m in net if isinstance(m, (nn.Dropout, nn.Dropout2d))]
-
-    def penalized(sign, clean):
-        net.zero_grad()
-        with sdpa_kernel(SDPBackend.MATH):
-            risk = F.cross_entropy(net(x), y)
-            slopes = torch.autograd.grad(risk, params, create_graph=True)
-            penalty = sign * 0.1 / 4 * sum(g.square().sum() for g in slopes)
-            if clean:
-                for m in drops:
-                    m.eval()
-                risk = F.cross_entropy(net(x), y)
-                for m in drops:
-                    m.train()
-            (risk + penalty).backward()
-
-    def rooted():
-        net.zero_grad()
-        held, h = [], x
-        if x.is_floating_point():  # for a site at the input
-            h = x.detach().requires_grad_(isinstance(net[0], nn.Dropout))
-        with sdpa_kernel(SDPBackend.MATH):
-            for m in net:
-                if m in drops:
-                    h = h.clone()
-                    held.append((m, h))
-                else:
-                    h = m(h)
-            s = h.softmax(1)
-            label = torch.multinomial(s.detach(), 1)
-            root = s - torch.zeros_like(s).scatter_(1, label, 1.0)
-            inputs = [at for _, at in held]
-            found = torch.autograd.grad(
-                h, inputs, root / len(h) ** 0.5, create_graph=True
-            )
-            total = F.cross_entropy(h, y)
-            for (m, at), g in zip(held, found, strict=True):
-                form = at * g
-                form = form.sum((2, 3)) if isinstance(m, nn.Dropout2d) else form
-                total = total + m.p / (2 - 2 * m.p) * form.square().sum()
-            total.backward()
-
     return {
-        "L1, gauss_newton": rooted,
+        "L1, gauss_newton": lambda: rooted(net, x, y),
         "L1, monte_carlo": passes(net, x, y)["forward-backward"],
-        "L2": lambda: penalized(1, clean=True),
-        "L3": lambda: penalized(-1, clean=False),
-        "regu": lambda: penalized(1, clean=False),
+        "L2": lambda: penalized(net, x, y, 1, clean=True),
+        "L3": lambda: penalized(net, x, y, -1, clean=False),
+        "regu": lambda: penalized(net, x, y, 1, clean=False),
     }
+
+
+def dropouts(net) -> list[nn.Module]:
+    """The dropout layers of a sequence."""
+    return [m for m in net if isinstance(m, (nn.Dropout, nn.Dropout2d))]
+
+
+def penalized(net, x, y, sign: int, clean: bool) -> None:
+    """A step on the loss, with dropout off if ``clean``, and the squared gradient."""
+    net.zero_grad()
+    with sdpa_kernel(SDPBackend.MATH):
+        risk = F.cross_entropy(net(x), y)
+        slopes = torch.autograd.grad(risk, list(net.parameters()), create_graph=True)
+        penalty = sign * 0.1 / 4 * sum(g.square().sum() for g in slopes)
+        if clean:
+            for m in dropouts(net):
+                m.eval()
+            risk = F.cross_entropy(net(x), y)
+            for m in dropouts(net):
+                m.train()
+        (risk + penalty).backward()
+
+
+def rooted(net, x, y) -> None:
+    """A step on the loss with dropout off and R_1 by one root of its Hessian."""
+    net.zero_grad()
+    drops, held, h = dropouts(net), [], x
+    if x.is_floating_point():  # for a site at the input
+        h = x.detach().requires_grad_(isinstance(net[0], nn.Dropout))
+    with sdpa_kernel(SDPBackend.MATH):
+        for m in net:
+            if m in drops:
+                h = h.clone()
+                held.append((m, h))
+            else:
+                h = m(h)
+        s = h.softmax(1)
+        label = torch.multinomial(s.detach(), 1)
+        root = s - torch.zeros_like(s).scatter_(1, label, 1.0)
+        inputs = [at for _, at in held]
+        found = torch.autograd.grad(h, inputs, root / len(h) ** 0.5, create_graph=True)
+        total = F.cross_entropy(h, y)
+        for (m, at), g in zip(held, found, strict=True):
+            form = at * g
+            form = form.sum((2, 3)) if isinstance(m, nn.Dropout2d) else form
+            total = total + m.p / (2 - 2 * m.p) * form.square().sum()
+        total.backward()
 
 
 def peak(model: str, name: str) -> float:
