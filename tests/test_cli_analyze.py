@@ -47,6 +47,11 @@ def fails():
     raise KeyError("rows")
 
 
+def on_meta():
+    with torch.device("meta"):
+        return make()
+
+
 def leaves():
     raise SystemExit(0)
 
@@ -186,6 +191,7 @@ def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
         (["--data", "nets_of_test:fails"], "raised KeyError: 'rows' ("),
         (["--data", "nets_of_test:leaves"], "raised SystemExit: 0 ("),
         (["--data", "nets_of_test:weighted"], "got a tuple of 3. Make pairs"),
+        (["--model", "nets_of_test:on_meta"], "('0.weight' first)"),
         (["--model", "own_arguments:make"], "'own_arguments:make' raised SystemExit"),
         (["--data", "nets_of_test:asks"], "--data: 'nets_of_test:asks' raised TypeE"),
         (["--loss", "l3"], "'mse'"),

@@ -359,7 +359,9 @@ def test_dictionaries_are_told_where_to_go():
     with pytest.raises(TypeError, match=r"got dict\. A dictionary goes"):
         sharpness.hessian(net, "mse", batch)
     for batches in ([batch], [batch] * 3, loader):
-        with pytest.raises(TypeError, match=r"form `\(inputs, targets\)`, got one of d"):
+        with pytest.raises(
+            TypeError, match=r"form `\(inputs, targets\)`, got one of d"
+        ):
             sharpness.hessian(net, "mse", batches) @ torch.ones(32).double()
     inside = sharpness.hessian(net, "mse", [({"input": x}, y)]).dense()
     torch.testing.assert_close(inside, sharpness.hessian(net, "mse", (x, y)).dense())
