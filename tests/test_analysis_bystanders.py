@@ -1,12 +1,16 @@
 """Shared modules, hooks, attributes: what a script keeps is as it was."""
 
+import contextlib
 import copy
 import itertools
 import pickle
+from collections import Counter, OrderedDict, defaultdict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import torch_dropout_ir as tdi
 from tests import traces
@@ -94,6 +98,8 @@ class Collects(nn.Module):
         )
         self.calls, self.mean, self.total = 0, torch.zeros(6), torch.zeros(6)
         self.norms, self.seen, self.shapes = [], {}, set()
+        self.by_size, self.counts = defaultdict(list), Counter()
+        self.order, self.sums = OrderedDict(), np.zeros(6)
 
     def forward(self, x):
         h = self.drop(self.layer(x))
@@ -104,6 +110,10 @@ class Collects(nn.Module):
         self.seen[self.calls] = float(h.detach().sum())
         self.shapes.add((self.calls, *h.shape))
         self.latest = self.calls
+        self.by_size[len(h)].append(self.calls)
+        self.counts.update(["all", "odd"] if self.calls % 2 else ["all"])
+        self.order[f"call {self.calls}"] = float(h.detach().sum())
+        self.sums += h.detach().sum(0).numpy()
         return self.head(h) + self.mean.mean() + 0.01 * self.calls
 
 
@@ -114,7 +124,10 @@ def collected(attach):
     )
     model = told[0]
     digest = traces.digest(model.mean, model.total, *model.parameters())
-    counted = (model.calls, model.norms, model.seen, model.shapes, model.latest)
+    counted = (
+        model.calls, model.norms, model.seen, model.shapes, model.latest,
+        model.by_size, model.counts, model.order, model.sums.tolist(),
+    )  # fmt: skip
     return (digest, *counted), analysis
 
 
@@ -314,3 +327,23 @@ def test_measures_do_not_count_towards_what_torch_optimizes_of_scripted_code():
         sgd.step()
     assert seen[0] and len(seen) > 2 and not any(seen[1:])
     assert torch._C._get_graph_executor_optimize()
+
+
+def test_operations_of_measures_are_not_counted_in_the_scripts():
+    def counted(attach):
+        torch.manual_seed(0)
+        model = Collects()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        with contextlib.ExitStack() as stack:
+            analysis = (
+                stack.enter_context(tdi.attach_analysis(model, log_dir=False, every=1))
+                if attach else None
+            )  # fmt: skip
+            counter = stack.enter_context(FlopCounterMode(display=False))
+            loss_of(model).backward()
+            sgd.step()
+        return counter.get_total_flops(), analysis
+
+    (expected, _), (seen, analysis) = counted(False), counted(True)
+    assert seen == expected > 0
+    traces.assert_measured(analysis, {"drop"})

@@ -3,12 +3,13 @@
 Semantics:
 
 * The analysis runs the model again. What a module counts or collects in plain
-  attributes is given back afterwards; a list, dict, set, tensor or random generator
-  with its contents.
+  attributes is given back afterwards; a list, dict (ordered, of defaults or counts
+  too), set, tensor, array of NumPy's or random generator with its contents.
 * A hook that looks on (counts calls, collects activations), of a module or of all, is
   not called in such passes. One that acts (returns something, writes on tensors or on
   the module) belongs to the model and is. The script's own pass at a step that measures
   tells which is which; torch's own hooks act.
+* Modes at dispatch level around the step (counters of operations, logs) are set aside.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
@@ -24,7 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
+from torch.utils import _python_dispatch
 
+# A private name; with a torch that lacks it, such modes see the measures too.
+_NO_MODES: Final[Callable[[], Any]] = getattr(
+    _python_dispatch, "_disable_current_modes", contextlib.nullcontext
+)
+# Torch's own that look on: whoever counts operations asks them where it is.
+_TRACKERS: Final = ("module_tracker", "mod_tracker")
 _OF_TORCH: Final = frozenset(vars(nn.Module()))
 _HOOKS: Final = (
     "_forward_hooks",
@@ -95,6 +103,11 @@ def _rewrite(x: Tensor, was: Tensor) -> None:
         x.copy_(was)
 
 
+def _rewrite_array(x: np.ndarray, was: np.ndarray) -> None:
+    if x.flags.writeable:
+        x[...] = was
+
+
 def _resume(x: np.random.Generator, was: Any) -> None:
     x.bit_generator.state = was
 
@@ -107,7 +120,9 @@ _STATE: Final[dict[type, Callable[[Any], Any]]] = {
 }
 _RESTORE: Final[dict[type, Callable[[Any, Any], None]]] = {
     **dict.fromkeys((list, dict, set, deque), _refill),
+    **dict.fromkeys((OrderedDict, defaultdict, Counter), _refill),
     Tensor: _rewrite,
+    np.ndarray: _rewrite_array,
     torch.Generator: lambda x, was: x.set_state(was),
     random.Random: random.Random.setstate,
     np.random.RandomState: np.random.RandomState.set_state,
@@ -153,7 +168,7 @@ class Bystanders:
         """
         still = self._looking - self._acting
         kept = [(hooks, dict(hooks)) for hooks in _hook_dicts(model)] if still else []
-        with unmoved_attributes(model), _unprofiled(model):
+        with unmoved_attributes(model), _unprofiled(model), _NO_MODES():
             try:
                 for hooks, _ in kept:
                     for key in still.intersection(hooks):
@@ -219,7 +234,8 @@ def _hook_dicts(model: nn.Module) -> Iterator[dict[int, Callable[..., Any]]]:
 
 def _of_torch(hook: Any) -> bool:
     place = getattr(hook, "__module__", None) or type(hook).__module__
-    return place.split(".")[0] in ("torch", "torch_dropout_ir")
+    own = place.split(".")[0] in ("torch", "torch_dropout_ir")
+    return own and not place.endswith(_TRACKERS)
 
 
 def _state(args: tuple[Any, ...]) -> list[Any]:
