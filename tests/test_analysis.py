@@ -418,6 +418,10 @@ def test_attaching_twice_and_wrong_arguments():
         assert anatomy(model) == before
     with pytest.raises(TypeError, match=r"nn\.Module"):
         tdi.attach_analysis(lambda x: x, log_dir=False)
+    for place in (123, True, b"runs"):
+        with pytest.raises(TypeError, match="expected `log_dir` to be a path"):
+            tdi.attach_analysis(model, log_dir=place, convert=True)
+        assert anatomy(model) == before
     with tdi.attach_analysis(model, log_dir=False):
         with pytest.raises(RuntimeError, match="already"):
             tdi.attach_analysis(model, log_dir=False)

@@ -3,7 +3,9 @@
 import copy
 import itertools
 import pickle
+from collections import Counter, OrderedDict, defaultdict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -94,6 +96,8 @@ class Collects(nn.Module):
         )
         self.calls, self.mean, self.total = 0, torch.zeros(6), torch.zeros(6)
         self.norms, self.seen, self.shapes = [], {}, set()
+        self.by_size, self.counts = defaultdict(list), Counter()
+        self.order, self.sums = OrderedDict(), np.zeros(6)
 
     def forward(self, x):
         h = self.drop(self.layer(x))
@@ -104,6 +108,10 @@ class Collects(nn.Module):
         self.seen[self.calls] = float(h.detach().sum())
         self.shapes.add((self.calls, *h.shape))
         self.latest = self.calls
+        self.by_size[len(h)].append(self.calls)
+        self.counts.update(["all", "odd"] if self.calls % 2 else ["all"])
+        self.order[f"call {self.calls}"] = float(h.detach().sum())
+        self.sums += h.detach().sum(0).numpy()
         return self.head(h) + self.mean.mean() + 0.01 * self.calls
 
 
@@ -114,7 +122,10 @@ def collected(attach):
     )
     model = told[0]
     digest = traces.digest(model.mean, model.total, *model.parameters())
-    counted = (model.calls, model.norms, model.seen, model.shapes, model.latest)
+    counted = (
+        model.calls, model.norms, model.seen, model.shapes, model.latest,
+        model.by_size, model.counts, model.order, model.sums.tolist(),
+    )  # fmt: skip
     return (digest, *counted), analysis
 
 

@@ -3,8 +3,8 @@
 Semantics:
 
 * The analysis runs the model again. What a module counts or collects in plain
-  attributes is given back afterwards; a list, dict, set, tensor or random generator
-  with its contents.
+  attributes is given back afterwards; a list, dict (ordered, of defaults or counts
+  too), set, tensor, array of NumPy's or random generator with its contents.
 * A hook that looks on (counts calls, collects activations), of a module or of all, is
   not called in such passes. One that acts (returns something, writes on tensors or on
   the module) belongs to the model and is. The script's own pass at a step that measures
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
@@ -95,6 +95,11 @@ def _rewrite(x: Tensor, was: Tensor) -> None:
         x.copy_(was)
 
 
+def _rewrite_array(x: np.ndarray, was: np.ndarray) -> None:
+    if x.flags.writeable:
+        x[...] = was
+
+
 def _resume(x: np.random.Generator, was: Any) -> None:
     x.bit_generator.state = was
 
@@ -107,7 +112,9 @@ _STATE: Final[dict[type, Callable[[Any], Any]]] = {
 }
 _RESTORE: Final[dict[type, Callable[[Any, Any], None]]] = {
     **dict.fromkeys((list, dict, set, deque), _refill),
+    **dict.fromkeys((OrderedDict, defaultdict, Counter), _refill),
     Tensor: _rewrite,
+    np.ndarray: _rewrite_array,
     torch.Generator: lambda x, was: x.set_state(was),
     random.Random: random.Random.setstate,
     np.random.RandomState: np.random.RandomState.set_state,

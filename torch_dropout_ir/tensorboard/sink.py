@@ -44,6 +44,7 @@ class TensorBoardSink:
         log_dir: The directory written to.
 
     Raises:
+        TypeError: If ``log_dir`` is no path.
         OSError: If the directory cannot be written.
     """
 
@@ -53,6 +54,12 @@ class TensorBoardSink:
         *,
         max_bytes: int = MAX_BYTES,
     ) -> None:
+        if not (log_dir is None or isinstance(log_dir, (str, os.PathLike))):
+            raise TypeError(
+                "attach_analysis: expected `log_dir` to be a path, None (for "
+                "`runs/<time>_<host>`) or False (for no files), got "
+                f"{type(log_dir).__name__}"
+            )
         path = None if log_dir is None else os.fspath(log_dir)
         try:
             self._writer = SummaryWriter(log_dir=path, flush_secs=5)
