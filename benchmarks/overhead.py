@@ -29,6 +29,7 @@ A run in pieces, one table and one picture of all of them:
 
     python benchmarks/overhead.py --models gpt --parts off costs --rows rows.json
     python benchmarks/overhead.py --models gpt --parts auto --rows rows.json
+    python benchmarks/overhead.py --models gpt --parts memory --rows rows.json
     python benchmarks/overhead.py --models --rows rows.json --png overhead.png
 """
 
@@ -49,6 +50,9 @@ from overhead_time import (
     off_cadence,
 )
 
+from torch_dropout_ir.analysis.measures import default_measures
+
+MEASURES = (*(m.name for m in default_measures()), "all")
 PARTS = ("off", "costs", "auto", "memory")
 
 
@@ -65,7 +69,9 @@ def row(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
     if "auto" in parts:
         found["auto"] = automatic(name, seconds)
     if "memory" in parts:
-        found["memory"] = {o: memory(name, o) for o in chosen.optimizers}
+        found["memory"] = {
+            o: memory(name, o, chosen.measures) for o in chosen.optimizers
+        }
     return found
 
 
@@ -77,6 +83,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS,
                         default=["sgd"], help="of the peaks")  # fmt: skip
+    parser.add_argument("--measures", nargs="*", choices=MEASURES, default=MEASURES,
+                        help="whose peaks")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall",
                         help="cpu: on a busy machine")  # fmt: skip

@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,19 +43,19 @@ def resident(what: str) -> int:
     return next(int(x.split()[1]) for x in lines if x.startswith(what))
 
 
-def memory(name: str, optimizer: str) -> dict[str, float]:
-    """Return peak memory over that of a bare script: by measure, and of all."""
+def memory(name: str, optimizer: str, wanted: Sequence[str]) -> dict[str, float]:
+    """Return peak memory over that of a bare script, by measure or of ``"all"``."""
     context = multiprocessing.get_context("spawn")
     kept = {name: os.environ.get(name) for name in MALLOC}
     os.environ.update(MALLOC)
     names = [m.name for m in default_measures()]
     peaks = {}
-    for measures in (None, *([n] for n in names), names):
+    for key in (None, *(n for n in (*names, "all") if n in wanted)):
+        measures = names if key == "all" else key and [key]
         queue = context.Queue()
         given = (name, optimizer, measures, queue)
         process = context.Process(target=peak, args=given)
         process.start()
-        key = measures and ("all" if measures is names else measures[0])
         peaks[key] = queue.get()
         process.join()
     for key, value in kept.items():

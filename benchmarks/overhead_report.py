@@ -71,7 +71,10 @@ def joined(rows: list[dict], path: Path) -> list[dict]:
     for r in rows:
         old = known.setdefault(r["model"], {})
         both = {k: old.get(k, []) + r.get(k, []) for k in ("bare", "extra")}
-        both["memory"] = old.get("memory", {}) | r.get("memory", {})
+        peaks = old.get("memory", {}), r.get("memory", {})
+        both["memory"] = {
+            o: peaks[0].get(o, {}) | peaks[1].get(o, {}) for o in peaks[0] | peaks[1]
+        }
         old |= r | {k: x for k, x in both.items() if x}
     whole = [known[name] for name in MODELS if name in known]
     path.write_text(json.dumps(whole, indent=1))
