@@ -28,7 +28,7 @@ from torch_dropout_ir.regularizers.outputs import (
 )
 from torch_dropout_ir.regularizers.root_forms import RootForms
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
-from torch_dropout_ir.regularizers.site_forms import Form, assemble, join
+from torch_dropout_ir.regularizers.site_forms import LINEAR, Form, assemble, join
 from torch_dropout_ir.sites import unobservable
 
 # A backward pass that may be repeated holds under twice what a training step does.
@@ -232,8 +232,7 @@ def _known(
 ) -> _Known:
     notes = noise_left_out(model, clean.noisy, bool(clean.uses))
     if not check_curvature(read):
-        said = "the loss is linear in the outputs: this form is 0; use `second_order`"
-        notes = (*notes, said)
+        notes = (*notes, LINEAR)
     exact = is_exact(model, clean, loss, num_samples)
     like = read.tensors[0].detach().new_zeros(())
     return _Known(clean.names, num_samples, exact, like, notes)

@@ -113,7 +113,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
         TypeError: If the outputs hold no floating-point tensor, or are several where
             the loss takes one.
     """
-    if isinstance(outputs, Tensor):
+    if isinstance(outputs, Tensor) and not outputs.is_complex():
         return OutputsRead(
             [outputs],
             lambda x: loss(x[0], targets),
@@ -163,7 +163,8 @@ def without_graph(outputs: Any) -> Any:
 def flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """Return the leaves of what a model returned, and the function that puts them back.
 
-    A dataclass that torch does not know is taken by its fields.
+    A dataclass that torch does not know is taken by its fields, a complex tensor as
+    pairs of real numbers.
     """
     known = not _pytree.tree_is_leaf(outputs) or isinstance(outputs, type)
     if dataclasses.is_dataclass(outputs) and not known:
@@ -178,7 +179,21 @@ def flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 
         return leaves, rebuild
     leaves, structure = _pytree.tree_flatten(outputs)
-    return leaves, lambda filled: _pytree.tree_unflatten(filled, structure)
+    pairs = {
+        i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_complex()
+    }
+
+    def put_together(filled: list[Any]) -> Any:
+        whole = [
+            torch.view_as_complex(x) if i in pairs else x for i, x in enumerate(filled)
+        ]
+        return _pytree.tree_unflatten(whole, structure)
+
+    real = [
+        torch.view_as_real(x.resolve_conj()) if i in pairs else x
+        for i, x in enumerate(leaves)
+    ]
+    return real, put_together
 
 
 def _curved(
