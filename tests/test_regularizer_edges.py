@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.attention.bias import causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
-from torch_dropout_ir.analysis.measures import received_r2
+from torch_dropout_ir import attach_analysis
+from torch_dropout_ir.analysis.measures import Regularizer, received_r2
 from torch_dropout_ir.functional import Inputs, at_sites, call, fresh
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
@@ -893,6 +894,16 @@ def test_complex_outputs_are_read_as_pairs_of_real_ones(form, alone):
     assert found.value.item() == pytest.approx(truth(net, batch, loss), rel=1e-9)
 
 
+def test_a_loss_of_complex_outputs_is_followed():
+    net, x = Spectrum(True), torch.randn(5, 3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    with attach_analysis(net, log_dir=False, measures=[Regularizer()]) as analysis:
+        loss = net(x).abs().square().mean()
+        loss.backward()
+        optimizer.step()
+    assert analysis.latest["loss/R_S"] > 0 and "regularizer/R1" in analysis.latest
+
+
 class WithLoss(nn.Module):
     """A model that returns its loss, as those of Hugging Face do."""
 
@@ -927,3 +938,12 @@ def test_a_modified_loss_says_which_site_it_does_not_depend_on(r1):
     batch = torch.randn(5, 3), torch.randn(5, 2)
     with pytest.warns(UserWarning, match="site `drop`: 0"):
         modified_loss(Cut(), batch, "mse", kind="L1", r1=r1)
+
+
+@pytest.mark.filterwarnings("ignore:size_average")
+def test_reductions_of_old_are_the_losss_own():
+    net, (x, y) = last_dropped()
+    net, batch = net.double(), (x.double(), y.double())
+    loss = functools.partial(F.mse_loss, size_average=False)
+    found = gauss_newton(net, batch, loss, num_samples=None)
+    assert found.value.item() == pytest.approx(truth(net, batch, loss), rel=1e-9)

@@ -25,7 +25,7 @@ from torch_dropout_ir.regularizers.penalty import gradient_penalty, twice_differ
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import LINEAR, not_reached, total
 from torch_dropout_ir.regularizers.trained_roots import ROOTED, drawn_form
-from torch_dropout_ir.sites import Site, find_sites
+from torch_dropout_ir.sites import Site, find_sites, uncompiled
 from torch_dropout_ir.tracing import checkpointed
 
 Kind: TypeAlias = Literal["L1", "L2", "L3", "L4", "regu"]
@@ -148,7 +148,7 @@ def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:
             "modified_loss: expected autograd to be on, got torch.no_grad or inference "
             "mode: the loss is there to be differentiated"
         )
-    if not model.training:
+    if not uncompiled(model).training:
         raise ValueError(
             "modified_loss: expected a model in training mode, got one in evaluation "
             "mode, whose dropout is off. Call `model.train()` first."
@@ -196,7 +196,8 @@ def _with_r1(model: nn.Module, batch: Batch, loss: Loss, kind: str, r1: str) -> 
             move_buffers=kind == "L1",
             outlives=True,
         ) as passed:
-            for said in noise_left_out(model, passed.noisy, met=True):
+            met = bool(passed.uses) or bool(find_sites(model))  # else p = 0
+            for said in noise_left_out(model, passed.noisy, met):
                 warnings.warn(f"modified_loss: R_1: {said}", stacklevel=3)
             clean = loss(passed.outputs, batch[1])
             excess = _r1(passed, batch[1], loss, r1)

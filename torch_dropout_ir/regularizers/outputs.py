@@ -121,7 +121,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
             targets=targets,
         )
     loss.check_outputs(outputs)
-    leaves, rebuild = flatten(outputs)
+    leaves, rebuild = real_leaves(outputs)
     places = [
         i
         for i, x in enumerate(leaves)
@@ -163,8 +163,7 @@ def without_graph(outputs: Any) -> Any:
 def flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """Return the leaves of what a model returned, and the function that puts them back.
 
-    A dataclass that torch does not know is taken by its fields, a complex tensor as
-    pairs of real numbers.
+    A dataclass that torch does not know is taken by its fields.
     """
     known = not _pytree.tree_is_leaf(outputs) or isinstance(outputs, type)
     if dataclasses.is_dataclass(outputs) and not known:
@@ -179,20 +178,20 @@ def flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 
         return leaves, rebuild
     leaves, structure = _pytree.tree_flatten(outputs)
-    pairs = {
-        i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_complex()
-    }
+    return leaves, lambda filled: _pytree.tree_unflatten(filled, structure)
+
+
+def real_leaves(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Return what :func:`flatten` does, complex tensors as pairs of real numbers."""
+    leaves, rebuild = flatten(outputs)
+    pairs = [isinstance(x, Tensor) and x.is_complex() for x in leaves]
 
     def put_together(filled: list[Any]) -> Any:
-        whole = [
-            torch.view_as_complex(x) if i in pairs else x for i, x in enumerate(filled)
-        ]
-        return _pytree.tree_unflatten(whole, structure)
+        both = zip(filled, pairs, strict=True)
+        return rebuild([torch.view_as_complex(x) if pair else x for x, pair in both])
 
-    real = [
-        torch.view_as_real(x.resolve_conj()) if i in pairs else x
-        for i, x in enumerate(leaves)
-    ]
+    both = zip(leaves, pairs, strict=True)
+    real = [torch.view_as_real(x.resolve_conj()) if pair else x for x, pair in both]
     return real, put_together
 
 
