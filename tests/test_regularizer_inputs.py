@@ -96,3 +96,80 @@ def test_a_modified_loss_without_dropout_says_so():
     with pytest.warns(UserWarning, match="no dropout site acted"):
         modified_loss(nn.Linear(3, 2), (torch.ones(5, 3), torch.ones(5, 2)), "mse",
                       kind="L1")  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order])
+def test_a_loss_with_noise_of_its_own_is_refused(form):
+    net, batch = last_dropped()
+    noisy = lambda f, t: nn.functional.dropout(f - t, 0.5).square().mean()  # noqa: E731
+    with pytest.raises(ValueError, match="draws no random numbers"):
+        form(net, batch, noisy)
+
+
+def test_a_gradient_of_a_loss_that_is_none():
+    """A mean over no target is NaN, and its derivative is 0."""
+    net, (x, _) = last_dropped()
+    with pytest.raises(ValueError, match="gradient_norm: expected a finite"):
+        gradient_norm(net, (x, torch.full((5,), -100)), "cross_entropy", lr=0.1)
+
+
+class Mapped(nn.Module):
+    """A site inside `vmap`."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = last_dropped()[0]
+
+    def forward(self, x):
+        return torch.func.vmap(self.net, randomness="different")(x)
+
+
+def test_sites_inside_a_transform():
+    plain, (x, y) = last_dropped()
+    batch = x.double(), y.double()
+    expected = gauss_newton(plain.double(), batch, "mse", num_samples=None).value
+    mapped = Mapped().double()
+    found = monte_carlo(mapped, batch, "mse", num_masks=400)
+    assert (found.value - expected).abs() < 5 * found.standard_error
+    for form in (gauss_newton, second_order):
+        with pytest.raises(RuntimeError, match=r"net\.2.*torch\.func"):
+            form(mapped, batch, "mse")
+
+
+def test_an_average_over_masks_tells_of_other_noise():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = last_dropped()[0]
+
+        def forward(self, x):
+            return self.net(x) + torch.rand(2)
+
+    _, batch = last_dropped()
+    found = monte_carlo(Noisy(), batch, "mse", num_masks=4)
+    assert any("besides its sites" in note for note in found.notes)
+
+
+class Forces(nn.Module):
+    """The derivative of an energy, through a site behind the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Dropout(0.2), nn.Dropout(0.3)
+        self.weight = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x) @ self.weight)
+        energy = self.second(h).square().sum()
+        return torch.autograd.grad(energy, h, create_graph=True)[0]
+
+
+def test_a_model_that_differentiates_is_named():
+    """An added zero would not be there in its derivatives, and R_1 be another."""
+    batch = torch.randn(5, 3), torch.randn(5, 3)
+    for form in (gauss_newton, second_order):
+        with pytest.raises(RuntimeError, match="differentiates in its forward pass"):
+            form(Forces(), batch, "mse")
+    for r1 in ("gauss_newton", "second_order"):
+        with pytest.raises(RuntimeError, match="differentiates in its forward pass"):
+            modified_loss(Forces(), batch, "mse", kind="L1", r1=r1)

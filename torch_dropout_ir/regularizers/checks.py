@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch, Inputs
 from torch_dropout_ir.sites import Site, named_modules, uncompiled, unobservable
+from torch_dropout_ir.tracing import random_state
 
 
 def check_count(function: str, name: str, value: Any, least: int) -> None:
@@ -110,10 +111,18 @@ def check_risk(
         inputs: Its inputs.
 
     Raises:
-        ValueError: If the loss is NaN or infinite.
-    """  # noqa: DOC502 (`check_finite` raises)
+        ValueError: If the loss is NaN or infinite, or draws random numbers.
+    """
+    before = random_state(model)
     with torch.no_grad():
         check_finite(name, value().detach(), model, inputs)
+    pairs = zip(before, random_state(model), strict=True)
+    if not all(torch.equal(a, b) for a, b in pairs):
+        raise ValueError(
+            f"{name}: expected a loss that draws no random numbers, got one that does: "
+            "it is another at each call. Put what is in it into evaluation mode, or "
+            "use `monte_carlo`"
+        )
 
 
 def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> None:

@@ -69,7 +69,7 @@ class ExcessRisk:
             self._clean = clean_risk(model, batch, loss)
         states = zip(before, random_state(model), strict=True)
         # Other noise than dropout's is drawn afresh for each mask, on both sides.
-        self._noisy = not all(torch.equal(a, b) for a, b in states)
+        self.noisy = not all(torch.equal(a, b) for a, b in states)
         if slopes is None:
             risk = functools.partial(_risk, loss, batch[1])
             with clean_pass(model, batch[0], reduce=risk) as clean:
@@ -99,7 +99,7 @@ class ExcessRisk:
             with masked as risk:
                 value = risk
             clean = self._clean
-            if self._noisy:
+            if self.noisy:
                 clean = clean_risk(self._model, self._batch, self._loss)
             self._excess.append((value - clean).double())
             self._linear.append(linear)
