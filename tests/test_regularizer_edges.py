@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.attention.bias import causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
-from torch_dropout_ir.analysis.measures import received_r2
+from torch_dropout_ir import attach_analysis
+from torch_dropout_ir.analysis.measures import Regularizer, received_r2
 from torch_dropout_ir.functional import Inputs, at_sites, call, fresh
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
@@ -860,3 +861,89 @@ def test_that_float16_loses_small_parts_is_said(form):
     assert form(net.bfloat16(), (x.bfloat16(), y.bfloat16()), loss).value > 0
     lost = form(net.half(), (x.half(), y.half()), loss)
     assert any("float16" in note for note in lost.notes)
+
+
+class Spectrum(nn.Module):
+    """Complex outputs, alone or beside real ones."""
+
+    def __init__(self, alone):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3))
+        self.last = nn.Linear(4, 2)
+        self.alone = alone
+
+    def forward(self, x):
+        h = self.net(x)
+        waves = torch.fft.fft(h).conj()
+        return waves if self.alone else {"y": self.last(h), "waves": waves}
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("form", [gauss_newton, second_order])
+def test_complex_outputs_are_read_as_pairs_of_real_ones(form, alone):
+    torch.manual_seed(0)
+    net = Spectrum(alone).double()
+    batch = torch.randn(2, 3).double(), torch.randn(2, 2).double()
+
+    def loss(f, t):
+        waves = f if alone else f["waves"]
+        real = waves.real[:, :2] if alone else f["y"]
+        return waves.abs().square().mean() + F.mse_loss(real, t)
+
+    found = form(net, batch, loss, num_samples=None)
+    assert found.value.item() == pytest.approx(truth(net, batch, loss), rel=1e-9)
+
+
+def test_a_loss_of_complex_outputs_is_followed():
+    net, x = Spectrum(True), torch.randn(5, 3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    with attach_analysis(net, log_dir=False, measures=[Regularizer()]) as analysis:
+        loss = net(x).abs().square().mean()
+        loss.backward()
+        optimizer.step()
+    assert analysis.latest["loss/R_S"] > 0 and "regularizer/R1" in analysis.latest
+
+
+class WithLoss(nn.Module):
+    """A model that returns its loss, as those of Hugging Face do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 2))
+
+    def forward(self, x, y):
+        return {"loss": F.mse_loss(self.net(x), y)}
+
+
+def test_a_form_that_is_zero_for_a_linear_loss_says_only_that():
+    batch = (torch.randn(5, 3), torch.randn(5, 2)), None
+    of_outputs = lambda outputs, _: outputs["loss"]  # noqa: E731
+    found = gauss_newton(WithLoss(), batch, of_outputs, num_samples=None)
+    assert len(found.notes) == 1 and "linear" in found.notes[0]
+    with pytest.warns(UserWarning, match="linear in the outputs"):
+        modified_loss(WithLoss(), batch, of_outputs, kind="L1", r1="gauss_newton")
+
+
+@pytest.mark.parametrize("r1", ["gauss_newton", "second_order"])
+def test_a_modified_loss_says_which_site_it_does_not_depend_on(r1):
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.3)
+            self.last = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(x) * self.drop(x[:, :2]).detach()
+
+    batch = torch.randn(5, 3), torch.randn(5, 2)
+    with pytest.warns(UserWarning, match="site `drop`: 0"):
+        modified_loss(Cut(), batch, "mse", kind="L1", r1=r1)
+
+
+@pytest.mark.filterwarnings("ignore:size_average")
+def test_reductions_of_old_are_the_losss_own():
+    net, (x, y) = last_dropped()
+    net, batch = net.double(), (x.double(), y.double())
+    loss = functools.partial(F.mse_loss, size_average=False)
+    found = gauss_newton(net, batch, loss, num_samples=None)
+    assert found.value.item() == pytest.approx(truth(net, batch, loss), rel=1e-9)

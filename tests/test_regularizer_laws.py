@@ -359,10 +359,39 @@ def test_a_site_that_drops_everything_has_no_linear_part():
 def test_monte_carlo_stops_on_its_error():
     net, batch = softmax_net(0.1)
     found = monte_carlo(net, batch, "cross_entropy", num_masks=4000, rtol=0.1)
-    assert found.converged and 8 <= found.num_samples < 4000
+    assert found.converged and 24 <= found.num_samples < 4000
     assert found.standard_error <= 0.1 * found.value
     short = monte_carlo(net, batch, "cross_entropy", num_masks=11, rtol=1e-6)
     assert not short.converged and short.num_samples == 11
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_where_it_stops_does_not_move_the_mean(skewed, monkeypatch):
+    """Draws of a known mean in the place of the losses: it is 0.08 too large else."""
+    from torch_dropout_ir.regularizers.excess import ExcessRisk
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(self, count):
+        x = torch.empty(count, dtype=torch.float64)
+        x.exponential_(generator=generator) if skewed else x.normal_(
+            1, 1.2, generator=generator
+        )
+        self._excess += list(x)
+        self._linear += list(torch.zeros_like(x))
+
+    monkeypatch.setattr(ExcessRisk, "draw", draw)
+    net, batch = softmax_net(0.1)
+    form = functools.partial(
+        monte_carlo, net, batch, "cross_entropy", num_masks=1000, rtol=0.2
+    )
+    found = [form() for _ in range(800)]
+    assert all(x.converged and x.standard_error <= 0.2 * x.value.abs() for x in found)
+    values = torch.stack([x.value for x in found]).double()
+    spread = float(values.std())
+    assert abs(float(values.mean()) - 1) < 4 * spread / 800**0.5
+    claimed = torch.stack([x.standard_error for x in found]).square().mean().sqrt()
+    assert 0.85 < float(claimed) / spread < 1.15
 
 
 def test_p_of_one_and_repeated_sites():
@@ -429,7 +458,8 @@ def test_a_closed_form_holds_a_block_and_computes_it_once(loss, form, monkeypatc
     """No tensor of samples by units by outputs; nothing twice without a gradient."""
     monkeypatch.delattr(by_rows, "checkpoint")
     h, w = torch.randn(300, 500), torch.randn(60, 500)
-    f, y = h @ w.T, torch.randint(60, (300,))
+    f = h @ w.T
+    y = f.roll(1, 0) if loss == "mse" else torch.randint(60, (300,))
     with Largest() as largest:
         form(h, w, 0.3, loss=loss, outputs=f, targets=y)
     assert largest.bytes <= 2**20

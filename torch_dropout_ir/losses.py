@@ -210,6 +210,9 @@ def _option(loss: Any, name: str, default: Any) -> Any:
 def _kind(loss: Any) -> Kind:
     weighted = _option(loss, "weight", None) is not None
     if isinstance(loss, functools.partial) and not loss.args:
+        given = (loss.keywords.get(name) for name in ("size_average", "reduce"))
+        if any(x is not None for x in given):  # reductions as torch 0.4 had them
+            return "general"
         loss = loss.func
     if loss is F.mse_loss and weighted:
         return "elementwise"

@@ -39,6 +39,7 @@ class ModuleCalls(TorchFunctionMode):
     Attributes:
         again: Whether something ran that may be computed again in a backward pass.
         absent: Whether it is on no stack, and sees no call.
+        differentiates: Whether a module took derivatives in its forward pass.
     """
 
     trains = False
@@ -53,6 +54,7 @@ class ModuleCalls(TorchFunctionMode):
         self._undo: list[Callable[[], None]] = []
         self._on = False
         self.again = False
+        self.differentiates = False
 
     def __enter__(self) -> Self:
         if self.absent:
@@ -113,6 +115,7 @@ class ModuleCalls(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in _BACKWARD:
+            self.differentiates = self.differentiates or bool(self._running)
             # What is computed again in it is computed with the mode on.
             with on_again(self):
                 return _inside(func, self)(*args, **(kwargs or {}))

@@ -196,9 +196,18 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the model inside a wrapper of :func:`torch.compile`, or the model."""
+    """Return the model inside a wrapper of :func:`torch.compile`, or the model.
+
+    Raises:
+        TypeError: If it is no module.
+    """
     inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
+    found = inner if isinstance(inner, nn.Module) else model
+    if not isinstance(found, nn.Module):
+        raise TypeError(
+            f"expected a model that is an nn.Module, got {type(model).__name__}"
+        )
+    return found
 
 
 def is_noise(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch, Inputs
-from torch_dropout_ir.sites import Site, named_modules, unobservable
+from torch_dropout_ir.sites import Site, named_modules, uncompiled, unobservable
+from torch_dropout_ir.tracing import random_state
+
+
+def check_count(function: str, name: str, value: Any, least: int) -> None:
+    """Raise if a number of draws is none.
+
+    Args:
+        function: The function that takes it.
+        name: Its argument.
+        value: What was given.
+        least: The smallest that makes sense.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is below ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"{function}: expected `{name}` to be an integer, got {value!r}"
+        )
+    if value < least:
+        raise ValueError(f"{function}: expected `{name}` >= {least}, got {value}")
 
 
 def as_pair(batch: Any) -> Batch:
@@ -43,7 +66,7 @@ def check_batch(model: nn.Module, inputs: Any) -> None:
             "expected autograd to be at hand, got torch.inference_mode, whose tensors "
             "have no derivatives. Leave it, or use torch.no_grad."
         )
-    arguments = Inputs.of(inputs)
+    model, arguments = uncompiled(model), Inputs.of(inputs)
     tensors = [
         x
         for x in (*arguments.args, *arguments.kwargs.values())
@@ -88,10 +111,18 @@ def check_risk(
         inputs: Its inputs.
 
     Raises:
-        ValueError: If the loss is NaN or infinite.
-    """  # noqa: DOC502 (`check_finite` raises)
+        ValueError: If the loss is NaN or infinite, or draws random numbers.
+    """
+    before = random_state(model)
     with torch.no_grad():
         check_finite(name, value().detach(), model, inputs)
+    pairs = zip(before, random_state(model), strict=True)
+    if not all(torch.equal(a, b) for a, b in pairs):
+        raise ValueError(
+            f"{name}: expected a loss that draws no random numbers, got one that does: "
+            "it is another at each call. Put what is in it into evaluation mode, or "
+            "use `monte_carlo`"
+        )
 
 
 def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> None:

@@ -36,8 +36,9 @@ class CleanPass:
         last_layer: The linear layer that makes the outputs, where the only source of
             noise is one site that feeds it directly; else None.
         noisy: Whether it drew random numbers, or other noise was switched off in it.
-        unreachable: Names of sites that ran without autograd (``torch.no_grad`` or
-            reentrant checkpointing): derivatives cannot reach them.
+        unreachable: Names of sites that derivatives cannot reach: they ran without
+            autograd (``torch.no_grad`` or reentrant checkpointing), in a transform of
+            ``torch.func``, or in a model that takes derivatives of its own.
     """
 
     outputs: Any
@@ -194,8 +195,9 @@ class CleanPass:
         if self.unreachable:
             raise RuntimeError(
                 f"{name}: derivatives cannot reach the sites {list(self.unreachable)}, "
-                "which run under torch.no_grad or reentrant checkpointing. Use "
-                "`monte_carlo`, or checkpoint with use_reentrant=False."
+                "which run under torch.no_grad, reentrant checkpointing or "
+                "torch.func, or in a model that differentiates in its forward pass. "
+                "Use `monte_carlo`, or checkpoint with use_reentrant=False."
             )
 
 
@@ -255,6 +257,8 @@ def clean_pass(
         noisy = bool(calls.silenced)
         noisy = noisy or (not calls.absent and not _alike(before, random_state(model)))
         uses = seen.uses()
+        if calls.differentiates:  # to its inputs a zero that is added is a constant
+            seen.unreachable += [site.name for site, _, _ in uses]
         alone = find_last and len(uses) == 1 and not unobservable(model) and not noisy
         last = seen.maker(outputs) if alone else None
         seen.close()

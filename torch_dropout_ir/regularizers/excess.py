@@ -69,7 +69,7 @@ class ExcessRisk:
             self._clean = clean_risk(model, batch, loss)
         states = zip(before, random_state(model), strict=True)
         # Other noise than dropout's is drawn afresh for each mask, on both sides.
-        self._noisy = not all(torch.equal(a, b) for a, b in states)
+        self.noisy = not all(torch.equal(a, b) for a, b in states)
         if slopes is None:
             risk = functools.partial(_risk, loss, batch[1])
             with clean_pass(model, batch[0], reduce=risk) as clean:
@@ -99,7 +99,7 @@ class ExcessRisk:
             with masked as risk:
                 value = risk
             clean = self._clean
-            if self._noisy:
+            if self.noisy:
                 clean = clean_risk(self._model, self._batch, self._loss)
             self._excess.append((value - clean).double())
             self._linear.append(linear)
@@ -124,9 +124,14 @@ class ExcessRisk:
         """Whether the masks differ often enough to tell how far the mean is off."""
         return self._minority is None or self._minority >= _FEWEST_FOR_AN_ERROR
 
+    @property
+    def can_fit(self) -> bool:
+        """Whether the masks differ often enough to fit the linear part to them."""
+        return self._minority is not None and self._minority >= _FEWEST_FOR_A_FIT
+
     def _has_linear_parts(self, linear: Tensor) -> bool:
         """Whether there is enough to fit to."""
-        if self._minority is None or self._minority < _FEWEST_FOR_A_FIT:
+        if not self.can_fit:
             return False
         return len(linear) > 4 and bool(linear.any()) and bool(linear.isfinite().all())
 
@@ -148,6 +153,22 @@ class ExcessRisk:
         if not self.knows_its_error:
             error = torch.full_like(error, float("nan"))
         return draws.mean().to(self._clean), error.to(self._clean)
+
+    def stopping_bias(self) -> Tensor:
+        r"""Return the bias of the mean where the draws stop at a relative error, 0-d.
+
+        Where ``K`` is the number of draws at which :math:`s^2 / K = r^2 m^2`, Wald's
+        identity :math:`E[K (m - \mu)] = 0` makes the bias of ``m`` that of :math:`-
+        \mathrm{Cov}(\log K, m)`, and :math:`\log K` moves as :math:`\log s^2 - 2 \log
+        m`: :math:`2 s^2 / (K m) - \mu_3 / (K s^2)`, to second order in ``r``.
+        """
+        draws = self.corrected()
+        mean, variance = draws.mean(), draws.var(correction=0)
+        if not bool(mean) or not bool(variance):
+            return torch.zeros_like(self._clean)
+        third = (draws - mean).pow(3).mean()
+        bias = (2 * variance / mean - third / variance) / len(draws)
+        return bias.to(self._clean)
 
 
 def _linear_part(slope: Tensor, packed: Tensor, p: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
+    check_count,
     check_finite,
     check_risk,
     noise_left_out,
@@ -28,7 +29,7 @@ from torch_dropout_ir.regularizers.outputs import (
 )
 from torch_dropout_ir.regularizers.root_forms import RootForms
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
-from torch_dropout_ir.regularizers.site_forms import Form, assemble, join
+from torch_dropout_ir.regularizers.site_forms import LINEAR, Form, assemble, join
 from torch_dropout_ir.sites import unobservable
 
 # A backward pass that may be repeated holds under twice what a training step does.
@@ -107,10 +108,8 @@ def gauss_newton(
         >>> round(gauss_newton(net, (x, y), "mse", num_samples=None).value.item(), 4)
         3.0
     """  # noqa: DOC502 (a site's `p` is checked by `Site.variance`)
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(
-            f"gauss_newton: expected `num_samples` >= 1 or None, got {num_samples}"
-        )
+    if num_samples is not None:
+        check_count("gauss_newton", "num_samples", num_samples, 1)
     resolved, batch = resolve_loss(loss), as_pair(batch)
     seen = _first_pass(model, batch, resolved, num_samples)
     draws, coupled = seen.draws, seen.coupled
@@ -232,8 +231,7 @@ def _known(
 ) -> _Known:
     notes = noise_left_out(model, clean.noisy, bool(clean.uses))
     if not check_curvature(read):
-        said = "the loss is linear in the outputs: this form is 0; use `second_order`"
-        notes = (*notes, said)
+        notes = (*notes, LINEAR)
     exact = is_exact(model, clean, loss, num_samples)
     like = read.tensors[0].detach().new_zeros(())
     return _Known(clean.names, num_samples, exact, like, notes)

@@ -13,6 +13,7 @@ from torch_dropout_ir.functional import as_batches, parameters
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
+    check_count,
     check_finite,
     noise_left_out,
 )
@@ -82,8 +83,10 @@ def gradient_norm(
     too; that of the masks is of the first of a pair. Steps count alike, whatever the
     sizes of their batches.
 
-    Near ``p = 1``, where next to no unit is kept at both masks of a pair, the draws do
-    not show how far the mean is off, and neither do the errors.
+    Noise that is not that of sites is switched off where its kind is known, and is in
+    all of it where it is not. Near ``p = 1``, where next to no unit is kept at both
+    masks of a pair, the draws do not show how far the mean is off, and neither do the
+    errors.
 
     Costs a forward and a backward pass a mask and batch. Memory: beside a pass, whose
     gradients go one by one as they come, one gradient. Of two masks on one batch, those
@@ -107,8 +110,10 @@ def gradient_norm(
         The parts with standard errors over the pairs.
 
     Raises:
+        TypeError: If ``num_masks`` is no integer, or ``lr`` no number.
         ValueError: If ``num_masks`` is odd or below 2, ``lr`` lacks a parameter, the
-            number of batches is odd, a batch is empty, or a gradient is not finite.
+            number of batches is odd, a batch is empty, or a loss or gradient is not
+            finite.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, eq. (5); Barrett & Dherin,
@@ -120,10 +125,11 @@ def gradient_norm(
         >>> batch = torch.ones(8, 3), torch.zeros(8, 1)
         >>> r2 = gradient_norm(net, batch, "mse", lr=0.1, num_masks=4)
         >>> torch.testing.assert_close(r2.value, r2.mean_gradient + r2.dropout_noise)
-    """
-    if num_masks < 2 or num_masks % 2:
+    """  # noqa: DOC502 (raised by the checks)
+    check_count("gradient_norm", "num_masks", num_masks, 2)
+    if num_masks % 2:
         raise ValueError(
-            f"gradient_norm: expected an even `num_masks` >= 2, got {num_masks}"
+            f"gradient_norm: expected an even `num_masks`, got {num_masks}"
         )
     rates = learning_rates(lr, list(parameters(model)))
     norms = GradientPairs(model, resolve_loss(loss), rates, shared_mask)
@@ -141,7 +147,9 @@ def gradient_norm(
             f"{len(batches)}: the squared mean gradient comes from pairs"
         )
     table = torch.stack(rows)
-    check_finite("gradient_norm", table.sum(), model, batches[0][0])
+    # A loss that is not finite can have a gradient that is, or is 0.
+    finite = table.sum() + 0 * torch.as_tensor(norms.risk).to(table)
+    check_finite("gradient_norm", finite, model, batches[0][0])
     mean = table.mean(0)
     error = table.std(0) / len(rows) ** 0.5 if len(rows) > 1 else mean * float("nan")
     names = ("value", "mean_gradient", "dropout_noise", "batch_noise")
@@ -157,6 +165,7 @@ def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[fl
     """Return the learning rate of each parameter.
 
     Raises:
+        TypeError: If one is no number.
         ValueError: If a mapping lacks one, or one is negative or not finite.
     """
     rates = lr if isinstance(lr, Mapping) else dict.fromkeys(names, lr)
@@ -166,6 +175,12 @@ def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[fl
             f"expected a learning rate `lr` for every parameter, got none for {missing}"
         )
     found = [rates[name] for name in names]
+    odd = [rate for rate in found if not isinstance(rate, (int, float, Tensor))]
+    if odd:
+        raise TypeError(
+            "expected a learning rate `lr`: a number, or one for each parameter's "
+            f"name, got {odd[0]!r}"
+        )
     wrong = [rate for rate in found if not 0 <= rate < float("inf")]
     if wrong:
         raise ValueError(f"expected a finite learning rate `lr` >= 0, got {wrong[0]}")

@@ -37,6 +37,7 @@ class GradientPairs:
         self._targets = list(parameters(model).values())
         self._shared_mask = shared_mask
         self.met = False  # whether a site acted
+        self.risk: Tensor | float = 0.0  # the sum of all losses
 
     def _watch(self, *_: object) -> None:
         self.met = True
@@ -63,6 +64,7 @@ class GradientPairs:
         )
         with arrivals(self._targets, take), torch.enable_grad(), parts, masked as value:
             check_differentiable("gradient_norm", value)
+            self.risk = self.risk + value.detach()
             parts.settle(value)
             torch.autograd.grad(value, self._targets, allow_unused=True)
 

@@ -72,9 +72,10 @@ def last_layer(
         Scalar with the dtype and device of ``features``.
 
     Raises:
+        TypeError: If ``features`` or ``weight`` is no real tensor.
         ValueError: If ``p`` is outside ``[0, 1)``, shapes disagree, ``outputs`` is
             missing for a loss that needs it, or the loss couples rows or has no second
-            derivative.
+            derivative, or there is no sample.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, eq. (4) and Lemma 1.
@@ -84,17 +85,14 @@ def last_layer(
         >>> h, w = torch.ones(4, 3), torch.ones(2, 3)
         >>> last_layer(h, w, p=0.5, loss=half_squared_error).item()
         3.0
-    """
+    """  # noqa: DOC502 (`check_layer` raises)
     resolved = resolve_loss(loss)
-    if features.shape[-1:] != weight.shape[1:]:
-        raise ValueError(
-            "last_layer: expected `features` [..., D] and `weight` [C, D], got "
-            f"{list(features.shape)} and {list(weight.shape)}"
-        )
+    check_layer("last_layer", features, weight, outputs)
     variance = noise_variance(p)
     rows = features.reshape(-1, features.shape[-1])
     if resolved.kind == "squared":
         shape = torch.Size((*features.shape[:-1], weight.shape[0]))
+        _check_targets(shape, targets)
         form = squared_scale(resolved, shape, targets) * _squared_form(rows, weight)
         return variance / 2 * form
     if outputs is None:
@@ -114,6 +112,52 @@ def last_layer(
         return variance / 2 * _diagonal_form(rows, weight, diagonal)
     check_rows(read)
     return variance / 2 * _general_form(rows, weight, outputs, product)
+
+
+def check_layer(
+    name: str, features: Tensor, weight: Tensor, outputs: Tensor | None
+) -> None:
+    """Raise if a layer's features, weight and outputs are none, or do not fit.
+
+    Raises:
+        TypeError: If one is no real tensor.
+        ValueError: If their shapes disagree, or there is no sample.
+    """
+    given = {"features": features, "weight": weight, "outputs": outputs}
+    for argument, x in given.items():
+        real = isinstance(x, Tensor) and x.is_floating_point()
+        if not real and (argument != "outputs" or x is not None):
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f"{name}: expected `{argument}` to be a real floating-point tensor, "
+                f"got {got}"
+            )
+    fit = features.ndim > 0 and weight.ndim == 2
+    fit = fit and features.shape[-1] == weight.shape[1]
+    if outputs is not None:
+        fit = fit and outputs.shape == (*features.shape[:-1], weight.shape[0])
+    if not fit:
+        shapes = ", ".join(
+            f"{list(x.shape)}" for x in given.values() if isinstance(x, Tensor)
+        )
+        raise ValueError(
+            f"{name}: expected `features` [..., D], `weight` [C, D] and `outputs` "
+            f"[..., C], if any, got {shapes}"
+        )
+    if not features.shape[:-1].numel():
+        raise ValueError(f"{name}: expected at least one sample, got none")
+
+
+def _check_targets(shape: torch.Size, targets: Any) -> None:
+    """Raise if outputs of a shape and the targets of a squared loss do not fit."""
+    if isinstance(targets, Tensor) and targets.shape != shape:
+        try:
+            torch.broadcast_shapes(shape, targets.shape)
+        except RuntimeError as err:
+            raise ValueError(
+                f"expected `targets` of the shape of the outputs, {list(shape)}, got "
+                f"{list(targets.shape)}"
+            ) from err
 
 
 def check_rows(read: OutputsRead) -> None:

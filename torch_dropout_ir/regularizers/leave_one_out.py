@@ -14,6 +14,7 @@ from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.by_rows import sum_by_rows
 from torch_dropout_ir.regularizers.last_layer import (
     ROWS_MEET,
+    check_layer,
     check_rows,
     last_layer,
     softmax_and_scale,
@@ -65,8 +66,9 @@ def leave_one_out(
         Scalar with the dtype and device of ``features``.
 
     Raises:
-        ValueError: If ``p`` is outside ``[0, 1)``, shapes disagree, or the loss couples
-            rows.
+        TypeError: If ``features``, ``weight`` or ``outputs`` is no real tensor.
+        ValueError: If ``p`` is outside ``[0, 1)``, shapes disagree, there is no sample,
+            or the loss couples rows.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, Lemma 1, for squared losses;
@@ -78,18 +80,12 @@ def leave_one_out(
         >>> y = torch.zeros(4, 2)
         >>> leave_one_out(h, w, 0.5, outputs=h @ w.T, targets=y, loss="mse").item()
         3.0
-    """
+    """  # noqa: DOC502 (`check_layer` raises)
     resolved = resolve_loss(loss)
-    expected = (*features.shape[:-1], weight.shape[0])
-    if features.shape[-1:] != weight.shape[1:] or tuple(outputs.shape) != expected:
-        raise ValueError(
-            "leave_one_out: expected `features` [..., D], `weight` [C, D] and `outputs`"
-            f" [..., C], got {list(features.shape)}, {list(weight.shape)} and "
-            f"{list(outputs.shape)}"
-        )
+    check_layer("leave_one_out", features, weight, outputs)
     variance = noise_variance(p)
     if resolved.kind == "squared":
-        return last_layer(features, weight, p, loss=resolved)
+        return last_layer(features, weight, p, loss=resolved, targets=targets)
     resolved = resolved.at(outputs.reshape(-1, outputs.shape[-1]))
     if resolved.kind == "cross_entropy":
         return variance * _softmax_form(resolved, features, weight, outputs, targets)

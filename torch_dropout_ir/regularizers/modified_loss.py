@@ -23,9 +23,9 @@ from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
 from torch_dropout_ir.regularizers.penalty import gradient_penalty, twice_differentiable
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
-from torch_dropout_ir.regularizers.site_forms import total
+from torch_dropout_ir.regularizers.site_forms import LINEAR, not_reached, total
 from torch_dropout_ir.regularizers.trained_roots import ROOTED, drawn_form
-from torch_dropout_ir.sites import Site, find_sites
+from torch_dropout_ir.sites import Site, find_sites, uncompiled
 from torch_dropout_ir.tracing import checkpointed
 
 Kind: TypeAlias = Literal["L1", "L2", "L3", "L4", "regu"]
@@ -148,7 +148,7 @@ def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:
             "modified_loss: expected autograd to be on, got torch.no_grad or inference "
             "mode: the loss is there to be differentiated"
         )
-    if not model.training:
+    if not uncompiled(model).training:
         raise ValueError(
             "modified_loss: expected a model in training mode, got one in evaluation "
             "mode, whose dropout is off. Call `model.train()` first."
@@ -196,7 +196,8 @@ def _with_r1(model: nn.Module, batch: Batch, loss: Loss, kind: str, r1: str) -> 
             move_buffers=kind == "L1",
             outlives=True,
         ) as passed:
-            for said in noise_left_out(model, passed.noisy, met=True):
+            met = bool(passed.uses) or bool(find_sites(model))  # else p = 0
+            for said in noise_left_out(model, passed.noisy, met):
                 warnings.warn(f"modified_loss: R_1: {said}", stacklevel=3)
             clean = loss(passed.outputs, batch[1])
             excess = _r1(passed, batch[1], loss, r1)
@@ -211,17 +212,26 @@ def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
     if not clean.uses:  # p = 0 everywhere
         return torch.zeros(())
     if r1 in ("gauss_newton", "second_order"):
-        read = read_outputs(clean.outputs, loss, targets)
-        check_curvature(read)
-        rooted = read.loss is not None and read.loss.kind in ROOTED
-        if r1 == "gauss_newton" and rooted:
-            return total(drawn_form(clean, read, targets), read.tensors[0])
+        return _sampled_form(clean, targets, loss, r1)
+    form = last_layer if r1 == "last_layer" else leave_one_out
+    return last_layer_form(clean, targets, loss, form)
+
+
+def _sampled_form(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
+    """Return one draw of a second-order form; warn where it is 0 for want of one."""
+    read = read_outputs(clean.outputs, loss, targets)
+    linear = not check_curvature(read) and r1 == "gauss_newton"
+    if r1 == "gauss_newton" and read.loss is not None and read.loss.kind in ROOTED:
+        forms = drawn_form(clean, read, targets)
+    else:
         curvature = SiteCurvature(
             clean, read, linearized=r1 == "gauss_newton", create_graph=True
         )
-        return total(curvature.sampled(), read.tensors[0])
-    form = last_layer if r1 == "last_layer" else leave_one_out
-    return last_layer_form(clean, targets, loss, form)
+        forms = curvature.sampled()
+    said = [LINEAR] if linear else not_reached(clean.names, forms)
+    for note in said:
+        warnings.warn(f"modified_loss: R_1: {note}", stacklevel=5)
+    return total(forms, read.tensors[0])
 
 
 def last_layer_form(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.regularizers.outputs import OutputsRead, flatten
+from torch_dropout_ir.regularizers.outputs import OutputsRead, real_leaves
 
 
 def rows_of_samples(samples: Tensor, each: int) -> Tensor:
@@ -40,7 +40,7 @@ def replace_rows(
     Returns:
         Its tensors are those of ``outputs``; the other rows are as in ``read``.
     """
-    leaves, _ = flatten(outputs)
+    leaves, _ = real_leaves(outputs)
     tensors = [leaves[i] for i in read.places]
     alone = _loss_of_rows(read, rows_of_samples(samples, len(read.tensors[0]) // count))
     if alone is not None:

@@ -113,7 +113,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
         TypeError: If the outputs hold no floating-point tensor, or are several where
             the loss takes one.
     """
-    if isinstance(outputs, Tensor):
+    if isinstance(outputs, Tensor) and not outputs.is_complex():
         return OutputsRead(
             [outputs],
             lambda x: loss(x[0], targets),
@@ -121,7 +121,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
             targets=targets,
         )
     loss.check_outputs(outputs)
-    leaves, rebuild = flatten(outputs)
+    leaves, rebuild = real_leaves(outputs)
     places = [
         i
         for i, x in enumerate(leaves)
@@ -179,6 +179,20 @@ def flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
         return leaves, rebuild
     leaves, structure = _pytree.tree_flatten(outputs)
     return leaves, lambda filled: _pytree.tree_unflatten(filled, structure)
+
+
+def real_leaves(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Return what :func:`flatten` does, complex tensors as pairs of real numbers."""
+    leaves, rebuild = flatten(outputs)
+    pairs = [isinstance(x, Tensor) and x.is_complex() for x in leaves]
+
+    def put_together(filled: list[Any]) -> Any:
+        both = zip(filled, pairs, strict=True)
+        return rebuild([torch.view_as_complex(x) if pair else x for x, pair in both])
+
+    both = zip(leaves, pairs, strict=True)
+    real = [torch.view_as_real(x.resolve_conj()) if pair else x for x, pair in both]
+    return real, put_together
 
 
 def _curved(

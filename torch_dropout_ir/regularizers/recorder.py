@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch_dropout_ir.regularizers.checks import check_site
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.tracing import checkpointed
+from torch_dropout_ir.tracing import checkpointed, mapped
 
 Use = tuple[Site, Tensor, Tensor]
 
@@ -46,7 +46,7 @@ class Recorder:
 
     def _perturb(self, site: Site, h: Tensor) -> Tensor:
         check_site(site, h)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or mapped(h):
             self.unreachable.append(site.name)
         first = self._open and not self.passed
         if first and self._first is not None:

@@ -13,6 +13,7 @@ from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
+    check_count,
     check_finite,
     check_risk,
     noise_left_out,
@@ -110,10 +111,8 @@ def second_order(
         >>> round(second_order(net, (x, y), "mse", num_samples=None).value.item(), 4)
         3.0
     """  # noqa: DOC502 (raised by what is called)
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(
-            f"second_order: expected `num_samples` >= 1 or None, got {num_samples}"
-        )
+    if num_samples is not None:
+        check_count("second_order", "num_samples", num_samples, 1)
     resolved, batch = resolve_loss(loss), as_pair(batch)
     seen = _first_pass(model, batch, resolved, num_samples)
     draws, notes, coupled = seen.draws, seen.notes, seen.coupled

@@ -71,7 +71,14 @@ class SiteCurvature:
         if not self._linearized:
             return _gradients(self._slopes, self._clean.deltas, vectors, graph)
         pushed = _gradients(self._slopes, self._roots, vectors, graph)
-        curved = _gradients(self._loss_slopes, self._at, pushed, graph)
+        curved = [
+            torch.zeros_like(x) if c is None else c  # the loss is linear in it
+            for c, x in zip(
+                _gradients(self._loss_slopes, self._at, pushed, graph),
+                self._at,
+                strict=True,
+            )
+        ]
         return _gradients(self._tensors, self._clean.deltas, curved, graph)
 
     def draws(self, num_samples: int | None, coupled: bool) -> list[list[Form]]:

@@ -13,6 +13,7 @@ from torch_dropout_ir.sites import Site
 
 Form = tuple[str, Tensor]
 _NAN: Final = float("nan")
+LINEAR: Final = "the loss is linear in the outputs: this form is 0; use `second_order`"
 
 
 def by_row(site: Site, form: Tensor) -> Form:
@@ -66,6 +67,17 @@ def join(
     ]
 
 
+def not_reached(uses: Sequence[str], forms: Sequence[Form]) -> tuple[str, ...]:
+    """Return what is to be said of sites that no derivative has come to."""
+    reached = {name for name, _ in forms}
+    return tuple(
+        f"site `{name}`: 0, for the loss does not depend on it (or the model cuts its "
+        "graph, which `monte_carlo` tells)"
+        for name in dict.fromkeys(uses)
+        if name not in reached
+    )
+
+
 def assemble(
     uses: Sequence[str],
     draws: Sequence[Sequence[Form]],
@@ -89,13 +101,7 @@ def assemble(
     """
     names = dict.fromkeys(uses)
     per_site = {name: _mean(draws, like, name) for name in names}
-    reached = {name for draw in draws for name, _ in draw}
-    notes = tuple(
-        f"site `{name}`: 0, for the loss does not depend on it (or the model cuts its "
-        "graph, which `monte_carlo` tells)"
-        for name in names
-        if name not in reached
-    )
+    notes = not_reached(uses, [form for draw in draws for form in draw])
     if like.dtype == torch.float16:
         notes = (*notes, "in float16 parts below 6e-8 vanish: use float32 or bfloat16")
     value = like.new_zeros(()) if len(names) != 1 else per_site[uses[0]].clone()

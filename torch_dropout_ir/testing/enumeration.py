@@ -36,11 +36,18 @@ def enumerate_masks(
         A BoolTensor, True where kept, and ``(1 - p)^kept p^dropped``; masks of
         probability 0 are left out.
 
+    Raises:
+        ValueError: If ``p`` or ``shape`` is none.
+
     Example:
         >>> [(mask.tolist(), chance) for mask, chance in enumerate_masks(1, 0.25)]
         [([False], 0.25), ([True], 0.75)]
     """
+    if not 0 <= p <= 1:
+        raise ValueError(f"enumerate_masks: expected `p` in [0, 1], got {p}")
     size = torch.Size([shape] if isinstance(shape, int) else shape)
+    if any(n < 0 for n in size):
+        raise ValueError(f"enumerate_masks: expected a shape, got {list(size)}")
     choices = [bit for bit, chance in ((False, p), (True, 1 - p)) if chance > 0]
     for bits in itertools.product(choices, repeat=size.numel()):
         kept = sum(bits)
@@ -128,6 +135,8 @@ def _uses(
     """Return each use of a site with the shape of the mask to enumerate."""
     look = coupled is None
     with clean_pass(model, batch[0]) as clean:
+        with torch.no_grad():
+            loss(clean.outputs, batch[1])  # raises, where it is none
         if coupled is None:
             read = read_outputs(clean.outputs, loss, batch[1])
             coupled = (

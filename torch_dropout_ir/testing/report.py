@@ -23,6 +23,7 @@ from torch_dropout_ir.regularizers import (
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_batch,
+    check_count,
     check_finite,
     noise_left_out,
 )
@@ -79,8 +80,8 @@ def check_regularizer(
 
     Raises:
         TypeError: If ``batch`` is no pair.
-        ValueError: If ``num_samples`` or ``num_masks`` is below 2, the batch is empty,
-            or the loss is not finite.
+        ValueError: If ``num_samples`` or ``num_masks`` is below 2, ``rtol`` is
+            negative, the batch is empty, or the loss is not finite.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, Lemma 1.
@@ -94,11 +95,9 @@ def check_regularizer(
         True
     """  # noqa: DOC502 (the checks raise too)
     for name, count in (("num_samples", num_samples), ("num_masks", num_masks)):
-        if count < 2:
-            raise ValueError(
-                f"check_regularizer: expected `{name}` >= 2, got {count}: one draw has "
-                "no standard error"
-            )
+        check_count("check_regularizer", name, count, 2)  # one has no standard error
+    if not rtol >= 0:
+        raise ValueError(f"check_regularizer: expected `rtol` >= 0, got {rtol}")
     resolved, batch = resolve_loss(loss), as_pair(batch)
     check_batch(model, batch[0])
     with preserved_rng(model, seed):

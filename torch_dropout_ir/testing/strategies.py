@@ -35,7 +35,15 @@ def drop_probabilities(
 
     Returns:
         A strategy of floats.
+
+    Raises:
+        ValueError: If they are out of order, or not in ``[0, 1)``.
     """
+    if not 0 <= min_value <= max_value < 1:
+        raise ValueError(
+            "drop_probabilities: expected 0 <= `min_value` <= `max_value` < 1, got "
+            f"{min_value} and {max_value}"
+        )
     found: SearchStrategy[float] = _strategies().floats(min_value, max_value)
     return found
 
