@@ -162,7 +162,7 @@ def test_rehearsal_pays_and_is_counted(worth):
     before = op.num_matvecs
     found = sharpness.top_eigenvalues(op, max_matvecs=16)
     rehearsed = found.num_matvecs - (op.num_matvecs - before)
-    assert 2 <= rehearsed <= 4  # at most 14 products of a quarter, and a forward pass
+    assert 2 <= rehearsed <= 5  # 28 products of an eighth, 3 of a quarter, a pass
     errors = []
     for seed in range(5):
         torch.manual_seed(seed)
