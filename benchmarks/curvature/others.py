@@ -5,6 +5,7 @@ Each is a model, a loss, a batch and the masks of its dropout.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +72,7 @@ def clouds(n: int, *shape: int) -> tuple[Tensor, Tensor]:
 def perceptron(*widths: int, p: float = 0.0, act: type = nn.ReLU) -> nn.Module:
     """Linear layers with activations and dropout between."""
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), act(), nn.Dropout(p)]
     return nn.Sequential(*layers[:-2])
 
