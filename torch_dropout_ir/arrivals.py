@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
@@ -115,3 +116,8 @@ def graph_nodes(starts: Iterable[Any]) -> Iterator[Any]:
         new = {n for n, _ in node.next_functions if n is not None} - seen
         seen |= new
         left.extend(new)
+
+
+def taken(node: Any) -> int:
+    """Return how many numbers a node takes in a backward pass; 0 if not known."""
+    return sum(math.prod(x.shape) for x in getattr(node, "_input_metadata", ()))

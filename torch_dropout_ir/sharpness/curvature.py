@@ -16,7 +16,7 @@ from torch_dropout_ir.vectors import Params, to_params, to_vector
 
 Vector = TypeVar("Vector", Tensor, Params)
 
-_THINNED_FROM: Final = 4096
+_WORTH: Final = 2**20  # of a product's work: less is not worth a rehearsal
 
 
 class CurvatureOperator:
@@ -41,8 +41,10 @@ class CurvatureOperator:
         self._block_bytes = block_bytes
         self._cached: Linearized | None = None
         self._checked = False
+        self._work = 0  # of a product, where there is one batch
         if surface.single is not None:
             self._cached = self._linearize(surface.single, 0, surface.seeds[0])
+            self._work = self._cached.work
             self._check_used(set(self._cached.used))
 
     def _linearize(self, batch: Batch, place: int, seed: int | None) -> Linearized:
@@ -186,13 +188,15 @@ class CurvatureOperator:
             The operator and its share of the samples; None where a product is cheap, or
             the samples cannot be told apart.
         """
-        few = self.surface.thinned() if self.shape[0] >= _THINNED_FROM else None
+        few = self.surface.thinned() if self._work >= _WORTH else None
         if few is None:
             return None
         try:
-            return CurvatureOperator(self.kind, few[0], self._block_bytes), few[1]
+            op = CurvatureOperator(self.kind, few[0], self._block_bytes)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return None  # a model that takes no other number of samples
+        op._work = self._work  # what it is few of
+        return op, few[1]
 
     @property
     def shape(self) -> tuple[int, int]:

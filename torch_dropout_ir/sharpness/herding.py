@@ -14,8 +14,9 @@ One at a time, each where the distance is least, then exchanged one by one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,24 +102,29 @@ def herded(features: Tensor, places: Tensor, count: int) -> Tensor:
     for piece in features.split(_POOL):
         wanted += (1 + pool @ piece.T).square().sum(1)
     wanted /= len(features)
-    taken = torch.zeros(len(pool), dtype=torch.bool)
-    total = torch.zeros_like(wanted)  # of the kernel with what is taken
+    return places[torch.tensor(_nearest(kernel.numpy(), wanted.numpy(), count))]
+
+
+def _nearest(kernel: Any, wanted: Any, count: int) -> list[int]:
+    """Rows of the kernel whose mean is nearest to what is wanted."""
+    # In NumPy: on so few numbers an operation of torch's is mostly its call.
+    taken = np.zeros_like(wanted)  # infinite where it is
+    own, total = kernel.diagonal(), np.zeros_like(wanted)
     chosen: list[int] = []
 
     def nearest(size: int) -> int:
         """What brings the mean of so many closest to that of all."""
-        distance = 2 * (total - size * wanted) + kernel.diagonal()
-        return int(distance.masked_fill(taken, float("inf")).argmin())
+        return int((2 * (total - size * wanted) + own + taken).argmin())
+
+    def move(place: int, sign: int) -> None:
+        taken[place] = np.inf if sign > 0 else 0.0
+        total[:] += sign * kernel[place]
 
     for size in range(1, count + 1):
         chosen.append(nearest(size))
-        taken[chosen[-1]] = True
-        total += kernel[chosen[-1]]
+        move(chosen[-1], 1)
     for turn in range(_EXCHANGES * count):
-        old = chosen[turn % count]
-        taken[old] = False
-        total -= kernel[old]
-        chosen[turn % count] = new = nearest(count)
-        taken[new] = True
-        total += kernel[new]
-    return places[torch.tensor(chosen)]
+        move(chosen[turn % count], -1)
+        chosen[turn % count] = nearest(count)
+        move(chosen[turn % count], 1)
+    return chosen

@@ -63,11 +63,22 @@ class Space:
     Every image is orthogonalized against all of the basis, so the projection is exact
     whatever vector comes next: the remainder of the last image (Lanczos), a restart's
     leading Ritz vectors, or a random vector that looks for what was missed.
+
+    Args:
+        op: The operator.
+        start: The first vector.
+        capacity: Vectors to hold.
+        k: Number of leading pairs.
+        span: Newest vectors that images are made orthogonal to; None: all. The three
+            of the recurrence do, in less time, until a pair has nearly converged.
     """
 
-    def __init__(self, op: Any, start: Tensor, capacity: int, k: int) -> None:
+    def __init__(
+        self, op: Any, start: Tensor, capacity: int, k: int, span: int | None = None
+    ) -> None:
         self.k = k
         self.spent = 0
+        self._span = capacity if span is None else span
         self._op = op
         dtype = working_dtype(start.dtype)
         self._rows = start.new_empty(capacity, start.numel(), dtype=dtype)
@@ -156,14 +167,15 @@ class Space:
         newest = self._rows[n - 1]
         image: Tensor = self._op @ newest.to(getattr(self._op, "dtype", newest.dtype))
         self.spent += 1
+        first = max(0, n - self._span)
         column, self._rest = orthogonalize(
-            image.detach().to(newest.dtype), self._rows[:n]
+            image.detach().to(newest.dtype), self._rows[first:n]
         )
         del image
         self._left = float(self._rest.norm())
         if not math.isfinite(self._left):  # as soon as one entry of the image is not
             raise ValueError(NOT_FINITE)
-        self._projected[n - 1, :n] = self._projected[:n, n - 1] = column
+        self._projected[n - 1, first:n] = self._projected[first:n, n - 1] = column
         self._solve()
 
     def _solve(self) -> None:

@@ -23,8 +23,8 @@ _NEAR: Final = 0.15  # residual of a start that is near an eigenvector, over the
 _LOOK: Final = 6  # products in a random direction, where several values are wanted
 _LOOK_WARM: Final = 4
 _MIXED: Final = 0.1  # share of a random direction in every start
-_REHEARSALS: Final = (14, 8)  # products with few samples at most, then with more
-_REHEARSED: Final = (0.05, 0.03)  # residuals that are enough of them, over the value
+_REHEARSALS: Final = (28, 3)  # products with few samples at most, then with more
+_REHEARSED: Final = (0.01, 0.01)  # residuals that are enough of them, over the value
 _GATHERING: Final = 0.35  # of a product: forward passes to choose samples, graphs
 _BASIS_BYTES: Final = 2**29
 
@@ -85,10 +85,10 @@ def top_eigenvalues(
     with less certainty about eigenvectors and eigenvalues close to each other.
 
     Without a ``start``, the operator of one large batch rehearses on an eighth of its
-    samples, then on a quarter, at most 14 and 8 times at the price of five products (in
-    time, up to ten). They are chosen to have the outputs, loss derivatives and products
-    of both that all have on average. The claim must then hold for two more products.
-    Memory: the basis of at most 32 vectors
+    samples, then on a quarter, at most 28 and 3 times, which count as their share of
+    the samples: five products at most (in time, up to ten). They are chosen to have the
+    outputs, loss derivatives and products of both that all have on average. The claim
+    must then hold for two more products. Memory: the basis of at most 32 vectors
     (``2 k + 8`` if that is more), within ``max_bytes`` as far as a restart allows: of
     ``2 k + 3`` at least.
 
@@ -136,8 +136,9 @@ def top_eigenvalues(
         else:
             search.load(state)
     else:
-        first, spent = _start(op, start, max_matvecs)
-        space = Space(op, first, _capacity(op, k, max_bytes), k)
+        room = _capacity(op, k, max_bytes)
+        first, spent = _start(op, start, max_matvecs, room)
+        space = Space(op, first, room, k)
         space.spent = spent
         space.extend()
         near = start is not None and space.within(_NEAR, space.residuals())
@@ -225,11 +226,11 @@ def _check(op: Any, k: int, tol: float, max_matvecs: int, stop: str) -> None:
 
 
 def _start(
-    op: Any, start: Tensor | Params | None, max_matvecs: int
+    op: Any, start: Tensor | Params | None, max_matvecs: int, room: int
 ) -> tuple[Tensor, int]:
     """Return the first vector, and the products that finding it has cost."""
     if start is None:
-        return _rehearsed(op, max_matvecs)
+        return _rehearsed(op, max_matvecs, room)
     vector = start if isinstance(start, Tensor) else to_vector(start)
     if vector.shape != (op.shape[0],) or not bool(vector.any()):
         raise ValueError(
@@ -246,7 +247,7 @@ def _mixed(op: Any, vector: Tensor) -> Tensor:
     return other.mul_(_MIXED * vector.norm() / other.norm()).add_(vector)
 
 
-def _rehearsed(op: Any, max_matvecs: int) -> tuple[Tensor, int]:
+def _rehearsed(op: Any, max_matvecs: int, room: int) -> tuple[Tensor, int]:
     """Return what an operator of few of the samples has for its first vector."""
     parts: list[tuple[Any, float]] = []
     while max_matvecs >= 8 and len(parts) < len(_REHEARSALS):
@@ -261,14 +262,14 @@ def _rehearsed(op: Any, max_matvecs: int) -> tuple[Tensor, int]:
     for (few, share), most, enough in zip(
         reversed(parts), _REHEARSALS, _REHEARSED, strict=False
     ):
-        vector, steps = _roughly(few, vector, most, enough)
+        vector, steps = _roughly(few, vector, min(most, room), enough)
         spent += share * steps
     return _mixed(op, vector), math.ceil(spent)
 
 
 def _roughly(op: Any, start: Tensor, most: int, tol: float) -> tuple[Tensor, int]:
     """Return the first eigenvector to within ``tol``, if so many products suffice."""
-    space = Space(op, start, most, 1)
+    space = Space(op, start, most, 1, span=2)
     space.extend()
     while space.spent < most and not space.within(tol, space.residuals()):
         space.advance()

@@ -23,6 +23,7 @@ from torch_dropout_ir.arrivals import (
     graph_nodes,
     last_nodes,
     parts_given,
+    taken,
 )
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.output_hessian import hessian_product
@@ -35,6 +36,7 @@ Pieces = Sequence[Tensor]
 Product = Callable[[Pieces, Receive | None], list[Tensor | None]]
 _WITHOUT: Final = ("derivative", "differentiable", "double backward", "not implemented")
 _OURS: Final = "torch_dropout_ir."
+_CALL: Final = 2**14  # numbers that are added or so in the time of a call
 _ONCE: Final = (
     "expected a model and a loss that can be differentiated twice, got an operation "
     "that cannot: {}. Put one in its place that can, or leave out the parameters below "
@@ -54,6 +56,7 @@ class Linearized:
         bytes_each: Memory that the intermediate results of one product take.
         bare: Whether products run nothing of the model's, in a graph of torch's and our
             own nodes alone, and so need not be made inside ``surface.held``.
+        work: Numbers that its nodes take, beyond what the call of each is worth.
     """
 
     like: list[Tensor]
@@ -61,6 +64,7 @@ class Linearized:
     product: Product
     bytes_each: int
     bare: bool
+    work: int
 
     def products(self, rows: Tensor, budget: int) -> Tensor:
         """Return the products with ``rows`` (``[K, P]``), as many at once as fit."""
@@ -150,9 +154,11 @@ def linearize(
         build = _hessian if kind == "hessian" else _ggn
         used, product, starts = build(surface, leaves, batch, place, seed, once)
     like = list(leaves.values())
-    bare = not surface.operations.hooked and not any(map(_foreign, graph_nodes(starts)))
-    own = sum(x.numel() * x.element_size() for x in like)
-    return Linearized(like, used, product, 2 * own + 4 * sum(sizes), bare)
+    nodes = list(graph_nodes(starts))
+    bare = not surface.operations.hooked and not any(map(_foreign, nodes))
+    own = 2 * sum(x.numel() * x.element_size() for x in like)
+    work = sum(max(0, taken(node) - _CALL) for node in nodes)
+    return Linearized(like, used, product, own + 4 * sum(sizes), bare, work)
 
 
 @contextlib.contextmanager

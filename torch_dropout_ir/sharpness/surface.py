@@ -47,7 +47,7 @@ from torch_dropout_ir.sharpness.subsets import Subset, chosen_parameters
 from torch_dropout_ir.substitution import call_with, substituted, unmoved_buffers
 from torch_dropout_ir.vectors import to_vector
 
-_FEW: Final = 64  # samples that are left at least where they are thinned
+_FEW: Final = 16  # samples that are left at least where they are thinned
 _STRIDE: Final = 2**31 + 11  # between the seeds of one pass's batches
 
 
@@ -126,7 +126,7 @@ class Surface:
         """Return the same at a quarter of the samples (then half), and their share.
 
         Returns:
-            None of less than 256, of several batches, or where none is apart.
+            None of less than 64, of several batches, or where none is apart.
         """
         batch, every = self.single, self._every
         size = 0 if batch is None else self._batches.samples(batch)
