@@ -9,12 +9,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from tests.live import Live
 from torch_dropout_ir import sharpness, vectors
 from torch_dropout_ir.sharpness import linearization
 
 CONVOLUTIONS = {
     "1d": (lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1), (2, 7)),
     "2d": (lambda: nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0)), (2, 5, 4)),
+    "wide": (lambda: nn.Conv2d(2, 13, (3, 2), (2, 1), (1, 0)), (2, 3, 3)),
     "3d": (lambda: nn.Conv3d(1, 2, 2), (1, 3, 2, 3)),
     "grouped": (lambda: nn.Conv2d(4, 4, 2, groups=2, dilation=2), (4, 4, 4)),
     "no bias": (lambda: nn.Conv2d(2, 3, 2, bias=False), (2, 3, 3)),
@@ -124,6 +126,30 @@ def test_no_derivative_is_computed_that_leads_nowhere():
     assert (counts.forward, counts.backward) == (3, [2, 3, 2])
 
 
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_products_add_to_a_sum(kind):
+    net, batch = around("wide")
+    op = getattr(sharpness, kind)(net, "cross_entropy", batch)
+    v, total = torch.randn(2, op.shape[0]).double()
+    found = total.clone()
+    op.add_product(v, found)
+    torch.testing.assert_close(found, total + op.dense() @ v)
+
+
+def test_weights_larger_than_their_patches_are_not_rearranged():
+    net = nn.Sequential(
+        nn.Conv2d(3, 200, 3, padding=1), nn.ReLU(True), nn.Conv2d(200, 200, 3, 2),
+        nn.Flatten(),
+    )  # fmt: skip
+    batch = torch.randn(4, 3, 4, 4), torch.randn(4, 200)
+    op = sharpness.hessian(net, "mse", batch)
+    v, total = torch.randn(2, op.shape[0])
+    with Counts() as counts, Live((v, total, *op.params.values())) as seen:
+        op.add_product(v, total)
+    assert counts.backward[1] == 0
+    assert 0 < seen.most < 200 * 200 * 9 * 4 / 2
+
+
 def test_relu_in_place_writes_on_its_input():
     class Written(nn.Sequential):
         def forward(self, x):
@@ -143,7 +169,8 @@ def test_relu_in_place_writes_on_its_input():
 
 def test_relu_makes_no_zeros():
     zeros_of_tanh = None
-    relus = (nn.ReLU(), torch.relu, lambda x: x.relu(), nn.ReLU(inplace=True))
+    relus = (nn.ReLU(), torch.relu, lambda x: x.relu())
+    relus += (nn.ReLU(inplace=True), torch.relu_, lambda x: x.relu_(), F.relu_)
     for layer in (torch.tanh, *relus):
         net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
         net[0].register_forward_hook(lambda *args, layer=layer: layer(args[2] + 0))
@@ -157,7 +184,7 @@ def test_relu_makes_no_zeros():
         if layer is torch.tanh:
             zeros_of_tanh = zeros  # the product's own: its result, gradients let go
             continue
-        assert getattr(layer, "inplace", False) or zeros == zeros_of_tanh
+        assert zeros == zeros_of_tanh
         assert counts.names.count("aten::threshold_backward") == 2
 
 

@@ -1,15 +1,7 @@
-r"""Second derivatives that cost what is asked of them: convolutions and ReLU.
+"""What is called in a forward pass takes second derivatives of our own.
 
-A convolution ``y = x * W + b`` is bilinear, so three of its kinds make up all of its
-derivatives: with ``g`` the derivative in ``y``,
-
-.. math:: \bar x = g \star W, \quad \bar W = g \star x, \qquad
-    \dot g = \dot x * W + x * \dot W + \dot b, \quad
-    \dot x' = g \star \dot W, \quad \dot W' = g \star \dot x
-
-Torch's own double backward also computes what leads nowhere, such as the derivative in
-the network's input, and takes the one in the weight by a convolution with roles
-exchanged, for which CPUs have no fast kernel. That of ReLU makes zeros and adds them.
+Those of convolutions and linear layers are in modules of their own. Torch's of ReLU
+makes zeros and adds them.
 """
 
 from __future__ import annotations
@@ -23,86 +15,26 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir import tracing
-from torch_dropout_ir.sharpness.linear import linear
-from torch_dropout_ir.weight_parts import Geometry, geometry_of
+from torch_dropout_ir.sharpness.convolution import convolution
+from torch_dropout_ir.sharpness.linear import leaf_of, linear
+from torch_dropout_ir.weight_parts import geometry_of
 
-_forward: Final = torch.ops.aten.convolution.default
-_backward: Final = torch.ops.aten.convolution_backward.default
 _mask: Final = torch.ops.aten.threshold_backward.default
-
-
-class _Convolution(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.bias = geometry, bias is not None
-        return _forward(x, weight, bias, *geometry)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        found = _Derivative.apply(g, x, weight, ctx.geometry, needed)
-        return *found, None
-
-
-class _Derivative(torch.autograd.Function):
-    """The derivatives in input, weight and bias, themselves to be differentiated."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        g: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        geometry: Geometry,
-        needed: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(g, x, weight)
-        ctx.geometry = geometry
-        ctx.set_materialize_grads(False)
-        return tuple(_backward(g, x, weight, [g.shape[1]], *geometry, [*needed]))
-
-    @staticmethod
-    def backward(
-        ctx: Any, x_dot: Tensor | None, weight_dot: Tensor | None, b_dot: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        g, x, weight = ctx.saved_tensors
-        in_g, in_x, in_weight = ctx.needs_input_grad[:3]
-        geometry = ctx.geometry
-        found: list[Tensor | None] = [None] * 5
-        if in_g:
-            terms = []
-            if weight_dot is not None:
-                terms.append(_forward(x, weight_dot, b_dot, *geometry))
-            elif b_dot is not None:
-                terms.append(b_dot.view(-1, *(1,) * (g.ndim - 2)).expand_as(g))
-            if x_dot is not None:
-                terms.append(_forward(x_dot, weight, None, *geometry))
-            found[0] = terms[0] + terms[1] if len(terms) > 1 else (terms or [None])[0]
-        if in_x and weight_dot is not None:
-            mask = [True, False, False]
-            found[1] = _backward(g, x, weight_dot, None, *geometry, mask)[0]
-        if in_weight and x_dot is not None:
-            mask = [False, True, False]
-            found[2] = _backward(g, x_dot, weight, None, *geometry, mask)[1]
-        return tuple(found)
 
 
 class _Relu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = torch.relu(x)
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        y = torch.relu_(x) if inplace else torch.relu(x)
+        if inplace:
+            ctx.mark_dirty(x)
         ctx.save_for_backward(y)
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        found: Tensor = _Masked.apply(g, y.detach())
-        return found
+        return _Masked.apply(g, y.detach()), None
 
 
 class _Masked(torch.autograd.Function):
@@ -145,7 +77,13 @@ def _ours(*tensors: Tensor) -> bool:
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor | None:
-    return None if inplace or not _ours(input) else _Relu.apply(input)
+    # Torch's own refuses what may not be written on, and knows views.
+    whole = not (inplace and (input.is_leaf or input._is_view()))
+    return _Relu.apply(input, inplace) if whole and _ours(input) else None
+
+
+def _relu_(input: Tensor) -> Tensor | None:
+    return _relu(input, True)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -194,11 +132,12 @@ def _convolved(
     if not _ours(x, weight) or x.ndim != weight.ndim:
         return None
     geometry = geometry_of(x.ndim - 2, sizes, groups, transposed)
-    return _Convolution.apply(x, weight, bias, geometry)
+    return convolution(x, weight, bias, geometry, leaf_of(weight))
 
 
 _OWN: Final[dict[Callable[..., Any], Callable[..., Tensor | None]]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
+    **dict.fromkeys((F.relu_, torch.relu_, Tensor.relu_), _relu_),
     F.linear: _linear,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _plain),
     **dict.fromkeys(

@@ -49,13 +49,30 @@ def added_into(
             _SUMS.pop(key, None)
 
 
-def _product(leaf: int, g: Tensor, x: Tensor) -> Tensor | None:
-    """``g' x``; None where it has been added to the sum of its leaf."""
+def product(leaf: int, g: Tensor, x: Tensor, shape: torch.Size) -> Tensor | None:
+    """Return ``g' x``, or None where it has been added to the sum of its leaf.
+
+    Args:
+        leaf: Identity of the leaf that it is a derivative in; 0 for none.
+        g: Rows of the derivative in what came out, ``[T, o]``.
+        x: Rows of what went in, ``[T, d]``.
+        shape: Shape of the leaf, of ``o d`` entries.
+    """
     found = _SUMS.get(leaf) if tracing.eager() else None
     if found is None or found[0].dtype != g.dtype:
-        return g.T @ x
-    found[0].addmm_(g.T, x, alpha=found[1])
+        return (g.T @ x).view(shape)
+    found[0].flatten(1).addmm_(g.T, x, alpha=found[1])
     return None
+
+
+def leaf_of(weight: Tensor) -> int:
+    """Return the identity of a leaf; 0 for other tensors, and in what runs again."""
+    return id(weight) if weight.is_leaf and not tracing.checkpointed() else 0
+
+
+def unread(weight: Tensor) -> Tensor:
+    """Stand for the gradient in a leaf: only where its derivatives start is wanted."""
+    return weight.new_zeros(()).expand(weight.shape)
 
 
 class _Linear(torch.autograd.Function):
@@ -75,7 +92,7 @@ class _Linear(torch.autograd.Function):
             return *_Derivative.apply(g, x, weight, ctx.leaf, needed), None
         return (
             g @ weight if needed[0] else None,
-            _product(ctx.leaf, g, x) if needed[1] else None,
+            product(ctx.leaf, g, x, weight.shape) if needed[1] else None,
             g.sum(0) if needed[2] else None,
             None,
         )
@@ -97,9 +114,8 @@ class _Derivative(torch.autograd.Function):
         ctx.leaf = leaf
         ctx.set_materialize_grads(False)
         in_weight = None
-        if needed[1]:  # in a leaf: only where its derivatives start is wanted
-            unread = weight.new_zeros(()).expand(weight.shape)
-            in_weight = unread if leaf else g.T @ x
+        if needed[1]:
+            in_weight = unread(weight) if leaf else g.T @ x
         in_x = g @ weight if needed[0] else None
         return in_x, in_weight, g.sum(0) if needed[2] else None
 
@@ -123,12 +139,12 @@ class _Derivative(torch.autograd.Function):
         if in_x and weight_dot is not None:
             found[1] = g @ weight_dot
         if in_weight and x_dot is not None:
-            found[2] = _product(ctx.leaf, g, x_dot)
+            found[2] = product(ctx.leaf, g, x_dot, weight.shape)
         return tuple(found)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x W' + b`` for ``x`` of two dimensions and more."""
-    leaf = id(weight) if weight.is_leaf else 0
-    found: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, leaf)
+    rows = x.reshape(-1, x.shape[-1])
+    found: Tensor = _Linear.apply(rows, weight, bias, leaf_of(weight))
     return found if x.ndim == 2 else found.view(*x.shape[:-1], len(weight))
