@@ -75,7 +75,7 @@ class Beside:
         """Keep a tensor; return where."""
         of = "constants" if x.requires_grad else "targets"
         kept: list[Tensor] = getattr(self, of)
-        kept.append(x)
+        kept.append(x.detach() if x.requires_grad else x)
         return At(of, len(kept) - 1)
 
     def __getitem__(self, at: At) -> Tensor:
