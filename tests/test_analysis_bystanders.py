@@ -1,5 +1,6 @@
 """Shared modules, hooks, attributes: what a script keeps is as it was."""
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import torch_dropout_ir as tdi
 from tests import traces
@@ -325,3 +327,23 @@ def test_measures_do_not_count_towards_what_torch_optimizes_of_scripted_code():
         sgd.step()
     assert seen[0] and len(seen) > 2 and not any(seen[1:])
     assert torch._C._get_graph_executor_optimize()
+
+
+def test_operations_of_measures_are_not_counted_in_the_scripts():
+    def counted(attach):
+        torch.manual_seed(0)
+        model = Collects()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        with contextlib.ExitStack() as stack:
+            analysis = (
+                stack.enter_context(tdi.attach_analysis(model, log_dir=False, every=1))
+                if attach else None
+            )  # fmt: skip
+            counter = stack.enter_context(FlopCounterMode(display=False))
+            loss_of(model).backward()
+            sgd.step()
+        return counter.get_total_flops(), analysis
+
+    (expected, _), (seen, analysis) = counted(False), counted(True)
+    assert seen == expected > 0
+    traces.assert_measured(analysis, {"drop"})

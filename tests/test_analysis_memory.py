@@ -119,6 +119,20 @@ def test_the_noise_of_masks_holds_the_gradient_of_no_linear_layer():
     assert all(x._backward_hooks is None and x.grad is None for x in net.parameters())
 
 
+def test_the_noise_of_masks_is_of_gradients_that_hooks_have_changed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(), nn.Linear(8, 3))
+    batch = torch.randn(5, 6), torch.randint(3, (5,))
+    found = []
+    for hooked in (False, True):
+        for x in model.parameters() if hooked else ():
+            x.register_hook(lambda g: 0.5 * g)
+        torch.manual_seed(1)
+        whole = tdi.regularizers.gradient_norm(model, batch, "cross_entropy", lr=0.1)
+        found.append(float(whole.dropout_noise))
+    assert found[1] == pytest.approx(found[0] / 4, rel=1e-5) and found[0] > 0
+
+
 def test_the_noise_of_masks_takes_sparse_gradients():
     net = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Dropout(), nn.Flatten())
     batch = torch.randint(9, (8, 2)), torch.randn(8, 8)

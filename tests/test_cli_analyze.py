@@ -47,6 +47,19 @@ def fails():
     raise KeyError("rows")
 
 
+def on_meta():
+    with torch.device("meta"):
+        return make()
+
+
+def leaves():
+    raise SystemExit(0)
+
+
+def weighted():
+    return [(torch.randn(6, 4).double(), torch.randn(6, 2).double(), torch.ones(6))]
+
+
 def asks(path):
     return path
 
@@ -176,10 +189,15 @@ def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
         (["--model", "unreadable:make"], "'unreadable:make' raised SyntaxError"),
         (["--data", "nets_of_test:number"], "expected a batch"),
         (["--data", "nets_of_test:fails"], "raised KeyError: 'rows' ("),
+        (["--data", "nets_of_test:leaves"], "raised SystemExit: 0 ("),
+        (["--data", "nets_of_test:weighted"], "got a tuple of 3. Make pairs"),
+        (["--model", "nets_of_test:on_meta"], "('0.weight' first)"),
+        (["--model", "own_arguments:make"], "'own_arguments:make' raised SystemExit"),
         (["--data", "nets_of_test:asks"], "--data: 'nets_of_test:asks' raised TypeE"),
         (["--loss", "l3"], "'mse'"),
         (["--batches", "0"], "at least 1"),
         (["--checkpoint", "other.pt"], "does not fit"),
+        (["--checkpoint", "."], "expected a file of weights, got the folder ."),
         (["--checkpoint", "list.pt"], "--key"),
         (["--checkpoint", "list.pt", "--key", "a.b"], "a.b"),
         (["--device", "cuda:77"], "--device: expected a device of this machine"),
@@ -192,18 +210,20 @@ def test_wrong_arguments_are_said(nets, capsys, arguments, said):
     torch.save({"x": torch.ones(2)}, "other.pt")
     torch.save([1, 2], "list.pt")
     Path("unreadable.py").write_text("def make(:")
+    Path("own_arguments.py").write_text("raise SystemExit('usage: train.py')")
     assert analyze(*arguments) == 2
     printed = capsys.readouterr()
     assert said in printed.err and not printed.out
 
 
 def test_what_could_not_be_measured_is_said_and_the_status_tells(nets, capsys):
-    with pytest.warns(UserWarning, match="shapes cannot be multiplied"):
-        status = analyze("--data", "nets_of_test:other_sizes", "--loss", "mse",
-                         "--json", "out.json")  # fmt: skip
+    status = analyze(  # without a warning that training goes on
+        "--data", "nets_of_test:other_sizes", "--loss", "mse", "--json", "out.json"
+    )
     printed = capsys.readouterr()
     assert status == 1
     assert "no regularizer: RuntimeError" in printed.err
+    assert "shapes cannot be multiplied" in printed.err
     assert "no sharpness: " in printed.err and "condensation" not in printed.err
     found = json.loads(Path("out.json").read_text())
     assert "condensation/effective_ratio/0" in found["records"]

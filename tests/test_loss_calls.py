@@ -65,6 +65,16 @@ def weighted(model):
     return (weights * each).mean()
 
 
+def written(model):
+    """A loss that is put together by writing on it, as scripts add terms up."""
+    loss = F.cross_entropy(out := model(X), LABELS)
+    loss += 0.1 * F.mse_loss(out, Y)
+    loss *= 3
+    total = torch.full((), 0.5)
+    total += loss
+    return total
+
+
 HEAD = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
 NORM = nn.InstanceNorm1d(3, track_running_stats=True)
 
@@ -86,6 +96,8 @@ SCRIPTS = {
     "masked": (mlp, lambda m: F.l1_loss(m(X)[LABELS > 0], Y[LABELS > 0]), "general"),
     "weighted": (mlp, weighted, "general"),
     "added": (mlp, summed, "general"),
+    "written": (mlp, written, "general"),
+    "model's, written": (Pair, lambda m: m(X, y=[Y])["loss"].mul_(2), "general"),
     "module": (mlp, lambda m: nn.MSELoss()(m(X), Y), "squared"),
     "structure": (Pair, lambda m: F.mse_loss(m(X)["logits"], Y), "general"),
     "model's own": (Pair, lambda m: m(X, y=[Y])["loss"], "general"),
@@ -358,9 +370,15 @@ def test_penalties_on_the_parameters_are_no_part_of_it():
     assert "penalties on parameters" in analysis.notes["loss/R_S"]
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_loss_of_two_passes_is_said_to_be_known_in_part(whole):
+@pytest.mark.parametrize(
+    ("whole", "written"), [(True, False), (False, False), (False, True)]
+)
+def test_a_loss_of_two_passes_is_said_to_be_known_in_part(whole, written):
     def script(model):
+        if written:
+            total = F.mse_loss(model(X), Y)
+            total += F.cross_entropy(model(X), LABELS)
+            return total
         one, two = model(X), model(X)
         loss = F.cross_entropy(two, LABELS)
         return loss if whole else loss + F.mse_loss(one, two)

@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 
 from torch_dropout_ir.analysis import Analysis, Measure, Sink
 from torch_dropout_ir.analysis.cadence import Cadence
-from torch_dropout_ir.analysis.capture import RootHook
 from torch_dropout_ir.analysis.compiled_calls import CompiledCall
 from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.distributed import Ranks, ranks_of
 from torch_dropout_ir.analysis.measures import default_measures
+from torch_dropout_ir.analysis.root_hook import RootHook
 from torch_dropout_ir.batches import fixed_batches
 from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import resolve_loss
@@ -41,6 +41,26 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
             return inner, watched
 
 
+def check_data(model: nn.Module, who: str) -> None:
+    """Refuse a model without data, as one made on the meta device is.
+
+    Args:
+        model: The model.
+        who: What to begin the error with.
+
+    Raises:
+        ValueError: If a parameter or buffer has none.
+    """
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    empty = [name for name, x in tensors if x.is_meta]
+    if empty:
+        raise ValueError(
+            f"{who}: expected parameters and buffers with data, got {len(empty)} on "
+            f"the meta device ({empty[0]!r} first). Materialize and initialize the "
+            "model first."
+        )
+
+
 def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) -> None:
     """Say clearly what cannot be watched.
 
@@ -62,14 +82,7 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
             "(nothing sees its calls). Attach to a model of which parts are "
             "scripted, or script it for deployment alone."
         )
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    empty = [name for name, x in tensors if x.is_meta]
-    if empty:
-        raise ValueError(
-            "attach_analysis: expected parameters and buffers with data, got "
-            f"{len(empty)} on the meta device ({empty[0]!r} first). Materialize and "
-            "initialize the model, then attach."
-        )
+    check_data(model, "attach_analysis")
     stepped = {id(x) for x in model.parameters()}
     if optimizer is not None and not any(
         id(x) in stepped for group in optimizer.param_groups for x in group["params"]

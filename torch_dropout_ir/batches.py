@@ -26,8 +26,11 @@ def fixed_batches(data: Any, most: int = 8) -> list[Batch]:
         batches = list(itertools.islice(batches, most))
     for batch in batches:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            sequence = isinstance(batch, (tuple, list))
+            size = f" of {len(batch)}" if sequence else ""
             raise TypeError(
                 "expected `data` to be a batch `(inputs, targets)` or batches of that "
-                f"form, got one of {type(batch).__name__}"
+                f"form, got a {type(batch).__name__}{size}. Make pairs of them, as in "
+                "`[(batch, batch['labels']) for batch in loader]`."
             )
     return [(inputs, targets) for inputs, targets in batches]

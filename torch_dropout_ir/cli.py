@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_dropout_ir.attach import check_data
 from torch_dropout_ir.demo import Settings, run_demo
 from torch_dropout_ir.demo.settings import PIXELS, REDUCED
 from torch_dropout_ir.loading import (
@@ -172,6 +173,7 @@ def _run_analyze(chosen: dict[str, Any]) -> int:
     model = load_factory(chosen["model"], "--model")
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model: expected an nn.Module, got {type(model).__name__}")
+    check_data(model, "--model")
     if chosen["checkpoint"] is not None:
         load_weights(model, chosen["checkpoint"], chosen["key"])
     data = load_factory(chosen["data"], "--data")

@@ -235,7 +235,8 @@ def as_batches(batches: Any) -> Iterable[Batch]:
     if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, Tensor)):
         raise TypeError(
             "expected a batch `(inputs, targets)` or an iterable of batches, got "
-            f"{type(batches).__name__}. A dictionary goes where the inputs are."
+            f"{type(batches).__name__}. A dictionary goes where the inputs are, a "
+            "dataset of single samples into a DataLoader."
         )
     if isinstance(batches, Iterator):
         raise TypeError(

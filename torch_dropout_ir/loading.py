@@ -38,7 +38,7 @@ def load_factory(spec: str, what: str) -> Any:
         return found
     try:
         return found()
-    except Exception as err:
+    except (Exception, SystemExit) as err:
         raise ValueError(_of_theirs(err, spec, what)) from err
 
 
@@ -93,12 +93,12 @@ def _named(spec: str, what: str) -> Any:
             found = getattr(found, part)
     except (ModuleNotFoundError, AttributeError) as err:
         raise ValueError(f"{what}: cannot find {spec!r}: {err}") from err
-    except Exception as err:
+    except (Exception, SystemExit) as err:  # a script that reads its own arguments
         raise ValueError(_of_theirs(err, spec, what)) from err
     return found
 
 
-def _of_theirs(err: Exception, spec: str, what: str) -> str:
+def _of_theirs(err: BaseException, spec: str, what: str) -> str:
     """Say what the user's own code has raised, and where."""
     said = f"{what}: {spec!r} raised {type(err).__name__}: {err}"
     last = traceback.extract_tb(err.__traceback__)[-1]
@@ -124,10 +124,13 @@ def load_weights(model: nn.Module, path: Path, key: str | None = None) -> None:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as err:
         raise ValueError(f"there is no file {path}") from err
+    except IsADirectoryError as err:
+        raise ValueError(f"expected a file of weights, got the folder {path}") from err
     except Exception as err:  # a pickle can fail in many ways
         raise ValueError(
             f"{path} is no file of tensors and plain values that can be loaded without "
-            "running code out of it. Save `model.state_dict()` and load that."
+            "running code out of it, or it is damaged. Save `model.state_dict()` and "
+            "load that."
         ) from err
     weights = _weights(held, path, key)
     if weights.keys() != model.state_dict().keys():

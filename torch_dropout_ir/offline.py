@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
@@ -175,7 +176,9 @@ class _Run:
             self.model, 0, self.sites, self.loss, *batch, batches=self.batches
         )
         attempts = Attempts([measure], Ranks(), self.absent)
-        records, _ = attempts.take(snapshot, {measure.name}, seed)
+        with warnings.catch_warnings():  # that training goes on: there is none
+            warnings.filterwarnings("ignore", "torch_dropout_ir: the measure")
+            records, _ = attempts.take(snapshot, {measure.name}, seed)
         self.notes |= snapshot.notes
         self.absent |= snapshot.absent
         return records

@@ -148,7 +148,9 @@ class WeightParts(TorchFunctionMode):
         receive: Callable[[int, Factors], None] | None,
     ) -> None:
         super().__init__()
-        self._numbers = {id(x): i for i, x in enumerate(targets) if receive}
+        # A hook of the user's is called with the gradient, and may change it.
+        plain = ((i, x) for i, x in enumerate(targets) if not x._backward_hooks)
+        self._numbers = {id(x): i for i, x in plain if receive}
         self._receive = receive
         self._given: set[int] = set()
 

@@ -9,6 +9,7 @@ Semantics:
   not called in such passes. One that acts (returns something, writes on tensors or on
   the module) belongs to the model and is. The script's own pass at a step that measures
   tells which is which; torch's own hooks act.
+* Modes at dispatch level around the step (counters of operations, logs) are set aside.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
+from torch.utils import _python_dispatch
 
+# A private name; with a torch that lacks it, such modes see the measures too.
+_NO_MODES: Final[Callable[[], Any]] = getattr(
+    _python_dispatch, "_disable_current_modes", contextlib.nullcontext
+)
+# Torch's own that look on: whoever counts operations asks them where it is.
+_TRACKERS: Final = ("module_tracker", "mod_tracker")
 _OF_TORCH: Final = frozenset(vars(nn.Module()))
 _HOOKS: Final = (
     "_forward_hooks",
@@ -160,7 +168,7 @@ class Bystanders:
         """
         still = self._looking - self._acting
         kept = [(hooks, dict(hooks)) for hooks in _hook_dicts(model)] if still else []
-        with unmoved_attributes(model), _unprofiled(model):
+        with unmoved_attributes(model), _unprofiled(model), _NO_MODES():
             try:
                 for hooks, _ in kept:
                     for key in still.intersection(hooks):
@@ -226,7 +234,8 @@ def _hook_dicts(model: nn.Module) -> Iterator[dict[int, Callable[..., Any]]]:
 
 def _of_torch(hook: Any) -> bool:
     place = getattr(hook, "__module__", None) or type(hook).__module__
-    return place.split(".")[0] in ("torch", "torch_dropout_ir")
+    own = place.split(".")[0] in ("torch", "torch_dropout_ir")
+    return own and not place.endswith(_TRACKERS)
 
 
 def _state(args: tuple[Any, ...]) -> list[Any]:

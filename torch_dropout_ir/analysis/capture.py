@@ -8,7 +8,6 @@ Semantics:
   functions, live inside a step that measures, and are gone after it. The batch that
   such a step has shown is kept until the next one.
 * Foreign dropout is observed in a second pass from the same generator state.
-* Copies carry an idle hook: no value can have itself left out of a dictionary's copy.
 """
 
 from __future__ import annotations
@@ -17,13 +16,11 @@ import contextlib
 import copy
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils.hooks import RemovableHandle
 
 from torch_dropout_ir.analysis.bystanders import Bystanders
 from torch_dropout_ir.analysis.compiled_calls import (
@@ -35,38 +32,15 @@ from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.followed_loss import At, versions
 from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.analysis.loss_calls import OUTPUT, LossCalls, sweep
-from torch_dropout_ir.analysis.replay import replay
+from torch_dropout_ir.analysis.own_pass import OTHER_PASS, OwnPass
+from torch_dropout_ir.analysis.replay import OtherDraws, replay
+from torch_dropout_ir.analysis.root_hook import RootHook
 from torch_dropout_ir.functional import Inputs
 from torch_dropout_ir.losses import LossFunction
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import measuring, replaced
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import mapped, random_state
-
-
-class RootHook:
-    """A hook whose copies do nothing: pickles load where this package is not.
-
-    Args:
-        call: What to call; None in copies, and where nothing is to be seen.
-        owner: What has to live as long as the model does; None in copies.
-    """
-
-    def __init__(
-        self, call: Callable[..., None] | None = None, owner: object = None
-    ) -> None:
-        self.call = call
-        self.owner = owner
-
-    def __call__(self, *args: Any) -> None:
-        """Forward to the capture, if there is something to see."""
-        if torch.compiler.is_compiling():
-            return  # before anything that compiled code would depend on
-        if self.call is not None:
-            self.call(*args)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 class Capture:
@@ -84,6 +58,7 @@ class Capture:
         calls: The calls of dropout functions that were found, by name.
         unseen: Noise that cannot be seen, by place, with the reason.
         failure: Why the masks of the last pass are not in the statistics.
+        unlike: How the measures' passes differ from the script's.
         bystanders: What the measures' own passes leave aside.
         want_masks: Whether to observe the masks of the coming pass.
         want_targets: Whether to look for the targets of the coming pass.
@@ -99,7 +74,8 @@ class Capture:
         self.calls: dict[str, Site] = {}
         self.unseen: dict[str, str] = {}
         self.want_masks = self.want_targets = True
-        self.paused, self.failure = False, ""
+        self.paused, self.failure, self.unlike = False, "", ""
+        self._own: OwnPass | None = None
         self._open = self._with_graph = self._outside = False
         self._seconds = 0.0
         self._versions: list[int] = []
@@ -122,8 +98,10 @@ class Capture:
             self._root.callback(call.leave)
             self._outside = True
             return
-        hook = self.watched.register_forward_pre_hook(self._hook, with_kwargs=True)
-        self._keep(self._root, hook)
+        hook = self.watched.register_forward_pre_hook(
+            self._hook, with_kwargs=True, prepend=True
+        )  # before hooks of the script's that change the inputs
+        self._root.callback(hook.remove)
 
     def follow(self) -> None:
         """Watch the compiled model, where the script has compiled it since."""
@@ -182,10 +160,6 @@ class Capture:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
-    @staticmethod
-    def _keep(stack: contextlib.ExitStack, handle: RemovableHandle) -> None:
-        stack.callback(handle.remove)
-
     def _before(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -230,7 +204,7 @@ class Capture:
             after = self.watched.register_forward_hook(
                 RootHook(self._after), with_kwargs=True, always_call=True
             )
-            self._keep(self._step, after)
+            self._step.callback(after.remove)
 
     def _after(
         self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any
@@ -238,6 +212,7 @@ class Capture:
         if self.paused or measuring() or self._only_looks() or not self._open:
             return
         self._check_inputs()
+        self._own = OwnPass(self.watched, outputs)
         if self.watched.training and self._start is not None:
             self._end = random_state(self.watched)
         if self.watched.training and self.want_targets and outputs is not None:
@@ -251,7 +226,7 @@ class Capture:
                 if (method := look()) is not None:
                     method(*call)
 
-            self._keep(self._step, register_module_forward_hook(hook))
+            self._step.callback(register_module_forward_hook(hook).remove)
 
     def _check_inputs(self) -> None:
         """Let go of inputs that were written on: no second pass is the same."""
@@ -281,6 +256,7 @@ class Capture:
         if self._calls is not None:
             self._calls.leave()  # every call of the measures would go through it
         self._check_inputs()
+        self.unlike = self._own.unlike(self.watched) if self._own else ""
         start, self._start = self._start, None
         if start is None or self.inputs is None or self.model is None:
             return
@@ -290,9 +266,14 @@ class Capture:
                 found = replay(model, self.inputs, start, self._end)
         except Exception as err:  # a measure of its own: training goes on
             self.failure = f"the masks of the last step were not observed: {err}"
+            if isinstance(err, OtherDraws):
+                self.unlike = OTHER_PASS
             warn(self.failure)
         else:
             self.failure = ""
+            if self._own:
+                both = self._outputs, found.outputs
+                self.unlike = self._own.unlike(self.watched, *both)
             for name, drawn in found.statistics.items():
                 seen = self.statistics.get(name, MaskStatistics())
                 self.statistics[name] = seen + drawn

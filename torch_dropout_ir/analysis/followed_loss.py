@@ -24,6 +24,9 @@ _NORMALIZES: Final[dict[Any, tuple[tuple[str, ...], str, bool]]] = {
 }
 _RANDOM: Final = ("bernoulli", "dropout", "multinomial", "normal_", "rand", "rrelu")
 _OPTIONS: Final = ("momentum", "eps", "cudnn_enabled")
+_TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
+_DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
+_ON_NUMBERS: Final = ("add_", "sub_", "mul_", "div_")
 
 
 class At(NamedTuple):
@@ -151,6 +154,55 @@ def leading_to(result: At, steps: list[Step]) -> dict[int, Step]:
     return {place: steps[place] for place in sorted(wanted)}
 
 
+def without_factors(at: At, steps: list[Step], passes: int) -> At:
+    """Return what a number was before a scaler and accumulation have changed it.
+
+    Args:
+        at: The number.
+        steps: The calls that lead to it.
+        passes: Passes that are accumulated, by which it may be divided.
+    """
+    scaled = True  # a gradient scaler's factor is the last one
+    while at.of == "steps":
+        step = steps[at.place]
+        times = step.function.__name__ in _TIMES
+        if not times and step.function.__name__ not in _DIVIDED:
+            break
+        if len(step.args) != 2 or not isinstance(step.args[0], At):
+            break
+        inner, factor = step.args
+        if isinstance(factor, At):
+            if not (times and scaled and factor.of == "targets"):
+                break
+        elif factor != (1 / passes if times else passes):
+            break
+        at, scaled = inner, False
+    return at
+
+
+def unwritten(
+    func: Callable[..., Any], args: tuple[Any, ...], known: At | None
+) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+    """Return a call that makes what another is about to write on a number.
+
+    Args:
+        func: What is about to be called, as by ``loss += ...``.
+        args: Its arguments.
+        known: Where the number comes from; None where it is none of the outputs', and
+            its value is kept.
+
+    Returns:
+        Function and arguments; None where the call writes no number so.
+    """
+    name = getattr(func, "__name__", "")
+    if name not in _ON_NUMBERS or not args or args[0].numel() != 1:
+        return None
+    if known is None and args[0].requires_grad:
+        return None  # a sum over several passes
+    number = args[0] if known is not None else args[0].detach().clone()
+    return getattr(Tensor, name[:-1]), (number, *args[1:])
+
+
 def inside(x: Any, kind: type) -> Iterator[Any]:
     """Yield what is of a type among arguments."""
     if isinstance(x, kind):
@@ -196,7 +248,7 @@ def keeps_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return bool(named or any(args[2:4]))
 
 
-def unwritten(
+def without_statistics(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return arguments with which a call gives the same and writes on no statistics.

@@ -8,9 +8,10 @@ Semantics:
 * Of that number the last factor is taken away where it is a tensor, as a gradient
   scaler has it, and a division by the number of passes that went backward since the
   last optimizer step, as scripts that accumulate gradients do it.
-* Nothing is followed that was written on, draws random numbers, has a derivative of
-  its own (``autograd.Function``, compiled code), or depends on the model's parameters
-  by another way than the outputs. What comes of other parameters is constant.
+* A number that is written on (``loss += ...``) is followed as if a new one were made.
+* Nothing else is followed that was written on, nor what draws random numbers, has a
+  derivative of its own (``autograd.Function``, compiled code), or depends on the
+  model's parameters by another way than the outputs. What comes of others is constant.
 * The mode lies under those of the script, so that what the script enters and leaves
   meanwhile stays what it is. It only looks: every call is made as it was.
 """
@@ -40,6 +41,7 @@ from torch_dropout_ir.analysis.followed_loss import (
     memory,
     unwritten,
     versions,
+    without_factors,
     writes,
 )
 from torch_dropout_ir.analysis.function_modes import lay_under, take_away
@@ -49,8 +51,6 @@ from torch_dropout_ir.regularizers.outputs import flatten
 
 _MOST_STEPS: Final = 1000
 _BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
-_TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
-_DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
 # Nodes of the graph that make copies, in order: one tells DDP when the backward pass
 # starts (`find_unused_parameters`, `static_graph`), one calls hooks of that pass.
 _COPYING: Final = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
@@ -203,8 +203,9 @@ class LossCalls(TorchFunctionMode):
             if not keeps_graph(args, kwargs):
                 self._rest()
             return func(*args, **kwargs)
+        number = unwritten(func, args, known=self.at(args[0] if args else None))
         out = func(*args, **kwargs)
-        self._follow(func, args, kwargs, out)
+        self._follow(func, args, kwargs, out, number)
         return out
 
     def _note(self, root: Any) -> None:
@@ -218,29 +219,11 @@ class LossCalls(TorchFunctionMode):
                 self._trained = self._first = None
                 self._rest()
             return
-        at = self._without_factors(at)
+        at = without_factors(at, self._steps, self._passes)
         if self._trained is not None:
             self._steps.append(Step(torch.add, (self._trained, at), {}, True))
             at = At("steps", len(self._steps) - 1)
         self._trained = at
-
-    def _without_factors(self, at: At) -> At:
-        scaled = True  # a gradient scaler's factor is the last one
-        while at.of == "steps":
-            step = self._steps[at.place]
-            times = step.function.__name__ in _TIMES
-            if not times and step.function.__name__ not in _DIVIDED:
-                break
-            if len(step.args) != 2 or not isinstance(step.args[0], At):
-                break
-            inner, factor = step.args
-            if isinstance(factor, At):
-                if not (times and scaled and factor.of == "targets"):
-                    break
-            elif factor != (1 / self._passes if times else self._passes):
-                break
-            at, scaled = inner, False
-        return at
 
     def _follow(
         self,
@@ -248,29 +231,43 @@ class LossCalls(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         out: Any,
+        number: tuple[Callable[..., Any], tuple[Any, ...]] | None,
     ) -> None:
-        """List a call, if something of the outputs goes in and tensors come out."""
+        """List a call, if something of the outputs goes in and tensors come out.
+
+        One that writes is followed where it writes a number: ``number`` is that call
+        without writing.
+        """
         results = out if isinstance(out, (tuple, list)) else (out,)
         into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
         tensors = any(isinstance(x, Tensor) for x in results)
         if not tensors or all(at is None for _, at in into):
             return
         name = getattr(func, "__name__", "")
+        lost, written = any(at == _LOST for _, at in into), None
         if writes(name, kwargs):
-            self._lose(args[0] if args else kwargs.get("out"))
-            return
-        if any(at == _LOST for _, at in into):
+            written = args[0] if args else kwargs.get("out")
+            if number is None or lost:
+                self._lose(written)
+                return
+            func, args = number
+            into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
+        if lost:
             self._known.update((x, _LOST) for x in results if isinstance(x, Tensor))
             return
         free = (x for x, at in into if at is None and x.requires_grad)
         if draws(name) or any(map(self._own.leads_to, free)):
+            self._lose(written)
             return
         if len(self._steps) == _MOST_STEPS:
             self._missed = True
             self._rest()
             return
         place = len(self._steps)
-        read, named = filled(unwritten(func, args, kwargs), Tensor, self._stand_in)
+        read, named = filled(
+            without_statistics(func, args, kwargs), Tensor, self._stand_in
+        )
+        self._lose(written)
         self._steps.append(Step(func, read, named, torch.is_grad_enabled()))
         for element, x in enumerate(results):
             if isinstance(x, Tensor):

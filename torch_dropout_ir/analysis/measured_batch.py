@@ -10,6 +10,9 @@ from torch_dropout_ir.analysis.capture import Capture
 from torch_dropout_ir.functional import Batch, Inputs
 from torch_dropout_ir.losses import Loss, resolve_loss
 
+_LAST: Final = (
+    "of the last of {} passes that went backward since the optimizer stepped before"
+)
 _IN_PART: Final = (
     "of the first loss function that the outputs went through: the number on which the "
     "script calls `backward()` holds what was not followed (penalties on parameters, "
@@ -35,6 +38,7 @@ class MeasuredBatch:
         self.data = data
         self.note: dict[str, str] = {}
         self._given = loss is not None
+        self._part = ""
         self._last: Batch | None = None
 
     def choose(
@@ -51,12 +55,16 @@ class MeasuredBatch:
         """
         inputs = capture.inputs
         targets = None if inputs is None else self._targets(capture, targets_of(inputs))
+        self.note["loss/R_S"] = self._part
         if targets is not None:
             self._last = inputs, targets
         elif self.data:
             return self.data[0], "`data`"
         elif self._last is not None:
             return self._last, "the last batch whose targets were seen"
+        last = _LAST.format(capture.passes + 1) if capture.passes else ""
+        said = filter(None, (self._part, last, capture.unlike))
+        self.note["loss/R_S"] = "; ".join(said)
         return (inputs, targets), "this step's batch"
 
     def _targets(self, capture: Capture, own: Any) -> Any:
@@ -67,7 +75,7 @@ class MeasuredBatch:
         loss, targets, straight, in_part = seen
         if self._given:
             return targets if straight else own
-        self.note["loss/R_S"] = _IN_PART if in_part else ""
+        self._part = _IN_PART if in_part else ""
         with contextlib.suppress(ValueError):
             self.loss = resolve_loss(loss)
         if targets is not None:

@@ -52,6 +52,10 @@ _aten = torch.ops.aten
 _ours = torch.ops.torch_dropout_ir
 
 
+class OtherDraws(RuntimeError):
+    """A second pass draws other random numbers than the first."""
+
+
 class Replay:
     """What a training pass drew.
 
@@ -59,9 +63,11 @@ class Replay:
         statistics: Mask statistics by site name, our own layers' left out.
         calls: The calls of dropout functions, by name.
         unseen: Noise that is no mask we can see, by place, with the reason.
+        outputs: What the model returned.
     """
 
     def __init__(self) -> None:
+        self.outputs: Any = None
         self.statistics: dict[str, MaskStatistics] = {}
         self.calls: dict[str, Site] = {}
         self.unseen: dict[str, str] = {}
@@ -92,15 +98,15 @@ def replay(
         What it drew.
 
     Raises:
-        RuntimeError: If it draws otherwise than the pass did.
+        OtherDraws: If it draws otherwise than the pass did.
     """
     found = Replay()
     with preserved_rng(model), torch.no_grad(), _uncounted(model), start.autocast():
         start.restore()
         with _Draws(model, found) as draws, _Calls(model, found, draws) as calls:
-            call(model, inputs)
+            found.outputs = call(model, inputs)
         if end is not None and not _alike(end, random_state(model)):
-            raise RuntimeError("a second pass draws other random numbers")
+            raise OtherDraws("a second pass draws other random numbers")
         calls.idle()
         found.unseen.update({f":{name}": _NO_DROPOUT for name in start.moved()})
     return found

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
@@ -17,8 +18,8 @@ _REPLACED: Final = 2
 STEPS: Final = "optimizer steps"  # what is absent until one is seen
 NO_STEP: Final = (
     "none was seen: measures are taken at the steps of a torch.optim.Optimizer that "
-    "steps this model. With another kind of optimizer call `analysis.measure()`; R_2 "
-    "is left out there"
+    "steps this model, in eager code. With another kind of optimizer, or a compiled "
+    "step, call `analysis.measure()`; without an optimizer R_2 is left out there"
 )
 
 
@@ -76,6 +77,8 @@ class OptimizerSteps:
         weak = weakref.WeakMethod(method)
 
         def hook(optimizer: Optimizer, *_: Any) -> None:
+            if torch.compiler.is_compiling():
+                return  # a compiled step would take the measures into its graph
             call = weak()
             if call is not None and self._counts(optimizer, made):
                 call()
@@ -88,7 +91,7 @@ class OptimizerSteps:
         def hook(
             optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Any:
-            if not self.announced:
+            if torch.compiler.is_compiling() or not self.announced:
                 return None
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
             if closure is None:

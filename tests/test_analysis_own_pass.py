@@ -1,0 +1,178 @@
+"""Where a measure's pass is not the script's own, that is said; nothing is moved."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torch_dropout_ir as tdi
+from tests import traces
+from torch_dropout_ir.analysis.measures import (
+    Masks,
+    Regularizer,
+)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+
+def batch():
+    return torch.randn(6, 4), torch.randint(3, (6,))
+
+
+def watched(model):
+    return tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer(), Masks()]
+    )
+
+
+class Alternates(nn.Module):
+    """Another branch at every second call, with as many random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.calls = mlp(), mlp(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return (self.one if self.calls % 2 else self.other)(x)
+
+
+class OneDraws(Alternates):
+    def forward(self, x):
+        self.calls += 1
+        return self.one(x) if self.calls % 2 else self.other[0](x)[:, :3]
+
+
+class CarriesOn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.drop = nn.GRUCell(4, 8), nn.Dropout(0.2)
+        self.head, self.state = nn.Linear(8, 3), None
+
+    def forward(self, x):
+        self.state = self.cell(x, None if self.state is None else self.state.detach())
+        return self.head(self.drop(self.state))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(Alternates, True), (OneDraws, True), (CarriesOn, True), (mlp, False)],
+)
+def test_a_model_that_does_something_else_when_it_runs_again_is_said(make, said):
+    model = make()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watched(model) as analysis:
+        for _ in range(2):
+            x, y = batch()
+            F.cross_entropy(model(x), y).backward()
+            sgd.step()
+            assert "loss/R_S" in analysis.latest
+            assert ("did something else" in analysis.notes["loss/R_S"]) is said
+
+
+def test_outputs_that_the_script_writes_on_are_not_compared():
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watched(model) as analysis:
+        x, y = batch()
+        outputs = model(x)
+        F.cross_entropy(outputs, y).backward()
+        outputs.detach().mul_(3)
+        sgd.step()
+    assert analysis.latest["loss/R_S"] > 0 and not analysis.notes["loss/R_S"]
+
+
+def test_parameters_of_another_model_are_said():
+    """Of meta-learning the query batch is seen, not what the inner steps have made."""
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watched(model) as analysis:
+        own = dict(model.named_parameters())
+        x, y = batch()
+        slopes = torch.func.grad(
+            lambda at: F.cross_entropy(torch.func.functional_call(model, at, (x,)), y)
+        )(own)
+        adapted = {n: p - 0.5 * slopes[n] for n, p in own.items()}
+        outputs = torch.func.functional_call(model, adapted, (x,))
+        F.cross_entropy(outputs, y).backward()
+        clean = F.cross_entropy(nn.Sequential(*model[:2], model[3])(x), y)
+        sgd.step()
+    assert analysis.latest["loss/R_S"] == pytest.approx(float(clean.detach()))
+    assert "other parameters than the model's own" in analysis.notes["loss/R_S"]
+
+
+def test_of_several_passes_the_last_is_meant_and_said():
+    """A discriminator sees real and generated data, each with a loss of its own."""
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watched(model) as analysis:
+        for count in (1, 3, 1):
+            for _ in range(count):
+                x, y = batch()
+                F.cross_entropy(model(x), y).backward()
+            clean = F.cross_entropy(nn.Sequential(*model[:2], model[3])(x), y)
+            sgd.step()
+            said = analysis.notes["loss/R_S"]
+            assert said == (
+                "of the last of 3 passes that went backward since the optimizer "
+                "stepped before" if count > 1 else ""
+            )  # fmt: skip
+            found = analysis.latest["loss/R_S"]
+            assert found == pytest.approx(float(clean.detach()))
+
+
+def test_a_hook_that_changes_the_inputs_acts_once_in_measures():
+    model = mlp()
+    model.register_forward_pre_hook(lambda _, args: (args[0] * 3,))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watched(model) as analysis:
+        x, y = batch()
+        F.cross_entropy(model(x), y).backward()
+        clean = F.cross_entropy(nn.Sequential(*model[:2], model[3])(3 * x), y)
+        sgd.step()
+    assert analysis.latest["loss/R_S"] == pytest.approx(float(clean.detach()))
+
+
+class Plain(torch.optim.Optimizer):
+    """Gradient descent that is compiled quickly."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self):
+        with torch.no_grad():
+            for group in self.param_groups:
+                for x in group["params"]:
+                    x.sub_(group["lr"] * x.grad)
+
+
+def test_a_compiled_step_of_the_optimizer_is_left_alone():
+    def trained(attach):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model, graphs = mlp(), []
+
+        def backend(graph, _):
+            graphs.append(len(graph.graph.nodes))
+            return graph.forward
+
+        sgd = Plain(model.parameters(), lr=0.1)
+        step = torch.compile(sgd.step, backend=backend)
+        analysis = watched(model) if attach else None
+        for _ in range(2):
+            sgd.zero_grad()
+            x, y = batch()
+            F.cross_entropy(model(x), y).backward()
+            if analysis is not None:
+                assert "loss/R_S" in analysis.measure()
+            step()
+        if analysis is not None:
+            analysis.detach()
+        return (traces.left_behind(model, sgd), graphs), analysis
+
+    expected, _ = trained(False)
+    seen, analysis = trained(True)
+    assert seen == expected and expected[1]
+    assert "in eager code" in analysis.absent["optimizer steps"]

@@ -1,0 +1,74 @@
+"""Whether a measure's pass is the one that the script has made."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir.analysis.distributed import is_sharded
+from torch_dropout_ir.analysis.followed_loss import versions
+from torch_dropout_ir.regularizers.outputs import flatten
+
+_OTHER_PARAMETERS: Final = (
+    "the script made the pass with other parameters than the model's own (as "
+    "`torch.func.functional_call` does): this is of the model's own on that batch"
+)
+OTHER_PASS: Final = (
+    "run again on the same inputs the model did something else: it depends on what it "
+    "has counted or carries on from pass to pass, and this is of a later pass"
+)
+_CLOSE: Final = 0.01  # of the norm: kernels may differ, and autocast rounds
+
+
+class OwnPass:
+    """What the script's pass was made with.
+
+    Args:
+        model: The model, at the end of the pass.
+        outputs: What it returned.
+    """
+
+    def __init__(self, model: nn.Module, outputs: Any) -> None:
+        self._parameters = _identities(model)
+        self._versions = versions(flatten(outputs)[0])
+
+    def unlike(self, model: nn.Module, outputs: Any = None, again: Any = None) -> str:
+        """Say how a second pass differs from it.
+
+        Args:
+            model: The model now.
+            outputs: What the script's pass returned; None where that is not known. Not
+                looked at where it was written on since.
+            again: What a second one returned.
+
+        Returns:
+            How; empty where nothing tells.
+        """
+        now = _identities(model)
+        if self._parameters and now and self._parameters != now:
+            return _OTHER_PARAMETERS
+        leaves = flatten(outputs)[0]
+        if versions(leaves) != self._versions:
+            return ""
+        pairs = zip(leaves, flatten(again)[0], strict=False)
+        return "" if all(_alike(x, y) for x, y in pairs) else OTHER_PASS
+
+
+def _identities(model: nn.Module) -> list[int]:
+    """Which tensors the parameters are; none of a sharded model, which changes them."""
+    own = list(model.parameters())
+    return [] if any(map(is_sharded, own)) else [id(x) for x in own]
+
+
+def _alike(x: Any, y: Any) -> bool:
+    both = isinstance(x, Tensor) and isinstance(y, Tensor)
+    if not both or not x.is_floating_point() or x.is_nested or y.is_nested:
+        return True
+    if x.shape != y.shape:
+        return False
+    with torch.no_grad():
+        norm = torch.linalg.vector_norm
+        away = norm((x - y).float()), norm(x.float())
+    return not bool(away[0] > _CLOSE * away[1])  # of what is no number nothing tells

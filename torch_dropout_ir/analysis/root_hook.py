@@ -1,0 +1,39 @@
+"""The hook that stays on the module which the script calls.
+
+Semantics:
+
+* Copies carry an idle hook: no value can have itself left out of a dictionary's copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class RootHook:
+    """A hook whose copies do nothing: pickles load where this package is not.
+
+    Args:
+        call: What to call; None in copies, and where nothing is to be seen.
+        owner: What has to live as long as the model does; None in copies.
+    """
+
+    def __init__(
+        self, call: Callable[..., None] | None = None, owner: object = None
+    ) -> None:
+        self.call = call
+        self.owner = owner
+
+    def __call__(self, *args: Any) -> None:
+        """Forward to the capture, if there is something to see."""
+        if torch.compiler.is_compiling():
+            return  # before anything that compiled code would depend on
+        if self.call is not None:
+            self.call(*args)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
