@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 import torch_dropout_ir as tdi
 from tests import traces
@@ -74,6 +75,9 @@ def written(model):
     return total
 
 
+HEAD = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
+NORM = nn.InstanceNorm1d(3, track_running_stats=True)
+
 SCRIPTS = {
     "function": (mlp, lambda m: F.cross_entropy(m(X), LABELS), "cross_entropy"),
     "options": (
@@ -98,6 +102,9 @@ SCRIPTS = {
     "structure": (Pair, lambda m: F.mse_loss(m(X)["logits"], Y), "general"),
     "model's own": (Pair, lambda m: m(X, y=[Y])["loss"], "general"),
     "language": (Language, next_word, "general"),
+    "a head": (mlp, lambda m: F.cross_entropy(HEAD(m(X)), LABELS), "general"),
+    "statistics": (mlp, lambda m: F.mse_loss(NORM(m(X).T[None])[0].T, Y), "general"),
+    "another net": (mlp, lambda m: F.mse_loss(m(X), HEAD[1:](Y)[:, :3]), "general"),
 }
 
 
@@ -146,7 +153,7 @@ def test_sites_have_their_parts_where_the_model_returns_its_loss():
 
 def test_what_a_script_does_not_differentiate_is_not():
     out, model = torch.randn(8, 3), mlp()
-    calls = LossCalls(noisy := model(X), 1)
+    calls = LossCalls(noisy := model(X), 1, model)
     calls.enter()
     try:
         weighted(lambda _: noisy).backward()
@@ -157,6 +164,31 @@ def test_what_a_script_does_not_differentiate_is_not():
     loss(found, targets[0]).backward()
     weighted(lambda _: expected).backward()
     torch.testing.assert_close(found.grad, expected.grad)
+
+
+@pytest.mark.parametrize("name", ["a head", "statistics"])
+def test_what_the_script_has_behind_the_model_is_left_as_it_is(name):
+    """The loss is run again, and normalization would count those runs."""
+    make, script, _ = SCRIPTS[name]
+    found = []
+    for on in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = make()
+            for norm in (HEAD[0], NORM):
+                norm.reset_running_stats()
+            optimizer = torch.optim.SGD([*model.parameters(), *HEAD.parameters()], 0.0)
+            with contextlib.ExitStack() as stack:
+                if on:
+                    stack.enter_context(
+                        tdi.attach_analysis(model, log_dir=False, every=1)
+                    )
+                for _ in range(2):
+                    script(model).backward()
+                    optimizer.step()
+        found.append([x.clone() for norm in (HEAD[0], NORM) for x in norm.buffers()])
+        HEAD.zero_grad()
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["function", "by hand", "added", "model's own"])
@@ -265,8 +297,10 @@ def test_a_loss_module_with_parameters_of_its_own_is_the_whole_loss():
     analysis, clean = measured(mlp(), lambda model: criterion(model(X), LABELS))
     assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
     assert not analysis.notes["loss/R_S"]
-    more = measured(mlp(), lambda m: criterion(m(X), LABELS) + criterion.rows.norm())
-    assert more[0].notes["loss/R_S"]
+    norm = criterion.rows.norm()
+    more, clean = measured(mlp(), lambda m: criterion(m(X), LABELS) + norm)
+    assert more.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    assert not more.notes["loss/R_S"]
 
 
 def test_metrics_that_are_written_on_are_no_part_of_the_loss():
@@ -295,11 +329,18 @@ class Doubled(torch.autograd.Function):
         return 2 * grad
 
 
+def hidden(layer):
+    """A graph from which its parameters cannot be reached."""
+    given = torch.ones(8, 16, requires_grad=True)
+    return checkpoint(layer, given, use_reentrant=True)
+
+
 REFUSED = {
     "writes": lambda m: m(X).sub_(Y).square().mean(),
     "random": lambda m: F.dropout(m(X), 0.5).square().mean(),
     "other ways": lambda m: (m(X) * m[0].weight.sum()).square().mean(),
     "a function of its own": lambda m: Doubled.apply(m(X)).square().mean(),
+    "what hides its parameters": lambda m: (m(X) * hidden(m[3])).sum(),
 }
 
 
@@ -456,8 +497,8 @@ def test_a_compiled_loss_runs_as_it_did(fullgraph):
 
 def test_what_is_followed_lets_tensors_go():
     """Nothing of the script's pass is kept alive by looking on."""
-    out = mlp()(X)
-    calls = LossCalls(out, 1)
+    out = (model := mlp())(X)
+    calls = LossCalls(out, 1, model)
     calls.enter()
     try:
         passing = out * 2
@@ -470,6 +511,13 @@ def test_what_is_followed_lets_tensors_go():
         calls.leave()
     loss, (targets,), straight = calls.found()
     assert targets is Y and straight
+    calls = LossCalls(out := model(X), 1, model)
+    calls.enter()
+    try:
+        F.mse_loss(out, HEAD(Y)).backward()
+    finally:
+        calls.leave()
+    assert [x.grad_fn for x in calls._beside.constants] == [None]
     assert float(loss(torch.zeros(8, 3), Y)) == pytest.approx(float(Y.square().mean()))
 
 

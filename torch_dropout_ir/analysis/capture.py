@@ -216,7 +216,8 @@ class Capture:
         if self.watched.training and self._start is not None:
             self._end = random_state(self.watched)
         if self.watched.training and self.want_targets and outputs is not None:
-            self._outputs, self._calls = outputs, LossCalls(outputs, self.passes + 1)
+            self._outputs = outputs
+            self._calls = LossCalls(outputs, self.passes + 1, self.watched)
             self._calls.enter()
             self._step.callback(self._calls.leave)
             look = weakref.WeakMethod(self._look)

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torch_dropout_ir.regularizers.outputs import flatten
 
+_TORCHS: Final = ("input", "weight", "bias", "running_mean", "running_var")
+_FUNCTIONALS: Final = ("input", "running_mean", "running_var", "weight", "bias")
+# Normalizations, their arguments, and whether they take a batch's own statistics.
+_NORMALIZES: Final[dict[Any, tuple[tuple[str, ...], str, bool]]] = {
+    F.batch_norm: (_FUNCTIONALS, "training", False),
+    F.instance_norm: (_FUNCTIONALS, "use_input_stats", True),
+    torch.batch_norm: (_TORCHS, "training", False),
+    torch.instance_norm: (_TORCHS, "use_input_stats", True),
+}
+_RANDOM: Final = ("bernoulli", "dropout", "multinomial", "normal_", "rand", "rrelu")
+_OPTIONS: Final = ("momentum", "eps", "cudnn_enabled")
 _TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
 _DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
 _ON_NUMBERS: Final = ("add_", "sub_", "mul_", "div_")
@@ -20,8 +33,9 @@ class At(NamedTuple):
     """Stands in a recorded call for a tensor: in which list it is, and where.
 
     Attributes:
-        of: ``"outputs"`` of the model, ``"targets"`` for whatever else was there, or
-            ``"steps"`` for what came of a call.
+        of: ``"outputs"`` of the model, ``"targets"`` for whatever else was there,
+            ``"constants"`` for what comes of the parameters of others, or ``"steps"``
+            for what came of a call.
         place: Its number.
         element: Which one, where a call has returned several.
     """
@@ -47,6 +61,31 @@ class Step(NamedTuple):
     differentiated: bool
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a loss reads beside the outputs.
+
+    Attributes:
+        targets: What came with the batch, as far as one can tell.
+        constants: Parameters of other modules, and what comes of them: they are not
+            the batch's, and have no gradient here.
+    """
+
+    targets: list[Tensor]
+    constants: list[Tensor]
+
+    def add(self, x: Tensor) -> At:
+        """Keep a tensor; return where."""
+        of = "constants" if x.requires_grad else "targets"
+        kept: list[Tensor] = getattr(self, of)
+        kept.append(x.detach() if x.requires_grad else x)
+        return At(of, len(kept) - 1)
+
+    def __getitem__(self, at: At) -> Tensor:
+        found: Tensor = getattr(self, at.of)[at.place]
+        return found
+
+
 class FollowedLoss:
     """A loss ``(outputs, targets) -> scalar``: what a script did with its outputs.
 
@@ -56,13 +95,19 @@ class FollowedLoss:
         name: What to call it.
         options: Those of torch's loss function that returned it, ``reduction`` and
             ``ignore_index`` among them; none where it is no such function's.
+        constants: What it reads of the parameters of others.
     """
 
     def __init__(
-        self, steps: list[Step], result: At, name: str, options: dict[str, Any]
+        self,
+        steps: list[Step],
+        result: At,
+        name: str,
+        options: dict[str, Any],
+        constants: list[Tensor],
     ) -> None:
         self._steps = leading_to(result, steps)
-        self._result = result
+        self._result, self._constants = result, constants
         self.__name__ = name
         self.keywords = options  # where those of a functools.partial are
 
@@ -81,6 +126,7 @@ class FollowedLoss:
         found: dict[str, Any] = {
             "outputs": flatten(outputs)[0],
             "targets": targets if isinstance(targets, tuple) else (targets,),
+            "constants": self._constants,
             "steps": results,
         }
 
@@ -200,6 +246,28 @@ def keeps_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call of ``backward`` leaves the graph for another one."""
     named = kwargs.get("retain_graph") or kwargs.get("create_graph")
     return bool(named or any(args[2:4]))
+
+
+def without_statistics(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments with which a call gives the same and writes on no statistics.
+
+    Normalization by a batch's own mean and variance reads no running ones, but moves
+    those it is given.
+    """
+    if function not in _NORMALIZES:
+        return args, kwargs
+    names, own, default = _NORMALIZES[function]
+    given = dict(zip((*names, own, *_OPTIONS), args, strict=False)) | kwargs
+    if given.get(own, default):
+        given |= dict.fromkeys(("running_mean", "running_var"))
+    return (), given
+
+
+def draws(name: str) -> bool:
+    """Whether a call of that name draws random numbers."""
+    return any(part in name for part in _RANDOM)
 
 
 def writes(name: str, kwargs: dict[str, Any]) -> bool:

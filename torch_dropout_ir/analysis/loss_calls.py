@@ -9,9 +9,9 @@ Semantics:
   scaler has it, and a division by the number of passes that went backward since the
   last optimizer step, as scripts that accumulate gradients do it.
 * A number that is written on (``loss += ...``) is followed as if a new one were made.
-* Nothing else is followed that was written on, nor what draws random numbers, has
-  a derivative of its own (``autograd.Function``, compiled code), or depends on
-  parameters by another way than the outputs.
+* Nothing else is followed that was written on, nor what draws random numbers, has a
+  derivative of its own (``autograd.Function``, compiled code), or depends on the
+  model's parameters by another way than the outputs. What comes of others is constant.
 * The mode lies under those of the script, so that what the script enters and leaves
   meanwhile stays what it is. It only looks: every call is made as it was.
 """
@@ -24,14 +24,16 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_dropout_ir.analysis.followed_loss import (
     At,
+    Beside,
     FollowedLoss,
     Step,
+    draws,
     filled,
     inside,
     keeps_graph,
@@ -43,6 +45,7 @@ from torch_dropout_ir.analysis.followed_loss import (
     writes,
 )
 from torch_dropout_ir.analysis.function_modes import lay_under, take_away
+from torch_dropout_ir.analysis.own_graph import OwnGraph
 from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
 from torch_dropout_ir.regularizers.outputs import flatten
 
@@ -54,7 +57,6 @@ _COPYING: Final = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
 # The output of a model that returns a tensor, or the first of several.
 OUTPUT: Final = At("outputs", 0)
 _LOST: Final = At("lost", 0)  # what was written on, or comes of that
-_RANDOM: Final = ("bernoulli", "dropout", "multinomial", "normal_", "rand", "rrelu")
 
 
 class LossCalls(TorchFunctionMode):
@@ -63,20 +65,22 @@ class LossCalls(TorchFunctionMode):
     Args:
         outputs: What the model returned.
         passes: Passes that went backward since the last optimizer step, and this one.
+        model: The model.
 
     Attributes:
         of_module: What the loss module has returned, where there is one.
     """
 
-    def __init__(self, outputs: Any, passes: int) -> None:
+    def __init__(self, outputs: Any, passes: int, model: nn.Module) -> None:
         super().__init__()
-        self._passes = passes
+        self._passes, self._own = passes, OwnGraph(model)
         self.one = isinstance(outputs, Tensor)
         self._known: Any = WeakIdKeyDictionary()
         self._nodes: dict[tuple[Any, int], At] = {}
         self._steps: list[Step] = []
-        self._targets: list[Tensor] = []
-        self._versions: list[list[int]] = []
+        self._read: Any = WeakIdKeyDictionary()
+        self._beside = Beside([], [])
+        self._versions: dict[At, list[int]] = {}
         self._first: At | None = None
         self._trained: At | None = None
         self._missed = False
@@ -108,14 +112,9 @@ class LossCalls(TorchFunctionMode):
         self._nodes.clear()
 
     def at(self, x: Any) -> At | None:
-        """Return where a tensor comes from, if it is from the outputs.
+        """Return where ``x`` comes from, if it is a tensor, and from the outputs.
 
-        Args:
-            x: Anything.
-
-        Returns:
-            Its place; that of the output where it is the copy that DDP or a hook of the
-            backward pass hands out.
+        A copy that DDP or a hook of the backward pass hands out is the output.
         """
         if not isinstance(x, Tensor):
             return None
@@ -156,8 +155,8 @@ class LossCalls(TorchFunctionMode):
         result = self._trained or self._first
         steps = {} if result is None else leading_to(result, self._steps)
         read = inside([(step.args, step.kwargs) for step in steps.values()], At)
-        places = {at.place for at in read if at.of == "targets"}
-        return any(versions(self._targets[k]) != self._versions[k] for k in places)
+        beside = {at for at in read if at in self._versions}
+        return any(versions(self._beside[at]) != self._versions[at] for at in beside)
 
     @property
     def in_part(self) -> bool:
@@ -173,24 +172,25 @@ class LossCalls(TorchFunctionMode):
         result = self._trained or self._first
         if result is None:
             return None
+        beside, targets = self._beside, tuple(self._beside.targets)
         step = self._steps[result.place] if result.of == "steps" else None
         if step is None:
-            return FollowedLoss([], result, "the model's own", {}), (), False
+            return FollowedLoss([], result, "the model's own", {}, []), (), False
         if step.function not in TORCH_LOSSES:
-            loss = FollowedLoss(self._steps, result, "that of the script", {})
-            return loss, tuple(self._targets), False
+            name, rest = "that of the script", beside.constants
+            return FollowedLoss(self._steps, result, name, {}, rest), targets, False
         options = {
-            name: self._targets[x.place] if isinstance(x, At) else x
+            name: beside[x] if isinstance(x, At) else x
             for name, x in step.kwargs.items()
-            if not isinstance(x, At) or x.of == "targets"
+            if not isinstance(x, At) or x in self._versions
         }
         straight = self.one and len(step.args) == 2 and step.args[0] == OUTPUT
         if straight and isinstance(step.args[1], At) and step.args[1].of == "targets":
             plain = functools.partial(step.function, **options)
-            return plain, (self._targets[step.args[1].place],), True
+            return plain, (beside[step.args[1]],), True
         name = f"{step.function.__name__} of the script"
-        loss = FollowedLoss(self._steps, result, name, options)
-        return loss, tuple(self._targets), False
+        loss = FollowedLoss(self._steps, result, name, options, beside.constants)
+        return loss, targets, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -255,8 +255,8 @@ class LossCalls(TorchFunctionMode):
         if lost:
             self._known.update((x, _LOST) for x in results if isinstance(x, Tensor))
             return
-        free = any(x.requires_grad for x, at in into if at is None)
-        if free or any(part in name for part in _RANDOM):
+        free = (x for x, at in into if at is None and x.requires_grad)
+        if draws(name) or any(map(self._own.leads_to, free)):
             self._lose(written)
             return
         if len(self._steps) == _MOST_STEPS:
@@ -264,7 +264,9 @@ class LossCalls(TorchFunctionMode):
             self._rest()
             return
         place = len(self._steps)
-        read, named = filled((args, kwargs), Tensor, self._stand_in)
+        read, named = filled(
+            without_statistics(func, args, kwargs), Tensor, self._stand_in
+        )
         self._lose(written)
         self._steps.append(Step(func, read, named, torch.is_grad_enabled()))
         for element, x in enumerate(results):
@@ -282,13 +284,11 @@ class LossCalls(TorchFunctionMode):
                 self._known[x] = _LOST
 
     def _stand_in(self, x: Tensor) -> At:
-        at = self.at(x)
-        if at is not None:
-            return at
-        if not any(x is known for known in self._targets):
-            self._targets.append(x)
-            self._versions.append(versions(x))
-        return At("targets", [x is known for known in self._targets].index(True))
+        at = self.at(x) or self._read.get(x)
+        if at is None:
+            at = self._read[x] = self._beside.add(x)
+            self._versions[at] = versions(x)
+        return at
 
 
 def sweep() -> None:

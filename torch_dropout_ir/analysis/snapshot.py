@@ -101,7 +101,8 @@ _LACKING: Final[dict[Need, str]] = {
     ),
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "
-        "number on which the script calls `backward()`, or what it reads changed in "
+        "number on which the script calls `backward()` (random numbers that are drawn "
+        "behind the model, as by dropout there, cut it), or what it reads changed in "
         "place before the optimizer stepped. Pass `loss=`, and `data=` for "
         "what needs targets; a loss that compares several passes is followed where one "
         "`forward` makes them all"
