@@ -42,6 +42,7 @@ from torch_dropout_ir.analysis.followed_loss import (
     unwritten,
     versions,
     without_factors,
+    without_statistics,
     writes,
 )
 from torch_dropout_ir.analysis.function_modes import lay_under, take_away
