@@ -1,6 +1,7 @@
 """Top eigenvalues: budgets, resumed runs, stopping, rehearsal on few samples."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -163,6 +164,9 @@ def test_rehearsal_pays_and_is_counted(worth):
     found = sharpness.top_eigenvalues(op, max_matvecs=16)
     rehearsed = found.num_matvecs - (op.num_matvecs - before)
     assert 2 <= rehearsed <= 5  # 28 products of an eighth, 3 of a quarter, a pass
+    assert rehearsed == math.ceil(found.rehearsal)
+    more = sharpness.top_eigenvalues(op, max_matvecs=1, state=found.state)
+    assert more.rehearsal == found.rehearsal
     errors = []
     for seed in range(5):
         torch.manual_seed(seed)
@@ -256,9 +260,38 @@ def test_no_rehearsal_where_calls_are_most_of_a_product():
 def test_warm_from_the_last_eigenvector_in_five_products():
     net, batch = large()
     op = sharpness.hessian(net, "cross_entropy", batch)
-    first = sharpness.top_eigenvalues(op, tol=1e-4)
-    again = sharpness.top_eigenvalues(op, start=first.vectors[0])
-    assert again.converged and again.num_matvecs <= 5
+    for stop in ("residual", "value"):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            first = sharpness.top_eigenvalues(op, stop=stop)
+            start = first.vectors[0]
+            again = sharpness.top_eigenvalues(op, stop=stop, start=start)
+            assert again.converged and again.num_matvecs <= 5
+            assert float(again.values[0]) >= (1 - 1e-3) * float(first.values[0])
+
+
+def test_a_start_that_is_another_eigenvector_is_not_believed():
+    """Nothing in its Krylov space says so: the look does."""
+    values = torch.cat((torch.linspace(-1, 1, 298), torch.tensor([5.0, 8.0]))).double()
+    start = torch.eye(300).double()[298]
+    for stop in ("residual", "value"):
+        found = sharpness.top_eigenvalues(Diagonal(values), start=start, stop=stop)
+        assert found.converged and float(found.values[0]) == pytest.approx(8, rel=1e-3)
+
+
+def test_the_recurrence_alone_does_for_a_first_impression():
+    """Orthogonal to the last two, vectors stay so until a pair has converged."""
+    op = Diagonal(torch.linspace(-1, 1, 500).double() ** 3)
+    start = torch.randn(500).double()
+    found = []
+    for span in (None, 2):
+        space = Space(op, start, 20, 1, span)
+        space.extend()
+        for _ in range(19):
+            space.advance()
+            space.extend()
+        found.append((space.values, space.residuals(), space.vectors()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
 
 
 def test_bad_input():
@@ -322,3 +355,21 @@ def test_the_growth_of_a_value_is_foreseen_where_coefficients_have_settled():
     assert float(space.errors()[0]) > 3 * left  # nothing is known of the gap
     space.informed = True
     assert float(space.errors()[0]) == pytest.approx(left, rel=0.02)
+
+
+def test_what_is_foreseen_is_not_much_less_than_what_is_certain():
+    """Two close values: the growth of the lower one says nothing of the other."""
+    values = torch.linspace(-0.5, 0.5, 400).double()
+    values[:2] = torch.tensor([1.0, 0.99]).double()
+    start = torch.zeros(400).double()
+    start[:2] = torch.tensor([0.1, 1.0]).double()
+    start[2:] = 0.1 * torch.randn(398).double() / 20
+    space = Space(Diagonal(values), start, 32, 1)
+    space.extend()
+    for _ in range(8):
+        space.advance()
+        space.extend()
+        certain = float(space.errors()[0])
+        space.informed = True
+        assert certain / 6 * (1 - 1e-9) <= float(space.errors()[0]) <= certain
+        space.informed = False

@@ -15,6 +15,7 @@ NOT_FINITE: Final = (
     "overflows at these parameters."
 )
 _AHEAD, _RECENT = 12, 8  # steps that are foreseen, and how many tell of them
+_FORESEEN: Final = 6.0  # times that an error may be less than what is certain
 _WIDE: Final = 2**16  # columns that a restart turns at once: no second basis
 
 
@@ -193,14 +194,16 @@ class Space:
     def errors(self) -> Tensor:
         """Squared residuals over the gap to the rest, if that is less (Kato-Temple).
 
-        From a start near an eigenvector, what the value may still grow, if less.
+        From a start near an eigenvector, what the value may still grow, if less; but
+        not much less, as the growth of two values close to each other is not foreseen.
 
         Returns:
             Estimates, ascending by value.
         """
         found = self._kato_temple()
-        if self.informed and self.found == 1:
-            found = found.clamp(max=self._growth())
+        if self.informed and self.found == 1 and not self._locked:
+            least = found / _FORESEEN
+            found = found.clamp(max=self._growth()).maximum(least)
         return found
 
     def _growth(self) -> float:

@@ -14,6 +14,7 @@ from torch_dropout_ir.sharpness.krylov import (
     random_vector,
     working_dtype,
 )
+from torch_dropout_ir.sharpness.rehearsal import rehearsed
 from torch_dropout_ir.vectors import Params, to_params, to_vector
 
 _BASIS: Final = 32
@@ -23,9 +24,6 @@ _NEAR: Final = 0.15  # residual of a start that is near an eigenvector, over the
 _LOOK: Final = 6  # products in a random direction, where several values are wanted
 _LOOK_WARM: Final = 4
 _MIXED: Final = 0.1  # share of a random direction in every start
-_REHEARSALS: Final = (28, 3)  # products with few samples at most, then with more
-_REHEARSED: Final = (0.01, 0.01)  # residuals that are enough of them, over the value
-_GATHERING: Final = 0.35  # of a product: forward passes to choose samples, graphs
 _BASIS_BYTES: Final = 2**29
 
 
@@ -42,11 +40,13 @@ class Eigen:
         errors: Estimated errors of the values, float64 ``[k]``: the squared residual
             over the gap to the next Ritz value and its residual, or the residual. Of
             one value from a start near an eigenvector also what the value would still
-            grow if the recurrence went on with its mean coefficients, if that is less.
+            grow if the recurrence went on with its mean coefficients, if that is less,
+            or a sixth of the former.
         converged: Whether all residuals (or errors) are within the tolerance, or within
             the rounding of the operator's products.
-        num_matvecs: Products spent, rehearsal and resumed runs included.
+        num_matvecs: Products spent, rehearsal (rounded up) and resumed runs included.
         state: All that is needed to go on, for ``state=``; it can be saved.
+        rehearsal: What the rehearsal cost, in products: each as its share of samples.
     """
 
     values: Tensor
@@ -56,6 +56,7 @@ class Eigen:
     converged: bool
     num_matvecs: int
     state: dict[str, Any] = dataclasses.field(repr=False)
+    rehearsal: float = 0.0
 
 
 def top_eigenvalues(
@@ -99,7 +100,8 @@ def top_eigenvalues(
         max_matvecs: Most products to spend now.
         start: Starting vector in a form that ``op`` takes, for example the last
             eigenvector; random if None. A random vector of a tenth of its norm is
-            added.
+            added; but one whose residual is within ``tol`` at once is kept, and four
+            products look in a random direction: five in all.
         stop: Stop on the residuals or on the estimated errors of the values.
         state: ``Eigen.state`` of an earlier run on the same operator, to go on from;
             its ``k`` and ``start`` count.
@@ -124,8 +126,7 @@ def top_eigenvalues(
     """  # noqa: DOC502 (`_check`, `_start` and the space raise)
     check_symmetric("top_eigenvalues", op)
     _check(op, k, tol, max_matvecs, stop)
-    look = _LOOK if start is None else _LOOK_WARM
-    search = _Search(tol, stop, 0 if k == 1 else look)
+    search = _Search(tol, stop, _look(k, stop, start is not None))
     if state is not None:
         room = _capacity(op, state["k"], max_bytes)
         space = Space.resumed(op, state, room)
@@ -137,13 +138,7 @@ def top_eigenvalues(
             search.load(state)
     else:
         room = _capacity(op, k, max_bytes)
-        first, spent = _start(op, start, max_matvecs, room)
-        space = Space(op, first, room, k)
-        space.spent = spent
-        space.extend()
-        near = start is not None and space.within(_NEAR, space.residuals())
-        space.informed = spent > 0 or near
-        search.hold = _HOLD_REHEARSED if spent else search.hold
+        space = _begin(op, k, start, max_matvecs, room, search)
     most = max_matvecs + (state["spent"] if state is not None else 0)
     while not search.done(space) and space.spent < most:
         search.next(space)
@@ -156,31 +151,41 @@ def top_eigenvalues(
         search.done(space),
         space.spent,
         space.state() | search.state(),
+        search.rehearsal,
     )
+
+
+def _look(k: int, stop: str, warm: bool) -> int:
+    """Products of a look in a random direction; 0: the start has a part of that."""
+    if k == 1:
+        return _LOOK_WARM if warm and stop == "residual" else 0
+    return _LOOK_WARM if warm else _LOOK
 
 
 class _Search:
     """When to believe what has converged: when it holds, and a look finds nothing new.
 
-    One value must stay what it is claimed to be for some more products; several must
-    after ``look`` products in a random direction, which may find further copies.
+    One value must stay what it is claimed to be for some more products, or, as several
+    must, after ``look`` products in a random direction, which may find further copies.
     """
 
     def __init__(self, tol: float, stop: str, look: int) -> None:
-        self._tol, self._stop, self._look = tol, stop, look
+        self._tol, self._stop, self.looks = tol, stop, look
         self.hold = _HOLD[stop]
         self._seen: Tensor | None = None  # what was claimed last
         self._until = 0  # products from which it is believed
+        self.rehearsal = 0.0  # products that the start cost
 
     def state(self) -> dict[str, Any]:
-        known = {"seen": self._seen, "until": self._until, "look": self._look}
-        return known | {"hold": self.hold}
+        known = {"seen": self._seen, "until": self._until, "look": self.looks}
+        return known | {"hold": self.hold, "rehearsal": self.rehearsal}
 
     def load(self, state: dict[str, Any]) -> None:
         self._seen, self._until = state["seen"], state["until"]
-        self._look, self.hold = state["look"], state["hold"]
+        self.looks, self.hold = state["look"], state["hold"]
+        self.rehearsal = state["rehearsal"]
 
-    def _converged(self, space: Space) -> bool:
+    def converged(self, space: Space) -> bool:
         of = space.residuals() if self._stop == "residual" else space.errors()
         return space.found == space.k and space.within(self._tol, of)
 
@@ -192,18 +197,18 @@ class _Search:
 
     def _holds(self, space: Space) -> bool:
         """Whether what was claimed is still so, and not more than it was."""
-        if self._seen is None or not self._converged(space):
+        if self._seen is None or not self.converged(space):
             return False
         return not space.grew(self._seen, self._tol)
 
     def next(self, space: Space) -> None:
         """Choose the next direction: the remainder, or a random one for a look."""
-        ready = self._converged(space)
-        if self._look and ready and space.spent >= self._until:
-            self._seen, self._until = space.leading, space.spent + self._look
+        ready = self.converged(space)
+        if self.looks and ready and space.spent >= self._until:
+            self._seen, self._until = space.leading, space.spent + self.looks
             space.lock()
             return
-        if not self._look and not self._holds(space):
+        if not self.looks and not self._holds(space):
             self._seen = space.leading if ready else None
             self._until = space.spent + self.hold
         space.advance()
@@ -225,56 +230,52 @@ def _check(op: Any, k: int, tol: float, max_matvecs: int, stop: str) -> None:
         )
 
 
+def _begin(
+    op: Any,
+    k: int,
+    start: Tensor | Params | None,
+    max_matvecs: int,
+    room: int,
+    search: _Search,
+) -> Space:
+    """Return a space of one product."""
+    first, spent = _start(op, start, max_matvecs, room)
+    if k == 1 and search.looks:  # maybe it is the eigenvector still
+        space = Space(op, first, room, k)
+        space.extend()
+        if search.converged(space) or max_matvecs == 1:
+            return space
+        search.looks, spent = 0, 1.0
+    mixed = first if start is None and not spent else _mixed(op, first)
+    space = Space(op, mixed, room, k)
+    space.spent = math.ceil(spent)
+    space.extend()
+    near = start is not None and space.within(_NEAR, space.residuals())
+    space.informed = near or (start is None and spent > 0)
+    if start is None and spent:
+        search.hold, search.rehearsal = _HOLD_REHEARSED, spent
+    return space
+
+
 def _start(
     op: Any, start: Tensor | Params | None, max_matvecs: int, room: int
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, float]:
     """Return the first vector, and the products that finding it has cost."""
     if start is None:
-        return _rehearsed(op, max_matvecs, room)
+        return rehearsed(op, max_matvecs, room)
     vector = start if isinstance(start, Tensor) else to_vector(start)
     if vector.shape != (op.shape[0],) or not bool(vector.any()):
         raise ValueError(
             f"top_eigenvalues: expected a `start` of {op.shape[0]} numbers that are "
             f"not all zero, got shape {list(vector.shape)}. Without one it is random."
         )
-    vector = vector.detach().to(op.device, op.dtype)
-    return _mixed(op, vector), 0
+    return vector.detach().to(op.device, op.dtype), 0.0
 
 
 def _mixed(op: Any, vector: Tensor) -> Tensor:
     """Add a random vector, so that the start is orthogonal to nothing."""
     other = random_vector(op)
     return other.mul_(_MIXED * vector.norm() / other.norm()).add_(vector)
-
-
-def _rehearsed(op: Any, max_matvecs: int, room: int) -> tuple[Tensor, int]:
-    """Return what an operator of few of the samples has for its first vector."""
-    parts: list[tuple[Any, float]] = []
-    while max_matvecs >= 8 and len(parts) < len(_REHEARSALS):
-        last, whole = parts[-1] if parts else (op, 1.0)
-        thinned = last.thinned() if hasattr(last, "thinned") else None
-        if thinned is None:
-            break
-        parts.append((thinned[0], whole * thinned[1]))
-    vector, spent = random_vector(op), _GATHERING
-    if not parts:
-        return vector, 0
-    for (few, share), most, enough in zip(
-        reversed(parts), _REHEARSALS, _REHEARSED, strict=False
-    ):
-        vector, steps = _roughly(few, vector, min(most, room), enough)
-        spent += share * steps
-    return _mixed(op, vector), math.ceil(spent)
-
-
-def _roughly(op: Any, start: Tensor, most: int, tol: float) -> tuple[Tensor, int]:
-    """Return the first eigenvector to within ``tol``, if so many products suffice."""
-    space = Space(op, start, most, 1, span=2)
-    space.extend()
-    while space.spent < most and not space.within(tol, space.residuals()):
-        space.advance()
-        space.extend()
-    return space.vectors()[0], space.spent
 
 
 def _capacity(op: Any, k: int, max_bytes: int) -> int:
