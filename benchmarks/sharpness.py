@@ -79,17 +79,15 @@ def main() -> int:
             model.eval()
             print(f"\n{task}, batch {n}, after {steps} steps", flush=True)
             true = truth(make, copy.deepcopy(model.state_dict()), batch, wanted)
-            unit = seconds(plain_product(model, batch), 3)
+            plain = plain_product(model, batch)
+            unit = seconds(plain, 3)
             print(f"  unit: one product by jvp(grad), {1e3 * unit:.1f} ms")
             if not chosen.no_numbers:
                 numbers(model, batch, true, unit)
                 if task == "mlp":
                     lanczos_or_lobpcg(model, batch, true["top"], unit)
-            row = [
-                race(name, make_one(model, batch), true, unit, chosen)
-                for name, make_one in racing.items()
-            ]
-            if row:
+            own = {name: make_one(model, batch) for name, make_one in racing.items()}
+            if row := race(own, true, plain, chosen) if own else []:
                 print(f"  | {task}, {steps} steps | {' | '.join(row)} |", flush=True)
         if not chosen.no_memory:
             memory(model, batch)

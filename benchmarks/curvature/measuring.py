@@ -27,6 +27,19 @@ def seconds(run: Callable, turns: int = 5) -> float:
     return statistics.median(times)
 
 
+def side_by_side(runs: dict[str, Callable], turns: int = 5) -> dict[str, float]:
+    """Median wall time of each of several calls, taken in turns.
+
+    A machine that is slower for a while is then slower for all of them. Each runs once
+    before it is timed, so that none pays for what another has left behind.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, run in runs.items():
+            times[name].append(seconds(run, 1))
+    return {name: statistics.median(x) for name, x in times.items()}
+
+
 def resident(field: str) -> float:
     """Megabytes of this process, as Linux counts them: VmRSS now, VmHWM at most."""
     lines = Path("/proc/self/status").read_text().splitlines()

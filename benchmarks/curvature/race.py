@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature.contenders import Measure, quadrature
-from curvature.measuring import seconds
+from curvature.measuring import side_by_side
 from torch_dropout_ir import sharpness
 
 BUDGETS = {
@@ -65,41 +65,61 @@ def truth(make: Callable, state: dict, batch, wanted: set[str]) -> dict:
 
 
 def race(
-    name: str,
-    contender: dict[str, Callable],
+    racing: dict[str, dict[str, Callable]],
     true: dict,
-    unit: float,
+    plain: Callable,
     chosen: argparse.Namespace,
-) -> str:
-    """Smallest budget that reaches the true value from every seed, and what it cost.
+) -> list[str]:
+    """Smallest budgets that reach the true value from every seed, and what they cost.
 
-    Returns the units of time for top, trace and density: "." if not run, "-" if not
-    reached.
+    Args:
+        racing: Ours and the libraries, each by what it is asked for.
+        true: The true values.
+        plain: One product by jvp(grad): the unit of time, taken in turns with them.
+        chosen: What to race for, and from how many starts.
+
+    Returns:
+        By contender the units of time for top, trace and density: "." if not run, "-"
+        if not reached.
     """
-    cells = dict.fromkeys(TARGETS, ".")
+    cells = {name: dict.fromkeys(TARGETS, ".") for name in racing}
     for what in chosen.race:
-        line, first, failures = [], None, 0
-        for budget in BUDGETS[what]:
-            try:
-                found = worst(what, contender[what], budget, true[what], chosen.starts)
-            except Exception as err:
-                line.append(f"{budget}: {type(err).__name__}")
-                failures += 1
-                if failures > 1:
-                    break
-                continue
-            line.append(f"{budget}: {found:.1e}")
-            if found <= TARGETS[what]:
-                with sdpa_kernel(SDPBackend.MATH):
-                    took = seconds(functools.partial(contender[what], budget), 5)
-                first = took / unit
+        runs = {"unit": plain}
+        for name, contender in racing.items():
+            budget, cell = first_budget(name, contender[what], what, true, chosen)
+            cells[name][what] = cell
+            if budget is not None:
+                runs[name] = functools.partial(contender[what], budget)
+        with sdpa_kernel(SDPBackend.MATH):
+            took = side_by_side(runs)
+        for name in runs.keys() & cells:
+            cells[name][what] = f"{took[name] / took['unit']:.1f}"
+        said = (f"{name} {x / took['unit']:.1f}" for name, x in took.items())
+        print(f"  {what}, times in turns: {', '.join(said)}", flush=True)
+    return [" / ".join(own.values()) for own in cells.values()]
+
+
+def first_budget(
+    name: str, run: Callable, what: str, true: dict, chosen: argparse.Namespace
+) -> tuple[int | None, str]:
+    """Smallest budget that reaches the true value from every seed; else what to say."""
+    line, first, failures = [], None, 0
+    for budget in BUDGETS[what]:
+        try:
+            found = worst(what, run, budget, true[what], chosen.starts)
+        except Exception as err:
+            line.append(f"{budget}: {type(err).__name__}")
+            failures += 1
+            if failures > 1:
                 break
-        reached = "not reached" if first is None else f"{first:6.1f} units"
-        failed = "fails" if failures > 1 else "-"
-        cells[what] = failed if first is None else f"{first:.1f}"
-        print(f"  {name:20} {what:7} to {TARGETS[what]:g}: {reached:>12}   "
-              f"worst true error by budget {', '.join(line)}", flush=True)  # fmt: skip
-    return " / ".join(cells.values())
+            continue
+        line.append(f"{budget}: {found:.1e}")
+        if found <= TARGETS[what]:
+            first = budget
+            break
+    print(f"  {name:20} {what:7} to {TARGETS[what]:g}: worst true error by budget "
+          f"{', '.join(line)}", flush=True)  # fmt: skip
+    return first, "fails" if failures > 1 else "-"
 
 
 def worst(what: str, run: Callable, budget: int, true, starts: int) -> float:

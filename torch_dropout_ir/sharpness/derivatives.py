@@ -1,7 +1,7 @@
 """What is called in a forward pass takes second derivatives of our own.
 
-Those of convolutions and linear layers are in modules of their own. Torch's of ReLU
-makes zeros and adds them.
+Those of convolutions, linear layers and batch normalization are in modules of their
+own. Torch's of ReLU makes zeros and adds them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch_dropout_ir import tracing
 from torch_dropout_ir.sharpness.convolution import convolution
 from torch_dropout_ir.sharpness.linear import leaf_of, linear
+from torch_dropout_ir.sharpness.normalization import normalization
 from torch_dropout_ir.weight_parts import geometry_of
 
 _mask: Final = torch.ops.aten.threshold_backward.default
@@ -135,10 +136,32 @@ def _convolved(
     return convolution(x, weight, bias, geometry, leaf_of(weight))
 
 
+def _normalized(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    given = [x for x in (running_mean, running_var, weight, bias) if x is not None]
+    held = training or (running_mean is not None and running_var is not None)
+    alike = all(x.dtype == input.dtype for x in given) and _ours(input, *given)
+    # Of one entry a channel there is no variance: torch says so.
+    some = input.ndim > 1 and input[:, :1].numel() > 1
+    if not (held and alike and some and input.is_cpu) or tracing.checkpointed():
+        return None
+    running, rates = (running_mean, running_var), (momentum, eps)
+    return normalization(input, running, weight, bias, training, rates)
+
+
 _OWN: Final[dict[Callable[..., Any], Callable[..., Tensor | None]]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((F.relu_, torch.relu_, Tensor.relu_), _relu_),
     F.linear: _linear,
+    F.batch_norm: _normalized,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _plain),
     **dict.fromkeys(
         (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed

@@ -1,0 +1,212 @@
+r"""Second derivatives of batch normalization in a few passes over its input.
+
+With ``h = r (x - m)`` and ``y = w h + b``, ``g`` the derivative in ``y``, ``<u, v>``
+the sum of ``u v`` over a channel, dots for what a product sends back through the
+gradient's graph, and running statistics for ``m`` and ``r``,
+
+.. math:: \bar x = w r g, \quad \bar w = \langle g, h \rangle, \quad
+    \bar b = \langle g, 1 \rangle, \qquad
+    g' = w r \dot x + \dot w h + \dot b, \quad
+    x' = r \dot w g, \quad w' = r \langle \dot x, g \rangle
+
+Where ``m`` and ``r`` are those of the batch, with ``n`` entries a channel, ``dh`` is
+``r P dx`` with :math:`P u = u - (\langle u, 1 \rangle + \langle u, h \rangle h) / n`,
+and ``dr`` is :math:`- r^2 \langle h, dx \rangle / n`. So
+
+.. math:: \bar x = w r P g, \qquad g' = w r P \dot x + \dot w h + \dot b, \quad
+    w' = r \langle \dot x, P g \rangle, \\
+    q = \dot w g - w r (\langle g, h \rangle \dot x + \langle \dot x, h \rangle g) / n,
+    \quad x' = r P q - w r^2 \langle \dot x, P g \rangle h / n
+
+All are sums of ``x``, ``g`` and their dots with one factor a channel. Torch makes each
+term a tensor of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir import tracing
+
+_normalize: Final = torch.ops.aten.native_batch_norm.default
+_backward: Final = torch.ops.aten.native_batch_norm_backward.default
+Factor = Tensor | float
+Needed = tuple[bool, bool, bool]
+
+
+class _Normalized(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: tuple[Tensor | None, Tensor | None],
+        training: bool,
+        rates: tuple[float, float],
+    ) -> Tensor:
+        y, *held = _normalize(x, weight, bias, *running, training, *rates)
+        mean, variance = running
+        if not training and mean is not None and variance is not None:
+            held = [mean, (variance + rates[1]).rsqrt()]
+        ctx.save_for_backward(x, weight, *held)
+        ctx.training = training
+        found: Tensor = y
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:3]
+        given = g, *ctx.saved_tensors, ctx.training, needed
+        if torch.is_grad_enabled():
+            return *_Derivative.apply(*given), None, None, None
+        return *_first(*given), None, None, None
+
+
+class _Derivative(torch.autograd.Function):
+    """The derivatives in input, weight and bias, themselves to be differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        r: Tensor,
+        training: bool,
+        needed: Needed,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(g, x, weight, mean, r)
+        ctx.training = training
+        ctx.set_materialize_grads(False)
+        return _first(g, x, weight, mean, r, training, needed)
+
+    @staticmethod
+    def backward(
+        ctx: Any, x_dot: Tensor | None, w_dot: Tensor | None, b_dot: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        g, x, weight, mean, r = ctx.saved_tensors
+        in_g, in_x, in_weight = ctx.needs_input_grad[:3]
+        h = _Normal(x, mean, r)
+        scale = r if weight is None else weight * r
+        zero = torch.zeros_like(r)
+        dot_h, dot_1, met = zero, zero, zero
+        if x_dot is not None:
+            (dot_h, dot_1), met = h.along(x_dot), _along(x_dot, g)
+        own = zero if w_dot is None else w_dot, zero if b_dot is None else b_dot
+        at_g, of_g, of_dot, at_x = own, r * own[0], zero, None
+        if ctx.training:
+            share = x.shape[1] / x.numel()
+            g_h, g_1 = h.along(g)
+            met = met - (dot_1 * g_1 + dot_h * g_h) * share
+            at_g = own[0] - scale * dot_h * share, own[1] - scale * dot_1 * share
+            of_g, of_dot = r * at_g[0], -r * scale * g_h * share
+            at_x = (
+                -(of_dot * dot_h + of_g * g_h + r * scale * met) * share,
+                -(of_dot * dot_1 + of_g * g_1) * share,
+            )
+        return (
+            h.combined(at_g, (scale, x_dot)) if in_g else None,
+            h.combined(at_x, (of_g, g), (of_dot, x_dot)) if in_x else None,
+            r * met if in_weight else None,
+            *(None,) * 4,
+        )
+
+
+class _Normal:
+    """What the weight of a layer multiplies: ``h = r (x - m)``, not made."""
+
+    def __init__(self, x: Tensor, mean: Tensor, r: Tensor) -> None:
+        self._x, self._mean, self._r = x, mean, r
+
+    def along(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """``<u, h>`` and ``<u, 1>``."""
+        if not tracing.eager():
+            apart = self._x - _wide(self._mean, u)
+            return _summed(u * apart) * self._r, _summed(u)
+        mask = [False, True, True]
+        held = None, None, self._mean, self._r
+        _, along, total = _backward(u, self._x, None, *held, True, 0.0, mask)
+        return along, total
+
+    def combined(
+        self, at: tuple[Tensor, Tensor] | None, *terms: tuple[Tensor, Tensor | None]
+    ) -> Tensor:
+        """``at_0 h + at_1`` and the terms, each with its factor by channel."""
+        found = None
+        if at is not None:
+            factor = at[0] * self._r
+            found = _affine(self._x, factor, at[1] - factor * self._mean)
+        for factor, u in terms:
+            if u is not None:
+                own = _wide(factor, u)
+                found = u * own if found is None else found.addcmul_(u, own)
+        return torch.zeros_like(self._x) if found is None else found
+
+
+def _first(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    r: Tensor,
+    training: bool,
+    needed: Needed,
+) -> tuple[Tensor | None, ...]:
+    """First derivatives, in input, weight and bias."""
+    mask = [needed[0] and training, *needed[1:]]
+    found: list[Tensor | None] = [None, None, None]
+    if any(mask):
+        found = [*_backward(g, x, weight, None, None, mean, r, True, 0.0, mask)]
+    if needed[0] and not training:
+        found[0] = g * _wide(r if weight is None else weight * r, g)
+    return tuple(found)
+
+
+def _wide(factor: Tensor, like: Tensor) -> Tensor:
+    """One number a channel, to be multiplied with all of it."""
+    return factor.view(-1, *(1,) * (like.ndim - 2))
+
+
+def _summed(u: Tensor) -> Tensor:
+    return u.sum([0, *range(2, u.ndim)])
+
+
+def _along(u: Tensor, v: Tensor) -> Tensor:
+    """``<u, v>``."""
+    zero = v.new_zeros(v.shape[1])
+    return _Normal(v, zero, zero + 1).along(u)[0]
+
+
+def _affine(x: Tensor, factor: Tensor, constant: Tensor) -> Tensor:
+    if not tracing.eager():
+        return _wide(factor, x) * x + _wide(constant, x)
+    zero = torch.zeros_like(factor)
+    found: Tensor = _normalize(x, factor, constant, zero, zero + 1, False, 0.0, 0.0)[0]
+    return found
+
+
+def normalization(
+    x: Tensor,
+    running: tuple[Tensor | None, Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    rates: tuple[float, float],
+) -> Tensor:
+    """Return what batch normalization does to ``x``, ``[N, C, ...]``.
+
+    Args:
+        x: The input, on a CPU.
+        running: Mean and variance to use, or to move where it trains.
+        weight: One factor a channel.
+        bias: One constant a channel.
+        training: Whether mean and variance are the batch's.
+        rates: Momentum, and what is added to the variance.
+    """
+    found: Tensor = _Normalized.apply(x, weight, bias, running, training, rates)
+    return found
