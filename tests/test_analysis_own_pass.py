@@ -176,3 +176,35 @@ def test_a_compiled_step_of_the_optimizer_is_left_alone():
     seen, analysis = trained(True)
     assert seen == expected and expected[1]
     assert "in eager code" in analysis.absent["optimizer steps"]
+
+
+class Stacks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, rows):
+        return self.net(torch.stack(list(rows)))
+
+
+def test_a_generator_that_the_pass_has_used_up_is_said():
+    model = Stacks()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watched(model) as analysis:
+        x, y = batch()
+        F.cross_entropy(model(row for row in x), y).backward()
+        sgd.step()
+    assert "are used up" in analysis.absent["regularizer"]
+    assert not analysis.notes.get("masks")
+
+
+def test_dropout_that_is_not_measured_is_not_said_to_be_none():
+    model = nn.Sequential(nn.Linear(4, 8), nn.AlphaDropout(0.2), nn.Linear(8, 3))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watched(model) as analysis:
+        x, y = batch()
+        F.cross_entropy(model(x), y).backward()
+        sgd.step()
+    assert "`analysis.sites` lists what is not" in analysis.absent["regularizer/R1"]
+    found = {site.name: site.reason for site in analysis.sites}
+    assert "1" in found and all(found.values())

@@ -90,6 +90,8 @@ def lightning(monkeypatch):
 def test_lightning(lightning, tmp_path, calls):
     from torch_dropout_ir.integrations.lightning import DropoutAnalysis
 
+    logged = []
+
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
@@ -98,7 +100,10 @@ def test_lightning(lightning, tmp_path, calls):
         if calls != "no forward":
 
             def forward(self, x):
-                return self.net(x)
+                outputs = self.net(x)
+                norm = outputs.detach().norm()
+                self.log("norm", norm, on_step=False, on_epoch=True)
+                return outputs
 
         def training_step(self, batch, _):
             outputs = self(batch[0]) if calls == "self(x)" else self.net(batch[0])
@@ -121,10 +126,12 @@ def test_lightning(lightning, tmp_path, calls):
             )  # fmt: skip
             trainer.fit(module, DataLoader(data(), batch_size=16), ckpt_path=resume)
             trainer.save_checkpoint(tmp_path / "last.ckpt")
+        logged.append(trainer.callback_metrics.get("norm"))
         return module, callback.analysis
 
     analysis = same_training(fit)
     assert analysis.step == 6 and not analysis.absent
+    assert logged[0] == logged[1] and (logged[0] is None) is (calls != "self(x)")
     site = "net.2" if calls == "self(x)" else "2"
     assert analysis.latest[f"mask/keep_rate/{site}"] > 0
     # Clipped to a norm of 0.1, as the optimizer receives it.

@@ -170,6 +170,7 @@ class Bystanders:
         kept = [(hooks, dict(hooks)) for hooks in _hook_dicts(model)] if still else []
         with unmoved_attributes(model), _unprofiled(model), _NO_MODES():
             try:
+                _hush(model)
                 for hooks, _ in kept:
                     for key in still.intersection(hooks):
                         del hooks[key]
@@ -179,6 +180,17 @@ class Bystanders:
                     if hooks.keys() != own.keys():
                         hooks.clear()
                         hooks.update(own)
+
+
+def _hush(model: nn.Module) -> None:
+    """Let a Lightning module log nothing to its trainer, until attributes are back."""
+    for module in model.modules():
+        if any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):
+            vars(module).update(log=_unlogged, log_dict=_unlogged)
+
+
+def _unlogged(*_: Any, **__: Any) -> None:
+    """Log nothing."""
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import time
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch_dropout_ir.analysis.compiled_calls import (
     compiled_in_place,
 )
 from torch_dropout_ir.analysis.delivery import warn
-from torch_dropout_ir.analysis.followed_loss import At, versions
+from torch_dropout_ir.analysis.followed_loss import At, inside, versions
 from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.analysis.loss_calls import OUTPUT, LossCalls, sweep
 from torch_dropout_ir.analysis.own_pass import OTHER_PASS, OwnPass
@@ -231,7 +232,8 @@ class Capture:
     def _check_inputs(self) -> None:
         """Let go of inputs that were written on: no second pass is the same."""
         given = self.inputs and (self.inputs.args, self.inputs.kwargs)
-        if versions(given) != self._versions:
+        once = any(inside(given, Iterator))  # a generator is used up by the pass
+        if once or versions(given) != self._versions:
             self.inputs = None
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:

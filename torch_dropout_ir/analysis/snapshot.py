@@ -90,14 +90,18 @@ class Snapshot:
         return None
 
 
-NO_SITE: Final = "no dropout with p > 0 was found, neither a module nor a call"
+NO_SITE: Final = (
+    "no dropout with p > 0 was found, neither a module nor a call, of those that are "
+    "measured (`analysis.sites` lists what is not, and why)"
+)
 _LACKING: Final[dict[Need, str]] = {
     "sites": NO_SITE,
     "inputs": (
         "no call of the model in training mode was seen yet: attach to the module that "
         "the script calls (a model that was compiled since is measured from the next "
-        "time on; one whose inputs change in place before the optimizer steps, or that "
-        "runs inside `torch.func` transforms alone, cannot be measured)"
+        "time on; one whose inputs change in place or are used up before the optimizer "
+        "steps, or that runs inside `torch.func` transforms or a compiled function "
+        "alone, cannot be measured)"
     ),
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "
