@@ -122,7 +122,9 @@ def test_bad_input():
     for steps, probes in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="num_steps"):
             sharpness.spectral_density(torch.eye(3), steps, probes)
-    with pytest.raises(ValueError, match="bandwidth"):
-        sharpness.spectral_density(torch.eye(3), bandwidth=0.0)
-    with pytest.raises(ValueError, match="grid"):
-        sharpness.spectral_density(torch.eye(3), grid=torch.zeros(2, 2))
+    for width in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="bandwidth"):
+            sharpness.spectral_density(torch.eye(3), bandwidth=width)
+    for grid in (torch.zeros(2, 2), torch.tensor([0.0, float("nan")])):
+        with pytest.raises(ValueError, match="grid"):
+            sharpness.spectral_density(torch.eye(3), grid=grid)

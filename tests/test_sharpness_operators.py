@@ -341,7 +341,8 @@ def test_bad_input_is_named(kind):
     assert kind(idle, "mse", (x, y), params=["used.weight", "used.bias"]).shape[0] == 8
     with pytest.raises(ValueError, match="argmax"):
         kind(net, lambda f, t: f.argmax(1).double().mean(), (x, y))
-    for empty in ([], DataLoader(TensorDataset(x[:0], y[:0]), 2), [(x[:0], y[:0])] * 2):
+    none = x[:0], y[:0]
+    for empty in ([], none, DataLoader(TensorDataset(*none), 2), [none] * 2):
         with pytest.raises(ValueError, match="at least one batch"):
             kind(net, "mse", empty) @ torch.ones(32)
     for masks in ("on", -1, 0.5, True, []):
@@ -349,6 +350,8 @@ def test_bad_input_is_named(kind):
             kind(net, "mse", (x, y), masks=masks)
     with pytest.raises(ValueError, match="columns"):
         kind(net, "mse", (x, y)) @ torch.ones(31, 2)
+    with pytest.raises(TypeError, match="real numbers"):
+        kind(net, "mse", (x, y)) @ torch.ones(32, dtype=torch.complex128)
 
 
 def test_dictionaries_are_told_where_to_go():

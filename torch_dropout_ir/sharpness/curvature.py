@@ -125,6 +125,11 @@ class CurvatureOperator:
                 f"{self.kind}: expected a vector of shape [{self.shape[1]}] or columns "
                 f"[{self.shape[1]}, K], got {list(v.shape)}"
             )
+        if v.is_complex():
+            raise TypeError(
+                f"{self.kind}: expected real numbers, got {v.dtype}. Multiply the real "
+                "and the imaginary part each by itself."
+            )
         v = v.to(self.device, self.dtype)
         return self._products(v[None])[0] if v.ndim == 1 else self._products(v.T).T
 

@@ -89,8 +89,8 @@ def spectral_density(
         Grid, density, nodes and weights.
 
     Raises:
-        ValueError: If a number is below 1, ``bandwidth`` is not positive, or ``grid``
-            has no dimension, or a matrix is not symmetric.
+        ValueError: If a number is below 1, ``bandwidth`` is not positive and finite,
+            ``grid`` is not one row of finite numbers, or a matrix is not symmetric.
 
     References:
         Ghorbani, Krishnan & Xiao, *An investigation into neural net optimization via
@@ -110,13 +110,16 @@ def spectral_density(
             "spectral_density: expected `num_steps` >= 1 and `num_probes` >= 1, got "
             f"{num_steps} and {num_probes}"
         )
-    if bandwidth is not None and not bandwidth > 0:
+    if bandwidth is not None and not 0 < bandwidth < math.inf:
         raise ValueError(
-            f"spectral_density: expected a positive `bandwidth`, got {bandwidth}"
+            "spectral_density: expected a positive, finite `bandwidth`, got "
+            f"{bandwidth}"
         )
-    if grid is not None and grid.ndim != 1:
+    if grid is not None and not (grid.ndim == 1 and bool(grid.isfinite().all())):
         raise ValueError(
-            f"spectral_density: expected `grid` of shape [G], got {list(grid.shape)}"
+            "spectral_density: expected `grid` of shape [G] and finite, got shape "
+            f"{list(grid.shape)} and {int((~grid.isfinite()).sum())} entries that are "
+            "not"
         )
     probes = list(state["probes"]) if state else []
     spent = state["spent"] if state else 0

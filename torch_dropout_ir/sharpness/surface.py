@@ -91,8 +91,11 @@ class Surface:
         self.model, self.ranks = unwrapped(model, group)
         self.loss = resolve_loss(loss)
         self._batches = Reading(batches, self.model, weigh)
-        if self._batches.empty and not self.ranks.spread:
-            raise ValueError(f"{caller}: expected at least one batch, got none")
+        one = self._batches.single
+        bare = one is not None and not self._batches.samples(one)
+        if (self._batches.empty or bare) and not self.ranks.spread:
+            what = "batch with samples" if bare else "batch"
+            raise ValueError(f"{caller}: expected at least one {what}, got none")
         self.seeds = mask_seeds(caller, masks)
         chosen = chosen_parameters(caller, parameters(self.model), params)
         own = {n: x.detach() for n, x in chosen.items()}
