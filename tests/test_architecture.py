@@ -25,6 +25,7 @@ FLOORS = {
         "vectors",
         "arrivals", "collectives", "weight_parts",
         "sites",
+        "survey",
         "dropout_calls",
         "module_calls",
         "attention",

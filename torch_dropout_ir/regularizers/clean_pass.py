@@ -18,7 +18,8 @@ from torch_dropout_ir.regularizers.checks import check_batch
 from torch_dropout_ir.regularizers.coupling import alike, by_powers, even_root
 from torch_dropout_ir.regularizers.recorder import Recorder, Use
 from torch_dropout_ir.regularizers.row_graph import rows_apart
-from torch_dropout_ir.sites import uncompiled, unobservable
+from torch_dropout_ir.sites import out_of_sight
+from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.tracing import random_state
 
 # Elements of the sites' inputs under which memory is no matter.
@@ -38,6 +39,7 @@ class CleanPass:
         noisy: Whether it drew random numbers, or other noise was switched off in it.
         unreachable: Names of sites that ran without autograd (``torch.no_grad`` or
             reentrant checkpointing): derivatives cannot reach them.
+        out_of_sight: What :func:`torch_dropout_ir.sites.unobservable` says.
     """
 
     outputs: Any
@@ -45,6 +47,7 @@ class CleanPass:
     last_layer: nn.Linear | None
     noisy: bool
     unreachable: tuple[str, ...]
+    out_of_sight: dict[str, str]
 
     @property
     def deltas(self) -> list[Tensor]:
@@ -235,32 +238,39 @@ def clean_pass(
         TypeError: If a site's input is not real.
         ValueError: If the batch is empty.
     """  # noqa: DOC502 (raised by the checks)
-    check_batch(model, inputs)
-    model = uncompiled(model)
+    survey = Survey.of(model)
+    check_batch(model, inputs, survey.modules)
+    model = survey.model
     seen = Recorder(outlives, first)
     with torch.enable_grad(), contextlib.ExitStack() as stack:
         if twice:
             stack.enter_context(_differentiable(thrice))
         placed = at_sites(
-            model, seen.perturb, move_buffers=move_buffers, outlives=outlives
+            model,
+            seen.perturb,
+            move_buffers=move_buffers,
+            outlives=outlives,
+            survey=survey,
+            copies=True,
         )
         calls = stack.enter_context(placed)
-        for module in model.modules() if find_last else ():
+        for _, module in survey.modules if find_last else ():
             if type(module) is nn.Linear:
                 stack.callback(module.register_forward_hook(seen.read).remove)
         before = [] if calls.absent else random_state(model)
-        outputs = call(model, inputs, move_buffers=move_buffers)
+        outputs = call(model, inputs, move_buffers=move_buffers, survey=survey)
         if reduce is not None:
             outputs = reduce(outputs)
         noisy = bool(calls.silenced)
         noisy = noisy or (not calls.absent and not _alike(before, random_state(model)))
         uses = seen.uses()
-        alone = find_last and len(uses) == 1 and not unobservable(model) and not noisy
+        hidden = out_of_sight(survey.others)
+        alone = find_last and len(uses) == 1 and not hidden and not noisy
         last = seen.maker(outputs) if alone else None
         seen.close()
         if bare and not calls.again:
             calls.rest()
-        yield CleanPass(outputs, uses, last, noisy, tuple(seen.unreachable))
+        yield CleanPass(outputs, uses, last, noisy, tuple(seen.unreachable), hidden)
 
 
 @contextlib.contextmanager
