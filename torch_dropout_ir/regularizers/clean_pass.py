@@ -17,7 +17,7 @@ from torch_dropout_ir.normalization import ComposedNormalization
 from torch_dropout_ir.regularizers.checks import check_batch
 from torch_dropout_ir.regularizers.coupling import alike, by_powers, even_root
 from torch_dropout_ir.regularizers.recorder import Recorder, Use
-from torch_dropout_ir.regularizers.row_graph import rows_apart
+from torch_dropout_ir.regularizers.row_graph import rows_meet
 from torch_dropout_ir.sites import out_of_sight
 from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.tracing import random_state
@@ -176,7 +176,7 @@ class CleanPass:
         count = self.count(outputs)
         if not count or not self.by_samples(count):
             return True
-        return False if count < 2 or rows_apart(outputs, self.deltas, count) else None
+        return False if count < 2 else rows_meet(outputs, self.deltas, count)
 
     def _couples(self, outputs: Tensor) -> bool:
         meet = self.samples_meet(outputs)
