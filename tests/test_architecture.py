@@ -32,6 +32,7 @@ FLOORS = {
         "normalization",
         "losses",
         "output_hessian",
+        "output_scales",
     ),
     2: ("nn", "masks", "regularizers", "condensation", "sharpness"),
     3: ("analysis",),

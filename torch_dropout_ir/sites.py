@@ -87,6 +87,8 @@ class Site:
 
     def mask_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """Return the shape of the mask that an input of ``shape`` receives."""
+        if self.kind is None and type(self.module) is nn.Dropout:
+            return shape
         return mask_shape(self.module, shape, self.kind)
 
     def num_units(self, shape: torch.Size) -> int:
@@ -187,6 +189,8 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
             continue
         seen.add(module)
         found.append((name, module))
+        if not module._modules:
+            continue
         before = f"{name}." if name else ""
         stack += [
             (before + key, x)
@@ -198,7 +202,8 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the model inside a wrapper of :func:`torch.compile`, or the model."""
-    inner = getattr(model, "_orig_mod", model)
+    # What a module lacks is slow to ask for.
+    inner = vars(model).get("_modules", {}).get("_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
 
 

@@ -55,19 +55,24 @@ class Survey:
         seen = cls(model, named_modules(model))
         compiling = torch.compiler.is_compiling()
         for named in seen.modules:
-            seen._add(named)
-            if compiling or runs_other_code(named[1]):
+            module = named[1]
+            kind = type(module)
+            if kind not in LAYERS:
+                seen.others.append(named)
+            if kind not in QUIET:
+                seen._add_noise(*named)
+            if compiling or runs_other_code(module):
                 seen.callers.append(named)
+            if module._buffers:
+                seen.has_buffers = True
+            if module.__dict__.get("inplace"):
+                seen.in_place = True
         return seen
 
-    def _add(self, named: tuple[str, nn.Module]) -> None:
-        name, module = named
-        kind = type(module)
-        if kind not in LAYERS:
-            self.others.append(named)
-        if kind not in QUIET and is_noise(module):
+    def _add_noise(self, name: str, module: nn.Module) -> None:
+        plain = type(module) in LAYERS  # torch's own dropout, as it is
+        if plain or is_noise(module):
             self.noise.append(module)
-            if is_site(module) and acts(site := Site(name, module), self.model):
+            site = Site(name, module)
+            if (plain or is_site(module)) and acts(site, self.model):
                 self.sites.append(site)
-        self.has_buffers = self.has_buffers or bool(module._buffers)
-        self.in_place = self.in_place or bool(module.__dict__.get("inplace"))

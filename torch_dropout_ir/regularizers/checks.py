@@ -116,7 +116,7 @@ def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> Non
     Raises:
         ValueError: If ``value`` is NaN or infinite.
     """
-    if math.isfinite(float(value.detach())):
+    if math.isfinite(value.item()):
         return
     arguments = Inputs.of(inputs)
     places = {

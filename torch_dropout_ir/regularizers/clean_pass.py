@@ -20,7 +20,7 @@ from torch_dropout_ir.regularizers.recorder import Recorder, Use
 from torch_dropout_ir.regularizers.row_graph import rows_meet
 from torch_dropout_ir.sites import out_of_sight
 from torch_dropout_ir.survey import Survey
-from torch_dropout_ir.tracing import random_state
+from torch_dropout_ir.tracing import derivatives, random_state
 
 # Elements of the sites' inputs under which memory is no matter.
 _FEWEST_ELEMENTS: Final = 2**16
@@ -54,10 +54,15 @@ class CleanPass:
         """The zeros added to the output of each use."""
         return [delta for _, _, delta in self.uses]
 
-    @property
+    @functools.cached_property
     def matters(self) -> bool:
         """Whether it holds memory worth saving."""
         return sum(h.numel() for _, h, _ in self.uses) >= _FEWEST_ELEMENTS
+
+    @functools.cached_property
+    def mask_shapes(self) -> list[tuple[int, ...]]:
+        """The shape of the mask of each use."""
+        return [site.mask_shape(h.shape) for site, h, _ in self.uses]
 
     @property
     def names(self) -> list[str]:
@@ -85,12 +90,11 @@ class CleanPass:
         if not self.uses or not outputs.requires_grad:
             return
         if not self.matters:
-            found = torch.autograd.grad(
-                outputs, self.deltas, root, retain_graph=keep, allow_unused=True
-            )
+            found = derivatives(outputs, self.deltas, root, keep)
             for i in reversed(range(len(found))):
-                if found[i] is not None:
-                    receive(i, found[i])
+                g = found[i]
+                if g is not None:
+                    receive(i, g)
             return
 
         def hook(use: int, g: Tensor) -> None:
@@ -139,10 +143,8 @@ class CleanPass:
     def by_samples(self, count: int) -> bool:
         """Whether inputs and masks of all uses have rows of their own for a sample."""
         return all(
-            h.ndim
-            and not h.shape[0] % count
-            and site.mask_shape(h.shape)[0] == h.shape[0]
-            for site, h, _ in self.uses
+            h.ndim and not h.shape[0] % count and own[0] == h.shape[0]
+            for (_, h, _), own in zip(self.uses, self.mask_shapes, strict=True)
         )
 
     def couples_samples(self, outputs: Sequence[Tensor]) -> bool:
@@ -261,6 +263,8 @@ def clean_pass(
         outputs = call(model, inputs, move_buffers=move_buffers, survey=survey)
         if reduce is not None:
             outputs = reduce(outputs)
+        if bare and not calls.again:
+            calls.rest()  # before anything is asked of a tensor
         noisy = bool(calls.silenced)
         noisy = noisy or (not calls.absent and not _alike(before, random_state(model)))
         uses = seen.uses()
@@ -268,8 +272,6 @@ def clean_pass(
         alone = find_last and len(uses) == 1 and not hidden and not noisy
         last = seen.maker(outputs) if alone else None
         seen.close()
-        if bare and not calls.again:
-            calls.rest()
         yield CleanPass(outputs, uses, last, noisy, tuple(seen.unreachable), hidden)
 
 

@@ -235,8 +235,7 @@ def _known(
         said = "the loss is linear in the outputs: this form is 0; use `second_order`"
         notes = (*notes, said)
     exact = is_exact(clean, loss, num_samples)
-    like = read.tensors[0].detach().new_zeros(())
-    return _Known(clean.names, num_samples, exact, like, notes)
+    return _Known(clean.names, num_samples, exact, read.single, notes)
 
 
 def estimate(

@@ -29,9 +29,10 @@ class Place(NamedTuple):
 
 
 class Op(NamedTuple):
-    """A node of the graph, the places of samples in its inputs, and their number."""
+    """A node of the graph, its inputs, the places of samples in them, their number."""
 
     node: Any
+    edges: Sequence[tuple[Any, int]]
     places: Sequence[Place | None]
     samples: int
 
@@ -42,10 +43,10 @@ class Op(NamedTuple):
 
     def leading(self) -> list[tuple[Place, Sequence[int]]]:
         """Return the inputs that lead to sites: place and shape."""
-        edges = zip(self.node.next_functions, self.places, strict=True)
+        pairs = zip(self.edges, self.places, strict=True)
         return [
             (place, child._input_metadata[result].shape)
-            for (child, result), place in edges
+            for (child, result), place in pairs
             if place is not None
         ]
 
@@ -85,10 +86,8 @@ def rows_meet(outputs: Tensor, sites: Sequence[Tensor], count: int) -> bool | No
     if outputs.grad_fn is None or not outputs.ndim or outputs.shape[0] % count:
         return None
     found: dict[Any, Place | None] = dict.fromkeys([x.grad_fn for x in sites], _START)
-    ends = set(found)
-    begun: set[Any] = set()
-    for node in _inputs_first(outputs.grad_fn, found, begun):
-        edges = node.next_functions
+    ends, stack = set(found), [(outputs.grad_fn, None)]
+    for node, edges in _inputs_first(stack, found):
         places = [found.get(child) for child, _ in edges]
         if not any(places):
             found[node] = None
@@ -101,32 +100,42 @@ def rows_meet(outputs: Tensor, sites: Sequence[Tensor], count: int) -> bool | No
             if any(place not in (None, _START) for place in places):
                 return None
         else:
-            op = Op(node, places, count)
+            op = Op(node, edges, places, count)
             if name in _BATCH_NORM and _meets(op):
-                return True if all(map(_passes, begun)) else None
+                above = [x for x, begun in stack if begun is not None]
+                return True if all(map(_passes, (node, *above))) else None
             found[node] = _RULES.get(name, _unknown)(op)
             if found[node] is None:
                 return None
     return False if found[outputs.grad_fn] in (None, _START) else None
 
 
-def _inputs_first(root: Any, done: dict[Any, Any], begun: set[Any]) -> Iterator[Any]:
-    """Yield the nodes of a graph that are not done, each after those it leads to."""
-    stack = [root]
+def _inputs_first(
+    stack: list[tuple[Any, Any]], done: dict[Any, Any]
+) -> Iterator[tuple[Any, Any]]:
+    """Yield the nodes of a graph that are not done, each after those it leads to.
+
+    Args:
+        stack: The node to begin with; then those that are to come, and with what they
+            lead to those that have been begun.
+        done: What has been found out about nodes.
+
+    Yields:
+        A node, and what it leads to.
+    """
     while stack:
-        node = stack[-1]
+        node, edges = stack.pop()
         if node in done:
-            stack.pop()
             continue
-        if node not in begun:
-            begun.add(node)
+        if edges is None:
             edges = node.next_functions
-            deeper = [x for x, _ in edges if x is not None and x not in done]
-            if deeper:
-                stack += deeper
+            if not edges:
+                done[node] = None  # a parameter
                 continue
-        stack.pop()
-        yield node
+            stack.append((node, edges))
+            stack += [(x, None) for x, _ in edges if x is not None and x not in done]
+            continue
+        yield node, edges
 
 
 def _meets(op: Op) -> bool:
