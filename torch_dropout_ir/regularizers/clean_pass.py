@@ -142,19 +142,21 @@ class CleanPass:
 
     def by_samples(self, count: int) -> bool:
         """Whether inputs and masks of all uses have rows of their own for a sample."""
-        return all(
-            h.ndim and not h.shape[0] % count and own[0] == h.shape[0]
-            for (_, h, _), own in zip(self.uses, self.mask_shapes, strict=True)
-        )
+        shapes = [h.shape for _, h, _ in self.uses]
+        return all([
+            shape and not shape[0] % count and own[0] == shape[0]
+            for shape, own in zip(shapes, self.mask_shapes, strict=True)
+        ])
 
     def couples_samples(self, outputs: Sequence[Tensor]) -> bool:
         """Whether an output of one sample depends on another sample at some site.
 
         Batch normalization in training mode does that, and message passing, outputs
         whose first dimension is not the batch, and masks that samples share. Where the
-        graph has none but operations known to keep samples apart, that tells; else two
-        backward passes: where each sample's outputs weigh another power of two, so
-        do its derivatives, to the bit, if they come from that sample alone.
+        graph has none but operations known to keep samples apart, or has batch
+        normalization in training mode, that tells; else two backward passes: where each
+        sample's outputs weigh another power of two, so do its derivatives, to the bit,
+        if they come from that sample alone.
 
         Args:
             outputs: The tensors of the outputs that the loss reads.
