@@ -40,6 +40,9 @@ def least(net, x):
 def small_costs(turns: int) -> None:
     """Print what one sample of the Gauss-Newton form costs on small networks."""
     print("\nsmall networks: gauss_newton, 1, and the least it could take, in passes")
+    # A block that has been freed, as batches are in a script, keeps the allocator from
+    # giving memory back to the system at the end of each pass.
+    torch.empty(2**22)
     for name, (net, x, y) in small_models().items():
         runs = {
             "pass": step(net, (x, y), F.cross_entropy),
