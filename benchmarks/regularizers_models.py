@@ -36,6 +36,34 @@ def step(net, batch, loss):
     return run
 
 
+class Functions(nn.Module):
+    """A user's own module, which calls functions of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(20, 64), nn.Linear(64, 64)
+        self.last = nn.Linear(64, 3)
+
+    def forward(self, x):
+        """Two hidden layers with dropout."""
+        for layer in (self.one, self.two):
+            x = F.dropout(F.relu(layer(x)), 0.5, self.training)
+        return self.last(x)
+
+
+class Encoder(nn.Module):
+    """A transformer encoder layer, the mean over positions, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, 0.1, batch_first=True)
+        self.last = nn.Linear(32, 5)
+
+    def forward(self, x):
+        """Classify sequences ``[n, positions, 32]``."""
+        return self.last(self.layer(x).mean(1))
+
+
 def small_models() -> dict:
     """Networks whose pass takes less than some milliseconds, with their batches."""
     drop, relu = functools.partial(nn.Dropout, 0.5), nn.ReLU
@@ -48,9 +76,24 @@ def small_models() -> dict:
         nn.Linear(20, 64), relu(), drop(), nn.Linear(64, 64), relu(), drop(),
         nn.Linear(64, 3),
     )  # fmt: skip
+    wide = nn.Sequential(nn.Linear(20, 200), relu(), drop(), nn.Linear(200, 10))
     digits = nn.Sequential(nn.Linear(784, 128), relu(), drop(), nn.Linear(128, 10))
+    normed = nn.Sequential(
+        nn.Linear(20, 64), nn.BatchNorm1d(64), relu(), drop(), nn.Linear(64, 64),
+        nn.BatchNorm1d(64), relu(), drop(), nn.Linear(64, 3),
+    )  # fmt: skip
     return {
         "20-64-64-3, batch 32": (toy, torch.randn(32, 20), torch.randint(3, (32,))),
+        "20-200-10, batch 32": (wide, torch.randn(32, 20), torch.randint(10, (32,))),
+        "20-64-64-3, batch norm, batch 32": (
+            normed, torch.randn(32, 20), torch.randint(3, (32,))
+        ),
+        "20-64-64-3, functions, batch 32": (
+            Functions(), torch.randn(32, 20), torch.randint(3, (32,))
+        ),
+        "encoder layer, 8 x 32, batch 16": (
+            Encoder(), torch.randn(16, 8, 32), torch.randint(5, (16,))
+        ),
         "784-128-10, batch 64": (
             digits, torch.randn(64, 784), torch.randint(10, (64,))
         ),

@@ -8,9 +8,10 @@ from torch import nn
 import torch_dropout_ir as tdi
 from torch_dropout_ir.functional import at_sites, call, fresh
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.module_calls import may_call, measuring
+from torch_dropout_ir.module_calls import measuring
 from torch_dropout_ir.regularizers import gauss_newton, monte_carlo, second_order
 from torch_dropout_ir.regularizers.masked import clean_risk
+from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.testing import expected_dropout_loss
 
 torchvision = pytest.importorskip("torchvision")
@@ -294,13 +295,13 @@ def test_models_of_torchs_layers_alone_are_not_looked_on():
         assert calls.absent and measuring() and not net[1].training
     assert not measuring() and net[1].training
     hook = net[0].register_forward_hook(lambda _, __, h: F.dropout(h, 0.5))
-    assert may_call(net)
+    assert Survey.of(net).callers
     with at_sites(net, fresh) as calls:
         torch.testing.assert_close(net(torch.ones(2, 3)), net(torch.ones(2, 3)))
     hook.remove()
-    assert not may_call(net)
+    assert not Survey.of(net).callers
     net[2].forward = lambda h: F.linear(F.dropout(h, 0.5), net[2].weight)
-    assert may_call(net)
+    assert Survey.of(net).callers
     del net[2].forward
     for other in (nn.RReLU(), nn.AlphaDropout(), tdi.Dropout(), nn.GRU(2, 2)):
-        assert may_call(nn.Sequential(*net, other))
+        assert Survey.of(nn.Sequential(*net, other)).callers

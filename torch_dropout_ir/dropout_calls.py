@@ -15,7 +15,7 @@ Semantics:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_dropout_ir.attention import attention_weights
-from torch_dropout_ir.module_calls import LOOKED_INTO, ModuleCalls, may_call
+from torch_dropout_ir.module_calls import LOOKED_INTO, ModuleCalls
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import checkpointed
 
@@ -55,7 +55,7 @@ class DropoutCalls(ModuleCalls):
     """Hands calls of dropout functions over to ``apply(site, h)``.
 
     Args:
-        model: The model whose modules make the calls.
+        callers: The modules that make the calls, by name.
         apply: Called with the site and what would be dropped; returns what passes on.
         trains: Whether the pass is a step of training, not a measurement.
         outlives: Whether its graph is used when the context has ended; then nothing in
@@ -67,12 +67,12 @@ class DropoutCalls(ModuleCalls):
 
     def __init__(
         self,
-        model: nn.Module,
+        callers: Sequence[tuple[str, nn.Module]],
         apply: SiteFunction,
         trains: bool = False,
         outlives: bool = False,
     ) -> None:
-        super().__init__(may_call(model))
+        super().__init__(callers)
         self._apply = apply
         self._outlives = outlives
         self.trains = trains

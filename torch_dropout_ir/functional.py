@@ -25,14 +25,9 @@ from torch.utils import _pytree
 
 from torch_dropout_ir.dropout_calls import DropoutCalls, SiteFunction
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.sites import (
-    Site,
-    active_sites,
-    is_noise,
-    named_modules,
-    uncompiled,
-)
-from torch_dropout_ir.substitution import call_with, keep_buffers
+from torch_dropout_ir.sites import Site, uncompiled
+from torch_dropout_ir.substitution import call_with, copied_buffers, keep_buffers
+from torch_dropout_ir.survey import Survey
 
 Batch = tuple[Any, Any]
 
@@ -85,6 +80,8 @@ def at_sites(
     *,
     move_buffers: bool = False,
     outlives: bool = False,
+    survey: Survey | None = None,
+    copies: bool = False,
 ) -> Iterator[DropoutCalls]:
     """Switch dropout off and put ``apply(site, h)`` in the place of each site.
 
@@ -99,21 +96,22 @@ def at_sites(
             of dropout functions are acted on in any case.
         move_buffers: Whether running statistics move, as in a step of training.
         outlives: Whether the graph of the pass is used after the context.
+        survey: The modules of the model, where they have been looked at just now.
+        copies: Whether each pass is one of :func:`call`: that moves copies of buffers.
 
     Yields:
         What acts on the calls.
     """
-    model = uncompiled(model)
-    chosen = active_sites(model) if sites is None else tuple(sites)
-    calls = DropoutCalls(model, apply, move_buffers, outlives)  # before there are hooks
+    seen = Survey.of(model) if survey is None else survey  # before there are hooks
+    calls = DropoutCalls(seen.callers, apply, move_buffers, outlives)
     undo: list[Callable[[], None]] = []
     try:
-        if not move_buffers:
-            undo.append(keep_buffers(model))
-        for _, module in named_modules(model):
-            if is_noise(module):
-                undo += switch_off(module, calls.absent)
-        for site in chosen:
+        # Layers of torch alone run nothing again in a backward pass.
+        if seen.has_buffers and not (move_buffers or (copies and calls.absent)):
+            undo.append(keep_buffers(seen.model))
+        for module in seen.noise:
+            undo += switch_off(module, calls.absent)
+        for site in seen.sites if sites is None else sites:
             handle = site.module.register_forward_hook(
                 lambda _, __, output, site=site: apply(site, output)
             )
@@ -136,6 +134,7 @@ def call(
     params: Mapping[str, Tensor] | None = None,
     *,
     move_buffers: bool = False,
+    survey: Survey | None = None,
 ) -> Any:
     """Run ``model`` on ``inputs`` with cloned buffers.
 
@@ -148,21 +147,20 @@ def call(
             keyword arguments; or an :class:`Inputs` with both.
         params: Tensors to use in place of the model's parameters.
         move_buffers: Whether to run it with its own buffers instead.
+        survey: The modules of the model, where they have been looked at just now.
 
     Returns:
         What the model returns.
     """
-    model, arguments = uncompiled(model), Inputs.of(inputs)
-    modules = named_modules(model)
-    if any(m.__dict__.get("inplace") for _, m in modules):
+    seen = Survey.of(model) if survey is None else survey
+    model, arguments = seen.model, Inputs.of(inputs)
+    if seen.in_place:
         arguments = arguments.copied()
-    own = not move_buffers and any(m._buffers for _, m in modules)
-    state = {name: x.clone() for name, x in model.named_buffers()} if own else {}
-    if not state and not params:
+    own = seen.has_buffers and not move_buffers
+    with copied_buffers(seen.modules) if own else contextlib.nullcontext():
+        if params:
+            return call_with(model, params, arguments.args, arguments.kwargs)
         return model(*arguments.args, **arguments.kwargs)
-    return call_with(
-        model, {**(params or {}), **state}, arguments.args, arguments.kwargs
-    )
 
 
 class Inputs:

@@ -122,7 +122,7 @@ class Loss:
                 f"expected `loss(outputs, targets)` to return a scalar, got {got}. "
                 "Use a reduction of 'mean' or 'sum'."
             )
-        return value.reshape(())
+        return value.reshape(()) if value.ndim else value
 
     def check_outputs(self, outputs: Any) -> None:
         """Raise if a loss of one tensor is given something else.
@@ -179,13 +179,14 @@ def resolve_loss(loss: Any) -> Loss:
     if isinstance(loss, Loss):
         return loss
     if isinstance(loss, str):
-        named = {"mse": F.mse_loss, "cross_entropy": F.cross_entropy}
-        if loss not in named:
-            raise ValueError(
-                "expected `loss` to be 'mse', 'cross_entropy', a module or a callable "
-                f"`(outputs, targets) -> scalar`, got {loss!r}"
-            )
-        loss = named[loss]
+        if loss == "mse":
+            return Loss(F.mse_loss, "squared")
+        if loss == "cross_entropy":
+            return Loss(F.cross_entropy, "cross_entropy")
+        raise ValueError(
+            "expected `loss` to be 'mse', 'cross_entropy', a module or a callable "
+            f"`(outputs, targets) -> scalar`, got {loss!r}"
+        )
     is_class = isinstance(loss, type)
     if not callable(loss) or (is_class and issubclass(loss, nn.Module)):
         got = f"the class {loss.__name__}" if is_class else type(loss).__name__

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torch_dropout_ir.sites import LAYERS, Site, named_modules
+from torch_dropout_ir.sites import LAYERS, Site
 from torch_dropout_ir.tracing import checkpointed
 
 if TYPE_CHECKING:
@@ -183,18 +183,14 @@ def _absent() -> tuple[TorchFunctionMode, ...]:
     return getattr(_ABSENT, "modes", ())
 
 
-def may_call(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules that may call dropout: all but layers of torch as they are."""
-    compiling = torch.compiler.is_compiling()
-    return [
-        (name, m)
-        for name, m in named_modules(model)
-        if compiling
-        or type(m) not in LAYERS
-        or m._forward_hooks
-        or m._forward_pre_hooks
-        or not m.__dict__.keys().isdisjoint(_OVERRIDING)
-    ]
+def runs_other_code(module: nn.Module) -> bool:
+    """Whether a module may call dropout: all may but layers of torch as they are."""
+    return bool(
+        type(module) not in LAYERS
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or not module.__dict__.keys().isdisjoint(_OVERRIDING)
+    )
 
 
 def _inside(func: Any, mode: TorchFunctionMode) -> Callable[..., Any]:

@@ -14,68 +14,17 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.losses import Loss, half_squared_error
+from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.output_scales import (
+    cross_entropy_scale,
+    even_scale,
+    squared_scale,
+)
 
 Root = tuple[Tensor, "Tensor | float"]
 Rows: TypeAlias = "Tensor | slice"
 ALL: Final = slice(None)
 _DRAWN_AT_ONCE: Final = 2**18
-
-
-def squared_scale(loss: Loss, shape: torch.Size, targets: Any = None) -> float:
-    """Return ``a`` of ``H_i = a * identity`` for a squared loss of outputs ``shape``.
-
-    Targets of another shape make torch count an output as often as it is broadcast.
-    """
-    if getattr(loss.function, "func", loss.function) is half_squared_error:
-        return 1.0 / shape[0]
-    if loss.reduction == "mean":
-        return 2.0 / shape.numel()
-    if not isinstance(targets, Tensor) or targets.shape == shape:
-        return 2.0
-    counted = torch.broadcast_shapes(shape, targets.shape).numel()
-    return 2.0 * counted / shape.numel()
-
-
-def cross_entropy_scale(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
-    """Return ``a_i`` of ``H_i = a_i (diag(s_i) - s_i s_i')``, 1 in place of classes.
-
-    ``a_i`` is the mass of the target: with class weights ``w`` and label smoothing
-    ``e`` it is ``(1 - e) w_y + (e / C) sum w``, and the mean is over the ``w_y``.
-    Ignored targets weigh nothing.
-
-    Raises:
-        ValueError: If the loss weighs classes and ``targets`` is None.
-    """
-    classes = 1 if outputs.ndim > 1 else 0
-    weight = loss.option("weight", None)
-    if not isinstance(targets, Tensor):
-        if weight is not None:
-            raise ValueError(
-                "expected `targets`: the Hessian of a cross-entropy with class weights "
-                "depends on them, got None"
-            )
-        mass = torch.ones_like(outputs.detach().narrow(classes, 0, 1))
-        return mass / mass.numel() if loss.reduction == "mean" else mass
-    smoothing = loss.option("label_smoothing", 0.0)
-    if weight is None and not targets.is_floating_point():  # all weigh one
-        mass = (targets != loss.option("ignore_index", -100)).to(outputs)
-        mass = mass / mass.sum() if loss.reduction == "mean" else mass
-        return mass.unsqueeze(classes)
-    if weight is None:
-        weight = outputs.new_ones(outputs.shape[classes])
-    weight = weight.detach().to(outputs)
-    if targets.is_floating_point():
-        weighted = targets.detach().movedim(classes, -1) @ weight
-        count: float | Tensor = float(weighted.numel())
-        known = torch.ones_like(weighted)
-    else:
-        known = (targets != loss.option("ignore_index", -100)).to(outputs)
-        weighted = weight[torch.where(known > 0, targets, 0)] * known
-        count = weighted.sum()
-    mass = (1 - smoothing) * weighted + smoothing * weight.mean() * known
-    mass = mass.unsqueeze(classes)
-    return mass / count if loss.reduction == "mean" else mass
 
 
 def hessian_product(
@@ -141,7 +90,10 @@ class HessianRoots:
         if loss.kind == "squared":
             self._factor = squared_scale(loss, outputs.shape, targets) ** 0.5
         elif loss.kind == "cross_entropy":
-            self._mass = cross_entropy_scale(loss, outputs, targets)
+            even = even_scale(loss, outputs, targets)
+            self._mass: Tensor | float = (
+                cross_entropy_scale(loss, outputs, targets) if even is None else even
+            )
         elif loss.kind == "elementwise":
             self._values = _diagonal(loss, outputs, targets)
         else:
@@ -188,7 +140,11 @@ class HessianRoots:
         weighted = column * softmax.sqrt()
         centred = weighted - softmax * weighted.sum(classes, keepdim=True)
         here = column.sum(classes, keepdim=True) != 0
-        return centred * (_of(self._mass, rows).sqrt() * here)
+        return centred * here * self._of_mass(rows) ** 0.5
+
+    def _of_mass(self, rows: Rows) -> Tensor | float:
+        """Return what the terms of samples weigh, one number where they do alike."""
+        return _of(self._mass, rows) if isinstance(self._mass, Tensor) else self._mass
 
     def sample(self, rows: Rows = ALL) -> list[Root]:
         r"""Draw ``v`` with :math:`E[v_i v_i^\top] = H_i`.
@@ -202,14 +158,17 @@ class HessianRoots:
             rows: The samples.
 
         Returns:
-            A tensor shaped as their outputs with its sign, and where blocks are
+            A tensor shaped as their outputs with its sign or weight; where blocks are
             indefinite a second one for their negative part.
         """
         f = _of(self._outputs, rows)
         if self._kind == "squared":
             return [(torch.randn_like(f).mul_(self._factor), 1.0)]
         if self._kind == "cross_entropy":
-            return [(_less_a_label(f).mul_(_of(self._mass, rows).sqrt()), 1.0)]
+            mass = self._of_mass(rows)
+            if not isinstance(mass, Tensor):
+                return [(_less_a_label(f), mass)]
+            return [(_less_a_label(f).mul_(mass.sqrt()), 1.0)]
         values = _of(self._values, rows)
         drawn = torch.empty_like(values).bernoulli_(0.5).mul_(2).sub_(1)
         roots: list[Root] = []
@@ -252,8 +211,8 @@ def _less_a_label(f: Tensor) -> Tensor:
     count = max(1, _DRAWN_AT_ONCE * f.shape[0] // max(1, f.numel()))
     for block in softmax.split(count) if f.ndim > 1 and len(f) > count else (softmax,):
         # Of independent exponential times the first is that of a class with the
-        # probability of its rate; a time of zero would beat a probability of zero.
-        times = torch.empty_like(block, dtype=wide).exponential_().clamp_(min=1e-37)
+        # probability of its rate. Torch draws none of zero, which would beat all.
+        times = torch.empty_like(block, dtype=wide).exponential_()
         label = (block / times).argmax(classes, keepdim=True)
         block.scatter_(classes, label, -1.0, reduce="add")
     return softmax

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch
@@ -43,7 +43,7 @@ LAYERS: Final = frozenset(
 ) - {nn.MultiheadAttention, nn.RReLU, *_OTHER_NOISE} - {
     kind for name, kind in vars(nn).items() if name.startswith("FractionalMaxPool")
 }  # fmt: skip
-_QUIET: Final = LAYERS - {nn.Dropout, *CHANNEL_DROPOUT}
+QUIET: Final = LAYERS - {nn.Dropout, *CHANNEL_DROPOUT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,8 @@ class Site:
 
     def mask_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """Return the shape of the mask that an input of ``shape`` receives."""
+        if self.kind is None and type(self.module) is nn.Dropout:
+            return shape
         return mask_shape(self.module, shape, self.kind)
 
     def num_units(self, shape: torch.Size) -> int:
@@ -142,11 +144,12 @@ def active_sites(model: nn.Module) -> tuple[Site, ...]:
 
     Where the whole model is in evaluation mode, all count.
     """
-    return tuple(
-        site
-        for site in find_sites(model)
-        if site.p > 0 and (site.module.training or not model.training)
-    )
+    return tuple(site for site in find_sites(model) if acts(site, model))
+
+
+def acts(site: Site, model: nn.Module) -> bool:
+    """Whether a module of a model draws noise in training."""
+    return site.p > 0 and (site.module.training or not model.training)
 
 
 def plain_forward(module: nn.Module) -> Callable[..., Tensor] | None:
@@ -157,9 +160,9 @@ def plain_forward(module: nn.Module) -> Callable[..., Tensor] | None:
     return None
 
 
-def _is_site(module: nn.Module) -> bool:
+def is_site(module: nn.Module) -> bool:
     """Whether the noise is torch's: a subclass with another forward may draw others."""
-    if type(module) in _QUIET or isinstance(module, torch.jit.ScriptModule):
+    if type(module) in QUIET or isinstance(module, torch.jit.ScriptModule):
         return False
     if is_stochastic_depth(module):
         return True
@@ -170,7 +173,7 @@ def _is_site(module: nn.Module) -> bool:
 def find_sites(model: nn.Module) -> tuple[Site, ...]:
     """Return the dropout modules of ``model`` in the order of ``named_modules()``."""
     modules = named_modules(uncompiled(model))
-    return tuple(Site(name, module) for name, module in modules if _is_site(module))
+    return tuple(Site(name, module) for name, module in modules if is_site(module))
 
 
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -186,6 +189,8 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
             continue
         seen.add(module)
         found.append((name, module))
+        if not module._modules:
+            continue
         before = f"{name}." if name else ""
         stack += [
             (before + key, x)
@@ -201,30 +206,35 @@ def uncompiled(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: If it is no module.
     """
-    inner = getattr(model, "_orig_mod", model)
-    found = inner if isinstance(inner, nn.Module) else model
-    if not isinstance(found, nn.Module):
+    if not isinstance(model, nn.Module):
         raise TypeError(
             f"expected a model that is an nn.Module, got {type(model).__name__}"
         )
-    return found
+    # What a module lacks is slow to ask for.
+    inner = vars(model).get("_modules", {}).get("_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def is_noise(module: nn.Module) -> bool:
     """Whether a module does nothing but draw noise, of a kind that is known or not."""
-    if type(module) in _QUIET:
+    if type(module) in QUIET:
         return False
     other = isinstance(module, _OTHER_NOISE)
-    return other or _is_site(module) or plain_forward(module) is not None
+    return other or is_site(module) or plain_forward(module) is not None
 
 
 def unobservable(model: nn.Module) -> dict[str, str]:
     """Return the modules that draw dropout noise out of sight, with the reason."""
+    return out_of_sight(named_modules(uncompiled(model)))
+
+
+def out_of_sight(named: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
+    """Return what :func:`unobservable` does, of modules by name."""
     reasons = {}
-    for name, module in named_modules(uncompiled(model)):
+    for name, module in named:
         if type(module) in LAYERS:
             continue
-        if plain_forward(module) is not None and not _is_site(module):
+        if plain_forward(module) is not None and not is_site(module):
             reasons[name] = (
                 f"{type(module).__name__} has a forward of its own: what it multiplies "
                 "by is not known"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,6 +60,25 @@ def call_with(
     return torch.func.functional_call(
         model, places(model, tensors), args, dict(kwargs), tie_weights=False
     )
+
+
+@contextlib.contextmanager
+def copied_buffers(named: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Put copies in the place of the buffers of some modules inside the context."""
+    held = [
+        (m._buffers, name, x)
+        for _, m in named
+        for name, x in m._buffers.items()
+        if x is not None
+    ]
+    copies = {id(x): x.clone() for _, _, x in held}
+    try:
+        for buffers, name, x in held:
+            buffers[name] = copies[id(x)]
+        yield
+    finally:
+        for buffers, name, x in held:
+            buffers[name] = x
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ which costs speed or statistics, never a wrong mask.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,12 @@ _PROXY_MODE = _MODE and functools.partial(_MODE, torch._C._TorchDispatchModeKey.
 _NUM_MODES = getattr(torch._C, "_len_torch_dispatch_stack", None)
 
 
+# What takes derivatives, without the checks of ``torch.autograd.grad``, which cost a
+# small pass as much again. A torch without it runs those.
+_ENGINE = getattr(torch.autograd.graph, "_engine_run_backward", None)
+_FUNCTION_MODES = getattr(torch._C, "_len_torch_function_stack", None)
+
+
 # What packs the tensors that autograd saves, if anything does.
 _PACKING = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
@@ -38,6 +45,28 @@ def checkpointed() -> bool:
 def unpacked_by_hooks() -> bool:
     """Whether what autograd saves now is given back by somebody's code, or may be."""
     return _PACKING is None or _PACKING(False) is not None
+
+
+def derivatives(
+    output: Tensor, inputs: Sequence[Tensor], root: Tensor | None, keep: bool
+) -> tuple[Tensor | None, ...]:
+    """Return what ``torch.autograd.grad`` does, of an output and a root of its shape.
+
+    Args:
+        output: The output.
+        inputs: In what derivatives are taken; of what it does not depend on, None.
+        root: What is sent back; None for a scalar.
+        keep: Whether the graph is kept.
+    """
+    if root is None or _ENGINE is None or _FUNCTION_MODES is None or _FUNCTION_MODES():
+        return torch.autograd.grad(
+            output, inputs, root, retain_graph=keep, allow_unused=True
+        )
+    found: tuple[Tensor | None, ...] = _ENGINE(
+        (output,), (root,), keep, False, tuple(inputs),
+        allow_unreachable=True, accumulate_grad=False,
+    )  # fmt: skip
+    return found
 
 
 def random_state(model: nn.Module) -> list[Tensor]:

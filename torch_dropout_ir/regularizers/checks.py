@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -53,8 +53,17 @@ def as_pair(batch: Any) -> Batch:
     )
 
 
-def check_batch(model: nn.Module, inputs: Any) -> None:
+def check_batch(
+    model: nn.Module,
+    inputs: Any,
+    modules: Iterable[tuple[str, nn.Module]] | None = None,
+) -> None:
     """Raise if a batch has no sample, or values or derivatives are out of reach.
+
+    Args:
+        model: The model.
+        inputs: Its inputs.
+        modules: Its modules, where they have been looked at just now.
 
     Raises:
         ValueError: If a tensor among the inputs has no element in its first dimension,
@@ -72,8 +81,9 @@ def check_batch(model: nn.Module, inputs: Any) -> None:
         for x in (*arguments.args, *arguments.kwargs.values())
         if isinstance(x, Tensor)
     ]
-    own = (x for _, m in named_modules(model) for x in m._parameters.values())
-    if any(x.is_meta for x in (*own, *tensors) if x is not None):
+    modules = named_modules(model) if modules is None else modules
+    own = [x for _, m in modules for x in m._parameters.values() if x is not None]
+    if any([x.is_meta for x in (*own, *tensors)]):
         raise ValueError(
             "expected a model and a batch with values, got tensors on the meta device. "
             "Use `model.to_empty(device=...)` and load weights first."
@@ -137,7 +147,7 @@ def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> Non
     Raises:
         ValueError: If ``value`` is NaN or infinite.
     """
-    if math.isfinite(float(value.detach())):
+    if math.isfinite(value.item()):
         return
     arguments = Inputs.of(inputs)
     places = {
@@ -163,15 +173,21 @@ def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> Non
     )
 
 
-def noise_left_out(model: nn.Module, noisy: bool, met: bool) -> tuple[str, ...]:
+def noise_left_out(
+    model: nn.Module,
+    noisy: bool,
+    met: bool,
+    known: Mapping[str, str] | None = None,
+) -> tuple[str, ...]:
     """Return what is to be said of noise that an estimate does not hold.
 
     Args:
         model: The model.
         noisy: Whether a pass drew random numbers, or had noise switched off in it.
         met: Whether a site acted in a pass.
+        known: What :func:`unobservable` says of the model, where it has been asked.
     """
-    known = unobservable(model)
+    known = unobservable(model) if known is None else known
     said = [f"`{name}` is not in it: {why}" for name, why in known.items()]
     if noisy and not known:
         said = ["the model draws noise besides its sites, which is not in it"]

@@ -17,9 +17,10 @@ from torch_dropout_ir.normalization import ComposedNormalization
 from torch_dropout_ir.regularizers.checks import check_batch
 from torch_dropout_ir.regularizers.coupling import alike, by_powers, even_root
 from torch_dropout_ir.regularizers.recorder import Recorder, Use
-from torch_dropout_ir.regularizers.row_graph import rows_apart
-from torch_dropout_ir.sites import uncompiled, unobservable
-from torch_dropout_ir.tracing import random_state
+from torch_dropout_ir.regularizers.row_graph import rows_meet
+from torch_dropout_ir.sites import out_of_sight
+from torch_dropout_ir.survey import Survey
+from torch_dropout_ir.tracing import derivatives, random_state
 
 # Elements of the sites' inputs under which memory is no matter.
 _FEWEST_ELEMENTS: Final = 2**16
@@ -39,6 +40,7 @@ class CleanPass:
         unreachable: Names of sites that derivatives cannot reach: they ran without
             autograd (``torch.no_grad`` or reentrant checkpointing), in a transform of
             ``torch.func``, or in a model that takes derivatives of its own.
+        out_of_sight: What :func:`torch_dropout_ir.sites.unobservable` says.
     """
 
     outputs: Any
@@ -46,16 +48,22 @@ class CleanPass:
     last_layer: nn.Linear | None
     noisy: bool
     unreachable: tuple[str, ...]
+    out_of_sight: dict[str, str]
 
     @property
     def deltas(self) -> list[Tensor]:
         """The zeros added to the output of each use."""
         return [delta for _, _, delta in self.uses]
 
-    @property
+    @functools.cached_property
     def matters(self) -> bool:
         """Whether it holds memory worth saving."""
         return sum(h.numel() for _, h, _ in self.uses) >= _FEWEST_ELEMENTS
+
+    @functools.cached_property
+    def mask_shapes(self) -> list[tuple[int, ...]]:
+        """The shape of the mask of each use."""
+        return [site.mask_shape(h.shape) for site, h, _ in self.uses]
 
     @property
     def names(self) -> list[str]:
@@ -83,12 +91,11 @@ class CleanPass:
         if not self.uses or not outputs.requires_grad:
             return
         if not self.matters:
-            found = torch.autograd.grad(
-                outputs, self.deltas, root, retain_graph=keep, allow_unused=True
-            )
+            found = derivatives(outputs, self.deltas, root, keep)
             for i in reversed(range(len(found))):
-                if found[i] is not None:
-                    receive(i, found[i])
+                g = found[i]
+                if g is not None:
+                    receive(i, g)
             return
 
         def hook(use: int, g: Tensor) -> None:
@@ -136,21 +143,21 @@ class CleanPass:
 
     def by_samples(self, count: int) -> bool:
         """Whether inputs and masks of all uses have rows of their own for a sample."""
-        return all(
-            h.ndim
-            and not h.shape[0] % count
-            and site.mask_shape(h.shape)[0] == h.shape[0]
-            for site, h, _ in self.uses
-        )
+        shapes = [h.shape for _, h, _ in self.uses]
+        return all([
+            shape and not shape[0] % count and own[0] == shape[0]
+            for shape, own in zip(shapes, self.mask_shapes, strict=True)
+        ])
 
     def couples_samples(self, outputs: Sequence[Tensor]) -> bool:
         """Whether an output of one sample depends on another sample at some site.
 
         Batch normalization in training mode does that, and message passing, outputs
         whose first dimension is not the batch, and masks that samples share. Where the
-        graph has none but operations known to keep samples apart, that tells; else two
-        backward passes: where each sample's outputs weigh another power of two, so
-        do its derivatives, to the bit, if they come from that sample alone.
+        graph has none but operations known to keep samples apart, or has batch
+        normalization in training mode, that tells; else two backward passes: where each
+        sample's outputs weigh another power of two, so do its derivatives, to the bit,
+        if they come from that sample alone.
 
         Args:
             outputs: The tensors of the outputs that the loss reads.
@@ -174,7 +181,7 @@ class CleanPass:
         count = self.count(outputs)
         if not count or not self.by_samples(count):
             return True
-        return False if count < 2 or rows_apart(outputs, self.deltas, count) else None
+        return False if count < 2 else rows_meet(outputs, self.deltas, count)
 
     def _couples(self, outputs: Tensor) -> bool:
         meet = self.samples_meet(outputs)
@@ -237,34 +244,41 @@ def clean_pass(
         TypeError: If a site's input is not real.
         ValueError: If the batch is empty.
     """  # noqa: DOC502 (raised by the checks)
-    check_batch(model, inputs)
-    model = uncompiled(model)
+    survey = Survey.of(model)
+    check_batch(model, inputs, survey.modules)
+    model = survey.model
     seen = Recorder(outlives, first)
     with torch.enable_grad(), contextlib.ExitStack() as stack:
         if twice:
             stack.enter_context(_differentiable(thrice))
         placed = at_sites(
-            model, seen.perturb, move_buffers=move_buffers, outlives=outlives
+            model,
+            seen.perturb,
+            move_buffers=move_buffers,
+            outlives=outlives,
+            survey=survey,
+            copies=True,
         )
         calls = stack.enter_context(placed)
-        for module in model.modules() if find_last else ():
+        for _, module in survey.modules if find_last else ():
             if type(module) is nn.Linear:
                 stack.callback(module.register_forward_hook(seen.read).remove)
         before = [] if calls.absent else random_state(model)
-        outputs = call(model, inputs, move_buffers=move_buffers)
+        outputs = call(model, inputs, move_buffers=move_buffers, survey=survey)
         if reduce is not None:
             outputs = reduce(outputs)
+        if bare and not calls.again:
+            calls.rest()  # before anything is asked of a tensor
         noisy = bool(calls.silenced)
         noisy = noisy or (not calls.absent and not _alike(before, random_state(model)))
         uses = seen.uses()
         if calls.differentiates:  # to its inputs a zero that is added is a constant
             seen.unreachable += [site.name for site, _, _ in uses]
-        alone = find_last and len(uses) == 1 and not unobservable(model) and not noisy
+        hidden = out_of_sight(survey.others)
+        alone = find_last and len(uses) == 1 and not hidden and not noisy
         last = seen.maker(outputs) if alone else None
         seen.close()
-        if bare and not calls.again:
-            calls.rest()
-        yield CleanPass(outputs, uses, last, noisy, tuple(seen.unreachable))
+        yield CleanPass(outputs, uses, last, noisy, tuple(seen.unreachable), hidden)
 
 
 @contextlib.contextmanager

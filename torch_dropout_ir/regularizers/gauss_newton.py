@@ -30,7 +30,6 @@ from torch_dropout_ir.regularizers.outputs import (
 from torch_dropout_ir.regularizers.root_forms import RootForms
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_forms import LINEAR, Form, assemble, join
-from torch_dropout_ir.sites import unobservable
 
 # A backward pass that may be repeated holds under twice what a training step does.
 _CHUNKS: Final = 2
@@ -229,12 +228,12 @@ def _known(
     loss: Loss,
     num_samples: int | None,
 ) -> _Known:
-    notes = noise_left_out(model, clean.noisy, bool(clean.uses))
+    hidden = clean.out_of_sight
+    notes = noise_left_out(model, clean.noisy, bool(clean.uses), hidden)
     if not check_curvature(read):
         notes = (*notes, LINEAR)
-    exact = is_exact(model, clean, loss, num_samples)
-    like = read.tensors[0].detach().new_zeros(())
-    return _Known(clean.names, num_samples, exact, like, notes)
+    exact = is_exact(clean, loss, num_samples)
+    return _Known(clean.names, num_samples, exact, read.single, notes)
 
 
 def estimate(
@@ -266,10 +265,8 @@ def estimate(
     return known.estimate(draws, coupled or forms.loss_couples)
 
 
-def is_exact(
-    model: nn.Module, clean: CleanPass, loss: Loss, num_samples: int | None
-) -> bool:
+def is_exact(clean: CleanPass, loss: Loss, num_samples: int | None) -> bool:
     """Whether a second-order form is R_1 itself: Lemma 1, or no noise at all."""
     if not clean.uses:
-        return not unobservable(model) and not clean.noisy
+        return not clean.out_of_sight and not clean.noisy
     return num_samples is None and clean.last_layer is not None and loss.is_quadratic

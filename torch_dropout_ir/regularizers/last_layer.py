@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.output_hessian import (
-    cross_entropy_scale,
-    hessian_product,
-    squared_scale,
-)
+from torch_dropout_ir.output_hessian import hessian_product
+from torch_dropout_ir.output_scales import cross_entropy_scale, squared_scale
 from torch_dropout_ir.regularizers.by_rows import differentiated, sum_by_rows
 from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,

@@ -181,11 +181,13 @@ def _pull(
     squares: dict[int, Tensor] = {}
 
     def receive(use: int, g: Tensor) -> None:
-        site, h, _ = clean.uses[use]
-        shared, shape = h.detach() * g, site.mask_shape(h.shape)
+        (site, h, _), shape = clean.uses[use], clean.mask_shapes[use]
+        shared = (h.detach() if h.requires_grad else h) * g
         if shared.shape != shape:
             shared = shared.sum_to_size(shape)
-        _, squares[use] = by_row(site, shared.square_())
+        # In place where memory matters; else by what has just been done.
+        shared = shared.square_() if clean.matters else shared * shared
+        _, squares[use] = by_row(site, shared)
         if weights is not None:
             weights[use] = clean.row_weight(g)
 

@@ -2,121 +2,290 @@
 
 Semantics:
 
-* A tensor whose first dimension is a multiple of the number of samples holds them one
-  after the other. Elementwise functions, products with a weight from the right,
-  convolutions, pools, and what normalizes, sums or reorders within a row leave it so.
-* A graph of such operations alone, from the sites to the outputs, keeps samples apart.
-  One with any other operation may do so too: only derivatives tell then.
+* Samples have a place in a tensor: a dimension along which they follow each other, each
+  with as many entries, and how often they do so (once, where rows are one after the
+  other). What reorders, joins or splits dimensions moves it; elementwise functions,
+  products with a weight from the right, convolutions, pools, attention, and what
+  normalizes or sums within a sample leave it.
+* A graph of such operations alone, from the sites to the first dimension of the
+  outputs, keeps samples apart. One with any other operation may do so too: only
+  derivatives tell then. In batch normalization in training mode samples meet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Final
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
-_ELEMENTWISE: Final = frozenset(
+
+class Place(NamedTuple):
+    """Where samples are: along ``dim`` the index is (turn, sample, entry)."""
+
+    dim: int
+    turns: int
+
+
+class Op(NamedTuple):
+    """A node of the graph, its inputs, the places of samples in them, their number."""
+
+    node: Any
+    edges: Sequence[tuple[Any, int]]
+    places: Sequence[Place | None]
+    samples: int
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Shape of the first result."""
+        return self.node._input_metadata[0].shape
+
+    def leading(self) -> list[tuple[Place, Sequence[int]]]:
+        """Return the inputs that lead to sites: place and shape."""
+        pairs = zip(self.edges, self.places, strict=True)
+        return [
+            (place, child._input_metadata[result].shape)
+            for (child, result), place in pairs
+            if place is not None
+        ]
+
+    def dims(self, saved: Any, ndim: int) -> list[int]:
+        """Return dimensions that a node has saved, counted from the first."""
+        given = saved if isinstance(saved, tuple) else (saved,)
+        return [(d - 2**64 if d >= 2**63 else d) % ndim for d in given]
+
+
+_START: Final = Place(0, 1)
+_UNARY: Final = frozenset(
     f"{name}Backward{k}"
     for k in (0, 1)
     for name in (
-        "Add", "Sub", "Mul", "Div", "Neg", "Abs", "Exp", "Log", "Sqrt", "Pow", "Sin",
-        "Cos", "Relu", "LeakyRelu", "Elu", "Gelu", "Silu", "Mish", "Tanh", "Sigmoid",
-        "LogSigmoid", "Softplus", "Hardtanh", "Hardswish", "Hardsigmoid", "Softshrink",
-        "Hardshrink", "Threshold", "Clamp", "ClampMin", "Clone", "Expand", "ToCopy",
+        "Add", "Sub", "Mul", "Div", "Neg", "Abs", "Exp", "Log", "Sqrt", "Rsqrt", "Pow",
+        "Sin", "Cos", "Relu", "LeakyRelu", "Elu", "Gelu", "Silu", "Mish", "Tanh",
+        "Sigmoid", "LogSigmoid", "Softplus", "Hardtanh", "Hardswish", "Hardsigmoid",
+        "Softshrink", "Hardshrink", "Threshold", "Clamp", "ClampMin", "Clone", "ToCopy",
     )
 )  # fmt: skip
-# Of the inputs of these the first is of samples, and the others are of none.
-_OF_THE_FIRST: Final = frozenset(
-    f"{name}Backward0"
-    for name in (
-        "Mm", "Convolution", "MaxPool2DWithIndices", "AvgPool2D", "AdaptiveAvgPool2D",
-        "Prelu",
-    )
-)  # fmt: skip
-_VIEWS: Final = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
-_SOFTMAX: Final = ("SoftmaxBackward0", "LogSoftmaxBackward0")
-_REDUCED: Final = ("MeanBackward1", "SumBackward1")
+_BATCH_NORM: Final = frozenset(("NativeBatchNormBackward0", "CudnnBatchNormBackward0"))
 
 
-def rows_apart(outputs: Tensor, sites: Sequence[Tensor], count: int) -> bool:
-    """Whether every operation from the sites to the outputs keeps samples apart.
+def rows_meet(outputs: Tensor, sites: Sequence[Tensor], count: int) -> bool | None:
+    """Say whether an operation from the sites to the outputs lets samples meet.
 
     Args:
         outputs: A tensor of the outputs, with its graph; several rows a sample may be
             one after the other.
-        sites: What enters the graph at each site.
+        sites: What enters the graph at each site: it is added to the site's input.
         count: Number of samples.
 
     Returns:
-        True where that is certain; False where the graph does not tell.
+        False where every operation keeps samples apart; True where one below which all
+        do is batch normalization in training mode; None where the graph does not tell.
     """
-    ends = {x.grad_fn for x in sites}
     if outputs.grad_fn is None or not outputs.ndim or outputs.shape[0] % count:
-        return False
-    leads: dict[Any, bool] = {}
-    for node in _inputs_first(outputs.grad_fn):
-        if node in ends:
-            leads[node] = True
+        return None
+    found: dict[Any, Place | None] = dict.fromkeys([x.grad_fn for x in sites], _START)
+    ends, stack = set(found), [(outputs.grad_fn, None)]
+    for node, edges in _inputs_first(stack, found):
+        places = [found.get(child) for child, _ in edges]
+        if not any(places):
+            found[node] = None
             continue
-        followed = [leads.get(child, False) for child, _ in node.next_functions]
-        leads[node] = any(followed)
-        if leads[node] and not _keeps_rows(node, followed, count):
-            return False
-    return True
+        name = node.name()
+        if name in _UNARY and len(edges) == 1:
+            found[node] = places[0]
+        elif name == "AddBackward0" and not ends.isdisjoint([x for x, _ in edges]):
+            found[node] = _START  # what is added at a site has the shape of its input
+            if any(place not in (None, _START) for place in places):
+                return None
+        else:
+            op = Op(node, edges, places, count)
+            if name in _BATCH_NORM and _meets(op):
+                above = [x for x, begun in stack if begun is not None]
+                return True if all(map(_passes, (node, *above))) else None
+            found[node] = _RULES.get(name, _unknown)(op)
+            if found[node] is None:
+                return None
+    return False if found[outputs.grad_fn] in (None, _START) else None
 
 
-def _inputs_first(root: Any) -> Iterator[Any]:
-    """Yield the nodes of a graph, each after those that it leads to."""
-    begun, stack = set(), [root]
-    done = set()
+def _inputs_first(
+    stack: list[tuple[Any, Any]], done: dict[Any, Any]
+) -> Iterator[tuple[Any, Any]]:
+    """Yield the nodes of a graph that are not done, each after those it leads to.
+
+    Args:
+        stack: The node to begin with; then those that are to come, and with what they
+            lead to those that have been begun.
+        done: What has been found out about nodes.
+
+    Yields:
+        A node, and what it leads to.
+    """
     while stack:
-        node = stack[-1]
-        if node in begun:
-            stack.pop()
-            if node not in done:
-                done.add(node)
-                yield node
+        node, edges = stack.pop()
+        if node in done:
             continue
-        begun.add(node)
-        stack += [x for x, _ in node.next_functions if x is not None and x not in begun]
+        if edges is None:
+            edges = node.next_functions
+            if not edges:
+                done[node] = None  # a parameter
+                continue
+            stack.append((node, edges))
+            stack += [(x, None) for x, _ in edges if x is not None and x not in done]
+            continue
+        yield node, edges
 
 
-def _keeps_rows(node: Any, followed: Sequence[bool], count: int) -> bool:
-    """Whether the inputs that lead to sites meet in no other sample's rows."""
-    shape = node._input_metadata[0].shape
-    shapes = [
-        child._input_metadata[place].shape
-        for (child, place), leads in zip(node.next_functions, followed, strict=True)
-        if leads
-    ]
-    if any(not s or s[0] % count for s in (shape, *shapes)):
-        return False
-    name = node.name()
-    if name in _ELEMENTWISE:
-        return all(len(s) == len(shape) and s[0] == shape[0] for s in shapes)
-    if name in _VIEWS:
+def _meets(op: Op) -> bool:
+    """Whether batch normalization takes its statistics of several samples."""
+    return bool(op.node._saved_training and op.places[0] and op.places[0].dim == 0)
+
+
+def _passes(node: Any) -> bool:
+    """Whether derivatives go through a node, as far as it is batch normalization."""
+    if node.name() not in _BATCH_NORM:
         return True
-    first = followed[0] and not any(followed[1:]) and shapes[0][0] == shape[0]
-    if name in _OF_THE_FIRST:
-        return first
-    if name == "AddmmBackward0":  # bias, rows, weight
-        return list(followed) == [False, True, False]
-    return first and _within_rows(node, name, len(shapes[0]))
+    # A scale of zero, with which residual branches begin, lets none pass.
+    scale = getattr(node.next_functions[1][0], "variable", None)
+    return scale is not None and bool(scale.any())
 
 
-def _within_rows(node: Any, name: str, ndim: int) -> bool:
-    """Whether an operation along some dimensions leaves the first alone."""
+def _unknown(_: Op) -> None:
+    return None
 
-    def alone(*dims: int) -> bool:
-        return all(0 < (d - 2**64 if d >= 2**63 else d) % ndim for d in dims)
 
-    if name in _SOFTMAX or name == "SelectBackward0":
-        return alone(node._saved_dim)
-    if name in _REDUCED:
-        return len(node._saved_dim) > 0 and alone(*node._saved_dim)
-    if name == "TransposeBackward0":
-        return alone(node._saved_dim0, node._saved_dim1)
-    if name == "NativeLayerNormBackward0":
-        return len(node._saved_normalized_shape) < ndim
-    return name == "NativeBatchNormBackward0" and not node._saved_training
+def _broadcast(op: Op) -> Place | None:
+    """Elementwise, with inputs that are repeated along missing dimensions."""
+    shape, found = op.shape, set()
+    for place, own in op.leading():
+        dim = place.dim + len(shape) - len(own)
+        if own[place.dim] != shape[dim]:
+            return None
+        found.add(Place(dim, place.turns))
+    return found.pop() if len(found) == 1 else None
+
+
+def _view(op: Op) -> Place | None:
+    """Dimensions joined and split: the order of the entries stays."""
+    ((place, own),) = op.leading()
+    left = math.prod(own[: place.dim]) * place.turns
+    for dim, size in enumerate(op.shape):
+        if not size or not left:
+            return None
+        if not size % (left * op.samples):
+            return Place(dim, left)
+        if left % size:
+            return None
+        left //= size
+    return None
+
+
+def _reordered(op: Op) -> Place | None:
+    ((place, own),) = op.leading()
+    order = list(range(len(own)))
+    if op.node.name() == "PermuteBackward0":
+        order = op.dims(op.node._saved_dims, len(own))
+    else:
+        named = op.node.name() == "TransposeBackward0"
+        saved = (op.node._saved_dim0, op.node._saved_dim1) if named else (0, 1)
+        if len(own) < 2:
+            return place
+        a, b = op.dims(saved, len(own))
+        order[a], order[b] = b, a
+    return Place(order.index(place.dim), place.turns)
+
+
+def _first(*dims: int) -> Callable[[Op], Place | None]:
+    """Of the first input alone, along whose given dimensions nothing meets."""
+
+    def rule(op: Op) -> Place | None:
+        place = op.places[0]
+        if place is None or any(op.places[1:]) or place.dim not in dims:
+            return None
+        return place
+
+    return rule
+
+
+def _linear(op: Op) -> Place | None:
+    """A bias, rows, and a weight."""
+    bias, rows, weight = op.places
+    if bias is not None or weight is not None or rows is None or rows.dim:
+        return None
+    return rows
+
+
+def _one_by_one(op: Op) -> Place | None:
+    """The same for each place in the first dimension: products of many matrices."""
+    found = {place for place in op.places if place is not None}
+    place = found.pop()
+    return place if not found and place.dim == 0 else None
+
+
+def _attention(op: Op) -> Place | None:
+    return None if any(op.places[3:]) else _one_by_one(op)
+
+
+def _within(op: Op) -> Place | None:
+    """Along dimensions that a node has saved, which stay."""
+    places = {place for place in op.places if place is not None}
+    place = places.pop()
+    dims = op.dims(op.node._saved_dim, len(op.shape))
+    return None if places or place.dim in dims else place
+
+
+def _sliced(op: Op) -> Place | None:
+    ((place, own),) = op.leading()
+    return place if own[place.dim] == op.shape[place.dim] else None
+
+
+def _less(op: Op) -> Place | None:
+    """Along dimensions that a node has saved, which go where it does not keep them."""
+    ((place, own),) = op.leading()
+    saved = op.node._saved_dim
+    dims = [] if saved is None else op.dims(saved, len(own))
+    if not dims or place.dim in dims:  # none are all
+        return None
+    if getattr(op.node, "_saved_keepdim", False):
+        return place
+    return Place(place.dim - sum(d < place.dim for d in dims), place.turns)
+
+
+def _layer_norm(op: Op) -> Place | None:
+    place, ndim = op.places[0], len(op.shape)
+    own = ndim - len(op.node._saved_normalized_shape)
+    return None if any(op.places[1:]) or place is None or place.dim >= own else place
+
+
+def _batch_norm(op: Op) -> Place | None:
+    return _first(0, 1)(op)  # of channels each has its own
+
+
+def _rules() -> dict[str, Callable[[Op], Place | None]]:
+    rules: dict[str, Callable[[Op], Place | None]] = dict.fromkeys(_UNARY, _broadcast)
+    named: dict[Callable[[Op], Place | None], str] = {
+        _broadcast: "Expand MaskedFill Where",
+        _view: "View UnsafeView ReshapeAlias Unsqueeze Squeeze",
+        _reordered: "Transpose Permute T",
+        _first(0): "Mm Convolution MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D "
+        "PreluKernel NativeGroupNorm",
+        _linear: "Addmm",
+        _one_by_one: "Bmm",
+        _attention: "ScaledDotProductFlashAttentionForCpu "
+        "ScaledDotProductFlashAttention ScaledDotProductEfficientAttention "
+        "ScaledDotProductCudnnAttention",
+        _within: "Softmax LogSoftmax Split SplitWithSizes Cat",
+        _sliced: "Slice",
+        _less: "Select Unbind",
+        _layer_norm: "NativeLayerNorm",
+        _batch_norm: "NativeBatchNorm CudnnBatchNorm",
+    }
+    for rule, names in named.items():
+        rules |= {f"{name}Backward0": rule for name in names.split()}
+    rules |= dict.fromkeys(("MeanBackward1", "SumBackward1"), _less)
+    return rules | {"SqueezeBackward1": _view, "SqueezeBackward2": _view}
+
+
+_RULES: Final = _rules()

@@ -163,7 +163,7 @@ def _first_pass(
             coupled = coupled or meet
             curvature = SiteCurvature(clean, read, linearized=False)
             draws = curvature.draws(num_samples, coupled)
-        exact = is_exact(model, clean, loss, num_samples)
+        exact = is_exact(clean, loss, num_samples)
         notes = noise_left_out(model, clean.noisy, bool(clean.uses))
         masks = [(site, h.new_empty(()), h.shape) for site, h, _ in clean.uses]
         like = read.tensors[0].detach().new_zeros(())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.output_hessian import cross_entropy_scale, squared_scale
+from torch_dropout_ir.output_scales import cross_entropy_scale, squared_scale
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.site_forms import Form, by_row

@@ -1,0 +1,123 @@
+"""Short ways of small passes give what the long ones do."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torch_dropout_ir import functional, output_hessian, tracing
+from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.output_scales import cross_entropy_scale, even_scale
+from torch_dropout_ir.regularizers import gauss_newton, site_forms
+from torch_dropout_ir.regularizers.clean_pass import clean_pass
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize(
+    "shapes", [{"a": 6}, {"a": 6, "b": 12}, {"a": 4, "b": 6}, {"a": 1}, {}]
+)
+def test_few_numbers_are_added_up_as_many_are(shapes, coupled, monkeypatch):
+    torch.manual_seed(0)
+    draw = [(name, torch.rand(n).double()) for name, n in shapes.items()]
+    draw += draw[:1]  # a site that is used twice
+    like, uses = torch.zeros(3, 2, dtype=torch.float64), [*shapes, "unreached"]
+    found = []
+    for few in (10**6, 0):
+        monkeypatch.setattr(site_forms, "_FEW", few)
+        found.append(site_forms.assemble(uses, [draw], 1, coupled, False, like))
+    short, long = found
+    assert short.notes == long.notes and [*short.per_site] == [*long.per_site] == uses
+    pairs = [(short.per_site[name], long.per_site[name]) for name in uses]
+    pairs += [(short.value, long.value), (short.standard_error, long.standard_error)]
+    for a, b in pairs:
+        assert a.dtype == b.dtype and a.shape == b.shape == ()
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=0, equal_nan=True)
+    apart = shapes and not coupled and shapes not in ({"a": 4, "b": 6}, {"a": 1})
+    assert math.isfinite(long.standard_error) == bool(apart or not shapes)
+
+
+def test_numbers_that_are_not_finite_are_no_error_of_pythons():
+    draw = [("a", torch.tensor([1e200, math.inf, 1.0], dtype=torch.float64))]
+    found = site_forms.assemble(["a"], [draw], 1, False, False, draw[0][1])
+    assert found.value == math.inf and found.standard_error.isnan()
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 2)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_labels_that_weigh_alike_have_the_scale_of_each(reduction, shape):
+    torch.manual_seed(0)
+    f = torch.randn(shape).double()
+    y = torch.randint(3, (shape[0], *shape[2:]))
+    loss = resolve_loss(nn.CrossEntropyLoss(reduction=reduction, ignore_index=7))
+    even = even_scale(loss, f, y)
+    expected = cross_entropy_scale(loss, f, y)
+    torch.testing.assert_close(expected, torch.full_like(expected, even))
+    weighted = nn.CrossEntropyLoss(torch.ones(3).double(), reduction=reduction)
+    assert even_scale(resolve_loss(weighted), f, y) is None
+    assert even_scale(loss, f.half(), y) is None
+    assert even_scale(loss, f, f.softmax(1)) is None
+    y.view(-1)[1] = 7
+    assert even_scale(loss, f, y) is None
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, None])
+def test_a_pass_that_takes_no_short_way_gives_the_same(num_samples, monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Dropout(0.1), nn.Linear(5, 4), nn.Tanh(), nn.Dropout(0.4), nn.Linear(4, 3)
+    ).double()
+    batch = torch.randn(6, 5).double(), torch.randint(3, (6,))
+    found = []
+    for short in (True, False):
+        if not short:
+            monkeypatch.setattr(site_forms, "_FEW", 0)
+            monkeypatch.setattr(output_hessian, "even_scale", lambda *_: None)
+            monkeypatch.setattr(tracing, "_ENGINE", None)
+        torch.manual_seed(1)
+        found.append(gauss_newton(net, batch, "cross_entropy", num_samples=num_samples))
+    short, long = found
+    for name in ("value", "standard_error"):
+        torch.testing.assert_close(
+            getattr(short, name), getattr(long, name), rtol=1e-12, atol=0
+        )
+    torch.testing.assert_close(short.per_site, long.per_site, rtol=1e-12, atol=0)
+
+
+class Counting(nn.Module):
+    """Two names of one buffer, which its forward pass moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("one", torch.zeros(()))
+        self.register_buffer("two", self.one)
+        self.register_buffer("none", None)
+
+    def forward(self, x):
+        self.one.add_(1)
+        if self.two != self.one or x.sum() > 100:
+            raise ValueError("moved apart, or a stop")
+        return F.dropout(x, 0.5) * self.two
+
+
+def test_buffers_are_copied_for_a_call_and_given_back_after_an_error():
+    net = nn.Sequential(Counting(), nn.BatchNorm1d(3))
+    held = {name: (x, x.clone()) for name, x in net.named_buffers()}
+    functional.call(net, torch.rand(4, 3))
+    with clean_pass(net, torch.rand(4, 3)) as clean:
+        assert len(clean.uses) == 1
+    with pytest.raises(ValueError, match="stop"), clean_pass(net, torch.ones(99, 3)):
+        pass
+    for name, x in net.named_buffers():
+        assert x is held[name][0] and torch.equal(x, held[name][1])
+    functional.call(net, torch.rand(4, 3), move_buffers=True)
+    assert net[0].one == 1 and net[1].num_batches_tracked == 1
+
+
+def test_layers_of_torch_alone_keep_their_running_statistics():
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    gauss_newton(net, (torch.randn(5, 3), torch.randn(5, 3)), "mse")
+    for name, x in net.state_dict().items():
+        assert torch.equal(x, before[name])

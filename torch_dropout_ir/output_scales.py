@@ -1,0 +1,85 @@
+"""Floor 1: what the Hessian of squared losses and cross-entropy is a multiple of."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.losses import Loss, half_squared_error
+
+_FEW_LABELS: Final = 1024
+
+
+def squared_scale(loss: Loss, shape: torch.Size, targets: Any = None) -> float:
+    """Return ``a`` of ``H_i = a * identity`` for a squared loss of outputs ``shape``.
+
+    Targets of another shape make torch count an output as often as it is broadcast.
+    """
+    if getattr(loss.function, "func", loss.function) is half_squared_error:
+        return 1.0 / shape[0]
+    if loss.reduction == "mean":
+        return 2.0 / shape.numel()
+    if not isinstance(targets, Tensor) or targets.shape == shape:
+        return 2.0
+    counted = torch.broadcast_shapes(shape, targets.shape).numel()
+    return 2.0 * counted / shape.numel()
+
+
+def cross_entropy_scale(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
+    """Return ``a_i`` of ``H_i = a_i (diag(s_i) - s_i s_i')``, 1 in place of classes.
+
+    ``a_i`` is the mass of the target: with class weights ``w`` and label smoothing
+    ``e`` it is ``(1 - e) w_y + (e / C) sum w``, and the mean is over the ``w_y``.
+    Ignored targets weigh nothing.
+
+    Raises:
+        ValueError: If the loss weighs classes and ``targets`` is None.
+    """
+    classes = 1 if outputs.ndim > 1 else 0
+    weight = loss.option("weight", None)
+    if not isinstance(targets, Tensor):
+        if weight is not None:
+            raise ValueError(
+                "expected `targets`: the Hessian of a cross-entropy with class weights "
+                "depends on them, got None"
+            )
+        mass = torch.ones_like(outputs.detach().narrow(classes, 0, 1))
+        return mass / mass.numel() if loss.reduction == "mean" else mass
+    smoothing = loss.option("label_smoothing", 0.0)
+    if weight is None and not targets.is_floating_point():  # all weigh one
+        mass = (targets != loss.option("ignore_index", -100)).to(outputs)
+        mass = mass / mass.sum() if loss.reduction == "mean" else mass
+        return mass.unsqueeze(classes)
+    if weight is None:
+        weight = outputs.new_ones(outputs.shape[classes])
+    weight = weight.detach().to(outputs)
+    if targets.is_floating_point():
+        weighted = targets.detach().movedim(classes, -1) @ weight
+        count: float | Tensor = float(weighted.numel())
+        known = torch.ones_like(weighted)
+    else:
+        known = (targets != loss.option("ignore_index", -100)).to(outputs)
+        weighted = weight[torch.where(known > 0, targets, 0)] * known
+        count = weighted.sum()
+    mass = (1 - smoothing) * weighted + smoothing * weight.mean() * known
+    mass = mass.unsqueeze(classes)
+    return mass / count if loss.reduction == "mean" else mass
+
+
+def even_scale(loss: Loss, outputs: Tensor, targets: Any) -> float | None:
+    """Return :func:`cross_entropy_scale` where a look at few labels shows it is even.
+
+    To look takes less time than the first of several small operations. Half precision
+    has no room for roots without their weight.
+    """
+    if not isinstance(targets, Tensor) or targets.numel() > _FEW_LABELS:
+        return None
+    wide = outputs.dtype in (torch.float32, torch.float64)
+    labels = targets.is_cpu and not targets.is_floating_point()
+    if not wide or not labels or loss.option("weight", None) is not None:
+        return None
+    if loss.option("ignore_index", -100) in targets.flatten().tolist():
+        return None
+    return 1.0 / targets.numel() if loss.reduction == "mean" else 1.0

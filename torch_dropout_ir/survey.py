@@ -1,0 +1,78 @@
+"""Floor 1: what a pass has to know of a model's modules, seen in one walk.
+
+A small pass is run through in less time than a few such walks take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from torch_dropout_ir.module_calls import runs_other_code
+from torch_dropout_ir.sites import (
+    LAYERS,
+    QUIET,
+    Site,
+    acts,
+    is_noise,
+    is_site,
+    named_modules,
+    uncompiled,
+)
+
+
+@dataclasses.dataclass
+class Survey:
+    """What a walk of a model's modules shows; it is stale when the model has changed.
+
+    Attributes:
+        model: The model, inside of a wrapper of :func:`torch.compile`.
+        modules: Its modules by name, in the order of ``model.named_modules()``.
+        sites: Those that draw noise in training: some may be kept in evaluation. Where
+            the whole model is in evaluation mode, all count.
+        noise: Those that do nothing but draw noise, of a kind that is known or not.
+        callers: Those that may call dropout, by name.
+        others: Those that are no layers of torch, by name.
+        has_buffers: Whether one of them holds a buffer.
+        in_place: Whether one of them writes on its input.
+    """
+
+    model: nn.Module
+    modules: list[tuple[str, nn.Module]]
+    sites: list[Site] = dataclasses.field(default_factory=list)
+    noise: list[nn.Module] = dataclasses.field(default_factory=list)
+    callers: list[tuple[str, nn.Module]] = dataclasses.field(default_factory=list)
+    others: list[tuple[str, nn.Module]] = dataclasses.field(default_factory=list)
+    has_buffers: bool = False
+    in_place: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Survey:
+        """Walk the modules of a model as it is now."""
+        model = uncompiled(model)
+        seen = cls(model, named_modules(model))
+        compiling = torch.compiler.is_compiling()
+        for named in seen.modules:
+            module = named[1]
+            kind = type(module)
+            if kind not in LAYERS:
+                seen.others.append(named)
+            if kind not in QUIET:
+                seen._add_noise(*named)
+            if compiling or runs_other_code(module):
+                seen.callers.append(named)
+            if module._buffers:
+                seen.has_buffers = True
+            if module.__dict__.get("inplace"):
+                seen.in_place = True
+        return seen
+
+    def _add_noise(self, name: str, module: nn.Module) -> None:
+        plain = type(module) in LAYERS  # torch's own dropout, as it is
+        if plain or is_noise(module):
+            self.noise.append(module)
+            site = Site(name, module)
+            if (plain or is_site(module)) and acts(site, self.model):
+                self.sites.append(site)
