@@ -21,7 +21,7 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
-from torch_dropout_ir.regularizers.penalty import gradient_penalty, twice_differentiable
+from torch_dropout_ir.regularizers.penalty import with_penalty
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import total
 from torch_dropout_ir.regularizers.trained_roots import ROOTED, drawn_form
@@ -51,6 +51,7 @@ def modified_loss(
     kind: Kind,
     lr: float | Mapping[str, float] | None = None,
     r1: R1 = "last_layer",
+    max_bytes: int | None = 2**26,
 ) -> Tensor:
     r"""Return a loss with dropout's regularizers put in or taken out, to be minimized.
 
@@ -94,6 +95,9 @@ def modified_loss(
             torch has no right third derivative of them;
             ``"monte_carlo"`` draws one mask and is unbiased for every model; ``L1`` is
             then ``R_drop`` itself.
+        max_bytes: Memory of the graph of a penalty's second derivative, beyond which it
+            is made of parts of the batch, one after the other, if samples do not meet.
+            None keeps the graph of all for a derivative of the loss's gradient.
 
     Returns:
         Scalar in the units of the loss.
@@ -121,14 +125,16 @@ def modified_loss(
     if kind in ("L1", "L4"):
         with _not_checkpointed(model):
             return _with_r1(model, batch, resolved, kind, r1)
-    with twice_differentiable():
-        risk = _dropout_risk(model, batch, resolved, move_buffers=kind != "L2")
     assert lr is not None  # by `_check`
-    penalty = gradient_penalty(model, risk, lr)
+    value = with_penalty(
+        model, batch, resolved, lr,
+        weight=float(kind != "L2"), sign=-1.0 if kind == "L3" else 1.0,
+        move_buffers=kind != "L2", max_bytes=max_bytes,
+    )  # fmt: skip
     if kind == "L2":
         with _not_checkpointed(model):
-            return penalty + _clean_risk(model, batch, resolved, move_buffers=True)
-    return risk - penalty if kind == "L3" else risk + penalty
+            return value + _clean_risk(model, batch, resolved, move_buffers=True)
+    return value
 
 
 def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:
