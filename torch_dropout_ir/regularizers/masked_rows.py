@@ -38,12 +38,10 @@ from torch_dropout_ir.regularizers.output_rows import (
     rows_of_samples,
     slope_of_rows,
 )
-from torch_dropout_ir.regularizers.outputs import (
-    OutputsRead,
-    read_outputs,
-    without_graph,
-)
+from torch_dropout_ir.regularizers.outputs import read_outputs, without_graph
 from torch_dropout_ir.regularizers.row_chunks import FEWEST_ROWS, chunks, rows_of
+from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
+from torch_dropout_ir.sharpness.frozen import twice_differentiable
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import generators
 
@@ -93,8 +91,8 @@ class MaskedRows:
                 if not self._by_rows(outputs, risk):
                     return False
             first = next(chunks(self._count, _PARTS))
-            with torch.no_grad(), self._run(first) as part:
-                return part is not None
+            with torch.no_grad():
+                return self._run(first) is not None
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False  # a model that does not run on part of the rows
 
@@ -113,11 +111,10 @@ class MaskedRows:
         self._slope = slope_of_rows(self._read)
         return alone and not self._read.couples()
 
-    def parts(self) -> Iterator[contextlib.AbstractContextManager[OutputsRead | None]]:
-        """Yield a context for each part, inside of which derivatives are taken.
+    def parts(self) -> Iterator[Tensor | None]:
+        """Yield the loss of all as a function of each part of the rows, with its graph.
 
-        It gives the loss of all as a function of the rows' outputs; None where these
-        are not what they were.
+        None where these are not what they were.
         """
         for rows in chunks(self._count, _PARTS):
             yield self._run(rows)
@@ -132,8 +129,7 @@ class MaskedRows:
             np.random.set_state(self._others[1])
             yield
 
-    @contextlib.contextmanager
-    def _run(self, rows: Tensor) -> Iterator[OutputsRead | None]:
+    def _run(self, rows: Tensor) -> Tensor | None:
         inputs = rows_of(Inputs.of(self._batch[0]), rows, self._count)
         known = iter(self._masks[:])
         new = not self._masks
@@ -151,15 +147,16 @@ class MaskedRows:
                 kept = kept[rows_of_samples(rows, each).to(h.device)]
             return h * kept.to(h.dtype).mul_(1 / (1 - site.p) if site.p < 1 else 0.0)
 
-        with self.again(), at_sites(self._model, drop):
-            found = call(self._model, inputs)
+        with self.again(), twice_differentiable(), LeanDerivatives():
+            with at_sites(self._model, drop):
+                found = call(self._model, inputs)
             part = replace_rows(self._read, found, rows, self._count, self._slope)
             pairs = zip(part.tensors, self._read.tensors, strict=True)
             same = all(
                 nearly_equal(x, f[rows_of_samples(rows, len(f) // self._count)])
                 for x, f in pairs
             )
-            yield part if same else None
+            return part.risk(part.tensors) if same else None
 
 
 def _drawn(site: Site, h: Tensor, shape: tuple[int, ...], each: bool) -> Tensor:

@@ -1,22 +1,19 @@
 r"""A penalty on the gradient of a loss, which is differentiated twice.
 
 The derivative of :math:`\frac{\epsilon}{4} \lVert g \rVert^2` is
-:math:`\frac{\epsilon}{2} H g`, a product with the Hessian. Where a loss depends on
-nothing but the model's parameters it is made with the value: the graph of both
-derivatives is let go of as it runs, and may be that of a part of the batch at a time.
+:math:`\frac{\epsilon}{2} H g`, a product with the Hessian. Of a large batch it is made
+with the value, a part at a time: the graph of both derivatives is that of a part.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.autograd.graph import get_gradient_edge
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.arrivals import arrivals, graph_nodes, last_nodes, parts_given
@@ -27,9 +24,7 @@ from torch_dropout_ir.regularizers.gradient_norm import learning_rates
 from torch_dropout_ir.regularizers.inner_products import weighted_inner
 from torch_dropout_ir.regularizers.known_gradient import with_gradient
 from torch_dropout_ir.regularizers.masked_rows import MaskedRows
-from torch_dropout_ir.regularizers.outputs import OutputsRead
-from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
-from torch_dropout_ir.sharpness.frozen import TwiceDifferentiable
+from torch_dropout_ir.sharpness.frozen import twice_differentiable
 from torch_dropout_ir.sharpness.linear import added_into
 
 _ONCE: Final = (
@@ -54,17 +49,6 @@ def _lacking(risk: Tensor) -> str:
     known = {name for name in names if any(word in name for word in _KNOWN)}
     found = known or {name for name in names if "AccumulateGrad" not in name}
     return " or ".join(sorted(found))
-
-
-@contextlib.contextmanager
-def twice_differentiable() -> Iterator[TwiceDifferentiable]:
-    """Run nothing that has no second derivative, or a wrong one."""
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        TwiceDifferentiable() as operations,
-        torch.compiler.set_stance("force_eager"),
-    ):
-        yield operations
 
 
 def with_penalty(
@@ -108,42 +92,35 @@ def with_penalty(
         outputs = call(model, batch[0], move_buffers=move_buffers)
         risk = loss(outputs, batch[1])
     check_differentiable("modified_loss", risk)
-    made = _made_of(risk, params)
-    if made is None or max_bytes is None:
-        penalty = sign * _penalty(_slopes(risk, params), rates)
-        return penalty + weight * risk if weight else penalty
-    slopes: list[Tensor | None]
-    large = _GRAPH * made > max_bytes and made >= sum(x.nbytes for x in params)
-    if large and not operations.again and rows.apart(outputs, risk):
-        slopes = [*torch.autograd.grad(risk, params, allow_unused=True)]
-        total = _Total(params, slopes, rates, weight, sign)
-        if not all(total.add_part(part) for part in rows.parts()):
-            total = _Total(params, slopes, rates, weight, sign)
-            with rows.again(), twice_differentiable():
-                whole = loss(call(model, batch[0]), batch[1])
-            total.add(_slopes(whole, params))
-    else:
-        found = _slopes(risk, params)
-        slopes = [None if g is None else g.detach() for g in found]
-        total = _Total(params, slopes, rates, weight, sign)
-        total.add(found)
-    value = sign * _penalty(slopes, rates)
-    value = value + weight * risk.detach() if weight else value
-    return with_gradient(value, params, total.gradient)
+    cut = max_bytes is not None and _large(risk, params, max_bytes)
+    if cut and not operations.again and rows.apart(outputs, risk):
+        slopes = torch.autograd.grad(risk, params, allow_unused=True)
+        value = sign * _penalty(slopes, rates)
+        value = value + weight * risk.detach() if weight else value
+        gradient = [None if g is None else g * weight for g in slopes]
+        products = _Products(params, slopes, rates, sign, gradient)
+        for part in rows.parts():
+            if part is None:
+                break
+            products.add(part)
+            del part  # its graph
+        else:
+            return with_gradient(value, params, gradient)
+        with rows.again(), twice_differentiable():
+            risk = loss(call(model, batch[0]), batch[1])
+    penalty = sign * _penalty(_slopes(risk, params), rates)
+    return penalty + weight * risk if weight else penalty
 
 
-class _Total:
-    """The gradient of a risk and of a penalty on that, added up.
+class _Products:
+    r"""Adds :math:`s \frac{\epsilon}{2} H g` to a gradient, part by part of the batch.
 
     Args:
         params: The parameters.
-        slopes: The gradient of the risk, None where there is none.
-        rates: Coefficient of each parameter.
-        weight: Factor of the risk.
-        sign: Factor of the penalty.
-
-    Attributes:
-        gradient: What has been added up.
+        slopes: Their gradient :math:`g`, None where there is none.
+        rates: :math:`\epsilon` of each.
+        sign: :math:`s`.
+        total: What is added to.
     """
 
     def __init__(
@@ -151,10 +128,9 @@ class _Total:
         params: Sequence[Tensor],
         slopes: Sequence[Tensor | None],
         rates: Sequence[float],
-        weight: float,
         sign: float,
+        total: Sequence[Tensor | None],
     ) -> None:
-        self.gradient = [None if g is None else g * weight for g in slopes]
         self._params = params
         most = max(rates)
         self._scale = sign * most / 2
@@ -164,52 +140,28 @@ class _Total:
             for i, (g, r) in enumerate(zip(slopes, rates, strict=True))
             if g is not None and r
         }
+        pairs = enumerate(zip(params, total, strict=True))
+        self._sums = {i: (x, s) for i, (x, s) in pairs if s is not None}
 
-    def add(self, slopes: Sequence[Tensor | None]) -> None:
-        """Add a product with the Hessian, as the derivative of a gradient.
-
-        Args:
-            slopes: The gradient with its graph, which is let go of.
-        """
-        starts = {
-            i: get_gradient_edge(g)
-            for i, g in enumerate(slopes)
-            if i in self._at and g is not None and g.requires_grad
-        }
-        self._add(starts)
-
-    def add_part(
-        self, part: contextlib.AbstractContextManager[OutputsRead | None]
-    ) -> bool:
-        """Add the product of a part of the batch, if it is what it was."""
+    def add(self, risk: Tensor) -> None:
+        """Add the product with the Hessian of a part's risk."""
         starts = {}
 
         def note(i: int, g: Tensor) -> None:  # its value is let go of
             if i in self._at and g.requires_grad:
                 starts[i] = get_gradient_edge(g)
 
-        with twice_differentiable(), LeanDerivatives(), part as read:
-            if read is None:
-                return False
-            risk = read.risk(read.tensors)
-            with arrivals(self._params, note):
-                _slopes(risk, self._params)
-            self._add(starts)
-        return True
-
-    def _add(self, starts: Mapping[int, GradientEdge]) -> None:
+        with arrivals(self._params, note):
+            _slopes(risk, self._params)
         if not starts:
             return
         edges, at = list(starts.values()), [self._at[i] for i in starts]
         last = last_nodes(graph_nodes([edge.node for edge in edges]), self._params)
 
         def receive(i: int, g: Tensor) -> None:
-            total = self.gradient[i]
-            assert total is not None
-            total.add_(g.detach(), alpha=self._scale)
+            self._sums[i][1].add_(g.detach(), alpha=self._scale)
 
-        pairs = zip(self._params, self.gradient, strict=True)
-        own, sums = zip(*[(x, s) for x, s in pairs if s is not None], strict=True)
+        own, sums = zip(*self._sums.values(), strict=True)
         with parts_given(last, receive), added_into(own, sums, self._scale):
             rest = torch.autograd.grad(edges, self._params, at, allow_unused=True)
         for i, g in enumerate(rest):
@@ -217,31 +169,30 @@ class _Total:
                 receive(i, g)
 
 
-def _made_of(risk: Tensor, params: Sequence[Tensor]) -> int | None:
-    """Return the bytes that a loss's graph has made.
+def _large(risk: Tensor, params: Sequence[Tensor], max_bytes: int) -> bool:
+    """Whether a loss has a large graph by which nothing but parameters can learn.
 
-    None where parameters are not all that can be learned by it, or where the derivative
-    is not to be taken before a factor is known: of half precision, and with hooks.
+    Returns:
+        False too where a derivative is not to be taken before its factor is known, as
+        of half precision, or by parts, as with hooks.
     """
     kinds = {x.device.type for x in params}
     if not tracing.eager() or any(torch.is_autocast_enabled(kind) for kind in kinds):
-        return None
+        return False
     exact = (torch.float32, torch.float64)
     if any(x.dtype not in exact or x._backward_hooks for x in params):
-        return None
+        return False
     own, made = {id(x) for x in params}, 0
     for node in graph_nodes([risk.grad_fn] if risk.grad_fn else []):
         leaf = getattr(node, "variable", None)
-        kinds_made = [x.dtype for x in node._input_metadata]
-        if any(x.is_floating_point and x not in exact for x in kinds_made):
-            return None
+        results = node._input_metadata
         if leaf is not None and id(leaf) not in own:
-            return None
+            return False
+        if any(x.dtype.is_floating_point and x.dtype not in exact for x in results):
+            return False
         if leaf is None and not any(word in node.name() for word in _VIEWS):
-            made += sum(
-                math.prod(x.shape) * x.dtype.itemsize for x in node._input_metadata
-            )
-    return made
+            made += sum(math.prod(x.shape) * x.dtype.itemsize for x in results)
+    return _GRAPH * made > max_bytes and made >= sum(x.nbytes for x in params)
 
 
 def _slopes(risk: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
