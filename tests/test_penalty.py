@@ -206,7 +206,12 @@ def decay(net):
 
 
 LOSSES = {
-    "classes left out": (lambda _: nn.CrossEntropyLoss(ignore_index=1), True),
+    "classes that weigh": (
+        lambda _: nn.CrossEntropyLoss(
+            torch.tensor([0.5, 2.0, 1.0]).double(), ignore_index=1, label_smoothing=0.1
+        ),
+        True,
+    ),
     "summed": (lambda _: nn.CrossEntropyLoss(reduction="sum"), True),
     "by itself": (lambda _: lambda f, t: f[range(9), t].exp().mean(), True),
     "pairs": (lambda _: lambda f, t: F.cross_entropy(f - f.mean(0), t), False),

@@ -36,7 +36,6 @@ from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.output_rows import (
     replace_rows,
     rows_of_samples,
-    slope_of_rows,
 )
 from torch_dropout_ir.regularizers.outputs import read_outputs, without_graph
 from torch_dropout_ir.regularizers.row_chunks import FEWEST_ROWS, chunks, rows_of
@@ -108,7 +107,6 @@ class MaskedRows:
             again = self._read.risk(self._read.tensors)
         # Else it depends on something else, or draws.
         alone = not again.requires_grad and torch.equal(again, risk.detach())
-        self._slope = slope_of_rows(self._read)
         return alone and not self._read.couples()
 
     def parts(self) -> Iterator[Tensor | None]:
@@ -150,7 +148,7 @@ class MaskedRows:
         with self.again(), twice_differentiable(), LeanDerivatives():
             with at_sites(self._model, drop):
                 found = call(self._model, inputs)
-            part = replace_rows(self._read, found, rows, self._count, self._slope)
+            part = replace_rows(self._read, found, rows, self._count)
             pairs = zip(part.tensors, self._read.tensors, strict=True)
             same = all(
                 nearly_equal(x, f[rows_of_samples(rows, len(f) // self._count)])

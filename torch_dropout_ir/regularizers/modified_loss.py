@@ -69,12 +69,14 @@ def modified_loss(
 
     Differentiable in the parameters: call ``.backward()`` on it in the place of the
     loss. ``L1`` with ``"last_layer"`` costs a plain step; a penalty on the gradient a
-    second backward pass through the first, and so does ``"gauss_newton"``. Nothing
-    of the first can be freed as it goes: what a double backward holds at the least is
-    every activation and its derivative, twice a plain step's, and the gradient beside
-    that of a penalty. ``benchmarks/regularizers.py`` found 1.3 to 3.3 of a step's, the
-    most with batch normalization, whose second derivative torch puts together from
-    parts; the same losses written by hand with autograd took 0.94 to 1.27 times that.
+    second backward pass through the first, and so does ``"gauss_newton"``. What a
+    double backward holds at the least is every activation and its derivative, twice a
+    plain step's; ``benchmarks/regularizers.py`` found up to 3.3 of a step's, the most
+    with batch normalization, whose second derivative torch puts together from parts.
+    Beyond ``max_bytes`` a penalty runs the batch again at its masks, a part at a time,
+    and holds a step's memory, and the gradient once more: at 1.3 to 1.5 times the time,
+    where samples do not meet, in full precision, in one process, outside of activation
+    checkpointing. Its gradient is then taken with the value.
     ``L1`` by ``"monte_carlo"`` is one pass. Sites under activation checkpointing cannot
     be trained with ``L2``, ``L4`` and any other ``L1``: they would run again with
     dropout on. Not-a-number in gives not-a-number out.

@@ -27,11 +27,7 @@ def rows_of_samples(samples: Tensor, each: int) -> Tensor:
 
 
 def replace_rows(
-    read: OutputsRead,
-    outputs: Any,
-    samples: Tensor,
-    count: int,
-    slope: Tensor | None = None,
+    read: OutputsRead, outputs: Any, samples: Tensor, count: int
 ) -> OutputsRead:
     """Return the loss as a function of the outputs of some samples.
 
@@ -40,15 +36,13 @@ def replace_rows(
         outputs: What the model returned for those.
         samples: Their numbers.
         count: How many there are in all.
-        slope: What :func:`slope_of_rows` returned; made here if None.
 
     Returns:
         Its tensors are those of ``outputs``; the other rows are as in ``read``.
     """
     leaves, _ = flatten(outputs)
     tensors = [leaves[i] for i in read.places]
-    rows = rows_of_samples(samples, len(read.tensors[0]) // count)
-    alone = _loss_of_rows(read, rows, slope)
+    alone = _loss_of_rows(read, rows_of_samples(samples, len(read.tensors[0]) // count))
     if alone is not None:
         return OutputsRead(tensors, alone, None, read.places)
 
@@ -62,8 +56,15 @@ def replace_rows(
     return OutputsRead(tensors, risk, None, read.places)
 
 
-def slope_of_rows(read: OutputsRead) -> Tensor | None:
-    """Return the gradient of a sum or mean over rows, None of another kind of loss."""
+def _loss_of_rows(
+    read: OutputsRead, rows: Tensor
+) -> Callable[[Sequence[Tensor]], Tensor] | None:
+    """Return a loss of some rows alone whose derivatives are those of the whole loss.
+
+    A sum or mean over rows of a known kind, taken of some of them, is that of the whole
+    but for a constant and, of a mean, a factor: their share in the weight of all. None
+    where it is of another kind, or leaves all of these rows out.
+    """
     loss, targets, f = read.loss, read.targets, read.single
     known = loss is not None and loss.kind in ("squared", "cross_entropy")
     if not known or not isinstance(targets, Tensor) or targets.shape[:1] != f.shape[:1]:
@@ -71,29 +72,9 @@ def slope_of_rows(read: OutputsRead) -> Tensor | None:
     assert loss is not None
     if loss.kind == "squared" and targets.shape != f.shape:  # torch pairs all rows
         return None
-    return read.slopes([f.requires_grad_()], create_graph=False)[0]
-
-
-def _loss_of_rows(
-    read: OutputsRead, rows: Tensor, slope: Tensor | None
-) -> Callable[[Sequence[Tensor]], Tensor] | None:
-    """Return a loss of some rows alone whose derivatives are those of the whole loss.
-
-    A sum or mean over rows of a known kind, taken of some of them, is that of the whole
-    but for a constant and a factor (of a mean, their share in the weight of all), which
-    the gradient tells. None where it is of another kind, or the gradient is zero.
-    """
-    slope = slope_of_rows(read) if slope is None else slope
-    loss, targets, f = read.loss, read.targets, read.single
-    if slope is None or loss is None:
-        return None
-    rows = rows.to(f.device)
     some = targets[rows.to(targets.device)]
-    whole, at = slope[rows], f[rows].requires_grad_()
-    with torch.enable_grad():
-        (own,) = torch.autograd.grad(loss(at, some), at)
-    factor = (whole * own).sum() / own.square().sum()
-    off = (factor * own - whole).norm()
-    if not bool(off <= torch.finfo(f.dtype).eps ** 0.5 * whole.norm()):
-        return None
-    return lambda x: factor * loss(x[0], some)
+    if loss.reduction == "sum":
+        return lambda x: loss(x[0], some)
+    share = loss.num_terms(some)
+    share = share and share / loss.num_terms(targets)
+    return (lambda x: share * loss(x[0], some)) if share else None
