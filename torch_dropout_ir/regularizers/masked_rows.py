@@ -2,8 +2,8 @@
 
 Semantics:
 
-* The generators start from where they were, and each use of a site draws the mask of
-  the whole batch, once for all parts: other rows have other masks, as they had.
+* Torch's generators start from where they were, and each use of a site draws the mask
+  of the whole batch, once for all parts: other rows have other masks, as they had.
 * Where the outputs of the rows are what they were, the replay is right, whatever else
   the model does. Where they are not (samples that meet, as by batch normalization in
   training mode; noise that is none of a site; kernels that draw in another order),
@@ -13,11 +13,9 @@ Semantics:
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator
 from typing import Any, Final
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,7 +63,6 @@ class MaskedRows:
         self._batch = batch
         self._loss = loss
         self._states = [(g, g.get_state()) for g in generators(model)]
-        self._others = random.getstate(), np.random.get_state()
         held = model.named_buffers() if move_buffers else ()
         self._buffers = {n: x.clone() for n, x in held}
         self._masks: list[Tensor] = []
@@ -119,12 +116,10 @@ class MaskedRows:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Let generators start from where they were, and give back what they are."""
+        """Let torch's generators start from where they were; give them back after."""
         with preserved_rng(self._model):
             for generator, state in self._states:
                 generator.set_state(state)
-            random.setstate(self._others[0])
-            np.random.set_state(self._others[1])
             yield
 
     def _run(self, rows: Tensor) -> Tensor | None:

@@ -8,8 +8,8 @@ with the value, a part at a time: the graph of both derivatives is that of a par
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,9 @@ _ONCE: Final = (
 # Nodes of a gradient's graph that raise when the penalty is differentiated.
 _ABSENT: Final = ("NotImplemented", "EmbeddingBagBackwardBackward")
 _KNOWN: Final = ("EmbeddingBag", "Ctc", "Margin")
-_VIEWS: Final = ("View", "Transpose", "TBackward", "Permute", "Expand", "Alias")
+_NOTHING_NEW: Final = (
+    "AccumulateGrad", "Alias", "Expand", "Permute", "TBackward", "Transpose", "View"
+)  # fmt: skip
 # A graph that is let go of as its derivative runs, over what the pass made.
 _GRAPH: Final = 3
 
@@ -176,23 +178,33 @@ def _large(risk: Tensor, params: Sequence[Tensor], max_bytes: int) -> bool:
         False too where a derivative is not to be taken before its factor is known, as
         of half precision, or by parts, as with hooks.
     """
+    nodes = list(graph_nodes([risk.grad_fn] if risk.grad_fn else []))
+    if _GRAPH * _made(nodes) <= max_bytes or not tracing.eager():
+        return False
     kinds = {x.device.type for x in params}
-    if not tracing.eager() or any(torch.is_autocast_enabled(kind) for kind in kinds):
+    if any(torch.is_autocast_enabled(kind) for kind in kinds):
         return False
     exact = (torch.float32, torch.float64)
     if any(x.dtype not in exact or x._backward_hooks for x in params):
         return False
-    own, made = {id(x) for x in params}, 0
-    for node in graph_nodes([risk.grad_fn] if risk.grad_fn else []):
-        leaf = getattr(node, "variable", None)
-        results = node._input_metadata
-        if leaf is not None and id(leaf) not in own:
-            return False
-        if any(x.dtype.is_floating_point and x.dtype not in exact for x in results):
-            return False
-        if leaf is None and not any(word in node.name() for word in _VIEWS):
-            made += sum(math.prod(x.shape) * x.dtype.itemsize for x in results)
+    own = {id(x) for x in params}
+    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
+    if any(id(x) not in own for x in leaves):
+        return False
+    found = {x.dtype for node in nodes for x in node._input_metadata}
+    if any(dtype.is_floating_point and dtype not in exact for dtype in found):
+        return False
+    made = _made(n for n in nodes if not any(word in n.name() for word in _NOTHING_NEW))
     return _GRAPH * made > max_bytes and made >= sum(x.nbytes for x in params)
+
+
+def _made(nodes: Iterable[Any]) -> int:
+    """Bytes of what the nodes of a graph have returned."""
+    return sum(
+        math.prod(x.shape) * x.dtype.itemsize
+        for node in nodes
+        for x in node._input_metadata
+    )
 
 
 def _slopes(risk: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
