@@ -8,11 +8,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from torch_dropout_ir import tracing
+from torch_dropout_ir.arrivals import graph_nodes
+
 _ONCE: Final = (
-    "modified_loss: expected a loss with a penalty on its gradient to be "
+    "modified_loss: expected a loss whose gradient has been taken with it to be "
     "differentiated once, got create_graph=True. Pass `max_bytes=None`, which keeps "
     "its graph for that."
 )
+_EXACT: Final = (torch.float32, torch.float64)
 
 
 class _Known(torch.autograd.Function):
@@ -31,6 +35,33 @@ class _Known(torch.autograd.Function):
         if root != 1:  # else it is given away, and nothing of its size is made
             found = [None if g is None else g * root for g in found]
         return None, None, *found
+
+
+def learns_alone(risk: Tensor, params: Sequence[Tensor]) -> bool:
+    """Whether a derivative in parameters can be taken before anybody asks for it.
+
+    Args:
+        risk: A scalar with its graph.
+        params: The parameters.
+
+    Returns:
+        False where something else depends on it, where its factor is to come first, as
+        of half precision, and where hooks or transforms look on.
+    """
+    if not tracing.eager() or risk.grad_fn is None:
+        return False
+    if any(torch.is_autocast_enabled(kind) for kind in {x.device.type for x in params}):
+        return False
+    if any(x.dtype not in _EXACT or x._backward_hooks for x in params):
+        return False
+    own = {id(x) for x in params}
+    for node in graph_nodes([risk.grad_fn]):
+        if id(getattr(node, "variable", params[0])) not in own:
+            return False
+        made = (x.dtype for x in node._input_metadata)
+        if any(dtype.is_floating_point and dtype not in _EXACT for dtype in made):
+            return False
+    return True
 
 
 def with_gradient(

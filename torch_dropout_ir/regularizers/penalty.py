@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from torch_dropout_ir import tracing
 from torch_dropout_ir.arrivals import arrivals, graph_nodes, last_nodes, parts_given
 from torch_dropout_ir.functional import Batch, call, parameters
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.gradient_norm import learning_rates
 from torch_dropout_ir.regularizers.inner_products import weighted_inner
-from torch_dropout_ir.regularizers.known_gradient import with_gradient
+from torch_dropout_ir.regularizers.known_gradient import learns_alone, with_gradient
 from torch_dropout_ir.regularizers.masked_rows import MaskedRows
 from torch_dropout_ir.sharpness.frozen import twice_differentiable
 from torch_dropout_ir.sharpness.linear import added_into
@@ -94,8 +93,8 @@ def with_penalty(
         outputs = call(model, batch[0], move_buffers=move_buffers)
         risk = loss(outputs, batch[1])
     check_differentiable("modified_loss", risk)
-    cut = max_bytes is not None and _large(risk, params, max_bytes)
-    if cut and not operations.again and rows.apart(outputs, risk):
+    large = max_bytes is not None and _large(risk, params, max_bytes)
+    if large and not operations.again and rows.apart(outputs, risk):
         slopes = torch.autograd.grad(risk, params, allow_unused=True)
         value = sign * _penalty(slopes, rates)
         value = value + weight * risk.detach() if weight else value
@@ -111,7 +110,13 @@ def with_penalty(
         with rows.again(), twice_differentiable():
             risk = loss(call(model, batch[0]), batch[1])
     penalty = sign * _penalty(_slopes(risk, params), rates)
-    return penalty + weight * risk if weight else penalty
+    if weight:
+        return penalty + weight * risk
+    if max_bytes is None or not learns_alone(risk, params):
+        return penalty
+    # Another pass follows: none of the graph is held through it.
+    own = torch.autograd.grad(penalty, params, allow_unused=True)
+    return with_gradient(penalty.detach(), params, own)
 
 
 class _Products:
@@ -172,27 +177,9 @@ class _Products:
 
 
 def _large(risk: Tensor, params: Sequence[Tensor], max_bytes: int) -> bool:
-    """Whether a loss has a large graph by which nothing but parameters can learn.
-
-    Returns:
-        False too where a derivative is not to be taken before its factor is known, as
-        of half precision, or by parts, as with hooks.
-    """
+    """Whether a graph is so large, and larger than parameters, that parts pay."""
     nodes = list(graph_nodes([risk.grad_fn] if risk.grad_fn else []))
-    if _GRAPH * _made(nodes) <= max_bytes or not tracing.eager():
-        return False
-    kinds = {x.device.type for x in params}
-    if any(torch.is_autocast_enabled(kind) for kind in kinds):
-        return False
-    exact = (torch.float32, torch.float64)
-    if any(x.dtype not in exact or x._backward_hooks for x in params):
-        return False
-    own = {id(x) for x in params}
-    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
-    if any(id(x) not in own for x in leaves):
-        return False
-    found = {x.dtype for node in nodes for x in node._input_metadata}
-    if any(dtype.is_floating_point and dtype not in exact for dtype in found):
+    if _GRAPH * _made(nodes) <= max_bytes or not learns_alone(risk, params):
         return False
     made = _made(n for n in nodes if not any(word in n.name() for word in _NOTHING_NEW))
     return _GRAPH * made > max_bytes and made >= sum(x.nbytes for x in params)
