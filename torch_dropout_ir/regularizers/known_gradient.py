@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -17,6 +18,11 @@ _ONCE: Final = (
     "its graph for that."
 )
 _EXACT: Final = (torch.float32, torch.float64)
+_NOTHING_NEW: Final = (
+    "AccumulateGrad", "Alias", "Expand", "Permute", "TBackward", "Transpose", "View"
+)  # fmt: skip
+# A graph that is let go of as its derivative runs, over what the pass made.
+_GRAPH: Final = 3
 
 
 class _Known(torch.autograd.Function):
@@ -62,6 +68,36 @@ def learns_alone(risk: Tensor, params: Sequence[Tensor]) -> bool:
         if any(dtype.is_floating_point and dtype not in _EXACT for dtype in made):
             return False
     return True
+
+
+def parts_pay(risk: Tensor, params: Sequence[Tensor], max_bytes: int) -> bool:
+    """Whether the graph of a second derivative is better made of parts of the batch.
+
+    Args:
+        risk: The loss with its graph.
+        params: The parameters.
+        max_bytes: Memory up to which it is not.
+
+    Returns:
+        False too where there is more in the parameters, where a derivative is not to be
+        taken now, and where each pass may be a collective of several processes.
+    """
+    nodes = list(graph_nodes([risk.grad_fn] if risk.grad_fn else []))
+    if _GRAPH * _made(nodes) <= max_bytes or not learns_alone(risk, params):
+        return False
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False
+    made = _made(n for n in nodes if not any(word in n.name() for word in _NOTHING_NEW))
+    return _GRAPH * made > max_bytes and made >= sum(x.nbytes for x in params)
+
+
+def _made(nodes: Iterable[Any]) -> int:
+    """Bytes of what the nodes of a graph have returned."""
+    return sum(
+        math.prod(x.shape) * x.dtype.itemsize
+        for node in nodes
+        for x in node._input_metadata
+    )
 
 
 def with_gradient(

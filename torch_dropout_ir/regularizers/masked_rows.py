@@ -40,6 +40,7 @@ from torch_dropout_ir.regularizers.row_chunks import FEWEST_ROWS, chunks, rows_o
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sharpness.frozen import twice_differentiable
 from torch_dropout_ir.sites import Site
+from torch_dropout_ir.substitution import buffers_moved
 from torch_dropout_ir.tracing import generators
 
 # Besides a first, small one; a double backward holds three times what a step does.
@@ -63,8 +64,7 @@ class MaskedRows:
         self._batch = batch
         self._loss = loss
         self._states = [(g, g.get_state()) for g in generators(model)]
-        held = model.named_buffers() if move_buffers else ()
-        self._buffers = {n: x.clone() for n, x in held}
+        self._moved = buffers_moved(model) if move_buffers else None
         self._masks: list[Tensor] = []
 
     def apart(self, outputs: Any, risk: Tensor) -> bool:
@@ -77,11 +77,8 @@ class MaskedRows:
         Returns:
             False too where that is not known.
         """
-        now = dict(self._model.named_buffers())
-        if any(not torch.equal(x, now[n]) for n, x in self._buffers.items()):
+        if self._moved is not None and self._moved():
             return False  # a part would run with others
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return False  # each pass may be a collective
         try:
             with preserved_rng(self._model), torch.no_grad():
                 if not self._by_rows(outputs, risk):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal, TypeAlias
 
 import torch
@@ -18,14 +18,21 @@ from torch_dropout_ir.regularizers.checks import (
     noise_left_out,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
+from torch_dropout_ir.regularizers.closed_forms import last_layer_form
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
 from torch_dropout_ir.regularizers.penalty import with_penalty
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import total
-from torch_dropout_ir.regularizers.trained_roots import ROOTED, drawn_form
-from torch_dropout_ir.sites import Site, find_sites
+from torch_dropout_ir.regularizers.trained_roots import (
+    ROOTED,
+    drawn_form,
+    parted,
+    weighted_signs,
+)
+from torch_dropout_ir.sites import find_sites
+from torch_dropout_ir.substitution import buffers_moved
 from torch_dropout_ir.tracing import checkpointed
 
 Kind: TypeAlias = Literal["L1", "L2", "L3", "L4", "regu"]
@@ -126,7 +133,7 @@ def modified_loss(
     resolved = resolve_loss(loss)
     if kind in ("L1", "L4"):
         with _not_checkpointed(model):
-            return _with_r1(model, batch, resolved, kind, r1)
+            return _with_r1(model, batch, resolved, kind, r1, max_bytes)
     assert lr is not None  # by `_check`
     value = with_penalty(
         model, batch, resolved, lr,
@@ -187,7 +194,14 @@ def _not_checkpointed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _with_r1(model: nn.Module, batch: Batch, loss: Loss, kind: str, r1: str) -> Tensor:
+def _with_r1(
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    kind: str,
+    r1: str,
+    max_bytes: int | None,
+) -> Tensor:
     if r1 == "monte_carlo" and kind == "L1":  # R_S + (R_drop - R_S)
         return _dropout_risk(model, batch, loss, move_buffers=True)
     if r1 == "monte_carlo":
@@ -196,18 +210,27 @@ def _with_r1(model: nn.Module, batch: Batch, loss: Loss, kind: str, r1: str) -> 
     else:
         twice = r1 in ("gauss_newton", "second_order")
         thrice = twice and (r1 == "second_order" or loss.kind not in ROOTED)
+        moved = buffers_moved(model)
         with clean_pass(
-            model,
-            batch[0],
-            twice=twice,
-            thrice=thrice,
-            move_buffers=kind == "L1",
+            model, batch[0], twice=twice, thrice=thrice, move_buffers=kind == "L1",
             outlives=True,
-        ) as passed:
+        ) as passed:  # fmt: skip
             for said in noise_left_out(model, passed.noisy, met=True):
                 warnings.warn(f"modified_loss: R_1: {said}", stacklevel=3)
             clean = loss(passed.outputs, batch[1])
-            excess = _r1(passed, batch[1], loss, r1)
+            parts = None
+            if r1 == "gauss_newton" and max_bytes is not None and not moved():
+                weight = float(kind == "L1")
+                parts = parted(model, batch, loss, passed, clean, weight, max_bytes)
+            if parts is None:
+                excess = _r1(passed, batch[1], loss, r1)
+            else:
+                clean = clean.detach()
+        del passed  # its graph
+        if parts is not None:
+            excess = parts.value(clean)
+            if kind == "L1":
+                return excess
     if kind == "L1":
         return clean + excess
     return _dropout_risk(model, batch, loss, move_buffers=True) - excess
@@ -221,61 +244,16 @@ def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
     if r1 in ("gauss_newton", "second_order"):
         read = read_outputs(clean.outputs, loss, targets)
         check_curvature(read)
-        rooted = read.loss is not None and read.loss.kind in ROOTED
-        if r1 == "gauss_newton" and rooted:
-            return total(drawn_form(clean, read, targets), read.tensors[0])
+        known = read.loss
+        if r1 == "gauss_newton" and known is not None and known.kind in ROOTED:
+            signs = weighted_signs(known, read.single, targets)
+            return drawn_form(clean, read.tensors[0], signs, known.kind)
         curvature = SiteCurvature(
             clean, read, linearized=r1 == "gauss_newton", create_graph=True
         )
         return total(curvature.sampled(), read.tensors[0])
     form = last_layer if r1 == "last_layer" else leave_one_out
     return last_layer_form(clean, targets, loss, form)
-
-
-def last_layer_form(
-    clean: CleanPass, targets: Any, loss: Loss, form: Callable[..., Tensor]
-) -> Tensor:
-    """Return a closed form of R_1 from the features that a pass has found.
-
-    Raises:
-        ValueError: If the model has no single site straight before the last layer, or
-            cross-entropy has its classes in another dimension than that layer.
-    """
-    layer = clean.last_layer
-    if layer is None or not _by_element(*clean.uses[0][:2]):
-        raise ValueError(
-            f"{form.__name__}: expected a single site, an `nn.Dropout` whose output "
-            "goes straight into the last `nn.Linear`, which makes all that the model "
-            f"returns, got the sites {[site.name for site, _, _ in clean.uses]}. Use "
-            "'gauss_newton', 'second_order' or 'monte_carlo'."
-        )
-    if loss.kind == "cross_entropy" and clean.outputs.ndim > 2:
-        raise ValueError(
-            f"{form.__name__}: expected outputs [n, C] for this loss, got "
-            f"{list(clean.outputs.shape)}: its classes are in dimension 1, those of "
-            "the last layer in the last. Pass a callable that flattens them."
-        )
-    site, features, _ = clean.uses[0]
-    _ = site.variance  # names the site where it drops everything
-    return form(
-        features,
-        layer.weight,
-        site.p,
-        loss=loss,
-        outputs=clean.outputs,
-        targets=targets,
-    )
-
-
-def fits_last_layer(clean: CleanPass, loss: Loss) -> bool:
-    """Whether a pass has features of which the closed forms can be taken."""
-    if clean.last_layer is None or not _by_element(*clean.uses[0][:2]):
-        return False
-    return loss.kind != "cross_entropy" or clean.outputs.ndim <= 2
-
-
-def _by_element(site: Site, features: Tensor) -> bool:
-    return site.mask_shape(features.shape) == tuple(features.shape)
 
 
 def _dropout_risk(

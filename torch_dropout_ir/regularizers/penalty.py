@@ -7,9 +7,8 @@ with the value, a part at a time: the graph of both derivatives is that of a par
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,11 @@ from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.gradient_norm import learning_rates
 from torch_dropout_ir.regularizers.inner_products import weighted_inner
-from torch_dropout_ir.regularizers.known_gradient import learns_alone, with_gradient
+from torch_dropout_ir.regularizers.known_gradient import (
+    learns_alone,
+    parts_pay,
+    with_gradient,
+)
 from torch_dropout_ir.regularizers.masked_rows import MaskedRows
 from torch_dropout_ir.sharpness.frozen import twice_differentiable
 from torch_dropout_ir.sharpness.linear import added_into
@@ -35,11 +38,6 @@ _ONCE: Final = (
 # Nodes of a gradient's graph that raise when the penalty is differentiated.
 _ABSENT: Final = ("NotImplemented", "EmbeddingBagBackwardBackward")
 _KNOWN: Final = ("EmbeddingBag", "Ctc", "Margin")
-_NOTHING_NEW: Final = (
-    "AccumulateGrad", "Alias", "Expand", "Permute", "TBackward", "Transpose", "View"
-)  # fmt: skip
-# A graph that is let go of as its derivative runs, over what the pass made.
-_GRAPH: Final = 3
 
 
 def _lacking(risk: Tensor) -> str:
@@ -93,7 +91,7 @@ def with_penalty(
         outputs = call(model, batch[0], move_buffers=move_buffers)
         risk = loss(outputs, batch[1])
     check_differentiable("modified_loss", risk)
-    large = max_bytes is not None and _large(risk, params, max_bytes)
+    large = max_bytes is not None and parts_pay(risk, params, max_bytes)
     if large and not operations.again and rows.apart(outputs, risk):
         slopes = torch.autograd.grad(risk, params, allow_unused=True)
         value = sign * _penalty(slopes, rates)
@@ -174,24 +172,6 @@ class _Products:
         for i, g in enumerate(rest):
             if g is not None:
                 receive(i, g)
-
-
-def _large(risk: Tensor, params: Sequence[Tensor], max_bytes: int) -> bool:
-    """Whether a graph is so large, and larger than parameters, that parts pay."""
-    nodes = list(graph_nodes([risk.grad_fn] if risk.grad_fn else []))
-    if _GRAPH * _made(nodes) <= max_bytes or not learns_alone(risk, params):
-        return False
-    made = _made(n for n in nodes if not any(word in n.name() for word in _NOTHING_NEW))
-    return _GRAPH * made > max_bytes and made >= sum(x.nbytes for x in params)
-
-
-def _made(nodes: Iterable[Any]) -> int:
-    """Bytes of what the nodes of a graph have returned."""
-    return sum(
-        math.prod(x.shape) * x.dtype.itemsize
-        for node in nodes
-        for x in node._input_metadata
-    )
 
 
 def _slopes(risk: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -51,6 +51,7 @@ class RowChunks:
         read: What the loss reads of its outputs, without their graph.
         twice: Whether second derivatives will be taken.
         parts: Chunks besides the first, small one.
+        trained: Whether parameters learn by them: then nothing of the pass is held.
 
     Attributes:
         coupled: Whether a chunk has shown that samples meet above the first site.
@@ -65,12 +66,14 @@ class RowChunks:
         *,
         twice: bool,
         parts: int,
+        trained: bool = False,
     ) -> None:
         self.coupled = False
         self._model = model
         self._inputs = Inputs.of(inputs)
         self._uses = [(site.name, h.shape) for site, h, _ in clean.uses]
-        self._first = clean.uses[0][1].detach()
+        self._first = None if trained else clean.uses[0][1].detach()
+        self._trained = trained
         self._read = read
         self._twice = twice
         self._parts = parts
@@ -131,8 +134,10 @@ class RowChunks:
     ) -> T | None:
         read = self._read
         inputs = rows_of(self._inputs, rows, self._count)
-        first = self.take(self._first, rows)
-        with clean_pass(self._model, inputs, twice=self._twice, first=first) as clean:
+        first = None if self._first is None else self.take(self._first, rows)
+        with clean_pass(
+            self._model, inputs, twice=self._twice, first=first, outlives=self._trained
+        ) as clean:
             chunk = replace_rows(read, clean.outputs, rows, self._count)
             if self._are_rows(clean, chunk, rows):
                 part = take(clean, chunk, rows)

@@ -1,4 +1,4 @@
-"""A penalty on the gradient, whole and by parts of the batch, against one by hand."""
+"""Modified losses by parts of the batch, against those of all of it."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_dropout_ir as tdi
 from tests.test_regularizer_memory import peak
-from torch_dropout_ir.regularizers import modified_loss
+from torch_dropout_ir.regularizers import clean_pass, modified_loss
 from torch_dropout_ir.regularizers.masked_rows import MaskedRows
-from torch_dropout_ir.regularizers.row_chunks import chunks
+from torch_dropout_ir.regularizers.row_chunks import RowChunks, chunks
 
 KINDS = {"L2": (0.0, 1.0), "L3": (1.0, -1.0), "regu": (1.0, 1.0)}
 
@@ -48,11 +48,11 @@ class Language(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 5)
+        self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 3)
         self.body = nn.TransformerEncoderLayer(4, 2, 8, 0.2, batch_first=True)
 
     def forward(self, x):
-        return self.head(self.body(self.embedding(x))).view(-1, 5)
+        return self.head(self.body(self.embedding(x))).view(-1, 3)
 
 
 class Marked(nn.Module):
@@ -276,7 +276,58 @@ def test_a_derivative_of_the_gradient_needs_its_graph():
         value.backward(create_graph=True)
 
 
-@pytest.mark.parametrize("kind", ["L3", "regu"])
+@pytest.fixture
+def chunked(monkeypatch):
+    """What was found of whether rows run apart without noise, of a pass of any size."""
+    seen = []
+    own = RowChunks.apart
+    monkeypatch.setattr(RowChunks, "apart", lambda x: seen.append(own(x)) or seen[-1])
+    monkeypatch.setattr(clean_pass, "_FEWEST_ELEMENTS", 0)
+    return seen
+
+
+def drawn(net, batch, loss, kind, max_bytes):
+    """Value, gradient, and what is left of the generator and the model."""
+    torch.manual_seed(7)
+    options = {"r1": "gauss_newton", "max_bytes": max_bytes}
+    value = modified_loss(net, batch, loss, kind=kind, **options)
+    after = torch.get_rng_state()
+    return value, slopes(value, net), after, list(net.buffers())
+
+
+@pytest.mark.filterwarnings("ignore:modified_loss")
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.MSELoss(), nn.CrossEntropyLoss(
+    torch.tensor([0.5, 2.0, 1.0]).double(), ignore_index=1, label_smoothing=0.1
+)])  # fmt: skip
+@pytest.mark.parametrize("kind", ["L1", "L4"])
+# Not `again`, which is refused: `R_S` would run again with dropout on.
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"again"}))
+def test_roots_by_parts_are_those_of_the_whole_batch(chunked, name, kind, loss):
+    make, data, apart = MODELS[name]
+    net, (x, y) = batch_of(make, data)
+    if isinstance(loss, nn.MSELoss):
+        y = F.one_hot(y, net(x).shape[1]).double()
+    state = {n: x.clone() for n, x in net.state_dict().items()}
+    expected = drawn(net, (x, y), loss, kind, None)
+    net.load_state_dict(state)
+    found = drawn(net, (x, y), loss, kind, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    if name == "buffers that move":
+        apart = kind == "L4"  # which moves them in its last pass alone
+    asked = kind == "L4" or name not in ("batch norm", "buffers that move")
+    assert chunked == ([apart or name == "noise"] if asked else [])
+
+
+def test_rows_that_turn_out_to_meet_have_their_roots_together(chunked):
+    net, batch = batch_of(Marked, rows())
+    first = next(chunks(40, 3)).tolist()
+    batch[0][next(i for i in range(40) if i not in first), 0] = 10
+    pair = [drawn(net, batch, F.cross_entropy, "L1", n) for n in (0, None)]
+    torch.testing.assert_close(*pair, rtol=1e-11, atol=1e-12)
+    assert chunked == [True]
+
+
+@pytest.mark.parametrize("kind", ["L1", "L3", "regu"])
 def test_parts_hold_little_more_than_a_training_step(kind):
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(0.1),
@@ -288,9 +339,7 @@ def test_parts_hold_little_more_than_a_training_step(kind):
     net.zero_grad()
 
     def penalty():
-        loss = modified_loss(
-            net, (x, y), "cross_entropy", kind=kind, lr=0.1, max_bytes=2**24
-        )
-        loss.backward()
+        options = {"lr": 0.1, "r1": "gauss_newton", "max_bytes": 2**24}
+        modified_loss(net, (x, y), "cross_entropy", kind=kind, **options).backward()
 
     assert peak(penalty) < 1.3 * step
