@@ -74,9 +74,21 @@ def convolutional(*norm):
     )  # fmt: skip
 
 
-def spectral():
-    first = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6))
-    return nn.Sequential(first, nn.Dropout(0.3), nn.Linear(6, 3))
+class Drifts(nn.Linear):
+    """Its buffer moves by less than outputs are compared to."""
+
+    def __init__(self):
+        super().__init__(4, 6)
+        self.register_buffer("factor", torch.ones(()))
+
+    def forward(self, x):
+        self.factor.add_(1e-13)
+        return super().forward(x) * self.factor
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
 
 
 def rows(n=40):
@@ -108,7 +120,10 @@ MODELS = {
         images, False,
     ),
     "noise": (lambda: convolutional(nn.RReLU(0.1, 0.9)), images, False),
-    "buffers that move": (spectral, rows(), False),
+    "other noise": (lambda: nn.Sequential(Noise(), *convolutional()), images, False),
+    "buffers that move": (
+        lambda: nn.Sequential(Drifts(), nn.Dropout(0.3), nn.Linear(6, 3)), rows(), False
+    ),
 }  # fmt: skip
 
 
@@ -230,14 +245,15 @@ def test_a_loss_is_that_of_all_rows(taken, name):
     assert taken == [apart]
 
 
-def test_what_is_below_the_model_learns_too(taken):
+@pytest.mark.parametrize("kind", ["L2", "regu"])
+def test_what_is_below_the_model_learns_too(taken, kind):
     net, batch = batch_of(convolutional, images)
     x = batch[0].requires_grad_()
-    options = {"kind": "regu", "lr": 0.3, "max_bytes": 0}
+    options = {"kind": kind, "lr": 0.3, "max_bytes": 0}
     found = []
     for form in (
         lambda: modified_loss(net, (x, batch[1]), "cross_entropy", **options),
-        lambda: by_hand(net, batch, F.cross_entropy, "regu", [0.3] * 6),
+        lambda: by_hand(net, batch, F.cross_entropy, kind, [0.3] * 6),
     ):
         torch.manual_seed(1)
         found.append(torch.autograd.grad(form(), x))
