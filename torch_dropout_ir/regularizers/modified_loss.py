@@ -210,7 +210,7 @@ def _with_r1(
     else:
         twice = r1 in ("gauss_newton", "second_order")
         thrice = twice and (r1 == "second_order" or loss.kind not in ROOTED)
-        moved = buffers_moved(model)
+        moved = buffers_moved(model) if r1 == "gauss_newton" else None
         with clean_pass(
             model, batch[0], twice=twice, thrice=thrice, move_buffers=kind == "L1",
             outlives=True,
@@ -219,7 +219,7 @@ def _with_r1(
                 warnings.warn(f"modified_loss: R_1: {said}", stacklevel=3)
             clean = loss(passed.outputs, batch[1])
             parts = None
-            if r1 == "gauss_newton" and max_bytes is not None and not moved():
+            if moved is not None and max_bytes is not None and not moved():
                 weight = float(kind == "L1")
                 parts = parted(model, batch, loss, passed, clean, weight, max_bytes)
             if parts is None:
