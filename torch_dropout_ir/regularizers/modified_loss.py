@@ -80,10 +80,11 @@ def modified_loss(
     double backward holds at the least is every activation and its derivative, twice a
     plain step's; ``benchmarks/regularizers.py`` found up to 3.3 of a step's, the most
     with batch normalization, whose second derivative torch puts together from parts.
-    Beyond ``max_bytes`` a penalty runs the batch again at its masks, a part at a time,
-    and holds a step's memory, and the gradient once more: at 1.3 to 1.5 times the time,
-    where samples do not meet, in full precision, in one process, outside of activation
-    checkpointing. Its gradient is then taken with the value.
+    Beyond ``max_bytes`` the graph is that of parts of the batch, one after the other,
+    which run again at their masks: a step's memory, and of a penalty the gradient once
+    more, at 1.4 times the time. That needs samples that do not meet, full precision,
+    one process, no activation checkpointing, and nothing but parameters that learns.
+    The gradient is then taken with the value, as that of the penalty in ``L2`` is.
     ``L1`` by ``"monte_carlo"`` is one pass. Sites under activation checkpointing cannot
     be trained with ``L2``, ``L4`` and any other ``L1``: they would run again with
     dropout on. Not-a-number in gives not-a-number out.
@@ -104,9 +105,9 @@ def modified_loss(
             torch has no right third derivative of them;
             ``"monte_carlo"`` draws one mask and is unbiased for every model; ``L1`` is
             then ``R_drop`` itself.
-        max_bytes: Memory of the graph of a penalty's second derivative, beyond which it
-            is made of parts of the batch, one after the other, if samples do not meet.
-            None keeps the graph of all for a derivative of the loss's gradient.
+        max_bytes: Memory of the graph of a second derivative, of a penalty or of
+            ``"gauss_newton"``, beyond which it is made of parts of the batch. None
+            keeps the graph of all, for a derivative of the loss's gradient too.
 
     Returns:
         Scalar in the units of the loss.
