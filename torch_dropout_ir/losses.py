@@ -152,6 +152,20 @@ class Loss:
             return self
         return dataclasses.replace(self, kind="general")
 
+    def num_terms(self, targets: Tensor) -> float:
+        """Return the number of terms that a mean is of, or the sum of their weights.
+
+        Args:
+            targets: The targets; labels that the loss leaves out do not count.
+        """
+        by_label = self.option("ignore_index", None) is not None
+        by_label = by_label or self.kind == "cross_entropy"
+        if not by_label or targets.is_floating_point():
+            return float(targets.numel())
+        counted = targets[targets != self.option("ignore_index", -100)]
+        by_class = self.option("weight", None)
+        return float(counted.numel() if by_class is None else by_class[counted].sum())
+
     def option(self, name: str, default: Any) -> Any:
         """Return a setting of the loss, of a module or of a partial function."""
         return _option(self.function, name, default)

@@ -125,6 +125,12 @@ def keep_buffers(model: nn.Module) -> Callable[[], None]:
     return back
 
 
+def buffers_moved(model: nn.Module) -> Callable[[], bool]:
+    """Return what tells whether something has moved buffers from now on."""
+    kept = [(x, x.detach().clone()) for x in model.buffers()]
+    return lambda: any(not torch.equal(x, value) for x, value in kept)
+
+
 @contextlib.contextmanager
 def unmoved_buffers(model: nn.Module) -> Iterator[None]:
     """Give back the values of buffers that something inside the context has moved."""

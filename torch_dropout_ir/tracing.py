@@ -69,11 +69,17 @@ def derivatives(
     return found
 
 
+def generators(model: nn.Module) -> list[torch.Generator]:
+    """Return torch's generators that a pass may draw from."""
+    seen = model.parameters() if torch.cuda.is_initialized() else ()
+    devices = {x.device.index or 0 for x in seen if x.is_cuda}
+    on_devices = [torch.cuda.default_generators[i] for i in sorted(devices)]
+    return [torch.default_generator, *on_devices]
+
+
 def random_state(model: nn.Module) -> list[Tensor]:
     """Return the states of torch's generators that a pass may draw from."""
-    seen = model.parameters() if torch.cuda.is_initialized() else ()
-    devices = {x.device for x in seen if x.is_cuda}
-    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    return [g.get_state() for g in generators(model)]
 
 
 def mapped(x: object) -> bool:

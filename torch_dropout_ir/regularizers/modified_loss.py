@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal, TypeAlias
 
 import torch
@@ -18,14 +18,21 @@ from torch_dropout_ir.regularizers.checks import (
     noise_left_out,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
+from torch_dropout_ir.regularizers.closed_forms import last_layer_form
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
-from torch_dropout_ir.regularizers.penalty import gradient_penalty, twice_differentiable
+from torch_dropout_ir.regularizers.penalty import with_penalty
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import LINEAR, not_reached, total
-from torch_dropout_ir.regularizers.trained_roots import ROOTED, drawn_form
-from torch_dropout_ir.sites import Site, find_sites, uncompiled
+from torch_dropout_ir.regularizers.trained_roots import (
+    ROOTED,
+    drawn_form,
+    parted,
+    weighted_signs,
+)
+from torch_dropout_ir.sites import find_sites, uncompiled
+from torch_dropout_ir.substitution import buffers_moved
 from torch_dropout_ir.tracing import checkpointed
 
 Kind: TypeAlias = Literal["L1", "L2", "L3", "L4", "regu"]
@@ -51,6 +58,7 @@ def modified_loss(
     kind: Kind,
     lr: float | Mapping[str, float] | None = None,
     r1: R1 = "last_layer",
+    max_bytes: int | None = 2**26,
 ) -> Tensor:
     r"""Return a loss with dropout's regularizers put in or taken out, to be minimized.
 
@@ -68,12 +76,15 @@ def modified_loss(
 
     Differentiable in the parameters: call ``.backward()`` on it in the place of the
     loss. ``L1`` with ``"last_layer"`` costs a plain step; a penalty on the gradient a
-    second backward pass through the first, and so does ``"gauss_newton"``. Nothing
-    of the first can be freed as it goes: what a double backward holds at the least is
-    every activation and its derivative, twice a plain step's, and the gradient beside
-    that of a penalty. ``benchmarks/regularizers.py`` found 1.3 to 3.3 of a step's, the
-    most with batch normalization, whose second derivative torch puts together from
-    parts; the same losses written by hand with autograd took 0.94 to 1.27 times that.
+    second backward pass through the first, and so does ``"gauss_newton"``. What a
+    double backward holds at the least is every activation and its derivative, twice a
+    plain step's; ``benchmarks/regularizers.py`` found up to 3.3 of a step's, the most
+    with batch normalization, whose second derivative torch puts together from parts.
+    Beyond ``max_bytes`` the graph is that of parts of the batch, one after the other,
+    which run again at their masks: a step's memory, and of a penalty the gradient once
+    more, at 1.4 times the time. That needs samples that do not meet, full precision,
+    one process, no activation checkpointing, and nothing but parameters that learns.
+    The gradient is then taken with the value, as that of the penalty in ``L2`` is.
     ``L1`` by ``"monte_carlo"`` is one pass. Sites under activation checkpointing cannot
     be trained with ``L2``, ``L4`` and any other ``L1``: they would run again with
     dropout on. Not-a-number in gives not-a-number out.
@@ -94,6 +105,9 @@ def modified_loss(
             torch has no right third derivative of them;
             ``"monte_carlo"`` draws one mask and is unbiased for every model; ``L1`` is
             then ``R_drop`` itself.
+        max_bytes: Memory of the graph of a second derivative, of a penalty or of
+            ``"gauss_newton"``, beyond which it is made of parts of the batch. None
+            keeps the graph of all, for a derivative of the loss's gradient too.
 
     Returns:
         Scalar in the units of the loss.
@@ -120,15 +134,17 @@ def modified_loss(
     resolved = resolve_loss(loss)
     if kind in ("L1", "L4"):
         with _not_checkpointed(model):
-            return _with_r1(model, batch, resolved, kind, r1)
-    with twice_differentiable():
-        risk = _dropout_risk(model, batch, resolved, move_buffers=kind != "L2")
+            return _with_r1(model, batch, resolved, kind, r1, max_bytes)
     assert lr is not None  # by `_check`
-    penalty = gradient_penalty(model, risk, lr)
+    value = with_penalty(
+        model, batch, resolved, lr,
+        weight=float(kind != "L2"), sign=-1.0 if kind == "L3" else 1.0,
+        move_buffers=kind != "L2", max_bytes=max_bytes,
+    )  # fmt: skip
     if kind == "L2":
         with _not_checkpointed(model):
-            return penalty + _clean_risk(model, batch, resolved, move_buffers=True)
-    return risk - penalty if kind == "L3" else risk + penalty
+            return value + _clean_risk(model, batch, resolved, move_buffers=True)
+    return value
 
 
 def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:
@@ -179,7 +195,14 @@ def _not_checkpointed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _with_r1(model: nn.Module, batch: Batch, loss: Loss, kind: str, r1: str) -> Tensor:
+def _with_r1(
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    kind: str,
+    r1: str,
+    max_bytes: int | None,
+) -> Tensor:
     if r1 == "monte_carlo" and kind == "L1":  # R_S + (R_drop - R_S)
         return _dropout_risk(model, batch, loss, move_buffers=True)
     if r1 == "monte_carlo":
@@ -188,19 +211,28 @@ def _with_r1(model: nn.Module, batch: Batch, loss: Loss, kind: str, r1: str) -> 
     else:
         twice = r1 in ("gauss_newton", "second_order")
         thrice = twice and (r1 == "second_order" or loss.kind not in ROOTED)
+        moved = buffers_moved(model) if r1 == "gauss_newton" else None
         with clean_pass(
-            model,
-            batch[0],
-            twice=twice,
-            thrice=thrice,
-            move_buffers=kind == "L1",
+            model, batch[0], twice=twice, thrice=thrice, move_buffers=kind == "L1",
             outlives=True,
-        ) as passed:
+        ) as passed:  # fmt: skip
             met = bool(passed.uses) or bool(find_sites(model))  # else p = 0
             for said in noise_left_out(model, passed.noisy, met):
                 warnings.warn(f"modified_loss: R_1: {said}", stacklevel=3)
             clean = loss(passed.outputs, batch[1])
-            excess = _r1(passed, batch[1], loss, r1)
+            parts = None
+            if moved is not None and max_bytes is not None and not moved():
+                weight = float(kind == "L1")
+                parts = parted(model, batch, loss, passed, clean, weight, max_bytes)
+            if parts is None:
+                excess = _r1(passed, batch[1], loss, r1)
+            else:
+                clean = clean.detach()
+        del passed  # its graph
+        if parts is not None:
+            excess = parts.value(clean)
+            if kind == "L1":
+                return excess
     if kind == "L1":
         return clean + excess
     return _dropout_risk(model, batch, loss, move_buffers=True) - excess
@@ -221,8 +253,10 @@ def _sampled_form(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor
     """Return one draw of a second-order form; warn where it is 0 for want of one."""
     read = read_outputs(clean.outputs, loss, targets)
     linear = not check_curvature(read) and r1 == "gauss_newton"
-    if r1 == "gauss_newton" and read.loss is not None and read.loss.kind in ROOTED:
-        forms = drawn_form(clean, read, targets)
+    known = read.loss
+    if r1 == "gauss_newton" and known is not None and known.kind in ROOTED:
+        signs = weighted_signs(known, read.single, targets)
+        forms = drawn_form(clean, read.tensors[0], signs, known.kind)
     else:
         curvature = SiteCurvature(
             clean, read, linearized=r1 == "gauss_newton", create_graph=True
@@ -232,52 +266,6 @@ def _sampled_form(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor
     for note in said:
         warnings.warn(f"modified_loss: R_1: {note}", stacklevel=5)
     return total(forms, read.tensors[0])
-
-
-def last_layer_form(
-    clean: CleanPass, targets: Any, loss: Loss, form: Callable[..., Tensor]
-) -> Tensor:
-    """Return a closed form of R_1 from the features that a pass has found.
-
-    Raises:
-        ValueError: If the model has no single site straight before the last layer, or
-            cross-entropy has its classes in another dimension than that layer.
-    """
-    layer = clean.last_layer
-    if layer is None or not _by_element(*clean.uses[0][:2]):
-        raise ValueError(
-            f"{form.__name__}: expected a single site, an `nn.Dropout` whose output "
-            "goes straight into the last `nn.Linear`, which makes all that the model "
-            f"returns, got the sites {[site.name for site, _, _ in clean.uses]}. Use "
-            "'gauss_newton', 'second_order' or 'monte_carlo'."
-        )
-    if loss.kind == "cross_entropy" and clean.outputs.ndim > 2:
-        raise ValueError(
-            f"{form.__name__}: expected outputs [n, C] for this loss, got "
-            f"{list(clean.outputs.shape)}: its classes are in dimension 1, those of "
-            "the last layer in the last. Pass a callable that flattens them."
-        )
-    site, features, _ = clean.uses[0]
-    _ = site.variance  # names the site where it drops everything
-    return form(
-        features,
-        layer.weight,
-        site.p,
-        loss=loss,
-        outputs=clean.outputs,
-        targets=targets,
-    )
-
-
-def fits_last_layer(clean: CleanPass, loss: Loss) -> bool:
-    """Whether a pass has features of which the closed forms can be taken."""
-    if clean.last_layer is None or not _by_element(*clean.uses[0][:2]):
-        return False
-    return loss.kind != "cross_entropy" or clean.outputs.ndim <= 2
-
-
-def _by_element(site: Site, features: Tensor) -> bool:
-    return site.mask_shape(features.shape) == tuple(features.shape)
 
 
 def _dropout_risk(

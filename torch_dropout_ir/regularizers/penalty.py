@@ -1,21 +1,33 @@
-"""A penalty on the gradient of a loss, which is differentiated twice."""
+r"""A penalty on the gradient of a loss, which is differentiated twice.
+
+The derivative of :math:`\frac{\epsilon}{4} \lVert g \rVert^2` is
+:math:`\frac{\epsilon}{2} H g`, a product with the Hessian. Of a large batch it is made
+with the value, a part at a time: the graph of both derivatives is that of a part.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.autograd.graph import get_gradient_edge
 
-from torch_dropout_ir.arrivals import graph_nodes
-from torch_dropout_ir.functional import parameters
+from torch_dropout_ir.arrivals import arrivals, graph_nodes, last_nodes, parts_given
+from torch_dropout_ir.functional import Batch, call, parameters
+from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.gradient_norm import learning_rates
 from torch_dropout_ir.regularizers.inner_products import weighted_inner
-from torch_dropout_ir.sharpness.frozen import TwiceDifferentiable
+from torch_dropout_ir.regularizers.known_gradient import (
+    learns_alone,
+    parts_pay,
+    with_gradient,
+)
+from torch_dropout_ir.regularizers.masked_rows import MaskedRows
+from torch_dropout_ir.sharpness.frozen import twice_differentiable
+from torch_dropout_ir.sharpness.linear import added_into
 
 _ONCE: Final = (
     "modified_loss: expected a model and a loss that torch can differentiate twice, "
@@ -38,42 +50,142 @@ def _lacking(risk: Tensor) -> str:
     return " or ".join(sorted(found))
 
 
-@contextlib.contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Run nothing that has no second derivative, or a wrong one."""
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        TwiceDifferentiable(),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        yield
-
-
-def gradient_penalty(
-    model: nn.Module, risk: Tensor, lr: float | Mapping[str, float]
+def with_penalty(
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    lr: float | Mapping[str, float],
+    *,
+    weight: float,
+    sign: float,
+    move_buffers: bool,
+    max_bytes: int | None,
 ) -> Tensor:
-    """Return ``(lr / 4) ||grad risk||^2`` with its graph in the parameters.
+    r"""Return a risk under dropout with a penalty on its gradient, at the same masks.
+
+    .. math::
+        w R_{drop} + s \frac{\epsilon}{4} \lVert \nabla R_{drop} \rVert^2
 
     Args:
         model: The model.
-        risk: A loss with its graph.
+        batch: The batch.
+        loss: The loss.
         lr: One coefficient, or one a parameter name.
+        weight: :math:`w`.
+        sign: :math:`s`.
+        move_buffers: Whether running statistics move, as in a step of training.
+        max_bytes: Memory of a graph of second derivatives, beyond which it is made of
+            parts of the batch, if samples do not meet; None keeps the graph of all.
 
     Returns:
-        Scalar.
+        Scalar, to be differentiated in the parameters.
 
     Raises:
+        ValueError: If ``lr`` lacks a parameter, or the loss depends on none.
         NotImplementedError: If torch cannot differentiate the gradient again.
-    """
-    params = parameters(model)
-    rates = learning_rates(lr, list(params))
+    """  # noqa: DOC502 (raised by the checks)
+    named = parameters(model)
+    params, rates = list(named.values()), learning_rates(lr, list(named))
+    rows = MaskedRows(model, batch, loss, move_buffers)
+    with twice_differentiable() as operations:
+        outputs = call(model, batch[0], move_buffers=move_buffers)
+        risk = loss(outputs, batch[1])
     check_differentiable("modified_loss", risk)
+    large = max_bytes is not None and parts_pay(risk, params, max_bytes)
+    if large and not operations.again and rows.apart(outputs, risk):
+        slopes = torch.autograd.grad(risk, params, allow_unused=True)
+        value = sign * _penalty(slopes, rates)
+        value = value + weight * risk.detach() if weight else value
+        gradient = [None if g is None else g * weight for g in slopes]
+        products = _Products(params, slopes, rates, sign, gradient)
+        for part in rows.parts():
+            if part is None:
+                break
+            products.add(part)
+            del part  # its graph
+        else:
+            return with_gradient(value, params, gradient)
+        with rows.again(), twice_differentiable():
+            risk = loss(call(model, batch[0]), batch[1])
+    penalty = sign * _penalty(_slopes(risk, params), rates)
+    if weight:
+        return penalty + weight * risk
+    if max_bytes is None or not learns_alone(risk, params):
+        return penalty
+    # Another pass follows: none of the graph is held through it.
+    own = torch.autograd.grad(penalty, params, allow_unused=True)
+    return with_gradient(penalty.detach(), params, own)
+
+
+class _Products:
+    r"""Adds :math:`s \frac{\epsilon}{2} H g` to a gradient, part by part of the batch.
+
+    Args:
+        params: The parameters.
+        slopes: Their gradient :math:`g`, None where there is none.
+        rates: :math:`\epsilon` of each.
+        sign: :math:`s`.
+        total: What is added to.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        slopes: Sequence[Tensor | None],
+        rates: Sequence[float],
+        sign: float,
+        total: Sequence[Tensor | None],
+    ) -> None:
+        self._params = params
+        most = max(rates)
+        self._scale = sign * most / 2
+        # At one rate for all, the gradient itself: nothing else of its size.
+        self._at = {
+            i: g if r == most else g * (r / most)
+            for i, (g, r) in enumerate(zip(slopes, rates, strict=True))
+            if g is not None and r
+        }
+        pairs = enumerate(zip(params, total, strict=True))
+        self._sums = {i: (x, s) for i, (x, s) in pairs if s is not None}
+
+    def add(self, risk: Tensor) -> None:
+        """Add the product with the Hessian of a part's risk."""
+        starts = {}
+
+        def note(i: int, g: Tensor) -> None:  # its value is let go of
+            if i in self._at and g.requires_grad:
+                starts[i] = get_gradient_edge(g)
+
+        with arrivals(self._params, note):
+            _slopes(risk, self._params)
+        if not starts:
+            return
+        edges, at = list(starts.values()), [self._at[i] for i in starts]
+        last = last_nodes(graph_nodes([edge.node for edge in edges]), self._params)
+
+        def receive(i: int, g: Tensor) -> None:
+            self._sums[i][1].add_(g.detach(), alpha=self._scale)
+
+        own, sums = zip(*self._sums.values(), strict=True)
+        with parts_given(last, receive), added_into(own, sums, self._scale):
+            rest = torch.autograd.grad(edges, self._params, at, allow_unused=True)
+        for i, g in enumerate(rest):
+            if g is not None:
+                receive(i, g)
+
+
+def _slopes(risk: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Return the gradient with its graph.
+
+    Raises:
+        NotImplementedError: If torch cannot differentiate it again.
+    """
     # A root that requires a gradient: without one, torch takes a loss that can be
     # differentiated once for a linear one, and says nothing.
     root = torch.ones_like(risk).requires_grad_()
     try:
         found = torch.autograd.grad(
-            risk, list(params.values()), root, create_graph=True, allow_unused=True
+            risk, params, root, create_graph=True, allow_unused=True
         )
     except NotImplementedError as err:
         raise NotImplementedError(_ONCE.format(err)) from err
@@ -81,8 +193,11 @@ def gradient_penalty(
     for node in graph_nodes(ends):
         if any(part in node.name() for part in _ABSENT):  # raises when it is run
             raise NotImplementedError(_ONCE.format(_lacking(risk)))
-    pairs = [(r, g) for r, g in zip(rates, found, strict=True) if g is not None]
-    if not pairs:
-        return risk.new_zeros(())
-    own, slopes = zip(*pairs, strict=True)
-    return weighted_inner(own, slopes, slopes)
+    return found
+
+
+def _penalty(slopes: Sequence[Tensor | None], rates: Sequence[float]) -> Tensor:
+    """Return ``(lr / 4) ||g||^2``."""
+    pairs = [(r, g) for r, g in zip(rates, slopes, strict=True) if g is not None]
+    own, known = zip(*pairs, strict=True)
+    return weighted_inner(own, known, known)

@@ -33,7 +33,7 @@ from torch_dropout_ir.regularizers.outputs import OutputsRead
 T = TypeVar("T")
 
 # Fewer rows are not taken apart.
-_FEWEST_ROWS: Final = 4
+FEWEST_ROWS: Final = 4
 # One row of so many is in the first chunk, which tells at small cost whether samples
 # meet. Where a share ``q`` of the rows meets others, ``m`` rows miss that in ``(1 -
 # q)^m`` of cases.
@@ -51,6 +51,7 @@ class RowChunks:
         read: What the loss reads of its outputs, without their graph.
         twice: Whether second derivatives will be taken.
         parts: Chunks besides the first, small one.
+        trained: Whether parameters learn by them: then nothing of the pass is held.
 
     Attributes:
         coupled: Whether a chunk has shown that samples meet above the first site.
@@ -65,12 +66,14 @@ class RowChunks:
         *,
         twice: bool,
         parts: int,
+        trained: bool = False,
     ) -> None:
         self.coupled = False
         self._model = model
         self._inputs = Inputs.of(inputs)
         self._uses = [(site.name, h.shape) for site, h, _ in clean.uses]
-        self._first = clean.uses[0][1].detach()
+        self._first = None if trained else clean.uses[0][1].detach()
+        self._trained = trained
         self._read = read
         self._twice = twice
         self._parts = parts
@@ -83,7 +86,7 @@ class RowChunks:
             return False
         counts = {clean.count(x) if x.ndim else 0 for x in read.tensors}
         count = next(iter(counts))
-        many = len(counts) == 1 and count >= _FEWEST_ROWS
+        many = len(counts) == 1 and count >= FEWEST_ROWS
         return many and clean.by_samples(count)
 
     def take(self, x: Tensor, samples: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ class RowChunks:
         def take(clean: CleanPass, read: OutputsRead, _: Tensor) -> bool | None:
             return None if clean.couples_samples(read.tensors) else True
 
-        return bool(self._try(next(self.rows()), take))
+        return bool(self._try(next(chunks(self._count, self._parts)), take))
 
     def each(
         self, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
@@ -111,22 +114,12 @@ class RowChunks:
             What it returns; None where the rows of a chunk are not those of the batch.
         """
         found: list[T] = []
-        for rows in self.rows():
+        for rows in chunks(self._count, self._parts):
             part = self._try(rows, take)
             if part is None:
                 return None
             found.append(part)
         return found
-
-    def rows(self) -> Iterator[Tensor]:
-        """Yield the numbers of the rows of each chunk."""
-        count = self._count
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
-        first = min(count, max(2, count // _FIRST))
-        rest = order[first:].split(max(1, -(-(count - first) // self._parts)))
-        for rows in (order[:first], *rest):
-            if len(rows):
-                yield rows.sort().values
 
     def _try(
         self, rows: Tensor, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
@@ -141,8 +134,10 @@ class RowChunks:
     ) -> T | None:
         read = self._read
         inputs = rows_of(self._inputs, rows, self._count)
-        first = self.take(self._first, rows)
-        with clean_pass(self._model, inputs, twice=self._twice, first=first) as clean:
+        first = None if self._first is None else self.take(self._first, rows)
+        with clean_pass(
+            self._model, inputs, twice=self._twice, first=first, outlives=self._trained
+        ) as clean:
             chunk = replace_rows(read, clean.outputs, rows, self._count)
             if self._are_rows(clean, chunk, rows):
                 part = take(clean, chunk, rows)
@@ -162,6 +157,21 @@ class RowChunks:
         return used == expected and all(
             nearly_equal(x, self.take(f, rows)) for x, f in pairs
         )
+
+
+def chunks(count: int, parts: int) -> Iterator[Tensor]:
+    """Yield the numbers of the rows of each chunk.
+
+    Args:
+        count: Rows in all.
+        parts: Chunks besides the first, small one.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
+    first = min(count, max(2, count // _FIRST))
+    rest = order[first:].split(max(1, -(-(count - first) // parts)))
+    for rows in (order[:first], *rest):
+        if len(rows):
+            yield rows.sort().values
 
 
 def _samples(clean: CleanPass, read: OutputsRead, inputs: Any) -> int:

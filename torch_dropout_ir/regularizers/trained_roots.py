@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_scales import cross_entropy_scale, squared_scale
-from torch_dropout_ir.regularizers.clean_pass import CleanPass
-from torch_dropout_ir.regularizers.outputs import OutputsRead
-from torch_dropout_ir.regularizers.site_forms import Form, by_row
+from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
+from torch_dropout_ir.regularizers.known_gradient import parts_pay, with_gradient
+from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
+from torch_dropout_ir.regularizers.row_chunks import RowChunks
+from torch_dropout_ir.regularizers.site_forms import Form, by_row, total
 
 # Losses whose Hessian has a root that is a function of the outputs.
 ROOTED: Final = ("squared", "cross_entropy")
+# Besides a first, small one; a double backward holds three times what a step does.
+_PARTS: Final = 3
 
 
-def drawn_form(clean: CleanPass, read: OutputsRead, targets: Any) -> list[Form]:
-    r"""Return one draw of the Gauss-Newton forms, to be differentiated in parameters.
+def drawn_form(
+    clean: CleanPass, outputs: Tensor, signs: Tensor, kind: str
+) -> list[Form]:
+    r"""Return one draw of the Gauss-Newton form, to be differentiated in parameters.
 
     With :math:`S_i S_i^\top = H_i` and signs :math:`z` on the outputs, :math:`E[(h_j
     [J^\top S z]_j)^2] = h_j^2 [J^\top H J]_{jj}`, whatever the parameters: so is the
@@ -26,16 +34,15 @@ def drawn_form(clean: CleanPass, read: OutputsRead, targets: Any) -> list[Form]:
     backward and its graph, of which products with the Hessian would need three.
 
     Args:
-        clean: The pass without noise, with its graph.
-        read: What the loss reads of it; its kind is one of ``ROOTED``.
-        targets: The targets.
+        clean: The pass without noise, with its graph, or one of some rows.
+        outputs: What the loss reads of it.
+        signs: What :func:`weighted_signs` returned, of those rows.
+        kind: The kind of the loss, one of ``ROOTED``.
 
     Returns:
-        The forms, use by use.
+        The forms of the sites that the outputs depend on.
     """
-    assert read.loss is not None
-    outputs = read.tensors[0]
-    root = _root(read.loss, outputs, targets)
+    root = signs if kind == "squared" else _softmax_root(outputs, signs)
     found = torch.autograd.grad(
         outputs, clean.deltas, root, create_graph=True, allow_unused=True
     )
@@ -47,18 +54,128 @@ def drawn_form(clean: CleanPass, read: OutputsRead, targets: Any) -> list[Form]:
     ]
 
 
-def _root(loss: Loss, f: Tensor, targets: Any) -> Tensor:
-    """Return a root of each sample's Hessian times signs, a function of the outputs."""
-    signs = _signs(f.detach())
+def weighted_signs(loss: Loss, f: Tensor, targets: Any) -> Tensor:
+    """Draw signs on the outputs, times the root of what a sample's Hessian counts."""
+    signs = _signs(f)
     if loss.kind == "squared":
         return squared_scale(loss, f.shape, targets) ** 0.5 * signs
-    # diag(r) - s r' with r the root of s: its square is diag(s) - s s'.
+    return cross_entropy_scale(loss, f, targets).sqrt() * signs
+
+
+def _softmax_root(f: Tensor, signs: Tensor) -> Tensor:
+    """Return a root of ``diag(s) - s s'`` times signs, a function of the outputs."""
+    # diag(r) - s r' with r the root of s; s = r^2, of which nothing more is kept.
     classes = 1 if f.ndim > 1 else 0
-    logs = f.log_softmax(classes)
-    spread = (logs / 2).exp() * signs
-    root = spread - logs.exp() * spread.sum(classes, keepdim=True)
-    return cross_entropy_scale(loss, f, targets).sqrt() * root
+    r = (f.log_softmax(classes) / 2).exp()
+    return r * (signs - r * (r * signs).sum(classes, keepdim=True))
 
 
 def _signs(like: Tensor) -> Tensor:
     return torch.empty_like(like).bernoulli_(0.5).mul_(2).sub_(1)
+
+
+def parted(
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    clean: CleanPass,
+    risk: Tensor,
+    weight: float,
+    max_bytes: int,
+) -> RootsByChunks | None:
+    """Return the loss with its form by parts, where that pays and is the same.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        loss: The loss.
+        clean: The pass without noise.
+        risk: The loss of that.
+        weight: Factor of the loss itself.
+        max_bytes: Memory up to which a graph is that of all.
+
+    Returns:
+        None elsewhere, as far as the first rows tell.
+    """
+    read = read_outputs(clean.outputs, loss, batch[1])
+    known = read.loss is not None and read.loss.kind in ROOTED
+    if not (known and RowChunks.pay(clean, read)) or clean.unreachable:
+        return None
+    own = [x for x in model.parameters() if x.requires_grad]
+    zeros = [x._base for x in clean.deltas if x._base is not None]
+    if not own or not parts_pay(risk, [*own, *zeros], max_bytes):
+        return None
+    found = RootsByChunks(model, batch, loss, clean, read, weight)
+    with preserved_rng(model):  # noise that is no dropout
+        return found if found.chunks.apart() else None
+
+
+class RootsByChunks:
+    """The loss with its Gauss-Newton form, made of parts of the batch.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        loss: The loss.
+        clean: The pass without noise, none of which is held.
+        read: What the loss reads of it.
+        weight: Factor of the loss itself.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        loss: Loss,
+        clean: CleanPass,
+        read: OutputsRead,
+        weight: float,
+    ) -> None:
+        self._model, self._batch, self._loss = model, batch, loss
+        self._params = [x for x in model.parameters() if x.requires_grad]
+        self._weight = weight
+        self._read = dataclasses.replace(
+            read, tensors=[x.detach() for x in read.tensors]
+        )
+        self.chunks = RowChunks(
+            model, batch[0], clean, self._read, twice=True, parts=_PARTS, trained=True
+        )
+
+    def value(self, risk: Tensor) -> Tensor:
+        """Return the loss times its factor, and the form.
+
+        Args:
+            risk: The loss, without its graph.
+        """
+        assert self._read.loss is not None
+        kind = self._read.loss.kind
+        signs = weighted_signs(self._read.loss, self._read.single, self._batch[1])
+        gradient: list[Tensor | None] = [None] * len(self._params)
+
+        def take(clean: CleanPass, read: OutputsRead, rows: Tensor) -> Tensor:
+            own = self.chunks.take(signs, rows)
+            (f,) = read.tensors
+            form = part = total(drawn_form(clean, f, own, kind), f)
+            if self._weight:
+                part = form + self._weight * read.risk(read.tensors)
+            found = torch.autograd.grad(part, self._params, allow_unused=True)
+            for i, g in enumerate(found):
+                if g is not None:
+                    before = gradient[i]
+                    gradient[i] = g if before is None else before + g
+            return form.detach()
+
+        with preserved_rng(self._model):
+            forms = self.chunks.each(take)
+            if forms is None:  # other rows than the first meet
+                return self._whole(signs, kind)
+        value = torch.stack(forms).sum() + self._weight * risk
+        return with_gradient(value, self._params, gradient)
+
+    def _whole(self, signs: Tensor, kind: str) -> Tensor:
+        with clean_pass(
+            self._model, self._batch[0], twice=True, outlives=True
+        ) as clean:
+            (f,) = read_outputs(clean.outputs, self._loss, self._batch[1]).tensors
+            form = total(drawn_form(clean, f, signs, kind), f)
+            return form + self._weight * self._loss(clean.outputs, self._batch[1])

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
@@ -92,6 +93,17 @@ class TwiceDifferentiable(TorchFunctionMode):
         if func is F.embedding:
             args, kwargs = args[:_SPARSE], {**kwargs, "sparse": False}
         return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def twice_differentiable() -> Iterator[TwiceDifferentiable]:
+    """Run nothing that has no second derivative, or a wrong one."""
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        TwiceDifferentiable() as operations,
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield operations
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -28,12 +28,12 @@ from torch_dropout_ir.regularizers.checks import (
     noise_left_out,
 )
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
-from torch_dropout_ir.regularizers.gauss_newton import is_exact
-from torch_dropout_ir.regularizers.masked import clean_risk
-from torch_dropout_ir.regularizers.modified_loss import (
+from torch_dropout_ir.regularizers.closed_forms import (
     fits_last_layer,
     last_layer_form,
 )
+from torch_dropout_ir.regularizers.gauss_newton import is_exact
+from torch_dropout_ir.regularizers.masked import clean_risk
 from torch_dropout_ir.testing.enumeration import (
     count_masks,
     expected_dropout_loss,

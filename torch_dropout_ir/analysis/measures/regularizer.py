@@ -72,12 +72,7 @@ def terms(loss: Loss, batch: Batch) -> float:
     targets = batch[1]
     if not isinstance(targets, Tensor):
         return float(batch_size(batch))
-    by_label = loss.option("ignore_index", None) is not None
-    if not (by_label or loss.kind == "cross_entropy") or targets.is_floating_point():
-        return float(targets.numel())
-    counted = targets[targets != loss.option("ignore_index", -100)]
-    by_class = loss.option("weight", None)
-    return float(counted.numel() if by_class is None else by_class[counted].sum())
+    return loss.num_terms(targets)
 
 
 def weight(snapshot: Snapshot, batches: Iterable[Batch]) -> float | None:

@@ -1,0 +1,117 @@
+"""A value that comes with its gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir import tracing
+from torch_dropout_ir.arrivals import graph_nodes
+
+_ONCE: Final = (
+    "modified_loss: expected a loss whose gradient has been taken with it to be "
+    "differentiated once, got create_graph=True. Pass `max_bytes=None`, which keeps "
+    "its graph for that."
+)
+_EXACT: Final = (torch.float32, torch.float64)
+_NOTHING_NEW: Final = (
+    "AccumulateGrad", "Alias", "Expand", "Permute", "TBackward", "Transpose", "View"
+)  # fmt: skip
+# A graph that is let go of as its derivative runs, over what the pass made.
+_GRAPH: Final = 3
+
+
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, gradient: Sequence[Tensor | None], *params: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, root: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(_ONCE)
+        found = ctx.saved_tensors
+        if root != 1:  # else it is given away, and nothing of its size is made
+            found = [None if g is None else g * root for g in found]
+        return None, None, *found
+
+
+def learns_alone(risk: Tensor, params: Sequence[Tensor]) -> bool:
+    """Whether a derivative in parameters can be taken before anybody asks for it.
+
+    Args:
+        risk: A scalar with its graph.
+        params: The parameters.
+
+    Returns:
+        False where something else depends on it, where its factor is to come first, as
+        of half precision, and where hooks or transforms look on.
+    """
+    if not tracing.eager() or risk.grad_fn is None:
+        return False
+    if any(torch.is_autocast_enabled(kind) for kind in {x.device.type for x in params}):
+        return False
+    if any(x.dtype not in _EXACT or x._backward_hooks for x in params):
+        return False
+    own = {id(x) for x in params}
+    for node in graph_nodes([risk.grad_fn]):
+        if id(getattr(node, "variable", params[0])) not in own:
+            return False
+        made = (x.dtype for x in node._input_metadata)
+        if any(dtype.is_floating_point and dtype not in _EXACT for dtype in made):
+            return False
+    return True
+
+
+def parts_pay(risk: Tensor, params: Sequence[Tensor], max_bytes: int) -> bool:
+    """Whether the graph of a second derivative is better made of parts of the batch.
+
+    Args:
+        risk: The loss with its graph.
+        params: The parameters.
+        max_bytes: Memory up to which it is not.
+
+    Returns:
+        False too where there is more in the parameters, where a derivative is not to be
+        taken now, and where each pass may be a collective of several processes.
+    """
+    nodes = list(graph_nodes([risk.grad_fn] if risk.grad_fn else []))
+    if _GRAPH * _made(nodes) <= max_bytes or not learns_alone(risk, params):
+        return False
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False
+    made = _made(n for n in nodes if not any(word in n.name() for word in _NOTHING_NEW))
+    return _GRAPH * made > max_bytes and made >= sum(x.nbytes for x in params)
+
+
+def _made(nodes: Iterable[Any]) -> int:
+    """Bytes of what the nodes of a graph have returned."""
+    return sum(
+        math.prod(x.shape) * x.dtype.itemsize
+        for node in nodes
+        for x in node._input_metadata
+    )
+
+
+def with_gradient(
+    value: Tensor, params: Sequence[Tensor], gradient: Sequence[Tensor | None]
+) -> Tensor:
+    """Return a value whose gradient in the parameters is known.
+
+    Args:
+        value: Scalar, without a graph.
+        params: The parameters.
+        gradient: A tensor for each, or None where there is no dependence.
+
+    Returns:
+        The value, which can be differentiated once.
+    """
+    found: Tensor = _Known.apply(value, gradient, *params)
+    return found

@@ -1,0 +1,170 @@
+"""A pass under dropout, run again on some of its rows with the masks that it had.
+
+Semantics:
+
+* Torch's generators start from where they were, and each use of a site draws the mask
+  of the whole batch, once for all parts: other rows have other masks, as they had.
+* Where the outputs of the rows are what they were, the replay is right, whatever else
+  the model does. Where they are not (samples that meet, as by batch normalization in
+  training mode; noise that is none of a site; kernels that draw in another order),
+  there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_dropout_ir import ops
+from torch_dropout_ir.functional import (
+    Batch,
+    Inputs,
+    at_sites,
+    batch_size,
+    call,
+    preserved_rng,
+)
+from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.regularizers.coupling import nearly_equal
+from torch_dropout_ir.regularizers.output_rows import (
+    replace_rows,
+    rows_of_samples,
+)
+from torch_dropout_ir.regularizers.outputs import read_outputs, without_graph
+from torch_dropout_ir.regularizers.row_chunks import FEWEST_ROWS, chunks, rows_of
+from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
+from torch_dropout_ir.sharpness.frozen import twice_differentiable
+from torch_dropout_ir.sites import Site
+from torch_dropout_ir.substitution import buffers_moved
+from torch_dropout_ir.tracing import generators
+
+# Besides a first, small one; a double backward holds three times what a step does.
+_PARTS: Final = 3
+
+
+class MaskedRows:
+    """Parts of a pass under dropout; made before the pass.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        loss: The loss.
+        move_buffers: Whether the pass moves running statistics.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch: Batch, loss: Loss, move_buffers: bool
+    ) -> None:
+        self._model = model
+        self._batch = batch
+        self._loss = loss
+        self._states = [(g, g.get_state()) for g in generators(model)]
+        self._moved = buffers_moved(model) if move_buffers else None
+        self._masks: list[Tensor] = []
+
+    def apart(self, outputs: Any, risk: Tensor) -> bool:
+        """Whether rows run alone as among all, as far as the first few of them tell.
+
+        Args:
+            outputs: What the model returned in the pass.
+            risk: The loss of that.
+
+        Returns:
+            False too where that is not known.
+        """
+        if self._moved is not None and self._moved():
+            return False  # a part would run with others
+        try:
+            with preserved_rng(self._model), torch.no_grad():
+                if not self._by_rows(outputs, risk):
+                    return False
+            first = next(chunks(self._count, _PARTS))
+            with torch.no_grad():
+                return self._run(first) is not None
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return False  # a model that does not run on part of the rows
+
+    def _by_rows(self, outputs: Any, risk: Tensor) -> bool:
+        """Whether the loss is one of rows of the outputs, each by itself."""
+        self._count = batch_size(self._batch)
+        read = read_outputs(without_graph(outputs), self._loss, self._batch[1])
+        self._read = read
+        rows = [x.shape[0] if x.ndim else 0 for x in self._read.tensors]
+        if self._count < FEWEST_ROWS or any(not n or n % self._count for n in rows):
+            return False
+        with torch.enable_grad():
+            again = self._read.risk(self._read.tensors)
+        # Else it depends on something else, or draws.
+        alone = not again.requires_grad and torch.equal(again, risk.detach())
+        return alone and not self._read.couples()
+
+    def parts(self) -> Iterator[Tensor | None]:
+        """Yield the loss of all as a function of each part of the rows, with its graph.
+
+        None where these are not what they were.
+        """
+        for rows in chunks(self._count, _PARTS):
+            yield self._run(rows)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Let torch's generators start from where they were; give them back after."""
+        with preserved_rng(self._model):
+            for generator, state in self._states:
+                generator.set_state(state)
+            yield
+
+    def _run(self, rows: Tensor) -> Tensor | None:
+        inputs = rows_of(Inputs.of(self._batch[0]), rows, self._count)
+        known = iter(self._masks[:])
+        new = not self._masks
+
+        def drop(site: Site, h: Tensor) -> Tensor:
+            shape = site.mask_shape(h.shape)
+            each = shape[0] // len(rows) if shape and shape[0] == h.shape[0] else 0
+            if shape and shape[0] % len(rows):
+                each = 0  # samples share it
+            if new:
+                whole = (each * self._count, *shape[1:]) if each else shape
+                self._masks.append(_drawn(site, h, whole, shape == tuple(h.shape)))
+            kept = self._masks[-1] if new else next(known)
+            if each:
+                kept = kept[rows_of_samples(rows, each).to(h.device)]
+            return h * kept.to(h.dtype).mul_(1 / (1 - site.p) if site.p < 1 else 0.0)
+
+        with self.again(), twice_differentiable(), LeanDerivatives():
+            with at_sites(self._model, drop):
+                found = call(self._model, inputs)
+            part = replace_rows(self._read, found, rows, self._count)
+            pairs = zip(part.tensors, self._read.tensors, strict=True)
+            same = all(
+                nearly_equal(x, f[rows_of_samples(rows, len(f) // self._count)])
+                for x, f in pairs
+            )
+            return part.risk(part.tensors) if same else None
+
+
+def _drawn(site: Site, h: Tensor, shape: tuple[int, ...], each: bool) -> Tensor:
+    """Draw a mask as the site's own module does, for an input like ``h``."""
+    if site.kind is None and hasattr(type(site.module).forward, "draws_as_torch"):
+        return ops.draw(_ones(h, shape), site.p, None)[0] != 0
+    with torch._C.DisableTorchFunction():  # a call of dropout is a site elsewhere
+        if each:
+            return F.dropout(_ones(h, shape), site.p) != 0
+        return h.new_empty(shape).bernoulli_(1 - site.p) != 0
+
+
+def _ones(h: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return ones whose dimensions lie in memory in the order that those of ``h`` do.
+
+    Kernels may draw in that order.
+    """
+    strides = h.stride()
+    order = sorted(range(h.ndim), key=lambda d: -strides[d])
+    places = sorted(range(h.ndim), key=order.__getitem__)
+    return h.new_ones([shape[d] for d in order]).permute(places)
