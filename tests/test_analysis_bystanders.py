@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import pickle
 from collections import Counter, OrderedDict, defaultdict
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import torch_dropout_ir as tdi
 from tests import traces
+from torch_dropout_ir.analysis.measures import Masks, Regularizer
 
 criterion = nn.CrossEntropyLoss()
 
@@ -347,3 +349,46 @@ def test_operations_of_measures_are_not_counted_in_the_scripts():
     (expected, _), (seen, analysis) = counted(False), counted(True)
     assert seen == expected > 0
     traces.assert_measured(analysis, {"drop"})
+
+
+class Taps(nn.Module):
+    """Reads in its forward what hooks of its own have kept."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.3), nn.Linear(6, 6))
+        self.head, self.kept, self.last = nn.Linear(12, 3), {}, None
+        kept = self.kept
+        hook = {
+            "method": self.keep,
+            "partial": functools.partial(Taps.keep, self),
+            "closure": lambda _, __, out: kept.update(last=out),
+        }[how]
+        self.body[1].register_forward_hook(hook)
+
+    def keep(self, _, __, out):
+        self.last = out
+
+    def forward(self, x):
+        out = self.body(x)
+        tapped = self.kept.pop("last") if self.kept else self.last
+        return self.head(torch.cat([out, tapped], 1))
+
+
+@pytest.mark.parametrize("how", ["method", "partial", "closure"])
+def test_hooks_that_keep_what_the_model_reads_are_part_of_it(how):
+    torch.manual_seed(0)
+    model = Taps(how)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer(), Masks()]
+    ) as analysis:
+        for _ in range(3):
+            x, y = torch.randn(8, 6), torch.randint(3, (8,))
+            criterion(model(x), y).backward()
+            with torch.no_grad():
+                clean = criterion(model.eval()(x), y)
+            model.train()
+            sgd.step()
+            assert not analysis.absent and not analysis.notes["loss/R_S"]
+            assert analysis.latest["loss/R_S"] == pytest.approx(float(clean))

@@ -201,6 +201,7 @@ def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
         (["--checkpoint", "list.pt"], "--key"),
         (["--checkpoint", "list.pt", "--key", "a.b"], "a.b"),
         (["--device", "cuda:77"], "--device: expected a device of this machine"),
+        (["--device", "meta"], "--device: expected a device of this machine"),
         (["--device", "nothing"], "--device: expected a device of this machine"),
         (["--json", "nowhere/out.json"], "--json: there is no folder nowhere"),
         (["--json", "."], "--json: expected a file, got the folder ."),

@@ -156,6 +156,12 @@ ZOO = {
         "LlamaForCausalLM", {**DECODER, "num_key_value_heads": 1}, symbols,
         {"model.layers.0.self_attn:{attention}#0"},
     ),
+    "mixtral": (  # whose hooks keep what its loss reads
+        "MixtralForCausalLM",
+        {**DECODER, "num_key_value_heads": 1, "num_local_experts": 3,
+         "num_experts_per_tok": 2, "output_router_logits": True},
+        symbols, {"model.layers.0.self_attn:{attention}#0"},
+    ),
     "phi": (
         "PhiForCausalLM", {**DECODER, "resid_pdrop": 0.1, "embd_pdrop": 0.1}, symbols,
         {"model.embed_dropout", "model.layers.1.self_attn:{attention}#0"},

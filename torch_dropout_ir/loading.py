@@ -67,7 +67,9 @@ def load_device(name: str) -> torch.device:
         ValueError: If there is no such device here.
     """
     try:
-        return torch.empty(0, device=name).device
+        found = torch.empty(0, device=name)
+        found.cpu()  # of the meta device there is no data
+        return found.device
     except (RuntimeError, AssertionError, NotImplementedError) as err:
         raise ValueError(
             f"--device: expected a device of this machine, got {name!r} "

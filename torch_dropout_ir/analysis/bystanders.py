@@ -8,7 +8,8 @@ Semantics:
 * A hook that looks on (counts calls, collects activations), of a module or of all, is
   not called in such passes. One that acts (returns something, writes on tensors or on
   the module) belongs to the model and is. The script's own pass at a step that measures
-  tells which is which; torch's own hooks act.
+  tells which is which: what the model itself keeps by a hook, it may read. Hooks of
+  torch and of Hugging Face's models act.
 * Modes at dispatch level around the step (counters of operations, logs) are set aside.
 """
 
@@ -16,9 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -151,7 +153,8 @@ class Bystanders:
                 if key not in self._acting and not _of_torch(hook):
                     changed.append((hooks, key, hook))
         for hooks, key, hook in changed:
-            hooks[key] = _Told(hook, key, self._looking, self._acting)
+            kept = _reached(hook, self._model)
+            hooks[key] = _Told(hook, key, self._looking, self._acting, kept)
         try:
             yield
         finally:
@@ -216,15 +219,17 @@ class _Told:
         key: int,
         looking: set[int],
         acting: set[int],
+        reached: Sequence[nn.Module],
     ) -> None:
         self._hook = hook
+        self._reached = reached
         self._key = key
         self._looking, self._acting = looking, acting
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = _state(args)
+        before = _state(args), _kept(self._reached)
         result = self._hook(*args, **kwargs)
-        acts = result is not None or _state(args) != before
+        acts = result is not None or (_state(args), _kept(self._reached)) != before
         (self._acting if acts else self._looking).add(self._key)
         return result
 
@@ -244,9 +249,40 @@ def _hook_dicts(model: nn.Module) -> Iterator[dict[int, Callable[..., Any]]]:
         yield x._backward_hooks or {}
 
 
+def _reached(hook: Any, model: nn.Module) -> list[nn.Module]:
+    """Return the model's modules that a hook could keep something in."""
+    inner = hook
+    near: list[Any] = []
+    while isinstance(inner, functools.partial):
+        near += [*inner.args, *inner.keywords.values()]
+        inner = inner.func
+    near.append(getattr(inner, "__self__", None))
+    for cell in getattr(inner, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty one
+            near.append(cell.cell_contents)
+    ids = {id(x) for x in near if isinstance(x, (nn.Module, list, dict, deque))}
+    return [
+        m
+        for m in model.modules()
+        if id(m) in ids or not ids.isdisjoint(map(id, vars(m).values()))
+    ]
+
+
+def _kept(modules: Sequence[nn.Module]) -> list[Any]:
+    """What modules hold in plain attributes, by identity."""
+    seen: list[Any] = []
+    for module in modules:
+        for name, x in vars(module).items():
+            if name not in _OF_TORCH:
+                seen += [name, id(x)]
+                if isinstance(x, (list, dict, deque)):
+                    seen += map(id, x.values() if isinstance(x, dict) else x)
+    return seen
+
+
 def _of_torch(hook: Any) -> bool:
     place = getattr(hook, "__module__", None) or type(hook).__module__
-    own = place.split(".")[0] in ("torch", "torch_dropout_ir")
+    own = place.split(".")[0] in ("torch", "torch_dropout_ir", "transformers")
     return own and not place.endswith(_TRACKERS)
 
 
