@@ -353,7 +353,7 @@ def test_the_growth_of_a_value_is_foreseen_where_coefficients_have_settled():
         space.extend()
     left = true - float(space.leading[0])
     assert float(space.errors()[0]) > 3 * left  # nothing is known of the gap
-    space.informed = True
+    space.informed = math.inf
     assert float(space.errors()[0]) == pytest.approx(left, rel=0.02)
 
 
@@ -370,6 +370,6 @@ def test_what_is_foreseen_is_not_much_less_than_what_is_certain():
         space.advance()
         space.extend()
         certain = float(space.errors()[0])
-        space.informed = True
+        space.informed = 6.0
         assert certain / 6 * (1 - 1e-9) <= float(space.errors()[0]) <= certain
-        space.informed = False
+        space.informed = 0.0

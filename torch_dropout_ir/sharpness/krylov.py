@@ -15,7 +15,6 @@ NOT_FINITE: Final = (
     "overflows at these parameters."
 )
 _AHEAD, _RECENT = 12, 8  # steps that are foreseen, and how many tell of them
-_FORESEEN: Final = 6.0  # times that an error may be less than what is certain
 _WIDE: Final = 2**16  # columns that a restart turns at once: no second basis
 
 
@@ -89,7 +88,9 @@ class Space:
         self._filled = 1
         self._projected = torch.zeros(capacity, capacity, dtype=torch.float64)
         self._rest, self._left = self._rows[0], 0.0  # of the last image, and its norm
-        self.informed = False  # whether the start was near an eigenvector
+        # From a start near an eigenvector: times that an error may be foreseen to be
+        # less than it is sure to be; 0 from others.
+        self.informed = 0.0
         self._locked = 0.0  # largest residual of what was locked: a bound from then on
         self.values = torch.zeros(0, dtype=torch.float64)
         self._coordinates = torch.zeros(0, 0, dtype=torch.float64)
@@ -194,15 +195,15 @@ class Space:
     def errors(self) -> Tensor:
         """Squared residuals over the gap to the rest, if that is less (Kato-Temple).
 
-        From a start near an eigenvector, what the value may still grow, if less; but
-        not much less, as the growth of two values close to each other is not foreseen.
+        From a start near an eigenvector, what the value may still grow, if less; after
+        a rehearsal not much less, as that of two close values is not foreseen.
 
         Returns:
             Estimates, ascending by value.
         """
         found = self._kato_temple()
         if self.informed and self.found == 1 and not self._locked:
-            least = found / _FORESEEN
+            least = found / self.informed
             found = found.clamp(max=self._growth()).maximum(least)
         return found
 

@@ -20,6 +20,7 @@ from torch_dropout_ir.vectors import Params, to_params, to_vector
 _BASIS: Final = 32
 _HOLD: Final = {"residual": 2, "value": 3}  # products for which a claim must hold
 _HOLD_REHEARSED: Final = 2
+_FORESEEN: Final = 6.0  # times that a foreseen error may be less than a certain one
 _NEAR: Final = 0.15  # residual of a start that is near an eigenvector, over the value
 _LOOK: Final = 6  # products in a random direction, where several values are wanted
 _LOOK_WARM: Final = 4
@@ -40,8 +41,8 @@ class Eigen:
         errors: Estimated errors of the values, float64 ``[k]``: the squared residual
             over the gap to the next Ritz value and its residual, or the residual. Of
             one value from a start near an eigenvector also what the value would still
-            grow if the recurrence went on with its mean coefficients, if that is less,
-            or a sixth of the former.
+            grow if the recurrence went on with its mean coefficients, if that is less;
+            after a rehearsal at least a sixth of the former.
         converged: Whether all residuals (or errors) are within the tolerance, or within
             the rounding of the operator's products.
         num_matvecs: Products spent, rehearsal (rounded up) and resumed runs included.
@@ -250,9 +251,10 @@ def _begin(
     space = Space(op, mixed, room, k)
     space.spent = math.ceil(spent)
     space.extend()
-    near = start is not None and space.within(_NEAR, space.residuals())
-    space.informed = near or (start is None and spent > 0)
+    if start is not None and space.within(_NEAR, space.residuals()):
+        space.informed = math.inf
     if start is None and spent:
+        space.informed = _FORESEEN
         search.hold, search.rehearsal = _HOLD_REHEARSED, spent
     return space
 
