@@ -24,6 +24,9 @@ def memory(model: nn.Module, batch) -> None:
         v = torch.ones(o.shape[0])
         o @ v, o @ v
 
+    # What libraries load and keep at their first use is nobody's.
+    sharpness.spectral_density(torch.eye(64), 20)
+    sharpness.top_eigenvalues(torch.eye(64), max_matvecs=16)
     size = 4e-6 * sum(p.numel() for p in model.parameters())
     one = peak(product)
     for name, run, kept in (
