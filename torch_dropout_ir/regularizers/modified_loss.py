@@ -82,8 +82,9 @@ def modified_loss(
     with batch normalization, whose second derivative torch puts together from parts.
     Beyond ``max_bytes`` the graph is that of parts of the batch, one after the other,
     which run again at their masks: a step's memory, and of a penalty the gradient once
-    more, at 1.4 times the time. That needs samples that do not meet, full precision,
-    one process, no activation checkpointing, and nothing but parameters that learns.
+    more, at 1.4 times the time (``"gauss_newton"``: 1.2). That needs samples that do
+    not meet, full precision, one process, no activation checkpointing, and nothing but
+    parameters that learns.
     The gradient is then taken with the value, as that of the penalty in ``L2`` is.
     ``L1`` by ``"monte_carlo"`` is one pass. Sites under activation checkpointing cannot
     be trained with ``L2``, ``L4`` and any other ``L1``: they would run again with
