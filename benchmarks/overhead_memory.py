@@ -16,16 +16,18 @@ from torch_dropout_ir.analysis.measures import default_measures
 MALLOC = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "65536")
 
 
-def peak(name: str, optimizer: str, measures: list[str] | None, queue) -> None:
+def peak(
+    name: str, optimizer: str, batch: int | None, measures: list[str] | None, queue
+) -> None:
     """Put the peak memory of two steps above an empty process's, in kilobytes."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
 
     def script(model: str) -> Script:
         if measures is None:
-            return Script(model, optimizer)
+            return Script(model, optimizer, batch)
         chosen = [m for m in default_measures() if m.name in measures]
-        return Script(model, optimizer, every=1, measures=chosen)
+        return Script(model, optimizer, batch, every=1, measures=chosen)
 
     script("tiny").run(3)
     gc.collect()
@@ -42,7 +44,7 @@ def resident(what: str) -> int:
     return next(int(x.split()[1]) for x in lines if x.startswith(what))
 
 
-def memory(name: str, optimizer: str) -> dict[str, float]:
+def memory(name: str, optimizer: str, batch: int | None) -> dict[str, float]:
     """Return peak memory over that of a bare script: by measure, and of all."""
     context = multiprocessing.get_context("spawn")
     kept = {name: os.environ.get(name) for name in MALLOC}
@@ -51,7 +53,7 @@ def memory(name: str, optimizer: str) -> dict[str, float]:
     peaks = {}
     for measures in (None, *([n] for n in names), names):
         queue = context.Queue()
-        given = (name, optimizer, measures, queue)
+        given = (name, optimizer, batch, measures, queue)
         process = context.Process(target=peak, args=given)
         process.start()
         key = measures and ("all" if measures is names else measures[0])
@@ -63,16 +65,16 @@ def memory(name: str, optimizer: str) -> dict[str, float]:
             os.environ[key] = value
     bare = peaks.pop(None)
     over = {key: found / bare for key, found in peaks.items()}
-    return over | {"floor": floor(name, optimizer)}
+    return over | {"floor": floor(name, optimizer, batch)}
 
 
-def floor(name: str, optimizer: str) -> float:
+def floor(name: str, optimizer: str, batch: int | None) -> float:
     """Return the least peak of sharpness over training's.
 
     That is four times the parameters, and what the optimizer keeps.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        script = Script(name, optimizer)
+        script = Script(name, optimizer, batch)
         script.run(2)
     own = sum(x.nbytes for x in script.model.parameters())
     states = script.optimizer.state.values()
