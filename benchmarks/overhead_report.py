@@ -18,10 +18,9 @@ def report(rows: list[dict]) -> str:
     ]
     for r in (r for r in rows if "wall" in r):
         (wall, error), (cpu, spread) = extra(r, "wall"), extra(r, "cpu")
-        pace = step(r) if "bare" in r else float("nan")
         lines.append(
-            f"{r['model']:<12}{1e3 * pace:>9.3f} ms{wall / pace:>+13.4%} +- "
-            f"{error / pace:.4%}{1e6 * wall:>+11.1f} +- {1e6 * error:.1f}"
+            f"{r['model']:<12}{_of_step(r, wall, error):>34}"
+            f"{1e6 * wall:>+11.1f} +- {1e6 * error:.1f}"
             f"{1e6 * cpu:>+11.1f} +- {1e6 * spread:.1f}"
             f"{r['left'][0]:>20.2f} {r['left'][1]:.2f}"
         )
@@ -51,6 +50,14 @@ def report(rows: list[dict]) -> str:
     }
     lines += grid("one measurement, in training steps", costs)
     return "\n".join(lines + grid("peak memory, over that of training alone", peaks))
+
+
+def _of_step(row: dict, more: float, error: float) -> str:
+    """A bare step, and what it takes more as a share of it; nothing for a tiny one."""
+    if "bare" not in row:
+        return "-"
+    pace = step(row)
+    return f"{1e3 * pace:.1f} ms{more / pace:>+12.3%} +- {error / pace:.3%}"
 
 
 def grid(title: str, cells: dict[str, dict[str, float]]) -> list[str]:
