@@ -25,7 +25,14 @@ def load(name):
 
 
 @pytest.fixture
-def frame(monkeypatch):
+def claims():
+    module = load("claims")
+    yield module
+    sys.modules.pop("claims")
+
+
+@pytest.fixture
+def frame(claims):
     before = sys.modules.get("experiment")
     module = load("experiment")
     yield module
@@ -171,16 +178,16 @@ def test_the_seed_and_not_the_order_decides_a_cell(start):
         ([2.0, float("nan"), 2.0], "not reproduced"),
     ],
 )
-def test_the_worst_seed_decides_a_claim(frame, values, verdict):
-    claim = frame.Claim("text", "1", values, lambda v: v >= 1, lambda v: v > 0)
+def test_the_worst_seed_decides_a_claim(claims, values, verdict):
+    claim = claims.Claim("text", "1", values, lambda v: v >= 1, lambda v: v > 0)
     assert claim.verdict == verdict
 
 
-def test_the_worst_claim_decides_a_figure_and_its_record(frame, start):
+def test_the_worst_claim_decides_a_figure_and_its_record(claims, start):
     exp = start("--seeds", "2")
     exp.cells(("arm",), lambda arm, seed: float(seed))
-    holds = frame.Claim("first", "1", [1.0, 2.0], lambda v: v >= 1, lambda v: v > 0)
-    points = frame.Claim("second", "5", [1.0, 2.0], lambda v: v >= 5, lambda v: v > 0)
+    holds = claims.Claim("first", "1", [1.0, 2.0], lambda v: v >= 1, lambda v: v > 0)
+    points = claims.Claim("second", "5", [1.0, 2.0], lambda v: v >= 5, lambda v: v > 0)
     assert exp.finish([holds, points], {"more": [1]}) == "reproduced in direction"
     record = json.loads((exp.home / "results" / "fig99.json").read_text())
     assert record["seeds"] == 2 and record["profile"] == "default"
@@ -189,10 +196,10 @@ def test_the_worst_claim_decides_a_figure_and_its_record(frame, start):
     assert record["numbers"] == {"more": [1]}
 
 
-def test_a_quick_look_stays_out_of_the_results(frame, start):
+def test_a_quick_look_stays_out_of_the_results(claims, start):
     exp = start("--quick")
     assert list(exp.seeds) == [0] and exp.pick(1, 2, 3) == 1
-    exp.finish([frame.Claim("text", "1", [1.0], lambda v: True, lambda v: True)])
+    exp.finish([claims.Claim("text", "1", [1.0], lambda v: True, lambda v: True)])
     assert not (exp.home / "results").exists()
     assert (exp.folder / "fig99.json").is_file()
     assert start("--paper").pick(1, 2, 3) == 3

@@ -22,8 +22,9 @@ import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis import measures
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "paper"))
+from claims import Claim
 from data import cifar
-from experiment import Claim, Experiment
+from experiment import Experiment
 from page import HERE, PREDICTORS, P, spread, with_test_loss, write_page
 
 __all__ = ["Study", "cifar"]

@@ -12,17 +12,15 @@ import ast
 import functools
 import hashlib
 import json
-import math
 import os
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from claims import worst
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -35,41 +33,6 @@ COLOURS = {
     "R2": "#1b7837",
     "start": "#bdbdbd",
 }
-VERDICTS = ("not reproduced", "reproduced in direction", "reproduced")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One sentence of the paper, held against every seed.
-
-    Attributes:
-        text: What is claimed.
-        paper: The paper's number, as a person reads it.
-        values: Ours, one for each seed.
-        holds: Whether a value of ours is the paper's, within the tolerance in ``text``.
-        direction: Whether a value at least points the same way.
-        unit: What follows a number.
-    """
-
-    text: str
-    paper: str
-    values: Sequence[float]
-    holds: Callable[[float], bool]
-    direction: Callable[[float], bool]
-    unit: str = ""
-
-    @property
-    def verdict(self):
-        """The worst of the seeds': one that fails is not averaged away."""
-        level = [2 if self.holds(v) else int(self.direction(v)) for v in self.values]
-        return VERDICTS[min(level)] if level else VERDICTS[0]
-
-    @property
-    def ours(self):
-        """Mean over the seeds, and half of the distance between the extremes."""
-        mean = statistics.fmean(self.values)
-        spread = (max(self.values) - min(self.values)) / 2
-        return f"{_short(mean)} ± {_short(spread)}{self.unit}"
 
 
 class Experiment:
@@ -217,7 +180,7 @@ class Experiment:
         Returns:
             The verdict of the figure: its worst claim's.
         """
-        verdict = VERDICTS[min(VERDICTS.index(one.verdict) for one in claims)]
+        verdict = worst(claims)
         seconds = sum(
             torch.load(path, weights_only=True)["seconds"]
             for path in self.folder.glob("*-seed*.pt")
@@ -230,15 +193,7 @@ class Experiment:
             "seeds": len(self.seeds),
             "seconds": round(seconds),
             "verdict": verdict,
-            "claims": [
-                {
-                    **{k: v for k, v in asdict(one).items() if k not in _FUNCTIONS},
-                    "values": [float(v) for v in one.values],
-                    "ours": one.ours,
-                    "verdict": one.verdict,
-                }
-                for one in claims
-            ],
+            "claims": [one.record for one in claims],
             "numbers": numbers or {},
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -294,14 +249,15 @@ class Experiment:
         return self._before + time.process_time() - self._began
 
 
-_FUNCTIONS = ("holds", "direction", "values")
+# Of no cell: how claims are judged and written may change.
+_WRITING = ("claims.py", Path(__file__).name)
 
 
 def code_of(compute):
     """Hashes of the code, by file name, that a cell's function is made of.
 
     Those are the function's own file and the files beside it that are imported, but
-    this one. Comments, docstrings and layout do not count.
+    this one and that of the claims. Comments, docstrings and layout do not count.
     """
     function = getattr(compute, "func", compute)  # of a partial
     script = Path(function.__code__.co_filename).resolve()
@@ -309,8 +265,8 @@ def code_of(compute):
     beside = {one for one in files if one.parent == script.parent}
     return {
         one.name: hashlib.sha256(_without_words(one).encode()).hexdigest()[:16]
-        for one in {script, *beside} - {Path(__file__).resolve()}
-        if one.is_file()
+        for one in {script, *beside}
+        if one.name not in _WRITING and one.is_file()
     }
 
 
@@ -325,12 +281,6 @@ def _without_words(path):
             if ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:]
     return ast.dump(tree)
-
-
-def _short(value):
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    return f"{value:.3g}" if 1e-2 <= abs(value) < 1e4 else f"{value:.2e}"
 
 
 def _save(what, path):

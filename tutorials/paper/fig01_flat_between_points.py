@@ -17,7 +17,8 @@ here); the number of steps, which the paper does not state, is 100 000.
 
 # %% What is run
 import torch
-from experiment import COLOURS, Claim, Experiment
+from claims import Claim
+from experiment import COLOURS, Experiment
 from two_layer import TwoLayer, normal, train
 
 import torch_dropout_ir as tdi

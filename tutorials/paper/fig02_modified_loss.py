@@ -35,8 +35,9 @@ R_1, by which the length is chosen; and what the masks add to it needs longer to
 
 # %% What is run
 import torch
+from claims import Claim
 from data import accuracy, mnist
-from experiment import COLOURS, Claim, Experiment
+from experiment import COLOURS, Experiment
 from torch import nn
 from two_layer import Track
 

@@ -41,8 +41,9 @@ import itertools
 import statistics
 
 import torch
+from claims import Claim
 from data import accuracy, cifar
-from experiment import Claim, Experiment
+from experiment import Experiment
 from torch import nn
 from torch.optim.swa_utils import update_bn
 

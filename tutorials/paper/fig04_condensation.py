@@ -18,7 +18,8 @@ last tenth here. The network of three layers is in fig04b_three_layers.py.
 
 # %% What is run
 import torch
-from experiment import COLOURS, Claim, Experiment
+from claims import Claim
+from experiment import COLOURS, Experiment
 from two_layer import TwoLayer, near, normal, show_orientations, train
 
 from torch_dropout_ir import condensation

@@ -23,7 +23,8 @@ one open, which would saturate at that variance: here it is 1 / width.
 
 # %% What is run
 import torch
-from experiment import COLOURS, Claim, Experiment
+from claims import Claim
+from experiment import COLOURS, Experiment
 from fig04_condensation import TEACHER, P, X, Y, risk
 from torch import nn
 from two_layer import relative_amplitudes, show_orientations, train

@@ -16,7 +16,8 @@ tenth, so that the minimum is one. How long the paper trains on is not stated.
 
 # %% What is run
 import torch
-from experiment import COLOURS, Claim, Experiment
+from claims import Claim
+from experiment import COLOURS, Experiment
 from fig04_condensation import ARMS, NAMES, TEACHER, P, X, Y, networks
 from two_layer import Track, TwoLayer, near, normal, show_orientations, train
 

@@ -14,7 +14,8 @@ The setting is the paper's, at the learning rate 1e-3 of Fig. 4, kept to the end
 
 # %% What is run
 import torch
-from experiment import COLOURS, Claim, Experiment
+from claims import Claim
+from experiment import COLOURS, Experiment
 from fig04_condensation import TEACHER, X, Y
 from two_layer import Track, TwoLayer, near, normal, show_orientations, train
 

@@ -28,7 +28,8 @@ reported seeds, where that was tried first, the orientations were 2, 2 and 3.
 
 # %% What is run
 import torch
-from experiment import COLOURS, Claim, Experiment
+from claims import Claim
+from experiment import COLOURS, Experiment
 from two_layer import TwoLayer, near, normal, relative_amplitudes, train
 
 from torch_dropout_ir import condensation

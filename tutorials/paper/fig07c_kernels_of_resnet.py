@@ -36,8 +36,9 @@ again and again. The library's cover is greedy and smaller; the curves are its.
 from collections import OrderedDict
 
 import torch
+from claims import Claim
 from data import accuracy, cifar
-from experiment import COLOURS, Claim, Experiment
+from experiment import COLOURS, Experiment
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 

@@ -36,7 +36,8 @@ paper's width 400 000 at 1e-3, falling over the last tenth, leave 2e-3 at 6 and 
 
 # %% What is run
 import torch
-from experiment import COLOURS, Claim, Experiment
+from claims import Claim
+from experiment import COLOURS, Experiment
 from two_layer import TwoLayer, train
 
 SAMPLES = (4, 5, 6, 7, 8, 10, 12)

@@ -33,7 +33,8 @@ million all). One seed was tried for longer with dropout, 400 000 steps and 800 
 
 # %% What is run
 import torch
-from experiment import COLOURS, Claim, Experiment
+from claims import Claim
+from experiment import COLOURS, Experiment
 from fig04_condensation import TEACHER, P, X, Y
 from two_layer import Track, TwoLayer, near, normal, show_orientations, train
 

@@ -61,8 +61,9 @@ longer runs were not made.
 import math
 
 import torch
+from claims import Claim
 from data import accuracy
-from experiment import COLOURS, Claim, Experiment
+from experiment import COLOURS, Experiment
 from four_networks import task
 
 import torch_dropout_ir as tdi

@@ -21,7 +21,8 @@ as large as in Fig. 2. On whitened inputs all accuracies are lower than on pixel
 """
 
 # %% What is run
-from experiment import Claim, Experiment
+from claims import Claim
+from experiment import Experiment
 from four_losses import COLOURS, KINDS, train
 
 exp = Experiment(__doc__, "fig13")

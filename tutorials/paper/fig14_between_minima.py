@@ -21,7 +21,8 @@ keep_prob 0.9 and learning rate 0.05.
 from itertools import combinations
 
 import torch
-from experiment import Claim, Experiment
+from claims import Claim
+from experiment import Experiment
 from four_losses import COLOURS, KINDS, LOSS, images, network, train
 
 from torch_dropout_ir import sharpness

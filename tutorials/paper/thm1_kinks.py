@@ -33,7 +33,8 @@ import copy
 from itertools import combinations
 
 import torch
-from experiment import COLOURS, Claim, Experiment
+from claims import Claim
+from experiment import COLOURS, Experiment
 from torch import nn
 
 import torch_dropout_ir as tdi

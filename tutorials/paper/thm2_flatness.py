@@ -26,7 +26,8 @@ import copy
 import math
 
 import torch
-from experiment import COLOURS, Claim, Experiment
+from claims import Claim
+from experiment import COLOURS, Experiment
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from two_layer import Track
