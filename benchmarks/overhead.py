@@ -87,9 +87,13 @@ def main() -> None:
                         help="JSON of earlier runs, added to")  # fmt: skip
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    rows = [row(name, chosen) for name in chosen.models]
+    rows = []
+    for name in chosen.models:
+        rows.append(row(name, chosen))
+        if chosen.rows:  # at once: a run that is cut off has left what it has
+            joined(rows[-1:], chosen.rows)
     if chosen.rows:
-        rows = joined(rows, chosen.rows)
+        rows = joined([], chosen.rows)
     print(f"torch {torch.__version__}, {chosen.threads} threads")
     print(report(rows))
     if chosen.png:
