@@ -187,3 +187,11 @@ def test_the_dear_ones_of_the_default_say_so():
     assert said["sharpness"] > 10 * said["regularizer"] > said["dropout_noise"] > 0
     assert Sharpness(max_matvecs=5, trace_matvecs=0, slice_points=0).passes == 20
     assert Regularizer(num_masks=2).passes == 2 and DropoutNoise().passes == 3
+
+
+def test_several_batches_take_several_times_as_long():
+    data = [(torch.ones(4, 3), torch.zeros(4, 2))] * 3
+    model = nn.Sequential(nn.Dropout(), nn.Linear(3, 2))
+    with tdi.attach_analysis(model, "mse", log_dir=False, data=data) as analysis:
+        assert analysis._cadence.first["sharpness"] == 3 * Sharpness().passes
+        assert analysis._cadence.first["regularizer"] == Regularizer().passes
