@@ -6,12 +6,14 @@ the machine's pace falls out:
 
 * off cadence: steps of one script at which nothing is due, with the hooks of the
   analysis in place and without, by turns step by step (bare, watched, watched, bare and
-  the reverse). All else is the same for both, the state of Python's garbage collector
-  included. The median over these rounds of what watched steps take more, its standard
-  error, and the objects that a step leaves for the collector, either way;
-* ``every="auto"``: two scripts in blocks of steps, as wall time over all rounds, beside
-  the share that the analysis counts itself, both after the first measurement, which is
-  on credit;
+  the reverse), on a few samples: what the hooks take does not depend on how many, and
+  a short step shows it with a smaller error. The median over these rounds of what
+  watched steps take more, of wall time and of the thread's own, its standard error, and
+  the objects that a step leaves for the collector, either way. The share is of a step
+  on a batch of practice;
+* ``every="auto"``: two scripts in blocks of steps, as wall time over all rounds from
+  the first step on, beside the share that the analysis counts itself. The error of the
+  ratio is that of the rounds' differences, less what the analysis counts;
 * one measurement, by measure, in training steps: over N it is the cost of ``every=N``;
 * peak memory of fresh processes beyond what they hold before the model is made, by
   measure and of all. A tiny model has been trained in them before, with the same
@@ -29,7 +31,7 @@ A run in pieces, one table and one picture of all of them:
 
     python benchmarks/overhead.py --models gpt --parts off costs --rows rows.json
     python benchmarks/overhead.py --models gpt --parts auto --rows rows.json
-    python benchmarks/overhead.py --models gpt --parts memory --rows rows.json
+    python benchmarks/overhead.py --models resnet18 --parts auto --batch 4 ...
     python benchmarks/overhead.py --models --rows rows.json --png overhead.png
 """
 
@@ -40,38 +42,32 @@ from typing import Any
 import torch
 from overhead_memory import memory
 from overhead_models import MODELS
-from overhead_report import draw, joined, report, step
+from overhead_report import draw, joined, report
 from overhead_time import (
-    CLOCKS,
     OPTIMIZERS,
-    Script,
     automatic,
     by_measure,
     off_cadence,
 )
 
-from torch_dropout_ir.analysis.measures import default_measures
-
-MEASURES = (*(m.name for m in default_measures()), "all")
 PARTS = ("off", "costs", "auto", "memory")
 
 
 def row(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
     """Measure one model."""
     found: dict[str, Any] = {"model": name}
-    parts, seconds = chosen.parts, chosen.seconds
-    if "off" in parts or "costs" in parts:
-        found |= off_cadence(name, seconds if "off" in parts else 5)
+    parts, seconds, batch = chosen.parts, chosen.seconds, chosen.batch
+    if "off" in parts:
+        found |= off_cadence(name, seconds)
     if name == "tiny":
         return found
     if "costs" in parts:
-        found["costs"] = by_measure(name, step(found))
+        found |= by_measure(name)
     if "auto" in parts:
-        found["auto"] = automatic(name, seconds)
+        found["auto"] = automatic(name, seconds, batch)
     if "memory" in parts:
-        found["memory"] = {
-            o: memory(name, o, chosen.measures) for o in chosen.optimizers
-        }
+        size = f"batch {batch or 'of practice'}"
+        found["memory"] = {o: {size: memory(name, o, batch)} for o in chosen.optimizers}
     return found
 
 
@@ -83,21 +79,22 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS,
                         default=["sgd"], help="of the peaks")  # fmt: skip
-    parser.add_argument("--measures", nargs="*", choices=MEASURES, default=MEASURES,
-                        help="whose peaks")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall",
-                        help="cpu: on a busy machine")  # fmt: skip
+    parser.add_argument("--batch", type=int,
+                        help="samples, for the parts auto and memory")  # fmt: skip
     parser.add_argument("--png", type=Path)
     parser.add_argument("--rows", type=Path,
                         help="JSON of earlier runs, added to")  # fmt: skip
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    Script.clock = staticmethod(CLOCKS[chosen.clock])
-    rows = [row(name, chosen) for name in chosen.models]
+    rows = []
+    for name in chosen.models:
+        rows.append(row(name, chosen))
+        if chosen.rows:  # at once: a run that is cut off has left what it has
+            joined(rows[-1:], chosen.rows)
     if chosen.rows:
-        rows = joined(rows, chosen.rows)
-    print(f"torch {torch.__version__}, {chosen.threads} threads, {chosen.clock} clock")
+        rows = joined([], chosen.rows)
+    print(f"torch {torch.__version__}, {chosen.threads} threads")
     print(report(rows))
     if chosen.png:
         draw(rows, chosen.png)

@@ -11,30 +11,29 @@ from typing import Any
 
 import torch
 import torch.optim.optimizer as hooks
-from overhead_models import MODELS
+from overhead_models import FEW, MODELS
 from torch import nn
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis.measures import default_measures
 
 NEVER = 10**9
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 OPTIMIZERS = {
     "sgd": functools.partial(torch.optim.SGD, lr=0.01),
     "momentum": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9),
     "adam": functools.partial(torch.optim.Adam, lr=1e-3),
 }
-Run = Callable[[int], float]  # from steps to seconds
 
 
 class Script:
     """A training loop, watched or not."""
 
-    clock = staticmethod(CLOCKS["wall"])
-
-    def __init__(self, name: str, optimizer: str = "sgd", **options):
+    def __init__(
+        self, name: str, optimizer: str = "sgd", batch: int | None = None, **options
+    ):
         torch.manual_seed(0)
-        self.model, self.inputs, self.targets = MODELS[name]()
+        self.model, *pair = MODELS[name]()
+        self.inputs, self.targets = (x[:batch] for x in pair)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         self.criterion = nn.CrossEntropyLoss()
         self.analysis = None
@@ -69,35 +68,17 @@ class Script:
         if self.analysis is not None:
             # It has stood still while the other script ran: that earns it nothing.
             self.analysis._clock = time.perf_counter()
-        started = self.clock()
+        started = time.perf_counter()
         for _ in range(steps):
             self.optimizer.zero_grad()
             self.criterion(self.model(self.inputs), self.targets).backward()
             self.optimizer.step()
-        return self.clock() - started
-
-
-class Turns:
-    """Rounds of bare, watched, watched, bare, in blocks of steps."""
-
-    def __init__(self, bare: Run, watched: Run, seconds: float, fewest: int = 8):
-        block = max(1, round(0.05 / statistics.median(bare(1) for _ in range(5))))
-        self.bare, self.watched, self.steps = [], [], 2 * block
-        until = time.perf_counter() + seconds
-        while time.perf_counter() < until or len(self.bare) < fewest:
-            a, b = bare(block), watched(block)
-            c, d = watched(block), bare(block)
-            self.bare.append(a + d)
-            self.watched.append(b + c)
-
-    def outside(self) -> float:
-        """Share of the watched script's wall time that the bare one does not need."""
-        return 1 - sum(self.bare) / sum(self.watched)
+        return time.perf_counter() - started
 
 
 def off_cadence(name: str, seconds: float) -> dict[str, Any]:
     """Steps at which nothing is due, beside bare ones, by turns step by step."""
-    script = Script(name)
+    script = Script(name, batch=FEW[name])
     watch = script.switch()
     left = dict.fromkeys((True, False), math.inf)
     for on in (True, False) * 2:
@@ -106,62 +87,90 @@ def off_cadence(name: str, seconds: float) -> dict[str, Any]:
         gc.collect()
         gc.disable()
         before = gc.get_count()[0]
-        script.run(50)
-        left[on] = min(left[on], (gc.get_count()[0] - before) / 50)
+        script.run(20)
+        left[on] = min(left[on], (gc.get_count()[0] - before) / 20)
         gc.enable()
-    extra, bare, order = [], [], (False, True, True, False)
+    extra, order = {"wall": [], "cpu": []}, (False, True, True, False)
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
-        took = []
+        more = dict.fromkeys(extra, 0.0)
         for on in order:
             watch(on)
-            took.append(script.run(1))
-        pairs = list(zip(took, order, strict=True))
-        bare.append(sum(t for t, on in pairs if not on) / 2)
-        extra.append(sum(t for t, on in pairs if on) / 2 - bare[-1])
+            cpu = time.thread_time()
+            wall = script.run(1)
+            took = {"wall": wall, "cpu": time.thread_time() - cpu}
+            more = {k: x + (took[k] if on else -took[k]) / 2 for k, x in more.items()}
+        for clock, x in more.items():
+            extra[clock].append(x)
         order = tuple(not on for on in order)
     script.analysis.detach()
-    return {"left": [left[False], left[True]], "bare": bare, "extra": extra}
+    return {"left": [left[False], left[True]], **extra}
 
 
-def off_share(row: dict[str, Any]) -> tuple[float, float]:
-    """What a step takes more off cadence, over a bare one's time, and its error."""
+def extra(row: dict[str, Any], clock: str) -> tuple[float, float]:
+    """Seconds that a step takes more off cadence, and their error."""
     # Of medians of samples drawn again: outliers are the machine's own.
-    draw, extra = random.Random(0), row["extra"]
-    again = [statistics.median(draw.choices(extra, k=len(extra))) for _ in range(400)]
-    step = statistics.median(row["bare"])
-    return statistics.median(extra) / step, statistics.stdev(again) / step
+    draw, found = random.Random(0), row[clock]
+    again = [statistics.median(draw.choices(found, k=len(found))) for _ in range(400)]
+    return statistics.median(found), statistics.stdev(again)
 
 
-def by_measure(name: str, step: float) -> dict[str, float]:
-    """Return what each measure costs when it is taken again, in training steps."""
-    script = Script(name, every=NEVER)
+def by_measure(name: str) -> dict[str, Any]:
+    """Return a bare step's seconds, and each measure's own when it is taken again."""
+    script = Script(name)
     script.run(2)
-    latest = script.analysis.measure()
+    bare = [script.run(1) for _ in range(8)]
+    script.analysis = tdi.attach_analysis(
+        script.model, optimizer=script.optimizer, log_dir=False, every=NEVER,
+        measures=[m for m in default_measures() if m.name != "sharpness"],
+    )  # fmt: skip
+    script.run(2)
+    took = script.analysis.measure()
     script.analysis.detach()
+    script.analysis = tdi.attach_analysis(
+        script.model, optimizer=script.optimizer, log_dir=False, every=NEVER,
+        measures=[m for m in default_measures() if m.name == "sharpness"],
+    )  # fmt: skip
+    script.run(1)
+    took |= script.analysis.latest
+    script.analysis.detach()
+    bare += [script.run(1) for _ in range(8)]
     stem = "cost/seconds/"
-    return {
-        tag.removeprefix(stem): seconds / step
-        for tag, seconds in latest.items()
-        if tag.startswith(stem)
-    }
+    costs = {t.removeprefix(stem): s for t, s in took.items() if t.startswith(stem)}
+    return {"bare": bare, "costs": costs}
 
 
-def automatic(name: str, seconds: float) -> dict[str, float]:
-    """Shares of `every="auto"`, from outside and as it counts itself."""
-    bare, watched = Script(name), Script(name, every="auto", budget=0.05)
-    watched.run(1)
+def automatic(name: str, seconds: float, batch: int | None) -> dict[str, Any]:
+    """Share of `every="auto"` from the first step on, from outside and by own count."""
+    bare = Script(name, batch=batch)
+    watched = Script(name, batch=batch, every="auto", budget=0.05)
+    bare.run(2)
+    block = max(1, round(0.05 / bare.run(1)))
     cadence = watched.analysis._cadence
-    credit = cadence.measured_seconds
-    turns = Turns(bare.run, watched.run, seconds)
-    later = cadence.measured_seconds - credit
-    watched.analysis.detach()
-    whole = sum(turns.watched)
-    return {
-        "outside": turns.outside(),
-        "own": later / whole,
-        "credit": credit / (credit + whole),
-        "told": watched.analysis.cost_share,
-        "seconds": whole,
-        "taken": len(watched.analysis.history.get("regularizer/R2", [])),
+    found = {"bare": [], "watched": [], "own": []}
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        before = cadence.measured_seconds
+        a, b = bare.run(block), watched.run(block)
+        c, d = watched.run(block), bare.run(block)
+        found["bare"].append(a + d)
+        found["watched"].append(b + c)
+        found["own"].append(cadence.measured_seconds - before)
+    taken = {
+        measure: len(watched.analysis.history.get(f"cost/seconds/{measure}", []))
+        for measure in cadence._debt
     }
+    watched.analysis.detach()
+    return found | {
+        "taken": taken,
+        "told": watched.analysis.cost_share,
+        "batch": len(watched.inputs),
+    }
+
+
+def share(found: dict[str, Any]) -> tuple[float, float]:
+    """Share of the wall time that a bare script does not need, and its error."""
+    whole, bare = sum(found["watched"]), sum(found["bare"])
+    rounds = zip(found["watched"], found["bare"], found["own"], strict=True)
+    noise = [w - b - own for w, b, own in rounds]
+    return 1 - bare / whole, statistics.stdev(noise) * len(noise) ** 0.5 / whole

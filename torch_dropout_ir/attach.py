@@ -156,6 +156,15 @@ def _instances(given: Any, what: str, needed: tuple[str, ...]) -> list[Any]:
     return found
 
 
+def _passes(measures: list[Measure], batches: list[Batch] | None) -> dict[str, float]:
+    """About how many passes of one batch the measures take, by name."""
+    count = len(batches or [None])
+    return {
+        m.name: getattr(m, "passes", 0.0) * (count if "batches" in m.needs else 1)
+        for m in measures
+    }
+
+
 def _ranks(model: nn.Module) -> Ranks:
     """The ranks that train a model; a replica that does not say so is warned of."""
     ranks = ranks_of(model)
@@ -206,9 +215,9 @@ def attach_analysis(
         log_dir: A TensorBoard run directory; None: ``runs/<time>_<host>``; False: none.
         every: Optimizer steps between measurements, or ``"auto"``: as often as
             ``budget`` pays for.
-        budget: Share of the time that ``"auto"`` may take. The first measurement is
-            on credit; from the second on the share is within the budget where costs
-            do not rise.
+        budget: Share of the time that ``"auto"`` may take. That of the first minute
+            is there from the start: what it pays for is measured at once, the rest
+            (sharpness of a large model) as soon as the budget has saved for it.
         data: A batch ``(inputs, targets)`` or batches for the measures of the loss
             surface, also where targets are not seen; of a loader the first eight are
             taken, now. By default the batch last seen, where its targets are known.
@@ -260,7 +269,8 @@ def attach_analysis(
     if measures is not None:
         chosen = _instances(measures, "measures", ("name", "needs", "__call__"))
     further = _instances(sinks or (), "sinks", ("write", "close"))
-    cadence = Cadence(every, budget, [m.name for m in chosen])
+    names, passes = [m.name for m in chosen], _passes(chosen, batches)
+    cadence = Cadence(every, budget, names, passes)
     ranks = _ranks(model)
     ranks.wait_for_all()
     with ranks.together():

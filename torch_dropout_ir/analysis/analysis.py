@@ -117,7 +117,7 @@ class Analysis:
 
     def _before_step(self) -> None:
         self.absent.pop(STEPS, None)
-        self._measure_safely(self._due)
+        self._measure_safely(self._due, planned=True)
 
     def _after_step(self) -> None:
         now = time.perf_counter()
@@ -162,7 +162,7 @@ class Analysis:
     def _names(self) -> set[str]:
         return {m.name for m in self._attempts.measures}
 
-    def _measure_safely(self, names: set[str]) -> None:
+    def _measure_safely(self, names: set[str], planned: bool = False) -> None:
         """Measure; whatever a measure or a sink raises, training goes on."""
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -170,7 +170,10 @@ class Analysis:
         self._cadence.trained(started - self._clock)
         self._capture.paused = True
         try:
-            seconds = self._take_and_write(names)
+            if planned:
+                taken = started - self._capture.started
+                names = self._schedule.afford(names, self.step, taken)
+            seconds = self._take_and_write(names) if names else {}
         except Exception as err:
             self._attempts.fail("capture", err, self.step)
             seconds = dict.fromkeys(names, 0.0)
@@ -178,10 +181,7 @@ class Analysis:
             self._capture.paused = False
             self._capture.end_step()
             self._clock = time.perf_counter()
-        # What is nobody's own (capture, records, writing) is shared out.
-        rest = (self._clock - started - sum(seconds.values())) / max(1, len(seconds))
-        for name, own in seconds.items():
-            self._cadence.measured(name, own + rest)
+        self._schedule.enter(seconds, self._clock - started, self.step)
 
     def _take_and_write(self, names: set[str]) -> dict[str, float]:
         """Take the named measures, write their records, return what each took."""
@@ -194,11 +194,8 @@ class Analysis:
         if "masks" in seconds:
             seconds["masks"] += self._capture.spent()
         cost = {"cost/share": self._cadence.share}
-        for name, own in seconds.items():
-            if name in self.absent:
-                self._cadence.put_off(name, self.step)
-            else:
-                cost[f"cost/seconds/{name}"] = own
+        found = {n: s for n, s in seconds.items() if n not in self.absent}
+        cost |= {f"cost/seconds/{name}": own for name, own in found.items()}
         records.update(self._ranks.first(cost))
         self.notes.update(snapshot.notes)
         self.absent.update(snapshot.absent)

@@ -102,6 +102,22 @@ class Attempts:
             if measure.name in state and hasattr(measure, "load_state_dict"):
                 measure.load_state_dict(state[measure.name])
 
+    def lacks(self, name: str) -> bool:
+        """Whether the last attempt at a measure gave nothing."""
+        return name in self._absent or "capture" in self._absent
+
+    def postpone(self, name: str, seconds: float) -> None:
+        """Say why a first measurement waits.
+
+        Args:
+            name: The measure.
+            seconds: What it is estimated at.
+        """
+        self._absent[name] = (
+            f"put off: it may take some {seconds:.0f} s, for which training has not "
+            "paid yet; `analysis.measure()` takes it now, `every=` at fixed steps"
+        )
+
     def fail(self, name: str, err: Exception, step: int) -> None:
         """Enter a failure: say why once, and put off what failed.
 

@@ -4,29 +4,51 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+ADVANCE: Final = 60.0  # seconds of training, whose budget is there from the start
+_LEAST_PART: Final = 0.2  # of the largest
 
 
 class Cadence:
-    """Decides which measures are due at a step.
+    r"""Decides which measures are due at a step.
 
-    With a number, every measure is due at its multiples. With ``"auto"`` each measure
-    has an equal part of the budget: what it cost, and what it would cost again, is a
-    debt that training time pays off, and it is due again when the debt is paid. Only
-    the first measurement, whose cost nobody knows, is on credit: from the second on
-    the share of the analysis is within the budget, unless a measurement costs more
-    than the last one did. Idle time saves nothing up.
+    With a number, every measure is due at its multiples. With ``"auto"`` what a measure
+    cost, and what it would cost again, is a debt that its part of the budget pays off,
+    and it is due again when the debt is paid. Parts are as the square roots of costs,
+    for of all ways to spend a budget :math:`B` that makes the numbers youngest on
+    average: :math:`\sum_i 1 / r_i` with rates :math:`\sum_i r_i c_i = B` is least at
+    :math:`r_i \propto c_i^{-1/2}`, which spends :math:`r_i c_i \propto c_i^{1/2}`.
+    None is below a fifth of the largest. Idle time saves nothing up.
+
+    All of them stay within the whole budget, that of the first minute in advance, as
+    far as costs are what they were, or for a first measurement what it is estimated at:
+    cheap ones are made at once, dear ones as soon as there are savings for them. Since
+    first passes are slow, estimates are looked at again when steps have doubled.
 
     Args:
         every: Optimizer steps between measurements, or ``"auto"``.
         budget: Share of the whole time that measuring may take, in ``(0, 1)``.
         names: Names of the measures.
+        passes: About how many forward and backward passes a measurement takes, by
+            name; one that is left out is made at once.
+
+    Attributes:
+        first: Measures that were not taken yet, and their passes.
 
     Raises:
         ValueError: If ``every`` or ``budget`` is out of range.
     """
 
-    def __init__(self, every: int | str, budget: float, names: list[str]) -> None:
+    def __init__(
+        self,
+        every: int | str,
+        budget: float,
+        names: list[str],
+        passes: Mapping[str, float] | None = None,
+    ) -> None:
         counted = isinstance(every, numbers.Integral) and not isinstance(every, bool)
         steps = int(every) if counted else 0
         if every != "auto" and steps < 1:
@@ -40,23 +62,64 @@ class Cadence:
                 f"attach_analysis: expected `budget` in (0, 1), got {budget!r}"
             )
         self.every = steps or every
-        self._earning = budget / (1.0 - budget) / max(1, len(names))
+        self._earning = budget / (1.0 - budget)
         self._debt = dict.fromkeys(names, 0.0)
-        self._latest = dict.fromkeys(names, 0.0)
+        self._latest = dict.fromkeys(names, 0.0)  # cost, before the first the estimate
+        self.first = {name: (passes or {}).get(name, 0.0) for name in names}
+        self._look = sys.maxsize  # step at which to estimate what waits once more
+        self._pass = math.inf  # seconds, the least seen
+        self._parts = dict.fromkeys(names, 1.0 / max(1, len(names)))
         self.measured_seconds = 0.0
         self.training_seconds = 0.0
         # Every step comes by here: debts are settled where it may matter alone.
         self._unsettled = 0.0
-        self._least = 0.0
+        self._rest = 0.0  # seconds of training until a debt is paid
 
     def due(self, step: int) -> list[str]:
         """Return the names of the measures to take at ``step``."""
         if isinstance(self.every, int):
             return list(self._debt) if step % self.every == 0 else []
-        if self._earning * self._unsettled < self._least:
+        if self._unsettled < self._rest and step < self._look:
             return []
         self._settle()
-        return [name for name, debt in self._debt.items() if debt <= 0]
+        first = self.first if step >= self._look else {}
+        return [n for n, debt in self._debt.items() if debt <= 0 or n in first]
+
+    def expect(self, seconds: float) -> None:
+        """Estimate first measurements by what a pass of the model has taken."""
+        if self.every != "auto" or seconds >= self._pass:
+            return
+        self._pass = seconds
+        for name, passes in self.first.items():
+            self._owe(name, passes * seconds - self._latest[name])
+            self._latest[name] = passes * seconds
+        self._share_out()
+
+    def afford(self, names: Iterable[str], step: int) -> dict[str, float]:
+        """Return those of ``names`` that have to wait, and the seconds they may take.
+
+        Args:
+            names: Names of the measures that are due.
+            step: The step.
+        """
+        if self.every != "auto":
+            return {}
+        self._settle()
+        earned = self._earning * max(self.training_seconds, ADVANCE)
+        saved = earned - self.measured_seconds
+        waiting = {}
+        for name in sorted(names, key=lambda n: (self._latest[n], n)):
+            cost = self._latest[name]
+            if cost <= saved:
+                saved -= cost
+            else:
+                waiting[name] = cost
+                self._debt[name] = (cost - saved) * self._parts[name]
+        if first := self.first.keys() & set(names):
+            again = not first.isdisjoint(waiting)
+            self._look = max(1, 2 * step) if again else sys.maxsize
+        self._settle()
+        return waiting
 
     def trained(self, seconds: float) -> None:
         """Pay off debts with training time."""
@@ -66,23 +129,42 @@ class Cadence:
     def _settle(self) -> None:
         earned, self._unsettled = self._earning * self._unsettled, 0.0
         for name, debt in self._debt.items():
-            self._debt[name] = max(0.0, debt - earned)
-        self._least = min(self._debt.values(), default=math.inf)
+            self._debt[name] = max(0.0, debt - earned * self._parts[name])
+        rests = (debt / self._parts[name] for name, debt in self._debt.items())
+        self._rest = min(rests, default=math.inf) / self._earning
 
     def _owe(self, name: str, seconds: float) -> None:
         self._settle()
         self._debt[name] += seconds
-        self._least = min(self._debt.values())
+        self._settle()
+
+    def _share_out(self) -> None:
+        """Divide the budget by what measures cost now."""
+        self._settle()
+        roots = {name: math.sqrt(cost) for name, cost in self._latest.items()}
+        least = _LEAST_PART * max(roots.values(), default=0.0) or 1.0
+        parts = {name: max(root, least) for name, root in roots.items()}
+        self._parts = {name: x / sum(parts.values()) for name, x in parts.items()}
+        self._settle()
 
     def measured(self, name: str, seconds: float) -> None:
         """Enter a measurement, and the next one as if it cost as much."""
         self.measured_seconds += seconds
         self._owe(name, 2 * seconds - self._latest[name])
         self._latest[name] = seconds
+        self.first.pop(name, None)
+        self._share_out()
 
-    def put_off(self, name: str, step: int) -> None:
-        """Look for what a measure lacks no more often than if it cost a step."""
-        self._owe(name, self.training_seconds / max(1, step))
+    def put_off(self, name: str, step: int, seconds: float = 0.0) -> None:
+        """Look for what a measure lacks no more often than if it cost a step.
+
+        Args:
+            name: The measure.
+            step: The step.
+            seconds: What it took to see that it lacks something, or fails.
+        """
+        self.measured_seconds += seconds
+        self._owe(name, seconds + self.training_seconds / max(1, step))
 
     def wait(self, step: int) -> int:
         """Return the steps until something may be due, at the pace so far.
@@ -91,9 +173,9 @@ class Cadence:
         little.
         """
         self._settle()
-        earned = self._earning * self.training_seconds / max(1, step)
-        owed = self._least if self._debt else 0.0
-        return max(1, min(step, math.ceil(owed / earned) if earned else 1))
+        pace = self.training_seconds / max(1, step)
+        rest = self._rest if self._debt else 0.0
+        return max(1, min(step, math.ceil(rest / pace) if pace else 1))
 
     @property
     def share(self) -> float:
@@ -116,7 +198,7 @@ class Cadence:
         self._latest = {name: numbers[f"cost of {name}"] for name in self._debt}
         self.measured_seconds = numbers["measured"]
         self.training_seconds = numbers["training"]
-        self._settle()
+        self._share_out()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` needs to go on."""
@@ -124,6 +206,7 @@ class Cadence:
         return {
             "debt": dict(self._debt),
             "cost": dict(self._latest),
+            "first": list(self.first),
             "measured_seconds": self.measured_seconds,
             "training_seconds": self.training_seconds,
         }
@@ -133,6 +216,9 @@ class Cadence:
         self._settle()
         for mine, saved in ((self._debt, "debt"), (self._latest, "cost")):
             mine.update({n: s for n, s in state[saved].items() if n in mine})
+        for name in state["debt"].keys() - set(state.get("first", ())):
+            self.first.pop(name, None)
         self.measured_seconds = state["measured_seconds"]
         self.training_seconds = state["training_seconds"]
-        self._settle()
+        self._look = 0 if self.first else sys.maxsize
+        self._share_out()

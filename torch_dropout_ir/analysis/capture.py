@@ -63,6 +63,7 @@ class Capture:
         bystanders: What the measures' own passes leave aside.
         want_masks: Whether to observe the masks of the coming pass.
         want_targets: Whether to look for the targets of the coming pass.
+        started: When the last pass looked at began, by ``time.perf_counter()``.
         paused: True while the analysis itself runs the model.
     """
 
@@ -75,9 +76,9 @@ class Capture:
         self.calls: dict[str, Site] = {}
         self.unseen: dict[str, str] = {}
         self.want_masks = self.want_targets = True
-        self.paused, self.failure, self.unlike = False, "", ""
+        self.failure, self.unlike, self.started = "", "", float("-inf")
         self._own: OwnPass | None = None
-        self._open = self._with_graph = self._outside = False
+        self.paused = self._open = self._with_graph = self._outside = False
         self._seconds = 0.0
         self._versions: list[int] = []
         self._outputs: Any = None
@@ -169,9 +170,9 @@ class Capture:
         if self._only_looks() or any(map(mapped, args)):
             return
         sweep()
+        self.started = time.perf_counter()
         self._with_graph = torch.is_grad_enabled()
-        self.inputs = Inputs(args, kwargs)
-        self._versions = versions((args, kwargs))
+        self.inputs, self._versions = Inputs(args, kwargs), versions((args, kwargs))
         self._start = self._end = None
         if self._open or self.want_masks or self.want_targets:
             self._open_step()

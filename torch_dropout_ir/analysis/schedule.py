@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Set
 
 from torch_dropout_ir.analysis.attempts import Attempts
 from torch_dropout_ir.analysis.cadence import Cadence
@@ -45,6 +46,40 @@ class Schedule:
         numbers = self._ranks.first(self._cadence.numbers())
         self._cadence.load_numbers(numbers)
         self._review = step + self._cadence.wait(step)
+
+    def afford(self, names: Set[str], step: int, seconds: float) -> set[str]:
+        """Return those of ``names`` for which there is a budget, of all ranks alike.
+
+        Args:
+            names: Measures that are due.
+            step: The step.
+            seconds: What the passes of this step have taken.
+        """
+        self._cadence.expect(seconds)
+        if self._ranks.size > 1 and self._cadence.every == "auto":
+            with self._ranks.together():
+                numbers = self._ranks.first(self._cadence.numbers())
+            self._cadence.load_numbers(numbers)
+        waiting = self._cadence.afford(names, step)
+        for name in waiting.keys() & self._cadence.first.keys():
+            self._attempts.postpone(name, waiting[name])
+        return set(names) - waiting.keys()
+
+    def enter(self, seconds: Mapping[str, float], whole: float, step: int) -> None:
+        """Enter what measures took.
+
+        Args:
+            seconds: What each took by itself.
+            whole: All of it: what is nobody's own (capture, records, writing) is
+                shared out.
+            step: The step.
+        """
+        rest = (whole - sum(seconds.values())) / max(1, len(seconds))
+        for name, own in seconds.items():
+            if self._attempts.lacks(name):
+                self._cadence.put_off(name, step, own + rest)
+            else:
+                self._cadence.measured(name, own + rest)
 
     def restart(self) -> None:
         """Look at the clock at the next step, whatever was planned."""

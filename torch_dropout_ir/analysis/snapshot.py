@@ -186,6 +186,10 @@ def theory_note(model: nn.Module, optimizer: Optimizer | None) -> dict[str, str]
 class Measure(Protocol):
     """What to compute, and what must have been captured for it.
 
+    One that takes long can say so by ``passes``, about the number of forward and
+    backward passes that a measurement takes: with ``every="auto"`` its first one waits
+    until it can be paid.
+
     One that keeps something between measurements can have ``state_dict`` and
     ``load_state_dict``: they are part of the analysis's own.
 

@@ -31,6 +31,7 @@ class Regularizer:
 
     def __init__(self, num_masks: int = 8) -> None:
         self.num_masks = num_masks
+        self.passes = float(num_masks)
 
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``regularizer/R1``, its sites and error, ``loss/R_S`` and modified."""
@@ -144,6 +145,7 @@ class DropoutNoise:
         "targets",
         "gradients",
     })
+    passes = 3.0
 
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``regularizer/R2_dropout_noise``."""

@@ -87,6 +87,8 @@ class Sharpness:
         self.trace_matvecs = trace_matvecs
         self.density_steps = density_steps
         self.slice_points = slice_points
+        # A product is worth some four passes, and twenty of them usually do.
+        self.passes = 4.0 * min(max_matvecs, 20) + trace_matvecs + slice_points / 2
 
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return the records ``sharpness/...`` with their errors."""

@@ -1,0 +1,197 @@
+"""When measures are taken: by clocks that the tests hold."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import torch_dropout_ir as tdi
+from torch_dropout_ir.analysis.cadence import ADVANCE, Cadence
+from torch_dropout_ir.analysis.measures import (
+    DropoutNoise,
+    Regularizer,
+    Sharpness,
+    default_measures,
+)
+
+PASSES = {"gradient": 0.0, "regularizer": 8.0, "noise": 3.0, "sharpness": 120.0}
+COSTS = PASSES | {"gradient": 0.1, "condensation": 4.0}  # in steps
+
+
+def simulate(step, steps, budget=0.05, cost=1.0):
+    """Seconds by step at which measures were taken, and the share after each step."""
+    cadence = Cadence("auto", budget, list(COSTS), PASSES)
+    taken, shares = {name: [] for name in COSTS}, []
+    for k in range(steps):
+        due = set(cadence.due(k))
+        if due:
+            cadence.expect(step)
+            for name in due - cadence.afford(due, k).keys():
+                cadence.measured(name, cost * COSTS[name] * step)
+                taken[name].append(k)
+        cadence.trained(step)
+        shares.append((cadence.training_seconds, cadence.share))
+    return taken, shares
+
+
+@pytest.mark.parametrize("step", [0.002, 0.012, 0.2, 1.0, 5.0])
+@pytest.mark.parametrize("budget", [0.01, 0.05, 0.3])
+def test_the_share_is_within_the_budget_after_the_first_minute(step, budget):
+    taken, shares = simulate(step, int(max(600 / budget, 100 / step)), budget)
+    # What cannot be estimated is taken at once, and paid after that minute.
+    after = ADVANCE + 4.1 * step * (1 - budget) / budget
+    assert max(share for t, share in shares if t >= after) <= budget + 1e-9
+    assert min(map(len, taken.values())) >= 2
+    assert shares[-1][1] > budget / 2  # and it is used
+
+
+def test_what_the_first_minute_pays_for_is_taken_at_once():
+    taken, _ = simulate(0.012, 10)
+    assert all(steps[0] == 0 for steps in taken.values())
+    taken, _ = simulate(0.2, 10_000)
+    first = {name: steps[0] for name, steps in taken.items()}
+    assert 2280 < first.pop("sharpness") < 4560  # 24 s, at 0.0105 s a step
+    assert set(first.values()) == {0}
+
+
+def test_first_costs_that_were_underestimated_are_paid_back():
+    taken, shares = simulate(0.2, 60_000, cost=3.0)
+    late = [share for t, share in shares if t > 3000]
+    assert len(taken["sharpness"]) > 2 and max(late) <= 0.05 + 1e-9
+
+
+def test_an_estimate_falls_with_the_passes_and_never_rises():
+    cadence = Cadence("auto", 0.05, ["dear"], {"dear": 100.0})
+    assert cadence.due(0) == ["dear"]
+    cadence.expect(1.0)  # a cold start
+    assert cadence.afford(["dear"], 0) == {"dear": 100.0}
+    cadence.trained(1.0)
+    assert cadence.due(1) == ["dear"]  # it is looked at again
+    cadence.expect(2.0)
+    assert cadence.afford(["dear"], 1) == {"dear": 100.0}
+    cadence.trained(1.0)
+    cadence.expect(0.01)
+    assert cadence.due(2) == ["dear"] and not cadence.afford(["dear"], 2)
+
+
+def test_waiting_is_looked_at_when_steps_have_doubled():
+    cadence = Cadence("auto", 0.05, ["dear", "cheap"], {"dear": 1e9})
+    cadence.measured("cheap", 1e-6)
+    looked = []
+    for step in range(1000):
+        if "dear" in cadence.due(step):
+            looked.append(step)
+            cadence.expect(1.0)
+            assert cadence.afford(["dear"], step)
+            assert not cadence.afford(["cheap"], step)  # which changes nothing
+        cadence.trained(1.0)
+    assert looked == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+
+
+def test_rates_are_those_of_the_youngest_numbers():
+    """Against a search: no other way to spend the budget has a lower mean age."""
+    prices = {"a": 1.0, "b": 4.0, "c": 9.0}
+    cadence, taken = Cadence("auto", 0.1, list(prices)), dict.fromkeys(prices, 0)
+    steps = 200_000
+    for step in range(steps):
+        for name in cadence.due(step):
+            cadence.measured(name, prices[name])
+            taken[name] += 1
+        cadence.trained(1.0)
+    found = sum(steps / n for n in taken.values())
+    income = 0.1 / 0.9
+    cuts = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    a, b = torch.meshgrid(cuts, cuts, indexing="ij")
+    ages = (1 / a + 4 / b + 9 / (1 - a - b)) / income
+    best = float(ages[a + b < 0.995].min())
+    assert found == pytest.approx(best, rel=0.01)
+
+
+class Clock:
+    """Seconds that pass when it is told."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class Slow:
+    """Takes fake seconds."""
+
+    needs = frozenset({"gradients"})
+
+    def __init__(self, name, clock, seconds, passes=None):
+        self.name, self.clock, self.seconds = name, clock, seconds
+        if passes is not None:
+            self.passes = passes
+
+    def __call__(self, snapshot):
+        self.clock.now += self.seconds
+        return {f"{self.name}/x": 1.0}
+
+
+def watched(monkeypatch, steps, **options):
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            clock.now += 0.5
+            return super().forward(x)
+
+    model = Net(3, 2)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    measures = [Slow("light", clock, 0.1), Slow("dear", clock, 50.0, passes=100.0)]
+    with tdi.attach_analysis(
+        model, log_dir=False, measures=measures, **options
+    ) as watch:
+        clock.now += 7.0  # data are loaded
+        for _ in range(steps):
+            sgd.zero_grad()
+            model(torch.ones(4, 3)).square().mean().backward()
+            clock.now += 0.5
+            sgd.step()
+    return watch
+
+
+def test_a_dear_measure_waits_for_its_budget(monkeypatch):
+    short = watched(monkeypatch, 100)
+    assert short.history["light/x"][0][0] == 0
+    assert "dear/x" not in short.history and short.cost_share < 0.05
+    assert "some 100 s" in short.absent["dear"] and "dear" in short.summary()
+    long = watched(monkeypatch, 3000)
+    step = long.history["dear/x"][0][0]
+    assert 1900 < step < 2400 and "dear" not in long.absent and long.cost_share < 0.05
+    by_number = watched(monkeypatch, 2, every=1)
+    assert [step for step, _ in by_number.history["dear/x"]] == [0, 1]
+
+
+def test_a_larger_budget_takes_it_at_once(monkeypatch):
+    found = watched(monkeypatch, 1, budget=0.7)
+    assert found.history["dear/x"] == [(0, 1.0)]
+
+
+def test_schedules_resume_with_what_waits(monkeypatch):
+    first = watched(monkeypatch, 100)
+    again = Cadence("auto", 0.05, ["light", "dear"], {"dear": 100.0})
+    again.load_state_dict(first._cadence.state_dict())
+    assert again.due(100) == ["dear"]  # looked at, and not taken
+    assert again.afford(["dear"], 100) == {"dear": pytest.approx(100.0)}
+
+
+def test_the_dear_ones_of_the_default_say_so():
+    said = {m.name: getattr(m, "passes", 0.0) for m in default_measures()}
+    assert said["sharpness"] > 10 * said["regularizer"] > said["dropout_noise"] > 0
+    assert Sharpness(max_matvecs=5, trace_matvecs=0, slice_points=0).passes == 20
+    assert Regularizer(num_masks=2).passes == 2 and DropoutNoise().passes == 3
+
+
+def test_several_batches_take_several_times_as_long():
+    data = [(torch.ones(4, 3), torch.zeros(4, 2))] * 3
+    model = nn.Sequential(nn.Dropout(), nn.Linear(3, 2))
+    with tdi.attach_analysis(model, "mse", log_dir=False, data=data) as analysis:
+        assert analysis._cadence.first["sharpness"] == 3 * Sharpness().passes
+        assert analysis._cadence.first["regularizer"] == Regularizer().passes
