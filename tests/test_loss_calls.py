@@ -75,6 +75,15 @@ def written(model):
     return total
 
 
+def filled(model):
+    """Terms by sample that are written on, as label smoothing does for padding."""
+    logs = model(X).log_softmax(1)
+    own, each = -logs.gather(1, LABELS[:, None]), -logs
+    own.masked_fill_(LABELS[:, None] == 1, 0.0)
+    each *= torch.linspace(0, 1, 8)[:, None]
+    return own.sum() / 5 + each.mean()
+
+
 HEAD = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
 NORM = nn.InstanceNorm1d(3, track_running_stats=True)
 
@@ -97,6 +106,7 @@ SCRIPTS = {
     "weighted": (mlp, weighted, "general"),
     "added": (mlp, summed, "general"),
     "written": (mlp, written, "general"),
+    "filled": (mlp, filled, "general"),
     "model's, written": (Pair, lambda m: m(X, y=[Y])["loss"].mul_(2), "general"),
     "module": (mlp, lambda m: nn.MSELoss()(m(X), Y), "squared"),
     "structure": (Pair, lambda m: F.mse_loss(m(X)["logits"], Y), "general"),
@@ -301,6 +311,17 @@ def test_a_loss_module_with_parameters_of_its_own_is_the_whole_loss():
     more, clean = measured(mlp(), lambda m: criterion(m(X), LABELS) + norm)
     assert more.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
     assert not more.notes["loss/R_S"]
+
+
+def test_what_is_written_on_behind_the_back_of_autograd_is_not_followed():
+    def script(model):
+        each = (model(X) - Y).square()
+        with torch.no_grad():
+            each *= 2  # its gradient stays that of the half
+        return each.mean()
+
+    analysis, _ = measured(mlp(), script)
+    assert "loss" in analysis.absent["regularizer"]
 
 
 def test_metrics_that_are_written_on_are_no_part_of_the_loss():

@@ -28,7 +28,7 @@ _RANDOM: Final = ("bernoulli", "dropout", "multinomial", "normal_", "rand", "rre
 _OPTIONS: Final = ("momentum", "eps", "cudnn_enabled")
 _TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
 _DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
-_ON_NUMBERS: Final = ("add_", "sub_", "mul_", "div_")
+_WRITES: Final = ("add_", "sub_", "mul_", "div_", "masked_fill_")
 
 
 class At(NamedTuple):
@@ -198,24 +198,27 @@ def without_factors(at: At, steps: list[Step], passes: int) -> At:
 def unwritten(
     func: Callable[..., Any], args: tuple[Any, ...], known: At | None
 ) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
-    """Return a call that makes what another is about to write on a number.
+    """Return a call that makes what another is about to write.
 
     Args:
         func: What is about to be called, as by ``loss += ...``.
         args: Its arguments.
-        known: Where the number comes from; None where it is none of the outputs', and
-            its value is kept.
+        known: Where what is written on comes from; None where it is none of the
+            outputs', and its value is kept.
 
     Returns:
-        Function and arguments; None where the call writes no number so.
+        Function and arguments; None where the call writes otherwise, or on the outputs.
     """
     name = getattr(func, "__name__", "")
-    if name not in _ON_NUMBERS or not args or args[0].numel() != 1:
+    if name not in _WRITES or not args:
         return None
-    if known is None and args[0].requires_grad:
+    x, number = args[0], args[0].numel() == 1
+    if known is None and x.requires_grad:
         return None  # a sum over several passes
-    number = args[0] if known is not None else args[0].detach().clone()
-    return getattr(Tensor, name[:-1]), (number, *args[1:])
+    if not number and (known is None or known.of != "steps"):
+        return None
+    x = x if known is not None else x.detach().clone()
+    return getattr(Tensor, name[:-1]), (x, *args[1:])
 
 
 def inside(x: Any, kind: type) -> Iterator[Any]:

@@ -8,7 +8,8 @@ Semantics:
 * Of that number the last factor is taken away where it is a tensor, as a gradient
   scaler has it, and a division by the number of passes that went backward since the
   last optimizer step, as scripts that accumulate gradients do it.
-* A number that is written on (``loss += ...``) is followed as if a new one were made.
+* What is written on (``loss += ...``, ``each.masked_fill_(...)``), but for the outputs
+  themselves, is followed as if a new tensor were made.
 * Nothing else is followed that was written on, nor what draws random numbers, has a
   derivative of its own (``autograd.Function``, compiled code), or depends on the
   model's parameters by another way than the outputs. What comes of others is constant.
@@ -236,8 +237,8 @@ class LossCalls(TorchFunctionMode):
     ) -> None:
         """List a call, if something of the outputs goes in and tensors come out.
 
-        One that writes is followed where it writes a number: ``number`` is that call
-        without writing.
+        One that writes is followed by ``number``, where there is that call without
+        writing.
         """
         results = out if isinstance(out, (tuple, list)) else (out,)
         into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
