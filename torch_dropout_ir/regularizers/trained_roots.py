@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any, Final
 
 import torch
@@ -15,7 +16,7 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.known_gradient import parts_pay, with_gradient
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
-from torch_dropout_ir.regularizers.site_forms import Form, by_row, total
+from torch_dropout_ir.regularizers.site_forms import Form, by_row, not_reached, total
 
 # Losses whose Hessian has a root that is a function of the outputs.
 ROOTED: Final = ("squared", "cross_entropy")
@@ -133,7 +134,7 @@ class RootsByChunks:
     ) -> None:
         self._model, self._batch, self._loss = model, batch, loss
         self._params = [x for x in model.parameters() if x.requires_grad]
-        self._weight = weight
+        self._weight, self._names = weight, clean.names
         self._read = dataclasses.replace(
             read, tensors=[x.detach() for x in read.tensors]
         )
@@ -151,15 +152,18 @@ class RootsByChunks:
         kind = self._read.loss.kind
         signs = weighted_signs(self._read.loss, self._read.single, self._batch[1])
         gradient: list[Tensor | None] = [None] * len(self._params)
+        reached: list[Form] = []
 
         def take(clean: CleanPass, read: OutputsRead, rows: Tensor) -> Tensor:
             own = self.chunks.take(signs, rows)
             (f,) = read.tensors
-            form = part = total(drawn_form(clean, f, own, kind), f)
+            found = drawn_form(clean, f, own, kind)
+            reached.extend((name, form.detach()) for name, form in found)
+            form = part = total(found, f)
             if self._weight:
                 part = form + self._weight * read.risk(read.tensors)
-            found = torch.autograd.grad(part, self._params, allow_unused=True)
-            for i, g in enumerate(found):
+            slopes = torch.autograd.grad(part, self._params, allow_unused=True)
+            for i, g in enumerate(slopes):
                 if g is not None:
                     before = gradient[i]
                     gradient[i] = g if before is None else before + g
@@ -169,6 +173,8 @@ class RootsByChunks:
             forms = self.chunks.each(take)
             if forms is None:  # other rows than the first meet
                 return self._whole(signs, kind)
+        for said in not_reached(self._names, reached):
+            warnings.warn(f"modified_loss: R_1: {said}", stacklevel=4)
         value = torch.stack(forms).sum() + self._weight * risk
         return with_gradient(value, self._params, gradient)
 
