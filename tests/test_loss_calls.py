@@ -560,3 +560,21 @@ def test_a_loss_module_may_take_more_than_targets():
     clean = float(criterion(model.eval()(x), *rest).detach())
     assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
     assert "regularizer/R1" in analysis.latest
+
+
+def test_what_autocast_has_narrowed_is_read_in_the_parameters_precision():
+    """The input comes of another model, and so does a key that the loss multiplies."""
+    before, net, other = nn.Linear(6, 6), mlp(), nn.Linear(6, 3)
+    optimizer = torch.optim.SGD([*before.parameters(), *net.parameters()], 0.1)
+    measures = [Regularizer(num_masks=4)]
+    with tdi.attach_analysis(net, log_dir=False, every=1, measures=measures) as seen:
+        with torch.autocast("cpu", torch.bfloat16):
+            h, key = before(X), other(X)
+            loss = F.cross_entropy(net(h) @ key.T, LABELS)
+        loss.backward()
+        clean = nn.Sequential(net[0], net[1], net[3])(h.float())
+        expected = F.cross_entropy(clean @ key.float().T, LABELS)
+        optimizer.step()
+    assert h.dtype == key.dtype == torch.bfloat16
+    assert seen.latest["loss/R_S"] == pytest.approx(expected.item(), rel=1e-6)
+    assert not seen.absent

@@ -63,6 +63,7 @@ class Capture:
         bystanders: What the measures' own passes leave aside.
         want_masks: Whether to observe the masks of the coming pass.
         want_targets: Whether to look for the targets of the coming pass.
+        cast: Whether autocast was on when it began.
         started: When the last pass looked at began, by ``time.perf_counter()``.
         paused: True while the analysis itself runs the model.
     """
@@ -78,7 +79,7 @@ class Capture:
         self.want_masks = self.want_targets = True
         self.failure, self.unlike, self.started = "", "", float("-inf")
         self._own: OwnPass | None = None
-        self.paused = self._open = self._with_graph = self._outside = False
+        self.paused = self.cast = self._open = self._with_graph = self._outside = False
         self._seconds = 0.0
         self._versions: list[int] = []
         self._outputs: Any = None
@@ -173,6 +174,7 @@ class Capture:
         self.started = time.perf_counter()
         self._with_graph = torch.is_grad_enabled()
         self.inputs, self._versions = Inputs(args, kwargs), versions((args, kwargs))
+        self.cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         self._start = self._end = None
         if self._open or self.want_masks or self.want_targets:
             self._open_step()

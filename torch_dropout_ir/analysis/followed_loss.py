@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -22,6 +23,7 @@ _NORMALIZES: Final[dict[Any, tuple[tuple[str, ...], str, bool]]] = {
     torch.batch_norm: (_TORCHS, "training", False),
     torch.instance_norm: (_TORCHS, "use_input_stats", True),
 }
+_HALF: Final = (torch.bfloat16, torch.float16)
 _RANDOM: Final = ("bernoulli", "dropout", "multinomial", "normal_", "rand", "rrelu")
 _OPTIONS: Final = ("momentum", "eps", "cudnn_enabled")
 _TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
@@ -135,13 +137,26 @@ class FollowedLoss:
             return value if at.element is None else value[at.element]
 
         for place, step in self._steps.items():
-            args, kwargs = filled((step.args, step.kwargs), At, read)
+            args, kwargs = _of_one_precision(filled((step.args, step.kwargs), At, read))
             with torch.set_grad_enabled(
                 torch.is_grad_enabled() and step.differentiated
             ):
                 results[place] = step.function(*args, **kwargs)
         value: Tensor = read(self._result)
         return value
+
+
+def _of_one_precision(given: Any) -> Any:
+    """Return arguments with those in half precision as wide as the widest.
+
+    What autocast has made of other models is read beside outputs that are not cast.
+    """
+    shaped = [x for x in inside(given, Tensor) if x.ndim and x.is_floating_point()]
+    kinds = {x.dtype for x in shaped}
+    if len(kinds) < 2 or kinds.isdisjoint(_HALF):
+        return given
+    widest = functools.reduce(torch.promote_types, kinds)
+    return filled(given, Tensor, lambda x: x.to(widest) if x.dtype in _HALF else x)
 
 
 def leading_to(result: At, steps: list[Step]) -> dict[int, Step]:

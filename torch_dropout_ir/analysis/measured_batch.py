@@ -6,6 +6,10 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
 from torch_dropout_ir.analysis.capture import Capture
 from torch_dropout_ir.functional import Batch, Inputs
 from torch_dropout_ir.losses import Loss, resolve_loss
@@ -55,6 +59,8 @@ class MeasuredBatch:
         """
         inputs = capture.inputs
         targets = None if inputs is None else self._targets(capture, targets_of(inputs))
+        if inputs is not None and capture.cast:
+            inputs, targets = _uncast((inputs, targets), capture.watched)
         self.note["loss/R_S"] = self._part
         if targets is not None:
             self._last = inputs, targets
@@ -82,3 +88,20 @@ class MeasuredBatch:
             return targets
         # A model that computes its loss itself has the targets among its inputs.
         return capture.inputs if own is None else own
+
+
+def _uncast(batch: Batch, model: nn.Module) -> Batch:
+    """Return what autocast has narrowed in the parameters' precision: values stay."""
+    half = (torch.bfloat16, torch.float16)
+    if any(x.dtype in half for x in model.parameters()):
+        return batch
+
+    def cast(x: Tensor) -> Tensor:
+        return x.float() if x.dtype in half else x
+
+    def wide(given: Any) -> Any:
+        if isinstance(given, Inputs):
+            return Inputs(*wide((given.args, dict(given.kwargs))))
+        return tree_map_only(Tensor, cast, given)
+
+    return wide(batch[0]), wide(batch[1])
