@@ -35,8 +35,9 @@ _ONCE: Final = (
     "CTC and the margin losses. Write it in others (`nn.Embedding` and a mean), or "
     "use `kind='L1'` or 'L4' with `r1='monte_carlo'`."
 )
-# Nodes of a gradient's graph that raise when the penalty is differentiated.
-_ABSENT: Final = ("NotImplemented", "EmbeddingBagBackwardBackward")
+# Nodes of a gradient's graph that raise when the penalty is differentiated, if they are
+# reached: a derivative in the parameters alone goes past them.
+_ABSENT: Final = ("NotImplemented", "EmbeddingBagBackwardBackward", "autograd::Error")
 _KNOWN: Final = ("EmbeddingBag", "Ctc", "Margin")
 
 
