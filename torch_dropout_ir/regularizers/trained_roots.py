@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_scales import cross_entropy_scale, squared_scale
@@ -44,9 +45,17 @@ def drawn_form(
         The forms of the sites that the outputs depend on.
     """
     root = signs if kind == "squared" else _softmax_root(outputs, signs)
+    if root_of(outputs) is not None and not root.requires_grad:
+        root = root.requires_grad_()
     found = torch.autograd.grad(
         outputs, clean.deltas, root, create_graph=True, allow_unused=True
     )
+    if once_differentiable(found):
+        raise NotImplementedError(
+            "modified_loss: expected a model that torch can differentiate twice, got "
+            "one with a function that it can differentiate once "
+            "(`once_differentiable`). Use `r1='monte_carlo'`."
+        )
     return [
         by_row(site, site.variance / 2 * (h * g).sum_to_size(shape).square())
         for (site, h, _), g in zip(clean.uses, found, strict=True)
