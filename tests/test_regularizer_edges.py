@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn.attention.bias import causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
-from torch_dropout_ir import attach_analysis
+from torch_dropout_ir import attach_analysis, sharpness
 from torch_dropout_ir.analysis.measures import Regularizer, received_r2
 from torch_dropout_ir.functional import Inputs, at_sites, call, fresh
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
+    clean_pass,
     gauss_newton,
     gradient_norm,
     leave_one_out,
@@ -387,6 +388,79 @@ def test_a_loss_of_no_target_is_no_zero(form, loss):
     batch = torch.randn(4, 3), torch.full((4,), -100)
     with pytest.raises(ValueError, match="finite"):
         form(net, batch, loss)
+
+
+class OnceSquare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, f):
+        ctx.save_for_backward(f)
+        return f * f
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, f):
+        ctx.save_for_backward(f)
+        return f * f
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Squares(nn.Sequential):
+    """Its outputs, or what its last layer is given, are such squares."""
+
+    def __init__(self, last):
+        super().__init__(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 2))
+        self.last = last
+
+    def forward(self, x):
+        if self.last:
+            return OnceSquare.apply(super().forward(x))
+        return self[2](OnceSquare.apply(self[1](self[0](x))))
+
+
+def plain():
+    return nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 2))
+
+
+ONCE = {
+    "loss": (plain, lambda f, t: OnceSquare.apply(f - t).mean()),
+    "inside": (lambda: Squares(last=False), "mse"),
+    "last": (lambda: Squares(last=True), "mse"),
+}
+
+
+@pytest.mark.parametrize("name", ONCE)
+@pytest.mark.parametrize("form", ["second_order", "L1", "hessian", "ggn"])
+def test_what_can_be_differentiated_once_is_no_number(form, name):
+    """Torch takes it for linear: all of these would be 0, or a part of the truth."""
+    make, loss = ONCE[name]
+    net, batch = make(), (torch.randn(5, 3), torch.randn(5, 2))
+    with pytest.raises((ValueError, NotImplementedError), match=r"once|again"):
+        if form == "second_order":
+            second_order(net, batch, loss)
+        elif form == "L1":
+            modified_loss(net, batch, loss, kind="L1", r1="gauss_newton").backward()
+        else:
+            op = getattr(sharpness, form)(net, loss, [batch])
+            op @ torch.ones(op.shape[0])
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda f, t: Square.apply(f - t).mean(), lambda f, _: f.sum()]
+)
+def test_a_function_of_its_own_that_can_be_differentiated_again_is_measured(loss):
+    net = plain().double()
+    batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    exact = second_order(net, batch, loss, num_samples=None).value.item()
+    assert exact == pytest.approx(truth(net, batch, loss), abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["L2", "L3", "regu"])
@@ -924,20 +998,28 @@ def test_a_form_that_is_zero_for_a_linear_loss_says_only_that():
         modified_loss(WithLoss(), batch, of_outputs, kind="L1", r1="gauss_newton")
 
 
-@pytest.mark.parametrize("r1", ["gauss_newton", "second_order"])
-def test_a_modified_loss_says_which_site_it_does_not_depend_on(r1):
+@pytest.mark.parametrize(
+    ("r1", "max_bytes"),
+    [("gauss_newton", None), ("gauss_newton", 0), ("second_order", 0)],
+)
+def test_a_modified_loss_says_which_site_it_does_not_depend_on(
+    r1, max_bytes, monkeypatch
+):
+    monkeypatch.setattr(clean_pass, "_FEWEST_ELEMENTS", 0)
+
     class Cut(nn.Module):
         def __init__(self):
             super().__init__()
-            self.drop = nn.Dropout(0.3)
+            self.drop, self.live = nn.Dropout(0.3), nn.Dropout(0.3)
             self.last = nn.Linear(3, 2)
 
         def forward(self, x):
-            return self.last(x) * self.drop(x[:, :2]).detach()
+            return self.last(self.live(x)) * self.drop(x[:, :2]).detach()
 
-    batch = torch.randn(5, 3), torch.randn(5, 2)
-    with pytest.warns(UserWarning, match="site `drop`: 0"):
-        modified_loss(Cut(), batch, "mse", kind="L1", r1=r1)
+    batch = torch.randn(16, 3), torch.randn(16, 2)
+    with pytest.warns(UserWarning, match="site `drop`: 0") as said:
+        modified_loss(Cut(), batch, "mse", kind="L1", r1=r1, max_bytes=max_bytes)
+    assert [one.filename for one in said] == [__file__]
 
 
 @pytest.mark.filterwarnings("ignore:size_average")

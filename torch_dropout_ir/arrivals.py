@@ -13,11 +13,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
+import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 Receive = Callable[[int, Tensor], None]  # of a derivative, or a part, by its number
 Leads = dict[int, tuple[int, Any]]
 Last = tuple[Any, Leads]
+ONCE: Final = "torch::autograd::Error"  # a node in the graph of such a derivative
 _TRANSPOSE: Final = "TBackward0"  # between the weight of a linear layer and its uses
 
 
@@ -104,6 +107,38 @@ def last_nodes(nodes: Iterable[Any], leaves: Sequence[Tensor]) -> list[Last]:
         if leads:
             found.append((node, leads))
     return found
+
+
+def root_of(value: Tensor) -> Tensor | None:
+    """Return the root of a derivative that will be differentiated again.
+
+    Without one that requires a gradient, torch takes a function that can be
+    differentiated once for a linear one, and says nothing.
+
+    Args:
+        value: What is differentiated, with its graph.
+
+    Returns:
+        Ones that require a gradient where a function of the graph has a derivative of
+        its own; None, which is as good, elsewhere.
+    """
+    nodes = graph_nodes([value.grad_fn] if value.grad_fn else [])
+    own = any(isinstance(node, BackwardCFunction) for node in nodes)
+    return torch.ones_like(value).requires_grad_() if own else None
+
+
+def once_differentiable(derivatives: Iterable[Tensor | None]) -> bool:
+    """Whether derivatives come from a function that can be differentiated once.
+
+    Args:
+        derivatives: Derivatives with their graph.
+
+    Returns:
+        True where such a function has left its error in the graph. It leads nowhere,
+        and what leads nowhere is not run where derivatives in tensors are asked for.
+    """
+    ends = [x.grad_fn for x in derivatives if x is not None and x.grad_fn]
+    return any(node.name() == ONCE for node in graph_nodes(ends))
 
 
 def graph_nodes(starts: Iterable[Any]) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_scales import (
     cross_entropy_scale,
@@ -46,14 +47,20 @@ def hessian_product(
                 "expected a loss that can be differentiated in the outputs, got one "
                 "whose value is cut off from them (detached, rounded or an argmax)"
             )
-        (gradient,) = torch.autograd.grad(value, f, create_graph=True)
+        (gradient,) = torch.autograd.grad(value, f, root_of(value), create_graph=True)
+    if once_differentiable([gradient]):
+        raise ValueError(
+            "expected a loss with a second derivative, got one that torch can "
+            "differentiate once (`once_differentiable`)"
+        )
 
     def product(v: Tensor) -> Tensor:
         if not gradient.requires_grad:  # the loss is linear in the outputs
             return torch.zeros_like(v)
         (found,) = torch.autograd.grad(
-            gradient, f, v, retain_graph=True, create_graph=differentiable
-        )
+            gradient, f, v, retain_graph=True, create_graph=differentiable,
+            materialize_grads=True,
+        )  # fmt: skip
         return found
 
     return product

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.coupling import (
     by_powers,
@@ -18,6 +19,10 @@ from torch_dropout_ir.regularizers.coupling import (
     weighs_alike,
 )
 
+_TWICE: Final = (
+    "expected a loss with a second derivative, got one whose derivative torch cannot "
+    "differentiate again ({}). Use `monte_carlo`."
+)
 _PIECEWISE: Final = (
     "expected a loss with a second derivative, got one that is piecewise {}: its "
     "second derivative is 0 at all outputs, and so would be every second-order form of "
@@ -91,8 +96,9 @@ class OutputsRead:
                     "expected a loss that can be differentiated in the outputs, got "
                     "one whose value is cut off from them (detached, or an argmax)"
                 )
+            root = root_of(value) if create_graph else None
             found = torch.autograd.grad(
-                value, list(at), create_graph=create_graph, allow_unused=True
+                value, list(at), root, create_graph=create_graph, allow_unused=True
             )
         pairs = zip(found, at, strict=True)
         return [torch.zeros_like(x) if g is None else g for g, x in pairs]
@@ -214,10 +220,7 @@ def _curved(
     except RuntimeError as err:
         if "derivative" not in str(err) and "differentiate twice" not in str(err):
             raise
-        raise ValueError(
-            "expected a loss with a second derivative, got one whose derivative torch "
-            f"cannot differentiate again ({err}). Use `monte_carlo`."
-        ) from err
+        raise ValueError(_TWICE.format(err)) from err
 
 
 def check_curvature(read: OutputsRead) -> bool:
@@ -239,6 +242,8 @@ def check_curvature(read: OutputsRead) -> bool:
         return True
     at = [x.detach().requires_grad_() for x in read.tensors]
     slopes = read.slopes(at)
+    if once_differentiable(slopes):
+        raise ValueError(_TWICE.format("it is once differentiable"))
     live = [s for s in slopes if s.requires_grad]
     steps = [uneven(s, i * s.numel()) for i, s in enumerate(live)]
     if live:

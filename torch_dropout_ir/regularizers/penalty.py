@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from torch_dropout_ir.arrivals import arrivals, graph_nodes, last_nodes, parts_given
+from torch_dropout_ir.arrivals import (
+    ONCE,
+    arrivals,
+    graph_nodes,
+    last_nodes,
+    parts_given,
+)
 from torch_dropout_ir.functional import Batch, call, parameters
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
@@ -35,8 +41,9 @@ _ONCE: Final = (
     "CTC and the margin losses. Write it in others (`nn.Embedding` and a mean), or "
     "use `kind='L1'` or 'L4' with `r1='monte_carlo'`."
 )
-# Nodes of a gradient's graph that raise when the penalty is differentiated.
-_ABSENT: Final = ("NotImplemented", "EmbeddingBagBackwardBackward")
+# Nodes of a gradient's graph that raise when the penalty is differentiated, if they are
+# reached: a derivative in the parameters alone goes past them.
+_ABSENT: Final = ("NotImplemented", "EmbeddingBagBackwardBackward", ONCE)
 _KNOWN: Final = ("EmbeddingBag", "Ctc", "Margin")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.site_forms import Form, by_row, signs
@@ -42,15 +43,22 @@ class SiteCurvature:
         self._linearized = linearized
         self._create_graph = create_graph
         if not linearized:
+            risk = read.risk(read.tensors)
+            root = root_of(risk)
             self._slopes = _gradients(
-                [read.risk(read.tensors)], clean.deltas, None, create_graph=True
+                [risk],
+                clean.deltas,
+                None if root is None else [root],
+                create_graph=True,
             )
+            _check_twice(self._slopes)
             return
         self._roots = [torch.zeros_like(x, requires_grad=True) for x in read.tensors]
         # Linear in the roots: its derivative in them is the derivative of the outputs.
         self._slopes = _gradients(
             read.tensors, clean.deltas, self._roots, create_graph=True
         )
+        _check_twice(self._slopes)
         self._at = (
             read.tensors
             if create_graph
@@ -139,6 +147,15 @@ class SiteCurvature:
             )
             if v is not None and found is not None
         ]
+
+
+def _check_twice(slopes: Vectors) -> None:
+    if once_differentiable(slopes):
+        raise NotImplementedError(
+            "expected a model and a loss that torch can differentiate twice, got a "
+            "function that it can differentiate once (`once_differentiable`). Use "
+            "`monte_carlo`, which needs no derivative."
+        )
 
 
 def _gradients(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_scales import cross_entropy_scale, squared_scale
@@ -15,7 +17,7 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.known_gradient import parts_pay, with_gradient
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
-from torch_dropout_ir.regularizers.site_forms import Form, by_row, total
+from torch_dropout_ir.regularizers.site_forms import Form, by_row, not_reached, total
 
 # Losses whose Hessian has a root that is a function of the outputs.
 ROOTED: Final = ("squared", "cross_entropy")
@@ -43,9 +45,17 @@ def drawn_form(
         The forms of the sites that the outputs depend on.
     """
     root = signs if kind == "squared" else _softmax_root(outputs, signs)
+    if root_of(outputs) is not None and not root.requires_grad:
+        root = root.requires_grad_()
     found = torch.autograd.grad(
         outputs, clean.deltas, root, create_graph=True, allow_unused=True
     )
+    if once_differentiable(found):
+        raise NotImplementedError(
+            "modified_loss: expected a model that torch can differentiate twice, got "
+            "one with a function that it can differentiate once "
+            "(`once_differentiable`). Use `r1='monte_carlo'`."
+        )
     return [
         by_row(site, site.variance / 2 * (h * g).sum_to_size(shape).square())
         for (site, h, _), g in zip(clean.uses, found, strict=True)
@@ -133,7 +143,7 @@ class RootsByChunks:
     ) -> None:
         self._model, self._batch, self._loss = model, batch, loss
         self._params = [x for x in model.parameters() if x.requires_grad]
-        self._weight = weight
+        self._weight, self._names = weight, clean.names
         self._read = dataclasses.replace(
             read, tensors=[x.detach() for x in read.tensors]
         )
@@ -151,15 +161,18 @@ class RootsByChunks:
         kind = self._read.loss.kind
         signs = weighted_signs(self._read.loss, self._read.single, self._batch[1])
         gradient: list[Tensor | None] = [None] * len(self._params)
+        reached: list[Form] = []
 
         def take(clean: CleanPass, read: OutputsRead, rows: Tensor) -> Tensor:
             own = self.chunks.take(signs, rows)
             (f,) = read.tensors
-            form = part = total(drawn_form(clean, f, own, kind), f)
+            found = drawn_form(clean, f, own, kind)
+            reached.extend((name, form.detach()) for name, form in found)
+            form = part = total(found, f)
             if self._weight:
                 part = form + self._weight * read.risk(read.tensors)
-            found = torch.autograd.grad(part, self._params, allow_unused=True)
-            for i, g in enumerate(found):
+            slopes = torch.autograd.grad(part, self._params, allow_unused=True)
+            for i, g in enumerate(slopes):
                 if g is not None:
                     before = gradient[i]
                     gradient[i] = g if before is None else before + g
@@ -169,6 +182,8 @@ class RootsByChunks:
             forms = self.chunks.each(take)
             if forms is None:  # other rows than the first meet
                 return self._whole(signs, kind)
+        for said in not_reached(self._names, reached):
+            warnings.warn(f"modified_loss: R_1: {said}", stacklevel=4)
         value = torch.stack(forms).sum() + self._weight * risk
         return with_gradient(value, self._params, gradient)
 

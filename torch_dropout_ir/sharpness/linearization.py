@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.arrivals import (
+    ONCE,
     Receive,
     arrivals,
     graph_nodes,
     last_nodes,
     parts_given,
+    root_of,
     taken,
 )
 from torch_dropout_ir.functional import Batch
@@ -195,7 +197,7 @@ def _hessian(
 
     with surface.backward(), arrivals(targets, note):
         gradients = torch.autograd.grad(
-            risk, targets, create_graph=True, allow_unused=True
+            risk, targets, root_of(risk), create_graph=True, allow_unused=True
         )
     _check_graph(starts)
     used = [n for n, g in zip(leaves, gradients, strict=True) if g is not None]
@@ -293,5 +295,5 @@ def _check_graph(starts: Sequence[GradientEdge | None]) -> None:
     leads nowhere, and what leads nowhere is not run.
     """
     for node in graph_nodes(_nodes(starts)):
-        if node.name() == "torch::autograd::Error":
+        if node.name() == ONCE:
             raise NotImplementedError(_ONCE.format("it is once differentiable"))
