@@ -243,5 +243,6 @@ def test_other_sinks_get_the_same_records(tmp_path):
         assert got == curve
         assert [(int(s), float(v)) for s, t, v in rows[1:] if t == tag] == curve
     assert memory.notes["run/model"] == "Sequential, 31 parameters"
+    assert memory.notes["run/sites"] == "'1' (Dropout)"
     image = lines[0]["records"]["condensation/cosine/0"]
     assert len(image["values"]) == 5 and sorted(image["order"]) == [0, 1, 2, 3, 4]

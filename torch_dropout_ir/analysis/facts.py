@@ -28,7 +28,7 @@ def run_facts(analysis: Analysis, optimizer: Optimizer | None) -> dict[str, str]
     """
     model, sites = analysis.model, analysis.sites
     count = sum(x.numel() for x in model.parameters())
-    names = [f"{site.name or '(the model itself)'} ({site.kind})" for site in sites]
+    names = [f"{_quoted(site.name)} ({site.kind})" for site in sites]
     if len(names) > _MOST_SITES:
         names[_MOST_SITES:] = [f"and {len(names) - _MOST_SITES} more"]
     rates = sorted({f"{site.p:g}" for site in sites})
@@ -46,6 +46,10 @@ def run_facts(analysis: Analysis, optimizer: Optimizer | None) -> dict[str, str]
         facts["optimizer"] = type(optimizer).__name__
         facts["lr"] = f"{float(rate):g}" if rate != "?" else rate
     return {RUN + name: said for name, said in facts.items()}
+
+
+def _quoted(name: str) -> str:
+    return repr(name) if name else "the model itself"  # "2" alone reads as a number
 
 
 def _name(loss: object) -> str:

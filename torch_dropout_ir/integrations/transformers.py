@@ -29,8 +29,9 @@ def models_own_loss(outputs: Any, targets: Any) -> Tensor:
     if loss is None:
         raise ValueError(
             "DropoutAnalysis: expected a model that computes its loss of the `labels` "
-            "it is called with, got outputs without one (with `label_smoothing_factor` "
-            "or `compute_loss_func` the trainer does). Pass `loss=` and `data=`."
+            "it is called with, got outputs without one (with `compute_loss_func` the "
+            "trainer does). Pass `loss=` and `data=`, or call `attach_analysis(model)` "
+            "in place of this callback: it follows the trainer's loss."
         )
     return loss
 
@@ -43,7 +44,8 @@ class DropoutAnalysis(TrainerCallback):
     callback is not told of the wrapper, and the first one writes.
 
     Args:
-        loss: As in :func:`attach_analysis`; None: the model's own, of ``labels``.
+        loss: As in :func:`attach_analysis`; None: the model's own, of ``labels``, or
+            the trainer's with ``label_smoothing_factor``.
         log_dir: A TensorBoard run directory; None: ``<output_dir>/dropout_ir``; False:
             none.
         **options: Further arguments of :func:`attach_analysis`.
@@ -68,9 +70,10 @@ class DropoutAnalysis(TrainerCallback):
         if not state.is_world_process_zero:
             log_dir = False
         self._detach()  # of a run that an exception has ended
-        self.analysis = attach_analysis(
-            model, self._loss, log_dir=log_dir, **self._options
-        )
+        loss = self._loss
+        if loss is models_own_loss and args.label_smoothing_factor:
+            loss = None  # the trainer computes it, and is followed
+        self.analysis = attach_analysis(model, loss, log_dir=log_dir, **self._options)
         saved = self._checkpoint(args, state) / _FILE
         if state.global_step and saved.exists():
             self.analysis.load_state_dict(torch.load(saved, weights_only=True))
