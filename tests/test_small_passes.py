@@ -6,11 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from torch_dropout_ir import functional, output_hessian, tracing
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.output_scales import cross_entropy_scale, even_scale
-from torch_dropout_ir.regularizers import gauss_newton, site_forms
+from torch_dropout_ir.regularizers import (
+    gauss_newton,
+    monte_carlo,
+    second_order,
+    site_forms,
+)
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 
 
@@ -121,3 +127,22 @@ def test_layers_of_torch_alone_keep_their_running_statistics():
     gauss_newton(net, (torch.randn(5, 3), torch.randn(5, 3)), "mse")
     for name, x in net.state_dict().items():
         assert torch.equal(x, before[name])
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order, monte_carlo])
+def test_blocks_that_a_backward_pass_runs_again_keep_theirs(form):
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(
+                nn.Dropout(0.3), nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()
+            )
+            self.last = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(checkpoint(self.block, x, use_reentrant=False))
+
+    net = Again()
+    before = [x.clone() for x in net.buffers()]
+    form(net, (torch.randn(8, 3), torch.randn(8, 2)), "mse")
+    torch.testing.assert_close(list(net.buffers()), before, rtol=0, atol=0)

@@ -24,7 +24,6 @@ from torch_dropout_ir.sites import Site
 from torch_dropout_ir.substitution import unmoved_buffers
 
 Need = Literal["sites", "inputs", "loss", "targets", "gradients", "masks", "batches"]
-_BINS = 80
 
 
 @dataclasses.dataclass
