@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     0: ("kernels", "_C"),
     1: (
+        "arguments",
         "registration",
         "tracing",
         "ops",

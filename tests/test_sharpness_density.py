@@ -119,9 +119,8 @@ def test_stops_on_its_standard_error_and_goes_on_from_a_state(tmp_path):
 
 
 def test_bad_input():
-    for steps, probes in ((0, 1), (1, 0)):
-        with pytest.raises(ValueError, match="num_steps"):
-            sharpness.spectral_density(torch.eye(3), steps, probes)
+    with pytest.raises(ValueError, match="not empty"):
+        sharpness.spectral_density(torch.zeros(0, 0))
     for width in (0.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="bandwidth"):
             sharpness.spectral_density(torch.eye(3), bandwidth=width)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,27 +12,6 @@ from torch import Tensor, nn
 from torch_dropout_ir.functional import Batch, Inputs
 from torch_dropout_ir.sites import Site, named_modules, uncompiled, unobservable
 from torch_dropout_ir.tracing import random_state
-
-
-def check_count(function: str, name: str, value: Any, least: int) -> None:
-    """Raise if a number of draws is none.
-
-    Args:
-        function: The function that takes it.
-        name: Its argument.
-        value: What was given.
-        least: The smallest that makes sense.
-
-    Raises:
-        TypeError: If it is no integer.
-        ValueError: If it is below ``least``.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"{function}: expected `{name}` to be an integer, got {value!r}"
-        )
-    if value < least:
-        raise ValueError(f"{function}: expected `{name}` >= {least}, got {value}")
 
 
 def as_pair(batch: Any) -> Batch:

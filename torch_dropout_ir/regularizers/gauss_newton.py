@@ -9,11 +9,11 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
-    check_count,
     check_finite,
     check_risk,
     noise_left_out,

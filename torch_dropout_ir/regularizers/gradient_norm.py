@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.functional import as_batches, parameters
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
-    check_count,
     check_finite,
     noise_left_out,
 )

@@ -7,11 +7,11 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
-    check_count,
     check_finite,
     noise_left_out,
 )

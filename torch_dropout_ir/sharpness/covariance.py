@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_count, check_real
 from torch_dropout_ir.functional import as_batches, batch_size
 from torch_dropout_ir.sharpness.ranks import Group
 from torch_dropout_ir.sharpness.subsets import Subset
@@ -85,6 +86,8 @@ class Covariance:
             Variances, largest first, float64 ``[k]``, and unit directions ``[k, P]``;
             components without variance are left out.
         """
+        if k is not None:
+            check_count("Covariance.principal", "k", k, 1)
         values, vectors = torch.linalg.eigh(self._gram())
         values, vectors = values.flip(0), vectors.flip(1)
         least = 1e-12 if self.dtype == torch.float64 else 1e-6
@@ -159,6 +162,7 @@ def gradient_covariance(
     Raises:
         ValueError: If there are fewer than two draws, they need more than
             ``max_bytes``, or the loss is not finite.
+        TypeError: If ``num_masks`` or ``seed`` is no integer.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, section VII ("random gradient
@@ -169,18 +173,17 @@ def gradient_covariance(
         >>> batch = torch.ones(8, 3), torch.zeros(8, 1)
         >>> gradient_covariance(net, batch, "mse", num_masks=4).rows.shape
         torch.Size([4, 4])
-    """
+    """  # noqa: DOC502 (the checks raise)
     if over not in ("masks", "batches"):
         raise ValueError(
             "gradient_covariance: expected `over` to be 'masks' or 'batches', got "
             f"{over!r}"
         )
+    check_real("gradient_covariance", "max_bytes", max_bytes, least=0, finite=False)
     if over == "batches":
         return _over_batches(model, batch, loss, params, max_bytes)
-    if num_masks < 2:
-        raise ValueError(
-            f"gradient_covariance: expected `num_masks` >= 2, got {num_masks}"
-        )
+    check_count("gradient_covariance", "num_masks", num_masks, 2)
+    check_count("gradient_covariance", "seed", seed, 0)
     surface = Surface(
         "gradient_covariance",
         model,

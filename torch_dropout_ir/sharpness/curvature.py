@@ -9,6 +9,7 @@ from typing import Final, TypeVar, cast
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.arguments import check_real
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.sharpness.linearization import Kind, Linearized, linearize
 from torch_dropout_ir.sharpness.surface import Surface
@@ -34,6 +35,7 @@ class CurvatureOperator:
     """
 
     def __init__(self, kind: Kind, surface: Surface, block_bytes: int) -> None:
+        check_real(kind, "block_bytes", block_bytes, least=0, finite=False)
         self.kind: Kind = kind
         self.surface = surface
         self.params = surface.params

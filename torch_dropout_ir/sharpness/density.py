@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.arguments import check_count, check_real
 from torch_dropout_ir.sharpness.krylov import (
     Space,
     check_symmetric,
@@ -90,7 +91,9 @@ def spectral_density(
 
     Raises:
         ValueError: If a number is below 1, ``bandwidth`` is not positive and finite,
-            ``grid`` is not one row of finite numbers, or a matrix is not symmetric.
+            ``rtol`` negative, ``grid`` is not one row of finite numbers, or a matrix is
+            not symmetric.
+        TypeError: If a number is none, or of steps or probes no integer.
 
     References:
         Ghorbani, Krishnan & Xiao, *An investigation into neural net optimization via
@@ -103,24 +106,9 @@ def spectral_density(
         1.0
         >>> found.num_matvecs
         5
-    """
+    """  # noqa: DOC502 (the checks raise)
     check_symmetric("spectral_density", op)
-    if min(num_steps, num_probes) < 1 or not op.shape[0]:
-        raise ValueError(
-            "spectral_density: expected `num_steps` >= 1 and `num_probes` >= 1, got "
-            f"{num_steps} and {num_probes}"
-        )
-    if bandwidth is not None and not 0 < bandwidth < math.inf:
-        raise ValueError(
-            "spectral_density: expected a positive, finite `bandwidth`, got "
-            f"{bandwidth}"
-        )
-    if grid is not None and not (grid.ndim == 1 and bool(grid.isfinite().all())):
-        raise ValueError(
-            "spectral_density: expected `grid` of shape [G] and finite, got shape "
-            f"{list(grid.shape)} and {int((~grid.isfinite()).sum())} entries that are "
-            "not"
-        )
+    _check(op, num_steps, num_probes, grid, bandwidth, rtol, max_bytes)
     probes = list(state["probes"]) if state else []
     spent = state["spent"] if state else 0
     for _ in range(num_probes):
@@ -130,6 +118,32 @@ def spectral_density(
         if rtol is not None and len(probes) >= 3 and _within(found, rtol):
             return found
     return dataclasses.replace(found, converged=rtol is None)
+
+
+def _check(
+    op: Any,
+    num_steps: int,
+    num_probes: int,
+    grid: Tensor | None,
+    bandwidth: float | None,
+    rtol: float | None,
+    max_bytes: float,
+) -> None:
+    check_count("spectral_density", "num_steps", num_steps, 1)
+    check_count("spectral_density", "num_probes", num_probes, 1)
+    if not op.shape[0]:
+        raise ValueError("spectral_density: expected an operator that is not empty")
+    if bandwidth is not None:
+        check_real("spectral_density", "bandwidth", bandwidth, above=0)
+    if rtol is not None:
+        check_real("spectral_density", "rtol", rtol, least=0)
+    check_real("spectral_density", "max_bytes", max_bytes, least=0, finite=False)
+    if grid is not None and not (grid.ndim == 1 and bool(grid.isfinite().all())):
+        raise ValueError(
+            "spectral_density: expected `grid` of shape [G] and finite, got shape "
+            f"{list(grid.shape)} and {int((~grid.isfinite()).sum())} entries that are "
+            "not"
+        )
 
 
 def _quadrature(op: Any, num_steps: int, max_bytes: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_count, check_real
 from torch_dropout_ir.sharpness.directions import checked_direction
 from torch_dropout_ir.sharpness.frozen import Masks
 from torch_dropout_ir.sharpness.landscape import moved
@@ -80,6 +81,7 @@ def interval_flatness(
         ValueError: If ``direction`` is zero or lacks a parameter, ``factor`` is not
             above 1, ``floor``, ``reach`` or ``rtol`` not positive, or the loss is
             negative or not finite.
+        TypeError: If one of the numbers is none.
 
     References:
         Feng & Tu, *The inverse variance-flatness relation in stochastic gradient
@@ -93,14 +95,10 @@ def interval_flatness(
         ... )  # (w - 1)^2 = 4 at -1 and 3
         >>> round(found.left, 3), round(found.right, 3)
         (-1.0, 3.0)
-    """
-    finite = all(map(math.isfinite, (factor, floor, reach)))
-    if not (finite and factor > 1 and min(floor, reach, rtol) > 0):
-        raise ValueError(
-            "interval_flatness: expected a finite `factor` > 1 and `floor`, `reach` "
-            f"and `rtol` > 0, got factor={factor}, floor={floor}, reach={reach} and "
-            f"rtol={rtol}"
-        )
+    """  # noqa: DOC502 (the checks raise)
+    check_real("interval_flatness", "factor", factor, above=1)
+    for name, value in (("floor", floor), ("reach", reach), ("rtol", rtol)):
+        check_real("interval_flatness", name, value, above=0)
     surface = Surface("interval_flatness", model, loss, batches, masks=masks)
     d = checked_direction("interval_flatness", direction, surface.params)
     length = float(norm(d))
@@ -193,6 +191,7 @@ def sam_sharpness(
 
     Raises:
         ValueError: If ``rho`` is not positive.
+        TypeError: If it is no number.
 
     References:
         Foret et al., *Sharpness-aware minimization*, ICLR 2021, eq. (2).
@@ -238,6 +237,7 @@ def adaptive_sharpness(
 
     Raises:
         ValueError: If ``rho`` is not positive or ``num_steps`` below 1.
+        TypeError: If one is no number, or ``num_steps`` no integer.
 
     References:
         Kwon et al., *ASAM: adaptive sharpness-aware minimization*, ICML 2021, eq. (4).
@@ -254,11 +254,8 @@ def adaptive_sharpness(
 
 
 def _ascend(surface: Surface, rho: float, num_steps: int, *, adaptive: bool) -> Ascent:
-    if not rho > 0 or num_steps < 1:
-        raise ValueError(
-            f"{surface.caller}: expected `rho` > 0 and `num_steps` >= 1, got {rho} and "
-            f"{num_steps}"
-        )
+    check_real(surface.caller, "rho", rho, above=0)
+    check_count(surface.caller, "num_steps", num_steps, 1)
     start = surface.params
     scales = {n: x.abs() if adaptive else torch.ones_like(x) for n, x in start.items()}
     length = rho if num_steps == 1 else 2 * rho / num_steps

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from torch import Tensor
 
+from torch_dropout_ir.arguments import check_count, check_real
 from torch_dropout_ir.sharpness.krylov import (
     Space,
     check_symmetric,
@@ -116,6 +117,7 @@ def top_eigenvalues(
         ValueError: If ``k`` is out of range, ``max_matvecs`` below ``k``, ``tol``
             negative, a matrix not symmetric, ``start`` of another size or zero, or a
             product is not finite.
+        TypeError: If a number is none, or ``k`` or ``max_matvecs`` no integer.
 
     References:
         Wu & Simon, *Thick-restart Lanczos method*, SIAM J. Matrix Anal. 22 (2000).
@@ -124,9 +126,9 @@ def top_eigenvalues(
         >>> found = top_eigenvalues(torch.diag(torch.arange(50.0)), k=2, tol=1e-6)
         >>> found.values.round(decimals=3).tolist(), found.converged
         ([49.0, 48.0], True)
-    """  # noqa: DOC502 (`_check`, `_start` and the space raise)
+    """  # noqa: DOC502 (the checks and the space raise)
     check_symmetric("top_eigenvalues", op)
-    _check(op, k, tol, max_matvecs, stop)
+    _check(op, k, tol, max_matvecs, stop, max_bytes)
     search = _Search(tol, stop, _look(k, stop, start is not None))
     if state is not None:
         room = _capacity(op, state["k"], max_bytes)
@@ -215,15 +217,19 @@ class _Search:
         space.advance()
 
 
-def _check(op: Any, k: int, tol: float, max_matvecs: int, stop: str) -> None:
+def _check(
+    op: Any, k: int, tol: float, max_matvecs: int, stop: str, max_bytes: float
+) -> None:
     size = op.shape[0]
-    if not 1 <= k <= size or max_matvecs < k:
+    check_count("top_eigenvalues", "k", k, 1)
+    check_count("top_eigenvalues", "max_matvecs", max_matvecs, 1)
+    if k > size or max_matvecs < k:
         raise ValueError(
             f"top_eigenvalues: expected 1 <= `k` <= {size} and `max_matvecs` >= `k`, "
             f"got k={k} and max_matvecs={max_matvecs}"
         )
-    if not tol >= 0:
-        raise ValueError(f"top_eigenvalues: expected `tol` >= 0, got {tol}")
+    check_real("top_eigenvalues", "tol", tol, least=0)
+    check_real("top_eigenvalues", "max_bytes", max_bytes, least=0, finite=False)
     if stop not in ("residual", "value"):
         raise ValueError(
             "top_eigenvalues: expected `stop` to be 'residual' or 'value', got "

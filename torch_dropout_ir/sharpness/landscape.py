@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_real
 from torch_dropout_ir.sharpness.directions import (
     checked_direction,
     filter_normalized_direction,
@@ -52,7 +53,9 @@ def loss_slice(
         Losses, float64 ``[A]``.
 
     Raises:
-        ValueError: If ``direction`` lacks a parameter or is zero.
+        ValueError: If ``direction`` lacks a parameter or is zero, or a step is not
+            finite.
+        TypeError: If a step is no number.
 
     References:
         Li et al., *Visualizing the loss landscape of neural nets*, NeurIPS 2018; Zhang
@@ -64,10 +67,11 @@ def loss_slice(
         >>> loss_slice(net, "mse", batch, [0.0, 2.0], {"weight": torch.ones(1, 1)})
         tensor([0., 4.], dtype=torch.float64)
     """  # noqa: DOC502 (`checked_direction` raises)
+    steps = _read("loss_slice", "alphas", alphas)
     surface = Surface("loss_slice", model, loss, batches, masks=masks, copied=False)
     along = filter_normalized_direction(model) if direction is None else direction
     d = checked_direction("loss_slice", along, surface.params)
-    return _values(surface, (moved(surface, (float(a), d)) for a in alphas))
+    return _values(surface, (moved(surface, (a, d)) for a in steps))
 
 
 def used_up_slice(
@@ -125,7 +129,9 @@ def loss_plane(
         Losses, float64 ``[A, B]``.
 
     Raises:
-        ValueError: If a direction lacks a parameter or is zero.
+        ValueError: If a direction lacks a parameter or is zero, or a step is not
+            finite.
+        TypeError: If a step is no number.
 
     References:
         Li et al., *Visualizing the loss landscape of neural nets*, NeurIPS 2018.
@@ -135,18 +141,18 @@ def loss_plane(
         >>> loss_plane(net, "mse", batch, [-1.0, 0.0, 1.0], [0.0, 1.0]).shape
         torch.Size([3, 2])
     """  # noqa: DOC502 (`checked_direction` raises)
+    first = _read("loss_plane", "alphas", alphas)
+    second = first if betas is None else _read("loss_plane", "betas", betas)
     surface = Surface("loss_plane", model, loss, batches, masks=masks, copied=False)
     given = directions or (
         filter_normalized_direction(model),
         filter_normalized_direction(model),
     )
     d, e = (checked_direction("loss_plane", x, surface.params) for x in given)
-    others = alphas if betas is None else betas
     flat = _values(
-        surface,
-        (moved(surface, (float(a), d), (float(b), e)) for a in alphas for b in others),
+        surface, (moved(surface, (a, d), (b, e)) for a in first for b in second)
     )
-    return flat.view(len(alphas), len(others))
+    return flat.view(len(first), len(second))
 
 
 def interpolate(
@@ -177,7 +183,8 @@ def interpolate(
         Losses, float64 ``[A]``.
 
     Raises:
-        ValueError: If the models differ in names or shapes.
+        ValueError: If the models differ in names or shapes, or a place is not finite.
+        TypeError: If a place is no number.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, Fig. 14; Goodfellow, Vinyals &
@@ -187,7 +194,9 @@ def interpolate(
         >>> a, b = nn.Linear(2, 1), nn.Linear(2, 1)
         >>> interpolate(a, b, "mse", (torch.ones(3, 2), torch.zeros(3, 1))).shape
         torch.Size([41])
-    """
+    """  # noqa: DOC502 (`_read` raises)
+    places = torch.linspace(-0.5, 1.5, 41) if alphas is None else alphas
+    steps = _read("interpolate", "alphas", places)
     surface = Surface("interpolate", model_a, loss, batches, masks=masks)
     ends = surface.state(), Surface("interpolate", model_b, loss, batches).state()
     shapes = [{n: x.shape for n, x in end.items()} for end in ends]
@@ -206,8 +215,20 @@ def interpolate(
             for n, x in ends[0].items()
         }
 
-    places = torch.linspace(-0.5, 1.5, 41) if alphas is None else alphas
-    return _values(surface, (at(float(a)) for a in places))
+    return _values(surface, map(at, steps))
+
+
+def _read(caller: str, name: str, steps: Steps) -> list[float]:
+    """Return what the user gave as numbers, or raise."""
+    if isinstance(steps, str) or not isinstance(steps, Iterable):
+        raise TypeError(
+            f"{caller}: expected `{name}` to be a row of numbers, got {steps!r}. One "
+            "number goes into a list."
+        )
+    given = list(steps)
+    for place, step in enumerate(given):
+        check_real(caller, f"{name}[{place}]", step)
+    return [float(step) for step in given]
 
 
 def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_count, check_real
 from torch_dropout_ir.sharpness.covariance import Covariance
 from torch_dropout_ir.sharpness.flatness import interval_flatness
 from torch_dropout_ir.sharpness.krylov import random_vector
@@ -60,6 +61,11 @@ def variance_flatness(
     Returns:
         Variances, widths and the slope of their logarithms.
 
+    Raises:
+        ValueError: If ``k`` is below 1, ``factor`` not above 1, or ``floor`` not
+            positive.
+        TypeError: If one of these is no number, or ``k`` no integer.
+
     References:
         Feng & Tu, *The inverse variance-flatness relation in stochastic gradient
         descent*, PNAS 118 (2021); Zhang et al., arXiv:2111.01022.
@@ -70,7 +76,10 @@ def variance_flatness(
         >>> noise = tdi.sharpness.gradient_covariance(net, batch, "mse", num_masks=8)
         >>> variance_flatness(net, "mse", batch, noise, k=3).widths.shape
         torch.Size([3])
-    """
+    """  # noqa: DOC502 (the checks raise)
+    check_count("variance_flatness", "k", k, 1)
+    check_real("variance_flatness", "factor", factor, above=1)
+    check_real("variance_flatness", "floor", floor, above=0)
     variances, directions = covariance.principal(k)
     trained = {n: x for n, x in model.named_parameters() if x.requires_grad}
     widths = []
@@ -156,6 +165,7 @@ def hessian_variance_alignment(
     Raises:
         ValueError: If sizes or names differ, ``num_probes`` is below 2, or one of the
             two is zero.
+        TypeError: If a number of products is no integer.
 
     References:
         arXiv:2305.15850; Feng & Tu, PNAS 118 (2021).
@@ -164,12 +174,10 @@ def hessian_variance_alignment(
         >>> matrix = torch.diag(torch.tensor([4.0, 3.0, 0.0])).double()
         >>> round(hessian_variance_alignment(matrix, matrix).value, 6)
         1.0
-    """
+    """  # noqa: DOC502 (the checks raise)
     noise = _as_covariance(op, covariance)
-    if num_probes < 2:
-        raise ValueError(
-            f"hessian_variance_alignment: expected `num_probes` >= 2, got {num_probes}"
-        )
+    check_count("hessian_variance_alignment", "num_probes", num_probes, 2)
+    check_count("hessian_variance_alignment", "trace_matvecs", trace_matvecs, 2)
     size = op.shape[0]
     sigma, other = float(noise.frobenius_norm()), float(noise.trace())
     variances, directions = noise.principal()

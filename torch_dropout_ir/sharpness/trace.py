@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.arguments import check_count, check_real
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.layerwise import NotSplit
 from torch_dropout_ir.sharpness.rounds import OVERHEAD, Rounds
@@ -91,7 +92,9 @@ def trace(
 
     Raises:
         ValueError: If ``num_matvecs`` is below 2 (6 for ``"hutchpp"``, 4 for
-            ``"xtrace"``), or ``method`` is unknown or cannot take ``op``.
+            ``"xtrace"``), ``rtol`` is negative, or ``method`` is unknown or cannot
+            take ``op``.
+        TypeError: If a number is none, or ``num_matvecs`` is no integer.
 
     References:
         Hutchinson, *A stochastic estimator of the trace of the influence matrix*,
@@ -104,10 +107,11 @@ def trace(
         >>> batch = torch.randn(7, 9), torch.zeros(7, 3)
         >>> trace(tdi.sharpness.hessian(net, "mse", batch)).method
         'exact'
-    """
+    """  # noqa: DOC502 (the checks raise)
     least = {"hutchpp": 6, "xtrace": 4}.get(method, 2)
-    if num_matvecs < least:
-        raise ValueError(f"trace: expected `num_matvecs` >= {least}, got {num_matvecs}")
+    check_count("trace", "num_matvecs", num_matvecs, least)
+    if rtol is not None:
+        check_real("trace", "rtol", rtol, least=0)
     chosen = state["method"] if state is not None else _chosen(op, num_matvecs, method)
     if chosen == "layerwise":
         try:

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers import (
@@ -23,7 +24,6 @@ from torch_dropout_ir.regularizers import (
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_batch,
-    check_count,
     check_finite,
     noise_left_out,
 )

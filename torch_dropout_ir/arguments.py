@@ -1,0 +1,82 @@
+"""Numbers that a user gives, checked by name before anything is computed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+from torch import Tensor
+
+
+def check_count(function: str, name: str, value: Any, least: int) -> None:
+    """Raise if a number of draws, steps or products is none.
+
+    Args:
+        function: The function that takes it.
+        name: Its argument.
+        value: What was given.
+        least: The smallest that makes sense.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is below ``least``.
+
+    Example:
+        >>> check_count("trace", "num_matvecs", 5.5, 2)
+        Traceback (most recent call last):
+        TypeError: trace: expected `num_matvecs` to be an integer, got 5.5. Round it.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        hint = " Round it." if isinstance(value, numbers.Real) else ""
+        hint = "" if isinstance(value, bool) else hint
+        raise TypeError(
+            f"{function}: expected `{name}` to be an integer, got {value!r}.{hint}"
+        )
+    if value < least:
+        raise ValueError(f"{function}: expected `{name}` >= {least}, got {value}")
+
+
+def check_real(
+    function: str,
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    finite: bool = True,
+) -> None:
+    """Raise if a number is not real, or out of range.
+
+    Args:
+        function: The function that takes it.
+        name: Its argument.
+        value: What was given; a tensor of one element counts as its number.
+        least: The smallest that makes sense.
+        above: What it must exceed.
+        finite: Whether infinity is out of range. NaN always is.
+
+    Raises:
+        TypeError: If it is no real number.
+        ValueError: If it is out of range.
+
+    Example:
+        >>> check_real("top_eigenvalues", "tol", -1.0, least=0)
+        Traceback (most recent call last):
+        ValueError: top_eigenvalues: expected a finite `tol` >= 0, got -1.0
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{function}: expected `{name}` to be a real number, got {value!r} of "
+            f"type {type(value).__name__}"
+        )
+    number = float(value)
+    inside = number >= least and (number > above or above == -math.inf)
+    if inside and (math.isfinite(number) or (not finite and number == math.inf)):
+        return
+    range_ = f" > {above:g}" if above > -math.inf else ""
+    range_ = f" >= {least:g}" if least > -math.inf else range_
+    kind = "a finite" if finite else "a real"
+    raise ValueError(f"{function}: expected {kind} `{name}`{range_}, got {value}")
