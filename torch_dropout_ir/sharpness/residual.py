@@ -130,6 +130,16 @@ class Residual:
         scaled = torch.stack([use.variance() for use in uses]).sum(0) * g.square()
         return seen, _off_diagonal(z, g, scaled)
 
+    def vanishes(self, blocks: list[Block]) -> bool:
+        """Whether one normal probe of all blocks at once moves nothing.
+
+        What blocks send to each other comes on top: all of it is zero then.
+        """
+        targets = [x for block in blocks for x in block.targets]
+        probe = [z for block in blocks for z in block.probe(True)]
+        found = self._product(targets, probe)
+        return not any(g is not None and bool(g.any()) for g in found)
+
     def couples(self, block: Block) -> bool:
         """Whether what moves half of the samples reaches the others."""
         part = block.layer[0].part

@@ -65,9 +65,9 @@ class Sharpness:
 
     def __init__(
         self,
-        tol: float = 1e-3,
+        tol: float = 1e-2,
         max_matvecs: int = 40,
-        trace_matvecs: int = 32,
+        trace_matvecs: int = 20,
         density_steps: int = 10,
         slice_points: int = 11,
         max_parameters: int = 20_000_000,
