@@ -35,6 +35,8 @@ _EVEN: Final = 0.4
 _DRAWS: Final = 4  # of a group, below which its error is a guess
 _SAMPLED: Final[list[int]] = []  # the group of what is sampled of the outputs
 
+_ALL: Final = -1  # stands for all layers together
+
 Key = tuple[int, int | None]
 
 
@@ -182,12 +184,14 @@ class Rounds:
                 continue
             if block.layer and (layer := id(block.layer[0].delta)) not in layers:
                 # What meets in a layer is the model's doing: one batch tells for all.
-                place = len(blocks), i
+                place = len(blocks), i if few else _ALL
                 if place not in self._met:
-                    *found, cost = self._meetings(residual, block, few)
+                    those = [block] if few else [b for b in blocks if b.layer]
+                    *found, cost = self._meetings(residual, those)
                     self._met[place] = found[0], found[1]
                     spent += cost
-                layers[layer], coupled = self._met[place]
+                apart, coupled = self._met[place]
+                layers[layer] = apart if few else _once(block)
                 if coupled:
                     self._coupled.append(key)
                     moved, variances, more = self._look(net, key)
@@ -199,14 +203,15 @@ class Rounds:
         return moved, variances, spent
 
     def _meetings(
-        self, residual: Residual, block: Block, few: bool
+        self, residual: Residual, blocks: list[Block]
     ) -> tuple[bool, bool, int]:
-        """Whether positions are apart, whether samples meet, and what it has cost."""
-        layer = dataclasses.replace(block, piece=None)
-        once = all(use.once for use in block.layer)
-        if not once and few and residual.apart(layer):
+        """Whether positions are apart (of one layer), samples meet, and the cost."""
+        layers = [dataclasses.replace(block, piece=None) for block in blocks]
+        once = all(map(_once, layers))
+        look = len(layers) == 1 and not once
+        if look and residual.apart(layers[0]):
             return True, False, 1
-        return once, residual.couples(layer), 1 + int(not once and few)
+        return once, residual.couples(layers), 1 + look
 
     def _place(self, block: Block) -> int:
         return self._places[block.owner] + (block.piece or 0)
@@ -237,3 +242,8 @@ class Rounds:
             spent += count * int(bool(mine) or group == _SAMPLED)
         head = torch.tensor([0.0, spent, 1.0, 0.0], dtype=torch.float64)
         return torch.cat((head, torch.stack(drawn)))
+
+
+def _once(block: Block) -> bool:
+    """Whether each sample meets the parameters at one position."""
+    return all(use.once for use in block.layer)
