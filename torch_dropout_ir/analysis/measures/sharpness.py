@@ -65,7 +65,7 @@ class Sharpness:
 
     def __init__(
         self,
-        tol: float = 1e-2,
+        tol: float = 1e-3,
         max_matvecs: int = 40,
         trace_matvecs: int = 24,
         density_steps: int = 10,
