@@ -15,14 +15,15 @@ the machine's pace falls out:
   the first step on, beside the share that the analysis counts itself. The error of the
   ratio is that of the rounds' differences, less what the analysis counts;
 * one measurement, by measure, in training steps: over N it is the cost of ``every=N``;
-* peak memory of fresh processes beyond what they hold before the model is made, by
-  measure and of all. A tiny model has been trained in them before, with the same
-  measures: the code that these load is in memory once, whatever the model's size. What
-  is freed is given back at once in them, so that holes in the heap do not count. Beside
-  it a floor: parameters, their gradient and what the optimizer keeps are in memory when
-  a measurement is made, and a product with the Hessian is of one vector of that size
-  and makes another, so sharpness cannot do with less than four times the parameters
-  and that, nor the process with less than training.
+* peak memory of fresh processes, by measure and of all: as a whole, interpreter and
+  torch included, as a user has them; and beyond what they hold before the model is
+  made. For these, a tiny model has been trained before, with the same measures: what
+  code they load is in memory once, whatever its size; and what is freed is given
+  back at once, so that holes in the heap do not count. Beside it a floor: parameters,
+  their gradient and what the optimizer keeps are in memory when a measurement is made,
+  and a product with the Hessian is of one vector of that size and makes another, so
+  sharpness cannot do with less than four times the parameters and that, nor the process
+  with less than training.
 
     python benchmarks/overhead.py --png overhead.png
     python benchmarks/overhead.py --models mlp --seconds 20
@@ -41,14 +42,9 @@ from typing import Any
 
 import torch
 from overhead_memory import memory
-from overhead_models import MODELS
+from overhead_models import MODELS, OPTIMIZERS
 from overhead_report import draw, joined, report
-from overhead_time import (
-    OPTIMIZERS,
-    automatic,
-    by_measure,
-    off_cadence,
-)
+from overhead_time import automatic, by_measure, off_cadence
 
 PARTS = ("off", "costs", "auto", "memory")
 
@@ -67,7 +63,11 @@ def row(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
         found["auto"] = automatic(name, seconds, batch)
     if "memory" in parts:
         size = f"batch {batch or 'of practice'}"
-        found["memory"] = {o: {size: memory(name, o, batch)} for o in chosen.optimizers}
+        found["memory"] = {
+            f"{o}, {size}, {title}": peaks
+            for o in chosen.optimizers
+            for title, peaks in memory(name, o, batch).items()
+        }
     return found
 
 

@@ -1,5 +1,8 @@
 """The models whose training `overhead.py` measures, each with a batch of practice."""
 
+import functools
+import time
+
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -80,3 +83,40 @@ def tiny():
 FEW = {"mlp": 16, "resnet18": 2, "gpt": 1, "tiny": 4}
 MODELS = {"mlp": mlp, "resnet18": resnet18, "gpt": gpt, "tiny": tiny}
 TITLES = {"mlp": "MLP", "resnet18": "ResNet-18", "gpt": "small GPT"}
+OPTIMIZERS = {
+    "sgd": functools.partial(torch.optim.SGD, lr=0.01),
+    "momentum": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+    "adam": functools.partial(torch.optim.Adam, lr=1e-3),
+}
+
+
+class Script:
+    """A training loop, watched or not."""
+
+    def __init__(
+        self, name: str, optimizer: str = "sgd", batch: int | None = None, **options
+    ):
+        torch.manual_seed(0)
+        self.model, *pair = MODELS[name]()
+        self.inputs, self.targets = (x[:batch] for x in pair)
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.criterion = nn.CrossEntropyLoss()
+        self.analysis = None
+        if options:
+            import torch_dropout_ir as tdi  # a bare script does without
+
+            self.analysis = tdi.attach_analysis(
+                self.model, optimizer=self.optimizer, log_dir=False, **options
+            )
+
+    def run(self, steps: int) -> float:
+        """Train; return the seconds that it took."""
+        if self.analysis is not None:
+            # It has stood still while the other script ran: that earns it nothing.
+            self.analysis._clock = time.perf_counter()
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            self.criterion(self.model(self.inputs), self.targets).backward()
+            self.optimizer.step()
+        return time.perf_counter() - started

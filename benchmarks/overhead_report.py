@@ -43,10 +43,9 @@ def report(rows: list[dict]) -> str:
         if "costs" in r
     }
     peaks = {
-        f"{r['model']}, {optimizer}, {size}": found
+        f"{r['model']}, {title}": found
         for r in rows
-        for optimizer, sizes in r.get("memory", {}).items()
-        for size, found in sizes.items()
+        for title, found in r.get("memory", {}).items()
     }
     lines += grid("one measurement, in training steps", costs)
     return "\n".join(lines + grid("peak memory, over that of training alone", peaks))
@@ -86,9 +85,7 @@ def joined(rows: list[dict], path: Path) -> list[dict]:
     for r in rows:
         old = known.setdefault(r["model"], {})
         both = {k: old.get(k, []) + r.get(k, []) for k in ("bare", "wall", "cpu")}
-        both["memory"] = dict(old.get("memory", {}))
-        for optimizer, sizes in r.get("memory", {}).items():
-            both["memory"][optimizer] = both["memory"].get(optimizer, {}) | sizes
+        both["memory"] = old.get("memory", {}) | r.get("memory", {})
         old |= r | {k: x for k, x in both.items() if x}
     whole = [known[name] for name in MODELS if name in known]
     path.write_text(json.dumps(whole, indent=1))

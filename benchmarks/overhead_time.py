@@ -1,6 +1,5 @@
 """Step times of `overhead.py`: off cadence, by measure, and of ``every="auto"``."""
 
-import functools
 import gc
 import math
 import random
@@ -9,77 +8,41 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.optim.optimizer as hooks
-from overhead_models import FEW, MODELS
-from torch import nn
+from overhead_models import FEW, Script
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis.measures import default_measures
 
 NEVER = 10**9
-OPTIMIZERS = {
-    "sgd": functools.partial(torch.optim.SGD, lr=0.01),
-    "momentum": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9),
-    "adam": functools.partial(torch.optim.Adam, lr=1e-3),
-}
 
 
-class Script:
-    """A training loop, watched or not."""
+def switch(script: Script) -> Callable[[bool], None]:
+    """Attach what has nothing to do; return what puts its hooks there or away."""
+    cheap = [m for m in default_measures() if m.name in ("gradient", "masks")]
+    script.analysis = tdi.attach_analysis(
+        script.model, optimizer=script.optimizer, log_dir=False, every=NEVER,
+        measures=cheap,
+    )  # fmt: skip
+    script.run(5)  # the step that measures is among these
+    places = (
+        hooks._global_optimizer_pre_hooks, hooks._global_optimizer_post_hooks,
+        script.model._forward_pre_hooks, script.model._forward_pre_hooks_with_kwargs,
+    )  # fmt: skip
+    kept = [dict(place) for place in places]
 
-    def __init__(
-        self, name: str, optimizer: str = "sgd", batch: int | None = None, **options
-    ):
-        torch.manual_seed(0)
-        self.model, *pair = MODELS[name]()
-        self.inputs, self.targets = (x[:batch] for x in pair)
-        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
-        self.criterion = nn.CrossEntropyLoss()
-        self.analysis = None
-        if options:
-            self.analysis = tdi.attach_analysis(
-                self.model, optimizer=self.optimizer, log_dir=False, **options
-            )
+    def watch(on: bool) -> None:
+        for place, own in zip(places, kept, strict=True):
+            place.clear()
+            place.update(own if on else {})
 
-    def switch(self) -> Callable[[bool], None]:
-        """Attach what has nothing to do; return what puts its hooks there or away."""
-        cheap = [m for m in default_measures() if m.name in ("gradient", "masks")]
-        self.analysis = tdi.attach_analysis(
-            self.model, optimizer=self.optimizer, log_dir=False, every=NEVER,
-            measures=cheap,
-        )  # fmt: skip
-        self.run(5)  # the step that measures is among these
-        places = (
-            hooks._global_optimizer_pre_hooks, hooks._global_optimizer_post_hooks,
-            self.model._forward_pre_hooks, self.model._forward_pre_hooks_with_kwargs,
-        )  # fmt: skip
-        kept = [dict(place) for place in places]
-
-        def watch(on: bool) -> None:
-            for place, own in zip(places, kept, strict=True):
-                place.clear()
-                place.update(own if on else {})
-
-        return watch
-
-    def run(self, steps: int) -> float:
-        """Train; return the seconds that it took."""
-        if self.analysis is not None:
-            # It has stood still while the other script ran: that earns it nothing.
-            self.analysis._clock = time.perf_counter()
-        started = time.perf_counter()
-        for _ in range(steps):
-            self.optimizer.zero_grad()
-            self.criterion(self.model(self.inputs), self.targets).backward()
-            self.optimizer.step()
-        return time.perf_counter() - started
+    return watch
 
 
 def off_cadence(name: str, seconds: float) -> dict[str, Any]:
     """Steps at which nothing is due, beside bare ones, by turns step by step."""
     script = Script(name, batch=FEW[name])
-    watch = script.switch()
+    watch = switch(script)
     left = dict.fromkeys((True, False), math.inf)
     for on in (True, False) * 2:
         watch(on)
@@ -151,10 +114,9 @@ def automatic(name: str, seconds: float, batch: int | None) -> dict[str, Any]:
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
         before = cadence.measured_seconds
-        a, b = bare.run(block), watched.run(block)
-        c, d = watched.run(block), bare.run(block)
-        found["bare"].append(a + d)
-        found["watched"].append(b + c)
+        first, alone, second = (x.run(block) for x in (watched, bare, watched))
+        found["bare"].append(2 * alone)
+        found["watched"].append(first + second)
         found["own"].append(cadence.measured_seconds - before)
     taken = {
         measure: len(watched.analysis.history.get(f"cost/seconds/{measure}", []))

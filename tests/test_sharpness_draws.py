@@ -74,6 +74,31 @@ def test_queries_keys_and_values_are_probed_apart(monkeypatch):
     assert apart.standard_error < 0.8 * together.standard_error
 
 
+def deep(activation):
+    """More layers than can be looked at one by one on a small budget."""
+    layers = [m for _ in range(7) for m in (nn.Linear(6, 6), activation())]
+    return nn.Sequential(*layers, nn.Linear(6, 2))
+
+
+def test_layers_without_a_residual_are_exact_however_many():
+    op = operator(deep(nn.ReLU), 6)
+    found = sharpness.trace(op, 12, method="layerwise")
+    assert found.method == "exact" and found.num_matvecs <= 8
+    torch.testing.assert_close(found.value, op.dense().trace())
+    curved = operator(deep(nn.Tanh), 6)
+    found = sharpness.trace(curved, 400, method="layerwise")
+    assert found.method == "gauss_newton"
+    error = (found.value - curved.dense().trace()).abs()
+    assert error <= 4.5 * found.standard_error
+
+
+def test_groups_are_no_more_than_can_tell_their_own_error():
+    for budget in (20, 24, 32, 60):
+        found = sharpness.trace(operator(deep(nn.Tanh), 6), budget, method="layerwise")
+        draws = [len(x) for x in found.state["draws"]]
+        assert sum(draws) / len(draws) >= 4 and found.num_matvecs <= budget
+
+
 def scaled():
     """The first layer's block has nearly all of the noise."""
     net = nn.Sequential(

@@ -130,14 +130,29 @@ class Residual:
         scaled = torch.stack([use.variance() for use in uses]).sum(0) * g.square()
         return seen, _off_diagonal(z, g, scaled)
 
-    def couples(self, block: Block) -> bool:
-        """Whether what moves half of the samples reaches the others."""
-        part = block.layer[0].part
-        rows = part.split(block.probe(True)[0]).clone()
-        half = halved(rows)
-        rows[half] = 0
-        (found,) = self._product(block.targets, [part.join(rows)])
-        return found is not None and bool(part.split(found)[half].any())
+    def vanishes(self, blocks: list[Block]) -> bool:
+        """Whether a normal probe of all blocks moves nothing, within or between."""
+        targets = [x for block in blocks for x in block.targets]
+        probe = [z for block in blocks for z in block.probe(True)]
+        found = self._product(targets, probe)
+        return not any(g is not None and bool(g.any()) for g in found)
+
+    def couples(self, layers: list[Block]) -> bool:
+        """Whether what moves half of the samples in some layers reaches the others."""
+        by_layer = {id(block.targets[0]): block for block in layers}.values()
+        moved, half = [], None
+        for block in by_layer:
+            part = block.layer[0].part
+            rows = part.split(block.probe(True)[0]).clone()
+            half = halved(rows) if half is None else half
+            rows[half] = 0
+            moved.append(part.join(rows))
+        targets = [block.targets[0] for block in by_layer]
+        found = self._product(targets, moved)
+        return any(
+            g is not None and bool(block.layer[0].part.split(g)[half].any())
+            for block, g in zip(by_layer, found, strict=True)
+        )
 
     def apart(self, block: Block) -> bool:
         """Whether what moves half of each sample's positions reaches no others."""

@@ -4,6 +4,7 @@ Semantics:
 
 * The first run over the batches takes what is exact, and finds the blocks of the
   residual that are not zero. Neighbours are put together until all can be afforded.
+* Where one probe of all blocks together moves nothing, there is no residual.
 * Every group of blocks is drawn apart, and one with more noise more often: shares of
   the draws follow the standard deviations that the first run has estimated, but for
   a part that is spread evenly, which errors of that run cannot starve. No draw that
@@ -31,7 +32,10 @@ OVERHEAD: Final = 4  # passes of one run over the batches, besides its draws
 _HEAD: Final = 4  # exact part, passes spent, one, whether outputs are sampled
 _PIECES: Final = 3
 _EVEN: Final = 0.4
+_DRAWS: Final = 4  # of a group, below which its error is a guess
 _SAMPLED: Final[list[int]] = []  # the group of what is sampled of the outputs
+
+_ALL: Final = -1  # stands for all layers together
 
 Key = tuple[int, int | None]
 
@@ -66,6 +70,7 @@ class Rounds:
         self._moved: dict[Key, dict[int, bool]] = dict(state.get("moved", {}))
         self._coupled: list[Key] = list(state.get("coupled", []))
         self._met: dict[tuple[int, int], tuple[bool, bool]] = {}
+        self._flat = True  # no batch so far has a residual
         self._most: int = state.get("most", num_matvecs)
         self.exact, self.spent = state.get("exact", 0.0), state.get("spent", 0)
         self.draws: list[list[float]] = [list(x) for x in state.get("draws", [])]
@@ -93,7 +98,7 @@ class Rounds:
         self.exact, sampled = float(found[0]), bool(found[3] > 0)
         moved, variances = found[_HEAD:].chunk(2)
         places = [i for i, x in enumerate(moved.tolist()) if x > 0]
-        groups = merged(places, max(1, self._most // 8))
+        groups = merged(places, self._affordable(sampled))
         noise = torch.stack(
             [variances[x].sum() for x in groups] or [moved.sum()]
         ).sqrt()
@@ -106,6 +111,11 @@ class Rounds:
         ]
         self._groups = [_SAMPLED] * sampled + groups
         self.draws = [[] for _ in self._groups]
+
+    def _affordable(self, sampled: bool) -> int:
+        """Groups of which each can be drawn often enough to tell its own error."""
+        left = self._most - self.spent - OVERHEAD
+        return max(1, min(self._most // 8, left // _DRAWS - sampled))
 
     def more(self, products: int) -> None:
         """Take so many more draws, and at least two of each group in all."""
@@ -159,6 +169,11 @@ class Rounds:
         net.coupled = key in self._coupled
         blocks, spent = net.blocks(), 1
         residual = net.residual(blocks)
+        if self._flat and blocks:
+            spent += 1
+            self._flat = residual.vanishes(blocks)
+            if self._flat:
+                return moved, variances, spent
         few = len(blocks) <= self._most // 4  # so that each can be looked at
         spent += few * len(blocks)
         seen = [residual.variances(x) if few else (0.0, 0.0) for x in blocks]
@@ -169,12 +184,14 @@ class Rounds:
                 continue
             if block.layer and (layer := id(block.layer[0].delta)) not in layers:
                 # What meets in a layer is the model's doing: one batch tells for all.
-                place = len(blocks), i
+                place = len(blocks), i if few else _ALL
                 if place not in self._met:
-                    *found, cost = self._meetings(residual, block, few)
+                    those = [block] if few else [b for b in blocks if b.layer]
+                    *found, cost = self._meetings(residual, those)
                     self._met[place] = found[0], found[1]
                     spent += cost
-                layers[layer], coupled = self._met[place]
+                apart, coupled = self._met[place]
+                layers[layer] = apart if few else _once(block)
                 if coupled:
                     self._coupled.append(key)
                     moved, variances, more = self._look(net, key)
@@ -186,14 +203,15 @@ class Rounds:
         return moved, variances, spent
 
     def _meetings(
-        self, residual: Residual, block: Block, few: bool
+        self, residual: Residual, blocks: list[Block]
     ) -> tuple[bool, bool, int]:
-        """Whether positions are apart, whether samples meet, and what it has cost."""
-        layer = dataclasses.replace(block, piece=None)
-        once = all(use.once for use in block.layer)
-        if not once and few and residual.apart(layer):
+        """Whether positions are apart (of one layer), samples meet, and the cost."""
+        layers = [dataclasses.replace(block, piece=None) for block in blocks]
+        once = all(map(_once, layers))
+        look = len(layers) == 1 and not once
+        if look and residual.apart(layers[0]):
             return True, False, 1
-        return once, residual.couples(layer), 1 + int(not once and few)
+        return once, residual.couples(layers), 1 + look
 
     def _place(self, block: Block) -> int:
         return self._places[block.owner] + (block.piece or 0)
@@ -224,3 +242,8 @@ class Rounds:
             spent += count * int(bool(mine) or group == _SAMPLED)
         head = torch.tensor([0.0, spent, 1.0, 0.0], dtype=torch.float64)
         return torch.cat((head, torch.stack(drawn)))
+
+
+def _once(block: Block) -> bool:
+    """Whether each sample meets the parameters at one position."""
+    return all(use.once for use in block.layer)

@@ -67,7 +67,7 @@ class Sharpness:
         self,
         tol: float = 1e-3,
         max_matvecs: int = 40,
-        trace_matvecs: int = 32,
+        trace_matvecs: int = 24,
         density_steps: int = 10,
         slice_points: int = 11,
         max_parameters: int = 20_000_000,
