@@ -18,6 +18,7 @@ from torch_dropout_ir.regularizers.checks import check_batch
 from torch_dropout_ir.regularizers.coupling import alike, by_powers, even_root
 from torch_dropout_ir.regularizers.recorder import Recorder, Use
 from torch_dropout_ir.regularizers.row_graph import rows_meet
+from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sites import out_of_sight
 from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.tracing import derivatives, random_state
@@ -215,6 +216,7 @@ def clean_pass(
     *,
     twice: bool = False,
     thrice: bool = False,
+    lean: bool = False,
     move_buffers: bool = False,
     outlives: bool = False,
     first: Tensor | None = None,
@@ -229,6 +231,8 @@ def clean_pass(
         inputs: Its inputs.
         twice: Whether second derivatives will be taken.
         thrice: Whether third ones will be.
+        lean: Whether second derivatives are ours, which hold less; no third ones are
+            right then, and the graph does not tell whether samples meet.
         move_buffers: Whether the pass moves running statistics as training does.
         outlives: Whether its graph is used after the context, and down to the
             parameters; else it begins at the first site.
@@ -251,6 +255,8 @@ def clean_pass(
     with torch.enable_grad(), contextlib.ExitStack() as stack:
         if twice:
             stack.enter_context(_differentiable(thrice))
+        if lean:
+            stack.enter_context(LeanDerivatives(weights_read=True))
         placed = at_sites(
             model,
             seen.perturb,

@@ -215,7 +215,7 @@ def _with_r1(
         moved = buffers_moved(model) if r1 == "gauss_newton" else None
         with clean_pass(
             model, batch[0], twice=twice, thrice=thrice, move_buffers=kind == "L1",
-            outlives=True,
+            lean=twice and not thrice and max_bytes is not None, outlives=True,
         ) as passed:  # fmt: skip
             met = bool(passed.uses) or bool(find_sites(model))  # else p = 0
             for said in noise_left_out(model, passed.noisy, met):

@@ -119,11 +119,11 @@ def second_order(
     if draws is None and seen.chunks is not None:
         draws = _by_chunks(seen.chunks, seen.masks, num_samples, coupled)
     if draws is None:
-        with clean_pass(model, batch[0], twice=True) as clean:
+        with clean_pass(model, batch[0], twice=True, lean=True) as clean:
             read = read_outputs(clean.outputs, resolved, batch[1])
-            curvature = SiteCurvature(clean, read, linearized=False)
             meet = seen.chunks is not None and seen.chunks.coupled
             coupled = coupled or meet or clean.couples_samples(read.tensors)
+            curvature = SiteCurvature(clean, read, linearized=False)
             draws = curvature.draws(num_samples, coupled)
         notes = (*notes, _TOGETHER)
     names = [site.name for site, _, _ in seen.masks]

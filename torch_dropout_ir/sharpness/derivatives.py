@@ -20,6 +20,8 @@ from torch_dropout_ir.sharpness.linear import leaf_of, linear
 from torch_dropout_ir.sharpness.normalization import normalization
 from torch_dropout_ir.weight_parts import geometry_of
 
+Leaf = Callable[[Tensor], int]  # of a weight, as `leaf_of`
+
 _mask: Final = torch.ops.aten.threshold_backward.default
 
 
@@ -57,7 +59,15 @@ class LeanDerivatives(TorchFunctionMode):
 
     Left to torch where arguments or surroundings (autocast, transforms, compilers,
     tensors of other types) are none of those that the formulas hold for.
+
+    Args:
+        weights_read: Whether gradients in weights are read while their graph is built;
+            else those of linear and convolutional layers are not made.
     """
+
+    def __init__(self, *, weights_read: bool = False) -> None:
+        super().__init__()
+        self._leaf: Leaf = _no_leaf if weights_read else leaf_of
 
     def __torch_function__(
         self,
@@ -68,8 +78,15 @@ class LeanDerivatives(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         own = _OWN.get(func) if tracing.eager() else None
-        found = None if own is None else own(*args, **kwargs)
+        if own is None:
+            return func(*args, **kwargs)
+        given = {**kwargs, "leaf": self._leaf} if own in _WEIGHTED else kwargs
+        found = own(*args, **given)
         return func(*args, **kwargs) if found is None else found
+
+
+def _no_leaf(_: Tensor) -> int:
+    return 0
 
 
 def _ours(*tensors: Tensor) -> bool:
@@ -87,10 +104,12 @@ def _relu_(input: Tensor) -> Tensor | None:
     return _relu(input, True)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+def _linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, leaf: Leaf
+) -> Tensor | None:
     if not _ours(input, weight) or input.ndim < 2 or weight.ndim != 2:
         return None
-    return None if tracing.checkpointed() else linear(input, weight, bias)
+    return None if tracing.checkpointed() else linear(input, weight, bias, leaf(weight))
 
 
 def _plain(
@@ -101,11 +120,13 @@ def _plain(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    *,
+    leaf: Leaf,
 ) -> Tensor | None:
     if isinstance(padding, str):
         return None
     sizes = (stride, padding, dilation, 0)
-    return _convolved(input, weight, bias, sizes, groups, False)
+    return _convolved(input, weight, bias, sizes, groups, False, leaf)
 
 
 def _transposed(
@@ -117,9 +138,11 @@ def _transposed(
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
+    *,
+    leaf: Leaf,
 ) -> Tensor | None:
     sizes = (stride, padding, dilation, output_padding)
-    return _convolved(input, weight, bias, sizes, groups, True)
+    return _convolved(input, weight, bias, sizes, groups, True, leaf)
 
 
 def _convolved(
@@ -129,11 +152,12 @@ def _convolved(
     sizes: tuple[Any, Any, Any, Any],
     groups: int,
     transposed: bool,
+    leaf: Leaf,
 ) -> Tensor | None:
     if not _ours(x, weight) or x.ndim != weight.ndim:
         return None
     geometry = geometry_of(x.ndim - 2, sizes, groups, transposed)
-    return convolution(x, weight, bias, geometry, leaf_of(weight))
+    return convolution(x, weight, bias, geometry, leaf(weight))
 
 
 def _normalized(
@@ -167,3 +191,4 @@ _OWN: Final[dict[Callable[..., Any], Callable[..., Tensor | None]]] = {
         (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed
     ),
 }
+_WEIGHTED: Final = (_linear, _plain, _transposed)

@@ -34,6 +34,12 @@ from torch_dropout_ir import tracing
 _normalize: Final = torch.ops.aten.native_batch_norm.default
 _backward: Final = torch.ops.aten.native_batch_norm_backward.default
 Factor = Tensor | float
+
+_TWICE: Final = (
+    "expected a loss with batch normalization in it, whose second derivative has been "
+    "taken, to be differentiated once, got create_graph=True. Give `modified_loss` "
+    "`max_bytes=None` for a graph that is torch's own."
+)
 Needed = tuple[bool, bool, bool]
 
 
@@ -89,6 +95,8 @@ class _Derivative(torch.autograd.Function):
     def backward(
         ctx: Any, x_dot: Tensor | None, w_dot: Tensor | None, b_dot: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # mean and deviation would be taken for constants
+            raise RuntimeError(_TWICE)
         g, x, weight, mean, r = ctx.saved_tensors
         in_g, in_x, in_weight = ctx.needs_input_grad[:3]
         h = _Normal(x, mean, r)
