@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 
 class Place(NamedTuple):
@@ -70,13 +71,15 @@ _UNARY: Final = frozenset(
 _BATCH_NORM: Final = frozenset(("NativeBatchNormBackward0", "CudnnBatchNormBackward0"))
 
 
-def rows_meet(outputs: Tensor, sites: Sequence[Tensor], count: int) -> bool | None:
+def rows_meet(
+    outputs: Tensor, sites: Sequence[GradientEdge], count: int
+) -> bool | None:
     """Say whether an operation from the sites to the outputs lets samples meet.
 
     Args:
         outputs: A tensor of the outputs, with its graph; several rows a sample may be
             one after the other.
-        sites: What enters the graph at each site: it is added to the site's input.
+        sites: Where in the graph the output of each site is, a sum.
         count: Number of samples.
 
     Returns:
@@ -85,20 +88,21 @@ def rows_meet(outputs: Tensor, sites: Sequence[Tensor], count: int) -> bool | No
     """
     if outputs.grad_fn is None or not outputs.ndim or outputs.shape[0] % count:
         return None
-    found: dict[Any, Place | None] = dict.fromkeys([x.grad_fn for x in sites], _START)
-    ends, stack = set(found), [(outputs.grad_fn, None)]
+    found: dict[Any, Place | None] = {}
+    ends, stack = {edge.node for edge in sites}, [(outputs.grad_fn, None)]
     for node, edges in _inputs_first(stack, found):
         places = [found.get(child) for child, _ in edges]
+        if node in ends:
+            if any([place not in (None, _START) for place in places]):
+                return None
+            found[node] = _START
+            continue
         if not any(places):
             found[node] = None
             continue
         name = node.name()
         if name in _UNARY and len(edges) == 1:
             found[node] = places[0]
-        elif name == "AddBackward0" and not ends.isdisjoint([x for x, _ in edges]):
-            found[node] = _START  # what is added at a site has the shape of its input
-            if any(place not in (None, _START) for place in places):
-                return None
         else:
             op = Op(node, edges, places, count)
             if name in _BATCH_NORM and _meets(op):
