@@ -110,10 +110,16 @@ double standard_error(const std::vector<std::vector<double>>& forms) {
   return std::sqrt(count * squares / (count - 1));
 }
 
-template <class T>
-void store(void* data, const std::vector<double>& values) {
-  std::transform(values.begin(), values.end(), static_cast<T*>(data),
-                 [](double value) { return static_cast<T>(value); });
+Tensor scalar(double value, bool wide) {
+  Tensor found = Tensor::empty(
+      0, nullptr, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+      Device{aoti_torch_device_type_cpu(), 0});
+  if (wide) {
+    *static_cast<double*>(found.data()) = value;
+  } else {
+    *static_cast<float*>(found.data()) = static_cast<float>(value);
+  }
+  return found;
 }
 
 void form_sums(StableIValue* stack, uint64_t, uint64_t) {
@@ -147,16 +153,12 @@ void form_sums(StableIValue* stack, uint64_t, uint64_t) {
     found[0] += found[i + 2];
   }
   found[1] = standard_error(forms);
-  const int64_t size = static_cast<int64_t>(found.size());
-  Tensor sums = Tensor::empty(
-      1, &size, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-      Device{aoti_torch_device_type_cpu(), 0});
-  if (wide) {
-    store<double>(sums.data(), found);
-  } else {
-    store<float>(sums.data(), found);
+  StableListHandle sums;
+  DROPOUT_TORCH(torch_new_list_reserve_size(found.size(), &sums));
+  for (const double value : found) {
+    DROPOUT_TORCH(torch_list_push_back(sums, to_stack(scalar(value, wide))));
   }
-  stack[0] = to_stack(std::move(sums));
+  stack[0] = bit_cast<StableIValue>(sums);
 }
 
 // ---- label_root

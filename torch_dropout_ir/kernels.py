@@ -155,7 +155,7 @@ def form_sums(
     factors: Sequence[float],
     rows: Sequence[int],
     units: Sequence[int],
-) -> Tensor:
+) -> list[Tensor]:
     """Sum the quadratic forms of the uses of dropout sites.
 
     Args:
@@ -167,7 +167,7 @@ def form_sums(
 
     Returns:
         The sum of all, its standard error over samples (NaN where there are not two, or
-        rows do not tell them apart), and the sum of each use: ``[uses + 2]``.
+        rows do not tell them apart), and the sum of each use, all 0-d.
     """
     forms = [
         factor * (h * g).reshape(n, k, -1 if n * k else 0).sum(2).square().sum(1)
@@ -175,13 +175,13 @@ def form_sums(
             inputs, gradients, factors, rows, units, strict=True
         )
     ]
-    own = torch.stack([form.sum() for form in forms])
+    own = [form.sum() for form in forms]
     samples = min(rows)
-    error = own.new_full((), float("nan"))
+    error = own[0].new_full((), float("nan"))
     if samples > 1 and not any(n % samples for n in rows):
         each = torch.stack([form.view(samples, -1).sum(1) for form in forms]).sum(0)
         error = samples**0.5 * each.std()
-    return torch.cat([own.sum().view(1), error.view(1), own])
+    return [torch.stack(own).sum(), error, *own]
 
 
 def label_root(f: Tensor) -> Tensor:

@@ -116,6 +116,11 @@ class HessianRoots:
             self._signs = (1.0, -1.0) if bool(negative.any()) else (1.0,)
 
     @property
+    def like(self) -> Tensor:
+        """The outputs that it was made of."""
+        return self._outputs
+
+    @property
     def has_one(self) -> bool:
         """Whether what is drawn is one root, and not one more for a negative part."""
         return len(self._signs) == 1

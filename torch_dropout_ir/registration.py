@@ -25,7 +25,7 @@ _SCHEMAS = (
     "mask_draw(Tensor rng, Tensor p, SymInt numel) -> Tensor",
     "unit_counts(Tensor packed, int rows, int units) -> Tensor",
     "form_sums(Tensor[] inputs, Tensor[] gradients, float[] factors, int[] rows,"
-    " int[] units) -> Tensor",
+    " int[] units) -> Tensor[]",
     "label_root(Tensor f) -> Tensor",
 )
 for _schema in _SCHEMAS:
@@ -103,8 +103,8 @@ def _(
     factors: list[float],
     rows: list[int],
     units: list[int],
-) -> Tensor:
-    return inputs[0].new_empty(len(inputs) + 2)
+) -> list[Tensor]:
+    return [inputs[0].new_empty(()) for _ in range(len(inputs) + 2)]
 
 
 @torch.library.register_fake("torch_dropout_ir::label_root")

@@ -28,7 +28,10 @@ def check_count(function: str, name: str, value: Any, least: int) -> None:
         TypeError: If it is no integer.
         ValueError: If it is below ``least``.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    known = type(value) is int  # an abstract class takes its time
+    if not known and (
+        isinstance(value, bool) or not isinstance(value, numbers.Integral)
+    ):
         raise TypeError(
             f"{function}: expected `{name}` to be an integer, got {value!r}"
         )
@@ -130,7 +133,7 @@ def check_risk(
     """
     moved = None if known else generators_moved(model)
     with torch.no_grad():
-        check_finite(name, value().detach(), model, inputs)
+        check_finite(name, value(), model, inputs)
     if moved is not None and moved():
         raise ValueError(
             f"{name}: expected a loss that draws no random numbers, got one that does: "

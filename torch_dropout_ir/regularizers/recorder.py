@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import checkpointed, mapped
 
+# Added to the inputs of sites: a graph begins there.
+_ZERO: Final = torch.zeros((), device="cpu", requires_grad=True)
 Use = tuple[Site, Tensor, GradientEdge]
 
 
@@ -37,8 +39,10 @@ class Recorder:
         self._outlives = outlives
         self._first = first
         self._open = True
-        # What is added to the inputs of sites, by device: a graph begins there.
+        # By device; what outlives the pass may be given a gradient.
         self.zeros: dict[torch.device, Tensor] = {}
+        if not outlives:
+            self.zeros[_ZERO.device] = _ZERO
 
     def perturb(self, site: Site, h: Tensor) -> Tensor:
         """Add a zero to a site's input, and record both."""
@@ -63,7 +67,7 @@ class Recorder:
         held = h if self._outlives else h.detach()
         # Nothing below the first site is asked for: what it keeps is let go now.
         out = (held if first else h) + zero
-        edge = get_gradient_edge(out if out.requires_grad else zero)
+        edge = _edge(out, zero)
         self.passed.append(_Passed(site, held, held._version, edge, out, out._version))
         return out
 
@@ -98,6 +102,14 @@ class Recorder:
         self._open = False
         self.passed.clear()
         self.reads.clear()
+
+
+def _edge(out: Tensor, zero: Tensor) -> GradientEdge:
+    """Return where in the graph a sum is; where it has none, where its zero is."""
+    node = out.grad_fn if type(out) is Tensor else None
+    if node is not None:
+        return GradientEdge(node, 0)
+    return get_gradient_edge(out if out.requires_grad else zero)
 
 
 def _in_place_of(h: Tensor, first: Tensor) -> Tensor:

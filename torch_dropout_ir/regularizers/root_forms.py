@@ -81,10 +81,11 @@ class RootForms:
         found = clean.derivatives(outputs, root, keep)
         reached = [i for i, g in enumerate(found) if g is not None]
         if not reached:
-            return Sums(outputs.new_zeros(2).detach(), [], meet)
+            zero = self._roots.like.new_zeros(())
+            return Sums([zero, zero.clone()], [], meet)
         uses, shapes = clean.uses, clean.mask_shapes
         summed = form_sums(
-            [uses[i][1].detach() for i in reached],
+            [_plain(uses[i][1]) for i in reached],
             [g for g in found if g is not None],
             [uses[i][0].variance / 2 * sign for i in reached],
             [shapes[i][0] if shapes[i] else 1 for i in reached],
@@ -160,6 +161,10 @@ class RootForms:
         return draws, bool(coupled)
 
 
+def _plain(h: Tensor) -> Tensor:
+    return h.detach() if h.requires_grad else h
+
+
 def _alike(clean: CleanPass, outputs: Tensor) -> bool:
     """Whether one operation can read all there is."""
     dtype, device = outputs.dtype, outputs.device
@@ -173,9 +178,9 @@ def _has_roots(read: OutputsRead) -> bool:
     """Whether the Hessian of each sample has a root that can be computed."""
     if read.loss is None:
         return False
-    f = read.single
     if read.loss.kind != "general":
         return True
+    f = read.tensors[0]
     if f.ndim == 0 or read.couples():
         return False
     return f.numel() * f[0].numel() <= _MOST_BLOCK_ELEMENTS
@@ -230,7 +235,7 @@ def _pull(
 
     def receive(use: int, g: Tensor) -> None:
         (site, h, _), shape = clean.uses[use], clean.mask_shapes[use]
-        shared = (h.detach() if h.requires_grad else h) * g
+        shared = _plain(h) * g
         if shared.shape != shape:
             shared = shared.sum_to_size(shape)
         # In place where memory matters; else by what has just been done.

@@ -18,8 +18,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class Place(NamedTuple):
@@ -58,6 +59,7 @@ class Op(NamedTuple):
 
 
 _START: Final = Place(0, 1)
+_LEAF: Final = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 _UNARY: Final = frozenset(
     f"{name}Backward{k}"
     for k in (0, 1)
@@ -133,11 +135,12 @@ def _inputs_first(
             continue
         if edges is None:
             edges = node.next_functions
-            if not edges:
-                done[node] = None  # a parameter
-                continue
             stack.append((node, edges))
-            stack += [(x, None) for x, _ in edges if x is not None and x not in done]
+            for child, _ in edges:
+                if type(child) is _LEAF:
+                    done[child] = None  # a parameter
+                elif child is not None and child not in done:
+                    stack.append((child, None))
             continue
         yield node, edges
 

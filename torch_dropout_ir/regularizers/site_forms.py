@@ -27,7 +27,7 @@ class Sums(NamedTuple):
         coupled: Whether samples depend on each other.
     """
 
-    values: Tensor
+    values: list[Tensor]
     names: list[str]
     coupled: bool
 
@@ -139,7 +139,7 @@ def of_sums(
         exact: Whether the value is R_1 itself.
         notes: What there is to say of it.
     """
-    value, error, *parts = summed.values.unbind()
+    value, error, *parts = summed.values
     per_site: dict[str, Tensor] = {}
     for name, part in zip(summed.names, parts, strict=True):
         per_site[name] = part + per_site[name] if name in per_site else part
