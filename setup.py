@@ -157,7 +157,8 @@ class BuildKernels(build_ext):
         flags += ["-DDROPOUT_WITH_CUDA"] if cuda else []
         flags += shlex.split(os.environ.get("CXXFLAGS", ""))
         compiler = [*(find_compiler() or []), *flags]
-        sources = [(CSRC / name, compiler) for name in ("dropout_cpu.cpp", "ops.cpp")]
+        names = ("dropout_cpu.cpp", "forms.cpp", "ops.cpp")
+        sources = [(CSRC / name, compiler) for name in names]
         if cuda:
             nvcc = str(cuda / "bin" / "nvcc")
             command = [nvcc, "-std=c++17", "-O3"]

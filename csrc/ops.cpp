@@ -39,18 +39,6 @@ void* current_cuda_stream(int device) {
 
 namespace {
 
-// ---- the boxed calling convention: the callee owns the handles it is given
-
-template <class T>
-T from_stack(StableIValue value) {
-  static_assert(sizeof(T) == sizeof(value), "an 8-byte argument");
-  return bit_cast<T>(value);
-}
-
-StableIValue to_stack(Tensor tensor) {
-  return bit_cast<StableIValue>(tensor.release());
-}
-
 class DeviceGuard {
  public:
   explicit DeviceGuard(Device device) {
@@ -286,6 +274,6 @@ PyMODINIT_FUNC PyInit__C() {
                                    nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   // What `registration.py` makes of the schemas that these kernels were written for.
-  if (module != nullptr) PyModule_AddIntConstant(module, "SCHEMAS", 1225182584);
+  if (module != nullptr) PyModule_AddIntConstant(module, "SCHEMAS", 1902138945);
   return module;
 }

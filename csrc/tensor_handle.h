@@ -12,6 +12,8 @@
 
 #include <torch/csrc/stable/c/shim.h>
 
+#include "dropout.h"
+
 namespace dropout {
 
 // STD_TORCH_CHECK without its "<function>, <file>:<line>" in front: what a user
@@ -150,5 +152,17 @@ class Tensor {
  private:
   AtenTensorHandle handle_;
 };
+
+// ---- the boxed calling convention: the callee owns the handles it is given
+
+template <class T>
+T from_stack(StableIValue value) {
+  static_assert(sizeof(T) == sizeof(value), "an 8-byte argument");
+  return bit_cast<T>(value);
+}
+
+inline StableIValue to_stack(Tensor tensor) {
+  return bit_cast<StableIValue>(tensor.release());
+}
 
 }  // namespace dropout

@@ -266,7 +266,7 @@ def test_a_backward_pass_holds_no_derivative_of_a_site():
     with clean_pass(net, torch.randn(3, 5)) as clean:
         found = {}
         clean.pull(clean.outputs, torch.ones(3, 5), found.__setitem__)
-        plain = torch.autograd.grad(clean.outputs, clean.deltas, torch.ones(3, 5))
+        plain = torch.autograd.grad(clean.outputs, clean.edges, torch.ones(3, 5))
     assert list(found) == [1, 0]
     for use, g in enumerate(plain):
         torch.testing.assert_close(found[use], g)

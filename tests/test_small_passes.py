@@ -18,6 +18,7 @@ from torch_dropout_ir.regularizers import (
     site_forms,
 )
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
+from torch_dropout_ir.regularizers.root_forms import RootForms
 
 
 @pytest.mark.parametrize("coupled", [False, True])
@@ -68,27 +69,65 @@ def test_labels_that_weigh_alike_have_the_scale_of_each(reduction, shape):
     assert even_scale(loss, f, y) is None
 
 
-@pytest.mark.parametrize("num_samples", [1, 3, None])
-def test_a_pass_that_takes_no_short_way_gives_the_same(num_samples, monkeypatch):
-    torch.manual_seed(0)
-    net = nn.Sequential(
+class Reused(nn.Module):
+    """One site for two sequences, of tokens, and one that the outputs do not reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.idle = nn.Dropout(0.4), nn.Dropout(0.2)
+        self.one, self.two = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.drop(self.one(self.drop(x)).unsqueeze(1).tanh().expand(-1, 2, -1))
+        self.idle(h)
+        return self.two(h).flatten(0, 1)[::2]
+
+
+def plain():
+    return nn.Sequential(
         nn.Dropout(0.1), nn.Linear(5, 4), nn.Tanh(), nn.Dropout(0.4), nn.Linear(4, 3)
-    ).double()
-    batch = torch.randn(6, 5).double(), torch.randint(3, (6,))
+    )
+
+
+def channels():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 2), nn.Dropout1d(0.3), nn.Tanh(),
+        nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse", nn.BCEWithLogitsLoss()])
+@pytest.mark.parametrize("make", [plain, channels, Reused])
+@pytest.mark.parametrize("num_samples", [1, 3, None])
+def test_a_pass_that_takes_no_short_way_gives_the_same(
+    num_samples, make, loss, monkeypatch
+):
+    torch.manual_seed(0)
+    net = make().double()
+    labels, x = torch.randint(3, (6,)), torch.randn(6, 5).double()
+    y = labels if loss == "cross_entropy" else F.one_hot(labels, 3).double()
     found = []
     for short in (True, False):
         if not short:
             monkeypatch.setattr(site_forms, "_FEW", 0)
+            monkeypatch.setattr(RootForms, "sums", lambda *_, **__: None)
+            monkeypatch.setattr(output_hessian, "_DRAWN_IN_ONE", 0)
             monkeypatch.setattr(output_hessian, "even_scale", lambda *_: None)
             monkeypatch.setattr(tracing, "_ENGINE", None)
         torch.manual_seed(1)
-        found.append(gauss_newton(net, batch, "cross_entropy", num_samples=num_samples))
+        found.append(gauss_newton(net, (x, y), loss, num_samples=num_samples))
     short, long = found
     for name in ("value", "standard_error"):
         torch.testing.assert_close(
-            getattr(short, name), getattr(long, name), rtol=1e-12, atol=0
+            getattr(short, name),
+            getattr(long, name),
+            rtol=1e-12,
+            atol=0,
+            equal_nan=True,
         )
     torch.testing.assert_close(short.per_site, long.per_site, rtol=1e-12, atol=0)
+    assert [*short.per_site] == [*long.per_site] and short.notes == long.notes
+    assert short.num_samples == long.num_samples and short.exact == long.exact
 
 
 class Counting(nn.Module):

@@ -12,6 +12,8 @@ could not be built, and are the oracle that the compiled kernels are tested agai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -145,3 +147,62 @@ def unit_counts(packed: Tensor, rows: int, units: int) -> Tensor:
 def keep_scale(p: float) -> float:
     """Return ``1 / (1 - p)``, the factor of what is kept; 0 at ``p = 1``."""
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
+def form_sums(
+    inputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    factors: Sequence[float],
+    rows: Sequence[int],
+    units: Sequence[int],
+) -> list[Tensor]:
+    """Sum the quadratic forms of the uses of dropout sites.
+
+    Args:
+        inputs: The input of each use, ``rows * units * shared`` elements.
+        gradients: What has been sent back to it, of its shape.
+        factors: What the form of each use is a multiple of.
+        rows: Its rows, of which a sample has one or several, one after the other.
+        units: Elements of its mask in a row; the others share them.
+
+    Returns:
+        The sum of all, its standard error over samples (NaN where there are not two, or
+        rows do not tell them apart), and the sum of each use, all 0-d.
+    """
+    forms = [
+        factor * (h * g).reshape(n, k, -1 if n * k else 0).sum(2).square().sum(1)
+        for h, g, factor, n, k in zip(
+            inputs, gradients, factors, rows, units, strict=True
+        )
+    ]
+    own = [form.sum() for form in forms]
+    samples = min(rows)
+    error = own[0].new_full((), float("nan"))
+    if samples > 1 and not any(n % samples for n in rows):
+        each = torch.stack([form.view(samples, -1).sum(1) for form in forms]).sum(0)
+        error = samples**0.5 * each.std()
+    return [torch.stack(own).sum(), error, *own]
+
+
+def label_root(f: Tensor) -> Tensor:
+    """Return the softmax of each row of ``f``, less one at a label drawn from it."""
+    return less_a_label_(f.softmax(1), 1)
+
+
+def less_a_label_(softmax: Tensor, classes: int) -> Tensor:
+    """Take one off a softmax over dimension ``classes``, at labels drawn from it.
+
+    Of independent exponential times the first is that of a class with the probability
+    of its rate. Torch draws none of zero, which would beat all.
+
+    Args:
+        softmax: The softmax, written on.
+        classes: The dimension.
+
+    Returns:
+        It.
+    """
+    wide = torch.promote_types(softmax.dtype, torch.float32)
+    times = torch.empty_like(softmax, dtype=wide).exponential_()
+    label = (softmax / times).argmax(classes, keepdim=True)
+    return softmax.scatter_(classes, label, -1.0, reduce="add")

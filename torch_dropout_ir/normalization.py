@@ -12,12 +12,14 @@ Semantics:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
@@ -39,6 +41,15 @@ class ComposedNormalization(TorchFunctionMode):
         if func is F.instance_norm:
             return _instance_norm(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def differentiable(thrice: bool) -> Iterator[None]:
+    """Let a pass be differentiated twice, or once more."""
+    # The fused attention kernels have no second derivative.
+    third = ComposedNormalization() if thrice else contextlib.nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), third:
+        yield
 
 
 def _normalized(

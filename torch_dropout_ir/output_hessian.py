@@ -15,17 +15,21 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.arrivals import once_differentiable, root_of
+from torch_dropout_ir.kernels import less_a_label_
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_scales import (
     cross_entropy_scale,
     even_scale,
     squared_scale,
 )
+from torch_dropout_ir.registration import label_root
 
 Root = tuple[Tensor, "Tensor | float"]
 Rows: TypeAlias = "Tensor | slice"
 ALL: Final = slice(None)
+_WIDE: Final = (torch.float32, torch.float64)
 _DRAWN_AT_ONCE: Final = 2**18
+_DRAWN_IN_ONE: Final = 2**14  # outputs; above that torch's own kernels have threads
 
 
 def hessian_product(
@@ -111,6 +115,16 @@ class HessianRoots:
             negative = self._values < -1e-6 * self._values.abs().amax()
             self._signs = (1.0, -1.0) if bool(negative.any()) else (1.0,)
 
+    @property
+    def like(self) -> Tensor:
+        """The outputs that it was made of."""
+        return self._outputs
+
+    @property
+    def has_one(self) -> bool:
+        """Whether what is drawn is one root, and not one more for a negative part."""
+        return len(self._signs) == 1
+
     def exact(self, rows: Rows = ALL) -> Iterator[Root]:
         """Yield ``(s_c, sign_c)`` with ``sum_c sign_c s_c s_c' = H_i`` a sample.
 
@@ -170,7 +184,10 @@ class HessianRoots:
         """
         f = _of(self._outputs, rows)
         if self._kind == "squared":
-            return [(torch.randn_like(f).mul_(self._factor), 1.0)]
+            drawn = torch.randn_like(f)
+            if f.dtype in _WIDE:  # half precision has no room for the square of it
+                return [(drawn, self._factor**2)]
+            return [(drawn.mul_(self._factor), 1.0)]
         if self._kind == "cross_entropy":
             mass = self._of_mass(rows)
             if not isinstance(mass, Tensor):
@@ -211,17 +228,14 @@ def _eigen(loss: Loss, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
 
 def _less_a_label(f: Tensor) -> Tensor:
     """Softmax, less one at a label drawn from it."""
+    if f.ndim == 2 and f.is_cpu and f.dtype in _WIDE and f.numel() <= _DRAWN_IN_ONE:
+        return label_root(f)
     classes = 1 if f.ndim > 1 else 0
     softmax = f.softmax(classes)
-    wide = torch.promote_types(f.dtype, torch.float32)
     # Some samples at a time, lest the times take twice the space of the outputs.
     count = max(1, _DRAWN_AT_ONCE * f.shape[0] // max(1, f.numel()))
     for block in softmax.split(count) if f.ndim > 1 and len(f) > count else (softmax,):
-        # Of independent exponential times the first is that of a class with the
-        # probability of its rate. Torch draws none of zero, which would beat all.
-        times = torch.empty_like(block, dtype=wide).exponential_()
-        label = (block / times).argmax(classes, keepdim=True)
-        block.scatter_(classes, label, -1.0, reduce="add")
+        less_a_label_(block, classes)
     return softmax
 
 

@@ -77,9 +77,10 @@ def even_scale(loss: Loss, outputs: Tensor, targets: Any) -> float | None:
     if not isinstance(targets, Tensor) or targets.numel() > _FEW_LABELS:
         return None
     wide = outputs.dtype in (torch.float32, torch.float64)
-    labels = targets.is_cpu and not targets.is_floating_point()
-    if not wide or not labels or loss.option("weight", None) is not None:
+    known = targets.is_cpu and not targets.is_floating_point()
+    if not wide or not known or loss.option("weight", None) is not None:
         return None
-    if loss.option("ignore_index", -100) in targets.flatten().tolist():
+    labels = (targets if targets.ndim == 1 else targets.flatten()).tolist()
+    if loss.option("ignore_index", -100) in labels:
         return None
     return 1.0 / targets.numel() if loss.reduction == "mean" else 1.0

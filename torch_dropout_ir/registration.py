@@ -24,6 +24,9 @@ _SCHEMAS = (
     "mask_apply(Tensor x, Tensor packed, float scale) -> Tensor",
     "mask_draw(Tensor rng, Tensor p, SymInt numel) -> Tensor",
     "unit_counts(Tensor packed, int rows, int units) -> Tensor",
+    "form_sums(Tensor[] inputs, Tensor[] gradients, float[] factors, int[] rows,"
+    " int[] units) -> Tensor[]",
+    "label_root(Tensor f) -> Tensor",
 )
 for _schema in _SCHEMAS:
     _name = _schema[: _schema.index("(")]
@@ -62,6 +65,8 @@ dropout_counted = _ops.dropout_counted.default
 mask_apply = _ops.mask_apply.default
 mask_draw = _ops.mask_draw.default
 unit_counts = _ops.unit_counts.default
+form_sums = _ops.form_sums.default
+label_root = _ops.label_root.default
 
 
 @torch.library.register_fake("torch_dropout_ir::dropout_forward")
@@ -89,6 +94,22 @@ def _(rng: Tensor, p: Tensor, numel: int) -> Tensor:
 @torch.library.register_fake("torch_dropout_ir::unit_counts")
 def _(packed: Tensor, rows: int, units: int) -> Tensor:
     return packed.new_empty(units, dtype=torch.int64)
+
+
+@torch.library.register_fake("torch_dropout_ir::form_sums")
+def _(
+    inputs: list[Tensor],
+    gradients: list[Tensor],
+    factors: list[float],
+    rows: list[int],
+    units: list[int],
+) -> list[Tensor]:
+    return [inputs[0].new_empty(()) for _ in range(len(inputs) + 2)]
+
+
+@torch.library.register_fake("torch_dropout_ir::label_root")
+def _(f: Tensor) -> Tensor:
+    return torch.empty_like(f, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_vmap("torch_dropout_ir::mask_draw")

@@ -7,11 +7,12 @@ which costs speed or statistics, never a wrong mask.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge
 
 # Private names. A torch without the first counts what checkpointing recomputes; one
 # without the second takes the composed form everywhere; without the third, what is
@@ -48,13 +49,13 @@ def unpacked_by_hooks() -> bool:
 
 
 def derivatives(
-    output: Tensor, inputs: Sequence[Tensor], root: Tensor | None, keep: bool
+    output: Tensor, inputs: Sequence[GradientEdge], root: Tensor | None, keep: bool
 ) -> tuple[Tensor | None, ...]:
     """Return what ``torch.autograd.grad`` does, of an output and a root of its shape.
 
     Args:
         output: The output.
-        inputs: In what derivatives are taken; of what it does not depend on, None.
+        inputs: Where derivatives are taken; of what it does not depend on, None.
         root: What is sent back; None for a scalar.
         keep: Whether the graph is kept.
     """
@@ -80,6 +81,12 @@ def generators(model: nn.Module) -> list[torch.Generator]:
 def random_state(model: nn.Module) -> list[Tensor]:
     """Return the states of torch's generators that a pass may draw from."""
     return [g.get_state() for g in generators(model)]
+
+
+def generators_moved(model: nn.Module) -> Callable[[], bool]:
+    """Return what tells whether a generator that a pass may draw from has moved."""
+    states = [(g, g.get_state()) for g in generators(model)]
+    return lambda: any([not torch.equal(g.get_state(), x) for g, x in states])
 
 
 def mapped(x: object) -> bool:

@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir.functional import at_sites, call
-from torch_dropout_ir.normalization import ComposedNormalization
+from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.regularizers.checks import check_batch
 from torch_dropout_ir.regularizers.coupling import alike, by_powers, even_root
 from torch_dropout_ir.regularizers.recorder import Recorder, Use
@@ -21,7 +21,7 @@ from torch_dropout_ir.regularizers.row_graph import rows_meet
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sites import out_of_sight
 from torch_dropout_ir.survey import Survey
-from torch_dropout_ir.tracing import derivatives, random_state
+from torch_dropout_ir.tracing import derivatives, generators_moved
 
 # Elements of the sites' inputs under which memory is no matter.
 _FEWEST_ELEMENTS: Final = 2**16
@@ -34,7 +34,8 @@ class CleanPass:
     Attributes:
         outputs: What the model returned.
         uses: Each use of a site: the site, its input (with its graph where the pass
-            outlives its context), and a zero added to its output.
+            outlives its context), and where in the graph its output is.
+        zeros: What was added to their inputs, 0-d, one for each device.
         last_layer: The linear layer that makes the outputs, where the only source of
             noise is one site that feeds it directly; else None.
         noisy: Whether it drew random numbers, or other noise was switched off in it.
@@ -46,15 +47,16 @@ class CleanPass:
 
     outputs: Any
     uses: list[Use]
+    zeros: list[Tensor]
     last_layer: nn.Linear | None
     noisy: bool
     unreachable: tuple[str, ...]
     out_of_sight: dict[str, str]
 
     @property
-    def deltas(self) -> list[Tensor]:
-        """The zeros added to the output of each use."""
-        return [delta for _, _, delta in self.uses]
+    def edges(self) -> list[GradientEdge]:
+        """Where in the graph the output of each use is."""
+        return [edge for _, _, edge in self.uses]
 
     @functools.cached_property
     def matters(self) -> bool:
@@ -70,6 +72,14 @@ class CleanPass:
     def names(self) -> list[str]:
         """The site of each use."""
         return [site.name for site, _, _ in self.uses]
+
+    def derivatives(
+        self, outputs: Tensor, root: Tensor | None, keep: bool
+    ) -> Sequence[Tensor | None]:
+        """Return all at once what :meth:`pull` gives away, None where there is none."""
+        if not self.uses or not outputs.requires_grad:
+            return [None] * len(self.uses)
+        return derivatives(outputs, self.edges, root, keep)
 
     def pull(
         self,
@@ -92,29 +102,26 @@ class CleanPass:
         if not self.uses or not outputs.requires_grad:
             return
         if not self.matters:
-            found = derivatives(outputs, self.deltas, root, keep)
+            found = derivatives(outputs, self.edges, root, keep)
             for i in reversed(range(len(found))):
                 g = found[i]
                 if g is not None:
                     receive(i, g)
             return
 
-        def hook(use: int, g: Tensor) -> None:
-            receive(use, g)
+        def hook(grads: Sequence[Tensor | None], use: int) -> None:
+            if grads[0] is not None:
+                receive(use, grads[0])
             if not keep:
-                site, h, delta = self.uses[use]
-                self.uses[use] = site, h.detach().new_empty(()).expand(h.shape), delta
+                site, h, edge = self.uses[use]
+                self.uses[use] = site, h.detach().new_empty(()).expand(h.shape), edge
 
         with contextlib.ExitStack() as stack:
-            ends: list[Tensor] = []
-            for i, delta in enumerate(self.deltas):
-                base = delta._base  # one element: what is received is not held
-                if delta.requires_grad and base is not None:
-                    handle = delta.register_hook(functools.partial(hook, i))
-                    stack.callback(handle.remove)
-                    ends.append(base)
-            torch.autograd.grad(
-                outputs, ends, root, retain_graph=keep, allow_unused=True
+            for i, edge in enumerate(self.edges):
+                taken = edge.node.register_prehook(functools.partial(hook, use=i))
+                stack.callback(taken.remove)
+            torch.autograd.grad(  # one element: what is received is not held
+                outputs, self.zeros, root, retain_graph=keep, allow_unused=True
             )
 
     def row_weights(self, outputs: Tensor, root: Tensor) -> dict[int, Tensor]:
@@ -182,7 +189,7 @@ class CleanPass:
         count = self.count(outputs)
         if not count or not self.by_samples(count):
             return True
-        return False if count < 2 else rows_meet(outputs, self.deltas, count)
+        return False if count < 2 else rows_meet(outputs, self.edges, count)
 
     def _couples(self, outputs: Tensor) -> bool:
         meet = self.samples_meet(outputs)
@@ -254,29 +261,25 @@ def clean_pass(
     seen = Recorder(outlives, first)
     with torch.enable_grad(), contextlib.ExitStack() as stack:
         if twice:
-            stack.enter_context(_differentiable(thrice))
+            stack.enter_context(differentiable(thrice))
         if lean:
             stack.enter_context(LeanDerivatives(weights_read=True))
-        placed = at_sites(
-            model,
-            seen.perturb,
-            move_buffers=move_buffers,
-            outlives=outlives,
-            survey=survey,
-            copies=True,
-        )
-        calls = stack.enter_context(placed)
+        calls = stack.enter_context(
+            at_sites(
+                model, seen.perturb, survey=survey, move_buffers=move_buffers,
+                outlives=outlives, copies=True,
+            )
+        )  # fmt: skip
         for _, module in survey.modules if find_last else ():
             if type(module) is nn.Linear:
                 stack.callback(module.register_forward_hook(seen.read).remove)
-        before = [] if calls.absent else random_state(model)
+        moved = None if calls.absent else generators_moved(model)
         outputs = call(model, inputs, move_buffers=move_buffers, survey=survey)
         if reduce is not None:
             outputs = reduce(outputs)
         if bare and not calls.again:
             calls.rest()  # before anything is asked of a tensor
-        noisy = bool(calls.silenced)
-        noisy = noisy or (not calls.absent and not _alike(before, random_state(model)))
+        noisy = bool(calls.silenced) or (moved is not None and moved())
         uses = seen.uses()
         if calls.differentiates:  # to its inputs a zero that is added is a constant
             seen.unreachable += [site.name for site, _, _ in uses]
@@ -284,17 +287,5 @@ def clean_pass(
         alone = find_last and len(uses) == 1 and not hidden and not noisy
         last = seen.maker(outputs) if alone else None
         seen.close()
-        yield CleanPass(outputs, uses, last, noisy, tuple(seen.unreachable), hidden)
-
-
-@contextlib.contextmanager
-def _differentiable(thrice: bool) -> Iterator[None]:
-    """Let a pass be differentiated twice, or once more."""
-    # The fused attention kernels have no second derivative.
-    third = ComposedNormalization() if thrice else contextlib.nullcontext()
-    with sdpa_kernel(SDPBackend.MATH), third:
-        yield
-
-
-def _alike(before: list[Tensor], after: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        zeros, unreachable = list(seen.zeros.values()), tuple(seen.unreachable)
+        yield CleanPass(outputs, uses, zeros, last, noisy, unreachable, hidden)

@@ -29,7 +29,14 @@ from torch_dropout_ir.regularizers.outputs import (
 )
 from torch_dropout_ir.regularizers.root_forms import RootForms
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
-from torch_dropout_ir.regularizers.site_forms import LINEAR, Form, assemble, join
+from torch_dropout_ir.regularizers.site_forms import (
+    LINEAR,
+    Form,
+    Sums,
+    assemble,
+    join,
+    of_sums,
+)
 
 # A backward pass that may be repeated holds under twice what a training step does.
 _CHUNKS: Final = 2
@@ -111,6 +118,15 @@ def gauss_newton(
         check_count("gauss_newton", "num_samples", num_samples, 1)
     resolved, batch = resolve_loss(loss), as_pair(batch)
     seen = _first_pass(model, batch, resolved, num_samples)
+    result = seen.result or _drawn(seen, model, batch, resolved, num_samples)
+    check_finite("gauss_newton", result.value, model, batch[0])
+    return result
+
+
+def _drawn(
+    seen: _Seen, model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None
+) -> Estimate:
+    """Return the estimate from draws: those of the first pass, or of further ones."""
     draws, coupled = seen.draws, seen.coupled
     if draws is not None and seen.chunks is not None:
         coupled = not seen.chunks.apart()
@@ -122,14 +138,12 @@ def gauss_newton(
         draws, meet = [], True if seen.chunks.coupled else None
         # A graph that goes as its derivatives come holds less than one that is kept.
         for forms in seen.forms.one_by_one():
-            with _pass(model, batch, resolved, num_samples) as clean:
-                read = _read(clean, batch[1], resolved)
+            with _pass(model, batch, loss, num_samples) as clean:
+                read = _read(clean, batch[1], loss)
                 found, meet = forms.draws(clean, read, coupled=meet, keep=False)
                 draws += found
         coupled = bool(meet)
-    result = seen.known.estimate(draws, coupled or seen.forms.loss_couples)
-    check_finite("gauss_newton", result.value, model, batch[0])
-    return result
+    return seen.known.estimate(draws, coupled or seen.forms.loss_couples)
 
 
 class _Known(NamedTuple):
@@ -140,6 +154,9 @@ class _Known(NamedTuple):
     exact: bool
     like: Tensor
     notes: tuple[str, ...]
+
+    def of(self, summed: Sums) -> Estimate:
+        return of_sums(self.names, summed, self.exact, self.notes)
 
     def estimate(self, draws: list[list[Form]], coupled: bool) -> Estimate:
         found = assemble(
@@ -153,9 +170,10 @@ class _Seen(NamedTuple):
 
     known: _Known
     forms: RootForms
-    draws: list[list[Form]] | None
-    coupled: bool
-    chunks: RowChunks | None
+    draws: list[list[Form]] | None = None
+    coupled: bool = False
+    chunks: RowChunks | None = None
+    result: Estimate | None = None
 
 
 def _pass(
@@ -173,15 +191,18 @@ def _first_pass(
     inputs, targets = batch
     with _pass(model, batch, loss, num_samples) as clean:
         if targets is not None or loss.kind in ("elementwise", "general"):
-            check_risk(
-                "gauss_newton", lambda: loss(clean.outputs, targets), model, inputs
-            )
+            own = loss.kind != "general"
+            risk = functools.partial(loss, clean.outputs, targets)
+            check_risk("gauss_newton", risk, model, inputs, known=own)
         read = _read(clean, targets, loss)
         known = _known(model, clean, read, loss, num_samples)
         forms = RootForms(read, targets, num_samples)
+        summed = forms.sums(clean, read, keep=False)
+        if summed is not None:
+            return _Seen(known, forms, result=known.of(summed))
         if not RowChunks.pay(clean, read):
             draws, coupled = forms.draws(clean, read, keep=False)
-            return _Seen(known, forms, draws, coupled, None)
+            return _Seen(known, forms, draws, coupled)
         kept = read_outputs(without_graph(clean.outputs), loss, targets)
         twice = loss.kind == "general"
         chunks = RowChunks(model, inputs, clean, kept, twice=twice, parts=_CHUNKS)
@@ -191,7 +212,7 @@ def _first_pass(
             return _Seen(
                 known, forms, draws, bool(meet), chunks if meet is None else None
             )
-        return _Seen(known, forms, None, False, chunks)
+        return _Seen(known, forms, chunks=chunks)
 
 
 def _of_chunk(
@@ -261,6 +282,8 @@ def estimate(
     read = _read(clean, targets, loss)
     known = _known(model, clean, read, loss, num_samples)
     forms = RootForms(read, targets, num_samples)
+    if (summed := forms.sums(clean, read)) is not None:
+        return known.of(summed)
     draws, coupled = forms.draws(clean, read)
     return known.estimate(draws, coupled or forms.loss_couples)
 

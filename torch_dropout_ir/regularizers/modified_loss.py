@@ -263,7 +263,7 @@ def _sampled_form(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor
             clean, read, linearized=r1 == "gauss_newton", create_graph=True
         )
         forms = curvature.sampled()
-    said = [LINEAR] if linear else not_reached(clean.names, forms)
+    said = [LINEAR] if linear else not_reached(clean.names, {name for name, _ in forms})
     for note in said:
         warnings.warn(f"modified_loss: R_1: {note}", stacklevel=5)
     return total(forms, read.tensors[0])

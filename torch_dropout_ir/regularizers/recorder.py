@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.regularizers.checks import check_site
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import checkpointed, mapped
 
-Use = tuple[Site, Tensor, Tensor]
+# Added to the inputs of sites: a graph begins there.
+_ZERO: Final = torch.zeros((), device="cpu", requires_grad=True)
+Use = tuple[Site, Tensor, GradientEdge]
 
 
 class _Passed(NamedTuple):
@@ -21,7 +24,7 @@ class _Passed(NamedTuple):
     site: Site
     h: Tensor
     h_version: int
-    delta: Tensor
+    edge: GradientEdge
     out: Tensor
     out_version: int
 
@@ -36,6 +39,10 @@ class Recorder:
         self._outlives = outlives
         self._first = first
         self._open = True
+        # By device; what outlives the pass may be given a gradient.
+        self.zeros: dict[torch.device, Tensor] = {}
+        if not outlives:
+            self.zeros[_ZERO.device] = _ZERO
 
     def perturb(self, site: Site, h: Tensor) -> Tensor:
         """Add a zero to a site's input, and record both."""
@@ -51,13 +58,17 @@ class Recorder:
         first = self._open and not self.passed
         if first and self._first is not None:
             h = _in_place_of(h, self._first)
-        delta = h.new_zeros((), requires_grad=True).expand(h.shape)  # one element
+        zero = self.zeros.get(h.device)
+        if zero is None:
+            zero = torch.zeros((), device=h.device, requires_grad=True)
+            self.zeros[h.device] = zero
         if not self._open:  # computed again under checkpointing
-            return h + delta
+            return h + zero
         held = h if self._outlives else h.detach()
         # Nothing below the first site is asked for: what it keeps is let go now.
-        out = (held if first else h) + delta
-        self.passed.append(_Passed(site, held, held._version, delta, out, out._version))
+        out = (held if first else h) + zero
+        edge = _edge(out, zero)
+        self.passed.append(_Passed(site, held, held._version, edge, out, out._version))
         return out
 
     def read(self, layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
@@ -93,6 +104,14 @@ class Recorder:
         self.reads.clear()
 
 
+def _edge(out: Tensor, zero: Tensor) -> GradientEdge:
+    """Return where in the graph a sum is; where it has none, where its zero is."""
+    node = out.grad_fn if type(out) is Tensor else None
+    if node is not None:
+        return GradientEdge(node, 0)
+    return get_gradient_edge(out if out.requires_grad else zero)
+
+
 def _in_place_of(h: Tensor, first: Tensor) -> Tensor:
     """Return what the first site is given, where the pass has something else.
 
@@ -116,9 +135,9 @@ def _in_place_of(h: Tensor, first: Tensor) -> Tensor:
 
 def _use(passed: _Passed) -> Use:
     if passed.h._version == passed.h_version:
-        return passed.site, passed.h, passed.delta
+        return passed.site, passed.h, passed.edge
     if passed.out._version == passed.out_version:
-        return passed.site, passed.out, passed.delta
+        return passed.site, passed.out, passed.edge
     raise RuntimeError(
         f"expected the input of dropout site `{passed.site.name}` or its output to "
         "stay as they are in the forward pass, got both overwritten in place. Use "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.output_hessian import ALL, HessianRoots, Root, Rows
+from torch_dropout_ir.registration import form_sums
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.coupling import alike, by_powers
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
-from torch_dropout_ir.regularizers.site_forms import Form, by_row
+from torch_dropout_ir.regularizers.site_forms import Form, Sums, by_row
 
 _MOST_BLOCK_ELEMENTS: Final = 2**24
 
@@ -52,6 +54,44 @@ class RootForms:
         one = copy.copy(self)
         one._num_samples = 1
         return [one] * self._num_samples
+
+    def sums(
+        self, clean: CleanPass, read: OutputsRead, *, keep: bool = True
+    ) -> Sums | None:
+        """Draw one root and add its forms up at once, where a small pass can do that.
+
+        Args:
+            clean: The pass.
+            read: What the loss reads of its outputs.
+            keep: Whether its graph is kept.
+
+        Returns:
+            The sums; None, with nothing drawn, where :meth:`draws` has to be asked.
+        """
+        outputs = read.tensors[0]
+        if not (self.one_pass and clean.uses) or clean.matters:
+            return None
+        assert self._roots is not None
+        at_once = self._roots.has_one and _alike(clean, outputs)
+        meet = clean.samples_meet(outputs) if at_once else None
+        if meet is None:
+            return None
+        ((root, sign),) = self._roots.sample()
+        assert not isinstance(sign, Tensor)
+        found = clean.derivatives(outputs, root, keep)
+        reached = [i for i, g in enumerate(found) if g is not None]
+        if not reached:
+            zero = self._roots.like.new_zeros(())
+            return Sums([zero, zero.clone()], [], meet)
+        uses, shapes = clean.uses, clean.mask_shapes
+        summed = form_sums(
+            [_plain(uses[i][1]) for i in reached],
+            [g for g in found if g is not None],
+            [uses[i][0].variance / 2 * sign for i in reached],
+            [shapes[i][0] if shapes[i] else 1 for i in reached],
+            [math.prod(shapes[i][1:]) for i in reached],
+        )
+        return Sums(summed, [uses[i][0].name for i in reached], meet)
 
     def draws(
         self,
@@ -121,13 +161,26 @@ class RootForms:
         return draws, bool(coupled)
 
 
+def _plain(h: Tensor) -> Tensor:
+    return h.detach() if h.requires_grad else h
+
+
+def _alike(clean: CleanPass, outputs: Tensor) -> bool:
+    """Whether one operation can read all there is."""
+    dtype, device = outputs.dtype, outputs.device
+    return dtype in (torch.float32, torch.float64) and all([
+        type(h) is Tensor and h.dtype == dtype and h.device == device
+        for _, h, _ in clean.uses
+    ])
+
+
 def _has_roots(read: OutputsRead) -> bool:
     """Whether the Hessian of each sample has a root that can be computed."""
     if read.loss is None:
         return False
-    f = read.single
     if read.loss.kind != "general":
         return True
+    f = read.tensors[0]
     if f.ndim == 0 or read.couples():
         return False
     return f.numel() * f[0].numel() <= _MOST_BLOCK_ELEMENTS
@@ -182,7 +235,7 @@ def _pull(
 
     def receive(use: int, g: Tensor) -> None:
         (site, h, _), shape = clean.uses[use], clean.mask_shapes[use]
-        shared = (h.detach() if h.requires_grad else h) * g
+        shared = _plain(h) * g
         if shared.shape != shape:
             shared = shared.sum_to_size(shape)
         # In place where memory matters; else by what has just been done.

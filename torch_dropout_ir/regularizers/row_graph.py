@@ -18,7 +18,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class Place(NamedTuple):
@@ -57,6 +59,7 @@ class Op(NamedTuple):
 
 
 _START: Final = Place(0, 1)
+_LEAF: Final = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 _UNARY: Final = frozenset(
     f"{name}Backward{k}"
     for k in (0, 1)
@@ -70,13 +73,15 @@ _UNARY: Final = frozenset(
 _BATCH_NORM: Final = frozenset(("NativeBatchNormBackward0", "CudnnBatchNormBackward0"))
 
 
-def rows_meet(outputs: Tensor, sites: Sequence[Tensor], count: int) -> bool | None:
+def rows_meet(
+    outputs: Tensor, sites: Sequence[GradientEdge], count: int
+) -> bool | None:
     """Say whether an operation from the sites to the outputs lets samples meet.
 
     Args:
         outputs: A tensor of the outputs, with its graph; several rows a sample may be
             one after the other.
-        sites: What enters the graph at each site: it is added to the site's input.
+        sites: Where in the graph the output of each site is, a sum.
         count: Number of samples.
 
     Returns:
@@ -85,20 +90,21 @@ def rows_meet(outputs: Tensor, sites: Sequence[Tensor], count: int) -> bool | No
     """
     if outputs.grad_fn is None or not outputs.ndim or outputs.shape[0] % count:
         return None
-    found: dict[Any, Place | None] = dict.fromkeys([x.grad_fn for x in sites], _START)
-    ends, stack = set(found), [(outputs.grad_fn, None)]
+    found: dict[Any, Place | None] = {}
+    ends, stack = {edge.node for edge in sites}, [(outputs.grad_fn, None)]
     for node, edges in _inputs_first(stack, found):
         places = [found.get(child) for child, _ in edges]
+        if node in ends:
+            if any([place not in (None, _START) for place in places]):
+                return None
+            found[node] = _START
+            continue
         if not any(places):
             found[node] = None
             continue
         name = node.name()
         if name in _UNARY and len(edges) == 1:
             found[node] = places[0]
-        elif name == "AddBackward0" and not ends.isdisjoint([x for x, _ in edges]):
-            found[node] = _START  # what is added at a site has the shape of its input
-            if any(place not in (None, _START) for place in places):
-                return None
         else:
             op = Op(node, edges, places, count)
             if name in _BATCH_NORM and _meets(op):
@@ -129,11 +135,12 @@ def _inputs_first(
             continue
         if edges is None:
             edges = node.next_functions
-            if not edges:
-                done[node] = None  # a parameter
-                continue
             stack.append((node, edges))
-            stack += [(x, None) for x, _ in edges if x is not None and x not in done]
+            for child, _ in edges:
+                if type(child) is _LEAF:
+                    done[child] = None  # a parameter
+                elif child is not None and child not in done:
+                    stack.append((child, None))
             continue
         yield node, edges
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
@@ -47,7 +48,7 @@ class SiteCurvature:
             root = root_of(risk)
             self._slopes = _gradients(
                 [risk],
-                clean.deltas,
+                clean.edges,
                 None if root is None else [root],
                 create_graph=True,
             )
@@ -56,7 +57,7 @@ class SiteCurvature:
         self._roots = [torch.zeros_like(x, requires_grad=True) for x in read.tensors]
         # Linear in the roots: its derivative in them is the derivative of the outputs.
         self._slopes = _gradients(
-            read.tensors, clean.deltas, self._roots, create_graph=True
+            read.tensors, clean.edges, self._roots, create_graph=True
         )
         _check_twice(self._slopes)
         self._at = (
@@ -77,7 +78,7 @@ class SiteCurvature:
         """
         graph = self._create_graph
         if not self._linearized:
-            return _gradients(self._slopes, self._clean.deltas, vectors, graph)
+            return _gradients(self._slopes, self._clean.edges, vectors, graph)
         pushed = _gradients(self._slopes, self._roots, vectors, graph)
         curved = [
             torch.zeros_like(x) if c is None else c  # the loss is linear in it
@@ -87,7 +88,7 @@ class SiteCurvature:
                 strict=True,
             )
         ]
-        return _gradients(self._tensors, self._clean.deltas, curved, graph)
+        return _gradients(self._tensors, self._clean.edges, curved, graph)
 
     def draws(self, num_samples: int | None, coupled: bool) -> list[list[Form]]:
         """Return draws of the forms; the exact sum as a single one where None."""
@@ -160,7 +161,7 @@ def _check_twice(slopes: Vectors) -> None:
 
 def _gradients(
     outputs: Vectors,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
     roots: Vectors | None,
     create_graph: bool,
 ) -> list[Tensor | None]:
@@ -177,7 +178,7 @@ def _gradients(
     return list(
         torch.autograd.grad(
             heads,
-            list(inputs),
+            inputs,
             None if roots is None else weights,
             retain_graph=True,
             create_graph=create_graph,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Collection, Sequence
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,20 @@ Form = tuple[str, Tensor]
 _NAN: Final = float("nan")
 LINEAR: Final = "the loss is linear in the outputs: this form is 0; use `second_order`"
 _FEW: Final = 1024
+
+
+class Sums(NamedTuple):
+    """A draw of the forms, added up.
+
+    Attributes:
+        values: The sum of all, its standard error, and the sum of each use.
+        names: The site of each use that a derivative has come to.
+        coupled: Whether samples depend on each other.
+    """
+
+    values: list[Tensor]
+    names: list[str]
+    coupled: bool
 
 
 def by_row(site: Site, form: Tensor) -> Form:
@@ -69,9 +83,8 @@ def join(
     ]
 
 
-def not_reached(uses: Sequence[str], forms: Sequence[Form]) -> tuple[str, ...]:
+def not_reached(uses: Sequence[str], reached: Collection[str]) -> tuple[str, ...]:
     """Return what is to be said of sites that no derivative has come to."""
-    reached = {name for name, _ in forms}
     return tuple(
         f"site `{name}`: 0, for the loss does not depend on it (or the model cuts its "
         "graph, which `monte_carlo` tells)"
@@ -102,7 +115,8 @@ def assemble(
         The estimate.
     """
     names = list(dict.fromkeys(uses))
-    notes = not_reached(uses, [form for draw in draws for form in draw])
+    reached = {name for draw in draws for name, _ in draw}
+    notes = not_reached(uses, reached)
     if like.dtype == torch.float16:
         notes = (*notes, "in float16 parts below 6e-8 vanish: use float32 or bfloat16")
     one = num_samples == 1 and len(draws) == 1
@@ -112,6 +126,30 @@ def assemble(
         _standard_error(draws, like, num_samples, coupled),
     )
     return Estimate(value, per_site, error, exact, num_samples or 0, notes=notes)
+
+
+def of_sums(
+    uses: Sequence[str], summed: Sums, exact: bool, notes: tuple[str, ...]
+) -> Estimate:
+    """Return the estimate of a draw that has been added up.
+
+    Args:
+        uses: The site of each use in the pass without noise.
+        summed: The sums.
+        exact: Whether the value is R_1 itself.
+        notes: What there is to say of it.
+    """
+    value, error, *parts = summed.values
+    per_site: dict[str, Tensor] = {}
+    for name, part in zip(summed.names, parts, strict=True):
+        per_site[name] = part + per_site[name] if name in per_site else part
+    if len(per_site) < len(uses):
+        notes = (*not_reached(uses, per_site), *notes)
+        zero = value.new_zeros(())
+        per_site = {name: per_site.get(name, zero) for name in uses}
+    if summed.coupled and parts:
+        error = value.new_full((), _NAN)
+    return Estimate(value, per_site, error, exact, 1, notes=notes)
 
 
 def _sums(

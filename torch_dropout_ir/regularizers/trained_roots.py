@@ -48,7 +48,7 @@ def drawn_form(
     if root_of(outputs) is not None and not root.requires_grad:
         root = root.requires_grad_()
     found = torch.autograd.grad(
-        outputs, clean.deltas, root, create_graph=True, allow_unused=True
+        outputs, clean.edges, root, create_graph=True, allow_unused=True
     )
     if once_differentiable(found):
         raise NotImplementedError(
@@ -112,8 +112,7 @@ def parted(
     if not (known and RowChunks.pay(clean, read)) or clean.unreachable:
         return None
     own = [x for x in model.parameters() if x.requires_grad]
-    zeros = [x._base for x in clean.deltas if x._base is not None]
-    if not own or not parts_pay(risk, [*own, *zeros], max_bytes):
+    if not own or not parts_pay(risk, [*own, *clean.zeros], max_bytes):
         return None
     found = RootsByChunks(model, batch, loss, clean, read, weight)
     with preserved_rng(model):  # noise that is no dropout
@@ -182,7 +181,7 @@ class RootsByChunks:
             forms = self.chunks.each(take)
             if forms is None:  # other rows than the first meet
                 return self._whole(signs, kind)
-        for said in not_reached(self._names, reached):
+        for said in not_reached(self._names, {name for name, _ in reached}):
             warnings.warn(f"modified_loss: R_1: {said}", stacklevel=4)
         value = torch.stack(forms).sum() + self._weight * risk
         return with_gradient(value, self._params, gradient)

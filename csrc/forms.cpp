@@ -1,0 +1,213 @@
+// Two ops of small passes, on the CPU: there a dozen of torch's own, each on a few
+// thousand numbers, take longer than the passes do.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+
+#include "tensor_handle.h"
+
+namespace dropout {
+namespace {
+
+// ---- lists: the callee owns them and what it takes out
+
+class List {
+ public:
+  explicit List(StableIValue value) : handle_(from_stack<StableListHandle>(value)) {
+    DROPOUT_TORCH(torch_list_size(handle_, &size_));
+  }
+  List(const List&) = delete;
+  ~List() { torch_delete_list(handle_); }
+
+  size_t size() const { return size_; }
+  template <class T>
+  T at(size_t i) const {
+    StableIValue element;
+    DROPOUT_TORCH(torch_list_get_item(handle_, i, &element));
+    return from_stack<T>(element);
+  }
+
+ private:
+  StableListHandle handle_;
+  size_t size_;
+};
+
+bool is_double(const char* op, const Tensor& x) {
+  const int32_t dtype = x.dtype();
+  DROPOUT_CHECK(
+      dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_float64(), op,
+      ": expected float32 or float64, got ", dtype_name(dtype));
+  return dtype == aoti_torch_dtype_float64();
+}
+
+// ---- form_sums
+
+// `[rows, units, shared]`, one after the other; several lanes, for the vector units.
+template <class T>
+double sum_of_squares(const T* x, const T* g, int64_t units, int64_t shared) {
+  constexpr int64_t kLanes = 16;
+  T lanes[kLanes] = {};
+  if (shared == 1) {
+    int64_t i = 0;
+    for (; i + kLanes <= units; i += kLanes) {
+      for (int64_t k = 0; k < kLanes; ++k) {
+        const T product = x[i + k] * g[i + k];
+        lanes[k] += product * product;
+      }
+    }
+    for (; i < units; ++i) {
+      const T product = x[i] * g[i];
+      lanes[i % kLanes] += product * product;
+    }
+  } else {
+    for (int64_t i = 0; i < units; ++i, x += shared, g += shared) {
+      T sum = 0;
+      for (int64_t k = 0; k < shared; ++k) sum += x[k] * g[k];
+      lanes[i % kLanes] += sum * sum;
+    }
+  }
+  double total = 0;
+  for (const T lane : lanes) total += static_cast<double>(lane);
+  return total;
+}
+
+std::vector<double> form_rows(const Tensor& x, const Tensor& g, double factor,
+                              int64_t rows, int64_t units, bool wide) {
+  std::vector<double> found(static_cast<size_t>(rows));
+  const int64_t count = rows * units == 0 ? 0 : x.numel() / rows;
+  const int64_t shared = count == 0 ? 0 : count / units;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = i * count;
+    const double sum =
+        wide ? sum_of_squares(static_cast<const double*>(x.data()) + at,
+                              static_cast<const double*>(g.data()) + at, units, shared)
+             : sum_of_squares(static_cast<const float*>(x.data()) + at,
+                              static_cast<const float*>(g.data()) + at, units, shared);
+    found[static_cast<size_t>(i)] = factor * sum;
+  }
+  return found;
+}
+
+// The standard error of the sum over samples, of which each may have several rows.
+double standard_error(const std::vector<std::vector<double>>& forms) {
+  constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+  size_t samples = forms.empty() ? 0 : forms[0].size();
+  for (const auto& rows : forms) samples = std::min(samples, rows.size());
+  if (samples < 2) return kNone;
+  std::vector<double> own(samples);
+  for (const auto& rows : forms) {
+    if (rows.size() % samples != 0) return kNone;
+    const size_t each = rows.size() / samples;
+    for (size_t i = 0; i < rows.size(); ++i) own[i / each] += rows[i];
+  }
+  const double count = static_cast<double>(samples);
+  double mean = 0, squares = 0;
+  for (const double x : own) mean += x / count;
+  for (const double x : own) squares += (x - mean) * (x - mean);
+  return std::sqrt(count * squares / (count - 1));
+}
+
+Tensor scalar(double value, bool wide) {
+  Tensor found = Tensor::empty(
+      0, nullptr, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+      Device{aoti_torch_device_type_cpu(), 0});
+  if (wide) {
+    *static_cast<double*>(found.data()) = value;
+  } else {
+    *static_cast<float*>(found.data()) = static_cast<float>(value);
+  }
+  return found;
+}
+
+void form_sums(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "form_sums";
+  const List inputs(stack[0]), gradients(stack[1]), factors(stack[2]);
+  const List rows(stack[3]), units(stack[4]);
+  const size_t uses = inputs.size();
+  DROPOUT_CHECK(uses > 0 && gradients.size() == uses && factors.size() == uses &&
+                    rows.size() == uses && units.size() == uses,
+                op, ": expected lists of one length above 0, got ", uses, " inputs, ",
+                gradients.size(), " gradients, ", factors.size(), " factors, ",
+                rows.size(), " rows and ", units.size(), " units");
+  std::vector<std::vector<double>> forms;
+  std::vector<double> found(uses + 2);
+  bool wide = false;
+  for (size_t i = 0; i < uses; ++i) {
+    Tensor x(inputs.at<AtenTensorHandle>(i)), g(gradients.at<AtenTensorHandle>(i));
+    if (i == 0) wide = is_double(op, x);
+    DROPOUT_CHECK(is_double(op, x) == wide && is_double(op, g) == wide, op,
+                  ": expected inputs and gradients of one dtype");
+    const int64_t n = rows.at<int64_t>(i), k = units.at<int64_t>(i);
+    DROPOUT_CHECK(n >= 0 && k >= 0 && x.numel() == g.numel() &&
+                      (n * k == 0 ? x.numel() == 0 : x.numel() % (n * k) == 0),
+                  op, ": expected input ", i, " and its gradient to have ", n,
+                  " rows of ", k, " units, got ", x.numel(), " and ", g.numel(),
+                  " elements");
+    x.make_contiguous();
+    g.make_contiguous();
+    forms.push_back(form_rows(x, g, factors.at<double>(i), n, k, wide));
+    for (const double form : forms.back()) found[i + 2] += form;
+    found[0] += found[i + 2];
+  }
+  found[1] = standard_error(forms);
+  StableListHandle sums;
+  DROPOUT_TORCH(torch_new_list_reserve_size(found.size(), &sums));
+  for (const double value : found) {
+    DROPOUT_TORCH(torch_list_push_back(sums, to_stack(scalar(value, wide))));
+  }
+  stack[0] = bit_cast<StableIValue>(sums);
+}
+
+// ---- label_root
+
+// Softmax over the classes of each row, less one at the label that comes first.
+template <class T>
+void rows_less_a_label(const T* f, T* root, const T* times, int64_t rows,
+                       int64_t classes) {
+  for (int64_t i = 0; i < rows; ++i, f += classes, root += classes, times += classes) {
+    const T top = *std::max_element(f, f + classes);
+    T sum = 0;
+    for (int64_t c = 0; c < classes; ++c) sum += root[c] = std::exp(f[c] - top);
+    int64_t label = 0;
+    for (int64_t c = 0; c < classes; ++c) {
+      root[c] /= sum;
+      if (root[c] / times[c] > root[label] / times[label]) label = c;
+    }
+    root[label] -= 1;
+  }
+}
+
+void label_root(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "label_root";
+  Tensor f(from_stack<AtenTensorHandle>(stack[0]));
+  const bool wide = is_double(op, f);
+  DROPOUT_CHECK(f.dim() == 2, op, ": expected `f` of shape [rows, classes], got ",
+                f.dim(), " dimensions");
+  const int64_t rows = f.sizes()[0], classes = f.sizes()[1];
+  f.make_contiguous();
+  Tensor root = Tensor::empty(2, f.sizes(), f.dtype(), f.device());
+  AtenTensorHandle drawn;  // as `exponential_` draws them, from torch's generator
+  DROPOUT_TORCH(aoti_torch_cpu_exponential(root.get(), 1.0, nullptr, &drawn));
+  const Tensor times(drawn);
+  if (rows * classes > 0 && wide) {
+    rows_less_a_label(static_cast<const double*>(f.data()),
+                      static_cast<double*>(root.data()),
+                      static_cast<const double*>(times.data()), rows, classes);
+  } else if (rows * classes > 0) {
+    rows_less_a_label(static_cast<const float*>(f.data()),
+                      static_cast<float*>(root.data()),
+                      static_cast<const float*>(times.data()), rows, classes);
+  }
+  stack[0] = to_stack(std::move(root));
+}
+
+}  // namespace
+}  // namespace dropout
+
+STABLE_TORCH_LIBRARY_IMPL(torch_dropout_ir, CPU, library) {
+  library.impl("form_sums", &dropout::form_sums);
+  library.impl("label_root", &dropout::label_root);
+}

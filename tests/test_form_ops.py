@@ -1,0 +1,139 @@
+"""The ops of small passes against plain sums, and their kernels against each other."""
+
+import math
+
+import pytest
+import torch
+
+from torch_dropout_ir import kernels, registration
+
+FORM_SUMS = (kernels.form_sums, registration.form_sums)
+LABEL_ROOTS = (kernels.label_root, registration.label_root)
+DTYPES = (torch.float32, torch.float64)
+
+
+def tensors(shapes, dtype):
+    torch.manual_seed(0)
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+def by_hand(inputs, gradients, factors, rows, units):
+    """Each element's product, in Python's own numbers."""
+    samples, parts = min(rows), []
+    own = [0.0] * samples
+    for h, g, factor, n, k in zip(inputs, gradients, factors, rows, units, strict=True):
+        products = (h.double() * g.double()).reshape(n, k, -1).tolist()
+        forms = [factor * sum(sum(unit) ** 2 for unit in row) for row in products]
+        parts.append(sum(forms))
+        for i, form in enumerate(forms):
+            own[i * samples // n] += form
+    mean = sum(own) / samples
+    spread = sum((x - mean) ** 2 for x in own)
+    error = math.sqrt(samples * spread / (samples - 1)) if samples > 1 else math.nan
+    return [sum(own), error, *parts]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "uses",
+    [
+        [((6, 37), 6, 37)],
+        [((6, 16), 6, 16), ((6, 33), 6, 33)],
+        [((4, 3, 5, 2), 4, 3), ((4, 70), 4, 70)],  # positions that share a mask
+        [((8, 5), 8, 5), ((2, 9), 2, 9)],  # four rows a sample
+        [((3, 2, 2), 3, 1)],
+        [((1, 4), 1, 4)],
+        [((), 1, 1)],
+    ],
+)
+@pytest.mark.parametrize("form_sums", FORM_SUMS)
+def test_sums_are_those_of_plain_loops(form_sums, uses, dtype):
+    shapes, rows, units = zip(*uses, strict=True)
+    h, g = tensors(shapes, dtype), tensors(shapes, dtype)[::-1]
+    g = [x.flip(0) if x.ndim else x + 1 for x in g[::-1]]
+    factors = [0.5 + i for i in range(len(uses))]
+    expected = by_hand(h, g, factors, rows, units)
+    found = form_sums(h, g, factors, rows, units)
+    assert all(x.shape == () for x in found)
+    expected = [torch.tensor(x, dtype=dtype) for x in expected]
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form_sums", FORM_SUMS)
+def test_sums_do_not_depend_on_strides(form_sums, dtype):
+    h, g = tensors([(5, 4, 6), (5, 1, 6)], dtype)
+    turned = h.transpose(1, 2).contiguous().transpose(1, 2)
+    plain = form_sums([h], [g.expand(5, 4, 6).contiguous()], [0.3], [5], [4])
+    torch.testing.assert_close(
+        form_sums([turned], [g.expand(5, 4, 6)], [0.3], [5], [4]), plain
+    )
+
+
+@pytest.mark.parametrize("form_sums", FORM_SUMS)
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (4, 3, 0)])
+def test_nothing_adds_up_to_zero(form_sums, shape):
+    found = form_sums([torch.ones(shape)], [torch.ones(shape)], [1.0], [shape[0]], [3])
+    assert found[0] == found[2] == 0 and (found[1] == 0 or shape[0] < 2)
+
+
+@pytest.mark.parametrize("form_sums", FORM_SUMS)
+def test_rows_that_tell_no_samples_apart_have_no_error(form_sums):
+    h = tensors([(3, 2), (2, 2)], torch.float32)
+    found = form_sums(h, h, [1.0, 1.0], [3, 2], [2, 2])
+    assert found[1].isnan() and found[0] == found[2] + found[3]
+    bad = torch.tensor([[math.inf], [1.0]])
+    assert form_sums([bad], [bad], [1.0], [2], [1])[0] == math.inf
+
+
+def test_what_the_compiled_sums_cannot_read_is_named():
+    if not registration.COMPILED:
+        pytest.skip("no compiled kernels")
+    one = torch.ones(2, 2)
+    for given, message in (
+        (([one], [one, one], [1.0], [2], [2]), "1 inputs, 2 gradients"),
+        (([one], [one.double()], [1.0], [2], [2]), "of one dtype"),
+        (([one.half()], [one.half()], [1.0], [2], [2]), "float32 or float64, got"),
+        (([one], [one[0]], [1.0], [2], [2]), "2 rows of 2 units, got 4 and 2"),
+        (([one], [one], [1.0], [3], [1]), "3 rows of 1 units"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            registration.form_sums(*given)
+    with pytest.raises(RuntimeError, match=r"shape \[rows, classes\], got 1"):
+        registration.label_root(torch.ones(3))
+    with pytest.raises(RuntimeError, match="float32 or float64, got int64"):
+        registration.label_root(torch.ones(3, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 3), (1, 1), (40, 10), (0, 4), (5, 1)])
+def test_labels_are_those_of_pythons_kernel(shape, dtype):
+    (f,) = tensors([shape], dtype)
+    strided = tensors([(shape[1], shape[0])], dtype)[0].mul_(30).T
+    for logits in (f, strided, f + 1e4):
+        found = []
+        for draw in LABEL_ROOTS:
+            torch.manual_seed(3)
+            found.append(draw(logits))
+        torch.testing.assert_close(*found)
+        assert torch.rand(()) == (torch.manual_seed(3), draw(logits), torch.rand(()))[2]
+
+
+@pytest.mark.parametrize("draw", LABEL_ROOTS)
+def test_labels_come_as_often_as_the_softmax_says(draw):
+    torch.manual_seed(0)
+    f = torch.tensor([2.0, 0.5, -1.0, 0.0]).double()
+    n, s = 20000, f.softmax(0)
+    root = draw(f.expand(n, 4))
+    kept = root - s  # minus one at the label
+    assert ((kept + 1).abs() < 1e-9).sum() == n and kept.abs().sum() == pytest.approx(n)
+    scores = (-kept.sum(0) - n * s) / (n * s * (1 - s)).sqrt()
+    assert scores.abs().max() < 4
+
+
+def test_opcheck():
+    h = tensors([(4, 6), (4, 2, 3)], torch.float32)
+    given = h, h, [1.0, 2.0], [4, 4], [6, 2]
+    torch.library.opcheck(registration.form_sums, given)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(registration.label_root, (h[0],), test_utils=tests)
