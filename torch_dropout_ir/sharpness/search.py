@@ -11,9 +11,7 @@ from torch_dropout_ir.sharpness.recurrence import CLOSE, HOLD
 
 _HOLD: Final = {"residual": 2, "value": HOLD}  # products for which a claim must hold
 _HOLD_REHEARSED: Final = 2
-_CLOSE_NEAR: Final = (
-    12.0  # tolerances that a residual may be, from a start that is near
-)
+_CLOSE_NEAR: Final = 16.0  # tolerances that a residual may be from a start that is near
 
 
 class Search:
