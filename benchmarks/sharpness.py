@@ -44,6 +44,8 @@ from curvature.rows import joined, tables
 from curvature.tasks import TASKS, images, trained
 from torch import nn
 
+MOST = 64, 512  # products of a budget at most, of a large and of a small network
+SMALL = 100_000
 PARTS = ("errors", "times", "memory")
 
 
@@ -80,11 +82,12 @@ def measured(
     plain = plain_product(model, batch)
     if "errors" in chosen.parts:
         make = TASKS[row["task"]][0]
-        wanted = {*chosen.race, "top", "trace"}
-        true = truth(make, copy.deepcopy(model.state_dict()), batch, wanted)
+        true = truth(make, copy.deepcopy(model.state_dict()), batch, {*chosen.race})
         row |= accuracy(model, batch, true, row)
+        small = sum(p.numel() for p in model.parameters()) < SMALL
+        most = MOST[1] if small else MOST[0]
         row["budgets"] = {
-            what: budgets(racing, what, true[what], chosen.starts)
+            what: budgets(racing, what, true[what], chosen.starts, most)
             for what in chosen.race
         }
     if "times" in chosen.parts:

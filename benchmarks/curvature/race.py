@@ -14,7 +14,7 @@ from torch_dropout_ir import sharpness
 
 BUDGETS = {
     "top": (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64),
-    "trace": (8, 16, 32, 64),
+    "trace": (8, 16, 32, 64, 128, 256, 512),
     "density": (4, 6, 8, 10, 12, 14, 16, 18, 20, 40, 80),
 }
 TARGETS = {"top": 1e-3, "trace": 1e-2, "density": 0.25}
@@ -64,7 +64,7 @@ def truth(make: Callable, state: dict, batch, wanted: set[str]) -> dict:
 
 
 def budgets(
-    racing: dict[str, dict[str, Callable]], what: str, true, starts: int
+    racing: dict[str, dict[str, Callable]], what: str, true, starts: int, most: int
 ) -> dict[str, int | str]:
     """Smallest budget of each contender that reaches the true value from every start.
 
@@ -73,12 +73,13 @@ def budgets(
         what: What they race for.
         true: The true value.
         starts: Random starts.
+        most: The largest budget to try.
 
     Returns:
         By contender the budget, or "-" if no budget does, or "fails".
     """
     return {
-        name: first_budget(name, contender[what], what, true, starts)
+        name: first_budget(name, contender[what], what, true, starts, most)
         for name, contender in racing.items()
     }
 
@@ -114,10 +115,12 @@ def race(
     }
 
 
-def first_budget(name: str, run: Callable, what: str, true, starts: int) -> int | str:
+def first_budget(
+    name: str, run: Callable, what: str, true, starts: int, most: int
+) -> int | str:
     """Smallest budget that reaches the true value from every seed; else what to say."""
     line, first, failures = [], "-", 0
-    for budget in BUDGETS[what]:
+    for budget in (x for x in BUDGETS[what] if x <= most):
         try:
             found = worst(what, run, budget, true, starts)
         except Exception as err:

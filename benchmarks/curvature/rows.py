@@ -51,8 +51,9 @@ def _own(rows: list[dict]) -> list[str]:
         ]  # fmt: skip
         lines += [
             [_name(r), "top-1 by any method from a random start", r["floor"], ""],
-            [_name(r), "density of 20 steps", f"{r['density']} products", ""],
         ]
+    for r in (r for r in rows if "density" in r):
+        lines.append([_name(r), "density of 20 steps", f"{r['density']} products", ""])
     for r in (r for r in rows if "product" in r):
         lines += [
             [_name(r), f"repeated product, {kind}", f"{x:.2f} of jvp(grad)", ""]
