@@ -1,19 +1,28 @@
 """Curvature against PyHessian, curvlinops and hessian-eigenthings.
 
-    python benchmarks/sharpness.py [--tasks mlp conv attention] [--data-root DIR]
-        [--race top trace density] [--starts 3] [--no-numbers] [--no-memory]
+    python benchmarks/sharpness.py [--tasks mlp tanh conv attention] [--steps 0 100]
+        [--data-root DIR] [--race top trace density] [--starts 3]
+        [--parts errors times memory]
 
-Cross-entropy on one batch, one thread. Times are in one run and in units of one
-product by jvp(grad), which is what one would write by hand; errors are against float64:
-a tight Lanczos run, and the exact trace (by columns where the network is smooth).
-Libraries that are not there are skipped with a line; `pip install '.[bench]'` brings
-them.
+Cross-entropy on one batch, one thread. Times are in units of one product by jvp(grad),
+which is what one would write by hand, taken in turns with it; errors are against
+float64: a tight Lanczos run, and the exact trace (by columns where the network is
+smooth and small). Each contender runs with the smallest of some budgets that reach
+the true value from every start. Libraries that are not there are skipped with a line;
+`pip install '.[bench]'` brings them.
 
 A density's error is the Wasserstein distance of its nodes and weights to those of many
 probes in float64, over the root mean square of the eigenvalues.
 
-Lanczos, not LOBPCG: at initialization, from one random start, the MLP's top eigenvalue
-is true to 1e-3 after 21 products, LOBPCG's after 24 (56 with four vectors).
+Lanczos, not LOBPCG: the times of both on the MLP at initialization, from one random
+start, are in the first table (one vector, and four).
+
+A run in pieces, errors and budgets without a clock, times and memory on a machine with
+nothing else to do, and the tables of all that was found:
+
+    python benchmarks/sharpness.py --tasks mlp --steps 0 --parts errors --rows rows.json
+    python benchmarks/sharpness.py --tasks mlp --steps 0 --parts times --rows rows.json
+    python benchmarks/sharpness.py --tasks --rows rows.json
 """
 
 from __future__ import annotations
@@ -23,15 +32,21 @@ import copy
 import importlib
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from curvature.contenders import CONTENDERS
-from curvature.measuring import plain_product, seconds
-from curvature.methods import lanczos_or_lobpcg
-from curvature.own import memory, numbers
-from curvature.race import TARGETS, race, truth
+from curvature.measuring import plain_product
+from curvature.own import accuracy, memory, times
+from curvature.race import TARGETS, budgets, race, truth
+from curvature.rows import joined, tables
 from curvature.tasks import TASKS, images, trained
+from torch import nn
+
+MOST = 64, 512  # products of a budget at most, of a large and of a small network
+SMALL = 100_000
+PARTS = ("errors", "times", "memory")
 
 
 def available() -> dict:
@@ -46,51 +61,73 @@ def available() -> dict:
     return found
 
 
+def cells(chosen: argparse.Namespace) -> Iterator[tuple[dict, nn.Module, tuple]]:
+    """Each task before and after some training: what it is, model and batch."""
+    for task in chosen.tasks:
+        make, shape, n = TASKS[task]
+        torch.manual_seed(0)
+        batch = images(chosen.data_root, shape, n)
+        model, done = make(), 0
+        for steps in chosen.steps:
+            trained(model, batch, steps - done)
+            done = steps
+            yield {"task": task, "steps": steps}, model.eval(), batch
+
+
+def measured(
+    row: dict, model: nn.Module, batch: tuple, chosen: argparse.Namespace
+) -> dict:
+    """Add the parts that are chosen to what is known of a cell."""
+    racing = {k: make(model, batch) for k, make in available().items()}
+    plain = plain_product(model, batch)
+    if "errors" in chosen.parts:
+        make = TASKS[row["task"]][0]
+        true = truth(make, copy.deepcopy(model.state_dict()), batch, {*chosen.race})
+        row |= accuracy(model, batch, true, row)
+        small = sum(p.numel() for p in model.parameters()) < SMALL
+        most = MOST[1] if small else MOST[0]
+        row["budgets"] = {
+            what: budgets(racing, what, true[what], chosen.starts, most)
+            for what in chosen.race
+        }
+    if "times" in chosen.parts:
+        row |= times(model, batch, plain, row)
+        row["race"] = {
+            what: race(racing, what, row["budgets"][what], plain)
+            for what in chosen.race
+        }
+    if "memory" in chosen.parts:
+        row["memory"] = memory(model, batch)
+    return row
+
+
 def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 100],
                         help="steps of training before")  # fmt: skip
     parser.add_argument("--data-root", type=Path, help="folder that holds MNIST/raw")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS,
+                        help="times need the budgets that errors find")  # fmt: skip
     parser.add_argument("--race", nargs="*", default=list(TARGETS), choices=TARGETS,
                         help="what to race for; nothing: ours alone")  # fmt: skip
     parser.add_argument("--starts", type=int, default=3,
                         help="random starts, all of which must do")  # fmt: skip
-    parser.add_argument("--no-numbers", action="store_true")
-    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--rows", type=Path,
+                        help="JSON of earlier runs, added to")  # fmt: skip
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    racing = available() if chosen.race else {}
-    wanted = {*chosen.race, *(() if chosen.no_numbers else ("top", "trace"))}
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread")
-    for task in chosen.tasks:
-        make, shape, n = TASKS[task]
-        torch.manual_seed(0)
-        batch = images(chosen.data_root, shape, n)
-        model = make()
-        done = 0
-        for steps in chosen.steps:
-            trained(model, batch, steps - done)
-            done = steps
-            model.eval()
-            print(f"\n{task}, batch {n}, after {steps} steps", flush=True)
-            true = truth(make, copy.deepcopy(model.state_dict()), batch, wanted)
-            plain = plain_product(model, batch)
-            unit = seconds(plain, 3)
-            print(f"  unit: one product by jvp(grad), {1e3 * unit:.1f} ms")
-            if not chosen.no_numbers:
-                numbers(model, batch, true, unit)
-                if task == "mlp":
-                    lanczos_or_lobpcg(model, batch, true["top"], unit)
-            own = {name: make_one(model, batch) for name, make_one in racing.items()}
-            if row := race(own, true, plain, chosen) if own else []:
-                print(f"  | {task}, {steps} steps | {' | '.join(row)} |", flush=True)
-        if not chosen.no_memory:
-            memory(model, batch)
+    rows = joined([], chosen.rows)
+    for cell, model, batch in cells(chosen):
+        known = next((r for r in rows if cell.items() <= r.items()), cell)
+        print(f"\n{cell['task']}, batch {len(batch[1])}, after {cell['steps']} steps")
+        rows = joined([*rows, measured(known, model, batch, chosen)], chosen.rows)
+    print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} thread")
+    print(tables(rows))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Numbers that a user gives, checked by name before anything is computed."""
+"""What a user gives, checked by name before anything is computed."""
 
 from __future__ import annotations
 
@@ -83,3 +83,29 @@ def check_real(
     range_ = f" >= {least:g}" if least > -math.inf else range_
     kind = "a finite" if finite else "a real"
     raise ValueError(f"{function}: expected {kind} `{name}`{range_}, got {value}")
+
+
+def check_symmetric(function: str, op: Any) -> None:
+    """Refuse matrices that are not symmetric, or not of real numbers.
+
+    Args:
+        function: The function that takes it.
+        op: An operator, which is believed, or a matrix.
+
+    Raises:
+        ValueError: If a matrix given as such is one of these.
+    """
+    if not isinstance(op, Tensor):
+        return
+    square = op.ndim == 2 and op.shape[0] == op.shape[1]
+    if not (square and op.is_floating_point()):
+        raise ValueError(
+            f"{function}: expected a square matrix of floating-point numbers, got "
+            f"shape {list(op.shape)} of {op.dtype}"
+        )
+    apart = float((op - op.T).norm()) if op.numel() else 0.0
+    if apart > 0.01 * float(op.norm()):
+        raise ValueError(
+            f"{function}: expected a symmetric matrix, got one that differs from its "
+            f"transpose by {apart:.2g} of {float(op.norm()):.2g} in norm"
+        )

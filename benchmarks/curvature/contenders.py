@@ -23,7 +23,7 @@ def ours(model: nn.Module, batch) -> dict[str, Callable]:
 
     return {
         "top": lambda k: float(
-            sharpness.top_eigenvalues(op(), max_matvecs=k, stop="value").values[0]
+            sharpness.top_eigenvalues(op(), max_matvecs=k).values[0]
         ),
         "trace": lambda k: float(sharpness.trace(op(), k).value),
         "density": lambda k: quadrature(sharpness.spectral_density(op(), *steps(k))),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from curvature.measuring import seconds
+from curvature.measuring import side_by_side
 from torch_dropout_ir import sharpness
 
 
@@ -60,20 +60,34 @@ def lobpcg_to(op, true: float, start: torch.Tensor) -> Callable:
     return lambda: run(first)
 
 
-def lanczos_or_lobpcg(model: nn.Module, batch, true: float, unit: float) -> None:
-    """Products and time of either method to a true error of 1e-3, from one start."""
+def lanczos_or_lobpcg(
+    model: nn.Module, batch, true: float, plain: Callable
+) -> dict[str, tuple[float, float]]:
+    """Products and time of either method to a true error of 1e-3, from one start.
+
+    Args:
+        model: The model.
+        batch: Its batch.
+        true: The eigenvalue.
+        plain: One product by jvp(grad): the unit of time.
+    """
     op = sharpness.hessian(model, "cross_entropy", batch)
     torch.manual_seed(1)
     columns = torch.randn(op.shape[0], 4)
     one = columns[:, 0].clone()
-    for name, run in (
-        ("Lanczos", lanczos_to(op, true, one)),
-        ("Lanczos, rehearsed", lanczos_to(op, true, None)),
-        ("LOBPCG, one vector", lobpcg_to(op, true, columns[:, :1])),
-        ("LOBPCG, four", lobpcg_to(op, true, columns)),
-    ):
+    runs = {
+        "Lanczos": lanczos_to(op, true, one),
+        "Lanczos, rehearsed": lanczos_to(op, true, None),
+        "LOBPCG, one vector": lobpcg_to(op, true, columns[:, :1]),
+        "LOBPCG, four": lobpcg_to(op, true, columns),
+    }
+    found = {}
+    for name, run in runs.items():
+        torch.manual_seed(0)
+        took = side_by_side({"unit": plain, name: run}, 2)
         before = op.num_matvecs
         torch.manual_seed(0)
-        took = seconds(run, 3) / unit
-        products = (op.num_matvecs - before) / 4
-        print(f"  {name:20} top to 1e-3: {products:.0f} products, {took:.1f} units")
+        run()
+        found[name] = op.num_matvecs - before, took[name] / took["unit"]
+        print(f"  {name:20} top to 1e-3: {found[name]}", flush=True)
+    return found

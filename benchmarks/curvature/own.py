@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from curvature.measuring import peak, plain_product, seconds
-from curvature.methods import floor
+from curvature.measuring import peak, side_by_side
+from curvature.methods import floor, lanczos_or_lobpcg
 from torch_dropout_ir import sharpness, vectors
 
 
-def memory(model: nn.Module, batch) -> None:
-    """Peaks of a product and of what is made of products."""
+def memory(model: nn.Module, batch) -> dict[str, float]:
+    """Peaks of a product and of what is made of products, and of vectors kept, MB."""
 
     def op():
         return sharpness.hessian(model, "cross_entropy", batch)
@@ -28,60 +27,101 @@ def memory(model: nn.Module, batch) -> None:
     sharpness.spectral_density(torch.eye(64), 20)
     sharpness.top_eigenvalues(torch.eye(64), max_matvecs=16)
     size = 4e-6 * sum(p.numel() for p in model.parameters())
-    one = peak(product)
-    for name, run, kept in (
-        ("trace", lambda: sharpness.trace(op(), 100), 0),
-        ("density, 20 steps", lambda: sharpness.spectral_density(op()), 20),
-        (
-            "top, 16 products",
-            lambda: sharpness.top_eigenvalues(op(), max_matvecs=16),
-            32,
-        ),
-    ):
-        used = peak(run)
-        print(f"  peak of {name:18} {used:6.0f} MB, of a product {one:.0f} MB; vectors "
-              f"it keeps {kept * size:.0f} MB")  # fmt: skip
+    runs = {
+        "two products": product,
+        "trace": lambda: sharpness.trace(op(), 100),
+        "density, 20 steps": lambda: sharpness.spectral_density(op()),
+        "top, 16 products": lambda: sharpness.top_eigenvalues(op(), max_matvecs=16),
+    }
+    found = {name: peak(run) for name, run in runs.items()}
+    return found | {"20 vectors": 20 * size, "32 vectors": 32 * size}
 
 
-def numbers(model: nn.Module, batch, true: dict, unit: float) -> None:
-    """Ours at its own stopping rules."""
+def accuracy(model: nn.Module, batch, true: dict, cell: dict) -> dict:
+    """Products and true errors of ours at its own stopping rules.
+
+    Args:
+        model: The model.
+        batch: Its batch.
+        true: The true values.
+        cell: Which task it is.
+
+    Returns:
+        What to add to the cell.
+    """
     op = sharpness.hessian(model, "cross_entropy", batch)
-    v = vectors.to_vector(vectors.random_like(op.params))
-    plain = plain_product(model, batch)
-    times = {"jvp(grad)": [], "hessian": [], "ggn": []}
-    gn = sharpness.ggn(model, "cross_entropy", batch)
-    for _ in range(15):
-        for name, run in zip(
-            times, (plain, lambda: op @ v, lambda: gn @ v), strict=True
-        ):
-            times[name].append(seconds(run, 1))
-    best = {name: statistics.median(found) for name, found in times.items()}
-    print("  repeated product, ratio to jvp(grad): "
-          f"hessian {best['hessian'] / best['jvp(grad)']:.2f}, "
-          f"ggn {best['ggn'] / best['jvp(grad)']:.2f}")  # fmt: skip
+    found: dict = {}
+    if "top" in true:
+        found["top"] = _top(op, true["top"])
+        found["floor"] = floor(op, true["top"])
+        if (cell["task"], cell["steps"]) == ("mlp", 0):
+            found["top_true"] = true["top"]
+    if "trace" in true:
+        trace = float(sharpness.trace(op, 100).value)
+        found["trace_error"] = abs(trace - true["trace"]) / abs(true["trace"])
+    if "density" in true:
+        before = op.num_matvecs
+        sharpness.spectral_density(op)
+        found["density"] = op.num_matvecs - before
+    return found
+
+
+def _top(op: sharpness.CurvatureOperator, true: float) -> dict:
+    """Products and true error of the first eigenvalue, from one start."""
+    top = {}
     for stop in ("value", "residual"):
         torch.manual_seed(1)
         cold = sharpness.top_eigenvalues(op, stop=stop)
         warm = sharpness.top_eigenvalues(op, stop=stop, start=cold.vectors[0])
         for name, found in (("cold", cold), ("warm", warm)):
-            error = abs(float(found.values[0]) - true["top"]) / true["top"]
-            print(f"  top-1 {name}, stop on {stop:8}: {found.num_matvecs:3} products, "
-                  f"true error {error:.1e}")  # fmt: skip
-    print(f"  products that any method needs, from 12 random starts: "
-          f"{floor(op, true['top'])}")  # fmt: skip
-    started = time.perf_counter()
-    found = sharpness.trace(op, 100)
-    took = time.perf_counter() - started
-    error = abs(float(found.value) - true["trace"]) / abs(true["trace"])
-    print(f"  trace ({found.method}): {took / unit:.1f} units, true error {error:.1e}, "
-          f"standard error {float(found.standard_error):.2e}")  # fmt: skip
-    if found.method != "exact":
-        each = seconds(lambda: op @ v, 3)
-        count = max(2, round(took / each))
+            error = abs(float(found.values[0]) - true) / abs(true)
+            top[f"{name}, stop on {stop}"] = {
+                "products": found.num_matvecs, "error": error,
+            }  # fmt: skip
+    return top
+
+
+def times(model: nn.Module, batch, plain: Callable, cell: dict) -> dict:
+    """Seconds of ours, over those of one product by jvp(grad).
+
+    Args:
+        model: The model.
+        batch: Its batch.
+        plain: One product by jvp(grad).
+        cell: Which task it is.
+
+    Returns:
+        What to add to the cell.
+    """
+    op = sharpness.hessian(model, "cross_entropy", batch)
+    v = vectors.to_vector(vectors.random_like(op.params))
+    gn = sharpness.ggn(model, "cross_entropy", batch)
+    took = side_by_side(
+        {"unit": plain, "hessian": lambda: op @ v, "ggn": lambda: gn @ v}, 15
+    )
+    product = {name: took[name] / took["unit"] for name in ("hessian", "ggn")}
+    print(f"  product {product}", flush=True)
+    found = {"product": product, "trace": _trace(op, plain)}
+    if "top_true" in cell:
+        found["methods"] = lanczos_or_lobpcg(model, batch, cell["top_true"], plain)
+    return found
+
+
+def _trace(op: sharpness.CurvatureOperator, plain: Callable) -> dict:
+    """The trace, and Hutchinson's in the same time where it is not exact."""
+    v = vectors.to_vector(vectors.random_like(op.params))
+    ours = sharpness.trace(op, 100)
+    took = side_by_side(
+        {"unit": plain, "product": lambda: op @ v,
+         "trace": lambda: sharpness.trace(op, 100)}
+    )  # fmt: skip
+    error = float(ours.standard_error)
+    found = {"method": ours.method, "units": took["trace"] / took["unit"],
+             "standard_error": error}  # fmt: skip
+    if ours.method != "exact":
+        count = max(2, round(took["trace"] / took["product"]))
         signs = sharpness.trace(op, count, method="hutchinson")
-        ratio = float(signs.standard_error / found.standard_error)
-        print(f"  Hutchinson in equal time ({count} products): standard error "
-              f"{float(signs.standard_error):.2e}, {ratio:.1f} times")  # fmt: skip
-    before = op.num_matvecs
-    sharpness.spectral_density(op)
-    print(f"  density of 20 steps: {op.num_matvecs - before} products")
+        found["hutchinson"] = count
+        found["times_hutchinson"] = float(signs.standard_error) / error
+    print(f"  trace {found}", flush=True)
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ from torch_dropout_ir import sharpness
 
 BUDGETS = {
     "top": (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64),
-    "trace": (8, 16, 32, 64),
+    "trace": (8, 16, 32, 64, 128, 256, 512),
     "density": (4, 6, 8, 10, 12, 14, 16, 18, 20, 40, 80),
 }
 TARGETS = {"top": 1e-3, "trace": 1e-2, "density": 0.25}
@@ -64,53 +63,71 @@ def truth(make: Callable, state: dict, batch, wanted: set[str]) -> dict:
     return true
 
 
-def race(
-    racing: dict[str, dict[str, Callable]],
-    true: dict,
-    plain: Callable,
-    chosen: argparse.Namespace,
-) -> list[str]:
-    """Smallest budgets that reach the true value from every seed, and what they cost.
+def budgets(
+    racing: dict[str, dict[str, Callable]], what: str, true, starts: int, most: int
+) -> dict[str, int | str]:
+    """Smallest budget of each contender that reaches the true value from every start.
 
     Args:
         racing: Ours and the libraries, each by what it is asked for.
-        true: The true values.
-        plain: One product by jvp(grad): the unit of time, taken in turns with them.
-        chosen: What to race for, and from how many starts.
+        what: What they race for.
+        true: The true value.
+        starts: Random starts.
+        most: The largest budget to try.
 
     Returns:
-        By contender the units of time for top, trace and density: "." if not run, "-"
-        if not reached.
+        By contender the budget, or "-" if no budget does, or "fails".
     """
-    cells = {name: dict.fromkeys(TARGETS, ".") for name in racing}
-    for what in chosen.race:
-        runs = {"unit": plain}
-        for name, contender in racing.items():
-            budget, cell = first_budget(name, contender[what], what, true, chosen)
-            cells[name][what] = cell
-            if budget is not None:
-                runs[name] = functools.partial(contender[what], budget)
-        with sdpa_kernel(SDPBackend.MATH):
-            took = side_by_side(runs)
-        for name in runs.keys() & cells:
-            cells[name][what] = f"{took[name] / took['unit']:.1f}"
-        said = (f"{name} {x / took['unit']:.1f}" for name, x in took.items())
-        print(f"  {what}, times in turns: {', '.join(said)}", flush=True)
-    return [" / ".join(own.values()) for own in cells.values()]
+    return {
+        name: first_budget(name, contender[what], what, true, starts, most)
+        for name, contender in racing.items()
+    }
+
+
+def race(
+    racing: dict[str, dict[str, Callable]],
+    what: str,
+    given: dict[str, int | str],
+    plain: Callable,
+) -> dict[str, str]:
+    """What those budgets cost, in products by jvp(grad), which is timed in turns.
+
+    Args:
+        racing: Ours and the libraries, each by what it is asked for.
+        what: What they race for.
+        given: Budgets, as :func:`budgets` returns them.
+        plain: One product by jvp(grad).
+
+    Returns:
+        By contender the units of time, or why there are none.
+    """
+    runs = {"unit": plain}
+    for name in racing:
+        if isinstance(given[name], int):
+            runs[name] = functools.partial(racing[name][what], given[name])
+    with sdpa_kernel(SDPBackend.MATH):
+        took = side_by_side(runs)
+    said = (f"{name} {x / took['unit']:.2f}" for name, x in took.items())
+    print(f"  {what}: {', '.join(said)}", flush=True)
+    return {
+        name: f"{took[name] / took['unit']:.1f}" if name in took else given[name]
+        for name in racing
+    }
 
 
 def first_budget(
-    name: str, run: Callable, what: str, true: dict, chosen: argparse.Namespace
-) -> tuple[int | None, str]:
+    name: str, run: Callable, what: str, true, starts: int, most: int
+) -> int | str:
     """Smallest budget that reaches the true value from every seed; else what to say."""
-    line, first, failures = [], None, 0
-    for budget in BUDGETS[what]:
+    line, first, failures = [], "-", 0
+    for budget in (x for x in BUDGETS[what] if x <= most):
         try:
-            found = worst(what, run, budget, true[what], chosen.starts)
+            found = worst(what, run, budget, true, starts)
         except Exception as err:
             line.append(f"{budget}: {type(err).__name__}")
             failures += 1
             if failures > 1:
+                first = "fails"
                 break
             continue
         line.append(f"{budget}: {found:.1e}")
@@ -119,7 +136,7 @@ def first_budget(
             break
     print(f"  {name:20} {what:7} to {TARGETS[what]:g}: worst true error by budget "
           f"{', '.join(line)}", flush=True)  # fmt: skip
-    return first, "fails" if failures > 1 else "-"
+    return first
 
 
 def worst(what: str, run: Callable, budget: int, true, starts: int) -> float:

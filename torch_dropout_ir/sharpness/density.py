@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.arguments import check_count, check_real
+from torch_dropout_ir.arguments import check_count, check_real, check_symmetric
 from torch_dropout_ir.sharpness.krylov import (
     Space,
-    check_symmetric,
     random_vector,
     working_dtype,
 )

@@ -15,29 +15,8 @@ NOT_FINITE: Final = (
     "overflows at these parameters."
 )
 _AHEAD, _RECENT = 12, 8  # steps that are foreseen, and how many tell of them
+_MOSTLY: Final = 0.5  # share of the start in the first Ritz vector
 _WIDE: Final = 2**16  # columns that a restart turns at once: no second basis
-
-
-def check_symmetric(caller: str, op: Any) -> None:
-    """Refuse matrices that are not symmetric, or not of real numbers.
-
-    Raises:
-        ValueError: If a matrix given as such is one of these.
-    """
-    if not isinstance(op, Tensor):
-        return
-    square = op.ndim == 2 and op.shape[0] == op.shape[1]
-    if not (square and op.is_floating_point()):
-        raise ValueError(
-            f"{caller}: expected a square matrix of floating-point numbers, got shape "
-            f"{list(op.shape)} of {op.dtype}"
-        )
-    apart = float((op - op.T).norm()) if op.numel() else 0.0
-    if apart > 0.01 * float(op.norm()):
-        raise ValueError(
-            f"{caller}: expected a symmetric matrix, got one that differs from its "
-            f"transpose by {apart:.2g} of {float(op.norm()):.2g} in norm"
-        )
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -138,6 +117,12 @@ class Space:
         return self.values[-self.found :]
 
     @property
+    def near(self) -> bool:
+        """Whether the start was near the first Ritz vector, as it was meant to be."""
+        mostly = float(self._coordinates[0, -1]) ** 2 >= _MOSTLY
+        return self.informed > 0.0 and mostly
+
+    @property
     def exhausted(self) -> bool:
         """Whether the basis spans everything."""
         return self._filled == self._rows.shape[1]
@@ -202,7 +187,7 @@ class Space:
             Estimates, ascending by value.
         """
         found = self._kato_temple()
-        if self.informed and self.found == 1 and not self._locked:
+        if self.near and self.k == 1:
             least = found / self.informed
             found = found.clamp(max=self._growth()).maximum(least)
         return found
@@ -241,9 +226,9 @@ class Space:
             return residuals
         return torch.minimum(residuals, residuals.square().sum() / gap)
 
-    def vectors(self) -> Tensor:
-        """Leading Ritz vectors, largest value first."""
-        chosen = self._coordinates[:, -self.found :].flip(1)
+    def vectors(self, count: int | None = None) -> Tensor:
+        """Leading Ritz vectors, largest value first: all that are wanted if None."""
+        chosen = self._coordinates[:, -(count or self.found) :].flip(1)
         return chosen.T.to(self._rows) @ self._rows[: self._filled]
 
     def loosely_locked(self, tol: float) -> bool:
@@ -256,7 +241,7 @@ class Space:
             piece[:count] = turn @ piece
         self._projected.zero_()
         self._projected[:count, :count] = torch.diag(self.values[-count:])
-        self._filled = count
+        self._filled, self.informed = count, 0.0  # the start is no row any more
 
     def advance(self) -> None:
         """Go on with the remainder of the last image; restart where it is full."""

@@ -8,19 +8,17 @@ from typing import Any, Final, Literal
 
 from torch import Tensor
 
-from torch_dropout_ir.arguments import check_count, check_real
+from torch_dropout_ir.arguments import check_count, check_real, check_symmetric
 from torch_dropout_ir.sharpness.krylov import (
     Space,
-    check_symmetric,
     random_vector,
     working_dtype,
 )
 from torch_dropout_ir.sharpness.rehearsal import rehearsed
+from torch_dropout_ir.sharpness.search import Search
 from torch_dropout_ir.vectors import Params, to_params, to_vector
 
 _BASIS: Final = 32
-_HOLD: Final = {"residual": 2, "value": 3}  # products for which a claim must hold
-_HOLD_REHEARSED: Final = 2
 _FORESEEN: Final = 6.0  # times that a foreseen error may be less than a certain one
 _NEAR: Final = 0.15  # residual of a start that is near an eigenvector, over the value
 _LOOK: Final = 6  # products in a random direction, where several values are wanted
@@ -41,10 +39,10 @@ class Eigen:
             eigenvalue of the operator lies within that distance of each value.
         errors: Estimated errors of the values, float64 ``[k]``: the squared residual
             over the gap to the next Ritz value and its residual, or the residual. Of
-            one value from a start near an eigenvector also what the value would still
-            grow if the recurrence went on with its mean coefficients, if that is less;
-            after a rehearsal at least a sixth of the former.
-        converged: Whether all residuals (or errors) are within the tolerance, or within
+            one value from a start near its vector also what the value would still grow
+            if the recurrence went on with its mean coefficients, if that is less; after
+            a rehearsal at least a sixth of the former.
+        converged: Whether that was reached which was to be stopped on, or all is within
             the rounding of the operator's products.
         num_matvecs: Products spent, rehearsal (rounded up) and resumed runs included.
         state: All that is needed to go on, for ``state=``; it can be saved.
@@ -68,32 +66,35 @@ def top_eigenvalues(
     max_matvecs: int = 200,
     start: Any = None,
     *,
-    stop: Literal["residual", "value"] = "residual",
+    stop: Literal["value", "residual"] = "value",
     state: dict[str, Any] | None = None,
     max_bytes: int = _BASIS_BYTES,
 ) -> Eigen:
     r"""Return the ``k`` largest eigenvalues of a symmetric operator.
 
-    Stops when every residual is at most ``tol`` times its value, never because a value
-    changed little. A small residual says that the value is near *an* eigenvalue; so
-    every start has a random part, from which larger ones grow, and the claim must hold
-    for two more products. For several values, larger ones and further copies of
-    multiple ones are looked for from another random direction, for six products (four
-    from a given ``start``), until nothing new is found. A ``start`` close to an
-    eigenvector all the same hides an eigenvalue that is larger by a few percent: the
-    residual is then that of the lower one. Largest means algebraically largest.
+    One value is believed when its estimated error is at most ``tol`` times it: values
+    settle with the square of the residual, so that is sooner. The estimate rests on the
+    gap to the next Ritz value, and two eigenvalues that have not parted yet look like
+    one with a wide gap: so the residual must be within 4 tolerances too (16 after a
+    rehearsal whose vector proves to be most of the eigenvector), and the claim must
+    hold for three more products (two), in which a larger value would come up. From
+    random starts that makes as many false claims as stopping on the residual does, of
+    eigenvalues that are a few tolerances apart. ``stop="residual"`` goes on until the
+    residual is at most ``tol`` times the value: then an eigenvalue is that near, and
+    the vector is as good. Neither stops because a value changed little.
 
-    Eigenvalues settle with the square of the residual: ``stop="value"`` is content
-    when ``errors`` are within the tolerance for three more products, which is sooner,
-    with less certainty about eigenvectors and eigenvalues close to each other.
+    Several values are believed on their residuals. Larger ones and further copies of
+    multiple ones are looked for from another random direction, for six products (four
+    from a given ``start``), until nothing new is found. Every start has a random part,
+    from which larger values grow; but one close to an eigenvector all the same hides an
+    eigenvalue that is larger by a few percent.
 
     Without a ``start``, the operator of one large batch rehearses on an eighth of its
     samples, then on a quarter, at most 28 and 3 times, which count as their share of
     the samples: five products at most (in time, up to ten). They are chosen to have the
-    outputs, loss derivatives and products of both that all have on average. The claim
-    must then hold for two more products. Memory: the basis of at most 32 vectors
-    (``2 k + 8`` if that is more), within ``max_bytes`` as far as a restart allows: of
-    ``2 k + 3`` at least.
+    outputs, loss derivatives and products of both that all have on average. Memory: the
+    basis of at most 32 vectors (``2 k + 8`` if that is more), within ``max_bytes`` as
+    far as a restart allows: of ``2 k + 3`` at least.
 
     Args:
         op: Operator of :func:`hessian`, or a symmetric matrix ``[P, P]``.
@@ -102,9 +103,9 @@ def top_eigenvalues(
         max_matvecs: Most products to spend now.
         start: Starting vector in a form that ``op`` takes, for example the last
             eigenvector; random if None. A random vector of a tenth of its norm is
-            added; but one whose residual is within ``tol`` at once is kept, and four
-            products look in a random direction: five in all.
-        stop: Stop on the residuals or on the estimated errors of the values.
+            added; but to stop on residuals one whose residual is within ``tol`` at once
+            is kept, and four products look in a random direction: five in all.
+        stop: Stop on the estimated error of the value, or on the residual.
         state: ``Eigen.state`` of an earlier run on the same operator, to go on from;
             its ``k`` and ``start`` count.
         max_bytes: Memory for the basis.
@@ -129,7 +130,9 @@ def top_eigenvalues(
     """  # noqa: DOC502 (the checks and the space raise)
     check_symmetric("top_eigenvalues", op)
     _check(op, k, tol, max_matvecs, stop, max_bytes)
-    search = _Search(tol, stop, _look(k, stop, start is not None))
+    if k > 1:  # what lies between several values is no gap to count on
+        stop = "residual"
+    search = Search(tol, stop, _look(k, stop, start is not None))
     if state is not None:
         room = _capacity(op, state["k"], max_bytes)
         space = Space.resumed(op, state, room)
@@ -165,58 +168,6 @@ def _look(k: int, stop: str, warm: bool) -> int:
     return _LOOK_WARM if warm else _LOOK
 
 
-class _Search:
-    """When to believe what has converged: when it holds, and a look finds nothing new.
-
-    One value must stay what it is claimed to be for some more products, or, as several
-    must, after ``look`` products in a random direction, which may find further copies.
-    """
-
-    def __init__(self, tol: float, stop: str, look: int) -> None:
-        self._tol, self._stop, self.looks = tol, stop, look
-        self.hold = _HOLD[stop]
-        self._seen: Tensor | None = None  # what was claimed last
-        self._until = 0  # products from which it is believed
-        self.rehearsal = 0.0  # products that the start cost
-
-    def state(self) -> dict[str, Any]:
-        known = {"seen": self._seen, "until": self._until, "look": self.looks}
-        return known | {"hold": self.hold, "rehearsal": self.rehearsal}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self._seen, self._until = state["seen"], state["until"]
-        self.looks, self.hold = state["look"], state["hold"]
-        self.rehearsal = state["rehearsal"]
-
-    def converged(self, space: Space) -> bool:
-        of = space.residuals() if self._stop == "residual" else space.errors()
-        return space.found == space.k and space.within(self._tol, of)
-
-    def done(self, space: Space) -> bool:
-        """Whether nothing is left to do but to believe."""
-        if space.exhausted:
-            return space.found == space.k
-        return self._holds(space) and space.spent >= self._until
-
-    def _holds(self, space: Space) -> bool:
-        """Whether what was claimed is still so, and not more than it was."""
-        if self._seen is None or not self.converged(space):
-            return False
-        return not space.grew(self._seen, self._tol)
-
-    def next(self, space: Space) -> None:
-        """Choose the next direction: the remainder, or a random one for a look."""
-        ready = self.converged(space)
-        if self.looks and ready and space.spent >= self._until:
-            self._seen, self._until = space.leading, space.spent + self.looks
-            space.lock()
-            return
-        if not self.looks and not self._holds(space):
-            self._seen = space.leading if ready else None
-            self._until = space.spent + self.hold
-        space.advance()
-
-
 def _check(
     op: Any, k: int, tol: float, max_matvecs: int, stop: str, max_bytes: float
 ) -> None:
@@ -243,7 +194,7 @@ def _begin(
     start: Tensor | Params | None,
     max_matvecs: int,
     room: int,
-    search: _Search,
+    search: Search,
 ) -> Space:
     """Return a space of one product."""
     first, spent = _start(op, start, max_matvecs, room)
@@ -261,7 +212,7 @@ def _begin(
         space.informed = math.inf
     if start is None and spent:
         space.informed = _FORESEEN
-        search.hold, search.rehearsal = _HOLD_REHEARSED, spent
+        search.rehearsal = spent
     return space
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from torch_dropout_ir.sharpness.krylov import NOT_FINITE, random_vector, working_dtype
 
+HOLD: Final = 3  # products for which what is claimed from a random start must hold
+CLOSE: Final = 4.0  # tolerances that a residual may be, whatever the error is
 _ROUNDING: Final = 16  # times the precision: what is no more than that is zero
 
 
@@ -112,15 +114,13 @@ def _plus_product(total: Tensor, op: Any, v: Tensor) -> Tensor:
 class Settled:
     """Whether the largest node is an eigenvalue, and has stayed one.
 
-    An error within the tolerance says that it is near *an* eigenvalue; so the claim
-    must hold for two more products, in which a larger one would come up.
+    As :func:`top_eigenvalues` does from a random start: the error must be within the
+    tolerance and the residual within four of them, for three more products.
 
     Args:
         tol: Relative error to reach.
         least: Products to take at least.
     """
-
-    _HOLD: Final = 2
 
     def __init__(self, tol: float, least: int) -> None:
         self._tol, self._least = tol, least
@@ -130,8 +130,8 @@ class Settled:
     def __call__(self, found: Quadrature) -> bool:
         """Whether to stop."""
         count, allowed = len(found.nodes), self._tol * abs(found.top)
-        if found.error > allowed:
+        if found.error > allowed or found.residual > CLOSE * allowed:
             self._claimed = None
         elif self._claimed is None or found.top - self._claimed > allowed:
-            self._claimed, self._until = found.top, count + self._HOLD
+            self._claimed, self._until = found.top, count + HOLD
         return self._claimed is not None and count >= max(self._until, self._least)

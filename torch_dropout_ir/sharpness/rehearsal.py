@@ -12,6 +12,8 @@ _MOST: Final = (28, 3)  # products on the fewest samples, then on more
 _PRICE: Final = 4  # products that those of one level may cost
 _NEAR: Final = 0.05  # residual that is enough, over the value
 _SETTLED: Final = 0.005  # and error of the value
+_LEADING: Final = 4  # Ritz vectors that come along, the first at its length
+_ALONG: Final = 0.1  # of the others together
 _LEAST: Final = 8  # products below which there is no time to rehearse
 _GATHERING: Final = 0.35  # of a product: forward passes to choose samples, graphs
 
@@ -20,7 +22,9 @@ def rehearsed(op: Any, max_matvecs: int, room: int) -> tuple[Tensor, float]:
     """Return what an operator of few of the samples has for its first eigenvector.
 
     On an eighth of the samples until its two largest values have parted, then on a
-    quarter, which takes off half of what is the eighth's own.
+    quarter, which takes off half of what is the eighth's own. What else is leading on
+    the eighth comes along with a tenth of the norm: values change their order with the
+    samples, and what the start lacks comes up too late.
 
     Args:
         op: The operator.
@@ -39,15 +43,21 @@ def rehearsed(op: Any, max_matvecs: int, room: int) -> tuple[Tensor, float]:
             break
         parts.append((thinned[0], whole * thinned[1]))
     vector, spent = random_vector(op), _GATHERING if parts else 0.0
+    others: Tensor | None = None
     for (few, share), most in zip(reversed(parts), _MOST, strict=False):
         most = min(most, room, int(_PRICE / share))
-        vector, steps = _roughly(few, vector, most)
-        spent += share * steps
+        space = _roughly(few, vector, most)
+        spent += share * space.spent
+        leading = space.vectors(_LEADING)
+        vector = leading[0]
+        others = leading[1:].sum(0) if others is None else others
+    if others is not None and bool(others.any()):
+        vector = vector.add(others, alpha=_ALONG / float(others.norm()))
     return vector, spent
 
 
-def _roughly(op: Any, start: Tensor, most: int) -> tuple[Tensor, int]:
-    """Return the first eigenvector as far as it has parted from the second."""
+def _roughly(op: Any, start: Tensor, most: int) -> Space:
+    """Go on until the first eigenvector has parted from the second."""
     space = Space(op, start, most, 1, span=2)
     space.extend()
     while space.spent < most and not (
@@ -56,4 +66,4 @@ def _roughly(op: Any, start: Tensor, most: int) -> tuple[Tensor, int]:
     ):
         space.advance()
         space.extend()
-    return space.vectors()[0], space.spent
+    return space
