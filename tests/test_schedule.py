@@ -61,7 +61,7 @@ def test_first_costs_that_were_underestimated_are_paid_back():
     assert len(taken["sharpness"]) > 2 and max(late) <= 0.05 + 1e-9
 
 
-def test_an_estimate_falls_with_the_passes_and_never_rises():
+def test_an_estimate_falls_with_the_passes_and_a_slow_one_makes_it_wait():
     cadence = Cadence("auto", 0.05, ["dear"], {"dear": 100.0})
     assert cadence.due(0) == ["dear"]
     cadence.expect(1.0)  # a cold start
@@ -69,10 +69,12 @@ def test_an_estimate_falls_with_the_passes_and_never_rises():
     cadence.trained(1.0)
     assert cadence.due(1) == ["dear"]  # it is looked at again
     cadence.expect(2.0)
-    assert cadence.afford(["dear"], 1) == {"dear": 100.0}
+    assert cadence.afford(["dear"], 1) == {"dear": 200.0}
     cadence.trained(1.0)
     cadence.expect(0.01)
     assert cadence.due(2) == ["dear"] and not cadence.afford(["dear"], 2)
+    cadence.expect(0.1)  # the machine is slow now
+    assert cadence.afford(["dear"], 2) == {"dear": pytest.approx(10.0)}
 
 
 def test_waiting_is_looked_at_when_steps_have_doubled():

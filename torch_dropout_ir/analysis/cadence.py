@@ -26,7 +26,8 @@ class Cadence:
     All of them stay within the whole budget, that of the first minute in advance, as
     far as costs are what they were, or for a first measurement what it is estimated at:
     cheap ones are made at once, dear ones as soon as there are savings for them. Since
-    first passes are slow, estimates are looked at again when steps have doubled.
+    first passes are slow, estimates are looked at again when steps have doubled; where
+    the machine has become slower since, by the passes of the step itself.
 
     Args:
         every: Optimizer steps between measurements, or ``"auto"``.
@@ -68,6 +69,7 @@ class Cadence:
         self.first = {name: (passes or {}).get(name, 0.0) for name in names}
         self._look = sys.maxsize  # step at which to estimate what waits once more
         self._pass = math.inf  # seconds, the least seen
+        self._here = 0.0  # seconds of the last one
         self._parts = dict.fromkeys(names, 1.0 / max(1, len(names)))
         self.measured_seconds = 0.0
         self.training_seconds = 0.0
@@ -87,6 +89,7 @@ class Cadence:
 
     def expect(self, seconds: float) -> None:
         """Estimate first measurements by what a pass of the model has taken."""
+        self._here = seconds
         if self.every != "auto" or seconds >= self._pass:
             return
         self._pass = seconds
@@ -109,7 +112,7 @@ class Cadence:
         saved = earned - self.measured_seconds
         waiting = {}
         for name in sorted(names, key=lambda n: (self._latest[n], n)):
-            cost = self._latest[name]
+            cost = max(self._latest[name], self.first.get(name, 0.0) * self._here)
             if cost <= saved:
                 saved -= cost
             else:
@@ -189,7 +192,7 @@ class Cadence:
         debts = {f"debt of {name}": debt for name, debt in self._debt.items()}
         debts |= {f"cost of {name}": cost for name, cost in self._latest.items()}
         times = {"measured": self.measured_seconds, "training": self.training_seconds}
-        return debts | times
+        return debts | times | {"pass": self._here}
 
     def load_numbers(self, numbers: dict[str, float]) -> None:
         """Go on from the :meth:`numbers` of another cadence with the same measures."""
@@ -198,6 +201,7 @@ class Cadence:
         self._latest = {name: numbers[f"cost of {name}"] for name in self._debt}
         self.measured_seconds = numbers["measured"]
         self.training_seconds = numbers["training"]
+        self._here = numbers["pass"]
         self._share_out()
 
     def state_dict(self) -> dict[str, Any]:

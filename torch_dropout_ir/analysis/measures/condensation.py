@@ -44,6 +44,7 @@ class Condensation:
 
     name = "condensation"
     needs: frozenset[Need] = frozenset()
+    passes = 4.0  # about, in batches of practice
 
     def __init__(
         self,
