@@ -258,10 +258,11 @@ def clean_pass(
     with torch.enable_grad(), contextlib.ExitStack() as stack:
         if twice:
             stack.enter_context(differentiable(thrice))
-        options = {"move_buffers": move_buffers, "outlives": outlives, "copies": True}
-        calls = stack.enter_context(
-            at_sites(model, seen.perturb, survey=survey, **options)
-        )
+        placed = at_sites(
+            model, seen.perturb, move_buffers=move_buffers, outlives=outlives,
+            survey=survey, copies=True,
+        )  # fmt: skip
+        calls = stack.enter_context(placed)
         for _, module in survey.modules if find_last else ():
             if type(module) is nn.Linear:
                 stack.callback(module.register_forward_hook(seen.read).remove)
