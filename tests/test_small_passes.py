@@ -10,7 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_dropout_ir import functional, output_hessian, tracing
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.output_scales import cross_entropy_scale, even_scale
+from torch_dropout_ir.output_scales import (
+    cross_entropy_scale,
+    even_scale,
+    is_convex,
+    logistic_diagonal,
+)
 from torch_dropout_ir.regularizers import (
     gauss_newton,
     monte_carlo,
@@ -67,6 +72,21 @@ def test_labels_that_weigh_alike_have_the_scale_of_each(reduction, shape):
     assert even_scale(loss, f, f.softmax(1)) is None
     y.view(-1)[1] = 7
     assert even_scale(loss, f, y) is None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weight", [None, torch.rand(3), torch.rand(6, 1)])
+@pytest.mark.parametrize("positive", [None, torch.tensor(3.0), torch.rand(3)])
+def test_binary_cross_entropy_has_its_closed_form(reduction, weight, positive):
+    torch.manual_seed(0)
+    f, y = 4 * torch.randn(6, 3).double(), torch.rand(6, 3).double()
+    loss = resolve_loss(
+        nn.BCEWithLogitsLoss(weight, reduction=reduction, pos_weight=positive)
+    )
+    expected = output_hessian.hessian_product(loss, f, y)(torch.ones_like(f)).detach()
+    torch.testing.assert_close(logistic_diagonal(loss, f, y), expected)
+    assert is_convex(loss) == (weight is None and positive is None)
+    assert not is_convex(resolve_loss(F.binary_cross_entropy))
 
 
 class Reused(nn.Module):

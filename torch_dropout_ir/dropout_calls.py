@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch_dropout_ir.attention import attention_weights
 from torch_dropout_ir.module_calls import LOOKED_INTO, ModuleCalls
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.tracing import checkpointed
 
 SiteFunction = Callable[[Site, Tensor], Tensor]
 
@@ -46,7 +45,7 @@ _OTHER_NOISE: Final = (
 )
 RECURRENT: Final = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _SILENCED: Final = frozenset((*_OTHER_NOISE, "rrelu", "rrelu_", *RECURRENT))
-_HANDED_OVER: Final = _SILENCED | LOOKED_INTO | KINDS.keys() | {
+_HANDED_OVER: Final = _SILENCED | LOOKED_INTO | {
     "native_dropout", "scaled_dot_product_attention"
 }  # fmt: skip
 
@@ -85,7 +84,10 @@ class DropoutCalls(ModuleCalls):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if getattr(func, "__name__", "") in _HANDED_OVER:
+        name = getattr(func, "__name__", "")
+        if name in KINDS:
+            return self._dropout(name, *args, **(kwargs or {}))
+        if name in _HANDED_OVER:
             return super().__torch_function__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 
@@ -96,8 +98,6 @@ class DropoutCalls(ModuleCalls):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        if name in KINDS:
-            return self._dropout(name, *args, **kwargs)
         if name == "native_dropout":
             output = self._dropout("dropout", *args, **kwargs)
             return output, torch.ones_like(output, dtype=torch.bool)
@@ -177,8 +177,7 @@ class DropoutCalls(ModuleCalls):
 
     def _check_once(self, function: str) -> None:
         """Raise where what is replaced would be computed again out of our sight."""
-        self._runs_again()
-        if not checkpointed():
+        if not self._runs_again():
             return
         if self._outlives or torch.cuda.is_initialized():
             raise RuntimeError(

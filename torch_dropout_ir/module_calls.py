@@ -20,7 +20,6 @@ from torch_dropout_ir.tracing import checkpointed
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_OVERRIDING: Final = frozenset(("forward", "_compiled_call_impl"))
 # Modes of such models are on no stack: to look on would cost more than the pass.
 _ABSENT: Final = threading.local()
 _BACKWARD: Final = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
@@ -99,9 +98,11 @@ class ModuleCalls(TorchFunctionMode):
         self._running.append((module, {}))
         self._runs_again()
 
-    def _runs_again(self) -> None:
-        """Remember a checkpointed block; the older kind runs without autograd."""
-        self.again = self.again or checkpointed() or not torch.is_grad_enabled()
+    def _runs_again(self) -> bool:
+        """Whether a block is checkpointed; the older kind runs without autograd."""
+        inside = checkpointed()
+        self.again = self.again or inside or not torch.is_grad_enabled()
+        return inside
 
     def _end(self, module: nn.Module, _: Any, __: Any) -> None:
         if self._running and self._running[-1][0] is module:
@@ -185,12 +186,11 @@ def _absent() -> tuple[TorchFunctionMode, ...]:
 
 def runs_other_code(module: nn.Module) -> bool:
     """Whether a module may call dropout: all may but layers of torch as they are."""
-    return bool(
-        type(module) not in LAYERS
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or not module.__dict__.keys().isdisjoint(_OVERRIDING)
-    )
+    if type(module) not in LAYERS:
+        return True
+    own = module.__dict__
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    return bool(hooked) or "forward" in own or "_compiled_call_impl" in own
 
 
 def _inside(func: Any, mode: TorchFunctionMode) -> Callable[..., Any]:

@@ -20,6 +20,9 @@ from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_scales import (
     cross_entropy_scale,
     even_scale,
+    is_convex,
+    is_logistic,
+    logistic_diagonal,
     squared_scale,
 )
 from torch_dropout_ir.registration import label_root
@@ -110,7 +113,7 @@ class HessianRoots:
         else:
             self._values, self._vectors = _eigen(loss, outputs, targets)
         self._signs: tuple[float, ...] = (1.0,)
-        if loss.kind in ("elementwise", "general"):
+        if loss.kind in ("elementwise", "general") and not is_convex(loss):
             # What float rounding makes of a zero eigenvalue is no negative part.
             negative = self._values < -1e-6 * self._values.abs().amax()
             self._signs = (1.0, -1.0) if bool(negative.any()) else (1.0,)
@@ -215,6 +218,8 @@ def hessian_roots(loss: Loss, outputs: Tensor, targets: Any) -> Iterator[Root]:
 
 def _diagonal(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     """Diagonal of a diagonal Hessian: its row sums."""
+    if is_logistic(loss) and outputs.dtype in _WIDE:
+        return logistic_diagonal(loss, outputs, targets)
     return hessian_product(loss, outputs, targets)(torch.ones_like(outputs)).detach()
 
 

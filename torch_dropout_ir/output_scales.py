@@ -1,11 +1,12 @@
-"""Floor 1: what the Hessian of squared losses and cross-entropy is a multiple of."""
+"""Floor 1: closed forms: what the Hessian of usual losses is, or is a multiple of."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from torch_dropout_ir.losses import Loss, half_squared_error
 
@@ -66,6 +67,38 @@ def cross_entropy_scale(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     mass = (1 - smoothing) * weighted + smoothing * weight.mean() * known
     mass = mass.unsqueeze(classes)
     return mass / count if loss.reduction == "mean" else mass
+
+
+def is_logistic(loss: Loss) -> bool:
+    """Whether a loss is torch's binary cross-entropy of logits."""
+    function = getattr(loss.function, "func", loss.function)
+    return (
+        function is F.binary_cross_entropy_with_logits
+        or type(function) is nn.BCEWithLogitsLoss
+    )
+
+
+def is_convex(loss: Loss) -> bool:
+    """Whether an elementwise or general loss is known to be convex in the outputs."""
+    names = ("weight", "pos_weight")
+    return is_logistic(loss) and all([loss.option(x, None) is None for x in names])
+
+
+def logistic_diagonal(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the diagonal Hessian of binary cross-entropy in logits ``f``.
+
+    ``w (1 + (c - 1) y) s (1 - s)`` with ``s`` the sigmoid of ``f``, the weight ``w`` of
+    an output and ``c`` of the positive, over the number of outputs where the loss is a
+    mean.
+    """
+    found = outputs.sigmoid() * (-outputs).sigmoid()
+    if loss.reduction == "mean":
+        found = found / outputs.numel()
+    positive = loss.option("pos_weight", None)
+    if positive is not None:
+        found = found * (1 + (positive.to(found) - 1) * targets)
+    weight = loss.option("weight", None)
+    return found if weight is None else found * weight.to(found)
 
 
 def even_scale(loss: Loss, outputs: Tensor, targets: Any) -> float | None:

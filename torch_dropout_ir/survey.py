@@ -56,16 +56,16 @@ class Survey:
         compiling = torch.compiler.is_compiling()
         for named in seen.modules:
             module = named[1]
-            kind = type(module)
+            kind, own = type(module), module.__dict__
             if kind not in LAYERS:
                 seen.others.append(named)
             if kind not in QUIET:
                 seen._add_noise(*named)
             if compiling or runs_other_code(module):
                 seen.callers.append(named)
-            if module._buffers:
+            if own["_buffers"]:
                 seen.has_buffers = True
-            if module.__dict__.get("inplace"):
+            if own.get("inplace"):
                 seen.in_place = True
         return seen
 

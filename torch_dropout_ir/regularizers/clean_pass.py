@@ -264,12 +264,11 @@ def clean_pass(
             stack.enter_context(differentiable(thrice))
         if lean:
             stack.enter_context(LeanDerivatives(weights_read=True))
-        calls = stack.enter_context(
-            at_sites(
-                model, seen.perturb, survey=survey, move_buffers=move_buffers,
-                outlives=outlives, copies=True,
-            )
+        placed = at_sites(
+            model, seen.perturb, move_buffers=move_buffers, outlives=outlives,
+            survey=survey, copies=True,
         )  # fmt: skip
+        calls = stack.enter_context(placed)
         for _, module in survey.modules if find_last else ():
             if type(module) is nn.Linear:
                 stack.callback(module.register_forward_hook(seen.read).remove)

@@ -12,6 +12,7 @@ from torch.utils import _pytree
 
 from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.output_scales import is_logistic
 from torch_dropout_ir.regularizers.coupling import (
     by_powers,
     even_root,
@@ -238,7 +239,10 @@ def check_curvature(read: OutputsRead) -> bool:
         ValueError: If it is piecewise linear or constant, or torch cannot
             differentiate it twice.
     """
-    if read.loss is not None and read.loss.kind in ("squared", "cross_entropy"):
+    known = read.loss
+    if known is not None and known.kind in ("squared", "cross_entropy"):
+        return True
+    if known is not None and is_logistic(known):
         return True
     at = [x.detach().requires_grad_() for x in read.tensors]
     slopes = read.slopes(at)
