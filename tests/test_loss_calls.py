@@ -392,7 +392,7 @@ def test_penalties_on_the_parameters_are_no_part_of_it():
 
 
 def test_a_penalty_on_the_gradient_in_the_inputs_is_no_part_of_it():
-    """A derivative is in tensors of the pass that was made, of which another has none."""
+    """A derivative is in tensors of its own pass, and another pass has others."""
 
     def script(model):
         loss = F.cross_entropy(model(x := X.clone().requires_grad_()), LABELS)
