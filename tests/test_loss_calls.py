@@ -391,6 +391,22 @@ def test_penalties_on_the_parameters_are_no_part_of_it():
     assert "penalties on parameters" in analysis.notes["loss/R_S"]
 
 
+def test_a_penalty_on_the_gradient_in_the_inputs_is_no_part_of_it():
+    """A derivative is in tensors of its own pass, and another pass has others."""
+
+    def script(model):
+        loss = F.cross_entropy(model(x := X.clone().requires_grad_()), LABELS)
+        if not torch.is_grad_enabled():  # what R_S is held against
+            return loss
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        return loss + slope.square().sum()
+
+    analysis, clean = measured(mlp(), script)
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    assert "regularizer/R1" in analysis.latest
+    assert "not followed" in analysis.notes["loss/R_S"]
+
+
 @pytest.mark.parametrize(
     ("whole", "written"), [(True, False), (False, False), (False, True)]
 )

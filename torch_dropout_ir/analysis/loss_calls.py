@@ -10,9 +10,10 @@ Semantics:
   last optimizer step, as scripts that accumulate gradients do it.
 * What is written on (``loss += ...``, ``each.masked_fill_(...)``), but for the outputs
   themselves, is followed as if a new tensor were made.
-* Nothing else is followed that was written on, nor what draws random numbers, has a
-  derivative of its own (``autograd.Function``, compiled code), or depends on the
-  model's parameters by another way than the outputs. What comes of others is constant.
+* Nothing else is followed that was written on, nor what draws random numbers, is made
+  by ``torch.autograd.grad``, has a derivative of its own (``autograd.Function``,
+  compiled code), or depends on the model's parameters by another way than the outputs.
+  What comes of others is constant.
 * The mode lies under those of the script, so that what the script enters and leaves
   meanwhile stays what it is. It only looks: every call is made as it was.
 """
@@ -258,7 +259,8 @@ class LossCalls(TorchFunctionMode):
             self._known.update((x, _LOST) for x in results if isinstance(x, Tensor))
             return
         free = (x for x, at in into if at is None and x.requires_grad)
-        if draws(name) or any(map(self._own.leads_to, free)):
+        grad = func is torch.autograd.grad  # in tensors of this pass alone
+        if draws(name) or grad or any(map(self._own.leads_to, free)):
             self._lose(written)
             return
         if len(self._steps) == _MOST_STEPS:
