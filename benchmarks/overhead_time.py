@@ -15,6 +15,7 @@ import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis.measures import default_measures
 
 NEVER = 10**9
+REPEATED, ENOUGH = 8, 30  # measurements of a kind, and seconds of them
 
 
 def switch(script: Script) -> Callable[[bool], None]:
@@ -83,23 +84,28 @@ def by_measure(name: str) -> dict[str, Any]:
     script = Script(name)
     script.run(2)
     bare = [script.run(1) for _ in range(8)]
-    script.analysis = tdi.attach_analysis(
-        script.model, optimizer=script.optimizer, log_dir=False, every=NEVER,
-        measures=[m for m in default_measures() if m.name != "sharpness"],
-    )  # fmt: skip
-    script.run(2)
-    took = script.analysis.measure()
-    script.analysis.detach()
-    script.analysis = tdi.attach_analysis(
-        script.model, optimizer=script.optimizer, log_dir=False, every=NEVER,
-        measures=[m for m in default_measures() if m.name == "sharpness"],
-    )  # fmt: skip
-    script.run(1)
-    took |= script.analysis.latest
-    script.analysis.detach()
+    cheap, dear = [], []
+    for measure in default_measures():
+        (dear if measure.name == "sharpness" else cheap).append(measure)
+    costs = {}
+    for measures in (cheap, dear):
+        script.analysis = tdi.attach_analysis(
+            script.model, optimizer=script.optimizer, log_dir=False, every=NEVER,
+            measures=measures,
+        )  # fmt: skip
+        started = time.perf_counter()
+        script.run(1)
+        while len(script.analysis.history["cost/share"]) < REPEATED and (
+            time.perf_counter() - started < ENOUGH
+        ):
+            script.analysis.measure()
+        for tag, seen in script.analysis.history.items():
+            if tag.startswith("cost/seconds/"):
+                again = [seconds for _, seconds in seen]
+                found = statistics.median(again[1:] or again)
+                costs[tag.removeprefix("cost/seconds/")] = found
+        script.analysis.detach()
     bare += [script.run(1) for _ in range(8)]
-    stem = "cost/seconds/"
-    costs = {t.removeprefix(stem): s for t, s in took.items() if t.startswith(stem)}
     return {"bare": bare, "costs": costs}
 
 

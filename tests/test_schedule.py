@@ -77,6 +77,30 @@ def test_an_estimate_falls_with_the_passes_and_a_slow_one_makes_it_wait():
     assert cadence.afford(["dear"], 2) == {"dear": pytest.approx(10.0)}
 
 
+@pytest.mark.parametrize("begins", [1000, 6000])
+def test_a_machine_that_becomes_slower_keeps_the_budget(begins):
+    """Before the first dear measurement, and between two."""
+    cadence, shares = Cadence("auto", 0.05, ["dear"], {"dear": 100.0}), []
+    for k in range(20_000):
+        step = 1.0 if k < begins else 3.0
+        due = set(cadence.due(k))
+        cadence.expect(step)
+        if due and not cadence.afford(due, k):
+            cadence.measured("dear", 100.0 * step)
+        cadence.trained(step)
+        shares.append(cadence.share)
+    assert max(shares) <= 0.05 + 1e-9 and shares[-1] > 0.04
+
+
+def test_what_evaluations_earn_beyond_some_debts_pays_the_others():
+    cadence = Cadence("auto", 0.5, ["light", "dear"])
+    cadence.measured("light", 1.0)
+    cadence.measured("dear", 100.0)
+    cadence.trained(202.5)  # for these, and for the next ones
+    assert cadence.due(1) == ["light", "dear"]
+    assert not cadence.afford(["light", "dear"], 1)
+
+
 def test_waiting_is_looked_at_when_steps_have_doubled():
     cadence = Cadence("auto", 0.05, ["dear", "cheap"], {"dear": 1e9})
     cadence.measured("cheap", 1e-6)

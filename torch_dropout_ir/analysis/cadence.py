@@ -21,13 +21,14 @@ class Cadence:
     for of all ways to spend a budget :math:`B` that makes the numbers youngest on
     average: :math:`\sum_i 1 / r_i` with rates :math:`\sum_i r_i c_i = B` is least at
     :math:`r_i \propto c_i^{-1/2}`, which spends :math:`r_i c_i \propto c_i^{1/2}`.
-    None is below a fifth of the largest. Idle time saves nothing up.
+    None is below a fifth of the largest. What time earns beyond the debts of some, as
+    an evaluation does, pays those of the others; nothing is saved up without a debt.
 
     All of them stay within the whole budget, that of the first minute in advance, as
     far as costs are what they were, or for a first measurement what it is estimated at:
     cheap ones are made at once, dear ones as soon as there are savings for them. Since
-    first passes are slow, estimates are looked at again when steps have doubled; where
-    the machine has become slower since, by the passes of the step itself.
+    first passes are slow, estimates are looked at again when steps have doubled. Where
+    the step's own passes are slower than those at the last look, so are measurements.
 
     Args:
         every: Optimizer steps between measurements, or ``"auto"``.
@@ -70,6 +71,7 @@ class Cadence:
         self._look = sys.maxsize  # step at which to estimate what waits once more
         self._pass = math.inf  # seconds, the least seen
         self._here = 0.0  # seconds of the last one
+        self._paced = dict.fromkeys(names, 0.0)  # and of that at the last measurement
         self._parts = dict.fromkeys(names, 1.0 / max(1, len(names)))
         self.measured_seconds = 0.0
         self.training_seconds = 0.0
@@ -112,7 +114,7 @@ class Cadence:
         saved = earned - self.measured_seconds
         waiting = {}
         for name in sorted(names, key=lambda n: (self._latest[n], n)):
-            cost = max(self._latest[name], self.first.get(name, 0.0) * self._here)
+            cost = self._cost(name)
             if cost <= saved:
                 saved -= cost
             else:
@@ -124,6 +126,13 @@ class Cadence:
         self._settle()
         return waiting
 
+    def _cost(self, name: str) -> float:
+        """What a measurement would cost now: more, where passes have become slower."""
+        if name in self.first:
+            return max(self._latest[name], self.first[name] * self._here)
+        pace = self._paced[name]
+        return self._latest[name] * (max(1.0, self._here / pace) if pace else 1.0)
+
     def trained(self, seconds: float) -> None:
         """Pay off debts with training time."""
         self.training_seconds += seconds
@@ -131,8 +140,15 @@ class Cadence:
 
     def _settle(self) -> None:
         earned, self._unsettled = self._earning * self._unsettled, 0.0
-        for name, debt in self._debt.items():
-            self._debt[name] = max(0.0, debt - earned * self._parts[name])
+        owing = {name: debt for name, debt in self._debt.items() if debt > 0.0}
+        while earned > 0.0 and owing:
+            whole = sum(self._parts[name] for name in owing)
+            # Up to where the first of them owes nothing any more.
+            paid = min(earned, *(x * whole / self._parts[n] for n, x in owing.items()))
+            for name in owing:
+                self._debt[name] -= paid * self._parts[name] / whole
+            earned -= paid
+            owing = {n: self._debt[n] for n in owing if self._debt[n] > 1e-12}
         rests = (debt / self._parts[name] for name, debt in self._debt.items())
         self._rest = min(rests, default=math.inf) / self._earning
 
@@ -154,7 +170,7 @@ class Cadence:
         """Enter a measurement, and the next one as if it cost as much."""
         self.measured_seconds += seconds
         self._owe(name, 2 * seconds - self._latest[name])
-        self._latest[name] = seconds
+        self._latest[name], self._paced[name] = seconds, self._here
         self.first.pop(name, None)
         self._share_out()
 
