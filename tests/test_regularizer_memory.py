@@ -74,7 +74,7 @@ FORMS = {
 # whole gradient at the first masks, which a step has when its pass is over.
 BESIDE = {"monte_carlo": 0.04, "gradient_norm": 0.05}
 # Samples meet, and the second derivative is of a pass over all of them.
-TOGETHER = {"second_order": 4.0}
+TOGETHER = {"second_order": 2.3}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -141,7 +141,7 @@ def test_masks_are_weighed_without_the_outputs_at_hand():
     assert found < 1.1 * step
 
 
-@pytest.mark.parametrize("model, most", [("convolutional", 2.7), ("batch norm", 3.4)])
+@pytest.mark.parametrize("model, most", [("convolutional", 2.2), ("batch norm", 2.2)])
 def test_a_trained_form_holds_one_graph_of_a_pass_back(model, most):
     torch.manual_seed(0)
     net, x = MODELS[model]()
@@ -155,6 +155,21 @@ def test_a_trained_form_holds_one_graph_of_a_pass_back(model, most):
 
     run()
     assert peak(run) < most * step
+
+
+@pytest.mark.parametrize("kind", ["L2", "L3", "regu"])
+def test_a_penalty_where_samples_meet_holds_two_passes(kind):
+    torch.manual_seed(0)
+    net, x = MODELS["batch norm"]()
+    batch = x, torch.randint(10, (len(x),))
+    step = peak(lambda: F.cross_entropy(net(x), batch[1]).backward())
+
+    def run():
+        net.zero_grad()
+        modified_loss(net, batch, "cross_entropy", kind=kind, lr=0.1).backward()
+
+    run()
+    assert peak(run) < 2.1 * step
 
 
 def test_the_loss_with_r1_by_one_mask_holds_one_pass():

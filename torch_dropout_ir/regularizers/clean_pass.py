@@ -18,7 +18,7 @@ from torch_dropout_ir.regularizers.checks import check_batch
 from torch_dropout_ir.regularizers.coupling import alike, by_powers, even_root
 from torch_dropout_ir.regularizers.recorder import Recorder, Use
 from torch_dropout_ir.regularizers.row_graph import rows_meet
-from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
+from torch_dropout_ir.sharpness.derivatives import lean_derivatives
 from torch_dropout_ir.sites import out_of_sight
 from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.tracing import derivatives, generators_moved
@@ -263,7 +263,7 @@ def clean_pass(
         if twice:
             stack.enter_context(differentiable(thrice))
         if lean:
-            stack.enter_context(LeanDerivatives(weights_read=True))
+            stack.enter_context(lean_derivatives())
         placed = at_sites(
             model, seen.perturb, move_buffers=move_buffers, outlives=outlives,
             survey=survey, copies=True,

@@ -78,8 +78,8 @@ def modified_loss(
     loss. ``L1`` with ``"last_layer"`` costs a plain step; a penalty on the gradient a
     second backward pass through the first, and so does ``"gauss_newton"``. What a
     double backward holds at the least is every activation and its derivative, twice a
-    plain step's; ``benchmarks/regularizers.py`` found up to 3.3 of a step's, the most
-    with batch normalization, whose second derivative torch puts together from parts.
+    plain step's, which is what it takes on a CPU; with batch normalization torch's own
+    took 3.3, for it puts that derivative together from parts.
     Beyond ``max_bytes`` the graph is that of parts of the batch, one after the other,
     which run again at their masks: a step's memory, and of a penalty the gradient once
     more, at 1.4 times the time (``"gauss_newton"``: 1.2). That needs samples that do

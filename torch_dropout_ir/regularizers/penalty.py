@@ -8,8 +8,7 @@ with the value, a part at a time: the graph of both derivatives is that of a par
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from torch_dropout_ir.regularizers.known_gradient import (
     with_gradient,
 )
 from torch_dropout_ir.regularizers.masked_rows import MaskedRows
-from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
+from torch_dropout_ir.sharpness.derivatives import lean_derivatives
 from torch_dropout_ir.sharpness.frozen import twice_differentiable
 from torch_dropout_ir.sharpness.linear import added_into
 
@@ -96,8 +95,9 @@ def with_penalty(
     named = parameters(model)
     params, rates = list(named.values()), learning_rates(lr, list(named))
     rows = MaskedRows(model, batch, loss, move_buffers)
-    lean = max_bytes is not None  # no third derivative is asked for
-    with _lean(lean), twice_differentiable() as operations:
+    # With None, a third derivative may be asked for.
+    lean = None if max_bytes is None else lean_derivatives()
+    with twice_differentiable(lean) as operations:
         outputs = call(model, batch[0], move_buffers=move_buffers)
         risk = loss(outputs, batch[1])
     check_differentiable("modified_loss", risk)
@@ -115,7 +115,7 @@ def with_penalty(
             del part  # its graph
         else:
             return with_gradient(value, params, gradient)
-        with rows.again(), _lean(lean), twice_differentiable():
+        with rows.again(), twice_differentiable(lean):
             risk = loss(call(model, batch[0]), batch[1])
     penalty = sign * _penalty(_slopes(risk, params), rates)
     if weight:
@@ -125,10 +125,6 @@ def with_penalty(
     # Another pass follows: none of the graph is held through it.
     own = torch.autograd.grad(penalty, params, allow_unused=True)
     return with_gradient(penalty.detach(), params, own)
-
-
-def _lean(wanted: bool) -> AbstractContextManager[Any]:
-    return LeanDerivatives(weights_read=True) if wanted else nullcontext()
 
 
 class _Products:

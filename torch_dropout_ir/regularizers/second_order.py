@@ -75,8 +75,8 @@ def second_order(
     cannot be (samples that meet, as by batch normalization in training mode above a
     site, or outputs whose rows are not those of the samples, one after the other) it
     is that of a double backward of all that lies above the first site, which keeps
-    every activation, its derivative and what those were made of: three and a half times
-    a step's, and the notes say so. Of a loss that is neither a squared one nor a
+    every activation and its derivative: 2.2 times a step's with one sample, and the
+    notes say so. Of a loss that is neither a squared one nor a
     cross-entropy, what is kept of the outputs is that of all rows, which matters where
     outputs are most of what a step holds.
 

@@ -67,18 +67,19 @@ class SiteCurvature:
         )
         self._loss_slopes: Vectors = read.slopes(self._at)
 
-    def product(self, vectors: Vectors) -> list[Tensor | None]:
+    def product(self, vectors: Vectors, keep: bool = True) -> list[Tensor | None]:
         """Multiply.
 
         Args:
             vectors: A tensor for each use, or None for zero.
+            keep: Whether there are more products; else the graph may go.
 
         Returns:
             A tensor for each use; None where it is zero for want of a dependence.
         """
         graph = self._create_graph
         if not self._linearized:
-            return _gradients(self._slopes, self._clean.edges, vectors, graph)
+            return _gradients(self._slopes, self._clean.edges, vectors, graph, keep)
         pushed = _gradients(self._slopes, self._roots, vectors, graph)
         curved = [
             torch.zeros_like(x) if c is None else c  # the loss is linear in it
@@ -94,15 +95,19 @@ class SiteCurvature:
         """Return draws of the forms; the exact sum as a single one where None."""
         if num_samples is None:
             return [self.exact(coupled)]
-        return [self.sampled() for _ in range(num_samples)]
+        counts = reversed(range(num_samples))
+        return [self.sampled(keep=bool(left)) for left in counts]
 
-    def sampled(self, positive: Sequence[Tensor] | None = None) -> list[Form]:
+    def sampled(
+        self, positive: Sequence[Tensor] | None = None, *, keep: bool = True
+    ) -> list[Form]:
         r"""Return one draw of the forms: signs :math:`z` on the mask's elements.
 
         :math:`E[(z \circ h)^\top A (z \circ h)] = \sum_j h_j^2 A_{jj}`.
 
         Args:
             positive: Whether a sign is plus, a tensor for each use; drawn if None.
+            keep: Whether there are more draws; else the graph may go.
         """
         uses = self._clean.uses
         if positive is None:
@@ -110,7 +115,7 @@ class SiteCurvature:
         else:
             pairs = zip(positive, uses, strict=True)
             drawn = [x.to(h.dtype).mul_(2).sub_(1) for x, (_, h, _) in pairs]
-        return self._forms([self._scaled(i, z) for i, z in enumerate(drawn)])
+        return self._forms([self._scaled(i, z) for i, z in enumerate(drawn)], keep)
 
     def exact(self, coupled: bool) -> list[Form]:
         """Return the forms of one element of a mask at a time.
@@ -139,8 +144,8 @@ class SiteCurvature:
         h = h if self._create_graph else h.detach()
         return site.variance**0.5 * h * noise
 
-    def _forms(self, vectors: Vectors) -> list[Form]:
-        products = self.product(vectors)
+    def _forms(self, vectors: Vectors, keep: bool = True) -> list[Form]:
+        products = self.product(vectors, keep)
         return [
             by_row(site, v * found / 2)
             for (site, _, _), v, found in zip(
@@ -164,6 +169,7 @@ def _gradients(
     inputs: Sequence[Tensor] | Sequence[GradientEdge],
     roots: Vectors | None,
     create_graph: bool,
+    keep: bool = True,
 ) -> list[Tensor | None]:
     """Reverse derivative of the outputs that there are, None where there is none."""
     given = list(roots) if roots is not None else [None] * len(outputs)
@@ -180,7 +186,7 @@ def _gradients(
             heads,
             inputs,
             None if roots is None else weights,
-            retain_graph=True,
+            retain_graph=keep or create_graph,
             create_graph=create_graph,
             allow_unused=True,
         )

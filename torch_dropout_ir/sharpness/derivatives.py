@@ -6,7 +6,8 @@ own. Torch's of ReLU makes zeros and adds them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -19,8 +20,6 @@ from torch_dropout_ir.sharpness.convolution import convolution
 from torch_dropout_ir.sharpness.linear import leaf_of, linear
 from torch_dropout_ir.sharpness.normalization import normalization
 from torch_dropout_ir.weight_parts import geometry_of
-
-Leaf = Callable[[Tensor], int]  # of a weight, as `leaf_of`
 
 _mask: Final = torch.ops.aten.threshold_backward.default
 
@@ -62,12 +61,15 @@ class LeanDerivatives(TorchFunctionMode):
 
     Args:
         weights_read: Whether gradients in weights are read while their graph is built;
-            else those of linear and convolutional layers are not made.
+            else linear and convolutional layers make none. Where they are, linear
+            layers are left to torch, whose own hold as little.
+        least: Elements of an input below which it is left to torch.
     """
 
-    def __init__(self, *, weights_read: bool = False) -> None:
+    def __init__(self, *, weights_read: bool = False, least: int = 0) -> None:
         super().__init__()
-        self._leaf: Leaf = _no_leaf if weights_read else leaf_of
+        self._weights_read = weights_read
+        self._least = least
 
     def __torch_function__(
         self,
@@ -77,16 +79,23 @@ class LeanDerivatives(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        own = _OWN.get(func) if tracing.eager() else None
-        if own is None:
-            return func(*args, **kwargs)
-        given = {**kwargs, "leaf": self._leaf} if own in _WEIGHTED else kwargs
-        found = own(*args, **given)
+        found = self.instead_of(func, args, kwargs)
         return func(*args, **kwargs) if found is None else found
 
-
-def _no_leaf(_: Tensor) -> int:
-    return 0
+    def instead_of(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Return what a call returns, or None where it is left to torch."""
+        own = _OWN.get(func)
+        if own is None or not tracing.eager():
+            return None
+        if self._least:
+            with torch._C.DisableTorchFunction():  # nobody is asked how large it is
+                if (args[0] if args else kwargs["input"]).numel() < self._least:
+                    return None
+        if self._weights_read:
+            own = _READ.get(own, own)
+        return None if own is None else own(*args, **kwargs)
 
 
 def _ours(*tensors: Tensor) -> bool:
@@ -104,12 +113,10 @@ def _relu_(input: Tensor) -> Tensor | None:
     return _relu(input, True)
 
 
-def _linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, leaf: Leaf
-) -> Tensor | None:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     if not _ours(input, weight) or input.ndim < 2 or weight.ndim != 2:
         return None
-    return None if tracing.checkpointed() else linear(input, weight, bias, leaf(weight))
+    return None if tracing.checkpointed() else linear(input, weight, bias)
 
 
 def _plain(
@@ -121,12 +128,12 @@ def _plain(
     dilation: Any = 1,
     groups: int = 1,
     *,
-    leaf: Leaf,
+    read: bool = False,
 ) -> Tensor | None:
     if isinstance(padding, str):
         return None
     sizes = (stride, padding, dilation, 0)
-    return _convolved(input, weight, bias, sizes, groups, False, leaf)
+    return _convolved(input, weight, bias, sizes, groups, False, read)
 
 
 def _transposed(
@@ -139,10 +146,10 @@ def _transposed(
     groups: int = 1,
     dilation: Any = 1,
     *,
-    leaf: Leaf,
+    read: bool = False,
 ) -> Tensor | None:
     sizes = (stride, padding, dilation, output_padding)
-    return _convolved(input, weight, bias, sizes, groups, True, leaf)
+    return _convolved(input, weight, bias, sizes, groups, True, read)
 
 
 def _convolved(
@@ -152,12 +159,12 @@ def _convolved(
     sizes: tuple[Any, Any, Any, Any],
     groups: int,
     transposed: bool,
-    leaf: Leaf,
+    read: bool,
 ) -> Tensor | None:
     if not _ours(x, weight) or x.ndim != weight.ndim:
         return None
     geometry = geometry_of(x.ndim - 2, sizes, groups, transposed)
-    return convolution(x, weight, bias, geometry, leaf(weight))
+    return convolution(x, weight, bias, geometry, 0 if read else leaf_of(weight))
 
 
 def _normalized(
@@ -191,4 +198,16 @@ _OWN: Final[dict[Callable[..., Any], Callable[..., Tensor | None]]] = {
         (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed
     ),
 }
-_WEIGHTED: Final = (_linear, _plain, _transposed)
+# The same where the gradient in a weight is read.
+_READ: Final[dict[Callable[..., Any], Callable[..., Tensor | None] | None]] = {
+    _linear: None,
+    _plain: functools.partial(_plain, read=True),
+    _transposed: functools.partial(_transposed, read=True),
+}
+# Elements of an input below which torch's own take no longer than a call of ours.
+_LEAST: Final = 2**15
+
+
+def lean_derivatives() -> LeanDerivatives:
+    """Return them for a graph of a whole batch, whose gradient in weights is read."""
+    return LeanDerivatives(weights_read=True, least=_LEAST)

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir.module_calls import on_again, unchecked
+from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.tracing import checkpointed, unpacked_by_hooks
 
 Masks = Literal["off"] | int | Sequence[int]
@@ -65,13 +66,17 @@ class TwiceDifferentiable(TorchFunctionMode):
     says so: it is put together from its parts. Sparse gradients of embeddings have
     none: they are dense here.
 
+    Args:
+        lean: Takes the place of what has second derivatives, if given.
+
     Attributes:
         again: Whether a block has been seen that backward passes compute again.
         hooked: Whether backward passes run somebody's code where they need a tensor.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lean: LeanDerivatives | None = None) -> None:
         super().__init__()
+        self._lean = lean
         self.again = False
         self.hooked = False
 
@@ -92,15 +97,21 @@ class TwiceDifferentiable(TorchFunctionMode):
             return _weight_norm(*args, **kwargs)
         if func is F.embedding:
             args, kwargs = args[:_SPARSE], {**kwargs, "sparse": False}
+        if self._lean is not None:
+            found = self._lean.instead_of(func, args, kwargs)
+            if found is not None:
+                return found
         return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def twice_differentiable() -> Iterator[TwiceDifferentiable]:
+def twice_differentiable(
+    lean: LeanDerivatives | None = None,
+) -> Iterator[TwiceDifferentiable]:
     """Run nothing that has no second derivative, or a wrong one."""
     with (
         sdpa_kernel(SDPBackend.MATH),
-        TwiceDifferentiable() as operations,
+        TwiceDifferentiable(lean) as operations,
         torch.compiler.set_stance("force_eager"),
     ):
         yield operations

@@ -143,16 +143,8 @@ class _Derivative(torch.autograd.Function):
         return tuple(found)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, leaf: int) -> Tensor:
-    """Return ``x W' + b``.
-
-    Args:
-        x: The input, of two dimensions and more.
-        weight: The weight.
-        bias: The bias.
-        leaf: The weight's identity where it is a leaf, whose gradient nobody reads
-            while the graph is built; else 0.
-    """
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x W' + b`` for ``x`` of two dimensions and more."""
     rows = x.reshape(-1, x.shape[-1])
-    found: Tensor = _Linear.apply(rows, weight, bias, leaf)
+    found: Tensor = _Linear.apply(rows, weight, bias, leaf_of(weight))
     return found if x.ndim == 2 else found.view(*x.shape[:-1], len(weight))

@@ -34,13 +34,12 @@ from torch_dropout_ir import tracing
 _normalize: Final = torch.ops.aten.native_batch_norm.default
 _backward: Final = torch.ops.aten.native_batch_norm_backward.default
 Factor = Tensor | float
-
-_TWICE: Final = (
-    "expected a loss with batch normalization in it, whose second derivative has been "
-    "taken, to be differentiated once, got create_graph=True. Give `modified_loss` "
-    "`max_bytes=None` for a graph that is torch's own."
-)
 Needed = tuple[bool, bool, bool]
+_TWICE: Final = (
+    "modified_loss: expected a loss with batch normalization in its penalty to be "
+    "differentiated once, got create_graph=True. Pass `max_bytes=None`, which keeps "
+    "torch's own graph for that."
+)
 
 
 class _Normalized(torch.autograd.Function):
