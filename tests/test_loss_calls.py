@@ -615,3 +615,12 @@ def test_what_autocast_has_narrowed_is_read_in_the_parameters_precision():
     assert h.dtype == key.dtype == torch.bfloat16
     assert seen.latest["loss/R_S"] == pytest.approx(expected.item(), rel=1e-6)
     assert not seen.absent
+
+
+@pytest.mark.parametrize("criterion", [F.cross_entropy, nn.CrossEntropyLoss()])
+def test_a_loss_that_was_given_picks_among_several_outputs(criterion):
+    twice = lambda outputs, y: 2 * F.cross_entropy(outputs["logits"], y)  # noqa: E731
+    analysis, clean = measured(
+        Pair(), lambda m: criterion(m(X)["logits"], LABELS), loss=twice
+    )
+    assert analysis.latest["loss/R_S"] == pytest.approx(2 * clean, rel=1e-5)

@@ -354,6 +354,33 @@ def test_bad_input_is_named(kind):
         kind(net, "mse", (x, y)) @ torch.ones(32, dtype=torch.complex128)
 
 
+class Stepped(nn.Module):
+    def __init__(self, step):
+        super().__init__()
+        self.below, self.above = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+        self.step = step
+
+    def forward(self, x):
+        return self.above(self.step(self.below(x)))
+
+
+STEPS = [torch.round, torch.floor, torch.ceil, torch.trunc, torch.sign]
+
+
+@pytest.mark.parametrize("kind", [sharpness.hessian, sharpness.ggn])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_that_hides_parameters_is_no_zero_curvature(kind, step):
+    net, batch = Stepped(step), data()
+    message = r"\['below.weight', 'below.bias'\], or by steps.*params="
+    with pytest.raises(ValueError, match=message):
+        kind(net, "mse", batch)
+    used = sharpness.used_parameters(net, "mse", batch)
+    assert used == ["above.weight", "above.bias"]
+    assert kind(net, "mse", batch, params=used).shape[0] == 10
+    for way in (lambda h: h + (step(h) - h).detach(), lambda h: h - step(h)):
+        assert kind(Stepped(way), "mse", batch).shape[0] == 26
+
+
 def test_dictionaries_are_told_where_to_go():
     """Collators give one dictionary with the labels in it."""
     net, (x, y) = mlp(), data()

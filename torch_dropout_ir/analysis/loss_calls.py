@@ -10,10 +10,9 @@ Semantics:
   last optimizer step, as scripts that accumulate gradients do it.
 * What is written on (``loss += ...``, ``each.masked_fill_(...)``), but for the outputs
   themselves, is followed as if a new tensor were made.
-* Nothing else is followed that was written on, nor what draws random numbers, is made
-  by ``torch.autograd.grad``, has a derivative of its own (``autograd.Function``,
-  compiled code), or depends on the model's parameters by another way than the outputs.
-  What comes of others is constant.
+* Nothing else is followed that was written on, nor what draws random numbers, is a
+  gradient, has a derivative of its own (``autograd.Function``, compiled code), or
+  depends on the model's parameters otherwise; what comes of others is constant.
 * The mode lies under those of the script, so that what the script enters and leaves
   meanwhile stays what it is. It only looks: every call is made as it was.
 """
@@ -167,7 +166,7 @@ class LossCalls(TorchFunctionMode):
         return self._missed and self._trained is None
 
     def found(self) -> tuple[LossFunction, tuple[Tensor, ...], bool] | None:
-        """Return the loss, what it reads beside the outputs, and whether it is torch's.
+        """Return the loss, what it reads beside the outputs, and whether these alone.
 
         The loss is what ``backward`` was called on, or, where that could not be
         followed, what the first of torch's loss functions returned; None if neither.
@@ -187,13 +186,14 @@ class LossCalls(TorchFunctionMode):
             for name, x in step.kwargs.items()
             if not isinstance(x, At) or x in self._versions
         }
-        straight = self.one and len(step.args) == 2 and step.args[0] == OUTPUT
-        if straight and isinstance(step.args[1], At) and step.args[1].of == "targets":
+        places = [x.of if isinstance(x, At) else "" for x in step.args]
+        straight = places == ["outputs", "targets"]
+        if straight and self.one:
             plain = functools.partial(step.function, **options)
             return plain, (beside[step.args[1]],), True
         name = f"{step.function.__name__} of the script"
         loss = FollowedLoss(self._steps, result, name, options, beside.constants)
-        return loss, targets, False
+        return loss, targets, straight and len(targets) == 1
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -105,7 +105,8 @@ class CurvatureOperator:
         if unused := [n for n, x in self.params.items() if x.numel() and n not in used]:
             raise ValueError(
                 f"{self.kind}: expected a loss that depends on every parameter, got "
-                f"one that does not on {unused}. Leave them out with `params=`."
+                f"one that does not on {unused}, or by steps alone (round, floor, "
+                "sign). Leave them out with `params=`."
             )
         self._checked = True
 

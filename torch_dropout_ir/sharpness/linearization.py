@@ -31,6 +31,7 @@ from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.output_hessian import hessian_product
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sharpness.linear import added_into
+from torch_dropout_ir.sharpness.steps import depended_on
 from torch_dropout_ir.sharpness.surface import Surface
 
 Kind = Literal["hessian", "ggn"]
@@ -200,7 +201,7 @@ def _hessian(
             risk, targets, root_of(risk), create_graph=True, allow_unused=True
         )
     _check_graph(starts)
-    used = [n for n, g in zip(leaves, gradients, strict=True) if g is not None]
+    used = depended_on(risk, leaves, gradients)
     return used, _pullback(surface, starts, targets, once), _nodes(starts)
 
 
@@ -228,7 +229,7 @@ def _ggn(
         )
     starts = [_edge(g) for g in pulled]
     _check_graph(starts)
-    used = [n for n, g in zip(leaves, pulled, strict=True) if g is not None]
+    used = depended_on(outputs, leaves, pulled)
     push = _pullback(surface, starts, [root])
     end = _edge(outputs)
     pull = _pullback(surface, [end], targets, once)

@@ -12,6 +12,7 @@ from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.frozen import Masks
 from torch_dropout_ir.sharpness.ranks import Group
+from torch_dropout_ir.sharpness.steps import depended_on
 from torch_dropout_ir.sharpness.subsets import Subset
 from torch_dropout_ir.sharpness.surface import Surface
 
@@ -172,7 +173,8 @@ def used_by(surface: Surface) -> list[str]:
             targets = list(leaves.values())
             with arrivals(targets, lambda *_: None):
                 found = torch.autograd.grad(risk, targets, allow_unused=True)
-        return torch.tensor([float(g is not None) for g in found]).to(targets[0])
+        smooth = depended_on(risk, leaves, found)
+        return torch.tensor([float(n in smooth) for n in leaves]).to(targets[0])
 
     depends = surface.average(one).tolist()
     return [n for n, x in zip(surface.params, depends, strict=True) if x > 0]
