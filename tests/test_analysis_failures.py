@@ -336,7 +336,8 @@ def test_state_resumes_the_schedule():
     second = tdi.attach_analysis(model, log_dir=False, budget=0.5)
     second.load_state_dict(first.state_dict())
     second.detach()
-    assert second._cadence.numbers() == first._cadence.numbers()
+    # How long a pass takes is of the machine that goes on.
+    assert second._cadence.numbers() == first._cadence.numbers() | {"pass": 0.0}
     assert second.history == first.history and second.step == 4
     other = Cadence("auto", 0.1, ["dear", "cheap"])
     other.load_state_dict(cadence.state_dict())

@@ -259,19 +259,15 @@ def clean_pass(
     check_batch(model, inputs, survey.modules)
     model = survey.model
     seen = Recorder(outlives, first)
-    with torch.enable_grad(), contextlib.ExitStack() as stack:
-        if twice:
-            stack.enter_context(differentiable(thrice))
-        if lean:
-            stack.enter_context(lean_derivatives())
-        placed = at_sites(
-            model, seen.perturb, move_buffers=move_buffers, outlives=outlives,
-            survey=survey, copies=True,
-        )  # fmt: skip
-        calls = stack.enter_context(placed)
-        for _, module in survey.modules if find_last else ():
-            if type(module) is nn.Linear:
-                stack.callback(module.register_forward_hook(seen.read).remove)
+    none = contextlib.nullcontext()
+    kernels = differentiable(thrice) if twice else none
+    own = lean_derivatives() if lean else none
+    placed = at_sites(
+        model, seen.perturb, move_buffers=move_buffers, outlives=outlives,
+        survey=survey, copies=True,
+    )  # fmt: skip
+    reading = seen.reading(survey.modules) if find_last else none
+    with torch.enable_grad(), kernels, own, placed as calls, reading:
         moved = None if calls.absent else generators_moved(model)
         outputs = call(model, inputs, move_buffers=move_buffers, survey=survey)
         if reduce is not None:

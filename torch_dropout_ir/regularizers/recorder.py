@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -71,8 +73,25 @@ class Recorder:
         self.passed.append(_Passed(site, held, held._version, edge, out, out._version))
         return out
 
-    def read(self, layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
-        """Record whether a linear layer reads the first site as it is."""
+    @contextlib.contextmanager
+    def reading(self, named: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
+        """Record inside the context which linear layers read the first site as it is.
+
+        Args:
+            named: The modules to look at.
+
+        Yields:
+            Nothing.
+        """
+        layers = [layer for _, layer in named if type(layer) is nn.Linear]
+        hooks = [layer.register_forward_hook(self._read) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _read(self, layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
         if not self._open:
             return
         # Identity is not enough: an operation in place leaves the tensor the same.
