@@ -139,8 +139,9 @@ def test_memory_of_the_basis_is_bounded():
 
 @pytest.fixture
 def worth(monkeypatch):
-    """Rehearse for small networks too."""
+    """Rehearse for small networks too, as for large ones."""
     monkeypatch.setattr(curvature, "_WORTH", 0)
+    monkeypatch.setattr(curvature, "_BRIEF", 0)
 
 
 def large(samples=400):
@@ -178,13 +179,35 @@ def test_rehearsal_pays_and_is_counted(worth):
     assert ours < plain
 
 
+def test_short_products_are_rehearsed_on_an_eighth_alone(worth, monkeypatch):
+    net, batch = large()
+    shares = []
+    thinned = curvature.CurvatureOperator.thinned
+
+    def seen(op, every=4):
+        found = thinned(op, every)
+        shares.append(found and found[1])
+        return found
+
+    monkeypatch.setattr(curvature.CurvatureOperator, "thinned", seen)
+    for brief, size, expected in (
+        (0, 400, [1 / 4, 1 / 2]),
+        (2**40, 400, [1 / 8]),
+        (2**40, 100, [None, 1 / 4]),
+    ):
+        monkeypatch.setattr(curvature, "_BRIEF", brief)
+        few = [part[:size] for part in batch]
+        sharpness.top_eigenvalues(sharpness.hessian(net, "cross_entropy", few))
+        assert shares == expected
+        shares.clear()
+
+
 def test_a_rehearsal_brings_its_other_leading_vectors_along(worth):
     """The first of few samples may be the second of all: a start must hold both."""
     torch.manual_seed(0)
     net, batch = large()
     op = sharpness.hessian(net, "cross_entropy", batch)
-    few = op.thinned()[0].thinned()
-    few = few[0] if few else op.thinned()[0]
+    few = op.thinned()[0].thinned(2)[0]
     leading = sharpness.top_eigenvalues(few, 4, tol=1e-3).vectors
     leading = [torch.cat([x.flatten() for x in v.values()]) for v in leading]
     start, spent = rehearsed(op, 200, 32)
@@ -237,7 +260,7 @@ def test_a_rehearsal_has_the_curvature_of_the_whole(worth):
         op = sharpness.hessian(net, "cross_entropy", batch)
         spaced = sharpness.hessian(net, "cross_entropy", [x[::8] for x in batch])
         quarter, share = op.thinned()
-        eighth, half = quarter.thinned()
+        eighth, half = quarter.thinned(2)
         assert (share, half) == (1 / 4, 1 / 2)
         true, few, every = (
             float(sharpness.top_eigenvalues(a, tol=1e-2).values[0])
@@ -285,7 +308,7 @@ def test_no_rehearsal_where_calls_are_most_of_a_product():
     batch = torch.randn(512, 30), torch.randint(10, (512,))
     for kind in (sharpness.hessian, sharpness.ggn):
         few, share = kind(wide, "cross_entropy", batch).thinned()
-        assert share == 1 / 4 and few.thinned()[1] == 1 / 2  # of what is worth it
+        assert share == 1 / 4 and few.thinned(2)[1] == 1 / 2  # of what is worth it
 
 
 def test_warm_from_the_last_eigenvector_in_five_products():

@@ -18,6 +18,7 @@ from torch_dropout_ir.vectors import Params, to_params, to_vector
 Vector = TypeVar("Vector", Tensor, Params)
 
 _WORTH: Final = 2**20  # of a product's work: less is not worth a rehearsal
+_BRIEF: Final = 2**22
 
 
 class CurvatureOperator:
@@ -189,14 +190,22 @@ class CurvatureOperator:
         self._cached = None
         yield self.surface
 
-    def thinned(self) -> tuple[CurvatureOperator, float] | None:
+    @property
+    def brief(self) -> bool:
+        """Whether a product of few samples is mostly the calls of its operations."""
+        return self._work < _BRIEF
+
+    def thinned(self, every: int = 4) -> tuple[CurvatureOperator, float] | None:
         """Return the operator of a few of the samples, for a first impression.
+
+        Args:
+            every: Samples that one stands for.
 
         Returns:
             The operator and its share of the samples; None where a product is cheap, or
             the samples cannot be told apart.
         """
-        few = self.surface.thinned() if self._work >= _WORTH else None
+        few = self.surface.thinned(every) if self._work >= _WORTH else None
         if few is None:
             return None
         try:

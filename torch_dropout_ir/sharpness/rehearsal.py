@@ -22,9 +22,10 @@ def rehearsed(op: Any, max_matvecs: int, room: int) -> tuple[Tensor, float]:
     """Return what an operator of few of the samples has for its first eigenvector.
 
     On an eighth of the samples until its two largest values have parted, then on a
-    quarter, which takes off half of what is the eighth's own. What else is leading on
-    the eighth comes along with a tenth of the norm: values change their order with the
-    samples, and what the start lacks comes up too late.
+    quarter, which takes off half of what is the eighth's own; on one of them where a
+    product is so short that more samples to choose cost more than they bring. What else
+    is leading on the eighth comes along with a tenth of the norm: values change their
+    order with the samples, and what the start lacks comes up too late.
 
     Args:
         op: The operator.
@@ -35,13 +36,7 @@ def rehearsed(op: Any, max_matvecs: int, room: int) -> tuple[Tensor, float]:
         A vector, and the products that finding it has cost, each of few samples as
         their share; a random one, at no cost, where there are no fewer samples.
     """
-    parts: list[tuple[Any, float]] = []
-    while max_matvecs >= _LEAST and len(parts) < len(_MOST):
-        last, whole = parts[-1] if parts else (op, 1.0)
-        thinned = last.thinned() if hasattr(last, "thinned") else None
-        if thinned is None:
-            break
-        parts.append((thinned[0], whole * thinned[1]))
+    parts = _thinned(op) if max_matvecs >= _LEAST and hasattr(op, "thinned") else []
     vector, spent = random_vector(op), _GATHERING if parts else 0.0
     others: Tensor | None = None
     for (few, share), most in zip(reversed(parts), _MOST, strict=False):
@@ -54,6 +49,20 @@ def rehearsed(op: Any, max_matvecs: int, room: int) -> tuple[Tensor, float]:
     if others is not None and bool(others.any()):
         vector = vector.add(others, alpha=_ALONG / float(others.norm()))
     return vector, spent
+
+
+def _thinned(op: Any) -> list[tuple[Any, float]]:
+    """Return operators of fewer and fewer samples, and their share."""
+    if op.brief:
+        found = op.thinned(8) or op.thinned(4)
+        return [] if found is None else [found]
+    parts: list[tuple[Any, float]] = []
+    for every in (4, 2):
+        last, whole = parts[-1] if parts else (op, 1.0)
+        if (found := last.thinned(every)) is None:
+            break
+        parts.append((found[0], whole * found[1]))
+    return parts
 
 
 def _roughly(op: Any, start: Tensor, most: int) -> Space:

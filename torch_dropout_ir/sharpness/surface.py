@@ -103,7 +103,7 @@ class Surface:
         rest = (*self.model.named_parameters(), *self.model.named_buffers())
         self._rest = {n: x.detach().clone() for n, x in rest if n not in chosen}
         self._modes = {m: m.training for m in self.model.modules()}
-        self._closed, self._every = False, 4  # samples that one may stand for
+        self._closed = False
         self.operations = TwiceDifferentiable()
 
     def state(self) -> dict[str, Tensor]:
@@ -125,13 +125,17 @@ class Surface:
         """The only batch, where there is one at one draw of masks."""
         return self._batches.single if len(self.seeds) == 1 else None
 
-    def thinned(self) -> tuple[Surface, float] | None:
-        """Return the same at a quarter of the samples (then half), and their share.
+    def thinned(self, every: int) -> tuple[Surface, float] | None:
+        """Return the same at one in ``every`` samples, and their share.
+
+        Args:
+            every: Samples that one stands for.
 
         Returns:
-            None of less than 64, of several batches, or where none is apart.
+            None where less than 16 would be left, of several batches, or where none
+            is apart.
         """
-        batch, every = self.single, self._every
+        batch = self.single
         size = 0 if batch is None else self._batches.samples(batch)
         if batch is None or self.ranks.spread or size < _FEW * every:
             return None
@@ -140,7 +144,7 @@ class Surface:
         if few[0] is None or few[1] is None:
             return None
         other = copy.copy(self)
-        other._batches, other._every = Reading(few, self.model), 2
+        other._batches = Reading(few, self.model)
         return other, len(chosen) / size
 
     @contextlib.contextmanager
