@@ -14,7 +14,8 @@ _NEAR: Final = 0.05  # residual that is enough, over the value
 _SETTLED: Final = 0.005  # and error of the value
 _LEADING: Final = 4  # Ritz vectors that come along, the first at its length
 _ALONG: Final = 0.1  # of the others together
-_LEAST: Final = 8  # products below which there is no time to rehearse
+_LEAST: Final = 8  # products below which there is no time to rehearse,
+_LEAST_BRIEF: Final = 12  # and of short ones: to choose samples takes that of several
 _GATHERING: Final = 0.35  # of a product: forward passes to choose samples, graphs
 
 
@@ -36,7 +37,7 @@ def rehearsed(op: Any, max_matvecs: int, room: int) -> tuple[Tensor, float]:
         A vector, and the products that finding it has cost, each of few samples as
         their share; a random one, at no cost, where there are no fewer samples.
     """
-    parts = _thinned(op) if max_matvecs >= _LEAST and hasattr(op, "thinned") else []
+    parts = _thinned(op, max_matvecs) if hasattr(op, "thinned") else []
     vector, spent = random_vector(op), _GATHERING if parts else 0.0
     others: Tensor | None = None
     for (few, share), most in zip(reversed(parts), _MOST, strict=False):
@@ -51,8 +52,10 @@ def rehearsed(op: Any, max_matvecs: int, room: int) -> tuple[Tensor, float]:
     return vector, spent
 
 
-def _thinned(op: Any) -> list[tuple[Any, float]]:
+def _thinned(op: Any, max_matvecs: int) -> list[tuple[Any, float]]:
     """Return operators of fewer and fewer samples, and their share."""
+    if max_matvecs < (_LEAST_BRIEF if op.brief else _LEAST):
+        return []
     if op.brief:
         found = op.thinned(8) or op.thinned(4)
         return [] if found is None else [found]
