@@ -215,9 +215,9 @@ def attach_analysis(
         log_dir: A TensorBoard run directory; None: ``runs/<time>_<host>``; False: none.
         every: Optimizer steps between measurements, or ``"auto"``: as often as
             ``budget`` pays for.
-        budget: Share of the time that ``"auto"`` may take. That of the first minute
-            is there from the start: what it pays for is measured at once, the rest
-            (sharpness of a large model) as soon as the budget has saved for it.
+        budget: Share of the time that ``"auto"`` may take. That of the first half
+            minute is there from the start: what it pays for is measured at once, the
+            rest (sharpness of a large model) as soon as the budget has saved for it.
         data: A batch ``(inputs, targets)`` or batches for the measures of the loss
             surface, also where targets are not seen; of a loader the first eight are
             taken, now. By default the batch last seen, where its targets are known.

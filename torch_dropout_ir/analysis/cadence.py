@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-ADVANCE: Final = 60.0  # seconds of training, whose budget is there from the start
+ADVANCE: Final = 30.0  # seconds of training, whose budget is there from the start
 _LEAST_PART: Final = 0.2  # of the largest
 
 
@@ -24,11 +24,12 @@ class Cadence:
     None is below a fifth of the largest. What time earns beyond the debts of some, as
     an evaluation does, pays those of the others; nothing is saved up without a debt.
 
-    All of them stay within the whole budget, that of the first minute in advance, as
-    far as costs are what they were, or for a first measurement what it is estimated at:
-    cheap ones are made at once, dear ones as soon as there are savings for them. Since
-    first passes are slow, estimates are looked at again when steps have doubled. Where
-    the step's own passes are slower than those at the last look, so are measurements.
+    All of them stay within the whole budget, that of the first half minute in advance,
+    as far as costs are what they were, or for a first measurement what it is estimated
+    at: cheap ones are made at once, dear ones as soon as there are savings for them.
+    Since first passes are slow, estimates are looked at again when steps have doubled.
+    Where the step's own passes are slower than those at the last look, so are
+    measurements.
 
     Args:
         every: Optimizer steps between measurements, or ``"auto"``.
