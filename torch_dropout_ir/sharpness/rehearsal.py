@@ -23,10 +23,10 @@ def rehearsed(op: Any, max_matvecs: int, room: int) -> tuple[Tensor, float]:
     """Return what an operator of few of the samples has for its first eigenvector.
 
     On an eighth of the samples until its two largest values have parted, then on a
-    quarter, which takes off half of what is the eighth's own; on one of them where a
-    product is so short that more samples to choose cost more than they bring. What else
-    is leading on the eighth comes along with a tenth of the norm: values change their
-    order with the samples, and what the start lacks comes up too late.
+    quarter, which takes off half of what is the eighth's own; on a quarter alone where
+    a product is so short that one of the eighth takes hardly less. What else is leading
+    comes along with a tenth of the norm: values change their order with the samples,
+    and what the start lacks comes up too late.
 
     Args:
         op: The operator.
@@ -56,11 +56,8 @@ def _thinned(op: Any, max_matvecs: int) -> list[tuple[Any, float]]:
     """Return operators of fewer and fewer samples, and their share."""
     if max_matvecs < (_LEAST_BRIEF if op.brief else _LEAST):
         return []
-    if op.brief:
-        found = op.thinned(8) or op.thinned(4)
-        return [] if found is None else [found]
     parts: list[tuple[Any, float]] = []
-    for every in (4, 2):
+    for every in (4,) if op.brief else (4, 2):
         last, whole = parts[-1] if parts else (op, 1.0)
         if (found := last.thinned(every)) is None:
             break
