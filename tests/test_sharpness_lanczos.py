@@ -179,27 +179,15 @@ def test_rehearsal_pays_and_is_counted(worth):
     assert ours < plain
 
 
-def test_short_products_are_rehearsed_on_a_quarter_alone(worth, monkeypatch):
+@pytest.mark.parametrize(("brief", "least"), [(0, 8), (2**40, 16)])
+def test_few_products_are_not_spent_on_a_rehearsal(worth, monkeypatch, brief, least):
+    monkeypatch.setattr(curvature, "_BRIEF", brief)
     net, batch = large()
-    shares = []
-    thinned = curvature.CurvatureOperator.thinned
-
-    def seen(op, every=4):
-        found = thinned(op, every)
-        shares.append(found and found[1])
-        return found
-
-    monkeypatch.setattr(curvature.CurvatureOperator, "thinned", seen)
-    for brief, size, expected in (
-        (0, 400, [1 / 4, 1 / 2]),
-        (2**40, 400, [1 / 4]),
-        (2**40, 60, [None]),
-    ):
-        monkeypatch.setattr(curvature, "_BRIEF", brief)
-        few = [part[:size] for part in batch]
-        sharpness.top_eigenvalues(sharpness.hessian(net, "cross_entropy", few))
-        assert shares == expected
-        shares.clear()
+    op = sharpness.hessian(net, "cross_entropy", batch)
+    for most in (least - 1, least):
+        found = sharpness.top_eigenvalues(op, max_matvecs=most)
+        assert (found.rehearsal > 0) == (most == least)
+        assert found.num_matvecs <= most
 
 
 def test_a_rehearsal_brings_its_other_leading_vectors_along(worth):

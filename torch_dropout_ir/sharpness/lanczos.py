@@ -90,12 +90,12 @@ def top_eigenvalues(
     eigenvalue that is larger by a few percent.
 
     Without a ``start``, the operator of one large batch rehearses on an eighth of its
-    samples, then on a quarter, at most 28 and 3 times (where a product is short, on a
-    quarter at once), which count as their share of the samples: five products at most
-    (in time, up to ten). They are chosen to have the outputs, loss derivatives and
-    products of both that all have on average. Memory: the basis of at most 32 vectors
-    (``2 k + 8`` if that is more), within ``max_bytes`` as far as a restart allows: of
-    ``2 k + 3`` at least.
+    samples, then on a quarter, at most 28 and 3 times, which count as their share of
+    the samples: five products at most (in time, up to ten), so not where there are
+    fewer than 8, or 16 short ones. They are chosen to have the outputs, loss
+    derivatives and products of both that all have on average. Memory: the basis of at
+    most 32 vectors (``2 k + 8`` if that is more), within ``max_bytes`` as far as a
+    restart allows: of ``2 k + 3`` at least.
 
     Args:
         op: Operator of :func:`hessian`, or a symmetric matrix ``[P, P]``.

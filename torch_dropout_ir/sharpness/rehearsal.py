@@ -15,7 +15,7 @@ _SETTLED: Final = 0.005  # and error of the value
 _LEADING: Final = 4  # Ritz vectors that come along, the first at its length
 _ALONG: Final = 0.1  # of the others together
 _LEAST: Final = 8  # products below which there is no time to rehearse,
-_LEAST_BRIEF: Final = 12  # and of short ones: to choose samples takes that of several
+_LEAST_BRIEF: Final = 16  # and of short ones, of which few samples take hardly less
 _GATHERING: Final = 0.35  # of a product: forward passes to choose samples, graphs
 
 
@@ -23,10 +23,9 @@ def rehearsed(op: Any, max_matvecs: int, room: int) -> tuple[Tensor, float]:
     """Return what an operator of few of the samples has for its first eigenvector.
 
     On an eighth of the samples until its two largest values have parted, then on a
-    quarter, which takes off half of what is the eighth's own; on a quarter alone where
-    a product is so short that one of the eighth takes hardly less. What else is leading
-    comes along with a tenth of the norm: values change their order with the samples,
-    and what the start lacks comes up too late.
+    quarter, which takes off half of what is the eighth's own. What else is leading on
+    the eighth comes along with a tenth of the norm: values change their order with the
+    samples, and what the start lacks comes up too late.
 
     Args:
         op: The operator.
@@ -57,7 +56,7 @@ def _thinned(op: Any, max_matvecs: int) -> list[tuple[Any, float]]:
     if max_matvecs < (_LEAST_BRIEF if op.brief else _LEAST):
         return []
     parts: list[tuple[Any, float]] = []
-    for every in (4,) if op.brief else (4, 2):
+    for every in (4, 2):
         last, whole = parts[-1] if parts else (op, 1.0)
         if (found := last.thinned(every)) is None:
             break
