@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from curvature.others import OTHERS
-from curvature.tasks import TASKS, images, trained
+from curvature.tasks import TASKS, states
 from torch import nn
 
 from torch_dropout_ir import sharpness
@@ -33,15 +33,9 @@ TOL = 1e-3
 
 def cases(chosen: argparse.Namespace) -> Iterator[tuple]:
     """Name, model, loss, batch and masks."""
-    for task in chosen.tasks:
-        make, shape, n = TASKS[task]
-        torch.manual_seed(0)
-        batch = images(chosen.data_root, shape, n)
-        model, done = make(), 0
-        for steps in chosen.steps:
-            trained(model, batch, steps - done)
-            done = steps
-            yield f"{task}, {steps} steps", model.eval(), "cross_entropy", batch, "off"
+    found = states(chosen.tasks, chosen.steps, chosen.data_root)
+    for task, steps, model, batch in found:
+        yield f"{task}, {steps} steps", model, "cross_entropy", batch, "off"
     for name in OTHERS if chosen.others else ():
         for seed in range(chosen.networks):
             torch.manual_seed(seed)

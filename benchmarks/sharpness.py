@@ -41,7 +41,7 @@ from curvature.measuring import plain_product
 from curvature.own import accuracy, memory, times
 from curvature.race import TARGETS, budgets, race, truth
 from curvature.rows import joined, tables
-from curvature.tasks import TASKS, images, trained
+from curvature.tasks import TASKS, states
 from torch import nn
 
 MOST = 64, 512  # products of a budget at most, of a large and of a small network
@@ -63,15 +63,9 @@ def available() -> dict:
 
 def cells(chosen: argparse.Namespace) -> Iterator[tuple[dict, nn.Module, tuple]]:
     """Each task before and after some training: what it is, model and batch."""
-    for task in chosen.tasks:
-        make, shape, n = TASKS[task]
-        torch.manual_seed(0)
-        batch = images(chosen.data_root, shape, n)
-        model, done = make(), 0
-        for steps in chosen.steps:
-            trained(model, batch, steps - done)
-            done = steps
-            yield {"task": task, "steps": steps}, model.eval(), batch
+    found = states(chosen.tasks, chosen.steps, chosen.data_root)
+    for task, steps, model, batch in found:
+        yield {"task": task, "steps": steps}, model, batch
 
 
 def measured(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -82,3 +83,18 @@ def trained(model: nn.Module, batch, steps: int) -> nn.Module:
         F.cross_entropy(model(batch[0]), batch[1]).backward()
         optimizer.step()
     return model
+
+
+def states(
+    tasks: Sequence[str], steps: Sequence[int], root: Path | None
+) -> Iterator[tuple[str, int, nn.Module, tuple]]:
+    """Task, steps of training, the model after them, and its batch."""
+    for task in tasks:
+        make, shape, n = TASKS[task]
+        torch.manual_seed(0)
+        batch = images(root, shape, n)
+        model, done = make(), 0
+        for count in steps:
+            trained(model, batch, count - done)
+            done = count
+            yield task, count, model.eval(), batch
