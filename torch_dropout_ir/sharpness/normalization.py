@@ -33,7 +33,6 @@ from torch_dropout_ir import tracing
 
 _normalize: Final = torch.ops.aten.native_batch_norm.default
 _backward: Final = torch.ops.aten.native_batch_norm_backward.default
-Factor = Tensor | float
 Needed = tuple[bool, bool, bool]
 _TWICE: Final = (
     "modified_loss: expected a loss with batch normalization in its penalty to be "

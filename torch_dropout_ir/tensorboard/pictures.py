@@ -14,7 +14,6 @@ from PIL import ImageDraw, ImageFont, PngImagePlugin
 
 from torch_dropout_ir.analysis import Image
 
-LARGEST: Final = 256
 MOST_ROWS: Final = 208
 FEWEST_ROWS: Final = 64
 KEYWORD: Final = "torch-dropout-ir"
