@@ -494,6 +494,33 @@ def test_noise_that_is_left_out_is_said(form):
     assert not form(plain, batch, "mse").notes
 
 
+def r2(net, batch, loss):
+    return gradient_norm(net, batch, loss, lr=0.1)
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order, monte_carlo, r2])
+def test_noise_of_a_function_that_is_left_out_is_said(form):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(self.drop(F.rrelu(x, training=self.training)))
+
+    notes = form(Net(), (torch.randn(5, 3), torch.randn(5, 2)), "mse").notes
+    assert any("besides its sites, which is not in it" in note for note in notes)
+
+
+@pytest.mark.parametrize("form", [monte_carlo, r2])
+def test_a_site_that_drops_everything_is_in_the_record(form):
+    net = nn.Sequential(
+        nn.Dropout(0.2), nn.Linear(3, 4), nn.Dropout(1.0), nn.Linear(4, 2)
+    )
+    notes = form(net, (torch.randn(5, 3), torch.randn(5, 2)), "mse").notes
+    assert notes == ("site `2` drops everything (p = 1)",)
+
+
 @pytest.mark.parametrize("form", [gauss_newton, second_order, monte_carlo])
 def test_inference_mode_is_named(form):
     net = nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 2))
