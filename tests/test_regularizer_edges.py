@@ -494,6 +494,37 @@ def test_noise_that_is_left_out_is_said(form):
     assert not form(plain, batch, "mse").notes
 
 
+class Centred(torch.autograd.Function):
+    """Samples less their mean, of which no graph tells."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x - x.mean(0)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g - g.mean(0)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_samples_that_meet_where_no_graph_tells_have_no_error_each(num_samples):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(Centred.apply(self.drop(x)))
+
+    batch, errors = (torch.randn(6, 3), torch.randn(6, 2)), []
+    for _ in range(100):
+        found = gauss_newton(Net(), batch, "mse", num_samples=num_samples)
+        errors.append(found.standard_error / found.value)
+    # Of two draws as they differ, now by little and now by much; not of rows.
+    errors = torch.stack(errors)
+    assert errors.isnan().all() if num_samples == 1 else errors.min() < 0.02
+
+
 def r2(net, batch, loss):
     return gradient_norm(net, batch, loss, lr=0.1)
 
