@@ -165,3 +165,24 @@ def test_every_mask_of_rows_that_are_flattened():
             weight *= float(torch.where(part > 0, 1 - p, p).prod())
         expected += weight * F.cross_entropy(net(batch[0]), batch[1]).detach()
     torch.testing.assert_close(found, expected)
+
+
+def test_rows_of_a_sample_have_the_sign_of_its_curvature():
+    """Of a loss that is no convex function, whose sites have rows of their own."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.out = nn.Dropout(0.3), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.out(self.drop(x.reshape(-1, 2)).reshape(-1, 6))
+
+    torch.manual_seed(0)
+    net, x = Net().double(), 3 * torch.randn(4, 3, 2).double()
+    loss = lambda f, _: f.sum(1).sin().sum() + f.cos().sum()  # noqa: E731
+    expected = second_order_form(
+        copy.deepcopy(net), [(12, 2)], (x, None), loss, linearized=True
+    )
+    found = gauss_newton(net, (x, None), loss, num_samples=None).value
+    torch.testing.assert_close(found, expected.detach())

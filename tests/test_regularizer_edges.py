@@ -494,6 +494,64 @@ def test_noise_that_is_left_out_is_said(form):
     assert not form(plain, batch, "mse").notes
 
 
+class Centred(torch.autograd.Function):
+    """Samples less their mean, of which no graph tells."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x - x.mean(0)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g - g.mean(0)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_samples_that_meet_where_no_graph_tells_have_no_error_each(num_samples):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(Centred.apply(self.drop(x)))
+
+    batch, errors = (torch.randn(6, 3), torch.randn(6, 2)), []
+    for _ in range(100):
+        found = gauss_newton(Net(), batch, "mse", num_samples=num_samples)
+        errors.append(found.standard_error / found.value)
+    # Of two draws as they differ, now by little and now by much; not of rows.
+    errors = torch.stack(errors)
+    assert errors.isnan().all() if num_samples == 1 else errors.min() < 0.02
+
+
+def r2(net, batch, loss):
+    return gradient_norm(net, batch, loss, lr=0.1)
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order, monte_carlo, r2])
+def test_noise_of_a_function_that_is_left_out_is_said(form):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(self.drop(F.rrelu(x, training=self.training)))
+
+    notes = form(Net(), (torch.randn(5, 3), torch.randn(5, 2)), "mse").notes
+    assert any("besides its sites, which is not in it" in note for note in notes)
+
+
+@pytest.mark.parametrize("form", [monte_carlo, r2])
+def test_a_site_that_drops_everything_is_in_the_record(form):
+    net = nn.Sequential(
+        nn.Dropout(0.2), nn.Linear(3, 4), nn.Dropout(1.0), nn.Linear(4, 2)
+    )
+    notes = form(net, (torch.randn(5, 3), torch.randn(5, 2)), "mse").notes
+    assert notes == ("site `2` drops everything (p = 1)",)
+
+
 @pytest.mark.parametrize("form", [gauss_newton, second_order, monte_carlo])
 def test_inference_mode_is_named(form):
     net = nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 2))

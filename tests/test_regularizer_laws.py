@@ -421,6 +421,9 @@ def test_p_of_one_and_repeated_sites():
     r1 = truth(net, batch, "mse")
     found = monte_carlo(net, batch, "mse", num_masks=2000)
     assert abs(float(found.value) - r1) < 4 * float(found.standard_error)
+    for form in (gauss_newton, second_order):
+        found = form(net, batch, "mse")
+        torch.testing.assert_close(found.per_site, {"drop": found.value})
 
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy", nn.BCEWithLogitsLoss()])
@@ -437,6 +440,7 @@ def test_large_features_are_summed_block_by_block(loss, monkeypatch):
         curved = torch.autograd.grad(sum(s.square().sum() for s in slopes), (h, w))
         with torch.no_grad():
             plain = form(h, w, 0.3, loss=loss, outputs=h @ w.T, targets=y)
+        torch.testing.assert_close(plain, value)
         return value, plain, *slopes, *curved
 
     whole = run(last_layer), run(leave_one_out)

@@ -313,3 +313,41 @@ def test_hypothesis_is_needed_for_strategies_alone():
         "else: raise SystemExit('no error')\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+class Jittered(nn.Module):
+    """Dropout behind noise of another kind."""
+
+    def __init__(self, noise):
+        super().__init__()
+        self.noise, self.first = noise, nn.Linear(3, 4)
+        self.drop, self.last = nn.Dropout(0.3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.drop(self.noise(self.first(x)).tanh()))
+
+
+def test_noise_that_no_mask_holds_has_no_exact_mean():
+    torch.manual_seed(0)
+    net = Jittered(lambda h: h + torch.randn_like(h)).double()
+    batch = torch.randn(3, 3).double(), torch.randn(3, 2).double()
+    with pytest.raises(ValueError, match="draws random numbers besides"):
+        testing.expected_dropout_loss(net, batch, "mse")
+    report = testing.check_regularizer(net, batch, "mse", num_masks=500)
+    assert report.truth_standard_error > 0
+    assert any("as it was drawn" in note for note in report.notes)
+    report.assert_holds()
+
+
+@pytest.mark.parametrize("noise", [nn.AlphaDropout(0.2), F.rrelu])
+def test_a_mean_without_known_noise_is_said(noise):
+    torch.manual_seed(0)
+    off = (lambda h: F.leaky_relu(h, 11 / 48)) if noise is F.rrelu else nn.Identity()
+    random = (lambda h: F.rrelu(h, training=True)) if noise is F.rrelu else noise
+    net, plain = Jittered(random).double(), Jittered(off).double()
+    plain.load_state_dict(net.state_dict())
+    batch = torch.randn(3, 3).double(), torch.randn(3, 2).double()
+    expected = testing.expected_dropout_loss(plain, batch, "mse")
+    with pytest.warns(UserWarning, match="not in it"):
+        found = testing.expected_dropout_loss(net, batch, "mse")
+    torch.testing.assert_close(found, expected)

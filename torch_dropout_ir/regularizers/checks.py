@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from torch_dropout_ir.functional import Batch, Inputs
 from torch_dropout_ir.sites import Site, named_modules, uncompiled, unobservable
 from torch_dropout_ir.tracing import generators_moved
+
+_DRAWN: Final = (
+    "the model draws noise besides its sites: what that adds is not in it, and it is "
+    "at that noise as it was drawn"
+)
 
 
 def as_pair(batch: Any) -> Batch:
@@ -160,6 +165,9 @@ def noise_left_out(
     noisy: bool,
     met: bool,
     known: Mapping[str, str] | None = None,
+    *,
+    drawn: bool = False,
+    cut: Iterable[str] = (),
 ) -> tuple[str, ...]:
     """Return what is to be said of noise that an estimate does not hold.
 
@@ -168,11 +176,16 @@ def noise_left_out(
         noisy: Whether a pass drew random numbers, or had noise switched off in it.
         met: Whether a site acted in a pass.
         known: What :func:`unobservable` says of the model, where it has been asked.
+        drawn: Whether a pass drew random numbers.
+        cut: The sites that drop everything.
     """
     known = unobservable(model) if known is None else known
     said = [f"`{name}` is not in it: {why}" for name, why in known.items()]
-    if noisy and not known:
+    if drawn:
+        said.append(_DRAWN)
+    elif noisy and not known:
         said = ["the model draws noise besides its sites, which is not in it"]
+    said += [f"site `{name}` drops everything (p = 1)" for name in cut]
     if not met:
         said.append("no dropout site acted: there is nothing to estimate")
     if not model.training:

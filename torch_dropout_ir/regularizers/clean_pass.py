@@ -38,7 +38,8 @@ class CleanPass:
         zeros: What was added to their inputs, 0-d, one for each device.
         last_layer: The linear layer that makes the outputs, where the only source of
             noise is one site that feeds it directly; else None.
-        noisy: Whether it drew random numbers, or other noise was switched off in it.
+        drawn: Whether it drew random numbers: another pass is another.
+        noisy: Whether it did, or other noise was switched off in it.
         unreachable: Names of sites that derivatives cannot reach: they ran without
             autograd (``torch.no_grad`` or reentrant checkpointing), in a transform of
             ``torch.func``, or in a model that takes derivatives of its own.
@@ -49,6 +50,7 @@ class CleanPass:
     uses: list[Use]
     zeros: list[Tensor]
     last_layer: nn.Linear | None
+    drawn: bool
     noisy: bool
     unreachable: tuple[str, ...]
     out_of_sight: dict[str, str]
@@ -274,7 +276,8 @@ def clean_pass(
             outputs = reduce(outputs)
         if bare and not calls.again:
             calls.rest()  # before anything is asked of a tensor
-        noisy = bool(calls.silenced) or (moved is not None and moved())
+        drawn = moved is not None and moved()
+        noisy = drawn or bool(calls.silenced)
         uses = seen.uses()
         if calls.differentiates:  # to its inputs a zero that is added is a constant
             seen.unreachable += [site.name for site, _, _ in uses]
@@ -283,4 +286,4 @@ def clean_pass(
         last = seen.maker(outputs) if alone else None
         seen.close()
         zeros, unreachable = list(seen.zeros.values()), tuple(seen.unreachable)
-        yield CleanPass(outputs, uses, zeros, last, noisy, unreachable, hidden)
+        yield CleanPass(outputs, uses, zeros, last, drawn, noisy, unreachable, hidden)

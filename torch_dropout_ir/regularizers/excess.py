@@ -27,7 +27,7 @@ from torch_dropout_ir import kernels, ops
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.masked import clean_risk, dropout_risk
+from torch_dropout_ir.regularizers.masked import NoiseSeen, clean_risk, dropout_risk
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import random_state
@@ -63,7 +63,7 @@ class ExcessRisk:
         self._excess: list[Tensor] = []
         self._linear: list[Tensor] = []
         self._minority: float | None = None  # None: no mask was seen
-        self.met = False  # whether a site acted
+        self.seen = NoiseSeen()
         before = random_state(model)
         with torch.no_grad():
             self._clean = clean_risk(model, batch, loss)
@@ -85,7 +85,6 @@ class ExcessRisk:
 
             def watch(site: Site, packed: Tensor, shape: torch.Size) -> None:
                 nonlocal linear, use
-                self.met = True
                 slope = self._slopes[use] if use < len(self._slopes) else None
                 use += 1
                 if 0 < site.p < 1:
@@ -95,7 +94,9 @@ class ExcessRisk:
                 if slope is not None and slope.shape == shape and site.p < 1:
                     linear = linear + _linear_part(slope, packed, site.p)
 
-            masked = dropout_risk(self._model, self._batch, self._loss, watch=watch)
+            masked = dropout_risk(
+                self._model, self._batch, self._loss, self.seen, watch=watch
+            )
             with masked as risk:
                 value = risk
             clean = self._clean

@@ -250,7 +250,9 @@ def _known(
     num_samples: int | None,
 ) -> _Known:
     hidden = clean.out_of_sight
-    notes = noise_left_out(model, clean.noisy, bool(clean.uses), hidden)
+    notes = noise_left_out(
+        model, clean.noisy, bool(clean.uses), hidden, drawn=clean.drawn
+    )
     if not check_curvature(read):
         notes = (*notes, LINEAR)
     exact = is_exact(clean, loss, num_samples)

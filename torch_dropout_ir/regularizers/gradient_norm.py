@@ -155,7 +155,8 @@ def gradient_norm(
     names = ("value", "mean_gradient", "dropout_noise", "batch_noise")
     errors = ("standard_error", *(f"{name}_standard_error" for name in names[1:]))
     found = dict(zip((*names, *errors), (*mean, *error), strict=True))
-    notes = noise_left_out(model, False, norms.met)
+    seen = norms.seen
+    notes = noise_left_out(model, bool(seen.silenced), seen.met, cut=seen.cut)
     return GradientNorm(
         num_masks=num_masks, shared_mask=shared_mask, notes=notes, **found
     )

@@ -17,7 +17,7 @@ from torch_dropout_ir.regularizers.inner_products import (
     products,
     wide_dtype,
 )
-from torch_dropout_ir.regularizers.masked import dropout_risk
+from torch_dropout_ir.regularizers.masked import NoiseSeen, dropout_risk
 from torch_dropout_ir.weight_parts import Factors, WeightParts
 
 
@@ -36,11 +36,8 @@ class GradientPairs:
         self._rates = rates
         self._targets = list(parameters(model).values())
         self._shared_mask = shared_mask
-        self.met = False  # whether a site acted
+        self.seen = NoiseSeen()
         self.risk: Tensor | float = 0.0  # the sum of all losses
-
-    def _watch(self, *_: object) -> None:
-        self.met = True
 
     def _gradients(
         self,
@@ -59,8 +56,8 @@ class GradientPairs:
             self._model,
             batch,
             self._loss,
+            self.seen,
             shared_mask=self._shared_mask,
-            watch=self._watch,
         )
         with arrivals(self._targets, take), torch.enable_grad(), parts, masked as value:
             check_differentiable("gradient_norm", value)

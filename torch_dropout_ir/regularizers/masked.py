@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,11 +16,27 @@ from torch_dropout_ir.regularizers.checks import check_batch, check_site
 from torch_dropout_ir.sites import Site
 
 
+@dataclasses.dataclass
+class NoiseSeen:
+    """What passes under dropout have shown of the noise in a model.
+
+    Attributes:
+        met: Whether a site acted.
+        cut: The sites that drop everything, in order.
+        silenced: Functions of other noise that were switched off.
+    """
+
+    met: bool = False
+    cut: dict[str, None] = dataclasses.field(default_factory=dict)
+    silenced: set[str] = dataclasses.field(default_factory=set)
+
+
 @contextlib.contextmanager
 def dropout_risk(
     model: nn.Module,
     batch: Batch,
     loss: Loss,
+    seen: NoiseSeen,
     *,
     shared_mask: bool = False,
     watch: Callable[[Site, Tensor, torch.Size], None] | None = None,
@@ -30,6 +47,7 @@ def dropout_risk(
         model: The model.
         batch: ``(inputs, targets)``.
         loss: The loss.
+        seen: Is told what noise there is.
         shared_mask: If True, one mask serves all samples (the paper's ``eta``); else
             each sample draws its own, as ``nn.Dropout`` does.
         watch: Called at each use with the site, its packed mask and the mask's shape.
@@ -45,6 +63,9 @@ def dropout_risk(
 
     def drop(site: Site, h: Tensor) -> Tensor:
         check_site(site, h)
+        seen.met = True
+        if site.p >= 1:
+            seen.cut[site.name] = None
         shape = site.mask_shape(h.shape)
         if shared_mask and h.ndim:
             _check_rows(site, shape, batch)
@@ -57,8 +78,9 @@ def dropout_risk(
             return dropped
         return torch.where(dropped != 0, h * dropped, torch.zeros_like(h))
 
-    with at_sites(model, drop):
+    with at_sites(model, drop) as calls:
         yield loss(call(model, batch[0]), batch[1])
+        seen.silenced |= calls.silenced
 
 
 def _check_rows(site: Site, shape: tuple[int, ...], batch: Batch) -> None:

@@ -218,7 +218,7 @@ def _with_r1(
             lean=twice and not thrice and max_bytes is not None, outlives=True,
         ) as passed:  # fmt: skip
             met = bool(passed.uses) or bool(find_sites(model))  # else p = 0
-            for said in noise_left_out(model, passed.noisy, met):
+            for said in noise_left_out(model, passed.noisy, met, drawn=passed.drawn):
                 warnings.warn(f"modified_loss: R_1: {said}", stacklevel=3)
             clean = loss(passed.outputs, batch[1])
             parts = None

@@ -108,7 +108,8 @@ def monte_carlo(
             value, looked = stopped if reached else value, True
     check_finite("monte_carlo", value, model, batch[0])
     converged = reached or rtol is None
-    notes = noise_left_out(model, excess.noisy, excess.met)
+    noisy, seen = excess.noisy or bool(excess.seen.silenced), excess.seen
+    notes = noise_left_out(model, noisy, seen.met, drawn=excess.noisy, cut=seen.cut)
     if not excess.knows_its_error:
         notes = (*notes, _TOO_ALIKE)
     return Estimate(value, {}, error, False, drawn, converged, notes)

@@ -164,7 +164,7 @@ def _first_pass(
             curvature = SiteCurvature(clean, read, linearized=False)
             draws = curvature.draws(num_samples, coupled)
         exact = is_exact(clean, loss, num_samples)
-        notes = noise_left_out(model, clean.noisy, bool(clean.uses))
+        notes = noise_left_out(model, clean.noisy, bool(clean.uses), drawn=clean.drawn)
         masks = [(site, h.new_empty(()), h.shape) for site, h, _ in clean.uses]
         like = read.tensors[0].detach().new_zeros(())
         return _Seen(like, masks, coupled, exact, notes, draws, chunks)

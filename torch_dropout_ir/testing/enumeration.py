@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -13,7 +15,11 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch, at_sites, call
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.regularizers.checks import as_pair, check_finite
+from torch_dropout_ir.regularizers.checks import (
+    as_pair,
+    check_finite,
+    noise_left_out,
+)
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.sites import Site
@@ -71,7 +77,9 @@ def expected_dropout_loss(
     over the masks of all sites together. Less ``R_S`` it is R_1, for any model and
     loss. Where samples do not meet (neither in the network nor in the loss), one mask
     for all of them has the same mean as a mask each, and ``d`` is the number of units;
-    else it is that of units times samples. Noise besides dropout sites is off.
+    else it is that of units times samples. Of other noise, known kinds (alpha dropout,
+    that between recurrent layers) are switched off with a warning; what is not known
+    has no exact mean.
 
     Args:
         model: A small model; left as it is. Of one in training mode those sites count
@@ -87,8 +95,9 @@ def expected_dropout_loss(
 
     Raises:
         TypeError: If ``batch`` is no pair.
-        ValueError: If there are more masks than ``max_masks``, the loss is not finite,
-            or which sites are used depends on the masks.
+        ValueError: If there are more masks than ``max_masks``, the model draws random
+            numbers besides its sites, the loss is not finite, or which sites are used
+            depends on the masks.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, Lemma 1.
@@ -101,38 +110,75 @@ def expected_dropout_loss(
         >>> torch.testing.assert_close(r1, net[1].weight.square().sum())
     """  # noqa: DOC502 (the checks raise too)
     resolved, batch = resolve_loss(loss), as_pair(batch)
-    uses = _uses(model, batch, resolved, coupled)
-    count = _count(uses)
-    if count > max_masks:
-        sizes = ", ".join(f"`{site.name}` {list(shape)}" for site, shape in uses)
+    uses = uses_of_sites(model, batch, resolved, coupled)
+    if uses.drawn:
+        raise ValueError(
+            "expected_dropout_loss: expected a model whose only noise is that of its "
+            "sites, got one that draws random numbers besides: no set of masks has "
+            "its mean. Use `regularizers.monte_carlo`."
+        )
+    if uses.count > max_masks:
+        sizes = ", ".join(f"`{s.name}` {list(shape)}" for s, shape in uses.masks)
         raise ValueError(
             f"expected_dropout_loss: expected at most {max_masks} masks, got 2^"
-            f"{count.bit_length() - 1} ({sizes}). Use `regularizers.monte_carlo`."
+            f"{uses.count.bit_length() - 1} ({sizes}). Use `regularizers.monte_carlo`."
         )
-    choices = [list(enumerate_masks(shape, site.p)) for site, shape in uses]
+    for note in uses.left_out:
+        warnings.warn(f"expected_dropout_loss: {note}", stacklevel=2)
+    return average(model, batch, resolved, uses)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uses:
+    """What a pass without noise has shown of the masks to enumerate.
+
+    Attributes:
+        masks: Each use of a site, with the shape of its mask.
+        drawn: Whether it drew random numbers besides, which have no masks.
+        left_out: What there is to say of noise that was switched off.
+    """
+
+    masks: list[tuple[Site, torch.Size]]
+    drawn: bool
+    left_out: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """The number of sets of masks."""
+        return _count(self.masks)
+
+
+def average(model: nn.Module, batch: Batch, loss: Loss, uses: Uses) -> Tensor:
+    """Return the mean loss over every set of masks, 0-d float64."""
+    choices = [list(enumerate_masks(shape, site.p)) for site, shape in uses.masks]
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
         for combination in itertools.product(*choices):
             chance = math.prod(c for _, c in combination)
-            risk = _risk_at(model, batch, resolved, [mask for mask, _ in combination])
+            risk = _risk_at(model, batch, loss, [mask for mask, _ in combination])
             total += chance * risk.double().cpu()
     check_finite("expected_dropout_loss", total, model, batch[0])
     return total
 
 
-def count_masks(model: nn.Module, batch: Batch, loss: Loss) -> int:
-    """Return the number of masks that :func:`expected_dropout_loss` would take."""
-    return _count(_uses(model, batch, loss, None))
+def _count(masks: list[tuple[Site, torch.Size]]) -> int:
+    return math.prod(2 ** shape.numel() if site.p < 1 else 1 for site, shape in masks)
 
 
-def _count(uses: list[tuple[Site, torch.Size]]) -> int:
-    return math.prod(2 ** shape.numel() if site.p < 1 else 1 for site, shape in uses)
+def uses_of_sites(
+    model: nn.Module, batch: Batch, loss: Loss, coupled: bool | None = None
+) -> Uses:
+    """Find each use of a site and the mask to enumerate there.
 
+    Args:
+        model: The model.
+        batch: The batch.
+        loss: The loss.
+        coupled: Whether samples meet; found out if None.
 
-def _uses(
-    model: nn.Module, batch: Batch, loss: Loss, coupled: bool | None
-) -> list[tuple[Site, torch.Size]]:
-    """Return each use of a site with the shape of the mask to enumerate."""
+    Returns:
+        The uses.
+    """
     look = coupled is None
     with clean_pass(model, batch[0]) as clean:
         with torch.no_grad():
@@ -146,11 +192,12 @@ def _uses(
                 or _meet_in_loss(read)
             )
         each = [(s, torch.Size(s.mask_shape(h.shape))) for s, h, _ in clean.uses]
-        noisy = clean.noisy
+        drawn, other = clean.drawn, clean.noisy or bool(clean.out_of_sight)
+        left_out = noise_left_out(model, clean.noisy, True) if other else ()
     one = [(s, torch.Size((1, *shape[1:])) if shape else shape) for s, shape in each]
-    if look and not coupled and not noisy and _count(one) <= MAX_MASKS:
+    if look and not coupled and not drawn and _count(one) <= MAX_MASKS:
         coupled = _meet_at_masks(model, batch, loss, each)
-    return each if coupled else one
+    return Uses(each if coupled else one, drawn, left_out)
 
 
 def _a_row_each(clean: CleanPass, read: OutputsRead) -> bool:

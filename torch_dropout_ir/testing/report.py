@@ -35,9 +35,9 @@ from torch_dropout_ir.regularizers.closed_forms import (
 from torch_dropout_ir.regularizers.gauss_newton import is_exact
 from torch_dropout_ir.regularizers.masked import clean_risk
 from torch_dropout_ir.testing.enumeration import (
-    count_masks,
-    expected_dropout_loss,
+    average,
     precision,
+    uses_of_sites,
 )
 from torch_dropout_ir.testing.findings import Claim, Finding, RegularizerReport
 
@@ -61,7 +61,8 @@ def check_regularizer(
     """Hold every estimator of R_1 against the truth on a model of yours.
 
     The truth is ``E[R_drop] - R_S`` from every mask; where those are more than
-    ``max_masks``, from ``num_masks`` of them at random, with the error of that.
+    ``max_masks``, or the model draws random numbers besides its sites, from
+    ``num_masks`` of them at random, with the error of that.
 
     Args:
         model: The model; left as it is, and so are torch's generators.
@@ -123,9 +124,9 @@ def _truth(
     max_masks: int,
     num_masks: int,
 ) -> tuple[float, float]:
-    if count_masks(model, batch, loss) <= max_masks:
-        every = expected_dropout_loss(model, batch, loss, max_masks=max_masks)
-        return float(every) - risk, 0.0
+    uses = uses_of_sites(model, batch, loss)
+    if uses.count <= max_masks and not uses.drawn:
+        return float(average(model, batch, loss, uses)) - risk, 0.0
     found = monte_carlo(model, batch, loss, num_masks=num_masks)
     return float(found.value), float(found.standard_error)
 
@@ -136,7 +137,7 @@ def _estimators(
     """Every estimator with what it claims, and what there is to know of the model."""
     with clean_pass(model, batch[0]) as clean:
         at_last = fits_last_layer(clean, loss)
-        notes = noise_left_out(model, clean.noisy, bool(clean.uses))
+        notes = noise_left_out(model, clean.noisy, bool(clean.uses), drawn=clean.drawn)
         closed = is_exact(clean, loss, None) and not clean.unreachable
         closed = closed and all(site.p < 1 for site, _, _ in clean.uses)
     form: Claim = "exact" if closed else "second order"
