@@ -24,7 +24,7 @@ from torch_dropout_ir.analysis.measures.sample_parts import fitting
 from torch_dropout_ir.analysis.records import Image
 from torch_dropout_ir.analysis.snapshot import Snapshot, take
 from torch_dropout_ir.condensation.rows import row_norms
-from torch_dropout_ir.functional import Inputs
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.landscape import used_up_slice

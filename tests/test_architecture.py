@@ -20,7 +20,7 @@ FLOORS = {
         "registration",
         "tracing",
         "ops",
-        "functional",
+        "functional", "inputs",
         "batches",
         "substitution",
         "vectors",

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_dropout_ir import attach_analysis, sharpness
 from torch_dropout_ir.analysis.measures import Regularizer, received_r2
-from torch_dropout_ir.functional import Inputs, at_sites, call, fresh
+from torch_dropout_ir.functional import at_sites, call, fresh
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
     clean_pass,

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree
 
 from torch_dropout_ir.dropout_calls import DropoutCalls, SiteFunction
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.sites import Site, uncompiled
 from torch_dropout_ir.substitution import call_with, copied_buffers, keep_buffers
@@ -139,7 +139,7 @@ def call(
     """Run ``model`` on ``inputs`` with cloned buffers.
 
     Of a model with modules that write in place, on a copy of the inputs: another pass
-    may read them.
+    may read them. So it may lists and dictionaries, which any model may write on.
 
     Args:
         model: The model.
@@ -153,7 +153,7 @@ def call(
         What the model returns.
     """
     seen = Survey.of(model) if survey is None else survey
-    model, arguments = seen.model, Inputs.of(inputs)
+    model, arguments = seen.model, Inputs.of(inputs).renewed()
     if seen.in_place:
         arguments = arguments.copied()
     own = seen.has_buffers and not move_buffers
@@ -161,48 +161,6 @@ def call(
         if params:
             return call_with(model, params, arguments.args, arguments.kwargs)
         return model(*arguments.args, **arguments.kwargs)
-
-
-class Inputs:
-    """The arguments of one call of a model.
-
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.args = args
-        self.kwargs = kwargs
-
-    @classmethod
-    def of(cls, inputs: Any) -> Inputs:
-        """Read a batch's inputs in any of the forms that :func:`call` takes."""
-        if type(inputs) is Tensor:  # first: to ask an abstract class takes its time
-            return cls((inputs,), {})
-        if isinstance(inputs, cls):
-            return inputs
-        if isinstance(inputs, Mapping):
-            return cls((), inputs)
-        if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
-            return cls(tuple(inputs), {})
-        return cls((inputs,), {})
-
-    def copied(self) -> Inputs:
-        """Return the same arguments with a copy of each tensor."""
-        both = self.args, dict(self.kwargs)
-        return Inputs(*_pytree.tree_map_only(Tensor, Tensor.clone, both))
-
-    def first_tensor(self) -> Tensor:
-        """Return the first tensor of the arguments; its first dimension is the batch.
-
-        Raises:
-            TypeError: If no argument is or holds a tensor.
-        """
-        leaves = _pytree.tree_leaves((self.args, dict(self.kwargs)))
-        if not (tensors := [x for x in leaves if isinstance(x, Tensor)]):
-            raise TypeError("expected a batch whose inputs hold a tensor, got none")
-        return tensors[0]
 
 
 def batch_size(batch: Batch) -> int:

@@ -34,7 +34,8 @@ from torch_dropout_ir.analysis.snapshot import (
 )
 from torch_dropout_ir.analysis.steps import NO_STEP, STEPS, OptimizerSteps
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
-from torch_dropout_ir.functional import Batch, Inputs
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.nn import convert_dropout_, is_convertible, restore_dropout_

@@ -36,7 +36,7 @@ from torch_dropout_ir.analysis.loss_calls import OUTPUT, LossCalls, sweep
 from torch_dropout_ir.analysis.own_pass import OTHER_PASS, OwnPass
 from torch_dropout_ir.analysis.replay import OtherDraws, replay
 from torch_dropout_ir.analysis.root_hook import RootHook
-from torch_dropout_ir.functional import Inputs
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import LossFunction
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import measuring, replaced
@@ -173,7 +173,10 @@ class Capture:
         sweep()
         self.started = time.perf_counter()
         self._with_graph = torch.is_grad_enabled()
-        self.inputs, self._versions = Inputs(args, kwargs), versions((args, kwargs))
+        self.inputs, self._versions = (
+            Inputs(args, kwargs).renewed(),
+            versions((args, kwargs)),
+        )
         self.cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         self._start = self._end = None
         if self._open or self.want_masks or self.want_targets:

@@ -49,7 +49,7 @@ from torch_dropout_ir.analysis.followed_loss import (
 from torch_dropout_ir.analysis.function_modes import lay_under, take_away
 from torch_dropout_ir.analysis.own_graph import OwnGraph
 from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
-from torch_dropout_ir.regularizers.outputs import flatten
+from torch_dropout_ir.regularizers.leaves import flatten
 
 _MOST_STEPS: Final = 1000
 _BACKWARD: Final = (Tensor.backward, torch.autograd.backward)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torch_dropout_ir.analysis.capture import Capture
-from torch_dropout_ir.functional import Batch, Inputs
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss, resolve_loss
 
 _LAST: Final = (

@@ -28,7 +28,8 @@ from torch_dropout_ir.dropout_calls import (
     RECURRENT,
     recurrent_dropout,
 )
-from torch_dropout_ir.functional import Inputs, call, preserved_rng
+from torch_dropout_ir.functional import call, preserved_rng
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import ModuleCalls
 from torch_dropout_ir.nn import Dropout, Dropout1d, Dropout2d, Dropout3d
@@ -45,7 +46,9 @@ _FUSED: Final = (
     "its mask is inside a fused kernel: R_1 counts it, mask statistics do not"
 )
 _ALL_DROPPED: Final = "at p = 1 it drops everything, and draws no mask"
-_NO_DROPOUT: Final = "random numbers that are no dropout: they stay in R_S"
+_NO_DROPOUT: Final = (
+    "random numbers that no dropout function draws: they stay in R_S, drawn afresh"
+)
 _NO_SAMPLE: Final = "no mask was drawn in the last pass looked at: its input was empty"
 OURS = (Dropout, Dropout1d, Dropout2d, Dropout3d)
 _aten = torch.ops.aten

@@ -15,9 +15,9 @@ from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.records import Record, plain
 from torch_dropout_ir.functional import (
     Batch,
-    Inputs,
     preserved_rng,
 )
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.sites import Site
@@ -85,7 +85,9 @@ class Snapshot:
             value = getattr(self, "statistics" if need == "masks" else need)
             missing = value is None or (isinstance(value, (tuple, dict)) and not value)
             if need in needs and missing:
-                return reason
+                # Calls of dropout functions are seen in a pass alone.
+                unseen = need == "sites" and self.inputs is None
+                return _LACKING["inputs"] if unseen else reason
         return None
 
 
@@ -97,10 +99,11 @@ _LACKING: Final[dict[Need, str]] = {
     "sites": NO_SITE,
     "inputs": (
         "no call of the model in training mode was seen yet: attach to the module that "
-        "the script calls (a model that was compiled since is measured from the next "
-        "time on; one whose inputs change in place or are used up before the optimizer "
-        "steps, or that runs inside `torch.func` transforms or a compiled function "
-        "alone, cannot be measured)"
+        "the script calls as `model(...)`, not by a method of another name (a model "
+        "that was compiled since is measured from the next time on; one whose inputs "
+        "change in place or are used up before the optimizer steps, or that runs "
+        "inside `torch.func` transforms or a compiled function alone, cannot be "
+        "measured)"
     ),
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "

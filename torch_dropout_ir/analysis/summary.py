@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -105,10 +106,21 @@ def describe(analysis: Analysis) -> str:
 
 def _site_line(site: SiteReport) -> str:
     seen = "observed" if site.observed else f"not observed: {site.reason}"
-    return f"{site.name or '(the model itself)'}  {site.kind}(p={site.p:g})  {seen}"
+    kind = site.kind if math.isnan(site.p) else f"{site.kind}(p={site.p:g})"
+    return f"{site.name or '(the model itself)'}  {kind}  {seen}"
 
 
 def _section(title: str, lines: dict[str, str]) -> list[str]:
     if not lines:
         return []
-    return ["", title, *(f"  {name}: {said}" for name, said in sorted(lines.items()))]
+    named: dict[str, list[str]] = {}
+    for name, said in sorted(lines.items()):
+        named.setdefault(said, []).append(name)
+    return ["", title, *(f"  {_together(names)}: {x}" for x, names in named.items())]
+
+
+def _together(names: list[str]) -> str:
+    """Name tags that have the same said of them, shortly where they are many."""
+    if len(names) < 4:
+        return ", ".join(names)
+    return f"{names[0]} and {len(names) - 1} more of {names[0].partition('/')[0]}"

@@ -177,6 +177,8 @@ def _follow(
             continue
         step = passing(user, came_from, module, channels)
         if isinstance(step, str):
+            if prefix and user.op == "output":
+                step = f"no graph of what follows `{prefix[:-1]}` could be traced"
             return Outgoing((), False, step)
         if step is Passing.SHAPE:
             continue

@@ -10,7 +10,7 @@ from torch import nn
 
 from torch_dropout_ir.analysis import Analysis
 from torch_dropout_ir.attach import attach_analysis
-from torch_dropout_ir.functional import Inputs
+from torch_dropout_ir.inputs import Inputs
 
 try:
     from lightning.pytorch import LightningModule

@@ -9,7 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.functional import Batch, Inputs
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.sites import Site, named_modules, uncompiled, unobservable
 from torch_dropout_ir.tracing import generators_moved
 

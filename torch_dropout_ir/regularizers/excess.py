@@ -18,6 +18,7 @@ Semantics:
 from __future__ import annotations
 
 import functools
+import math
 from typing import Final
 
 import torch
@@ -36,6 +37,9 @@ from torch_dropout_ir.tracing import random_state
 # fewer the errors of tiny networks did not cover, p from 0.001 to 0.999.
 _FEWEST_FOR_AN_ERROR: Final = 20
 _FEWEST_FOR_A_FIT: Final = 100
+TOO_ALIKE: Final = (
+    "no standard error: next to no mask element differs from the rest; take more masks"
+)
 # Elements of a mask that are looked at together, eight to a byte.
 _BITS: Final = 2**18
 
@@ -105,6 +109,11 @@ class ExcessRisk:
             self._excess.append((value - clean).double())
             self._linear.append(linear)
 
+    @property
+    def num_masks(self) -> int:
+        """Number of masks drawn so far."""
+        return len(self._excess)
+
     def corrected(self) -> Tensor:
         """Return the draws less their linear parts, float64 ``[num_masks]``."""
         excess, linear = torch.stack(self._excess), torch.stack(self._linear)
@@ -124,6 +133,16 @@ class ExcessRisk:
     def knows_its_error(self) -> bool:
         """Whether the masks differ often enough to tell how far the mean is off."""
         return self._minority is None or self._minority >= _FEWEST_FOR_AN_ERROR
+
+    def lacking(self) -> int:
+        """Return how many more masks it takes to tell how far the mean is off.
+
+        It depends on ``p`` and shapes alone, so that the mean stays unbiased.
+        """
+        if self.knows_its_error or not self._minority:
+            return 0
+        drawn = len(self._excess)
+        return math.ceil(_FEWEST_FOR_AN_ERROR * drawn / self._minority) - drawn
 
     @property
     def can_fit(self) -> bool:

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch_dropout_ir import ops
 from torch_dropout_ir.functional import (
     Batch,
-    Inputs,
     at_sites,
     batch_size,
     call,
     preserved_rng,
 )
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.output_rows import (

@@ -16,16 +16,13 @@ from torch_dropout_ir.regularizers.checks import (
     noise_left_out,
 )
 from torch_dropout_ir.regularizers.estimate import Estimate
-from torch_dropout_ir.regularizers.excess import ExcessRisk
+from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk
 
 _AT_A_TIME: Final = 8
 # Fewer draws show their spread too badly to stop on it; where they do not suffice to
 # fit their linear part, whose spread is another, some more.
 _FIRST_LOOK: Final = 24
 _FIRST_WITHOUT_FIT: Final = 64
-_TOO_ALIKE: Final = (
-    "no standard error: next to no mask element differs from the rest; take more masks"
-)
 
 
 def monte_carlo(
@@ -111,5 +108,5 @@ def monte_carlo(
     noisy, seen = excess.noisy or bool(excess.seen.silenced), excess.seen
     notes = noise_left_out(model, noisy, seen.met, drawn=excess.noisy, cut=seen.cut)
     if not excess.knows_its_error:
-        notes = (*notes, _TOO_ALIKE)
+        notes = (*notes, TOO_ALIKE)
     return Estimate(value, {}, error, False, drawn, converged, notes)

@@ -13,7 +13,7 @@ from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
-from torch_dropout_ir.regularizers.excess import ExcessRisk, linear_parts
+from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk, linear_parts
 from torch_dropout_ir.regularizers.gauss_newton import estimate
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
@@ -21,7 +21,12 @@ from torch_dropout_ir.regularizers.second_order import second_order
 
 
 def online(
-    model: nn.Module, batch: Batch, loss: Loss, *, num_masks: int = 8
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    *,
+    num_masks: int = 8,
+    most_masks: int = 8,
 ) -> tuple[Estimate, str, Tensor | None]:
     """Return R_1 of a batch, how it was obtained, and the loss without dropout.
 
@@ -38,6 +43,8 @@ def online(
         batch: ``(inputs, targets)``; targets may be None.
         loss: The loss.
         num_masks: Masks where R_1 is averaged over them.
+        most_masks: How many it may be where so few elements are dropped, as by
+            stochastic depth of a small batch, that there is no standard error yet.
 
     Returns:
         The estimate, a sentence, and ``R_S``, 0-d, or None without targets.
@@ -71,12 +78,15 @@ def online(
     else:
         excess = ExcessRisk(model, batch, loss, slopes)
         excess.draw(num_masks)
+        excess.draw(min(excess.lacking(), most_masks - num_masks))
         value, error = excess.mean()
         found = dataclasses.replace(
-            found, value=value, standard_error=error, num_samples=num_masks
+            found, value=value, standard_error=error, num_samples=excess.num_masks
         )
         parts = f"by site: second-order parts (approximate), {how}"
-        how = f"unbiased, average over {num_masks} masks; {parts}"
+        how = f"unbiased, average over {excess.num_masks} masks; {parts}"
+        if not excess.knows_its_error:
+            how = f"{TOO_ALIKE}; {how}"
     check_finite("regularizer/R1", found.value, model, batch[0])
     return found, "; ".join((how, *found.notes)), risk
 

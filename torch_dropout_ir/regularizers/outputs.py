@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.losses import Loss
@@ -19,6 +18,7 @@ from torch_dropout_ir.regularizers.coupling import (
     uneven,
     weighs_alike,
 )
+from torch_dropout_ir.regularizers.leaves import flatten
 
 _TWICE: Final = (
     "expected a loss with a second derivative, got one whose derivative torch cannot "
@@ -109,7 +109,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
     """Find the tensors that the loss reads.
 
     Args:
-        outputs: A tensor, or a tuple, mapping or dataclass that torch can flatten.
+        outputs: A tensor, or a tuple, mapping or object with tensors in it.
         loss: The loss.
         targets: The targets.
 
@@ -146,7 +146,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
 
     if not places:
         raise TypeError(
-            "expected the model to return a tensor, or a tuple, mapping or dataclass "
+            "expected the model to return a tensor, or a tuple, mapping or object "
             f"with tensors, got {type(outputs).__name__}. Wrap the model in one that "
             "returns its logits."
         )
@@ -165,27 +165,6 @@ def without_graph(outputs: Any) -> Any:
     """Return what a model returned with its tensors cut off from their graph."""
     leaves, rebuild = flatten(outputs)
     return rebuild([x.detach() if isinstance(x, Tensor) else x for x in leaves])
-
-
-def flatten(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Return the leaves of what a model returned, and the function that puts them back.
-
-    A dataclass that torch does not know is taken by its fields.
-    """
-    known = not _pytree.tree_is_leaf(outputs) or isinstance(outputs, type)
-    if dataclasses.is_dataclass(outputs) and not known:
-        names = [f.name for f in dataclasses.fields(outputs) if f.init]
-        leaves, put_back = flatten([getattr(outputs, name) for name in names])
-
-        def rebuild(filled: list[Any]) -> Any:
-            return dataclasses.replace(
-                outputs,  # type: ignore[type-var]
-                **dict(zip(names, put_back(filled), strict=True)),
-            )
-
-        return leaves, rebuild
-    leaves, structure = _pytree.tree_flatten(outputs)
-    return leaves, lambda filled: _pytree.tree_unflatten(filled, structure)
 
 
 def real_leaves(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from torch_dropout_ir.functional import Inputs, batch_size
+from torch_dropout_ir.functional import batch_size
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.output_rows import replace_rows, rows_of_samples

@@ -25,12 +25,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_dropout_ir import tracing
 from torch_dropout_ir.functional import (
     Batch,
-    Inputs,
     at_sites,
     fresh,
     parameters,
     preserved_rng,
 )
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.sharpness.frozen import (
     Masks,
@@ -170,7 +170,7 @@ class Surface:
         self, params: Mapping[str, Tensor], batch: Batch, place: int, seed: int | None
     ) -> Any:
         """Run the model at ``params`` on the batch of that place, inside ``held``."""
-        state, arguments = self._at(params), Inputs.of(batch[0])
+        state, arguments = self._at(params), Inputs.of(batch[0]).renewed()
         # The first batch has the masks of `frozen_masks(model, seed)`.
         place = place * self.ranks.size + self.ranks.rank
         own = 0 if seed is None else seed + _STRIDE * place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Final
 
@@ -14,6 +15,7 @@ from torch_dropout_ir.analysis.snapshot import NO_SITE, Need, Snapshot
 from torch_dropout_ir.functional import Batch, batch_size
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers import Estimate, gradient_norm
+from torch_dropout_ir.regularizers.excess import TOO_ALIKE
 from torch_dropout_ir.regularizers.online import online
 
 _PIECE: Final = 2**17  # entries that are taken to double precision at a time
@@ -23,7 +25,8 @@ class Regularizer:
     """R_1 with its error and its parts, and R_S on the same batch.
 
     Args:
-        num_masks: Masks to average over where R_1 has no closed form.
+        num_masks: Masks to average over where R_1 has no closed form; up to eight
+            times as many where they hardly differ (stochastic depth of a small batch).
     """
 
     name = "regularizer"
@@ -36,11 +39,17 @@ class Regularizer:
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``regularizer/R1``, its sites and error, ``loss/R_S`` and modified."""
         assert snapshot.loss is not None  # by `needs`
+        # Ranks may meet in a pass: all make the same number of them.
+        most = 8 * self.num_masks if snapshot.ranks.size == 1 else self.num_masks
         with snapshot.ranks.own_draws(snapshot.model):
             found, how, clean = online(
-                snapshot.model, snapshot.batch, snapshot.loss, num_masks=self.num_masks
-            )
+                snapshot.model, snapshot.batch, snapshot.loss,
+                num_masks=self.num_masks, most_masks=most,
+            )  # fmt: skip
         joined = _joined(snapshot, found, clean)
+        if math.isnan(joined["regularizer/R1_standard_error"]):
+            del joined["regularizer/R1_standard_error"]
+            snapshot.absent["regularizer/R1_standard_error"] = TOO_ALIKE
         records: dict[str, Record] = {**joined}
         if snapshot.sites:
             snapshot.notes["regularizer/R1"] = how

@@ -34,11 +34,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch_dropout_ir.analysis.measures.regularizer import terms
 from torch_dropout_ir.functional import (
     Batch,
-    Inputs,
     as_batches,
     batch_size,
     preserved_rng,
 )
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.row_chunks import rows_of
 from torch_dropout_ir.sharpness.batch_statistics import (

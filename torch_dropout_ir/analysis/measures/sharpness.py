@@ -28,6 +28,11 @@ _KINDS: Final = {
     "hutchinson": "Hutchinson's estimate on random signs",
 }
 _BINS: Final = 64
+_READ_ELSEWHERE: Final = (
+    "the loss depends on no parameter that is put in the place of the model's own: its "
+    "outputs do not depend on them, or its layers keep them elsewhere than torch's "
+    "modules do, as those of Keras"
+)
 
 
 class Sharpness:
@@ -151,6 +156,8 @@ class Sharpness:
         """Parameters that the loss depends on: by branches, others at each step."""
         assert snapshot.loss is not None
         used = used_by(parts.surface(snapshot.model, snapshot.loss))
+        if not used:
+            raise ValueError(_READ_ELSEWHERE)
         counts = snapshot.ranks.sum(dict.fromkeys(used, 1.0))
         if apart := [n for n, k in counts.items() if k < snapshot.ranks.size]:
             raise ValueError(

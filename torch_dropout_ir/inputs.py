@@ -1,0 +1,69 @@
+"""Floor 1: the arguments of a call of a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree
+
+
+class Inputs:
+    """The arguments of one call of a model.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.args = args
+        self.kwargs = kwargs
+
+    @classmethod
+    def of(cls, inputs: Any) -> Inputs:
+        """Read a batch's inputs in any of the forms that :func:`call` takes."""
+        if type(inputs) is Tensor:  # first: to ask an abstract class takes its time
+            return cls((inputs,), {})
+        if isinstance(inputs, cls):
+            return inputs
+        if isinstance(inputs, Mapping):
+            return cls((), inputs)
+        if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
+            return cls(tuple(inputs), {})
+        return cls((inputs,), {})
+
+    def renewed(self) -> Inputs:
+        """Return the same tensors in lists and mappings of their own."""
+        given = (*self.args, *self.kwargs.values())
+        if all(isinstance(x, Tensor) for x in given):
+            return self  # as most are
+        named = {name: _renewed(x) for name, x in self.kwargs.items()}
+        return Inputs(tuple(map(_renewed, self.args)), named)
+
+    def copied(self) -> Inputs:
+        """Return the same arguments with a copy of each tensor."""
+        both = self.args, dict(self.kwargs)
+        return Inputs(*_pytree.tree_map_only(Tensor, Tensor.clone, both))
+
+    def first_tensor(self) -> Tensor:
+        """Return the first tensor of the arguments; its first dimension is the batch.
+
+        Raises:
+            TypeError: If no argument is or holds a tensor.
+        """
+        leaves = _pytree.tree_leaves((self.args, dict(self.kwargs)))
+        if not (tensors := [x for x in leaves if isinstance(x, Tensor)]):
+            raise TypeError("expected a batch whose inputs hold a tensor, got none")
+        return tensors[0]
+
+
+def _renewed(x: Any) -> Any:
+    if type(x) in (list, tuple):
+        return type(x)(map(_renewed, x))
+    if type(x) is dict:
+        return {key: _renewed(value) for key, value in x.items()}
+    return copy.copy(x) if isinstance(x, MutableMapping) else x
