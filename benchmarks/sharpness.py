@@ -18,7 +18,8 @@ Lanczos, not LOBPCG: the times of both on the MLP at initialization, from one ra
 start, are in the first table (one vector, and four).
 
 A run in pieces, errors and budgets without a clock, times and memory on a machine with
-nothing else to do, and the tables of all that was found:
+nothing else to do, and the tables of all that was found. What is in the file already is
+not measured again, so a piece that was cut off is gone on with by the same command:
 
     python benchmarks/sharpness.py --tasks mlp --steps 0 --parts errors --rows rows.json
     python benchmarks/sharpness.py --tasks mlp --steps 0 --parts times --rows rows.json
@@ -28,23 +29,24 @@ nothing else to do, and the tables of all that was found:
 from __future__ import annotations
 
 import argparse
-import copy
+import functools
 import importlib
+import itertools
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from curvature.contenders import CONTENDERS
 from curvature.measuring import plain_product
-from curvature.own import accuracy, memory, times
-from curvature.race import TARGETS, budgets, race, truth
-from curvature.rows import joined, tables
+from curvature.methods import lanczos_or_lobpcg
+from curvature.own import accuracy, memory, product, trace
+from curvature.race import TARGETS, budget, race, truth
+from curvature.rows import Rows, tables
 from curvature.tasks import TASKS, states
 from torch import nn
 
-MOST = 64, 512  # products of a budget at most, of a large and of a small network
+MOST = 64, 512  # products of a budget at most: of a large network, of a small one
 SMALL = 100_000
 PARTS = ("errors", "times", "memory")
 
@@ -61,38 +63,54 @@ def available() -> dict:
     return found
 
 
-def cells(chosen: argparse.Namespace) -> Iterator[tuple[dict, nn.Module, tuple]]:
-    """Each task before and after some training: what it is, model and batch."""
-    found = states(chosen.tasks, chosen.steps, chosen.data_root)
-    for task, steps, model, batch in found:
-        yield {"task": task, "steps": steps}, model, batch
-
-
 def measured(
-    row: dict, model: nn.Module, batch: tuple, chosen: argparse.Namespace
-) -> dict:
-    """Add the parts that are chosen to what is known of a cell."""
+    rows: Rows, row: dict, model: nn.Module, batch: tuple, chosen: argparse.Namespace
+) -> None:
+    """Find the parts that are chosen of a cell, as far as they are not known."""
     racing = {k: make(model, batch) for k, make in available().items()}
     plain = plain_product(model, batch)
     if "errors" in chosen.parts:
-        make = TASKS[row["task"]][0]
-        true = truth(make, copy.deepcopy(model.state_dict()), batch, {*chosen.race})
-        row |= accuracy(model, batch, true, row)
-        small = sum(p.numel() for p in model.parameters()) < SMALL
-        most = MOST[1] if small else MOST[0]
-        row["budgets"] = {
-            what: budgets(racing, what, true[what], chosen.starts, most)
-            for what in chosen.race
-        }
+        errors(rows, row, model, batch, chosen, racing)
     if "times" in chosen.parts:
-        row |= times(model, batch, plain, row)
-        row["race"] = {
-            what: race(racing, what, row["budgets"][what], plain)
-            for what in chosen.race
-        }
+        for name, find in (("product", product), ("trace", trace)):
+            rows.found(row, name, lambda find=find: find(model, batch, plain))
+        if (row["task"], row["steps"]) == ("mlp", 0) and "top" in chosen.race:
+            true = row["true"]["top"]
+            rows.found(
+                row, "methods", lambda: lanczos_or_lobpcg(model, batch, true, plain)
+            )
+        for what, (name, each) in itertools.product(chosen.race, racing.items()):
+            given = functools.partial(
+                race, name, each[what], row["budgets"][what][name], plain
+            )
+            rows.found(row.setdefault("race", {}).setdefault(what, {}), name, given)
     if "memory" in chosen.parts:
-        row["memory"] = memory(model, batch)
-    return row
+        rows.found(row, "memory", lambda: memory(model, batch))
+
+
+def errors(
+    rows: Rows,
+    row: dict,
+    model: nn.Module,
+    batch: tuple,
+    chosen: argparse.Namespace,
+    racing: dict,
+) -> None:
+    """Find the true values, the errors of ours, and the budgets that reach them."""
+    make = TASKS[row["task"]][0]
+    true, known, given = (
+        row.setdefault(x, {}) for x in ("true", "accuracy", "budgets")
+    )
+    small = sum(p.numel() for p in model.parameters()) < SMALL
+    for what in chosen.race:
+        tight = functools.partial(truth, what, make, model.state_dict(), batch)
+        value = rows.found(true, what, tight)
+        rows.found(known, what, functools.partial(accuracy, model, batch, what, value))
+        for name, each in racing.items():
+            first = functools.partial(
+                budget, name, each[what], what, value, chosen.starts, MOST[small]
+            )
+            rows.found(given.setdefault(what, {}), name, first)
 
 
 def main() -> int:
@@ -111,17 +129,17 @@ def main() -> int:
     parser.add_argument("--starts", type=int, default=3,
                         help="random starts, all of which must do")  # fmt: skip
     parser.add_argument("--rows", type=Path,
-                        help="JSON of earlier runs, added to")  # fmt: skip
+                        help="JSON of what is known, gone on from")  # fmt: skip
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    rows = joined([], chosen.rows)
-    for cell, model, batch in cells(chosen):
-        known = next((r for r in rows if cell.items() <= r.items()), cell)
-        print(f"\n{cell['task']}, batch {len(batch[1])}, after {cell['steps']} steps")
-        rows = joined([*rows, measured(known, model, batch, chosen)], chosen.rows)
+    rows = Rows(chosen.rows)
+    found = states(chosen.tasks, chosen.steps, chosen.data_root)
+    for task, steps, model, batch in found:
+        print(f"\n{task}, batch {len(batch[1])}, after {steps} steps")
+        measured(rows, rows.cell(task, steps), model, batch, chosen)
     print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} thread")
-    print(tables(rows))
+    print(tables(rows.all()))
     return 0
 
 

@@ -415,3 +415,20 @@ def test_what_is_foreseen_is_not_much_less_than_what_is_certain():
         space.informed = 6.0
         assert certain / 6 * (1 - 1e-9) <= float(space.errors()[0]) <= certain
         space.informed = 0.0
+
+
+def test_what_converged_by_a_hair_is_still_believed():
+    """What is kept for a look in another direction can become no better than it is."""
+    torch.manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(300, 300).double()).Q
+    values = torch.cat((torch.tensor([1.0, 0.92]), torch.linspace(-0.5, 0.6, 298)))
+    matrix = turn * values.double() @ turn.T
+    start = torch.randn(300).double()
+    for count in range(8, 16):
+        torch.manual_seed(count)
+        first = sharpness.top_eigenvalues(matrix, 2, 1e-12, count, start)
+        tol = 1.00001 * float((first.residuals / first.values).max())
+        torch.manual_seed(count)
+        found = sharpness.top_eigenvalues(matrix, 2, tol, 100, start)
+        assert found.converged and found.num_matvecs < count + 12
+        assert bool((found.residuals <= tol * found.values).all())

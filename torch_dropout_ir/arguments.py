@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -109,3 +110,50 @@ def check_symmetric(function: str, op: Any) -> None:
             f"{function}: expected a symmetric matrix, got one that differs from its "
             f"transpose by {apart:.2g} of {float(op.norm()):.2g} in norm"
         )
+
+
+def in_order(
+    function: str, name: str, given: Any, params: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return tensors by name of a parameter, in the order of the parameters.
+
+    Args:
+        function: The function that takes them.
+        name: Its argument.
+        given: What was given; more names than those of ``params`` do not count.
+        params: The parameters.
+
+    Raises:
+        TypeError: If it is no dictionary, or what it holds are no real tensors.
+        ValueError: If a name is missing, or a shape is another.
+
+    Example:
+        >>> import torch
+        >>> in_order("op", "v", {"bias": torch.ones(2)}, {"bias": torch.ones(3)})
+        Traceback (most recent call last):
+        ValueError: op: expected `v` to have the shapes of the parameters, got [2] for
+            'bias', which has [3]
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{function}: expected `{name}` to be a dictionary of tensors by the names "
+            f"of the parameters, got {type(given).__name__}"
+        )
+    if missing := [n for n in params if n not in given]:
+        raise ValueError(
+            f"{function}: expected `{name}` to have every parameter, got none for "
+            f"{missing}. What does not count is zero: torch.zeros_like of it."
+        )
+    for n, x in params.items():
+        if not isinstance(given[n], Tensor) or given[n].is_complex():
+            kind = f" of {given[n].dtype}" if isinstance(given[n], Tensor) else ""
+            raise TypeError(
+                f"{function}: expected `{name}` to hold tensors of real numbers, got "
+                f"{type(given[n]).__name__}{kind} for {n!r}"
+            )
+        if given[n].shape != x.shape:
+            raise ValueError(
+                f"{function}: expected `{name}` to have the shapes of the parameters, "
+                f"got {list(given[n].shape)} for {n!r}, which has {list(x.shape)}"
+            )
+    return {n: given[n] for n in params}

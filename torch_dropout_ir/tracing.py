@@ -26,6 +26,9 @@ _MODE = getattr(torch._C, "_get_dispatch_mode", None)
 _PROXY_MODE = _MODE and functools.partial(_MODE, torch._C._TorchDispatchModeKey.PROXY)
 _NUM_MODES = getattr(torch._C, "_len_torch_dispatch_stack", None)
 
+# Inside, no mode and no subclass of tensors is asked about a call: each property that
+# is read of a tensor is one, and takes longer than small operations do.
+unasked = torch._C.DisableTorchFunction
 
 # What takes derivatives, without the checks of ``torch.autograd.grad``, which cost a
 # small pass as much again. A torch without it runs those.

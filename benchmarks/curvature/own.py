@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from curvature.measuring import peak, side_by_side
-from curvature.methods import floor, lanczos_or_lobpcg
+from curvature.methods import floor
 from torch_dropout_ir import sharpness, vectors
 
 
@@ -37,33 +37,22 @@ def memory(model: nn.Module, batch) -> dict[str, float]:
     return found | {"20 vectors": 20 * size, "32 vectors": 32 * size}
 
 
-def accuracy(model: nn.Module, batch, true: dict, cell: dict) -> dict:
+def accuracy(model: nn.Module, batch, what: str, true) -> dict:
     """Products and true errors of ours at its own stopping rules.
 
     Args:
         model: The model.
         batch: Its batch.
-        true: The true values.
-        cell: Which task it is.
-
-    Returns:
-        What to add to the cell.
+        what: Top eigenvalue, trace or density.
+        true: The true value.
     """
     op = sharpness.hessian(model, "cross_entropy", batch)
-    found: dict = {}
-    if "top" in true:
-        found["top"] = _top(op, true["top"])
-        found["floor"] = floor(op, true["top"])
-        if (cell["task"], cell["steps"]) == ("mlp", 0):
-            found["top_true"] = true["top"]
-    if "trace" in true:
-        trace = float(sharpness.trace(op, 100).value)
-        found["trace_error"] = abs(trace - true["trace"]) / abs(true["trace"])
-    if "density" in true:
-        before = op.num_matvecs
-        sharpness.spectral_density(op)
-        found["density"] = op.num_matvecs - before
-    return found
+    torch.manual_seed(0)
+    if what == "top":
+        return {"runs": _top(op, true), "floor": floor(op, true)}
+    if what == "trace":
+        return {"error": abs(float(sharpness.trace(op, 100).value) - true) / abs(true)}
+    return {"products": sharpness.spectral_density(op).num_matvecs}
 
 
 def _top(op: sharpness.CurvatureOperator, true: float) -> dict:
@@ -81,34 +70,22 @@ def _top(op: sharpness.CurvatureOperator, true: float) -> dict:
     return top
 
 
-def times(model: nn.Module, batch, plain: Callable, cell: dict) -> dict:
-    """Seconds of ours, over those of one product by jvp(grad).
-
-    Args:
-        model: The model.
-        batch: Its batch.
-        plain: One product by jvp(grad).
-        cell: Which task it is.
-
-    Returns:
-        What to add to the cell.
-    """
+def product(model: nn.Module, batch, plain: Callable) -> dict[str, float]:
+    """Time of a repeated product, over that of one by jvp(grad), by kind."""
     op = sharpness.hessian(model, "cross_entropy", batch)
     v = vectors.to_vector(vectors.random_like(op.params))
     gn = sharpness.ggn(model, "cross_entropy", batch)
     took = side_by_side(
         {"unit": plain, "hessian": lambda: op @ v, "ggn": lambda: gn @ v}, 15
     )
-    product = {name: took[name] / took["unit"] for name in ("hessian", "ggn")}
-    print(f"  product {product}", flush=True)
-    found = {"product": product, "trace": _trace(op, plain)}
-    if "top_true" in cell:
-        found["methods"] = lanczos_or_lobpcg(model, batch, cell["top_true"], plain)
+    found = {name: took[name] / took["unit"] for name in ("hessian", "ggn")}
+    print(f"  product {found}", flush=True)
     return found
 
 
-def _trace(op: sharpness.CurvatureOperator, plain: Callable) -> dict:
-    """The trace, and Hutchinson's in the same time where it is not exact."""
+def trace(model: nn.Module, batch, plain: Callable) -> dict:
+    """Time of the trace, and Hutchinson's in the same where it is not exact."""
+    op = sharpness.hessian(model, "cross_entropy", batch)
     v = vectors.to_vector(vectors.random_like(op.params))
     ours = sharpness.trace(op, 100)
     took = side_by_side(

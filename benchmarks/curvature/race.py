@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,83 +37,75 @@ def error_of(what: str, found, true) -> float:
     return abs(found - true) / abs(true)
 
 
-def truth(make: Callable, state: dict, batch, wanted: set[str]) -> dict:
-    """What is wanted, in float64."""
+def truth(what: str, make: Callable, state: dict, batch) -> Any:
+    """What they race for, in float64: a number, or the nodes and weights of a density.
+
+    Args:
+        what: What they race for.
+        make: Makes the model.
+        state: Its parameters and buffers.
+        batch: Its batch.
+    """
     model = make().double()
     model.load_state_dict(state)
     op = sharpness.hessian(model, "cross_entropy", (batch[0].double(), batch[1]))
-    true, said = {}, []
-    if "top" in wanted:
+    torch.manual_seed(100)
+    if what == "density":
+        probes = 128 if op.shape[0] < 1e5 else 2
+        found = quadrature(sharpness.spectral_density(op, 40, probes))
+        return [x.tolist() for x in found]
+    if what == "top":
         top = sharpness.top_eigenvalues(op, tol=1e-7, stop="value", max_matvecs=400)
-        true["top"] = float(top.values[0])
-        residual = float(top.residuals[0])
-        said.append(f"top {true['top']:.8g} (residual {residual:.0e})")
-    if "trace" in wanted:
+        value, known = float(top.values[0]), f"residual {float(top.residuals[0]):.0e}"
+    else:
         found = sharpness.trace(op, 100)
         if found.method != "exact":
             size = op.shape[0]
             found = sharpness.trace(op, size if size < 4000 else 2000)
-        true["trace"], error = float(found.value), float(found.standard_error)
-        how = "exact" if found.method == "exact" else f"+- {error:.1e}"
-        said.append(f"trace {true['trace']:.8g} ({how})")
-    if "density" in wanted:
-        torch.manual_seed(100)
-        probes = 128 if op.shape[0] < 1e5 else 2
-        true["density"] = quadrature(sharpness.spectral_density(op, 40, probes))
-    print(f"  float64: {', '.join(said)}")
-    return true
+        value, known = float(found.value), f"+- {float(found.standard_error):.1e}"
+    print(f"  float64: {what} {value:.8g} ({known})", flush=True)
+    return value
 
 
-def budgets(
-    racing: dict[str, dict[str, Callable]], what: str, true, starts: int, most: int
-) -> dict[str, int | str]:
-    """Smallest budget of each contender that reaches the true value from every start.
+def budget(name: str, run: Callable, what: str, true, starts: int, most: int) -> Any:
+    """Smallest budget of a contender that reaches the true value from every start.
 
     Args:
-        racing: Ours and the libraries, each by what it is asked for.
+        name: Who it is.
+        run: What it does with a budget.
         what: What they race for.
         true: The true value.
         starts: Random starts.
         most: The largest budget to try.
 
     Returns:
-        By contender the budget, or "-" if no budget does, or "fails".
+        The budget, or "-" if none does, or "fails".
     """
-    return {
-        name: first_budget(name, contender[what], what, true, starts, most)
-        for name, contender in racing.items()
-    }
+    if what == "density":
+        nodes, weights = (torch.tensor(x, dtype=torch.float64) for x in true)
+        true = nodes, weights
+    return first_budget(name, run, what, true, starts, most)
 
 
-def race(
-    racing: dict[str, dict[str, Callable]],
-    what: str,
-    given: dict[str, int | str],
-    plain: Callable,
-) -> dict[str, str]:
-    """What those budgets cost, in products by jvp(grad), which is timed in turns.
+def race(name: str, run: Callable, given: int | str, plain: Callable) -> float | str:
+    """What a budget costs, in products by jvp(grad), which is timed in turns.
 
     Args:
-        racing: Ours and the libraries, each by what it is asked for.
-        what: What they race for.
-        given: Budgets, as :func:`budgets` returns them.
+        name: Who runs.
+        run: What it does with a budget.
+        given: The budget, as :func:`budget` returns it.
         plain: One product by jvp(grad).
 
     Returns:
-        By contender the units of time, or why there are none.
+        Units of time, or why there are none.
     """
-    runs = {"unit": plain}
-    for name in racing:
-        if isinstance(given[name], int):
-            runs[name] = functools.partial(racing[name][what], given[name])
+    if not isinstance(given, int):
+        return given
     with sdpa_kernel(SDPBackend.MATH):
-        took = side_by_side(runs)
-    said = (f"{name} {x / took['unit']:.2f}" for name, x in took.items())
-    print(f"  {what}: {', '.join(said)}", flush=True)
-    return {
-        name: f"{took[name] / took['unit']:.1f}" if name in took else given[name]
-        for name in racing
-    }
+        took = side_by_side({"unit": plain, name: functools.partial(run, given)})
+    units = took[name] / took["unit"]
+    print(f"  {name} {units:.2f} for {given} products", flush=True)
+    return units
 
 
 def first_budget(

@@ -41,7 +41,7 @@ from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sharpness.frozen import twice_differentiable
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.substitution import buffers_moved
-from torch_dropout_ir.tracing import generators
+from torch_dropout_ir.tracing import generators, unasked
 
 # Besides a first, small one; a double backward holds three times what a step does.
 _PARTS: Final = 3
@@ -153,7 +153,7 @@ def _drawn(site: Site, h: Tensor, shape: tuple[int, ...], each: bool) -> Tensor:
     """Draw a mask as the site's own module does, for an input like ``h``."""
     if site.kind is None and hasattr(type(site.module).forward, "draws_as_torch"):
         return ops.draw(_ones(h, shape), site.p, None)[0] != 0
-    with torch._C.DisableTorchFunction():  # a call of dropout is a site elsewhere
+    with unasked():  # a call of dropout is a site elsewhere
         if each:
             return F.dropout(_ones(h, shape), site.p) != 0
         return h.new_empty(shape).bernoulli_(1 - site.p) != 0

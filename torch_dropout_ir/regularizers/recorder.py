@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch_dropout_ir.regularizers.checks import check_site
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.tracing import checkpointed, mapped
+from torch_dropout_ir.tracing import checkpointed, mapped, unasked
 
 # Added to the inputs of sites: a graph begins there.
 _ZERO: Final = torch.zeros((), device="cpu", requires_grad=True)
@@ -50,7 +50,7 @@ class Recorder:
         """Add a zero to a site's input, and record both."""
         if type(h) is not Tensor:
             return self._perturb(site, h)
-        with torch._C.DisableTorchFunction():  # nobody is asked about each property
+        with unasked():  # nobody is asked about each property
             return self._perturb(site, h)
 
     def _perturb(self, site: Site, h: Tensor) -> Tensor:

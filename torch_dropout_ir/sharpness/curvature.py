@@ -9,7 +9,7 @@ from typing import Final, TypeVar, cast
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.arguments import check_real
+from torch_dropout_ir.arguments import check_real, in_order
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.sharpness.linearization import Kind, Linearized, linearize
 from torch_dropout_ir.sharpness.surface import Surface
@@ -26,7 +26,7 @@ class CurvatureOperator:
 
     ``op @ v`` takes a dictionary with the names and shapes of the parameters, a flat
     vector ``[P]`` in the same order, or a block of columns ``[P, K]``, and returns the
-    like.
+    like, in the dtype of the parameters.
 
     Attributes:
         params: Copies of the parameters at which the curvature is taken.
@@ -34,6 +34,8 @@ class CurvatureOperator:
         surface: The loss that it is the curvature of.
         num_matvecs: Products computed so far; a block counts its columns.
     """
+
+    __array_ufunc__ = None  # NumPy's arrays leave ``array @ op`` to this class
 
     def __init__(self, kind: Kind, surface: Surface, block_bytes: int) -> None:
         check_real(kind, "block_bytes", block_bytes, least=0, finite=False)
@@ -121,9 +123,23 @@ class CurvatureOperator:
         return total / len(seeds) if len(seeds) > 1 else total
 
     def __matmul__(self, v: Vector) -> Vector:
+        flat = self._flat(v)
+        found = self._products(flat.T if flat.ndim == 2 else flat[None])
         if not isinstance(v, Tensor):
-            flat = to_vector(self._in_order(v))
-            return cast("Vector", to_params(self @ flat, self.params))
+            return cast("Vector", to_params(found[0], self.params))
+        return found.T if v.ndim == 2 else found[0]
+
+    def _flat(self, v: Tensor | Params) -> Tensor:
+        """Return what an operator can multiply as a vector, or columns."""
+        if isinstance(v, Mapping):
+            v = to_vector(self._in_order(v))
+        if not isinstance(v, Tensor):
+            raise TypeError(
+                f"{self.kind}: expected a tensor, or a dictionary of tensors by the "
+                f"names of the parameters, got {type(v).__name__}. Of an array or a "
+                "list of numbers torch.as_tensor makes one; tensors in the order of "
+                "the parameters go by name with dict(zip(op.params, tensors))."
+            )
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
             raise ValueError(
                 f"{self.kind}: expected a vector of shape [{self.shape[1]}] or columns "
@@ -134,8 +150,7 @@ class CurvatureOperator:
                 f"{self.kind}: expected real numbers, got {v.dtype}. Multiply the real "
                 "and the imaginary part each by itself."
             )
-        v = v.to(self.device, self.dtype)
-        return self._products(v[None])[0] if v.ndim == 1 else self._products(v.T).T
+        return v.to(self.device, self.dtype)
 
     def with_standard_error(self, v: Vector) -> tuple[Vector, Vector]:
         """Return ``op @ v`` and its standard error over the masks, entry by entry.
@@ -147,7 +162,8 @@ class CurvatureOperator:
             The mean over the masks and its standard error.
 
         Raises:
-            ValueError: If the operator has fewer than two masks.
+            ValueError: If the operator has fewer than two masks, or ``v`` is no one
+                vector.
         """
         count = len(self.surface.seeds)
         if count < 2:
@@ -155,8 +171,13 @@ class CurvatureOperator:
                 "with_standard_error: expected an operator of several masks, got "
                 f"{count}. Make it with `masks=range(8)`, say."
             )
-        flat = v if isinstance(v, Tensor) else to_vector(self._in_order(v))
-        flat = self.surface.ranks.broadcast(flat.to(self.device, self.dtype)[None])
+        flat = self._flat(v)
+        if flat.ndim != 1:
+            raise ValueError(
+                "with_standard_error: expected one vector, got columns of shape "
+                f"{list(flat.shape)}. Take them one by one."
+            )
+        flat = self.surface.ranks.broadcast(flat[None])
         mean, squares = torch.zeros_like(flat), torch.zeros_like(flat)
         for k, seed in enumerate(self.surface.seeds, 1):
             change = self._columns(flat, seed) - mean
@@ -170,19 +191,12 @@ class CurvatureOperator:
         return cast("tuple[Vector, Vector]", tuple(as_given))
 
     def _in_order(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        wrong = [
-            name
-            for name in {**self.params, **v}
-            if name not in v
-            or name not in self.params
-            or v[name].shape != self.params[name].shape
-        ]
-        if wrong:
+        if foreign := [n for n in v if n not in self.params]:
             raise ValueError(
-                f"{self.kind}: expected a dictionary with the names and shapes of the "
-                f"parameters; these are missing, foreign or misshapen: {wrong}"
+                f"{self.kind}: expected the names of the parameters, got {foreign} "
+                "besides. `op.params` holds those that it is the curvature in."
             )
-        return {name: v[name] for name in self.params}
+        return in_order(self.kind, "v", v, self.params)
 
     @contextlib.contextmanager
     def released(self) -> Iterator[Surface]:

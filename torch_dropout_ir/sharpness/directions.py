@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from torch_dropout_ir.arguments import in_order
 from torch_dropout_ir.vectors import Params
 
 Part = Literal["filter", "neuron", "layer"]
@@ -129,24 +130,15 @@ def checked_direction(
 
     Raises:
         ValueError: If it lacks a parameter, has another shape, is not finite or zero.
-    """
+        TypeError: If it is no dictionary of real tensors.
+    """  # noqa: DOC502 (`in_order` raises)
     # One drawn of a wrapped model has its names.
-    direction = {
-        n if n in params else _WRAPPED.sub("", n): x for n, x in direction.items()
-    }
-    missing = [n for n, x in params.items() if n not in direction]
-    if missing:
-        raise ValueError(
-            f"{caller}: expected a `direction` with every parameter that requires a "
-            f"gradient, got none for {missing}"
-        )
-    found = {n: direction[n].detach().to(x) for n, x in params.items()}
-    wrong = [n for n, x in params.items() if found[n].shape != x.shape]
-    if wrong:
-        raise ValueError(
-            f"{caller}: expected a `direction` of the shapes of the parameters; "
-            f"{wrong} have others"
-        )
+    if isinstance(direction, Mapping):
+        direction = {
+            n if n in params else _WRAPPED.sub("", n): x for n, x in direction.items()
+        }
+    given = in_order(caller, "direction", direction, params)
+    found = {n: given[n].detach().to(x) for n, x in params.items()}
     if not all(bool(x.isfinite().all()) for x in found.values()):
         raise ValueError(f"{caller}: expected a finite `direction`")
     if not any(bool(x.any()) for x in found.values()):

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 from torch import Tensor
 
-from torch_dropout_ir.arguments import check_count, check_real, check_symmetric
+from torch_dropout_ir.arguments import (
+    check_count,
+    check_real,
+    check_symmetric,
+    in_order,
+)
 from torch_dropout_ir.sharpness.krylov import (
     Space,
     random_vector,
@@ -223,13 +229,24 @@ def _start(
     """Return the first vector, and the products that finding it has cost."""
     if start is None:
         return rehearsed(op, max_matvecs, room)
-    vector = start if isinstance(start, Tensor) else to_vector(start)
+    vector = start if isinstance(start, Tensor) else _joined(op, start)
     if vector.shape != (op.shape[0],) or not bool(vector.any()):
         raise ValueError(
             f"top_eigenvalues: expected a `start` of {op.shape[0]} numbers that are "
             f"not all zero, got shape {list(vector.shape)}. Without one it is random."
         )
     return vector.detach().to(op.device, op.dtype), 0.0
+
+
+def _joined(op: Any, start: Any) -> Tensor:
+    """Return a start that is given by names as one vector."""
+    if not (isinstance(start, Mapping) and hasattr(op, "params")):
+        named = ", or tensors by parameter name" if hasattr(op, "params") else ""
+        raise TypeError(
+            f"top_eigenvalues: expected `start` to be a tensor of {op.shape[0]} "
+            f"numbers{named}, got {type(start).__name__}"
+        )
+    return to_vector(in_order("top_eigenvalues", "start", start, op.params))
 
 
 def _mixed(op: Any, vector: Tensor) -> Tensor:

@@ -10,41 +10,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
-from torch_dropout_ir.arrivals import (
-    ONCE,
-    Receive,
-    arrivals,
-    graph_nodes,
-    last_nodes,
-    parts_given,
-    root_of,
-    taken,
-)
+from torch_dropout_ir.arrivals import Receive, arrivals, root_of, taken
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.output_hessian import hessian_product
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sharpness.linear import added_into
-from torch_dropout_ir.sharpness.steps import depended_on
+from torch_dropout_ir.sharpness.pullback import (
+    Pieces,
+    Product,
+    backward,
+    bare_of,
+    edge_of,
+    nodes_from,
+    pullback,
+    twice,
+)
+from torch_dropout_ir.sharpness.steps import depended_on, explained
 from torch_dropout_ir.sharpness.surface import Surface
+from torch_dropout_ir.tracing import unasked
 
 Kind = Literal["hessian", "ggn"]
-Pieces = Sequence[Tensor]
-Product = Callable[[Pieces, Receive | None], list[Tensor | None]]
-_WITHOUT: Final = ("derivative", "differentiable", "double backward", "not implemented")
-_OURS: Final = "torch_dropout_ir."
 _CALL: Final = 2**14  # numbers that are added or so in the time of a call
-_ONCE: Final = (
-    "expected a model and a loss that can be differentiated twice, got an operation "
-    "that cannot: {}. Put one in its place that can, or leave out the parameters below "
-    "it with `params=`."
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +114,8 @@ class Linearized:
                 row.split([x.numel() for x in self.like]), self.like, strict=True
             )
         ]
-        try:
+        with explained():
             return self.product(pieces, receive)
-        except RuntimeError as err:
-            if any(word in str(err) for word in _WITHOUT):
-                why = str(err).rstrip(".")
-                raise NotImplementedError(_ONCE.format(why)) from err
-            raise
 
 
 def linearize(
@@ -152,15 +140,17 @@ def linearize(
     Returns:
         The products, which keep the graph alive.
     """
-    leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
-    with torch.enable_grad(), _sizes(surface.model) as sizes, LeanDerivatives():
-        build = _hessian if kind == "hessian" else _ggn
-        used, product, starts = build(surface, leaves, batch, place, seed, once)
-    like = list(leaves.values())
-    nodes = list(graph_nodes(starts))
-    bare = not surface.operations.hooked and not any(map(_foreign, nodes))
-    own = 2 * sum(x.numel() * x.element_size() for x in like)
-    work = sum(max(0, taken(node) - _CALL) for node in nodes)
+    with unasked():
+        leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
+    build = _hessian if kind == "hessian" else _ggn
+    sizing = _sizes(surface.model)
+    with explained(), torch.enable_grad(), sizing as sizes, LeanDerivatives():
+        used, product, nodes = build(surface, leaves, batch, place, seed, once)
+    with unasked():
+        like = list(leaves.values())
+        bare = bare_of(surface, nodes)
+        own = 2 * sum(x.numel() * x.element_size() for x in like)
+        work = sum(max(0, taken(node) - _CALL) for node in nodes)
     return Linearized(like, used, product, own + 4 * sum(sizes), bare, work)
 
 
@@ -171,7 +161,8 @@ def _sizes(model: nn.Module) -> Iterator[list[int]]:
 
     def note(_: nn.Module, __: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            sizes.append(output.numel() * output.element_size())
+            with unasked():
+                sizes.append(output.numel() * output.element_size())
 
     with contextlib.ExitStack() as stack:
         for module in model.modules():
@@ -194,15 +185,16 @@ def _hessian(
     starts: list[GradientEdge | None] = [None] * len(targets)
 
     def note(i: int, g: Tensor) -> None:
-        starts[i] = _edge(g)
+        starts[i] = edge_of(g)
 
-    with surface.backward(), arrivals(targets, note):
+    with backward(surface, risk), arrivals(targets, note):
         gradients = torch.autograd.grad(
             risk, targets, root_of(risk), create_graph=True, allow_unused=True
         )
-    _check_graph(starts)
-    used = depended_on(risk, leaves, gradients)
-    return used, _pullback(surface, starts, targets, once), _nodes(starts)
+    with unasked():
+        used = depended_on(risk, leaves, gradients)
+        nodes = twice(starts)
+        return used, pullback(surface, starts, nodes, targets, once), nodes
 
 
 def _ggn(
@@ -223,16 +215,17 @@ def _ggn(
     curve = hessian_product(surface.loss, outputs.detach(), batch[1])
     targets = list(leaves.values())
     root = torch.zeros_like(outputs, requires_grad=True)
-    with surface.backward():
+    with backward(surface, outputs):
         pulled = torch.autograd.grad(
             outputs, targets, root, create_graph=True, allow_unused=True
         )
-    starts = [_edge(g) for g in pulled]
-    _check_graph(starts)
+    starts = [edge_of(g) for g in pulled]
     used = depended_on(outputs, leaves, pulled)
-    push = _pullback(surface, starts, [root])
-    end = _edge(outputs)
-    pull = _pullback(surface, [end], targets, once)
+    nodes = twice(starts)
+    push = pullback(surface, starts, nodes, [root])
+    end = edge_of(outputs)
+    forward = nodes_from([end])
+    pull = pullback(surface, [end], forward, targets, once)
 
     def product(v: Pieces, receive: Receive | None = None) -> list[Tensor | None]:
         (pushed,) = push(v, None)
@@ -240,61 +233,4 @@ def _ggn(
             return [None] * len(targets)
         return pull([curve(pushed)], receive)
 
-    return used, product, _nodes([*starts, end])
-
-
-def _nodes(edges: Iterable[GradientEdge | None]) -> list[Any]:
-    return [edge.node for edge in edges if edge is not None]
-
-
-def _foreign(node: Any) -> bool:
-    """Whether a node of a graph runs Python code that is not of this package."""
-    made_by = getattr(node, "_forward_cls", None)
-    return made_by is not None and not made_by.__module__.startswith(_OURS)
-
-
-def _edge(value: Tensor | None) -> GradientEdge | None:
-    """Where derivatives of a value start; None where there are none."""
-    return (
-        None if value is None or not value.requires_grad else get_gradient_edge(value)
-    )
-
-
-def _pullback(
-    surface: Surface,
-    starts: Sequence[GradientEdge | None],
-    targets: Pieces,
-    once: bool = False,
-) -> Product:
-    """Return the reverse derivative, in ``targets``, of values, for many uses."""
-    places = [i for i, edge in enumerate(starts) if edge is not None]
-    active = [edge for edge in starts if edge is not None]
-    last = last_nodes(graph_nodes([edge.node for edge in active]), targets)
-
-    def pull(v: Pieces, receive: Receive | None = None) -> list[Tensor | None]:
-        if not active:
-            return [None] * len(targets)
-        given = parts_given(last, receive) if receive else contextlib.nullcontext()
-        with surface.backward(), given:
-            return list(
-                torch.autograd.grad(
-                    active,
-                    targets,
-                    [v[i] for i in places],
-                    retain_graph=not once,
-                    allow_unused=True,
-                )
-            )
-
-    return pull
-
-
-def _check_graph(starts: Sequence[GradientEdge | None]) -> None:
-    """Refuse gradients that torch would silently differentiate to zero.
-
-    A backward pass marked as once differentiable leaves an error in the graph that
-    leads nowhere, and what leads nowhere is not run.
-    """
-    for node in graph_nodes(_nodes(starts)):
-        if node.name() == ONCE:
-            raise NotImplementedError(_ONCE.format("it is once differentiable"))
+    return used, product, list({*nodes, *forward})

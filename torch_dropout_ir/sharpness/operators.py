@@ -12,7 +12,7 @@ from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.frozen import Masks
 from torch_dropout_ir.sharpness.ranks import Group
-from torch_dropout_ir.sharpness.steps import depended_on
+from torch_dropout_ir.sharpness.steps import depended_on, explained
 from torch_dropout_ir.sharpness.subsets import Subset
 from torch_dropout_ir.sharpness.surface import Surface
 
@@ -167,7 +167,7 @@ def used_by(surface: Surface) -> list[str]:
     """Return the names of the parameters that a loss depends on."""
 
     def one(batch: Batch, place: int, seed: int | None) -> Tensor:
-        with torch.enable_grad():
+        with explained(), torch.enable_grad():
             leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
             risk = surface.checked(surface.risk(leaves, batch, place, seed), place)
             targets = list(leaves.values())

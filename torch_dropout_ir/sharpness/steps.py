@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from torch import Tensor
 
+_WITHOUT: Final = ("derivative", "differentiable", "double backward", "not implemented")
+NO_DERIVATIVE: Final = (
+    "expected a model and a loss that can be differentiated twice, got an operation "
+    "that cannot: {}. Put one in its place that can, or leave out the parameters below "
+    "it with `params=`."
+)
 _JUMPS: Final = ("Ceil", "Floor", "Round", "Sgn", "Sign", "Trunc")
 
 
@@ -30,7 +37,7 @@ def depended_on(
     left, seen, reached = [value.grad_fn], set[Any](), set[int]()
     while left:
         node = left.pop()
-        if node is None or node in seen or _jumps(node.name()):
+        if node is None or node in seen or _jumps(node):
             continue
         seen.add(node)
         reached.add(id(getattr(node, "variable", None)))
@@ -39,6 +46,21 @@ def depended_on(
     return [n for (n, x), g in pairs if g is not None and id(x) in reached]
 
 
-def _jumps(name: str) -> bool:
-    """Whether a node of the graph is of a step function, by its name."""
-    return name.rstrip("0123456789") in [f"{jump}Backward" for jump in _JUMPS]
+def _jumps(node: Any) -> bool:
+    """Whether a node of the graph is of a step function, or of a rounded quotient."""
+    if getattr(node, "_saved_rounding_mode", None):
+        return True
+    return node.name().rstrip("0123456789") in [f"{jump}Backward" for jump in _JUMPS]
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Say what to do about an operation without a derivative inside the context."""
+    try:
+        yield
+    except RuntimeError as err:
+        said = str(err).rstrip(".")
+        known = NO_DERIVATIVE.partition("{")[0]
+        if said.startswith(known) or not any(word in said for word in _WITHOUT):
+            raise
+        raise NotImplementedError(NO_DERIVATIVE.format(said)) from err

@@ -43,6 +43,7 @@ from torch_dropout_ir.sharpness.herding import representatives
 from torch_dropout_ir.sharpness.penalties import check_penalties, check_risk
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
+from torch_dropout_ir.sharpness.steps import explained
 from torch_dropout_ir.sharpness.subsets import Subset, chosen_parameters
 from torch_dropout_ir.substitution import call_with, substituted, unmoved_buffers
 from torch_dropout_ir.vectors import to_vector
@@ -190,10 +191,11 @@ class Surface:
         Args:
             params: What they ran at; the parameters of this surface if None.
         """
-        at: dict[str, Tensor] = {}
-        if self.operations.again:
-            own = self.params if params is None else params
-            at = self._at({n: x.detach().requires_grad_() for n, x in own.items()})
+        if not self.operations.again:
+            yield
+            return
+        own = self.params if params is None else params
+        at = self._at({n: x.detach().requires_grad_() for n, x in own.items()})
         with substituted(self.model, at):
             yield
 
@@ -276,7 +278,7 @@ class Surface:
         at = self.params if params is None else params
 
         def one(batch: Batch, place: int, seed: int | None) -> Tensor:
-            with torch.enable_grad():
+            with explained(), torch.enable_grad():
                 leaves = {n: x.detach().requires_grad_() for n, x in at.items()}
                 risk = self.checked(self.risk(leaves, batch, place, seed), place)
                 with self.backward(at):
