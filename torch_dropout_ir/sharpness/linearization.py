@@ -28,7 +28,7 @@ from torch_dropout_ir.arrivals import (
     taken,
 )
 from torch_dropout_ir.functional import Batch
-from torch_dropout_ir.output_hessian import hessian_product
+from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sharpness.linear import added_into
 from torch_dropout_ir.sharpness.steps import depended_on
@@ -220,7 +220,7 @@ def _ggn(
             f"{type(outputs).__name__}. Wrap it in one that returns its logits."
         )
     surface.checked(surface.loss_of(outputs, batch[1]), place)
-    curve = hessian_product(surface.loss, outputs.detach(), batch[1])
+    curve = HessianProduct(surface.loss, outputs.detach(), batch[1])
     targets = list(leaves.values())
     root = torch.zeros_like(outputs, requires_grad=True)
     with surface.backward():
