@@ -33,6 +33,7 @@ FLOORS = {
         "normalization",
         "losses",
         "output_hessian",
+        "output_products",
         "output_scales",
     ),
     2: ("nn", "masks", "regularizers", "condensation", "sharpness"),

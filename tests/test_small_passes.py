@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from torch_dropout_ir import functional, output_hessian, tracing
+from torch_dropout_ir import functional, output_hessian, output_products, tracing
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.output_scales import (
     cross_entropy_scale,
@@ -83,7 +83,7 @@ def test_binary_cross_entropy_has_its_closed_form(reduction, weight, positive):
     loss = resolve_loss(
         nn.BCEWithLogitsLoss(weight, reduction=reduction, pos_weight=positive)
     )
-    expected = output_hessian.hessian_product(loss, f, y)(torch.ones_like(f)).detach()
+    expected = output_products.HessianProduct(loss, f, y)(torch.ones_like(f)).detach()
     torch.testing.assert_close(logistic_diagonal(loss, f, y), expected)
     assert is_convex(loss) == (weight is None and positive is None)
     assert not is_convex(resolve_loss(F.binary_cross_entropy))

@@ -52,7 +52,11 @@ def unpacked_by_hooks() -> bool:
 
 
 def derivatives(
-    output: Tensor, inputs: Sequence[GradientEdge], root: Tensor | None, keep: bool
+    output: Tensor,
+    inputs: Sequence[GradientEdge] | Sequence[Tensor],
+    root: Tensor | None,
+    keep: bool,
+    create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return what ``torch.autograd.grad`` does, of an output and a root of its shape.
 
@@ -61,13 +65,15 @@ def derivatives(
         inputs: Where derivatives are taken; of what it does not depend on, None.
         root: What is sent back; None for a scalar.
         keep: Whether the graph is kept.
+        create_graph: Whether they have a graph of their own.
     """
     if root is None or _ENGINE is None or _FUNCTION_MODES is None or _FUNCTION_MODES():
         return torch.autograd.grad(
-            output, inputs, root, retain_graph=keep, allow_unused=True
-        )
+            output, inputs, root, retain_graph=keep, create_graph=create_graph,
+            allow_unused=True,
+        )  # fmt: skip
     found: tuple[Tensor | None, ...] = _ENGINE(
-        (output,), (root,), keep, False, tuple(inputs),
+        (output,), (root,), keep, create_graph, tuple(inputs),
         allow_unreachable=True, accumulate_grad=False,
     )  # fmt: skip
     return found

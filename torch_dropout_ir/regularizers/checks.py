@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.inputs import Inputs
+from torch_dropout_ir.output_products import HessianProduct
+from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.sites import Site, named_modules, uncompiled, unobservable
 from torch_dropout_ir.tracing import generators_moved
 
@@ -111,10 +115,48 @@ def check_risk(
 
     Raises:
         ValueError: If the loss is NaN or infinite, or draws random numbers.
+    """  # noqa: DOC502 (what is called raises)
+    with _drawing_nothing(name, model, known), torch.no_grad():
+        check_finite(name, value(), model, inputs)
+
+
+def checked_product(
+    name: str, read: OutputsRead, model: nn.Module, inputs: Any, known: bool
+) -> HessianProduct | None:
+    """Check the loss as :func:`check_risk` does, and keep its derivative.
+
+    Args:
+        name: The function that is about to take derivatives.
+        read: What the loss reads of the model's outputs.
+        model: The model.
+        inputs: Its inputs.
+        known: Whether the loss is one of torch's, which draw nothing.
+
+    Returns:
+        Products with its Hessian, where that has no closed form.
+    """
+    if read.known and read.targets is None:
+        return None
+    if read.known or read.loss is None:
+        risk = functools.partial(read.risk, read.tensors)
+        check_risk(name, risk, model, inputs, known)
+        return None
+    with _drawing_nothing(name, model, known):
+        product = read.product()
+        assert product is not None
+        check_finite(name, product.value, model, inputs)
+    return product
+
+
+@contextlib.contextmanager
+def _drawing_nothing(name: str, model: nn.Module, known: bool) -> Iterator[None]:
+    """Raise if a loss draws random numbers in the context.
+
+    Raises:
+        ValueError: If it does.
     """
     moved = None if known else generators_moved(model)
-    with torch.no_grad():
-        check_finite(name, value(), model, inputs)
+    yield
     if moved is not None and moved():
         raise ValueError(
             f"{name}: expected a loss that draws no random numbers, got one that does: "

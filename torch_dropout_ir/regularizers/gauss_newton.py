@@ -15,7 +15,7 @@ from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_finite,
-    check_risk,
+    checked_product,
     noise_left_out,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
@@ -190,19 +190,19 @@ def _first_pass(
     """Check model, batch and loss; take the forms at once where they are small."""
     inputs, targets = batch
     with _pass(model, batch, loss, num_samples) as clean:
-        if targets is not None or loss.kind in ("elementwise", "general"):
-            own = loss.kind != "general"
-            risk = functools.partial(loss, clean.outputs, targets)
-            check_risk("gauss_newton", risk, model, inputs, known=own)
         read = _read(clean, targets, loss)
-        known = _known(model, clean, read, loss, num_samples)
-        forms = RootForms(read, targets, num_samples)
+        own = loss.kind != "general"
+        product = checked_product("gauss_newton", read, model, inputs, known=own)
+        forms = RootForms(clean, read, num_samples, product)
+        del product  # where there is one draw, its graph goes with it
+        known = functools.partial(_known, model, clean, read, loss, forms)
         summed = forms.sums(clean, read, keep=False)
         if summed is not None:
-            return _Seen(known, forms, result=known.of(summed))
+            about = known()
+            return _Seen(about, forms, result=about.of(summed))
         if not RowChunks.pay(clean, read):
             draws, coupled = forms.draws(clean, read, keep=False)
-            return _Seen(known, forms, draws, coupled)
+            return _Seen(known(), forms, draws, coupled)
         kept = read_outputs(without_graph(clean.outputs), loss, targets)
         twice = loss.kind == "general"
         chunks = RowChunks(model, inputs, clean, kept, twice=twice, parts=_CHUNKS)
@@ -210,9 +210,9 @@ def _first_pass(
             meet = clean.samples_meet(read.tensors[0])
             draws, _ = forms.draws(clean, read, coupled=False, keep=False)
             return _Seen(
-                known, forms, draws, bool(meet), chunks if meet is None else None
+                known(), forms, draws, bool(meet), chunks if meet is None else None
             )
-        return _Seen(known, forms, chunks=chunks)
+        return _Seen(known(), forms, chunks=chunks)
 
 
 def _of_chunk(
@@ -247,16 +247,16 @@ def _known(
     clean: CleanPass,
     read: OutputsRead,
     loss: Loss,
-    num_samples: int | None,
+    forms: RootForms,
 ) -> _Known:
     hidden = clean.out_of_sight
     notes = noise_left_out(
         model, clean.noisy, bool(clean.uses), hidden, drawn=clean.drawn
     )
-    if not check_curvature(read):
+    if not (forms.curved or check_curvature(read)):
         notes = (*notes, LINEAR)
-    exact = is_exact(clean, loss, num_samples)
-    return _Known(clean.names, num_samples, exact, read.single, notes)
+    exact = is_exact(clean, loss, forms.num_samples)
+    return _Known(clean.names, forms.num_samples, exact, read.single, notes)
 
 
 def estimate(
@@ -282,11 +282,13 @@ def estimate(
         ValueError: If the outputs have no batch dimension that the loss needs.
     """  # noqa: DOC502 (`_read` raises)
     read = _read(clean, targets, loss)
-    known = _known(model, clean, read, loss, num_samples)
-    forms = RootForms(read, targets, num_samples)
-    if (summed := forms.sums(clean, read)) is not None:
-        return known.of(summed)
+    product = None if read.known else read.product()
+    forms = RootForms(clean, read, num_samples, product)
+    summed = forms.sums(clean, read)
+    if summed is not None:
+        return _known(model, clean, read, loss, forms).of(summed)
     draws, coupled = forms.draws(clean, read)
+    known = _known(model, clean, read, loss, forms)
     return known.estimate(draws, coupled or forms.loss_couples)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.output_hessian import hessian_product
+from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.output_scales import cross_entropy_scale, squared_scale
 from torch_dropout_ir.regularizers.by_rows import differentiated, sum_by_rows
 from torch_dropout_ir.regularizers.outputs import (
@@ -103,7 +103,7 @@ def last_layer(
         return variance / 2 * _softmax_form(rows, weight, softmax, scale)
     read = read_outputs(outputs, resolved, targets)
     check_curvature(read)
-    product = hessian_product(resolved, outputs, targets)
+    product = HessianProduct(resolved, outputs, targets)
     if resolved.kind == "elementwise":
         diagonal = product(torch.ones_like(outputs)).reshape(-1, weight.shape[0])
         return variance / 2 * _diagonal_form(rows, weight, diagonal)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.output_products import TWICE, HessianProduct, explain
 from torch_dropout_ir.output_scales import is_logistic
 from torch_dropout_ir.regularizers.coupling import (
     by_powers,
@@ -19,11 +20,8 @@ from torch_dropout_ir.regularizers.coupling import (
     weighs_alike,
 )
 from torch_dropout_ir.regularizers.leaves import flatten
+from torch_dropout_ir.regularizers.loss_graph import rows_apart
 
-_TWICE: Final = (
-    "expected a loss with a second derivative, got one whose derivative torch cannot "
-    "differentiate again ({}). Use `monte_carlo`."
-)
 _PIECEWISE: Final = (
     "expected a loss with a second derivative, got one that is piecewise {}: its "
     "second derivative is 0 at all outputs, and so would be every second-order form of "
@@ -55,11 +53,25 @@ class OutputsRead:
         """The one tensor, without its graph."""
         return self.tensors[0].detach()
 
-    def couples(self, dims: int = 1) -> bool:
+    @property
+    def known(self) -> bool:
+        """Whether the Hessian is known in closed form, of one that is not zero."""
+        if self.loss is None:
+            return False
+        return self.loss.kind in ("squared", "cross_entropy") or is_logistic(self.loss)
+
+    def product(self) -> HessianProduct | None:
+        """Run the loss for products with its Hessian, where it reads one tensor."""
+        if self.loss is None:
+            return None
+        return HessianProduct(self.loss, self.single, self.targets)
+
+    def couples(self, dims: int = 1, product: HessianProduct | None = None) -> bool:
         """Whether the loss's gradient at one sample depends on another's outputs.
 
         Args:
             dims: Number of leading dimensions that count the samples.
+            product: What :meth:`product` returned, where it is at hand.
 
         Returns:
             Whether the second derivative across samples is not zero.
@@ -72,8 +84,11 @@ class OutputsRead:
         counts = {x.shape[:dims].numel() for x in self.tensors if x.ndim >= dims}
         if len(counts) != 1 or any(x.ndim < dims for x in self.tensors):
             return True
-        at = [x.detach().requires_grad_() for x in self.tensors]
-        live = [s for s in self.slopes(at) if s.requires_grad]
+        product = product or self.product()
+        if product and dims == 1 and rows_apart(product.value, product.at):
+            return False
+        at, slopes = self.differentiated(product)
+        live = [s for s in slopes if s.requires_grad]
         if not live:
             return False
         roots = [even_root(s, dims, i * s.numel()) for i, s in enumerate(live)]
@@ -83,6 +98,15 @@ class OutputsRead:
             p is not None and w is not None and not weighs_alike(p, w, dims)
             for p, w in zip(plain, weighed, strict=True)
         )
+
+    def differentiated(
+        self, product: HessianProduct | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the leaves that the loss is taken of, and its gradient in them."""
+        if product is not None:
+            return [product.at], [product.gradient]
+        at = [x.detach().requires_grad_() for x in self.tensors]
+        return at, self.slopes(at)
 
     def slopes(self, at: Sequence[Tensor], create_graph: bool = True) -> list[Tensor]:
         """Return the gradient of the loss in each tensor, zeros where it has none.
@@ -192,15 +216,14 @@ def _curved(
     Raises:
         RuntimeError: What autograd raises of another kind.
         ValueError: If torch has no derivative of it.
-    """
+    """  # noqa: DOC502 (`explain` raises)
     try:
         return torch.autograd.grad(
             slopes, at, roots, allow_unused=True, retain_graph=True
         )
     except RuntimeError as err:
-        if "derivative" not in str(err) and "differentiate twice" not in str(err):
-            raise
-        raise ValueError(_TWICE.format(err)) from err
+        explain(err)
+        raise
 
 
 def check_curvature(read: OutputsRead) -> bool:
@@ -218,15 +241,11 @@ def check_curvature(read: OutputsRead) -> bool:
         ValueError: If it is piecewise linear or constant, or torch cannot
             differentiate it twice.
     """
-    known = read.loss
-    if known is not None and known.kind in ("squared", "cross_entropy"):
+    if read.known:
         return True
-    if known is not None and is_logistic(known):
-        return True
-    at = [x.detach().requires_grad_() for x in read.tensors]
-    slopes = read.slopes(at)
+    at, slopes = read.differentiated(read.product())
     if once_differentiable(slopes):
-        raise ValueError(_TWICE.format("it is once differentiable"))
+        raise ValueError(TWICE.format("it is once differentiable"))
     live = [s for s in slopes if s.requires_grad]
     steps = [uneven(s, i * s.numel()) for i, s in enumerate(live)]
     if live:

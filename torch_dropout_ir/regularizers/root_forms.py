@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.output_hessian import ALL, HessianRoots, Root, Rows
+from torch_dropout_ir.output_hessian import HessianRoots
+from torch_dropout_ir.output_products import (
+    ALL,
+    HessianProduct,
+    ProductRoots,
+    Root,
+    Rows,
+)
 from torch_dropout_ir.registration import form_sums
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.coupling import alike, by_powers
+from torch_dropout_ir.regularizers.loss_graph import one_by_one, rows_apart
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, Sums, by_row
@@ -28,32 +37,54 @@ class RootForms:
     place of the roots.
 
     Args:
-        read: What the loss reads of the outputs of all rows.
-        targets: The targets, or None.
+        clean: The pass over all rows.
+        read: What the loss reads of its outputs.
         num_samples: Random roots; None for the exact sum.
+        product: Products with the loss's Hessian, where it has no closed form.
 
     Attributes:
-        one_pass: Whether it takes a single pass backward.
+        num_samples: Random roots; None for the exact sum.
+        one_pass: Whether the graph is gone through for a single draw.
         loss_couples: Whether the loss couples samples.
     """
 
     def __init__(
-        self, read: OutputsRead, targets: Any, num_samples: int | None
+        self,
+        clean: CleanPass,
+        read: OutputsRead,
+        num_samples: int | None,
+        product: HessianProduct | None,
     ) -> None:
-        self._num_samples = num_samples
-        self._roots = None
-        if read.loss is not None and _has_roots(read):
-            self._roots = HessianRoots(read.loss, read.single, targets)
+        self.num_samples = num_samples
+        self.loss_couples = False
+        self._roots: HessianRoots | ProductRoots | None = None
+        loss, f = read.loss, read.tensors[0]
+        if loss is None or loss.kind == "general":
+            apart = product is not None and rows_apart(product.value, product.at)
+            self.loss_couples = not apart and read.couples(product=product)
+            if loss is not None and product is not None and not self.loss_couples:
+                alone = apart and one_by_one(product.value, product.at)
+                if alone or f.numel() == len(f):
+                    loss = dataclasses.replace(loss, kind="elementwise")
+        blocks = not self.loss_couples and _blocks_pay(clean, f, num_samples)
+        if loss is not None and (loss.kind != "general" or blocks):
+            self._roots = HessianRoots(loss, read.single, read.targets, product)
+        elif product is not None and f.ndim and num_samples:
+            self._roots = ProductRoots(product, keep=num_samples > 1)
         self.one_pass = num_samples == 1 and self._roots is not None
-        self.loss_couples = self._roots is None and read.couples()
+
+    @property
+    def curved(self) -> bool:
+        """Whether the Hessian is known not to be zero."""
+        return self._roots is not None and self._roots.curved
 
     def one_by_one(self) -> list[RootForms]:
         """Return the same for one random root each; itself where that is not less."""
-        if self._roots is None or self._num_samples is None:
+        if self._roots is None or self.num_samples is None:
             return [self]
         one = copy.copy(self)
-        one._num_samples = 1
-        return [one] * self._num_samples
+        one.num_samples = 1
+        return [one] * self.num_samples
 
     def sums(
         self, clean: CleanPass, read: OutputsRead, *, keep: bool = True
@@ -72,26 +103,28 @@ class RootForms:
         if not (self.one_pass and clean.uses) or clean.matters:
             return None
         assert self._roots is not None
-        at_once = self._roots.has_one and _alike(clean, outputs)
-        meet = clean.samples_meet(outputs) if at_once else None
+        meet = clean.samples_meet(outputs) if _alike(clean, outputs) else None
         if meet is None:
             return None
-        ((root, sign),) = self._roots.sample()
-        assert not isinstance(sign, Tensor)
-        found = clean.derivatives(outputs, root, keep)
-        reached = [i for i, g in enumerate(found) if g is not None]
-        if not reached:
+        roots = self._roots.sample()
+        found: list[tuple[int, Tensor, float]] = []
+        for left, (root, sign) in zip(reversed(range(len(roots))), roots, strict=True):
+            assert not isinstance(sign, Tensor)
+            pulled = clean.derivatives(outputs, root, keep or bool(left))
+            found += [(i, g, sign) for i, g in enumerate(pulled) if g is not None]
+        meet = meet or self.loss_couples
+        if not found:
             zero = self._roots.like.new_zeros(())
             return Sums([zero, zero.clone()], [], meet)
         uses, shapes = clean.uses, clean.mask_shapes
         summed = form_sums(
-            [_plain(uses[i][1]) for i in reached],
-            [g for g in found if g is not None],
-            [uses[i][0].variance / 2 * sign for i in reached],
-            [shapes[i][0] if shapes[i] else 1 for i in reached],
-            [math.prod(shapes[i][1:]) for i in reached],
+            [_plain(uses[i][1]) for i, _, _ in found],
+            [g for _, g, _ in found],
+            [uses[i][0].variance / 2 * sign for i, _, sign in found],
+            [shapes[i][0] if shapes[i] else 1 for i, _, _ in found],
+            [math.prod(shapes[i][1:]) for i, _, _ in found],
         )
-        return Sums(summed, [uses[i][0].name for i in reached], meet)
+        return Sums(summed, [uses[i][0].name for i, _, _ in found], meet)
 
     def draws(
         self,
@@ -114,20 +147,19 @@ class RootForms:
         Returns:
             The draws, and whether samples meet in the network.
         """
-        if self._roots is None or self._num_samples is None:
-            if coupled is None:
-                coupled = bool(clean.uses) and clean.couples_samples(read.tensors)
+        exact = self._roots is None or self.num_samples is None
+        if exact and coupled is None:
+            coupled = bool(clean.uses) and clean.couples_samples(read.tensors)
         if self._roots is None:
             curvature = SiteCurvature(clean, read, linearized=True)
             meet = coupled or self.loss_couples
-            return curvature.draws(self._num_samples, bool(meet)), bool(coupled)
+            return curvature.draws(self.num_samples, bool(meet)), bool(coupled)
         outputs = read.tensors[0]
-        if self._num_samples is None:
+        if self.num_samples is None:
+            assert isinstance(self._roots, HessianRoots)
             roots = _apart(clean.count(outputs), coupled, self._roots.exact(rows))
-            forms = [
-                f for root, sign in roots for f in _pull(clean, outputs, root, sign)
-            ]
-            return [forms], bool(coupled)
+            pulled = (_pull(clean, outputs, root, sign) for root, sign in roots)
+            return [[form for forms in pulled for form in forms]], bool(coupled)
         return self._sampled(clean, outputs, coupled, rows, keep)
 
     def _sampled(
@@ -138,16 +170,16 @@ class RootForms:
         rows: Rows,
         keep: bool,
     ) -> tuple[list[list[Form]], bool]:
-        assert self._roots is not None and self._num_samples is not None
+        assert self._roots is not None and self.num_samples is not None
         coupled = clean.samples_meet(outputs) if coupled is None else coupled
         count = clean.count(outputs) if coupled is None else None
         draws: list[list[Form]] = []
-        for k in range(self._num_samples):
+        for k in range(self.num_samples):
             roots = self._roots.sample(rows)
             forms: list[Form] = []
             meet = False
             for j, (root, sign) in enumerate(roots):
-                last = k + 1 == self._num_samples and j + 1 == len(roots)
+                last = k + 1 == self.num_samples and j + 1 == len(roots)
                 needed = keep or not last or coupled is None
                 plain: dict[int, Tensor] | None = {} if coupled is None else None
                 forms += _pull(clean, outputs, root, sign, needed, plain)
@@ -174,16 +206,25 @@ def _alike(clean: CleanPass, outputs: Tensor) -> bool:
     ])
 
 
-def _has_roots(read: OutputsRead) -> bool:
-    """Whether the Hessian of each sample has a root that can be computed."""
-    if read.loss is None:
-        return False
-    if read.loss.kind != "general":
-        return True
-    f = read.tensors[0]
-    if f.ndim == 0 or read.couples():
-        return False
-    return f.numel() * f[0].numel() <= _MOST_BLOCK_ELEMENTS
+def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None) -> bool:
+    """Whether to take eigenvectors of the blocks of samples: they spread less.
+
+    Beside a pass through a large network, or many draws, they take little time.
+
+    Args:
+        clean: The pass over all rows.
+        f: The outputs.
+        num_samples: Random roots; None for the exact sum, which has no other way.
+
+    Returns:
+        Whether they are small enough, and pay.
+    """
+    width = f[0].numel() if len(f) else 0
+    if f.numel() * width > _MOST_BLOCK_ELEMENTS or num_samples is None:
+        return f.numel() * width <= _MOST_BLOCK_ELEMENTS
+    size = sum([h.numel() for _, h, _ in clean.uses])
+    large = clean.matters and f.numel() * width * width <= num_samples * size
+    return large or width <= num_samples
 
 
 def _apart(count: int, coupled: bool | None, roots: Iterator[Root]) -> Iterator[Root]:

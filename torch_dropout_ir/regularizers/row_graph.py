@@ -58,9 +58,9 @@ class Op(NamedTuple):
         return [(d - 2**64 if d >= 2**63 else d) % ndim for d in given]
 
 
-_START: Final = Place(0, 1)
+START: Final = Place(0, 1)
 _LEAF: Final = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
-_UNARY: Final = frozenset(
+UNARY: Final = frozenset(
     f"{name}Backward{k}"
     for k in (0, 1)
     for name in (
@@ -92,31 +92,31 @@ def rows_meet(
         return None
     found: dict[Any, Place | None] = {}
     ends, stack = {edge.node for edge in sites}, [(outputs.grad_fn, None)]
-    for node, edges in _inputs_first(stack, found):
+    for node, edges in inputs_first(stack, found):
         places = [found.get(child) for child, _ in edges]
         if node in ends:
-            if any([place not in (None, _START) for place in places]):
+            if any([place not in (None, START) for place in places]):
                 return None
-            found[node] = _START
+            found[node] = START
             continue
         if not any(places):
             found[node] = None
             continue
         name = node.name()
-        if name in _UNARY and len(edges) == 1:
+        if name in UNARY and len(edges) == 1:
             found[node] = places[0]
         else:
             op = Op(node, edges, places, count)
             if name in _BATCH_NORM and _meets(op):
                 above = [x for x, begun in stack if begun is not None]
                 return True if all(map(_passes, (node, *above))) else None
-            found[node] = _RULES.get(name, _unknown)(op)
+            found[node] = RULES.get(name, _unknown)(op)
             if found[node] is None:
                 return None
-    return False if found[outputs.grad_fn] in (None, _START) else None
+    return False if found[outputs.grad_fn] in (None, START) else None
 
 
-def _inputs_first(
+def inputs_first(
     stack: list[tuple[Any, Any]], done: dict[Any, Any]
 ) -> Iterator[tuple[Any, Any]]:
     """Yield the nodes of a graph that are not done, each after those it leads to.
@@ -138,7 +138,7 @@ def _inputs_first(
             stack.append((node, edges))
             for child, _ in edges:
                 if type(child) is _LEAF:
-                    done[child] = None  # a parameter
+                    done.setdefault(child, None)  # a parameter
                 elif child is not None and child not in done:
                     stack.append((child, None))
             continue
@@ -163,7 +163,7 @@ def _unknown(_: Op) -> None:
     return None
 
 
-def _broadcast(op: Op) -> Place | None:
+def broadcast(op: Op) -> Place | None:
     """Elementwise, with inputs that are repeated along missing dimensions."""
     shape, found = op.shape, set()
     for place, own in op.leading():
@@ -235,7 +235,7 @@ def _attention(op: Op) -> Place | None:
     return None if any(op.places[3:]) else _one_by_one(op)
 
 
-def _within(op: Op) -> Place | None:
+def within(op: Op) -> Place | None:
     """Along dimensions that a node has saved, which stay."""
     places = {place for place in op.places if place is not None}
     place = places.pop()
@@ -248,7 +248,7 @@ def _sliced(op: Op) -> Place | None:
     return place if own[place.dim] == op.shape[place.dim] else None
 
 
-def _less(op: Op) -> Place | None:
+def less(op: Op) -> Place | None:
     """Along dimensions that a node has saved, which go where it does not keep them."""
     ((place, own),) = op.leading()
     saved = op.node._saved_dim
@@ -271,9 +271,9 @@ def _batch_norm(op: Op) -> Place | None:
 
 
 def _rules() -> dict[str, Callable[[Op], Place | None]]:
-    rules: dict[str, Callable[[Op], Place | None]] = dict.fromkeys(_UNARY, _broadcast)
+    rules: dict[str, Callable[[Op], Place | None]] = dict.fromkeys(UNARY, broadcast)
     named: dict[Callable[[Op], Place | None], str] = {
-        _broadcast: "Expand MaskedFill Where",
+        broadcast: "Expand MaskedFill Where",
         _view: "View UnsafeView ReshapeAlias Unsqueeze Squeeze",
         _reordered: "Transpose Permute T",
         _first(0): "Mm Convolution MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D "
@@ -283,16 +283,16 @@ def _rules() -> dict[str, Callable[[Op], Place | None]]:
         _attention: "ScaledDotProductFlashAttentionForCpu "
         "ScaledDotProductFlashAttention ScaledDotProductEfficientAttention "
         "ScaledDotProductCudnnAttention",
-        _within: "Softmax LogSoftmax Split SplitWithSizes Cat",
+        within: "Softmax LogSoftmax Split SplitWithSizes Cat",
         _sliced: "Slice",
-        _less: "Select Unbind",
+        less: "Select Unbind",
         _layer_norm: "NativeLayerNorm",
         _batch_norm: "NativeBatchNorm CudnnBatchNorm",
     }
     for rule, names in named.items():
         rules |= {f"{name}Backward0": rule for name in names.split()}
-    rules |= dict.fromkeys(("MeanBackward1", "SumBackward1"), _less)
+    rules |= dict.fromkeys(("MeanBackward1", "SumBackward1"), less)
     return rules | {"SqueezeBackward1": _view, "SqueezeBackward2": _view}
 
 
-_RULES: Final = _rules()
+RULES: Final = _rules()

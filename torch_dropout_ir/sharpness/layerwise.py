@@ -26,12 +26,8 @@ from torch import Tensor
 
 from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.functional import Batch, batch_size
-from torch_dropout_ir.output_hessian import (
-    HessianRoots,
-    Root,
-    hessian_roots,
-    holding,
-)
+from torch_dropout_ir.output_hessian import HessianRoots, hessian_roots, holding
+from torch_dropout_ir.output_products import Root
 from torch_dropout_ir.sharpness.residual import Block, Residual, halved
 from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.sharpness.uses import Use, Uses

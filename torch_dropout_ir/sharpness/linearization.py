@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir.arrivals import Receive, arrivals, root_of, taken
 from torch_dropout_ir.functional import Batch
-from torch_dropout_ir.output_hessian import hessian_product
+from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sharpness.linear import added_into
 from torch_dropout_ir.sharpness.pullback import (
@@ -212,7 +212,7 @@ def _ggn(
             f"{type(outputs).__name__}. Wrap it in one that returns its logits."
         )
     surface.checked(surface.loss_of(outputs, batch[1]), place)
-    curve = hessian_product(surface.loss, outputs.detach(), batch[1])
+    curve = HessianProduct(surface.loss, outputs.detach(), batch[1])
     targets = list(leaves.values())
     root = torch.zeros_like(outputs, requires_grad=True)
     with backward(surface, outputs):

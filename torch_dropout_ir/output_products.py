@@ -1,0 +1,147 @@
+"""Floor 1: products with the Hessian of a loss in the outputs, whatever the loss."""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeAlias
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.arrivals import once_differentiable, root_of
+from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.tracing import derivatives
+
+Root = tuple[Tensor, "Tensor | float"]
+Rows: TypeAlias = "Tensor | slice"
+ALL: Final = slice(None)
+TWICE: Final = (
+    "expected a loss with a second derivative, got one whose derivative torch cannot "
+    "differentiate again ({}). Use `monte_carlo`."
+)
+
+
+class HessianProduct:
+    """``v -> H v`` in the outputs, differentiable in ``outputs``.
+
+    The Hessian is symmetric, so its product is the reverse derivative of the gradient.
+    The loss runs once, forward and backward.
+
+    Args:
+        loss: The loss.
+        outputs: Network outputs.
+        targets: The targets.
+
+    Attributes:
+        at: The outputs, as the leaf of the loss's graph where they have no graph.
+        value: The loss.
+        gradient: Its gradient in the outputs.
+
+    Raises:
+        ValueError: If the loss cannot be differentiated twice.
+    """
+
+    def __init__(self, loss: Loss, outputs: Tensor, targets: Any) -> None:
+        self._trained = outputs.requires_grad
+        f = outputs if self._trained else outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            value = loss(f, targets)
+            if not value.requires_grad:
+                raise ValueError(
+                    "expected a loss that can be differentiated in the outputs, got "
+                    "one whose value is cut off from them (detached, rounded or an "
+                    "argmax)"
+                )
+            own = root_of(value)
+            root = torch.ones_like(value) if own is None else own
+            (slope,) = derivatives(value, (f,), root, True, create_graph=True)
+        if own is not None and once_differentiable([slope]):
+            raise ValueError(TWICE.format("it is once differentiable"))
+        self.at, self.value = f, value
+        self.gradient = torch.zeros_like(f) if slope is None else slope
+
+    def __call__(self, v: Tensor, keep: bool = True) -> Tensor:
+        """Multiply.
+
+        Args:
+            v: A tensor of the shape of the outputs.
+            keep: Whether there are more products; else the graph may go.
+
+        Returns:
+            A tensor of that shape.
+
+        Raises:
+            RuntimeError: What autograd raises of another kind.
+            ValueError: If torch has no derivative of the gradient.
+        """  # noqa: DOC502 (`explain` raises)
+        if not self.gradient.requires_grad:  # the loss is linear in the outputs
+            return torch.zeros_like(v)
+        graph = self._trained
+        try:
+            (found,) = derivatives(
+                self.gradient, (self.at,), v, keep or graph, create_graph=graph
+            )
+        except RuntimeError as err:
+            explain(err)
+            raise
+        return torch.zeros_like(v) if found is None else found
+
+
+def explain(err: RuntimeError) -> None:
+    """Raise where an error says that torch has no second derivative of a loss.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if "derivative" in str(err) or "differentiate twice" in str(err):
+        raise ValueError(TWICE.format(err)) from err
+
+
+class ProductRoots:
+    r"""Pairs of roots, whose squares differ by the Hessian on average.
+
+    With signs :math:`z` on the outputs, :math:`E[z (H z)^\top] = H`, whatever the
+    Hessian is: indefinite, or between samples. For :math:`r_\pm = (a z \pm H z / a) /
+    2` it is :math:`r_+ r_+^\top - r_- r_-^\top`, up to a skew part. One product a draw;
+    it spreads more than roots of blocks do, the more the fewer outputs the curvature is
+    in.
+
+    Args:
+        product: Products with the Hessian.
+        keep: Whether there are several draws.
+
+    Attributes:
+        like: The outputs.
+        curved: Whether a draw has shown that the Hessian is not zero.
+    """
+
+    def __init__(self, product: HessianProduct, keep: bool) -> None:
+        self._product = product
+        self._keep = keep
+        self.like = product.at.detach()
+        self.curved = False
+
+    def sample(self, rows: Rows = ALL) -> list[Root]:
+        """Draw a pair of roots.
+
+        Args:
+            rows: The samples.
+
+        Returns:
+            Two tensors shaped as their outputs with their signs; a single one of zeros
+            where the product is zero.
+        """
+        z = torch.empty_like(self.like).bernoulli_(0.5).mul_(2).sub_(1)
+        found = self._product(z, self._keep)
+        # Of equal length, lest one of them be lost in the other's rounding.
+        length = (float(found.norm()) / found.numel() ** 0.5) ** 0.5
+        if not length:
+            return [(of_rows(found, rows), 1.0)]
+        self.curved = True
+        mean, half = of_rows(z, rows) * (length / 2), of_rows(found, rows)
+        half = half / (2 * length)
+        return [(mean + half, 1.0), (mean - half, -1.0)]
+
+
+def of_rows(x: Tensor, rows: Rows) -> Tensor:
+    """Return some rows, or the tensor itself where those are all."""
+    return x if rows is ALL else x[rows]

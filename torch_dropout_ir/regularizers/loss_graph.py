@@ -1,0 +1,135 @@
+"""What the graph of a loss tells: whether it is a sum of terms of outputs apart.
+
+Semantics:
+
+* Rows of the outputs have a place in what is computed of them, as samples have in
+  :mod:`~torch_dropout_ir.regularizers.row_graph`, until they are added up. What is
+  linear in such sums still is a sum of terms of one row each.
+* Along every other dimension of the outputs likewise. Where entries are apart along all
+  of them, each term is of one output.
+* A graph with any other operation may be of such a sum too: it does not tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from torch_dropout_ir.regularizers.row_graph import (
+    RULES,
+    START,
+    Op,
+    Place,
+    broadcast,
+    inputs_first,
+    less,
+    within,
+)
+
+# A sum over rows, which have no place any more.
+_SUM: Final = Place(-1, 0)
+_LOSSES: Final = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "HuberLoss", "MseLoss",
+        "SmoothL1Loss", "SoftMarginLoss",
+    )
+)  # fmt: skip
+_OF_ROWS: Final = frozenset(("NllLossBackward0", "NllLoss2DBackward0"))
+_ADDS: Final = frozenset(("SumBackward0", "MeanBackward0"))
+_ADDS_SOME: Final = frozenset(("SumBackward1", "MeanBackward1"))
+_LINEAR: Final = _ADDS | _ADDS_SOME | {
+    f"{name}Backward0" for name in (
+        "Add", "Sub", "Neg", "View", "Squeeze", "Unsqueeze", "Select", "Slice", "Stack"
+    )
+}  # fmt: skip
+
+
+def one_by_one(value: Tensor, outputs: Tensor) -> bool:
+    """Whether the graph shows terms of one output each, if they are of one row each."""
+    dims = [d for d, size in enumerate(outputs.shape) if d and size > 1]
+    return all(rows_apart(value, outputs, dim) for dim in dims)
+
+
+def rows_apart(value: Tensor, outputs: Tensor, dim: int = 0) -> bool:
+    """Whether the graph shows a sum of terms of one row each.
+
+    Args:
+        value: The loss, with its graph.
+        outputs: The outputs, the leaf of that graph.
+        dim: The dimension along which rows follow each other.
+
+    Returns:
+        Whether it does; False where it does not tell.
+    """
+    if value.grad_fn is None or not outputs.ndim:
+        return False
+    start = Place(dim, 1) if dim else START
+    found: dict[Any, Place | None] = {get_gradient_edge(outputs).node: start}
+    count = outputs.shape[dim]
+    for node, edges in inputs_first([(value.grad_fn, None)], found):
+        places = [found.get(child) for child, _ in edges]
+        if not any(places):
+            found[node] = None
+            continue
+        found[node] = _place(Op(node, edges, places, count))
+        if found[node] is None:
+            return False
+    return found[value.grad_fn] == _SUM
+
+
+def _place(op: Op) -> Place | None:
+    """Return where the rows are in what a node makes; None where it is not known."""
+    name = op.node.name()
+    if _SUM in op.places:
+        return _SUM if _linear(name, op) else None
+    if name in _ADDS:
+        return _SUM
+    if name in _LOSSES and op.node._saved_reduction:
+        return (
+            _SUM if len({(place, *own) for place, own in op.leading()}) == 1 else None
+        )
+    if name in _OF_ROWS and op.node._saved_reduction and not any(op.places[1:]):
+        place = op.places[0]
+        return _SUM if place is not None and place.dim != 1 else None
+    if name in _ADDS_SOME:
+        ((place, own),) = op.leading()
+        dims = op.node._saved_dim
+        if dims is None or place.dim in op.dims(dims, len(own)):
+            return _SUM
+    rule = _RULES.get(name)
+    return None if rule is None else rule(op)
+
+
+def _linear(name: str, op: Op) -> bool:
+    """Whether a node is linear in sums, and takes nothing else of the outputs."""
+    if any([place not in (None, _SUM) for place in op.places]):
+        return False
+    if name == "MulBackward0":
+        return op.places.count(_SUM) == 1
+    if name == "DivBackward0":
+        return not any(op.places[1:])
+    return name in _LINEAR
+
+
+def _gathered(op: Op) -> Place | None:
+    place = within(op)
+    ((_, own),) = op.leading()
+    return place if place and own[place.dim] == op.shape[place.dim] else None
+
+
+def _rules() -> dict[str, Callable[[Op], Place | None]]:
+    elementwise = (
+        "Cosh", "Erf", "Expm1", "Log1P", "Logaddexp", "Maximum", "Minimum",
+        "Reciprocal", "Rsub", "Sinh", "Square", "Xlogy",
+    )  # fmt: skip
+    named = {f"{x}Backward{k}": broadcast for x in elementwise for k in (0, 1)}
+    named |= {f"{x}Backward0": less for x in ("LinalgVectorNorm", "Logsumexp", "Var")}
+    named |= {"CumsumBackward0": within, "GatherBackward0": _gathered}
+    return RULES | dict.fromkeys(_LOSSES, broadcast) | named
+
+
+_RULES: Final = _rules()
