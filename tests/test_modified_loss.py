@@ -251,6 +251,12 @@ def test_bad_input():
         modified_loss(net.eval(), batch, "mse", kind="L1")
     with pytest.raises(ValueError, match="second derivative"):
         modified_loss(net.train(), batch, nn.L1Loss(), kind="L1", r1="gauss_newton")
+    # One mask for all positions, of which no closed form tells.
+    shared = nn.Sequential(nn.Dropout1d(0.3), nn.Linear(3, 2))
+    for form in ("last_layer", "leave_one_out"):
+        with pytest.raises(ValueError, match="a single site"):
+            long = torch.randn(4, 5, 3), torch.randn(4, 5, 2)
+            modified_loss(shared, long, "mse", kind="L1", r1=form)
 
 
 class Apart(nn.Module):

@@ -184,15 +184,17 @@ def test_a_mask_that_the_batch_shares():
 @pytest.mark.parametrize("noise", [
     lambda x: F.alpha_dropout(x, 0.5, True),
     lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)) * 2,
+    nn.AlphaDropout(0.5),
 ])  # fmt: skip
 def test_other_noise_makes_nothing_exact(noise):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.drop, self.last = nn.Dropout(0.2), nn.Linear(3, 2)
+            self.noise = noise
 
         def forward(self, x):
-            return self.last(self.drop(noise(x)))
+            return self.last(self.drop(self.noise(x)))
 
     net = Net()
     batch = torch.randn(5, 3), torch.randn(5, 2)

@@ -381,11 +381,14 @@ def test_where_it_stops_does_not_move_the_mean(skewed, monkeypatch):
         self._linear += list(torch.zeros_like(x))
 
     monkeypatch.setattr(ExcessRisk, "draw", draw)
+    # No linear part is known here: the first look would be the last.
+    monkeypatch.setattr(sys.modules[monte_carlo.__module__], "_FIRST_WITHOUT_FIT", 8)
     net, batch = softmax_net(0.1)
     form = functools.partial(
         monte_carlo, net, batch, "cross_entropy", num_masks=1000, rtol=0.2
     )
     found = [form() for _ in range(800)]
+    assert len({x.num_samples for x in found}) > 3
     assert all(x.converged and x.standard_error <= 0.2 * x.value.abs() for x in found)
     values = torch.stack([x.value for x in found]).double()
     spread = float(values.std())
@@ -401,6 +404,7 @@ def test_p_of_one_and_repeated_sites():
     r1 = truth(net, batch, "mse")
     found = monte_carlo(net, batch, "mse", num_masks=4)
     assert float(found.value) == pytest.approx(r1, rel=1e-9)
+    assert 0 < found.standard_error < 1e-12  # what a loss rounds, and no more
     for form in (gauss_newton, second_order):
         with pytest.raises(ValueError, match="site `0`"):
             form(net, batch, "mse")

@@ -237,6 +237,24 @@ def test_r2_is_the_enumerated_one(shared):
     assert found.shared_mask is shared
 
 
+def test_errors_of_r2_are_of_a_sample_of_pairs():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Dropout(0.4), nn.Linear(4, 1))
+    batch = torch.randn(3, 2), torch.randn(3, 1)
+    options = {"lr": 0.1, "shared_mask": True}
+    torch.manual_seed(2)
+    a, b = (gradient_norm(net, batch, "mse", **options) for _ in range(2))
+    torch.manual_seed(2)
+    both = gradient_norm(net, batch, "mse", num_masks=4, **options)
+    for name in ("mean_gradient", "dropout_noise"):
+        pair = torch.stack((getattr(a, name), getattr(b, name)))
+        torch.testing.assert_close(getattr(both, name), pair.mean())
+        found = getattr(both, f"{name}_standard_error")
+        torch.testing.assert_close(found, (pair[0] - pair[1]).abs() / 2)
+    torch.testing.assert_close(both.standard_error, (a.value - b.value).abs() / 2)
+    assert a.standard_error.isnan()
+
+
 def two_layer_closed_form(net, batch, p, shared):
     """``E||g||^2`` and ``||E g||^2``: sums over pairs of samples and units."""
     x, y = batch

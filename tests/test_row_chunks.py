@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from torch_dropout_ir.functional import Inputs
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.output_hessian import ALL, HessianRoots
 from torch_dropout_ir.regularizers import gauss_newton, row_chunks, second_order
@@ -272,3 +273,11 @@ def test_a_backward_pass_holds_no_derivative_of_a_site():
     assert list(found) == [1, 0]
     for use, g in enumerate(plain):
         torch.testing.assert_close(found[use], g)
+
+
+def test_inputs_that_count_something_else_are_left_whole():
+    x, table, one = torch.randn(5, 2), torch.randn(7, 2), torch.randn(1, 2)
+    rows = torch.tensor([0, 3])
+    found = row_chunks.rows_of(Inputs((x, table), {"one": one}), rows, 5)
+    assert torch.equal(found.args[0], x[rows])
+    assert found.args[1] is table and found.kwargs["one"] is one

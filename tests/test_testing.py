@@ -351,3 +351,28 @@ def test_a_mean_without_known_noise_is_said(noise):
     with pytest.warns(UserWarning, match="not in it"):
         found = testing.expected_dropout_loss(net, batch, "mse")
     torch.testing.assert_close(found, expected)
+
+
+def test_a_site_that_drops_everything_breaks_no_claim():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(1.0), nn.Linear(3, 2)).double()
+    batch = torch.randn(4, 2).double(), torch.randn(4, 2).double()
+    report = testing.check_regularizer(net, batch, "mse", num_masks=10)
+    report.assert_holds()
+    assert report.agreeing == ("monte_carlo",)
+    lacking = [f for f in report.findings if f.name not in report.agreeing]
+    assert {f.claim for f in lacking} == {"not applicable"}
+    assert all("site `1`" in f.reason for f in lacking)
+
+
+@given(st.data())
+def test_strategies_keep_to_what_they_are_given(data):
+    chances = st.sampled_from([0.25, 0.5])
+    limits = {"max_width": 2, "max_depth": 1, "max_outputs": 2}
+    net = data.draw(testing.networks(probabilities=chances, **limits))
+    assert [type(m) for m in (net[0], net[2], net[3])] == [
+        nn.Linear, nn.Dropout, nn.Linear
+    ]  # fmt: skip
+    assert len(net) == 4 and net[2].p in (0.25, 0.5)
+    assert net[3].in_features <= 2 and net[3].out_features <= 2
+    x, _ = data.draw(testing.batches(net, max_samples=2))
+    assert 1 <= len(x) <= 2
