@@ -363,12 +363,9 @@ def no_norm():
 # What cannot be measured, by script.
 ABSENT = {
     without_second_derivative: {"sharpness": "differentiated twice"},
-    per_sample_gradients: {
-        "regularizer": "no call of the model",
-        "dropout_noise": "no call of the model",
-        "masks": "no mask",
-        "sharpness": "the loss is not known",
-    },
+    per_sample_gradients: dict.fromkeys(
+        ("regularizer", "dropout_noise", "masks", "sharpness"), "no call of the model"
+    ),
 }
 MAKES = {
     own_generators: Owns,

@@ -155,7 +155,8 @@ def test_without_a_pass_nothing_is_claimed_of_sites():
     with tdi.attach_analysis(net, log_dir=False, every=1) as analysis:
         net.encode(torch.randn(8, 4)).square().mean().backward()
         sgd.step()
-    assert "not by a method of another name" in analysis.absent["masks"]
+    names = ("regularizer", "dropout_noise", "masks", "sharpness")
+    assert all("a method of another name" in analysis.absent[x] for x in names)
 
 
 class KeptElsewhere(nn.Module):
@@ -205,3 +206,42 @@ def test_the_summary_says_once_what_is_said_of_many():
     first = "condensation/orientation_amplitude/parts.0"
     assert f"  {first} and 5 more of condensation: amplitudes are" in text
     assert "no graph of what follows `last` could be traced" in text
+
+
+class Counted(nn.Module):
+    """Computes its loss, per item of all passes of a step where these are told."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.drop = nn.Linear(4, 3), nn.Dropout(0.2)
+
+    def forward(self, x, labels, num_items_in_batch=None):
+        losses = F.cross_entropy(self.head(self.drop(x)), labels, reduction="none")
+        return losses.sum() / (num_items_in_batch or len(labels))
+
+
+def test_a_loss_per_item_of_all_passes_is_measured_per_item_of_its_own():
+    torch.manual_seed(0)
+    net, x, y = Counted(), torch.randn(8, 4), torch.randint(3, (8,))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.0)
+    with tdi.attach_analysis(net, log_dir=False, every=1) as analysis:
+        for half in (slice(0, 6), slice(6, 8)):
+            net(x[half], labels=y[half], num_items_in_batch=8).backward()
+        sgd.step()
+    clean = net.eval()(x[6:], y[6:]).item()
+    torch.testing.assert_close(analysis.latest["loss/R_S"], clean)
+    assert "the mean over its own pass" in analysis.notes["loss/R_S"]
+
+
+def test_nested_tensors_are_told_before_anything_fails():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.2), nn.Linear(4, 3))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    ragged = torch.nested.nested_tensor(
+        [torch.randn(n, 4) for n in (3, 2)], layout=torch.jagged
+    )
+    with tdi.attach_analysis(net, log_dir=False, every=1) as analysis:
+        F.cross_entropy(net(ragged).values(), torch.randint(3, (5,))).backward()
+        sgd.step()
+    names = ("regularizer", "dropout_noise", "masks", "sharpness")
+    assert all("nested tensors" in analysis.absent[x] for x in names)
+    assert not analysis.notes["masks"]

@@ -105,9 +105,9 @@ def compared(make, loss_of, loss=None):
 def assert_measured(analysis, sites=(), lacking=None):
     """Every applicable tag is there and finite; ``lacking`` is what cannot be, why."""
     lacking = lacking or {}
-    # Five masks of a small batch can be too alike to have a standard error.
+    # Masks of a small batch can be too alike to have a standard error.
     error = "regularizer/R1_standard_error"
-    alike = {error} if "nan" in analysis.absent.get(error, "") else set()
+    alike = {error} if "no standard error" in analysis.absent.get(error, "") else set()
     assert set(analysis.absent) - alike == set(lacking), analysis.absent
     assert all(reason in analysis.absent[n] for n, reason in lacking.items())
     latest = analysis.latest

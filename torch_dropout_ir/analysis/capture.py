@@ -236,10 +236,11 @@ class Capture:
             self._step.callback(register_module_forward_hook(hook).remove)
 
     def _check_inputs(self) -> None:
-        """Let go of inputs that were written on: no second pass is the same."""
+        """Let go of inputs of which no second pass is the same, or can be masked."""
         given = self.inputs and (self.inputs.args, self.inputs.kwargs)
         once = any(inside(given, Iterator))  # a generator is used up by the pass
-        if once or versions(given) != self._versions:
+        nested = any(x.is_nested for x in inside(given, Tensor))
+        if once or nested or versions(given) != self._versions:
             self.inputs = None
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:

@@ -23,6 +23,11 @@ _IN_PART: Final = (
     "script calls `backward()` holds what was not followed (penalties on parameters, "
     "outputs of another pass), and so does its R_1. Pass `loss=` for another one"
 )
+# By which models of Hugging Face divide the sum of a loss that they compute.
+_COUNT: Final = "num_items_in_batch"
+_OWN_COUNT: Final = (
+    f"the mean over its own pass, not its share in all `{_COUNT}` of the step"
+)
 
 
 class MeasuredBatch:
@@ -60,6 +65,10 @@ class MeasuredBatch:
         """
         inputs = capture.inputs
         targets = None if inputs is None else self._targets(capture, targets_of(inputs))
+        counted = inputs is not None and inputs.kwargs.get(_COUNT) is not None
+        if inputs is not None and counted:
+            rest = {name: x for name, x in inputs.kwargs.items() if name != _COUNT}
+            inputs = Inputs(inputs.args, rest)
         if inputs is not None and capture.cast:
             inputs, targets = _uncast((inputs, targets), capture.watched)
         self.note["loss/R_S"] = self._part
@@ -70,7 +79,8 @@ class MeasuredBatch:
         elif self._last is not None:
             return self._last, "the last batch whose targets were seen"
         last = _LAST.format(capture.passes + 1) if capture.passes else ""
-        said = filter(None, (self._part, last, capture.unlike))
+        own = _OWN_COUNT if counted else ""
+        said = filter(None, (self._part, last, own, capture.unlike))
         self.note["loss/R_S"] = "; ".join(said)
         return (inputs, targets), "this step's batch"
 

@@ -85,8 +85,8 @@ class Snapshot:
             value = getattr(self, "statistics" if need == "masks" else need)
             missing = value is None or (isinstance(value, (tuple, dict)) and not value)
             if need in needs and missing:
-                # Calls of dropout functions are seen in a pass alone.
-                unseen = need == "sites" and self.inputs is None
+                # Calls of dropout functions, masks and the loss are seen in a pass.
+                unseen = need != "gradients" and self.inputs is None
                 return _LACKING["inputs"] if unseen else reason
         return None
 
@@ -99,11 +99,12 @@ _LACKING: Final[dict[Need, str]] = {
     "sites": NO_SITE,
     "inputs": (
         "no call of the model in training mode was seen yet: attach to the module that "
-        "the script calls as `model(...)`, not by a method of another name (a model "
+        "the script calls as `model(...)`; where it calls a method of another name, to "
+        "the part that drops: what follows that counts as loss (a model "
         "that was compiled since is measured from the next time on; one whose inputs "
-        "change in place or are used up before the optimizer steps, or that runs "
-        "inside `torch.func` transforms or a compiled function alone, cannot be "
-        "measured)"
+        "are nested tensors, change in place or are used up before the optimizer "
+        "steps, or that runs inside `torch.func` transforms or a compiled function "
+        "alone, cannot be measured)"
     ),
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "
