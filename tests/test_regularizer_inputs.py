@@ -173,3 +173,15 @@ def test_a_model_that_differentiates_is_named():
     for r1 in ("gauss_newton", "second_order"):
         with pytest.raises(RuntimeError, match="differentiates in its forward pass"):
             modified_loss(Forces(), batch, "mse", kind="L1", r1=r1)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@pytest.mark.parametrize("form", [last_layer, leave_one_out])
+def test_tensors_of_a_layer_have_one_dtype(form, loss):
+    h, w, y = torch.randn(4, 3), torch.randn(2, 3), torch.randint(2, (4,))
+    y = y if loss == "cross_entropy" else torch.randn(4, 2)
+    with pytest.raises(TypeError, match=r"one dtype, got `features` torch\.float32, "):
+        form(h, w.double(), 0.5, loss=loss, outputs=h @ w.T, targets=y)
+    with torch.autocast("cpu", torch.bfloat16):  # which casts both
+        found = form(h.bfloat16(), w, 0.5, loss=loss, outputs=h @ w.T, targets=y)
+    assert found.isfinite()

@@ -10,6 +10,7 @@ from torch import nn
 import torch_dropout_ir as tdi
 from tests.reference.enumeration import every_mask, expected_risk
 from torch_dropout_ir import losses, output_hessian
+from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.regularizers import (
     gauss_newton,
     gradient_norm,
@@ -103,12 +104,13 @@ def test_roots_multiply_to_the_hessian():
     for loss, targets in general_losses():
         resolved = losses.resolve_loss(loss)
         few = targets[:4]
-        blocks = output_hessian.hessian_blocks(resolved, outputs, few)
-        product = sum(
+        product = HessianProduct(resolved, outputs, few)
+        blocks = output_hessian.hessian_blocks(product)
+        multiplied = sum(
             torch.einsum("na,nb->nab", s, s) * torch.as_tensor(sign).view(-1, 1, 1)
             for s, sign in output_hessian.hessian_roots(resolved, outputs, few)
         )
-        torch.testing.assert_close(product, blocks)
+        torch.testing.assert_close(multiplied, blocks)
 
 
 def test_cross_entropy_of_images_reads_classes_in_dimension_one():

@@ -109,7 +109,7 @@ def last_nodes(nodes: Iterable[Any], leaves: Sequence[Tensor]) -> list[Last]:
     return found
 
 
-def root_of(value: Tensor) -> Tensor | None:
+def root_of(value: Tensor, nodes: Iterable[Any] | None = None) -> Tensor | None:
     """Return the root of a derivative that will be differentiated again.
 
     Without one that requires a gradient, torch takes a function that can be
@@ -117,12 +117,14 @@ def root_of(value: Tensor) -> Tensor | None:
 
     Args:
         value: What is differentiated, with its graph.
+        nodes: The nodes of that, where they are at hand.
 
     Returns:
         Ones that require a gradient where a function of the graph has a derivative of
         its own; None, which is as good, elsewhere.
     """
-    nodes = graph_nodes([value.grad_fn] if value.grad_fn else [])
+    if nodes is None:
+        nodes = graph_nodes([value.grad_fn] if value.grad_fn else [])
     own = any(isinstance(node, BackwardCFunction) for node in nodes)
     return torch.ones_like(value).requires_grad_() if own else None
 

@@ -7,13 +7,15 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.arrivals import once_differentiable, root_of
+from torch_dropout_ir.arrivals import graph_nodes, once_differentiable, root_of
 from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.tracing import derivatives
 
 Root = tuple[Tensor, "Tensor | float"]
 Rows: TypeAlias = "Tensor | slice"
 ALL: Final = slice(None)
+_ATTENTION: Final = "ScaledDotProduct"  # of whose kernels most have one derivative
 TWICE: Final = (
     "expected a loss with a second derivative, got one whose derivative torch cannot "
     "differentiate again ({}). Use `monte_carlo`."
@@ -45,13 +47,17 @@ class HessianProduct:
         f = outputs if self._trained else outputs.detach().requires_grad_()
         with torch.enable_grad():
             value = loss(f, targets)
+            nodes = list(graph_nodes([value.grad_fn] if value.grad_fn else []))
+            if any([_ATTENTION in type(node).__name__ for node in nodes]):
+                with differentiable(thrice=False):
+                    value = loss(f, targets)
             if not value.requires_grad:
                 raise ValueError(
                     "expected a loss that can be differentiated in the outputs, got "
                     "one whose value is cut off from them (detached, rounded or an "
                     "argmax)"
                 )
-            own = root_of(value)
+            own = root_of(value, nodes)
             root = torch.ones_like(value) if own is None else own
             (slope,) = derivatives(value, (f,), root, True, create_graph=True)
         if own is not None and once_differentiable([slope]):

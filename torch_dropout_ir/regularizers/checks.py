@@ -144,7 +144,7 @@ def checked_product(
     with _drawing_nothing(name, model, known):
         product = read.product()
         assert product is not None
-        check_finite(name, product.value, model, inputs)
+        check_finite(name, product.value.detach(), model, inputs)
     return product
 
 

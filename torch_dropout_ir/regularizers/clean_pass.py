@@ -262,7 +262,8 @@ def clean_pass(
     model = survey.model
     seen = Recorder(outlives, first)
     none = contextlib.nullcontext()
-    kernels = differentiable(thrice) if twice else none
+    # Nothing but other code than torch's layers runs attention.
+    kernels = differentiable(thrice) if (twice and survey.callers) or thrice else none
     own = lean_derivatives() if lean else none
     placed = at_sites(
         model, seen.perturb, move_buffers=move_buffers, outlives=outlives,

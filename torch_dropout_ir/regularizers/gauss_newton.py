@@ -66,10 +66,13 @@ def gauss_newton(
     curvature of the layers above (``exact`` says which); it can be off by a factor of
     two and more in deep networks.
 
-    Where the loss has no root of its Hessian that could be computed (several outputs,
-    very many of them, or a loss that couples samples), signs :math:`z` on the units
-    take the place of the sampled outputs: :math:`(z \circ h)^\top J^\top H J (z \circ
-    h)`, in three backward passes a sample; the exact sum takes them unit by unit.
+    Of a loss without a closed form the outputs' Hessian is known by products: diagonal
+    where the loss's graph is elementwise, by samples' blocks where those pay (a large
+    network and few outputs, or many samples), else one product a sample, with two
+    backward passes: :math:`E[z (H z)^\top] = H` for signs on the outputs, which spreads
+    more. Where the loss reads several outputs, signs on the units take their place:
+    :math:`(z \circ h)^\top J^\top H J (z \circ h)`, in three backward passes a sample;
+    the exact sum takes those unit by unit, of a loss that couples samples too.
 
     Memory: with one sample no more than a training step's (forward and backward pass
     with the parameters' gradients), for what has been used goes as the derivatives

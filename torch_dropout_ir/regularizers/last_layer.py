@@ -69,7 +69,8 @@ def last_layer(
         Scalar with the dtype and device of ``features``.
 
     Raises:
-        TypeError: If ``features`` or ``weight`` is no real tensor.
+        TypeError: If ``features`` or ``weight`` is no real tensor, or dtypes differ
+            outside of autocast.
         ValueError: If ``p`` is outside ``[0, 1)``, shapes disagree, ``outputs`` is
             missing for a loss that needs it, or the loss couples rows or has no second
             derivative, or there is no sample.
@@ -117,7 +118,7 @@ def check_layer(
     """Raise if a layer's features, weight and outputs are none, or do not fit.
 
     Raises:
-        TypeError: If one is no real tensor.
+        TypeError: If one is no real tensor, or they are of several dtypes.
         ValueError: If their shapes disagree, or there is no sample.
     """
     given = {"features": features, "weight": weight, "outputs": outputs}
@@ -129,6 +130,12 @@ def check_layer(
                 f"{name}: expected `{argument}` to be a real floating-point tensor, "
                 f"got {got}"
             )
+    kinds = {x.dtype for x in given.values() if isinstance(x, Tensor)}
+    if len(kinds) > 1 and not torch.is_autocast_enabled(features.device.type):
+        raise TypeError(
+            f"{name}: expected `features`, `weight` and `outputs` of one dtype, got "
+            + ", ".join(f"`{n}` {x.dtype}" for n, x in given.items() if x is not None)
+        )
     fit = features.ndim > 0 and weight.ndim == 2
     fit = fit and features.shape[-1] == weight.shape[1]
     if outputs is not None:

@@ -5,8 +5,8 @@ Semantics:
 * Rows of the outputs have a place in what is computed of them, as samples have in
   :mod:`~torch_dropout_ir.regularizers.row_graph`, until they are added up. What is
   linear in such sums still is a sum of terms of one row each.
-* Along every other dimension of the outputs likewise. Where entries are apart along all
-  of them, each term is of one output.
+* What is linear in elementwise functions of the outputs is a sum of terms of one output
+  each, whatever it adds up.
 * A graph with any other operation may be of such a sum too: it does not tell.
 """
 
@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from torch_dropout_ir.regularizers.row_graph import (
+    LEAF,
     RULES,
     START,
+    UNARY,
     Op,
     Place,
     broadcast,
@@ -42,40 +44,71 @@ _OF_ROWS: Final = frozenset(("NllLossBackward0", "NllLoss2DBackward0"))
 _ADDS: Final = frozenset(("SumBackward0", "MeanBackward0"))
 _ADDS_SOME: Final = frozenset(("SumBackward1", "MeanBackward1"))
 _LINEAR: Final = _ADDS | _ADDS_SOME | {
-    f"{name}Backward0" for name in (
-        "Add", "Sub", "Neg", "View", "Squeeze", "Unsqueeze", "Select", "Slice", "Stack"
+    f"{name}Backward{k}" for k in (0, 1) for name in (
+        "Add", "Sub", "Rsub", "Neg", "View", "Squeeze", "Unsqueeze", "Select", "Slice",
+        "Stack", "Clone", "ToCopy",
+    )
+}  # fmt: skip
+_ELEMENTWISE: Final = UNARY | {
+    f"{name}Backward{k}" for k in (0, 1) for name in (
+        "Cosh", "Erf", "Expm1", "Log1P", "Logaddexp", "Maximum", "Minimum",
+        "Reciprocal", "Rsub", "Sinh", "Square", "Where", "Xlogy",
     )
 }  # fmt: skip
 
 
 def one_by_one(value: Tensor, outputs: Tensor) -> bool:
-    """Whether the graph shows terms of one output each, if they are of one row each."""
-    dims = [d for d, size in enumerate(outputs.shape) if d and size > 1]
-    return all(rows_apart(value, outputs, dim) for dim in dims)
+    """Whether the graph shows a sum of terms of one output each.
+
+    Args:
+        value: The loss, with its graph.
+        outputs: The outputs, the leaf of that graph.
+
+    Returns:
+        Whether it does; False where it does not tell.
+    """
+    shape = tuple(outputs.shape)
+    left: list[tuple[Any, bool]] = [(value.grad_fn, True)]
+    seen = set(left)
+    while left:
+        node, added = left.pop()
+        if node is None or type(node) is LEAF:
+            continue
+        name, edges = node.name(), node.next_functions
+        if added and name in _LOSSES:
+            added = not node._saved_reduction
+        elif not (added and _is_linear(name, [c is not None for c, _ in edges])):
+            added = False
+            if (
+                name not in _ELEMENTWISE
+                or tuple(node._input_metadata[0].shape) != shape
+            ):
+                return False
+        new = [(child, added) for child, _ in edges]
+        left += [x for x in new if x not in seen]
+        seen.update(new)
+    return True
 
 
-def rows_apart(value: Tensor, outputs: Tensor, dim: int = 0) -> bool:
+def rows_apart(value: Tensor, outputs: Tensor) -> bool:
     """Whether the graph shows a sum of terms of one row each.
 
     Args:
         value: The loss, with its graph.
         outputs: The outputs, the leaf of that graph.
-        dim: The dimension along which rows follow each other.
 
     Returns:
         Whether it does; False where it does not tell.
     """
     if value.grad_fn is None or not outputs.ndim:
         return False
-    start = Place(dim, 1) if dim else START
-    found: dict[Any, Place | None] = {get_gradient_edge(outputs).node: start}
-    count = outputs.shape[dim]
+    found: dict[Any, Place | None] = {get_gradient_edge(outputs).node: START}
     for node, edges in inputs_first([(value.grad_fn, None)], found):
         places = [found.get(child) for child, _ in edges]
         if not any(places):
             found[node] = None
             continue
-        found[node] = _place(Op(node, edges, places, count))
+        found[node] = _place(Op(node, edges, places, len(outputs)))
         if found[node] is None:
             return False
     return found[value.grad_fn] == _SUM
@@ -85,7 +118,9 @@ def _place(op: Op) -> Place | None:
     """Return where the rows are in what a node makes; None where it is not known."""
     name = op.node.name()
     if _SUM in op.places:
-        return _SUM if _linear(name, op) else None
+        sums = {None, _SUM}.issuperset(op.places)
+        linear = sums and _is_linear(name, [place is not None for place in op.places])
+        return _SUM if linear else None
     if name in _ADDS:
         return _SUM
     if name in _LOSSES and op.node._saved_reduction:
@@ -104,14 +139,12 @@ def _place(op: Op) -> Place | None:
     return None if rule is None else rule(op)
 
 
-def _linear(name: str, op: Op) -> bool:
-    """Whether a node is linear in sums, and takes nothing else of the outputs."""
-    if any([place not in (None, _SUM) for place in op.places]):
-        return False
+def _is_linear(name: str, leading: list[bool]) -> bool:
+    """Whether a node is linear in those of its inputs that lead to the outputs."""
     if name == "MulBackward0":
-        return op.places.count(_SUM) == 1
+        return leading.count(True) == 1
     if name == "DivBackward0":
-        return not any(op.places[1:])
+        return not any(leading[1:])
     return name in _LINEAR
 
 
@@ -122,14 +155,10 @@ def _gathered(op: Op) -> Place | None:
 
 
 def _rules() -> dict[str, Callable[[Op], Place | None]]:
-    elementwise = (
-        "Cosh", "Erf", "Expm1", "Log1P", "Logaddexp", "Maximum", "Minimum",
-        "Reciprocal", "Rsub", "Sinh", "Square", "Xlogy",
-    )  # fmt: skip
-    named = {f"{x}Backward{k}": broadcast for x in elementwise for k in (0, 1)}
+    named = dict.fromkeys(_ELEMENTWISE | _LOSSES, broadcast)
     named |= {f"{x}Backward0": less for x in ("LinalgVectorNorm", "Logsumexp", "Var")}
     named |= {"CumsumBackward0": within, "GatherBackward0": _gathered}
-    return RULES | dict.fromkeys(_LOSSES, broadcast) | named
+    return named | RULES
 
 
 _RULES: Final = _rules()

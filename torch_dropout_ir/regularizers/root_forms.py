@@ -22,19 +22,19 @@ from torch_dropout_ir.output_products import (
 from torch_dropout_ir.registration import form_sums
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.coupling import alike, by_powers
-from torch_dropout_ir.regularizers.loss_graph import one_by_one, rows_apart
+from torch_dropout_ir.regularizers.loss_graph import one_by_one
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, Sums, by_row
 
 _MOST_BLOCK_ELEMENTS: Final = 2**24
+_LARGE: Final = 2**16  # elements of the sites' inputs
 
 
 class RootForms:
     """The Gauss-Newton forms of a loss, in a pass over all rows or some of them.
 
-    Where the Hessian has no root that could be computed, products with it take the
-    place of the roots.
+    Without a root, products with the Hessian take its place.
 
     Args:
         clean: The pass over all rows.
@@ -59,13 +59,13 @@ class RootForms:
         self.loss_couples = False
         self._roots: HessianRoots | ProductRoots | None = None
         loss, f = read.loss, read.tensors[0]
-        if loss is None or loss.kind == "general":
-            apart = product is not None and rows_apart(product.value, product.at)
-            self.loss_couples = not apart and read.couples(product=product)
-            if loss is not None and product is not None and not self.loss_couples:
-                alone = apart and one_by_one(product.value, product.at)
-                if alone or f.numel() == len(f):
-                    loss = dataclasses.replace(loss, kind="elementwise")
+        if loss is None or product is None or not f.ndim:
+            self.loss_couples = read.couples(product=product)
+        elif loss.kind == "general":
+            alone = one_by_one(product.value, product.at)
+            self.loss_couples = not alone and read.couples(product=product)
+            if alone or (len(f) == f.numel() and not self.loss_couples):
+                loss = dataclasses.replace(loss, kind="elementwise")
         blocks = not self.loss_couples and _blocks_pay(clean, f, num_samples)
         if loss is not None and (loss.kind != "general" or blocks):
             self._roots = HessianRoots(loss, read.single, read.targets, product)
@@ -217,13 +217,13 @@ def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None) -> bool:
         num_samples: Random roots; None for the exact sum, which has no other way.
 
     Returns:
-        Whether they are small enough, and pay.
+        Whether they pay.
     """
-    width = f[0].numel() if len(f) else 0
+    width = f[0].numel()
     if f.numel() * width > _MOST_BLOCK_ELEMENTS or num_samples is None:
         return f.numel() * width <= _MOST_BLOCK_ELEMENTS
     size = sum([h.numel() for _, h, _ in clean.uses])
-    large = clean.matters and f.numel() * width * width <= num_samples * size
+    large = size >= _LARGE and f.numel() * width * width <= num_samples * size
     return large or width <= num_samples
 
 

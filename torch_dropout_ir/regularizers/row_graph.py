@@ -59,7 +59,7 @@ class Op(NamedTuple):
 
 
 START: Final = Place(0, 1)
-_LEAF: Final = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+LEAF: Final = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 UNARY: Final = frozenset(
     f"{name}Backward{k}"
     for k in (0, 1)
@@ -137,7 +137,7 @@ def inputs_first(
             edges = node.next_functions
             stack.append((node, edges))
             for child, _ in edges:
-                if type(child) is _LEAF:
+                if type(child) is LEAF:
                     done.setdefault(child, None)  # a parameter
                 elif child is not None and child not in done:
                     stack.append((child, None))

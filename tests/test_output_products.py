@@ -1,0 +1,159 @@
+"""Losses without a closed form: what their graph tells, and roots by products."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.output_products import HessianProduct, ProductRoots
+from torch_dropout_ir.regularizers import gauss_newton
+from torch_dropout_ir.regularizers.loss_graph import one_by_one, rows_apart
+
+N, K = 5, 3
+
+
+def focal(f, y):
+    log = F.log_softmax(f, 1).gather(1, y.argmax(1)[:, None]).squeeze(1)
+    return -((1 - log.exp()) ** 2 * log).mean()
+
+
+def gaussian(f, y):
+    return F.gaussian_nll_loss(f[:, :1], y[:, :1], F.softplus(f[:, 1:2]))
+
+
+def square(f, y):
+    return ((f - y) ** 2).sum(1).mean()
+
+
+def pairs(f, y):
+    return (f * f[:, [1, 2, 0]] * y).mean() + f.pow(4).mean()
+
+
+def rooted(f, y):
+    return (f - y).square().mean().sqrt()
+
+
+def centred(f, y):
+    return (f - f.mean(0) - y).square().mean()
+
+
+def product_of_sums(f, y):
+    return f.square().mean() * (f - y).cosh().mean()
+
+
+def turned(f, y):
+    return (f[:K] * f[:K].t()).sum() + f.square().sum() + y.sum()
+
+
+ONE_BY_ONE = {
+    "huber": nn.HuberLoss(delta=0.5), "poisson": nn.PoissonNLLLoss(),
+    "logcosh": lambda f, y: (f - y).cosh().log().mean(), "square": square,
+    "weighted": lambda f, y: 2 * (f.exp() * y).sum(0).mean() / 3 - f.mean(),
+    "indefinite": lambda f, y: (f - y).sin().sum(),
+}  # fmt: skip
+BY_ROW = {
+    "focal": focal, "gaussian": gaussian, "pairs": pairs,
+    "soft": lambda f, y: -(y.softmax(1) * F.log_softmax(f, 1)).sum(1).mean(),
+    "kl": lambda f, y: F.kl_div(
+        F.log_softmax(f, 1), y.softmax(1), reduction="batchmean"
+    ),
+    "norm": lambda f, y: (f - y).norm(dim=1).mean(),
+    "left out": lambda f, y: (F.log_softmax(f, 1) * y)[:2].sum(),
+}  # fmt: skip
+COUPLED = {
+    "rooted": rooted, "centred": centred, "sums": product_of_sums, "turned": turned,
+    "flipped": lambda f, y: (f * f.flip(0) * y).sum() + f.square().sum(),
+    "columns": lambda f, y: (F.log_softmax(f, 0) * y).sum(),
+}  # fmt: skip
+ALL = ONE_BY_ONE | BY_ROW | COUPLED
+
+
+def hessian(loss):
+    """Outputs, targets, and the dense Hessian between all outputs."""
+    torch.manual_seed(1)
+    f, y = torch.randn(N, K).double(), torch.randn(N, K).double().abs()
+    dense = torch.autograd.functional.hessian(lambda x: resolve_loss(loss)(x, y), f)
+    return f, y, dense
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_the_graph_tells_is_true_of_the_dense_hessian(name):
+    f, y, dense = hessian(ALL[name])
+    product = HessianProduct(resolve_loss(ALL[name]), f, y)
+    told = one_by_one(product.value, product.at), rows_apart(product.value, product.at)
+    diagonal = torch.diag(dense.view(N * K, N * K).diagonal()).view_as(dense)
+    blocks = torch.einsum("iaib,ij->iajb", dense, torch.eye(N).double())
+    assert not told[0] or torch.equal(dense, diagonal)
+    assert not told[1] or torch.equal(dense, blocks)
+    assert told[0] == (name in ONE_BY_ONE)
+    if name in COUPLED:
+        assert not told[1] and not torch.allclose(dense, blocks)
+    elif name != "pairs" and name != "left out":  # by index; a slice of the rows
+        assert told[1]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_products_and_their_roots_are_those_of_the_dense_hessian(name):
+    """Over all signs the pairs of roots multiply to the Hessian, skew parts aside."""
+    f, y, dense = hessian(ALL[name])
+    product = HessianProduct(resolve_loss(ALL[name]), f, y)
+    v = torch.randn_like(f)
+    torch.testing.assert_close(product(v), torch.einsum("iajb,jb->ia", dense, v))
+    roots, total, count = (
+        ProductRoots(product, keep=True),
+        torch.zeros_like(dense),
+        8000,
+    )
+    for _ in range(count):
+        for root, sign in roots.sample():
+            total += sign * torch.einsum("ia,jb->iajb", root, root) / count
+    spread = dense.square().sum().sqrt() * math.sqrt(2 / count)
+    assert (total - dense).abs().max() < 5 * spread
+    assert roots.curved
+
+
+@pytest.mark.parametrize("depth", ["one site", "two sites", "batch norm"])
+@pytest.mark.parametrize("name", ALL)
+def test_a_sample_is_the_exact_sum_on_average(name, depth):
+    torch.manual_seed(2)
+    x, y = torch.randn(N, 4), torch.randn(N, K).abs().double()
+    net = nn.Sequential(
+        nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3 if depth != "one site" else 0.0),
+        nn.BatchNorm1d(6) if depth == "batch norm" else nn.Identity(),
+        nn.Linear(6, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, K),
+    ).double()  # fmt: skip
+    batch = x.double(), y
+    exact = gauss_newton(net, batch, ALL[name], num_samples=None).value
+    draws = torch.stack([gauss_newton(net, batch, ALL[name]).value for _ in range(300)])
+    z = (draws.mean() - exact) / (draws.std() / len(draws) ** 0.5 + 1e-12)
+    assert z.abs() < 4.5
+    one = gauss_newton(net, batch, ALL[name])
+    meet = name in COUPLED or depth == "batch norm"
+    assert one.standard_error.isnan() == meet
+
+
+def test_a_loss_without_curvature_at_the_outputs_is_refused_or_said():
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
+    batch = torch.randn(4, 3), torch.randn(4, 2)
+    with pytest.raises(ValueError, match="piecewise linear"):
+        gauss_newton(net, batch, lambda f, y: (f - y).abs().mean())
+    said = gauss_newton(net, batch, lambda f, y: (f * y).mean())
+    assert said.value == 0 and any("linear" in note for note in said.notes)
+
+
+def test_a_loss_with_attention_in_it_has_a_second_derivative():
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 8))
+    batch = torch.randn(4, 3).double(), torch.randn(4, 8).double()
+
+    def critic(f, y):
+        heads = f.view(-1, 1, 2, 4)
+        return (
+            (F.scaled_dot_product_attention(heads, heads, heads).flatten(1) - y)
+            .square()
+            .mean()
+        )
+
+    assert gauss_newton(net.double(), batch, critic).value.isfinite()
