@@ -254,7 +254,7 @@ def test_foreign_masks_are_observed_as_they_are():
             assert len(kept) == 8 * (step + 1)
             share = analysis.latest["mask/keep_rate/2"]
             assert share == pytest.approx(float(kept.float().mean()))
-            counts = analysis._statistics()["2"].unit_kept
+            counts = analysis._view.statistics()["2"].unit_kept
             assert torch.equal(counts, kept.sum(0))
     spread = (kept.numel() * 0.21) ** 0.5
     z = (float(kept.sum()) - 0.7 * kept.numel()) / spread
@@ -502,7 +502,7 @@ def test_state_dict_resumes():
     steps = [step for step, _ in second.history["regularizer/R1"]]
     assert steps == [0, 2, 4, 6, 8]
     drawn = 8 * 16 * 5  # three observed before, two after
-    assert second._statistics()["2"].num_elements == drawn
+    assert second._view.statistics()["2"].num_elements == drawn
 
 
 def test_cadence_keeps_its_budget():

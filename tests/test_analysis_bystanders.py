@@ -307,7 +307,7 @@ def test_an_evaluation_pass_that_draws_leaves_the_masks_of_the_step():
         model(torch.randn(2, 6))
         model.train()
         sgd.step()
-    assert analysis._statistics()["drop"].num_elements == 48
+    assert analysis._view.statistics()["drop"].num_elements == 48
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

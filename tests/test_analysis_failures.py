@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch_dropout_ir.analysis import attempts, measures
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.snapshot import Snapshot
+from torch_dropout_ir.tensorboard import sink
 
 
 def mlp():
@@ -301,6 +303,31 @@ def test_killed_at_any_moment_what_was_flushed_is_readable(tmp_path):
         process.communicate()
     steps = steps_in(tmp_path)
     assert len(steps) >= 5 and steps == list(range(len(steps)))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_writer_that_dies_or_hangs_holds_nothing_up(tmp_path, monkeypatch, how):
+    writes = threading.Event()
+
+    def write(*_):
+        if how == "dies":
+            raise SystemExit
+        writes.wait()
+
+    monkeypatch.setattr(sink, "_PATIENCE", 0.1)
+    monkeypatch.setattr(sink, "_MOST_WAITING", 4)
+    monkeypatch.setattr(sink.TensorBoardSink, "_write", write)
+    closed, unregister = [], sink.atexit.unregister
+    monkeypatch.setattr(
+        sink.atexit, "unregister", lambda f: (closed.append(f), unregister(f))
+    )
+    said = "has died" if how == "dies" else "nothing was written in 0 s"
+    with pytest.warns(UserWarning, match=f"TensorBoardSink failed.*{said}"):
+        analysis = train(mlp(), 20, log_dir=tmp_path)
+    writes.set()
+    assert len(analysis.history["regularizer/R1"]) == 20
+    assert len(closed) == 1, "nor does it hold up the end of the script"
 
 
 def test_off_cadence_there_is_one_hook_and_no_more():

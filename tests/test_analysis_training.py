@@ -486,7 +486,7 @@ def test_masks_are_of_the_precision_that_the_script_had():
         with torch.autocast("cpu", torch.bfloat16):
             plain(model)
         optimizer.step()
-    assert analysis._statistics()["drop"].num_elements == 48
+    assert analysis._view.statistics()["drop"].num_elements == 48
 
 
 def test_masks_are_found_where_a_generator_of_the_models_own_says_what_is_drawn():
@@ -508,7 +508,7 @@ def test_masks_are_found_where_a_generator_of_the_models_own_says_what_is_drawn(
             plain(model)
             optimizer.step()
     assert len(set(model.sizes)) == 2
-    assert analysis._statistics()["drop"].num_elements == 96
+    assert analysis._view.statistics()["drop"].num_elements == 96
 
 
 def test_attention_without_dropout_is_no_noise():

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import torch_dropout_ir as tdi
-from torch_dropout_ir import offline
+from torch_dropout_ir import loading, offline
 from torch_dropout_ir.cli import main
 
 NETS = """
@@ -60,6 +60,22 @@ def weighted():
     return [(torch.randn(6, 4).double(), torch.randn(6, 2).double(), torch.ones(6))]
 
 
+def tied():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3), nn.Linear(4, 4)).double()
+    net[2].weight = net[0].weight
+    return net
+
+
+def compiled():
+    return torch.compile(make())
+
+
+def part_compiled():
+    net = make()
+    net[0] = torch.compile(net[0])
+    return net
+
+
 def asks(path):
     return path
 
@@ -85,7 +101,7 @@ def analyze(*arguments):
     return main(["analyze", *named, *arguments])
 
 
-@pytest.mark.parametrize("wrap", ["", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("wrap", ["", "module.", "_orig_mod.module.", "net._orig_mod."])
 @pytest.mark.parametrize("key", [None, "state_dict", "inner.weights"])
 def test_the_report_is_what_the_functions_say(nets, capsys, wrap, key):
     model = nets.make()
@@ -161,6 +177,53 @@ def test_a_loss_function_and_fewer_batches(nets, capsys):
     assert not any(tag.startswith("sharpness") for tag in report["records"])
 
 
+def loaded(model, **held):
+    torch.save(held["file"], "held.pt")
+    loading.load_weights(model, Path("held.pt"), held.get("key"))
+    return [x.detach() for x in model.parameters()]
+
+
+@pytest.mark.parametrize("make", ["make", "compiled", "part_compiled"])
+def test_what_is_beside_the_network_is_left(nets, make):
+    model = nets.make()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    weights = {f"module.{name}": x for name, x in model.state_dict().items()}
+    file = {"n_averaged": torch.tensor(3), **weights}
+    found = loaded(getattr(nets, make)(), file=file)
+    assert all(map(torch.equal, found, model.parameters()))
+
+
+def test_of_several_networks_one_is_to_be_named(nets):
+    first, second = nets.make(), nets.make()
+    with torch.no_grad():
+        second[0].weight.mul_(2)
+    both = {
+        f"{of}.{name}": x
+        for of, model in (("student", first), ("teacher", second))
+        for name, x in model.state_dict().items()
+    }
+    said = "which: 'state_dict.student', 'state_dict.teacher'"
+    with pytest.raises(ValueError, match=said):
+        loaded(nets.make(), file={"state_dict": both})
+    found = loaded(nets.make(), file={"state_dict": both}, key="state_dict.teacher")
+    assert all(map(torch.equal, found, second.parameters()))
+
+
+def test_files_of_safetensors_keep_one_of_tied_weights(nets):
+    save_file = pytest.importorskip("safetensors.torch", reason="none").save_file
+    model = nets.tied()
+    weights = {n: x for n, x in model.state_dict().items() if n != "2.weight"}
+    save_file(weights, "model.safetensors")
+    again = nets.tied()
+    loading.load_weights(again, Path("model.safetensors"))
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+    with pytest.raises(
+        ValueError, match=r"the folder \.; in it are model\.safetensors"
+    ):
+        loading.load_weights(again, Path("."))
+
+
 class Evil:
     def __reduce__(self):
         return open, ("ran", "w")
@@ -175,6 +238,7 @@ def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
         said = capsys.readouterr().err
         assert "without running code" in said
         assert "weights_only" not in said  # torch's own advice is to run it
+    assert "(it has objects of io.open)" in said
     assert not (tmp_path / "ran").exists()
 
 
@@ -184,6 +248,11 @@ def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
         (["--checkpoint", "none.pt"], "no file"),
         (["--model", "nets_of_test"], "expected module:factory"),
         (["--model", "nets_of_test:other"], "cannot find"),
+        (["--model", "nets_of_test.py:make"], "nets:make for make() in nets.py"),
+        (["--model", "./nets_of_test:make"], "nets:make for make() in nets.py"),
+        (["--model", "nets_of_test:make()"], "nets:make for make() in nets.py"),
+        (["--loss", "CrossEntropyLoss"], "as torch.nn:SmoothL1Loss"),
+        (["--checkpoint", "nested.pt"], "it holds 'net', 'epoch'. Say with `--key`"),
         (["--model", "no_such_module:make"], "cannot find"),
         (["--model", "nets_of_test:number"], "expected an nn.Module, got int"),
         (["--model", "unreadable:make"], "'unreadable:make' raised SyntaxError"),
@@ -210,6 +279,7 @@ def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
 def test_wrong_arguments_are_said(nets, capsys, arguments, said):
     torch.save({"x": torch.ones(2)}, "other.pt")
     torch.save([1, 2], "list.pt")
+    torch.save({"net": nets.make().state_dict(), "epoch": 3}, "nested.pt")
     Path("unreadable.py").write_text("def make(:")
     Path("own_arguments.py").write_text("raise SystemExit('usage: train.py')")
     assert analyze(*arguments) == 2

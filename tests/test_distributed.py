@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -190,11 +191,11 @@ def test_r2_is_of_the_gradient_that_all_ranks_step_with(ran, wrap):
 def counted(rank, size, wrap, _):
     model = WRAPS[wrap](net())
     analysis = train(model, part(rank, size, False), measures=[measures.Masks()])
-    seen = analysis._statistics()["2"]
+    seen = analysis._view.statistics()["2"]
     again = tdi.attach_analysis(model, log_dir=False)
     again.load_state_dict(analysis.state_dict())
     again.detach()
-    loaded = again._loaded["2"].num_elements if again._loaded else 0
+    loaded = again._view.counted["2"].num_elements if again._view.counted else 0
     return analysis.latest, float(seen.num_kept), seen.num_elements, loaded
 
 
@@ -446,6 +447,130 @@ def test_the_loss_is_found_where_ddp_hands_out_copies(ran, how):
             torch.testing.assert_close(history[tag], alone[tag], rtol=1e-8, atol=0)
 
 
+def uneven(rank, size, _):
+    """The first rank has three batches more than the others."""
+    rows, ends = part(rank, size, True), []
+    for attached in (False, True):
+        model = DistributedDataParallel(net(0.0))
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        with contextlib.ExitStack() as stack:
+            if attached:
+                analysis = tdi.attach_analysis(model, log_dir=False, every=1)
+                stack.enter_context(analysis)
+            x, y = next(batches())
+            with Join([model]):
+                for _ in range(2 if rank else 5):
+                    sgd.zero_grad()
+                    nn.MSELoss()(model(x[rows]), y[rows]).backward()
+                    sgd.step()
+        ends.append([x.detach() for x in model.parameters()])
+    x, y = x[rows], y[rows]
+    first = float(nn.MSELoss()(net(0.0)(x), y).detach())
+    return ends, analysis.history["loss/R_S"], analysis.notes["ranks"], first
+
+
+def test_inside_join_ranks_measure_for_themselves(ran):
+    for rank, (ends, risks, note, first) in enumerate(ran(2, "uneven")):
+        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+        assert [step for step, _ in risks] == list(range(2 if rank else 5))
+        assert risks[0][1] == pytest.approx(first)
+        assert "Join" in note
+
+
+def attached_first(rank, size, wrap, folder):
+    """What is wrapped after attaching is found at the first step."""
+    model = net()
+    rows = part(rank, size, False)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with tdi.attach_analysis(
+            model, log_dir=folder, every=1, measures=PRECISE
+        ) as analysis:
+            called = WRAPS[wrap](model)
+            sgd = torch.optim.SGD(called.parameters(), lr=0.0)
+            for x, y in batches():
+                sgd.zero_grad()
+                nn.MSELoss()(called(x[rows]), y[rows]).backward()
+                sgd.step()
+    own = [str(w.message) for w in caught if "torch_dropout_ir" in str(w.message)]
+    return analysis.history, own, folder
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_a_model_that_is_wrapped_later_is_measured_as_one(ran, wrap):
+    found = ran(2, f"attached first {wrap}")
+    alone = measured(0, 1, "none", 0.5, 0.0, False, True)[0]
+    for history, warned, _ in found:
+        assert not warned and history == found[0][0]
+        for tag in ("loss/R_S", "regularizer/R1", "sharpness/trace"):
+            torch.testing.assert_close(history[tag], alone[tag], rtol=1e-8, atol=0)
+    assert len(list(Path(found[0][2]).iterdir())) == 1
+
+
+def attached_by_one(rank, size, _):
+    """Only the first rank attaches, before the model is sharded."""
+    model, said = net(), ""
+    with contextlib.ExitStack() as stack:
+        if not rank:
+            analysis = tdi.attach_analysis(model, log_dir=False)
+            stack.enter_context(analysis)
+        sharded(model)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        for x, y in batches():
+            nn.MSELoss()(model(x), y).backward()
+            sgd.step()
+        if not rank:
+            said = analysis.absent["capture"]
+    return said
+
+
+def test_what_one_rank_cannot_gather_alone_it_leaves(ran):
+    first, _ = ran(2, "~attached by one")
+    assert "sharded over processes that do not measure together" in first
+
+
+def unlike(rank, size, _):
+    try:
+        tdi.attach_analysis(
+            DistributedDataParallel(net()), log_dir=False, every=rank + 1
+        )
+    except ValueError as err:
+        return str(err)
+    return ""
+
+
+def test_ranks_that_would_part_are_refused(ran):
+    for rank, said in enumerate(ran(2, "unlike")):
+        assert "the same `every`" in said and f"every={rank + 1}" in said
+
+
+def loaded_by_one(rank, size, _):
+    distributed.WAIT = datetime.timedelta(seconds=2)
+    with tdi.attach_analysis(
+        DistributedDataParallel(net()), log_dir=False, every=1
+    ) as analysis:
+        said = ""
+        if rank == 0:
+            try:
+                analysis.load_state_dict(analysis.state_dict())
+            except RuntimeError as err:
+                said = str(err)
+        dist.barrier()
+        distributed.Ranks._meetings = 1000
+        try:
+            analysis.load_state_dict(analysis.state_dict() | {"step": rank})
+        except ValueError as err:
+            return said, str(err)
+    return said, ""
+
+
+def test_a_state_is_loaded_on_every_rank_and_the_same_one(ran):
+    (first, other), (_, same) = ran(2, "~loaded by one")
+    assert "load_state_dict: expected a call on each of the 2 ranks" in first
+    assert "at step 0" in other and "at step 1" in same
+
+
 def forgotten(rank, size, _):
     distributed.WAIT = datetime.timedelta(seconds=2)
     model = DistributedDataParallel(net())
@@ -473,7 +598,7 @@ def replica(rank, size, _):
 
 def test_a_replica_that_does_not_say_so_is_warned_of(ran):
     for said in ran(2, "replica"):
-        assert any("Wrap it first, then attach" in text for text in said)
+        assert any("Wrap it, and attach on every rank" in text for text in said)
 
 
 SCENARIOS = {
@@ -499,7 +624,13 @@ for _wrap in ("ddp", "fsdp"):
     SCENARIOS[f"unchanged {_wrap}"] = (unchanged, _wrap)
 for _option in ("find_unused_parameters", "static_graph"):
     SCENARIOS[f"spare {_option}"] = (spare, {_option: True})
-# The last: the ranks' counts of calls differ then.
+SCENARIOS["uneven"] = (uneven,)
+SCENARIOS["unlike"] = (unlike,)
+for _wrap in ("ddp", "fsdp"):
+    SCENARIOS[f"attached first {_wrap}"] = (attached_first, _wrap)
+# Ranks' counts differ after these.
+SCENARIOS["~attached by one"] = (attached_by_one,)
+SCENARIOS["~loaded by one"] = (loaded_by_one,)
 SCENARIOS["~forgotten"] = (forgotten,)
 OF_FOUR = {
     "joined mse ddp", "joined cross_entropy fsdp", "fails ddp 2", "fails fsdp 2",

@@ -141,6 +141,80 @@ def test_lightning(lightning, tmp_path, calls):
     assert [step for step, _ in more.history["sharpness/trace"]] == list(range(9))
 
 
+def test_lightning_begins_anew_with_another_fit(lightning):
+    from torch_dropout_ir.integrations.lightning import DropoutAnalysis
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, _):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    callback = DropoutAnalysis(log_dir=False, every=1)
+    for fits in ((1,), (1, 2)):  # a model of its own each; the second goes on once
+        module, loader = Module(), DataLoader(data(), batch_size=16)
+        with their_warnings():
+            trainer = lightning.Trainer(
+                accelerator="cpu", logger=False, enable_progress_bar=False, devices=1,
+                enable_model_summary=False, callbacks=[callback], max_epochs=1,
+                enable_checkpointing=False,
+            )  # fmt: skip
+            for epochs in fits:
+                trainer.fit_loop.max_epochs = epochs
+                trainer.fit(module, loader)
+        steps = [step for step, _ in callback.analysis.history["loss/R_S"]]
+        assert steps == list(range(3 * len(fits)))
+
+
+def test_a_pass_inside_a_call_that_lightning_redirects_is_seen(lightning):
+    """As its strategies for several processes call ``training_step``."""
+    from lightning.pytorch.strategies.strategy import _ForwardRedirection
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, _):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args):
+            return self.module(*args)
+
+    found, batch = [], data()[:16]
+    for redirected in (False, True):
+        module = Module()
+        sgd = torch.optim.SGD(module.parameters(), lr=0.1)
+        with tdi.attach_analysis(module, log_dir=False, every=1) as analysis:
+            for step in range(2):
+                named = Wrapper(module), module, "training_step"
+                call = _ForwardRedirection() if redirected else module.training_step
+                torch.manual_seed(step)
+                sgd.zero_grad()
+                call(*(named if redirected else ()), batch, step).backward()
+                sgd.step()
+        assert not analysis.absent
+        found.append(analysis.history)
+    for tag in ("loss/R_S", "regularizer/R1", "sharpness/trace"):
+        assert found[0][tag] == found[1][tag]
+
+
 def test_lightning_detaches_after_an_exception(lightning, tmp_path):
     from torch_dropout_ir.integrations.lightning import DropoutAnalysis
 
@@ -214,6 +288,35 @@ def test_hugging_face_trainer(transformers, tmp_path):
     assert list((tmp_path / "True" / "dropout_ir").glob("events*"))
     _, more = train(True, steps=5, resume=True)
     assert [s for s, _ in more.history["regularizer/R1"]] == [0, 1, 2, 3, 4]
+
+
+def test_an_accumulated_pass_is_measured_over_its_share_of_the_items(
+    transformers, tmp_path
+):
+    from torch_dropout_ir.analysis.measures import Regularizer
+    from torch_dropout_ir.integrations.transformers import DropoutAnalysis
+
+    config = transformers.GPT2Config(
+        vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=8,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    row = {"input_ids": torch.arange(8), "labels": torch.arange(8)}
+    callback = DropoutAnalysis(
+        every=1, log_dir=False, measures=[Regularizer(num_masks=1)]
+    )
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none",
+        disable_tqdm=True, save_strategy="no", gradient_accumulation_steps=4,
+        per_device_train_batch_size=2,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        transformers.GPT2LMHeadModel(config), arguments, train_dataset=[row] * 8,
+        callbacks=[callback],
+    )  # fmt: skip
+    trained_on = trainer.train().training_loss
+    analysis = callback.analysis
+    assert analysis.latest["loss/R_S"] == pytest.approx(trained_on, rel=1e-5)
+    assert "the last of 4 passes" in analysis.notes["loss/R_S"]
 
 
 def test_the_loss_of_a_trainer_that_smooths_labels_is_followed(transformers, tmp_path):

@@ -283,7 +283,7 @@ def test_the_zoo_has_every_class_of_torchvision_that_drops():
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 def test_dropout_inside_a_recurrent_kernel_is_seen_but_not_in_r1(name):
     _, _, analysis = train(name, attach=True)
-    inner = [s for s in analysis._statistics() if s.startswith("cell:")]
+    inner = [s for s in analysis._view.statistics() if s.startswith("cell:")]
     assert inner == [f"cell:{name}#0"]
     assert abs(analysis.latest[f"mask/z_score/{inner[0]}"]) < 5
     hidden = {site.name: site.reason for site in analysis.sites if not site.observed}
@@ -336,4 +336,4 @@ def test_masks_of_calls_are_those_that_the_script_saw():
             sgd.step()
     kept = torch.cat(seen)
     assert kept.shape == (24, 6)
-    assert torch.equal(analysis._statistics()[":dropout#0"].unit_kept, kept.sum(0))
+    assert torch.equal(analysis._view.statistics()[":dropout#0"].unit_kept, kept.sum(0))

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from torch_dropout_ir.analysis import Analysis, Measure, Sink
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.compiled_calls import CompiledCall
-from torch_dropout_ir.analysis.delivery import warn
-from torch_dropout_ir.analysis.distributed import Ranks, ranks_of
+from torch_dropout_ir.analysis.delivery import Postponed, warn
+from torch_dropout_ir.analysis.distributed import ranks_of
 from torch_dropout_ir.analysis.measures import default_measures
 from torch_dropout_ir.analysis.root_hook import RootHook
 from torch_dropout_ir.batches import fixed_batches
@@ -165,17 +165,17 @@ def _passes(measures: list[Measure], batches: list[Batch] | None) -> dict[str, f
     }
 
 
-def _ranks(model: nn.Module) -> Ranks:
-    """The ranks that train a model; a replica that does not say so is warned of."""
-    ranks = ranks_of(model)
-    if ranks.size == 1 and dist.is_available() and dist.is_initialized():
-        if dist.get_world_size() > 1:
-            warn(
-                f"{dist.get_world_size()} processes run, but this model is neither "
-                "wrapped in DistributedDataParallel nor sharded by `fully_shard`: each "
-                "process measures and writes for itself. Wrap it first, then attach."
-            )
-    return ranks
+def _tensorboard(log_dir: str | os.PathLike[str] | None) -> Sink:
+    """Return the sink of a run, which only the first of several processes opens now.
+
+    Where the model is wrapped before its first step, it alone writes.
+    """
+    several = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+    return (
+        Postponed(lambda: TensorBoardSink(log_dir))
+        if several
+        else TensorBoardSink(log_dir)
+    )
 
 
 def attach_analysis(
@@ -271,12 +271,13 @@ def attach_analysis(
     further = _instances(sinks or (), "sinks", ("write", "close"))
     names, passes = [m.name for m in chosen], _passes(chosen, batches)
     cadence = Cadence(every, budget, names, passes)
-    ranks = _ranks(model)
-    ranks.wait_for_all()
+    ranks = ranks_of(model)
+    ranks.wait_for_all("attach_analysis")
     with ranks.together():
+        ranks.check_alike("attach_analysis", f"{cadence.setting}, budget {budget}")
         places = [] if ranks.rank else further
         if log_dir is not False and not ranks.rank:
-            places.append(TensorBoardSink(log_dir))
+            places.append(_tensorboard(log_dir))
     analysis = Analysis(
         inner, watched, resolved, optimizer, cadence, chosen, places, batches, convert,
         ranks,

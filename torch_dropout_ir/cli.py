@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,9 @@ imported from here:
 
 Weights are loaded without running code out of the file (weights_only=True). They may
 lie at its top or under state_dict, model_state_dict or model; --key says where else.
-Prefixes of DistributedDataParallel and torch.compile are taken off the names.
+Prefixes are taken off the names: of DistributedDataParallel, torch.compile, averaged
+models, or the attribute of a Lightning module that the network is. Of Hugging Face's
+folders give the file, model.safetensors.
 """
 
 
@@ -60,7 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torch-dropout-ir",
         description="What dropout does to a network, measured while it trains.",
+        epilog="torch-dropout-ir COMMAND --help tells more of each.",
     )
+    version = f"%(prog)s {importlib.metadata.version('torch-dropout-ir')}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_analyze(commands)
@@ -130,7 +136,9 @@ def _add_analyze(commands: Any) -> None:
         help="weights, from torch.save(model.state_dict()); default: as the model is",
     )
     verb.add_argument(
-        "--key", help="where in the file the weights are, for example net.state_dict"
+        "--key",
+        help="where in the file the weights are, with dots between keys and before "
+        "the rest of their names: net.state_dict, or state_dict.teacher",
     )
     verb.add_argument(
         "--loss",
@@ -198,12 +206,22 @@ def _run_analyze(chosen: dict[str, Any]) -> int:
 
 
 def _add_board(commands: Any) -> None:
-    board = commands.add_parser("board", help="show runs in TensorBoard, on the panels")
-    report = commands.add_parser(
-        "report", help="write the panels as one HTML file, to send to a colleague"
+    board, report = (
+        commands.add_parser(
+            name, help=what, description=f"{what[0].upper()}{what[1:]}."
+        )
+        for name, what in (
+            ("board", "show runs in TensorBoard, on the panels"),
+            ("report", "write the panels as one HTML file, to send to a colleague"),
+        )
     )
     for command in (board, report):
-        command.add_argument("log_dir", type=Path, metavar="LOGDIR", help="runs")
+        command.add_argument(
+            "log_dir",
+            type=Path,
+            metavar="LOGDIR",
+            help="a run, or a folder of runs: what `log_dir=` was, as runs",
+        )
     board.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     board.add_argument("--port", type=int, help="default: 6006, or the next free one")
     board.add_argument(

@@ -6,7 +6,8 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 # Where training scripts keep the weights in a checkpoint.
 _KEYS: Final = ("state_dict", "model_state_dict", "model", "module")
-# What wrappers put before the names.
-_WRAPPERS: Final = ("module.", "_orig_mod.")
+_COMPILED: Final = "_orig_mod."  # what `torch.compile` puts into the names
+_FORMATS: Final = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 
 
 def load_factory(spec: str, what: str) -> Any:
@@ -53,9 +54,14 @@ def load_loss(spec: str) -> Any:
 
     Raises:
         ValueError: If there is no such thing.
-    """  # noqa: DOC502 (raised where it is looked up)
-    if ":" not in spec:
+    """
+    if spec in ("mse", "cross_entropy"):
         return spec
+    if ":" not in spec:
+        raise ValueError(
+            "--loss: expected 'mse', 'cross_entropy' or module:name, as "
+            f"torch.nn:SmoothL1Loss, got {spec!r}"
+        )
     found = _named(spec, "--loss")
     return found() if isinstance(found, type) else found
 
@@ -85,8 +91,12 @@ def _named(spec: str, what: str) -> Any:
             it fails.
     """
     name, colon, attribute = spec.partition(":")
-    if not (name and colon and attribute):
-        raise ValueError(f"{what}: expected module:factory, got {spec!r}")
+    named = all(map(str.isidentifier, f"{name}.{attribute}".split(".")))
+    if not (colon and named) or name.endswith(".py"):
+        raise ValueError(
+            f"{what}: expected module:factory as Python names them, nets:make for "
+            f"make() in nets.py, got {spec!r}"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -112,58 +122,135 @@ def _of_theirs(err: BaseException, spec: str, what: str) -> str:
 def load_weights(model: nn.Module, path: Path, key: str | None = None) -> None:
     """Load a checkpoint into ``model``, running no code out of the file.
 
+    Where all of the model's names are in the file behind one prefix, as those of
+    ``DistributedDataParallel``, of a Lightning module's network or of averaged weights,
+    it is taken off, and what has another one is left.
+
     Args:
         model: The model, changed in place.
-        path: File that ``torch.save`` wrote.
-        key: Where in the file the weights are, with dots between keys; None: at its
-            top, or where training scripts put them.
+        path: File that ``torch.save`` wrote, or of safetensors.
+        key: Where in the file the weights are, with dots between keys, and before the
+            rest of their names; None: at its top, or where training scripts put them.
 
     Raises:
         ValueError: If the file holds more than tensors and plain values, no weights,
             or others than the model's.
     """
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as err:
-        raise ValueError(f"there is no file {path}") from err
-    except IsADirectoryError as err:
-        raise ValueError(f"expected a file of weights, got the folder {path}") from err
-    except Exception as err:  # a pickle can fail in many ways
+    weights, where = _weights(_read(path), path, key)
+    weights = {name.replace(_COMPILED, ""): x for name, x in weights.items()}
+    inner = getattr(model, _COMPILED[:-1], model)
+    tied = _tied(inner)
+    prefixes = _prefixes(weights, tied)
+    if len(prefixes) > 1:
+        keys = (".".join(filter(None, (where, p)))[:-1] for p in prefixes)
         raise ValueError(
-            f"{path} is no file of tensors and plain values that can be loaded without "
-            "running code out of it, or it is damaged. Save `model.state_dict()` and "
-            "load that."
-        ) from err
-    weights = _weights(held, path, key)
-    if weights.keys() != model.state_dict().keys():
-        weights = {_bare(name): x for name, x in weights.items()}
+            f"{path}: {len(prefixes)} networks in it have the model's names. Say with "
+            f"`--key` which: {', '.join(map(repr, keys))}."
+        )
+    for prefix in prefixes:
+        own = ((n, x) for n, x in weights.items() if n.startswith(prefix))
+        weights = {name.removeprefix(prefix): x for name, x in own}
+        for names in tied:  # of tied weights some formats keep one
+            kept = next(weights[n] for n in names if n in weights)
+            weights |= {n: kept for n in names if n not in weights}
     try:
-        model.load_state_dict(weights)
+        inner.load_state_dict(_named_as(inner, weights))
     except RuntimeError as err:
         raise ValueError(f"{path} does not fit the model: {err}") from err
 
 
-def _weights(held: Any, path: Path, key: str | None) -> dict[str, Tensor]:
-    keys = key.split(".") if key else ()
-    for part in keys:
-        if not isinstance(held, Mapping) or part not in held:
-            raise ValueError(f"{path}: expected weights under {key!r}, found none")
-        held = held[part]
+def _named_as(model: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return weights under the model's names, parts of which may be compiled."""
+    names = {name.replace(_COMPILED, ""): name for name in model.state_dict()}
+    return {names.get(name, name): x for name, x in weights.items()}
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Return the names of the model's weights, those of one weight together."""
+    found: dict[int, list[str]] = {}
+    for name, x in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(x), []).append(name.replace(_COMPILED, ""))
+    return list(found.values())
+
+
+def _prefixes(weights: Iterable[str], tied: list[list[str]]) -> list[str]:
+    """Return what all of the model's names have before them among those of weights."""
+    there, first = set(weights), tied[0] if tied else []
+    tried = {n.removesuffix(name) for name in first for n in there if n.endswith(name)}
+    fit = [
+        prefix
+        for prefix in sorted(tried)
+        if prefix[-1:] in ("", ".")
+        and all(any(prefix + n in there for n in names) for names in tied)
+    ]
+    return [""] if "" in fit else fit
+
+
+def _read(path: Path) -> Any:
+    """Return what is in a file of weights.
+
+    Raises:
+        ValueError: If that cannot be read without running code.
+    """
+    if path.is_dir():
+        found = sorted(x.name for x in path.iterdir() if x.suffix in _FORMATS)
+        said = f"; in it are {', '.join(found)}" if found else ""
+        raise ValueError(f"expected a file of weights, got the folder {path}{said}")
+    if not path.exists():
+        raise ValueError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with warnings.catch_warnings():  # of torch, that the file is a script
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as err:
+        raise ValueError(f"{path}: {err}. `pip install safetensors` reads it") from err
+    except Exception as err:  # a pickle can fail in many ways
+        raise ValueError(
+            f"{path} is no file of tensors and plain values that can be loaded without "
+            f"running code out of it{_objects(path)}, or it is damaged. Save "
+            "`model.state_dict()` and load that."
+        ) from err
+
+
+def _objects(path: Path) -> str:
+    """Say which objects are in a file that is not loaded for them."""
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:
+        return ""
+    return f" (it has objects of {', '.join(sorted(found)[:3])})" if found else ""
+
+
+def _weights(held: Any, path: Path, key: str | None) -> tuple[dict[str, Tensor], str]:
+    """Return the weights in what a file holds, and under which key."""
+    keys, where = key.split(".") if key else [], ""
+    for place, part in enumerate(keys):
+        if isinstance(held, Mapping) and part not in held:
+            prefix = ".".join(keys[place:]) + "."
+            own = ((str(n), x) for n, x in held.items())
+            held = {n.removeprefix(prefix): x for n, x in own if n.startswith(prefix)}
+            break
+        held = held[part] if isinstance(held, Mapping) else None
+    if key and not held:
+        raise ValueError(f"{path}: expected weights under {key!r}, found none")
     for part in () if key else _KEYS:
         inner = held.get(part) if isinstance(held, Mapping) else None
         if isinstance(inner, Mapping):
-            held = inner
+            held, where = inner, part
             break
     named = isinstance(held, Mapping) and any(map(torch.is_tensor, held.values()))
     if not named:
-        raise ValueError(
-            f"{path}: expected a state dict of tensors. Say with `--key` where in the "
-            "file it is."
+        of = (
+            f", it holds {', '.join(map(repr, held))}"
+            if isinstance(held, Mapping)
+            else ""
         )
-    return {**held}
-
-
-def _bare(name: str) -> str:
-    while name.startswith(_WRAPPERS):
-        name = name.partition(".")[2]
-    return name
+        raise ValueError(
+            f"{path}: expected a state dict of tensors{of}. Say with `--key` where in "
+            "the file it is."
+        )
+    return {**held}, where

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,28 +17,25 @@ from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import Capture
 from torch_dropout_ir.analysis.compiled_calls import compiled_in_place
 from torch_dropout_ir.analysis.delivery import Delivery
-from torch_dropout_ir.analysis.distributed import Ranks, gathered_model
+from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.facts import run_facts
+from torch_dropout_ir.analysis.late_ranks import late_ranks
 from torch_dropout_ir.analysis.measured_batch import MeasuredBatch
 from torch_dropout_ir.analysis.records import Sink, remember
-from torch_dropout_ir.analysis.replay import own_statistics
 from torch_dropout_ir.analysis.schedule import Schedule
 from torch_dropout_ir.analysis.snapshot import (
     Measure,
     Snapshot,
     labels,
-    received_gradients,
     runs_model,
-    theory_note,
 )
 from torch_dropout_ir.analysis.steps import NO_STEP, STEPS, OptimizerSteps
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
+from torch_dropout_ir.analysis.view import View
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.nn import convert_dropout_, is_convertible, restore_dropout_
-from torch_dropout_ir.sites import active_sites
 
 
 class Analysis:
@@ -51,6 +47,8 @@ class Analysis:
         history: Every number recorded, by tag, as ``(step, value)``.
         absent: Measures left out the last time, with the reason.
         notes: How a number was obtained, by tag.
+        inputs_of: What the measures call the model with, by the inputs of the pass and
+            the number of passes of the step; by default the same.
         targets_of: Where the loss does not show the targets: what finds them by the
             inputs of the pass. By default the argument ``labels``.
     """
@@ -77,22 +75,24 @@ class Analysis:
         self._steps = OptimizerSteps(model, optimizer)
         self._cadence = cadence
         self._ranks = ranks
+        self._late = late_ranks(ranks)
         self._attempts = Attempts(measures, ranks, self.absent)
         self._schedule = Schedule(cadence, self._attempts, ranks)
         self._delivery = Delivery(sinks)
         self._convert = convert
         self._converted: list[nn.Module] = []
-        seed = ranks.first({"seed": float(torch.initial_seed() % 2**52)})
-        self._seed = int(seed["seed"])
+        self._seed = ranks.first_seed()
         self._clock = time.perf_counter()
         self._due: set[str] = set()
         # What is compiled draws other masks than the model as it is written.
         plain = watched is model and not compiled_in_place(model)
         self._capture = Capture(watched, model if plain else None)
+        self._view = View(model, self._capture, self._batch, self._steps, ranks)
         self._handles = contextlib.ExitStack()
         self._handles.callback(self._delivery.close)
-        self._attached, self._loaded = False, dict[str, MaskStatistics]()
+        self._attached = False
         self._leave = weakref.finalize(self, self._handles.close)
+        self.inputs_of: Callable[[Inputs, int], Inputs] = lambda inputs, _: inputs
         self.targets_of: Callable[[Inputs], Any] = labels
 
     @property
@@ -118,7 +118,29 @@ class Analysis:
 
     def _before_step(self) -> None:
         self.absent.pop(STEPS, None)
-        self._measure_safely(self._due, planned=True)
+        if self._late is not None:
+            self._settle_ranks()
+        if self._due:
+            self._measure_safely(self._due, planned=True)
+        else:
+            self._capture.end_step()
+
+    def _settle_ranks(self) -> None:
+        """Go on with the other ranks, where the model was wrapped since."""
+        late, self._late = self._late, None
+        model = self._capture.wrapper() or self.model
+        try:
+            if late and late.enter(self._ranks, model, self._setting()):
+                self._seed = self._ranks.first_seed()
+                self._due = self._schedule.due(self.step)
+                self._view.share()
+                if self._ranks.rank:
+                    self._delivery.close()
+        except Exception as err:
+            self._attempts.fail("ranks", err, self.step)
+
+    def _setting(self) -> str:
+        return f"{self._cadence.setting} at step {self.step}"
 
     def _after_step(self) -> None:
         now = time.perf_counter()
@@ -130,12 +152,13 @@ class Analysis:
     def _plan(self) -> None:
         """Decide what the coming step must show."""
         before, self._due = self._due, self._schedule.due(self.step)
-        if not self._due and not before:
+        wanted = self._due if self._late is None else self._names()
+        if not wanted and not before:
             return  # as most steps
-        self._steps.announced = bool(self._due)
-        needed = [m.needs for m in self._attempts.measures if m.name in self._due]
+        self._steps.announced = bool(wanted)
+        needed = [m.needs for m in self._attempts.measures if m.name in wanted]
         look = any(n & {"targets", "batches", "loss"} for n in needed)
-        self._capture.want(bool(self._due), "masks" in self._due, look)
+        self._capture.want(bool(wanted), "masks" in wanted, look)
 
     def measure(self) -> dict[str, float]:
         """Take all measures now, off cadence, on the batch last seen.
@@ -146,13 +169,14 @@ class Analysis:
             The numbers recorded, by tag.
 
         Raises:
-            RuntimeError: If the analysis is detached.
+            RuntimeError: If the analysis is detached, or a rank does not call.
         """
         if not self._attached:
             raise RuntimeError(
                 "measure: this analysis is detached. Attach a new one with "
                 "`attach_analysis(model)`."
             )
+        self._ranks.wait_for_all("measure")
         before = {tag: len(values) for tag, values in self.history.items()}
         self._measure_safely(self._names())
         new = (
@@ -205,37 +229,11 @@ class Analysis:
         return seconds
 
     def _snapshot(self, names: set[str]) -> Snapshot:
-        capture = self._capture
         runs = any(runs_model(m) for m in self._attempts.measures if m.name in names)
-        model = gathered_model(self.model) if runs else self.model
-        capture.observe(model)
-        if runs and capture.inputs is None:
-            capture.follow()
-        batch, source = self._batch.choose(capture, self.targets_of)
-        seen = None if batch[1] is None else [batch]
-        optimizer = self._steps.optimizer
-        self.notes.update(theory_note(self.model, optimizer) | self._batch.note)
-        self.notes.update({"masks": capture.failure} | run_facts(self, optimizer))
-        lr, gradients = received_gradients(self.model, optimizer)
-        return Snapshot(
-            model=model,
-            step=self.step,
-            sites=(*active_sites(model), *capture.calls.values()),
-            loss=self.loss,
-            inputs=batch[0],
-            targets=batch[1],
-            source=source,
-            batches=seen if self._batch.data is None else self._batch.data,
-            lr=lr,
-            gradients=gradients,
-            statistics=self._statistics(),
-            ranks=self._ranks,
-        )
-
-    def _statistics(self) -> dict[str, MaskStatistics]:
-        seen = self._capture.statistics | own_statistics(self.model)
-        empty = MaskStatistics()
-        return {n: self._loaded.get(n, empty) + s for n, s in seen.items()}
+        of = self.inputs_of, self.targets_of
+        found = self._view.snapshot(self.step, runs, *of)
+        self.notes.update(found.notes | run_facts(self, self._steps.optimizer))
+        return found
 
     @property
     def latest(self) -> dict[str, float]:
@@ -256,26 +254,28 @@ class Analysis:
         return {
             "step": self.step,
             "history": {tag: list(values) for tag, values in self.history.items()},
-            "statistics": {
-                name: dataclasses.asdict(seen)
-                for name, seen in self._statistics().items()
-            },
+            "statistics": self._view.state_dict(),
             "cadence": self._cadence.state_dict(),
             "measures": self._attempts.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Go on from what :meth:`state_dict` returned.
+
+        Of ranks that train together, all have to call it.
+
+        Raises:
+            RuntimeError: If a rank does not call.
+            ValueError: If states of other steps are given on some of them.
+        """  # noqa: DOC502 (raised where ranks wait)
+        self._ranks.wait_for_all("load_state_dict")
         self.step = state["step"]
         self.history = {tag: list(values) for tag, values in state["history"].items()}
-        self._loaded = {
-            name: MaskStatistics(**seen) for name, seen in state["statistics"].items()
-        }
-        if self._ranks.rank:
-            self._loaded = {}  # counts add over ranks: the first one goes on with them
+        self._view.load_state_dict(state["statistics"])
         self._attempts.load_state_dict(state.get("measures", {}))
         self._schedule.restart()
         self._cadence.load_state_dict(state["cadence"])
+        self._ranks.check_alike("load_state_dict", self._setting())
         self._plan()
 
     def detach(self) -> None:

@@ -198,6 +198,12 @@ class Cadence:
         return max(1, min(step, math.ceil(rest / pace) if pace else 1))
 
     @property
+    def setting(self) -> str:
+        """What has to be alike where several decide alike, in words."""
+        names, first = sorted(self._debt), sorted(self.first)
+        return f"every={self.every!r}, {names}, of these not yet taken {first}"
+
+    @property
     def share(self) -> float:
         """Share of the analysis in the whole time so far."""
         whole = self.measured_seconds + self.training_seconds

@@ -16,12 +16,13 @@ import contextlib
 import copy
 import time
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from torch_dropout_ir.analysis.bystanders import Bystanders
 from torch_dropout_ir.analysis.compiled_calls import (
@@ -42,6 +43,8 @@ from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import measuring, replaced
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import mapped, random_state
+
+_CALLS: Final = "_active_ddp_module"  # while its forward pass runs; a private name
 
 
 class Capture:
@@ -65,6 +68,8 @@ class Capture:
         want_targets: Whether to look for the targets of the coming pass.
         cast: Whether autocast was on when it began.
         started: When the last pass looked at began, by ``time.perf_counter()``.
+        wrapper: Weak reference to the ``DistributedDataParallel`` that has called the
+            model last; to nothing where none has.
         paused: True while the analysis itself runs the model.
     """
 
@@ -73,6 +78,7 @@ class Capture:
         self.model = model
         self.inputs: Inputs | None = None
         self.passes = 0
+        self.wrapper: Callable[[], nn.Module | None] = lambda: None
         self.statistics: dict[str, MaskStatistics] = {}
         self.calls: dict[str, Site] = {}
         self.unseen: dict[str, str] = {}
@@ -89,7 +95,7 @@ class Capture:
         self._end: list[Tensor] | None = None
         self.bystanders = Bystanders(watched)
         self._told = contextlib.ExitStack()
-        self._step = contextlib.ExitStack()
+        self._step, self._after_once = contextlib.ExitStack(), contextlib.ExitStack()
         self._root = contextlib.ExitStack()
         self._hook = RootHook()
 
@@ -171,6 +177,8 @@ class Capture:
         if self._only_looks() or any(map(mapped, args)):
             return
         sweep()
+        if (parallel := getattr(DistributedDataParallel, _CALLS, None)) is not None:
+            self.wrapper = weakref.ref(parallel)
         self.started = time.perf_counter()
         self._with_graph = torch.is_grad_enabled()
         self.inputs, self._versions = (
@@ -211,13 +219,15 @@ class Capture:
             after = self.watched.register_forward_hook(
                 RootHook(self._after), with_kwargs=True, always_call=True
             )
-            self._step.callback(after.remove)
+            self._after_once.callback(after.remove)
+            self._step.callback(self._after_once.close)
 
     def _after(
         self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any
     ) -> None:
         if self.paused or measuring() or self._only_looks() or not self._open:
             return
+        self._after_once.close()  # not for a call around it, as of a trainer's own step
         self._check_inputs()
         self._own = OwnPass(self.watched, outputs)
         if self.watched.training and self._start is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch_dropout_ir.analysis.records import Record, Sink
 
@@ -41,6 +41,31 @@ class Delivery:
             except Exception as err:
                 warn(f"closing {type(sink).__name__} failed: {err}")
         self._sinks.clear()
+
+
+class Postponed:
+    """A sink that is opened when there is something to write.
+
+    Args:
+        make: Opens it.
+    """
+
+    def __init__(self, make: Callable[[], Sink]) -> None:
+        self._make = make
+        self._sink: Sink | None = None
+
+    def write(
+        self, step: int, records: Mapping[str, Record], notes: Mapping[str, str]
+    ) -> None:
+        """Write the records of a step."""
+        if self._sink is None:
+            self._sink = self._make()
+        self._sink.write(step, records, notes)
+
+    def close(self) -> None:
+        """Close it, if it was opened."""
+        if self._sink is not None:
+            self._sink.close()
 
 
 def warn(message: str) -> None:

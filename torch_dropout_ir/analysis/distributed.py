@@ -2,6 +2,8 @@
 
 Semantics:
 
+* Inside ``torch.distributed.algorithms.Join`` a rank may end before the others, and no
+  exchange is safe: there each rank measures its own batch.
 * Batches differ from rank to rank; records are those of the joined batch. What a rank
   contributes is a sum, and sums merge by one ``all_reduce(SUM)``: every rank holds the
   same bits, hence takes the same decisions.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -29,6 +32,9 @@ from torch_dropout_ir.functional import preserved_rng
 _PEER: Final = (
     "another rank could not go on (it says why), so that no rank has waited for it"
 )
+_UNEVEN: Final = (
+    "of the first rank's batch alone: inside `Join` a rank may end before the others"
+)
 _HASH: Final = 2**26 - 1  # its square adds up over thousands of ranks
 # Odd, and within the 32 bits of a seed that the generator of the CPU takes.
 _STRIDE: Final = 0x9E3779B9
@@ -41,22 +47,41 @@ class Ranks:
     Args:
         group: Their process group; None for a process alone.
         device: Where numbers are exchanged.
+        wrapper: The model in ``DistributedDataParallel``, where it is in one.
 
     Attributes:
         rank: Number of this process in the group.
-        size: Number of processes.
     """
 
     _meetings = 0  # in this process: all ranks attach in the same order
 
     def __init__(
-        self, group: Any = None, device: torch.device | str | None = None
+        self,
+        group: Any = None,
+        device: torch.device | str | None = None,
+        wrapper: nn.Module | None = None,
     ) -> None:
         self.rank = 0 if group is None else dist.get_rank(group)
-        self.size = 1 if group is None else dist.get_world_size(group)
-        self._group = group
+        self._all = 1 if group is None else dist.get_world_size(group)
+        self.group = group
         self._device = device
+        self._wrapper: Any = None if wrapper is None else weakref.ref(wrapper)
         self._left = False
+
+    def become(self, other: Ranks) -> None:
+        """Be these ranks from now on, for whoever holds this object."""
+        vars(self).update(vars(other))
+
+    @property
+    def size(self) -> int:
+        """Number of processes that measure together."""
+        return 1 if self.note else self._all
+
+    @property
+    def note(self) -> str:
+        """Why records are not of all processes; empty where they are."""
+        wrapper = self._wrapper and self._wrapper()
+        return _UNEVEN if wrapper is not None and wrapper._join_config.enable else ""
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -78,8 +103,11 @@ class Ranks:
                     self._meet("end", failed=True)
             raise
 
-    def wait_for_all(self) -> None:
+    def wait_for_all(self, call: str) -> None:
         """Wait until all ranks have come here.
+
+        Args:
+            call: What they have to call.
 
         Raises:
             RuntimeError: If one has not after five minutes.
@@ -89,16 +117,49 @@ class Ranks:
         Ranks._meetings += 1
         store = dist.distributed_c10d._get_default_store()
         here = f"torch_dropout_ir/{Ranks._meetings}"
-        ranks = dist.get_process_group_ranks(self._group)
+        ranks = dist.get_process_group_ranks(self.group)
         store.set(f"{here}/{dist.get_rank()}", "here")
         try:
             store.wait([f"{here}/{rank}" for rank in ranks], WAIT)
         except RuntimeError as err:
             raise RuntimeError(
-                f"attach_analysis: expected a call on each of the {self.size} ranks "
-                f"that train this model, some made none within {WAIT}. Call it on "
-                "every rank; only the first one writes."
+                f"{call}: expected a call on each of the {self.size} ranks that train "
+                f"this model, some made none within {WAIT}. Call it on every rank; "
+                "only the first one writes."
             ) from err
+
+    def alike(self, setting: str) -> bool:
+        """Whether all ranks came with the same words."""
+        return self._meet("setting", setting)
+
+    def check_alike(self, call: str, setting: str) -> None:
+        """Refuse what would part the ranks' ways.
+
+        Args:
+            call: What was called.
+            setting: What decides when measures are taken.
+
+        Raises:
+            ValueError: If ranks came with different settings.
+        """
+        if not self.alike(setting):
+            raise ValueError(
+                f"{call}: expected the same `every`, `budget`, `measures` and state on "
+                f"each of the {self.size} ranks, got others on some; here: {setting}"
+            )
+
+    def check_shards(self, model: nn.Module) -> None:
+        """Refuse a model whose shards other processes hold, who are not asked for them.
+
+        Raises:
+            RuntimeError: If it is one.
+        """
+        shards: list[Any] = [x for x in model.parameters() if is_sharded(x)]
+        if self.size == 1 and any(x.device_mesh.size() > 1 for x in shards):
+            raise RuntimeError(
+                "the model is sharded over processes that do not measure together: "
+                "attach on every rank, after `fully_shard` or before the first step"
+            )
 
     def _meet(self, what: str, names: str = "", failed: bool = False) -> bool:
         """Return whether all came with the same names; raise unless all are well."""
@@ -107,7 +168,7 @@ class Ranks:
         a, b = (zlib.crc32(text.encode()) & _HASH for text in (what, names))
         said = torch.tensor([failed, a, a * a, b, b * b], device=self._device)
         with released(said):
-            dist.all_reduce(said, group=self._group)
+            dist.all_reduce(said, group=self.group)
         failures, a, aa, b, bb = said.tolist()
         # All terms are equal where the sum of squares is the least that it can be.
         if failures or self.size * aa != a * a:
@@ -122,7 +183,7 @@ class Ranks:
         self._meet(f"tensor {list(x.shape)}")
         total = x.detach().clone().to(self._device)
         with released(total):
-            dist.all_reduce(total, group=self._group)
+            dist.all_reduce(total, group=self.group)
         return total.to(x.device)
 
     def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
@@ -132,7 +193,7 @@ class Ranks:
         names = sorted(numbers)
         if not self._meet("numbers", "\n".join(names)):
             every: list[list[str]] = [[]] * self.size
-            dist.all_gather_object(every, names, group=self._group)
+            dist.all_gather_object(every, names, group=self.group)
             names = sorted(set().union(*every))
         values = [numbers.get(name, 0.0) for name in names]
         total = self.sum_of(torch.tensor(values, dtype=torch.float64))
@@ -144,6 +205,11 @@ class Ranks:
             return dict(numbers)
         own = 0.0 if self.rank else 1.0
         return self.sum({name: own * value for name, value in numbers.items()})
+
+    def first_seed(self) -> int:
+        """Return the seed of the first rank's generator, as far as a float holds it."""
+        seed = float(torch.initial_seed() % 2**52)
+        return int(self.first({"seed": seed})["seed"])
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -195,10 +261,11 @@ def ranks_of(model: nn.Module) -> Ranks:
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks()
     group: Any = None
+    wrapper = None
     while isinstance(getattr(model, "_orig_mod", None), nn.Module):
         model = model._orig_mod  # type: ignore[assignment]
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        group = model.process_group
+        group, wrapper = model.process_group, model
     else:
         sharded: list[Any] = [x for x in model.parameters() if is_sharded(x)]
         meshes = [x.device_mesh for x in sharded]
@@ -208,7 +275,8 @@ def ranks_of(model: nn.Module) -> Ranks:
     if group is None or dist.get_world_size(group) == 1:
         return Ranks()
     device = next(iter(model.parameters())).device
-    return Ranks(group, "cpu" if dist.get_backend(group) == "gloo" else device)
+    where = "cpu" if dist.get_backend(group) == "gloo" else device
+    return Ranks(group, where, wrapper)
 
 
 def is_sharded(x: object) -> bool:
@@ -220,60 +288,3 @@ def gathered(x: Any) -> Tensor:
     """Return the whole of a tensor that is distributed over ranks; else itself."""
     whole: Tensor = x.full_tensor() if is_sharded(x) else x
     return whole
-
-
-def gathered_model(model: nn.Module) -> nn.Module:
-    """Return a model that measures can run alone: itself, or a copy with whole tensors.
-
-    A sharded model gathers its parameters in hooks of its own, which the transforms of
-    ``torch.func`` cannot follow. The copy has the same classes, names and modes.
-
-    Args:
-        model: The model.
-
-    Returns:
-        ``model`` itself where nothing of it is sharded.
-    """
-    if any(is_sharded(x) for x in model.parameters()):
-        return _Copy().module(model)
-    return model
-
-
-class _Copy:
-    """Copies modules; what is shared stays shared."""
-
-    def __init__(self) -> None:
-        self._modules: dict[int, nn.Module] = {}
-        self._tensors: dict[int, Tensor] = {}
-
-    def module(self, module: nn.Module) -> nn.Module:
-        if id(module) in self._modules:
-            return self._modules[id(module)]
-        kind = type(module)
-        if kind.__name__.startswith("FSDP") and len(kind.__bases__) == 2:
-            kind = kind.__bases__[1]  # what `fully_shard` has made a subclass of
-        twin = self._modules[id(module)] = kind.__new__(kind)
-        twin.__dict__.update(module.__dict__)
-        for name in ("_parameters", "_buffers"):
-            own = module.__dict__[name].items()
-            twin.__dict__[name] = {n: self._tensor(x) for n, x in own}
-        inner = module._modules.items()
-        twin._modules = {n: m and self.module(m) for n, m in inner}
-        for name in ("_forward_pre_hooks", "_forward_hooks"):
-            hooks = module.__dict__[name]
-            kept = {k: h for k, h in hooks.items() if not _of_sharding(h)}
-            twin.__dict__[name] = type(hooks)(kept)
-        return twin
-
-    def _tensor(self, x: Tensor | None) -> Tensor | None:
-        if x is None or id(x) in self._tensors:
-            return None if x is None else self._tensors[id(x)]
-        whole: Tensor = gathered(x.detach()).clone()
-        if isinstance(x, nn.Parameter):
-            whole = nn.Parameter(whole, requires_grad=x.requires_grad)
-        self._tensors[id(x)] = whole
-        return whole
-
-
-def _of_sharding(hook: object) -> bool:
-    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed")

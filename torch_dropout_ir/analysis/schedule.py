@@ -30,7 +30,8 @@ class Schedule:
 
     def due(self, step: int) -> set[str]:
         """Return the names of the measures to take at ``step``."""
-        if self._ranks.size > 1 and self._cadence.every == "auto":
+        auto = self._cadence.every == "auto"
+        if auto and self._ranks.group is not None and self._ranks.size > 1:
             if step < self._review:
                 return set()
             try:

@@ -51,7 +51,12 @@ class DropoutAnalysis(Callback):
         self._batch: Any = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Attach, with the state of the checkpoint that the fit goes on from."""
+        """Attach, with the state of the checkpoint or fit that this one goes on from.
+
+        Args:
+            trainer: The trainer; where it has made no step, curves begin anew.
+            pl_module: The module.
+        """
         log_dir = trainer.log_dir if self._log_dir is None else self._log_dir
         model = self._model(trainer, pl_module)
         self.analysis = attach_analysis(
@@ -64,7 +69,7 @@ class DropoutAnalysis(Callback):
             return None if callback is None else callback._targets(inputs)
 
         self.analysis.targets_of = targets_of
-        if self._state is not None:
+        if self._state is not None and trainer.global_step:
             self.analysis.load_state_dict(self._state)
 
     def _model(self, trainer: Any, pl_module: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from torch_dropout_ir.tensorboard.panels import Panels
 
 MAX_BYTES: Final = 2**16
 _MOST_WAITING: Final = 64
+_PATIENCE: Final = 10.0  # seconds that training waits for a disk that takes nothing
 _Step = tuple[int, float, Mapping[str, Record], Mapping[str, str]]
 
 
@@ -88,16 +89,27 @@ class TensorBoardSink:
         self, step: int, records: Mapping[str, Record], notes: Mapping[str, str]
     ) -> None:
         """Hand over the records of one step; raise what an earlier one's met."""
+        if self._process != os.getpid():
+            return  # the thread does not survive a fork
+        if self._error is None and not self._thread.is_alive():
+            self._error = RuntimeError("the thread that writes has died")
+        if self._error is None:
+            taken = (step, time.time(), dict(records), dict(notes))
+            try:
+                self._steps.put(taken, timeout=_PATIENCE)
+            except queue.Full:
+                self._error = TimeoutError(f"nothing was written in {_PATIENCE:.0f} s")
         if self._error is not None:
+            atexit.unregister(self.close)  # it is told now
             raise self._error
-        if self._process == os.getpid():  # the thread does not survive a fork
-            self._steps.put((step, time.time(), dict(records), dict(notes)))
 
     def close(self) -> None:
         """Write what is waiting and close the event file; raise what that met."""
         atexit.unregister(self.close)
         if self._process != os.getpid() or not self._thread.is_alive():
             return
+        if isinstance(self._error, TimeoutError):
+            raise self._error  # the thread may hang for good
         self._steps.put(None)
         self._thread.join()
         self._writer.close()

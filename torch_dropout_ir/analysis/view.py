@@ -1,0 +1,120 @@
+"""What measures are given to look at, of what a step has shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from torch_dropout_ir.analysis.capture import Capture
+from torch_dropout_ir.analysis.distributed import Ranks
+from torch_dropout_ir.analysis.measured_batch import MeasuredBatch
+from torch_dropout_ir.analysis.replay import own_statistics
+from torch_dropout_ir.analysis.snapshot import (
+    Snapshot,
+    received_gradients,
+    theory_note,
+)
+from torch_dropout_ir.analysis.steps import OptimizerSteps
+from torch_dropout_ir.analysis.whole_copy import gathered_model
+from torch_dropout_ir.functional import Inputs
+from torch_dropout_ir.masks import MaskStatistics
+from torch_dropout_ir.sites import active_sites
+
+
+class View:
+    """Makes snapshots of a model that trains.
+
+    Args:
+        model: The model.
+        capture: What has seen its passes.
+        batch: What chooses the batch.
+        steps: What has seen the optimizer.
+        ranks: The processes that train it.
+
+    Attributes:
+        counted: Mask statistics of the run that this one goes on from.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capture: Capture,
+        batch: MeasuredBatch,
+        steps: OptimizerSteps,
+        ranks: Ranks,
+    ) -> None:
+        self._model = model
+        self._capture = capture
+        self._batch = batch
+        self._steps = steps
+        self._ranks = ranks
+        self.counted: dict[str, MaskStatistics] = {}
+
+    def snapshot(
+        self,
+        step: int,
+        runs: bool,
+        inputs_of: Callable[[Inputs, int], Inputs],
+        targets_of: Callable[[Inputs], Any],
+    ) -> Snapshot:
+        """Return the state just before a step.
+
+        Args:
+            step: Optimizer steps made before.
+            runs: Whether measures need more than gradients.
+            inputs_of: Makes inputs to measure with of those of the pass, and of the
+                number of passes of the step.
+            targets_of: Finds targets by inputs where the loss does not show them.
+
+        Returns:
+            The snapshot.
+        """
+        capture, batch = self._capture, self._batch
+        self._ranks.check_shards(self._model)
+        model = gathered_model(self._model) if runs else self._model
+        capture.observe(model)
+        if runs and capture.inputs is None:
+            capture.follow()
+        (inputs, targets), source = batch.choose(capture, inputs_of, targets_of)
+        seen = None if targets is None else [(inputs, targets)]
+        optimizer = self._steps.optimizer
+        notes = theory_note(self._model, optimizer) | batch.note
+        lr, gradients = received_gradients(self._model, optimizer)
+        return Snapshot(
+            model=model,
+            step=step,
+            sites=(*active_sites(model), *capture.calls.values()),
+            loss=batch.loss,
+            inputs=inputs,
+            targets=targets,
+            source=source,
+            batches=seen if batch.data is None else batch.data,
+            lr=lr,
+            gradients=gradients,
+            statistics=self.statistics(),
+            notes=notes | {"masks": capture.failure, "ranks": self._ranks.note},
+            ranks=self._ranks,
+        )
+
+    def statistics(self) -> dict[str, MaskStatistics]:
+        """Return mask statistics by site, with those of the run before."""
+        seen = self._capture.statistics | own_statistics(self._model)
+        empty = MaskStatistics()
+        return {n: self.counted.get(n, empty) + s for n, s in seen.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the statistics as plain numbers and tensors."""
+        return {n: dataclasses.asdict(seen) for n, seen in self.statistics().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self.counted = {n: MaskStatistics(**seen) for n, seen in state.items()}
+        self.share()
+
+    def share(self) -> None:
+        """Leave the statistics of before to the first rank: they add over ranks."""
+        if self._ranks.rank:
+            self.counted = {}
