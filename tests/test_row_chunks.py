@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from torch_dropout_ir.functional import Inputs
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.output_hessian import ALL, HessianRoots
 from torch_dropout_ir.regularizers import gauss_newton, row_chunks, second_order

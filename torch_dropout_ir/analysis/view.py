@@ -19,7 +19,7 @@ from torch_dropout_ir.analysis.snapshot import (
 )
 from torch_dropout_ir.analysis.steps import OptimizerSteps
 from torch_dropout_ir.analysis.whole_copy import gathered_model
-from torch_dropout_ir.functional import Inputs
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.sites import active_sites
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from torch_dropout_ir.analysis import Analysis
 from torch_dropout_ir.attach import attach_analysis
-from torch_dropout_ir.functional import Inputs
+from torch_dropout_ir.inputs import Inputs
 
 _FILE = "torch_dropout_ir.pt"
 
