@@ -20,7 +20,7 @@ from torch_dropout_ir.analysis.delivery import Delivery
 from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.facts import run_facts
 from torch_dropout_ir.analysis.late_ranks import late_ranks
-from torch_dropout_ir.analysis.measured_batch import MeasuredBatch
+from torch_dropout_ir.analysis.measured_batch import MeasuredBatch, by_itself
 from torch_dropout_ir.analysis.records import Sink, remember
 from torch_dropout_ir.analysis.schedule import Schedule
 from torch_dropout_ir.analysis.snapshot import (
@@ -48,7 +48,7 @@ class Analysis:
         absent: Measures left out the last time, with the reason.
         notes: How a number was obtained, by tag.
         inputs_of: What the measures call the model with, by the inputs of the pass and
-            the number of passes of the step; by default the same.
+            the number of passes of the step; by default :func:`by_itself`.
         targets_of: Where the loss does not show the targets: what finds them by the
             inputs of the pass. By default the argument ``labels``.
     """
@@ -92,7 +92,7 @@ class Analysis:
         self._handles.callback(self._delivery.close)
         self._attached = False
         self._leave = weakref.finalize(self, self._handles.close)
-        self.inputs_of: Callable[[Inputs, int], Inputs] = lambda inputs, _: inputs
+        self.inputs_of: Callable[[Inputs, int], Inputs] = by_itself
         self.targets_of: Callable[[Inputs], Any] = labels
 
     @property

@@ -25,9 +25,23 @@ _IN_PART: Final = (
 )
 # By which models of Hugging Face divide the sum of a loss that they compute.
 _COUNT: Final = "num_items_in_batch"
-_OWN_COUNT: Final = (
-    f"the mean over its own pass, not its share in all `{_COUNT}` of the step"
-)
+_SHARE: Final = f"over its share of the `{_COUNT}`: on average that is the loss of all"
+
+
+def by_itself(inputs: Inputs, parts: int) -> Inputs:
+    """Return the inputs of a pass whose loss is a mean by itself.
+
+    Where passes are accumulated, or several processes train, scripts have a model of
+    Hugging Face divide by the items of all of them.
+
+    Args:
+        inputs: The inputs of the pass.
+        parts: How many passes the items are of.
+    """
+    items = inputs.kwargs.get(_COUNT)
+    if items is None or parts == 1:
+        return inputs
+    return Inputs(inputs.args, {**inputs.kwargs, _COUNT: items / parts})
 
 
 class MeasuredBatch:
@@ -72,10 +86,6 @@ class MeasuredBatch:
         if inputs is not None:
             inputs = inputs_of(inputs, capture.passes + 1)
         targets = None if inputs is None else self._targets(capture, targets_of(inputs))
-        counted = inputs is not None and inputs.kwargs.get(_COUNT) is not None
-        if inputs is not None and counted:
-            rest = {name: x for name, x in inputs.kwargs.items() if name != _COUNT}
-            inputs = Inputs(inputs.args, rest)
         if inputs is not None and capture.cast:
             inputs, targets = _uncast((inputs, targets), capture.watched)
         self.note["loss/R_S"] = self._part
@@ -86,8 +96,9 @@ class MeasuredBatch:
         elif self._last is not None:
             return self._last, "the last batch whose targets were seen"
         last = _LAST.format(capture.passes + 1) if capture.passes else ""
-        own = _OWN_COUNT if counted else ""
-        said = filter(None, (self._part, last, own, capture.unlike))
+        counted = inputs is not None and inputs.kwargs.get(_COUNT) is not None
+        share = _SHARE if counted and last else ""
+        said = filter(None, (self._part, last, share, capture.unlike))
         self.note["loss/R_S"] = "; ".join(said)
         return (inputs, targets), "this step's batch"
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from torch_dropout_ir.analysis import Analysis
+from torch_dropout_ir.analysis.measured_batch import by_itself
 from torch_dropout_ir.attach import attach_analysis
-from torch_dropout_ir.inputs import Inputs
 
 _FILE = "torch_dropout_ir.pt"
 
@@ -35,22 +35,6 @@ def models_own_loss(outputs: Any, targets: Any) -> Tensor:
             "in place of this callback: it follows the trainer's loss."
         )
     return loss
-
-
-def by_itself(inputs: Inputs, parts: int) -> Inputs:
-    """Return the inputs of a pass whose loss is a mean by itself.
-
-    Where passes are accumulated, or several processes train, the trainer has the model
-    divide by the items of all of them.
-
-    Args:
-        inputs: The inputs of the pass.
-        parts: How many passes the items are of.
-    """
-    items = inputs.kwargs.get("num_items_in_batch")
-    if items is None:
-        return inputs
-    return Inputs(inputs.args, {**inputs.kwargs, "num_items_in_batch": items / parts})
 
 
 class DropoutAnalysis(TrainerCallback):

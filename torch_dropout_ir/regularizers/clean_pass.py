@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.normalization import differentiable
-from torch_dropout_ir.regularizers.checks import check_batch
+from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
 from torch_dropout_ir.regularizers.coupling import alike, by_powers, even_root
 from torch_dropout_ir.regularizers.recorder import Recorder, Use
 from torch_dropout_ir.regularizers.row_graph import rows_meet
@@ -54,6 +54,11 @@ class CleanPass:
     noisy: bool
     unreachable: tuple[str, ...]
     out_of_sight: dict[str, str]
+
+    def noise_left_out(self, model: nn.Module) -> tuple[str, ...]:
+        """Return what is to be said of noise that a form of this pass lacks."""
+        met, hidden = bool(self.uses), self.out_of_sight
+        return noise_left_out(model, self.noisy, met, hidden, drawn=self.drawn)
 
     @property
     def edges(self) -> list[GradientEdge]:

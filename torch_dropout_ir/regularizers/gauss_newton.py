@@ -16,7 +16,6 @@ from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_finite,
     checked_product,
-    noise_left_out,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
@@ -252,10 +251,7 @@ def _known(
     loss: Loss,
     forms: RootForms,
 ) -> _Known:
-    hidden = clean.out_of_sight
-    notes = noise_left_out(
-        model, clean.noisy, bool(clean.uses), hidden, drawn=clean.drawn
-    )
+    notes = clean.noise_left_out(model)
     if not (forms.curved or check_curvature(read)):
         notes = (*notes, LINEAR)
     exact = is_exact(clean, loss, forms.num_samples)

@@ -16,7 +16,6 @@ from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_finite,
     check_risk,
-    noise_left_out,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
@@ -164,7 +163,7 @@ def _first_pass(
             curvature = SiteCurvature(clean, read, linearized=False)
             draws = curvature.draws(num_samples, coupled)
         exact = is_exact(clean, loss, num_samples)
-        notes = noise_left_out(model, clean.noisy, bool(clean.uses), drawn=clean.drawn)
+        notes = clean.noise_left_out(model)
         masks = [(site, h.new_empty(()), h.shape) for site, h, _ in clean.uses]
         like = read.tensors[0].detach().new_zeros(())
         return _Seen(like, masks, coupled, exact, notes, draws, chunks)
