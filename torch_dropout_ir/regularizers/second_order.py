@@ -87,8 +87,8 @@ def second_order(
 
     Returns:
         The estimate with the part of each site. The standard error is that of the
-        signs; with one sample it includes the spread between the data and is an upper
-        bound.
+        signs. With one draw the spread between the data tells it: its square is an
+        upper bound in the mean, rough of few data; NaN where they meet.
 
     Raises:
         TypeError: If the model's outputs hold no tensor, or ``batch`` is no pair.
