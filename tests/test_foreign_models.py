@@ -245,3 +245,22 @@ def test_nested_tensors_are_told_before_anything_fails():
     names = ("regularizer", "dropout_noise", "masks", "sharpness")
     assert all("nested tensors" in analysis.absent[x] for x in names)
     assert not analysis.notes["masks"]
+
+
+def test_the_summary_has_errors_beside_their_values():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Dropout(0), nn.Tanh())
+    net.append(nn.Linear(8, 3))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    with tdi.attach_analysis(net, log_dir=False, every=1) as analysis:
+        F.mse_loss(net(torch.randn(8, 4)), torch.randn(8, 3)).backward()
+        sgd.step()
+    lines = (line.strip().partition(" ") for line in analysis.summary().splitlines())
+    rows = {name: said.strip() for name, _, said in lines}
+    for tag, kind in (
+        ("regularizer/R1", "standard_error"), ("sharpness/top_eigenvalue", "residual"),
+    ):  # fmt: skip
+        value, error = (analysis.latest[x] for x in (tag, f"{tag}_{kind}"))
+        assert rows[tag].split() == [f"{value:.5g}", f"{error:.2g}", "0"]
+        assert f"{tag}_{kind}" not in rows
+    assert rows["2"] == "Dropout(p=0)  drops nothing"

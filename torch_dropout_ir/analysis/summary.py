@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from torch import nn
 
@@ -14,6 +14,8 @@ from torch_dropout_ir.sites import Site, find_sites, unobservable
 
 if TYPE_CHECKING:
     from torch_dropout_ir.analysis.analysis import Analysis
+
+_ERRORS: Final = ("_standard_error", "_residual")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +79,7 @@ def describe(analysis: Analysis) -> str:
         "  no dropout module"
     ]
     latest = analysis.latest
-    if latest:
-        width = max(len(tag) for tag in latest)
-        lines += ["", f"{'last value':>{width + 15}}  at step"]
-    for tag in sorted(latest):
-        step, value = analysis.history[tag][-1]
-        lines.append(f"  {tag:<{width}} {value:>12.5g}  {step:>7d}")
+    lines += _table(analysis.history)
     facts = {k: v for k, v in analysis.notes.items() if k.startswith(RUN)}
     said = {k: v for k, v in analysis.notes.items() if v and k not in facts}
     lines += _section("how the numbers were obtained", said)
@@ -104,8 +101,31 @@ def describe(analysis: Analysis) -> str:
     return "\n".join(lines)
 
 
+def _table(history: Mapping[str, list[tuple[int, float]]]) -> list[str]:
+    """Last values with their errors, which have no line of their own."""
+    if not history:
+        return []
+    errors = {
+        tag: tag + kind
+        for tag in history
+        for kind in _ERRORS
+        if history.get(tag + kind, [(-1, 0.0)])[-1][0] == history[tag][-1][0]
+    }
+    shown = sorted(history.keys() - set(errors.values()))
+    width = max(map(len, shown))
+    head = f"{'last value':>{width + 15}}  {'+- error':>11}  at step"
+    lines = ["", head]
+    for tag in shown:
+        step, value = history[tag][-1]
+        error = f"{history[errors[tag]][-1][1]:.2g}" if tag in errors else ""
+        lines.append(f"  {tag:<{width}} {value:>12.5g}  {error:>11}  {step:>7d}")
+    return lines
+
+
 def _site_line(site: SiteReport) -> str:
-    seen = "observed" if site.observed else f"not observed: {site.reason}"
+    seen = "observed" if site.p else "drops nothing"
+    if not site.observed:
+        seen = f"not observed: {site.reason}"
     kind = site.kind if math.isnan(site.p) else f"{site.kind}(p={site.p:g})"
     return f"{site.name or '(the model itself)'}  {kind}  {seen}"
 
