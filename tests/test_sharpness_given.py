@@ -153,3 +153,36 @@ def test_what_torch_cannot_differentiate_is_explained(step, what):
     ):
         with pytest.raises(NotImplementedError, match=f"{one}.*{what}.*params="):
             take()
+
+
+def test_what_fails_in_the_forward_pass_is_said_as_it_is():
+    def refuses(outputs, targets):
+        raise RuntimeError("no derivative of interest: not implemented for 'Int'")
+
+    with pytest.raises(RuntimeError, match=r"^no derivative of interest") as caught:
+        tdi.sharpness.hessian(network(), refuses, (torch.ones(2, 3), torch.ones(2, 2)))
+    assert type(caught.value) is RuntimeError
+
+
+def test_a_covariance_says_what_it_cannot_multiply():
+    steps = [{"w": torch.tensor([0.0, 1.0])}, {"w": torch.tensor([2.0, 1.0])}]
+    noise = tdi.sharpness.trajectory_covariance(steps)
+    with pytest.raises(TypeError, match=r"`v` to be a dictionary .* got ndarray"):
+        noise @ np.ones(2)
+    with pytest.raises(ValueError, match=r"none for \['w'\]"):
+        noise @ {"x": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"got \[3\] for 'w', which has \[2\]"):
+        noise @ {"w": torch.ones(3)}
+
+
+@pytest.mark.parametrize("name", ["top_eigenvalues", "trace", "spectral_density"])
+@pytest.mark.parametrize("op", [np.eye(4), [[1.0]], None])
+def test_what_is_no_operator_is_named(name, op):
+    kind = type(op).__name__
+    with pytest.raises(TypeError, match=rf"{name}: .*`@` and `shape`.* got {kind}\."):
+        getattr(tdi.sharpness, name)(op)
+
+
+def test_a_grid_is_a_tensor():
+    with pytest.raises(TypeError, match=r"`grid` to be a tensor, got list\."):
+        tdi.sharpness.spectral_density(torch.eye(4), grid=[0.0, 1.0])

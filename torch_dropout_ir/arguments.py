@@ -86,6 +86,24 @@ def check_real(
     raise ValueError(f"{function}: expected {kind} `{name}`{range_}, got {value}")
 
 
+def check_operator(function: str, op: Any) -> None:
+    """Refuse what multiplies no tensor.
+
+    Args:
+        function: The function that takes it.
+        op: An operator, or a matrix.
+
+    Raises:
+        TypeError: If it is an array, or has no ``shape``.
+    """
+    array = hasattr(op, "__array__") and not isinstance(op, Tensor)
+    if array or not hasattr(op, "shape"):
+        raise TypeError(
+            f"{function}: expected an operator with `@` and `shape`, or a tensor, got "
+            f"{type(op).__name__}. Of an array torch.as_tensor makes one."
+        )
+
+
 def check_symmetric(function: str, op: Any) -> None:
     """Refuse matrices that are not symmetric, or not of real numbers.
 
@@ -95,7 +113,9 @@ def check_symmetric(function: str, op: Any) -> None:
 
     Raises:
         ValueError: If a matrix given as such is one of these.
-    """
+        TypeError: If it is no operator.
+    """  # noqa: DOC502 (`check_operator` raises)
+    check_operator(function, op)
     if not isinstance(op, Tensor):
         return
     square = op.ndim == 2 and op.shape[0] == op.shape[1]

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.arguments import check_count, check_real
+from torch_dropout_ir.arguments import check_count, check_real, in_order
 from torch_dropout_ir.functional import as_batches, batch_size
 from torch_dropout_ir.sharpness.ranks import Group
 from torch_dropout_ir.sharpness.subsets import Subset
@@ -56,7 +56,7 @@ class Covariance:
     def __matmul__(self, v: Any) -> Any:
         if isinstance(v, Tensor):
             return self.rows.T @ (self.rows @ v.to(self.rows))
-        flat = self @ to_vector({n: v[n] for n in self.params})
+        flat = self @ to_vector(in_order("Covariance", "v", v, self.params))
         return to_params(flat, self.params)
 
     def _gram(self) -> Tensor:

@@ -137,6 +137,11 @@ def _check(
     if rtol is not None:
         check_real("spectral_density", "rtol", rtol, least=0)
     check_real("spectral_density", "max_bytes", max_bytes, least=0, finite=False)
+    if not (grid is None or isinstance(grid, Tensor)):
+        raise TypeError(
+            f"spectral_density: expected `grid` to be a tensor, got "
+            f"{type(grid).__name__}. torch.as_tensor makes one of it."
+        )
     if grid is not None and not (grid.ndim == 1 and bool(grid.isfinite().all())):
         raise ValueError(
             "spectral_density: expected `grid` of shape [G] and finite, got shape "

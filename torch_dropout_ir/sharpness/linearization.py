@@ -143,8 +143,7 @@ def linearize(
     with unasked():
         leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
     build = _hessian if kind == "hessian" else _ggn
-    sizing = _sizes(surface.model)
-    with explained(), torch.enable_grad(), sizing as sizes, LeanDerivatives():
+    with torch.enable_grad(), _sizes(surface.model) as sizes, LeanDerivatives():
         used, product, nodes = build(surface, leaves, batch, place, seed, once)
     with unasked():
         like = list(leaves.values())

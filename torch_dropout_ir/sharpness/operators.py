@@ -167,11 +167,11 @@ def used_by(surface: Surface) -> list[str]:
     """Return the names of the parameters that a loss depends on."""
 
     def one(batch: Batch, place: int, seed: int | None) -> Tensor:
-        with explained(), torch.enable_grad():
+        with torch.enable_grad():
             leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
             risk = surface.checked(surface.risk(leaves, batch, place, seed), place)
             targets = list(leaves.values())
-            with arrivals(targets, lambda *_: None):
+            with explained(), arrivals(targets, lambda *_: None):
                 found = torch.autograd.grad(risk, targets, allow_unused=True)
         smooth = depended_on(risk, leaves, found)
         return torch.tensor([float(n in smooth) for n in leaves]).to(targets[0])

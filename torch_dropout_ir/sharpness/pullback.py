@@ -17,7 +17,7 @@ from torch_dropout_ir.arrivals import (
     last_nodes,
     parts_given,
 )
-from torch_dropout_ir.sharpness.steps import NO_DERIVATIVE
+from torch_dropout_ir.sharpness.steps import NO_DERIVATIVE, explained
 from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.tracing import unasked
 
@@ -34,7 +34,8 @@ def backward(surface: Surface, value: Tensor) -> Iterator[None]:
     """
     with unasked():
         bare = bare_of(surface, graph_nodes([value.grad_fn] if value.grad_fn else []))
-    with surface.backward(), unasked() if bare else contextlib.nullcontext():
+    quiet = unasked() if bare else contextlib.nullcontext()
+    with explained(), surface.backward(), quiet:
         yield
 
 

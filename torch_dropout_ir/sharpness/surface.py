@@ -278,10 +278,10 @@ class Surface:
         at = self.params if params is None else params
 
         def one(batch: Batch, place: int, seed: int | None) -> Tensor:
-            with explained(), torch.enable_grad():
+            with torch.enable_grad():
                 leaves = {n: x.detach().requires_grad_() for n, x in at.items()}
                 risk = self.checked(self.risk(leaves, batch, place, seed), place)
-                with self.backward(at):
+                with explained(), self.backward(at):
                     found = torch.autograd.grad(
                         risk, list(leaves.values()), materialize_grads=True
                     )
