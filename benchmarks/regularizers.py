@@ -13,7 +13,8 @@ site at the input (the first two with the forward pass that gives them their fea
 and outputs); then the peak memory of each, its ratio to that of the pass, and that of
 the same written by hand with autograd, on these and on a language model.
 ``gauss_newton`` on small networks, beside the least it could take: a forward pass, a
-root of the loss's Hessian sent back to the sites' inputs alone, and the sums.
+root of the loss's Hessian sent back to the sites' inputs alone, and the sums; and with
+losses that have no closed form, on three networks.
 ``last_layer`` of features [4096, 4096] with 1000 outputs against one product of those.
 Contenders take turns; medians.
 
@@ -35,7 +36,7 @@ from pathlib import Path
 
 import torch
 from estimator_page import draw, write_page
-from regularizers_costs import model_costs, product_costs, small_costs
+from regularizers_costs import loss_costs, model_costs, product_costs, small_costs
 from regularizers_errors import ESTIMATORS, errors, print_errors
 from regularizers_memory import memory
 
@@ -73,6 +74,7 @@ def main() -> int:
     print(setup)
     if not chosen.errors:
         small_costs(chosen.turns)
+        loss_costs(chosen.turns)
         model_costs(chosen.turns)
         product_costs(chosen.turns)
         memory()

@@ -1,6 +1,7 @@
 """Time of the estimators against a forward-backward pass, side by side."""
 
 import functools
+import itertools
 import statistics
 
 import torch
@@ -63,6 +64,51 @@ def small_costs(turns: int) -> None:
             f"  {name:34}pass {1e3 * base:>6.2f} ms{lowest:>8} least"
             f"{found['gauss_newton, 1'] / base:>8.2f} gauss_newton"
         )
+
+
+def focal(f, y):
+    """Return the focal loss of labels."""
+    log = F.log_softmax(f, 1).gather(1, y[:, None]).squeeze(1)
+    return -((1 - log.exp()) ** 2 * log).mean()
+
+
+def losses(n: int, k: int) -> dict:
+    """Losses with no closed form of their Hessian, each with its targets."""
+    real, labels = torch.randn(n, k), torch.randint(k, (n,))
+    parts = real.softmax(1)
+    return {
+        "Huber": (nn.HuberLoss(), real),
+        "Poisson": (nn.PoissonNLLLoss(), real.abs()),
+        "log cosh": (lambda f, y: (f - y).cosh().log().mean(), real),
+        "squares": (lambda f, y: ((f - y) ** 2).sum(1).mean(), real),
+        "soft labels": (lambda f, y: -(y * f.log_softmax(1)).sum(1).mean(), parts),
+        "focal": (focal, labels),
+        "Gaussian": (
+            lambda f, y: F.gaussian_nll_loss(f[:, :1], y[:, :1], f[:, 1:2].exp()), real
+        ),
+    }  # fmt: skip
+
+
+def loss_costs(turns: int) -> None:
+    """Print what one sample costs with losses that have no closed form."""
+    print("\nlosses without a closed form: gauss_newton, 1, in passes")
+    for sizes, n in (((20, 64, 64, 3), 32), ((64, 256, 256, 10), 64),
+                     ((256, 512, 512, 10), 128)):  # fmt: skip
+        layers = [
+            layer
+            for a, b in itertools.pairwise(sizes)
+            for layer in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.5))
+        ]
+        net, x = nn.Sequential(*layers[:-2]), torch.randn(n, sizes[0])
+        print("  " + "-".join(map(str, sizes)) + f", batch {n}")
+        for name, (loss, y) in losses(n, sizes[-1]).items():
+            times = []
+            run = step(net, (x, y), loss)
+            for _ in range(5 * turns):
+                own = seconds(functools.partial(gauss_newton, net, (x, y), loss))
+                times.append((seconds(run), own))
+            base, own = (statistics.median(t) for t in zip(*times, strict=True))
+            print(f"    {name:14}pass {1e3 * base:>6.2f} ms{own / base:>8.2f} passes")
 
 
 def model_costs(turns: int) -> None:

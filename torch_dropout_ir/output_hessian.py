@@ -171,10 +171,11 @@ class HessianRoots:
                 return [(_less_a_label(f), mass)]
             return [(_less_a_label(f).mul_(mass.sqrt()), 1.0)]
         values = of_rows(self._values, rows)
-        drawn = torch.empty_like(values).bernoulli_(0.5).mul_(2).sub_(1)
+        drawn = torch.randn_like(values)  # for its signs
         roots: list[Root] = []
         for sign in self._signs:
-            weights = (sign * values).clamp(min=0).sqrt() * drawn
+            positive = (values if sign > 0 else -values).clamp(min=0)
+            weights = positive.sqrt_().copysign(drawn)
             if self._vectors is not None:
                 weights = of_rows(self._vectors, rows) @ weights.unsqueeze(-1)
             roots.append((weights.view(f.shape), sign))

@@ -136,7 +136,7 @@ class ProductRoots:
             Two tensors shaped as their outputs with their signs; a single one of zeros
             where the product is zero.
         """
-        z = torch.empty_like(self.like).bernoulli_(0.5).mul_(2).sub_(1)
+        z = torch.ones_like(self.like).copysign_(torch.randn_like(self.like))
         found = self._product(z, self._keep)
         # Of equal length, lest one of them be lost in the other's rounding.
         length = (float(found.norm()) / found.numel() ** 0.5) ** 0.5

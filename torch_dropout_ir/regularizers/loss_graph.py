@@ -108,15 +108,18 @@ def rows_apart(value: Tensor, outputs: Tensor) -> bool:
         if not any(places):
             found[node] = None
             continue
-        found[node] = _place(Op(node, edges, places, len(outputs)))
+        name = node.name()
+        if len(edges) == 1 and name in _ELEMENTWISE and places[0] != _SUM:
+            found[node] = places[0]
+            continue
+        found[node] = _place(name, Op(node, edges, places, len(outputs)))
         if found[node] is None:
             return False
     return found[value.grad_fn] == _SUM
 
 
-def _place(op: Op) -> Place | None:
+def _place(name: str, op: Op) -> Place | None:
     """Return where the rows are in what a node makes; None where it is not known."""
-    name = op.node.name()
     if _SUM in op.places:
         sums = {None, _SUM}.issuperset(op.places)
         linear = sums and _is_linear(name, [place is not None for place in op.places])

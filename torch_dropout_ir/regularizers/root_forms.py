@@ -70,8 +70,8 @@ class RootForms:
         if loss is not None and (loss.kind != "general" or blocks):
             self._roots = HessianRoots(loss, read.single, read.targets, product)
         elif product is not None and f.ndim and num_samples:
-            self._roots = ProductRoots(product, keep=num_samples > 1)
-        self.one_pass = num_samples == 1 and self._roots is not None
+            self._roots = ProductRoots(product, num_samples > 1 or clean.matters)
+        self.one_pass = num_samples == 1 and isinstance(self._roots, HessianRoots)
 
     @property
     def curved(self) -> bool:
@@ -100,11 +100,10 @@ class RootForms:
             The sums; None, with nothing drawn, where :meth:`draws` has to be asked.
         """
         outputs = read.tensors[0]
-        if not (self.one_pass and clean.uses) or clean.matters:
+        if self._roots is None or self.num_samples != 1 or clean.matters:
             return None
-        assert self._roots is not None
         meet = clean.samples_meet(outputs) if _alike(clean, outputs) else None
-        if meet is None:
+        if meet is None or not clean.uses:
             return None
         roots = self._roots.sample()
         found: list[tuple[int, Tensor, float]] = []
