@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.algorithms.join import Join
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_dropout_ir as tdi
@@ -530,6 +530,20 @@ def test_what_one_rank_cannot_gather_alone_it_leaves(ran):
     assert "sharded over processes that do not measure together" in first
 
 
+def older(rank, size, _):
+    model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    try:
+        tdi.attach_analysis(model, log_dir=False)
+    except TypeError as err:
+        return str(err)
+    return ""
+
+
+def test_what_shards_otherwise_is_refused(ran):
+    for said in ran(2, "older"):
+        assert "Shard it by `torch.distributed.fsdp.fully_shard`" in said
+
+
 def unlike(rank, size, _):
     try:
         tdi.attach_analysis(
@@ -625,6 +639,7 @@ for _wrap in ("ddp", "fsdp"):
 for _option in ("find_unused_parameters", "static_graph"):
     SCENARIOS[f"spare {_option}"] = (spare, {_option: True})
 SCENARIOS["uneven"] = (uneven,)
+SCENARIOS["older"] = (older,)
 SCENARIOS["unlike"] = (unlike,)
 for _wrap in ("ddp", "fsdp"):
     SCENARIOS[f"attached first {_wrap}"] = (attached_first, _wrap)
