@@ -392,3 +392,21 @@ def test_hooks_that_keep_what_the_model_reads_are_part_of_it(how):
             sgd.step()
             assert not analysis.absent and not analysis.notes["loss/R_S"]
             assert analysis.latest["loss/R_S"] == pytest.approx(float(clean))
+
+
+def test_an_attribute_whose_memory_is_released_is_left():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.kept = nn.Linear(3, 2), torch.ones(1000)
+            self.kept.untyped_storage().resize_(0)  # to read it ends the process
+
+        def forward(self, x):
+            return self.net(x)
+
+    model = Model()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        nn.MSELoss()(model(torch.randn(4, 3)), torch.zeros(4, 2)).backward()
+        sgd.step()
+    assert analysis.latest["loss/R_S"] > 0

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.algorithms.join import Join
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_dropout_ir as tdi
@@ -447,16 +447,18 @@ def test_the_loss_is_found_where_ddp_hands_out_copies(ran, how):
             torch.testing.assert_close(history[tag], alone[tag], rtol=1e-8, atol=0)
 
 
-def uneven(rank, size, _):
+def uneven(rank, size, first, _):
     """The first rank has three batches more than the others."""
     rows, ends = part(rank, size, True), []
     for attached in (False, True):
-        model = DistributedDataParallel(net(0.0))
-        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        inner = net(0.0)
+        model = inner if first else DistributedDataParallel(inner)
         with contextlib.ExitStack() as stack:
             if attached:
                 analysis = tdi.attach_analysis(model, log_dir=False, every=1)
                 stack.enter_context(analysis)
+            model = DistributedDataParallel(inner) if first else model
+            sgd = torch.optim.SGD(model.parameters(), lr=0.1)
             x, y = next(batches())
             with Join([model]):
                 for _ in range(2 if rank else 5):
@@ -465,12 +467,13 @@ def uneven(rank, size, _):
                     sgd.step()
         ends.append([x.detach() for x in model.parameters()])
     x, y = x[rows], y[rows]
-    first = float(nn.MSELoss()(net(0.0)(x), y).detach())
-    return ends, analysis.history["loss/R_S"], analysis.notes["ranks"], first
+    risk = float(nn.MSELoss()(net(0.0)(x), y).detach())
+    return ends, analysis.history["loss/R_S"], analysis.notes["ranks"], risk
 
 
-def test_inside_join_ranks_measure_for_themselves(ran):
-    for rank, (ends, risks, note, first) in enumerate(ran(2, "uneven")):
+@pytest.mark.parametrize("attached", ["first", "after"])
+def test_inside_join_ranks_measure_for_themselves(ran, attached):
+    for rank, (ends, risks, note, first) in enumerate(ran(2, f"uneven {attached}")):
         assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
         assert [step for step, _ in risks] == list(range(2 if rank else 5))
         assert risks[0][1] == pytest.approx(first)
@@ -528,6 +531,20 @@ def attached_by_one(rank, size, _):
 def test_what_one_rank_cannot_gather_alone_it_leaves(ran):
     first, _ = ran(2, "~attached by one")
     assert "sharded over processes that do not measure together" in first
+
+
+def older(rank, size, _):
+    model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    try:
+        tdi.attach_analysis(model, log_dir=False)
+    except TypeError as err:
+        return str(err)
+    return ""
+
+
+def test_what_shards_otherwise_is_refused(ran):
+    for said in ran(2, "older"):
+        assert "Shard it by `torch.distributed.fsdp.fully_shard`" in said
 
 
 def unlike(rank, size, _):
@@ -624,7 +641,9 @@ for _wrap in ("ddp", "fsdp"):
     SCENARIOS[f"unchanged {_wrap}"] = (unchanged, _wrap)
 for _option in ("find_unused_parameters", "static_graph"):
     SCENARIOS[f"spare {_option}"] = (spare, {_option: True})
-SCENARIOS["uneven"] = (uneven,)
+SCENARIOS["uneven first"] = (uneven, True)
+SCENARIOS["uneven after"] = (uneven, False)
+SCENARIOS["older"] = (older,)
 SCENARIOS["unlike"] = (unlike,)
 for _wrap in ("ddp", "fsdp"):
     SCENARIOS[f"attached first {_wrap}"] = (attached_first, _wrap)

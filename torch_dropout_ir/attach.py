@@ -65,7 +65,7 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
     """Say clearly what cannot be watched.
 
     Raises:
-        TypeError: If the whole model is scripted.
+        TypeError: If the whole model is scripted, or sharded by FSDP1.
         ValueError: If tensors have no data, or the optimizer steps others.
         RuntimeError: If the model has an analysis already.
     """
@@ -81,6 +81,12 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
             "attach_analysis: expected a model that runs in Python, got a scripted one "
             "(nothing sees its calls). Attach to a model of which parts are "
             "scripted, or script it for deployment alone."
+        )
+    if any("FullyShardedDataParallel" == type(m).__name__ for m in model.modules()):
+        raise TypeError(
+            "attach_analysis: expected a model sharded by `fully_shard`, got one in "
+            "FullyShardedDataParallel (FSDP1), whose parameters are flat pieces. "
+            "Shard it by `torch.distributed.fsdp.fully_shard`, then attach."
         )
     check_data(model, "attach_analysis")
     stepped = {id(x) for x in model.parameters()}
@@ -231,8 +237,9 @@ def attach_analysis(
         The analysis; also a context manager that detaches at its end.
 
     Raises:
-        TypeError: If ``model`` is no module or wholly scripted, ``loss`` is neither
-            known nor callable, or ``measures`` or ``sinks`` are none.
+        TypeError: If ``model`` is no module, wholly scripted or sharded by FSDP1,
+            ``loss`` is neither known nor callable, or ``measures`` or ``sinks`` are
+            none.
         ValueError: If ``loss``, ``every`` or ``budget`` is out of range, ``data`` is
             empty, parameters have no data yet (meta device), or ``optimizer`` steps
             none of the model's.

@@ -173,3 +173,9 @@ def _inside_operator() -> bool:
 # Dynamo calls it and takes its word: what `torch.compiler.assume_constant_result` says,
 # which imports Dynamo, longer than all of this package.
 _inside_operator._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_released(x: object) -> bool:
+    """Whether a tensor's memory was given back, so that to read it ends the process."""
+    held = isinstance(x, Tensor) and x.layout is torch.strided and x.numel() > 0
+    return held and not x.untyped_storage().nbytes()  # type: ignore[attr-defined]

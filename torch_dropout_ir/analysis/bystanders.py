@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from torch.utils import _python_dispatch
 
+from torch_dropout_ir.tracing import is_released
+
 # A private name; with a torch that lacks it, such modes see the measures too.
 _NO_MODES: Final[Callable[[], Any]] = getattr(
     _python_dispatch, "_disable_current_modes", contextlib.nullcontext
@@ -63,12 +65,11 @@ def unmoved_attributes(model: nn.Module) -> Iterator[None]:
 def _held(attributes: Iterable[dict[str, Any]]) -> Iterator[Any]:
     """Yield what modules hold in plain attributes, and what is in it, once each."""
     seen: set[int] = set()
-    left: list[Any] = []
-    for own in attributes:
-        left += [x for name, x in own.items() if name not in _OF_TORCH]
+    plain = (own.items() for own in attributes)
+    left = [x for items in plain for name, x in items if name not in _OF_TORCH]
     while left:
         x = left.pop()
-        if type(x) not in _RESTORE or id(x) in seen:
+        if type(x) not in _RESTORE or id(x) in seen or is_released(x):
             continue
         seen.add(id(x))
         yield x

@@ -37,8 +37,9 @@ class LateRanks:
             Whether it is one of several.
         """
         found = ranks_of(model)
-        members = dist.get_process_group_ranks(found.group) if found.size > 1 else []
-        there = bool(members) and _store().check([f"{self._here}/{r}" for r in members])
+        several = found.group is not None
+        members = dist.get_process_group_ranks(found.group) if several else []
+        there = several and _store().check([f"{self._here}/{r}" for r in members])
         if there and found.alike(setting):
             ranks.become(found)
             return True

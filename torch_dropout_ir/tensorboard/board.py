@@ -118,7 +118,8 @@ def write_report(log_dir: Path, path: Path) -> str:
         )
     text = page(records)
     path.write_text(text, encoding="utf-8")
-    return f"report: {path} ({len(names)} runs, {len(text) / 2**20:.1f} MiB)"
+    counted = "1 run" if len(names) == 1 else f"{len(names)} runs"
+    return f"report: {path} ({counted}, {len(text) / 2**20:.1f} MiB)"
 
 
 def collect(ask: Callable[..., Any]) -> dict[str, Any]:
