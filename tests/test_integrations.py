@@ -290,35 +290,6 @@ def test_hugging_face_trainer(transformers, tmp_path):
     assert [s for s, _ in more.history["regularizer/R1"]] == [0, 1, 2, 3, 4]
 
 
-def test_an_accumulated_pass_is_measured_over_its_share_of_the_items(
-    transformers, tmp_path
-):
-    from torch_dropout_ir.analysis.measures import Regularizer
-    from torch_dropout_ir.integrations.transformers import DropoutAnalysis
-
-    config = transformers.GPT2Config(
-        vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=8,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    row = {"input_ids": torch.arange(8), "labels": torch.arange(8)}
-    callback = DropoutAnalysis(
-        every=1, log_dir=False, measures=[Regularizer(num_masks=1)]
-    )
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none",
-        disable_tqdm=True, save_strategy="no", gradient_accumulation_steps=4,
-        per_device_train_batch_size=2,
-    )  # fmt: skip
-    trainer = transformers.Trainer(
-        transformers.GPT2LMHeadModel(config), arguments, train_dataset=[row] * 8,
-        callbacks=[callback],
-    )  # fmt: skip
-    trained_on = trainer.train().training_loss
-    analysis = callback.analysis
-    assert analysis.latest["loss/R_S"] == pytest.approx(trained_on, rel=1e-5)
-    assert "the last of 4 passes" in analysis.notes["loss/R_S"]
-
-
 def test_the_loss_of_a_trainer_that_smooths_labels_is_followed(transformers, tmp_path):
     from torch_dropout_ir.analysis.measures import Regularizer
     from torch_dropout_ir.integrations.transformers import DropoutAnalysis

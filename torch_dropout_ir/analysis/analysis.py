@@ -46,8 +46,6 @@ class Analysis:
         history: Every number recorded, by tag, as ``(step, value)``.
         absent: Measures left out the last time, with the reason.
         notes: How a number was obtained, by tag.
-        inputs_of: What the measures call the model with, by the inputs of the pass and
-            the number of passes of the step; by default the same.
         targets_of: Where the loss does not show the targets: what finds them by the
             inputs of the pass. By default the argument ``labels``.
     """
@@ -91,7 +89,6 @@ class Analysis:
         self._handles.callback(self._delivery.close)
         self._attached = False
         self._leave = weakref.finalize(self, self._handles.close)
-        self.inputs_of: Callable[[Inputs, int], Inputs] = lambda inputs, _: inputs
         self.targets_of: Callable[[Inputs], Any] = labels
 
     @property
@@ -229,8 +226,7 @@ class Analysis:
 
     def _snapshot(self, names: set[str]) -> Snapshot:
         runs = any(runs_model(m) for m in self._attempts.measures if m.name in names)
-        of = self.inputs_of, self.targets_of
-        found = self._view.snapshot(self.step, runs, *of)
+        found = self._view.snapshot(self.step, runs, self.targets_of)
         self.notes.update(found.notes | run_facts(self, self._steps.optimizer))
         return found
 

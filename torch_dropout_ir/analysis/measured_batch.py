@@ -46,25 +46,18 @@ class MeasuredBatch:
         self._last: Batch | None = None
 
     def choose(
-        self,
-        capture: Capture,
-        inputs_of: Callable[[Inputs, int], Inputs],
-        targets_of: Callable[[Inputs], Any],
+        self, capture: Capture, targets_of: Callable[[Inputs], Any]
     ) -> tuple[Batch, str]:
         """Return the batch, and which one it is.
 
         Args:
             capture: What the step has shown.
-            inputs_of: Makes inputs to measure with of those of the pass, and of the
-                number of passes of the step.
             targets_of: Finds the targets by the inputs where the loss does not.
 
         Returns:
             ``(inputs, targets)``, either None where not known, and words for it.
         """
         inputs = capture.inputs
-        if inputs is not None:
-            inputs = inputs_of(inputs, capture.passes + 1)
         targets = None if inputs is None else self._targets(capture, targets_of(inputs))
         if inputs is not None and capture.cast:
             inputs, targets = _uncast((inputs, targets), capture.watched)

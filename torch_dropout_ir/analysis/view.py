@@ -57,7 +57,6 @@ class View:
         self,
         step: int,
         runs: bool,
-        inputs_of: Callable[[Inputs, int], Inputs],
         targets_of: Callable[[Inputs], Any],
     ) -> Snapshot:
         """Return the state just before a step.
@@ -65,8 +64,6 @@ class View:
         Args:
             step: Optimizer steps made before.
             runs: Whether measures need more than gradients.
-            inputs_of: Makes inputs to measure with of those of the pass, and of the
-                number of passes of the step.
             targets_of: Finds targets by inputs where the loss does not show them.
 
         Returns:
@@ -78,7 +75,7 @@ class View:
         capture.observe(model)
         if runs and capture.inputs is None:
             capture.follow()
-        (inputs, targets), source = batch.choose(capture, inputs_of, targets_of)
+        (inputs, targets), source = batch.choose(capture, targets_of)
         seen = None if targets is None else [(inputs, targets)]
         optimizer = self._steps.optimizer
         notes = theory_note(self._model, optimizer) | batch.note

@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 
 from torch_dropout_ir.analysis import Analysis
 from torch_dropout_ir.attach import attach_analysis
-from torch_dropout_ir.functional import Inputs
 
 _FILE = "torch_dropout_ir.pt"
 
@@ -37,28 +36,11 @@ def models_own_loss(outputs: Any, targets: Any) -> Tensor:
     return loss
 
 
-def by_itself(inputs: Inputs, parts: int) -> Inputs:
-    """Return the inputs of a pass whose loss is a mean by itself.
-
-    Where passes are accumulated, or several processes train, the trainer has the model
-    divide by the items of all of them.
-
-    Args:
-        inputs: The inputs of the pass.
-        parts: How many passes the items are of.
-    """
-    items = inputs.kwargs.get("num_items_in_batch")
-    if items is None:
-        return inputs
-    return Inputs(inputs.args, {**inputs.kwargs, "num_items_in_batch": items / parts})
-
-
 class DropoutAnalysis(TrainerCallback):
     """Attaches an analysis while a ``Trainer`` trains.
 
     Curves and schedule are saved beside the trainer's checkpoints, and taken up where
-    it resumes from one. Of accumulated passes the last one is measured, over its
-    share of the items: on average that is the loss of all.
+    it resumes from one.
 
     Args:
         loss: As in :func:`attach_analysis`; None: the model's own, of ``labels``, or
@@ -91,10 +73,6 @@ class DropoutAnalysis(TrainerCallback):
         if loss is models_own_loss and args.label_smoothing_factor:
             loss = None  # the trainer computes it, and is followed
         self.analysis = attach_analysis(model, loss, log_dir=log_dir, **self._options)
-        together = args.world_size if args.average_tokens_across_devices else 1
-        self.analysis.inputs_of = lambda inputs, passes: by_itself(
-            inputs, passes * together
-        )
         saved = self._checkpoint(args, state) / _FILE
         if state.global_step and saved.exists():
             self.analysis.load_state_dict(torch.load(saved, weights_only=True))
