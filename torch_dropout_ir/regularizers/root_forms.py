@@ -29,6 +29,7 @@ from torch_dropout_ir.regularizers.site_forms import Form, Sums, by_row
 
 _MOST_BLOCK_ELEMENTS: Final = 2**24
 _LARGE: Final = 2**16  # elements of the sites' inputs
+_FEW: Final = 4  # outputs of a sample: half a millisecond, and a tenth of the spread
 
 
 class RootForms:
@@ -208,7 +209,7 @@ def _alike(clean: CleanPass, outputs: Tensor) -> bool:
 def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None) -> bool:
     """Whether to take eigenvectors of the blocks of samples: they spread less.
 
-    Beside a pass through a large network, or many draws, they take little time.
+    Beside a large network, with many draws or few outputs, they take little time.
 
     Args:
         clean: The pass over all rows.
@@ -223,7 +224,7 @@ def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None) -> bool:
         return f.numel() * width <= _MOST_BLOCK_ELEMENTS
     size = sum([h.numel() for _, h, _ in clean.uses])
     large = size >= _LARGE and f.numel() * width * width <= num_samples * size
-    return large or width <= num_samples
+    return large or width <= max(_FEW, num_samples)
 
 
 def _apart(count: int, coupled: bool | None, roots: Iterator[Root]) -> Iterator[Root]:
