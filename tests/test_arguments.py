@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_dropout_ir import sharpness
+from torch_dropout_ir import regularizers, sharpness, testing
 from torch_dropout_ir.arguments import check_count, check_real
 
 MATRIX = torch.eye(6)
@@ -14,6 +14,7 @@ NET = nn.Linear(3, 2)
 BATCH = torch.ones(5, 3), torch.zeros(5, 2)
 ALONG = {n: torch.ones_like(x) for n, x in NET.named_parameters()}
 LOSS = NET, "mse", BATCH
+DROPS = nn.Sequential(nn.Dropout(0.5), NET), BATCH, "mse"
 NOISE = sharpness.trajectory_covariance([ALONG, {n: 2 * x for n, x in ALONG.items()}])
 COUNTS = {
     "k": lambda x: sharpness.top_eigenvalues(MATRIX, x),
@@ -29,6 +30,10 @@ COUNTS = {
     "num_probes of an alignment": lambda x: sharpness.hessian_variance_alignment(
         MATRIX, MATRIX, num_probes=x
     ),
+    "max_masks": lambda x: testing.expected_dropout_loss(*DROPS, max_masks=x),
+    "max_masks of a report": lambda x: testing.check_regularizer(*DROPS, max_masks=x),
+    "num_masks of draws": lambda x: regularizers.monte_carlo(*DROPS, num_masks=x),
+    "num_samples": lambda x: regularizers.gauss_newton(*DROPS, num_samples=x),
     "trace_matvecs": lambda x: sharpness.hessian_variance_alignment(
         MATRIX, MATRIX, trace_matvecs=x
     ),
@@ -37,6 +42,11 @@ REALS = {
     "tol": lambda x: sharpness.top_eigenvalues(MATRIX, tol=x),
     "max_bytes": lambda x: sharpness.top_eigenvalues(MATRIX, max_bytes=x),
     "rtol": lambda x: sharpness.trace(MATRIX, 9, x),
+    "rtol of draws": lambda x: regularizers.monte_carlo(*DROPS, rtol=x),
+    "rtol of a report": lambda x: testing.check_regularizer(*DROPS, rtol=x),
+    "max_bytes of a loss": lambda x: regularizers.modified_loss(
+        *DROPS, kind="L1", max_bytes=x
+    ),
     "bandwidth": lambda x: sharpness.spectral_density(MATRIX, 3, bandwidth=x),
     "rtol of a density": lambda x: sharpness.spectral_density(MATRIX, 3, rtol=x),
     "max_bytes of a density": lambda x: sharpness.spectral_density(

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_real
 from torch_dropout_ir.functional import Batch, at_sites, call, fresh
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
@@ -114,8 +115,10 @@ def modified_loss(
         Scalar in the units of the loss.
 
     Raises:
-        ValueError: If ``kind`` or ``r1`` is none of these, ``lr`` is missing, the model
-            is in evaluation mode, its sites do not fit ``r1``, or the batch is empty.
+        TypeError: If ``batch`` is no pair, or ``max_bytes`` or ``lr`` no number.
+        ValueError: If ``kind`` or ``r1`` is none of these, ``lr`` is missing,
+            ``max_bytes`` is negative, the model is in evaluation mode, its sites do not
+            fit ``r1``, or the batch is empty.
         RuntimeError: If ``R_S`` is needed and a site is under activation checkpointing,
             or autograd is off.
 
@@ -130,6 +133,8 @@ def modified_loss(
         ...     modified_loss(net, batch, "mse", kind=kind, lr=0.1).backward()
     """  # noqa: DOC502 (raised by the checks)
     _check(model, kind, lr, r1)
+    if max_bytes is not None:
+        check_real("modified_loss", "max_bytes", max_bytes, least=0, finite=False)
     batch = as_pair(batch)
     check_batch(model, batch[0])
     resolved = resolve_loss(loss)

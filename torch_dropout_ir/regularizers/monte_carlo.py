@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from torch_dropout_ir.arguments import check_count
+from torch_dropout_ir.arguments import check_count, check_real
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers.checks import (
@@ -70,7 +70,8 @@ def monte_carlo(
         whether ``rtol`` was reached.
 
     Raises:
-        TypeError: If ``batch`` is no pair, or ``num_masks`` no integer.
+        TypeError: If ``batch`` is no pair, ``num_masks`` no integer,
+            or ``rtol`` no number.
         ValueError: If ``num_masks`` is below 2 (one mask has no standard error),
             ``rtol`` is not positive, the batch is empty, or the estimate is not finite.
 
@@ -87,8 +88,8 @@ def monte_carlo(
         True
     """  # noqa: DOC502 (`as_pair` raises)
     check_count("monte_carlo", "num_masks", num_masks, 2)
-    if rtol is not None and not rtol > 0:
-        raise ValueError(f"monte_carlo: expected `rtol` > 0 or None, got {rtol}")
+    if rtol is not None:
+        check_real("monte_carlo", "rtol", rtol, above=0, finite=False)
     batch = as_pair(batch)
     excess = ExcessRisk(model, batch, resolve_loss(loss))
     drawn, looked, reached = 0, False, False

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.functional import Batch, at_sites, call
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
@@ -109,6 +110,7 @@ def expected_dropout_loss(
         >>> r1 = expected - nn.functional.mse_loss(net[1](batch[0]), batch[1])
         >>> torch.testing.assert_close(r1, net[1].weight.square().sum())
     """  # noqa: DOC502 (the checks raise too)
+    check_count("expected_dropout_loss", "max_masks", max_masks, 0)
     resolved, batch = resolve_loss(loss), as_pair(batch)
     uses = uses_of_sites(model, batch, resolved, coupled)
     if uses.drawn:

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.arguments import check_count
+from torch_dropout_ir.arguments import check_count, check_real
 from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers import (
@@ -80,7 +80,7 @@ def check_regularizer(
         The report.
 
     Raises:
-        TypeError: If ``batch`` is no pair.
+        TypeError: If ``batch`` is no pair, or a number is of another kind.
         ValueError: If ``num_samples`` or ``num_masks`` is below 2, ``rtol`` is
             negative, the batch is empty, or the loss is not finite.
 
@@ -97,8 +97,8 @@ def check_regularizer(
     """  # noqa: DOC502 (the checks raise too)
     for name, count in (("num_samples", num_samples), ("num_masks", num_masks)):
         check_count("check_regularizer", name, count, 2)  # one has no standard error
-    if not rtol >= 0:
-        raise ValueError(f"check_regularizer: expected `rtol` >= 0, got {rtol}")
+    check_count("check_regularizer", "max_masks", max_masks, 0)
+    check_real("check_regularizer", "rtol", rtol, least=0, finite=False)
     resolved, batch = resolve_loss(loss), as_pair(batch)
     check_batch(model, batch[0])
     with preserved_rng(model, seed):
