@@ -183,10 +183,10 @@ class Capture:
             self.wrapper = weakref.ref(parallel)
         self.started = time.perf_counter()
         self._with_graph = torch.is_grad_enabled()
+        self.cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+        self._start = self._end = self.inputs = None
         self.inputs = Inputs(args, kwargs).renewed()
         self._versions = versions((args, kwargs))
-        self.cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        self._start = self._end = None
         if self._open or self.want_masks or self.want_targets:
             self._open_step()
 
