@@ -538,9 +538,12 @@ class Held:
     def __copy__(self):
         raise RuntimeError("its own code is not run")
 
+    def __getattr__(self, name):
+        return self.missing
+
 
 class Slotted:
-    __slots__ = ("__logits",)
+    __slots__ = ("__logits", "unset")
 
     def __init__(self, logits):
         self.__logits = logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class _Opened(NamedTuple):
             if isinstance(place, _SLOT):
                 place.__set__(new, value)
             else:
-                new.__dict__[place] = value
+                _dictionary(new)[place] = value
 
 
 def flatten(outputs: Any) -> tuple[list[Any], PutBack]:
@@ -85,11 +86,17 @@ def _closed(x: Any) -> bool:
 
 def _attributes(x: Any) -> dict[Any, Any]:
     """Return the attributes of an object by name, or by slot where they are in one."""
-    own: dict[Any, Any] = dict(vars(x)) if type(x).__dictoffset__ else {}
+    own = dict(_dictionary(x)) if type(x).__dictoffset__ else {}
     for kind in type(x).__mro__:
         for slot in vars(kind).values():
-            if isinstance(slot, _SLOT) and hasattr(x, slot.__name__):
-                own[slot] = slot.__get__(x)
+            if isinstance(slot, _SLOT):
+                with contextlib.suppress(AttributeError):  # it holds nothing
+                    own[slot] = slot.__get__(x)
+    return own
+
+
+def _dictionary(x: Any) -> dict[Any, Any]:
+    own: dict[Any, Any] = object.__getattribute__(x, "__dict__")
     return own
 
 
