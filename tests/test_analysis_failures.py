@@ -1,5 +1,6 @@
 """Whatever fails, training goes on; whatever cannot be watched is said at once."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -529,3 +530,40 @@ def test_an_empty_batch_draws_no_mask_and_that_is_said():
         sgd.step()
         (site,) = analysis.sites
         assert "empty" in site.reason
+
+
+class Uncopied(collections.UserDict):
+    """Arguments that cannot be kept."""
+
+    def __copy__(self):
+        raise RuntimeError("not to be copied")
+
+
+@pytest.mark.parametrize("what", ["arguments", "results"])
+def test_passes_that_nothing_can_look_at_train_on(what):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
+
+        def forward(self, given):
+            held = [self.body(given["x"])]
+            if what == "results":
+                held.append(held)
+            return held
+
+    def trained(watched):
+        torch.manual_seed(0)
+        net, x = Net(), torch.randn(4, 3)
+        sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        analysis = tdi.attach_analysis(net, log_dir=False) if watched else None
+        given = Uncopied(x=x) if what == "arguments" else {"x": x}
+        for _ in range(2):
+            net(given)[0].square().mean().backward()
+            sgd.step()
+        return net.body[0].weight, analysis
+
+    with pytest.warns(UserWarning, match="a pass was not looked at"):
+        found, analysis = trained(True)
+    assert torch.equal(found, trained(False)[0])
+    assert "regularizer" in analysis.absent

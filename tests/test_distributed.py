@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_dropout_ir as tdi
-from torch_dropout_ir.analysis import distributed, measures
+from torch_dropout_ir.analysis import distributed, late_ranks, measures
 
 STEPS = 3
 ROWS = 16
@@ -500,9 +500,17 @@ def attached_first(rank, size, wrap, folder):
     return analysis.history, own, folder
 
 
+def attached_after_a_trial(rank, size, wrap, folder):
+    """One rank has tried the model by itself before: it has attached once more."""
+    if not rank:
+        train(net(), steps=1)
+    return attached_first(rank, size, wrap, folder)
+
+
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
-def test_a_model_that_is_wrapped_later_is_measured_as_one(ran, wrap):
-    found = ran(2, f"attached first {wrap}")
+@pytest.mark.parametrize("when", ["first", "after a trial"])
+def test_a_model_that_is_wrapped_later_is_measured_as_one(ran, wrap, when):
+    found = ran(2, f"attached {when} {wrap}")
     alone = measured(0, 1, "none", 0.5, 0.0, False, True)[0]
     for history, warned, _ in found:
         assert not warned and history == found[0][0]
@@ -513,6 +521,7 @@ def test_a_model_that_is_wrapped_later_is_measured_as_one(ran, wrap):
 
 def attached_by_one(rank, size, _):
     """Only the first rank attaches, before the model is sharded."""
+    late_ranks.WAIT = datetime.timedelta(seconds=2)
     model, said = net(), ""
     with contextlib.ExitStack() as stack:
         if not rank:
@@ -574,7 +583,6 @@ def loaded_by_one(rank, size, _):
             except RuntimeError as err:
                 said = str(err)
         dist.barrier()
-        distributed.Ranks._meetings = 1000
         try:
             analysis.load_state_dict(analysis.state_dict() | {"step": rank})
         except ValueError as err:
@@ -647,7 +655,8 @@ SCENARIOS["older"] = (older,)
 SCENARIOS["unlike"] = (unlike,)
 for _wrap in ("ddp", "fsdp"):
     SCENARIOS[f"attached first {_wrap}"] = (attached_first, _wrap)
-# Ranks' counts differ after these.
+    SCENARIOS[f"attached after a trial {_wrap}"] = (attached_after_a_trial, _wrap)
+# What one rank does alone takes the others' time.
 SCENARIOS["~attached by one"] = (attached_by_one,)
 SCENARIOS["~loaded by one"] = (loaded_by_one,)
 SCENARIOS["~forgotten"] = (forgotten,)

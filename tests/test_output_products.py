@@ -53,6 +53,7 @@ ONE_BY_ONE = {
     "logcosh": lambda f, y: (f - y).cosh().log().mean(), "square": square,
     "weighted": lambda f, y: 2 * (f.exp() * y).sum(0).mean() / 3 - f.mean(),
     "indefinite": lambda f, y: (f - y).sin().sum(),
+    "each": lambda f, y: (F.mse_loss(f.sin(), y, reduction="none") * y).mean(),
 }  # fmt: skip
 BY_ROW = {
     "focal": focal, "gaussian": gaussian, "pairs": pairs,
@@ -61,11 +62,16 @@ BY_ROW = {
         F.log_softmax(f, 1), y.softmax(1), reduction="batchmean"
     ),
     "norm": lambda f, y: (f - y).norm(dim=1).mean(),
+    "of sums": lambda f, y: F.mse_loss(f.sum(1), y[:, 0], reduction="none").mean(),
     "left out": lambda f, y: (F.log_softmax(f, 1) * y)[:2].sum(),
 }  # fmt: skip
 COUPLED = {
     "rooted": rooted, "centred": centred, "sums": product_of_sums, "turned": turned,
     "flipped": lambda f, y: (f * f.flip(0) * y).sum() + f.square().sum(),
+    "pooled": lambda f, y: F.huber_loss(f.mean(0), y[0], reduction="none").sum(),
+    "normalized": lambda f, y: (
+        F.batch_norm(f, None, None, training=True) - y
+    ).square().mean(),
     "columns": lambda f, y: (F.log_softmax(f, 0) * y).sum(),
 }  # fmt: skip
 ALL = ONE_BY_ONE | BY_ROW | COUPLED

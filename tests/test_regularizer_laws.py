@@ -532,6 +532,75 @@ def test_outputs_in_a_dataclass_that_torch_does_not_know():
     assert float(exact.value) == pytest.approx(truth(net, (x, y), loss), rel=1e-9)
 
 
+class Held:
+    """An object that holds others."""
+
+    def __copy__(self):
+        raise RuntimeError("its own code is not run")
+
+    def __getattr__(self, name):
+        return self.missing
+
+
+class Slotted:
+    __slots__ = ("__logits", "unset")
+
+    def __init__(self, logits):
+        self.__logits = logits
+
+    @property
+    def logits(self):
+        return self.__logits
+
+
+def ring(f):
+    first, second = Held(), Held()
+    first.other, second.other, second.logits = [second], {"back": first}, f
+    return first
+
+
+def web(f):
+    every = [Held() for _ in range(20)]
+    for held in every:
+        held.all = every
+    every[3].logits = f
+    return every[0]
+
+
+def chain(f):
+    first = last = Held()
+    for _ in range(3000):
+        last.next = Held()
+        last = last.next
+    last.logits, first.last = f, last
+    return first
+
+
+OBJECTS = {
+    "ring": (ring, lambda o: o.other[0].other["back"].other[0].logits),
+    "web": (web, lambda o: o.all[7].all[3].logits),
+    "chain": (chain, lambda o: o.last.logits),
+    "slots": (Slotted, lambda o: o.logits),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_outputs_in_objects_that_hold_each_other(name):
+    make, logits = OBJECTS[name]
+    net = Heads(lambda a, b: make(a)).double()
+    x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    loss = lambda f, t: F.mse_loss(logits(f), t)  # noqa: E731
+    exact = gauss_newton(net, (x, y), loss, num_samples=None)
+    assert float(exact.value) == pytest.approx(truth(net, (x, y), loss), rel=1e-9)
+
+
+def test_a_loss_of_nothing_that_the_model_returned_is_refused():
+    kept = Heads(lambda a, b: (lambda t: F.mse_loss(a, t), b))
+    batch = torch.randn(4, 3), torch.randn(4, 2)
+    with pytest.raises(ValueError, match="reads none of them"):
+        gauss_newton(kept, batch, lambda f, t: f[0](t))
+
+
 def test_attention_has_second_derivatives():
     torch.manual_seed(0)
     net = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)

@@ -19,8 +19,9 @@ from torch_dropout_ir.analysis.compiled_calls import compiled_in_place
 from torch_dropout_ir.analysis.delivery import Delivery
 from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.facts import run_facts
-from torch_dropout_ir.analysis.late_ranks import late_ranks
+from torch_dropout_ir.analysis.late_ranks import join_late
 from torch_dropout_ir.analysis.measured_batch import MeasuredBatch, by_itself
+from torch_dropout_ir.analysis.meetings import processes
 from torch_dropout_ir.analysis.records import Sink, remember
 from torch_dropout_ir.analysis.schedule import Schedule
 from torch_dropout_ir.analysis.snapshot import (
@@ -75,7 +76,7 @@ class Analysis:
         self._steps = OptimizerSteps(model, optimizer)
         self._cadence = cadence
         self._ranks = ranks
-        self._late = late_ranks(ranks)
+        self._alone = ranks.group is None  # until the first step: it may be wrapped
         self._attempts = Attempts(measures, ranks, self.absent)
         self._schedule = Schedule(cadence, self._attempts, ranks)
         self._delivery = Delivery(sinks)
@@ -118,7 +119,7 @@ class Analysis:
 
     def _before_step(self) -> None:
         self.absent.pop(STEPS, None)
-        if self._late is not None:
+        if self._alone:
             self._settle_ranks()
         if self._due:
             self._measure_safely(self._due, planned=True)
@@ -127,10 +128,10 @@ class Analysis:
 
     def _settle_ranks(self) -> None:
         """Go on with the other ranks, where the model was wrapped since."""
-        late, self._late = self._late, None
+        self._alone = False
         model = self._capture.wrapper() or self.model
         try:
-            if late and late.enter(self._ranks, model, self._setting()):
+            if join_late(self._ranks, model, self._setting()):
                 self._seed = self._ranks.first_seed()
                 self._due = self._schedule.due(self.step)
                 self._view.share()
@@ -152,7 +153,8 @@ class Analysis:
     def _plan(self) -> None:
         """Decide what the coming step must show."""
         before, self._due = self._due, self._schedule.due(self.step)
-        wanted = self._due if self._late is None else self._names()
+        settled = not self._alone or processes() == 1
+        wanted = self._due if settled else self._names()
         if not wanted and not before:
             return  # as most steps
         self._steps.announced = bool(wanted)

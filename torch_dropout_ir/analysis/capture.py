@@ -57,7 +57,7 @@ class Capture:
 
     Attributes:
         inputs: Arguments of the last training pass that was looked at.
-        passes: Passes that went backward since the last optimizer step.
+        passes: Passes before that one that went backward for the same optimizer step.
         statistics: Mask statistics of the foreign sites observed.
         calls: The calls of dropout functions that were found, by name.
         unseen: Noise that cannot be seen, by place, with the reason.
@@ -82,7 +82,7 @@ class Capture:
         self.statistics: dict[str, MaskStatistics] = {}
         self.calls: dict[str, Site] = {}
         self.unseen: dict[str, str] = {}
-        self.want_masks = self.want_targets = True
+        self.want_masks = self.want_targets = self._new_step = True
         self.failure, self.unlike, self.started = "", "", float("-inf")
         self._own: OwnPass | None = None
         self.paused = self.cast = self._open = self._with_graph = self._outside = False
@@ -177,16 +177,16 @@ class Capture:
         if self._only_looks() or any(map(mapped, args)):
             return
         sweep()
+        if self._new_step:
+            self.passes, self._new_step = 0, False
         if (parallel := getattr(DistributedDataParallel, _CALLS, None)) is not None:
             self.wrapper = weakref.ref(parallel)
         self.started = time.perf_counter()
         self._with_graph = torch.is_grad_enabled()
-        self.inputs, self._versions = (
-            Inputs(args, kwargs).renewed(),
-            versions((args, kwargs)),
-        )
         self.cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        self._start = self._end = None
+        self._start = self._end = self.inputs = None
+        self.inputs = Inputs(args, kwargs).renewed()
+        self._versions = versions((args, kwargs))
         if self._open or self.want_masks or self.want_targets:
             self._open_step()
 
@@ -197,7 +197,7 @@ class Capture:
     def want(self, anything: bool, masks: bool, targets: bool) -> None:
         """Say what the coming step must show; without anything, no pass is seen."""
         self.want_masks, self.want_targets = masks, targets
-        self.passes = 0
+        self._new_step = True
         self._hook.call = self._before if anything else None
         if anything:
             self._listen()

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torch_dropout_ir.analysis.meetings import Meeting, processes
 from torch_dropout_ir.collectives import released
 from torch_dropout_ir.functional import preserved_rng
 
@@ -52,8 +53,6 @@ class Ranks:
     Attributes:
         rank: Number of this process in the group.
     """
-
-    _meetings = 0  # in this process: all ranks attach in the same order
 
     def __init__(
         self,
@@ -114,23 +113,14 @@ class Ranks:
         """
         if self.size == 1:
             return
-        Ranks._meetings += 1
-        store = dist.distributed_c10d._get_default_store()
-        here = f"torch_dropout_ir/{Ranks._meetings}"
-        ranks = dist.get_process_group_ranks(self.group)
-        store.set(f"{here}/{dist.get_rank()}", "here")
-        try:
-            store.wait([f"{here}/{rank}" for rank in ranks], WAIT)
-        except RuntimeError as err:
+        meeting = Meeting(self.group, "all")
+        if not meeting.wait(WAIT):
+            meeting.called_off()
             raise RuntimeError(
                 f"{call}: expected a call on each of the {self.size} ranks that train "
                 f"this model, some made none within {WAIT}. Call it on every rank; "
                 "only the first one writes."
-            ) from err
-
-    def alike(self, setting: str) -> bool:
-        """Whether all ranks came with the same words."""
-        return self._meet("setting", setting)
+            )
 
     def check_alike(self, call: str, setting: str) -> None:
         """Refuse what would part the ranks' ways.
@@ -142,7 +132,7 @@ class Ranks:
         Raises:
             ValueError: If ranks came with different settings.
         """
-        if not self.alike(setting):
+        if not self._meet("setting", setting):
             raise ValueError(
                 f"{call}: expected the same `every`, `budget`, `measures` and state on "
                 f"each of the {self.size} ranks, got others on some; here: {setting}"
@@ -258,7 +248,7 @@ class Ranks:
 
 def ranks_of(model: nn.Module) -> Ranks:
     """Return the ranks that train ``model``: of DDP's group, or of FSDP2's mesh."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if processes() == 1:
         return Ranks()
     group: Any = None
     wrapper = None

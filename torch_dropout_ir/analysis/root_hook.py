@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from torch_dropout_ir.analysis.delivery import warn
+
 
 class RootHook:
     """A hook whose copies do nothing: pickles load where this package is not.
@@ -32,8 +34,15 @@ class RootHook:
         """Forward to the capture, if there is something to see."""
         if torch.compiler.is_compiling():
             return  # before anything that compiled code would depend on
-        if self.call is not None:
+        if self.call is None:
+            return
+        try:
             self.call(*args)
+        except Exception as err:  # of arguments and results that nothing can walk
+            warn(
+                f"a pass was not looked at ({type(err).__name__}: {err}); training "
+                "goes on without it."
+            )
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return getattr, (contextlib.nullcontext(), "__exit__")

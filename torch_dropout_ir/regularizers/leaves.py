@@ -2,60 +2,115 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
+import contextlib
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils import _pytree
 
 PutBack = Callable[[list[Any]], Any]
+_SLOT = types.MemberDescriptorType
+
+
+class _Opened(NamedTuple):
+    """An object, the names and slots of its attributes, and what is in those."""
+
+    owner: Any
+    places: list[Any]
+    found: list[Any]
+    structure: _pytree.TreeSpec
+
+    def filled(self, new: Any, values: Any) -> None:
+        """Give a new object of the kind attributes in the place of the owner's."""
+        for place, value in zip(self.places, values, strict=True):
+            if isinstance(place, _SLOT):
+                place.__set__(new, value)
+            else:
+                _dictionary(new)[place] = value
 
 
 def flatten(outputs: Any) -> tuple[list[Any], PutBack]:
     """Return the leaves of what a model returned, and the function that puts them back.
 
-    A dataclass that torch does not know is taken by its fields, any other object with
-    tensors in it (a ``torch.distributions.Distribution``) by its attributes.
+    What torch does not know, a dataclass or any other object with tensors in it (a
+    ``torch.distributions.Distribution``), is taken by its attributes. Objects may hold
+    each other. None of their own code runs: what is put back is in new ones.
     """
-    return _flattened(outputs, ())
-
-
-def _flattened(outputs: Any, around: tuple[int, ...]) -> tuple[list[Any], PutBack]:
-    """Flatten what is inside of objects of these identities."""
-    found, structure = _pytree.tree_flatten(outputs)
-    opened = [_opened(x, around) for x in found]
-    leaves = [y for inner, _ in opened for y in inner]
+    opened = _opened(outputs)
+    live = _with_tensors(opened)
+    parts = [x for i, x in enumerate(opened) if not i or id(x.owner) in live]
+    leaves = [y for x in parts for y in x.found if id(y) not in live]
 
     def rebuild(filled: list[Any]) -> Any:
-        rest, parts = iter(filled), []
-        for inner, put_back in opened:
-            parts.append(put_back([next(rest) for _ in inner]))
-        return _pytree.tree_unflatten(parts, structure)
+        new = {id(x.owner): object.__new__(type(x.owner)) for x in parts[1:]}
+        rest, trees = iter(filled), []
+        for x in parts:
+            inner = [new[id(y)] if id(y) in new else next(rest) for y in x.found]
+            trees.append(_pytree.tree_unflatten(inner, x.structure))
+        for x, tree in zip(parts[1:], trees[1:], strict=True):
+            x.filled(new[id(x.owner)], tree)
+        return trees[0]
 
     return leaves, rebuild
 
 
-def _opened(x: Any, around: tuple[int, ...]) -> tuple[list[Any], PutBack]:
-    """Return the leaves of an object, or itself where no tensor is in it."""
-    closed = isinstance(x, (Tensor, nn.Module, type)) or not hasattr(x, "__dict__")
-    if closed or id(x) in around:
-        return [x], lambda filled: filled[0]
-    by_fields = dataclasses.is_dataclass(x)
-    own = vars(x)
-    if by_fields:
-        names = [f.name for f in dataclasses.fields(x) if f.init]
-        own = {name: getattr(x, name) for name in names}
-    leaves, put_back = _flattened(dict(own), (*around, id(x)))
-    if not any(isinstance(y, Tensor) for y in leaves):
-        return [x], lambda filled: filled[0]
+def _opened(outputs: Any) -> list[_Opened]:
+    """Return the outputs, as what nobody owns, and each object in them."""
+    opened = [_Opened(None, [], *_pytree.tree_flatten(outputs))]
+    seen = set()
+    for part in opened:  # it grows
+        for x in part.found:
+            if id(x) not in seen and not _closed(x):
+                seen.add(id(x))
+                own = _attributes(x)
+                inside = _pytree.tree_flatten(list(own.values()))
+                opened.append(_Opened(x, list(own), *inside))
+    return opened
 
-    def rebuild(filled: list[Any]) -> Any:
-        if by_fields:
-            return dataclasses.replace(x, **put_back(filled))
-        new = copy.copy(x)
-        vars(new).update(put_back(filled))
-        return new
 
-    return leaves, rebuild
+def _closed(x: Any) -> bool:
+    """Whether an object is taken as it is: no new one could stand for it."""
+    kind = type(x)
+    if isinstance(x, (Tensor, nn.Module, type)) or kind.__module__ == "builtins":
+        return True
+    if hasattr(kind, "__del__"):  # of something that a new one would not hold
+        return True
+    try:
+        object.__new__(kind)
+    except TypeError:  # it is a container or made in C
+        return True
+    return False
+
+
+def _attributes(x: Any) -> dict[Any, Any]:
+    """Return the attributes of an object by name, or by slot where they are in one."""
+    own = dict(_dictionary(x)) if type(x).__dictoffset__ else {}
+    for kind in type(x).__mro__:
+        for slot in vars(kind).values():
+            if isinstance(slot, _SLOT):
+                with contextlib.suppress(AttributeError):  # it holds nothing
+                    own[slot] = slot.__get__(x)
+    return own
+
+
+def _dictionary(x: Any) -> dict[Any, Any]:
+    own: dict[Any, Any] = object.__getattribute__(x, "__dict__")
+    return own
+
+
+def _with_tensors(opened: list[_Opened]) -> set[int]:
+    """Return the identities of the objects in which there is a tensor, however deep."""
+    holders: dict[int, list[Any]] = {}
+    for part in opened[1:]:
+        for x in part.found:
+            holders.setdefault(id(x), []).append(part.owner)
+    left = [x for part in opened for x in part.found if isinstance(x, Tensor)]
+    live: set[int] = set()
+    while left:
+        for owner in holders.get(id(left.pop()), ()):
+            if id(owner) not in live:
+                live.add(id(owner))
+                left.append(owner)
+    return live

@@ -75,14 +75,12 @@ def one_by_one(value: Tensor, outputs: Tensor) -> bool:
         if node is None or type(node) is LEAF:
             continue
         name, edges = node.name(), node.next_functions
-        if added and name in _LOSSES:
-            added = not node._saved_reduction
+        if added and name in _LOSSES and node._saved_reduction:
+            added = False
         elif not (added and _is_linear(name, [c is not None for c, _ in edges])):
             added = False
-            if (
-                name not in _ELEMENTWISE
-                or tuple(node._input_metadata[0].shape) != shape
-            ):
+            alone = name in _ELEMENTWISE or name in _LOSSES
+            if not alone or tuple(node._input_metadata[0].shape) != shape:
                 return False
         new = [(child, added) for child, _ in edges]
         left += [x for x in new if x not in seen]

@@ -143,7 +143,8 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
     Raises:
         TypeError: If the outputs hold no floating-point tensor, or are several where
             the loss takes one.
-    """
+        ValueError: If the loss reads none of them.
+    """  # noqa: DOC502 (`_read_of` raises)
     if isinstance(outputs, Tensor) and not outputs.is_complex():
         return OutputsRead(
             [outputs],
@@ -175,14 +176,32 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
             "returns its logits."
         )
     copies = [leaves[i].detach().requires_grad_() for i in places]
-    with torch.enable_grad():
-        value = risk_at(places)(copies)
-        found = torch.autograd.grad(value, copies, allow_unused=True)
-    read = [i for i, g in zip(places, found, strict=True) if g is not None]
+    read = _read_of(copies, places, risk_at(places))
     risk = risk_at(read)
     alone = Loss(lambda f, _: risk([f]), "general", loss.reduction)
     one = alone if len(read) == 1 else None
     return OutputsRead([leaves[i] for i in read], risk, one, read)
+
+
+def _read_of(
+    copies: list[Tensor],
+    places: list[int],
+    risk: Callable[[Sequence[Tensor]], Tensor],
+) -> list[int]:
+    """Return the places of those tensors that a loss depends on.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    with torch.enable_grad():
+        found = torch.autograd.grad(risk(copies), copies, allow_unused=True)
+    read = [i for i, g in zip(places, found, strict=True) if g is not None]
+    if not read:
+        raise ValueError(
+            "expected a loss of the tensors that the model returned, got one that "
+            "reads none of them, but perhaps what a method or a closure has kept"
+        )
+    return read
 
 
 def without_graph(outputs: Any) -> Any:

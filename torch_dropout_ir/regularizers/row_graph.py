@@ -267,7 +267,7 @@ def _layer_norm(op: Op) -> Place | None:
 
 
 def _batch_norm(op: Op) -> Place | None:
-    return _first(0, 1)(op)  # of channels each has its own
+    return None if _meets(op) else _first(0, 1)(op)  # of channels each has its own
 
 
 def _rules() -> dict[str, Callable[[Op], Place | None]]:
