@@ -138,6 +138,8 @@ def test_too_few_drops_for_an_error_are_told():
         sgd.step()
     assert "take more masks" in analysis.absent["regularizer/R1_standard_error"]
     assert "no standard error" in analysis.notes["regularizer/R1"]
+    # What 64 masks would not give is not paid for.
+    assert "average over 8 masks" in analysis.notes["regularizer/R1"]
 
 
 class Encoder(nn.Module):

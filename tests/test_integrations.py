@@ -141,8 +141,9 @@ def test_lightning(lightning, tmp_path, calls):
     assert [step for step, _ in more.history["sharpness/trace"]] == list(range(9))
 
 
-def test_lightning_begins_anew_with_another_fit(lightning):
-    from torch_dropout_ir.integrations.lightning import DropoutAnalysis
+@pytest.fixture
+def lightning_module(lightning):
+    """A class of modules that classify."""
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -158,9 +159,15 @@ def test_lightning_begins_anew_with_another_fit(lightning):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
+    return Module
+
+
+def test_lightning_begins_anew_with_another_fit(lightning, lightning_module):
+    from torch_dropout_ir.integrations.lightning import DropoutAnalysis
+
     callback = DropoutAnalysis(log_dir=False, every=1)
     for fits in ((1,), (1, 2)):  # a model of its own each; the second goes on once
-        module, loader = Module(), DataLoader(data(), batch_size=16)
+        module, loader = lightning_module(), DataLoader(data(), batch_size=16)
         with their_warnings():
             trainer = lightning.Trainer(
                 accelerator="cpu", logger=False, enable_progress_bar=False, devices=1,
@@ -174,20 +181,9 @@ def test_lightning_begins_anew_with_another_fit(lightning):
         assert steps == list(range(3 * len(fits)))
 
 
-def test_a_pass_inside_a_call_that_lightning_redirects_is_seen(lightning):
+def test_a_pass_inside_a_call_that_lightning_redirects_is_seen(lightning_module):
     """As its strategies for several processes call ``training_step``."""
     from lightning.pytorch.strategies.strategy import _ForwardRedirection
-
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp()
-
-        def forward(self, x):
-            return self.net(x)
-
-        def training_step(self, batch, _):
-            return F.cross_entropy(self(batch[0]), batch[1])
 
     class Wrapper(nn.Module):
         def __init__(self, module):
@@ -199,7 +195,7 @@ def test_a_pass_inside_a_call_that_lightning_redirects_is_seen(lightning):
 
     found, batch = [], data()[:16]
     for redirected in (False, True):
-        module = Module()
+        module = lightning_module()
         sgd = torch.optim.SGD(module.parameters(), lr=0.1)
         with tdi.attach_analysis(module, log_dir=False, every=1) as analysis:
             for step in range(2):

@@ -44,7 +44,8 @@ def online(
         loss: The loss.
         num_masks: Masks where R_1 is averaged over them.
         most_masks: How many it may be where so few elements are dropped, as by
-            stochastic depth of a small batch, that there is no standard error yet.
+            stochastic depth of a small batch, that there is no standard error yet, if
+            there is one then.
 
     Returns:
         The estimate, a sentence, and ``R_S``, 0-d, or None without targets.
@@ -78,7 +79,8 @@ def online(
     else:
         excess = ExcessRisk(model, batch, loss, slopes)
         excess.draw(num_masks)
-        excess.draw(min(excess.lacking(), most_masks - num_masks))
+        if (lacking := excess.lacking()) <= most_masks - num_masks:
+            excess.draw(lacking)
         value, error = excess.mean()
         found = dataclasses.replace(
             found, value=value, standard_error=error, num_samples=excess.num_masks
