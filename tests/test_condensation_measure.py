@@ -39,6 +39,23 @@ def test_numbers_against_the_state_and_the_start():
     assert torch.equal(counts, cd.cosine_statistics(weights).counts)
 
 
+def test_neurons_that_are_not_finite_are_no_dead_ones_without_a_word():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with tdi.attach_analysis(net, log_dir=False) as analysis:
+        analysis.measure()
+        with torch.no_grad():
+            net[0].weight[:, 0] = torch.nan
+        analysis.measure()
+        assert analysis.notes["condensation/dead_neurons/0"].startswith("4 of them")
+        for tag in ("effective_ratio", "movement", "cosine_to_start"):
+            assert "nan at step 0" in analysis.absent[f"condensation/{tag}/0"]
+        with torch.no_grad():
+            net[0].weight[:, 0] = 1.0
+        analysis.measure()
+        assert not analysis.notes["condensation/dead_neurons/0"]
+        assert "condensation/movement/0" not in analysis.absent
+
+
 def test_orientations_and_amplitudes_are_drawn_where_they_are():
     """Two weights: the angle is the column, the amplitude the height."""
     net = nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -62,7 +79,7 @@ def test_orientations_and_amplitudes_are_drawn_where_they_are():
     assert {tuple(place) for place in drawn} == expected
     torch.testing.assert_close(image.values[:half], -image.values[half:].flip(0))
     note = snapshot.notes["condensation/orientation_amplitude/0"]
-    assert "outgoing weights, of 2" in note
+    assert "outgoing weights, of `2`" in note
     with torch.no_grad():
         net[2].weight.mul_(torch.tensor([[0.0, 1.0, 1.0]]))
     later = measure(snapshot)["condensation/orientation_amplitude/0"].values

@@ -78,7 +78,7 @@ class Condensation:
             if consumers:
                 size *= norms_read(modules, name, consumers, norm)
             snapshot.notes[f"condensation/orientation_amplitude/{name}"] = note
-            records |= self._layer(name, weights, size)
+            records |= self._layer(name, weights, size, snapshot.notes)
         return records
 
     def state_dict(self) -> dict[str, Any]:
@@ -102,11 +102,12 @@ class Condensation:
             self._outgoing = readers(model, run_own_code=False)
         out = self._outgoing.get(name)
         if out is not None and out.consumers:
-            named = ", ".join((*out.consumers, *((out.norm,) if out.norm else ())))
-            said = f"amplitudes count the outgoing weights, of {named}"
+            named = (*out.consumers, *((out.norm,) if out.norm else ()))
+            quoted = ", ".join(f"`{one}`" for one in named)
+            said = f"amplitudes count the outgoing weights, of {quoted}"
             return (out.consumers, out.norm), said
         reason = out.reason if out else "it is no linear layer or convolution"
-        return ((), ""), f"amplitudes are norms of input weights alone: {reason}"
+        return ((), ""), f"amplitudes are norms of the input weights alone: {reason}"
 
     def _layers(self, snapshot: Snapshot) -> Iterator[tuple[str, Weights]]:
         """The layers to measure, from the one where the last measurement stopped.
@@ -130,11 +131,16 @@ class Condensation:
                 if name in part:
                     yield name, weights.detach()
 
-    def _layer(self, name: str, weights: Weights, size: Tensor) -> dict[str, Record]:
+    def _layer(
+        self, name: str, weights: Weights, size: Tensor, notes: dict[str, str]
+    ) -> dict[str, Record]:
         """The records of one layer."""
         found = condensation.effective_neurons(
             weights, self.threshold, self.min_amplitude
         )
+        broken = found.num_nonfinite
+        said = f"{broken} of them hold NaN or infinity" if broken else ""
+        notes[f"condensation/dead_neurons/{name}"] = said
         start = self._start.get(name)
         if start is None or start.shape != weights.shape:
             start = self._start[name] = Start(weights, size)
@@ -149,7 +155,8 @@ class Condensation:
             f"condensation/cosine/{name}": self._heat_map(weights, found.labels),
         }
         # Of a layer that starts at zero nothing can be said relative to its start.
-        records = {t: r for t, r in records.items() if not _is_undefined(r)}
+        if not broken:
+            records = {t: r for t, r in records.items() if not _is_undefined(r)}
         if weights.shape[1] >= 2:
             tag = f"condensation/orientation_amplitude/{name}"
             records[tag] = _orientation_amplitude(weights, size, start)
