@@ -6,7 +6,7 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -23,13 +23,9 @@ from torch_dropout_ir.analysis.late_ranks import join_late
 from torch_dropout_ir.analysis.measured_batch import MeasuredBatch, by_itself
 from torch_dropout_ir.analysis.meetings import processes
 from torch_dropout_ir.analysis.records import Sink, remember
+from torch_dropout_ir.analysis.saved_state import NOT_PICKLED, check_state
 from torch_dropout_ir.analysis.schedule import Schedule
-from torch_dropout_ir.analysis.snapshot import (
-    Measure,
-    Snapshot,
-    labels,
-    runs_model,
-)
+from torch_dropout_ir.analysis.snapshot import Measure, Snapshot, labels, runs_model
 from torch_dropout_ir.analysis.steps import NO_STEP, STEPS, OptimizerSteps
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
 from torch_dropout_ir.analysis.view import View
@@ -174,17 +170,12 @@ class Analysis:
             RuntimeError: If the analysis is detached, or a rank does not call.
         """
         if not self._attached:
-            raise RuntimeError(
-                "measure: this analysis is detached. Attach a new one with "
-                "`attach_analysis(model)`."
-            )
+            raise RuntimeError("measure: this analysis is detached; attach a new one")
         self._ranks.wait_for_all("measure")
         before = {tag: len(values) for tag, values in self.history.items()}
         self._measure_safely(self._names())
-        new = (
-            t for t, values in self.history.items() if len(values) > before.get(t, 0)
-        )
-        return {tag: self.history[tag][-1][1] for tag in new}
+        curves = self.history.items()
+        return {t: x[-1][1] for t, x in curves if len(x) > before.get(t, 0)}
 
     def _names(self) -> set[str]:
         return {m.name for m in self._attempts.measures}
@@ -232,8 +223,7 @@ class Analysis:
 
     def _snapshot(self, names: set[str]) -> Snapshot:
         runs = any(runs_model(m) for m in self._attempts.measures if m.name in names)
-        of = self.inputs_of, self.targets_of
-        found = self._view.snapshot(self.step, runs, *of)
+        found = self._view.snapshot(self.step, runs, self.inputs_of, self.targets_of)
         self.notes.update(found.notes | run_facts(self, self._steps.optimizer))
         return found
 
@@ -268,8 +258,9 @@ class Analysis:
 
         Raises:
             RuntimeError: If a rank does not call.
-            ValueError: If states of other steps are given on some of them.
-        """  # noqa: DOC502 (raised where ranks wait)
+            ValueError: If ``state`` is something else, or on some ranks another step's.
+        """  # noqa: DOC502 (raised by the checks, and where ranks wait)
+        check_state(state)
         self._ranks.wait_for_all("load_state_dict")
         self.step = state["step"]
         self.history = {tag: list(values) for tag, values in state["history"].items()}
@@ -292,6 +283,15 @@ class Analysis:
         for module in self._converted:
             restore_dropout_(module)
         self._leave()
+
+    def __repr__(self) -> str:
+        return f"<Analysis of {type(self.model).__name__} at step {self.step}>"
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        raise TypeError(NOT_PICKLED)
+
+    def __deepcopy__(self, _: Any) -> Analysis:
+        return self  # in copies of what keeps it: it watches one model
 
     def __enter__(self) -> Analysis:
         return self

@@ -140,7 +140,9 @@ def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
     outputs: Tensor = clean.outputs.detach()
     if loss.at(outputs).kind not in ("squared", "cross_entropy"):
         return None
+    # With p = 1 the noise has no variance, and masks alone tell what it does.
     elementwise = site.mask_shape(features.shape) == tuple(features.shape)
+    elementwise &= site.p < 1
     # Cross-entropy has its classes in dimension 1, the linear layer in the last.
     if not elementwise or (loss.kind == "cross_entropy" and outputs.ndim > 2):
         return None

@@ -1,0 +1,49 @@
+"""What an analysis says to what it cannot take."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torch_dropout_ir as tdi
+
+
+def test_a_state_of_something_else_is_refused_by_its_keys():
+    model = nn.Linear(2, 2)
+    with tdi.attach_analysis(model, log_dir=False) as analysis:
+        for wrong, got in ((model.state_dict(), "bias"), ({}, "keys []"), (None, "No")):
+            with pytest.raises(
+                ValueError, match=r"expected what `analysis.*got"
+            ) as err:
+                analysis.load_state_dict(wrong)
+            assert got in str(err.value)
+        analysis.load_state_dict(analysis.state_dict())
+
+
+def test_an_analysis_says_what_to_pickle_in_its_place():
+    model = nn.Linear(2, 2)
+    with tdi.attach_analysis(model, log_dir=False) as analysis:
+        with pytest.raises(TypeError, match=r"save `analysis.state_dict\(\)`"):
+            pickle.dumps(analysis)
+        model.kept = analysis
+        assert copy.deepcopy(model).kept is analysis
+        assert repr(analysis) == "<Analysis of Linear at step 0>"
+
+
+@pytest.mark.parametrize("criterion", [F.mse_loss, F.cross_entropy])
+def test_a_site_that_drops_everything_has_its_r1_by_masks(criterion):
+    layers = nn.Linear(4, 8), nn.Dropout(1.0), nn.Linear(8, 3)
+    model = nn.Sequential(*layers)
+    x, y = torch.randn(8, 4), torch.randn(8, 3).softmax(1)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        dropped = criterion(model(x), y)
+        dropped.backward()
+        sgd.step()
+    expected = float((dropped - criterion(model.eval()(x), y)).detach())
+    assert analysis.latest["regularizer/R1"] == pytest.approx(expected, abs=1e-6)
+    assert "regularizer" not in analysis.absent
+    assert "site `1`" in analysis.notes["regularizer/R1"]
