@@ -392,6 +392,28 @@ def test_penalties_on_the_parameters_are_no_part_of_it():
     assert "penalties on parameters" in analysis.notes["loss/R_S"]
 
 
+@pytest.mark.parametrize("kind", ["L1", "L3"])
+def test_what_modified_losses_add_is_no_part_of_it(kind):
+    model, modified = mlp(), tdi.regularizers.modified_loss
+
+    def script(model):
+        return modified(model, (X, Y), tdi.half_squared_error, kind=kind, lr=0.1)
+
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        script(model).backward()
+        sgd.step()
+    with torch.no_grad():
+        site = model[2], model[3].weight
+        r1 = tdi.regularizers.last_layer(
+            model[:2](X), site[1], site[0].p, loss=tdi.half_squared_error
+        )
+        clean = tdi.half_squared_error(model.eval()(X), Y)
+    assert analysis.latest["loss/R_S"] == pytest.approx(float(clean), rel=1e-5)
+    assert analysis.latest["regularizer/R1"] == pytest.approx(float(r1), rel=1e-5)
+    assert "what `modified_loss` adds" in analysis.notes["loss/R_S"]
+
+
 def test_a_penalty_on_the_gradient_in_the_inputs_is_no_part_of_it():
     """A derivative is in tensors of its own pass, and another pass has others."""
 

@@ -19,9 +19,10 @@ _LAST: Final = (
     "of the last of {} passes that went backward since the optimizer stepped before"
 )
 _IN_PART: Final = (
-    "of the first loss function that the outputs went through: the number on which the "
-    "script calls `backward()` holds what was not followed (penalties on parameters, "
-    "outputs of another pass), and so does its R_1. Pass `loss=` for another one"
+    "of the first loss function that the outputs went through, and R_1 too: the number "
+    "on which the script calls `backward()` holds more, which was not followed "
+    "(penalties on parameters, what `modified_loss` adds, outputs of another pass). "
+    "Pass `loss=` for another one"
 )
 # By which models of Hugging Face divide the sum of a loss that they compute.
 _COUNT: Final = "num_items_in_batch"

@@ -98,21 +98,19 @@ NO_SITE: Final = (
 _LACKING: Final[dict[Need, str]] = {
     "sites": NO_SITE,
     "inputs": (
-        "no call of the model in training mode was seen yet: attach to the module that "
-        "the script calls as `model(...)`; where it calls a method of another name, to "
-        "the part that drops: what follows that counts as loss (a model "
-        "that was compiled since is measured from the next time on; one whose inputs "
-        "are nested tensors, change in place or are used up before the optimizer "
-        "steps, or that runs inside `torch.func` transforms or a compiled function "
-        "alone, cannot be measured)"
+        "no call of the model in training mode was seen yet. Attach to the module that "
+        "the script calls as `model(...)`, or, where it calls a method of another "
+        "name, to the part that drops: what follows counts as loss. A model compiled "
+        "since is measured from the next time on. Not measured are inputs that are "
+        "nested tensors, change in place or are used up before the optimizer steps, "
+        "and passes inside `torch.func` or compiled code alone"
     ),
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "
-        "number on which the script calls `backward()` (random numbers that are drawn "
-        "behind the model, as by dropout there, cut it), or what it reads changed in "
-        "place before the optimizer stepped. Pass `loss=`, and `data=` for "
-        "what needs targets; a loss that compares several passes is followed where one "
-        "`forward` makes them all"
+        "number on which the script calls `backward()`. What cuts it: random numbers "
+        "drawn behind the model (dropout there), tensors that change in place before "
+        "the optimizer steps, and comparing several passes, unless one `forward` makes "
+        "them all. Pass `loss=`, and `data=` where targets are needed"
     ),
     "targets": (
         "the targets were not seen: the script must hand them with the model's output "
