@@ -91,19 +91,26 @@ std::vector<double> form_rows(const Tensor& x, const Tensor& g, double factor,
   return found;
 }
 
-// The standard error of the sum over samples, of which each may have several rows.
-double standard_error(const std::vector<std::vector<double>>& forms) {
-  constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
-  size_t samples = forms.empty() ? 0 : forms[0].size();
+// What a sample adds, site by site; nothing where rows do not tell two samples apart.
+std::vector<std::vector<double>> by_sample(const std::vector<std::vector<double>>& forms,
+                                           const std::vector<size_t>& sites,
+                                           size_t count) {
+  size_t samples = forms[0].size();
   for (const auto& rows : forms) samples = std::min(samples, rows.size());
-  if (samples < 2) return kNone;
-  std::vector<double> own(samples);
-  for (const auto& rows : forms) {
-    if (rows.size() % samples != 0) return kNone;
+  if (samples < 2) return {};
+  std::vector<std::vector<double>> own(count, std::vector<double>(samples));
+  for (size_t use = 0; use < forms.size(); ++use) {
+    const std::vector<double>& rows = forms[use];
+    if (rows.size() % samples != 0) return {};
     const size_t each = rows.size() / samples;
-    for (size_t i = 0; i < rows.size(); ++i) own[i / each] += rows[i];
+    for (size_t i = 0; i < rows.size(); ++i) own[sites[use]][i / each] += rows[i];
   }
-  const double count = static_cast<double>(samples);
+  return own;
+}
+
+// The standard error of a sum over samples.
+double standard_error(const std::vector<double>& own) {
+  const double count = static_cast<double>(own.size());
   double mean = 0, squares = 0;
   for (const double x : own) mean += x / count;
   for (const double x : own) squares += (x - mean) * (x - mean);
@@ -122,18 +129,51 @@ Tensor scalar(double value, bool wide) {
   return found;
 }
 
+std::vector<size_t> site_numbers(const char* op, const List& given, size_t uses) {
+  std::vector<size_t> sites(given.size());
+  for (size_t i = 0; i < sites.size(); ++i) {
+    const int64_t site = given.at<int64_t>(i);
+    DROPOUT_CHECK(site >= 0 && site < static_cast<int64_t>(uses), op, ": expected the ",
+                  uses, " uses to have sites below ", uses, ", got ", site);
+    sites[i] = static_cast<size_t>(site);
+  }
+  return sites;
+}
+
+// Sum, standard error, the sum of each site, and the standard error of each.
+std::vector<double> sums_of_sites(const std::vector<std::vector<double>>& forms,
+                                  const std::vector<size_t>& sites) {
+  const size_t count = *std::max_element(sites.begin(), sites.end()) + 1;
+  std::vector<double> found(2 + 2 * count);
+  for (size_t use = 0; use < forms.size(); ++use) {
+    for (const double form : forms[use]) found[2 + sites[use]] += form;
+  }
+  for (size_t site = 0; site < count; ++site) found[0] += found[2 + site];
+  const std::vector<std::vector<double>> own = by_sample(forms, sites, count);
+  constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+  std::vector<double> all(own.empty() ? 0 : own[0].size());
+  for (size_t site = 0; site < count; ++site) {
+    found[2 + count + site] = own.empty() ? kNone : standard_error(own[site]);
+    for (size_t i = 0; i < all.size(); ++i) all[i] += own[site][i];
+  }
+  found[1] = own.empty() ? kNone : standard_error(all);
+  return found;
+}
+
 void form_sums(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "form_sums";
   const List inputs(stack[0]), gradients(stack[1]), factors(stack[2]);
-  const List rows(stack[3]), units(stack[4]);
+  const List rows(stack[3]), units(stack[4]), numbers(stack[5]);
   const size_t uses = inputs.size();
   DROPOUT_CHECK(uses > 0 && gradients.size() == uses && factors.size() == uses &&
-                    rows.size() == uses && units.size() == uses,
+                    rows.size() == uses && units.size() == uses &&
+                    numbers.size() == uses,
                 op, ": expected lists of one length above 0, got ", uses, " inputs, ",
                 gradients.size(), " gradients, ", factors.size(), " factors, ",
-                rows.size(), " rows and ", units.size(), " units");
+                rows.size(), " rows, ", units.size(), " units and ", numbers.size(),
+                " sites");
+  const std::vector<size_t> sites = site_numbers(op, numbers, uses);
   std::vector<std::vector<double>> forms;
-  std::vector<double> found(uses + 2);
   bool wide = false;
   for (size_t i = 0; i < uses; ++i) {
     Tensor x(inputs.at<AtenTensorHandle>(i)), g(gradients.at<AtenTensorHandle>(i));
@@ -149,10 +189,8 @@ void form_sums(StableIValue* stack, uint64_t, uint64_t) {
     x.make_contiguous();
     g.make_contiguous();
     forms.push_back(form_rows(x, g, factors.at<double>(i), n, k, wide));
-    for (const double form : forms.back()) found[i + 2] += form;
-    found[0] += found[i + 2];
   }
-  found[1] = standard_error(forms);
+  const std::vector<double> found = sums_of_sites(forms, sites);
   StableListHandle sums;
   DROPOUT_TORCH(torch_new_list_reserve_size(found.size(), &sums));
   for (const double value : found) {

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,14 @@ def test_the_tab_draws_both_runs(server, tmp_path, flag, theme):
     assert page.count("<circle") == 2  # a dot a run in the scatter
     assert page.count("<polyline") >= 4  # density and slice of both
     assert "0.5 ± 0.1" in page and "1.5 ± 0.1" in page
+    bands = re.findall('<polygon points="([^"]+)"', page)
+    curves = re.findall('<polyline points="([^"]+)"', page)[-len(bands) :]
+    assert len(bands) == 2  # of R_1, which has errors
+    for band, curve in zip(bands, curves, strict=True):
+        band, curve = (np.loadtxt(x.split(), delimiter=",") for x in (band, curve))
+        upper, lower = band[:3], band[:2:-1]
+        assert (upper[:, 0] == curve[:, 0]).all() and (lower[:, 0] == curve[:, 0]).all()
+        assert (upper[:, 1] < curve[:, 1]).all() and (curve[:, 1] < lower[:, 1]).all()
     assert "&lt;script&gt;" in page and "<script>document" not in page
     assert "<title>x</title>" not in page
 

@@ -298,7 +298,7 @@ def test_an_accumulated_pass_is_measured_over_its_share_of_the_items(
     )  # fmt: skip
     row = {"input_ids": torch.arange(8), "labels": torch.arange(8)}
     callback = DropoutAnalysis(
-        every=1, log_dir=False, measures=[Regularizer(num_masks=1)]
+        every=1, log_dir=False, measures=[Regularizer(num_masks=2)]
     )
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none",
@@ -324,7 +324,7 @@ def test_the_loss_of_a_trainer_that_smooths_labels_is_followed(transformers, tmp
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     row = {"input_ids": torch.arange(8), "labels": torch.arange(8)}
-    measures = [Regularizer(num_masks=1)]
+    measures = [Regularizer(num_masks=2)]
     callback = DropoutAnalysis(every=1, log_dir=False, measures=measures)
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none",

@@ -16,6 +16,7 @@ from torch_dropout_ir.regularizers import (
     gradient_norm,
     last_layer,
     monte_carlo,
+    second_order,
 )
 from torch_dropout_ir.regularizers.masked import clean_risk
 
@@ -186,6 +187,62 @@ def test_standard_error_shrinks_and_covers():
     claimed = torch.stack([d.standard_error for d in single]).square().mean()
     spread = torch.stack([d.value for d in single]).var()
     assert claimed > 0.9 * spread  # one sample: an upper bound, on average
+
+
+class Sites(nn.Module):
+    """A site at the input, one that is used twice, and one that does not matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice, self.idle = map(nn.Dropout, (0.2, 0.5, 0.4))
+        self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 8)
+        self.three = nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.twice(self.one(self.first(x)).tanh())
+        self.idle(h)
+        return self.three(self.twice(self.two(h).tanh()))
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order])
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_standard_errors_of_the_sites_are_their_spread(form, num_samples):
+    """Of equal samples one draw tells it without bias, for their means are equal."""
+    torch.manual_seed(0)
+    net, x, y = Sites().double(), torch.randn(1, 4).double(), torch.tensor([1])
+    batch = x.expand(12, 4), y.expand(12)
+    draws = [
+        form(net, batch, "cross_entropy", num_samples=num_samples) for _ in range(400)
+    ]
+    exact = form(net, batch, "cross_entropy", num_samples=None)
+    assert not any(exact.per_site_standard_error.values())
+    for name in ("first", "twice"):
+        parts = torch.stack([d.per_site[name] for d in draws])
+        errors = torch.stack([d.per_site_standard_error[name] for d in draws])
+        assert (parts.mean() - exact.per_site[name]).abs() < 4 * parts.std() / 20
+        assert 0.85 < errors.square().mean().sqrt() / parts.std() < 1.15
+        assert not torch.equal(errors[0], draws[0].standard_error)
+    for d in draws:
+        assert [*d.per_site_standard_error] == [*d.per_site]
+        assert d.per_site_standard_error["idle"] == 0
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order])
+def test_sites_below_samples_that_meet_have_an_error_from_two_draws_on(form):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Dropout(0.2), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5),
+        nn.Linear(8, 3),
+    ).double()  # fmt: skip
+    batch = torch.randn(12, 4).double(), torch.randint(3, (12,))
+    one = form(net, batch, "cross_entropy").per_site_standard_error
+    assert [*one] == ["0", "4"] and all(x.isnan() for x in one.values())
+    draws = [form(net, batch, "cross_entropy", num_samples=6) for _ in range(300)]
+    for name in one:
+        parts = torch.stack([d.per_site[name] for d in draws])
+        errors = torch.stack([d.per_site_standard_error[name] for d in draws])
+        assert 0.85 < errors.square().mean().sqrt() / parts.std() < 1.15
+    assert not monte_carlo(net, batch, "cross_entropy").per_site_standard_error
 
 
 def test_monte_carlo_is_unbiased_for_any_loss():

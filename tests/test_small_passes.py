@@ -41,7 +41,10 @@ def test_few_numbers_are_added_up_as_many_are(shapes, coupled, monkeypatch):
         found.append(site_forms.assemble(uses, [draw], 1, coupled, False, like))
     short, long = found
     assert short.notes == long.notes and [*short.per_site] == [*long.per_site] == uses
+    errors = short.per_site_standard_error, long.per_site_standard_error
+    assert [*errors[0]] == [*errors[1]] == uses and errors[0]["unreached"] == 0
     pairs = [(short.per_site[name], long.per_site[name]) for name in uses]
+    pairs += [(errors[0][name], errors[1][name]) for name in uses]
     pairs += [(short.value, long.value), (short.standard_error, long.standard_error)]
     for a, b in pairs:
         assert a.dtype == b.dtype and a.shape == b.shape == ()
@@ -146,6 +149,9 @@ def test_a_pass_that_takes_no_short_way_gives_the_same(
             equal_nan=True,
         )
     torch.testing.assert_close(short.per_site, long.per_site, rtol=1e-12, atol=0)
+    errors = short.per_site_standard_error, long.per_site_standard_error
+    torch.testing.assert_close(*errors, rtol=1e-12, atol=0, equal_nan=True)
+    assert [*errors[0]] == [*errors[1]] == [*short.per_site]
     assert [*short.per_site] == [*long.per_site] and short.notes == long.notes
     assert short.num_samples == long.num_samples and short.exact == long.exact
 

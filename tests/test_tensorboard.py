@@ -17,6 +17,7 @@ from torch import nn
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis import Histogram, Image
+from torch_dropout_ir.analysis.summary import _table
 from torch_dropout_ir.tensorboard import TensorBoardSink
 from torch_dropout_ir.tensorboard.values import bands
 
@@ -57,7 +58,9 @@ def test_the_contracts_tags_are_there(run):
     tags = events.Tags()
     assert {
         "regularizer/R1", "regularizer/R1/2", "regularizer/R1_standard_error",
-        "regularizer/R2", "regularizer/R2_dropout_noise", "loss/R_S", "loss/modified",
+        "regularizer/R1_standard_error/2", "regularizer/R2", "loss/R_S",
+        "regularizer/R2_dropout_noise", "regularizer/R2_dropout_noise_standard_error",
+        "loss/modified", "loss/modified_standard_error",
         "mask/keep_rate/2", "mask/z_score/2", "condensation/effective_ratio/0",
         "condensation/effective_neurons/0", "sharpness/top_eigenvalue",
         "sharpness/top_eigenvalue_residual", "sharpness/trace",
@@ -187,6 +190,9 @@ def test_bands_layout_facts_and_initial_state(run, tmp_path):
     series = layout.category[0].chart[1].margin.series[0]
     assert series.value == "sharpness/trace"
     assert {series.lower, series.upper} <= set(tensors)
+    (last,) = layout.category[0].chart[-1:]
+    assert [x.value for x in last.margin.series] == ["regularizer/R1/2"]
+    assert "uncertainty/regularizer/R1/2/upper" in tensors
     assert sum(v.tag == "custom_scalars__config__" for _, v in values) == 1
     facts = tensors["run/facts"].item().decode()
     for said in ("Sequential", "0.5", "MSELoss", "SGD", torch.__version__):
@@ -194,6 +200,45 @@ def test_bands_layout_facts_and_initial_state(run, tmp_path):
     assert "_hparams_/session_start_info" in {v.tag for _, v in values}
     kept = tensors["initial/condensation/cosine/0"][2]
     assert kept == events.Images("condensation/cosine/0")[0].encoded_image_string
+
+
+def test_errors_are_of_numbers_and_not_of_names():
+    """A layer may be called as the error of another."""
+    known = {
+        "regularizer/R1/a": 5.0, "regularizer/R1_standard_error/a": 1.0,
+        "condensation/movement/conv": 0.5, "condensation/movement/conv_residual": 0.125,
+        "mask/keep_rate/a": 0.5, "mask/keep_rate/a_standard_error": 0.25,
+    }  # fmt: skip
+    stem = "uncertainty/regularizer/R1/a"
+    assert bands(known) == {f"{stem}/lower": 4.0, f"{stem}/upper": 6.0}
+    lines = _table({tag: [(0, x)] for tag, x in known.items()})
+    (line,) = [x for x in lines if "R1/a" in x]
+    assert line.split() == ["regularizer/R1/a", "5", "1", "0"]
+    assert len(lines) == 2 + 5  # the error has no line of its own
+
+
+def test_the_layout_grows_with_the_sites(tmp_path):
+    sink = TensorBoardSink(tmp_path)
+    for step, sites in enumerate(("", "b", "ba", "a")):
+        records = {"regularizer/R1": 1.0, "regularizer/R1_standard_error": 0.5}
+        for site in sites:
+            records[f"regularizer/R1/{site}"] = 0.5
+            records[f"regularizer/R1_standard_error/{site}"] = 0.25
+        sink.write(step, records, {})
+    sink.close()
+    found = [
+        (step, layout_pb2.Layout.FromString(tensor_util.make_ndarray(v.tensor).item()))
+        for step, v in summaries(tmp_path)[0]
+        if v.tag == "custom_scalars__config__"
+    ]
+    shown = [
+        (step, [x.value for x in chart.margin.series])
+        for step, layout in found
+        for chart in layout.category[0].chart
+        if "each site" in chart.title
+    ]
+    b, a = "regularizer/R1/b", "regularizer/R1/a"
+    assert [step for step, _ in found] == [0, 1, 2] and shown == [(1, [b]), (2, [b, a])]
 
 
 def test_events_are_bounded_and_every_picture_comes(tmp_path):

@@ -41,6 +41,50 @@ def check_count(function: str, name: str, value: Any, least: int) -> None:
         raise ValueError(f"{function}: expected `{name}` >= {least}, got {value}")
 
 
+def check_even(function: str, name: str, value: Any) -> None:
+    """Raise if a number of draws cannot be taken in pairs.
+
+    Args:
+        function: The function that takes it.
+        name: Its argument.
+        value: What was given.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is odd, or below 2.
+
+    Example:
+        >>> check_even("gradient_norm", "num_masks", 3)
+        Traceback (most recent call last):
+        ValueError: gradient_norm: expected an even `num_masks`, got 3
+    """  # noqa: DOC502 (`check_count` raises)
+    check_count(function, name, value, 2)
+    if value % 2:
+        raise ValueError(f"{function}: expected an even `{name}`, got {value}")
+
+
+def check_flag(function: str, name: str, value: Any) -> None:
+    """Raise if what switches something on or off does neither.
+
+    Args:
+        function: The function that takes it.
+        name: Its argument.
+        value: What was given.
+
+    Raises:
+        TypeError: If it is no bool.
+
+    Example:
+        >>> check_flag("gradient_norm", "shared_mask", "no")
+        Traceback (most recent call last):
+        TypeError: gradient_norm: expected `shared_mask` to be True or False, got 'no'
+    """
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{function}: expected `{name}` to be True or False, got {value!r}"
+        )
+
+
 def check_real(
     function: str,
     name: str,

@@ -21,7 +21,7 @@ from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.analysis.measures import Condensation, Regularizer, Sharpness
 from torch_dropout_ir.analysis.measures.regularizer import terms
-from torch_dropout_ir.analysis.records import Record
+from torch_dropout_ir.analysis.records import Record, estimate_of
 from torch_dropout_ir.analysis.replay import Replay, replay
 from torch_dropout_ir.analysis.snapshot import Snapshot
 from torch_dropout_ir.batches import fixed_batches
@@ -30,7 +30,6 @@ from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.sites import Site, find_sites, unobservable
 from torch_dropout_ir.tensorboard import TensorBoardSink
 
-_ERROR: Final = "regularizer/R1_standard_error"
 # A checkpoint has no start to be away from.
 _SINCE: Final = ("condensation/movement/", "condensation/cosine_to_start/")
 _IN_TRAINING: Final = (
@@ -214,9 +213,9 @@ class _Run:
         weights = [1.0 if whole else terms(self.loss, batch) for batch in self.batches]
         divisor = 1.0 if whole else sum(weights)
         mean: dict[str, Record] = {}
-        for tag in taken[0].keys() if all(taken) else ():
+        for tag in [t for t in taken[0] if all(t in found for found in taken)]:
             pairs = zip(weights, (float(found[tag]) for found in taken), strict=True)  # type: ignore[arg-type]
-            if tag == _ERROR:
+            if estimate_of(tag):  # of draws that are independent
                 mean[tag] = math.sqrt(sum((w * x) ** 2 for w, x in pairs)) / divisor
             else:
                 mean[tag] = sum(w * x for w, x in pairs) / divisor

@@ -25,7 +25,7 @@ _SCHEMAS = (
     "mask_draw(Tensor rng, Tensor p, SymInt numel) -> Tensor",
     "unit_counts(Tensor packed, int rows, int units) -> Tensor",
     "form_sums(Tensor[] inputs, Tensor[] gradients, float[] factors, int[] rows,"
-    " int[] units) -> Tensor[]",
+    " int[] units, int[] sites) -> Tensor[]",
     "label_root(Tensor f) -> Tensor",
 )
 for _schema in _SCHEMAS:
@@ -103,8 +103,9 @@ def _(
     factors: list[float],
     rows: list[int],
     units: list[int],
+    sites: list[int],
 ) -> list[Tensor]:
-    return [inputs[0].new_empty(()) for _ in range(len(inputs) + 2)]
+    return [inputs[0].new_empty(()) for _ in range(2 * max(sites) + 4)]
 
 
 @torch.library.register_fake("torch_dropout_ir::label_root")

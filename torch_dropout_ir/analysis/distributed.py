@@ -238,6 +238,12 @@ class Ranks:
             {name: total[f"variance {name}"] / whole**2 for name in given},
         )
 
+    def share(self, weight: float | None) -> float:
+        """Return what a mean of this rank counts for in that of all; 1 for sums."""
+        if weight is None:
+            return 1.0
+        return weight / self.sum({"weight": weight})["weight"]
+
     def own_draws(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Give this rank random draws of its own; a measure's are common else."""
         if self.size == 1:

@@ -9,6 +9,7 @@ from typing import Any, Final, Protocol
 from torch import Tensor
 
 MOST_KEPT: Final = 2**14
+_ERRORS: Final = ("_standard_error", "_residual")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,23 @@ class Image:
 
 
 Record = float | Histogram | Image
+
+
+def estimate_of(tag: str) -> str | None:
+    """Return the tag of the number that ``tag`` is the error of; None where it is none.
+
+    What follows the second slash is the name of a site or a layer, for both the same.
+
+    Example:
+        >>> estimate_of("regularizer/R1_standard_error/encoder.drop")
+        'regularizer/R1/encoder.drop'
+    """
+    group, *rest = tag.split("/", 2)
+    head = "/".join((group, *rest[:1]))
+    for ending in _ERRORS:
+        if head.endswith(ending):
+            return "/".join((head.removesuffix(ending), *rest[1:]))
+    return None
 
 
 def plain(record: Any) -> Record:

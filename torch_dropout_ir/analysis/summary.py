@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from torch_dropout_ir.analysis.facts import RUN
+from torch_dropout_ir.analysis.records import estimate_of
 from torch_dropout_ir.sites import Site, find_sites, unobservable
 
 if TYPE_CHECKING:
     from torch_dropout_ir.analysis.analysis import Analysis
-
-_ERRORS: Final = ("_standard_error", "_residual")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +105,10 @@ def _table(history: Mapping[str, list[tuple[int, float]]]) -> list[str]:
     if not history:
         return []
     errors = {
-        tag: tag + kind
-        for tag in history
-        for kind in _ERRORS
-        if history.get(tag + kind, [(-1, 0.0)])[-1][0] == history[tag][-1][0]
+        estimate: tag
+        for tag, curve in history.items()
+        if (estimate := estimate_of(tag)) is not None
+        and history.get(estimate, [(-1, 0.0)])[-1][0] == curve[-1][0]
     }
     shown = sorted(history.keys() - set(errors.values()))
     width = max(map(len, shown))

@@ -1,11 +1,13 @@
-"""Whether samples meet: roots of powers of two, one a sample; equal results."""
+"""Whether samples meet: roots of powers of two, one a sample; roots apart."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+
+from torch_dropout_ir.output_products import Root
 
 _POWERS = 16
 _GOLDEN = (5**0.5 - 1) / 2
@@ -99,3 +101,27 @@ def nearly_equal(found: Tensor, expected: Tensor) -> bool:
         return False
     off = (found.detach() - expected).abs().max()
     return bool(off <= torch.finfo(found.dtype).eps ** (2 / 3) * expected.abs().max())
+
+
+def apart(count: int, coupled: bool | None, roots: Iterator[Root]) -> Iterator[Root]:
+    """Take roots apart: outputs that meet do not share one.
+
+    Args:
+        count: Number of samples.
+        coupled: Whether they meet; else only the rows of each do.
+        roots: The roots, of all rows of the outputs.
+
+    Yields:
+        One root for each row where samples meet; else one for the rows that have the
+        same place in all samples.
+    """
+    for root, sign in roots:
+        rows = root.shape[0]
+        parts = rows if coupled else rows // max(1, count)
+        if parts < 2 and not coupled:
+            yield root, sign
+            continue
+        for i in range(parts):
+            alone = torch.zeros_like(root)
+            alone[i::parts] = root[i::parts]
+            yield alone, sign[i::parts] if isinstance(sign, Tensor) else sign

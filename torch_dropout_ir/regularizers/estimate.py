@@ -24,6 +24,8 @@ class Estimate:
             none was.
         notes: What there is to know besides, for example sites whose part is 0 because
             the loss does not depend on them.
+        per_site_standard_error: Standard error of each entry of ``per_site``, as
+            ``standard_error``; sites share draws, so that these do not add up to it.
     """
 
     value: Tensor
@@ -33,3 +35,4 @@ class Estimate:
     num_samples: int
     converged: bool = True
     notes: tuple[str, ...] = ()
+    per_site_standard_error: dict[str, Tensor] = dataclasses.field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.arguments import check_count
+from torch_dropout_ir.arguments import check_even, check_flag
 from torch_dropout_ir.functional import as_batches, parameters
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers.checks import (
@@ -110,7 +110,8 @@ def gradient_norm(
         The parts with standard errors over the pairs.
 
     Raises:
-        TypeError: If ``num_masks`` is no integer, or ``lr`` no number.
+        TypeError: If ``num_masks`` is no integer, ``shared_mask`` no bool, or ``lr``
+            no number.
         ValueError: If ``num_masks`` is odd or below 2, ``lr`` lacks a parameter, the
             number of batches is odd, a batch is empty, or a loss or gradient is not
             finite.
@@ -126,11 +127,8 @@ def gradient_norm(
         >>> r2 = gradient_norm(net, batch, "mse", lr=0.1, num_masks=4)
         >>> torch.testing.assert_close(r2.value, r2.mean_gradient + r2.dropout_noise)
     """  # noqa: DOC502 (raised by the checks)
-    check_count("gradient_norm", "num_masks", num_masks, 2)
-    if num_masks % 2:
-        raise ValueError(
-            f"gradient_norm: expected an even `num_masks`, got {num_masks}"
-        )
+    check_even("gradient_norm", "num_masks", num_masks)
+    check_flag("gradient_norm", "shared_mask", shared_mask)
     rates = learning_rates(lr, list(parameters(model)))
     norms = GradientPairs(model, resolve_loss(loss), rates, shared_mask)
     batches = [as_pair(each) for each in as_batches(batch)]

@@ -150,5 +150,8 @@ def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
     value = last_layer(
         features, weight, site.p, loss=loss, outputs=outputs, targets=targets
     )
-    error = torch.zeros_like(value)
-    return Estimate(value, {site.name: value}, error, loss.is_quadratic, 0)
+    error, name = torch.zeros_like(value), site.name
+    return Estimate(
+        value, {name: value}, error, loss.is_quadratic, 0,
+        per_site_standard_error={name: error},
+    )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -16,12 +15,11 @@ from torch_dropout_ir.output_products import (
     ALL,
     HessianProduct,
     ProductRoots,
-    Root,
     Rows,
 )
 from torch_dropout_ir.registration import form_sums
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
-from torch_dropout_ir.regularizers.coupling import alike, by_powers
+from torch_dropout_ir.regularizers.coupling import alike, apart, by_powers
 from torch_dropout_ir.regularizers.loss_graph import one_by_one
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
@@ -117,14 +115,17 @@ class RootForms:
             zero = self._roots.like.new_zeros(())
             return Sums([zero, zero.clone()], [], meet)
         uses, shapes = clean.uses, clean.mask_shapes
+        names = [uses[i][0].name for i, _, _ in found]
+        sites = list(dict.fromkeys(names))
         summed = form_sums(
             [_plain(uses[i][1]) for i, _, _ in found],
             [g for _, g, _ in found],
             [uses[i][0].variance / 2 * sign for i, _, sign in found],
             [shapes[i][0] if shapes[i] else 1 for i, _, _ in found],
             [math.prod(shapes[i][1:]) for i, _, _ in found],
+            [sites.index(name) for name in names],
         )
-        return Sums(summed, [uses[i][0].name for i, _, _ in found], meet)
+        return Sums(summed, sites, meet)
 
     def draws(
         self,
@@ -157,7 +158,7 @@ class RootForms:
         outputs = read.tensors[0]
         if self.num_samples is None:
             assert isinstance(self._roots, HessianRoots)
-            roots = _apart(clean.count(outputs), coupled, self._roots.exact(rows))
+            roots = apart(clean.count(outputs), coupled, self._roots.exact(rows))
             pulled = (_pull(clean, outputs, root, sign) for root, sign in roots)
             return [[form for forms in pulled for form in forms]], bool(coupled)
         return self._sampled(clean, outputs, coupled, rows, keep)
@@ -225,30 +226,6 @@ def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None) -> bool:
     size = sum([h.numel() for _, h, _ in clean.uses])
     large = size >= _LARGE and f.numel() * width * width <= num_samples * size
     return large or width <= max(_FEW, num_samples)
-
-
-def _apart(count: int, coupled: bool | None, roots: Iterator[Root]) -> Iterator[Root]:
-    """Take roots apart: outputs that meet do not share one.
-
-    Args:
-        count: Number of samples.
-        coupled: Whether they meet; else only the rows of each do.
-        roots: The roots, of all rows of the outputs.
-
-    Yields:
-        One root for each row where samples meet; else one for the rows that have the
-        same place in all samples.
-    """
-    for root, sign in roots:
-        rows = root.shape[0]
-        apart = rows if coupled else rows // max(1, count)
-        if apart < 2 and not coupled:
-            yield root, sign
-            continue
-        for i in range(apart):
-            alone = torch.zeros_like(root)
-            alone[i::apart] = root[i::apart]
-            yield alone, sign[i::apart] if isinstance(sign, Tensor) else sign
 
 
 def _pull(

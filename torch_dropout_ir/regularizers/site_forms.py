@@ -22,8 +22,9 @@ class Sums(NamedTuple):
     """A draw of the forms, added up.
 
     Attributes:
-        values: The sum of all, its standard error, and the sum of each use.
-        names: The site of each use that a derivative has come to.
+        values: The sum of all, its standard error, the sum of each site, and the
+            standard errors of those.
+        names: The sites that a derivative has come to.
         coupled: Whether samples depend on each other.
     """
 
@@ -52,12 +53,6 @@ def total(forms: Sequence[Form], like: Tensor, name: str | None = None) -> Tenso
     if len(parts) == 1:
         return parts[0]
     return torch.stack(parts).sum() if parts else like.new_zeros(())
-
-
-def _mean(draws: Sequence[Sequence[Form]], like: Tensor, name: str) -> Tensor:
-    """Return the mean over draws of the part of a site."""
-    totals = [total(draw, like, name) for draw in draws]
-    return torch.stack(totals).mean() if len(totals) > 1 else totals[0]
 
 
 def join(
@@ -121,11 +116,23 @@ def assemble(
         notes = (*notes, "in float16 parts below 6e-8 vanish: use float32 or bfloat16")
     one = num_samples == 1 and len(draws) == 1
     found = _of_few(names, draws[0], coupled, like) if one else None
-    value, per_site, error = found or (
-        *_sums(names, draws, like),
-        _standard_error(draws, like, num_samples, coupled),
+    if found is None:
+        value, per_site = _sums(names, draws, like)
+        error, errors = _standard_errors(draws, like, num_samples, coupled)
+        found = value, per_site, error, errors
+    value, per_site, error, errors = found
+    errors = {name: errors.get(name, like.new_zeros(())) for name in names}
+    count = num_samples or 0
+    return Estimate(
+        value,
+        per_site,
+        error,
+        exact,
+        count,
+        True,
+        notes,
+        per_site_standard_error=errors,
     )
-    return Estimate(value, per_site, error, exact, num_samples or 0, notes=notes)
 
 
 def of_sums(
@@ -140,23 +147,30 @@ def of_sums(
         notes: What there is to say of it.
     """
     value, error, *parts = summed.values
-    per_site: dict[str, Tensor] = {}
-    for name, part in zip(summed.names, parts, strict=True):
-        per_site[name] = part + per_site[name] if name in per_site else part
-    if len(per_site) < len(uses):
+    count = len(summed.names)
+    if summed.coupled and parts:
+        error = value.new_full((), _NAN)
+        parts[count:] = [error] * count
+    per_site = dict(zip(summed.names, parts[:count], strict=True))
+    errors = dict(zip(summed.names, parts[count:], strict=True))
+    if count < len(dict.fromkeys(uses)):
         notes = (*not_reached(uses, per_site), *notes)
         zero = value.new_zeros(())
         per_site = {name: per_site.get(name, zero) for name in uses}
-    if summed.coupled and parts:
-        error = value.new_full((), _NAN)
-    return Estimate(value, per_site, error, exact, 1, notes=notes)
+        errors = {name: errors.get(name, zero) for name in uses}
+    return Estimate(
+        value, per_site, error, exact, 1, True, notes, per_site_standard_error=errors
+    )
 
 
 def _sums(
     names: Sequence[str], draws: Sequence[Sequence[Form]], like: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the mean over draws, and the part of each site."""
-    per_site = {name: _mean(draws, like, name) for name in names}
+    per_site: dict[str, Tensor] = {}
+    for name in names:
+        totals = [total(draw, like, name) for draw in draws]
+        per_site[name] = torch.stack(totals).mean() if len(totals) > 1 else totals[0]
     if len(names) == 1:
         return per_site[names[0]].clone(), per_site
     value = torch.stack([*per_site.values()]).sum() if names else like.new_zeros(())
@@ -165,65 +179,102 @@ def _sums(
 
 def _of_few(
     names: Sequence[str], draw: Sequence[Form], coupled: bool, like: Tensor
-) -> tuple[Tensor, dict[str, Tensor], Tensor] | None:
-    """Return value, parts and standard error of a draw of few numbers; else None.
+) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]] | None:
+    """Return what :func:`_sums` and :func:`_standard_errors` do, of a few numbers.
 
     Python adds those up in less time than the first of several operations takes.
+    None where they are many.
     """
     forms = [form for _, form in draw]
     if not draw or sum([form.numel() for form in forms]) > _FEW:
         return None
     if not all([form.is_cpu and not form.requires_grad for form in forms]):
         return None
-    rows = [form.tolist() for form in forms]
-    parts = dict.fromkeys(names, 0.0)
-    for (name, _), row in zip(draw, rows, strict=True):
-        parts[name] += sum(row)
-    per_site = {name: like.new_full((), part) for name, part in parts.items()}
-    value = like.new_full((), sum(parts.values()))
-    return value, per_site, like.new_full((), _spread(rows, coupled))
+    rows: dict[str, list[list[float]]] = {}
+    for name, form in draw:
+        rows.setdefault(name, []).append(form.tolist())
+    samples = _samples(draw, coupled)
+    own = {name: _by_sample(site, samples) for name, site in rows.items()}
+    whole = own[draw[0][0]] if len(own) == 1 else _by_sample([*own.values()], samples)
+    parts = {name: sum(own.get(name, ())) for name in names}
+
+    def tensor(x: float) -> Tensor:
+        return like.new_full((), x)
+
+    return (
+        tensor(sum(parts.values())),
+        {name: tensor(part) for name, part in parts.items()},
+        tensor(_spread(whole)),
+        {name: tensor(_spread(site)) for name, site in own.items()},
+    )
 
 
-def _spread(rows: Sequence[Sequence[float]], coupled: bool) -> float:
-    """Return the standard error of the sum of a draw, as :func:`_standard_error`."""
-    samples = min([len(row) for row in rows])
-    if coupled or samples < 2 or any([len(row) % samples for row in rows]):
-        return _NAN
+def _by_sample(rows: list[list[float]], samples: int) -> list[float]:
+    """Return what each sample adds, of which each form may have several rows."""
+    if samples == 1:
+        return [sum([sum(row) for row in rows])]
     each = [
         row[i :: len(row) // samples]
         for row in rows
         for i in range(len(row) // samples)
     ]
-    own = [sum(forms) for forms in zip(*each, strict=True)]
+    return (
+        each[0] if len(each) == 1 else [sum(forms) for forms in zip(*each, strict=True)]
+    )
+
+
+def _spread(own: Sequence[float]) -> float:
+    """Return the standard error of a sum over samples."""
+    samples = len(own)
     mean = sum(own) / samples
-    squares = sum([(x - mean) * (x - mean) for x in own])
-    return math.sqrt(samples * squares / (samples - 1))
+    if samples < 2 or not math.isfinite(mean):
+        return _NAN
+    away = math.dist(own, [mean] * samples)
+    return away * math.sqrt(samples / (samples - 1))
 
 
-def _rows(draw: Sequence[Form], samples: int) -> Tensor:
-    """Return the forms of each sample, which may have several rows at a site."""
-    forms = [f if len(f) == samples else f.view(samples, -1).sum(1) for _, f in draw]
-    return torch.stack(forms).sum(0) if len(forms) > 1 else forms[0]
+def _samples(draw: Sequence[Form], coupled: bool) -> int:
+    """Return the number of samples with draws of their own; 1 where they have none."""
+    counts = [form.shape[0] for _, form in draw]
+    samples = min(counts)
+    if coupled or samples < 2 or any([count % samples for count in counts]):
+        return 1
+    return samples
 
 
-def _standard_error(
+def _standard_errors(
     draws: Sequence[Sequence[Form]],
     like: Tensor,
     num_samples: int | None,
     coupled: bool,
-) -> Tensor:
-    """Standard error over draws; by sample where each has its own independent draws."""
-    if num_samples is None or not draws or not draws[0]:
-        return like.new_zeros(())
-    samples = min([form.shape[0] for _, form in draws[0]])
-    aligned = all(not form.shape[0] % samples for draw in draws for _, form in draw)
-    if aligned and not coupled:
-        if num_samples == 1:
-            own = _rows(draws[0], samples)
-            return samples**0.5 * own.std() if samples > 1 else like.new_tensor(_NAN)
-        rows = torch.stack([_rows(draw, samples) for draw in draws])
-        return (rows.var(0).sum() / num_samples).sqrt()
-    if num_samples == 1:
-        return like.new_tensor(_NAN)
-    totals = torch.stack([total(draw, like) for draw in draws])
-    return totals.std() / num_samples**0.5
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the standard error of the whole, and of each site that there is.
+
+    It is that over draws; by sample where each has its own independent draws.
+    """
+    names = list(dict.fromkeys(name for draw in draws for name, _ in draw))
+    if num_samples is None or not names:
+        return like.new_zeros(()), {}
+    samples = min(_samples(draw, coupled) for draw in draws)
+    table = torch.stack([
+        torch.stack([_rows(draw, samples, name) for name in names]) for draw in draws
+    ])
+    table = torch.cat((table.sum(1, keepdim=True), table), 1)
+    if num_samples > 1:
+        errors = (table.var(0).sum(1) / num_samples).sqrt()
+    elif samples > 1:
+        errors = samples**0.5 * table[0].std(1)
+    else:
+        errors = table.new_full((len(names) + 1,), _NAN)
+    whole, *parts = errors.unbind()
+    return whole, dict(zip(names, parts, strict=True))
+
+
+def _rows(draw: Sequence[Form], samples: int, name: str) -> Tensor:
+    """Return the forms of a site by sample, which may have several rows at it."""
+    forms = [
+        f if len(f) == samples else f.view(samples, len(f) // samples).sum(1)
+        for site, f in draw
+        if site == name
+    ]
+    return torch.stack(forms).sum(0) if len(forms) > 1 else forms[0]

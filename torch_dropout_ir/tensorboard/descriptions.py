@@ -11,12 +11,17 @@ _DESCRIPTIONS: Final = {
     "regularizer/R1": f"What dropout adds to the loss on average, E[R_drop] - R_S, in "
     f"the units of the loss ({_PAPER}, eq. 4). Below it: the part of one site.",
     "regularizer/R1_standard_error": "Standard error of R_1 from sampling; 0 where a "
-    "closed form was used.",
+    "closed form was used. Below it: that of one site's part, of one draw; the spread "
+    "between samples tells it, and is no less than that of draws.",
     "regularizer/R2": f"(lr/4) times the squared gradient norm ({_PAPER}, eq. 5).",
     "regularizer/R2_dropout_noise": "(lr/4) tr Cov of the gradient over masks on one "
     "batch: the part of R_2 that dropout adds.",
+    "regularizer/R2_dropout_noise_standard_error": "Standard error of that, from the "
+    "spread of the differences of pairs of masks: rough where they are few.",
     "loss/R_S": "Loss of the batch with dropout off.",
     "loss/modified": f"R_S + R_1 + R_2 ({_PAPER}, eq. 6).",
+    "loss/modified_standard_error": "Standard error of R_1 in it. R_S has none, and "
+    "R_2 is of the one gradient that the optimizer receives.",
     "mask/keep_rate": "Share of the elements kept so far; 1 - p is expected.",
     "mask/z_score": "Standard deviations between the number of elements kept and its "
     "expectation; beyond 5 the masks are not what they claim.",

@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -77,6 +77,7 @@ class TensorBoardSink:
         self._described: set[str] = set()
         self._facts: dict[str, str] = {}
         self._started = False
+        self._sites: tuple[str, ...] | None = None  # those of the last layout
         self._error: Exception | None = None
         self._process = os.getpid()
         self._steps: queue.Queue[_Step | None] = queue.Queue(_MOST_WAITING)
@@ -151,8 +152,10 @@ class TensorBoardSink:
                 values.describe(value, self._say(tag, notes))
             else:
                 self._panels.add(step, tag, record, describe_tag(tag, notes))
-        for tag, number in values.bands(records).items():
+        bands = values.bands(records)
+        for tag, number in bands.items():
             values.add_band(summary, tag, number, self._say(tag, notes))
+        self._add_layout(summary, bands)
         self._add_panels(step, when, summary)
 
     def _add_panels(self, step: int, when: float, summary: Summary) -> None:
@@ -171,11 +174,17 @@ class TensorBoardSink:
         self._described.add(tag)
         return describe_tag(tag, notes)
 
+    def _add_layout(self, summary: Summary, bands: Iterable[str]) -> None:
+        """Add the layout; again where it has more sites to show."""
+        sites = dict.fromkeys(self._sites or ()) | dict.fromkeys(values.sites_of(bands))
+        if self._sites is None or len(sites) > len(self._sites):
+            self._sites = tuple(sites)
+            values.add_layout(summary, self._sites)
+
     def _add_facts(self, summary: Summary, notes: Mapping[str, str]) -> None:
         facts = {k[4:]: v for k, v in notes.items() if k.startswith("run/")}
         if not self._started:
             self._started = True
-            values.add_layout(summary)
             for found in values.hyperparameters(facts) if facts else ():
                 summary.MergeFrom(found)
         # A schedule of the learning rate is no news.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -17,13 +17,14 @@ from tensorboard.util import tensor_util
 from torch.utils.tensorboard.summary import hparams
 
 from torch_dropout_ir.analysis import Histogram, Record
+from torch_dropout_ir.analysis.records import estimate_of
 
-# What a tag's error is called, and whose error it is.
-_ERRORS: Final = ("_standard_error", "_residual")
 _MARGINS: Final = {
     "R_1 and its standard error": "regularizer/R1",
     "Trace of the Hessian and its standard error": "sharpness/trace",
     "Top eigenvalue and its residual": "sharpness/top_eigenvalue",
+    "R_2 of the masks and its standard error": "regularizer/R2_dropout_noise",
+    "Modified loss and the standard error of R_1 in it": "loss/modified",
 }
 _CURVES: Final = {
     "Condensation: effective ratio of each layer": "condensation/effective_ratio/.*",
@@ -76,15 +77,21 @@ def bands(records: Mapping[str, Record]) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for tag, error in records.items():
-        for ending in _ERRORS:
-            centre = records.get(tag.removesuffix(ending))
-            if not tag.endswith(ending) or not isinstance(centre, float):
-                continue
-            if isinstance(error, float) and math.isfinite(error):
-                stem = f"uncertainty/{tag.removesuffix(ending)}"
-                found[f"{stem}/lower"] = centre - error
-                found[f"{stem}/upper"] = centre + error
+        estimate = estimate_of(tag)
+        centre = None if estimate is None else records.get(estimate)
+        if not isinstance(centre, float) or not isinstance(error, float):
+            continue
+        if math.isfinite(error):
+            found[f"uncertainty/{estimate}/lower"] = centre - error
+            found[f"uncertainty/{estimate}/upper"] = centre + error
     return found
+
+
+def sites_of(bands: Iterable[str]) -> list[str]:
+    """Return the tags of the sites' parts of R_1 that have a band."""
+    lower = [band for band in bands if band.endswith("/lower")]
+    tags = [x.removeprefix("uncertainty/").removesuffix("/lower") for x in lower]
+    return [tag for tag in tags if tag.startswith("regularizer/R1/")]
 
 
 def add_band(summary: Summary, tag: str, value: float, said: str) -> None:
@@ -107,23 +114,16 @@ def add_picture(summary: Summary, tag: str, drawn: Any, said: str) -> None:
     )
 
 
-def add_layout(summary: Summary) -> None:
-    """Add the layout of the Custom Scalars page: estimates with their bands."""
-    margins = [
-        layout_pb2.Chart(
-            title=title,
-            margin=layout_pb2.MarginChartContent(
-                series=[
-                    layout_pb2.MarginChartContent.Series(
-                        value=tag,
-                        lower=f"uncertainty/{tag}/lower",
-                        upper=f"uncertainty/{tag}/upper",
-                    )
-                ]
-            ),
-        )
-        for title, tag in _MARGINS.items()
-    ]
+def add_layout(summary: Summary, sites: Collection[str] = ()) -> None:
+    """Add the layout of the Custom Scalars page: estimates with their bands.
+
+    Args:
+        summary: Where to add it; the newest of a run is drawn.
+        sites: The tags of sites' parts of R_1 that have bands.
+    """
+    margins = [_margins(title, [tag]) for title, tag in _MARGINS.items()]
+    if sites:
+        margins.append(_margins("R_1 of each site and its standard error", sites))
     curves = [
         layout_pb2.Chart(
             title=title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{regex}$"])
@@ -142,6 +142,20 @@ def add_layout(summary: Summary) -> None:
         tensor=tensor_util.make_tensor_proto(layout.SerializeToString()),
     )
     describe(summary.value[-1], "The charts of the Custom Scalars page.")
+
+
+def _margins(title: str, tags: Collection[str]) -> layout_pb2.Chart:
+    """A chart of curves with their bands."""
+    series = [
+        layout_pb2.MarginChartContent.Series(
+            value=tag,
+            lower=f"uncertainty/{tag}/lower",
+            upper=f"uncertainty/{tag}/upper",
+        )
+        for tag in tags
+    ]
+    margin = layout_pb2.MarginChartContent(series=series)
+    return layout_pb2.Chart(title=title, margin=margin)
 
 
 def add_facts(summary: Summary, facts: Mapping[str, str]) -> None:

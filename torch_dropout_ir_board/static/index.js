@@ -1,15 +1,13 @@
 // What comes out of a log becomes text nodes and numbers, never markup or code.
 const COLOURS = ["#2b83ba", "#e6550d", "#31a354", "#9467bd", "#d62728", "#17becf", "#a6a61f", "#e377c2", "#8c564b", "#7f7f7f"];
 const NUMBERS = {
-  "test accuracy": "demo/test_accuracy", R_1: "regularizer/R1", "R_1 at one p": "demo/R1_at_p", R_2: "regularizer/R2", R_S: "loss/R_S",
-  "effective ratio": "condensation/effective_ratio/", "effective neurons": "condensation/effective_neurons/",
-  "top eigenvalue": "sharpness/top_eigenvalue", trace: "sharpness/trace", "share of the time": "cost/share",
+  "test accuracy": "demo/test_accuracy", R_1: "regularizer/R1", "R_1 at one p": "demo/R1_at_p", R_2: "regularizer/R2",
+  "R_2 of the masks": "regularizer/R2_dropout_noise", R_S: "loss/R_S", "modified loss": "loss/modified", "effective ratio": "condensation/effective_ratio/",
+  "effective neurons": "condensation/effective_neurons/", "top eigenvalue": "sharpness/top_eigenvalue", trace: "sharpness/trace", "share of the time": "cost/share",
 };
 const S = { off: new Set(), log: new Set(["density", "slice", "curve"]), step: Infinity, curve: "regularizer/R1" };
-const held = new Map(), CHARTS = ["places", "density", "slice", "curve"];
-let steps = [0], turn = 0, later = 0, embedded = null;
-const at = (id) => document.getElementById(id);
-const runs = () => S.index.runs.filter((run) => !S.off.has(run));
+const held = new Map(), CHARTS = ["places", "density", "slice", "curve"]; let steps = [0], turn = 0, later = 0, embedded = null;
+const at = (id) => document.getElementById(id); const runs = () => S.index.runs.filter((run) => !S.off.has(run));
 const colour = (run) => COLOURS[S.index.runs.indexOf(run) % COLOURS.length];
 const last = (points) => (points ?? []).filter(([step]) => step <= S.step).at(-1);
 function show(x) {
@@ -21,8 +19,7 @@ function put(parent, tag, text = "", more = {}) {
   made.textContent = text; return parent.appendChild(made);
 }
 async function get(route, of = "") {
-  const key = JSON.stringify([route, of]);
-  if (embedded) return embedded[key] ?? {};
+  const key = JSON.stringify([route, of]); if (embedded) return embedded[key] ?? {};
   if (held.size > 900) held.delete(held.keys().next().value);
   if (!held.has(key)) {
     const asked = fetch(`${route}?of=${encodeURIComponent(of)}`).then((answer) => answer.json());
@@ -66,10 +63,11 @@ function key(event) {
 async function draw(changes = {}) {
   const own = ++turn, atEnd = S.step >= steps.at(-1); Object.assign(S, changes);
   const tags = Object.values(NUMBERS).map((tag) => (tag.endsWith("/") ? tag + S.layer : tag));
-  const error = (tag) => [tag + "_standard_error", tag + "_residual"].find((t) => S.index.scalars[t]);
+  const named = (tag, end) => tag.replace(/^[^/]*\/[^/]*/, (head) => head + end), ends = ["_standard_error", "_residual"]; // then comes a site's name
+  const error = (tag) => ends.map((end) => named(tag, end)).find((t) => S.index.scalars[t]);
   const series = (of) => Promise.all(of.map((tag) => (S.index.scalars[tag] ? get("scalars", tag) : {})));
-  const [values, errors, [curve], maps, places, density, slice] = await Promise.all([
-    series(tags), series(tags.map(error)), series([S.curve]),
+  const [values, errors, [curve, around], maps, places, density, slice] = await Promise.all([
+    series(tags), series(tags.map(error)), series([S.curve, error(S.curve)]),
     get("images", "condensation/cosine/" + S.layer), get("images", "condensation/orientation_amplitude/" + S.layer),
     get("histograms", "sharpness/spectral_density"), get("histograms", "sharpness/loss_slice"),
   ]);
@@ -77,8 +75,7 @@ async function draw(changes = {}) {
   steps = seen.length ? [...new Set(seen.map(([step]) => step))].sort((a, b) => a - b) : [0];
   if (atEnd && !("step" in changes)) S.step = steps.at(-1);
   const picture = async (run, point) => [run, point?.[0], point && (await get("picture", point[1] ?? ""))];
-  const pictures = (of) => Promise.all(runs().map((run) => picture(run, last(of[run]))));
-  const [heats, scatters] = await Promise.all([pictures(maps), pictures(places)]);
+  const pictures = (of) => Promise.all(runs().map((run) => picture(run, last(of[run])))); const [heats, scatters] = await Promise.all([pictures(maps), pictures(places)]);
   if (own !== turn) return; // a later drawing has begun
   const focus = document.activeElement?.closest("section, #runs"), buttons = () => [...(focus?.querySelectorAll("button") ?? [])];
   const pressed = buttons().indexOf(document.activeElement); bar(), table(tags, values, errors), heat(heats.filter(([, step]) => step !== undefined));
@@ -89,7 +86,8 @@ async function draw(changes = {}) {
   chart("places", "Orientation and amplitude", ["angle / π", "amplitude / largest"], dots, { x: [-1, 1], y: [0, 1] });
   chart("density", "Eigenvalues of the Hessian", ["eigenvalue", "density"], heights(density, (b) => (b[1] - b[0]) / b[2].length));
   chart("slice", "Loss along a random direction", ["step / norm of the weights", "R_S"], heights(slice, () => 1));
-  chart("curve", S.curve, ["optimizer step", ""], runs().map((run) => [run, curve[run] ?? []]), { mark: S.step });
+  const near = (points, by) => points.map(([step, y]) => [step, y, by.get(step)]), banded = (run) => [run, near(curve[run] ?? [], new Map(around[run]))];
+  chart("curve", S.curve, ["optimizer step", ""], runs().map(banded), { mark: S.step });
   document.body.dataset.drawn = own, buttons()[pressed]?.focus(); // a key's button is a new one now
 }
 function bar() {
@@ -161,15 +159,15 @@ function ticks(low, high, log) {
 function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
   const host = at(id), W = Math.max(260, (innerWidth - 92) / 4), H = 250, L = 48, R = 14, T = 18, B = 36; host.replaceChildren();
   const head = put(host, "h2", title), dots = id === "places", log = S.log.has(id), f = log ? Math.log10 : (v) => v;
-  if (!dots) put(head, "button", log ? "log" : "linear", { title: "scale", onclick: () => flip(S.log, id) });
-  head.style.width = `${W}px`;
-  const good = series.map(([run, points]) => [run, points.filter(([u, v]) => v !== null && Number.isFinite(u) && Number.isFinite(f(v)))]);
-  const all = good.flatMap(([, points]) => points);
+  if (!dots) put(head, "button", log ? "log" : "linear", { title: "scale", onclick: () => flip(S.log, id) }); head.style.width = `${W}px`;
+  const sound = ([u, v]) => v !== null && Number.isFinite(u) && Number.isFinite(f(v));
+  const good = series.map(([run, points]) => [run, points.filter(sound)]), all = good.flatMap(([, points]) => points);
   if (!all.length) return void put(host, "p", "Nothing recorded.", { class: "note" });
-  const [left, right] = range(all.map((p) => p[0]), x), [low, high] = range(all.map((p) => f(p[1])), y);
+  const ends = all.flatMap(([, v, w = 0]) => [log ? Math.max(v - w, v / 10) : v - w, v + w]).map(f); // of an error beyond 0, a decade
+  const [left, right] = range(all.map((p) => p[0]), x), [low, high] = range(ends, y);
   const bottom = log ? Math.max(low, high - 8) : low, [ux, uy] = [(W - L - R) / 4, (H - T - B) / 4];
   const px = (v) => (L + (4 * ux * (v - left)) / (right - left)).toFixed(1);
-  const py = (v) => (H - B - 4 * uy * Math.max(0, (f(v) - bottom) / (high - bottom))).toFixed(1);
+  const py = (v) => (H - B - 4 * uy * Math.max(0, (f(v) - bottom) / (high - bottom) || 0)).toFixed(1);
   const svg = put(host, "svg", "", { width: W, height: H, role: "img", "aria-label": title });
   for (const v of ticks(bottom, high, log)) {
     const value = log ? +(10 ** v).toPrecision(3) : v, h = +py(value); put(svg, "line", "", { x1: L, x2: W - R, y1: h, y2: h, class: "grid" });
@@ -180,6 +178,8 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
   if (mark >= left && mark <= right) put(svg, "line", "", { x1: px(mark), x2: px(mark), y1: T, y2: H - B, stroke: "gray" });
   for (const [run, points] of good) {
     const line = points.map((p) => `${px(p[0])},${py(p[1])}`).join(" "), own = colour(run);
+    const side = (by) => points.map(([u, v, w = 0]) => `${px(u)},${py(v + by * w)}`), band = [...side(1), ...side(-1).reverse()].join(" ");
+    if (!dots && points.some((p) => p[2])) put(svg, "polygon", "", { points: band, fill: own, opacity: 0.2 });
     if (!dots) put(svg, "polyline", "", { points: line, fill: "none", stroke: own, "stroke-width": 1.8 });
     else for (const [u, v, w] of points) put(svg, "circle", "", { cx: px(u), cy: py(v), r: 2 + 2 * w, fill: own, opacity: 0.55 });
   }

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_dropout_ir.analysis.distributed import gathered, is_sharded
 from torch_dropout_ir.analysis.records import Record
 from torch_dropout_ir.analysis.snapshot import NO_SITE, Need, Snapshot
+from torch_dropout_ir.arguments import check_count, check_even
 from torch_dropout_ir.functional import Batch, batch_size
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers import Estimate, gradient_norm
@@ -19,6 +20,16 @@ from torch_dropout_ir.regularizers.excess import TOO_ALIKE
 from torch_dropout_ir.regularizers.online import online
 
 _PIECE: Final = 2**17  # entries that are taken to double precision at a time
+_R1: Final = "regularizer/R1"
+_ERROR: Final = "regularizer/R1_standard_error"
+_NOISE: Final = "regularizer/R2_dropout_noise"
+_ONE_DRAW: Final = (
+    "this site and all others: one draw does not tell its error where samples meet "
+    "(batch normalization, a loss that couples them) or the batch is of one sample"
+)
+_ONE_PAIR: Final = (
+    "two masks are one difference, which has no error: `DropoutNoise(num_masks=4)`"
+)
 
 
 class Regularizer:
@@ -33,11 +44,12 @@ class Regularizer:
     needs: frozenset[Need] = frozenset({"inputs", "loss"})
 
     def __init__(self, num_masks: int = 8) -> None:
+        check_count("Regularizer", "num_masks", num_masks, 2)
         self.num_masks = num_masks
         self.passes = float(num_masks)
 
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
-        """Return ``regularizer/R1``, its sites and error, ``loss/R_S`` and modified."""
+        """Return ``regularizer/R1``, its sites and errors, ``loss/R_S``, modified."""
         assert snapshot.loss is not None  # by `needs`
         # Ranks may meet in a pass: all make the same number of them.
         most = 8 * self.num_masks if snapshot.ranks.size == 1 else self.num_masks
@@ -47,34 +59,43 @@ class Regularizer:
                 num_masks=self.num_masks, most_masks=most,
             )  # fmt: skip
         joined = _joined(snapshot, found, clean)
-        if math.isnan(joined["regularizer/R1_standard_error"]):
-            del joined["regularizer/R1_standard_error"]
-            snapshot.absent["regularizer/R1_standard_error"] = TOO_ALIKE
-        records: dict[str, Record] = {**joined}
+        records: dict[str, Record] = {**_told(snapshot, joined)}
         if snapshot.sites:
-            snapshot.notes["regularizer/R1"] = how
+            snapshot.notes[_R1] = how
         else:
             records = {tag: joined[tag] for tag in joined if tag == "loss/R_S"}
-            snapshot.absent["regularizer/R1"] = NO_SITE
+            snapshot.absent[_R1] = NO_SITE
         if clean is not None:
-            modified = joined["loss/R_S"] + joined["regularizer/R1"]
-            records |= _modified_loss(snapshot, modified)
+            records |= _modified_loss(snapshot, joined)
         return records
 
 
 def _joined(
     snapshot: Snapshot, found: Estimate, clean: Tensor | None
 ) -> dict[str, float]:
-    """R_1 and R_S of the batches of all ranks as one."""
-    means = {f"regularizer/R1/{site}": float(x) for site, x in found.per_site.items()}
-    means["regularizer/R1"] = float(found.value)
+    """R_1 and R_S of the batches of all ranks as one, and the errors of R_1."""
+    means = {f"{_R1}/{site}": float(x) for site, x in found.per_site.items()}
+    means[_R1] = float(found.value)
     if clean is not None:
         means["loss/R_S"] = float(clean)
-    squared = {"error": float(found.standard_error) ** 2}
+    errors = {f"{_ERROR}/{s}": x for s, x in found.per_site_standard_error.items()}
+    errors[_ERROR] = found.standard_error
     means, squared = snapshot.ranks.join(
-        weight(snapshot, [snapshot.batch]), means, squared
+        weight(snapshot, [snapshot.batch]),
+        means,
+        {tag: float(x) ** 2 for tag, x in errors.items()},
     )
-    return {**means, "regularizer/R1_standard_error": squared["error"] ** 0.5}
+    return {**means, **{tag: x**0.5 for tag, x in squared.items()}}
+
+
+def _told(snapshot: Snapshot, joined: Mapping[str, float]) -> dict[str, float]:
+    """Return what there is a number for; say once what there is none for, and why."""
+    unknown = [tag for tag, x in joined.items() if math.isnan(x)]
+    if _ERROR in unknown:
+        snapshot.absent[_ERROR] = TOO_ALIKE
+    for tag in [tag for tag in unknown if tag.startswith(f"{_ERROR}/")][:1]:
+        snapshot.absent[tag] = _ONE_DRAW
+    return {tag: x for tag, x in joined.items() if tag not in unknown}
 
 
 def terms(loss: Loss, batch: Batch) -> float:
@@ -95,12 +116,20 @@ def weight(snapshot: Snapshot, batches: Iterable[Batch]) -> float | None:
     return sum(terms(snapshot.loss, batch) for batch in batches)
 
 
-def _modified_loss(snapshot: Snapshot, risk: float) -> dict[str, Record]:
+def _modified_loss(
+    snapshot: Snapshot, joined: Mapping[str, float]
+) -> dict[str, Record]:
     if snapshot.gradients is None or snapshot.lr is None:
         return {}
     said = f"R_S + R_1 of {snapshot.source}, R_2 of this step's batch"
     snapshot.notes["loss/modified"] = said
-    return {"loss/modified": risk + received_r2(snapshot.gradients, snapshot.lr)}
+    value = joined["loss/R_S"] + joined[_R1]
+    found: dict[str, Record] = {
+        "loss/modified": value + received_r2(snapshot.gradients, snapshot.lr)
+    }
+    if not math.isnan(joined[_ERROR]):
+        found["loss/modified_standard_error"] = joined[_ERROR]
+    return found
 
 
 def received_r2(gradients: Mapping[str, Tensor], lr: Mapping[str, float]) -> float:
@@ -144,7 +173,12 @@ class ReceivedGradient:
 
 
 class DropoutNoise:
-    """The part of R_2 that masks add, from two masks on one batch."""
+    """The part of R_2 that masks add, from pairs of masks on one batch.
+
+    Args:
+        num_masks: Number of masks, even. Two are one difference of gradients, which is
+            a number without an error; from four on there is one, rough of few.
+    """
 
     name = "dropout_noise"
     needs: frozenset[Need] = frozenset({
@@ -154,18 +188,33 @@ class DropoutNoise:
         "targets",
         "gradients",
     })
-    passes = 3.0
+
+    def __init__(self, num_masks: int = 4) -> None:
+        check_even("DropoutNoise", "num_masks", num_masks)
+        self.num_masks = num_masks
+        self.passes = num_masks + 1.0
 
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
-        """Return ``regularizer/R2_dropout_noise``."""
+        """Return ``regularizer/R2_dropout_noise`` and its standard error."""
         assert snapshot.lr is not None  # by `needs`
         with snapshot.ranks.own_draws(snapshot.model):
             found = gradient_norm(
-                snapshot.model, snapshot.batch, snapshot.loss, lr=snapshot.lr
-            )
-        noise = {"noise": float(found.dropout_noise)}
-        _, joined = snapshot.ranks.join(weight(snapshot, [snapshot.batch]), {}, noise)
-        snapshot.notes["regularizer/R2_dropout_noise"] = (
-            "of two masks on one batch, never clipped"
+                snapshot.model, snapshot.batch, snapshot.loss,
+                lr=snapshot.lr, num_masks=self.num_masks,
+            )  # fmt: skip
+        # Of a mean over ranks: a variance, and the variance of that.
+        share = snapshot.ranks.share(weight(snapshot, [snapshot.batch])) ** 2
+        error = float(found.dropout_noise_standard_error)
+        joined = snapshot.ranks.sum({
+            "noise": share * float(found.dropout_noise),
+            "squared": (share * error) ** 2,
+        })
+        snapshot.notes[_NOISE] = (
+            f"of {self.num_masks} masks on one batch, never clipped"
         )
-        return {"regularizer/R2_dropout_noise": joined["noise"]}
+        records: dict[str, Record] = {_NOISE: joined["noise"]}
+        if math.isnan(joined["squared"]):
+            snapshot.absent[f"{_NOISE}_standard_error"] = _ONE_PAIR
+        else:
+            records[f"{_NOISE}_standard_error"] = joined["squared"] ** 0.5
+        return records

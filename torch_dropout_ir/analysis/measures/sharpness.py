@@ -216,9 +216,7 @@ class _Joined:
         self.params = op.params
         self.shape, self.dtype, self.device = op.shape, op.dtype, op.device
         own = weight(snapshot, as_batches(snapshot.batches))
-        self._share = 1.0
-        if own is not None:
-            self._share = own / snapshot.ranks.sum({"terms": own})["terms"]
+        self._share = snapshot.ranks.share(own)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self._ranks.sum_of(self._share * (self._op @ v))
