@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.analysis.distributed import is_sharded
-from torch_dropout_ir.analysis.followed_loss import versions
+from torch_dropout_ir.analysis.followed_loss import inside, versions
 from torch_dropout_ir.regularizers.leaves import flatten
 
 _OTHER_PARAMETERS: Final = (
@@ -54,6 +55,21 @@ class OwnPass:
             return ""
         pairs = zip(leaves, flatten(again)[0], strict=False)
         return "" if all(_alike(x, y) for x, y in pairs) else OTHER_PASS
+
+
+def repeats(given: Any, before: list[int]) -> bool:
+    """Whether a second pass on arguments is the same as one, and can be masked.
+
+    Args:
+        given: The arguments.
+        before: What :func:`versions` said of them before the first pass.
+
+    Returns:
+        False where the pass has changed or used them up, or they are nested.
+    """
+    once = any(inside(given, Iterator))  # a generator is used up by the pass
+    nested = any(x.is_nested for x in inside(given, Tensor))
+    return not (once or nested) and versions(given) == before
 
 
 def _identities(model: nn.Module) -> list[int]:

@@ -43,6 +43,7 @@ class Snapshot:
         gradients: Gradient that the optimizer is about to use, by parameter name.
         statistics: Mask statistics by site name.
         source: Which batch that is, in words.
+        missed: Why the last training pass was not looked at; empty where it was.
         notes: Where a measure says by tag how a number was obtained.
         absent: Where a measure says by tag why it left a number out.
         ranks: The processes that train together, each with a batch of its own. All
@@ -61,6 +62,7 @@ class Snapshot:
     gradients: dict[str, Tensor] | None = None
     statistics: dict[str, MaskStatistics] = dataclasses.field(default_factory=dict)
     source: str = "this step's batch"
+    missed: str = ""
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
     ranks: Ranks = dataclasses.field(default_factory=Ranks)
@@ -87,7 +89,7 @@ class Snapshot:
             if need in needs and missing:
                 # Calls of dropout functions, masks and the loss are seen in a pass.
                 unseen = need != "gradients" and self.inputs is None
-                return _LACKING["inputs"] if unseen else reason
+                return self.missed or _LACKING["inputs"] if unseen else reason
         return None
 
 
