@@ -33,7 +33,7 @@ from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.followed_loss import At, versions
 from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.analysis.loss_calls import OUTPUT, LossCalls, sweep
-from torch_dropout_ir.analysis.own_pass import OTHER_PASS, OwnPass, repeats
+from torch_dropout_ir.analysis.own_pass import OTHER_PASS, OwnPass, not_again
 from torch_dropout_ir.analysis.replay import OtherDraws, replay
 from torch_dropout_ir.analysis.root_hook import RootHook
 from torch_dropout_ir.inputs import Inputs
@@ -61,7 +61,7 @@ class Capture:
         calls: The calls of dropout functions that were found, by name.
         unseen: Noise that cannot be seen, by place, with the reason.
         failure: Why the masks of the last pass are not in the statistics.
-        missed: Why the last pass was not looked at.
+        missed: Why the last pass cannot be measured, where there was one.
         unlike: How the measures' passes differ from the script's.
         bystanders: What the measures' own passes leave aside.
         want_masks: Whether to observe the masks of the coming pass.
@@ -249,9 +249,9 @@ class Capture:
 
     def _check_inputs(self) -> None:
         """Let go of inputs of which no second pass is the same, or can be masked."""
-        given = self.inputs and (self.inputs.args, self.inputs.kwargs)
-        if not repeats(given, self._versions):
-            self.inputs = None
+        given = self.inputs
+        if given and (why := not_again((given.args, given.kwargs), self._versions)):
+            self._miss(why)
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         """See whether this module is the loss: from the outputs to one number."""

@@ -57,19 +57,26 @@ class OwnPass:
         return "" if all(_alike(x, y) for x, y in pairs) else OTHER_PASS
 
 
-def repeats(given: Any, before: list[int]) -> bool:
-    """Whether a second pass on arguments is the same as one, and can be masked.
+def not_again(given: Any, before: list[int]) -> str:
+    """Say why a second pass on arguments would not be the one that was made.
 
     Args:
         given: The arguments.
-        before: What :func:`versions` said of them before the first pass.
+        before: What :func:`versions` said of them before the pass.
 
     Returns:
-        False where the pass has changed or used them up, or they are nested.
+        The reason; empty where there is none.
     """
-    once = any(inside(given, Iterator))  # a generator is used up by the pass
-    nested = any(x.is_nested for x in inside(given, Tensor))
-    return not (once or nested) and versions(given) == before
+    if any(inside(given, Iterator)):
+        return "the last pass has used up its inputs: they are a generator"
+    if any(x.is_nested for x in inside(given, Tensor)):
+        return "the inputs of the last pass are nested tensors, which take no mask"
+    if versions(given) != before:
+        return (
+            "the inputs of the last pass were changed in place before the optimizer "
+            "stepped: on what they are now the model does something else"
+        )
+    return ""
 
 
 def _identities(model: nn.Module) -> list[int]:

@@ -43,7 +43,7 @@ class Snapshot:
         gradients: Gradient that the optimizer is about to use, by parameter name.
         statistics: Mask statistics by site name.
         source: Which batch that is, in words.
-        missed: Why the last training pass was not looked at; empty where it was.
+        missed: Why the last training pass cannot be measured, where there was one.
         notes: Where a measure says by tag how a number was obtained.
         absent: Where a measure says by tag why it left a number out.
         ranks: The processes that train together, each with a batch of its own. All
@@ -100,13 +100,12 @@ NO_SITE: Final = (
 _LACKING: Final[dict[Need, str]] = {
     "sites": NO_SITE,
     "inputs": (
-        "no call of the model in training mode was seen yet: attach to the module that "
-        "the script calls as `model(...)`; where it calls a method of another name, to "
-        "the part that drops: what follows that counts as loss (a model "
-        "that was compiled since is measured from the next time on; one whose inputs "
-        "are nested tensors, change in place or are used up before the optimizer "
-        "steps, or that runs inside `torch.func` transforms or a compiled function "
-        "alone, cannot be measured)"
+        "no call of the model as `model(...)` in training mode was seen yet: attach to "
+        "the module that the script calls so. Where it calls a method of another name, "
+        "as `model.encode(...)`, attach to the part of the model that drops: what "
+        "follows that counts as loss. A model that was compiled since is measured from "
+        "the next time on; one that runs inside `torch.func` transforms or a compiled "
+        "function alone cannot be measured"
     ),
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "
