@@ -539,8 +539,9 @@ class Uncopied(collections.UserDict):
         raise RuntimeError("not to be copied")
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("what", ["arguments", "results"])
-def test_passes_that_nothing_can_look_at_train_on(what):
+def test_passes_that_nothing_can_look_at_train_on_and_say_why(what, compiled):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -555,6 +556,8 @@ def test_passes_that_nothing_can_look_at_train_on(what):
     def trained(watched):
         torch.manual_seed(0)
         net, x = Net(), torch.randn(4, 3)
+        if compiled:
+            net.compile(backend=lambda graph, _: graph.forward)
         sgd = torch.optim.SGD(net.parameters(), lr=0.1)
         analysis = tdi.attach_analysis(net, log_dir=False) if watched else None
         given = Uncopied(x=x) if what == "arguments" else {"x": x}
@@ -563,7 +566,10 @@ def test_passes_that_nothing_can_look_at_train_on(what):
             sgd.step()
         return net.body[0].weight, analysis
 
-    with pytest.warns(UserWarning, match="a pass was not looked at"):
+    with pytest.warns(UserWarning, match="a pass was not looked at") as warned:
         found, analysis = trained(True)
     assert torch.equal(found, trained(False)[0])
-    assert "regularizer" in analysis.absent
+    (said,) = {str(w.message) for w in warned}
+    for name in ("regularizer", "masks", "sharpness"):
+        assert f"torch_dropout_ir: {analysis.absent[name]}; training" in said
+    assert "RecursionError" in said or "not to be copied" in said

@@ -194,8 +194,31 @@ def test_a_generator_that_the_pass_has_used_up_is_said():
         x, y = batch()
         F.cross_entropy(model(row for row in x), y).backward()
         sgd.step()
-    assert "are used up" in analysis.absent["regularizer"]
+    assert "used up its inputs" in analysis.absent["regularizer"]
     assert not analysis.notes.get("masks")
+
+
+class Encodes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def encode(self, x):
+        return self.net(x)
+
+
+def test_a_method_of_another_name_is_told_and_its_part_can_be_watched():
+    model = Encodes()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    for part, seen in ((model, False), (model.net, True)):
+        with watched(part) as analysis:
+            x, y = batch()
+            F.cross_entropy(model.encode(x), y).backward()
+            sgd.step()
+        assert bool(analysis.absent) != seen
+        assert ("regularizer/R1" in analysis.latest) == seen
+        if not seen:
+            assert "attach to the part of the model" in analysis.absent["regularizer"]
 
 
 def test_dropout_that_is_not_measured_is_not_said_to_be_none():

@@ -6,6 +6,7 @@ import datetime
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -519,27 +520,42 @@ def test_a_model_that_is_wrapped_later_is_measured_as_one(ran, wrap, when):
     assert len(list(Path(found[0][2]).iterdir())) == 1
 
 
-def attached_by_one(rank, size, _):
-    """Only the first rank attaches, before the model is sharded."""
+def attached_by_one(rank, size, wrap, _):
+    """Only the first rank attaches, before the model is wrapped."""
     late_ranks.WAIT = datetime.timedelta(seconds=2)
-    model, said = net(), ""
+    model, agreed, waits = net(), late_ranks.Meeting.agreed, []
+
+    def counted(meeting, limit):
+        waits.append(limit)
+        return agreed(meeting, limit)
+
     with contextlib.ExitStack() as stack:
         if not rank:
-            analysis = tdi.attach_analysis(model, log_dir=False)
+            patch = mock.patch.object(late_ranks.Meeting, "agreed", counted)
+            stack.enter_context(patch)
+            analysis = tdi.attach_analysis(model, log_dir=False, every=1)
             stack.enter_context(analysis)
-        sharded(model)
-        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        called = WRAPS[wrap](model)
+        sgd = torch.optim.SGD(called.parameters(), lr=0.1)
         for x, y in batches():
-            nn.MSELoss()(model(x), y).backward()
+            nn.MSELoss()(called(x), y).backward()
             sgd.step()
-        if not rank:
-            said = analysis.absent["capture"]
-    return said
+    if rank:
+        return None
+    return len(waits), analysis.absent, analysis.notes, sorted(analysis.history)
 
 
 def test_what_one_rank_cannot_gather_alone_it_leaves(ran):
-    first, _ = ran(2, "~attached by one")
-    assert "sharded over processes that do not measure together" in first
+    (waits, absent, *_), _ = ran(2, "~attached by one fsdp")
+    assert "sharded over processes that do not measure together" in absent["capture"]
+    assert waits == 1
+
+
+def test_a_rank_that_attached_alone_waits_once_and_measures_its_batch(ran):
+    (waits, absent, notes, tags), _ = ran(2, "~attached by one ddp")
+    assert waits == 1 and not absent
+    assert "each process measures and writes for itself" in notes["ranks"]
+    assert {"regularizer/R1", "sharpness/trace"} < set(tags)
 
 
 def older(rank, size, _):
@@ -657,7 +673,8 @@ for _wrap in ("ddp", "fsdp"):
     SCENARIOS[f"attached first {_wrap}"] = (attached_first, _wrap)
     SCENARIOS[f"attached after a trial {_wrap}"] = (attached_after_a_trial, _wrap)
 # What one rank does alone takes the others' time.
-SCENARIOS["~attached by one"] = (attached_by_one,)
+for _wrap in ("ddp", "fsdp"):
+    SCENARIOS[f"~attached by one {_wrap}"] = (attached_by_one, _wrap)
 SCENARIOS["~loaded by one"] = (loaded_by_one,)
 SCENARIOS["~forgotten"] = (forgotten,)
 OF_FOUR = {

@@ -7,7 +7,6 @@ Semantics:
   second one and the look-outs for the loss, a global hook on modules and a mode for
   functions, live inside a step that measures, and are gone after it. The batch that
   such a step has shown is kept until the next one.
-* Foreign dropout is observed in a second pass from the same generator state.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import contextlib
 import copy
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -31,10 +30,10 @@ from torch_dropout_ir.analysis.compiled_calls import (
     compiled_in_place,
 )
 from torch_dropout_ir.analysis.delivery import warn
-from torch_dropout_ir.analysis.followed_loss import At, inside, versions
+from torch_dropout_ir.analysis.followed_loss import At, versions
 from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.analysis.loss_calls import OUTPUT, LossCalls, sweep
-from torch_dropout_ir.analysis.own_pass import OTHER_PASS, OwnPass
+from torch_dropout_ir.analysis.own_pass import OTHER_PASS, OwnPass, not_again
 from torch_dropout_ir.analysis.replay import OtherDraws, replay
 from torch_dropout_ir.analysis.root_hook import RootHook
 from torch_dropout_ir.inputs import Inputs
@@ -62,6 +61,7 @@ class Capture:
         calls: The calls of dropout functions that were found, by name.
         unseen: Noise that cannot be seen, by place, with the reason.
         failure: Why the masks of the last pass are not in the statistics.
+        missed: Why the last pass cannot be measured, where there was one.
         unlike: How the measures' passes differ from the script's.
         bystanders: What the measures' own passes leave aside.
         want_masks: Whether to observe the masks of the coming pass.
@@ -83,10 +83,10 @@ class Capture:
         self.calls: dict[str, Site] = {}
         self.unseen: dict[str, str] = {}
         self.want_masks = self.want_targets = self._new_step = True
-        self.failure, self.unlike, self.started = "", "", float("-inf")
+        self.failure = self.missed = self.unlike = ""
         self._own: OwnPass | None = None
         self.paused = self.cast = self._open = self._with_graph = self._outside = False
-        self._seconds = 0.0
+        self.started, self._seconds = float("-inf"), 0.0
         self._versions: list[int] = []
         self._outputs: Any = None
         self._calls: LossCalls | None = None
@@ -94,16 +94,16 @@ class Capture:
         self._start: Generators | None = None
         self._end: list[Tensor] | None = None
         self.bystanders = Bystanders(watched)
-        self._told = contextlib.ExitStack()
-        self._step, self._after_once = contextlib.ExitStack(), contextlib.ExitStack()
-        self._root = contextlib.ExitStack()
+        stacks = (contextlib.ExitStack() for _ in range(4))
+        self._told, self._step, self._after_once, self._root = stacks
         self._hook = RootHook()
+        self._then = RootHook(self._after, missed=self._miss)
 
     def attach(self, owner: object) -> None:
         """Put a hook on the root module; ``owner`` lives as long as it does."""
-        self._hook = RootHook(self._hook.call, owner)
+        self._hook = RootHook(self._hook.call, owner, self._miss)
         if compiled_in_place(self.watched):
-            call = CompiledCall(self.watched, self._hook, self._after, owner)
+            call = CompiledCall(self.watched, self._hook, self._then, owner)
             self._root.callback(call.leave)
             self._outside = True
             return
@@ -184,11 +184,14 @@ class Capture:
         self.started = time.perf_counter()
         self._with_graph = torch.is_grad_enabled()
         self.cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        self._start = self._end = self.inputs = None
+        self._start, self._end, self.inputs, self.missed = None, None, None, ""
         self.inputs = Inputs(args, kwargs).renewed()
         self._versions = versions((args, kwargs))
         if self._open or self.want_masks or self.want_targets:
             self._open_step()
+
+    def _miss(self, reason: str) -> None:
+        self.missed, self.inputs = reason, None
 
     def _only_looks(self) -> bool:
         """Whether a pass without graph follows one with it: nothing trains on it."""
@@ -213,11 +216,10 @@ class Capture:
         self._listen()  # to hooks that are there since
         if self.want_masks and self.model is not None and not replaced():
             self._start = Generators(self.model)
-        if self.want_masks or self.want_targets:
-            self._open = True
+        self._open = self.want_masks or self.want_targets
         if self._open and not self._outside:
             after = self.watched.register_forward_hook(
-                RootHook(self._after), with_kwargs=True, always_call=True
+                self._then, with_kwargs=True, always_call=True
             )
             self._after_once.callback(after.remove)
             self._step.callback(self._after_once.close)
@@ -247,11 +249,9 @@ class Capture:
 
     def _check_inputs(self) -> None:
         """Let go of inputs of which no second pass is the same, or can be masked."""
-        given = self.inputs and (self.inputs.args, self.inputs.kwargs)
-        once = any(inside(given, Iterator))  # a generator is used up by the pass
-        nested = any(x.is_nested for x in inside(given, Tensor))
-        if once or nested or versions(given) != self._versions:
-            self.inputs = None
+        given = self.inputs
+        if given and (why := not_again((given.args, given.kwargs), self._versions)):
+            self._miss(why)
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         """See whether this module is the loss: from the outputs to one number."""

@@ -66,10 +66,15 @@ class Ranks:
         self._device = device
         self._wrapper: Any = None if wrapper is None else weakref.ref(wrapper)
         self._left = False
+        self._apart = ""
 
     def become(self, other: Ranks) -> None:
         """Be these ranks from now on, for whoever holds this object."""
         vars(self).update(vars(other))
+
+    def part(self, reason: str) -> None:
+        """Measure alone from now on, and say why."""
+        self._apart = reason
 
     @property
     def size(self) -> int:
@@ -80,7 +85,8 @@ class Ranks:
     def note(self) -> str:
         """Why records are not of all processes; empty where they are."""
         wrapper = self._wrapper and self._wrapper()
-        return _UNEVEN if wrapper is not None and wrapper._join_config.enable else ""
+        uneven = wrapper is not None and wrapper._join_config.enable
+        return _UNEVEN if uneven else self._apart
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

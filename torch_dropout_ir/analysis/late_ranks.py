@@ -19,7 +19,8 @@ def join_late(ranks: Ranks, model: nn.Module, setting: str) -> bool:
     """Make ``ranks`` those that train ``model``, as it is wrapped now.
 
     Args:
-        ranks: A process alone; changed in place where it is one of several.
+        ranks: A process alone; changed in place where it is one of several, and told
+            why where it stays alone.
         model: The model in its wrapper, if it is in one.
         setting: What all have to agree on.
 
@@ -32,10 +33,11 @@ def join_late(ranks: Ranks, model: nn.Module, setting: str) -> bool:
     if found.group is not None and Meeting(found.group, "late", setting).agreed(WAIT):
         ranks.become(found)
         return True
-    warn(
+    reason = (
         f"{processes()} processes run, but this model is neither wrapped in "
         "DistributedDataParallel nor sharded by `fully_shard`, or not all of them have "
-        "attached to it alike: each process measures and writes for itself. Wrap it, "
-        "and attach on every rank with the same arguments."
+        "attached to it alike: each process measures and writes for itself"
     )
+    ranks.part(reason)
+    warn(f"{reason}. Wrap it, and attach on every rank with the same arguments.")
     return False

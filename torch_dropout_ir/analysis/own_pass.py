@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.analysis.distributed import is_sharded
-from torch_dropout_ir.analysis.followed_loss import versions
+from torch_dropout_ir.analysis.followed_loss import inside, versions
 from torch_dropout_ir.regularizers.leaves import flatten
 
 _OTHER_PARAMETERS: Final = (
@@ -54,6 +55,28 @@ class OwnPass:
             return ""
         pairs = zip(leaves, flatten(again)[0], strict=False)
         return "" if all(_alike(x, y) for x, y in pairs) else OTHER_PASS
+
+
+def not_again(given: Any, before: list[int]) -> str:
+    """Say why a second pass on arguments would not be the one that was made.
+
+    Args:
+        given: The arguments.
+        before: What :func:`versions` said of them before the pass.
+
+    Returns:
+        The reason; empty where there is none.
+    """
+    if any(inside(given, Iterator)):
+        return "the last pass has used up its inputs: they are a generator"
+    if any(x.is_nested for x in inside(given, Tensor)):
+        return "the inputs of the last pass are nested tensors, which take no mask"
+    if versions(given) != before:
+        return (
+            "the inputs of the last pass were changed in place before the optimizer "
+            "stepped: on what they are now the model does something else"
+        )
+    return ""
 
 
 def _identities(model: nn.Module) -> list[int]:

@@ -22,13 +22,18 @@ class RootHook:
     Args:
         call: What to call; None in copies, and where nothing is to be seen.
         owner: What has to live as long as the model does; None in copies.
+        missed: Called with the reason where ``call`` fails.
     """
 
     def __init__(
-        self, call: Callable[..., None] | None = None, owner: object = None
+        self,
+        call: Callable[..., None] | None = None,
+        owner: object = None,
+        missed: Callable[[str], None] | None = None,
     ) -> None:
         self.call = call
         self.owner = owner
+        self.missed = missed
 
     def __call__(self, *args: Any) -> None:
         """Forward to the capture, if there is something to see."""
@@ -39,10 +44,10 @@ class RootHook:
         try:
             self.call(*args)
         except Exception as err:  # of arguments and results that nothing can walk
-            warn(
-                f"a pass was not looked at ({type(err).__name__}: {err}); training "
-                "goes on without it."
-            )
+            reason = f"a pass was not looked at ({type(err).__name__}: {err})"
+            if self.missed is not None:
+                self.missed(reason)
+            warn(f"{reason}; training goes on without it.")
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return getattr, (contextlib.nullcontext(), "__exit__")

@@ -43,6 +43,7 @@ class Snapshot:
         gradients: Gradient that the optimizer is about to use, by parameter name.
         statistics: Mask statistics by site name.
         source: Which batch that is, in words.
+        missed: Why the last training pass cannot be measured, where there was one.
         notes: Where a measure says by tag how a number was obtained.
         absent: Where a measure says by tag why it left a number out.
         ranks: The processes that train together, each with a batch of its own. All
@@ -61,6 +62,7 @@ class Snapshot:
     gradients: dict[str, Tensor] | None = None
     statistics: dict[str, MaskStatistics] = dataclasses.field(default_factory=dict)
     source: str = "this step's batch"
+    missed: str = ""
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
     ranks: Ranks = dataclasses.field(default_factory=Ranks)
@@ -87,7 +89,7 @@ class Snapshot:
             if need in needs and missing:
                 # Calls of dropout functions, masks and the loss are seen in a pass.
                 unseen = need != "gradients" and self.inputs is None
-                return _LACKING["inputs"] if unseen else reason
+                return self.missed or _LACKING["inputs"] if unseen else reason
         return None
 
 
@@ -98,12 +100,12 @@ NO_SITE: Final = (
 _LACKING: Final[dict[Need, str]] = {
     "sites": NO_SITE,
     "inputs": (
-        "no call of the model in training mode was seen yet. Attach to the module that "
-        "the script calls as `model(...)`, or, where it calls a method of another "
-        "name, to the part that drops: what follows counts as loss. A model compiled "
-        "since is measured from the next time on. Not measured are inputs that are "
-        "nested tensors, change in place or are used up before the optimizer steps, "
-        "and passes inside `torch.func` or compiled code alone"
+        "no call of the model as `model(...)` in training mode was seen yet: attach to "
+        "the module that the script calls so. Where it calls a method of another name, "
+        "as `model.encode(...)`, attach to the part of the model that drops: what "
+        "follows that counts as loss. A model that was compiled since is measured from "
+        "the next time on; one that runs inside `torch.func` transforms or a compiled "
+        "function alone cannot be measured"
     ),
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "

@@ -91,6 +91,7 @@ class View:
             inputs=inputs,
             targets=targets,
             source=source,
+            missed=capture.missed,
             batches=seen if batch.data is None else batch.data,
             lr=lr,
             gradients=gradients,
