@@ -24,6 +24,7 @@ from torch_dropout_ir.analysis.measures.regularizer import terms
 from torch_dropout_ir.analysis.records import Record, estimate_of
 from torch_dropout_ir.analysis.replay import Replay, replay
 from torch_dropout_ir.analysis.snapshot import Snapshot
+from torch_dropout_ir.analysis.tables import section, tables
 from torch_dropout_ir.batches import fixed_batches
 from torch_dropout_ir.functional import Batch, call, preserved_rng
 from torch_dropout_ir.losses import Loss, resolve_loss
@@ -65,13 +66,13 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
 
     def __str__(self) -> str:
-        width = max(map(len, self.records), default=0)
         counts = ("dropout site", len(self.sites)), ("batch", self.num_batches)
-        lines = [", ".join(_counted(*count) for count in counts), ""]
-        lines += [f"  {t:<{width}} {x:>12.5g}" for t, x in sorted(self.records.items())]
-        for title, said in (("notes", self.notes), ("absent", self.absent)):
-            if said:
-                lines += ["", title, *(f"  {t}: {x}" for t, x in sorted(said.items()))]
+        sites = ", ".join(f"{name} (p={p:g})" for name, p in self.sites.items())
+        lines = [", ".join(_counted(*count) for count in counts)]
+        lines += [f"dropout sites: {sites}"] if sites else []
+        lines += tables({tag: [(0, x)] for tag, x in self.records.items()}, steps=False)
+        lines += section("how the numbers were obtained", self.notes)
+        lines += section("absent", self.absent)
         return "\n".join(lines)
 
 

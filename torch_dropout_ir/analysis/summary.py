@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from torch_dropout_ir.analysis.facts import RUN
-from torch_dropout_ir.analysis.records import estimate_of
+from torch_dropout_ir.analysis.tables import section, tables
 from torch_dropout_ir.sites import Site, find_sites, unobservable
 
 if TYPE_CHECKING:
@@ -78,12 +78,13 @@ def describe(analysis: Analysis) -> str:
         "  no dropout module"
     ]
     latest = analysis.latest
-    lines += _table(analysis.history)
+    shown = {t: curve for t, curve in analysis.history.items() if t != "cost/share"}
+    lines += tables(shown)  # the share of now is said below
     facts = {k: v for k, v in analysis.notes.items() if k.startswith(RUN)}
     said = {k: v for k, v in analysis.notes.items() if v and k not in facts}
-    lines += _section("how the numbers were obtained", said)
-    lines += _section("absent measures", analysis.absent)
-    lines += _section("run", {k.removeprefix(RUN): v for k, v in facts.items()})
+    lines += section("how the numbers were obtained", said)
+    lines += section("absent measures", analysis.absent)
+    lines += section("run", {k.removeprefix(RUN): v for k, v in facts.items()})
     lines += ["", f"the analysis took {analysis.cost_share:.1%} of the time"]
     if not analysis.step and not latest:
         lines.append(
@@ -100,46 +101,9 @@ def describe(analysis: Analysis) -> str:
     return "\n".join(lines)
 
 
-def _table(history: Mapping[str, list[tuple[int, float]]]) -> list[str]:
-    """Last values with their errors, which have no line of their own."""
-    if not history:
-        return []
-    errors = {
-        estimate: tag
-        for tag, curve in history.items()
-        if (estimate := estimate_of(tag)) is not None
-        and history.get(estimate, [(-1, 0.0)])[-1][0] == curve[-1][0]
-    }
-    shown = sorted(history.keys() - set(errors.values()))
-    width = max(map(len, shown))
-    head = f"{'last value':>{width + 15}}  {'+- error':>11}  at step"
-    lines = ["", head]
-    for tag in shown:
-        step, value = history[tag][-1]
-        error = f"{history[errors[tag]][-1][1]:.2g}" if tag in errors else ""
-        lines.append(f"  {tag:<{width}} {value:>12.5g}  {error:>11}  {step:>7d}")
-    return lines
-
-
 def _site_line(site: SiteReport) -> str:
     seen = "observed" if site.p else "drops nothing"
     if not site.observed:
         seen = f"not observed: {site.reason}"
     kind = site.kind if math.isnan(site.p) else f"{site.kind}(p={site.p:g})"
     return f"{site.name or '(the model itself)'}  {kind}  {seen}"
-
-
-def _section(title: str, lines: dict[str, str]) -> list[str]:
-    if not lines:
-        return []
-    named: dict[str, list[str]] = {}
-    for name, said in sorted(lines.items()):
-        named.setdefault(said, []).append(name)
-    return ["", title, *(f"  {_together(names)}: {x}" for x, names in named.items())]
-
-
-def _together(names: list[str]) -> str:
-    """Name tags that have the same said of them, shortly where they are many."""
-    if len(names) < 4:
-        return ", ".join(names)
-    return f"{names[0]} and {len(names) - 1} more of {names[0].partition('/')[0]}"
