@@ -383,3 +383,19 @@ def test_lazy_choices_are_the_naive_ones(monkeypatch, dims, pairs):
         rows = cd.orientations(torch.randn(200, dims).double())
         found = cd.effective_neurons(rows, threshold)
         assert torch.equal(found.labels, naive_greedy(rows, threshold))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: cd.orientations(torch.ones(3)),
+        lambda: cd.cosine_similarity(torch.ones(3, 2), torch.ones(3)),
+        lambda: cd.cosine_similarity(torch.ones(3, 2), torch.ones(3, 4)),
+        lambda: cd.principal_plane(torch.ones(3)),
+        lambda: cd.principal_plane(torch.ones(3, 1)),
+        lambda: cd.effective_neurons(torch.ones(3)),
+    ],
+)
+def test_weights_of_another_shape_are_said(call):
+    with pytest.raises(ValueError, match=r"expected .*\[neurons, d.*, got"):
+        call()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_dropout_ir.condensation.rows import (
     UnitRows,
     Weights,
+    check_rows,
     row_norms,
     rows_a_block,
     unit_rows,
@@ -234,11 +235,20 @@ def principal_plane(weights: Weights) -> Tensor:
     Returns:
         Orthonormal columns ``[d, 2]``.
 
+    Raises:
+        ValueError: If ``weights`` are no matrix, or ``d < 2``.
+
     Example:
         >>> principal_plane(torch.randn(5, 2))
         tensor([[1., 0.],
                 [0., 1.]])
     """
+    check_rows("principal_plane", weights)
+    if weights.shape[1] < 2:
+        raise ValueError(
+            f"principal_plane: expected weights [neurons, d >= 2], got d = "
+            f"{weights.shape[1]}: a line has no plane"
+        )
     return _plane(UnitRows(weights))
 
 

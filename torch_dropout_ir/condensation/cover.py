@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.condensation.greedy import greedy_cover, num_far_apart
-from torch_dropout_ir.condensation.rows import UnitRows, Weights
+from torch_dropout_ir.condensation.rows import UnitRows, Weights, check_rows
 from torch_dropout_ir.condensation.tiles import with_orientation
 
 
@@ -111,11 +111,7 @@ def effective_neurons(
 def _check(
     weights: Weights, threshold: float, min_amplitude: float, amplitude: Tensor | None
 ) -> None:
-    if weights.ndim != 2:
-        raise ValueError(
-            "effective_neurons: expected `weights` [neurons, d], got shape "
-            f"{list(weights.shape)}. `input_weights(module)` gives it for a layer."
-        )
+    check_rows("effective_neurons", weights)
     if not -1.0 <= threshold <= 1.0 or not 0.0 <= min_amplitude <= 1.0:
         raise ValueError(
             "effective_neurons: expected `threshold` in [-1, 1] and `min_amplitude` in "

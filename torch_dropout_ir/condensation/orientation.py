@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.condensation.rows import check_rows
+
 
 def orientations(weights: Tensor) -> Tensor:
     r"""Return the rows over their norms; a row of norm zero stays zero.
@@ -15,6 +17,9 @@ def orientations(weights: Tensor) -> Tensor:
     Returns:
         Unit rows, ``[m, d]``.
 
+    Raises:
+        ValueError: If ``weights`` are no matrix.
+
     References:
         Zhang & Xu, *Implicit regularization of dropout*, Definition 1.
 
@@ -22,7 +27,8 @@ def orientations(weights: Tensor) -> Tensor:
         >>> orientations(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
-    """
+    """  # noqa: DOC502 (`check_rows` raises)
+    check_rows("orientations", weights)
     # Largest entry first: the square of a small float16 or float32 underflows.
     largest = weights.detach().abs().amax(1, keepdim=True)
     scaled = weights / torch.where(largest > 0, largest, 1.0)
@@ -77,6 +83,9 @@ def cosine_similarity(weights: Tensor, other: Tensor | None = None) -> Tensor:
     Returns:
         Cosines ``[m, n]`` in ``[-1, 1]``; 0 where a norm is zero.
 
+    Raises:
+        ValueError: If one is no matrix, or their neurons have other numbers of weights.
+
     References:
         Zhang & Xu, *Implicit regularization of dropout*, Definition 2.
 
@@ -87,4 +96,9 @@ def cosine_similarity(weights: Tensor, other: Tensor | None = None) -> Tensor:
     """
     rows = orientations(weights)
     columns = rows if other is None else orientations(other)
+    if rows.shape[1] != columns.shape[1]:
+        raise ValueError(
+            "cosine_similarity: expected `other` [neurons, d] with the d of `weights`, "
+            f"{rows.shape[1]}, got {list(columns.shape)}"
+        )
     return (rows @ columns.T).clamp(-1.0, 1.0)

@@ -104,6 +104,23 @@ def check_real(weights: Weights) -> None:
     )
 
 
+def check_rows(function: str, weights: Weights) -> None:
+    """Raise unless weights are a matrix.
+
+    Args:
+        function: What to begin the error with.
+        weights: What was given.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if weights.ndim != 2:
+        raise ValueError(
+            f"{function}: expected weights [neurons, d], got shape "
+            f"{list(weights.shape)}. `input_weights(module)` gives them for a layer."
+        )
+
+
 def work_dtype(weights: Weights) -> torch.dtype:
     """Double precision for what has it, single for the rest."""
     return torch.float64 if weights.dtype == torch.float64 else torch.float32
