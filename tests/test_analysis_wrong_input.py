@@ -1,7 +1,9 @@
 """What an analysis says to what it cannot take."""
 
 import copy
+import importlib
 import pickle
+import sys
 
 import pytest
 import torch
@@ -47,3 +49,13 @@ def test_a_site_that_drops_everything_has_its_r1_by_masks(criterion):
     assert analysis.latest["regularizer/R1"] == pytest.approx(expected, abs=1e-6)
     assert "regularizer" not in analysis.absent
     assert "site `1`" in analysis.notes["regularizer/R1"]
+
+
+@pytest.mark.parametrize("name", ["lightning", "transformers"])
+def test_a_trainer_that_is_not_installed_is_named(name, monkeypatch):
+    for package in ("lightning", "lightning.pytorch", "pytorch_lightning", name):
+        monkeypatch.setitem(sys.modules, package, None)
+    module = f"torch_dropout_ir.integrations.{name}"
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(ImportError, match=f"got none: pip install {name}"):
+        importlib.import_module(module)

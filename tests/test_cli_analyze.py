@@ -268,6 +268,7 @@ def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
         (["--checkpoint", "other.pt"], "does not fit"),
         (["--checkpoint", "."], "expected a file of weights, got the folder ."),
         (["--checkpoint", "list.pt"], "--key"),
+        (["--checkpoint", "nested.pt", "--key", "a.b"], "it holds 'net', 'epoch'"),
         (["--checkpoint", "list.pt", "--key", "a.b"], "a.b"),
         (["--device", "cuda:77"], "--device: expected a device of this machine"),
         (["--device", "meta"], "--device: expected a device of this machine"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 # Where training scripts keep the weights in a checkpoint.
+_MOST_NAMED: Final = 8
 _KEYS: Final = ("state_dict", "model_state_dict", "model", "module")
 _COMPILED: Final = "_orig_mod."  # what `torch.compile` puts into the names
 _FORMATS: Final = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
@@ -227,7 +228,7 @@ def _objects(path: Path) -> str:
 
 def _weights(held: Any, path: Path, key: str | None) -> tuple[dict[str, Tensor], str]:
     """Return the weights in what a file holds, and under which key."""
-    keys, where = key.split(".") if key else [], ""
+    keys, where, whole = key.split(".") if key else [], "", held
     for place, part in enumerate(keys):
         if isinstance(held, Mapping) and part not in held:
             prefix = ".".join(keys[place:]) + "."
@@ -236,7 +237,9 @@ def _weights(held: Any, path: Path, key: str | None) -> tuple[dict[str, Tensor],
             break
         held = held[part] if isinstance(held, Mapping) else None
     if key and not held:
-        raise ValueError(f"{path}: expected weights under {key!r}, found none")
+        raise ValueError(
+            f"{path}: expected weights under {key!r}, found none{_holding(whole)}"
+        )
     for part in () if key else _KEYS:
         inner = held.get(part) if isinstance(held, Mapping) else None
         if isinstance(inner, Mapping):
@@ -244,13 +247,17 @@ def _weights(held: Any, path: Path, key: str | None) -> tuple[dict[str, Tensor],
             break
     named = isinstance(held, Mapping) and any(map(torch.is_tensor, held.values()))
     if not named:
-        of = (
-            f", it holds {', '.join(map(repr, held))}"
-            if isinstance(held, Mapping)
-            else ""
-        )
         raise ValueError(
-            f"{path}: expected a state dict of tensors{of}. Say with `--key` where in "
-            "the file it is."
+            f"{path}: expected a state dict of tensors{_holding(held)}. Say with "
+            "`--key` where in the file it is."
         )
     return {**held}, where
+
+
+def _holding(held: Any) -> str:
+    """Say what the top of a file is made of."""
+    if not isinstance(held, Mapping):
+        return ""
+    tops = dict.fromkeys(str(name).partition(".")[0] for name in held)
+    more = ", ..." if len(tops) > _MOST_NAMED else ""
+    return f", it holds {', '.join(map(repr, [*tops][:_MOST_NAMED]))}{more}"

@@ -16,8 +16,14 @@ try:
     from lightning.pytorch import LightningModule
     from lightning.pytorch.callbacks import Callback
 except ImportError:
-    from pytorch_lightning import LightningModule
-    from pytorch_lightning.callbacks import Callback
+    try:
+        from pytorch_lightning import LightningModule
+        from pytorch_lightning.callbacks import Callback
+    except ImportError as err:
+        raise ImportError(
+            "torch_dropout_ir.integrations.lightning: expected Lightning to be "
+            "installed, got none: pip install lightning"
+        ) from err
 
 
 class DropoutAnalysis(Callback):

@@ -7,11 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from torch_dropout_ir.analysis import Analysis
 from torch_dropout_ir.analysis.measured_batch import by_itself
 from torch_dropout_ir.attach import attach_analysis
+
+try:
+    from transformers import TrainerCallback
+except ImportError as err:
+    raise ImportError(
+        "torch_dropout_ir.integrations.transformers: expected Hugging Face's "
+        "transformers to be installed, got none: pip install transformers"
+    ) from err
 
 _FILE = "torch_dropout_ir.pt"
 
