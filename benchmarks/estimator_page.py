@@ -156,6 +156,7 @@ def draw(rows: list[dict], path: Path) -> None:
             title = "one site before the last layer" if sites == "one" else "two sites"
             axes.set_title(f"{title}, {loss.replace('_', ' ')}")
             axes.set(xlabel="p (drop)", ylabel="bias of R_1, %")
+            axes.label_outer()
             axes.grid(alpha=0.3)
     names_, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(names_, labels, loc="outside lower center", ncols=4, frameon=False)

@@ -105,7 +105,7 @@ def draw(rows: list[dict], path: Path) -> None:
         heights = [r["costs"].get(name, float("nan")) / step(r) for name in names]
         label = f"{TITLES[r['model']]} (step {step(r) * 1e3:.0f} ms)"
         bars = axes.bar(places, heights, width, color=COLOURS[k], label=label)
-        labels = [f"{x:.3g}" if x >= 1 else f"{x:.1g}" for x in heights]
+        labels = [f"{x:.3g}" if x >= 1 else f"{x:.2g}" for x in heights]
         axes.bar_label(bars, labels, fontsize=6, padding=2)
     axes.set_yscale("log")
     axes.set_ylim(top=8 * max(max(r["costs"].values()) / step(r) for r in rows))

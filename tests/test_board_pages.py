@@ -146,6 +146,13 @@ def test_all_is_in_1280_by_800_and_ten_runs_take_no_more(page, address, tmp_path
         assert page.run(f"{FRAME}.querySelectorAll('#charts svg').length") == 4
         colours = f"new Set([...{FRAME}.querySelectorAll('#runs span')].map((e) => e.style.color))"  # noqa: E501
         assert page.run(f"{colours}.size") >= runs
+    # Beside a wide table there is no room: the maps go below.
+    page.run(
+        f"{FRAME}.querySelector('#numbers').style.setProperty('min-width', '1000px')"
+    )
+    canvases = f"[...{FRAME}.querySelectorAll('canvas')]"
+    lefts = f"new Set({canvases}.map((e) => e.getBoundingClientRect().left))"
+    assert page.run(f"{lefts}.size") >= 4
 
 
 def test_the_theme_follows_tensorboards_own_switch(page, address):

@@ -53,7 +53,7 @@ def _curve(axes: Any, outcomes: Sequence[Outcome], column: int, title: str) -> N
         steps = [point[0] + 1 for point in outcome.points]
         values = [point[column] for point in outcome.points]
         axes.plot(steps, values, color=colour, label=outcome.name)
-    axes.set(title=title, xlabel="step + 1", xscale="log")
+    axes.set(title=title, xlabel="optimizer step", xscale="log")
     axes.grid(alpha=0.25)
 
 
@@ -67,7 +67,8 @@ def _slices(axes: Any, outcomes: Sequence[Outcome]) -> None:
             color=colour,
             label=outcome.name,
         )
-    axes.set(title=r"loss slice $R_S(\theta + \alpha d)$", xlabel=r"$\alpha$")
+    axes.set_title(r"loss slice $R_S(\theta + \alpha d)$")
+    axes.set_xlabel(r"$\alpha$ (1: the norm of the weights)")
     axes.set_yscale("log")
     axes.grid(alpha=0.25)
 

@@ -159,9 +159,8 @@ def _margins(title: str, tags: Collection[str]) -> layout_pb2.Chart:
 
 
 def add_facts(summary: Summary, facts: Mapping[str, str]) -> None:
-    """Add what runs, as a table of the text page."""
-    rows = [f"| {_cell(name)} | {_cell(said)} |" for name, said in facts.items()]
-    text = "\n".join(["| | |", "|---|---|", *rows])
+    """Add what runs, as a list: the text page breaks the words of a narrow column."""
+    text = "\n".join(f"* **{name}**: {_plain(said)}" for name, said in facts.items())
     said = "What runs: model, dropout sites, loss, optimizer, seed and versions."
     summary.value.add(
         tag="run/facts",
@@ -170,10 +169,10 @@ def add_facts(summary: Summary, facts: Mapping[str, str]) -> None:
     )
 
 
-def _cell(text: str) -> str:
-    """Text that a Markdown table shows as it is."""
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
     return "".join(
-        f"&#{ord(c)};" if c in "|<>&`*_[]\\" else c for c in " ".join(text.split())
+        f"&#{ord(c)};" if c in "<>&`*_[]\\" else c for c in " ".join(text.split())
     )
 
 

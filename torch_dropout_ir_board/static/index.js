@@ -124,7 +124,8 @@ function rgb(level, levels) {
   return level >= levels ? [150, 150, 150, 255] : [...end.map((x) => 247 + Math.abs(t) * (x - 247)), 255];
 }
 function heat(pictures) {
-  const room = innerWidth - at("numbers").offsetWidth - 60, side = Math.max(150, Math.min(270, room / pictures.length - 14));
+  const beside = innerWidth - at("numbers").offsetWidth - 60, room = beside < 420 ? innerWidth - 40 : beside; // below a wide table
+  const side = Math.max(150, Math.min(270, room / pictures.length - 14));
   at("hint").hidden = true, at("maps").replaceChildren(); for (const [run, step, found] of pictures) {
     const figure = put(at("maps"), "figure"), caption = put(figure, "figcaption"), { rows, columns, levels } = found;
     figure.style.width = `${side}px`; put(caption, "span", "■ ").style.color = colour(run);
