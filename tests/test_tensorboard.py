@@ -17,7 +17,7 @@ from torch import nn
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis import Histogram, Image
-from torch_dropout_ir.analysis.summary import _table
+from torch_dropout_ir.analysis.tables import tables
 from torch_dropout_ir.tensorboard import TensorBoardSink
 from torch_dropout_ir.tensorboard.values import bands
 
@@ -211,10 +211,10 @@ def test_errors_are_of_numbers_and_not_of_names():
     }  # fmt: skip
     stem = "uncertainty/regularizer/R1/a"
     assert bands(known) == {f"{stem}/lower": 4.0, f"{stem}/upper": 6.0}
-    lines = _table({tag: [(0, x)] for tag, x in known.items()})
-    (line,) = [x for x in lines if "R1/a" in x]
-    assert line.split() == ["regularizer/R1/a", "5", "1", "0"]
-    assert len(lines) == 2 + 5  # the error has no line of its own
+    lines = [x.split() for x in tables({tag: [(0, x)] for tag, x in known.items()})]
+    assert ["a", "5", "+-", "1", "0.5", "0"] in lines  # R_1 and its error, keep rate
+    assert ["a_standard_error", "0.25", "0"] in lines  # a site of that name
+    assert ["conv_residual", "0.125", "0"] in lines
 
 
 def test_the_layout_grows_with_the_sites(tmp_path):
