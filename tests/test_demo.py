@@ -37,6 +37,8 @@ def test_digits_show_the_papers_direction(tmp_path, capsys):
         without, with_ = rows[name]
         assert with_ < without, name
         assert re.search(rf"{re.escape(name)}.*lower, as in the paper", printed)
+    assert re.search(r"trace of the Hessian +[\d.]+ +[\d.]+ +lower", printed)  # exact
+    assert printed.count(" ± ") >= 2
     without, with_ = rows["test accuracy (%)"]
     assert with_ > without > 85
     runs = sorted(path for path in tmp_path.iterdir() if path.is_dir())

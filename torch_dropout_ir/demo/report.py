@@ -70,9 +70,8 @@ def table(
 
 
 def _cell(numbers: dict[str, float], name: str) -> str:
-    value = f"{numbers[name]:.4g}"
-    error = _ERRORS.get(name)
-    return f"{value} ± {numbers[error]:.1g}" if error else value
+    value, error = f"{numbers[name]:.4g}", numbers.get(_ERRORS.get(name, ""))
+    return f"{value} ± {error:.1g}" if error else value  # of what is exact no error
 
 
 def _verdict(name: str, without: dict[str, float], with_: dict[str, float]) -> str:
