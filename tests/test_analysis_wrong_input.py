@@ -59,3 +59,22 @@ def test_a_trainer_that_is_not_installed_is_named(name, monkeypatch):
     monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(ImportError, match=f"got none: pip install {name}"):
         importlib.import_module(module)
+
+
+def test_a_sink_that_fails_is_listed_with_its_reason():
+    class Full:
+        def write(self, step, records, notes):
+            raise OSError("no space left")
+
+        def close(self):
+            pass
+
+    with tdi.attach_analysis(
+        nn.Linear(2, 2), log_dir=False, sinks=[Full()]
+    ) as analysis:
+        with pytest.warns(UserWarning, match="Full failed .*no space.* switched off"):
+            analysis.measure()
+        assert (
+            analysis.absent["Full"] == "switched off at step 0; OSError: no space left"
+        )
+        assert "no space left" in analysis.summary()

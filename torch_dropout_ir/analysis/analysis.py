@@ -75,7 +75,7 @@ class Analysis:
         self._alone = ranks.group is None  # until the first step: it may be wrapped
         self._attempts = Attempts(measures, ranks, self.absent)
         self._schedule = Schedule(cadence, self._attempts, ranks)
-        self._delivery = Delivery(sinks)
+        self._delivery = Delivery(sinks, self.absent)
         self._convert = convert
         self._converted: list[nn.Module] = []
         self._seed = ranks.first_seed()

@@ -14,10 +14,12 @@ class Delivery:
 
     Args:
         sinks: The sinks.
+        absent: Where to say why one is switched off.
     """
 
-    def __init__(self, sinks: Iterable[Sink]) -> None:
+    def __init__(self, sinks: Iterable[Sink], absent: dict[str, str]) -> None:
         self._sinks = list(sinks)
+        self._absent = absent
 
     def write(
         self, step: int, records: Mapping[str, Record], notes: Mapping[str, str]
@@ -28,10 +30,9 @@ class Delivery:
                 sink.write(step, records, notes)
             except Exception as err:
                 self._sinks.remove(sink)
-                warn(
-                    f"{type(sink).__name__} failed ({type(err).__name__}: {err}) and "
-                    "is switched off; `history` goes on."
-                )
+                name, how = type(sink).__name__, f"{type(err).__name__}: {err}"
+                self._absent[name] = f"switched off at step {step}; {how}"
+                warn(f"{name} failed ({how}) and is switched off; `history` goes on.")
 
     def close(self) -> None:
         """Close the sinks that still work."""
