@@ -478,7 +478,9 @@ def test_measured_by_hand_the_last_targets_count():
         assert torch._C._len_torch_function_stack() == 0
     assert not analysis.absent
     assert found["loss/R_S"] == pytest.approx(found_again(model))
-    assert "last batch whose targets" in analysis.notes["loss/modified"]
+    seen = "batch of step 0, the last whose targets were seen"
+    assert seen in analysis.notes["loss/modified"]
+    assert analysis.notes["loss/R_S"] == f"of the {seen}"
 
 
 class Counting(TorchFunctionMode):

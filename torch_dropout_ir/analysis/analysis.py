@@ -159,7 +159,7 @@ class Analysis:
         self._capture.want(bool(wanted), "masks" in wanted, look)
 
     def measure(self) -> dict[str, float]:
-        """Take all measures now, off cadence, on the batch last seen.
+        """Take all measures now, off cadence, on the last batch with targets seen.
 
         Of ranks that train together, all have to call it.
 

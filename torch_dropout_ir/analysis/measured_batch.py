@@ -64,10 +64,11 @@ class MeasuredBatch:
         self.note: dict[str, str] = {}
         self._given = loss is not None
         self._part = ""
-        self._last: Batch | None = None
+        self._last: tuple[Batch, int] | None = None
 
     def choose(
         self,
+        step: int,
         capture: Capture,
         inputs_of: Callable[[Inputs, int], Inputs],
         targets_of: Callable[[Inputs], Any],
@@ -75,6 +76,7 @@ class MeasuredBatch:
         """Return the batch, and which one it is.
 
         Args:
+            step: Optimizer steps made before.
             capture: What the step has shown.
             inputs_of: Makes inputs to measure with of those of the pass, and of the
                 number of passes of the step.
@@ -91,11 +93,15 @@ class MeasuredBatch:
             inputs, targets = _uncast((inputs, targets), capture.watched)
         self.note["loss/R_S"] = self._part
         if targets is not None:
-            self._last = inputs, targets
+            self._last = (inputs, targets), step
         elif self.data:
             return self.data[0], "`data`"
         elif self._last is not None:
-            return self._last, "the last batch whose targets were seen"
+            before, seen = self._last
+            source = f"the batch of step {seen}, the last whose targets were seen"
+            said = filter(None, (self._part, f"of {source}"))
+            self.note["loss/R_S"] = "; ".join(said)
+            return before, source
         last = _LAST.format(capture.passes + 1) if capture.passes else ""
         counted = inputs is not None and inputs.kwargs.get(_COUNT) is not None
         share = _SHARE if counted and last else ""

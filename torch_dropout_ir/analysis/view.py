@@ -78,7 +78,7 @@ class View:
         capture.observe(model)
         if runs and capture.inputs is None:
             capture.follow()
-        (inputs, targets), source = batch.choose(capture, inputs_of, targets_of)
+        (inputs, targets), source = batch.choose(step, capture, inputs_of, targets_of)
         seen = None if targets is None else [(inputs, targets)]
         optimizer = self._steps.optimizer
         notes = theory_note(self._model, optimizer) | batch.note
