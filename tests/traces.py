@@ -102,12 +102,19 @@ def compared(make, loss_of, loss=None):
     return analysis
 
 
+# Errors of the sites' parts of R_1, which one draw does not tell where samples meet.
+PARTS = "regularizer/R1_standard_error/<site>"
+
+
 def assert_measured(analysis, sites=(), lacking=None):
     """Every applicable tag is there and finite; ``lacking`` is what cannot be, why."""
     lacking = lacking or {}
-    # Masks of a small batch can be too alike to have a standard error.
+    # Masks of a small batch can be too alike to have a standard error, and samples that
+    # meet, or a single one, leave the sites' parts without.
     error = "regularizer/R1_standard_error"
     alike = {error} if "no standard error" in analysis.absent.get(error, "") else set()
+    apart = PARTS not in analysis.absent
+    alike |= set() if apart else {PARTS}
     assert set(analysis.absent) - alike == set(lacking), analysis.absent
     assert all(reason in analysis.absent[n] for n, reason in lacking.items())
     latest = analysis.latest
@@ -115,6 +122,7 @@ def assert_measured(analysis, sites=(), lacking=None):
     wanted = {
         "loss/R_S", "loss/modified", "regularizer/R1", "regularizer/R2",
         "regularizer/R1_standard_error", "regularizer/R2_dropout_noise",
+        "regularizer/R2_dropout_noise_standard_error",
     }  # fmt: skip
     if "sharpness" not in lacking:
         wanted |= {"sharpness/top_eigenvalue", "sharpness/trace"}
@@ -124,6 +132,7 @@ def assert_measured(analysis, sites=(), lacking=None):
     measured = {t.removeprefix("regularizer/R1/") for t in latest if "/R1/" in t}
     assert set(sites) <= measured <= observed
     for site in measured:
+        assert not apart or latest[f"{error}/{site}"] >= 0
         assert 0 <= latest[f"mask/keep_rate/{site}"] <= 1
         assert abs(latest[f"mask/z_score/{site}"]) < 5
     return observed, measured

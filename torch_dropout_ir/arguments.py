@@ -85,6 +85,31 @@ def check_flag(function: str, name: str, value: Any) -> None:
         )
 
 
+def check_choice(
+    function: str, name: str, value: Any, choices: tuple[str, ...]
+) -> None:
+    """Raise if a word is none of those that are known.
+
+    Args:
+        function: The function that takes it.
+        name: Its argument.
+        value: What was given.
+        choices: The words.
+
+    Raises:
+        ValueError: If it is none of them.
+
+    Example:
+        >>> check_choice("networks", "sites", "all", ("last", "everywhere"))
+        Traceback (most recent call last):
+        ValueError: networks: expected `sites` to be 'last' or 'everywhere', got 'all'
+    """
+    if not isinstance(value, str) or value not in choices:
+        *others, last = map(repr, choices)
+        known = f"{', '.join(others)} or {last}"
+        raise ValueError(f"{function}: expected `{name}` to be {known}, got {value!r}")
+
+
 def check_real(
     function: str,
     name: str,

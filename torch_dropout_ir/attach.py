@@ -18,6 +18,7 @@ from torch_dropout_ir.analysis.delivery import Postponed, warn
 from torch_dropout_ir.analysis.distributed import ranks_of
 from torch_dropout_ir.analysis.measures import default_measures
 from torch_dropout_ir.analysis.root_hook import RootHook
+from torch_dropout_ir.arguments import check_flag
 from torch_dropout_ir.batches import fixed_batches
 from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import resolve_loss
@@ -267,6 +268,7 @@ def attach_analysis(
             "attach_analysis: expected `optimizer` to be a torch.optim.Optimizer, got "
             f"{type(optimizer).__name__}"
         )
+    check_flag("attach_analysis", "convert", convert)
     inner, watched = unwrap(model)
     optimizer = _torchs_own(optimizer)
     _check(inner, watched, optimizer)
@@ -275,7 +277,7 @@ def attach_analysis(
     chosen = default_measures()
     if measures is not None:
         chosen = _instances(measures, "measures", ("name", "needs", "__call__"))
-    further = _instances(sinks or (), "sinks", ("write", "close"))
+    further = _instances(() if sinks is None else sinks, "sinks", ("write", "close"))
     names, passes = [m.name for m in chosen], _passes(chosen, batches)
     cadence = Cadence(every, budget, names, passes)
     ranks = ranks_of(model)

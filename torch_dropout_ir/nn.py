@@ -20,6 +20,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from torch_dropout_ir import ops, tracing
+from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.functional import preserved_rng
 from torch_dropout_ir.masks import MaskStatistics, MaskTally
 from torch_dropout_ir.sites import mask_shape, num_units
@@ -275,6 +276,7 @@ def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
         ...     torch.equal(layer(torch.ones(99)), layer(torch.ones(99)))
         True
     """
+    check_count("frozen_masks", "seed", seed, 0)
     forks: list[contextlib.AbstractContextManager[None]] = []
 
     def fork(_: nn.Module, __: Any) -> None:

@@ -25,6 +25,7 @@ from torch_dropout_ir.analysis.records import Record, estimate_of
 from torch_dropout_ir.analysis.replay import Replay, replay
 from torch_dropout_ir.analysis.snapshot import Snapshot
 from torch_dropout_ir.analysis.tables import section, tables
+from torch_dropout_ir.arguments import check_count, check_flag
 from torch_dropout_ir.batches import fixed_batches
 from torch_dropout_ir.functional import Batch, call, preserved_rng
 from torch_dropout_ir.losses import Loss, resolve_loss
@@ -123,6 +124,10 @@ def analyze(
         TypeError: If ``data`` holds no batches.
         ValueError: If there is no batch, or ``loss`` is unknown.
     """  # noqa: DOC502 (raised by the parts that read)
+    check_count("analyze", "most_batches", most_batches, 1)
+    check_count("analyze", "num_masks", num_masks, 2)
+    check_flag("analyze", "sharpness", sharpness)
+    check_flag("analyze", "progress", progress)
     resolved = resolve_loss(loss)
     batches = fixed_batches(data, most_batches)[:most_batches]
     if not batches:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torch_dropout_ir import kernels, registration
+from torch_dropout_ir.arguments import check_flag
 from torch_dropout_ir.tracing import eager, transformed, unseen
 
 COMPILED = registration.COMPILED
@@ -267,9 +268,8 @@ def dropout(
 
     Args:
         x: Floating-point tensor of any shape and strides.
-        p: Probability of dropping, in ``[0, 1]``: a float, or a 0-d tensor, which a
-            compiled schedule can change without recompiling. The paper's ``p`` is
-            our ``1 - p``.
+        p: Probability of dropping, in ``[0, 1]``: a float, or a 0-d tensor, which can
+            change without recompiling. The paper's ``p`` is our ``1 - p``.
         training: If False, ``x`` itself is returned and nothing is drawn.
         rng: Philox key, int64 ``[2]`` on the device of ``x``. The same key gives the
             same mask for ever. None draws one from torch's generator.
@@ -279,9 +279,8 @@ def dropout(
         (not in ``p``) to any order, under ``torch.func`` and forward-mode AD too.
 
     Raises:
-        ValueError: If ``p`` is outside ``[0, 1]`` or NaN, or if ``rng`` has another
-            dtype, shape or device.
-        TypeError: If ``x`` is no floating-point tensor.
+        ValueError: If ``p`` is outside ``[0, 1]`` or NaN, or ``rng`` is no such key.
+        TypeError: If ``x`` is no floating-point tensor, or ``training`` no bool.
 
     References:
         Srivastava et al., *Dropout*, JMLR 2014. Salmon et al., *Parallel random
@@ -294,7 +293,8 @@ def dropout(
     """  # noqa: DOC502 (raised by the checks of `draw`)
     if has_torch_function_unary(x) and not torch.compiler.is_compiling():
         return handle_torch_function(dropout, (x,), x, p, training, rng=rng)
-    if not training:
+    if training is not True:
+        check_flag("dropout", "training", training)
         _check_rate(p, eager())
         return x
     return draw(x, p, rng)[0]

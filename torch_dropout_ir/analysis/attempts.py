@@ -36,6 +36,7 @@ class Attempts:
         self._failures: dict[str, int] = {}
         self._last: dict[str, int] = {}
         self._not_before: dict[str, float] = {}
+        self._left_out: dict[str, set[str]] = {}  # what the last attempt said of tags
 
     def willing(self, names: Iterable[str], step: int) -> set[str]:
         """Return those of ``names`` that are not put off beyond ``step``."""
@@ -74,13 +75,16 @@ class Attempts:
                 if self._ranks.any(reason is not None):
                     self._absent[name] = reason or "another rank lacks what it needs"
                     return {}
+                said = set(snapshot.absent)
                 records = take(measure, snapshot, seed)
         except Exception as err:
             self.fail(name, err, snapshot.step)
             return {}
         self._failures.pop(name, None)
         self._not_before.pop(name, None)
-        self._absent.pop(name, None)
+        for tag in (name, *self._left_out.get(name, ())):
+            self._absent.pop(tag, None)
+        self._left_out[name] = snapshot.absent.keys() - said
         self._last[name] = snapshot.step
         return {t: x for t, x in records.items() if self._finite(t, x, snapshot.step)}
 

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.arguments import check_real
 from torch_dropout_ir.condensation.greedy import greedy_cover, num_far_apart
 from torch_dropout_ir.condensation.rows import UnitRows, Weights, check_rows
 from torch_dropout_ir.condensation.tiles import with_orientation
@@ -85,6 +86,8 @@ def effective_neurons(
         >>> found.lower_bound
         2
     """  # noqa: DOC502 (raised by `_check`)
+    check_real("effective_neurons", "threshold", threshold)
+    check_real("effective_neurons", "min_amplitude", min_amplitude)
     _check(weights, threshold, min_amplitude, amplitude)
     weights = weights.detach()
     alive, num_nonfinite = with_orientation(weights)

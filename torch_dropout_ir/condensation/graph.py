@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from torch_dropout_ir.arguments import check_flag
 from torch_dropout_ir.condensation.acting import acting, affine
 from torch_dropout_ir.condensation.folding import is_foldable, scale_of
 from torch_dropout_ir.condensation.layers import CONVOLUTIONS, TRANSPOSED, by_group
@@ -69,6 +70,7 @@ def outgoing_weights(
         'it is an output of the model'
     """
     modules = dict(model.named_modules())
+    check_flag("outgoing_weights", "run_own_code", run_own_code)
     found = readers(model, run_own_code=run_own_code)
     for name, out in found.items():
         if out.consumers:

@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.condensation.acting import acting, affine
 from torch_dropout_ir.condensation.recurrent import RECURRENT, recurrent_parts
 from torch_dropout_ir.condensation.rows import Rows, Weights
@@ -60,6 +61,7 @@ def input_weights(
 
     Raises:
         NotImplementedError: If the layer is of another kind.
+        TypeError: If ``num_heads`` or ``head`` is no integer.
         ValueError: If the layer has no such view or head.
 
     References:
@@ -74,6 +76,9 @@ def input_weights(
         >>> input_weights(attention, "query", head=1).shape
         torch.Size([4, 9])
     """  # noqa: DOC502 (raised by `_views`)
+    for name, count in (("num_heads", num_heads), ("head", head)):
+        if count is not None:
+            check_count("input_weights", name, count, 0)
     with acting(module):
         views = _views(module)
         if view not in views:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from torch_dropout_ir.arguments import check_flag, check_real
 from torch_dropout_ir.condensation.cover import effective_neurons
 from torch_dropout_ir.condensation.folding import folded, narrow_both
 from torch_dropout_ir.condensation.graph import (
@@ -129,6 +130,10 @@ def merge_condensed(
         >>> merged.model[0].out_features, merged.relative_change < 1e-6
         (2, True)
     """
+    if max_change is not None:
+        check_real("merge_condensed", "max_change", max_change, least=0, finite=False)
+    if least_squares is not None:
+        check_flag("merge_condensed", "least_squares", least_squares)
     graph = outgoing_weights(model)
     unknown = [name for name in layers or () if name not in graph]
     if unknown:

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.condensation.rows import UnitRows, Weights
 from torch_dropout_ir.condensation.tiles import cosine_tiles
 
@@ -117,5 +118,4 @@ def _check(weights: Weights, other: Weights | None, bins: int) -> None:
             "cosine_statistics: expected `weights` [m, d] and `other` [n, d], got "
             f"{' and '.join(map(str, shapes))}"
         )
-    if bins < 1:
-        raise ValueError(f"cosine_statistics: expected `bins` >= 1, got {bins}")
+    check_count("cosine_statistics", "bins", bins, 1)

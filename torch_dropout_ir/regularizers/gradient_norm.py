@@ -174,7 +174,8 @@ def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[fl
             f"expected a learning rate `lr` for every parameter, got none for {missing}"
         )
     found = [rates[name] for name in names]
-    odd = [rate for rate in found if not isinstance(rate, (int, float, Tensor))]
+    numbers = (int, float, Tensor)
+    odd = [x for x in found if isinstance(x, bool) or not isinstance(x, numbers)]
     if odd:
         raise TypeError(
             "expected a learning rate `lr`: a number, or one for each parameter's "

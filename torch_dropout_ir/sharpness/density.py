@@ -108,8 +108,8 @@ def spectral_density(
     """  # noqa: DOC502 (the checks raise)
     check_symmetric("spectral_density", op)
     _check(op, num_steps, num_probes, grid, bandwidth, rtol, max_bytes)
-    probes = list(state["probes"]) if state else []
-    spent = state["spent"] if state else 0
+    probes = [] if state is None else list(state["probes"])
+    spent = 0 if state is None else state["spent"]
     for _ in range(num_probes):
         probes.append(_quadrature(op, num_steps, max_bytes))
         spent += probes[-1][0].numel()

@@ -134,7 +134,7 @@ def mask_seeds(caller: str, masks: Masks) -> tuple[int | None, ...]:
     Raises:
         ValueError: If ``masks`` is neither ``"off"`` nor seeds.
     """
-    if isinstance(masks, str):
+    if isinstance(masks, (str, bytes)):
         seeds: tuple[Any, ...] = (None,) if masks == "off" else ()
     else:
         seeds = tuple(masks) if isinstance(masks, Iterable) else (masks,)

@@ -144,10 +144,9 @@ def loss_plane(
     first = _read("loss_plane", "alphas", alphas)
     second = first if betas is None else _read("loss_plane", "betas", betas)
     surface = Surface("loss_plane", model, loss, batches, masks=masks, copied=False)
-    given = directions or (
-        filter_normalized_direction(model),
-        filter_normalized_direction(model),
-    )
+    given: Any = directions
+    if directions is None:
+        given = [filter_normalized_direction(model) for _ in range(2)]
     d, e = (checked_direction("loss_plane", x, surface.params) for x in given)
     flat = _values(
         surface, (moved(surface, (a, d), (b, e)) for a in first for b in second)

@@ -14,6 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from torch_dropout_ir.analysis import Record
+from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.tensorboard import values
 from torch_dropout_ir.tensorboard.descriptions import describe_tag
 from torch_dropout_ir.tensorboard.panels import Panels
@@ -55,6 +56,7 @@ class TensorBoardSink:
         *,
         max_bytes: int = MAX_BYTES,
     ) -> None:
+        check_count("TensorBoardSink", "max_bytes", max_bytes, 1)
         if not (log_dir is None or isinstance(log_dir, (str, os.PathLike))):
             raise TypeError(
                 "attach_analysis: expected `log_dir` to be a path, None (for "

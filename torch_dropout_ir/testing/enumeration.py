@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.arguments import check_count
+from torch_dropout_ir.arguments import check_count, check_flag
 from torch_dropout_ir.functional import Batch, at_sites, call
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
@@ -95,7 +95,7 @@ def expected_dropout_loss(
         0-d float64.
 
     Raises:
-        TypeError: If ``batch`` is no pair.
+        TypeError: If ``batch`` is no pair, or ``coupled`` no bool.
         ValueError: If there are more masks than ``max_masks``, the model draws random
             numbers besides its sites, the loss is not finite, or which sites are used
             depends on the masks.
@@ -111,6 +111,8 @@ def expected_dropout_loss(
         >>> torch.testing.assert_close(r1, net[1].weight.square().sum())
     """  # noqa: DOC502 (the checks raise too)
     check_count("expected_dropout_loss", "max_masks", max_masks, 0)
+    if coupled is not None:
+        check_flag("expected_dropout_loss", "coupled", coupled)
     resolved, batch = resolve_loss(loss), as_pair(batch)
     uses = uses_of_sites(model, batch, resolved, coupled)
     if uses.drawn:

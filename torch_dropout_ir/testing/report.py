@@ -98,6 +98,7 @@ def check_regularizer(
     for name, count in (("num_samples", num_samples), ("num_masks", num_masks)):
         check_count("check_regularizer", name, count, 2)  # one has no standard error
     check_count("check_regularizer", "max_masks", max_masks, 0)
+    check_count("check_regularizer", "seed", seed, 0)
     check_real("check_regularizer", "rtol", rtol, least=0, finite=False)
     resolved, batch = resolve_loss(loss), as_pair(batch)
     check_batch(model, batch[0])

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_choice, check_count
+
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
@@ -69,7 +71,15 @@ def networks(
     Returns:
         A strategy of :class:`torch.nn.Sequential` that begins and ends with a linear
         layer.
-    """
+
+    Raises:
+        TypeError: If a number is no integer.
+        ValueError: If one is below 1, or ``sites`` is not known.
+    """  # noqa: DOC502 (the checks raise)
+    check_choice("networks", "sites", sites, ("last", "everywhere"))
+    given = {"max_width": max_width, "max_depth": max_depth, "max_outputs": max_outputs}
+    for name, count in given.items():
+        check_count("networks", name, count, 1)
     st = _strategies()
     chances = drop_probabilities() if probabilities is None else probabilities
 
@@ -108,7 +118,13 @@ def batches(
 
     Returns:
         A strategy of ``(inputs, targets)``.
-    """
+
+    Raises:
+        TypeError: If ``max_samples`` is no integer.
+        ValueError: If it is below 1, or ``loss`` is not known.
+    """  # noqa: DOC502 (the checks raise)
+    check_choice("batches", "loss", loss, ("mse", "cross_entropy"))
+    check_count("batches", "max_samples", max_samples, 1)
     st = _strategies()
     first, last = network[0], network[-1]
     assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
@@ -147,6 +163,7 @@ def problems(
         ...     report = tdi.testing.check_regularizer(network, batch, "mse")
         ...     report.assert_holds()
     """
+    check_choice("problems", "loss", loss, ("mse", "cross_entropy"))
     st = _strategies()
     found: SearchStrategy[tuple[nn.Sequential, tuple[Tensor, Tensor]]]
     found = networks(**options).flatmap(

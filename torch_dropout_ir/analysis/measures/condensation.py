@@ -13,6 +13,7 @@ from torch_dropout_ir import condensation
 from torch_dropout_ir.analysis.measures.start import Start
 from torch_dropout_ir.analysis.records import Histogram, Image, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
+from torch_dropout_ir.arguments import check_count, check_real
 from torch_dropout_ir.condensation.graph import norms_read, readers
 from torch_dropout_ir.condensation.rows import (
     UnitRows,
@@ -53,6 +54,12 @@ class Condensation:
         max_operations: float = 5e11,
         max_image: int = 256,
     ) -> None:
+        check_real("Condensation", "threshold", threshold, least=-1)
+        check_real("Condensation", "min_amplitude", min_amplitude, least=0)
+        check_real(
+            "Condensation", "max_operations", max_operations, least=0, finite=False
+        )
+        check_count("Condensation", "max_image", max_image, 1)
         self.threshold = threshold
         self.min_amplitude = min_amplitude
         self.max_operations = max_operations

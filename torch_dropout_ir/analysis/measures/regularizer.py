@@ -24,8 +24,8 @@ _R1: Final = "regularizer/R1"
 _ERROR: Final = "regularizer/R1_standard_error"
 _NOISE: Final = "regularizer/R2_dropout_noise"
 _ONE_DRAW: Final = (
-    "this site and all others: one draw does not tell its error where samples meet "
-    "(batch normalization, a loss that couples them) or the batch is of one sample"
+    "one draw does not tell it where samples meet (batch normalization, a loss that "
+    "couples them), are not known to be apart, or the batch is of one"
 )
 _ONE_PAIR: Final = (
     "two masks are one difference, which has no error: `DropoutNoise(num_masks=4)`"
@@ -93,8 +93,8 @@ def _told(snapshot: Snapshot, joined: Mapping[str, float]) -> dict[str, float]:
     unknown = [tag for tag, x in joined.items() if math.isnan(x)]
     if _ERROR in unknown:
         snapshot.absent[_ERROR] = TOO_ALIKE
-    for tag in [tag for tag in unknown if tag.startswith(f"{_ERROR}/")][:1]:
-        snapshot.absent[tag] = _ONE_DRAW
+    if {*unknown} - {_ERROR}:
+        snapshot.absent[f"{_ERROR}/<site>"] = _ONE_DRAW
     return {tag: x for tag, x in joined.items() if tag not in unknown}
 
 

@@ -14,6 +14,7 @@ from torch_dropout_ir.analysis.measures.regularizer import weight
 from torch_dropout_ir.analysis.measures.sample_parts import Coupling, Parts, fitting
 from torch_dropout_ir.analysis.records import Histogram, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
+from torch_dropout_ir.arguments import check_choice, check_count, check_real
 from torch_dropout_ir.functional import as_batches
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.density import smoothed
@@ -79,11 +80,17 @@ class Sharpness:
         max_bytes: int | None = None,
         coupling: Coupling = "auto",
     ) -> None:
-        if coupling not in ("auto", "batch", "fixed"):
-            raise ValueError(
-                "Sharpness: expected `coupling` to be 'auto', 'batch' or 'fixed', got "
-                f"{coupling!r}"
-            )
+        check_choice("Sharpness", "coupling", coupling, ("auto", "batch", "fixed"))
+        check_real("Sharpness", "tol", tol, least=0)
+        for name, count, least in (
+            ("max_matvecs", max_matvecs, 1), ("trace_matvecs", trace_matvecs, 1),
+            ("density_steps", density_steps, 0), ("slice_points", slice_points, 0),
+        ):  # fmt: skip
+            check_count("Sharpness", name, count, least)
+        most = {"max_parameters": max_parameters, "max_bytes": max_bytes}
+        for name, size in most.items():
+            if size is not None or name == "max_parameters":
+                check_real("Sharpness", name, size, least=0, finite=False)
         self.coupling: Coupling = coupling
         self.max_bytes = max_bytes
         self.max_parameters = max_parameters
