@@ -313,6 +313,49 @@ def test_a_loss_module_with_parameters_of_its_own_is_the_whole_loss():
     assert not more.notes["loss/R_S"]
 
 
+@pytest.mark.parametrize("how", ["attribute", "closure", "constant"])
+def test_a_loss_module_that_reads_more_than_it_is_called_with_is_followed(how):
+    held = {}
+
+    class Reads(nn.Module):
+        def forward(self, out, y):
+            kept = vars(self)["kept"] if how == "attribute" else held["kept"]
+            return F.mse_loss(out, y) + kept.square().mean()
+
+    def script(criterion):
+        def loss(model):
+            out = model(X)
+            kept = out[:, 0].detach() if how == "constant" else out[:, 0]
+            if criterion is None:
+                return F.mse_loss(out, Y) + kept.square().mean()
+            held["kept"] = kept
+            if how == "attribute":
+                vars(criterion)["kept"] = kept
+            return criterion(out, Y)
+
+        return loss
+
+    plain, clean = measured(model := mlp(), script(None))
+    found, same = measured(model, script(Reads()))
+    assert clean == same
+    assert found.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    error = plain.latest["regularizer/R1_standard_error"]
+    away = found.latest["regularizer/R1"] - plain.latest["regularizer/R1"]
+    assert abs(away) < 5 * error < plain.latest["regularizer/R1"]
+
+
+def test_a_loss_module_that_keeps_what_it_has_returned_is_followed():
+    class Keeps(nn.Module):
+        def forward(self, out, y):
+            self.last = F.mse_loss(out, y)  # no copy of it can be made
+            return self.last
+
+    criterion = Keeps()
+    analysis, clean = measured(mlp(), lambda model: criterion(model(X), Y))
+    assert not analysis.absent
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+
+
 def test_what_is_written_on_behind_the_back_of_autograd_is_not_followed():
     def script(model):
         each = (model(X) - Y).square()
