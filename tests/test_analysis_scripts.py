@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import io
 import pickle
 import random
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import torch_dropout_ir as tdi
-from torch_dropout_ir.analysis.compiled_calls import CompiledCall
+from torch_dropout_ir.analysis.compiled_calls import CompiledCall, compiled
 from torch_dropout_ir.analysis.measures import Condensation
 
 
@@ -270,6 +271,30 @@ def test_a_model_that_is_compiled_while_it_is_watched(in_place):
     model, (compiled,) = made[1]
     assert not model._forward_pre_hooks and not compiled._forward_pre_hooks
     assert not isinstance(model._compiled_call_impl, CompiledCall)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_of_what_was_compiled_the_latest_is_what_is_called():
+    model = mlp()
+    first = torch.compile(model, backend="aot_eager")
+    gc.collect()
+    assert compiled(model) is first
+    second = torch.compile(model, backend="aot_eager")
+    assert compiled(model) is second
+    del first, second
+    wrapper = torch.compile(nn.DataParallel(other := mlp()), backend="aot_eager")
+    assert compiled(other) is wrapper and compiled(mlp()) is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_call_that_the_script_compiles_anew_stays():
+    model = mlp()
+    model.compile(backend="aot_eager")
+    with tdi.attach_analysis(model, log_dir=False):
+        assert isinstance(model._compiled_call_impl, CompiledCall)
+        model.compile(backend="aot_eager")
+        anew = model._compiled_call_impl
+    assert model._compiled_call_impl is anew
 
 
 def test_sites_in_evaluation_mode_draw_nothing_and_count_nothing():

@@ -152,9 +152,9 @@ class Capture:
         if self._calls is None or self._calls.overwritten:
             return None
         found = self._calls.found()
-        module = self._module and self._module.loss(found is not None)
+        module = self._module.loss(found is not None) if self._module else None
         if module is not None:
-            return *module, True, self._calls.in_part
+            return module[0], module[1], True, self._calls.in_part
         if found is None:
             return None
         loss, all_read, straight = found
