@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis.compiled_calls import CompiledCall, compiled
-from torch_dropout_ir.analysis.measures import Condensation
+from torch_dropout_ir.analysis.measures import Condensation, DropoutNoise
 
 
 def mlp(p=0.5):
@@ -459,6 +459,25 @@ def test_parameters_that_another_optimizer_steps_are_noted():
             optimizer.step()
     said = "R_2 is of the parameters that this SGD steps, 2 of 4 tensors"
     assert analysis.notes["optimizer"] == said
+
+
+def test_the_noise_in_r2_is_of_the_parameters_that_are_stepped():
+    """Of a loss that is linear the last bias has a gradient without noise."""
+
+    class Linear(nn.Module):
+        def forward(self, outputs, targets):
+            return (outputs * targets).mean()
+
+    for stepped, noisy in (("bias", False), ("weight", True)):
+        model, criterion = mlp(), Linear()
+        sgd = torch.optim.SGD([getattr(model[3], stepped)], lr=0.1)
+        x, y = torch.randn(8, 6), torch.randn(8, 3)
+        with tdi.attach_analysis(
+            model, log_dir=False, every=1, measures=[DropoutNoise()]
+        ) as analysis:
+            criterion(model(x), y).backward()
+            sgd.step()
+        assert (analysis.latest["regularizer/R2_dropout_noise"] > 0) == noisy
 
 
 def test_deep_networks_get_an_unbiased_r1():

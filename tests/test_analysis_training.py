@@ -599,6 +599,36 @@ def test_a_mask_counts_once_whoever_observes_it(convert):
         assert analysis._view.statistics()["1"].num_calls == 3
 
 
+class Autograd:
+    """Says whether a measure of the user's has autograd."""
+
+    name = "autograd"
+    needs = frozenset({"gradients"})
+
+    def __call__(self, snapshot):
+        return {"autograd/on": float(torch.is_grad_enabled())}
+
+
+def around_the_step(context):
+    torch.manual_seed(0)
+    model = no_norm()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = [Regularizer(), DropoutNoise(), Sharpness(), Autograd()]
+    with tdi.attach_analysis(model, log_dir=False, every=1, measures=watch) as analysis:
+        plain(model)
+        with context:
+            optimizer.step()
+    assert not analysis.absent
+    return {t: x for t, x in analysis.latest.items() if not t.startswith("cost")}
+
+
+def test_what_is_around_the_step_changes_no_number():
+    expected = around_the_step(contextlib.nullcontext())
+    assert expected["autograd/on"] == 1 and "sharpness/trace" in expected
+    assert around_the_step(torch.no_grad()) == expected
+    assert around_the_step(torch.autocast("cpu", torch.bfloat16)) == expected
+
+
 def test_a_batch_of_packed_sequences_counts_sequences():
     rows = [torch.randn(length, 6).double() for length in (5, 4, 4, 2)]
     packed = nn.utils.rnn.pack_sequence(rows)
