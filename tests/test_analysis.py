@@ -17,7 +17,7 @@ from torch import nn
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis.cadence import Cadence
-from torch_dropout_ir.analysis.measures import Condensation, Masks
+from torch_dropout_ir.analysis.measures import Condensation, Masks, ReceivedGradient
 from torch_dropout_ir.module_calls import measuring
 
 OPTIMIZER = sys.modules["torch.optim.optimizer"]
@@ -503,6 +503,26 @@ def test_state_dict_resumes():
     assert steps == [0, 2, 4, 6, 8]
     drawn = 8 * 16 * 5  # three observed before, two after
     assert second._view.statistics()["2"].num_elements == drawn
+
+
+def test_a_state_is_not_changed_by_what_comes_after_it():
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    watched = quiet(every=1, measures=[ReceivedGradient()])
+
+    def step():
+        nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
+        sgd.step()
+
+    with watched(model, sgd) as analysis:
+        step()
+        state = analysis.state_dict()
+        step()
+        assert len(state["history"]["regularizer/R2"]) == 1
+        analysis.load_state_dict(state)
+        step()
+        assert len(analysis.history["regularizer/R2"]) == 2
+        assert len(state["history"]["regularizer/R2"]) == 1
 
 
 def test_cadence_keeps_its_budget():

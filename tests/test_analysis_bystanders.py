@@ -210,6 +210,40 @@ def test_hooks_that_act_are_part_of_the_model():
     assert analysis.latest["regularizer/R1"] == pytest.approx(float(expected.detach()))
 
 
+class Gain(nn.Module):
+    gain = torch.ones(())
+
+    def forward(self, x):
+        return self.gain * x
+
+
+def measures_itself(module, args):
+    module.gain = args[0].detach().abs().max()
+
+
+def triples(_, __, out):
+    out.mul_(3)
+
+
+@pytest.mark.parametrize("how", [measures_itself, triples])
+def test_hooks_that_write_are_part_of_the_model(how):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), Gain(), nn.Linear(6, 3))
+    if how is triples:
+        model[0].register_forward_hook(how)
+    else:
+        model[2].register_forward_pre_hook(how)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer()]
+    ) as analysis:
+        criterion(model(x), y).backward()
+        sgd.step()
+    clean = float(criterion(model.eval()(x), y).detach())
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean)
+
+
 def looks(*_):
     """A hook that can be pickled."""
 
@@ -410,3 +444,23 @@ def test_an_attribute_whose_memory_is_released_is_left():
         nn.MSELoss()(model(torch.randn(4, 3)), torch.zeros(4, 2)).backward()
         sgd.step()
     assert analysis.latest["loss/R_S"] > 0
+
+
+def test_attributes_that_no_pass_changes_are_not_written_on():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.kept = nn.Linear(3, 2), torch.ones(3)
+            self.fixed = np.ones(3)
+            self.fixed.flags.writeable = False
+
+        def forward(self, x):
+            return self.net(x * self.kept)
+
+    model = Model()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, "mse", log_dir=False, every=1) as analysis:
+        nn.MSELoss()(model(torch.randn(4, 3)), torch.zeros(4, 2)).backward()
+        sgd.step()
+    assert "capture" not in analysis.absent and analysis.latest["loss/R_S"] > 0
+    assert model.kept._version == 0  # a graph that has kept it is still good

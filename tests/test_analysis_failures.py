@@ -19,7 +19,8 @@ from torch import nn
 
 import torch_dropout_ir as tdi
 from tests import traces
-from torch_dropout_ir.analysis import attempts, measures
+from torch_dropout_ir import sinks
+from torch_dropout_ir.analysis import attempts, delivery, measures
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.snapshot import Snapshot
@@ -128,6 +129,49 @@ def test_what_is_switched_off_can_be_measured_by_hand():
                 sgd.step()
             says.function = lambda step: 2.0
             assert analysis.measure()["says/x"] == 2.0
+
+
+def test_measuring_by_hand_returns_what_it_has_found_and_nothing_older():
+    says = Says(lambda step: 1.0)
+    with tdi.attach_analysis(mlp(), log_dir=False, measures=[says]) as analysis:
+        assert analysis.measure()["says/x"] == 1.0
+        says.function = fails
+        with pytest.warns(UserWarning, match="full"):
+            assert "says/x" not in analysis.measure()
+
+
+def test_what_fails_before_all_measures_is_put_off_and_said_until_it_works():
+    model, tried = mlp(), []
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def fails(inputs, passes):
+        tried.append(passes)
+        raise MemoryError("full")
+
+    with tdi.attach_analysis(
+        model, "mse", log_dir=False, measures=[measures.Regularizer()]
+    ) as analysis:
+        works, analysis.inputs_of = analysis.inputs_of, fails
+        with pytest.warns(UserWarning, match="MemoryError: full"):
+            for _ in range(100):
+                sgd.zero_grad()
+                nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
+                sgd.step()
+        assert "full" in analysis.absent["capture"] and len(tried) < 50
+        analysis.inputs_of = works
+        assert analysis.measure()["regularizer/R1"] > 0
+    assert not analysis.absent
+
+
+def test_a_sink_that_is_opened_late_is_opened_once_and_closed():
+    kept, opened = sinks.Memory(), []
+    late = delivery.Postponed(lambda: (opened.append(1), kept)[1])
+    late.close()
+    assert not opened
+    for step in range(2):
+        late.write(step, {"x": 1.0}, {})
+    late.close()
+    assert len(opened) == 1 and len(kept.records["x"]) == 2 and kept.closed
 
 
 class RunsOut(measures.Regularizer):

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import io
+import itertools
 import pickle
 import random
 
@@ -16,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torch_dropout_ir as tdi
 from tests.traces import PARTS
-from torch_dropout_ir.analysis.compiled_calls import CompiledCall
-from torch_dropout_ir.analysis.measures import Condensation
+from torch_dropout_ir.analysis.compiled_calls import CompiledCall, compiled
+from torch_dropout_ir.analysis.measures import Condensation, DropoutNoise
 
 
 def mlp(p=0.5):
@@ -273,6 +275,30 @@ def test_a_model_that_is_compiled_while_it_is_watched(in_place):
     assert not isinstance(model._compiled_call_impl, CompiledCall)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_of_what_was_compiled_the_latest_is_what_is_called():
+    model = mlp()
+    first = torch.compile(model, backend="aot_eager")
+    gc.collect()
+    assert compiled(model) is first
+    second = torch.compile(model, backend="aot_eager")
+    assert compiled(model) is second
+    del first, second
+    wrapper = torch.compile(nn.DataParallel(other := mlp()), backend="aot_eager")
+    assert compiled(other) is wrapper and compiled(mlp()) is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_call_that_the_script_compiles_anew_stays():
+    model = mlp()
+    model.compile(backend="aot_eager")
+    with tdi.attach_analysis(model, log_dir=False):
+        assert isinstance(model._compiled_call_impl, CompiledCall)
+        model.compile(backend="aot_eager")
+        anew = model._compiled_call_impl
+    assert model._compiled_call_impl is anew
+
+
 def test_sites_in_evaluation_mode_draw_nothing_and_count_nothing():
     model = nn.Sequential(nn.Dropout(0.9), nn.Linear(6, 16), nn.Dropout(0.5),
                           nn.Linear(16, 3))  # fmt: skip
@@ -313,8 +339,6 @@ def test_an_interrupt_leaves_a_model_that_can_be_pickled():
     analysis = tdi.attach_analysis(model, log_dir=False, every=1)
     with pytest.raises(KeyboardInterrupt):
         model(torch.ones(2, 6))
-    with contextlib.suppress(AttributeError):  # `Stops` is local to this test
-        pickle.dumps(model[1])
     assert pickle.loads(pickle.dumps(model[1])).p == 0.5
     analysis.detach()
     assert not model[1]._forward_hooks and not model[1]._forward_pre_hooks
@@ -410,7 +434,11 @@ def test_long_histories_are_thinned(monkeypatch):
         records.remember(curve, step, {"x": float(step)})
     assert len(curve["x"]) <= 10
     assert curve["x"][0] == (0, 0.0) and curve["x"][-1] == (999, 999.0)
-    assert [s for s, _ in curve["x"]] == sorted(s for s, _ in curve["x"])
+    steps = [step for step, _ in curve["x"]]
+    assert max(b - a for a, b in itertools.pairwise(steps)) < 4 * 1000 / 10
+    for _ in range(30):
+        records.remember(curve, 999, {"x": 1.0})
+    assert len(curve["x"]) <= 10 and curve["x"][0] == (0, 0.0)
 
 
 def test_momentum_and_weight_decay_are_noted():
@@ -432,6 +460,25 @@ def test_parameters_that_another_optimizer_steps_are_noted():
             optimizer.step()
     said = "R_2 is of the parameters that this SGD steps, 2 of 4 tensors"
     assert analysis.notes["optimizer"] == said
+
+
+def test_the_noise_in_r2_is_of_the_parameters_that_are_stepped():
+    """Of a loss that is linear the last bias has a gradient without noise."""
+
+    class Linear(nn.Module):
+        def forward(self, outputs, targets):
+            return (outputs * targets).mean()
+
+    for stepped, noisy in (("bias", False), ("weight", True)):
+        model, criterion = mlp(), Linear()
+        sgd = torch.optim.SGD([getattr(model[3], stepped)], lr=0.1)
+        x, y = torch.randn(8, 6), torch.randn(8, 3)
+        with tdi.attach_analysis(
+            model, log_dir=False, every=1, measures=[DropoutNoise()]
+        ) as analysis:
+            criterion(model(x), y).backward()
+            sgd.step()
+        assert (analysis.latest["regularizer/R2_dropout_noise"] > 0) == noisy
 
 
 def test_deep_networks_get_an_unbiased_r1():

@@ -21,6 +21,7 @@ from torch_dropout_ir.analysis.measures import (
     Sharpness,
 )
 
+torchvision = pytest.importorskip("torchvision")
 mse = nn.MSELoss()
 
 
@@ -552,6 +553,81 @@ def test_where_no_mask_is_drawn_the_reason_is_the_true_one():
         said = {site.name: site.reason for site in analysis.sites}
     assert said.pop("1") == "at p = 1 it drops everything, and draws no mask"
     assert "its input was empty" in said["2"]
+
+
+class Resting(nn.Module):
+    """Noise that rests: a branch that is dropped, and layers between recurrent ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTM(4, 4, num_layers=2, dropout=0.5).eval()
+        self.path = torchvision.ops.StochasticDepth(0.5, "row").eval()
+        self.drop, self.off = nn.Dropout(), nn.Dropout().eval()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.path(self.cell(x)[0])
+        return self.head(self.drop(nn.functional.dropout(h, 0.5, training=False)))
+
+
+def test_what_is_in_evaluation_mode_draws_no_mask_and_is_not_said_to_be_hidden():
+    model = Resting()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(
+        model, "mse", log_dir=False, every=1, measures=[Masks()]
+    ) as analysis:
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+        hidden = {site.name for site in analysis.sites if not site.observed}
+    assert hidden == {"cell"}  # as a module that drops between its own layers
+    assert {tag for tag in analysis.latest if tag.startswith("mask/keep")} == {
+        "mask/keep_rate/drop"
+    }
+    assert [name for name in analysis._capture.calls] == []
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_a_mask_counts_once_whoever_observes_it(convert):
+    model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, convert=convert, measures=[Masks()]
+    ) as analysis:
+        for _ in range(3):
+            nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
+            optimizer.step()
+        assert analysis._view.statistics()["1"].num_elements == 3 * 8 * 16
+        assert analysis._view.statistics()["1"].num_calls == 3
+
+
+class Autograd:
+    """Says whether a measure of the user's has autograd."""
+
+    name = "autograd"
+    needs = frozenset({"gradients"})
+
+    def __call__(self, snapshot):
+        return {"autograd/on": float(torch.is_grad_enabled())}
+
+
+def around_the_step(context):
+    torch.manual_seed(0)
+    model = no_norm()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = [Regularizer(), DropoutNoise(), Sharpness(), Autograd()]
+    with tdi.attach_analysis(model, log_dir=False, every=1, measures=watch) as analysis:
+        plain(model)
+        with context:
+            optimizer.step()
+    assert not analysis.absent
+    return {t: x for t, x in analysis.latest.items() if not t.startswith("cost")}
+
+
+def test_what_is_around_the_step_changes_no_number():
+    expected = around_the_step(contextlib.nullcontext())
+    assert expected["autograd/on"] == 1 and "sharpness/trace" in expected
+    assert around_the_step(torch.no_grad()) == expected
+    assert around_the_step(torch.autocast("cpu", torch.bfloat16)) == expected
 
 
 def test_a_batch_of_packed_sequences_counts_sequences():

@@ -143,6 +143,44 @@ def test_a_layer_that_starts_at_zero_is_measured_without_its_start():
     assert not relative & (first.keys() | then.keys())
 
 
+def test_its_thresholds_are_those_that_are_given():
+    net = nn.Sequential(nn.Linear(2, 4, bias=False), nn.Linear(4, 1))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[1, 0], [0.8, 0.6], [0, 1], [0, -0.01]]))
+    for options, count, dead in (
+        ({}, 4, 0),
+        ({"threshold": 0.7}, 3, 0),  # the first two are parallel
+        ({"min_amplitude": 0.1}, 3, 1),
+    ):
+        found = Condensation(**options)(Snapshot(net, 0, ()))
+        assert found["condensation/effective_neurons/0"] == count
+        assert found["condensation/dead_neurons/0"] == dead
+
+
+def test_a_layer_that_is_replaced_by_a_wider_one_starts_anew():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    measure = Condensation()
+    measure(Snapshot(net, 0, ()))
+    net[0], net[2] = nn.Linear(3, 6), nn.Linear(6, 2)
+    found = measure(Snapshot(net, 1, ()))
+    assert found["condensation/movement/0"] == 0.0
+
+
+def test_neurons_that_are_not_finite_are_nowhere_in_the_picture():
+    net = nn.Sequential(nn.Linear(2, 40, bias=False), nn.ReLU(), nn.Linear(40, 1))
+    with torch.no_grad():
+        net[0].weight[:32] = torch.tensor([1.0, 0.0])
+        net[0].weight[32:] = torch.tensor([[0.0, 1.0]])
+        net[2].weight.fill_(1.0)
+        net[2].weight[0, 39] = torch.inf
+    image = Condensation()(Snapshot(net, 0, ()))["condensation/orientation_amplitude/0"]
+    now = image.values[: image.values.shape[0] // 2]
+    shades = sorted(now[now > 0].tolist())
+    # Of 32 and 7 neurons, logarithmically from the shade of a single one.
+    faint = 0.35 + 0.65 * np.log1p(7) / np.log1p(32)
+    assert shades == pytest.approx([faint, 1.0])
+
+
 def test_after_a_restart_the_start_is_the_first_one():
     def attached():
         return tdi.attach_analysis(net, log_dir=False, measures=[Condensation()])

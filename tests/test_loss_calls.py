@@ -314,6 +314,49 @@ def test_a_loss_module_with_parameters_of_its_own_is_the_whole_loss():
     assert not more.notes["loss/R_S"]
 
 
+@pytest.mark.parametrize("how", ["attribute", "closure", "constant"])
+def test_a_loss_module_that_reads_more_than_it_is_called_with_is_followed(how):
+    held = {}
+
+    class Reads(nn.Module):
+        def forward(self, out, y):
+            kept = vars(self)["kept"] if how == "attribute" else held["kept"]
+            return F.mse_loss(out, y) + kept.square().mean()
+
+    def script(criterion):
+        def loss(model):
+            out = model(X)
+            kept = out[:, 0].detach() if how == "constant" else out[:, 0]
+            if criterion is None:
+                return F.mse_loss(out, Y) + kept.square().mean()
+            held["kept"] = kept
+            if how == "attribute":
+                vars(criterion)["kept"] = kept
+            return criterion(out, Y)
+
+        return loss
+
+    plain, clean = measured(model := mlp(), script(None))
+    found, same = measured(model, script(Reads()))
+    assert clean == same
+    assert found.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    error = plain.latest["regularizer/R1_standard_error"]
+    away = found.latest["regularizer/R1"] - plain.latest["regularizer/R1"]
+    assert abs(away) < 5 * error < plain.latest["regularizer/R1"]
+
+
+def test_a_loss_module_that_keeps_what_it_has_returned_is_followed():
+    class Keeps(nn.Module):
+        def forward(self, out, y):
+            self.last = F.mse_loss(out, y)  # no copy of it can be made
+            return self.last
+
+    criterion = Keeps()
+    analysis, clean = measured(mlp(), lambda model: criterion(model(X), Y))
+    assert not analysis.absent
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+
+
 def test_what_is_written_on_behind_the_back_of_autograd_is_not_followed():
     def script(model):
         each = (model(X) - Y).square()
@@ -649,3 +692,79 @@ def test_a_loss_that_was_given_picks_among_several_outputs(criterion):
         Pair(), lambda m: criterion(m(X)["logits"], LABELS), loss=twice
     )
     assert analysis.latest["loss/R_S"] == pytest.approx(2 * clean, rel=1e-5)
+
+
+def by_its_outputs(model):
+    """Times a tensor that is made of the outputs: no scaler's factor."""
+    out = model(X)
+    return F.mse_loss(out, Y) * out.detach().abs().mean()
+
+
+def scaled(model):
+    """Times a weight, and times the factor of a scaler."""
+    return F.mse_loss(model(X), Y) * torch.tensor(3.0) * torch.tensor(1024.0)
+
+
+def as_long_as_it_says(model):
+    """A length that is made of the outputs, in a slice."""
+    out = model(X)
+    length = (out > 0).sum() % 8 + 1
+    return F.mse_loss(out[:length], Y[:length])
+
+
+@pytest.mark.parametrize(
+    ("script", "factor"), [(by_its_outputs, 1), (scaled, 1024), (as_long_as_it_says, 1)]
+)
+def test_of_factors_that_of_a_scaler_alone_is_taken_away(script, factor):
+    torch.manual_seed(0)
+    analysis, clean = measured(mlp(), script)
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean / factor, rel=1e-5)
+
+
+def test_a_mean_over_passes_may_be_a_product():
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer()]
+    ) as analysis:
+        for _ in range(2):
+            (F.mse_loss(model(X), Y) * 0.5).backward()
+        sgd.step()
+    clean = float(F.mse_loss(model.eval()(X), Y).detach())
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+
+
+def test_a_loss_module_that_cannot_be_followed_is_still_the_whole_loss():
+    class Twice(nn.Module):
+        def forward(self, out, y):
+            return Doubled.apply(F.mse_loss(out, y))
+
+    criterion = Twice()
+    analysis, clean = measured(mlp(), lambda model: criterion(model(X), Y))
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    assert not analysis.notes["loss/R_S"]
+
+
+def test_passes_whose_loss_cannot_be_followed_are_counted():
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer()]
+    ) as analysis:
+        Doubled.apply(model(X)).mean().backward()
+        F.mse_loss(model(X), Y).backward()
+        sgd.step()
+    assert "last of 2 passes" in analysis.notes["loss/R_S"]
+
+
+def test_a_model_in_half_precision_is_given_what_autocast_has_made():
+    model = mlp().bfloat16()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer()]
+    ) as analysis:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.mse_loss(model(X.bfloat16()), Y.bfloat16())
+        loss.backward()
+        sgd.step()
+    assert not analysis.absent and analysis.latest["loss/R_S"] > 0

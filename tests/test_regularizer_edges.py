@@ -1050,6 +1050,45 @@ class WithLoss(nn.Module):
         return {"loss": F.mse_loss(self.net(x), y)}
 
 
+class Keeps(nn.Module):
+    """A model whose loss reads what it keeps, or what it returns of that."""
+
+    def __init__(self, returns):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Dropout(0.2))
+        self.head, self.spread = nn.Linear(3, 2), nn.Linear(3, 2)
+        self.returns = returns
+
+    def forward(self, x):
+        h = self.body(x)
+        self.kept = self.spread(h)
+        return (self.head(h), self.kept) if self.returns else self.head(h)
+
+
+def test_what_a_loss_reads_beside_the_outputs_is_said_to_be_left_out():
+    torch.manual_seed(0)
+    batch = torch.randn(3, 3), torch.randn(3, 2)
+    found = {}
+    for returns in (False, True):
+        torch.manual_seed(1)
+        net = Keeps(returns)
+
+        def loss(outputs, targets, net=net):
+            f, kept = outputs if net.returns else (outputs, net.kept)
+            return F.mse_loss(f, targets) + kept.square().mean()
+
+        part = gauss_newton(net, batch, loss, num_samples=None)
+        found[returns] = float(part.value)
+        assert any("beside its outputs" in note for note in part.notes) != returns
+        *_, how, _ = online(net, batch, resolve_loss(loss))
+        assert ("beside its outputs" in how) != returns
+        for r1 in () if returns else ("last_layer", "gauss_newton"):
+            with pytest.warns(UserWarning, match="beside its outputs"):
+                modified_loss(net, batch, loss, kind="L1", r1=r1)
+    assert found[True] == pytest.approx(truth(net, batch, loss), rel=0.05)
+    assert found[False] < 0.7 * found[True]
+
+
 def test_a_form_that_is_zero_for_a_linear_loss_says_only_that():
     batch = (torch.randn(5, 3), torch.randn(5, 2)), None
     of_outputs = lambda outputs, _: outputs["loss"]  # noqa: E731

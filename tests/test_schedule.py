@@ -101,6 +101,33 @@ def test_what_evaluations_earn_beyond_some_debts_pays_the_others():
     assert not cadence.afford(["light", "dear"], 1)
 
 
+def test_of_what_is_due_the_cheap_ones_come_first_and_leave_less():
+    cadence = Cadence("auto", 0.5, ["dear", "cheap"], {"dear": 20.0, "cheap": 15.0})
+    cadence.expect(2.0)  # a slow first pass: what is owed for it is of the next
+    cadence.expect(1.0)
+    owed = cadence.numbers()
+    assert owed["debt of dear"] == pytest.approx(20.0)
+    assert owed["debt of cheap"] == pytest.approx(15.0)
+    assert cadence.afford({"dear", "cheap"}, 0) == {"dear": 20.0}  # of thirty
+    cadence.measured("cheap", 15.0)
+    cadence.trained(4.0)  # five are lacking
+    assert "dear" not in cadence.due(0)
+    cadence.trained(2.0)
+    assert "dear" in cadence.due(0)
+    cadence.trained(30.0)  # of 36 there are 15 spent
+    assert not cadence.afford({"dear"}, 0)
+
+
+def test_ranks_go_on_alike_from_the_numbers_of_one():
+    cadence, other = (Cadence("auto", 0.05, ["a", "b"], {"a": 9.0}) for _ in range(2))
+    cadence.expect(0.5)
+    cadence.measured("b", 2.0)
+    cadence.trained(1.0)
+    other.load_numbers(cadence.numbers())
+    assert other.numbers() == cadence.numbers()
+    assert [cadence.wait(step) for step in (1, 3)] == [1, 3]  # no more than were made
+
+
 def test_waiting_is_looked_at_when_steps_have_doubled():
     cadence = Cadence("auto", 0.05, ["dear", "cheap"], {"dear": 1e9})
     cadence.measured("cheap", 1e-6)

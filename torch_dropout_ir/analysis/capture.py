@@ -12,7 +12,6 @@ Semantics:
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 import weakref
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_dropout_ir.analysis.bystanders import Bystanders
@@ -30,9 +28,10 @@ from torch_dropout_ir.analysis.compiled_calls import (
     compiled_in_place,
 )
 from torch_dropout_ir.analysis.delivery import warn
-from torch_dropout_ir.analysis.followed_loss import At, versions
+from torch_dropout_ir.analysis.followed_loss import versions
 from torch_dropout_ir.analysis.generators import Generators
-from torch_dropout_ir.analysis.loss_calls import OUTPUT, LossCalls, sweep
+from torch_dropout_ir.analysis.loss_calls import LossCalls, sweep
+from torch_dropout_ir.analysis.loss_module import LossModule
 from torch_dropout_ir.analysis.own_pass import OTHER_PASS, OwnPass, not_again
 from torch_dropout_ir.analysis.replay import OtherDraws, replay
 from torch_dropout_ir.analysis.root_hook import RootHook
@@ -90,7 +89,7 @@ class Capture:
         self._versions: list[int] = []
         self._outputs: Any = None
         self._calls: LossCalls | None = None
-        self._module: tuple[nn.Module, Any, At | None] | None = None
+        self._module: LossModule | None = None
         self._start: Generators | None = None
         self._end: list[Tensor] | None = None
         self.bystanders = Bystanders(watched)
@@ -153,11 +152,9 @@ class Capture:
         if self._calls is None or self._calls.overwritten:
             return None
         found = self._calls.found()
-        if self._module is not None:
-            module, targets, at = self._module
-            if found is None or at is None or self._calls.trained_on(at):
-                # A copy: its buffers are the script's.
-                return copy.deepcopy(module), targets, True, self._calls.in_part
+        module = self._module.loss(found is not None) if self._module else None
+        if module is not None:
+            return module[0], module[1], True, self._calls.in_part
         if found is None:
             return None
         loss, all_read, straight = found
@@ -239,31 +236,14 @@ class Capture:
             self._calls = LossCalls(outputs, self.passes + 1, self.watched)
             self._calls.enter()
             self._step.callback(self._calls.leave)
-            look = weakref.WeakMethod(self._look)
-
-            def hook(*call: Any) -> None:
-                if (method := look()) is not None:
-                    method(*call)
-
-            self._step.callback(register_module_forward_hook(hook).remove)
+            self._module = LossModule(outputs, self._calls)
+            self._step.callback(self._module.look())
 
     def _check_inputs(self) -> None:
         """Let go of inputs of which no second pass is the same, or can be masked."""
         given = self.inputs
         if given and (why := not_again((given.args, given.kwargs), self._versions)):
             self._miss(why)
-
-    def _look(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        """See whether this module is the loss: from the outputs to one number."""
-        if self._calls is None or self._module is not None or len(args) != 2:
-            return  # one that takes more is followed as a function is
-        same = self._calls.one and self._calls.at(args[0]) == OUTPUT  # or its copy
-        own = args[0] is self._outputs or same
-        if not own or self._calls.lost(args[0]):
-            return
-        if isinstance(result, Tensor) and result.requires_grad and result.numel() == 1:
-            self._module = module, args[1], self._calls.at(result)
-            self._calls.of_module = weakref.ref(result)
 
     def observe(self, model: nn.Module) -> None:
         """Look at the masks of the last pass, where it was one to look at.

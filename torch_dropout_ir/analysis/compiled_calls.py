@@ -29,7 +29,8 @@ def compiled(model: nn.Module) -> nn.Module | None:
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     kind = getattr(compiler, "OptimizedModule", None)
     # `isinstance` would ask objects that only pretend to have a class.
-    made = [x for x in gc.get_objects() if type(x) is kind] if kind else []
+    seen = (x for age in (2, 1, 0) for x in gc.get_objects(age))  # the oldest first
+    made = [x for x in seen if type(x) is kind] if kind else []
     inside = [x._orig_mod for x in made]
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     inside = [x.module if isinstance(x, parallel) else x for x in inside]

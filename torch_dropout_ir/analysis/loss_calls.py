@@ -70,6 +70,8 @@ class LossCalls(TorchFunctionMode):
         model: The model.
 
     Attributes:
+        steps: The calls that are listed.
+        trained: The number on which ``backward`` was called, less what scales it.
         of_module: What the loss module has returned, where there is one.
     """
 
@@ -79,12 +81,12 @@ class LossCalls(TorchFunctionMode):
         self.one = isinstance(outputs, Tensor)
         self._known: Any = WeakIdKeyDictionary()
         self._nodes: dict[tuple[Any, int], At] = {}
-        self._steps: list[Step] = []
+        self.steps: list[Step] = []
         self._read: Any = WeakIdKeyDictionary()
         self._beside = Beside([], [])
         self._versions: dict[At, list[int]] = {}
         self._first: At | None = None
-        self._trained: At | None = None
+        self.trained: At | None = None
         self._missed = False
         self.of_module: weakref.ref[Tensor] | None = None
         for place, leaf in enumerate(flatten(outputs)[0]):
@@ -124,7 +126,7 @@ class LossCalls(TorchFunctionMode):
         if found == _LOST:
             return found
         if found is not None and found.of == "steps" and x.requires_grad:
-            if not self._steps[found.place].differentiated:
+            if not self.steps[found.place].differentiated:
                 found = None  # of a function with a derivative of its own
         return self._copied(x) if found is None else found
 
@@ -142,20 +144,16 @@ class LossCalls(TorchFunctionMode):
         """Whether some of the outputs were written on since the pass."""
         return any(self.at(x) == _LOST for x in inside(outputs, Tensor))
 
-    def trained_on(self, x: At | None) -> bool:
-        """Whether ``backward`` was called on that number, or on it times a factor."""
-        return x is not None and x == self._trained
-
     @property
     def went_back(self) -> bool:
         """Whether ``backward`` was called, or may have been when it looked no more."""
-        return self.rests or self._missed or self._trained is not None
+        return self.rests or self._missed or self.trained is not None
 
     @property
     def overwritten(self) -> bool:
         """Whether what the loss has read is no longer what it was."""
-        result = self._trained or self._first
-        steps = {} if result is None else leading_to(result, self._steps)
+        result = self.trained or self._first
+        steps = {} if result is None else leading_to(result, self.steps)
         read = inside([(step.args, step.kwargs) for step in steps.values()], At)
         beside = {at for at in read if at in self._versions}
         return any(versions(self._beside[at]) != self._versions[at] for at in beside)
@@ -163,7 +161,7 @@ class LossCalls(TorchFunctionMode):
     @property
     def in_part(self) -> bool:
         """Whether ``backward`` was called on a number that could not be followed."""
-        return self._missed and self._trained is None
+        return self._missed and self.trained is None
 
     def found(self) -> tuple[LossFunction, tuple[Tensor, ...], bool] | None:
         """Return the loss, what it reads beside the outputs, and whether these alone.
@@ -171,16 +169,16 @@ class LossCalls(TorchFunctionMode):
         The loss is what ``backward`` was called on, or, where that could not be
         followed, what the first of torch's loss functions returned; None if neither.
         """
-        result = self._trained or self._first
+        result = self.trained or self._first
         if result is None:
             return None
         beside, targets = self._beside, tuple(self._beside.targets)
-        step = self._steps[result.place] if result.of == "steps" else None
+        step = self.steps[result.place] if result.of == "steps" else None
         if step is None:
             return FollowedLoss([], result, "the model's own", {}, []), (), False
         if step.function not in KNOWN_LOSSES:
             name, rest = "that of the script", beside.constants
-            return FollowedLoss(self._steps, result, name, {}, rest), targets, False
+            return FollowedLoss(self.steps, result, name, {}, rest), targets, False
         options = {
             name: beside[x] if isinstance(x, At) else x
             for name, x in step.kwargs.items()
@@ -192,7 +190,7 @@ class LossCalls(TorchFunctionMode):
             plain = functools.partial(step.function, **options)
             return plain, (beside[step.args[1]],), True
         name = f"{step.function.__name__} of the script"
-        loss = FollowedLoss(self._steps, result, name, options, beside.constants)
+        loss = FollowedLoss(self.steps, result, name, options, beside.constants)
         return loss, targets, straight and len(targets) == 1
 
     def __torch_function__(
@@ -218,15 +216,15 @@ class LossCalls(TorchFunctionMode):
         at = self.at(root)
         if at in (None, _LOST) or root.numel() != 1:
             self._missed = self.of_module is None or self.of_module() is not root
-            if self._trained is not None:  # a part of the loss is not known
-                self._trained = self._first = None
+            if self.trained is not None:  # a part of the loss is not known
+                self.trained = self._first = None
                 self._rest()
             return
-        at = without_factors(at, self._steps, self._passes)
-        if self._trained is not None:
-            self._steps.append(Step(torch.add, (self._trained, at), {}, True))
-            at = At("steps", len(self._steps) - 1)
-        self._trained = at
+        at = without_factors(at, self.steps, self._passes)
+        if self.trained is not None:
+            self.steps.append(Step(torch.add, (self.trained, at), {}, True))
+            at = At("steps", len(self.steps) - 1)
+        self.trained = at
 
     def _follow(
         self,
@@ -263,16 +261,16 @@ class LossCalls(TorchFunctionMode):
         if draws(name) or grad or any(map(self._own.leads_to, free)):
             self._lose(written)
             return
-        if len(self._steps) == _MOST_STEPS:
+        if len(self.steps) == _MOST_STEPS:
             self._missed = True
             self._rest()
             return
-        place = len(self._steps)
+        place = len(self.steps)
         read, named = filled(
             without_statistics(func, args, kwargs), Tensor, self._stand_in
         )
         self._lose(written)
-        self._steps.append(Step(func, read, named, torch.is_grad_enabled()))
+        self.steps.append(Step(func, read, named, torch.is_grad_enabled()))
         for element, x in enumerate(results):
             if isinstance(x, Tensor):
                 own = None if isinstance(out, Tensor) else element

@@ -75,7 +75,7 @@ def remember(
     step: int,
     records: Mapping[str, Record],
 ) -> None:
-    """Append the numbers among ``records``; a long curve loses every other point.
+    """Append the numbers among ``records``; a long curve is thinned evenly.
 
     Args:
         history: Curves by tag, changed in place.
@@ -87,7 +87,17 @@ def remember(
             curve = history.setdefault(tag, [])
             curve.append((step, value))
             if len(curve) > MOST_KEPT:
-                del curve[1:-1:2]
+                curve[:] = _thinned(curve)
+
+
+def _thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return about half of the points that may be kept, as far apart everywhere."""
+    kept, last = curve[:1], curve[-1]
+    apart = 2 * (last[0] - kept[0][0]) / MOST_KEPT
+    for point in curve[1:-1]:
+        if point[0] - kept[-1][0] > apart:
+            kept.append(point)
+    return [*kept, last]
 
 
 class Sink(Protocol):

@@ -237,10 +237,9 @@ def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
     """
     model = snapshot.model
     with (
-        torch.inference_mode(False),
+        torch.inference_mode(False),  # which switches autograd on
         preserved_rng(model, seed),
         unmoved_buffers(model),
-        torch.enable_grad(),
         _uncast(),
     ):
         return {tag: plain(record) for tag, record in measure(snapshot).items()}

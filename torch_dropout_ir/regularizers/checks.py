@@ -10,7 +10,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
+from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.output_products import HessianProduct
@@ -21,6 +23,11 @@ from torch_dropout_ir.tracing import generators_moved
 _DRAWN: Final = (
     "the model draws noise besides its sites: what that adds is not in it, and it is "
     "at that noise as it was drawn"
+)
+_BESIDE: Final = (
+    "the loss also reads what the model keeps beside its outputs (in an attribute or a "
+    "closure): what dropout adds by way of that is left out. Return it with the "
+    "outputs, or use `second_order` or `monte_carlo`"
 )
 
 
@@ -237,6 +244,29 @@ def noise_left_out(
             "training, calls of dropout functions are off"
         )
     return tuple(said)
+
+
+def read_beside(
+    read: OutputsRead, edges: Iterable[GradientEdge], product: HessianProduct | None
+) -> tuple[str, ...]:
+    """Say whether a loss reads more of a pass than its outputs.
+
+    Args:
+        read: What it reads of the outputs.
+        edges: Where in the graph of the pass dropout acts.
+        product: What ``read.product()`` returned, where it is at hand.
+
+    Returns:
+        A note where it does, for derivatives in the outputs are without it.
+    """
+    if read.loss is not None and read.loss.kind != "general":
+        return ()
+    with torch.enable_grad():
+        given = [x.detach() for x in read.tensors]
+        value = read.risk(given) if product is None else product.value
+    sites = {edge.node for edge in edges}
+    starts = [value.grad_fn] if value.grad_fn else []
+    return (_BESIDE,) if any(node in sites for node in graph_nodes(starts)) else ()
 
 
 def check_differentiable(name: str, value: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_finite,
     checked_product,
+    read_beside,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
@@ -196,18 +197,17 @@ def _first_pass(
         own = loss.kind != "general"
         product = checked_product("gauss_newton", read, model, inputs, known=own)
         forms = RootForms(clean, read, num_samples, product)
+        beside = read_beside(read, clean.edges, product)
         del product  # where there is one draw, its graph goes with it
-        known = functools.partial(_known, model, clean, read, loss, forms)
-        summed = forms.sums(clean, read, keep=False)
-        if summed is not None:
+        known = functools.partial(_known, model, clean, read, loss, forms, beside)
+        if (summed := forms.sums(clean, read, keep=False)) is not None:
             about = known()
             return _Seen(about, forms, result=about.of(summed))
         if not RowChunks.pay(clean, read):
             draws, coupled = forms.draws(clean, read, keep=False)
             return _Seen(known(), forms, draws, coupled)
         kept = read_outputs(without_graph(clean.outputs), loss, targets)
-        twice = loss.kind == "general"
-        chunks = RowChunks(model, inputs, clean, kept, twice=twice, parts=_CHUNKS)
+        chunks = RowChunks(model, inputs, clean, kept, twice=not own, parts=_CHUNKS)
         if forms.one_pass:  # its graph goes as the derivatives come
             meet = clean.samples_meet(read.tensors[0])
             draws, _ = forms.draws(clean, read, coupled=False, keep=False)
@@ -250,8 +250,9 @@ def _known(
     read: OutputsRead,
     loss: Loss,
     forms: RootForms,
+    beside: tuple[str, ...],
 ) -> _Known:
-    notes = clean.noise_left_out(model)
+    notes = (*clean.noise_left_out(model), *beside)
     if not (forms.curved or check_curvature(read)):
         notes = (*notes, LINEAR)
     exact = is_exact(clean, loss, forms.num_samples)
@@ -283,12 +284,13 @@ def estimate(
     read = _read(clean, targets, loss)
     product = None if read.known else read.product()
     forms = RootForms(clean, read, num_samples, product)
+    beside = read_beside(read, clean.edges, product)
+    known = functools.partial(_known, model, clean, read, loss, forms, beside)
     summed = forms.sums(clean, read)
     if summed is not None:
-        return _known(model, clean, read, loss, forms).of(summed)
+        return known().of(summed)
     draws, coupled = forms.draws(clean, read)
-    known = _known(model, clean, read, loss, forms)
-    return known.estimate(draws, coupled or forms.loss_couples)
+    return known().estimate(draws, coupled or forms.loss_couples)
 
 
 def is_exact(clean: CleanPass, loss: Loss, num_samples: int | None) -> bool:

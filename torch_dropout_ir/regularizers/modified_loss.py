@@ -17,6 +17,7 @@ from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_batch,
     noise_left_out,
+    read_beside,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.closed_forms import last_layer_form
@@ -249,6 +250,10 @@ def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
     clean.check_reachable("modified_loss")
     if not clean.uses:  # p = 0 everywhere
         return torch.zeros(())
+    if r1 != "second_order":
+        read = read_outputs(clean.outputs, loss, targets)
+        for note in read_beside(read, clean.edges, None):
+            warnings.warn(f"modified_loss: R_1: {note}", stacklevel=4)
     if r1 in ("gauss_newton", "second_order"):
         return _sampled_form(clean, targets, loss, r1)
     form = last_layer if r1 == "last_layer" else leave_one_out
