@@ -140,34 +140,6 @@ def test_measuring_by_hand_returns_what_it_has_found_and_nothing_older():
             assert "says/x" not in analysis.measure()
 
 
-def test_what_fails_before_all_measures_is_put_off_and_said_until_it_works():
-    model, tried = mlp(), []
-    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
-
-    def fails(inputs, passes):
-        tried.append(passes)
-        raise MemoryError("full")
-
-    def steps(count):
-        for _ in range(count):
-            sgd.zero_grad()
-            nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
-            sgd.step()
-
-    says = Says(lambda step: 1.0)
-    with tdi.attach_analysis(model, log_dir=False, measures=[says]) as analysis:
-        steps(1)
-        assert says.tried == [0]
-        works, analysis.inputs_of = analysis.inputs_of, fails
-        with pytest.warns(UserWarning, match="MemoryError: full"):
-            steps(1000)
-        assert "full" in analysis.absent["capture"]
-        assert 0 < len(tried) < 200, "looked for as if it cost a step"
-        analysis.inputs_of = works
-        assert analysis.measure()["says/x"] == 1.0
-    assert not analysis.absent
-
-
 def test_a_sink_that_is_opened_late_is_opened_once_and_closed():
     kept, opened = sinks.Memory(), []
     late = delivery.Postponed(lambda: (opened.append(1), kept)[1])
