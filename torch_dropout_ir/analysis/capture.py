@@ -16,7 +16,7 @@ import contextlib
 import copy
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -31,10 +31,10 @@ from torch_dropout_ir.analysis.compiled_calls import (
     compiled_in_place,
 )
 from torch_dropout_ir.analysis.delivery import warn
-from torch_dropout_ir.analysis.followed_loss import At, inside, versions
+from torch_dropout_ir.analysis.followed_loss import At, versions
 from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.analysis.loss_calls import OUTPUT, LossCalls, sweep
-from torch_dropout_ir.analysis.own_pass import OTHER_PASS, OwnPass
+from torch_dropout_ir.analysis.own_pass import OTHER_PASS, OwnPass, unrepeatable
 from torch_dropout_ir.analysis.replay import OtherDraws, replay
 from torch_dropout_ir.analysis.root_hook import RootHook
 from torch_dropout_ir.inputs import Inputs
@@ -62,6 +62,7 @@ class Capture:
         calls: The calls of dropout functions that were found, by name.
         unseen: Noise that cannot be seen, by place, with the reason.
         failure: Why the masks of the last pass are not in the statistics.
+        lost: Why there are no inputs though there was a pass.
         unlike: How the measures' passes differ from the script's.
         bystanders: What the measures' own passes leave aside.
         want_masks: Whether to observe the masks of the coming pass.
@@ -83,7 +84,7 @@ class Capture:
         self.calls: dict[str, Site] = {}
         self.unseen: dict[str, str] = {}
         self.want_masks = self.want_targets = self._new_step = True
-        self.failure, self.unlike, self.started = "", "", float("-inf")
+        self.failure, self.unlike, self.lost, self.started = "", "", "", float("-inf")
         self._own: OwnPass | None = None
         self.paused = self.cast = self._open = self._with_graph = self._outside = False
         self._seconds = 0.0
@@ -184,9 +185,9 @@ class Capture:
         self.started = time.perf_counter()
         self._with_graph = torch.is_grad_enabled()
         self.cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        self._start = self._end = self.inputs = None
-        self.inputs = Inputs(args, kwargs).renewed()
-        self._versions = versions((args, kwargs))
+        self._start = self._end = None
+        self.inputs = Inputs(args, kwargs).renewed().cut_off()
+        self._versions, self.lost = versions((args, kwargs)), ""
         if self._open or self.want_masks or self.want_targets:
             self._open_step()
 
@@ -247,10 +248,9 @@ class Capture:
 
     def _check_inputs(self) -> None:
         """Let go of inputs of which no second pass is the same, or can be masked."""
-        given = self.inputs and (self.inputs.args, self.inputs.kwargs)
-        once = any(inside(given, Iterator))  # a generator is used up by the pass
-        nested = any(x.is_nested for x in inside(given, Tensor))
-        if once or nested or versions(given) != self._versions:
+        if self.inputs is not None:
+            self.lost = unrepeatable(self.inputs, self._versions)
+        if self.lost:
             self.inputs = None
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
@@ -286,7 +286,7 @@ class Capture:
         except Exception as err:  # a measure of its own: training goes on
             self.failure = f"the masks of the last step were not observed: {err}"
             if isinstance(err, OtherDraws):
-                self.unlike = OTHER_PASS
+                self.unlike = self.unlike or OTHER_PASS
             warn(self.failure)
         else:
             self.failure = ""

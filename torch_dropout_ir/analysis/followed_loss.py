@@ -24,7 +24,6 @@ _NORMALIZES: Final[dict[Any, tuple[tuple[str, ...], str, bool]]] = {
     torch.instance_norm: (_TORCHS, "use_input_stats", True),
 }
 _HALF: Final = (torch.bfloat16, torch.float16)
-_RANDOM: Final = ("bernoulli", "dropout", "multinomial", "normal_", "rand", "rrelu")
 _OPTIONS: Final = ("momentum", "eps", "cudnn_enabled")
 _TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
 _DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
@@ -281,11 +280,6 @@ def without_statistics(
     if given.get(own, default):
         given |= dict.fromkeys(("running_mean", "running_var"))
     return (), given
-
-
-def draws(name: str) -> bool:
-    """Whether a call of that name draws random numbers."""
-    return any(part in name for part in _RANDOM)
 
 
 def writes(name: str, kwargs: dict[str, Any]) -> bool:

@@ -34,7 +34,6 @@ from torch_dropout_ir.analysis.followed_loss import (
     Beside,
     FollowedLoss,
     Step,
-    draws,
     filled,
     inside,
     keeps_graph,
@@ -46,10 +45,11 @@ from torch_dropout_ir.analysis.followed_loss import (
     without_statistics,
     writes,
 )
-from torch_dropout_ir.analysis.function_modes import lay_under, take_away
+from torch_dropout_ir.analysis.function_modes import called, lay_under, take_away
 from torch_dropout_ir.analysis.own_graph import OwnGraph
 from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
 from torch_dropout_ir.regularizers.leaves import flatten
+from torch_dropout_ir.tracing import generators
 
 _MOST_STEPS: Final = 1000
 _BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
@@ -76,6 +76,7 @@ class LossCalls(TorchFunctionMode):
     def __init__(self, outputs: Any, passes: int, model: nn.Module) -> None:
         super().__init__()
         self._passes, self._own = passes, OwnGraph(model)
+        self._generators = generators(model)
         self.one = isinstance(outputs, Tensor)
         self._known: Any = WeakIdKeyDictionary()
         self._nodes: dict[tuple[Any, int], At] = {}
@@ -207,8 +208,8 @@ class LossCalls(TorchFunctionMode):
                 self._rest()
             return func(*args, **kwargs)
         number = unwritten(func, args, known=self.at(args[0] if args else None))
-        out = func(*args, **kwargs)
-        self._follow(func, args, kwargs, out, number)
+        out, drawn = called(func, args, kwargs, self._generators)
+        self._follow(func, args, kwargs, out, number, drawn)
         return out
 
     def _note(self, root: Any) -> None:
@@ -235,20 +236,19 @@ class LossCalls(TorchFunctionMode):
         kwargs: dict[str, Any],
         out: Any,
         number: tuple[Callable[..., Any], tuple[Any, ...]] | None,
+        drawn: bool,
     ) -> None:
         """List a call, if something of the outputs goes in and tensors come out.
 
-        One that writes is followed by ``number``, where there is that call without
-        writing.
+        One that writes is followed by ``number``, the call that does not, if any.
         """
         results = out if isinstance(out, (tuple, list)) else (out,)
         into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
         tensors = any(isinstance(x, Tensor) for x in results)
         if not tensors or all(at is None for _, at in into):
             return
-        name = getattr(func, "__name__", "")
         lost, written = any(at == _LOST for _, at in into), None
-        if writes(name, kwargs):
+        if writes(getattr(func, "__name__", ""), kwargs):
             written = args[0] if args else kwargs.get("out")
             if number is None or lost:
                 self._lose(written)
@@ -260,7 +260,7 @@ class LossCalls(TorchFunctionMode):
             return
         free = (x for x, at in into if at is None and x.requires_grad)
         grad = func is torch.autograd.grad  # in tensors of this pass alone
-        if draws(name) or grad or any(map(self._own.leads_to, free)):
+        if drawn or grad or any(map(self._own.leads_to, free)):
             self._lose(written)
             return
         if len(self._steps) == _MOST_STEPS:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.analysis.distributed import is_sharded
-from torch_dropout_ir.analysis.followed_loss import versions
+from torch_dropout_ir.analysis.followed_loss import inside, memory, versions
+from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.regularizers.leaves import flatten
 
 _OTHER_PARAMETERS: Final = (
@@ -19,7 +21,38 @@ OTHER_PASS: Final = (
     "run again on the same inputs the model did something else: it depends on what it "
     "has counted or carries on from pass to pass, and this is of a later pass"
 )
+_WRITTEN: Final = (
+    "the parameters were written on between the pass and this step (as by a step of "
+    "another optimizer, or where weights are put back): this is of what they are now"
+)
+_OTHER_MODE: Final = (
+    "modules have gone from training to evaluation mode or back since the pass: this "
+    "is of the model as it is now"
+)
 _CLOSE: Final = 0.01  # of the norm: kernels may differ, and autocast rounds
+
+
+_NOT_AGAIN: Final = "the last pass cannot be made again: {}"
+
+
+def unrepeatable(inputs: Inputs, before: list[int]) -> str:
+    """Say why no second pass of some inputs is the same, or can be masked.
+
+    Args:
+        inputs: The inputs.
+        before: Version counters of their tensors before the pass.
+
+    Returns:
+        Why; empty where there is one.
+    """
+    given = inputs.args, dict(inputs.kwargs)
+    if any(inside(given, Iterator)):
+        return _NOT_AGAIN.format("a generator among its inputs is used up by it")
+    if any(x.is_nested for x in inside(given, Tensor)):
+        return "nested tensors are not measured"
+    if versions(given) != before:
+        return _NOT_AGAIN.format("its inputs were written on in place since it began")
+    return ""
 
 
 class OwnPass:
@@ -31,7 +64,8 @@ class OwnPass:
     """
 
     def __init__(self, model: nn.Module, outputs: Any) -> None:
-        self._parameters = _identities(model)
+        self._parameters, self._written = _identities(model), _written(model)
+        self._modes = [m.training for m in model.modules()]
         self._versions = versions(flatten(outputs)[0])
 
     def unlike(self, model: nn.Module, outputs: Any = None, again: Any = None) -> str:
@@ -49,6 +83,10 @@ class OwnPass:
         now = _identities(model)
         if self._parameters and now and self._parameters != now:
             return _OTHER_PARAMETERS
+        if now and _written(model) != self._written:
+            return _WRITTEN
+        if [m.training for m in model.modules()] != self._modes:
+            return _OTHER_MODE
         leaves = flatten(outputs)[0]
         if versions(leaves) != self._versions:
             return ""
@@ -60,6 +98,12 @@ def _identities(model: nn.Module) -> list[int]:
     """Which tensors the parameters are; none of a sharded model, which changes them."""
     own = list(model.parameters())
     return [] if any(map(is_sharded, own)) else [id(x) for x in own]
+
+
+def _written(model: nn.Module) -> list[Any]:
+    """What tells that a parameter was written on, or is elsewhere (``x.data = ``)."""
+    own = list(model.parameters())
+    return [versions(own), *map(memory, own)]
 
 
 def _alike(x: Any, y: Any) -> bool:

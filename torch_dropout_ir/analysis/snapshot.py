@@ -43,6 +43,7 @@ class Snapshot:
         gradients: Gradient that the optimizer is about to use, by parameter name.
         statistics: Mask statistics by site name.
         source: Which batch that is, in words.
+        lost: Why there are no inputs though there was a pass.
         notes: Where a measure says by tag how a number was obtained.
         absent: Where a measure says by tag why it left a number out.
         ranks: The processes that train together, each with a batch of its own. All
@@ -61,6 +62,7 @@ class Snapshot:
     gradients: dict[str, Tensor] | None = None
     statistics: dict[str, MaskStatistics] = dataclasses.field(default_factory=dict)
     source: str = "this step's batch"
+    lost: str = ""
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
     ranks: Ranks = dataclasses.field(default_factory=Ranks)
@@ -87,7 +89,7 @@ class Snapshot:
             if need in needs and missing:
                 # Calls of dropout functions, masks and the loss are seen in a pass.
                 unseen = need != "gradients" and self.inputs is None
-                return _LACKING["inputs"] if unseen else reason
+                return (self.lost or _LACKING["inputs"]) if unseen else reason
         return None
 
 
@@ -101,10 +103,8 @@ _LACKING: Final[dict[Need, str]] = {
         "no call of the model in training mode was seen yet: attach to the module that "
         "the script calls as `model(...)`; where it calls a method of another name, to "
         "the part that drops: what follows that counts as loss (a model "
-        "that was compiled since is measured from the next time on; one whose inputs "
-        "are nested tensors, change in place or are used up before the optimizer "
-        "steps, or that runs inside `torch.func` transforms or a compiled function "
-        "alone, cannot be measured)"
+        "that was compiled since is measured from the next time on; one that runs "
+        "inside `torch.func` transforms or a compiled function alone cannot be)"
     ),
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "

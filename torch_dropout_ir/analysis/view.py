@@ -91,6 +91,7 @@ class View:
             inputs=inputs,
             targets=targets,
             source=source,
+            lost=capture.lost,
             batches=seen if batch.data is None else batch.data,
             lr=lr,
             gradients=gradients,
