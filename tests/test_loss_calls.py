@@ -356,12 +356,19 @@ def hidden(layer):
     return checkpoint(layer, given, use_reentrant=True)
 
 
+def blanked(outputs):
+    outputs[:, 0] = 0.0
+    return F.cross_entropy(outputs, LABELS)
+
+
 ATTENTION = nn.MultiheadAttention(3, 1, dropout=0.5)
 REFUSED = {
     "writes": lambda m: m(X).sub_(Y).square().mean(),
     "random": lambda m: F.dropout(m(X), 0.5).square().mean(),
     "random within": lambda m: F.gumbel_softmax(m(X))[:, 0].mean(),
     "attention": lambda m: ATTENTION(*[m(X)] * 3)[0].square().mean(),
+    "writes by index": lambda m: blanked(m(X)),
+    "another pass": lambda m: (m(X) * (b := m(X)).detach()).sum() + b.square().sum(),
     "other ways": lambda m: (m(X) * m[0].weight.sum()).square().mean(),
     "a function of its own": lambda m: Doubled.apply(m(X)).square().mean(),
     "what hides its parameters": lambda m: (m(X) * hidden(m[3])).sum(),

@@ -244,8 +244,7 @@ class LossCalls(TorchFunctionMode):
         """
         results = out if isinstance(out, (tuple, list)) else (out,)
         into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
-        tensors = any(isinstance(x, Tensor) for x in results)
-        if not tensors or all(at is None for _, at in into):
+        if all(at is None for _, at in into):
             return
         lost, written = any(at == _LOST for _, at in into), None
         if writes(getattr(func, "__name__", ""), kwargs):
@@ -255,6 +254,8 @@ class LossCalls(TorchFunctionMode):
                 return
             func, args = number
             into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
+        elif not any(isinstance(x, Tensor) for x in results):
+            return
         if lost:
             self._known.update((x, _LOST) for x in results if isinstance(x, Tensor))
             return
@@ -275,8 +276,7 @@ class LossCalls(TorchFunctionMode):
         self._steps.append(Step(func, read, named, torch.is_grad_enabled()))
         for element, x in enumerate(results):
             if isinstance(x, Tensor):
-                own = None if isinstance(out, Tensor) else element
-                self._known[x] = At("steps", place, own)
+                self._known[x] = At("steps", place, None if x is out else element)
         if self._first is None and func in TORCH_LOSSES and out.numel() == 1:
             self._first = At("steps", place)
 

@@ -51,7 +51,7 @@ class OwnGraph:
                 self._found[root] = True
                 return True
             behind = {n for n, _ in node.next_functions if n is not None} - seen
-            waiting += [n for n in behind if self._found.get(n) is None]
+            waiting += [n for n in behind if self._found.get(n, True)]
             seen |= behind
         self._found |= dict.fromkeys(seen, False)
         return False

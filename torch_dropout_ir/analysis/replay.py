@@ -252,7 +252,8 @@ class _Calls(ModuleCalls):
         if id(module) in self._sites:
             site = self._sites[id(module)]
         else:
-            site = self._site(name.rstrip("_"), p, KINDS.get(name))
+            own = "dropout" if name == "native_dropout" else name.rstrip("_")
+            site = self._site(own, p, KINDS.get(own))
             if name not in RECURRENT:
                 self._found.calls[site.name] = site
         with self._draws.of(site, (args, kwargs)):
@@ -265,7 +266,7 @@ def _rate(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     def given(place: int, key: str, default: Any) -> Any:
         return args[place] if len(args) > place else kwargs.get(key, default)
 
-    if name in KINDS:
+    if name in KINDS or name == "native_dropout":
         on = given(2, "training", kwargs.get("train", True))
         return float(given(1, "p", 0.5)) if on else 0.0
     if name == "scaled_dot_product_attention":
