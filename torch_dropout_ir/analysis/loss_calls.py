@@ -3,11 +3,11 @@
 Semantics:
 
 * Calls of torch's functions on what comes of the outputs are listed, until the script
-  calls ``backward``: on the loss. The list, run again on other outputs, is their loss.
-  Where that call keeps the graph, another one can follow: the losses are added up.
-* Of that number the last factor is taken away where it is a tensor, as a gradient
-  scaler has it, and a division by the number of passes that went backward since the
-  last optimizer step, as scripts that accumulate gradients do it.
+  calls ``backward`` (or asks for gradients in parameters): on the loss. The list, run
+  again on other outputs, is their loss. Where that call keeps the graph, another one
+  can follow: the losses are added up.
+* Of that number a gradient scaler's factor is taken away, and a division by the number
+  of passes that went backward since the last optimizer step, as in accumulation.
 * What is written on (``loss += ...``, ``each.masked_fill_(...)``), but for the outputs
   themselves, is followed as if a new tensor were made.
 * Nothing else is followed that was written on, nor what draws random numbers, is a
@@ -30,13 +30,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_dropout_ir.analysis.followed_loss import (
+    TIMES,
     At,
     Beside,
     FollowedLoss,
     Step,
     filled,
     inside,
-    keeps_graph,
     leading_to,
     memory,
     unwritten,
@@ -46,16 +46,13 @@ from torch_dropout_ir.analysis.followed_loss import (
     writes,
 )
 from torch_dropout_ir.analysis.function_modes import called, lay_under, take_away
-from torch_dropout_ir.analysis.own_graph import OwnGraph
+from torch_dropout_ir.analysis.own_graph import OwnGraph, copied_from
+from torch_dropout_ir.analysis.roots import by_scaler, goes_back
 from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
 from torch_dropout_ir.regularizers.leaves import flatten
 from torch_dropout_ir.tracing import generators
 
 _MOST_STEPS: Final = 1000
-_BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
-# Nodes of the graph that make copies, in order: one tells DDP when the backward pass
-# starts (`find_unused_parameters`, `static_graph`), one calls hooks of that pass.
-_COPYING: Final = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
 # The output of a model that returns a tensor, or the first of several.
 OUTPUT: Final = At("outputs", 0)
 _LOST: Final = At("lost", 0)  # what was written on, or comes of that
@@ -76,7 +73,7 @@ class LossCalls(TorchFunctionMode):
     def __init__(self, outputs: Any, passes: int, model: nn.Module) -> None:
         super().__init__()
         self._passes, self._own = passes, OwnGraph(model)
-        self._generators = generators(model)
+        self._model, self._generators = model, generators(model)
         self.one = isinstance(outputs, Tensor)
         self._known: Any = WeakIdKeyDictionary()
         self._nodes: dict[tuple[Any, int], At] = {}
@@ -85,7 +82,8 @@ class LossCalls(TorchFunctionMode):
         self._beside = Beside([], [])
         self._versions: dict[At, list[int]] = {}
         self._first: At | None = None
-        self._trained: At | None = None
+        self._roots: dict[str, At] = {}
+        self._scales: set[int] = set()
         self._missed = False
         self.of_module: weakref.ref[Tensor] | None = None
         for place, leaf in enumerate(flatten(outputs)[0]):
@@ -127,30 +125,25 @@ class LossCalls(TorchFunctionMode):
         if found is not None and found.of == "steps" and x.requires_grad:
             if not self._steps[found.place].differentiated:
                 found = None  # of a function with a derivative of its own
-        return self._copied(x) if found is None else found
-
-    def _copied(self, x: Tensor) -> At | None:
-        """Return where a tensor comes from that nodes of the graph have copied."""
-        node, place, found = x.grad_fn, x.output_nr, None
-        while found is None and node is not None and node.name() in _COPYING:
-            if place >= len(node.next_functions):
-                break
-            node, place = node.next_functions[place]
-            found = self._nodes.get((node, place))
-        return found
+        return copied_from(x, self._nodes) if found is None else found
 
     def lost(self, outputs: Any) -> bool:
         """Whether some of the outputs were written on since the pass."""
         return any(self.at(x) == _LOST for x in inside(outputs, Tensor))
 
+    @property
+    def _trained(self) -> At | None:
+        """What the script goes back from; where by ``backward``, by that alone."""
+        return self._roots.get("backward") or self._roots.get("grad")
+
     def trained_on(self, x: At | None) -> bool:
-        """Whether ``backward`` was called on that number, or on it times a factor."""
+        """Whether the script goes back from that number, or from it times a factor."""
         return x is not None and x == self._trained
 
     @property
     def went_back(self) -> bool:
         """Whether ``backward`` was called, or may have been when it looked no more."""
-        return self.rests or self._missed or self._trained is not None
+        return self.rests or self._missed or "backward" in self._roots
 
     @property
     def overwritten(self) -> bool:
@@ -202,9 +195,10 @@ class LossCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or not self._looking:
             return func(*args, **kwargs)
-        if func in _BACKWARD:
-            self._note(args[0] if args else None)
-            if not keeps_graph(args, kwargs):
+        if (back := goes_back(func, args, kwargs, self._model)) is not None:
+            how, root, keeps = back
+            self._note(root, how)
+            if not keeps:
                 self._rest()
             return func(*args, **kwargs)
         number = unwritten(func, args, known=self.at(args[0] if args else None))
@@ -212,22 +206,22 @@ class LossCalls(TorchFunctionMode):
         self._follow(func, args, kwargs, out, number, drawn)
         return out
 
-    def _note(self, root: Any) -> None:
+    def _note(self, root: Any, how: str) -> None:
         """The script goes back from here: this is what it trains on."""
         if isinstance(root, (tuple, list)) and len(root) == 1:
             root = root[0]
-        at = self.at(root)
+        at, before = self.at(root), self._roots.get(how)
         if at in (None, _LOST) or root.numel() != 1:
             self._missed = self.of_module is None or self.of_module() is not root
-            if self._trained is not None:  # a part of the loss is not known
-                self._trained = self._first = None
+            if before is not None:  # a part of the loss is not known
+                self._roots, self._first = {}, None
                 self._rest()
             return
-        at = without_factors(at, self._steps, self._passes)
-        if self._trained is not None:
-            self._steps.append(Step(torch.add, (self._trained, at), {}, True))
+        at = without_factors(at, self._steps, self._passes, self._scales)
+        if before is not None:
+            self._steps.append(Step(torch.add, (before, at), {}, True))
             at = At("steps", len(self._steps) - 1)
-        self._trained = at
+        self._roots[how] = at
 
     def _follow(
         self,
@@ -274,6 +268,8 @@ class LossCalls(TorchFunctionMode):
         )
         self._lose(written)
         self._steps.append(Step(func, read, named, torch.is_grad_enabled()))
+        if getattr(func, "__name__", "") in TIMES and by_scaler():
+            self._scales.add(place)
         for element, x in enumerate(results):
             if isinstance(x, Tensor):
                 self._known[x] = At("steps", place, None if x is out else element)
