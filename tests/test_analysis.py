@@ -261,18 +261,35 @@ def test_foreign_masks_are_observed_as_they_are():
     assert analysis.latest["mask/z_score/2"] == pytest.approx(z, rel=1e-5)
 
 
-def test_a_subclass_with_a_forward_of_its_own_is_no_site():
-    class Halves(nn.Dropout):
-        def forward(self, x):
-            return super().forward(x) / 2
+class Halves(nn.Dropout):
+    """Calls torch's function in a forward of its own, as spatial dropout does."""
 
-    class Named(nn.Dropout):
-        pass
+    def forward(self, x):
+        return super().forward(x) / 2
 
-    model = nn.Sequential(nn.Linear(6, 4), Halves(), Named(), nn.Linear(4, 3))
-    with tdi.attach_analysis(model, log_dir=False) as analysis:
-        observed = {site.kind: site.observed for site in analysis.sites}
-    assert observed == {"Named": True, "Halves": False}
+
+class Named(nn.Dropout):
+    pass
+
+
+def test_what_a_subclass_drops_in_a_forward_of_its_own_is_in_r1():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), Halves(0.3), Named(0.2), nn.Linear(4, 3))
+    batch = torch.randn(8, 6), torch.randn(8, 3)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        F.mse_loss(model(batch[0]), batch[1]).backward()
+        sgd.step()
+    found = {site.name: site.observed for site in analysis.sites}
+    assert found == {"2": True, "1:dropout#0": True}
+    squares = (model[0](batch[0]) / 2).square() @ model[3].weight.square().sum(0)
+    squares = squares.detach() / 24
+    one, other = 0.3 / 0.7, 0.2 / 0.8
+    truth = ((1 + one) * (1 + other) - 1) * float(squares.sum())
+    error = analysis.latest["regularizer/R1_standard_error"]
+    assert abs(analysis.latest["regularizer/R1"] - truth) < 4 * error < truth
+    sites = tdi.regularizers.gauss_newton(model, batch, "mse", num_samples=None)
+    torch.testing.assert_close(sites.per_site["1:dropout#0"], one * squares.sum())
 
 
 @pytest.mark.parametrize("make", [mlp, deep, convolutional])

@@ -84,6 +84,40 @@ def test_outputs_that_the_script_writes_on_are_not_compared():
     assert analysis.latest["loss/R_S"] > 0 and not analysis.notes["loss/R_S"]
 
 
+@pytest.mark.parametrize("back", [True, False])
+def test_parameters_that_have_moved_since_the_pass_are_said(back):
+    """Of sharpness-aware minimization the second pass is made elsewhere."""
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watched(model) as analysis:
+        x, y = batch()
+        F.cross_entropy(model(x), y).backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.1 * p.grad
+        sgd.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        if back:
+            for p, was in zip(model.parameters(), before, strict=True):
+                p.data = was
+        clean = F.cross_entropy(nn.Sequential(*model[:2], model[3])(x), y)
+        sgd.step()
+    assert analysis.latest["loss/R_S"] == pytest.approx(float(clean.detach()))
+    assert ("were written on" in analysis.notes["loss/R_S"]) is back
+
+
+def test_a_change_of_mode_since_the_pass_is_said():
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watched(model) as analysis, pytest.warns(UserWarning, match="not observed"):
+        x, y = batch()
+        F.cross_entropy(model(x), y).backward()
+        model.eval()
+        sgd.step()
+    assert "to evaluation mode" in analysis.notes["loss/R_S"]
+
+
 def test_parameters_of_another_model_are_said():
     """Of meta-learning the query batch is seen, not what the inner steps have made."""
     model = mlp()

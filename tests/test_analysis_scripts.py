@@ -169,6 +169,48 @@ def test_generators_of_python_and_numpy_do_not_move():
     compare(lambda attach: loop(Layerdrop(), attach))
 
 
+class Cell(nn.Module):
+    """One step of a decoder, which the script calls for each symbol."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.drop, self.head = (
+            nn.GRUCell(6, 8),
+            nn.Dropout(),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x, state):
+        state = self.cell(x, state)
+        return self.head(self.drop(state)), state
+
+
+def test_a_pass_on_what_an_earlier_one_has_made_is_measured_on_that():
+    clean = []
+
+    def script(attach):
+        model, x, y = Cell(), torch.randn(4, 8, 6), torch.randn(4, 8, 3)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        with attach(model) as analysis:
+            for _ in range(3):
+                hidden, losses = torch.zeros(8, 8), []
+                for at, target in zip(x, y, strict=True):
+                    before = hidden.detach()
+                    outputs, hidden = model(at, hidden)
+                    losses.append(F.mse_loss(outputs, target))
+                sgd.zero_grad()
+                sum(losses).backward()
+                outputs = model.head(model.cell(x[-1], before))
+                clean.append(float(F.mse_loss(outputs, y[-1]).detach()))
+                sgd.step()
+        return state(model), analysis
+
+    analysis = compare(script)
+    assert not analysis.absent
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean[-1])
+    assert analysis.latest["regularizer/R2_dropout_noise"] > 0
+
+
 class WritesOnInputs(nn.Module):
     def __init__(self):
         super().__init__()

@@ -34,6 +34,7 @@ CALLS = {
     "keywords": lambda h, on: F.dropout(input=h, p=0.3, training=on),
     "torch.dropout": lambda h, on: torch.dropout(h, 0.3, on),
     "in place": lambda h, on: F.dropout(h, 0.3, on, inplace=True),
+    "torch.native_dropout": lambda h, on: torch.native_dropout(h, 0.3, on)[0],
     "ours": lambda h, on: tdi.dropout(h, 0.3, on),
 }
 
@@ -60,6 +61,19 @@ def test_a_call_is_a_site_like_a_module(name):
     torch.testing.assert_close(r1, expected_dropout_loss(twin, batch, "mse"))
     drawn = monte_carlo(net, batch, "mse", num_masks=500)
     assert (drawn.value - expected.value).abs() < 4 * drawn.standard_error
+
+
+@pytest.mark.parametrize("name", CALLS.keys() - {"in place"})
+def test_the_mask_of_a_call_is_observed(name):
+    torch.manual_seed(0)
+    net = Functional(CALLS[name], width=200).double()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.0)
+    with tdi.attach_analysis(net, log_dir=False, every=1) as analysis:
+        F.mse_loss(net(batch_for(net)[0]), batch_for(net)[1]).backward()
+        sgd.step()
+    assert [(site.name, site.reason) for site in analysis.sites] == [(":dropout#0", "")]
+    kept = analysis.latest["mask/keep_rate/:dropout#0"]
+    assert abs(kept - 0.7) < 4 * (0.21 / 800) ** 0.5
 
 
 def real_mean(net, batch, loss, draws=3000):

@@ -1,5 +1,6 @@
 """What models of other packages do, imitated: outputs, inputs and ways to call them."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributions, nn
@@ -203,11 +204,51 @@ def test_the_summary_says_once_what_is_said_of_many():
         sgd.step()
     text = analysis.summary()
     assert "p=nan" not in text
+    assert "this is at one draw of them" in analysis.notes["loss/R_S"]
     assert ":randn_like  call  not observed: random numbers that no dropout" in text
     assert text.count("no graph of what follows it could be traced") == 1
     first = "condensation/orientation_amplitude/parts.0"
     assert f"  {first} and 5 more of condensation: amplitudes are" in text
     assert "no graph of what follows `last` could be traced" in text
+
+
+class Messages(nn.Module):
+    """Graph convolution with the edges in a sparse matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.drop = (
+            nn.Linear(4, 5),
+            nn.Linear(5, 3),
+            nn.Dropout(0.4),
+        )
+
+    def forward(self, x, edges):
+        h = (edges @ self.one(x)).tanh()
+        return edges @ self.two(self.drop(h))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.strided])
+def test_curvature_with_edges_in_a_sparse_matrix(layout):
+    torch.manual_seed(0)
+    net, x, y = Messages(), torch.randn(8, 4), torch.randint(3, (8,))
+    edges = (torch.eye(8) + torch.eye(8).roll(1, 0)) / 2
+    given = edges.to_sparse() if layout is torch.sparse_coo else edges
+    sgd = torch.optim.SGD(net.parameters(), lr=0.0)
+    with tdi.attach_analysis(net, log_dir=False, every=1) as analysis:
+        F.cross_entropy(net(x, given)[:5], y[:5]).backward()
+        sgd.step()
+
+    def risk(params):
+        out = torch.func.functional_call(net.eval(), params, (x, edges))
+        return F.cross_entropy(out[:5], y[:5])
+
+    own = {n: p.detach() for n, p in net.named_parameters()}
+    blocks = torch.func.hessian(risk)(own)
+    rows = [[blocks[a][b].reshape(own[a].numel(), -1) for b in own] for a in own]
+    top = torch.linalg.eigvalsh(torch.cat([torch.cat(row, 1) for row in rows]))[-1]
+    found = analysis.latest["sharpness/top_eigenvalue"]
+    assert found == pytest.approx(float(top), rel=2e-3)
 
 
 class Counted(nn.Module):

@@ -219,6 +219,50 @@ def test_ranks_weigh_what_the_loss_counts():
     assert analysis.loss.reduction == "sum"
 
 
+def test_a_tensor_that_the_loss_is_weighted_by_is_a_part_of_it():
+    """It looks as a gradient scaler's factor does."""
+    weight = torch.tensor(3.0)
+    analysis, clean = measured(mlp(), lambda m: F.mse_loss(m(X), Y) * weight)
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_gradients_that_the_script_asks_for_are_trained_on(at_once):
+    """As of several tasks, whose gradients it puts together."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    own = list(model.parameters())
+
+    def tasks():
+        out = model(X)
+        return F.cross_entropy(out, LABELS), 0.3 * F.mse_loss(out, Y)
+
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer()]
+    ) as analysis:
+        roots = [sum(tasks())] if at_once else tasks()
+        asked = [torch.autograd.grad(x, own, retain_graph=True) for x in roots]
+        for p, *slopes in zip(own, *asked, strict=True):
+            p.grad = sum(slopes)
+        optimizer.step()
+    model.eval()
+    clean = float(sum(tasks()).detach())
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    assert not analysis.notes["loss/R_S"]
+
+
+def test_gradients_that_the_script_looks_at_are_not_trained_on():
+    def balanced(model):
+        out = model(X)
+        both = F.cross_entropy(out, LABELS), F.mse_loss(out, Y)
+        for x in both if out.requires_grad else ():
+            torch.autograd.grad(x, model[0].weight, retain_graph=True)
+        return both[0] + both[1]
+
+    analysis, clean = measured(mlp(), balanced)
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+
+
 def test_scalers_and_accumulation_are_no_part_of_it():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     analysis, clean = measured(mlp(), lambda m: scaler.scale(F.mse_loss(m(X), Y)))
@@ -400,9 +444,19 @@ def hidden(layer):
     return checkpoint(layer, given, use_reentrant=True)
 
 
+def blanked(outputs):
+    outputs[:, 0] = 0.0
+    return F.cross_entropy(outputs, LABELS)
+
+
+ATTENTION = nn.MultiheadAttention(3, 1, dropout=0.5)
 REFUSED = {
     "writes": lambda m: m(X).sub_(Y).square().mean(),
     "random": lambda m: F.dropout(m(X), 0.5).square().mean(),
+    "random within": lambda m: F.gumbel_softmax(m(X))[:, 0].mean(),
+    "attention": lambda m: ATTENTION(*[m(X)] * 3)[0].square().mean(),
+    "writes by index": lambda m: blanked(m(X)),
+    "another pass": lambda m: (m(X) * (b := m(X)).detach()).sum() + b.square().sum(),
     "other ways": lambda m: (m(X) * m[0].weight.sum()).square().mean(),
     "a function of its own": lambda m: Doubled.apply(m(X)).square().mean(),
     "what hides its parameters": lambda m: (m(X) * hidden(m[3])).sum(),

@@ -2,8 +2,10 @@
 
 import copy
 import io
+import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -199,7 +201,14 @@ class Functional(nn.Module):
         return torch.nn.functional.dropout(x, 0.5, self.training)
 
 
-@pytest.mark.parametrize("layer", [nn.Dropout(), tdi.Dropout(), Functional()])
+class ByPythonAndNumpy(nn.Module):
+    def forward(self, x):
+        return x * random.random() + np.random.rand()
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(), tdi.Dropout(), Functional(), ByPythonAndNumpy()]
+)
 def test_frozen_masks_freeze_and_leave_the_stream(layer):
     x = torch.ones(200)
     state = torch.get_rng_state()

@@ -2,9 +2,11 @@
 
 import copy
 import functools
+import random
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -796,6 +798,27 @@ def test_rows_that_meet_in_a_hinge_have_no_units_left_out():
     assert apart(h, None) == 0  # not met, and without a derivative
     with pytest.raises(ValueError, match="couples rows"):
         leave_one_out(h, w, 0.5, outputs=h, targets=None, loss=apart)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_noise_of_other_generators_is_drawn_afresh_on_both_sides(draw):
+    """What is linear has no R_1; a risk at one draw alone would be off by that draw."""
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.1)
+
+        def forward(self, x):
+            return self.drop(x) + draw()
+
+    random.seed(1), np.random.seed(9)
+    assert draw() < 0.2  # the first draw, of the risk without dropout, is far from 1/2
+    random.seed(1), np.random.seed(9)
+    batch = torch.full((9, 100), 0.1), torch.zeros(9)
+    found = monte_carlo(Shifted(), batch, lambda y, _: y.mean(), num_masks=64)
+    assert abs(found.value) < 4 * found.standard_error
+    assert found.standard_error == pytest.approx((2 / 12 / 64) ** 0.5, rel=0.3)
 
 
 @pytest.mark.parametrize("kind", ["L1", "L4"])

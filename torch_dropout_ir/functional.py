@@ -231,8 +231,7 @@ def preserved_rng(model: nn.Module, seed: int | None = None) -> Iterator[None]:
 
     Args:
         model: The model, whose devices' generators count.
-        seed: Seed of torch's generators inside the context; None goes on from where
-            they are.
+        seed: Their seed inside the context; None goes on from where they are.
 
     Yields:
         Nothing.
@@ -243,6 +242,8 @@ def preserved_rng(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=devices):
             if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed % 2**32)
                 torch.default_generator.manual_seed(seed)
                 for device in devices:
                     torch.cuda.default_generators[device].manual_seed(seed)

@@ -44,6 +44,16 @@ class Inputs:
         named = {name: _renewed(x) for name, x in self.kwargs.items()}
         return Inputs(tuple(map(_renewed, self.args)), named)
 
+    def cut_off(self) -> Inputs:
+        """Return the same arguments, each tensor without the graph that has made it.
+
+        That graph is gone when the script has gone back through it.
+        """
+        both = self.args, dict(self.kwargs)
+        if not any(_made(x) for x in _pytree.tree_leaves(both)):
+            return self  # as most are
+        return Inputs(*_pytree.tree_map_only(Tensor, _cut_off, both))
+
     def copied(self) -> Inputs:
         """Return the same arguments with a copy of each tensor."""
         both = self.args, dict(self.kwargs)
@@ -59,6 +69,14 @@ class Inputs:
         if not (tensors := [x for x in leaves if isinstance(x, Tensor)]):
             raise TypeError("expected a batch whose inputs hold a tensor, got none")
         return tensors[0]
+
+
+def _made(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.grad_fn is not None
+
+
+def _cut_off(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_() if _made(x) else x
 
 
 def _renewed(x: Any) -> Any:

@@ -258,10 +258,10 @@ def restore_dropout_(model: nn.Module) -> nn.Module:
 def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     """Make every forward pass of ``model`` inside the context see the same masks.
 
-    Before each forward pass torch's generators are seeded, after it they are given
-    back, so any kind of dropout in the model is frozen (torch's modules and functions
-    too) and the random stream outside does not move. Masks are the same for inputs of
-    the same shape. Calls of a submodule alone are not frozen.
+    Before each forward pass the generators of torch, Python and NumPy are seeded, after
+    it they are given back, so any kind of dropout in the model is frozen (torch's
+    modules and functions too) and the random streams outside do not move. Masks are the
+    same for inputs of the same shape. Calls of a submodule alone are not frozen.
 
     Args:
         model: The model.

@@ -11,6 +11,8 @@ Semantics:
   the shape ``[N, C, 1, ...]`` and is shared by all positions), per sample by stochastic
   depth.
 * A site that is used several times in one forward pass is one site, whose uses add.
+* A subclass of a dropout module with a forward of its own is a module like any: what it
+  calls of torch's dropout functions is a site, other random numbers are noise.
 * :func:`unobservable` lists what can be told from outside of other noise. Calls are
   found in a forward pass alone.
 """
@@ -19,13 +21,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 CHANNEL_DROPOUT: Final = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_FORWARDS: Final = tuple(kind.forward for kind in (nn.Dropout, *CHANNEL_DROPOUT))
 # At any rank but this one torch reads the input as one sample without batch dimension.
 _BATCHED_RANK: Final = ((nn.Dropout1d, 3), (nn.Dropout3d, 5))
 _OTHER_NOISE: Final = (nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -152,22 +155,14 @@ def acts(site: Site, model: nn.Module) -> bool:
     return site.p > 0 and (site.module.training or not model.training)
 
 
-def plain_forward(module: nn.Module) -> Callable[..., Tensor] | None:
-    """Return torch's own forward of a dropout module's kind; None for other modules."""
-    for kind in (nn.Dropout, *CHANNEL_DROPOUT):
-        if isinstance(module, kind):
-            return kind.forward
-    return None
-
-
 def is_site(module: nn.Module) -> bool:
-    """Whether the noise is torch's: a subclass with another forward may draw others."""
+    """Whether its noise is torch's: a subclass with another forward may draw others."""
     if type(module) in QUIET or isinstance(module, torch.jit.ScriptModule):
         return False
     if is_stochastic_depth(module):
         return True
     own = getattr(type(module).forward, "draws_as_torch", False)
-    return own or type(module).forward is plain_forward(module)
+    return own or type(module).forward in _FORWARDS
 
 
 def find_sites(model: nn.Module) -> tuple[Site, ...]:
@@ -216,11 +211,10 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def is_noise(module: nn.Module) -> bool:
-    """Whether a module does nothing but draw noise, of a kind that is known or not."""
+    """Whether a module does nothing but draw noise, of a kind that is known."""
     if type(module) in QUIET:
         return False
-    other = isinstance(module, _OTHER_NOISE)
-    return other or is_site(module) or plain_forward(module) is not None
+    return isinstance(module, _OTHER_NOISE) or is_site(module)
 
 
 def unobservable(model: nn.Module) -> dict[str, str]:
@@ -234,12 +228,7 @@ def out_of_sight(named: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
     for name, module in named:
         if type(module) in LAYERS:
             continue
-        if plain_forward(module) is not None and not is_site(module):
-            reasons[name] = (
-                f"{type(module).__name__} has a forward of its own: what it multiplies "
-                "by is not known"
-            )
-        elif isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, torch.jit.ScriptModule):
             if "Dropout" in module.original_name:
                 reasons[name] = "its code is scripted: calls in it are not seen"
         elif isinstance(module, _OTHER_NOISE):

@@ -32,7 +32,7 @@ class Survey:
         modules: Its modules by name, in the order of ``model.named_modules()``.
         sites: Those that draw noise in training: some may be kept in evaluation. Where
             the whole model is in evaluation mode, all count.
-        noise: Those that do nothing but draw noise, of a kind that is known or not.
+        noise: Those that do nothing but draw noise, of a kind that is known.
         callers: Those that may call dropout, by name.
         others: Those that are no layers of torch, by name.
         has_buffers: Whether one of them holds a buffer.

@@ -7,8 +7,10 @@ which costs speed or statistics, never a wrong mask.
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -94,8 +96,30 @@ def random_state(model: nn.Module) -> list[Tensor]:
 
 def generators_moved(model: nn.Module) -> Callable[[], bool]:
     """Return what tells whether a generator that a pass may draw from has moved."""
-    states = [(g, g.get_state()) for g in generators(model)]
+    return any_moved(generators(model))
+
+
+def any_moved(found: Sequence[torch.Generator]) -> Callable[[], bool]:
+    """Return what tells whether one of some generators has moved."""
+    states = [(g, g.get_state()) for g in found]
     return lambda: any([not torch.equal(g.get_state(), x) for g, x in states])
+
+
+def anything_drawn(model: nn.Module) -> Callable[[], bool]:
+    """Return what :func:`generators_moved` does, of Python's and NumPy's ones too.
+
+    Layers are dropped by them, and words replaced; to ask them takes as long as a small
+    pass.
+    """
+    moved, of_python = generators_moved(model), random.getstate()
+    _, key, *place = np.random.get_state()
+
+    def drawn() -> bool:
+        _, now, *there = np.random.get_state()
+        alike = there == place and np.array_equal(now, key)
+        return moved() or not alike or random.getstate() != of_python
+
+    return drawn
 
 
 def mapped(x: object) -> bool:

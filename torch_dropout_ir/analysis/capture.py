@@ -181,9 +181,9 @@ class Capture:
         self.started = time.perf_counter()
         self._with_graph = torch.is_grad_enabled()
         self.cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        self._start, self._end, self.inputs, self.missed = None, None, None, ""
-        self.inputs = Inputs(args, kwargs).renewed()
-        self._versions = versions((args, kwargs))
+        self._start = self._end = None
+        self.inputs = Inputs(args, kwargs).renewed().cut_off()
+        self._versions, self.missed = versions((args, kwargs)), ""
         if self._open or self.want_masks or self.want_targets:
             self._open_step()
 
@@ -266,7 +266,7 @@ class Capture:
         except Exception as err:  # a measure of its own: training goes on
             self.failure = f"the masks of the last step were not observed: {err}"
             if isinstance(err, OtherDraws):
-                self.unlike = OTHER_PASS
+                self.unlike = self.unlike or OTHER_PASS
             warn(self.failure)
         else:
             self.failure = ""

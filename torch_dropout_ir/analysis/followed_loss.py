@@ -24,9 +24,8 @@ _NORMALIZES: Final[dict[Any, tuple[tuple[str, ...], str, bool]]] = {
     torch.instance_norm: (_TORCHS, "use_input_stats", True),
 }
 _HALF: Final = (torch.bfloat16, torch.float16)
-_RANDOM: Final = ("bernoulli", "dropout", "multinomial", "normal_", "rand", "rrelu")
 _OPTIONS: Final = ("momentum", "eps", "cudnn_enabled")
-_TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
+TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
 _DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
 _WRITES: Final = ("add_", "sub_", "mul_", "div_", "masked_fill_")
 
@@ -169,29 +168,29 @@ def leading_to(result: At, steps: list[Step]) -> dict[int, Step]:
     return {place: steps[place] for place in sorted(wanted)}
 
 
-def without_factors(at: At, steps: list[Step], passes: int) -> At:
+def without_factors(at: At, steps: list[Step], passes: int, scales: set[int]) -> At:
     """Return what a number was before a scaler and accumulation have changed it.
 
     Args:
         at: The number.
         steps: The calls that lead to it.
         passes: Passes that are accumulated, by which it may be divided.
+        scales: Which of the calls are a gradient scaler's.
     """
-    scaled = True  # a gradient scaler's factor is the last one
     while at.of == "steps":
         step = steps[at.place]
-        times = step.function.__name__ in _TIMES
+        times = step.function.__name__ in TIMES
         if not times and step.function.__name__ not in _DIVIDED:
             break
         if len(step.args) != 2 or not isinstance(step.args[0], At):
             break
         inner, factor = step.args
-        if isinstance(factor, At):
-            if not (times and scaled and factor.of == "targets"):
-                break
-        elif factor != (1 / passes if times else passes):
+        mean = not isinstance(factor, At) and factor == (
+            1 / passes if times else passes
+        )
+        if not mean and at.place not in scales:
             break
-        at, scaled = inner, False
+        at = inner
     return at
 
 
@@ -260,12 +259,6 @@ def memory(x: Tensor) -> int | None:
     return None
 
 
-def keeps_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of ``backward`` leaves the graph for another one."""
-    named = kwargs.get("retain_graph") or kwargs.get("create_graph")
-    return bool(named or any(args[2:4]))
-
-
 def without_statistics(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -281,11 +274,6 @@ def without_statistics(
     if given.get(own, default):
         given |= dict.fromkeys(("running_mean", "running_var"))
     return (), given
-
-
-def draws(name: str) -> bool:
-    """Whether a call of that name draws random numbers."""
-    return any(part in name for part in _RANDOM)
 
 
 def writes(name: str, kwargs: dict[str, Any]) -> bool:

@@ -1,12 +1,15 @@
-"""The stack of torch's function modes: one laid under the others, and taken away."""
+"""Torch's function modes: one laid under the others, what it sees, and taken away."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from torch_dropout_ir.analysis.followed_loss import inside
+from torch_dropout_ir.tracing import any_moved
 
 # Private names; with a torch that lacks them, loss modules alone are found.
 _POP: Final = getattr(torch._C, "_pop_torch_function_stack", None)
@@ -45,6 +48,27 @@ def take_away(done: Callable[[TorchFunctionMode], bool]) -> None:
     if _POP is None or _PUSH is None or _LENGTH is None or not _LENGTH():
         return
     _pushed([mode for mode in _popped() if not done(mode)])
+
+
+def called(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    generators: Sequence[torch.Generator],
+) -> tuple[Any, bool]:
+    """Make a call that a mode is handed, and see whether it draws random numbers.
+
+    Args:
+        func: The function.
+        args: Its arguments.
+        kwargs: Those by name.
+        generators: What it may draw from where it is given no generator.
+
+    Returns:
+        Its result, and whether it has drawn.
+    """
+    own, moved = any(inside((args, kwargs), torch.Generator)), any_moved(generators)
+    return func(*args, **kwargs), own or moved()
 
 
 def _popped() -> list[TorchFunctionMode]:

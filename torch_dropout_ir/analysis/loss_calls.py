@@ -3,11 +3,11 @@
 Semantics:
 
 * Calls of torch's functions on what comes of the outputs are listed, until the script
-  calls ``backward``: on the loss. The list, run again on other outputs, is their loss.
-  Where that call keeps the graph, another one can follow: the losses are added up.
-* Of that number the last factor is taken away where it is a tensor, as a gradient
-  scaler has it, and a division by the number of passes that went backward since the
-  last optimizer step, as scripts that accumulate gradients do it.
+  calls ``backward`` (or asks for gradients in parameters): on the loss. The list, run
+  again on other outputs, is their loss. Where that call keeps the graph, another one
+  can follow: the losses are added up.
+* Of that number a gradient scaler's factor is taken away, and a division by the number
+  of passes that went backward since the last optimizer step, as in accumulation.
 * What is written on (``loss += ...``, ``each.masked_fill_(...)``), but for the outputs
   themselves, is followed as if a new tensor were made.
 * Nothing else is followed that was written on, nor what draws random numbers, is a
@@ -30,14 +30,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_dropout_ir.analysis.followed_loss import (
+    TIMES,
     At,
     Beside,
     FollowedLoss,
     Step,
-    draws,
     filled,
     inside,
-    keeps_graph,
     leading_to,
     memory,
     unwritten,
@@ -46,16 +45,14 @@ from torch_dropout_ir.analysis.followed_loss import (
     without_statistics,
     writes,
 )
-from torch_dropout_ir.analysis.function_modes import lay_under, take_away
-from torch_dropout_ir.analysis.own_graph import OwnGraph
+from torch_dropout_ir.analysis.function_modes import called, lay_under, take_away
+from torch_dropout_ir.analysis.own_graph import OwnGraph, copied_from
+from torch_dropout_ir.analysis.roots import by_scaler, goes_back
 from torch_dropout_ir.losses import KNOWN_LOSSES, LossFunction
 from torch_dropout_ir.regularizers.leaves import flatten
+from torch_dropout_ir.tracing import generators
 
 _MOST_STEPS: Final = 1000
-_BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
-# Nodes of the graph that make copies, in order: one tells DDP when the backward pass
-# starts (`find_unused_parameters`, `static_graph`), one calls hooks of that pass.
-_COPYING: Final = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
 # The output of a model that returns a tensor, or the first of several.
 OUTPUT: Final = At("outputs", 0)
 _LOST: Final = At("lost", 0)  # what was written on, or comes of that
@@ -71,13 +68,13 @@ class LossCalls(TorchFunctionMode):
 
     Attributes:
         steps: The calls that are listed.
-        trained: The number on which ``backward`` was called, less what scales it.
         of_module: What the loss module has returned, where there is one.
     """
 
     def __init__(self, outputs: Any, passes: int, model: nn.Module) -> None:
         super().__init__()
         self._passes, self._own = passes, OwnGraph(model)
+        self._model, self._generators = model, generators(model)
         self.one = isinstance(outputs, Tensor)
         self._known: Any = WeakIdKeyDictionary()
         self._nodes: dict[tuple[Any, int], At] = {}
@@ -86,7 +83,8 @@ class LossCalls(TorchFunctionMode):
         self._beside = Beside([], [])
         self._versions: dict[At, list[int]] = {}
         self._first: At | None = None
-        self.trained: At | None = None
+        self._roots: dict[str, At] = {}
+        self._scales: set[int] = set()
         self._missed = False
         self.of_module: weakref.ref[Tensor] | None = None
         for place, leaf in enumerate(flatten(outputs)[0]):
@@ -128,26 +126,21 @@ class LossCalls(TorchFunctionMode):
         if found is not None and found.of == "steps" and x.requires_grad:
             if not self.steps[found.place].differentiated:
                 found = None  # of a function with a derivative of its own
-        return self._copied(x) if found is None else found
-
-    def _copied(self, x: Tensor) -> At | None:
-        """Return where a tensor comes from that nodes of the graph have copied."""
-        node, place, found = x.grad_fn, x.output_nr, None
-        while found is None and node is not None and node.name() in _COPYING:
-            if place >= len(node.next_functions):
-                break
-            node, place = node.next_functions[place]
-            found = self._nodes.get((node, place))
-        return found
+        return copied_from(x, self._nodes) if found is None else found
 
     def lost(self, outputs: Any) -> bool:
         """Whether some of the outputs were written on since the pass."""
         return any(self.at(x) == _LOST for x in inside(outputs, Tensor))
 
     @property
+    def trained(self) -> At | None:
+        """What the script goes back from, less what scales it; first by ``backward``."""
+        return self._roots.get("backward") or self._roots.get("grad")
+
+    @property
     def went_back(self) -> bool:
         """Whether ``backward`` was called, or may have been when it looked no more."""
-        return self.rests or self._missed or self.trained is not None
+        return self.rests or self._missed or "backward" in self._roots
 
     @property
     def overwritten(self) -> bool:
@@ -199,32 +192,33 @@ class LossCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or not self._looking:
             return func(*args, **kwargs)
-        if func in _BACKWARD:
-            self._note(args[0] if args else None)
-            if not keeps_graph(args, kwargs):
+        if (back := goes_back(func, args, kwargs, self._model)) is not None:
+            how, root, keeps = back
+            self._note(root, how)
+            if not keeps:
                 self._rest()
             return func(*args, **kwargs)
         number = unwritten(func, args, known=self.at(args[0] if args else None))
-        out = func(*args, **kwargs)
-        self._follow(func, args, kwargs, out, number)
+        out, drawn = called(func, args, kwargs, self._generators)
+        self._follow(func, args, kwargs, out, number, drawn)
         return out
 
-    def _note(self, root: Any) -> None:
+    def _note(self, root: Any, how: str) -> None:
         """The script goes back from here: this is what it trains on."""
         if isinstance(root, (tuple, list)) and len(root) == 1:
             root = root[0]
-        at = self.at(root)
+        at, before = self.at(root), self._roots.get(how)
         if at in (None, _LOST) or root.numel() != 1:
             self._missed = self.of_module is None or self.of_module() is not root
-            if self.trained is not None:  # a part of the loss is not known
-                self.trained = self._first = None
+            if before is not None:  # a part of the loss is not known
+                self._roots, self._first = {}, None
                 self._rest()
             return
-        at = without_factors(at, self.steps, self._passes)
-        if self.trained is not None:
-            self.steps.append(Step(torch.add, (self.trained, at), {}, True))
+        at = without_factors(at, self.steps, self._passes, self._scales)
+        if before is not None:
+            self.steps.append(Step(torch.add, (before, at), {}, True))
             at = At("steps", len(self.steps) - 1)
-        self.trained = at
+        self._roots[how] = at
 
     def _follow(
         self,
@@ -233,32 +227,32 @@ class LossCalls(TorchFunctionMode):
         kwargs: dict[str, Any],
         out: Any,
         number: tuple[Callable[..., Any], tuple[Any, ...]] | None,
+        drawn: bool,
     ) -> None:
         """List a call, if something of the outputs goes in and tensors come out.
 
-        One that writes is followed by ``number``, where there is that call without
-        writing.
+        One that writes is followed by ``number``, the call that does not, if any.
         """
         results = out if isinstance(out, (tuple, list)) else (out,)
         into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
-        tensors = any(isinstance(x, Tensor) for x in results)
-        if not tensors or all(at is None for _, at in into):
+        if all(at is None for _, at in into):
             return
-        name = getattr(func, "__name__", "")
         lost, written = any(at == _LOST for _, at in into), None
-        if writes(name, kwargs):
+        if writes(getattr(func, "__name__", ""), kwargs):
             written = args[0] if args else kwargs.get("out")
             if number is None or lost:
                 self._lose(written)
                 return
             func, args = number
             into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
+        elif not any(isinstance(x, Tensor) for x in results):
+            return
         if lost:
             self._known.update((x, _LOST) for x in results if isinstance(x, Tensor))
             return
         free = (x for x, at in into if at is None and x.requires_grad)
         grad = func is torch.autograd.grad  # in tensors of this pass alone
-        if draws(name) or grad or any(map(self._own.leads_to, free)):
+        if drawn or grad or any(map(self._own.leads_to, free)):
             self._lose(written)
             return
         if len(self.steps) == _MOST_STEPS:
@@ -271,10 +265,11 @@ class LossCalls(TorchFunctionMode):
         )
         self._lose(written)
         self.steps.append(Step(func, read, named, torch.is_grad_enabled()))
+        if getattr(func, "__name__", "") in TIMES and by_scaler():
+            self._scales.add(place)
         for element, x in enumerate(results):
             if isinstance(x, Tensor):
-                own = None if isinstance(out, Tensor) else element
-                self._known[x] = At("steps", place, own)
+                self._known[x] = At("steps", place, None if x is out else element)
         if self._first is None and func in KNOWN_LOSSES and out.numel() == 1:
             self._first = At("steps", place)
 

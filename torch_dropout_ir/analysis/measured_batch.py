@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torch_dropout_ir.analysis.capture import Capture
+from torch_dropout_ir.analysis.replay import NO_DROPOUT
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss, resolve_loss
@@ -23,6 +24,10 @@ _IN_PART: Final = (
     "on which the script calls `backward()` holds more, which was not followed "
     "(penalties on parameters, what `modified_loss` adds, outputs of another pass). "
     "Pass `loss=` for another one"
+)
+_NOISY: Final = (
+    "the model draws other random numbers than those of dropout (`analysis.sites` "
+    "lists them): this is at one draw of them, the loss surface at another"
 )
 # By which models of Hugging Face divide the sum of a loss that they compute.
 _COUNT: Final = "num_items_in_batch"
@@ -105,7 +110,8 @@ class MeasuredBatch:
         last = _LAST.format(capture.passes + 1) if capture.passes else ""
         counted = inputs is not None and inputs.kwargs.get(_COUNT) is not None
         share = _SHARE if counted and last else ""
-        said = filter(None, (self._part, last, share, capture.unlike))
+        noisy = _NOISY if NO_DROPOUT in capture.unseen.values() else ""
+        said = filter(None, (self._part, last, share, capture.unlike, noisy))
         self.note["loss/R_S"] = "; ".join(said)
         return (inputs, targets), "this step's batch"
 

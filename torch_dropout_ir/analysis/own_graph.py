@@ -1,13 +1,19 @@
-"""Whether a tensor that a loss reads depends on the model's own parameters."""
+"""What the graph tells of a tensor that a loss reads: where it comes from."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.distributed.tensor import DTensor
 
+from torch_dropout_ir.analysis.followed_loss import At
+
+# Nodes of the graph that make copies, in order: one tells DDP when the backward pass
+# starts (`find_unused_parameters`, `static_graph`), one calls hooks of that pass.
+_COPYING: Final = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
 _LEAF: Final = "torch::autograd::AccumulateGrad"
 
 
@@ -51,7 +57,7 @@ class OwnGraph:
                 self._found[root] = True
                 return True
             behind = {n for n, _ in node.next_functions if n is not None} - seen
-            waiting += [n for n in behind if self._found.get(n) is None]
+            waiting += [n for n in behind if self._found.get(n, True)]
             seen |= behind
         self._found |= dict.fromkeys(seen, False)
         return False
@@ -61,3 +67,19 @@ class OwnGraph:
             return True
         leaf = node.name() == _LEAF
         return leaf and self._own is not None and id(node.variable) in self._own
+
+
+def copied_from(x: Tensor, nodes: Mapping[tuple[Any, int], At]) -> At | None:
+    """Return where a tensor comes from that nodes of the graph have copied.
+
+    Args:
+        x: The tensor.
+        nodes: Nodes, each with the number of its output, and where that comes from.
+    """
+    node, place, found = x.grad_fn, x.output_nr, None
+    while found is None and node is not None and node.name() in _COPYING:
+        if place >= len(node.next_functions):
+            break
+        node, place = node.next_functions[place]
+        found = nodes.get((node, place))
+    return found

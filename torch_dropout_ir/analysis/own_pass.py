@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.analysis.distributed import is_sharded
-from torch_dropout_ir.analysis.followed_loss import inside, versions
+from torch_dropout_ir.analysis.followed_loss import inside, memory, versions
 from torch_dropout_ir.regularizers.leaves import flatten
 
 _OTHER_PARAMETERS: Final = (
@@ -19,6 +19,14 @@ _OTHER_PARAMETERS: Final = (
 OTHER_PASS: Final = (
     "run again on the same inputs the model did something else: it depends on what it "
     "has counted or carries on from pass to pass, and this is of a later pass"
+)
+_WRITTEN: Final = (
+    "the parameters were written on between the pass and this step (as by a step of "
+    "another optimizer, or where weights are put back): this is of what they are now"
+)
+_OTHER_MODE: Final = (
+    "modules have gone from training to evaluation mode or back since the pass: this "
+    "is of the model as it is now"
 )
 _CLOSE: Final = 0.01  # of the norm: kernels may differ, and autocast rounds
 
@@ -32,7 +40,8 @@ class OwnPass:
     """
 
     def __init__(self, model: nn.Module, outputs: Any) -> None:
-        self._parameters = _identities(model)
+        self._parameters, self._written = _identities(model), _written(model)
+        self._modes = [m.training for m in model.modules()]
         self._versions = versions(flatten(outputs)[0])
 
     def unlike(self, model: nn.Module, outputs: Any = None, again: Any = None) -> str:
@@ -50,6 +59,10 @@ class OwnPass:
         now = _identities(model)
         if self._parameters and now and self._parameters != now:
             return _OTHER_PARAMETERS
+        if now and _written(model) != self._written:
+            return _WRITTEN
+        if [m.training for m in model.modules()] != self._modes:
+            return _OTHER_MODE
         leaves = flatten(outputs)[0]
         if versions(leaves) != self._versions:
             return ""
@@ -83,6 +96,12 @@ def _identities(model: nn.Module) -> list[int]:
     """Which tensors the parameters are; none of a sharded model, which changes them."""
     own = list(model.parameters())
     return [] if any(map(is_sharded, own)) else [id(x) for x in own]
+
+
+def _written(model: nn.Module) -> list[Any]:
+    """What tells that a parameter was written on, or is elsewhere (``x.data = ``)."""
+    own = list(model.parameters())
+    return [versions(own), *map(memory, own)]
 
 
 def _alike(x: Any, y: Any) -> bool:

@@ -46,7 +46,7 @@ _FUSED: Final = (
     "its mask is inside a fused kernel: R_1 counts it, mask statistics do not"
 )
 _ALL_DROPPED: Final = "at p = 1 it drops everything, and draws no mask"
-_NO_DROPOUT: Final = (
+NO_DROPOUT: Final = (
     "random numbers that no dropout function draws: they stay in R_S, drawn afresh"
 )
 _NO_SAMPLE: Final = "no mask was drawn in the last pass looked at: its input was empty"
@@ -111,7 +111,7 @@ def replay(
         if end is not None and not _alike(end, random_state(model)):
             raise OtherDraws("a second pass draws other random numbers")
         calls.idle()
-        found.unseen.update({f":{name}": _NO_DROPOUT for name in start.moved()})
+        found.unseen.update({f":{name}": NO_DROPOUT for name in start.moved()})
     return found
 
 
@@ -186,7 +186,7 @@ class _Draws(TorchDispatchMode):
         before = random_state(self._model)
         out = func(*args, **kwargs)
         if own or not _alike(before, random_state(self._model)):
-            self._found.unseen[f"{self.place}:{func._schema.name[6:]}"] = _NO_DROPOUT
+            self._found.unseen[f"{self.place}:{func._schema.name[6:]}"] = NO_DROPOUT
         return out
 
 
@@ -252,7 +252,8 @@ class _Calls(ModuleCalls):
         if id(module) in self._sites:
             site = self._sites[id(module)]
         else:
-            site = self._site(name.rstrip("_"), p, KINDS.get(name))
+            own = "dropout" if name == "native_dropout" else name.rstrip("_")
+            site = self._site(own, p, KINDS.get(own))
             if name not in RECURRENT:
                 self._found.calls[site.name] = site
         with self._draws.of(site, (args, kwargs)):
@@ -265,7 +266,7 @@ def _rate(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     def given(place: int, key: str, default: Any) -> Any:
         return args[place] if len(args) > place else kwargs.get(key, default)
 
-    if name in KINDS:
+    if name in KINDS or name == "native_dropout":
         on = given(2, "training", kwargs.get("train", True))
         return float(given(1, "p", 0.5)) if on else 0.0
     if name == "scaled_dot_product_attention":

@@ -31,7 +31,7 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.masked import NoiseSeen, clean_risk, dropout_risk
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.tracing import random_state
+from torch_dropout_ir.tracing import anything_drawn
 
 # Elements that are in the minority, dropped or kept, expected over all draws. With
 # fewer the errors of tiny networks did not cover, p from 0.001 to 0.999.
@@ -68,12 +68,11 @@ class ExcessRisk:
         self._linear: list[Tensor] = []
         self._minority: float | None = None  # None: no mask was seen
         self.seen = NoiseSeen()
-        before = random_state(model)
+        drawn = anything_drawn(model)
         with torch.no_grad():
             self._clean = clean_risk(model, batch, loss)
-        states = zip(before, random_state(model), strict=True)
         # Other noise than dropout's is drawn afresh for each mask, on both sides.
-        self.noisy = not all(torch.equal(a, b) for a, b in states)
+        self.noisy = drawn()
         if slopes is None:
             risk = functools.partial(_risk, loss, batch[1])
             with clean_pass(model, batch[0], reduce=risk) as clean:

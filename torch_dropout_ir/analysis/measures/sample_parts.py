@@ -221,6 +221,8 @@ def _kept(surface: Surface, batch: Batch) -> int:
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
+        if x.layout is not torch.strided:
+            return x.detach()  # a sparse one, as of edges, comes with the inputs
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()

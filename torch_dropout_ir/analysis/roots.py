@@ -1,0 +1,59 @@
+"""What a script goes back from to the parameters, and the factor of its scaler."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir.analysis.followed_loss import inside
+
+_BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
+_SCALER: Final = "grad_scaler"  # ends the names of torch's modules that have one
+
+
+def goes_back(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    model: nn.Module,
+) -> tuple[str, Any, bool] | None:
+    """Return what a call goes back from, where a script may train on that.
+
+    Args:
+        func: The function.
+        args: Its arguments.
+        kwargs: Those by name.
+        model: The model.
+
+    Returns:
+        ``"backward"``, or ``"grad"`` where the script asks for gradients in parameters
+        of the model without a graph, which it may hand to the optimizer itself; the
+        root; and whether another call can follow. None for any other call.
+    """
+    if func in _BACKWARD:
+        return "backward", args[0] if args else None, _keeps_graph(args, kwargs)
+    if func is not torch.autograd.grad or kwargs.get("create_graph"):
+        return None
+    own = {id(x) for x in model.parameters()}
+    asked = any(id(x) in own for x in inside(args[1:2], Tensor))
+    return ("grad", args[0], True) if asked else None
+
+
+def _keeps_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of ``backward`` leaves the graph for another one."""
+    named = kwargs.get("retain_graph") or kwargs.get("create_graph")
+    return bool(named or any(args[2:4]))
+
+
+def by_scaler() -> bool:
+    """Whether a gradient scaler of torch's makes the call that a mode is handed."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").endswith(_SCALER):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
