@@ -281,7 +281,7 @@ def estimate(
         ValueError: If the outputs have no batch dimension that the loss needs.
     """  # noqa: DOC502 (`_read` raises)
     read = _read(clean, targets, loss)
-    product = None if read.known else read.product()
+    product = None if read.closed else read.product()
     forms = RootForms(clean, read, num_samples, product)
     summed = forms.sums(clean, read)
     if summed is not None:
