@@ -12,7 +12,7 @@ from torch import nn
 
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.output_hessian import HessianRoots, hessian_blocks
-from torch_dropout_ir.output_products import HessianProduct
+from torch_dropout_ir.output_products import HessianProduct, of_sign, signs_of
 from torch_dropout_ir.output_scales import closed_diagonal
 from torch_dropout_ir.regularizers import gauss_newton
 from torch_dropout_ir.softmax_roots import SoftmaxRoots
@@ -127,6 +127,19 @@ def test_losses_of_log_probabilities_have_their_hessian(inner, outer, n, more, s
     assert all(root.shape == f[rows].shape for root, _ in roots.sample(rows))
 
 
+@pytest.mark.parametrize("outer", ["signed", "entropy", "squares", "held"])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_classes_may_be_in_any_dimension(dim, outer):
+    torch.manual_seed(0)
+    f, v = torch.randn(2, 3, 4, 2).double().unbind(-1)
+    loss = of_log_softmax(INNER["as they are"], OUTER[outer], dim)
+    product = HessianProduct(Loss(loss), f, None)
+    roots = SoftmaxRoots(product, product.terms)
+    found = by_parts(roots, INNER["as they are"], f, v)
+    torch.testing.assert_close(found, products(loss, f, v))
+    assert product.terms.by_row == (dim > 0)
+
+
 @pytest.mark.parametrize("outer", ["soft", "signed", "focal", "entropy", "squares"])
 @pytest.mark.parametrize("inner", ["as they are", "scaled", "centred", "chosen"])
 def test_roots_multiply_to_the_hessian_on_average(inner, outer):
@@ -146,6 +159,28 @@ def test_roots_multiply_to_the_hessian_on_average(inner, outer):
     spread = (square / count - (total / count).square()).clamp(min=1e-12).sqrt()
     score = (total / count - dense) / (spread / count**0.5 + 1e-9)
     assert score.abs().max() < 4.5
+
+
+def test_as_many_roots_as_there_are_signs():
+    f = torch.randn(4, CLASSES)
+    for outer, signs in (
+        (lambda u: -u.sum(), [1.0]), (lambda u: u.sum(), [-1.0]),
+        (lambda u: u.sum() * 0, [1.0]), (OUTER["entropy"], [-1.0, 1.0]),
+        (lambda u: u.square().sum() - 20 * u.sum(), [1.0]),
+    ):  # fmt: skip
+        loss = Loss(of_log_softmax(INNER["as they are"], outer))
+        product = HessianProduct(loss, f, None)
+        roots = SoftmaxRoots(product, product.terms)
+        assert [sign for _, sign in roots.sample()] == signs
+    concave = Loss(lambda f, _: -f.square().sum(), "elementwise")
+    assert [sign for _, sign in HessianRoots(concave, f, f).sample()] == [-1.0]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_is_no_zero(value):
+    for x in (torch.tensor([value]), torch.tensor([1.0, value, -1.0])):
+        parts = [of_sign(x, sign) for sign in signs_of(x)]
+        assert parts and not torch.stack(parts).isfinite().all()
 
 
 @pytest.mark.parametrize("name", UNTOLD)

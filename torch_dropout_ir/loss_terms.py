@@ -13,12 +13,13 @@ Semantics:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+Edges: TypeAlias = Sequence[tuple[Any, int]]
 LEAF: Final = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 
 
@@ -128,28 +129,27 @@ class _Walk:
         else:
             self._entries(node, how)
 
-    def step(self, node: Any, how: int, edges: Sequence[tuple[Any, int]]) -> int | None:
+    def step(self, node: Any, how: int, edges: Edges) -> int | None:
         """Return how the loss depends on what leads to a node; None if not known."""
         name = node.name()
         if name == _LOG_SOFTMAX and how != _INSIDE:
             self._entries(node, how)
             return _INSIDE
-        leads = [child is not None for child, _ in edges]
-        if how in (_ADDED, _INSIDE) and is_linear(name, leads):
+        if how in (_ADDED, _INSIDE) and is_linear(name, edges):
             return how
         if how == _INSIDE:
             return None
-        if how == _ADDED:
-            self._linear = False
-            if name in LOSSES and node._saved_reduction:
-                return _BENT
         elementwise = name in ELEMENTWISE
         if how == _CHOSEN:
-            single = leads.count(True) == 1
-            return _CHOSEN if single and (elementwise or _chooses(name, node)) else None
-        if elementwise or (name in LOSSES and not node._saved_reduction):
+            chosen = elementwise or _chooses(name, node)
+            return _CHOSEN if chosen and _lead(edges) == 1 else None
+        if how == _ADDED:
+            self._linear = False
+        if elementwise or (
+            name in LOSSES and (how == _ADDED or not node._saved_reduction)
+        ):
             return _BENT
-        if how == _BENT and _chooses(name, node) and leads.count(True) == 1:
+        if how == _BENT and _chooses(name, node) and _lead(edges) == 1:
             self._ends.add(node)
             return _CHOSEN
         return None
@@ -180,10 +180,23 @@ def _chooses(name: str, node: Any) -> bool:
     return name in _CHOOSES and (name not in OF_LABELS or not node._saved_reduction)
 
 
-def is_linear(name: str, leading: list[bool]) -> bool:
-    """Whether a node is linear in those of its inputs that lead to the outputs."""
+def is_linear(name: str, edges: Edges) -> bool:
+    """Whether a node is linear in those of its inputs that lead to the outputs.
+
+    Args:
+        name: Its name.
+        edges: What leads to it; None in the place of a constant.
+
+    Returns:
+        Whether it is; False where that is not known.
+    """
     if name == "MulBackward0":
-        return leading.count(True) == 1
+        return _lead(edges) == 1
     if name == "DivBackward0":
-        return not any(leading[1:])
+        return all([child is None for child, _ in edges[1:]])
     return name in _LINEAR
+
+
+def _lead(edges: Edges) -> int:
+    """Return how many inputs of a node are no constants."""
+    return len(edges) if len(edges) == 1 else sum([x is not None for x, _ in edges])

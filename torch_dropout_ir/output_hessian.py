@@ -95,7 +95,8 @@ class HessianRoots:
             self._values, self._vectors = _eigen(product)
         self._signs: tuple[float, ...] = (1.0,)
         if loss.kind in ("elementwise", "general") and not is_convex(loss):
-            self._signs, self.curved = signs_of([self._values])
+            signs = signs_of(self._values)
+            self.curved, self._signs = bool(signs), signs or (1.0,)
 
     def exact(self, rows: Rows = ALL) -> Iterator[Root]:
         """Yield ``(s_c, sign_c)`` with ``sum_c sign_c s_c s_c' = H_i`` a sample.

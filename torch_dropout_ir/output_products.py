@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -205,15 +204,16 @@ class ProductRoots:
         return [(mean + half, 1.0), (mean - half, -1.0)]
 
 
-def signs_of(parts: Sequence[Tensor]) -> tuple[tuple[float, ...], bool]:
-    """Return the signs of what a Hessian is made of, and whether that is not zero.
+def signs_of(part: Tensor) -> tuple[float, ...]:
+    """Return the signs that there are in a part of a Hessian; none where it is zero.
 
-    What float rounding makes of a zero eigenvalue is no negative part.
+    What float rounding makes of a zero eigenvalue is no negative part, and what is not
+    finite is a positive one, to be found in the result.
     """
-    ends = [float(x) for part in parts for x in part.aminmax()]
-    least, most = min(ends), max(ends)
-    negative = least < -1e-6 * max(most, -least)
-    return ((1.0, -1.0) if negative else (1.0,)), bool(least or most)
+    least, most = map(float, part.aminmax())
+    rounding = -1e-6 * max(most, -least)
+    signs = () if most <= 0 else (1.0,)
+    return (*signs, -1.0) if least < 0 and not least > rounding else signs
 
 
 def of_sign(x: Tensor, sign: float) -> Tensor:

@@ -60,11 +60,11 @@ class SoftmaxRoots:
         self._u: Tensor = node._saved_result.detach()
         self._classes, self._by_row = terms.classes, terms.by_row
         self._mass = slope.detach().sum(self._classes, keepdim=True).neg_()
-        self._bend: Tensor | None = None
-        if slope.requires_grad:
-            self._bend = derivative_again(slope, edge, torch.ones_like(slope))
-        parts = [x for x in (self._mass, self._bend) if x is not None]
-        self._signs, self.curved = signs_of(parts)
+        self._bend = derivative_again(slope, edge, torch.ones_like(slope))
+        self._of_mass = signs_of(self._mass)
+        self._of_bend = () if self._bend is None else signs_of(self._bend)
+        signs = {*self._of_mass, *self._of_bend}
+        self.curved, self._signs = bool(signs), sorted(signs) or [1.0]
         # What makes the logits of the outputs, where they are not the same.
         child, result = node.next_functions[0]
         self._inside = [] if terms.direct else [GradientEdge(child, result)]
@@ -88,13 +88,18 @@ class SoftmaxRoots:
 
     def _of_sign(self, sign: float, rows: Rows) -> Tensor:
         """Draw a root of the part of one sign, in the logits."""
-        u, mass = of_rows(self._u, rows), of_sign(of_rows(self._mass, rows), sign)
-        root = less_a_label(u, self._classes).mul_(mass.sqrt_())
-        if self._bend is None:
-            return root
-        bend = of_sign(of_rows(self._bend, rows), sign).sqrt_()
-        bend = bend.copysign(torch.randn_like(bend))
-        return root + bend - u.exp() * bend.sum(self._classes, keepdim=True)
+        u, parts = of_rows(self._u, rows), []
+        if sign in self._of_mass:
+            mass = of_sign(of_rows(self._mass, rows), sign)
+            parts.append(less_a_label(u, self._classes).mul_(mass.sqrt_()))
+        if self._bend is not None and sign in self._of_bend:
+            bend = of_sign(of_rows(self._bend, rows), sign).sqrt_()
+            bend = bend.copysign(torch.randn_like(bend))
+            total = bend.sum(self._classes, keepdim=True)
+            parts.append(bend.addcmul_(u.exp(), total, value=-1))
+        if len(parts) == 2:
+            return parts[0].add_(parts[1])
+        return parts[0] if parts else torch.zeros_like(u)
 
     def _pulled(self, root: Tensor) -> Tensor:
         """Send a root on from the logits to the outputs."""

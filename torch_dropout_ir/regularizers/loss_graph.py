@@ -66,7 +66,7 @@ def _place(name: str, op: Op) -> Place | None:
     """Return where the rows are in what a node makes; None where it is not known."""
     if _SUM in op.places:
         sums = {None, _SUM}.issuperset(op.places)
-        linear = sums and is_linear(name, [place is not None for place in op.places])
+        linear = sums and is_linear(name, [(place, 0) for place in op.places])
         return _SUM if linear else None
     if name in _ADDS:
         return _SUM
