@@ -1,8 +1,8 @@
 r"""Floor 1: the Hessian of a loss in the outputs, its roots and random roots of it.
 
-Squared errors, cross-entropy and losses of one output each have closed forms; for any
-other callable the blocks :math:`H_i` of the samples come from products with the second
-derivative, as long as the loss is a sum (or mean) of terms of one sample each.
+Squared errors, cross-entropy and torch's losses of one output each have closed forms;
+for any other callable the blocks :math:`H_i` of the samples come from products with the
+second derivative, as long as the loss is a sum (or mean) of terms of one sample each.
 """
 
 from __future__ import annotations
