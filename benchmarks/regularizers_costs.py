@@ -12,28 +12,51 @@ from torch import nn
 from torch_dropout_ir.regularizers import gauss_newton, last_layer
 
 
+def with_sites(net, x):
+    """Run a network without noise; return each site with its input, and the outputs."""
+    held, h = [], x
+    for layer in net:
+        if isinstance(layer, (nn.Dropout, nn.Dropout2d)):
+            h = h + torch.zeros((), requires_grad=True).expand(h.shape)
+            held.append((layer, h))
+        else:
+            h = layer(h)
+    return held, h
+
+
+def form(held, outputs, root):
+    """The Gauss-Newton form of a root of the loss's Hessian."""
+    found = torch.autograd.grad(outputs, [at for _, at in held], root)
+    total = 0.0
+    for (layer, at), g in zip(held, found, strict=True):
+        shared = (2, 3) if isinstance(layer, nn.Dropout2d) else ()
+        part = at.detach() * g
+        part = part.sum(shared) if shared else part
+        total += layer.p / (2 - 2 * layer.p) * part.square().sum()
+    return total
+
+
 def least(net, x):
     """The passes and sums of the Gauss-Newton form written out for one network."""
 
     def run():
-        held, h = [], x
-        for layer in net:
-            if isinstance(layer, (nn.Dropout, nn.Dropout2d)):
-                h = h + torch.zeros((), requires_grad=True).expand(h.shape)
-                held.append((layer, h))
-            else:
-                h = layer(h)
+        held, h = with_sites(net, x)
         softmax = h.detach().softmax(1)
         label = torch.multinomial(softmax, 1)
         root = softmax.scatter_add_(1, label, -torch.ones_like(label, dtype=h.dtype))
-        found = torch.autograd.grad(h, [at for _, at in held], root / len(x) ** 0.5)
-        total = 0.0
-        for (layer, at), g in zip(held, found, strict=True):
-            shared = (2, 3) if isinstance(layer, nn.Dropout2d) else ()
-            form = at.detach() * g
-            form = form.sum(shared) if shared else form
-            total += layer.p / (2 - 2 * layer.p) * form.square().sum()
-        return total
+        return form(held, h, root / len(x) ** 0.5)
+
+    return run
+
+
+def least_of(net, x, y, loss):
+    """The same with one product with the Hessian of any loss, sent back once."""
+
+    def run():
+        held, h = with_sites(net, x)
+        f = h.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(f, y), f, create_graph=True)
+        return form(held, h, torch.autograd.grad(slope, f, torch.randn_like(f))[0])
 
     return run
 
@@ -73,7 +96,7 @@ def focal(f, y):
 
 
 def losses(n: int, k: int) -> dict:
-    """Losses with no closed form of their Hessian, each with its targets."""
+    """Losses besides mean squares and cross-entropy, each with its targets."""
     real, labels = torch.randn(n, k), torch.randint(k, (n,))
     parts = real.softmax(1)
     return {
@@ -90,10 +113,13 @@ def losses(n: int, k: int) -> dict:
 
 
 def loss_costs(turns: int) -> None:
-    """Print what one sample costs with losses that have no closed form."""
-    print("\nlosses without a closed form: gauss_newton, 1, in passes")
-    for sizes, n in (((20, 64, 64, 3), 32), ((64, 256, 256, 10), 64),
-                     ((256, 512, 512, 10), 128)):  # fmt: skip
+    """Print what one sample costs with other losses, and the least it could take."""
+    print("\nother losses: gauss_newton, 1, and one product sent back once, in passes")
+    torch.empty(2**22)  # as above
+    for sizes, n in (
+        ((20, 64, 64, 3), 32), ((64, 256, 256, 10), 64), ((64, 256, 256, 100), 64),
+        ((256, 512, 512, 10), 128),
+    ):  # fmt: skip
         layers = [
             layer
             for a, b in itertools.pairwise(sizes)
@@ -102,13 +128,17 @@ def loss_costs(turns: int) -> None:
         net, x = nn.Sequential(*layers[:-2]), torch.randn(n, sizes[0])
         print("  " + "-".join(map(str, sizes)) + f", batch {n}")
         for name, (loss, y) in losses(n, sizes[-1]).items():
-            times = []
-            run = step(net, (x, y), loss)
-            for _ in range(5 * turns):
-                own = seconds(functools.partial(gauss_newton, net, (x, y), loss))
-                times.append((seconds(run), own))
-            base, own = (statistics.median(t) for t in zip(*times, strict=True))
-            print(f"    {name:14}pass {1e3 * base:>6.2f} ms{own / base:>8.2f} passes")
+            runs = (
+                step(net, (x, y), loss),
+                least_of(net, x, y, loss),
+                functools.partial(gauss_newton, net, (x, y), loss),
+            )
+            times = [[seconds(run) for run in runs] for _ in range(20 * turns)]
+            base, low, own = map(statistics.median, zip(*times, strict=True))
+            print(
+                f"    {name:14}pass {1e3 * base:>6.2f} ms{low / base:>8.2f} least"
+                f"{own / base:>8.2f} gauss_newton"
+            )
 
 
 def model_costs(turns: int) -> None:

@@ -11,12 +11,13 @@ from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.output_hessian import ALL, HessianRoots
 from torch_dropout_ir.regularizers import (
     gauss_newton,
-    root_forms,
+    root_choice,
     row_chunks,
     second_order,
 )
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.root_forms import RootForms
+from torch_dropout_ir.softmax_roots import SoftmaxRoots
 
 
 def convolutional():
@@ -72,8 +73,15 @@ def of_both(monkeypatch, form, net, batch, loss, num_samples):
     def one(self, rows=ALL):
         return [next(self.exact(rows))]
 
+    drawn = SoftmaxRoots.sample
+
+    def same(self, rows=ALL):
+        torch.manual_seed(7)
+        return [(root[rows], sign) for root, sign in drawn(self)]
+
     monkeypatch.setattr(HessianRoots, "sample", one)
-    monkeypatch.setattr(root_forms, "_blocks_pay", lambda *_: True)  # no random ones
+    monkeypatch.setattr(SoftmaxRoots, "sample", same)
+    monkeypatch.setattr(root_choice, "_blocks_pay", lambda *_: True)  # no random ones
     monkeypatch.setattr(RootForms, "sums", lambda *_, **__: None)
     found = []
     for least in (0, 2**62):

@@ -11,7 +11,7 @@ Semantics:
   :func:`half_squared_error`.
 * Squared errors, cross-entropy (with class weights and label smoothing) and losses of
   one output each (binary cross-entropy, Huber) have closed forms of :math:`H_i`. That
-  of any other callable comes from products with its second derivative.
+  of any other callable comes from derivatives of it, as few as its graph allows.
 """
 
 from __future__ import annotations

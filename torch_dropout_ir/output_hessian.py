@@ -1,8 +1,8 @@
 r"""Floor 1: the Hessian of a loss in the outputs, its roots and random roots of it.
 
-Squared errors, cross-entropy and losses of one output each have closed forms; for any
-other callable the blocks :math:`H_i` of the samples come from products with the second
-derivative, as long as the loss is a sum (or mean) of terms of one sample each.
+Squared errors, cross-entropy and torch's losses of one output each have closed forms;
+for any other callable the blocks :math:`H_i` of the samples come from products with the
+second derivative, as long as the loss is a sum (or mean) of terms of one sample each.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ from torch_dropout_ir.output_products import (
     Root,
     Rows,
     of_rows,
+    of_sign,
+    signs_of,
 )
 from torch_dropout_ir.output_scales import (
+    alike,
+    closed_diagonal,
     cross_entropy_scale,
     even_scale,
     is_convex,
@@ -47,10 +51,9 @@ def hessian_blocks(product: HessianProduct) -> Tensor:
     outputs = product.at
     samples, width = outputs.shape[0], outputs[0].numel()
     places = torch.eye(width, dtype=outputs.dtype, device=outputs.device)
-    columns = [
-        product(place.expand(samples, width).reshape(outputs.shape)) for place in places
-    ]
-    return torch.stack([c.reshape(samples, width) for c in columns], -1)
+    places = places.unsqueeze(1).expand(-1, samples, -1)
+    columns = product.each(places.reshape(width, *outputs.shape))
+    return columns.reshape(width, samples, width).movedim(0, -1)
 
 
 class HessianRoots:
@@ -92,11 +95,8 @@ class HessianRoots:
             self._values, self._vectors = _eigen(product)
         self._signs: tuple[float, ...] = (1.0,)
         if loss.kind in ("elementwise", "general") and not is_convex(loss):
-            least, most = map(float, self._values.aminmax())
-            self.curved = bool(least or most)
-            # What float rounding makes of a zero eigenvalue is no negative part.
-            negative = least < -1e-6 * max(most, -least)
-            self._signs = (1.0, -1.0) if negative else (1.0,)
+            signs = signs_of(self._values)
+            self.curved, self._signs = bool(signs), signs or (1.0,)
 
     def exact(self, rows: Rows = ALL) -> Iterator[Root]:
         """Yield ``(s_c, sign_c)`` with ``sum_c sign_c s_c s_c' = H_i`` a sample.
@@ -166,16 +166,15 @@ class HessianRoots:
                 return [(drawn, self._factor**2)]
             return [(drawn.mul_(self._factor), 1.0)]
         if self._kind == "cross_entropy":
-            mass = self._of_mass(rows)
+            mass, root = self._of_mass(rows), less_a_label(f, 1 if f.ndim > 1 else 0)
             if not isinstance(mass, Tensor):
-                return [(_less_a_label(f), mass)]
-            return [(_less_a_label(f).mul_(mass.sqrt()), 1.0)]
+                return [(root, mass)]
+            return [(root.mul_(mass.sqrt()), 1.0)]
         values = of_rows(self._values, rows)
         drawn = torch.randn_like(values)  # for its signs
         roots: list[Root] = []
         for sign in self._signs:
-            positive = (values if sign > 0 else -values).clamp(min=0)
-            weights = positive.sqrt_().copysign(drawn)
+            weights = of_sign(values, sign).sqrt_().copysign(drawn)
             if self._vectors is not None:
                 weights = of_rows(self._vectors, rows) @ weights.unsqueeze(-1)
             roots.append((weights.view(f.shape), sign))
@@ -193,6 +192,9 @@ def _diagonal(
     """Diagonal of a diagonal Hessian: its row sums."""
     if is_logistic(loss) and outputs.dtype in _WIDE:
         return logistic_diagonal(loss, outputs, targets)
+    closed = None if product else closed_diagonal(loss)
+    if closed and alike(outputs, targets):
+        return closed(outputs, targets)
     product = product or HessianProduct(loss, outputs, targets)
     return product(torch.ones_like(outputs)).detach()
 
@@ -205,15 +207,15 @@ def _eigen(product: HessianProduct) -> tuple[Tensor, Tensor]:
     return values.to(blocks.dtype), vectors.to(blocks.dtype)
 
 
-def _less_a_label(f: Tensor) -> Tensor:
-    """Softmax, less one at a label drawn from it."""
-    if f.ndim == 2 and f.is_cpu and f.dtype in _WIDE and f.numel() <= _DRAWN_IN_ONE:
+def less_a_label(f: Tensor, classes: int) -> Tensor:
+    """Return the softmax over a dimension, less one at a label drawn from it."""
+    small = f.is_cpu and f.dtype in _WIDE and f.numel() <= _DRAWN_IN_ONE
+    if small and f.ndim == 2 and classes == 1:
         return label_root(f)
-    classes = 1 if f.ndim > 1 else 0
     softmax = f.softmax(classes)
     # Some samples at a time, lest the times take twice the space of the outputs.
     count = max(1, _DRAWN_AT_ONCE * f.shape[0] // max(1, f.numel()))
-    for block in softmax.split(count) if f.ndim > 1 and len(f) > count else (softmax,):
+    for block in softmax.split(count) if classes and len(f) > count else (softmax,):
         less_a_label_(block, classes)
     return softmax
 

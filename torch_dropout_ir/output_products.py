@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir.arrivals import graph_nodes, once_differentiable, root_of
+from torch_dropout_ir.loss_terms import Terms, terms_of
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.tracing import derivatives
@@ -26,7 +29,7 @@ class HessianProduct:
     """``v -> H v`` in the outputs, differentiable in ``outputs``.
 
     The Hessian is symmetric, so its product is the reverse derivative of the gradient.
-    The loss runs once, forward and backward.
+    The loss runs once, forward, and backward when its gradient is first asked for.
 
     Args:
         loss: The loss.
@@ -36,34 +39,47 @@ class HessianProduct:
     Attributes:
         at: The outputs, as the leaf of the loss's graph where they have no graph.
         value: The loss.
-        gradient: Its gradient in the outputs.
 
     Raises:
-        ValueError: If the loss cannot be differentiated twice.
+        ValueError: If the loss cannot be differentiated.
     """
 
     def __init__(self, loss: Loss, outputs: Tensor, targets: Any) -> None:
         self._trained = outputs.requires_grad
-        f = outputs if self._trained else outputs.detach().requires_grad_()
+        self.at = outputs if self._trained else outputs.detach().requires_grad_()
+        self._run = functools.partial(loss, self.at, targets)
         with torch.enable_grad():
-            value = loss(f, targets)
+            self.value = self._run()
+        if not self.value.requires_grad:
+            raise ValueError(
+                "expected a loss that can be differentiated in the outputs, got one "
+                "whose value is cut off from them (detached, rounded or an argmax)"
+            )
+
+    @functools.cached_property
+    def terms(self) -> Terms | None:
+        """Of what entries the graph shows the loss to be a sum of terms."""
+        return None if self._trained else terms_of(self.value, self.at)
+
+    @functools.cached_property
+    def gradient(self) -> Tensor:
+        """The gradient of the loss in the outputs, with its graph.
+
+        Raises:
+            ValueError: If that has no derivative.
+        """
+        value, own = self.value, None
+        if self.terms is None:  # else there is no function that is not known
             nodes = list(graph_nodes([value.grad_fn] if value.grad_fn else []))
             if any([_ATTENTION in type(node).__name__ for node in nodes]):
-                with differentiable(thrice=False):
-                    value = loss(f, targets)
-            if not value.requires_grad:
-                raise ValueError(
-                    "expected a loss that can be differentiated in the outputs, got "
-                    "one whose value is cut off from them (detached, rounded or an "
-                    "argmax)"
-                )
+                with torch.enable_grad(), differentiable(thrice=False):
+                    self.value = value = self._run()
             own = root_of(value, nodes)
-            root = torch.ones_like(value) if own is None else own
-            (slope,) = derivatives(value, (f,), root, True, create_graph=True)
+        root = torch.ones_like(value) if own is None else own
+        (slope,) = derivatives(value, (self.at,), root, True, create_graph=True)
         if own is not None and once_differentiable([slope]):
             raise ValueError(TWICE.format("it is once differentiable"))
-        self.at, self.value = f, value
-        self.gradient = torch.zeros_like(f) if slope is None else slope
+        return torch.zeros_like(self.at) if slope is None else slope
 
     def __call__(self, v: Tensor, keep: bool = True) -> Tensor:
         """Multiply.
@@ -76,20 +92,60 @@ class HessianProduct:
             A tensor of that shape.
 
         Raises:
-            RuntimeError: What autograd raises of another kind.
             ValueError: If torch has no derivative of the gradient.
-        """  # noqa: DOC502 (`explain` raises)
-        if not self.gradient.requires_grad:  # the loss is linear in the outputs
-            return torch.zeros_like(v)
+        """  # noqa: DOC502 (`derivative_again` raises)
         graph = self._trained
-        try:
-            (found,) = derivatives(
-                self.gradient, (self.at,), v, keep or graph, create_graph=graph
-            )
-        except RuntimeError as err:
-            explain(err)
-            raise
+        found = derivative_again(self.gradient, self.at, v, keep or graph, graph)
         return torch.zeros_like(v) if found is None else found
+
+    def each(self, vectors: Tensor) -> Tensor:
+        """Multiply each of several, at once where the derivatives of the loss can.
+
+        Args:
+            vectors: Tensors of the shape of the outputs, one a leading index.
+
+        Returns:
+            A tensor of that shape, without graph.
+        """
+        try:
+            (found,) = torch.autograd.grad(
+                self.gradient, [self.at], vectors, retain_graph=True,
+                allow_unused=True, is_grads_batched=True,
+            )  # fmt: skip
+        except RuntimeError:  # a derivative that looks at values, or that is missing
+            return torch.stack([self(v).detach() for v in vectors])
+        return torch.zeros_like(vectors) if found is None else found
+
+
+def derivative_again(
+    slope: Tensor,
+    at: Tensor | GradientEdge,
+    v: Tensor,
+    keep: bool = True,
+    create_graph: bool = False,
+) -> Tensor | None:
+    """Return the derivative of a gradient along ``v``; None where it has none.
+
+    Args:
+        slope: The gradient.
+        at: Where the derivative is taken.
+        v: A tensor of the gradient's shape.
+        keep: Whether the graph is kept.
+        create_graph: Whether the result has one of its own.
+
+    Raises:
+        RuntimeError: What autograd raises of another kind.
+        ValueError: If torch has no derivative of the gradient.
+    """  # noqa: DOC502 (`explain` raises)
+    if not slope.requires_grad:  # the loss is linear
+        return None
+    ends: Any = [at]
+    try:
+        (found,) = derivatives(slope, ends, v, keep, create_graph=create_graph)
+    except RuntimeError as err:
+        explain(err)
+        raise
+    return found
 
 
 def explain(err: RuntimeError) -> None:
@@ -146,6 +202,23 @@ class ProductRoots:
         mean, half = of_rows(z, rows) * (length / 2), of_rows(found, rows)
         half = half / (2 * length)
         return [(mean + half, 1.0), (mean - half, -1.0)]
+
+
+def signs_of(part: Tensor) -> tuple[float, ...]:
+    """Return the signs that there are in a part of a Hessian; none where it is zero.
+
+    What float rounding makes of a zero eigenvalue is no negative part, and what is not
+    finite is a positive one, to be found in the result.
+    """
+    least, most = map(float, part.aminmax())
+    rounding = -1e-6 * max(most, -least)
+    signs = () if most <= 0 else (1.0,)
+    return (*signs, -1.0) if least < 0 and not least > rounding else signs
+
+
+def of_sign(x: Tensor, sign: float) -> Tensor:
+    """Return the magnitude of what has a sign, 0 in the place of what has the other."""
+    return (x if sign > 0 else -x).clamp(min=0)
 
 
 def of_rows(x: Tensor, rows: Rows) -> Tensor:

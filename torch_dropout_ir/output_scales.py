@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -82,6 +83,72 @@ def is_convex(loss: Loss) -> bool:
     """Whether an elementwise or general loss is known to be convex in the outputs."""
     names = ("weight", "pos_weight")
     return is_logistic(loss) and all([loss.option(x, None) is None for x in names])
+
+
+def closed_diagonal(loss: Loss) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return what gives the second derivatives of a loss of torch's of single outputs.
+
+    Args:
+        loss: The loss.
+
+    Returns:
+        A function of outputs and targets, of one shape and dtype; None where the
+        second derivatives of the loss are not at hand.
+    """
+    if loss.kind != "elementwise" or loss.option("weight", None) is not None:
+        return None
+    function = getattr(loss.function, "func", loss.function)
+    second = _SECOND.get(function) or _SECOND.get(type(function))
+    if second is None:
+        return None
+    mean = loss.reduction == "mean"
+
+    def diagonal(f: Tensor, y: Tensor) -> Tensor:
+        found = second(loss, f, y.detach())
+        return found / found.numel() if mean else found
+
+    return diagonal
+
+
+def alike(outputs: Tensor, targets: Any) -> bool:
+    """Whether targets are a tensor of the outputs' shape and dtype."""
+    return (
+        isinstance(targets, Tensor)
+        and targets.shape == outputs.shape
+        and targets.dtype == outputs.dtype
+    )
+
+
+def _huber(loss: Loss, f: Tensor, y: Tensor) -> Tensor:
+    return ((f - y).abs() < loss.option("delta", 1.0)).to(f.dtype)
+
+
+def _smooth_l1(loss: Loss, f: Tensor, y: Tensor) -> Tensor:
+    beta = loss.option("beta", 1.0)
+    inside = ((f - y).abs() < beta).to(f.dtype)
+    return inside / beta if beta else inside  # 0, as of an absolute error
+
+
+def _poisson(loss: Loss, f: Tensor, y: Tensor) -> Tensor:
+    if loss.option("log_input", True):
+        return f.exp()
+    return y / (f + loss.option("eps", 1e-8)).square()
+
+
+def _soft_margin(_: Loss, f: Tensor, y: Tensor) -> Tensor:
+    return y.square() * (y * f).sigmoid() * (-y * f).sigmoid()
+
+
+_SECOND: Final[dict[Any, Callable[[Loss, Tensor, Tensor], Tensor]]] = {
+    F.huber_loss: _huber,
+    nn.HuberLoss: _huber,
+    F.smooth_l1_loss: _smooth_l1,
+    nn.SmoothL1Loss: _smooth_l1,
+    F.poisson_nll_loss: _poisson,
+    nn.PoissonNLLLoss: _poisson,
+    F.soft_margin_loss: _soft_margin,
+    nn.SoftMarginLoss: _soft_margin,
+}
 
 
 def logistic_diagonal(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:

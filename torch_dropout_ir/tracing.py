@@ -34,7 +34,9 @@ unasked = torch._C.DisableTorchFunction
 
 # What takes derivatives, without the checks of ``torch.autograd.grad``, which cost a
 # small pass as much again. A torch without it runs those.
-_ENGINE = getattr(torch.autograd.graph, "_engine_run_backward", None)
+_ENGINE = getattr(
+    getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None
+)
 _FUNCTION_MODES = getattr(torch._C, "_len_torch_function_stack", None)
 
 

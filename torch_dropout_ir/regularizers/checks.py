@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import torch
@@ -123,8 +122,10 @@ def check_risk(
     Raises:
         ValueError: If the loss is NaN or infinite, or draws random numbers.
     """  # noqa: DOC502 (what is called raises)
-    with _drawing_nothing(name, model, known), torch.no_grad():
+    moved = None if known else generators_moved(model)
+    with torch.no_grad():
         check_finite(name, value(), model, inputs)
+    _check_drawn(name, moved)
 
 
 def checked_product(
@@ -144,26 +145,24 @@ def checked_product(
     """
     if read.known and read.targets is None:
         return None
-    if read.known or read.loss is None:
+    if read.closed or read.loss is None:
         risk = functools.partial(read.risk, read.tensors)
         check_risk(name, risk, model, inputs, known)
         return None
-    with _drawing_nothing(name, model, known):
-        product = read.product()
-        assert product is not None
-        check_finite(name, product.value.detach(), model, inputs)
+    moved = None if known else generators_moved(model)
+    product = read.product()
+    assert product is not None
+    check_finite(name, product.value.detach(), model, inputs)
+    _check_drawn(name, moved)
     return product
 
 
-@contextlib.contextmanager
-def _drawing_nothing(name: str, model: nn.Module, known: bool) -> Iterator[None]:
-    """Raise if a loss draws random numbers in the context.
+def _check_drawn(name: str, moved: Callable[[], bool] | None) -> None:
+    """Raise if a loss has drawn random numbers.
 
     Raises:
-        ValueError: If it does.
+        ValueError: If it has.
     """
-    moved = None if known else generators_moved(model)
-    yield
     if moved is not None and moved():
         raise ValueError(
             f"{name}: expected a loss that draws no random numbers, got one that does: "

@@ -66,11 +66,13 @@ def gauss_newton(
     curvature of the layers above (``exact`` says which); it can be off by a factor of
     two and more in deep networks.
 
-    Of a loss without a closed form the outputs' Hessian is known by products: diagonal
-    where the loss's graph is elementwise, by samples' blocks where those pay (a large
-    network and few outputs, or many samples), else one product a sample, with two
+    Of a loss without a closed form its graph tells what the outputs' Hessian is: of
+    log-probabilities that of a softmax, with a diagonal; a diagonal where it is
+    elementwise, by one product. Else it is taken by samples' blocks where those pay (a
+    large network, or few outputs, or many samples), or one product a sample, with two
     backward passes: :math:`E[z (H z)^\top] = H` for signs on the outputs, which spreads
-    more. Where the loss reads several outputs, signs on the units take their place:
+    more. Curvature of both signs takes two backward passes too. Where the loss reads
+    several outputs, signs on the units take their place:
     :math:`(z \circ h)^\top J^\top H J (z \circ h)`, in three backward passes a sample;
     the exact sum takes those unit by unit, of a loss that couples samples too.
 
@@ -282,7 +284,7 @@ def estimate(
         ValueError: If the outputs have no batch dimension that the loss needs.
     """  # noqa: DOC502 (`_read` raises)
     read = _read(clean, targets, loss)
-    product = None if read.known else read.product()
+    product = None if read.closed else read.product()
     forms = RootForms(clean, read, num_samples, product)
     beside = read_beside(read, clean.edges, product)
     known = functools.partial(_known, model, clean, read, loss, forms, beside)

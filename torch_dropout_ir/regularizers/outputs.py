@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import TWICE, HessianProduct, explain
-from torch_dropout_ir.output_scales import is_logistic
+from torch_dropout_ir.output_scales import alike, closed_diagonal, is_logistic
 from torch_dropout_ir.regularizers.coupling import (
     by_powers,
     even_root,
@@ -59,6 +59,12 @@ class OutputsRead:
         if self.loss is None:
             return False
         return self.loss.kind in ("squared", "cross_entropy") or is_logistic(self.loss)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the Hessian is known in closed form, be it zero."""
+        own = self.loss is not None and closed_diagonal(self.loss) is not None
+        return self.known or (own and alike(self.tensors[0], self.targets))
 
     def product(self) -> HessianProduct | None:
         """Run the loss for products with its Hessian, where it reads one tensor."""

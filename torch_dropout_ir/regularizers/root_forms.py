@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,14 +18,10 @@ from torch_dropout_ir.output_products import (
 from torch_dropout_ir.registration import form_sums
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.coupling import alike, apart, by_powers
-from torch_dropout_ir.regularizers.loss_graph import one_by_one
 from torch_dropout_ir.regularizers.outputs import OutputsRead
+from torch_dropout_ir.regularizers.root_choice import choose
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, Sums, by_row
-
-_MOST_BLOCK_ELEMENTS: Final = 2**24
-_LARGE: Final = 2**16  # elements of the sites' inputs
-_FEW: Final = 4  # outputs of a sample: half a millisecond, and a tenth of the spread
 
 
 class RootForms:
@@ -55,22 +49,9 @@ class RootForms:
         product: HessianProduct | None,
     ) -> None:
         self.num_samples = num_samples
-        self.loss_couples = False
-        self._roots: HessianRoots | ProductRoots | None = None
-        loss, f = read.loss, read.tensors[0]
-        if loss is None or product is None or not f.ndim:
-            self.loss_couples = read.couples(product=product)
-        elif loss.kind == "general":
-            alone = one_by_one(product.value, product.at)
-            self.loss_couples = not alone and read.couples(product=product)
-            if alone or (len(f) == f.numel() and not self.loss_couples):
-                loss = dataclasses.replace(loss, kind="elementwise")
-        blocks = not self.loss_couples and _blocks_pay(clean, f, num_samples)
-        if loss is not None and (loss.kind != "general" or blocks):
-            self._roots = HessianRoots(loss, read.single, read.targets, product)
-        elif product is not None and f.ndim and num_samples:
-            self._roots = ProductRoots(product, num_samples > 1 or clean.matters)
-        self.one_pass = num_samples == 1 and isinstance(self._roots, HessianRoots)
+        self._roots, self.loss_couples = choose(clean, read, num_samples, product)
+        of_products = self._roots is None or isinstance(self._roots, ProductRoots)
+        self.one_pass = num_samples == 1 and not of_products
 
     @property
     def curved(self) -> bool:
@@ -205,27 +186,6 @@ def _alike(clean: CleanPass, outputs: Tensor) -> bool:
         type(h) is Tensor and h.dtype == dtype and h.device == device
         for _, h, _ in clean.uses
     ])
-
-
-def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None) -> bool:
-    """Whether to take eigenvectors of the blocks of samples: they spread less.
-
-    Beside a large network, with many draws or few outputs, they take little time.
-
-    Args:
-        clean: The pass over all rows.
-        f: The outputs.
-        num_samples: Random roots; None for the exact sum, which has no other way.
-
-    Returns:
-        Whether they pay.
-    """
-    width = f[0].numel()
-    if f.numel() * width > _MOST_BLOCK_ELEMENTS or num_samples is None:
-        return f.numel() * width <= _MOST_BLOCK_ELEMENTS
-    size = sum([h.numel() for _, h, _ in clean.uses])
-    large = size >= _LARGE and f.numel() * width * width <= num_samples * size
-    return large or width <= max(_FEW, num_samples)
 
 
 def _pull(

@@ -18,9 +18,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
+
+from torch_dropout_ir.loss_terms import LEAF, UNARY
 
 
 class Place(NamedTuple):
@@ -59,17 +60,6 @@ class Op(NamedTuple):
 
 
 START: Final = Place(0, 1)
-LEAF: Final = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
-UNARY: Final = frozenset(
-    f"{name}Backward{k}"
-    for k in (0, 1)
-    for name in (
-        "Add", "Sub", "Mul", "Div", "Neg", "Abs", "Exp", "Log", "Sqrt", "Rsqrt", "Pow",
-        "Sin", "Cos", "Relu", "LeakyRelu", "Elu", "Gelu", "Silu", "Mish", "Tanh",
-        "Sigmoid", "LogSigmoid", "Softplus", "Hardtanh", "Hardswish", "Hardsigmoid",
-        "Softshrink", "Hardshrink", "Threshold", "Clamp", "ClampMin", "Clone", "ToCopy",
-    )
-)  # fmt: skip
 _BATCH_NORM: Final = frozenset(("NativeBatchNormBackward0", "CudnnBatchNormBackward0"))
 
 

@@ -1,0 +1,360 @@
+"""What a loss is a sum of, and the Hessian that this gives, against the dense one."""
+
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.output_hessian import HessianRoots, hessian_blocks
+from torch_dropout_ir.output_products import HessianProduct, of_sign, signs_of
+from torch_dropout_ir.output_scales import closed_diagonal
+from torch_dropout_ir.regularizers import gauss_newton
+from torch_dropout_ir.softmax_roots import SoftmaxRoots
+
+CLASSES = 3
+INNER = {
+    "as they are": lambda f: f,
+    "scaled": lambda f: f / 2.5 + 1,
+    "chosen": lambda f: f[..., :2],
+    "flattened": lambda f: f.flatten(0, -2),
+    "turned": lambda f: f.transpose(0, 1),
+    "every other": lambda f: f[::2],
+    "masked": lambda f: f.masked_fill(torch.arange(f.shape[-1]) == 1, -30.0),
+    "centred": lambda f: f - f.mean(0),
+}
+
+
+def labels(u):
+    return torch.arange(u[..., :1].numel()).view(u[..., :1].shape) % u.shape[-1]
+
+
+def weights(u):
+    return torch.linspace(-1, 2, u.numel(), dtype=u.dtype).view(u.shape).sin()
+
+
+def focal(u):
+    log = u.gather(-1, labels(u)).squeeze(-1)
+    return -((1 - log.exp()) ** 2 * log).mean()
+
+
+def chosen_twice(u):
+    first, last = u[..., 0], u.gather(-1, labels(u)).squeeze(-1)
+    return (first * last).sum()
+
+
+OUTER = {
+    "soft": lambda u: -(weights(u).square() * u).sum(-1).mean(),
+    "signed": lambda u: (weights(u) * u).mean(),
+    "labels": lambda u: F.nll_loss(
+        u.flatten(0, -2), labels(u).flatten(), torch.arange(u.shape[-1]).to(u) + 1
+    ),
+    "ignored": lambda u: F.nll_loss(
+        u.flatten(0, -2), labels(u).flatten(), ignore_index=0, reduction="sum"
+    ),
+    "divergence": lambda u: F.kl_div(
+        u, weights(u).log_softmax(-1), reduction="batchmean", log_target=True
+    ),
+    "focal": focal,
+    "focal of labels": lambda u: (
+        lambda x: ((1 - (-x).exp()) ** 1.5 * x).sum()
+    )(F.nll_loss(u.flatten(0, -2), labels(u).flatten(), reduction="none")),
+    "entropy": lambda u: (u * u.exp()).sum(),
+    "squares": lambda u: (u + 1).square().mean() - u.sum(),
+    "capped": lambda u: u.clamp(min=-1.0).sum() + (weights(u) * u).sum(),
+    "held": lambda u: (u.detach().exp() * u).sum(),
+    "nothing": lambda u: (0 * u).sum(),
+}  # fmt: skip
+UNTOLD = {
+    "chosen twice": chosen_twice,
+    "by row": lambda u: (u.exp() * weights(u)).sum(-1).log().mean(),
+    "repeated": lambda u: (u[..., :1] * u).sum(),
+    "unbound": lambda u: (u.unbind(-1)[0] * u.unbind(-1)[1]).sum(),
+    "in halves": lambda u: math.prod(u.split(1, -1)[:2]).sum(),
+    "of labels' mean": lambda u: F.nll_loss(u, labels(u).flatten()).square(),
+    "of the mean": lambda u: u.mean().square(),
+}
+
+
+def of_log_softmax(inner, outer, dim=-1):
+    return lambda f, _: outer(F.log_softmax(inner(f), dim))
+
+
+def products(loss, f, v):
+    """The product with the Hessian, of autograd."""
+    return torch.autograd.functional.hvp(lambda x: loss(x, None), f, v)[1]
+
+
+def by_parts(roots, inner, f, v):
+    """The product with the Hessian that the roots are of."""
+    _, pushed = torch.autograd.functional.jvp(inner, f, v)
+    s, dim = roots._u.exp(), roots._classes
+    centred = pushed - (s * pushed).sum(dim, keepdim=True)
+    found = roots._mass * s * centred
+    if roots._bend is not None:
+        bent = roots._bend * centred
+        found = found + bent - s * bent.sum(dim, keepdim=True)
+    return torch.autograd.functional.vjp(inner, f, found)[1]
+
+
+@given(
+    st.sampled_from([*INNER]), st.sampled_from([*OUTER]), st.integers(1, 4),
+    st.lists(st.integers(1, 3), max_size=2), st.integers(0, 99),
+)  # fmt: skip
+def test_losses_of_log_probabilities_have_their_hessian(inner, outer, n, more, seed):
+    torch.manual_seed(seed)
+    f = 2 * torch.randn(n, *more, CLASSES).double()
+    loss = of_log_softmax(INNER[inner], OUTER[outer])
+    product = HessianProduct(Loss(loss), f, None)
+    terms, v = product.terms, torch.randn_like(f)
+    assert terms.log_softmax is not None
+    assert terms.direct or inner != "as they are"
+    assert not terms.by_row or torch.equal(INNER[inner](f).view_as(f), f)
+    assert not terms.linear or outer not in ("focal", "entropy", "squares")
+    roots = SoftmaxRoots(product, terms)
+    expected = products(loss, f, v)
+    torch.testing.assert_close(by_parts(roots, INNER[inner], f, v), expected)
+    if not roots.curved:
+        assert not expected.any()
+    rows = torch.arange(0, n, 2)
+    for root, _ in roots.sample():
+        assert root.shape == f.shape and root.isfinite().all()
+    assert all(root.shape == f[rows].shape for root, _ in roots.sample(rows))
+
+
+@pytest.mark.parametrize("outer", ["signed", "entropy", "squares", "held"])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_classes_may_be_in_any_dimension(dim, outer):
+    torch.manual_seed(0)
+    f, v = torch.randn(2, 3, 4, 2).double().unbind(-1)
+    loss = of_log_softmax(INNER["as they are"], OUTER[outer], dim)
+    product = HessianProduct(Loss(loss), f, None)
+    roots = SoftmaxRoots(product, product.terms)
+    found = by_parts(roots, INNER["as they are"], f, v)
+    torch.testing.assert_close(found, products(loss, f, v))
+    assert product.terms.by_row == (dim > 0)
+
+
+@pytest.mark.parametrize("outer", ["soft", "signed", "focal", "entropy", "squares"])
+@pytest.mark.parametrize("inner", ["as they are", "scaled", "centred", "chosen"])
+def test_roots_multiply_to_the_hessian_on_average(inner, outer):
+    torch.manual_seed(0)
+    f = torch.randn(3, CLASSES).double()
+    loss = of_log_softmax(INNER[inner], OUTER[outer])
+    product = HessianProduct(Loss(loss), f, None)
+    roots = SoftmaxRoots(product, product.terms)
+    dense = torch.autograd.functional.hessian(lambda x: loss(x, None), f)
+    total, square, count = torch.zeros_like(dense), torch.zeros_like(dense), 6000
+    for _ in range(count):
+        drawn = sum(
+            sign * torch.einsum("ia,jb->iajb", root, root)
+            for root, sign in roots.sample()
+        )
+        total, square = total + drawn, square + drawn.square()
+    spread = (square / count - (total / count).square()).clamp(min=1e-12).sqrt()
+    score = (total / count - dense) / (spread / count**0.5 + 1e-9)
+    assert score.abs().max() < 4.5
+
+
+def test_as_many_roots_as_there_are_signs():
+    f = torch.randn(4, CLASSES)
+    for outer, signs in (
+        (lambda u: -u.sum(), [1.0]), (lambda u: u.sum(), [-1.0]),
+        (lambda u: u.sum() * 0, [1.0]), (OUTER["entropy"], [-1.0, 1.0]),
+        (lambda u: u.square().sum() - 20 * u.sum(), [1.0]),
+    ):  # fmt: skip
+        loss = Loss(of_log_softmax(INNER["as they are"], outer))
+        product = HessianProduct(loss, f, None)
+        roots = SoftmaxRoots(product, product.terms)
+        assert [sign for _, sign in roots.sample()] == signs
+    concave = Loss(lambda f, _: -f.square().sum(), "elementwise")
+    assert [sign for _, sign in HessianRoots(concave, f, f).sample()] == [-1.0]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_is_no_zero(value):
+    for x in (torch.tensor([value]), torch.tensor([1.0, value, -1.0])):
+        parts = [of_sign(x, sign) for sign in signs_of(x)]
+        assert parts and not torch.stack(parts).isfinite().all()
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_what_mixes_log_probabilities_is_not_told(name):
+    loss = of_log_softmax(INNER["as they are"], UNTOLD[name])
+    assert HessianProduct(Loss(loss), torch.randn(4, CLASSES), None).terms is None
+
+
+class Slope(torch.autograd.Function):
+    """Twice, with a derivative that looks at values."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g if float(g.sum()) > -1e9 else g
+
+
+class Squares(torch.autograd.Function):
+    """A sum of squares, by a function of the user's own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square().sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return Slope.apply(x) * g
+
+
+scale = nn.Parameter(torch.tensor(0.5))
+SINGLE = {
+    "told": lambda f: ((f - 1).cosh().log().mean() + f.sum()) / 3,
+    "chosen": lambda f: f[:, 1:].square().sum() + f.mean(),
+    "repeated": lambda f: f[:, :1].expand(-1, 3).exp().sum(),
+    "flattened": lambda f: F.mse_loss(f.flatten(), torch.ones(f.numel())),
+    "with constants of other shapes": lambda f: (
+        (f[:, 0] * torch.arange(2.0)[:, None]).exp() * f[:, 0].cos()
+    ).sum(),
+    "one choice, broadcast": lambda f: (
+        lambda x: ((x * torch.arange(2.0)[:, None]).exp() * x.cos()).sum()
+    )(f[:, 0]),
+    "a factor that is trained": lambda f: f.exp().sum() * scale.detach(),
+    "both halves": lambda f: (f[:, :1] * f[:, 1:2]).sum(),
+    "two choices": lambda f: f[:, :1].exp().sum() + f[:, 1:2].exp().sum(),
+    "with its mean": lambda f: (f * f.mean()).sum(),
+    "outputs too": lambda f: (f.log_softmax(1) * f).sum(),
+    "one after the other": lambda f: f.tanh().log_softmax(1).sum(),
+    "of two softmaxes": lambda f: f.log_softmax(1).sum() + (2 * f).log_softmax(1).sum(),
+    "a constant's": lambda f: (scale.expand(4, 3).log_softmax(1) * f.exp()).sum(),
+    "of a mean": lambda f: F.mse_loss(f, torch.ones(4, 3).to(f)).sqrt(),
+    "its own": lambda f: Squares.apply(f),
+    "turned": lambda f: (f[:3] * f[:3].t()).sum(),
+}
+TOLD = {
+    "one choice, broadcast",
+    "told",
+    "chosen",
+    "repeated",
+    "flattened",
+    "a factor that is trained",
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_terms_of_one_output_each_are_told_and_others_are_not(name):
+    torch.manual_seed(0)
+    f = torch.randn(4, 3)
+    terms = HessianProduct(Loss(lambda f, _: SINGLE[name](f)), f, None).terms
+    assert (terms is not None) == (name in TOLD)
+    if terms is not None:
+        assert terms.log_softmax is None
+        dense = torch.autograd.functional.hessian(SINGLE[name], f).view(12, 12)
+        assert torch.equal(dense, dense.diagonal().diag())
+
+
+@pytest.mark.parametrize("name", ["its own", "both halves", "told"])
+def test_products_at_once_are_those_one_by_one(name, monkeypatch):
+    torch.manual_seed(0)
+    f = torch.randn(4, 3).double()
+    loss = Loss(lambda f, _: SINGLE[name](f))
+    dense = torch.autograd.functional.hessian(SINGLE[name], f)
+    blocks = torch.stack([dense[i, :, i] for i in range(4)])
+    torch.testing.assert_close(hessian_blocks(HessianProduct(loss, f, None)), blocks)
+    single = []
+    monkeypatch.setattr(
+        HessianProduct, "__call__", lambda *_: single.append(0) or torch.zeros(4, 3)
+    )
+    hessian_blocks(HessianProduct(loss, f, None))
+    assert len(single) == (3 if name == "its own" else 0)
+
+
+ELEMENTWISE = {
+    nn.HuberLoss: {"delta": st.sampled_from([0.3, 1.0, 2.5])},
+    nn.SmoothL1Loss: {"beta": st.sampled_from([0.5, 2.0, 0.0])},
+    nn.PoissonNLLLoss: {
+        "log_input": st.booleans(), "full": st.booleans(), "eps": st.just(0.1)
+    },
+    nn.SoftMarginLoss: {},
+}  # fmt: skip
+FUNCTIONS = {
+    nn.HuberLoss: F.huber_loss,
+    nn.SmoothL1Loss: F.smooth_l1_loss,
+    nn.PoissonNLLLoss: F.poisson_nll_loss,
+    nn.SoftMarginLoss: F.soft_margin_loss,
+}
+
+
+@pytest.mark.parametrize("kind", ELEMENTWISE)
+@given(st.data(), st.integers(0, 99))
+def test_torchs_losses_of_single_outputs_have_their_second_derivatives(
+    kind, data, seed
+):
+    torch.manual_seed(seed)
+    shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    options = {name: data.draw(values) for name, values in ELEMENTWISE[kind].items()}
+    options["reduction"] = data.draw(st.sampled_from(["mean", "sum"]))
+    by_function = functools.partial(FUNCTIONS[kind], **options)
+    loss = resolve_loss(data.draw(st.sampled_from([kind(**options), by_function])))
+    f, y = torch.rand(2, *shape).double().mul(3).unbind(0)
+    y = y.transpose(0, -1).contiguous().transpose(0, -1)
+    found = closed_diagonal(loss)(f, y)
+    dense = torch.autograd.functional.hessian(lambda x: loss(x, y), f)
+    torch.testing.assert_close(found.flatten().diag(), dense.view(2 * (f.numel(),)))
+    torch.testing.assert_close(HessianRoots(loss, f, y)._values, found)
+
+
+def test_second_derivatives_that_are_not_at_hand_are_autograds():
+    f, y = torch.randn(4, 3).double(), torch.randn(4, 1).double()
+    loss = resolve_loss(nn.HuberLoss())
+    with pytest.warns(UserWarning, match="broadcast"):
+        roots = HessianRoots(loss, f, y)
+    torch.testing.assert_close(roots._values, ((f - y).abs() < 1).double() / 12)
+    assert closed_diagonal(resolve_loss(nn.BCELoss())) is None
+    weighted = functools.partial(F.huber_loss, weight=torch.rand(4, 3))
+    assert closed_diagonal(resolve_loss(weighted)) is None
+    assert closed_diagonal(resolve_loss(lambda f, y: (f - y).sum())) is None
+
+
+def test_outputs_beyond_all_curvature_are_refused_as_before():
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
+    batch = torch.randn(4, 3), torch.full((4, 2), 100.0)
+    for loss in (nn.HuberLoss(), nn.SmoothL1Loss(), nn.SmoothL1Loss(beta=0.0)):
+        with pytest.raises(ValueError, match="piecewise linear"):
+            gauss_newton(net, batch, loss)
+    assert gauss_newton(net, (batch[0], torch.zeros(4, 2)), nn.HuberLoss()).value > 0
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_a_cross_entropy_inside_a_function_costs_what_it_does_by_name(num_samples):
+    """One backward pass a draw, of as little spread; soft labels and views too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 12)
+    ).double()
+    x, y = torch.randn(6, 4).double(), torch.randint(4, (6, 3))
+
+    def loss(f, y):
+        return F.cross_entropy(f.view(-1, 3, 4).flatten(0, 1), y.flatten())
+
+    inner = nn.Sequential(net, nn.Unflatten(1, (3, 4)), nn.Flatten(0, 1))
+    for own, by_name in ((loss, "cross_entropy"),):
+        draws = [
+            torch.stack([
+                gauss_newton(model, (x, target), kind, num_samples=num_samples).value
+                for _ in range(300)
+            ])
+            for model, target, kind in ((net, y, own), (inner, y.flatten(), by_name))
+        ]
+    means, stds = [d.mean() for d in draws], [d.std() for d in draws]
+    error = (stds[0].square() + stds[1].square()).sqrt() / 300**0.5
+    assert (means[0] - means[1]).abs() < 4 * error
+    assert 0.8 < stds[0] / stds[1] < 1.25

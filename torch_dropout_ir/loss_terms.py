@@ -1,0 +1,202 @@
+"""Floor 1: what a loss is a sum of, as its graph tells.
+
+Semantics:
+
+* A loss is made of terms of one entry each where it is linear in elementwise functions
+  of those entries, whatever it adds up: of outputs, or of log-probabilities that are a
+  log-softmax of something linear in the outputs.
+* A function may choose entries first (a label's log-probability), all of it the same:
+  of entries in two places it could be a function of two.
+* A graph with any other operation may be of such a sum too: it does not tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+Edges: TypeAlias = Sequence[tuple[Any, int]]
+LEAF: Final = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+
+
+def _named(*names: str) -> frozenset[str]:
+    return frozenset(f"{x}Backward{k}" for k in (0, 1) for name in names
+                     for x in name.split())  # fmt: skip
+
+
+UNARY: Final = _named(
+    "Add Sub Mul Div Neg Abs Exp Log Sqrt Rsqrt Pow Sin Cos Relu LeakyRelu Elu Gelu "
+    "Silu Mish Tanh Sigmoid LogSigmoid Softplus Hardtanh Hardswish Hardsigmoid "
+    "Softshrink Hardshrink Threshold Clamp ClampMin Clone ToCopy"
+)
+ELEMENTWISE: Final = UNARY | _named(
+    "Cosh Erf Expm1 Log1P Logaddexp Maximum Minimum Reciprocal Rsub Sinh Square Where "
+    "Xlogy"
+)
+LOSSES: Final = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "HuberLoss", "MseLoss",
+        "SmoothL1Loss", "SoftMarginLoss",
+    )
+)  # fmt: skip
+OF_LABELS: Final = frozenset(("NllLossBackward0", "NllLoss2DBackward0"))
+_CHOOSES: Final = OF_LABELS | _named(
+    "Expand Gather Index IndexSelect MaskedSelect Permute ReshapeAlias Select Slice "
+    "Squeeze T Transpose UnsafeView Unsqueeze View"
+)
+_LINEAR: Final = _CHOOSES | _named(
+    "Add Sub Rsub Neg Sum Mean Cat Stack Clone ToCopy MaskedFill Where"
+) | {"SqueezeBackward2", "MulBackward1", "DivBackward1"}  # fmt: skip
+_LOG_SOFTMAX: Final = "LogSoftmaxBackward0"
+
+# How the loss depends on what a node makes: linearly; as on an entry of its own; that,
+# chosen from what is further inside. Then how log-probabilities depend on it: linearly.
+_ADDED, _BENT, _CHOSEN, _INSIDE = range(4)
+
+
+class Terms(NamedTuple):
+    """Of what entries a loss is a sum of terms.
+
+    Attributes:
+        log_softmax: The node that makes them of the outputs; None where those are they.
+        linear: Whether it is linear in them.
+        direct: Whether the log-softmax is that of the outputs as they are.
+        classes: The dimension in which that adds up to one.
+    """
+
+    log_softmax: Any
+    linear: bool
+    direct: bool = True
+    classes: int = -1
+
+    @property
+    def by_row(self) -> bool:
+        """Whether they show that no two rows of the outputs meet."""
+        return self.log_softmax is None or (self.direct and self.classes > 0)
+
+
+def terms_of(value: Tensor, outputs: Tensor) -> Terms | None:
+    """Return of what a loss is a sum of terms.
+
+    Args:
+        value: The loss, with its graph.
+        outputs: The outputs, the leaf of that graph.
+
+    Returns:
+        What the graph shows; None where it does not tell.
+    """
+    if value.grad_fn is None:  # the outputs themselves, of a model that has its loss
+        return Terms(None, True)
+    walk = _Walk(outputs)
+    left: list[tuple[Any, int]] = [(value.grad_fn, _ADDED)]
+    seen = set(left)
+    while left:
+        node, how = left.pop()
+        if type(node) is LEAF:
+            walk.leaf(node, how)
+            continue
+        edges = node.next_functions
+        inner = walk.step(node, how, edges)
+        if inner is None:
+            return None
+        new = [(child, inner) for child, _ in edges if child is not None]
+        left += [x for x in new if x not in seen]
+        seen.update(new)
+    return walk.found()
+
+
+class _Walk:
+    """What has been seen on the way from a loss to the outputs."""
+
+    def __init__(self, outputs: Tensor) -> None:
+        self._outputs = outputs
+        self._linear = True
+        self._inside: list[Any] = []  # where chains inside the log-softmax end
+        self._of: set[Any] = set()  # what makes the entries
+        self._ends: set[Any] = set()  # below elementwise functions
+
+    def leaf(self, node: Any, how: int) -> None:
+        """Note the outputs; what else has a gradient is a constant here."""
+        if node.variable is not self._outputs:
+            return
+        if how == _INSIDE:
+            self._inside.append(node)
+        else:
+            self._entries(node, how)
+
+    def step(self, node: Any, how: int, edges: Edges) -> int | None:
+        """Return how the loss depends on what leads to a node; None if not known."""
+        name = node.name()
+        if name == _LOG_SOFTMAX and how != _INSIDE:
+            self._entries(node, how)
+            return _INSIDE
+        if how in (_ADDED, _INSIDE) and is_linear(name, edges):
+            return how
+        if how == _INSIDE:
+            return None
+        elementwise = name in ELEMENTWISE
+        if how == _CHOSEN:
+            chosen = elementwise or _chooses(name, node)
+            return _CHOSEN if chosen and _lead(edges) == 1 else None
+        if how == _ADDED:
+            self._linear = False
+        if elementwise or (
+            name in LOSSES and (how == _ADDED or not node._saved_reduction)
+        ):
+            return _BENT
+        if how == _BENT and _chooses(name, node) and _lead(edges) == 1:
+            self._ends.add(node)
+            return _CHOSEN
+        return None
+
+    def found(self) -> Terms | None:
+        """Return what has been seen, where it is of one entry at a time."""
+        if len(self._of) != 1 or len(self._ends) > 1:
+            return None
+        (node,) = self._of
+        if type(node) is LEAF:
+            return Terms(None, self._linear)
+        if not self._inside:
+            return None
+        direct = node.next_functions[0][0] in self._inside
+        dim = node._saved_dim  # without its sign
+        dim = dim - 2**64 if dim >= 2**63 else dim
+        classes = dim % max(1, len(node._input_metadata[0].shape))
+        return Terms(node, self._linear, direct, classes)
+
+    def _entries(self, node: Any, how: int) -> None:
+        self._of.add(node)
+        if how == _BENT:
+            self._ends.add(node)
+
+
+def _chooses(name: str, node: Any) -> bool:
+    """Whether each entry of what a node makes is of one entry, or none, at most."""
+    return name in _CHOOSES and (name not in OF_LABELS or not node._saved_reduction)
+
+
+def is_linear(name: str, edges: Edges) -> bool:
+    """Whether a node is linear in those of its inputs that lead to the outputs.
+
+    Args:
+        name: Its name.
+        edges: What leads to it; None in the place of a constant.
+
+    Returns:
+        Whether it is; False where that is not known.
+    """
+    if name == "MulBackward0":
+        return _lead(edges) == 1
+    if name == "DivBackward0":
+        return all([child is None for child, _ in edges[1:]])
+    return name in _LINEAR
+
+
+def _lead(edges: Edges) -> int:
+    """Return how many inputs of a node are no constants."""
+    return len(edges) if len(edges) == 1 else sum([x is not None for x, _ in edges])

@@ -1,0 +1,80 @@
+"""Which roots of the loss's Hessian a Gauss-Newton form takes."""
+
+from __future__ import annotations
+
+from typing import Final, TypeAlias
+
+from torch import Tensor
+
+from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.output_hessian import HessianRoots
+from torch_dropout_ir.output_products import HessianProduct, ProductRoots
+from torch_dropout_ir.regularizers.clean_pass import CleanPass
+from torch_dropout_ir.regularizers.outputs import OutputsRead
+from torch_dropout_ir.softmax_roots import SoftmaxRoots
+
+Roots: TypeAlias = "HessianRoots | SoftmaxRoots | ProductRoots"
+_MOST_BLOCK_ELEMENTS: Final = 2**24
+_LARGE: Final = 2**16  # elements of the sites' inputs
+_FEW: Final = 4  # outputs of a sample: half a millisecond, and a tenth of the spread
+
+
+def choose(
+    clean: CleanPass,
+    read: OutputsRead,
+    num_samples: int | None,
+    product: HessianProduct | None,
+) -> tuple[Roots | None, bool]:
+    """Return the roots, and whether the loss couples samples.
+
+    Args:
+        clean: The pass over all rows.
+        read: What the loss reads of its outputs.
+        num_samples: Random roots; None for the exact sum.
+        product: Products with the loss's Hessian, where it has no closed form.
+
+    Returns:
+        Roots of what is known of the Hessian, else of products with it; None where
+        there are none. Then whether one sample's term depends on another's outputs.
+    """
+    loss, f = read.loss, read.tensors[0]
+    if loss is None or product is None or not f.ndim:
+        couples, terms = read.couples(product=product), None
+    elif loss.kind == "general":
+        terms = product.terms
+        couples = not (terms and terms.by_row) and read.couples(product=product)
+        alone = terms is not None and terms.log_softmax is None
+        if alone or (len(f) == f.numel() and not couples):
+            loss = Loss(loss.function, "elementwise", loss.reduction)
+    else:
+        couples, terms = False, None
+    if product is not None and num_samples and terms and terms.log_softmax:
+        return SoftmaxRoots(product, terms), couples
+    if loss is not None and (
+        loss.kind != "general" or (not couples and _blocks_pay(clean, f, num_samples))
+    ):
+        return HessianRoots(loss, read.single, read.targets, product), couples
+    if product is not None and f.ndim and num_samples:
+        return ProductRoots(product, num_samples > 1 or clean.matters), couples
+    return None, couples
+
+
+def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None) -> bool:
+    """Whether to take eigenvectors of the blocks of samples: they spread less.
+
+    Beside a large network, with many draws or few outputs, they take little time.
+
+    Args:
+        clean: The pass over all rows.
+        f: The outputs.
+        num_samples: Random roots; None for the exact sum, which has no other way.
+
+    Returns:
+        Whether they pay.
+    """
+    width = f[0].numel()
+    if f.numel() * width > _MOST_BLOCK_ELEMENTS or num_samples is None:
+        return f.numel() * width <= _MOST_BLOCK_ELEMENTS
+    size = sum([h.numel() for _, h, _ in clean.uses])
+    large = size >= _LARGE and f.numel() * width * width <= num_samples * size
+    return large or width <= max(_FEW, num_samples)
