@@ -1,5 +1,7 @@
 """What the estimators hold at once, against a training step of the same model."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from torch_dropout_ir.regularizers import (
     gradient_norm,
     modified_loss,
     monte_carlo,
+    root_passes,
     second_order,
 )
 
@@ -208,3 +211,79 @@ def test_flattened_outputs_hold_no_more_than_a_training_step(form):
     net.zero_grad()
     FORMS[form](net, (x[:8], y[: 8 * 32]), "cross_entropy")
     assert peak(lambda: FORMS[form](net, (x, y), "cross_entropy")) <= step
+
+
+@pytest.mark.parametrize("form", ["second_order", "monte_carlo"])
+def test_a_pass_holds_nothing_that_its_forms_do_not_read(form):
+    """Neither what linear layers returned, nor a graph that chunks of rows replace."""
+    torch.manual_seed(0)
+    layers = [
+        nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True)
+        for _ in range(2)
+    ]
+    net = nn.Sequential(
+        nn.Embedding(500, 64), nn.Dropout(0.1), layers[0], nn.Dropout(0.1), layers[1],
+        nn.Flatten(0, 1), nn.Dropout(0.5), nn.Linear(64, 500),
+    )  # fmt: skip
+    x, y = torch.randint(500, (16, 64)), torch.randint(500, (16 * 64,))
+    step = peak(lambda: F.cross_entropy(net(x), y).backward())
+    net.zero_grad()
+    FORMS[form](net, (x[:8], y[: 8 * 64]), "cross_entropy")
+    assert peak(lambda: FORMS[form](net, (x, y), "cross_entropy")) <= 1.01 * step
+
+
+def soft(f, labels):
+    """A loss without a closed form in which outputs mix."""
+    parts = 0.9 * F.one_hot(labels, f.shape[1]) + 0.1 / f.shape[1]
+    return -(parts * f.log_softmax(1)).sum(1).mean()
+
+
+@pytest.mark.parametrize("loss, num_samples", [("cross_entropy", None), (soft, 1)])
+def test_roots_of_samples_that_meet_have_passes_of_their_own(
+    monkeypatch, loss, num_samples
+):
+    """A graph that is kept for the next root holds more than a step."""
+    torch.manual_seed(0)
+    net, x = MODELS["batch norm"]()
+    net, x = net[:-1].append(nn.Linear(2048, 60)), x[:8]
+    batch = x, torch.randint(60, (8,))
+    step = peak(lambda: F.cross_entropy(net(x), batch[1]).backward())
+    net.zero_grad()
+    found = []
+
+    def run():
+        torch.manual_seed(1)
+        found.append(gauss_newton(net, batch, loss, num_samples=num_samples).value)
+
+    monkeypatch.setattr(root_passes, "kept_is_less", lambda *_: True)
+    assert peak(run) > 1.3 * step
+    monkeypatch.undo()
+    monkeypatch.setattr(root_passes, "_WHOLE", 0)
+    assert peak(run) <= step
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("num_samples", [None, 5])
+def test_a_graph_that_holds_less_than_a_step_is_kept(monkeypatch, num_samples):
+    """Of sites near the end of a network, one pass does for all roots."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.2),
+        nn.Conv2d(16, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+        nn.Linear(256, 3),
+    )  # fmt: skip
+    x, y = torch.randn(8, 3, 32, 32), torch.randint(3, (8,))
+    monkeypatch.setattr(root_passes, "_WHOLE", 0)
+    step = peak(lambda: F.cross_entropy(net(x), y).backward())
+    passes = 0
+
+    def count(*_):
+        nonlocal passes
+        passes += 1
+
+    net[0].register_forward_hook(count)
+    run = functools.partial(
+        gauss_newton, net, (x, y), "cross_entropy", num_samples=num_samples
+    )
+    assert peak(run) <= step
+    assert passes <= 4

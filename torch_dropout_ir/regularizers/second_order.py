@@ -15,24 +15,24 @@ from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_finite,
+    check_reachable,
     check_risk,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.estimate import Estimate
-from torch_dropout_ir.regularizers.gauss_newton import is_exact
+from torch_dropout_ir.regularizers.estimate import Estimate, is_exact
 from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,
     check_curvature,
     read_outputs,
-    without_graph,
 )
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble, join, signs
 from torch_dropout_ir.sites import Site
 
-# A double backward keeps under three times what a training step does.
-_CHUNKS: Final = 4
+# A double backward keeps up to three times what a training step does, and attention
+# in its kernel the weights, beside the outputs of all rows.
+_CHUNKS: Final = 5
 # Draws whose signs are held at once, a byte each: the space of the sites' inputs.
 _DRAWS_HELD: Final = 4
 
@@ -68,7 +68,7 @@ def second_order(
     (``num_samples=None``): one such pass a unit; where samples are coupled, one an
     element of the mask.
 
-    Memory: a large batch goes through a quarter of its rows at a time, each with the
+    Memory: a large batch goes through a fifth of its rows at a time, each with the
     whole loss in its own rows, which takes one more forward pass and keeps the graph
     of a double backward of those rows alone: no more than a training step's. Where that
     cannot be (samples that meet, as by batch normalization in training mode above a
@@ -148,15 +148,16 @@ def _first_pass(
 ) -> _Seen:
     """Check model, batch and loss; take the forms at once where they are small."""
     with clean_pass(model, batch[0], twice=True) as clean:
-        clean.check_reachable("second_order")
+        check_reachable("second_order", clean.unreachable)
+        if clean.matters:
+            clean.let_go()
         read = read_outputs(clean.outputs, loss, batch[1])
         check_risk("second_order", lambda: read.risk(read.tensors), model, batch[0])
         check_curvature(read)
         coupled = bool(clean.uses) and read.couples()
         draws, chunks = None, None
         if RowChunks.pay(clean, read):
-            kept = read_outputs(without_graph(clean.outputs), loss, batch[1])
-            chunks = RowChunks(model, batch[0], clean, kept, twice=True, parts=_CHUNKS)
+            chunks = RowChunks(model, batch[0], clean, read, twice=True, parts=_CHUNKS)
         elif not clean.matters:
             meet = bool(clean.uses) and clean.couples_samples(read.tensors)
             coupled = coupled or meet
