@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.arguments import check_count
@@ -20,6 +20,7 @@ from torch_dropout_ir.regularizers.checks import (
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate, is_exact
+from torch_dropout_ir.regularizers.line_pass import Mask, draws_along
 from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,
     check_curvature,
@@ -28,15 +29,16 @@ from torch_dropout_ir.regularizers.outputs import (
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble, join, signs
-from torch_dropout_ir.sites import Site
+from torch_dropout_ir.regularizers.step_memory import Held, kept_is_less
 
 # A double backward keeps up to three times what a training step does, and attention
 # in its kernel the weights, beside the outputs of all rows.
 _CHUNKS: Final = 5
+# Values of the largest activation that are at hand where it moves along a line: three
+# before an operation and three after it.
+_ALONG: Final = 6
 # Draws whose signs are held at once, a byte each: the space of the sites' inputs.
 _DRAWS_HELD: Final = 4
-
-Mask = tuple[Site, Tensor, torch.Size]
 
 _TOGETHER: Final = (
     "memory is that of a double backward of the whole batch, whose samples meet in the "
@@ -118,13 +120,8 @@ def second_order(
     if draws is None and seen.chunks is not None:
         draws = _by_chunks(seen.chunks, seen.masks, num_samples, coupled)
     if draws is None:
-        with clean_pass(model, batch[0], twice=True, lean=True) as clean:
-            read = read_outputs(clean.outputs, resolved, batch[1])
-            meet = seen.chunks is not None and seen.chunks.coupled
-            coupled = coupled or meet or clean.couples_samples(read.tensors)
-            curvature = SiteCurvature(clean, read, linearized=False)
-            draws = curvature.draws(num_samples, coupled)
-        notes = (*notes, _TOGETHER)
+        draws, coupled, more = _together(model, batch, resolved, seen, num_samples)
+        notes = (*notes, *more)
     names = [site.name for site, _, _ in seen.masks]
     found = assemble(names, draws, num_samples, coupled, seen.exact, seen.like)
     check_finite("second_order", found.value, model, batch[0])
@@ -168,6 +165,37 @@ def _first_pass(
         masks = [(site, h.new_empty(()), h.shape) for site, h, _ in clean.uses]
         like = read.tensors[0].detach().new_zeros(())
         return _Seen(like, masks, coupled, exact, notes, draws, chunks)
+
+
+def _together(
+    model: nn.Module, batch: Batch, loss: Loss, seen: _Seen, num_samples: int | None
+) -> tuple[list[list[Form]], bool, tuple[str, ...]]:
+    """Return draws of the forms of all rows at once, and what is to be said of them.
+
+    A graph of second derivatives where it holds no more than a step, or less than what
+    moves along a line; else one of the latter, without a graph.
+    """
+    meet = seen.coupled or (seen.chunks is not None and seen.chunks.coupled)
+    run = functools.partial(clean_pass, model, batch[0], twice=True, lean=True)
+    with run(weigh=True) as clean:
+        read = read_outputs(clean.outputs, loss, batch[1])
+        meet = meet or clean.couples_samples(read.tensors)
+        above = Held.by([x.grad_fn for x in read.tensors])
+        if kept_is_less(above, clean.below, graphs=2):
+            curvature = SiteCurvature(clean, read, linearized=False)
+            return curvature.draws(num_samples, meet), meet, ()
+    del clean, read  # their graph
+    if meet and _ALONG * above.largest < 2 * above.made:
+        draws = draws_along(model, batch, loss, seen.masks, num_samples)
+        if draws is not None:
+            return draws, meet, ()
+    draws = []
+    for _ in range(num_samples or 1):
+        with run() as clean:
+            read = read_outputs(clean.outputs, loss, batch[1])
+            curvature = SiteCurvature(clean, read, linearized=False)
+            draws += curvature.draws(num_samples and 1, meet)
+    return draws, meet, (_TOGETHER,)
 
 
 def _by_chunks(
