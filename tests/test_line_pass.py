@@ -155,6 +155,9 @@ SMOOTH = {
     "subtracted": lambda x: torch.sub(x[0], x, alpha=0.5).exp(),
     "parts": lambda x: torch.cat([y * y for y in x.split(2, 1)], 1)[:, :3],
     "lifted": lambda x: (x.unsqueeze(1) * x.unsqueeze(2)).sum(1) + x.mean(0),
+    "rounded": lambda x: torch.div(x, 0.3, rounding_mode="floor") * x,
+    "counted": lambda x: (2 * x).long().double() * x,
+    "pooled": lambda x: F.max_pool2d(x.view(2, 3, 4), 2) * 1.5,
     "chosen": lambda x: x.index_select(1, torch.tensor([2, 0])).exp(),
 }  # fmt: skip
 
@@ -174,7 +177,7 @@ def test_an_operation_along_a_line(name):
     net = nn.Sequential(nn.Dropout(0.3), nn.Tanh(), Applied(SMOOTH[name]))
     x = torch.randn(6, 4).double()
     uses, h, z = noise_of(net, x)
-    c = torch.randn_like(net(x))
+    c = torch.rand_like(net(x)) + 0.5
 
     def loss(f, _):
         return (c * f * f).sum()

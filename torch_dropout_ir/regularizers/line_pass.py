@@ -52,7 +52,7 @@ class Moving(TorchDispatchMode):
         for u in line:
             if u is not None and (u.shape != x.shape or u.dtype != x.dtype):
                 raise NoRuleError(f"{list(x.shape)} moves by {list(u.shape)}")
-        if any([u is not None for u in line]):
+        if x.is_floating_point() and any([u is not None for u in line]):
             self._lines[x] = line
 
     def __torch_dispatch__(
@@ -184,7 +184,7 @@ def draws_along(
             drawn = [signs(s, x.expand(n)) > 0 for s, x, n in uses]
             draws.append(forms((i, z * 2 - 1) for i, z in enumerate(drawn)))
         return draws
-    except RuntimeError:  # torch's own where it has no derivative, and ours
+    except (RuntimeError, ValueError, TypeError):  # ours, and torch's and the model's
         return None
 
 

@@ -55,7 +55,7 @@ def through(call: Call) -> Found:
 
 def _linear(call: Call, moving: list[int]) -> Found | None:
     """Linear in its first argument, where no other moves."""
-    if moving != [0]:
+    if moving != [0] or "rounding_mode" in call.kwargs:
         return None
     value = call.at()
     first, second = (
@@ -176,9 +176,9 @@ def _rectified(call: Call, _: list[int]) -> Found:
 def _pooled(call: Call, _: list[int]) -> Found:
     """Of each window the entry that was largest."""
     value, places = call.at()
-    flat = places.flatten(2)
+    flat = places.flatten(-2)
     first, second = (
-        None if x is None else x.flatten(2).gather(2, flat).view_as(value)
+        None if x is None else x.flatten(-2).gather(-1, flat).view_as(value)
         for x in call.line(0)
     )
     return (value, places), [(first, second), STILL]

@@ -68,18 +68,24 @@ def second_order(
     \circ h)] = \sum_j h_j^2 A_{jj}`; one forward and two backward passes, and one more
     backward pass of those a sample, whatever the number of sites and outputs. Exact sum
     (``num_samples=None``): one such pass a unit; where samples are coupled, one an
-    element of the mask.
+    element of the mask, or the pass along a line that is told of below.
 
     Memory: a large batch goes through a fifth of its rows at a time, each with the
     whole loss in its own rows, which takes one more forward pass and keeps the graph
-    of a double backward of those rows alone: no more than a training step's. Where that
-    cannot be (samples that meet, as by batch normalization in training mode above a
-    site, or outputs whose rows are not those of the samples, one after the other) it
-    is that of a double backward of all that lies above the first site, which keeps
-    every activation and its derivative: 2.2 times a step's with one sample, and the
-    notes say so. Of a loss that is neither a squared one nor a
-    cross-entropy, what is kept of the outputs is that of all rows, which matters where
-    outputs are most of what a step holds.
+    of a double backward of those rows alone: no more than a training step's. Samples
+    that meet, as by batch normalization in training mode above a site, cannot be taken
+    apart. Where a double backward of all that lies above the first site would hold more
+    than a step, it gives way to :math:`\frac{d^2}{dt^2} R_S(h + t v) = v^\top A v` by
+    forward mode, a pass for each use of a site and sample, in one to two times a
+    step's time. That keeps no graph, but three values of each activation at hand, of
+    six of the largest at most: less than a step in deep networks, 1.2 times one with
+    two convolutions. Where the model has operations that this does not go through
+    (functions with a derivative of their own, what runs under ``torch.no_grad``, GPUs)
+    or rows of outputs are not those of the samples, it is a double backward of all,
+    which keeps every activation and its derivative, some two steps, and the notes say
+    so. Of a loss that is neither a squared one nor a cross-entropy, what is kept of the
+    outputs is that of all rows, which matters where outputs are most of what a step
+    holds.
 
     Args:
         model: The network. Of several outputs, those count that the loss reads.
