@@ -259,7 +259,7 @@ def test_roots_of_samples_that_meet_have_passes_of_their_own(
     monkeypatch.setattr(root_passes, "kept_is_less", lambda *_: True)
     assert peak(run) > 1.3 * step
     monkeypatch.undo()
-    monkeypatch.setattr(root_passes, "_WHOLE", 0)
+    monkeypatch.setattr(root_passes, "WHOLE", 0)
     assert peak(run) <= step
     assert torch.equal(*found)
 
@@ -274,7 +274,7 @@ def test_a_graph_that_holds_less_than_a_step_is_kept(monkeypatch, num_samples):
         nn.Linear(256, 3),
     )  # fmt: skip
     x, y = torch.randn(8, 3, 32, 32), torch.randint(3, (8,))
-    monkeypatch.setattr(root_passes, "_WHOLE", 0)
+    monkeypatch.setattr(root_passes, "WHOLE", 0)
     step = peak(lambda: F.cross_entropy(net(x), y).backward())
     passes = 0
 
@@ -311,6 +311,16 @@ def test_a_second_order_form_of_a_deep_network_holds_less_than_a_step(num_sample
         lambda: second_order(net, (x, y), "cross_entropy", num_samples=num_samples)
     )
     assert found <= step
+
+
+def test_few_inputs_of_sites_that_lead_to_much(monkeypatch):
+    torch.manual_seed(0)
+    net, x = normalized(6)
+    batch = x[:8], torch.randint(10, (8,))
+    step = peak(lambda: F.cross_entropy(net(batch[0]), batch[1]).backward())
+    net.zero_grad()
+    monkeypatch.setattr(sys.modules[second_order.__module__], "WHOLE", 2**20)
+    assert peak(lambda: second_order(net, batch, "cross_entropy")) <= step
 
 
 def test_draws_of_second_order_have_graphs_of_their_own(monkeypatch):

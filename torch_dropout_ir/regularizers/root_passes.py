@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Final
 
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.root_forms import RootForms
 from torch_dropout_ir.regularizers.root_pulls import pull_root
 from torch_dropout_ir.regularizers.site_forms import Form
-from torch_dropout_ir.regularizers.step_memory import Held, kept_is_less
-
-# Bytes up to which a graph is kept for an exact sum, whose roots are very many.
-_WHOLE: Final = 2**26
+from torch_dropout_ir.regularizers.step_memory import WHOLE, Held, kept_is_less
 
 
 def draws_by_passes(
@@ -47,7 +43,8 @@ def draws_by_passes(
     while following is not None:
         with run() as (clean, read):
             above = Held.by([x.grad_fn for x in read.tensors])
-            few = forms.num_samples is None and above.made <= _WHOLE
+            # Of an exact sum the roots are very many.
+            few = forms.num_samples is None and above.made <= WHOLE
             keep = few or kept_is_less(above, clean.below)
             while following is not None:
                 (draw, (root, sign)), following = following, next(roots, None)

@@ -29,7 +29,7 @@ from torch_dropout_ir.regularizers.outputs import (
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble, join, signs
-from torch_dropout_ir.regularizers.step_memory import Held, kept_is_less
+from torch_dropout_ir.regularizers.step_memory import WHOLE, Held, kept_is_less
 
 # A double backward keeps up to three times what a training step does, and attention
 # in its kernel the weights, beside the outputs of all rows.
@@ -152,9 +152,12 @@ def _first_pass(
     """Check model, batch and loss; take the forms at once where they are small."""
     with clean_pass(model, batch[0], twice=True) as clean:
         check_reachable("second_order", clean.unreachable)
+        read = read_outputs(clean.outputs, loss, batch[1])
+        # Few inputs of sites may lead to much.
+        clean.matters = clean.matters or _held(read).made > WHOLE
         if clean.matters:
             clean.let_go()
-        read = read_outputs(clean.outputs, loss, batch[1])
+            read = read_outputs(clean.outputs, loss, batch[1])
         check_risk("second_order", lambda: read.risk(read.tensors), model, batch[0])
         check_curvature(read)
         coupled = bool(clean.uses) and read.couples()
@@ -173,6 +176,10 @@ def _first_pass(
         return _Seen(like, masks, coupled, exact, notes, draws, chunks)
 
 
+def _held(read: OutputsRead) -> Held:
+    return Held.by([x.grad_fn for x in read.tensors])
+
+
 def _together(
     model: nn.Module, batch: Batch, loss: Loss, seen: _Seen, num_samples: int | None
 ) -> tuple[list[list[Form]], bool, tuple[str, ...]]:
@@ -186,7 +193,7 @@ def _together(
     with run(weigh=True) as clean:
         read = read_outputs(clean.outputs, loss, batch[1])
         meet = meet or clean.couples_samples(read.tensors)
-        above = Held.by([x.grad_fn for x in read.tensors])
+        above = _held(read)
         if kept_is_less(above, clean.below, graphs=2):
             curvature = SiteCurvature(clean, read, linearized=False)
             return curvature.draws(num_samples, meet), meet, ()

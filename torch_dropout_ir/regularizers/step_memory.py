@@ -11,6 +11,8 @@ from torch_dropout_ir.arrivals import graph_nodes
 _NOTHING_NEW: Final = (
     "AccumulateGrad", "Alias", "Expand", "Permute", "TBackward", "Transpose", "View"
 )  # fmt: skip
+# Bytes of a graph that is no matter where something else speaks for it.
+WHOLE: Final = 2**26
 
 
 class Held(NamedTuple):
