@@ -37,6 +37,9 @@ _CHUNKS: Final = 5
 # Values of the largest activation that are at hand where it moves along a line: three
 # before an operation and three after it.
 _ALONG: Final = 6
+# Elements of the sites' inputs that may lead to much; fewer would have to lead to more
+# than two thousand values each.
+_SOME: Final = 2**13
 # Draws whose signs are held at once, a byte each: the space of the sites' inputs.
 _DRAWS_HELD: Final = 4
 
@@ -153,8 +156,9 @@ def _first_pass(
     with clean_pass(model, batch[0], twice=True) as clean:
         check_reachable("second_order", clean.unreachable)
         read = read_outputs(clean.outputs, loss, batch[1])
-        # Few inputs of sites may lead to much.
-        clean.matters = clean.matters or _held(read).made > WHOLE
+        some = sum([h.numel() for _, h, _ in clean.uses]) >= _SOME
+        if some and not clean.matters:
+            clean.matters = _held(read).made > WHOLE
         if clean.matters:
             clean.let_go()
             read = read_outputs(clean.outputs, loss, batch[1])
