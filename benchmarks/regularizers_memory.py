@@ -2,20 +2,25 @@
 
 A step holds what is kept for going backward, what is made on the way, and the
 parameters' gradients, which it allocates; parameters, batch and state of an optimizer
-are there before. The floor is the same quantity written out with autograd alone on the
-same model, its second derivatives by ``create_graph=True``; of an estimator, which
-nobody has to write that way, it is a step's.
+are there before, and so is what is loaded once, code and workspaces of the libraries:
+each call is measured when it has run. The floor is the same quantity written out with
+autograd alone on the same model, its second derivatives by ``create_graph=True``; of an
+estimator, which nobody has to write that way, it is a step's.
 """
 
 import multiprocessing
 import os
+import statistics
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from regularizers_models import models, passes
+from overhead_models import resnet18
+from regularizers_models import models, passes, seconds, step
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from torch_dropout_ir.regularizers import gauss_newton, second_order
 
 
 def all_models() -> dict:
@@ -49,6 +54,56 @@ def memory() -> None:
             added = peak(model, name)
             floor = peak(model, f"{name}, by hand") if name in hands else base
             print(f"  {name:20}{added:>8.0f}{added / base:>12.2f}{floor / base:>8.2f}")
+    meeting()
+
+
+def meeting_models() -> dict:
+    """Networks with batch normalization above a site at the input, by depth."""
+
+    def convolutions(depth: int):
+        layers = [nn.Dropout(0.1)]
+        for i in range(depth):
+            layers += [nn.Conv2d(32 if i else 3, 32, 3, padding=1), nn.BatchNorm2d(32),
+                       nn.ReLU()]  # fmt: skip
+        ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+        x, y = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+        return nn.Sequential(*layers, *ends), x, y
+
+    net, x, y = resnet18()
+    return {
+        "one convolution": convolutions(1),
+        "two convolutions": convolutions(2),
+        "six convolutions": convolutions(6),
+        "ResNet-18": (nn.Sequential(nn.Dropout(0.1), net), x[:16], y[:16]),
+    }
+
+
+def meeting_calls(net, x, y) -> dict:
+    """What is measured where samples meet; an exact sum goes root by root."""
+    batch, loss = (x, y), "cross_entropy"
+    return {
+        "forward-backward": step(net, batch, F.cross_entropy),
+        "gauss_newton, 3": lambda: gauss_newton(net, batch, loss, num_samples=3),
+        "second_order, 1": lambda: second_order(net, batch, loss),
+        "second_order, 3": lambda: second_order(net, batch, loss, num_samples=3),
+    }
+
+
+def meeting() -> None:
+    """Print what the estimators take where samples meet."""
+    print("\nbatch normalization above a site at the input: memory and time of a step")
+    for model, batch in meeting_models().items():
+        runs = meeting_calls(*batch)
+        times = {name: [] for name in runs}
+        for _ in range(3):
+            for name, run in runs.items():
+                times[name].append(seconds(run))
+        took = {name: statistics.median(each) for name, each in times.items()}
+        added = {name: peak(model, name) for name in runs}
+        base = added.pop("forward-backward"), took["forward-backward"]
+        print(f"  {model}: a step {base[0]:.0f} MiB, {1e3 * base[1]:.0f} ms")
+        for name, held in added.items():
+            print(f"    {name:20}{held / base[0]:>8.2f}{took[name] / base[1]:>8.1f}")
 
 
 def by_hand(net, x, y) -> dict:
@@ -119,10 +174,10 @@ def peak(model: str, name: str) -> float:
 
 
 def _added(model: str, name: str) -> float:
-    net, x, y = all_models()[model]
-    calls(net, x[:2], y[: 2 * len(y) // len(x)])[name]()  # what is loaded once
+    net, x, y = {**all_models(), **meeting_models()}[model]
+    run = {**meeting_calls(net, x, y), **calls(net, x, y)}[name]
+    run()  # what is loaded once
     net.zero_grad()
-    run = calls(net, x, y)[name]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = _status("VmRSS")
     run()

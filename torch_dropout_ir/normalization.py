@@ -35,7 +35,7 @@ class ComposedNormalization(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in (F.layer_norm, torch.layer_norm):
-            return _layer_norm(*args, **kwargs)
+            return layer_norm(*args, **kwargs)
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         if func is F.instance_norm:
@@ -68,7 +68,7 @@ def _normalized(
     return found.to(x.dtype)
 
 
-def _layer_norm(
+def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
@@ -76,6 +76,7 @@ def _layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
+    """Return what :func:`torch.nn.functional.layer_norm` does, composed."""
     dims = list(range(-len(normalized_shape), 0))
     return _normalized(input, dims, eps, weight, bias)
 

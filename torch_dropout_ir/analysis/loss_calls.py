@@ -134,7 +134,7 @@ class LossCalls(TorchFunctionMode):
 
     @property
     def trained(self) -> At | None:
-        """What the script goes back from, less factors; by ``backward`` if it did so."""
+        """What the script goes back from, less factors; first by ``backward``."""
         return self._roots.get("backward") or self._roots.get("grad")
 
     @property

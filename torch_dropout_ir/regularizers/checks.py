@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -45,6 +45,25 @@ def as_pair(batch: Any) -> Batch:
         f"expected a batch `(inputs, targets)`, got {got}. Several inputs are a tuple: "
         "`((a, b), targets)`."
     )
+
+
+def check_reachable(name: str, unreachable: Sequence[str]) -> None:
+    """Raise if derivatives cannot reach a site.
+
+    Args:
+        name: Who says so.
+        unreachable: Names of such sites.
+
+    Raises:
+        RuntimeError: If a site runs without autograd.
+    """
+    if unreachable:
+        raise RuntimeError(
+            f"{name}: derivatives cannot reach the sites {list(unreachable)}, which "
+            "run under torch.no_grad, reentrant checkpointing or torch.func, or in a "
+            "model that differentiates in its forward pass. Use `monte_carlo`, or "
+            "checkpoint with use_reentrant=False."
+        )
 
 
 def check_batch(

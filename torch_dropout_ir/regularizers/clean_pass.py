@@ -10,14 +10,16 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
-from torch_dropout_ir.regularizers.coupling import alike, by_powers, even_root
-from torch_dropout_ir.regularizers.recorder import Recorder, Use
+from torch_dropout_ir.regularizers.coupling import told_by_powers
+from torch_dropout_ir.regularizers.leaves import without_graph
+from torch_dropout_ir.regularizers.recorder import Recorder, Use, shape_of
 from torch_dropout_ir.regularizers.row_graph import rows_meet
+from torch_dropout_ir.regularizers.step_memory import Held
 from torch_dropout_ir.sharpness.derivatives import lean_derivatives
 from torch_dropout_ir.sites import out_of_sight
 from torch_dropout_ir.survey import Survey
@@ -27,7 +29,7 @@ from torch_dropout_ir.tracing import derivatives, generators_moved
 _FEWEST_ELEMENTS: Final = 2**16
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class CleanPass:
     """What a pass without noise shows.
 
@@ -44,6 +46,7 @@ class CleanPass:
             autograd (``torch.no_grad`` or reentrant checkpointing), in a transform of
             ``torch.func``, or in a model that takes derivatives of its own.
         out_of_sight: What :func:`torch_dropout_ir.sites.unobservable` says.
+        below: What the graph below the first site held, where that was to be weighed.
     """
 
     outputs: Any
@@ -54,11 +57,22 @@ class CleanPass:
     noisy: bool
     unreachable: tuple[str, ...]
     out_of_sight: dict[str, str]
+    below: Held
 
     def noise_left_out(self, model: nn.Module) -> tuple[str, ...]:
         """Return what is to be said of noise that a form of this pass lacks."""
         met, hidden = bool(self.uses), self.out_of_sight
         return noise_left_out(model, self.noisy, met, hidden, drawn=self.drawn)
+
+    def let_go(self) -> None:
+        """Keep outputs and the first site's input alone, and nothing to go back by.
+
+        Of the other inputs their shapes are left.
+        """
+        self.outputs = without_graph(self.outputs)
+        ends = {zero.device: get_gradient_edge(zero) for zero in self.zeros}
+        for i, (site, h, _) in enumerate(self.uses):
+            self.uses[i] = site, h.detach() if i == 0 else shape_of(h), ends[h.device]
 
     @property
     def edges(self) -> list[GradientEdge]:
@@ -121,7 +135,7 @@ class CleanPass:
                 receive(use, grads[0])
             if not keep:
                 site, h, edge = self.uses[use]
-                self.uses[use] = site, h.detach().new_empty(()).expand(h.shape), edge
+                self.uses[use] = site, shape_of(h), edge
 
         with contextlib.ExitStack() as stack:
             for i, edge in enumerate(self.edges):
@@ -200,27 +214,10 @@ class CleanPass:
 
     def _couples(self, outputs: Tensor) -> bool:
         meet = self.samples_meet(outputs)
-        if meet is not None:
-            return meet
-        count = self.count(outputs)
-        even = even_root(outputs.unflatten(0, (count, -1))).flatten(0, 1)
-        plain = self.row_weights(outputs, even)
-        scaled = self.row_weights(outputs, by_powers(even, count=count))
-        return not alike(plain, scaled, count)
-
-    def check_reachable(self, name: str) -> None:
-        """Raise if derivatives cannot reach a site.
-
-        Raises:
-            RuntimeError: If a site runs without autograd.
-        """
-        if self.unreachable:
-            raise RuntimeError(
-                f"{name}: derivatives cannot reach the sites {list(self.unreachable)}, "
-                "which run under torch.no_grad, reentrant checkpointing or "
-                "torch.func, or in a model that differentiates in its forward pass. "
-                "Use `monte_carlo`, or checkpoint with use_reentrant=False."
-            )
+        if meet is None:
+            weights = functools.partial(self.row_weights, outputs)
+            meet = told_by_powers(weights, outputs, self.count(outputs))
+        return meet
 
 
 @contextlib.contextmanager
@@ -237,6 +234,7 @@ def clean_pass(
     bare: bool = False,
     reduce: Callable[[Any], Any] | None = None,
     find_last: bool = True,
+    weigh: bool = False,
 ) -> Iterator[CleanPass]:
     """Run ``model`` without noise; take derivatives inside the context.
 
@@ -253,6 +251,7 @@ def clean_pass(
         first: What the first site is given in the place of its input, if anything.
         bare: Whether no code of the user's will run in the context, a loss for one.
         find_last: Whether to look for the layer that makes the outputs.
+        weigh: Whether to weigh what a step would hold below the first site.
         reduce: Makes the pass's outputs of the model's, of which it then holds none.
 
     Yields:
@@ -265,7 +264,7 @@ def clean_pass(
     survey = Survey.of(model)
     check_batch(model, inputs, survey.modules)
     model = survey.model
-    seen = Recorder(outlives, first)
+    seen = Recorder(outlives, first, weigh)
     none = contextlib.nullcontext()
     # Nothing but other code than torch's layers runs attention.
     kernels = differentiable(thrice) if (twice and survey.callers) or thrice else none
@@ -292,4 +291,8 @@ def clean_pass(
         last = seen.maker(outputs) if alone else None
         seen.close()
         zeros, unreachable = list(seen.zeros.values()), tuple(seen.unreachable)
-        yield CleanPass(outputs, uses, zeros, last, drawn, noisy, unreachable, hidden)
+        found = CleanPass(
+            outputs, uses, zeros, last, drawn, noisy, unreachable, hidden, seen.below
+        )
+        del outputs  # what the pass lets go of
+        yield found

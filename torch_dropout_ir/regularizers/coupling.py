@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -66,6 +66,23 @@ def by_powers(root: Tensor, dims: int = 1, count: int | None = None) -> Tensor:
     weights = torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents)
     shape = (*root.shape[:dims], *(1,) * (root.ndim - dims))
     return root * weights.to(root.dtype).view(shape)
+
+
+def told_by_powers(
+    weights: Callable[[Tensor], Mapping[int, Tensor]], outputs: Tensor, count: int
+) -> bool:
+    """Whether samples meet, as two roots tell.
+
+    Args:
+        weights: What comes of a root, a tensor of samples' rows for each key.
+        outputs: What the roots are of.
+        count: Number of samples.
+
+    Returns:
+        Whether a derivative across samples is not zero.
+    """
+    even = even_root(outputs.unflatten(0, (count, -1))).flatten(0, 1)
+    return not alike(weights(even), weights(by_powers(even, count=count)), count)
 
 
 def alike(

@@ -6,6 +6,9 @@ import dataclasses
 
 from torch import Tensor
 
+from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.regularizers.clean_pass import CleanPass
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -36,3 +39,10 @@ class Estimate:
     converged: bool = True
     notes: tuple[str, ...] = ()
     per_site_standard_error: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+def is_exact(clean: CleanPass, loss: Loss, num_samples: int | None) -> bool:
+    """Whether a second-order form is R_1 itself: Lemma 1, or no noise at all."""
+    if not clean.uses:
+        return not clean.out_of_sight and not clean.noisy
+    return num_samples is None and clean.last_layer is not None and loss.is_quadratic

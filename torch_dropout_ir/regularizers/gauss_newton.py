@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
@@ -15,19 +16,21 @@ from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_finite,
+    check_reachable,
     checked_product,
     read_beside,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.estimate import Estimate
+from torch_dropout_ir.regularizers.estimate import Estimate, is_exact
+from torch_dropout_ir.regularizers.leaves import without_graph
 from torch_dropout_ir.regularizers.output_rows import rows_of_samples
 from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,
     check_curvature,
     read_outputs,
-    without_graph,
 )
 from torch_dropout_ir.regularizers.root_forms import RootForms
+from torch_dropout_ir.regularizers.root_passes import draws_by_passes
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_forms import (
     LINEAR,
@@ -69,20 +72,19 @@ def gauss_newton(
     Of a loss without a closed form its graph tells what the outputs' Hessian is: of
     log-probabilities that of a softmax, with a diagonal; a diagonal where it is
     elementwise, by one product. Else it is taken by samples' blocks where those pay (a
-    large network, or few outputs, or many samples), or one product a sample, with two
-    backward passes: :math:`E[z (H z)^\top] = H` for signs on the outputs, which spreads
-    more. Curvature of both signs takes two backward passes too. Where the loss reads
-    several outputs, signs on the units take their place:
-    :math:`(z \circ h)^\top J^\top H J (z \circ h)`, in three backward passes a sample;
-    the exact sum takes those unit by unit, of a loss that couples samples too.
+    large network, few outputs, many samples), or by signs :math:`z` on the outputs,
+    :math:`E[z (H z)^\top] = H`, one product a sample with two backward passes, which
+    spreads more. Curvature of both signs takes two passes too. Where the loss reads
+    several outputs, :math:`(z \circ h)^\top J^\top H J (z \circ h)` with signs on the
+    units, in three; the exact sum goes unit by unit there, and of losses that couple.
 
-    Memory: with one sample no more than a training step's (forward and backward pass
-    with the parameters' gradients), for what has been used goes as the derivatives
-    come. More samples, the exact sum and a loss without a root go through a large
-    batch half of its rows at a time. Samples that meet (batch normalization in
-    training mode above a site, message passing) cannot be taken apart: of those each
-    sample of roots takes a forward pass too, for a graph that is kept for the next one
-    took one and a half times a step's memory, as it does for the exact sum.
+    Memory: no more than a training step's (forward and backward pass with the
+    parameters' gradients). What has been used goes as the derivatives come; more
+    samples, the exact sum and a loss without a root go through a large batch half of
+    its rows at a time. Samples that meet (batch normalization in training mode above a
+    site, message passing) cannot be taken apart: of those each root takes a forward
+    pass too, where a graph that is kept for the next one would hold more than a step,
+    and of an exact sum more than 64 MB.
 
     Whether samples meet is seen in the graph where its operations are known to keep
     them apart, and else asked of an eighth of a large batch. Rows that do not run by
@@ -131,7 +133,7 @@ def gauss_newton(
 def _drawn(
     seen: _Seen, model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None
 ) -> Estimate:
-    """Return the estimate from draws: those of the first pass, or of further ones."""
+    """Return the estimate from draws of the first pass or of further ones."""
     draws, coupled = seen.draws, seen.coupled
     if draws is not None and seen.chunks is not None:
         coupled = not seen.chunks.apart()
@@ -140,14 +142,9 @@ def _drawn(
         draws = None if parts is None else join(parts, num_samples)
     if draws is None:
         assert seen.chunks is not None  # else the first pass has given them
-        draws, meet = [], True if seen.chunks.coupled else None
-        # A graph that goes as its derivatives come holds less than one that is kept.
-        for forms in seen.forms.one_by_one():
-            with _pass(model, batch, loss, num_samples) as clean:
-                read = _read(clean, batch[1], loss)
-                found, meet = forms.draws(clean, read, coupled=meet, keep=False)
-                draws += found
-        coupled = bool(meet)
+        run = functools.partial(_again, model, batch, loss, num_samples)
+        meet = True if seen.chunks.coupled else None
+        draws, coupled = draws_by_passes(seen.forms, run, meet)
     return seen.known.estimate(draws, coupled or seen.forms.loss_couples)
 
 
@@ -182,11 +179,21 @@ class _Seen(NamedTuple):
 
 
 def _pass(
+    model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None, **options: Any
+) -> contextlib.AbstractContextManager[CleanPass]:
+    general, exact = loss.kind == "general", num_samples is None
+    return clean_pass(  # nothing but an exact sum is called exact
+        model, batch[0], twice=general, bare=not general, find_last=exact, **options
+    )
+
+
+@contextlib.contextmanager
+def _again(
     model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None
-) -> AbstractContextManager[CleanPass]:
-    general = loss.kind == "general"
-    find = num_samples is None  # else nothing is called exact
-    return clean_pass(model, batch[0], twice=general, bare=not general, find_last=find)
+) -> Iterator[tuple[CleanPass, OutputsRead]]:
+    """Run a pass over all rows once more, and weigh it."""
+    with _pass(model, batch, loss, num_samples, weigh=True) as clean:
+        yield clean, _read(clean, batch[1], loss)
 
 
 def _first_pass(
@@ -236,7 +243,7 @@ def _of_chunk(
 
 def _read(clean: CleanPass, targets: Any, loss: Loss) -> OutputsRead:
     """Find what the loss reads, and that derivatives can be had of it."""
-    clean.check_reachable("gauss_newton")
+    check_reachable("gauss_newton", clean.unreachable)
     read = read_outputs(clean.outputs, loss, targets)
     if loss.kind == "cross_entropy" and read.tensors[0].ndim < 2:
         raise ValueError(
@@ -288,15 +295,7 @@ def estimate(
     forms = RootForms(clean, read, num_samples, product)
     beside = read_beside(read, clean.edges, product)
     known = functools.partial(_known, model, clean, read, loss, forms, beside)
-    summed = forms.sums(clean, read)
-    if summed is not None:
+    if (summed := forms.sums(clean, read)) is not None:
         return known().of(summed)
     draws, coupled = forms.draws(clean, read)
     return known().estimate(draws, coupled or forms.loss_couples)
-
-
-def is_exact(clean: CleanPass, loss: Loss, num_samples: int | None) -> bool:
-    """Whether a second-order form is R_1 itself: Lemma 1, or no noise at all."""
-    if not clean.uses:
-        return not clean.out_of_sight and not clean.noisy
-    return num_samples is None and clean.last_layer is not None and loss.is_quadratic

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.arrivals import graph_nodes
+from torch_dropout_ir.regularizers.step_memory import made, makes
 
 _ONCE: Final = (
     "modified_loss: expected a loss whose gradient has been taken with it to be "
@@ -18,9 +18,6 @@ _ONCE: Final = (
     "its graph for that."
 )
 _EXACT: Final = (torch.float32, torch.float64)
-_NOTHING_NEW: Final = (
-    "AccumulateGrad", "Alias", "Expand", "Permute", "TBackward", "Transpose", "View"
-)  # fmt: skip
 # A graph that is let go of as its derivative runs, over what the pass made.
 _GRAPH: Final = 3
 
@@ -83,21 +80,12 @@ def parts_pay(risk: Tensor, params: Sequence[Tensor], max_bytes: int) -> bool:
         taken now, and where each pass may be a collective of several processes.
     """
     nodes = list(graph_nodes([risk.grad_fn] if risk.grad_fn else []))
-    if _GRAPH * _made(nodes) <= max_bytes or not learns_alone(risk, params):
+    if _GRAPH * made(nodes) <= max_bytes or not learns_alone(risk, params):
         return False
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False
-    made = _made(n for n in nodes if not any(word in n.name() for word in _NOTHING_NEW))
-    return _GRAPH * made > max_bytes and made >= sum(x.nbytes for x in params)
-
-
-def _made(nodes: Iterable[Any]) -> int:
-    """Bytes of what the nodes of a graph have returned."""
-    return sum(
-        math.prod(x.shape) * x.dtype.itemsize
-        for node in nodes
-        for x in node._input_metadata
-    )
+    new = made(n for n in nodes if makes(n))
+    return _GRAPH * new > max_bytes and new >= sum(x.nbytes for x in params)
 
 
 def with_gradient(

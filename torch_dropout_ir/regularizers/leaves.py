@@ -56,6 +56,12 @@ def flatten(outputs: Any) -> tuple[list[Any], PutBack]:
     return leaves, rebuild
 
 
+def without_graph(outputs: Any) -> Any:
+    """Return what a model returned with its tensors cut off from their graph."""
+    leaves, rebuild = flatten(outputs)
+    return rebuild([x.detach() if isinstance(x, Tensor) else x for x in leaves])
+
+
 def _opened(outputs: Any) -> list[_Opened]:
     """Return the outputs, as what nobody owns, and each object in them."""
     opened = [_Opened(None, [], *_pytree.tree_flatten(outputs))]

@@ -31,11 +31,12 @@ from torch_dropout_ir.functional import (
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.coupling import nearly_equal
+from torch_dropout_ir.regularizers.leaves import without_graph
 from torch_dropout_ir.regularizers.output_rows import (
     replace_rows,
     rows_of_samples,
 )
-from torch_dropout_ir.regularizers.outputs import read_outputs, without_graph
+from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.regularizers.row_chunks import FEWEST_ROWS, chunks, rows_of
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sharpness.frozen import twice_differentiable

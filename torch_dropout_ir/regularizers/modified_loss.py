@@ -16,6 +16,7 @@ from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_batch,
+    check_reachable,
     noise_left_out,
     read_beside,
 )
@@ -247,7 +248,7 @@ def _with_r1(
 
 def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
     """Return R_1 with its graph in the parameters."""
-    clean.check_reachable("modified_loss")
+    check_reachable("modified_loss", clean.unreachable)
     if not clean.uses:  # p = 0 everywhere
         return torch.zeros(())
     if r1 != "second_order":

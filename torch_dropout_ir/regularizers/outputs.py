@@ -210,12 +210,6 @@ def _read_of(
     return read
 
 
-def without_graph(outputs: Any) -> Any:
-    """Return what a model returned with its tensors cut off from their graph."""
-    leaves, rebuild = flatten(outputs)
-    return rebuild([x.detach() if isinstance(x, Tensor) else x for x in leaves])
-
-
 def real_leaves(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """Return what :func:`flatten` does, complex tensors as pairs of real numbers."""
     leaves, rebuild = flatten(outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
@@ -12,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.regularizers.checks import check_site
 from torch_dropout_ir.regularizers.coupling import nearly_equal
+from torch_dropout_ir.regularizers.step_memory import Held
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import checkpointed, mapped, unasked
 
@@ -34,12 +36,15 @@ class _Passed(NamedTuple):
 class Recorder:
     """What a pass shows while it runs."""
 
-    def __init__(self, outlives: bool, first: Tensor | None) -> None:
+    def __init__(self, outlives: bool, first: Tensor | None, weigh: bool) -> None:
+        self.below = Held(0, 0, 0)
         self.passed: list[_Passed] = []
-        self.reads: list[tuple[nn.Linear, bool, Tensor, int]] = []
+        # Outputs of layers that nothing else holds are let go of.
+        self.reads: list[tuple[nn.Linear, bool, weakref.ref[Tensor], int]] = []
         self.unreachable: list[str] = []
         self._outlives = outlives
         self._first = first
+        self._weigh = weigh
         self._open = True
         # By device; what outlives the pass may be given a gradient.
         self.zeros: dict[torch.device, Tensor] = {}
@@ -66,6 +71,8 @@ class Recorder:
             self.zeros[h.device] = zero
         if not self._open:  # computed again under checkpointing
             return h + zero
+        if first and self._weigh:
+            self.below = Held.by([h.grad_fn])
         held = h if self._outlives else h.detach()
         # Nothing below the first site is asked for: what it keeps is let go now.
         out = (held if first else h) + zero
@@ -97,7 +104,7 @@ class Recorder:
         # Identity is not enough: an operation in place leaves the tensor the same.
         direct = bool(args and self.passed) and args[0] is self.passed[0].out
         direct = direct and args[0]._version == self.passed[0].out_version
-        self.reads.append((layer, direct, output, output._version))
+        self.reads.append((layer, direct, weakref.ref(output), output._version))
 
     def uses(self) -> list[Use]:
         """Return each use with its input as it was: itself, or what passed on.
@@ -109,10 +116,13 @@ class Recorder:
 
     def maker(self, outputs: Any) -> nn.Linear | None:
         """Return the linear layer that read a site directly and made the outputs."""
+        if not isinstance(outputs, Tensor):
+            return None
+        now = outputs._version
         made = [
             layer
             for layer, direct, output, version in self.reads
-            if direct and output is outputs and output._version == version
+            if direct and output() is outputs and now == version
         ]
         return made[0] if len(made) == 1 else None
 
@@ -121,6 +131,11 @@ class Recorder:
         self._open = False
         self.passed.clear()
         self.reads.clear()
+
+
+def shape_of(h: Tensor) -> Tensor:
+    """Stand for an input of a site that is let go of."""
+    return h.detach().new_empty(()).expand(h.shape)
 
 
 def _edge(out: Tensor, zero: Tensor) -> GradientEdge:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch_dropout_ir.output_products import (
     ALL,
     HessianProduct,
     ProductRoots,
+    Root,
     Rows,
 )
 from torch_dropout_ir.registration import form_sums
@@ -20,8 +21,9 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.coupling import alike, apart, by_powers
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.root_choice import choose
+from torch_dropout_ir.regularizers.root_pulls import plain, pull_root
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
-from torch_dropout_ir.regularizers.site_forms import Form, Sums, by_row
+from torch_dropout_ir.regularizers.site_forms import Form, Sums
 
 
 class RootForms:
@@ -37,6 +39,7 @@ class RootForms:
 
     Attributes:
         num_samples: Random roots; None for the exact sum.
+        rooted: Whether there are roots.
         one_pass: Whether the graph is gone through for a single draw.
         loss_couples: Whether the loss couples samples.
     """
@@ -50,21 +53,34 @@ class RootForms:
     ) -> None:
         self.num_samples = num_samples
         self._roots, self.loss_couples = choose(clean, read, num_samples, product)
-        of_products = self._roots is None or isinstance(self._roots, ProductRoots)
-        self.one_pass = num_samples == 1 and not of_products
+        self._count = clean.count(read.tensors[0])
+        self.rooted = self._roots is not None
+        of_products = isinstance(self._roots, ProductRoots)
+        self.one_pass = num_samples == 1 and self.rooted and not of_products
 
     @property
     def curved(self) -> bool:
         """Whether the Hessian is known not to be zero."""
         return self._roots is not None and self._roots.curved
 
-    def one_by_one(self) -> list[RootForms]:
-        """Return the same for one random root each; itself where that is not less."""
-        if self._roots is None or self.num_samples is None:
-            return [self]
-        one = copy.copy(self)
-        one.num_samples = 1
-        return [one] * self.num_samples
+    def roots(self, coupled: bool) -> Iterator[tuple[int, Root]]:
+        """Yield the roots of all rows, each with the number of its draw.
+
+        Args:
+            coupled: Whether samples meet in the network.
+
+        Yields:
+            The number, and a root with its sign.
+        """
+        assert self._roots is not None
+        if self.num_samples is None:
+            assert isinstance(self._roots, HessianRoots)
+            for root in apart(self._count, coupled, self._roots.exact()):
+                yield 0, root
+            return
+        for draw in range(self.num_samples):
+            for root in self._roots.sample():
+                yield draw, root
 
     def sums(
         self, clean: CleanPass, read: OutputsRead, *, keep: bool = True
@@ -99,7 +115,7 @@ class RootForms:
         names = [uses[i][0].name for i, _, _ in found]
         sites = list(dict.fromkeys(names))
         summed = form_sums(
-            [_plain(uses[i][1]) for i, _, _ in found],
+            [plain(uses[i][1]) for i, _, _ in found],
             [g for _, g, _ in found],
             [uses[i][0].variance / 2 * sign for i, _, sign in found],
             [shapes[i][0] if shapes[i] else 1 for i, _, _ in found],
@@ -140,7 +156,7 @@ class RootForms:
         if self.num_samples is None:
             assert isinstance(self._roots, HessianRoots)
             roots = apart(clean.count(outputs), coupled, self._roots.exact(rows))
-            pulled = (_pull(clean, outputs, root, sign) for root, sign in roots)
+            pulled = (pull_root(clean, outputs, root, sign) for root, sign in roots)
             return [[form for forms in pulled for form in forms]], bool(coupled)
         return self._sampled(clean, outputs, coupled, rows, keep)
 
@@ -164,7 +180,7 @@ class RootForms:
                 last = k + 1 == self.num_samples and j + 1 == len(roots)
                 needed = keep or not last or coupled is None
                 plain: dict[int, Tensor] | None = {} if coupled is None else None
-                forms += _pull(clean, outputs, root, sign, needed, plain)
+                forms += pull_root(clean, outputs, root, sign, needed, plain)
                 if plain is not None and count is not None:
                     # What a root misses is 0 in its form too.
                     scaled = by_powers(root, count=count)
@@ -175,10 +191,6 @@ class RootForms:
         return draws, bool(coupled)
 
 
-def _plain(h: Tensor) -> Tensor:
-    return h.detach() if h.requires_grad else h
-
-
 def _alike(clean: CleanPass, outputs: Tensor) -> bool:
     """Whether one operation can read all there is."""
     dtype, device = outputs.dtype, outputs.device
@@ -186,52 +198,3 @@ def _alike(clean: CleanPass, outputs: Tensor) -> bool:
         type(h) is Tensor and h.dtype == dtype and h.device == device
         for _, h, _ in clean.uses
     ])
-
-
-def _pull(
-    clean: CleanPass,
-    outputs: Tensor,
-    root: Tensor,
-    sign: Tensor | float,
-    keep: bool = True,
-    weights: dict[int, Tensor] | None = None,
-) -> list[Form]:
-    """Quadratic form of each use, summed over units: one entry a leading index.
-
-    Args:
-        clean: The pass.
-        outputs: The outputs that the root is sent back from.
-        root: The root.
-        sign: Its sign, one for all or one a sample.
-        keep: Whether the graph is kept.
-        weights: Filled with what :meth:`CleanPass.row_weights` gives, if there.
-
-    Returns:
-        The forms, use by use.
-    """
-    squares: dict[int, Tensor] = {}
-
-    def receive(use: int, g: Tensor) -> None:
-        (site, h, _), shape = clean.uses[use], clean.mask_shapes[use]
-        shared = _plain(h) * g
-        if shared.shape != shape:
-            shared = shared.sum_to_size(shape)
-        # In place where memory matters; else by what has just been done.
-        shared = shared.square_() if clean.matters else shared * shared
-        _, squares[use] = by_row(site, shared)
-        if weights is not None:
-            weights[use] = clean.row_weight(g)
-
-    clean.pull(outputs, root, receive, keep=keep)
-    return [
-        (site.name, site.variance / 2 * _each(sign, squares[use]) * squares[use])
-        for use, (site, _, _) in enumerate(clean.uses)
-        if use in squares
-    ]
-
-
-def _each(sign: Tensor | float, rows: Tensor) -> Tensor | float:
-    """Return the sign of each row of a use, of which a sample may have several."""
-    if not isinstance(sign, Tensor) or sign.numel() == rows.numel():
-        return sign
-    return sign.repeat_interleave(rows.numel() // sign.numel())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.arguments import check_count
@@ -15,28 +15,33 @@ from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_finite,
+    check_reachable,
     check_risk,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.estimate import Estimate
-from torch_dropout_ir.regularizers.gauss_newton import is_exact
+from torch_dropout_ir.regularizers.estimate import Estimate, is_exact
+from torch_dropout_ir.regularizers.line_pass import Mask, draws_along
 from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,
     check_curvature,
     read_outputs,
-    without_graph,
 )
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble, join, signs
-from torch_dropout_ir.sites import Site
+from torch_dropout_ir.regularizers.step_memory import WHOLE, Held, kept_is_less
 
-# A double backward keeps under three times what a training step does.
-_CHUNKS: Final = 4
+# A double backward keeps up to three times what a training step does, and attention
+# in its kernel the weights, beside the outputs of all rows.
+_CHUNKS: Final = 5
+# Values of the largest activation that are at hand where it moves along a line: three
+# before an operation and three after it.
+_ALONG: Final = 6
+# Elements of the sites' inputs that may lead to much; fewer would have to lead to more
+# than two thousand values each.
+_SOME: Final = 2**13
 # Draws whose signs are held at once, a byte each: the space of the sites' inputs.
 _DRAWS_HELD: Final = 4
-
-Mask = tuple[Site, Tensor, torch.Size]
 
 _TOGETHER: Final = (
     "memory is that of a double backward of the whole batch, whose samples meet in the "
@@ -66,18 +71,24 @@ def second_order(
     \circ h)] = \sum_j h_j^2 A_{jj}`; one forward and two backward passes, and one more
     backward pass of those a sample, whatever the number of sites and outputs. Exact sum
     (``num_samples=None``): one such pass a unit; where samples are coupled, one an
-    element of the mask.
+    element of the mask, or the pass along a line that is told of below.
 
-    Memory: a large batch goes through a quarter of its rows at a time, each with the
+    Memory: a large batch goes through a fifth of its rows at a time, each with the
     whole loss in its own rows, which takes one more forward pass and keeps the graph
-    of a double backward of those rows alone: no more than a training step's. Where that
-    cannot be (samples that meet, as by batch normalization in training mode above a
-    site, or outputs whose rows are not those of the samples, one after the other) it
-    is that of a double backward of all that lies above the first site, which keeps
-    every activation and its derivative: 2.2 times a step's with one sample, and the
-    notes say so. Of a loss that is neither a squared one nor a
-    cross-entropy, what is kept of the outputs is that of all rows, which matters where
-    outputs are most of what a step holds.
+    of a double backward of those rows alone: no more than a training step's. Samples
+    that meet, as by batch normalization in training mode above a site, cannot be taken
+    apart. Where a double backward of all that lies above the first site would hold more
+    than a step, it gives way to :math:`\frac{d^2}{dt^2} R_S(h + t v) = v^\top A v` by
+    forward mode, a pass for each use of a site and sample, in one to two times a
+    step's time. That keeps no graph, but three values of each activation at hand, of
+    six of the largest at most: less than a step in deep networks, 1.2 times one with
+    two convolutions. Where the model has operations that this does not go through
+    (functions with a derivative of their own, what runs under ``torch.no_grad``, GPUs)
+    or rows of outputs are not those of the samples, it is a double backward of all,
+    which keeps every activation and its derivative, some two steps, and the notes say
+    so. Of a loss that is neither a squared one nor a cross-entropy, what is kept of the
+    outputs is that of all rows, which matters where outputs are most of what a step
+    holds.
 
     Args:
         model: The network. Of several outputs, those count that the loss reads.
@@ -118,13 +129,8 @@ def second_order(
     if draws is None and seen.chunks is not None:
         draws = _by_chunks(seen.chunks, seen.masks, num_samples, coupled)
     if draws is None:
-        with clean_pass(model, batch[0], twice=True, lean=True) as clean:
-            read = read_outputs(clean.outputs, resolved, batch[1])
-            meet = seen.chunks is not None and seen.chunks.coupled
-            coupled = coupled or meet or clean.couples_samples(read.tensors)
-            curvature = SiteCurvature(clean, read, linearized=False)
-            draws = curvature.draws(num_samples, coupled)
-        notes = (*notes, _TOGETHER)
+        draws, coupled, more = _together(model, batch, resolved, seen, num_samples)
+        notes = (*notes, *more)
     names = [site.name for site, _, _ in seen.masks]
     found = assemble(names, draws, num_samples, coupled, seen.exact, seen.like)
     check_finite("second_order", found.value, model, batch[0])
@@ -148,15 +154,20 @@ def _first_pass(
 ) -> _Seen:
     """Check model, batch and loss; take the forms at once where they are small."""
     with clean_pass(model, batch[0], twice=True) as clean:
-        clean.check_reachable("second_order")
+        check_reachable("second_order", clean.unreachable)
         read = read_outputs(clean.outputs, loss, batch[1])
+        some = sum([h.numel() for _, h, _ in clean.uses]) >= _SOME
+        if some and not clean.matters:
+            clean.matters = _held(read).made > WHOLE
+        if clean.matters:
+            clean.let_go()
+            read = read_outputs(clean.outputs, loss, batch[1])
         check_risk("second_order", lambda: read.risk(read.tensors), model, batch[0])
         check_curvature(read)
         coupled = bool(clean.uses) and read.couples()
         draws, chunks = None, None
         if RowChunks.pay(clean, read):
-            kept = read_outputs(without_graph(clean.outputs), loss, batch[1])
-            chunks = RowChunks(model, batch[0], clean, kept, twice=True, parts=_CHUNKS)
+            chunks = RowChunks(model, batch[0], clean, read, twice=True, parts=_CHUNKS)
         elif not clean.matters:
             meet = bool(clean.uses) and clean.couples_samples(read.tensors)
             coupled = coupled or meet
@@ -167,6 +178,41 @@ def _first_pass(
         masks = [(site, h.new_empty(()), h.shape) for site, h, _ in clean.uses]
         like = read.tensors[0].detach().new_zeros(())
         return _Seen(like, masks, coupled, exact, notes, draws, chunks)
+
+
+def _held(read: OutputsRead) -> Held:
+    return Held.by([x.grad_fn for x in read.tensors])
+
+
+def _together(
+    model: nn.Module, batch: Batch, loss: Loss, seen: _Seen, num_samples: int | None
+) -> tuple[list[list[Form]], bool, tuple[str, ...]]:
+    """Return draws of the forms of all rows at once, and what is to be said of them.
+
+    A graph of second derivatives where it holds no more than a step, or less than what
+    moves along a line; else one of the latter, without a graph.
+    """
+    meet = seen.coupled or (seen.chunks is not None and seen.chunks.coupled)
+    run = functools.partial(clean_pass, model, batch[0], twice=True, lean=True)
+    with run(weigh=True) as clean:
+        read = read_outputs(clean.outputs, loss, batch[1])
+        meet = meet or clean.couples_samples(read.tensors)
+        above = _held(read)
+        if kept_is_less(above, clean.below, graphs=2):
+            curvature = SiteCurvature(clean, read, linearized=False)
+            return curvature.draws(num_samples, meet), meet, ()
+    del clean, read  # their graph
+    if meet and _ALONG * above.largest < 2 * above.made:
+        draws = draws_along(model, batch, loss, seen.masks, num_samples)
+        if draws is not None:
+            return draws, meet, ()
+    draws = []
+    for _ in range(num_samples or 1):
+        with run() as clean:
+            read = read_outputs(clean.outputs, loss, batch[1])
+            curvature = SiteCurvature(clean, read, linearized=False)
+            draws += curvature.draws(num_samples and 1, meet)
+    return draws, meet, (_TOGETHER,)
 
 
 def _by_chunks(

@@ -216,3 +216,55 @@ def normalization(
     """
     found: Tensor = _Normalized.apply(x, weight, bias, running, training, rates)
     return found
+
+
+def normalized_along(
+    x: Tensor,
+    line: tuple[Tensor | None, Tensor | None],
+    weight: Tensor | None,
+    mean: Tensor,
+    r: Tensor,
+    training: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    r"""Return how what batch normalization returns moves where ``x`` moves on a line.
+
+    With :math:`v = r^{-2}`, :math:`\dot v = \frac{2}{n} \langle x - m, \dot x
+    \rangle` and :math:`\ddot v = \frac{2}{n} (\langle \dot x - \dot m, \dot x \rangle
+    + \langle x - m, \ddot x \rangle)`,
+
+    .. math:: \dot y = w (\dot r r^{-1} h + r (\dot x - \dot m)), \qquad
+        \ddot y = w (\ddot r r^{-1} h + 2 \dot r (\dot x - \dot m)
+        + r (\ddot x - \ddot m))
+
+    Args:
+        x: The input, ``[N, C, ...]``, on a CPU.
+        line: Its first and second derivative; None for zero.
+        weight: One factor a channel.
+        mean: Means of the channels.
+        r: What the deviations from them are multiplied with.
+        training: Whether those are the batch's.
+
+    Returns:
+        First and second derivative; None for zero.
+    """
+    first, second = line
+    w = torch.ones_like(r) if weight is None else weight
+    if not training:
+        moved = [None if u is None else u * _wide(w * r, u) for u in line]
+        return moved[0], moved[1]
+    n, h, zero = x.numel() / x.shape[1], _Normal(x, mean, r), torch.zeros_like(r)
+    (along, total) = (zero, zero) if first is None else h.along(first)
+    (along2, total2) = (zero, zero) if second is None else h.along(second)
+    spread = zero
+    if first is not None:
+        spread = _Normal(first, total / n, zero + 1).along(first)[0]
+    # Over r: of v = r^-2 the derivatives are those of the sums of squares.
+    slope = -r * along / n  # r' / r
+    bend = 3 * slope.square() - r * along2 / n - r.square() * spread / n  # r'' / r
+    y1 = h.combined((w * slope, -w * r * total / n), (w * r, first))
+    y2 = h.combined(
+        (w * bend, -w * r * (2 * slope * total + total2) / n),
+        (2 * w * r * slope, first),
+        (w * r, second),
+    )
+    return y1, y2

@@ -32,7 +32,7 @@ from torch_dropout_ir.regularizers.closed_forms import (
     fits_last_layer,
     last_layer_form,
 )
-from torch_dropout_ir.regularizers.gauss_newton import is_exact
+from torch_dropout_ir.regularizers.estimate import is_exact
 from torch_dropout_ir.regularizers.masked import clean_risk
 from torch_dropout_ir.testing.enumeration import (
     average,

@@ -1,0 +1,296 @@
+"""The second derivative of a loss along a line, rule by rule."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.regularizers import clean_pass as passes
+from torch_dropout_ir.regularizers import second_order
+from torch_dropout_ir.regularizers.clean_pass import clean_pass
+from torch_dropout_ir.regularizers.line_pass import curvature_along, draws_along
+from torch_dropout_ir.regularizers.site_forms import signs
+
+
+class Residual(nn.Module):
+    def __init__(self, inplace):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace),
+            nn.Conv2d(6, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3, affine=False),
+        )  # fmt: skip
+        self.inplace = inplace
+
+    def forward(self, x):
+        y = self.body(x)
+        if self.inplace:
+            y += x
+            return F.relu_(y)
+        return F.relu(x - 0.5 * y)
+
+
+class Messages(nn.Module):
+    """Samples that meet as neighbours, in sums and products."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.other = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        near = torch.stack([x.roll(1, 0), x.roll(-1, 0)]).mean(0)
+        gate = torch.sigmoid(self.other(near))
+        return torch.cat([x * gate, self.own(x) / 2, 1 - gate.square()], 1)
+
+
+class Across(nn.Module):
+    """Attention of samples to each other, by itself and as torch has it."""
+
+    def forward(self, x):
+        h = x.unflatten(1, (2, -1)).transpose(0, 1)
+        found = F.scaled_dot_product_attention(h, h.sin(), h)
+        weights = (h @ h.mT).softmax(-1)
+        return F.pad(
+            (found + weights @ h).transpose(0, 1).flatten(1), (1, 0), value=3.0
+        )
+
+
+def images(*layers):
+    return nn.Sequential(nn.Dropout(0.3), *layers), torch.randn(6, 3, 8, 8)
+
+
+def vectors(*layers):
+    return nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.3), *layers), torch.randn(6, 4)
+
+
+def ends(width):
+    return nn.Flatten(), nn.Linear(width, 3)
+
+
+def frozen(layer):
+    layer.running_var.uniform_(0.5, 2.0)
+    return layer.eval()
+
+
+NETS = {
+    "convolutions": lambda: images(
+        nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Tanh(), nn.MaxPool2d(2),
+        nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3),
+    ),
+    "residual": lambda: images(
+        Residual(False), Residual(True), nn.AdaptiveAvgPool2d(1), *ends(3)
+    ),
+    "pools": lambda: images(
+        nn.BatchNorm2d(3), nn.AvgPool2d(2), nn.GELU(), nn.Upsample(scale_factor=2),
+        nn.MaxPool2d(3, 2, return_indices=False), *ends(27),
+    ),
+    "frozen": lambda: images(
+        nn.BatchNorm2d(3), nn.SiLU(), frozen(nn.BatchNorm2d(3)), nn.ReLU(), *ends(192)
+    ),
+    "groups": lambda: images(
+        nn.GroupNorm(3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, groups=3),
+        nn.ConvTranspose2d(3, 2, 3), nn.LeakyReLU(), *ends(128),
+    ),
+    "instances": lambda: images(nn.InstanceNorm2d(3), nn.BatchNorm2d(3), *ends(192)),
+    "layer norm": lambda: vectors(
+        nn.BatchNorm1d(5), nn.Softplus(), nn.LayerNorm(5), nn.ELU(), nn.Linear(5, 3)
+    ),
+    "messages": lambda: vectors(Messages(), nn.Linear(15, 3)),
+    "attention": lambda: vectors(nn.Linear(5, 4), Across(), nn.Linear(5, 3)),
+}  # fmt: skip
+
+
+def softened(f, y):
+    return (f.log_softmax(1) * F.one_hot(y, 3)).sum(1).exp().add(1).log().mean() * f[
+        0, 0
+    ]
+
+
+def noise_of(net, x):
+    with clean_pass(net, x) as clean:
+        uses = [(site, h.new_empty(()), h.shape) for site, h, _ in clean.uses]
+        (site, h, _), *_ = clean.uses
+        return uses, h.detach(), signs(site, h)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", softened])
+@pytest.mark.parametrize("name", NETS)
+def test_along_a_line_is_what_a_double_backward_gives(name, loss):
+    torch.manual_seed(0)
+    net, x = NETS[name]()
+    net, x, y = net.double(), x.double(), torch.randint(3, (6,))
+    uses, h, z = noise_of(net, x)
+    site = uses[0][0]
+    found = curvature_along(net, (x, y), resolve_loss(loss), uses, 0, z)
+    place = [m is site.module for m in net].index(True)
+    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has one derivative
+        moved = net[place + 1 :](h + t * site.variance**0.5 * z * h)
+    (slope,) = torch.autograd.grad(resolve_loss(loss)(moved, y), t, create_graph=True)
+    (expected,) = torch.autograd.grad(slope, t)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert expected.abs() > 1e-6
+
+
+SMOOTH = {
+    **{
+        name: getattr(torch, name)
+        for name in (
+            "abs", "cos", "exp", "expm1", "log1p", "reciprocal", "rsqrt", "sigmoid",
+            "sin", "sqrt", "tanh", "square", "log",
+        )
+    },
+    **{
+        name: getattr(F, name)
+        for name in (
+            "elu", "gelu", "hardswish", "hardtanh", "leaky_relu",
+            "logsigmoid", "mish", "relu", "relu6", "silu", "softplus", "selu",
+        )
+    },
+    "clamp": lambda x: x.clamp(0.3, 1.2), "clamp_min": lambda x: x.clamp(min=0.4),
+    "softmax": lambda x: x.softmax(1), "log_softmax": lambda x: x.log_softmax(1),
+    "quotient": lambda x: x / (1 + x * x), "rsub": lambda x: 2 - x.pow(3),
+    "difference": lambda x: torch.sub(x.exp(), x.sin(), alpha=0.5) - x,
+    "subtracted": lambda x: torch.sub(x[0], x, alpha=0.5).exp(),
+    "parts": lambda x: torch.cat([y * y for y in x.split(2, 1)], 1)[:, :3],
+    "lifted": lambda x: (x.unsqueeze(1) * x.unsqueeze(2)).sum(1) + x.mean(0),
+    "rounded": lambda x: torch.div(x, 0.3, rounding_mode="floor") * x,
+    "counted": lambda x: (2 * x).long().double() * x,
+    "pooled": lambda x: F.max_pool2d(x.view(2, 3, 4), 2) * 1.5,
+    "chosen": lambda x: x.index_select(1, torch.tensor([2, 0])).exp(),
+}  # fmt: skip
+
+
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x.abs() + 0.1)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_an_operation_along_a_line(name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.3), nn.Tanh(), Applied(SMOOTH[name]))
+    x = torch.randn(6, 4).double()
+    uses, h, z = noise_of(net, x)
+    c = torch.rand_like(net(x)) + 0.5
+
+    def loss(f, _):
+        return (c * f * f).sum()
+
+    found = curvature_along(net, (x, None), resolve_loss(loss), uses, 0, z)
+    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    risk = loss(net[1:](h + t * uses[0][0].variance ** 0.5 * z * h), None)
+    (slope,) = torch.autograd.grad(risk, t, create_graph=True)
+    (expected,) = torch.autograd.grad(slope, t)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert expected.abs() > 1e-6
+
+
+class Straight(torch.autograd.Function):
+    """A function with a derivative of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class Own(nn.Module):
+    def forward(self, x):
+        return Straight.apply(x)
+
+
+class Cut(nn.Module):
+    def forward(self, x):
+        with torch.no_grad():
+            scale = x.abs().mean()
+        return x / scale
+
+
+class Filled(nn.Module):
+    def forward(self, x):
+        whole = torch.zeros_like(x)
+        whole[:, :2] = x[:, :2]
+        return whole
+
+
+class Written(nn.Module):
+    def forward(self, x):
+        y = x * 1.0
+        view = y.view(-1)
+        view.mul_(2.0)
+        return y * x
+
+
+@pytest.mark.parametrize("layer", [Own, Cut, Filled, Written])
+def test_what_a_line_does_not_go_through_is_left_to_a_double_backward(layer):
+    torch.manual_seed(0)
+    net, x = vectors(layer(), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    batch = x, torch.randint(3, (6,))
+    uses, *_ = noise_of(net, x)
+    assert draws_along(net, batch, resolve_loss("cross_entropy"), uses, 1) is None
+
+
+class Detached(nn.Module):
+    def forward(self, x):
+        return x * (1 + x.detach().square())
+
+
+def test_what_is_detached_does_not_move():
+    torch.manual_seed(0)
+    net, x = vectors(Detached(), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    net, batch = net.double(), (x.double(), torch.randint(3, (6,)))
+    uses, h, z = noise_of(net, batch[0])
+    found = curvature_along(net, batch, resolve_loss("cross_entropy"), uses, 0, z)
+    v = uses[0][0].variance ** 0.5 * z * h
+    at = h.clone().requires_grad_()
+    risk = F.cross_entropy(net[2:](at), batch[1])
+    (slope,) = torch.autograd.grad(risk, at, create_graph=True)
+    (product,) = torch.autograd.grad(slope, at, v)
+    expected = (product * v).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def sites_below_batch_norm():
+    return nn.Sequential(
+        nn.Dropout(0.3), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.2),
+        nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3),
+    ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("num_samples", [None, 100])
+def test_the_forms_are_those_of_a_graph(monkeypatch, num_samples):
+    torch.manual_seed(0)
+    net = sites_below_batch_norm()
+    batch = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    expected = second_order(net, batch, "cross_entropy", num_samples=None)
+    monkeypatch.setattr(passes, "_FEWEST_ELEMENTS", 0)
+    found = second_order(net, batch, "cross_entropy", num_samples=num_samples)
+    assert found.notes == ()
+    off = 1e-12 if num_samples is None else 4 * found.standard_error
+    assert abs(found.value - expected.value) <= off
+    assert found.per_site.keys() == expected.per_site.keys()
+    for name, part in found.per_site.items():
+        assert abs(part - expected.per_site[name]) <= off
+    assert bool(found.standard_error) == (num_samples is not None)
+
+
+def test_what_a_line_does_not_go_through_has_a_graph(monkeypatch):
+    torch.manual_seed(0)
+    net = sites_below_batch_norm().insert(3, Cut())
+    batch = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    expected = second_order(net, batch, "cross_entropy", num_samples=None)
+    monkeypatch.setattr(passes, "_FEWEST_ELEMENTS", 0)
+    found = second_order(net, batch, "cross_entropy", num_samples=None)
+    sampled = second_order(net, batch, "cross_entropy", num_samples=100)
+    assert any("double backward" in note for note in found.notes)
+    torch.testing.assert_close(found.value, expected.value)
+    assert abs(sampled.value - expected.value) <= 4 * sampled.standard_error

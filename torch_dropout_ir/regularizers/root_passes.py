@@ -1,0 +1,56 @@
+"""Roots sent back through passes of their own, in the memory of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from torch_dropout_ir.regularizers.clean_pass import CleanPass
+from torch_dropout_ir.regularizers.outputs import OutputsRead
+from torch_dropout_ir.regularizers.root_forms import RootForms
+from torch_dropout_ir.regularizers.root_pulls import pull_root
+from torch_dropout_ir.regularizers.site_forms import Form
+from torch_dropout_ir.regularizers.step_memory import WHOLE, Held, kept_is_less
+
+
+def draws_by_passes(
+    forms: RootForms,
+    run: Callable[[], AbstractContextManager[tuple[CleanPass, OutputsRead]]],
+    coupled: bool | None,
+) -> tuple[list[list[Form]], bool]:
+    """Return the draws of the forms, of passes over all rows.
+
+    A graph that goes as its derivatives come holds no more than a step: each root has a
+    pass of its own. Where a graph that is kept holds no more either, as with sites near
+    the network's end, one pass does for all; so it does for an exact sum up to 64 MB.
+
+    Args:
+        forms: The forms.
+        run: Runs a pass in which what is below the first site is weighed.
+        coupled: Whether samples meet in the network; None to find that out.
+
+    Returns:
+        The draws, and whether samples meet in the network.
+    """
+    if coupled is None or not forms.rooted:
+        with run() as (clean, read):
+            if not forms.rooted:
+                return forms.draws(clean, read, coupled=coupled, keep=False)
+            coupled = clean.couples_samples(read.tensors)
+    roots = forms.roots(coupled)
+    draws: dict[int, list[Form]] = {}
+    following = next(roots, None)
+    while following is not None:
+        with run() as (clean, read):
+            above = Held.by([x.grad_fn for x in read.tensors])
+            # Of an exact sum the roots are very many.
+            few = forms.num_samples is None and above.made <= WHOLE
+            keep = few or kept_is_less(above, clean.below)
+            while following is not None:
+                (draw, (root, sign)), following = following, next(roots, None)
+                kept = keep and following is not None
+                pulled = pull_root(clean, read.tensors[0], root, sign, kept)
+                draws.setdefault(draw, []).extend(pulled)
+                if not kept:
+                    break
+    return list(draws.values()), coupled

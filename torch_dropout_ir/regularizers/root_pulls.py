@@ -1,0 +1,62 @@
+"""The quadratic form of a root at each use of a site."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from torch_dropout_ir.regularizers.clean_pass import CleanPass
+from torch_dropout_ir.regularizers.site_forms import Form, by_row
+
+
+def plain(h: Tensor) -> Tensor:
+    """Return a tensor without its graph."""
+    return h.detach() if h.requires_grad else h
+
+
+def pull_root(
+    clean: CleanPass,
+    outputs: Tensor,
+    root: Tensor,
+    sign: Tensor | float,
+    keep: bool = True,
+    weights: dict[int, Tensor] | None = None,
+) -> list[Form]:
+    """Quadratic form of each use, summed over units: one entry a leading index.
+
+    Args:
+        clean: The pass.
+        outputs: The outputs that the root is sent back from.
+        root: The root.
+        sign: Its sign, one for all or one a sample.
+        keep: Whether the graph is kept.
+        weights: Filled with what :meth:`CleanPass.row_weights` gives, if there.
+
+    Returns:
+        The forms, use by use.
+    """
+    squares: dict[int, Tensor] = {}
+
+    def receive(use: int, g: Tensor) -> None:
+        (site, h, _), shape = clean.uses[use], clean.mask_shapes[use]
+        shared = plain(h) * g
+        if shared.shape != shape:
+            shared = shared.sum_to_size(shape)
+        # In place where memory matters; else by what has just been done.
+        shared = shared.square_() if clean.matters else shared * shared
+        _, squares[use] = by_row(site, shared)
+        if weights is not None:
+            weights[use] = clean.row_weight(g)
+
+    clean.pull(outputs, root, receive, keep=keep)
+    return [
+        (site.name, site.variance / 2 * _each(sign, squares[use]) * squares[use])
+        for use, (site, _, _) in enumerate(clean.uses)
+        if use in squares
+    ]
+
+
+def _each(sign: Tensor | float, rows: Tensor) -> Tensor | float:
+    """Return the sign of each row of a use, of which a sample may have several."""
+    if not isinstance(sign, Tensor) or sign.numel() == rows.numel():
+        return sign
+    return sign.repeat_interleave(rows.numel() // sign.numel())
