@@ -73,10 +73,10 @@ def gauss_newton(
     log-probabilities that of a softmax, with a diagonal; a diagonal where it is
     elementwise, by one product. Else it is taken by samples' blocks where those pay (a
     large network, few outputs, many samples), or by signs :math:`z` on the outputs,
-    :math:`E[z (H z)^\top] = H`, one product a sample with two backward passes, which
-    spreads more. Curvature of both signs takes two passes too. Where the loss reads
-    several outputs, :math:`(z \circ h)^\top J^\top H J (z \circ h)` with signs on the
-    units, in three; the exact sum goes unit by unit there, and of losses that couple.
+    :math:`E[z (H z)^\top] = H`, in two backward passes, which spreads more. Curvature
+    of both signs takes two too. Where the loss reads several outputs it is :math:`(z
+    \circ h)^\top J^\top H J (z \circ h)` with signs on the units, in three; the exact
+    sum goes unit by unit there, and of losses that couple samples.
 
     Memory: no more than a training step's (forward and backward pass with the
     parameters' gradients). What has been used goes as the derivatives come; more
