@@ -61,8 +61,7 @@ def gauss_newton(
     Sampled: :math:`v_i` with :math:`E[v_i v_i^\top] = H_i` is sent back to the sites;
     the sum of :math:`(h_{ij} g_{ij})^2` is unbiased for the form. One forward pass,
     and one backward pass a sample whatever the number of sites. Exact sum
-    (``num_samples=None``): one backward pass an output of a sample; where samples are
-    coupled (batch normalization, message passing), one an output of the batch.
+    (``num_samples=None``): one an output of a sample; of the batch where samples meet.
 
     Equal to ``E[R_drop] - R_S`` for a squared loss and one site whose output goes
     straight into the last linear layer; else its second-order part without the
