@@ -48,7 +48,7 @@ from torch_dropout_ir.analysis.followed_loss import (
 )
 from torch_dropout_ir.analysis.function_modes import lay_under, take_away
 from torch_dropout_ir.analysis.own_graph import OwnGraph
-from torch_dropout_ir.losses import KNOWN_LOSSES, LossFunction
+from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
 from torch_dropout_ir.regularizers.leaves import flatten
 
 _MOST_STEPS: Final = 1000
@@ -176,7 +176,7 @@ class LossCalls(TorchFunctionMode):
         step = self.steps[result.place] if result.of == "steps" else None
         if step is None:
             return FollowedLoss([], result, "the model's own", {}, []), (), False
-        if step.function not in KNOWN_LOSSES:
+        if step.function not in TORCH_LOSSES:
             name, rest = "that of the script", beside.constants
             return FollowedLoss(self.steps, result, name, {}, rest), targets, False
         options = {
@@ -275,7 +275,7 @@ class LossCalls(TorchFunctionMode):
             if isinstance(x, Tensor):
                 own = None if isinstance(out, Tensor) else element
                 self._known[x] = At("steps", place, own)
-        if self._first is None and func in KNOWN_LOSSES and out.numel() == 1:
+        if self._first is None and func in TORCH_LOSSES and out.numel() == 1:
             self._first = At("steps", place)
 
     def _lose(self, written: Any) -> None:
