@@ -177,6 +177,38 @@ def test_a_loss_function_and_fewer_batches(nets, capsys):
     assert not any(tag.startswith("sharpness") for tag in report["records"])
 
 
+def test_means_over_batches_have_the_errors_of_means(monkeypatch):
+    """Of an error that a batch does not have, the mean has none."""
+
+    class Known:
+        name, needs = "regularizer", frozenset()
+
+        def __init__(self, num_masks):
+            pass
+
+        def __call__(self, snapshot):
+            n = len(snapshot.inputs)
+            found = {"regularizer/R1": 10.0 * n, "regularizer/R1/2": 1.0 * n}
+            found["regularizer/R1_standard_error"] = 0.5 * n
+            if n > 1:
+                found["regularizer/R1_standard_error/2"] = 0.25 * n
+            return found
+
+    monkeypatch.setattr(offline, "Regularizer", Known)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Identity(), nn.Dropout(0.2))
+    pairs = [(torch.ones(n, 3), torch.ones(n, 2)) for n in (6, 2, 1)]
+    for count, whole in ((2, 8), (3, 9)):
+        sizes = [6, 2, 1][:count]
+        found = offline.analyze(model, pairs[:count], "mse", sharpness=False).records
+        squares, fourth = (sum(n**k for n in sizes) for k in (2, 4))
+        assert found["regularizer/R1"] == pytest.approx(10 * squares / whole)
+        error = found["regularizer/R1_standard_error"]
+        assert error == pytest.approx(0.5 * fourth**0.5 / whole)
+        error = found.get("regularizer/R1_standard_error/2")
+        expected = pytest.approx(0.25 * fourth**0.5 / whole)
+        assert error == (expected if count == 2 else None)
+
+
 def loaded(model, **held):
     torch.save(held["file"], "held.pt")
     loading.load_weights(model, Path("held.pt"), held.get("key"))
