@@ -140,29 +140,6 @@ def test_measuring_by_hand_returns_what_it_has_found_and_nothing_older():
             assert "says/x" not in analysis.measure()
 
 
-def test_what_fails_before_all_measures_is_put_off_and_said_until_it_works():
-    model, tried = mlp(), []
-    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
-
-    def fails(inputs, passes):
-        tried.append(passes)
-        raise MemoryError("full")
-
-    with tdi.attach_analysis(
-        model, "mse", log_dir=False, measures=[measures.Regularizer()]
-    ) as analysis:
-        works, analysis.inputs_of = analysis.inputs_of, fails
-        with pytest.warns(UserWarning, match="MemoryError: full"):
-            for _ in range(100):
-                sgd.zero_grad()
-                nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
-                sgd.step()
-        assert "full" in analysis.absent["capture"] and len(tried) < 50
-        analysis.inputs_of = works
-        assert analysis.measure()["regularizer/R1"] > 0
-    assert not analysis.absent
-
-
 def test_a_sink_that_is_opened_late_is_opened_once_and_closed():
     kept, opened = sinks.Memory(), []
     late = delivery.Postponed(lambda: (opened.append(1), kept)[1])

@@ -242,6 +242,32 @@ def test_of_several_networks_one_is_to_be_named(nets):
     assert all(map(torch.equal, found, second.parameters()))
 
 
+def test_names_of_compiled_parts_are_read_and_parts_of_names_are_not(nets):
+    model = nets.make()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    own = model.state_dict()
+    parts = {name.replace("0.", "0._orig_mod."): x for name, x in own.items()}
+    found = loaded(nets.make(), file=parts)
+    assert all(map(torch.equal, found, model.parameters()))
+    with pytest.raises(ValueError, match="does not fit"):
+        loaded(nets.make(), file={f"my{name}": x for name, x in own.items()})
+
+
+def test_a_loss_module_is_made_and_a_function_is_taken():
+    made = loading.load_loss("torch.nn:SmoothL1Loss")
+    assert isinstance(made, nn.SmoothL1Loss)
+    taken = loading.load_loss("torch.nn.functional:huber_loss")
+    assert taken is nn.functional.huber_loss
+
+
+def test_dropout_that_drops_nothing_is_no_site_of_a_report():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.0), nn.Dropout(0.2))
+    batch = torch.randn(5, 3), torch.randn(5, 4)
+    report = offline.analyze(model, batch, "mse", num_masks=2, sharpness=False)
+    assert report.sites == {"2": 0.2}
+
+
 def test_files_of_safetensors_keep_one_of_tied_weights(nets):
     save_file = pytest.importorskip("safetensors.torch", reason="none").save_file
     model = nets.tied()

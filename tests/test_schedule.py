@@ -1,5 +1,6 @@
 """When measures are taken: by clocks that the tests hold."""
 
+import itertools
 import time
 
 import pytest
@@ -225,6 +226,40 @@ def test_a_dear_measure_waits_for_its_budget(monkeypatch):
 def test_a_larger_budget_takes_it_at_once(monkeypatch):
     found = watched(monkeypatch, 1, budget=0.8)
     assert found.history["dear/x"] == [(0, 1.0)]
+
+
+def test_what_fails_before_all_measures_is_put_off_and_said_until_it_works(monkeypatch):
+    clock, tried = Clock(), []
+    monkeypatch.setattr(time, "perf_counter", clock)
+    model = nn.Linear(3, 2)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def fails(inputs, passes):
+        tried.append(analysis.step)
+        clock.now += 0.5
+        raise MemoryError("full")
+
+    def steps(count):
+        for _ in range(count):
+            sgd.zero_grad()
+            model(torch.ones(4, 3)).square().mean().backward()
+            clock.now += 1.0
+            sgd.step()
+
+    with tdi.attach_analysis(
+        model, log_dir=False, measures=[Slow("light", clock, 1.0)]
+    ) as analysis:
+        steps(1)
+        works, analysis.inputs_of = analysis.inputs_of, fails
+        with pytest.warns(UserWarning, match="MemoryError: full"):
+            steps(1000)
+        assert "full" in analysis.absent["capture"]
+        # Half a second and that of a step are a twentieth of 30 s, less themselves; at
+        # the end of a step it is decided for the next.
+        assert {b - a for a, b in itertools.pairwise(tried)} == {30}
+        analysis.inputs_of = works
+        assert analysis.measure()["light/x"] == 1.0
+    assert not analysis.absent
 
 
 def test_schedules_resume_with_what_waits(monkeypatch):
