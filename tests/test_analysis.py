@@ -132,8 +132,9 @@ def test_detach_gives_the_model_back(make, convert):
     post = len(OPTIMIZER._global_optimizer_post_hooks)
     _, analysis = train(model, attach=quiet(every=2, convert=convert))
     assert anatomy(model) == before and list(model.state_dict()) == keys
-    assert len(OPTIMIZER._global_optimizer_pre_hooks) == pre
-    assert len(OPTIMIZER._global_optimizer_post_hooks) == post
+    # Less where those of forgotten ones were there.
+    assert len(OPTIMIZER._global_optimizer_pre_hooks) <= pre
+    assert len(OPTIMIZER._global_optimizer_post_hooks) <= post
     assert not nn.modules.module._global_forward_pre_hooks
     analysis.detach()
     assert analysis.latest and analysis.summary()
@@ -233,6 +234,86 @@ def test_dropout_noise_is_unbiased():
     ])
     error = (found.var() / 300 + truth.dropout_noise_standard_error**2).sqrt()
     assert (found.mean() - truth.dropout_noise).abs() < 4 * error
+    errors = torch.tensor([
+        v for _, v in analysis.history["regularizer/R2_dropout_noise_standard_error"]
+    ])
+    assert 0.6 < errors.square().mean() / found.var() < 1.5  # one degree of freedom
+
+
+def test_two_masks_have_no_error_and_that_is_said():
+    from torch_dropout_ir.analysis.measures import DropoutNoise
+
+    model, (x, y) = mlp(), (torch.randn(4, 6), torch.randn(4, 3))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[DropoutNoise(2)]
+    ) as analysis:
+        nn.MSELoss()(model(x), y).backward()
+        sgd.step()
+    tag = "regularizer/R2_dropout_noise"
+    assert tag in analysis.latest and f"{tag}_standard_error" not in analysis.latest
+    assert "num_masks=4" in analysis.absent[f"{tag}_standard_error"]
+
+
+def of_sites(batch_of, steps, *, restore=True):
+    """An analysis of R_1 alone, of a network with two sites."""
+    from torch_dropout_ir.analysis.measures import ReceivedGradient, Regularizer
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Dropout(0.2), nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)
+    )
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    start = copy.deepcopy(model.state_dict())
+    measures = [ReceivedGradient(), Regularizer(2)]
+    said = []
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=measures
+    ) as analysis:
+        for step in range(steps):
+            sgd.zero_grad()
+            x, y = batch_of(step)
+            nn.functional.cross_entropy(model(x), y).backward()
+            sgd.step()
+            model.load_state_dict(start)
+            said.append(dict(analysis.absent))
+    return analysis, said
+
+
+def test_the_sites_errors_are_their_spread_and_the_modified_loss_has_that_of_r1():
+    """Of equal samples one draw tells it without bias."""
+    batch = torch.ones(1, 6).expand(10, 6), torch.zeros(10, dtype=torch.int64)
+    analysis, said = of_sites(lambda _: batch, 300)
+    history = analysis.history
+    for site in ("0", "3"):
+        parts, errors = (
+            torch.tensor([v for _, v in history[f"regularizer/R1{of}/{site}"]])
+            for of in ("", "_standard_error")
+        )
+        assert 0.75 < errors.square().mean() / parts.var() < 1.3
+    modified = history["loss/modified_standard_error"]
+    assert modified == history["regularizer/R1_standard_error"]
+    assert len(modified) == 300 and not any(said)
+    (line,) = [x for x in analysis.summary().splitlines() if "R1/3" in x]
+    assert float(line.split()[2]) == pytest.approx(float(errors[-1]), rel=0.05)
+
+
+def test_errors_that_one_draw_does_not_tell_are_absent_once_and_anew():
+    """One sample has no spread; the next batch has."""
+
+    def batch(step):
+        n = 1 if step == 1 else 5
+        return torch.randn(n, 6), torch.zeros(n, dtype=torch.int64)
+
+    analysis, said = of_sites(batch, 3)
+    parts = "regularizer/R1_standard_error/<site>"
+    assert [set(x) & {parts} for x in said] == [set(), {parts}, set()]
+    assert "one draw does not tell it" in said[1][parts]
+    for site in ("0", "3"):
+        steps = [
+            s for s, _ in analysis.history[f"regularizer/R1_standard_error/{site}"]
+        ]
+        assert steps == [0, 2]
 
 
 def test_foreign_masks_are_observed_as_they_are():

@@ -199,8 +199,8 @@ NATIVE = {
     "return m.length >= 4 && m.every((e) => e.naturalWidth > 60); }",
     "distributions": "(a) => a.some((e) => e.matches('path.area'))",
     "histograms": "(a) => a.some((e) => e.matches('.histogram path, path.histogram'))",
-    "text": "(a) => a.filter((e) => e.matches('td')).some((e) => "
-    f"e.textContent === {json.dumps(MODEL)})",
+    "text": "(a) => a.filter((e) => e.matches('li')).some((e) => "
+    f"e.textContent.trim() === {json.dumps(f'model: {MODEL}')})",
     "hparams": "(a) => a.some((e) => e.matches('vaadin-grid-cell-content') && "
     "/<script>/.test(e.textContent))",
 }

@@ -177,6 +177,38 @@ def test_a_loss_function_and_fewer_batches(nets, capsys):
     assert not any(tag.startswith("sharpness") for tag in report["records"])
 
 
+def test_means_over_batches_have_the_errors_of_means(monkeypatch):
+    """Of an error that a batch does not have, the mean has none."""
+
+    class Known:
+        name, needs = "regularizer", frozenset()
+
+        def __init__(self, num_masks):
+            pass
+
+        def __call__(self, snapshot):
+            n = len(snapshot.inputs)
+            found = {"regularizer/R1": 10.0 * n, "regularizer/R1/2": 1.0 * n}
+            found["regularizer/R1_standard_error"] = 0.5 * n
+            if n > 1:
+                found["regularizer/R1_standard_error/2"] = 0.25 * n
+            return found
+
+    monkeypatch.setattr(offline, "Regularizer", Known)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Identity(), nn.Dropout(0.2))
+    pairs = [(torch.ones(n, 3), torch.ones(n, 2)) for n in (6, 2, 1)]
+    for count, whole in ((2, 8), (3, 9)):
+        sizes = [6, 2, 1][:count]
+        found = offline.analyze(model, pairs[:count], "mse", sharpness=False).records
+        squares, fourth = (sum(n**k for n in sizes) for k in (2, 4))
+        assert found["regularizer/R1"] == pytest.approx(10 * squares / whole)
+        error = found["regularizer/R1_standard_error"]
+        assert error == pytest.approx(0.5 * fourth**0.5 / whole)
+        error = found.get("regularizer/R1_standard_error/2")
+        expected = pytest.approx(0.25 * fourth**0.5 / whole)
+        assert error == (expected if count == 2 else None)
+
+
 def loaded(model, **held):
     torch.save(held["file"], "held.pt")
     loading.load_weights(model, Path("held.pt"), held.get("key"))
@@ -208,6 +240,32 @@ def test_of_several_networks_one_is_to_be_named(nets):
         loaded(nets.make(), file={"state_dict": both})
     found = loaded(nets.make(), file={"state_dict": both}, key="state_dict.teacher")
     assert all(map(torch.equal, found, second.parameters()))
+
+
+def test_names_of_compiled_parts_are_read_and_parts_of_names_are_not(nets):
+    model = nets.make()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    own = model.state_dict()
+    parts = {name.replace("0.", "0._orig_mod."): x for name, x in own.items()}
+    found = loaded(nets.make(), file=parts)
+    assert all(map(torch.equal, found, model.parameters()))
+    with pytest.raises(ValueError, match="does not fit"):
+        loaded(nets.make(), file={f"my{name}": x for name, x in own.items()})
+
+
+def test_a_loss_module_is_made_and_a_function_is_taken():
+    made = loading.load_loss("torch.nn:SmoothL1Loss")
+    assert isinstance(made, nn.SmoothL1Loss)
+    taken = loading.load_loss("torch.nn.functional:huber_loss")
+    assert taken is nn.functional.huber_loss
+
+
+def test_dropout_that_drops_nothing_is_no_site_of_a_report():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.0), nn.Dropout(0.2))
+    batch = torch.randn(5, 3), torch.randn(5, 4)
+    report = offline.analyze(model, batch, "mse", num_masks=2, sharpness=False)
+    assert report.sites == {"2": 0.2}
 
 
 def test_files_of_safetensors_keep_one_of_tied_weights(nets):

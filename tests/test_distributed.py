@@ -164,6 +164,7 @@ def test_records_are_those_of_the_joined_batch(ran, size, wrap, loss):
     equal += ["condensation/effective_ratio/0", "regularizer/R1_standard_error"]
     if loss == "mse":
         equal += ["regularizer/R1", "regularizer/R1/2"]
+        equal += ["regularizer/R1_standard_error/2", "loss/modified_standard_error"]
     assert len(pictures) == 2 * STEPS
     torch.testing.assert_close(found[0][2], pictures, rtol=1e-8, atol=1e-12)
     for history, absent, _ in found:
@@ -226,17 +227,21 @@ def noise_of_masks(rank, size, _):
             nn.MSELoss()(model(x[rows]), y[rows]).backward()
             sgd.step()
             model.load_state_dict(start)
-    return [x for _, x in analysis.history["regularizer/R2_dropout_noise"]]
+    tag = "regularizer/R2_dropout_noise"
+    return [
+        [x for _, x in analysis.history[f"{tag}{of}"]] for of in ("", "_standard_error")
+    ]
 
 
 def test_noise_of_masks_is_unbiased_for_the_joined_batch(ran):
-    found = torch.tensor(ran(2, "noise")[0])
+    found, claimed = torch.tensor(ran(2, "noise")[0])
     truth = tdi.regularizers.gradient_norm(
         net(), next(batches()), "mse", lr=0.1, num_masks=4000
     )
     error = (found.var() / len(found) + truth.dropout_noise_standard_error**2).sqrt()
     assert len(found) == 150
     assert (found.mean() - truth.dropout_noise).abs() < 4 * error
+    assert 0.5 < claimed.square().mean() / found.var() < 1.7
 
 
 class FailsOnOne:

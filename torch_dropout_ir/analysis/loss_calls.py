@@ -48,7 +48,7 @@ from torch_dropout_ir.analysis.followed_loss import (
 from torch_dropout_ir.analysis.function_modes import called, lay_under, take_away
 from torch_dropout_ir.analysis.own_graph import OwnGraph, copied_from
 from torch_dropout_ir.analysis.roots import by_scaler, goes_back
-from torch_dropout_ir.losses import KNOWN_LOSSES, LossFunction
+from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
 from torch_dropout_ir.regularizers.leaves import flatten
 from torch_dropout_ir.tracing import generators
 
@@ -169,7 +169,7 @@ class LossCalls(TorchFunctionMode):
         step = self.steps[result.place] if result.of == "steps" else None
         if step is None:
             return FollowedLoss([], result, "the model's own", {}, []), (), False
-        if step.function not in KNOWN_LOSSES:
+        if step.function not in TORCH_LOSSES:
             name, rest = "that of the script", beside.constants
             return FollowedLoss(self.steps, result, name, {}, rest), targets, False
         options = {
@@ -270,7 +270,7 @@ class LossCalls(TorchFunctionMode):
         for element, x in enumerate(results):
             if isinstance(x, Tensor):
                 self._known[x] = At("steps", place, None if x is out else element)
-        if self._first is None and func in KNOWN_LOSSES and out.numel() == 1:
+        if self._first is None and func in TORCH_LOSSES and out.numel() == 1:
             self._first = At("steps", place)
 
     def _lose(self, written: Any) -> None:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
 _REPLACED: Final = 2
 STEPS: Final = "optimizer steps"  # what is absent until one is seen
@@ -21,6 +22,9 @@ NO_STEP: Final = (
     "steps this model, in eager code. With another kind of optimizer, or a compiled "
     "step, call `analysis.measure()`; without an optimizer R_2 is left out there"
 )
+# Hooks of analyses that were collected. A collection can come in the middle of a step,
+# while torch goes through its hooks: they call nothing, and are removed later.
+_left: Final[list[RemovableHandle]] = []
 
 
 class OptimizerSteps:
@@ -62,14 +66,17 @@ class OptimizerSteps:
         Returns:
             A function that ends the watch.
         """
+        _sweep()
+        owner = weakref.WeakMethod(before)
         handles = (
             register_optimizer_step_pre_hook(self._calling_before(before)),
             register_optimizer_step_post_hook(self._calling(after, made=True)),
         )
 
         def end() -> None:
-            for handle in handles:
-                handle.remove()
+            _left.extend(handles)
+            if owner() is not None:
+                _sweep()
 
         return end
 
@@ -131,3 +138,9 @@ class OptimizerSteps:
         own = set() if model is None else {id(x) for x in model.parameters()}
         stepped = (x for group in optimizer.param_groups for x in group["params"])
         return any(id(x) in own for x in stepped)
+
+
+def _sweep() -> None:
+    """Remove the hooks of analyses that have ended; never in the middle of a step."""
+    while _left:
+        _left.pop().remove()

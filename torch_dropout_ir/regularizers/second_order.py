@@ -97,9 +97,9 @@ def second_order(
         num_samples: Draws of signs; None for the exact sum.
 
     Returns:
-        The estimate with the part of each site. The standard error is that of the
-        signs. With one draw the spread between the data tells it: its square is an
-        upper bound in the mean, rough of few data; NaN where they meet.
+        The estimate with the part of each site. Standard errors, of parts too, are
+        those of the signs. With one draw the spread between the data tells them: the
+        square is an upper bound in the mean, rough of few data; NaN where they meet.
 
     Raises:
         TypeError: If the model's outputs hold no tensor, or ``batch`` is no pair.

@@ -125,8 +125,7 @@ function rgb(level, levels) {
 }
 function heat(pictures) {
   const beside = innerWidth - at("numbers").offsetWidth - 60, room = beside < 420 ? innerWidth - 40 : beside; // below a wide table
-  const side = Math.max(150, Math.min(270, room / pictures.length - 14));
-  at("hint").hidden = true, at("maps").replaceChildren(); for (const [run, step, found] of pictures) {
+  const side = Math.max(150, Math.min(270, room / pictures.length - 14)); at("hint").hidden = true, at("maps").replaceChildren(); for (const [run, step, found] of pictures) {
     const figure = put(at("maps"), "figure"), caption = put(figure, "figcaption"), { rows, columns, levels } = found;
     figure.style.width = `${side}px`; put(caption, "span", "■ ").style.color = colour(run);
     put(caption, "span", `step ${step} · ${run}`, { title: run });
