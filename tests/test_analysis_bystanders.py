@@ -410,3 +410,55 @@ def test_an_attribute_whose_memory_is_released_is_left():
         nn.MSELoss()(model(torch.randn(4, 3)), torch.zeros(4, 2)).backward()
         sgd.step()
     assert analysis.latest["loss/R_S"] > 0
+
+
+class Follows(nn.Module):
+    """What its own forward pass writes on is kept in parameters, as key encoders are."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.one, self.drop, self.two = (
+            nn.Linear(6, 8),
+            nn.Dropout(0.3),
+            nn.Linear(8, 3),
+        )
+        self.slow = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.how = how
+
+    def forward(self, x):
+        if self.how == "data":
+            self.slow.data.mul_(0.9)
+        elif self.how == "another tensor":
+            self.slow.data = 0.9 * self.slow.data
+        elif self.how == "in place":
+            with torch.no_grad():
+                self.slow.mul_(0.9)
+        elif self.how == "trained":
+            self.one.weight.data = nn.functional.normalize(self.one.weight.data)
+        return self.two(self.drop(self.one(x))) * self.slow
+
+
+@pytest.mark.parametrize("how", ["data", "another tensor", "in place", "trained"])
+def test_parameters_that_the_pass_itself_writes_on_do_not_move(how):
+    ended, analysis, clean = [], None, []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        model = Follows(how)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        if attached:
+            analysis = tdi.attach_analysis(model, log_dir=False, every=1)
+        for _ in range(3):
+            x, y = torch.randn(8, 6), torch.randint(3, (8,))
+            sgd.zero_grad()
+            criterion(model(x), y).backward()
+            with torch.no_grad():
+                twin = copy.deepcopy(model)
+                twin.drop.p = 0.0
+                clean.append(float(criterion(twin(x), y)))
+            sgd.step()
+        ended.append([*model.parameters(), torch.get_rng_state()])
+    analysis.detach()
+    assert all(torch.equal(a, b) for a, b in zip(*ended, strict=True))
+    assert not set(analysis.absent)
+    found = [value for _, value in analysis.history["loss/R_S"]]
+    assert found == pytest.approx(clean[3:])

@@ -68,14 +68,11 @@ class OwnPass:
         self._modes = [m.training for m in model.modules()]
         self._versions = versions(flatten(outputs)[0])
 
-    def unlike(self, model: nn.Module, outputs: Any = None, again: Any = None) -> str:
-        """Say how a second pass differs from it.
+    def unlike(self, model: nn.Module) -> str:
+        """Say how the model is another one now.
 
         Args:
-            model: The model now.
-            outputs: What the script's pass returned; None where that is not known. Not
-                looked at where it was written on since.
-            again: What a second one returned.
+            model: The model.
 
         Returns:
             How; empty where nothing tells.
@@ -87,6 +84,19 @@ class OwnPass:
             return _WRITTEN
         if [m.training for m in model.modules()] != self._modes:
             return _OTHER_MODE
+        return ""
+
+    def differs(self, outputs: Any, again: Any) -> str:
+        """Say whether a second pass has returned something else.
+
+        Args:
+            outputs: What the script's pass returned; None where that is not known. Not
+                looked at where it was written on since.
+            again: What a second one returned.
+
+        Returns:
+            What that means; empty where both are alike.
+        """
         leaves = flatten(outputs)[0]
         if versions(leaves) != self._versions:
             return ""
