@@ -413,7 +413,7 @@ def test_an_attribute_whose_memory_is_released_is_left():
 
 
 class Follows(nn.Module):
-    """What its own forward pass writes on is kept in parameters, as key encoders are."""
+    """Its forward pass writes on parameters, as one that moves a key encoder does."""
 
     def __init__(self, how):
         super().__init__()

@@ -1,7 +1,7 @@
 """Parameters that a forward pass itself writes on, given back after a measure's own.
 
-Key encoders that follow by momentum, annealed temperatures and constraints are often
-kept in parameters. Version counters do not tell of writing on ``x.data``: the values do.
+Key encoders that follow by momentum, annealed temperatures and constraints are kept in
+parameters. Version counters do not tell of writing on ``x.data``; the values do.
 """
 
 from __future__ import annotations
