@@ -156,8 +156,9 @@ class Capture:
         found = self._calls.found()
         if self._module is not None:
             module, targets, at = self._module
-            if found is None or at is None or self._calls.trained_on(at):
-                # A copy: its buffers are the script's.
+            # Buffers of a script's own may have moved in the call; torch's are weights.
+            still = isinstance(module, nn.modules.loss._Loss) or not [*module.buffers()]
+            if found is None or at is None or (still and self._calls.trained_on(at)):
                 return copy.deepcopy(module), targets, True, self._calls.in_part
         if found is None:
             return None
@@ -197,8 +198,7 @@ class Capture:
 
     def want(self, anything: bool, masks: bool, targets: bool) -> None:
         """Say what the coming step must show; without anything, no pass is seen."""
-        self.want_masks, self.want_targets = masks, targets
-        self._new_step = True
+        self.want_masks, self.want_targets, self._new_step = masks, targets, True
         self._hook.call = self._before if anything else None
         if anything:
             self._listen()
