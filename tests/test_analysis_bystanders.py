@@ -5,6 +5,7 @@ import copy
 import functools
 import itertools
 import pickle
+import warnings
 from collections import Counter, OrderedDict, defaultdict
 
 import numpy as np
@@ -462,3 +463,18 @@ def test_parameters_that_the_pass_itself_writes_on_do_not_move(how):
     assert not set(analysis.absent)
     found = [value for _, value in analysis.history["loss/R_S"]]
     assert found == pytest.approx(clean[3:])
+
+
+def test_a_model_whose_first_pass_makes_its_parameters():
+    model = nn.Sequential(nn.LazyLinear(8), nn.Dropout(0.3), nn.LazyLinear(3))
+    with (
+        warnings.catch_warnings(record=True) as said,
+        tdi.attach_analysis(model, log_dir=False, every=1) as analysis,
+    ):
+        warnings.simplefilter("always")
+        model(torch.randn(8, 6))
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss_of(model).backward()
+        sgd.step()
+    assert analysis.latest["regularizer/R1"] > 0 and not analysis.absent
+    assert not [w for w in said if "not looked at" in str(w.message)]

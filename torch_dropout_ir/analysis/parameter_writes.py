@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torch_dropout_ir.analysis.distributed import is_sharded
 
@@ -36,7 +37,8 @@ class ParameterWrites:
 
     def end(self) -> None:
         """It has ended."""
-        self._written |= {id(x): x for x, was in self._before if _print(x) != was}
+        known = [(x, was) for x, was in self._before if was is not None]
+        self._written |= {id(x): x for x, was in known if _print(x) != was}
         self._before = []
 
     @contextlib.contextmanager
@@ -64,8 +66,12 @@ class ParameterWrites:
 
 
 def _print(x: Tensor) -> Any:
-    """What tells whether a parameter holds the same values in the same place."""
-    if is_sharded(x) or type(x.data) is not Tensor or x.layout is not torch.strided:
+    """What tells whether a parameter has the same values; None where that is not asked.
+
+    Returns:
+        Something to compare.
+    """
+    if is_lazy(x) or is_sharded(x) or type(x.data) is not Tensor or x.is_sparse:
         return None
     plain = torch.view_as_real(x.data) if x.is_complex() else x.data
     bits = plain.view(_BITS[plain.element_size()])
