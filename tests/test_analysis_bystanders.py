@@ -5,6 +5,7 @@ import copy
 import functools
 import itertools
 import pickle
+import warnings
 from collections import Counter, OrderedDict, defaultdict
 
 import numpy as np
@@ -464,3 +465,70 @@ def test_attributes_that_no_pass_changes_are_not_written_on():
         sgd.step()
     assert "capture" not in analysis.absent and analysis.latest["loss/R_S"] > 0
     assert model.kept._version == 0  # a graph that has kept it is still good
+
+
+class Follows(nn.Module):
+    """Its forward pass writes on parameters, as one that moves a key encoder does."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.one, self.drop, self.two = (
+            nn.Linear(6, 8),
+            nn.Dropout(0.3),
+            nn.Linear(8, 3),
+        )
+        self.slow = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.how = how
+
+    def forward(self, x):
+        if self.how == "data":
+            self.slow.data.mul_(0.9)
+        elif self.how == "another tensor":
+            self.slow.data = 0.9 * self.slow.data
+        elif self.how == "in place":
+            with torch.no_grad():
+                self.slow.mul_(0.9)
+        elif self.how == "trained":
+            self.one.weight.data = nn.functional.normalize(self.one.weight.data)
+        return self.two(self.drop(self.one(x))) * self.slow
+
+
+@pytest.mark.parametrize("how", ["data", "another tensor", "in place", "trained"])
+def test_parameters_that_the_pass_itself_writes_on_do_not_move(how):
+    ended, analysis, clean = [], None, []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        model = Follows(how)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        if attached:
+            analysis = tdi.attach_analysis(model, log_dir=False, every=1)
+        for _ in range(3):
+            x, y = torch.randn(8, 6), torch.randint(3, (8,))
+            sgd.zero_grad()
+            criterion(model(x), y).backward()
+            with torch.no_grad():
+                twin = copy.deepcopy(model)
+                twin.drop.p = 0.0
+                clean.append(float(criterion(twin(x), y)))
+            sgd.step()
+        ended.append([*model.parameters(), torch.get_rng_state()])
+    analysis.detach()
+    assert all(torch.equal(a, b) for a, b in zip(*ended, strict=True))
+    assert not set(analysis.absent)
+    found = [value for _, value in analysis.history["loss/R_S"]]
+    assert found == pytest.approx(clean[3:])
+
+
+def test_a_model_whose_first_pass_makes_its_parameters():
+    model = nn.Sequential(nn.LazyLinear(8), nn.Dropout(0.3), nn.LazyLinear(3))
+    with (
+        warnings.catch_warnings(record=True) as said,
+        tdi.attach_analysis(model, log_dir=False, every=1) as analysis,
+    ):
+        warnings.simplefilter("always")
+        model(torch.randn(8, 6))
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss_of(model).backward()
+        sgd.step()
+    assert analysis.latest["regularizer/R1"] > 0 and not analysis.absent
+    assert not [w for w in said if "not looked at" in str(w.message)]

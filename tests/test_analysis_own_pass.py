@@ -84,6 +84,27 @@ def test_outputs_that_the_script_writes_on_are_not_compared():
     assert analysis.latest["loss/R_S"] > 0 and not analysis.notes["loss/R_S"]
 
 
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return {"scores": self.net(x), "count": len(x)}
+
+
+def test_outputs_in_whose_place_the_script_puts_others_are_not_compared():
+    model = Named()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watched(model) as analysis:
+        x, y = batch()
+        outputs = model(x)
+        outputs["scores"] = 3 * outputs["scores"]
+        F.cross_entropy(outputs["scores"], y).backward()
+        sgd.step()
+    assert analysis.latest["loss/R_S"] > 0 and not analysis.notes["loss/R_S"]
+
+
 @pytest.mark.parametrize("back", [True, False])
 def test_parameters_that_have_moved_since_the_pass_are_said(back):
     """Of sharpness-aware minimization the second pass is made elsewhere."""

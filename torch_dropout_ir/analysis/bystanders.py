@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from torch.utils import _python_dispatch
 
+from torch_dropout_ir.analysis.parameter_writes import ParameterWrites
 from torch_dropout_ir.tracing import is_released
 
 # A private name; with a torch that lacks it, such modes see the measures too.
@@ -134,16 +135,15 @@ _RESTORE: Final[dict[type, Callable[[Any, Any], None]]] = {
 
 
 class Bystanders:
-    """Tells hooks that look on from those that act.
+    """Tells hooks that look on from those that act; ``writes`` what passes write on.
 
     Args:
         model: The model whose modules carry the hooks.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._looking: set[int] = set()
-        self._acting: set[int] = set()
+        self._model, self.writes = model, ParameterWrites(model)
+        self._looking, self._acting = set[int](), set[int]()
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
@@ -165,14 +165,15 @@ class Bystanders:
 
     @contextlib.contextmanager
     def aside(self, model: nn.Module) -> Iterator[None]:
-        """Leave those that look on out inside the context, and give attributes back.
+        """Leave those that look on out inside the context, and give all else back.
 
         Args:
             model: The model that runs: the own one, or its copy.
         """
         still = self._looking - self._acting
         kept = [(hooks, dict(hooks)) for hooks in _hook_dicts(model)] if still else []
-        with unmoved_attributes(model), _unprofiled(model), _NO_MODES():
+        parameters = self.writes.kept(model)
+        with unmoved_attributes(model), parameters, _unprofiled(model), _NO_MODES():
             try:
                 _hush(model)
                 for hooks, _ in kept:
@@ -252,8 +253,7 @@ def _hook_dicts(model: nn.Module) -> Iterator[dict[int, Callable[..., Any]]]:
 
 def _reached(hook: Any, model: nn.Module) -> list[nn.Module]:
     """Return the model's modules that a hook could keep something in."""
-    inner = hook
-    near: list[Any] = []
+    inner, near = hook, list[Any]()
     while isinstance(inner, functools.partial):
         near += [*inner.args, *inner.keywords.values()]
         inner = inner.func

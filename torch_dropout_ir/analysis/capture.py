@@ -196,8 +196,7 @@ class Capture:
 
     def want(self, anything: bool, masks: bool, targets: bool) -> None:
         """Say what the coming step must show; without anything, no pass is seen."""
-        self.want_masks, self.want_targets = masks, targets
-        self._new_step = True
+        self.want_masks, self.want_targets, self._new_step = masks, targets, True
         self._hook.call = self._before if anything else None
         if anything:
             self._listen()
@@ -213,7 +212,8 @@ class Capture:
         self._listen()  # to hooks that are there since
         if self.want_masks and self.model is not None and not replaced():
             self._start = Generators(self.model)
-        self._open = self.want_masks or self.want_targets
+        self._open = self._open or self.want_masks or self.want_targets
+        self.bystanders.writes.begin()
         if self._open and not self._outside:
             after = self.watched.register_forward_hook(
                 self._then, with_kwargs=True, always_call=True
@@ -228,6 +228,7 @@ class Capture:
             return
         self._after_once.close()  # not for a call around it, as of a trainer's own step
         self._check_inputs()
+        self.bystanders.writes.end()
         self._own = OwnPass(self.watched, outputs)
         if self.watched.training and self._start is not None:
             self._end = random_state(self.watched)
@@ -270,9 +271,8 @@ class Capture:
             warn(self.failure)
         else:
             self.failure = ""
-            if self._own:
-                both = self._outputs, found.outputs
-                self.unlike = self._own.unlike(self.watched, *both)
+            if self._own and not self.unlike:
+                self.unlike = self._own.differs(self._outputs, found.outputs)
             for name, drawn in found.statistics.items():
                 seen = self.statistics.get(name, MaskStatistics())
                 self.statistics[name] = seen + drawn

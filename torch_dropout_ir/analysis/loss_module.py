@@ -50,12 +50,16 @@ class LossModule:
 
         Returns:
             Both; None where there is no such module, the script has trained on another
-            number, or it holds what cannot be copied, as a tensor with its graph.
+            number, it may have changed in the call, or it holds what cannot be copied,
+            as a tensor with its graph.
         """
         if self._seen is None:
             return None
         module, targets, at = self._seen
-        if followed and at is not None and at != self._calls.trained:
+        # Buffers of a script's own may have moved in the call; torch's are weights.
+        still = isinstance(module, nn.modules.loss._Loss) or not [*module.buffers()]
+        own = still and at == self._calls.trained
+        if followed and at is not None and not own:
             return None
         try:
             return copy.deepcopy(module), targets  # its buffers are the script's

@@ -42,16 +42,13 @@ class OwnPass:
     def __init__(self, model: nn.Module, outputs: Any) -> None:
         self._parameters, self._written = _identities(model), _written(model)
         self._modes = [m.training for m in model.modules()]
-        self._versions = versions(flatten(outputs)[0])
+        self._outputs = _states(flatten(outputs)[0])
 
-    def unlike(self, model: nn.Module, outputs: Any = None, again: Any = None) -> str:
-        """Say how a second pass differs from it.
+    def unlike(self, model: nn.Module) -> str:
+        """Say how the model is another one now.
 
         Args:
-            model: The model now.
-            outputs: What the script's pass returned; None where that is not known. Not
-                looked at where it was written on since.
-            again: What a second one returned.
+            model: The model.
 
         Returns:
             How; empty where nothing tells.
@@ -63,8 +60,21 @@ class OwnPass:
             return _WRITTEN
         if [m.training for m in model.modules()] != self._modes:
             return _OTHER_MODE
+        return ""
+
+    def differs(self, outputs: Any, again: Any) -> str:
+        """Say whether a second pass has returned something else.
+
+        Args:
+            outputs: What the script's pass returned; None where that is not known. Not
+                looked at where it was written on, or holds something else, since.
+            again: What a second one returned.
+
+        Returns:
+            What that means; empty where both are alike.
+        """
         leaves = flatten(outputs)[0]
-        if versions(leaves) != self._versions:
+        if _states(leaves) != self._outputs:
             return ""
         pairs = zip(leaves, flatten(again)[0], strict=False)
         return "" if all(_alike(x, y) for x, y in pairs) else OTHER_PASS
@@ -102,6 +112,10 @@ def _written(model: nn.Module) -> list[Any]:
     """What tells that a parameter was written on, or is elsewhere (``x.data = ``)."""
     own = list(model.parameters())
     return [versions(own), *map(memory, own)]
+
+
+def _states(leaves: list[Any]) -> list[Any]:
+    return [[id(x) for x in leaves], versions(leaves)]
 
 
 def _alike(x: Any, y: Any) -> bool:

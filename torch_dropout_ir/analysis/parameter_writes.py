@@ -1,0 +1,79 @@
+"""Parameters that a forward pass itself writes on, given back after a measure's own.
+
+Key encoders that follow by momentum, annealed temperatures and constraints are kept in
+parameters. Version counters do not tell of writing on ``x.data``; the values do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from torch_dropout_ir.analysis.distributed import is_sharded
+
+_BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class ParameterWrites:
+    """Learns from the script's passes which parameters they write on.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._written: dict[int, Tensor] = {}
+        self._before: list[tuple[Tensor, Any]] = []
+
+    def begin(self) -> None:
+        """A pass of the script's begins."""
+        self._before = [(x, _print(x)) for x in self._model.parameters()]
+
+    def end(self) -> None:
+        """It has ended."""
+        known = [(x, was) for x, was in self._before if was is not None]
+        self._written |= {id(x): x for x, was in known if _print(x) != was}
+        self._before = []
+
+    @contextlib.contextmanager
+    def kept(self, model: nn.Module) -> Iterator[None]:
+        """Begin each pass with these parameters as they are, and give them back.
+
+        Args:
+            model: The model that runs: the own one, or its copy.
+        """
+        kept = [(x, x.data, x.detach().clone()) for x in self._written.values()]
+
+        @torch.no_grad()
+        def give_back(*_: Any) -> None:
+            for x, data, was in kept:
+                x.data = data
+                data.copy_(was)
+
+        hook = model.register_forward_pre_hook(give_back) if kept else None
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.remove()
+                give_back()
+
+
+def _print(x: Tensor) -> Any:
+    """What tells whether a parameter has the same values; None where that is not asked.
+
+    Returns:
+        Something to compare.
+    """
+    if is_lazy(x) or is_sharded(x) or type(x.data) is not Tensor or x.is_sparse:
+        return None
+    plain = torch.view_as_real(x.data) if x.is_complex() else x.data
+    bits = plain.view(_BITS[plain.element_size()])
+    kind = torch.promote_types(bits.dtype, torch.int32)
+    return x.data_ptr(), int(bits.sum(dtype=kind))  # in no wider one: it takes longer
