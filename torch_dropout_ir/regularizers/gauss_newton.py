@@ -261,9 +261,8 @@ def _known(
     forms: RootForms,
     beside: tuple[str, ...],
 ) -> _Known:
-    notes = (*clean.noise_left_out(model), *beside)
-    if not (forms.curved or check_curvature(read)):
-        notes = (*notes, LINEAR)
+    linear = () if forms.curved or check_curvature(read) else (LINEAR,)
+    notes = (*clean.noise_left_out(model), *beside, *linear)
     exact = is_exact(clean, loss, forms.num_samples)
     return _Known(clean.names, forms.num_samples, exact, read.single, notes)
 
