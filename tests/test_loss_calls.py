@@ -768,3 +768,27 @@ def test_a_backward_pass_from_several_numbers_is_of_no_loss():
         each.backward(torch.full_like(each, 1 / 24))
         sgd.step()
     assert "the loss is not known" in analysis.absent["regularizer"]
+
+
+def set_item(out):
+    out[:, 0] = 0.0
+
+
+def by_operator(out):
+    out *= 2.0
+
+
+def by_argument(out):
+    with torch.no_grad():
+        torch.mul(out, 2.0, out=out)
+
+
+@pytest.mark.parametrize("write", [set_item, by_operator, by_argument])
+def test_outputs_are_not_the_models_however_they_are_written_on(write):
+    def script(model):
+        out = model(X)
+        write(out)
+        return F.mse_loss(out, Y)
+
+    analysis, _ = measured(mlp(), script)
+    assert "the loss is not known" in analysis.absent["regularizer"]

@@ -241,12 +241,13 @@ class LossCalls(TorchFunctionMode):
         """
         results = out if isinstance(out, (tuple, list)) else (out,)
         into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
-        tensors = any(isinstance(x, Tensor) for x in results)
-        if not tensors or all(at is None for _, at in into):
-            return
         name = getattr(func, "__name__", "")
+        tensors = any(isinstance(x, Tensor) for x in results)
+        wrote = writes(name, kwargs)  # an assignment to elements returns none
+        if not (tensors or wrote) or all(at is None for _, at in into):
+            return
         lost, written = any(at == _LOST for _, at in into), None
-        if writes(name, kwargs):
+        if wrote:
             written = args[0] if args else kwargs.get("out")
             if number is None or lost:
                 self._lose(written)
