@@ -113,6 +113,7 @@ class Collects(nn.Module):
         self.seen[self.calls] = float(h.detach().sum())
         self.shapes.add((self.calls, *h.shape))
         self.latest = self.calls
+        setattr(self, f"call_{self.calls}", self.latest)
         self.by_size[len(h)].append(self.calls)
         self.counts.update(["all", "odd"] if self.calls % 2 else ["all"])
         self.order[f"call {self.calls}"] = float(h.detach().sum())
@@ -130,6 +131,7 @@ def collected(attach):
     counted = (
         model.calls, model.norms, model.seen, model.shapes, model.latest,
         model.by_size, model.counts, model.order, model.sums.tolist(),
+        [name for name in vars(model) if name.startswith("call_")],
     )  # fmt: skip
     return (digest, *counted), analysis
 
@@ -236,6 +238,27 @@ def test_hooks_that_write_are_part_of_the_model(how):
         model[2].register_forward_pre_hook(how)
     sgd = torch.optim.SGD(model.parameters(), lr=0.0)
     x, y = torch.randn(8, 6), torch.randint(3, (8,))
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer()]
+    ) as analysis:
+        criterion(model(x), y).backward()
+        sgd.step()
+    clean = float(criterion(model.eval()(x), y).detach())
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean)
+
+
+def doubles_at_times(_, __, out):
+    return 2 * out if len(out) == 4 else None
+
+
+def test_a_hook_that_acts_at_times_is_part_of_the_model():
+    torch.manual_seed(0)
+    layer, drop = nn.Linear(6, 3), nn.Dropout()
+    model = nn.ModuleList([layer, drop])
+    model.forward = lambda x: torch.cat([layer(drop(x[:4])), layer(drop(x[4:]))])
+    layer.register_forward_hook(doubles_at_times)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    x, y = torch.randn(10, 6), torch.randint(3, (10,))
     with tdi.attach_analysis(
         model, log_dir=False, every=1, measures=[Regularizer()]
     ) as analysis:

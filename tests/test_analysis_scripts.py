@@ -389,6 +389,26 @@ def test_sites_in_evaluation_mode_draw_nothing_and_count_nothing():
     }
 
 
+def test_masks_that_are_observed_again_have_no_note(monkeypatch):
+    def fails(*_):
+        raise MemoryError("full")
+
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        for step in range(2):
+            with monkeypatch.context() as patch:
+                if not step:
+                    patch.setattr(tdi.MaskStatistics, "of_units", fails)
+                nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
+                expected = contextlib.nullcontext()
+                if not step:
+                    expected = pytest.warns(UserWarning, match="not observed: full")
+                with expected:
+                    sgd.step()
+            assert bool(analysis.notes["masks"]) == (not step)
+
+
 def test_the_gradient_of_a_fused_optimizer_is_unscaled():
     model = mlp(0.0)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)

@@ -268,6 +268,55 @@ def test_dropout_that_drops_nothing_is_no_site_of_a_report():
     assert report.sites == {"2": 0.2}
 
 
+class Size:
+    """Says how many samples it was given, as a number and its error."""
+
+    name, needs = "regularizer", frozenset({"inputs"})
+
+    def __init__(self, num_masks):
+        pass
+
+    def __call__(self, snapshot):
+        size = float(len(snapshot.inputs))
+        return {"loss/R_S": size, "regularizer/R1_standard_error": size}
+
+
+@pytest.mark.parametrize(
+    ("reduction", "most", "mean", "error"),
+    [
+        ("mean", 8, (12 * 6 + 6 * 3) / 18, ((12 * 6) ** 2 + (6 * 3) ** 2) ** 0.5 / 18),
+        ("sum", 8, 6 + 3, (6**2 + 3**2) ** 0.5),
+        ("mean", 1, 6, 6),
+    ],
+)
+def test_batches_and_their_errors_are_joined(
+    nets, monkeypatch, reduction, most, mean, error
+):
+    monkeypatch.setattr(offline, "Regularizer", Size)
+    found = offline.analyze(
+        nets.make(), nets.batches(), nn.MSELoss(reduction=reduction),
+        most_batches=most, sharpness=False,
+    )  # fmt: skip
+    assert found.records["loss/R_S"] == pytest.approx(mean)
+    assert found.records["regularizer/R1_standard_error"] == pytest.approx(error)
+
+
+class Draws(nn.Module):
+    """It calls dropout, and draws what no dropout function does."""
+
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5, self.training) + torch.rand(1)
+
+
+def test_what_a_report_cannot_see_is_said_and_no_generator_moves():
+    before = torch.get_rng_state()
+    batch = torch.ones(4, 3), torch.zeros(4, 3)
+    found = offline.analyze(Draws(), batch, "mse", num_masks=2, sharpness=False)
+    assert torch.equal(before, torch.get_rng_state())
+    assert list(found.sites) == [":dropout#0"]
+    assert "no dropout function draws" in found.absent[":rand"]
+
+
 def test_files_of_safetensors_keep_one_of_tied_weights(nets):
     save_file = pytest.importorskip("safetensors.torch", reason="none").save_file
     model = nets.tied()

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import types
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torch_dropout_ir as tdi
+from torch_dropout_ir.inputs import Inputs
 
 
 def mlp():
@@ -160,6 +162,32 @@ def lightning_module(lightning):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     return Module
+
+
+def test_lightning_is_watched_where_one_child_alone_is_trained(lightning):
+    from torch_dropout_ir.integrations.lightning import DropoutAnalysis
+
+    class Parts(lightning.LightningModule):
+        def __init__(self, *parts):
+            super().__init__()
+            self.parts = parts
+            for place, part in enumerate(parts):
+                self.add_module(f"part{place}", part)
+
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    for parts, watched in (((first, nn.ReLU()), first), ((first, second), None)):
+        module = Parts(*parts)
+        trainer = types.SimpleNamespace(model=module)
+        assert DropoutAnalysis()._model(trainer, module) is (watched or module)
+
+
+def test_lightnings_targets_are_those_of_the_batch_that_was_passed(lightning):
+    from torch_dropout_ir.integrations.lightning import DropoutAnalysis
+
+    callback, x, y = DropoutAnalysis(), torch.ones(2), torch.zeros(2)
+    callback.on_train_batch_start(None, None, (x, y), 0)
+    assert callback._targets(Inputs((x,), {})) is y
+    assert callback._targets(Inputs((x.clone(),), {})) is None
 
 
 def test_lightning_begins_anew_with_another_fit(lightning, lightning_module):

@@ -823,3 +823,52 @@ def test_a_model_in_half_precision_is_given_what_autocast_has_made():
         loss.backward()
         sgd.step()
     assert not analysis.absent and analysis.latest["loss/R_S"] > 0
+
+
+def test_where_the_whole_is_not_followed_the_first_loss_function_is_meant():
+    def script(model):
+        out = model(X)
+        first, second = F.mse_loss(out, Y), F.cross_entropy(out, LABELS)
+        return Doubled.apply(first + second)
+
+    model = mlp()
+    analysis, _ = measured(model, script)
+    clean = float(F.mse_loss(model.eval()(X), Y).detach())
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    assert "first loss function" in analysis.notes["loss/R_S"]
+
+
+def test_a_backward_pass_from_several_numbers_is_of_no_loss():
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer()]
+    ) as analysis:
+        each = (model(X) - Y).square()
+        each.backward(torch.full_like(each, 1 / 24))
+        sgd.step()
+    assert "the loss is not known" in analysis.absent["regularizer"]
+
+
+def set_item(out):
+    out[:, 0] = 0.0
+
+
+def by_operator(out):
+    out *= 2.0
+
+
+def by_argument(out):
+    with torch.no_grad():
+        torch.mul(out, 2.0, out=out)
+
+
+@pytest.mark.parametrize("write", [set_item, by_operator, by_argument])
+def test_outputs_are_not_the_models_however_they_are_written_on(write):
+    def script(model):
+        out = model(X)
+        write(out)
+        return F.mse_loss(out, Y)
+
+    analysis, _ = measured(mlp(), script)
+    assert "the loss is not known" in analysis.absent["regularizer"]

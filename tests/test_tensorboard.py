@@ -19,6 +19,7 @@ import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis import Histogram, Image
 from torch_dropout_ir.analysis.tables import tables
 from torch_dropout_ir.tensorboard import TensorBoardSink
+from torch_dropout_ir.tensorboard.descriptions import describe_tag
 from torch_dropout_ir.tensorboard.values import bands
 
 
@@ -291,3 +292,18 @@ def test_other_sinks_get_the_same_records(tmp_path):
     assert memory.notes["run/sites"] == "'1' (Dropout)"
     image = lines[0]["records"]["condensation/cosine/0"]
     assert len(image["values"]) == 5 and sorted(image["order"]) == [0, 1, 2, 3, 4]
+
+
+def test_descriptions_say_what_the_run_says_of_a_tag_or_of_its_kind():
+    notes = {"regularizer/R1": "exact", "mask/keep_rate/2": "of one layer"}
+    assert "exact." in describe_tag("regularizer/R1/0", notes)
+    assert "of one layer." in describe_tag("mask/keep_rate/2", notes)
+    assert describe_tag("mask/keep_rate/3", notes).endswith("is expected.")
+    for end, sign in (("lower", "-"), ("upper", "+")):
+        said = describe_tag(f"uncertainty/regularizer/R1/{end}", notes)
+        assert said.startswith(f"regularizer/R1 {sign} its error.")
+
+
+def test_what_has_no_finite_error_has_no_band():
+    found = bands({"a": 1.0, "a_standard_error": np.inf, "b": 2.0, "b_residual": 0.5})
+    assert found == {"uncertainty/b/lower": 1.5, "uncertainty/b/upper": 2.5}
