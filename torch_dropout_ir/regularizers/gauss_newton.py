@@ -67,8 +67,9 @@ def gauss_newton(
 
     Of a loss without a closed form its graph tells what the outputs' Hessian is: of
     log-probabilities that of a softmax, with a diagonal; a diagonal where it is
-    elementwise, by one product. Else it is taken by samples' blocks where those pay (a
-    large network, or few outputs, or many samples), or one product a sample, with two
+    elementwise, by one product. Where outputs mix it is taken by samples' blocks if
+    those pay (a large network, or few outputs, or many samples). Else, of no
+    log-probabilities, one product a sample is, with two
     backward passes: :math:`E[z (H z)^\top] = H` for signs on the outputs, which spreads
     more. Curvature of both signs takes two backward passes too. Where the loss reads
     several outputs, signs on the units take their place:
