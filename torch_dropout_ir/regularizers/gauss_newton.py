@@ -68,11 +68,10 @@ def gauss_newton(
     Of a loss without a closed form its graph tells what the outputs' Hessian is: of
     log-probabilities that of a softmax, with a diagonal; a diagonal where it is
     elementwise, by one product. Where outputs mix it is taken by samples' blocks if
-    those pay (a large network, or few outputs, or many samples). Else, of no
-    log-probabilities, one product a sample is, with two
-    backward passes: :math:`E[z (H z)^\top] = H` for signs on the outputs, which spreads
-    more. Curvature of both signs takes two backward passes too. Where the loss reads
-    several outputs, signs on the units take their place:
+    those pay (a large network, or few outputs, or many samples), else by a product a
+    sample, with two backward passes: :math:`E[z (H z)^\top] = H` for signs on the
+    outputs, which spreads more. Curvature of both signs takes two backward passes too.
+    Where the loss reads several outputs, signs on the units take their place:
     :math:`(z \circ h)^\top J^\top H J (z \circ h)`, in three backward passes a sample;
     the exact sum takes those unit by unit, of a loss that couples samples too.
 
