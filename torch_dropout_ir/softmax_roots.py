@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir.loss_terms import Terms
-from torch_dropout_ir.output_hessian import less_a_label
 from torch_dropout_ir.output_products import (
     ALL,
     HessianProduct,
@@ -28,14 +27,14 @@ class SoftmaxRoots:
     is linear in the outputs, and the loss :math:`\varphi(u)`, the Hessian in :math:`z`
     of a row is
 
-    .. math:: J^\top D J + m (\operatorname{diag} s - s s^\top),
+    .. math:: J^\top D J + m (\operatorname{diag} s - s s^\top)
+              = J^\top (D + m \operatorname{diag} s) J,
               \qquad J = 1 - \mathbf 1 s^\top,
 
     with :math:`s = e^u`, the diagonal :math:`D = \varphi''` and the mass :math:`m =
     -\sum_c \varphi'_c`. Of a cross-entropy, with labels or soft ones, :math:`D` is 0.
-    The root of the first part is :math:`J^\top` of random signs times
-    :math:`\sqrt{|D|}`, that of the second the gradient at a label drawn from :math:`s`,
-    times :math:`\sqrt{|m|}`. Neither takes a derivative an output.
+    A root is :math:`J^\top` of random signs times the square root of that diagonal: no
+    derivative is taken for each output.
 
     Args:
         product: The loss that has been run.
@@ -57,14 +56,15 @@ class SoftmaxRoots:
         )
         assert slope is not None  # its graph leads there
         self.like = product.at.detach()
-        self._u: Tensor = node._saved_result.detach()
+        self._softmax: Tensor = node._saved_result.detach().exp()
         self._classes, self._by_row = terms.classes, terms.by_row
-        self._mass = slope.detach().sum(self._classes, keepdim=True).neg_()
-        self._bend = derivative_again(slope, edge, torch.ones_like(slope))
-        self._of_mass = signs_of(self._mass)
-        self._of_bend = () if self._bend is None else signs_of(self._bend)
-        signs = {*self._of_mass, *self._of_bend}
-        self.curved, self._signs = bool(signs), sorted(signs) or [1.0]
+        mass = slope.detach().sum(self._classes, keepdim=True).neg_()
+        self._diagonal = self._softmax * mass
+        bend = derivative_again(slope, edge, torch.ones_like(slope))
+        if bend is not None:
+            self._diagonal += bend
+        signs = signs_of(self._diagonal)
+        self.curved, self._signs = bool(signs), signs or (1.0,)
         # What makes the logits of the outputs, where they are not the same.
         child, result = node.next_functions[0]
         self._inside = [] if terms.direct else [GradientEdge(child, result)]
@@ -88,18 +88,10 @@ class SoftmaxRoots:
 
     def _of_sign(self, sign: float, rows: Rows) -> Tensor:
         """Draw a root of the part of one sign, in the logits."""
-        u, parts = of_rows(self._u, rows), []
-        if sign in self._of_mass:
-            mass = of_sign(of_rows(self._mass, rows), sign)
-            parts.append(less_a_label(u, self._classes).mul_(mass.sqrt_()))
-        if self._bend is not None and sign in self._of_bend:
-            bend = of_sign(of_rows(self._bend, rows), sign).sqrt_()
-            bend = bend.copysign(torch.randn_like(bend))
-            total = bend.sum(self._classes, keepdim=True)
-            parts.append(bend.addcmul_(u.exp(), total, value=-1))
-        if len(parts) == 2:
-            return parts[0].add_(parts[1])
-        return parts[0] if parts else torch.zeros_like(u)
+        s = of_rows(self._softmax, rows)
+        root = of_sign(of_rows(self._diagonal, rows), sign).sqrt_()
+        root = root.copysign(torch.randn_like(root))
+        return root.addcmul_(s, root.sum(self._classes, keepdim=True), value=-1)
 
     def _pulled(self, root: Tensor) -> Tensor:
         """Send a root on from the logits to the outputs."""

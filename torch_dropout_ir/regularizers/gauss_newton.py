@@ -70,7 +70,7 @@ def gauss_newton(
 
     Of a loss without a closed form its graph tells what the outputs' Hessian is: of
     log-probabilities that of a softmax, with a diagonal; a diagonal where it is
-    elementwise, by one product. Else it is taken by samples' blocks where those pay (a
+    elementwise, by one product. Else it is taken by samples' blocks if those pay (a
     large network, few outputs, many samples), or by signs :math:`z` on the outputs,
     :math:`E[z (H z)^\top] = H`, in two backward passes, which spreads more. Curvature
     of both signs takes two too. Where the loss reads several outputs it is :math:`(z

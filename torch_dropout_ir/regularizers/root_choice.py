@@ -48,18 +48,20 @@ def choose(
             loss = Loss(loss.function, "elementwise", loss.reduction)
     else:
         couples, terms = False, None
-    if product is not None and num_samples and terms and terms.log_softmax:
-        return SoftmaxRoots(product, terms), couples
-    if loss is not None and (
-        loss.kind != "general" or (not couples and _blocks_pay(clean, f, num_samples))
-    ):
+    softmax = terms is not None and terms.log_softmax is not None
+    known = loss is not None and loss.kind != "general"
+    if not known and loss is not None and not couples:
+        known = _blocks_pay(clean, f, num_samples, 0 if softmax else _FEW)
+    if loss is not None and known:
         return HessianRoots(loss, read.single, read.targets, product), couples
+    if product is not None and num_samples and terms is not None and softmax:
+        return SoftmaxRoots(product, terms), couples
     if product is not None and f.ndim and num_samples:
         return ProductRoots(product, num_samples > 1 or clean.matters), couples
     return None, couples
 
 
-def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None) -> bool:
+def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None, few: int) -> bool:
     """Whether to take eigenvectors of the blocks of samples: they spread less.
 
     Beside a large network, with many draws or few outputs, they take little time.
@@ -68,6 +70,7 @@ def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None) -> bool:
         clean: The pass over all rows.
         f: The outputs.
         num_samples: Random roots; None for the exact sum, which has no other way.
+        few: Outputs of a sample of which they pay in any case.
 
     Returns:
         Whether they pay.
@@ -77,4 +80,4 @@ def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None) -> bool:
         return f.numel() * width <= _MOST_BLOCK_ELEMENTS
     size = sum([h.numel() for _, h, _ in clean.uses])
     large = size >= _LARGE and f.numel() * width * width <= num_samples * size
-    return large or width <= max(_FEW, num_samples)
+    return large or width <= max(few, num_samples)
