@@ -15,6 +15,9 @@ from torch_dropout_ir.output_hessian import HessianRoots, hessian_blocks
 from torch_dropout_ir.output_products import HessianProduct, of_sign, signs_of
 from torch_dropout_ir.output_scales import closed_diagonal
 from torch_dropout_ir.regularizers import gauss_newton
+from torch_dropout_ir.regularizers.clean_pass import clean_pass
+from torch_dropout_ir.regularizers.outputs import read_outputs
+from torch_dropout_ir.regularizers.root_choice import choose
 from torch_dropout_ir.softmax_roots import SoftmaxRoots
 
 CLASSES = 3
@@ -355,3 +358,16 @@ def test_a_cross_entropy_inside_a_function_costs_what_it_does_by_name(num_sample
     error = (stds[0].square() + stds[1].square()).sqrt() / 300**0.5
     assert (means[0] - means[1]).abs() < 4 * error
     assert stds[0] < 1.5 * stds[1]
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "kind"),
+    [(1, SoftmaxRoots), (5, HessianRoots), (None, HessianRoots)],
+)
+def test_blocks_take_the_place_of_the_softmax_where_they_pay(num_samples, kind):
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 5))
+    loss = Loss(of_log_softmax(INNER["as they are"], OUTER["soft"]))
+    with clean_pass(net, torch.randn(4, 3)) as clean:
+        read = read_outputs(clean.outputs, loss, None)
+        roots, couples = choose(clean, read, num_samples, read.product())
+    assert type(roots) is kind and not couples
