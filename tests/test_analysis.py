@@ -294,8 +294,9 @@ def test_the_sites_errors_are_their_spread_and_the_modified_loss_has_that_of_r1(
     modified = history["loss/modified_standard_error"]
     assert modified == history["regularizer/R1_standard_error"]
     assert len(modified) == 300 and not any(said)
-    (line,) = [x for x in analysis.summary().splitlines() if "R1/3" in x]
-    assert float(line.split()[2]) == pytest.approx(float(errors[-1]), rel=0.05)
+    rows = analysis.summary().partition("by dropout site")[2].splitlines()
+    (line,) = [x for x in rows if x.startswith("  3 ") and "+-" in x]
+    assert float(line.split()[3]) == pytest.approx(float(errors[-1]), rel=0.05)
 
 
 def test_errors_that_one_draw_does_not_tell_are_absent_once_and_anew():

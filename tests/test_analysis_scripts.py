@@ -625,7 +625,7 @@ def test_layers_that_are_put_in_on_the_way_are_measured():
     last = {tag: values[-1][0] for tag, values in analysis.history.items()}
     names = {t.rpartition("/")[2] for t, step in last.items() if "/movement/" in t}
     assert names == {"0", "3", "3.0", "4"} and last["condensation/movement/3.0"] >= 2
-    assert "of 3.0" in analysis.notes["condensation/orientation_amplitude/0"]
+    assert "of `3.0`" in analysis.notes["condensation/orientation_amplitude/0"]
 
 
 def test_an_optimizer_for_each_parameter_makes_one_step_of_all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
@@ -22,7 +23,7 @@ NO_STEP: Final = (
     "steps this model, in eager code. With another kind of optimizer, or a compiled "
     "step, call `analysis.measure()`; without an optimizer R_2 is left out there"
 )
-# Hooks of analyses that were collected. A collection can come in the middle of a step,
+# Hooks of analyses that ended in the middle of a step (a collection can come there),
 # while torch goes through its hooks: they call nothing, and are removed later.
 _left: Final[list[RemovableHandle]] = []
 
@@ -67,7 +68,6 @@ class OptimizerSteps:
             A function that ends the watch.
         """
         _sweep()
-        owner = weakref.WeakMethod(before)
         handles = (
             register_optimizer_step_pre_hook(self._calling_before(before)),
             register_optimizer_step_post_hook(self._calling(after, made=True)),
@@ -75,8 +75,7 @@ class OptimizerSteps:
 
         def end() -> None:
             _left.extend(handles)
-            if owner() is not None:
-                _sweep()
+            _sweep()
 
         return end
 
@@ -141,6 +140,11 @@ class OptimizerSteps:
 
 
 def _sweep() -> None:
-    """Remove the hooks of analyses that have ended; never in the middle of a step."""
+    """Remove the hooks of analyses that have ended; not in the middle of a step."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == Optimizer.__module__:
+            return
+        frame = frame.f_back  # type: ignore[assignment]
     while _left:
         _left.pop().remove()
