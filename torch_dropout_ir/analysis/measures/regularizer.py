@@ -210,7 +210,8 @@ class DropoutNoise:
             "squared": (share * error) ** 2,
         })
         snapshot.notes[_NOISE] = (
-            f"of {self.num_masks} masks on one batch, never clipped"
+            f"of {self.num_masks} masks on one batch, never clipped; the error is by "
+            f"the spread of {self.num_masks // 2} pairs of them, and rough of few"
         )
         records: dict[str, Record] = {_NOISE: joined["noise"]}
         if math.isnan(joined["squared"]):
