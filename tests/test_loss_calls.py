@@ -872,3 +872,45 @@ def test_outputs_are_not_the_models_however_they_are_written_on(write):
 
     analysis, _ = measured(mlp(), script)
     assert "the loss is not known" in analysis.absent["regularizer"]
+
+
+SQUARES = {
+    "half a mean": lambda f: 0.5 * F.mse_loss(f, Y),
+    "a mean": lambda f: ((f - Y) ** 2).mean(),
+    "norms": lambda f: (Y - f).square().sum(1).mean(),
+    "weights": lambda f: (X[:, :3].exp() * F.mse_loss(f, Y, reduction="none")).sum(),
+    "one output": lambda f: (2 * f[:, 1] - Y[:, 0]).pow(2).mean() + f.mean(),
+}
+NO_SQUARES = {
+    "weights of the outputs": lambda f: (f.detach().abs() * (f - Y) ** 2).mean(),
+    "a constant of them": lambda f: F.mse_loss(f, Y) + f.detach().square().sum(),
+    "signs of the outputs": lambda f: torch.where(f > 0, (f - Y) ** 2, 0.0).mean(),
+    "norms": lambda f: (f - Y).square().sum(1).sqrt().mean(),
+    "products": lambda f: (f.sum(1) - Y[:, 0]).square().mean(),
+    "nearly": lambda f: (1e-3 * (f - Y)).sin().square().sum(),
+    "of the size": lambda f: (f.abs() - Y).square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", SQUARES)
+def test_a_formula_that_adds_squares_has_the_closed_form(name):
+    torch.manual_seed(0)
+    model = mlp().double()
+    x, loss = X.double(), SQUARES[name]
+    analysis, _ = measured(model, lambda m: loss(m(x)))
+    with torch.no_grad():
+        h, p = model[:2](x), model[2].p
+        f, variances = model[3](h), p / (1 - p) * h**2 @ (model[3].weight ** 2).T
+    hessian = torch.autograd.functional.hessian(loss, f).view(24, 24)
+    expected = float((hessian.diagonal() * variances.view(24)).sum()) / 2
+    assert analysis.latest["regularizer/R1"] == pytest.approx(expected, rel=1e-9)
+    assert analysis.latest["regularizer/R1_standard_error"] == 0
+    assert "exact" in analysis.notes["regularizer/R1"]
+
+
+@pytest.mark.parametrize("name", NO_SQUARES)
+def test_a_formula_that_does_not_is_averaged_over_masks(name):
+    torch.manual_seed(0)
+    analysis, _ = measured(mlp(), lambda m: NO_SQUARES[name](m(X)))
+    assert "average over" in analysis.notes["regularizer/R1"]
+    assert analysis.latest["regularizer/R1_standard_error"] > 0

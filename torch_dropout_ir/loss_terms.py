@@ -67,12 +67,14 @@ class Terms(NamedTuple):
         linear: Whether it is linear in them.
         direct: Whether the log-softmax is that of the outputs as they are.
         classes: The dimension in which that adds up to one.
+        squares: Whether it is linear in squares of what is linear in them.
     """
 
     log_softmax: Any
     linear: bool
     direct: bool = True
     classes: int = -1
+    squares: bool = False
 
     @property
     def by_row(self) -> bool:
@@ -115,7 +117,7 @@ class _Walk:
 
     def __init__(self, outputs: Tensor) -> None:
         self._outputs = outputs
-        self._linear = True
+        self._linear = self._squares = True
         self._inside: list[Any] = []  # where chains inside the log-softmax end
         self._of: set[Any] = set()  # what makes the entries
         self._ends: set[Any] = set()  # below elementwise functions
@@ -132,6 +134,8 @@ class _Walk:
     def step(self, node: Any, how: int, edges: Edges) -> int | None:
         """Return how the loss depends on what leads to a node; None if not known."""
         name = node.name()
+        straight = how == _ADDED and _squares(name, node)
+        self._squares &= straight or is_linear(name, edges)
         if name == _LOG_SOFTMAX and how != _INSIDE:
             self._entries(node, how)
             return _INSIDE
@@ -160,7 +164,8 @@ class _Walk:
             return None
         (node,) = self._of
         if type(node) is LEAF:
-            return Terms(None, self._linear)
+            squares = self._squares and not self._linear
+            return Terms(None, self._linear, squares=squares)
         if not self._inside:
             return None
         direct = node.next_functions[0][0] in self._inside
@@ -178,6 +183,12 @@ class _Walk:
 def _chooses(name: str, node: Any) -> bool:
     """Whether each entry of what a node makes is of one entry, or none, at most."""
     return name in _CHOOSES and (name not in OF_LABELS or not node._saved_reduction)
+
+
+def _squares(name: str, node: Any) -> bool:
+    """Whether each entry of what a node makes is a square, or all add such up."""
+    power = name == "PowBackward0" and node._saved_exponent == 2
+    return power or name == "MseLossBackward0"
 
 
 def is_linear(name: str, edges: Edges) -> bool:

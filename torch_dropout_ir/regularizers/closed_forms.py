@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.sites import Site
+
+_DIRECTIONS: Final = 4
 
 
 def last_layer_form(
@@ -56,3 +60,40 @@ def fits_last_layer(clean: CleanPass, loss: Loss) -> bool:
 
 def _by_element(site: Site, features: Tensor) -> bool:
     return site.mask_shape(features.shape) == tuple(features.shape)
+
+
+@torch.no_grad()
+def adds_squares(loss: Loss, outputs: Tensor, targets: Any) -> bool:
+    r"""Whether a loss without a closed form is a sum of squares of single outputs.
+
+    Its graph tells, but for what is computed of the outputs and is a constant there, as
+    a weight. So differences of the loss have to be a square's too, along steps ``d`` of
+    the outputs' size: the second :math:`\sum_i H_{ii} d_i^2`, and the third 0.
+
+    Args:
+        loss: The loss.
+        outputs: The outputs.
+        targets: The targets.
+
+    Returns:
+        Whether its Hessian in the outputs is diagonal and constant.
+    """
+    if outputs.dtype not in (torch.float32, torch.float64):
+        return False
+    try:
+        product = HessianProduct(loss, outputs, targets)
+    except ValueError:
+        return False
+    if product.terms is None or not product.terms.squares:
+        return False
+    diagonal = product(torch.ones_like(outputs))
+    size = outputs.detach().square().mean().sqrt()
+    for _ in range(_DIRECTIONS):
+        d = torch.randn_like(outputs) * torch.where(size > 0, size, 1.0)
+        at = torch.stack([loss(outputs + k * d, targets) for k in (2, 1, 0, -1)])
+        second = at[1] - 2 * at[2] + at[3] - (diagonal * d * d).sum()
+        third = at[0] - 3 * at[1] + 3 * at[2] - at[3]
+        exact = torch.finfo(at.dtype).eps ** (2 / 3) * at.abs().sum()
+        if not torch.stack([second, third]).abs().max() <= exact:
+            return False
+    return True
