@@ -13,6 +13,7 @@ from torch import nn
 import torch_dropout_ir as tdi
 from torch_dropout_ir import loading, offline
 from torch_dropout_ir.cli import main
+from torch_dropout_ir.regularizers import gauss_newton
 
 NETS = """
 import torch
@@ -173,7 +174,9 @@ def test_a_loss_function_and_fewer_batches(nets, capsys):
     report = json.loads(Path("out.json").read_text())
     risk = nets.halved(nets.make().eval()(pairs[0][0]), pairs[0][1])
     assert report["records"]["loss/R_S"] == pytest.approx(float(risk.detach()))
-    assert report["records"]["regularizer/R1_standard_error"] > 0
+    form = gauss_newton(nets.make(), pairs[0], nets.halved, num_samples=None)
+    assert report["records"]["regularizer/R1"] == pytest.approx(float(form.value))
+    assert report["records"]["regularizer/R1_standard_error"] == 0  # it adds squares
     assert not any(tag.startswith("sharpness") for tag in report["records"])
 
 
