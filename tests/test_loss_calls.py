@@ -884,6 +884,9 @@ SQUARES = {
 NO_SQUARES = {
     "weights of the outputs": lambda f: (f.detach().abs() * (f - Y) ** 2).mean(),
     "a constant of them": lambda f: F.mse_loss(f, Y) + f.detach().square().sum(),
+    "hidden by a number": lambda f: (
+        1e5 + f.square().mean() + f.detach().square().mean()
+    ),
     "signs of the outputs": lambda f: torch.where(f > 0, (f - Y) ** 2, 0.0).mean(),
     "norms": lambda f: (f - Y).square().sum(1).sqrt().mean(),
     "products": lambda f: (f.sum(1) - Y[:, 0]).square().mean(),
