@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_dropout_ir as tdi
@@ -23,6 +24,7 @@ from torch_dropout_ir.analysis import distributed, late_ranks, measures
 STEPS = 3
 ROWS = 16
 LIMIT = 60
+MANY = 60  # measurements of one batch
 
 
 def net(p=0.5):
@@ -647,6 +649,122 @@ def test_a_replica_that_does_not_say_so_is_warned_of(ran):
         assert any("Wrap it, and attach on every rank" in text for text in said)
 
 
+class Meets(nn.Module):
+    """Sees the mean over the batches of all ranks: a pass is a collective."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward(self, h):
+        mean = h.mean(0)
+        if dist.is_initialized():
+            mean = all_reduce(mean) / dist.get_world_size()
+        return h + self.share * mean
+
+
+def first_layers():
+    torch.manual_seed(0)
+    return nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)
+
+
+def met_below():
+    into, _, out = first_layers()
+    return nn.Sequential(into, Meets(1e-3), nn.Dropout(0.5), out).double()
+
+
+def met_above():
+    into, bend, out = first_layers()
+    return nn.Sequential(into, bend, nn.Dropout(0.5), Meets(0.5), out).double()
+
+
+def weighed_by_outputs(f, y):
+    return (f.detach().square().clamp(min=25) * (f - y) ** 2).mean()
+
+
+def bent_both_ways(f, y):
+    return ((f - y) / 3).square().log1p().mean()
+
+
+def linear_in_some(f, y):
+    return torch.where(y > 0, f, f * f).mean()
+
+
+def smooth(f, y):
+    return (f - y).cosh().log().mean()
+
+
+def unlike_batches(name):
+    """A batch of which two ranks would say other things, and where to cut it."""
+    x, y = next(batches())
+    first = (torch.arange(ROWS) < ROWS // 2)[:, None]
+    if name == "weighed":
+        return x * torch.where(first, 100.0, 0.01), y, ROWS // 2
+    if name == "bent":
+        return x, torch.where(first, 0 * y, 6 + y / 9), ROWS // 2
+    if name == "linear":
+        return x, torch.where(first, y.abs() + 1, y), ROWS // 2
+    return x, y, 1
+
+
+UNLIKE = {
+    "weighed": (met_below, weighed_by_outputs),
+    "bent": (met_above, bent_both_ways),
+    "linear": (met_above, linear_in_some),
+    "one row": (met_above, smooth),
+}
+
+
+def parted(rank, size, name, _):
+    """Whose answers on their own batches would part the ranks' ways."""
+    make, loss = UNLIKE[name]
+    model = DistributedDataParallel(make())
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    *batch, cut = unlike_batches(name)
+    x, y = (t[cut:] if rank else t[:cut] for t in batch)
+    watch = [measures.Regularizer()]
+    with tdi.attach_analysis(model, log_dir=False, every=1, measures=watch) as analysis:
+        for _ in range(MANY):
+            loss(model(x), y).backward()
+            sgd.step()
+    return analysis.history, analysis.absent, analysis.notes["regularizer/R1"]
+
+
+def of_all_masks(net, h, loss, y):
+    """R_1 of a layer whose samples do not meet, by every mask of a sample."""
+    masks = torch.cartesian_prod(*[torch.tensor([0.0, 2.0]).double()] * h.shape[1])
+    dropped = torch.stack([loss(net(h * m), y) for m in masks])
+    return float(dropped.mean() - loss(net(h), y))
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_ranks_whose_passes_meet_decide_together(ran, name):
+    """Else one waits in a pass for another that makes none."""
+    assert max(ran(2, f"parted {name} seconds")) < LIMIT / 2
+    (history, absent, how), (other, also, _) = ran(2, f"parted {name}")
+    assert history == other and "average over 8 masks" in how
+    assert absent.keys() == also.keys()
+    value, error, part = (
+        torch.tensor([x for _, x in history.get(f"regularizer/R1{of}", ())]).double()
+        for of in ("", "_standard_error", "/2")
+    )
+    assert len(value) == len(part) == MANY
+    if name == "one row":  # too few masks of one row tell an error
+        return
+    net, (*batch, _) = UNLIKE[name][0](), unlike_batches(name)
+    loss = UNLIKE[name][1]
+    if name == "weighed":
+        with torch.no_grad():
+            truth = of_all_masks(net[3], net[:2](batch[0]), loss, batch[1])
+    else:
+        truth = tdi.regularizers.monte_carlo(net, batch, loss, num_masks=20000).value
+    assert (value.mean() - truth).abs() < 4 * value.std() / MANY**0.5
+    assert 0.3 < error.square().mean() / value.var()  # too large where passes meet
+    if name == "bent":  # of both signs, each on a rank
+        whole = tdi.regularizers.gauss_newton(net, batch, loss, num_samples=None)
+        assert (part.mean() - whole.value).abs() < 4 * part.std() / MANY**0.5
+
+
 SCENARIOS = {
     "noise": (noise_of_masks,),
     "drawn": (drawn,),
@@ -668,6 +786,8 @@ for _wrap in ("ddp", "fsdp"):
         _bad = 1 if _wrap == "ddp" else 0
         SCENARIOS[f"fails {_wrap} {_where}"] = (failing, _wrap, _bad, _where)
     SCENARIOS[f"unchanged {_wrap}"] = (unchanged, _wrap)
+for _name in UNLIKE:
+    SCENARIOS[f"parted {_name}"] = (parted, _name)
 for _option in ("find_unused_parameters", "static_graph"):
     SCENARIOS[f"spare {_option}"] = (spare, {_option: True})
 SCENARIOS["uneven first"] = (uneven, True)

@@ -1,15 +1,64 @@
-"""What a collective leaves behind: nothing that its threads still hold."""
+"""What ranks decide together, and what a collective leaves behind.
+
+Semantics:
+
+* A pass of a model may be a collective (synchronized batch normalization, forward and
+  backward): ranks that make unlike numbers of passes wait for each other for ever. What
+  a rank would decide on passes by its own batch is asked of all that measure together.
+* Of a collective nothing is left behind that its threads still hold.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Final
 
 from torch import Tensor
 
 _LONGEST: Final = 1.0  # seconds
+Ask = Callable[[int, str], int]
+_ASKED: ContextVar[Ask | None] = ContextVar("asked", default=None)
+
+
+@contextlib.contextmanager
+def together(ask: Ask) -> Iterator[None]:
+    """Let ranks decide together inside.
+
+    Args:
+        ask: Returns the largest of their numbers; told what it is of, as all must be.
+
+    Yields:
+        Nothing.
+    """
+    before = _ASKED.set(ask)
+    try:
+        yield
+    finally:
+        _ASKED.reset(before)
+
+
+def most(count: int, of: str) -> int:
+    """Return the largest of a number over the ranks that measure together.
+
+    Args:
+        count: That of this rank.
+        of: What it is the number of.
+    """
+    ask = _ASKED.get()
+    return count if ask is None else ask(count, of)
+
+
+def some(flag: bool, of: str) -> bool:
+    """Whether something is so on any rank."""
+    return most(flag, of) > 0
+
+
+def every(flag: bool, of: str) -> bool:
+    """Whether something is so on all ranks."""
+    return not some(not flag, of)
 
 
 @contextlib.contextmanager

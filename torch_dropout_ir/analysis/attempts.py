@@ -72,7 +72,7 @@ class Attempts:
         try:
             with self._ranks.together():
                 reason = snapshot.lacks(measure.needs)
-                if self._ranks.any(reason is not None):
+                if self._ranks.most(reason is not None, "lacks"):
                     self._absent[name] = reason or "another rank lacks what it needs"
                     return {}
                 said = set(snapshot.absent)

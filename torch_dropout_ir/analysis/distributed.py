@@ -36,7 +36,6 @@ _PEER: Final = (
 _UNEVEN: Final = (
     "of the first rank's batch alone: inside `Join` a rank may end before the others"
 )
-_HASH: Final = 2**26 - 1  # its square adds up over thousands of ranks
 # Odd, and within the 32 bits of a seed that the generator of the CPU takes.
 _STRIDE: Final = 0x9E3779B9
 WAIT: Final = datetime.timedelta(minutes=5)
@@ -98,7 +97,6 @@ class Ranks:
         Raises:
             RuntimeError: If another rank has raised.
         """  # noqa: DOC502 (raised by the round)
-        self._left = False
         try:
             yield
             self._meet("end")
@@ -107,6 +105,8 @@ class Ranks:
                 with contextlib.suppress(RuntimeError):
                     self._meet("end", failed=True)
             raise
+        finally:
+            self._left = False
 
     def wait_for_all(self, call: str) -> None:
         """Wait until all ranks have come here.
@@ -138,7 +138,8 @@ class Ranks:
         Raises:
             ValueError: If ranks came with different settings.
         """
-        if not self._meet("setting", setting):
+        least, most = self._meet("setting", _hash(setting))
+        if least != most:
             raise ValueError(
                 f"{call}: expected the same `every`, `budget`, `measures` and state on "
                 f"each of the {self.size} ranks, got others on some; here: {setting}"
@@ -157,20 +158,21 @@ class Ranks:
                 "attach on every rank, after `fully_shard` or before the first step"
             )
 
-    def _meet(self, what: str, names: str = "", failed: bool = False) -> bool:
-        """Return whether all came with the same names; raise unless all are well."""
+    def _meet(self, what: str, number: int = 0, failed: bool = False) -> list[int]:
+        """Return the least and the largest of the ranks' numbers, if all are well."""
         if self.size == 1:
-            return True
-        a, b = (zlib.crc32(text.encode()) & _HASH for text in (what, names))
-        said = torch.tensor([failed, a, a * a, b, b * b], device=self._device)
+            return [number, number]
+        if self._left:  # nobody is there any more
+            raise RuntimeError(_PEER)
+        place, given = _hash(what), (number, -number)
+        said = torch.tensor([failed, place, -place, *given], device=self._device)
         with released(said):
-            dist.all_reduce(said, group=self.group)
-        failures, a, aa, b, bb = said.tolist()
-        # All terms are equal where the sum of squares is the least that it can be.
-        if failures or self.size * aa != a * a:
+            dist.all_reduce(said, dist.ReduceOp.MAX, group=self.group)
+        failures, last, first, most, least = said.tolist()
+        if failures or last != -first:
             self._left = True
             raise RuntimeError(_PEER)
-        return bool(self.size * bb == b * b)
+        return [-least, most]
 
     def sum_of(self, x: Tensor) -> Tensor:
         """Return the sum over ranks of a tensor that has one shape on all of them."""
@@ -187,7 +189,8 @@ class Ranks:
         if self.size == 1:
             return dict(numbers)
         names = sorted(numbers)
-        if not self._meet("numbers", "\n".join(names)):
+        least, most = self._meet("numbers", _hash("\n".join(names)))
+        if least != most:
             every: list[list[str]] = [[]] * self.size
             dist.all_gather_object(every, names, group=self.group)
             names = sorted(set().union(*every))
@@ -204,12 +207,11 @@ class Ranks:
 
     def first_seed(self) -> int:
         """Return the seed of the first rank's generator, as far as a float holds it."""
-        seed = float(torch.initial_seed() % 2**52)
-        return int(self.first({"seed": seed})["seed"])
+        return int(self.first({"seed": float(torch.initial_seed() % 2**52)})["seed"])
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        return self.sum({"flag": float(flag)})["flag"] > 0
+    def most(self, count: int, of: str) -> int:
+        """Return the largest of the ranks' numbers, which must be of the same."""
+        return self._meet(f"most {of}", count)[1]
 
     def join(
         self,
@@ -256,6 +258,10 @@ class Ranks:
             return contextlib.nullcontext()
         seed = (torch.initial_seed() + self.rank * _STRIDE) % 2**62
         return preserved_rng(model, seed)
+
+
+def _hash(text: str) -> int:
+    return zlib.crc32(text.encode())
 
 
 def ranks_of(model: nn.Module) -> Ranks:

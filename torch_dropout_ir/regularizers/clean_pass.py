@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from torch_dropout_ir.collectives import every, some
 from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
@@ -82,7 +83,8 @@ class CleanPass:
     @functools.cached_property
     def matters(self) -> bool:
         """Whether it holds memory worth saving."""
-        return sum(h.numel() for _, h, _ in self.uses) >= _FEWEST_ELEMENTS
+        size = sum(h.numel() for _, h, _ in self.uses)
+        return some(size >= _FEWEST_ELEMENTS, "memory")
 
     @functools.cached_property
     def mask_shapes(self) -> list[tuple[int, ...]]:
@@ -208,16 +210,17 @@ class CleanPass:
         if outputs.ndim == 0 or not self.uses:
             return bool(self.uses)
         count = self.count(outputs)
-        if not count or not self.by_samples(count):
-            return True
-        return False if count < 2 else rows_meet(outputs, self.edges, count)
+        meet: bool | None = True
+        if count and self.by_samples(count):
+            meet = False if count < 2 else rows_meet(outputs, self.edges, count)
+        return meet if every(meet is not None, "graph") else None
 
     def _couples(self, outputs: Tensor) -> bool:
         meet = self.samples_meet(outputs)
         if meet is None:
             weights = functools.partial(self.row_weights, outputs)
             meet = told_by_powers(weights, outputs, self.count(outputs))
-        return meet
+        return some(meet, "samples meet")
 
 
 @contextlib.contextmanager
@@ -290,9 +293,7 @@ def clean_pass(
         alone = find_last and len(uses) == 1 and not hidden and not noisy
         last = seen.maker(outputs) if alone else None
         seen.close()
-        zeros, unreachable = list(seen.zeros.values()), tuple(seen.unreachable)
-        found = CleanPass(
-            outputs, uses, zeros, last, drawn, noisy, unreachable, hidden, seen.below
-        )
+        said = drawn, noisy, tuple(seen.unreachable), hidden, seen.below
+        found = CleanPass(outputs, uses, [*seen.zeros.values()], last, *said)
         del outputs  # what the pass lets go of
         yield found

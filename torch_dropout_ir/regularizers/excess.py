@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir import kernels, ops
+from torch_dropout_ir.collectives import some
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
@@ -72,7 +73,7 @@ class ExcessRisk:
         with torch.no_grad():
             self._clean = clean_risk(model, batch, loss)
         # Other noise than dropout's is drawn afresh for each mask, on both sides.
-        self.noisy = drawn()
+        self.noisy = some(drawn(), "noise")
         if slopes is None:
             risk = functools.partial(_risk, loss, batch[1])
             with clean_pass(model, batch[0], reduce=risk) as clean:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.collectives import every
 from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_finite
@@ -69,7 +72,7 @@ def online(
                 risk = loss(clean.outputs, batch[1]).detach()
             if not found.exact:
                 slopes = linear_parts(clean, loss, batch[1])
-                linear = _is_linear(clean, loss, batch[1])
+                linear = every(_is_linear(clean, loss, batch[1]), "linear")
     if linear:
         with preserved_rng(model, seed):
             found, how = _whole_loss(model, batch, loss)
@@ -98,29 +101,34 @@ def _second_order(
     model: nn.Module, clean: CleanPass, targets: Any, loss: Loss
 ) -> tuple[Estimate, str]:
     closed = _closed_form(clean, targets, loss)
-    if closed is not None:
+    if every(closed is not None, "closed form") and closed is not None:
         return closed, "closed form"
-    try:
-        found = estimate(model, clean, targets, loss, 2 if targets is None else 1)
-    except (RuntimeError, ValueError) as err:
-        # Without targets it is the form or nothing; with them R_1 can still be had.
-        if targets is None:
-            raise
-        return _nothing(err)
-    return found, "sampled Gauss-Newton form"
+    # Without targets it is the form or nothing; with them R_1 can still be had.
+    draws = 2 if targets is None else 1
+    form = functools.partial(estimate, model, clean, targets, loss, draws)
+    return _parts(form, "sampled Gauss-Newton form", needed=targets is None)
 
 
 def _whole_loss(model: nn.Module, batch: Batch, loss: Loss) -> tuple[Estimate, str]:
+    form = functools.partial(second_order, model, batch, loss)
+    return _parts(form, "sampled form of the whole loss")
+
+
+def _parts(
+    form: Callable[[], Estimate], how: str, needed: bool = False
+) -> tuple[Estimate, str]:
+    """Return the parts of the sites, on all ranks or on none, where they can be had."""
+    found, said = None, "another rank has none"
     try:
-        return second_order(model, batch, loss), "sampled form of the whole loss"
+        found = form()
     except (RuntimeError, ValueError) as err:
-        return _nothing(err)
-
-
-def _nothing(err: Exception) -> tuple[Estimate, str]:
-    """No parts of the sites, and why."""
+        if needed:
+            raise
+        said = str(err)
+    if every(found is not None, "parts") and found is not None:
+        return found, how
     zero = torch.zeros((), dtype=torch.get_default_dtype())
-    return Estimate(zero, {}, zero, False, 0), f"none: {err}"
+    return Estimate(zero, {}, zero, False, 0), f"none: {said}"
 
 
 def _is_linear(clean: CleanPass, loss: Loss, targets: Any) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.collectives import some
 from torch_dropout_ir.output_hessian import HessianRoots
 from torch_dropout_ir.output_products import (
     ALL,
@@ -79,8 +80,21 @@ class RootForms:
                 yield 0, root
             return
         for draw in range(self.num_samples):
-            for root in self._roots.sample():
+            for root in self._drawn():
                 yield draw, root
+
+    def _drawn(self, rows: Rows = ALL) -> list[Root]:
+        """Draw roots, one of each sign that there is on any rank."""
+        assert self._roots is not None
+        drawn = self._roots.sample(rows)
+        below = [not isinstance(sign, Tensor) and sign < 0 for _, sign in drawn]
+        roots: list[Root] = []
+        for sign in (1.0, -1.0):
+            pairs = zip(drawn, below, strict=True)
+            own = [root for root, negative in pairs if negative == (sign < 0)]
+            if some(bool(own), "roots"):
+                roots += own or [(torch.zeros_like(drawn[0][0]), sign)]
+        return roots
 
     def sums(
         self, clean: CleanPass, read: OutputsRead, *, keep: bool = True
@@ -101,7 +115,7 @@ class RootForms:
         meet = clean.samples_meet(outputs) if _alike(clean, outputs) else None
         if meet is None or not clean.uses:
             return None
-        roots = self._roots.sample()
+        roots = self._drawn()
         found: list[tuple[int, Tensor, float]] = []
         for left, (root, sign) in zip(reversed(range(len(roots))), roots, strict=True):
             assert not isinstance(sign, Tensor)
@@ -173,7 +187,7 @@ class RootForms:
         count = clean.count(outputs) if coupled is None else None
         draws: list[list[Form]] = []
         for k in range(self.num_samples):
-            roots = self._roots.sample(rows)
+            roots = self._drawn(rows)
             forms: list[Form] = []
             meet = False
             for j, (root, sign) in enumerate(roots):

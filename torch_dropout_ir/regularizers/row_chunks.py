@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from torch_dropout_ir.collectives import every, most, some
 from torch_dropout_ir.functional import batch_size
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
@@ -88,7 +89,7 @@ class RowChunks:
         counts = {clean.count(x) if x.ndim else 0 for x in read.tensors}
         count = next(iter(counts))
         many = len(counts) == 1 and count >= FEWEST_ROWS
-        return many and clean.by_samples(count)
+        return every(many and clean.by_samples(count), "rows")
 
     def take(self, x: Tensor, samples: Tensor) -> Tensor:
         """Return the rows of some samples of a tensor that has rows of all."""
@@ -115,9 +116,13 @@ class RowChunks:
             What it returns; None where the rows of a chunk are not those of the batch.
         """
         found: list[T] = []
-        for rows in chunks(self._count, self._parts):
+        taken = [*chunks(self._count, self._parts)]
+        if most(len(taken), "most chunks") + most(-len(taken), "fewest chunks"):
+            return None
+        for rows in taken:
             part = self._try(rows, take)
-            if part is None:
+            self.coupled = some(self.coupled, "chunk meets")
+            if not every(part is not None, "chunk") or part is None:
                 return None
             found.append(part)
         return found
@@ -140,7 +145,7 @@ class RowChunks:
             self._model, inputs, twice=self._twice, first=first, outlives=self._trained
         ) as clean:
             chunk = replace_rows(read, clean.outputs, rows, self._count)
-            if self._are_rows(clean, chunk, rows):
+            if every(self._are_rows(clean, chunk, rows), "rows of a chunk"):
                 part = take(clean, chunk, rows)
                 self.coupled = part is None
                 return part

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor, nn
 
 from torch_dropout_ir.arguments import check_count
+from torch_dropout_ir.collectives import every, some
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
@@ -156,9 +157,10 @@ def _first_pass(
     with clean_pass(model, batch[0], twice=True) as clean:
         check_reachable("second_order", clean.unreachable)
         read = read_outputs(clean.outputs, loss, batch[1])
-        some = sum([h.numel() for _, h, _ in clean.uses]) >= _SOME
-        if some and not clean.matters:
-            clean.matters = _held(read).made > WHOLE
+        if not clean.matters:
+            size = sum([h.numel() for _, h, _ in clean.uses])
+            large = size >= _SOME and _held(read).made > WHOLE
+            clean.matters = some(large, "graph's memory")
         if clean.matters:
             clean.let_go()
             read = read_outputs(clean.outputs, loss, batch[1])
@@ -196,15 +198,15 @@ def _together(
     run = functools.partial(clean_pass, model, batch[0], twice=True, lean=True)
     with run(weigh=True) as clean:
         read = read_outputs(clean.outputs, loss, batch[1])
-        meet = meet or clean.couples_samples(read.tensors)
+        meet = some(meet, "meet") or clean.couples_samples(read.tensors)
         above = _held(read)
-        if kept_is_less(above, clean.below, graphs=2):
+        if every(kept_is_less(above, clean.below, graphs=2), "a graph is kept"):
             curvature = SiteCurvature(clean, read, linearized=False)
             return curvature.draws(num_samples, meet), meet, ()
     del clean, read  # their graph
-    if meet and _ALONG * above.largest < 2 * above.made:
+    if meet and every(_ALONG * above.largest < 2 * above.made, "along a line"):
         draws = draws_along(model, batch, loss, seen.masks, num_samples)
-        if draws is not None:
+        if every(draws is not None, "rules") and draws is not None:
             return draws, meet, ()
     draws = []
     for _ in range(num_samples or 1):

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from torch_dropout_ir import collectives
 from torch_dropout_ir.analysis.distributed import gathered, is_sharded
 from torch_dropout_ir.analysis.records import Record
 from torch_dropout_ir.analysis.snapshot import NO_SITE, Need, Snapshot
@@ -53,7 +54,8 @@ class Regularizer:
         assert snapshot.loss is not None  # by `needs`
         # Ranks may meet in a pass: all make the same number of them.
         most = 8 * self.num_masks if snapshot.ranks.size == 1 else self.num_masks
-        with snapshot.ranks.own_draws(snapshot.model):
+        together = collectives.together(snapshot.ranks.most)
+        with together, snapshot.ranks.own_draws(snapshot.model):
             found, how, clean = online(
                 snapshot.model, snapshot.batch, snapshot.loss,
                 num_masks=self.num_masks, most_masks=most,

@@ -114,7 +114,7 @@ class Sharpness:
             snapshot.model, snapshot.loss, snapshot.batches, self.max_bytes,
             self.coupling,
         )  # fmt: skip
-        if snapshot.ranks.any(bool(parts.lacking)):
+        if snapshot.ranks.most(bool(parts.lacking), "lacks"):
             snapshot.absent["sharpness/top_eigenvalue"] = (
                 parts.lacking or "another rank"
             )
