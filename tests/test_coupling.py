@@ -55,3 +55,20 @@ def test_samples_that_are_half_a_batch_apart_meet(net, loss, form, rows):
     torch.testing.assert_close(found.value, expected.detach())
     # One draw does not tell how far it is off where samples meet.
     assert form(net, batch, loss).standard_error.isnan()
+
+
+class Exponentials(nn.Sequential):
+    def forward(self, x):
+        return self[2](self[1](x).logcumsumexp(1))
+
+
+@pytest.mark.parametrize("loss", [compared, F.mse_loss])
+def test_what_has_no_derivative_of_a_zero_root(loss):
+    torch.manual_seed(0)
+    net = Exponentials(nn.Identity(), nn.Dropout(0.3), nn.Linear(3, 2)).double()
+    batch = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    expected = second_order_form(
+        copy.deepcopy(net), [(4, 3)], batch, loss, linearized=True
+    )
+    found = gauss_newton(net, batch, loss, num_samples=None)
+    torch.testing.assert_close(found.value, expected.detach())

@@ -8,30 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.arrivals import uneven
 from torch_dropout_ir.output_products import Root
 
 _POWERS = 16
-_GOLDEN = (5**0.5 - 1) / 2
-_PERIOD = 2**16
-
-
-def uneven(like: Tensor, first: int = 0) -> Tensor:
-    """Return numbers in ``[1, 2)`` without pattern, and without a random draw.
-
-    Losses see differences of outputs, sums, second differences: a direction with a
-    pattern may be one along which they are constant.
-
-    Args:
-        like: A tensor of the shape, dtype and device wanted.
-        first: Where to start, for another tensor than the one before.
-
-    Returns:
-        A tensor of its shape.
-    """
-    count = like.numel()
-    index = torch.arange(first, first + min(count, _PERIOD), device=like.device)
-    period = (1 + index.double() ** 2 * _GOLDEN % 1).to(like.dtype)
-    return period.repeat(-(-count // _PERIOD))[:count].view(like.shape)
 
 
 def even_root(like: Tensor, dims: int = 1, first: int = 0) -> Tensor:
