@@ -55,6 +55,29 @@ class Language(nn.Module):
         return self.head(self.body(self.embedding(x))).view(-1, 3)
 
 
+class Tokens(nn.Module):
+    """Positions of images, normalized one by one, as tokens of a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = nn.InstanceNorm2d(4, affine=True), nn.Dropout(0.3)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.drop(self.norm(x)).flatten(2).mT).mean(1)
+
+
+class DroppedWeight(nn.Module):
+    """All rows share the mask of a weight, which has as many rows as a later part."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.out = nn.Parameter(torch.randn(12, 4)), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.out(F.linear(x, F.dropout(self.weight, 0.3, self.training)).tanh())
+
+
 class Marked(nn.Module):
     """Rows that are marked see all of them."""
 
@@ -112,6 +135,8 @@ MODELS = {
                               tdi.Dropout(0.5), nn.Linear(6, 3)), rows(), True,
     ),
     "called": (Called, rows(), True),
+    "dropped weight": (DroppedWeight, rows(), True),
+    "a token part of one": (Tokens, lambda: torch.randn(4, 4, 3, 3), True),
     "language": (Language, lambda: torch.randint(5, (30, 3)), True),
     "again": (Again, rows(), None),
     "batch norm": (lambda: convolutional(nn.BatchNorm2d(4)), images, False),
@@ -197,6 +222,7 @@ def test_it_is_what_the_whole_batch_gives_by_hand(taken, name, kind, max_bytes):
     if kind == "L2" and name in (
         "again",
         "called",
+        "dropped weight",
         "language",
         "noise",
         "buffers that move",
@@ -331,6 +357,7 @@ def test_roots_by_parts_are_those_of_the_whole_batch(chunked, name, kind, loss):
     if name == "buffers that move":
         apart = kind == "L4"  # which moves them in its last pass alone
     asked = kind == "L4" or name not in ("batch norm", "buffers that move")
+    asked &= name != "dropped weight"  # samples share its mask
     assert chunked == ([apart or name == "noise"] if asked else [])
 
 

@@ -219,3 +219,19 @@ def test_other_surroundings_are_as_without(how, monkeypatch):
     monkeypatch.setattr(linearization, "LeanDerivatives", contextlib.nullcontext)
     expected = sharpness.hessian(net, "cross_entropy", batch) @ v
     torch.testing.assert_close(op @ v, expected)
+
+
+def test_a_sum_of_exponentials_has_a_curvature():
+    torch.manual_seed(0)
+
+    class Sums(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).logcumsumexp(1)
+
+    net, x = Sums(nn.Linear(3, 2)).double(), torch.randn(4, 3).double()
+    jacobian = torch.func.jacrev(
+        lambda p: torch.func.functional_call(net, p, (x,)).flatten()
+    )({n: p.detach() for n, p in net.named_parameters()})
+    flat = torch.cat([j.flatten(1) for j in jacobian.values()], 1)
+    dense = sharpness.ggn(net, F.mse_loss, (x, x[:, :2])).dense()
+    torch.testing.assert_close(dense, flat.T @ flat * (2 / 8))

@@ -93,6 +93,21 @@ def test_samples_may_meet_where_derivatives_do_not_reach():
     torch.testing.assert_close(found, expected.detach())
 
 
+@pytest.mark.parametrize("first", [-2.4, -2.5, -2.6, -2.7])
+def test_samples_may_meet_at_few_masks_alone(first):
+    net = nn.Sequential(nn.Dropout(0.3), nn.Linear(2, 1, bias=False)).double()
+    nn.init.ones_(net[1].weight)
+    x, y = torch.ones(2, 2).double(), torch.tensor([[first], [0.0]]).double()
+    # The largest is that of the second sample at one mask of sixteen.
+    loss = lambda f, y: (f - y).square().amax()  # noqa: E731
+    expected = sum(
+        chance * loss(net[1](x * mask / 0.7), y)
+        for mask, chance in testing.enumerate_masks((2, 2), 0.3)
+    )
+    found = testing.expected_dropout_loss(net, (x, y), loss)
+    torch.testing.assert_close(found, expected.detach())
+
+
 def test_rounding_of_large_losses_breaks_no_claim():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1)).double()

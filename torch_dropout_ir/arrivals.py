@@ -22,6 +22,8 @@ Leads = dict[int, tuple[int, Any]]
 Last = tuple[Any, Leads]
 ONCE: Final = "torch::autograd::Error"  # a node in the graph of such a derivative
 _TRANSPOSE: Final = "TBackward0"  # between the weight of a linear layer and its uses
+_GOLDEN: Final = (5**0.5 - 1) / 2
+_PERIOD: Final = 2**16
 
 
 @contextlib.contextmanager
@@ -127,6 +129,40 @@ def root_of(value: Tensor, nodes: Iterable[Any] | None = None) -> Tensor | None:
         nodes = graph_nodes([value.grad_fn] if value.grad_fn else [])
     own = any(isinstance(node, BackwardCFunction) for node in nodes)
     return torch.ones_like(value).requires_grad_() if own else None
+
+
+def uneven(like: Tensor, first: int = 0) -> Tensor:
+    """Return numbers in ``[1, 2)`` without pattern, and without a random draw.
+
+    Losses see differences of outputs, sums, second differences: a direction with a
+    pattern may be one along which they are constant.
+
+    Args:
+        like: A tensor of the shape, dtype and device wanted.
+        first: Where to start, for another tensor than the one before.
+
+    Returns:
+        A tensor of its shape.
+    """
+    count = like.numel()
+    index = torch.arange(first, first + min(count, _PERIOD), device=like.device)
+    period = (1 + index.double() ** 2 * _GOLDEN % 1).to(like.dtype)
+    return period.repeat(-(-count // _PERIOD))[:count].view(like.shape)
+
+
+def linear_root(like: Tensor) -> Tensor:
+    """Return a root that a derivative, linear in it, will be differentiated in.
+
+    Next to zero, for hooks may clamp what is sent back; not zero, where what is sent
+    back through a sum of exponentials, by its logarithm, has no derivative.
+
+    Args:
+        like: A tensor of the shape, dtype and device wanted.
+
+    Returns:
+        A leaf of its shape that requires a gradient.
+    """
+    return (uneven(like) * torch.finfo(like.dtype).eps).requires_grad_()
 
 
 def once_differentiable(derivatives: Iterable[Tensor | None]) -> bool:

@@ -112,8 +112,8 @@ def at_sites(
         for module in seen.noise:
             undo += switch_off(module, calls.absent)
         for site in seen.sites if sites is None else sites:
-            handle = site.module.register_forward_hook(
-                lambda _, __, output, site=site: apply(site, output)
+            handle = site.module.register_forward_hook(  # before the model's own
+                lambda _, __, output, site=site: apply(site, output), prepend=True
             )
             undo.append(handle.remove)
         with calls:

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.arrivals import uneven
 from torch_dropout_ir.output_products import Root
 
 _POWERS = 16
-_GOLDEN = (5**0.5 - 1) / 2
-_PERIOD = 2**16
-
-
-def uneven(like: Tensor, first: int = 0) -> Tensor:
-    """Return numbers in ``[1, 2)`` without pattern, and without a random draw.
-
-    Losses see differences of outputs, sums, second differences: a direction with a
-    pattern may be one along which they are constant.
-
-    Args:
-        like: A tensor of the shape, dtype and device wanted.
-        first: Where to start, for another tensor than the one before.
-
-    Returns:
-        A tensor of its shape.
-    """
-    count = like.numel()
-    index = torch.arange(first, first + min(count, _PERIOD), device=like.device)
-    period = (1 + index.double() ** 2 * _GOLDEN % 1).to(like.dtype)
-    return period.repeat(-(-count // _PERIOD))[:count].view(like.shape)
 
 
 def even_root(like: Tensor, dims: int = 1, first: int = 0) -> Tensor:
@@ -49,7 +30,11 @@ def even_root(like: Tensor, dims: int = 1, first: int = 0) -> Tensor:
 
 
 def by_powers(root: Tensor, dims: int = 1, count: int | None = None) -> Tensor:
-    """Return a tensor with sample ``i`` times ``2^(i mod 16 - 8)``, which is exact.
+    """Return a tensor with each sample times a power of two, which is exact.
+
+    Sixteen samples in a row have sixteen powers from ``2^-8`` to ``2^7``. Each sixteen
+    have them in another order, lest samples that meet in pairs, half a batch apart,
+    have the same.
 
     Args:
         root: A tensor whose first ``dims`` dimensions count the rows.
@@ -62,10 +47,18 @@ def by_powers(root: Tensor, dims: int = 1, count: int | None = None) -> Tensor:
     """
     rows = root.shape[:dims].numel()
     samples = torch.arange(rows, device=root.device) // (rows // (count or rows or 1))
-    exponents = samples % _POWERS - _POWERS // 2
+    exponents = _exponents(-(-(count or rows) // _POWERS)).to(root.device)[samples]
     weights = torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents)
     shape = (*root.shape[:dims], *(1,) * (root.ndim - dims))
     return root * weights.to(root.dtype).view(shape)
+
+
+@functools.cache
+def _exponents(blocks: int) -> Tensor:
+    """Return exponents for so many times sixteen samples."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.rand(blocks, _POWERS, generator=generator).argsort(1)
+    return order.flatten() - _POWERS // 2
 
 
 def told_by_powers(

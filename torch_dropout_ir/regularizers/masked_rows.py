@@ -66,7 +66,8 @@ class MaskedRows:
         self._loss = loss
         self._states = [(g, g.get_state()) for g in generators(model)]
         self._moved = buffers_moved(model) if move_buffers else None
-        self._masks: list[Tensor] = []
+        # Of each use its mask, and its rows for a sample: 0 where samples share it.
+        self._masks: list[tuple[Tensor, int]] = []
 
     def apart(self, outputs: Any, risk: Tensor) -> bool:
         """Whether rows run alone as among all, as far as the first few of them tell.
@@ -126,14 +127,14 @@ class MaskedRows:
         new = not self._masks
 
         def drop(site: Site, h: Tensor) -> Tensor:
-            shape = site.mask_shape(h.shape)
-            each = shape[0] // len(rows) if shape and shape[0] == h.shape[0] else 0
-            if shape and shape[0] % len(rows):
-                each = 0  # samples share it
             if new:
+                shape = site.mask_shape(h.shape)
+                own = shape and shape[0] == h.shape[0] and not shape[0] % len(rows)
+                each = shape[0] // len(rows) if own else 0
                 whole = (each * self._count, *shape[1:]) if each else shape
-                self._masks.append(_drawn(site, h, whole, shape == tuple(h.shape)))
-            kept = self._masks[-1] if new else next(known)
+                drawn = _drawn(site, h, whole, shape == tuple(h.shape))
+                self._masks.append((drawn, each))
+            kept, each = self._masks[-1] if new else next(known)
             if each:
                 kept = kept[rows_of_samples(rows, each).to(h.device)]
             return h * kept.to(h.dtype).mul_(1 / (1 - site.p) if site.p < 1 else 0.0)

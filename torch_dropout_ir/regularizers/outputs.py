@@ -9,14 +9,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.arrivals import once_differentiable, root_of
+from torch_dropout_ir.arrivals import once_differentiable, root_of, uneven
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import TWICE, HessianProduct, explain
 from torch_dropout_ir.output_scales import alike, closed_diagonal, is_logistic
 from torch_dropout_ir.regularizers.coupling import (
     by_powers,
     even_root,
-    uneven,
     weighs_alike,
 )
 from torch_dropout_ir.regularizers.leaves import flatten

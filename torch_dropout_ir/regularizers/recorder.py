@@ -91,7 +91,8 @@ class Recorder:
             Nothing.
         """
         layers = [layer for _, layer in named if type(layer) is nn.Linear]
-        hooks = [layer.register_forward_hook(self._read) for layer in layers]
+        # Before hooks of the model's own, which may make something else of the output.
+        hooks = [x.register_forward_hook(self._read, prepend=True) for x in layers]
         try:
             yield
         finally:

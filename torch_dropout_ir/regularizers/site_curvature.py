@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from torch_dropout_ir.arrivals import once_differentiable, root_of
+from torch_dropout_ir.arrivals import linear_root, once_differentiable, root_of
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.site_forms import Form, by_row, signs
@@ -54,7 +54,7 @@ class SiteCurvature:
             )
             _check_twice(self._slopes)
             return
-        self._roots = [torch.zeros_like(x, requires_grad=True) for x in read.tensors]
+        self._roots = [linear_root(x) for x in read.tensors]
         # Linear in the roots: its derivative in them is the derivative of the outputs.
         self._slopes = _gradients(
             read.tensors, clean.edges, self._roots, create_graph=True

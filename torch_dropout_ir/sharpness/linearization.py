@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from torch_dropout_ir.arrivals import Receive, arrivals, root_of, taken
+from torch_dropout_ir.arrivals import (
+    Receive,
+    arrivals,
+    linear_root,
+    root_of,
+    taken,
+)
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
@@ -213,7 +219,7 @@ def _ggn(
     surface.checked(surface.loss_of(outputs, batch[1]), place)
     curve = HessianProduct(surface.loss, outputs.detach(), batch[1])
     targets = list(leaves.values())
-    root = torch.zeros_like(outputs, requires_grad=True)
+    root = linear_root(outputs)
     with backward(surface, outputs):
         pulled = torch.autograd.grad(
             outputs, targets, root, create_graph=True, allow_unused=True

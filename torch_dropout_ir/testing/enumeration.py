@@ -22,11 +22,14 @@ from torch_dropout_ir.regularizers.checks import (
     noise_left_out,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
+from torch_dropout_ir.regularizers.loss_graph import rows_apart
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.sites import Site
 
 MAX_MASKS: Final = 2**20
-# Pairs of sets of masks at which samples are held apart.
+# Masks of all samples up to which those are taken where no graph shows samples apart;
+# and pairs of sets of masks at which they are held apart where there are more.
+_FEW: Final = 2**12
 _PAIRS: Final = 8
 
 
@@ -88,8 +91,9 @@ def expected_dropout_loss(
         batch: ``(inputs, targets)``.
         loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
         max_masks: Most forward passes to spend.
-        coupled: Whether samples meet; found from derivatives, and from the loss at
-            some masks, if None.
+        coupled: Whether samples meet. If None, it is found from graphs and derivatives;
+            where those show it at no noise alone, as of the largest of some losses,
+            they are taken to, or, of more than 4096 masks, held apart at some.
 
     Returns:
         0-d float64.
@@ -183,7 +187,7 @@ def uses_of_sites(
     Returns:
         The uses.
     """
-    look = coupled is None
+    shown = coupled is not None
     with clean_pass(model, batch[0]) as clean:
         with torch.no_grad():
             loss(clean.outputs, batch[1])  # raises, where it is none
@@ -195,12 +199,13 @@ def uses_of_sites(
                 or not _a_row_each(clean, read)
                 or _meet_in_loss(read)
             )
+            shown = coupled or _shown_apart(clean, read)
         each = [(s, torch.Size(s.mask_shape(h.shape))) for s, h, _ in clean.uses]
         drawn, other = clean.drawn, clean.noisy or bool(clean.out_of_sight)
         left_out = noise_left_out(model, clean.noisy, True) if other else ()
     one = [(s, torch.Size((1, *shape[1:])) if shape else shape) for s, shape in each]
-    if look and not coupled and not drawn and _count(one) <= MAX_MASKS:
-        coupled = _meet_at_masks(model, batch, loss, each)
+    if not shown and not drawn and _count(one) <= MAX_MASKS:
+        coupled = _count(each) <= _FEW or _meet_at_masks(model, batch, loss, each)
     return Uses(each if coupled else one, drawn, left_out)
 
 
@@ -208,6 +213,16 @@ def _a_row_each(clean: CleanPass, read: OutputsRead) -> bool:
     """Whether each sample has one row at each use of a site."""
     counts = {clean.count(x) for x in read.tensors if x.ndim}
     return {h.shape[0] if h.ndim else 0 for _, h, _ in clean.uses} <= counts
+
+
+def _shown_apart(clean: CleanPass, read: OutputsRead) -> bool:
+    """Whether graphs show that samples are apart, at whatever masks."""
+    product = read.product()
+    if product is None or clean.samples_meet(read.tensors[0]) is not False:
+        return False
+    assert read.loss is not None  # else there is no product
+    known = read.loss.kind != "general"
+    return known or rows_apart(product.value, product.at)
 
 
 def _meet_at_masks(
