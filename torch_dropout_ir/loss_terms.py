@@ -110,7 +110,7 @@ def terms_of(value: Tensor, outputs: Tensor, nodes: Nodes) -> Terms | None:
     Args:
         value: The loss, with its graph.
         outputs: The outputs, the leaf of that graph.
-        nodes: What :func:`nodes_of` returned.
+        nodes: Filled with the nodes that were looked at, all where the graph tells.
 
     Returns:
         What the graph shows; None where it does not tell.
@@ -122,10 +122,13 @@ def terms_of(value: Tensor, outputs: Tensor, nodes: Nodes) -> Terms | None:
     seen = set(left)
     while left:
         node, how = left.pop()
-        if type(node) is LEAF:
+        known = nodes.get(node)
+        if known is None:
+            known = nodes[node] = node.name(), node.next_functions
+        name, edges = known
+        if not edges and type(node) is LEAF:
             walk.leaf(node, how)
             continue
-        name, edges = nodes[node]
         inner = walk.step(name, node, how, edges)
         if inner is None:
             return None

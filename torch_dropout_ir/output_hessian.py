@@ -58,7 +58,7 @@ def hessian_columns(product: HessianProduct) -> Tensor:
     derivative of the loss alone, none of the network.
     """
     outputs = product.at
-    samples, width = outputs.shape[0], outputs[0].numel()
+    samples, width = outputs.shape[0], outputs.shape[1:].numel()
     places = torch.eye(width, dtype=outputs.dtype, device=outputs.device)
     places = places.unsqueeze(1).expand(-1, samples, -1)
     columns = product.each(places.view(width, *outputs.shape))
@@ -106,7 +106,7 @@ class HessianRoots:
         else:
             product = product or HessianProduct(loss, outputs, targets)
             columns = hessian_columns(product)
-            if few(outputs) and len(columns) <= _SMALL_BLOCK:
+            if few(outputs) and columns.shape[0] <= _SMALL_BLOCK:
                 self._few, self._at_once = columns, block_roots
             else:
                 self._spectrum = eigen(columns.movedim(0, -1))
@@ -136,7 +136,7 @@ class HessianRoots:
             A tensor shaped as their outputs and a sign, a float or one a sample.
         """
         f = of_rows(self.like, rows)
-        width = f[0].numel()
+        width = f.shape[1:].numel()
         for c in range(width):
             if self._kind == "general":
                 values, vectors = of_rows(self._spectrum[0], rows), self._spectrum[1]

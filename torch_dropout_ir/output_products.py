@@ -50,6 +50,7 @@ class HessianProduct:
 
     def __init__(self, loss: Loss, outputs: Tensor, targets: Any) -> None:
         self._trained = outputs.requires_grad
+        self._seen: Nodes = {}
         self.at = outputs if self._trained else outputs.detach().requires_grad_()
         self._run = functools.partial(loss, self.at, targets)
         with torch.enable_grad():
@@ -68,7 +69,12 @@ class HessianProduct:
     @functools.cached_property
     def terms(self) -> Terms | None:
         """Of what entries the graph shows the loss to be a sum of terms."""
-        return None if self._trained else terms_of(self.value, self.at, self.nodes)
+        return None if self._trained else terms_of(self.value, self.at, self._seen)
+
+    def leads_to(self, nodes: set[Any]) -> bool:
+        """Whether the graph of the loss has one of some nodes."""
+        seen = self.nodes if self.terms is None else self._seen
+        return not nodes.isdisjoint(seen)
 
     @functools.cached_property
     def gradient(self) -> Tensor:
@@ -222,7 +228,9 @@ def with_signs(
         The roots, and the signs that there are.
     """
     pairs = [(x, s) for x, s in zip(roots, SIGNS, strict=True) if x.numel()]
-    found: list[Root] = [(x.view(like.shape), sign) for x, sign in pairs]
+    found: list[Root] = [
+        (x if x.shape == like.shape else x.view(like.shape), sign) for x, sign in pairs
+    ]
     signs = tuple([sign for _, sign in pairs])
     return found or [(torch.zeros_like(like), SIGNS[0])], signs
 

@@ -119,7 +119,7 @@ def derivatives_of_each(
     level = start()
     try:
         (found,) = derivatives(output, places, add(roots, 0, level), keep=True)
-        return None if found is None else remove(found, level, len(roots), 0)
+        return None if found is None else remove(found, level, roots.shape[0], 0)
     finally:
         end()
 
@@ -139,7 +139,11 @@ def random_state(model: nn.Module) -> list[Tensor]:
 
 def generators_moved(model: nn.Module) -> Callable[[], bool]:
     """Return what tells whether a generator that a pass may draw from has moved."""
-    return any_moved(generators(model))
+    if torch.cuda.is_initialized():
+        return any_moved(generators(model))
+    one = torch.default_generator
+    state = one.get_state()
+    return lambda: not torch.equal(one.get_state(), state)
 
 
 def any_moved(found: Sequence[torch.Generator]) -> Callable[[], bool]:

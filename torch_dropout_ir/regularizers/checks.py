@@ -281,7 +281,7 @@ def read_beside(
         return ()
     sites = {edge.node for edge in edges}
     if product is not None:
-        return () if sites.isdisjoint(product.nodes) else (_BESIDE,)
+        return (_BESIDE,) if product.leads_to(sites) else ()
     with torch.enable_grad():
         value = read.risk([x.detach() for x in read.tensors])
     return () if sites.isdisjoint(nodes_of(value)) else (_BESIDE,)

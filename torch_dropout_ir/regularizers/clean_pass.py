@@ -47,6 +47,7 @@ class CleanPass:
             ``torch.func``, or in a model that takes derivatives of its own.
         out_of_sight: What :func:`torch_dropout_ir.sites.unobservable` says.
         below: What the graph below the first site held, where that was to be weighed.
+        row_wise: Whether the model's layers keep rows apart, of matrices and more.
     """
 
     outputs: Any
@@ -58,6 +59,7 @@ class CleanPass:
     unreachable: tuple[str, ...]
     out_of_sight: dict[str, str]
     below: Held
+    row_wise: bool = False
 
     def noise_left_out(self, model: nn.Module) -> tuple[str, ...]:
         """Return what is to be said of noise that a form of this pass lacks."""
@@ -148,11 +150,7 @@ class CleanPass:
     def row_weights(self, outputs: Tensor, root: Tensor) -> dict[int, Tensor]:
         """Return the sum of magnitudes of each row of what a root is at each use."""
         found: dict[int, Tensor] = {}
-
-        def receive(use: int, g: Tensor) -> None:
-            found[use] = self.row_weight(g)
-
-        self.pull(outputs, root, receive)
+        self.pull(outputs, root, lambda i, g: found.update({i: self.row_weight(g)}))
         return found
 
     @staticmethod
@@ -210,14 +208,15 @@ class CleanPass:
         count = self.count(outputs)
         if not count or not self.by_samples(count):
             return True
-        return False if count < 2 else rows_meet(outputs, self.edges, count)
+        if count < 2 or (self.row_wise and outputs.ndim > 1):
+            return False
+        return rows_meet(outputs, self.edges, count)
 
     def _couples(self, outputs: Tensor) -> bool:
-        meet = self.samples_meet(outputs)
-        if meet is None:
-            weights = functools.partial(self.row_weights, outputs)
-            meet = told_by_powers(weights, outputs, self.count(outputs))
-        return meet
+        if (meet := self.samples_meet(outputs)) is not None:
+            return meet
+        weights = functools.partial(self.row_weights, outputs)
+        return told_by_powers(weights, outputs, self.count(outputs))
 
 
 @contextlib.contextmanager
@@ -292,7 +291,8 @@ def clean_pass(
         seen.close()
         zeros, unreachable = list(seen.zeros.values()), tuple(seen.unreachable)
         found = CleanPass(
-            outputs, uses, zeros, last, drawn, noisy, unreachable, hidden, seen.below
-        )
+            outputs, uses, zeros, last, drawn, noisy, unreachable, hidden, seen.below,
+            survey.row_wise,
+        )  # fmt: skip
         del outputs  # what the pass lets go of
         yield found

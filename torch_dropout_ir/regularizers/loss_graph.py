@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from torch_dropout_ir.loss_terms import (
     ELEMENTWISE,
+    LEAF,
     LOSSES,
     OF_LABELS,
     Nodes,
@@ -52,17 +52,18 @@ def rows_apart(outputs: Tensor, nodes: Nodes) -> bool:
     if not nodes or not outputs.ndim:
         return False
     found: dict[Any, Place | None] = {}
-    start, place = get_gradient_edge(outputs).node, None
+    rows, place = outputs.shape[0], None  # to ask a tensor for its length takes longer
     for node, (name, edges) in nodes.items():
         places = [found.get(child) for child, _ in edges]
-        if node is start:
-            place = START
-        elif not any(places):
-            place = None
+        if not any(places):
+            own = type(node) is LEAF and getattr(node, "variable", None) is outputs
+            place = START if own else None
         elif len(edges) == 1 and name in ELEMENTWISE and places[0] != _SUM:
             place = places[0]
-        elif (place := _place(name, Op(node, edges, places, len(outputs)))) is None:
-            return False
+        else:
+            place = _place(name, Op(node, edges, places, rows))
+            if place is None:
+                return False
         found[node] = place
     return place == _SUM
 
