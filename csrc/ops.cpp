@@ -6,9 +6,9 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
+#include "arguments.h"
 #include "dropout_backend.h"
 #include "large_blocks.h"
-#include "tensor_handle.h"
 
 #ifdef DROPOUT_WITH_CUDA
 #include <dlfcn.h>
@@ -96,15 +96,6 @@ Tensor empty_packed(int64_t numel, Device device) {
 }
 
 // ---- keys
-
-// An optional argument comes as null or in a box, which is ours to free.
-AtenTensorHandle from_optional(StableIValue value) {
-  auto* boxed = bit_cast<StableIValue*>(value);
-  if (boxed == nullptr) return nullptr;
-  const auto handle = from_stack<AtenTensorHandle>(*boxed);
-  delete boxed;
-  return handle;
-}
 
 // What `torch.randint(2**63 - 1, (2,))` draws, without a way through Python.
 Tensor draw_key(const char* op, Device device) {
@@ -274,6 +265,6 @@ PyMODINIT_FUNC PyInit__C() {
                                    nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   // What `registration.py` makes of the schemas that these kernels were written for.
-  if (module != nullptr) PyModule_AddIntConstant(module, "SCHEMAS", 1875159515);
+  if (module != nullptr) PyModule_AddIntConstant(module, "SCHEMAS", 132668624);
   return module;
 }

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.output_hessian import HessianRoots, hessian_blocks
-from torch_dropout_ir.output_products import HessianProduct, of_sign, signs_of
+from torch_dropout_ir.output_hessian import HessianRoots, hessian_columns
+from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.output_scales import closed_diagonal
 from torch_dropout_ir.regularizers import gauss_newton
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.regularizers.root_choice import choose
+from torch_dropout_ir.root_kernels import root_of_sign, signs_of
 from torch_dropout_ir.softmax_roots import SoftmaxRoots
 
 CLASSES = 3
@@ -96,8 +97,8 @@ def products(loss, f, v):
 def by_parts(roots, inner, f, v):
     """The product with the Hessian that the roots are of."""
     _, pushed = torch.autograd.functional.jvp(inner, f, v)
-    s, dim = roots._softmax, roots._classes
-    found = roots._diagonal * (pushed - (s * pushed).sum(dim, keepdim=True))
+    (s, diagonal), dim = roots._spectrum, roots._classes
+    found = diagonal * (pushed - (s * pushed).sum(dim, keepdim=True))
     found = found - s * found.sum(dim, keepdim=True)
     return torch.autograd.functional.vjp(inner, f, found)[1]
 
@@ -179,7 +180,7 @@ def test_as_many_roots_as_there_are_signs():
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_is_no_zero(value):
     for x in (torch.tensor([value]), torch.tensor([1.0, value, -1.0])):
-        parts = [of_sign(x, sign) for sign in signs_of(x)]
+        parts = [root_of_sign(x, sign, x) for sign in signs_of(x)]
         assert parts and not torch.stack(parts).isfinite().all()
 
 
@@ -268,12 +269,14 @@ def test_products_at_once_are_those_one_by_one(name, monkeypatch):
     loss = Loss(lambda f, _: SINGLE[name](f))
     dense = torch.autograd.functional.hessian(SINGLE[name], f)
     blocks = torch.stack([dense[i, :, i] for i in range(4)])
-    torch.testing.assert_close(hessian_blocks(HessianProduct(loss, f, None)), blocks)
+    torch.testing.assert_close(
+        hessian_columns(HessianProduct(loss, f, None)), blocks.movedim(-1, 0)
+    )
     single = []
     monkeypatch.setattr(
         HessianProduct, "__call__", lambda *_: single.append(0) or torch.zeros(4, 3)
     )
-    hessian_blocks(HessianProduct(loss, f, None))
+    hessian_columns(HessianProduct(loss, f, None))
     assert len(single) == (3 if name == "its own" else 0)
 
 
@@ -309,7 +312,7 @@ def test_torchs_losses_of_single_outputs_have_their_second_derivatives(
     found = closed_diagonal(loss)(f, y)
     dense = torch.autograd.functional.hessian(lambda x: loss(x, y), f)
     torch.testing.assert_close(found.flatten().diag(), dense.view(2 * (f.numel(),)))
-    torch.testing.assert_close(HessianRoots(loss, f, y)._values, found)
+    torch.testing.assert_close(HessianRoots(loss, f, y)._spectrum[0], found)
 
 
 def test_second_derivatives_that_are_not_at_hand_are_autograds():
@@ -317,7 +320,7 @@ def test_second_derivatives_that_are_not_at_hand_are_autograds():
     loss = resolve_loss(nn.HuberLoss())
     with pytest.warns(UserWarning, match="broadcast"):
         roots = HessianRoots(loss, f, y)
-    torch.testing.assert_close(roots._values, ((f - y).abs() < 1).double() / 12)
+    torch.testing.assert_close(roots._spectrum[0], ((f - y).abs() < 1).double() / 12)
     assert closed_diagonal(resolve_loss(nn.BCELoss())) is None
     weighted = functools.partial(F.huber_loss, weight=torch.rand(4, 3))
     assert closed_diagonal(resolve_loss(weighted)) is None

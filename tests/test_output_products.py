@@ -90,7 +90,7 @@ def test_what_the_graph_tells_is_true_of_the_dense_hessian(name):
     f, y, dense = hessian(ALL[name])
     product = HessianProduct(resolve_loss(ALL[name]), f, y)
     alone = product.terms is not None and product.terms.log_softmax is None
-    told = alone, rows_apart(product.value, product.at)
+    told = alone, rows_apart(product.at, product.nodes)
     diagonal = torch.diag(dense.view(N * K, N * K).diagonal()).view_as(dense)
     blocks = torch.einsum("iaib,ij->iajb", dense, torch.eye(N).double())
     assert not told[0] or torch.equal(dense, diagonal)

@@ -106,7 +106,7 @@ def test_roots_multiply_to_the_hessian():
         resolved = losses.resolve_loss(loss)
         few = targets[:4]
         product = HessianProduct(resolved, outputs, few)
-        blocks = output_hessian.hessian_blocks(product)
+        blocks = output_hessian.hessian_columns(product).movedim(0, -1)
         multiplied = sum(
             torch.einsum("na,nb->nab", s, s) * torch.as_tensor(sign).view(-1, 1, 1)
             for s, sign in output_hessian.hessian_roots(resolved, outputs, few)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from torch_dropout_ir.regularizers import clean_pass, gauss_newton
+from torch_dropout_ir.sites import ROW_WISE
 
 N = 6
 
@@ -108,6 +109,7 @@ def meet(layers, asked, monkeypatch):
     conv = isinstance(first, nn.Conv2d)
     x = torch.randn(N, 2, 4, 4) if conv else torch.randn(N, 5)
     with monkeypatch.context() as patch, clean_pass.clean_pass(net, x) as clean:
+        clean.row_wise = False  # of what the graph tells
         if asked:
             patch.setattr(clean_pass, "rows_meet", lambda *_: None)
         outputs = clean.outputs
@@ -194,3 +196,44 @@ def test_a_block_that_runs_again_runs_without_noise_of_its_own():
         same = [gauss_newton(net, (x, None), "mse", num_samples=None).value]
         torch.testing.assert_close(same[0].item(), 5 * 0.5**2)
         assert found.value >= 0
+
+
+MADE = {nn.Linear: (4, 4), nn.Threshold: (0.1, 0.2), nn.Dropout: (0.0,)}
+
+
+@pytest.mark.parametrize("kind", sorted(ROW_WISE, key=lambda x: x.__name__))
+def test_a_row_of_what_these_layers_make_is_of_that_row_alone(kind):
+    torch.manual_seed(0)
+    layer, x = kind(*MADE.get(kind, ())).double(), torch.randn(5, 3, 4).double()
+    y = x.clone()
+    y[2] = torch.randn(3, 4).double()
+    same = (layer(x) == layer(y)).flatten(1).all(1)
+    changed = [i for i, alike in enumerate(same.tolist()) if not alike]
+    assert changed == [2]
+
+
+def dense(*layers):
+    return nn.Sequential(nn.Dropout(0.3), nn.Linear(5, 4), *layers, nn.Linear(4, 3))
+
+
+def test_only_where_all_layers_keep_rows_apart_the_graph_is_not_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(clean_pass, "rows_meet", lambda *_: asked.append(1) or True)
+    hooked, own = dense(nn.ReLU()), dense(nn.ReLU())
+    hooked[1].register_forward_hook(lambda _, __, y: y - y.mean(0))
+    own[2].forward = lambda x: x - x.mean(0)
+    everywhere = nn.modules.module.register_module_forward_hook
+    for net, apart in (
+        (dense(nn.ReLU(), nn.Sequential(nn.Tanh())), True), (hooked, False),
+        (dense(nn.BatchNorm1d(4)), False), (dense(nn.Softmax(0)), False),
+        (dense(Lambda(torch.tanh)), False), (own, False),
+    ):  # fmt: skip
+        asked.clear()
+        gauss_newton(net, (torch.randn(N, 5), torch.randn(N, 3)), "mse")
+        assert bool(asked) == (not apart), net
+    handle = everywhere(lambda _, __, y: y)
+    try:
+        gauss_newton(dense(nn.ReLU()), (torch.randn(N, 5), torch.randn(N, 3)), "mse")
+    finally:
+        handle.remove()
+    assert len(asked) == 2

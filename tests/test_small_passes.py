@@ -134,7 +134,7 @@ def test_a_pass_that_takes_no_short_way_gives_the_same(
         if not short:
             monkeypatch.setattr(site_forms, "_FEW", 0)
             monkeypatch.setattr(RootForms, "sums", lambda *_, **__: None)
-            monkeypatch.setattr(output_hessian, "_DRAWN_IN_ONE", 0)
+            monkeypatch.setattr(output_products, "_DRAWN_IN_ONE", 0)
             monkeypatch.setattr(output_hessian, "even_scale", lambda *_: None)
             monkeypatch.setattr(tracing, "_ENGINE", None)
         torch.manual_seed(1)

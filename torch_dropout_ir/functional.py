@@ -72,6 +72,27 @@ def switch_off(module: nn.Module, whole: bool = False) -> list[Callable[[], None
     return [restored, before.remove, after.remove]
 
 
+def _act(site: Site, apply: SiteFunction, whole: bool) -> Callable[[], None]:
+    """Let a site that is switched off pass ``apply(site, h)`` on.
+
+    Args:
+        site: The site.
+        apply: What acts.
+        whole: Whether the model is of torch's layers alone, without anybody's hooks.
+
+    Returns:
+        What gives it back.
+    """
+    if not whole:
+        handle = site.module.register_forward_hook(  # before the model's own
+            lambda _, __, h: apply(site, h), prepend=True
+        )
+        return handle.remove
+    own = vars(site.module)  # with hooks a call takes as long as a small layer
+    own["forward"] = functools.partial(apply, site)
+    return functools.partial(own.pop, "forward")
+
+
 @contextlib.contextmanager
 def at_sites(
     model: nn.Module,
@@ -112,10 +133,7 @@ def at_sites(
         for module in seen.noise:
             undo += switch_off(module, calls.absent)
         for site in seen.sites if sites is None else sites:
-            handle = site.module.register_forward_hook(  # before the model's own
-                lambda _, __, output, site=site: apply(site, output), prepend=True
-            )
-            undo.append(handle.remove)
+            undo.append(_act(site, apply, calls.absent))
         with calls:
             yield calls
     finally:

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 Edges: TypeAlias = Sequence[tuple[Any, int]]
+# By node: its name, and what leads to it.
+Nodes: TypeAlias = dict[Any, tuple[str, Edges]]
 LEAF: Final = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 
 
@@ -82,12 +84,33 @@ class Terms(NamedTuple):
         return self.log_softmax is None or (self.direct and self.classes > 0)
 
 
-def terms_of(value: Tensor, outputs: Tensor) -> Terms | None:
+def nodes_of(value: Tensor) -> Nodes:
+    """Return the nodes of the graph of a loss, each after those it leads to."""
+    found: Nodes = {}
+    stack: list[tuple[Any, Any]] = [(value.grad_fn, None)] if value.grad_fn else []
+    begun = set()
+    while stack:
+        node, edges = stack.pop()
+        if edges is not None:
+            found[node] = node.name(), edges
+        elif node not in begun:
+            begun.add(node)
+            edges = node.next_functions
+            if edges:
+                stack.append((node, edges))
+                stack += [(child, None) for child, _ in edges if child is not None]
+            else:
+                found[node] = node.name(), edges
+    return found
+
+
+def terms_of(value: Tensor, outputs: Tensor, nodes: Nodes) -> Terms | None:
     """Return of what a loss is a sum of terms.
 
     Args:
         value: The loss, with its graph.
         outputs: The outputs, the leaf of that graph.
+        nodes: Filled with the nodes that were looked at, all where the graph tells.
 
     Returns:
         What the graph shows; None where it does not tell.
@@ -99,16 +122,20 @@ def terms_of(value: Tensor, outputs: Tensor) -> Terms | None:
     seen = set(left)
     while left:
         node, how = left.pop()
-        if type(node) is LEAF:
+        known = nodes.get(node)
+        if known is None:
+            known = nodes[node] = node.name(), node.next_functions
+        name, edges = known
+        if not edges and type(node) is LEAF:
             walk.leaf(node, how)
             continue
-        edges = node.next_functions
-        inner = walk.step(node, how, edges)
+        inner = walk.step(name, node, how, edges)
         if inner is None:
             return None
-        new = [(child, inner) for child, _ in edges if child is not None]
-        left += [x for x in new if x not in seen]
-        seen.update(new)
+        for child, _ in edges:
+            if child is not None and (child, inner) not in seen:
+                seen.add((child, inner))
+                left.append((child, inner))
     return walk.found()
 
 
@@ -131,15 +158,14 @@ class _Walk:
         else:
             self._entries(node, how)
 
-    def step(self, node: Any, how: int, edges: Edges) -> int | None:
+    def step(self, name: str, node: Any, how: int, edges: Edges) -> int | None:
         """Return how the loss depends on what leads to a node; None if not known."""
-        name = node.name()
-        straight = how == _ADDED and _squares(name, node)
-        self._squares &= straight or is_linear(name, edges)
+        linear = is_linear(name, edges)
+        self._squares &= linear or (how == _ADDED and _squares(name, node))
         if name == _LOG_SOFTMAX and how != _INSIDE:
             self._entries(node, how)
             return _INSIDE
-        if how in (_ADDED, _INSIDE) and is_linear(name, edges):
+        if linear and how in (_ADDED, _INSIDE):
             return how
         if how == _INSIDE:
             return None

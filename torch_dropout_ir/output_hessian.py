@@ -8,6 +8,7 @@ second derivative, as long as the loss is a sum (or mean) of terms of one sample
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -18,12 +19,13 @@ from torch_dropout_ir.kernels import less_a_label_
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import (
     ALL,
+    WIDE,
     HessianProduct,
     Root,
     Rows,
+    few,
     of_rows,
-    of_sign,
-    signs_of,
+    with_signs,
 )
 from torch_dropout_ir.output_scales import (
     alike,
@@ -35,25 +37,32 @@ from torch_dropout_ir.output_scales import (
     logistic_diagonal,
     squared_scale,
 )
-from torch_dropout_ir.registration import label_root
+from torch_dropout_ir.registration import block_roots, diagonal_roots, label_root
+from torch_dropout_ir.root_kernels import (
+    SIGNS,
+    eigen,
+    root_of_sign,
+    signs_of,
+    turned,
+)
 
-_WIDE: Final = (torch.float32, torch.float64)
 _DRAWN_AT_ONCE: Final = 2**18
-_DRAWN_IN_ONE: Final = 2**14  # outputs; above that torch's own kernels have threads
+_SMALL_BLOCK: Final = 8  # outputs of a sample
 
 
-def hessian_blocks(product: HessianProduct) -> Tensor:
-    """Return the Hessian of the loss in each sample's outputs, ``[n, K, K]``.
+def hessian_columns(product: HessianProduct) -> Tensor:
+    """Return the Hessian of the loss in each sample's outputs, ``[K, n, K]``.
 
-    ``K`` is the number of outputs of a sample; costs ``K`` products with the second
+    Column ``c`` of each is at the index ``c``. ``K`` is the number of outputs of a
+    sample; costs ``K`` products with the second
     derivative of the loss alone, none of the network.
     """
     outputs = product.at
-    samples, width = outputs.shape[0], outputs[0].numel()
+    samples, width = outputs.shape[0], outputs.shape[1:].numel()
     places = torch.eye(width, dtype=outputs.dtype, device=outputs.device)
     places = places.unsqueeze(1).expand(-1, samples, -1)
-    columns = product.each(places.reshape(width, *outputs.shape))
-    return columns.reshape(width, samples, width).movedim(0, -1)
+    columns = product.each(places.view(width, *outputs.shape))
+    return columns.view(width, samples, width)
 
 
 class HessianRoots:
@@ -67,7 +76,6 @@ class HessianRoots:
 
     Attributes:
         like: The outputs that it was made of.
-        curved: Whether the Hessian is not zero.
     """
 
     def __init__(
@@ -79,8 +87,8 @@ class HessianRoots:
     ) -> None:
         self._kind = loss.kind
         self.like = outputs
-        self.curved = True
-        self._vectors: Tensor | None = None
+        self._convex = loss.kind in ("squared", "cross_entropy") or is_convex(loss)
+        self._few: Tensor | None = None
         if loss.kind == "squared":
             self._factor = squared_scale(loss, outputs.shape, targets) ** 0.5
         elif loss.kind == "cross_entropy":
@@ -89,14 +97,34 @@ class HessianRoots:
                 cross_entropy_scale(loss, outputs, targets) if even is None else even
             )
         elif loss.kind == "elementwise":
-            self._values = _diagonal(loss, outputs, targets, product)
+            diagonal = _diagonal(loss, outputs, targets, product)
+            self._few, self._at_once = (
+                diagonal if few(outputs) else None,
+                diagonal_roots,
+            )
+            self._spectrum = diagonal, None
         else:
             product = product or HessianProduct(loss, outputs, targets)
-            self._values, self._vectors = _eigen(product)
-        self._signs: tuple[float, ...] = (1.0,)
-        if loss.kind in ("elementwise", "general") and not is_convex(loss):
-            signs = signs_of(self._values)
-            self.curved, self._signs = bool(signs), signs or (1.0,)
+            columns = hessian_columns(product)
+            if few(outputs) and columns.shape[0] <= _SMALL_BLOCK:
+                self._few, self._at_once = columns, block_roots
+            else:
+                self._spectrum = eigen(columns.movedim(0, -1))
+
+    @functools.cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor | None]:
+        """Eigenvalues, and eigenvectors where those are not the outputs."""
+        assert self._few is not None
+        return eigen(self._few.movedim(0, -1))
+
+    @functools.cached_property
+    def _signs(self) -> tuple[float, ...]:
+        return SIGNS[:1] if self._convex else signs_of(self._spectrum[0])
+
+    @property
+    def curved(self) -> bool:
+        """Whether the Hessian is not zero."""
+        return bool(self._signs)
 
     def exact(self, rows: Rows = ALL) -> Iterator[Root]:
         """Yield ``(s_c, sign_c)`` with ``sum_c sign_c s_c s_c' = H_i`` a sample.
@@ -108,20 +136,20 @@ class HessianRoots:
             A tensor shaped as their outputs and a sign, a float or one a sample.
         """
         f = of_rows(self.like, rows)
-        width = f[0].numel()
+        width = f.shape[1:].numel()
         for c in range(width):
-            if self._vectors is not None:
-                values = of_rows(self._values, rows)[:, c]
-                root = (
-                    of_rows(self._vectors, rows)[..., c] * values[:, None].abs().sqrt()
-                )
-                yield root.view(f.shape), values.sign()
+            if self._kind == "general":
+                values, vectors = of_rows(self._spectrum[0], rows), self._spectrum[1]
+                assert vectors is not None
+                vectors = of_rows(vectors, rows)
+                root = vectors[..., c] * values[:, c, None].abs().sqrt()
+                yield root.view(f.shape), values[:, c].sign()
                 continue
             place = torch.zeros(width, dtype=f.dtype, device=f.device)
             place[c] = 1.0
             column = place.expand(f.shape[0], -1).reshape(f.shape)
             if self._kind == "elementwise":
-                values = of_rows(self._values, rows)
+                values = of_rows(self._spectrum[0], rows)
                 sign = values.reshape(f.shape[0], -1)[:, c].sign()
                 yield values.abs().sqrt() * column, sign
             elif self._kind == "squared":
@@ -162,7 +190,7 @@ class HessianRoots:
         f = of_rows(self.like, rows)
         if self._kind == "squared":
             drawn = torch.randn_like(f)
-            if f.dtype in _WIDE:  # half precision has no room for the square of it
+            if f.dtype in WIDE:  # half precision has no room for the square of it
                 return [(drawn, self._factor**2)]
             return [(drawn.mul_(self._factor), 1.0)]
         if self._kind == "cross_entropy":
@@ -170,14 +198,18 @@ class HessianRoots:
             if not isinstance(mass, Tensor):
                 return [(root, mass)]
             return [(root.mul_(mass.sqrt()), 1.0)]
-        values = of_rows(self._values, rows)
+        if self._few is not None:
+            roots, signs = with_signs(self._at_once(self._few), self.like)
+            self._signs = SIGNS[:1] if self._convex else signs
+            return [(of_rows(root, rows), sign) for root, sign in roots]
+        values, vectors = self._spectrum
+        values = of_rows(values, rows)
         drawn = torch.randn_like(values)  # for its signs
-        roots: list[Root] = []
-        for sign in self._signs:
-            weights = of_sign(values, sign).sqrt_().copysign(drawn)
-            if self._vectors is not None:
-                weights = of_rows(self._vectors, rows) @ weights.unsqueeze(-1)
-            roots.append((weights.view(f.shape), sign))
+        roots = []
+        for sign in self._signs or SIGNS[:1]:
+            root = root_of_sign(values, sign, drawn)
+            root = root if vectors is None else turned(of_rows(vectors, rows), root)
+            roots.append((root.view(f.shape), sign))
         return roots
 
 
@@ -190,7 +222,7 @@ def _diagonal(
     loss: Loss, outputs: Tensor, targets: Any, product: HessianProduct | None
 ) -> Tensor:
     """Diagonal of a diagonal Hessian: its row sums."""
-    if is_logistic(loss) and outputs.dtype in _WIDE:
+    if is_logistic(loss) and outputs.dtype in WIDE:
         return logistic_diagonal(loss, outputs, targets)
     closed = None if product else closed_diagonal(loss)
     if closed and alike(outputs, targets):
@@ -199,18 +231,9 @@ def _diagonal(
     return product(torch.ones_like(outputs)).detach()
 
 
-def _eigen(product: HessianProduct) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and vectors of the blocks; half precision has no such routine."""
-    blocks = hessian_blocks(product)
-    wide = blocks if blocks.dtype == torch.float64 else blocks.float()
-    values, vectors = torch.linalg.eigh(wide)
-    return values.to(blocks.dtype), vectors.to(blocks.dtype)
-
-
 def less_a_label(f: Tensor, classes: int) -> Tensor:
     """Return the softmax over a dimension, less one at a label drawn from it."""
-    small = f.is_cpu and f.dtype in _WIDE and f.numel() <= _DRAWN_IN_ONE
-    if small and f.ndim == 2 and classes == 1:
+    if few(f) and f.ndim == 2 and classes == 1:
         return label_root(f)
     softmax = f.softmax(classes)
     # Some samples at a time, lest the times take twice the space of the outputs.

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from torch_dropout_ir.arrivals import graph_nodes, once_differentiable, root_of
-from torch_dropout_ir.loss_terms import Terms, terms_of
+from torch_dropout_ir.arrivals import once_differentiable, root_of
+from torch_dropout_ir.loss_terms import Nodes, Terms, nodes_of, terms_of
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.normalization import differentiable
-from torch_dropout_ir.tracing import derivatives
+from torch_dropout_ir.root_kernels import SIGNS
+from torch_dropout_ir.tracing import derivatives, derivatives_of_each
 
 Root = tuple[Tensor, "Tensor | float"]
 Rows: TypeAlias = "Tensor | slice"
 ALL: Final = slice(None)
+WIDE: Final = (torch.float32, torch.float64)
+_DRAWN_IN_ONE: Final = 2**14  # above that torch's own kernels have threads
 _ATTENTION: Final = "ScaledDotProduct"  # of whose kernels most have one derivative
 TWICE: Final = (
     "expected a loss with a second derivative, got one whose derivative torch cannot "
@@ -46,6 +50,7 @@ class HessianProduct:
 
     def __init__(self, loss: Loss, outputs: Tensor, targets: Any) -> None:
         self._trained = outputs.requires_grad
+        self._seen: Nodes = {}
         self.at = outputs if self._trained else outputs.detach().requires_grad_()
         self._run = functools.partial(loss, self.at, targets)
         with torch.enable_grad():
@@ -57,9 +62,19 @@ class HessianProduct:
             )
 
     @functools.cached_property
+    def nodes(self) -> Nodes:
+        """The nodes of the graph of the loss, each after those it leads to."""
+        return nodes_of(self.value)
+
+    @functools.cached_property
     def terms(self) -> Terms | None:
         """Of what entries the graph shows the loss to be a sum of terms."""
-        return None if self._trained else terms_of(self.value, self.at)
+        return None if self._trained else terms_of(self.value, self.at, self._seen)
+
+    def leads_to(self, nodes: set[Any]) -> bool:
+        """Whether the graph of the loss has one of some nodes."""
+        seen = self.nodes if self.terms is None else self._seen
+        return not nodes.isdisjoint(seen)
 
     @functools.cached_property
     def gradient(self) -> Tensor:
@@ -70,11 +85,10 @@ class HessianProduct:
         """
         value, own = self.value, None
         if self.terms is None:  # else there is no function that is not known
-            nodes = list(graph_nodes([value.grad_fn] if value.grad_fn else []))
-            if any([_ATTENTION in type(node).__name__ for node in nodes]):
+            if any([_ATTENTION in name for name, _ in self.nodes.values()]):
                 with torch.enable_grad(), differentiable(thrice=False):
                     self.value = value = self._run()
-            own = root_of(value, nodes)
+            own = root_of(value, self.nodes)
         root = torch.ones_like(value) if own is None else own
         (slope,) = derivatives(value, (self.at,), root, True, create_graph=True)
         if own is not None and once_differentiable([slope]):
@@ -108,10 +122,7 @@ class HessianProduct:
             A tensor of that shape, without graph.
         """
         try:
-            (found,) = torch.autograd.grad(
-                self.gradient, [self.at], vectors, retain_graph=True,
-                allow_unused=True, is_grads_batched=True,
-            )  # fmt: skip
+            found = derivatives_of_each(self.gradient, self.at, vectors)
         except RuntimeError:  # a derivative that looks at values, or that is missing
             return torch.stack([self(v).detach() for v in vectors])
         return torch.zeros_like(vectors) if found is None else found
@@ -204,21 +215,29 @@ class ProductRoots:
         return [(mean + half, 1.0), (mean - half, -1.0)]
 
 
-def signs_of(part: Tensor) -> tuple[float, ...]:
-    """Return the signs that there are in a part of a Hessian; none where it is zero.
+def with_signs(
+    roots: Sequence[Tensor], like: Tensor
+) -> tuple[list[Root], tuple[float, ...]]:
+    """Return roots of the part of each sign with it, zeros where there is none.
 
-    What float rounding makes of a zero eigenvalue is no negative part, and what is not
-    finite is a positive one, to be found in the result.
+    Args:
+        roots: What :mod:`~torch_dropout_ir.root_kernels` gives.
+        like: A tensor of their shape, but for dimensions that have been joined.
+
+    Returns:
+        The roots, and the signs that there are.
     """
-    least, most = map(float, part.aminmax())
-    rounding = -1e-6 * max(most, -least)
-    signs = () if most <= 0 else (1.0,)
-    return (*signs, -1.0) if least < 0 and not least > rounding else signs
+    pairs = [(x, s) for x, s in zip(roots, SIGNS, strict=True) if x.numel()]
+    found: list[Root] = [
+        (x if x.shape == like.shape else x.view(like.shape), sign) for x, sign in pairs
+    ]
+    signs = tuple([sign for _, sign in pairs])
+    return found or [(torch.zeros_like(like), SIGNS[0])], signs
 
 
-def of_sign(x: Tensor, sign: float) -> Tensor:
-    """Return the magnitude of what has a sign, 0 in the place of what has the other."""
-    return (x if sign > 0 else -x).clamp(min=0)
+def few(outputs: Tensor) -> bool:
+    """Whether the roots of outputs are drawn in one operation of ours."""
+    return outputs.is_cpu and outputs.dtype in WIDE and outputs.numel() <= _DRAWN_IN_ONE
 
 
 def of_rows(x: Tensor, rows: Rows) -> Tensor:

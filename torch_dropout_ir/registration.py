@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_dropout_ir import kernels
+from torch_dropout_ir import kernels, root_kernels
 
 _LIBRARY = torch.library.Library("torch_dropout_ir", "DEF")
 _SCHEMAS = (
@@ -28,10 +28,19 @@ _SCHEMAS = (
     " int[] units, int[] sites) -> Tensor[]",
     "label_root(Tensor f) -> Tensor",
 )
-for _schema in _SCHEMAS:
+# What they return depends on the values: no graph can hold them.
+_ROOTS = (
+    "diagonal_roots(Tensor diagonal) -> Tensor[]",
+    "softmax_roots(Tensor log_softmax, Tensor slope, Tensor? bend, int classes)"
+    " -> Tensor[]",
+    "block_roots(Tensor columns) -> Tensor[]",
+)
+for _schema in (*_SCHEMAS, *_ROOTS):
     _name = _schema[: _schema.index("(")]
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, getattr(kernels, _name), "CompositeExplicitAutograd")
+    _of_roots = _schema in _ROOTS
+    _LIBRARY.define(_schema, tags=() if _of_roots else (torch.Tag.pt2_compliant_tag,))
+    _kernel = getattr(root_kernels if _of_roots else kernels, _name)
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
 def _load_compiled_kernels() -> bool:
@@ -46,7 +55,7 @@ def _load_compiled_kernels() -> bool:
         )
         return False
     # Kernels read their arguments by place: those of other schemas would crash.
-    expected = zlib.crc32("\n".join(_SCHEMAS).encode()) % 2**31
+    expected = zlib.crc32("\n".join((*_SCHEMAS, *_ROOTS)).encode()) % 2**31
     built_for = getattr(compiled, "SCHEMAS", None)
     if built_for != expected:
         raise ImportError(
@@ -67,6 +76,9 @@ mask_draw = _ops.mask_draw.default
 unit_counts = _ops.unit_counts.default
 form_sums = _ops.form_sums.default
 label_root = _ops.label_root.default
+diagonal_roots = _ops.diagonal_roots.default
+softmax_roots = _ops.softmax_roots.default
+block_roots = _ops.block_roots.default
 
 
 @torch.library.register_fake("torch_dropout_ir::dropout_forward")

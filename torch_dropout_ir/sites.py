@@ -47,6 +47,13 @@ LAYERS: Final = frozenset(
     kind for name, kind in vars(nn).items() if name.startswith("FractionalMaxPool")
 }  # fmt: skip
 QUIET: Final = LAYERS - {nn.Dropout, *CHANNEL_DROPOUT}
+# Those of which a row of the output is of that row alone, of two dimensions and more.
+ROW_WISE: Final = frozenset({
+    nn.CELU, nn.Dropout, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish,
+    nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.Linear, nn.LogSigmoid, nn.Mish, nn.ReLU,
+    nn.ReLU6, nn.SELU, nn.Sequential, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink,
+    nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
@@ -13,9 +15,17 @@ from torch_dropout_ir.output_products import (
     Root,
     Rows,
     derivative_again,
+    few,
     of_rows,
-    of_sign,
+    with_signs,
+)
+from torch_dropout_ir.registration import softmax_roots
+from torch_dropout_ir.root_kernels import (
+    SIGNS,
+    in_logits,
+    root_of_sign,
     signs_of,
+    softmax_diagonal,
 )
 from torch_dropout_ir.tracing import derivatives
 
@@ -42,7 +52,6 @@ class SoftmaxRoots:
 
     Attributes:
         like: The outputs.
-        curved: Whether the Hessian is not zero.
 
     Raises:
         ValueError: If the loss cannot be differentiated twice.
@@ -55,20 +64,32 @@ class SoftmaxRoots:
             value, (edge,), torch.ones_like(value), True, create_graph=not terms.linear
         )
         assert slope is not None  # its graph leads there
-        self.like = product.at.detach()
-        self._softmax: Tensor = node._saved_result.detach().exp()
-        self._classes, self._by_row = terms.classes, terms.by_row
-        mass = slope.detach().sum(self._classes, keepdim=True).neg_()
-        self._diagonal = self._softmax * mass
         bend = derivative_again(slope, edge, torch.ones_like(slope))
-        if bend is not None:
-            self._diagonal += bend
-        signs = signs_of(self._diagonal)
-        self.curved, self._signs = bool(signs), signs or (1.0,)
+        logs, slope = node._saved_result.detach(), slope.detach()
+        self.like = product.at.detach()
+        self._classes, self._by_row = terms.classes, terms.by_row
+        self._few = (logs, slope, bend) if few(logs) else None
+        if self._few is None:  # the derivatives go
+            self._spectrum = softmax_diagonal(logs, slope, bend, terms.classes)
         # What makes the logits of the outputs, where they are not the same.
         child, result = node.next_functions[0]
         self._inside = [] if terms.direct else [GradientEdge(child, result)]
         self._at = product.at
+
+    @functools.cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        """The softmax, and the diagonal."""
+        assert self._few is not None
+        return softmax_diagonal(*self._few, self._classes)
+
+    @functools.cached_property
+    def _signs(self) -> tuple[float, ...]:
+        return signs_of(self._spectrum[1])
+
+    @property
+    def curved(self) -> bool:
+        """Whether the Hessian is not zero."""
+        return bool(self._signs)
 
     def sample(self, rows: Rows = ALL) -> list[Root]:
         """Draw roots, whose squares with their signs are the Hessian on average.
@@ -80,18 +101,23 @@ class SoftmaxRoots:
             A tensor shaped as their outputs with its sign; a second one where there are
             both.
         """
-        early, late = (rows, ALL) if self._by_row else (ALL, rows)
-        roots = [(self._of_sign(sign, early), sign) for sign in self._signs]
+        early, late = (rows, ALL) if self._by_row and not self._few else (ALL, rows)
+        if self._few is not None:
+            logs = self._few[0]
+            roots, self._signs = with_signs(
+                softmax_roots(*self._few, self._classes), logs
+            )
+        else:
+            roots = [(self._of_sign(s, early), s) for s in self._signs or SIGNS[:1]]
         if self._inside:
             roots = [(self._pulled(root), sign) for root, sign in roots]
         return [(of_rows(root, late), sign) for root, sign in roots]
 
     def _of_sign(self, sign: float, rows: Rows) -> Tensor:
         """Draw a root of the part of one sign, in the logits."""
-        s = of_rows(self._softmax, rows)
-        root = of_sign(of_rows(self._diagonal, rows), sign).sqrt_()
-        root = root.copysign(torch.randn_like(root))
-        return root.addcmul_(s, root.sum(self._classes, keepdim=True), value=-1)
+        softmax, diagonal = [of_rows(x, rows) for x in self._spectrum]
+        root = root_of_sign(diagonal, sign, torch.randn_like(diagonal))
+        return in_logits(root, softmax, self._classes)
 
     def _pulled(self, root: Tensor) -> Tensor:
         """Send a root on from the logits to the outputs."""

@@ -14,6 +14,7 @@ from torch_dropout_ir.module_calls import runs_other_code
 from torch_dropout_ir.sites import (
     LAYERS,
     QUIET,
+    ROW_WISE,
     Site,
     acts,
     is_noise,
@@ -37,6 +38,7 @@ class Survey:
         others: Those that are no layers of torch, by name.
         has_buffers: Whether one of them holds a buffer.
         in_place: Whether one of them writes on its input.
+        row_wise: Whether rows stay apart in all of them, with nobody's hooks.
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class Survey:
     others: list[tuple[str, nn.Module]] = dataclasses.field(default_factory=list)
     has_buffers: bool = False
     in_place: bool = False
+    row_wise: bool = True
 
     @classmethod
     def of(cls, model: nn.Module) -> Survey:
@@ -59,6 +62,8 @@ class Survey:
             kind, own = type(module), module.__dict__
             if kind not in LAYERS:
                 seen.others.append(named)
+            if kind not in ROW_WISE:
+                seen.row_wise = False
             if kind not in QUIET:
                 seen._add_noise(*named)
             if compiling or runs_other_code(module):
@@ -67,6 +72,8 @@ class Survey:
                 seen.has_buffers = True
             if own.get("inplace"):
                 seen.in_place = True
+        if seen.callers or _hooks_on_all():
+            seen.row_wise = False
         return seen
 
     def _add_noise(self, name: str, module: nn.Module) -> None:
@@ -76,3 +83,9 @@ class Survey:
             site = Site(name, module)
             if (plain or is_site(module)) and acts(site, self.model):
                 self.sites.append(site)
+
+
+def _hooks_on_all() -> bool:
+    """Whether there are hooks on every module, which may do anything."""
+    place = nn.modules.module
+    return bool(place._global_forward_hooks or place._global_forward_pre_hooks)

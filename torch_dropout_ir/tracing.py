@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,14 @@ _ENGINE = getattr(
     getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None
 )
 _FUNCTION_MODES = getattr(torch._C, "_len_torch_function_stack", None)
+# Several roots at once: a dimension that is not seen, opened, given, taken, closed.
+_UNSEEN_DIM = tuple(
+    getattr(place, name, None)
+    for place, name in (
+        (torch._C, "_vmapmode_increment_nesting"), (torch, "_add_batch_dim"),
+        (torch, "_remove_batch_dim"), (torch._C, "_vmapmode_decrement_nesting"),
+    )
+)  # fmt: skip
 
 
 # What packs the tensors that autograd saves, if anything does.
@@ -83,6 +92,38 @@ def derivatives(
     return found
 
 
+def derivatives_of_each(
+    output: Tensor, at: GradientEdge | Tensor, roots: Tensor
+) -> Tensor | None:
+    """Return the derivative at each of several roots at once, the graph kept.
+
+    It is what ``torch.autograd.grad`` does with ``is_grads_batched=True``.
+
+    Args:
+        output: The output.
+        at: Where the derivative is taken.
+        roots: Tensors of the output's shape, one a leading index.
+
+    Returns:
+        A tensor with that index; None where there is no dependence.
+    """
+    places: list[Any] = [at]
+    start, add, remove, end = _UNSEEN_DIM
+    found: Tensor | None
+    if not (start and add and remove and end):
+        (found,) = torch.autograd.grad(
+            output, places, roots, retain_graph=True, allow_unused=True,
+            is_grads_batched=True,
+        )  # fmt: skip
+        return found
+    level = start()
+    try:
+        (found,) = derivatives(output, places, add(roots, 0, level), keep=True)
+        return None if found is None else remove(found, level, roots.shape[0], 0)
+    finally:
+        end()
+
+
 def generators(model: nn.Module) -> list[torch.Generator]:
     """Return torch's generators that a pass may draw from."""
     seen = model.parameters() if torch.cuda.is_initialized() else ()
@@ -98,7 +139,11 @@ def random_state(model: nn.Module) -> list[Tensor]:
 
 def generators_moved(model: nn.Module) -> Callable[[], bool]:
     """Return what tells whether a generator that a pass may draw from has moved."""
-    return any_moved(generators(model))
+    if torch.cuda.is_initialized():
+        return any_moved(generators(model))
+    one = torch.default_generator
+    state = one.get_state()
+    return lambda: not torch.equal(one.get_state(), state)
 
 
 def any_moved(found: Sequence[torch.Generator]) -> Callable[[], bool]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.inputs import Inputs
+from torch_dropout_ir.loss_terms import nodes_of
 from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.sites import Site, named_modules, uncompiled, unobservable
@@ -279,12 +279,12 @@ def read_beside(
     """
     if read.loss is not None and read.loss.kind != "general":
         return ()
-    with torch.enable_grad():
-        given = [x.detach() for x in read.tensors]
-        value = read.risk(given) if product is None else product.value
     sites = {edge.node for edge in edges}
-    starts = [value.grad_fn] if value.grad_fn else []
-    return (_BESIDE,) if any(node in sites for node in graph_nodes(starts)) else ()
+    if product is not None:
+        return (_BESIDE,) if product.leads_to(sites) else ()
+    with torch.enable_grad():
+        value = read.risk([x.detach() for x in read.tensors])
+    return () if sites.isdisjoint(nodes_of(value)) else (_BESIDE,)
 
 
 def check_differentiable(name: str, value: Tensor) -> None:

@@ -48,6 +48,7 @@ class CleanPass:
             ``torch.func``, or in a model that takes derivatives of its own.
         out_of_sight: What :func:`torch_dropout_ir.sites.unobservable` says.
         below: What the graph below the first site held, where that was to be weighed.
+        row_wise: Whether the model's layers keep rows apart, of matrices and more.
     """
 
     outputs: Any
@@ -59,6 +60,7 @@ class CleanPass:
     unreachable: tuple[str, ...]
     out_of_sight: dict[str, str]
     below: Held
+    row_wise: bool = False
 
     def noise_left_out(self, model: nn.Module) -> tuple[str, ...]:
         """Return what is to be said of noise that a form of this pass lacks."""
@@ -150,11 +152,7 @@ class CleanPass:
     def row_weights(self, outputs: Tensor, root: Tensor) -> dict[int, Tensor]:
         """Return the sum of magnitudes of each row of what a root is at each use."""
         found: dict[int, Tensor] = {}
-
-        def receive(use: int, g: Tensor) -> None:
-            found[use] = self.row_weight(g)
-
-        self.pull(outputs, root, receive)
+        self.pull(outputs, root, lambda i, g: found.update({i: self.row_weight(g)}))
         return found
 
     @staticmethod
@@ -212,7 +210,8 @@ class CleanPass:
         count = self.count(outputs)
         meet: bool | None = True
         if count and self.by_samples(count):
-            meet = False if count < 2 else rows_meet(outputs, self.edges, count)
+            apart = count < 2 or (self.row_wise and outputs.ndim > 1)
+            meet = False if apart else rows_meet(outputs, self.edges, count)
         return meet if every(meet is not None, "graph") else None
 
     def _couples(self, outputs: Tensor) -> bool:
@@ -294,6 +293,7 @@ def clean_pass(
         last = seen.maker(outputs) if alone else None
         seen.close()
         said = drawn, noisy, tuple(seen.unreachable), hidden, seen.below
-        found = CleanPass(outputs, uses, [*seen.zeros.values()], last, *said)
+        zeros, rows = list(seen.zeros.values()), survey.row_wise
+        found = CleanPass(outputs, uses, zeros, last, *said, rows)
         del outputs  # what the pass lets go of
         yield found

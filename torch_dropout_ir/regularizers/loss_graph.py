@@ -14,16 +14,21 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
-from torch_dropout_ir.loss_terms import ELEMENTWISE, LOSSES, OF_LABELS, is_linear
+from torch_dropout_ir.loss_terms import (
+    ELEMENTWISE,
+    LEAF,
+    LOSSES,
+    OF_LABELS,
+    Nodes,
+    is_linear,
+)
 from torch_dropout_ir.regularizers.row_graph import (
     RULES,
     START,
     Op,
     Place,
     broadcast,
-    inputs_first,
     less,
     within,
 )
@@ -34,32 +39,33 @@ _ADDS: Final = frozenset(("SumBackward0", "MeanBackward0"))
 _ADDS_SOME: Final = frozenset(("SumBackward1", "MeanBackward1"))
 
 
-def rows_apart(value: Tensor, outputs: Tensor) -> bool:
+def rows_apart(outputs: Tensor, nodes: Nodes) -> bool:
     """Whether the graph shows a sum of terms of one row each.
 
     Args:
-        value: The loss, with its graph.
-        outputs: The outputs, the leaf of that graph.
+        outputs: The outputs, the leaf of the graph of the loss.
+        nodes: The nodes of that.
 
     Returns:
         Whether it does; False where it does not tell.
     """
-    if value.grad_fn is None or not outputs.ndim:
+    if not nodes or not outputs.ndim:
         return False
-    found: dict[Any, Place | None] = {get_gradient_edge(outputs).node: START}
-    for node, edges in inputs_first([(value.grad_fn, None)], found):
+    found: dict[Any, Place | None] = {}
+    rows, place = outputs.shape[0], None  # to ask a tensor for its length takes longer
+    for node, (name, edges) in nodes.items():
         places = [found.get(child) for child, _ in edges]
         if not any(places):
-            found[node] = None
-            continue
-        name = node.name()
-        if len(edges) == 1 and name in ELEMENTWISE and places[0] != _SUM:
-            found[node] = places[0]
-            continue
-        found[node] = _place(name, Op(node, edges, places, len(outputs)))
-        if found[node] is None:
-            return False
-    return found[value.grad_fn] == _SUM
+            own = type(node) is LEAF and getattr(node, "variable", None) is outputs
+            place = START if own else None
+        elif len(edges) == 1 and name in ELEMENTWISE and places[0] != _SUM:
+            place = places[0]
+        else:
+            place = _place(name, Op(node, edges, places, rows))
+            if place is None:
+                return False
+        found[node] = place
+    return place == _SUM
 
 
 def _place(name: str, op: Op) -> Place | None:

@@ -90,7 +90,7 @@ class OutputsRead:
         if len(counts) != 1 or any(x.ndim < dims for x in self.tensors):
             return True
         product = product or self.product()
-        if product and dims == 1 and rows_apart(product.value, product.at):
+        if product and dims == 1 and rows_apart(product.at, product.nodes):
             return False
         at, slopes = self.differentiated(product)
         live = [s for s in slopes if s.requires_grad]

@@ -44,7 +44,7 @@ def choose(
         terms = product.terms
         couples = not (terms and terms.by_row) and read.couples(product=product)
         alone = terms is not None and terms.log_softmax is None
-        if alone or (len(f) == f.numel() and not couples):
+        if alone or (f.shape[0] == f.numel() and not couples):
             loss = Loss(loss.function, "elementwise", loss.reduction)
     else:
         couples, terms = False, None
@@ -75,7 +75,7 @@ def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None, few: int) 
     Returns:
         Whether they pay.
     """
-    width = f[0].numel()
+    width = f.shape[1:].numel()
     if f.numel() * width > _MOST_BLOCK_ELEMENTS or num_samples is None:
         return f.numel() * width <= _MOST_BLOCK_ELEMENTS
     size = sum([h.numel() for _, h, _ in clean.uses])

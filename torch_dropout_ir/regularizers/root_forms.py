@@ -54,7 +54,8 @@ class RootForms:
     ) -> None:
         self.num_samples = num_samples
         self._roots, self.loss_couples = choose(clean, read, num_samples, product)
-        self._count = clean.count(read.tensors[0])
+        # Of what there is when the graph has been let go.
+        self._count = clean.count(read.tensors[0]) if num_samples is None else 0
         self.rooted = self._roots is not None
         of_products = isinstance(self._roots, ProductRoots)
         self.one_pass = num_samples == 1 and self.rooted and not of_products

@@ -125,13 +125,15 @@ def inputs_first(
             continue
         if edges is None:
             edges = node.next_functions
-            stack.append((node, edges))
-            for child, _ in edges:
-                if type(child) is LEAF:
-                    done.setdefault(child, None)  # a parameter
-                elif child is not None and child not in done:
-                    stack.append((child, None))
-            continue
+            left = [
+                (child, None)
+                for child, _ in edges
+                if child is not None and type(child) is not LEAF and child not in done
+            ]
+            if left:
+                stack.append((node, edges))
+                stack += left
+                continue
         yield node, edges
 
 

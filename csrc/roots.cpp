@@ -1,0 +1,212 @@
+// Random roots of the Hessian of a loss in its outputs, on the CPU: of a diagonal, of a
+// softmax with a diagonal, and of a block for each sample. Of few outputs a dozen of
+// torch's own operations take longer than a network's pass back.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+
+#include "arguments.h"
+
+namespace dropout {
+namespace {
+
+using Numbers = std::vector<double>;
+
+template <class T>
+Numbers read(const Tensor& x) {
+  const T* data = static_cast<const T*>(x.data());
+  return Numbers(data, data + x.numel());
+}
+
+Numbers numbers(const char* op, Tensor& x) {
+  const bool wide = is_double(op, x);
+  x.make_contiguous();
+  return wide ? read<double>(x) : read<float>(x);
+}
+
+Tensor tensor_of(const Numbers& values, int64_t dim, const int64_t* sizes,
+                 int32_t dtype) {
+  Tensor found =
+      Tensor::empty(dim, sizes, dtype, Device{aoti_torch_device_type_cpu(), 0});
+  if (dtype == aoti_torch_dtype_float64()) {
+    std::copy(values.begin(), values.end(), static_cast<double*>(found.data()));
+  } else {
+    std::transform(values.begin(), values.end(), static_cast<float*>(found.data()),
+                   [](double x) { return static_cast<float>(x); });
+  }
+  return found;
+}
+
+// What `torch.randn` draws, of which the signs count.
+Numbers drawn(const char* op, int64_t dim, const int64_t* sizes, int32_t dtype) {
+  int32_t kind = aoti_torch_device_type_cpu();
+  AtenTensorHandle handle;
+  DROPOUT_TORCH(aoti_torch_cpu_randn(sizes, dim, &dtype, nullptr, &kind, 0, nullptr,
+                                     &handle));
+  Tensor found(handle);
+  return numbers(op, found);
+}
+
+bool has_sign(const Numbers& values, double sign) {
+  double least = std::numeric_limits<double>::infinity(), most = -least;
+  for (const double x : values) {
+    if (std::isnan(x)) return sign > 0;  // to be found in the result
+    least = std::min(least, x);
+    most = std::max(most, x);
+  }
+  if (sign > 0) return most > 0;
+  return least < 0 && least <= -1e-6 * std::max(most, -least);  // else rounding
+}
+
+// Gives back the roots of the part of each sign, with nothing in the place of none:
+// square roots of the values with random signs, which `turn` makes outputs of.
+template <class Turn>
+void give_roots(const char* op, StableIValue* stack, const Numbers& values, int64_t dim,
+                const int64_t* sizes, int32_t dtype, const Turn& turn) {
+  const Numbers signs = drawn(op, dim, sizes, dtype);
+  const int64_t none = 0;
+  StableListHandle roots;
+  DROPOUT_TORCH(torch_new_list_reserve_size(2, &roots));
+  for (const double sign : {1.0, -1.0}) {
+    const bool there = has_sign(values, sign);
+    Numbers root(there ? values.size() : 0);
+    for (size_t i = 0; i < root.size(); ++i) {
+      const double part = sign * values[i];
+      root[i] = part <= 0 ? 0 : std::copysign(std::sqrt(part), signs[i]);
+    }
+    if (there) turn(root);
+    Tensor found = tensor_of(root, there ? dim : 1, there ? sizes : &none, dtype);
+    DROPOUT_TORCH(torch_list_push_back(roots, to_stack(std::move(found))));
+  }
+  stack[0] = bit_cast<StableIValue>(roots);
+}
+
+void diagonal_roots(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "diagonal_roots";
+  Tensor diagonal(from_stack<AtenTensorHandle>(stack[0]));
+  const Numbers values = numbers(op, diagonal);
+  give_roots(op, stack, values, diagonal.dim(), diagonal.sizes(), diagonal.dtype(),
+             [](Numbers&) {});
+}
+
+void softmax_roots(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "softmax_roots";
+  Tensor logs(from_stack<AtenTensorHandle>(stack[0]));
+  Tensor slope(from_stack<AtenTensorHandle>(stack[1]));
+  Tensor bend(from_optional(stack[2]));
+  const int64_t classes = from_stack<int64_t>(stack[3]);
+  const int64_t dim = logs.dim(), numel = logs.numel();
+  DROPOUT_CHECK(classes >= 0 && classes < dim, op, ": expected a dimension below ", dim,
+                ", got ", classes);
+  const bool bent = bend.get() != nullptr;
+  DROPOUT_CHECK(slope.numel() == numel && (!bent || bend.numel() == numel), op,
+                ": expected as many slopes and bends as log-probabilities, ", numel,
+                ", got ", slope.numel(), bent ? " and " : "",
+                bent ? std::to_string(bend.numel()) : "");
+  Numbers s = numbers(op, logs), values = numbers(op, slope);
+  const Numbers more = bent ? numbers(op, bend) : Numbers();
+  const size_t count = static_cast<size_t>(logs.sizes()[classes]);
+  size_t inner = 1;
+  for (int64_t d = classes + 1; d < dim; ++d) {
+    inner *= static_cast<size_t>(logs.sizes()[d]);
+  }
+  // What each entry makes of the sum over its classes.
+  const auto by_row = [&](Numbers& x, const auto& make) {
+    for (size_t outer = 0; outer < x.size(); outer += count * inner) {
+      for (size_t first = outer; first < outer + inner; ++first) {
+        double sum = 0;
+        for (size_t c = 0; c < count; ++c) sum += x[first + c * inner];
+        for (size_t c = 0, i = first; c < count; ++c, i += inner) x[i] = make(i, sum);
+      }
+    }
+  };
+  for (double& x : s) x = std::exp(x);
+  by_row(values, [&](size_t i, double sum) {
+    return -sum * s[i] + (bent ? more[i] : 0);
+  });
+  give_roots(op, stack, values, dim, logs.sizes(), logs.dtype(), [&](Numbers& root) {
+    by_row(root, [&](size_t i, double sum) { return root[i] - s[i] * sum; });
+  });
+}
+
+// Turns a symmetric matrix `a` into its eigenvalues, on the diagonal, and `v` into the
+// eigenvectors, its columns: rotations of two axes at a time, cyclically (Jacobi 1846),
+// until the squares beside the diagonal are below `rest` of all.
+void diagonalize(double* a, double* v, size_t k, double rest) {
+  constexpr int kTurns = 50;
+  for (size_t i = 0; i < k * k; ++i) v[i] = i % (k + 1) ? 0 : 1;
+  for (int turn = 0; turn < kTurns; ++turn) {
+    double off = 0, all = 0;
+    for (size_t i = 0; i < k * k; ++i) {
+      all += a[i] * a[i];
+      off += i % (k + 1) ? a[i] * a[i] : 0;
+    }
+    if (!(off > rest * all)) return;
+    for (size_t p = 0; p < k; ++p) {
+      for (size_t q = p + 1; q < k; ++q) {
+        const double between = a[p * k + q];
+        if (between == 0) continue;
+        const double theta = (a[q * k + q] - a[p * k + p]) / (2 * between);
+        const double tangent = 1 / (std::abs(theta) + std::sqrt(theta * theta + 1));
+        const double t = std::copysign(tangent, theta);
+        const double c = 1 / std::sqrt(t * t + 1), s = t * c;
+        const auto rotate = [c, s](double& x, double& y) {
+          const double old = x;
+          x = c * old - s * y;
+          y = s * old + c * y;
+        };
+        for (size_t i = 0; i < k; ++i) rotate(a[i * k + p], a[i * k + q]);
+        for (size_t i = 0; i < k; ++i) rotate(a[p * k + i], a[q * k + i]);
+        for (size_t i = 0; i < k; ++i) rotate(v[i * k + p], v[i * k + q]);
+      }
+    }
+  }
+}
+
+void block_roots(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "block_roots";
+  Tensor columns(from_stack<AtenTensorHandle>(stack[0]));
+  DROPOUT_CHECK(columns.dim() == 3 && columns.sizes()[0] == columns.sizes()[2], op,
+                ": expected `columns` of shape [K, n, K], got ", columns.dim(),
+                " dimensions and ", columns.numel(), " elements");
+  const Numbers given = numbers(op, columns);
+  const int64_t* sizes = columns.sizes() + 1;
+  const size_t n = static_cast<size_t>(sizes[0]), k = static_cast<size_t>(sizes[1]);
+  Numbers values(n * k), vectors(n * k * k), block(k * k);
+  const double rest = is_double(op, columns) ? 1e-30 : 1e-16;  // under its rounding
+  for (size_t i = 0; i < n; ++i) {
+    bool finite = true;
+    for (size_t p = 0; p < k; ++p) {
+      for (size_t q = 0; q < k; ++q) {
+        const double x = (given[(p * n + i) * k + q] + given[(q * n + i) * k + p]) / 2;
+        finite = finite && std::isfinite(x);
+        block[p * k + q] = x;
+      }
+    }
+    diagonalize(block.data(), &vectors[i * k * k], k, rest);
+    for (size_t c = 0; c < k; ++c) {
+      values[i * k + c] =
+          finite ? block[c * (k + 1)] : std::numeric_limits<double>::quiet_NaN();
+    }
+  }
+  give_roots(op, stack, values, 2, sizes, columns.dtype(), [&](Numbers& root) {
+    Numbers turned(root.size());
+    for (size_t i = 0; i < root.size(); ++i) {
+      const double* own = &root[i / k * k];
+      for (size_t c = 0; c < k; ++c) turned[i] += vectors[i * k + c] * own[c];
+    }
+    root.swap(turned);
+  });
+}
+
+}  // namespace
+}  // namespace dropout
+
+STABLE_TORCH_LIBRARY_IMPL(torch_dropout_ir, CPU, library) {
+  library.impl("diagonal_roots", &dropout::diagonal_roots);
+  library.impl("softmax_roots", &dropout::softmax_roots);
+  library.impl("block_roots", &dropout::block_roots);
+}
