@@ -22,7 +22,7 @@ FLOORS = {
         "ops",
         "functional", "inputs",
         "batches",
-        "substitution",
+        "substitution", "written_parameters",
         "vectors",
         "arrivals", "collectives", "weight_parts",
         "sites",

@@ -1,4 +1,4 @@
-"""Parameters that a forward pass itself writes on, given back after a measure's own.
+"""Which parameters the passes of a script write on.
 
 Key encoders that follow by momentum, annealed temperatures and constraints are kept in
 parameters. Version counters do not tell of writing on ``x.data``; the values do.
@@ -6,15 +6,13 @@ parameters. Version counters do not tell of writing on ``x.data``; the values do
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from torch_dropout_ir.analysis.distributed import is_sharded
+from torch_dropout_ir.written_parameters import is_plain, unwritten
 
 _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -41,28 +39,16 @@ class ParameterWrites:
         self._written |= {id(x): x for x, was in known if _print(x) != was}
         self._before = []
 
-    @contextlib.contextmanager
-    def kept(self, model: nn.Module) -> Iterator[None]:
+    def kept(self, model: nn.Module) -> AbstractContextManager[None]:
         """Begin each pass with these parameters as they are, and give them back.
 
         Args:
             model: The model that runs: the own one, or its copy.
+
+        Returns:
+            A context.
         """
-        kept = [(x, x.data, x.detach().clone()) for x in self._written.values()]
-
-        @torch.no_grad()
-        def give_back(*_: Any) -> None:
-            for x, data, was in kept:
-                x.data = data
-                data.copy_(was)
-
-        hook = model.register_forward_pre_hook(give_back) if kept else None
-        try:
-            yield
-        finally:
-            if hook is not None:
-                hook.remove()
-                give_back()
+        return unwritten(model, list(self._written.values()))
 
 
 def _print(x: Tensor) -> Any:
@@ -71,7 +57,7 @@ def _print(x: Tensor) -> Any:
     Returns:
         Something to compare.
     """
-    if is_lazy(x) or is_sharded(x) or type(x.data) is not Tensor or x.is_sparse:
+    if not is_plain(x):
         return None
     plain = torch.view_as_real(x.data) if x.is_complex() else x.data
     bits = plain.view(_BITS[plain.element_size()])

@@ -40,6 +40,7 @@ from torch_dropout_ir.regularizers.site_forms import (
     join,
     of_sums,
 )
+from torch_dropout_ir.written_parameters import unwritten
 
 # A backward pass that may be repeated holds under twice what a training step does.
 _CHUNKS: Final = 2
@@ -64,9 +65,8 @@ def gauss_newton(
     (``num_samples=None``): one an output of a sample; of the batch where samples meet.
 
     Equal to ``E[R_drop] - R_S`` for a squared loss and one site whose output goes
-    straight into the last linear layer; else its second-order part without the
-    curvature of the layers above (``exact`` says which); it can be off by a factor of
-    two and more in deep networks.
+    straight into the last linear layer (``exact``); else its second-order part without
+    the curvature above, off by a factor of two and more in deep networks.
 
     Of a loss without a closed form its graph tells what the outputs' Hessian is: of
     log-probabilities that of a softmax, with a diagonal; a diagonal where it is
@@ -86,8 +86,7 @@ def gauss_newton(
     and of an exact sum more than 64 MB.
 
     Whether samples meet is seen in the graph where its operations are known to keep
-    them apart, and else asked of an eighth of a large batch. Rows that do not run by
-    themselves as among all do not tell, and pass for samples that meet.
+    them apart, else asked of an eighth of a large batch; it is assumed if that fails.
 
     Args:
         model: The network. Of several outputs, those count that the loss reads.
@@ -124,8 +123,9 @@ def gauss_newton(
     if num_samples is not None:
         check_count("gauss_newton", "num_samples", num_samples, 1)
     resolved, batch = resolve_loss(loss), as_pair(batch)
-    seen = _first_pass(model, batch, resolved, num_samples)
-    result = seen.result or _drawn(seen, model, batch, resolved, num_samples)
+    with unwritten(model):
+        seen = _first_pass(model, batch, resolved, num_samples)
+        result = seen.result or _drawn(seen, model, batch, resolved, num_samples)
     check_finite("gauss_newton", result.value, model, batch[0])
     return result
 

@@ -18,6 +18,7 @@ from torch_dropout_ir.regularizers.checks import (
     noise_left_out,
 )
 from torch_dropout_ir.regularizers.gradient_pairs import GradientPairs
+from torch_dropout_ir.written_parameters import unwritten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +133,17 @@ def gradient_norm(
     rates = learning_rates(lr, list(parameters(model)))
     norms = GradientPairs(model, resolve_loss(loss), rates, shared_mask)
     batches = [as_pair(each) for each in as_batches(batch)]
-    if len(batches) == 1:
-        rows = [norms.pair(batches[0]) for _ in range(num_masks // 2)]
-    elif batches and len(batches) % 2 == 0:
-        rows = [
-            norms.across(a, b, num_masks)
-            for a, b in zip(batches[::2], batches[1::2], strict=True)
-        ]
-    else:
+    if not batches or (len(batches) > 1 and len(batches) % 2):
         raise ValueError(
             "gradient_norm: expected one batch or an even number of them, got "
             f"{len(batches)}: the squared mean gradient comes from pairs"
         )
+    with unwritten(model):
+        if len(batches) == 1:
+            rows = [norms.pair(batches[0]) for _ in range(num_masks // 2)]
+        else:
+            pairs = zip(batches[::2], batches[1::2], strict=True)
+            rows = [norms.across(a, b, num_masks) for a, b in pairs]
     table = torch.stack(rows)
     # A loss that is not finite can have a gradient that is, or is 0.
     finite = table.sum() + 0 * torch.as_tensor(norms.risk).to(table)

@@ -37,6 +37,7 @@ from torch_dropout_ir.regularizers.trained_roots import (
 from torch_dropout_ir.sites import find_sites, uncompiled
 from torch_dropout_ir.substitution import buffers_moved
 from torch_dropout_ir.tracing import checkpointed
+from torch_dropout_ir.written_parameters import unwritten
 
 Kind: TypeAlias = Literal["L1", "L2", "L3", "L4", "regu"]
 R1: TypeAlias = Literal[
@@ -140,19 +141,20 @@ def modified_loss(
     batch = as_pair(batch)
     check_batch(model, batch[0])
     resolved = resolve_loss(loss)
-    if kind in ("L1", "L4"):
-        with _not_checkpointed(model):
-            return _with_r1(model, batch, resolved, kind, r1, max_bytes)
-    assert lr is not None  # by `_check`
-    value = with_penalty(
-        model, batch, resolved, lr,
-        weight=float(kind != "L2"), sign=-1.0 if kind == "L3" else 1.0,
-        move_buffers=kind != "L2", max_bytes=max_bytes,
-    )  # fmt: skip
-    if kind == "L2":
-        with _not_checkpointed(model):
-            return value + _clean_risk(model, batch, resolved, move_buffers=True)
-    return value
+    with unwritten(model, stays="last" if kind in ("L2", "L4") else "first"):
+        if kind in ("L1", "L4"):
+            with _not_checkpointed(model):
+                return _with_r1(model, batch, resolved, kind, r1, max_bytes)
+        assert lr is not None  # by `_check`
+        value = with_penalty(
+            model, batch, resolved, lr,
+            weight=float(kind != "L2"), sign=-1.0 if kind == "L3" else 1.0,
+            move_buffers=kind != "L2", max_bytes=max_bytes,
+        )  # fmt: skip
+        if kind == "L2":
+            with _not_checkpointed(model):
+                return value + _clean_risk(model, batch, resolved, move_buffers=True)
+        return value
 
 
 def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torch_dropout_ir.arguments import check_count, check_real
 from torch_dropout_ir.functional import Batch
@@ -17,6 +17,7 @@ from torch_dropout_ir.regularizers.checks import (
 )
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk
+from torch_dropout_ir.written_parameters import unwritten
 
 _AT_A_TIME: Final = 8
 # Fewer draws show their spread too badly to stop on it; where they do not suffice to
@@ -91,23 +92,32 @@ def monte_carlo(
     if rtol is not None:
         check_real("monte_carlo", "rtol", rtol, above=0, finite=False)
     batch = as_pair(batch)
-    excess = ExcessRisk(model, batch, resolve_loss(loss))
-    drawn, looked, reached = 0, False, False
-    while drawn < num_masks and not reached:
-        least = _AT_A_TIME if drawn else _FIRST_LOOK
-        more = num_masks if rtol is None else min(least, num_masks - drawn)
-        excess.draw(more)
-        drawn += more
-        value, error = excess.mean()
-        if rtol is not None and (excess.can_fit or drawn >= _FIRST_WITHOUT_FIT):
-            # At the first look there was no choice, hence no bias.
-            stopped = value - excess.stopping_bias() if looked else value
-            reached = bool(error <= rtol * torch.minimum(value.abs(), stopped.abs()))
-            value, looked = stopped if reached else value, True
+    with unwritten(model):
+        excess = ExcessRisk(model, batch, resolve_loss(loss))
+        value, error, reached = _average(excess, num_masks, rtol)
     check_finite("monte_carlo", value, model, batch[0])
     converged = reached or rtol is None
     noisy, seen = excess.noisy or bool(excess.seen.silenced), excess.seen
     notes = noise_left_out(model, noisy, seen.met, drawn=excess.noisy, cut=seen.cut)
     if not excess.knows_its_error:
         notes = (*notes, TOO_ALIKE)
-    return Estimate(value, {}, error, False, drawn, converged, notes)
+    return Estimate(value, {}, error, False, excess.num_masks, converged, notes)
+
+
+def _average(
+    excess: ExcessRisk, num_masks: int, rtol: float | None
+) -> tuple[Tensor, Tensor, bool]:
+    """Draw masks; return the mean, its error, and whether that reached ``rtol``."""
+    looked, reached = False, False
+    while excess.num_masks < num_masks and not reached:
+        least = _AT_A_TIME if excess.num_masks else _FIRST_LOOK
+        left = num_masks - excess.num_masks
+        excess.draw(left if rtol is None else min(least, left))
+        value, error = excess.mean()
+        fits = excess.can_fit or excess.num_masks >= _FIRST_WITHOUT_FIT
+        if rtol is not None and fits:
+            # At the first look there was no choice, hence no bias.
+            stopped = value - excess.stopping_bias() if looked else value
+            reached = bool(error <= rtol * torch.minimum(value.abs(), stopped.abs()))
+            value, looked = stopped if reached else value, True
+    return value, error, reached

@@ -31,6 +31,7 @@ from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble, join, signs
 from torch_dropout_ir.regularizers.step_memory import WHOLE, Held, kept_is_less
+from torch_dropout_ir.written_parameters import unwritten
 
 # A double backward keeps up to three times what a training step does, and attention
 # in its kernel the weights, beside the outputs of all rows.
@@ -125,13 +126,14 @@ def second_order(
     if num_samples is not None:
         check_count("second_order", "num_samples", num_samples, 1)
     resolved, batch = resolve_loss(loss), as_pair(batch)
-    seen = _first_pass(model, batch, resolved, num_samples)
-    draws, notes, coupled = seen.draws, seen.notes, seen.coupled
-    if draws is None and seen.chunks is not None:
-        draws = _by_chunks(seen.chunks, seen.masks, num_samples, coupled)
-    if draws is None:
-        draws, coupled, more = _together(model, batch, resolved, seen, num_samples)
-        notes = (*notes, *more)
+    with unwritten(model):
+        seen = _first_pass(model, batch, resolved, num_samples)
+        draws, notes, coupled = seen.draws, seen.notes, seen.coupled
+        if draws is None and seen.chunks is not None:
+            draws = _by_chunks(seen.chunks, seen.masks, num_samples, coupled)
+        if draws is None:
+            draws, coupled, more = _together(model, batch, resolved, seen, num_samples)
+            notes = (*notes, *more)
     names = [site.name for site, _, _ in seen.masks]
     found = assemble(names, draws, num_samples, coupled, seen.exact, seen.like)
     check_finite("second_order", found.value, model, batch[0])

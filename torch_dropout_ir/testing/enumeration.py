@@ -25,6 +25,7 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.loss_graph import rows_apart
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.sites import Site
+from torch_dropout_ir.written_parameters import unwritten
 
 MAX_MASKS: Final = 2**20
 # Masks of all samples up to which those are taken where no graph shows samples apart;
@@ -118,7 +119,8 @@ def expected_dropout_loss(
     if coupled is not None:
         check_flag("expected_dropout_loss", "coupled", coupled)
     resolved, batch = resolve_loss(loss), as_pair(batch)
-    uses = uses_of_sites(model, batch, resolved, coupled)
+    with unwritten(model):
+        uses = uses_of_sites(model, batch, resolved, coupled)
     if uses.drawn:
         raise ValueError(
             "expected_dropout_loss: expected a model whose only noise is that of its "
@@ -133,7 +135,8 @@ def expected_dropout_loss(
         )
     for note in uses.left_out:
         warnings.warn(f"expected_dropout_loss: {note}", stacklevel=2)
-    return average(model, batch, resolved, uses)
+    with unwritten(model):
+        return average(model, batch, resolved, uses)
 
 
 @dataclasses.dataclass(frozen=True)

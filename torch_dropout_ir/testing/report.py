@@ -40,6 +40,7 @@ from torch_dropout_ir.testing.enumeration import (
     uses_of_sites,
 )
 from torch_dropout_ir.testing.findings import Claim, Finding, RegularizerReport
+from torch_dropout_ir.written_parameters import unwritten
 
 Estimator: TypeAlias = tuple[Claim, Callable[[], Estimate]]
 _FAR: Final = 5.0  # standard errors
@@ -102,7 +103,7 @@ def check_regularizer(
     check_real("check_regularizer", "rtol", rtol, least=0, finite=False)
     resolved, batch = resolve_loss(loss), as_pair(batch)
     check_batch(model, batch[0])
-    with preserved_rng(model, seed):
+    with preserved_rng(model, seed), unwritten(model):
         clean = clean_risk(model, batch, resolved).detach()
         check_finite("check_regularizer", clean, model, batch[0])
         risk = float(clean)

@@ -1,0 +1,164 @@
+"""Floor 1: parameters that a forward pass itself writes on, given back after ours.
+
+Semantics:
+
+* Key encoders that follow by momentum, annealed temperatures and constraints are kept
+  in parameters. Every pass of ours begins with them as they were before the first.
+* Which they are is seen as a pass writes: a copy is made of what is about to change,
+  and of nothing else. It is not seen of scripted code and of what NumPy writes.
+* Layers of torch as they are write on no parameter, embeddings with ``max_norm`` apart,
+  and are not looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from torch_dropout_ir.module_calls import runs_other_code
+from torch_dropout_ir.sites import named_modules, uncompiled
+from torch_dropout_ir.tracing import mapped, unasked
+
+_ASSIGN: Final = ("__set__", "__setitem__")
+_EMBED: Final = ("embedding", "embedding_bag")
+
+
+class _Kept:
+    """Parameters as they were: their tensors, and copies of the values."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._kept)
+
+    def add(self, x: Tensor) -> None:
+        if id(x) not in self._kept:
+            self._kept[id(x)] = x, x.data, x.detach().clone()
+
+    def now(self) -> _Kept:
+        """Return them as they are now."""
+        found = _Kept()
+        for x, _, _ in self._kept.values():
+            found.add(x)
+        return found
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        for x, data, was in self._kept.values():
+            x.data = data
+            data.copy_(was)
+
+
+class _Writes(TorchFunctionMode):
+    """Keeps each parameter that a call is about to write on.
+
+    Args:
+        model: The model.
+        keep: Called with one.
+    """
+
+    def __init__(self, model: nn.Module, keep: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._model, self._keep = model, keep
+
+    @functools.cached_property
+    def _in_memory(self) -> dict[int, list[Tensor]]:
+        """The parameters that have been made, by where in memory they begin."""
+        found: dict[int, list[Tensor]] = {}
+        for x in filter(is_plain, self._model.parameters()):
+            found.setdefault(x.untyped_storage().data_ptr(), []).append(x)
+        return found
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        named = kwargs or {}
+        if _writes(getattr(func, "__name__", ""), args, named):
+            with unasked():
+                self._look((args, named))
+        return func(*args, **named)
+
+    def _look(self, given: Any) -> None:
+        for x in tree_leaves(given):
+            if isinstance(x, Tensor) and not mapped(x) and is_plain(x):
+                place = x.untyped_storage().data_ptr()
+                for written in self._in_memory.get(place, ()):
+                    self._keep(written)
+
+
+def _writes(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether a call of one of torch's functions may write on what it is given."""
+    if name.startswith("__"):
+        return name in _ASSIGN or name.startswith("__i")
+    if name in _EMBED:
+        return named.get("max_norm", (*args, None, None, None, None)[3]) is not None
+    return name.endswith("_") or "out" in named or bool(named.get("inplace"))
+
+
+def _may_write(module: nn.Module) -> bool:
+    return runs_other_code(module) or vars(module).get("max_norm") is not None
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether the values of a parameter are in memory of its own, one by one."""
+    return not is_lazy(x) and type(x.data) is Tensor and not x.is_sparse
+
+
+@contextlib.contextmanager
+def unwritten(
+    model: nn.Module,
+    known: Iterable[Tensor] | None = None,
+    stays: Literal["nothing", "first", "last"] = "nothing",
+) -> Iterator[None]:
+    """Begin each pass with the parameters as they were, and give them back.
+
+    Args:
+        model: The model.
+        known: Those that its passes write on, if that is known.
+        stays: Which pass is one of training, whose writing stays at the end.
+    """
+    model, kept = uncompiled(model), _Kept()
+    for x in known or ():
+        kept.add(x)
+    looks = known is None and any(_may_write(m) for _, m in named_modules(model))
+    if not looks and not known:
+        yield
+        return
+    after, running = list[_Kept](), list[_Writes]()
+
+    def begin(*_: Any) -> None:
+        if kept:
+            kept.give_back()
+        if looks:
+            running.append(_Writes(model, kept.add).__enter__())
+
+    def end(*_: Any) -> None:
+        if running:
+            running.pop().__exit__(None, None, None)
+        if stays == "last" or (stays == "first" and not after):
+            after[:] = [kept.now()]
+
+    before = model.register_forward_pre_hook(begin, prepend=True)
+    behind = model.register_forward_hook(end, always_call=True)
+    try:
+        yield
+    finally:
+        while running:  # it was broken off
+            end()
+        before.remove()
+        behind.remove()
+        for values in filter(None, (kept, *after)):
+            values.give_back()
