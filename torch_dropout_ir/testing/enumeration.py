@@ -225,7 +225,7 @@ def _shown_apart(clean: CleanPass, read: OutputsRead) -> bool:
         return False
     assert read.loss is not None  # else there is no product
     known = read.loss.kind != "general"
-    return known or rows_apart(product.value, product.at)
+    return known or rows_apart(product.at, product.nodes)
 
 
 def _meet_at_masks(
