@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
-from torch_dropout_ir.regularizers.coupling import told_by_powers
+from torch_dropout_ir.regularizers.coupling import row_weight, told_by_powers
 from torch_dropout_ir.regularizers.leaves import without_graph
 from torch_dropout_ir.regularizers.recorder import Recorder, Use, shape_of
 from torch_dropout_ir.regularizers.row_graph import rows_meet
@@ -150,15 +151,10 @@ class CleanPass:
         found: dict[int, Tensor] = {}
 
         def receive(use: int, g: Tensor) -> None:
-            found[use] = self.row_weight(g)
+            found[use] = row_weight(g)
 
         self.pull(outputs, root, receive)
         return found
-
-    @staticmethod
-    def row_weight(g: Tensor) -> Tensor:
-        """Return the sum of magnitudes of each row."""
-        return g.abs().flatten(1).sum(1) if g.ndim > 1 else g.abs()
 
     def count(self, outputs: Tensor) -> int:
         """Return the number of samples, each of which may have several rows.
@@ -235,6 +231,7 @@ def clean_pass(
     reduce: Callable[[Any], Any] | None = None,
     find_last: bool = True,
     weigh: bool = False,
+    sketch: bool = False,
 ) -> Iterator[CleanPass]:
     """Run ``model`` without noise; take derivatives inside the context.
 
@@ -252,6 +249,8 @@ def clean_pass(
         bare: Whether no code of the user's will run in the context, a loss for one.
         find_last: Whether to look for the layer that makes the outputs.
         weigh: Whether to weigh what a step would hold below the first site.
+        sketch: Whether no graph is needed where memory matters: none is made then
+            above the site that says so.
         reduce: Makes the pass's outputs of the model's, of which it then holds none.
 
     Yields:
@@ -264,10 +263,11 @@ def clean_pass(
     survey = Survey.of(model)
     check_batch(model, inputs, survey.modules)
     model = survey.model
-    seen = Recorder(outlives, first, weigh)
     none = contextlib.nullcontext()
     # Nothing but other code than torch's layers runs attention.
     kernels = differentiable(thrice) if (twice and survey.callers) or thrice else none
+    most = _FEWEST_ELEMENTS - 1 if sketch else math.inf
+    seen = Recorder(model, outlives, first, weigh, most)
     own = lean_derivatives() if lean else none
     placed = at_sites(
         model, seen.perturb, move_buffers=move_buffers, outlives=outlives,
@@ -276,7 +276,8 @@ def clean_pass(
     reading = seen.reading(survey.modules) if find_last else none
     with torch.enable_grad(), kernels, own, placed as calls, reading:
         moved = None if calls.absent else generators_moved(model)
-        outputs = call(model, inputs, move_buffers=move_buffers, survey=survey)
+        with seen.light:
+            outputs = call(model, inputs, move_buffers=move_buffers, survey=survey)
         if reduce is not None:
             outputs = reduce(outputs)
         if bare and not calls.again:

@@ -33,6 +33,15 @@ def uneven(like: Tensor, first: int = 0) -> Tensor:
     return period.repeat(-(-count // _PERIOD))[:count].view(like.shape)
 
 
+def row_weight(g: Tensor) -> Tensor:
+    """Return the sum of magnitudes of each row.
+
+    Args:
+        g: The tensor.
+    """
+    return g.abs().flatten(1).sum(1) if g.ndim > 1 else g.abs()
+
+
 def even_root(like: Tensor, dims: int = 1, first: int = 0) -> Tensor:
     """Return a root without zeros that is the same for all samples.
 

@@ -36,7 +36,7 @@ from torch_dropout_ir.regularizers.step_memory import WHOLE, Held, kept_is_less
 _CHUNKS: Final = 5
 # Values of the largest activation that are at hand where it moves along a line: three
 # before an operation and three after it.
-_ALONG: Final = 6
+_ALONG: Final = 4
 # Elements of the sites' inputs that may lead to much; fewer would have to lead to more
 # than two thousand values each.
 _SOME: Final = 2**13
@@ -153,7 +153,7 @@ def _first_pass(
     model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None
 ) -> _Seen:
     """Check model, batch and loss; take the forms at once where they are small."""
-    with clean_pass(model, batch[0], twice=True) as clean:
+    with clean_pass(model, batch[0], twice=True, sketch=True) as clean:
         check_reachable("second_order", clean.unreachable)
         read = read_outputs(clean.outputs, loss, batch[1])
         some = sum([h.numel() for _, h, _ in clean.uses]) >= _SOME
