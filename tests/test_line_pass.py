@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tests.line_functions import FUNCTIONS
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import clean_pass as passes
-from torch_dropout_ir.regularizers import second_order
+from torch_dropout_ir.regularizers import line_slabs, second_order
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.line_pass import curvature_along, draws_along
 from torch_dropout_ir.regularizers.site_forms import signs
@@ -116,8 +117,9 @@ def noise_of(net, x):
 
 @pytest.mark.parametrize("loss", ["cross_entropy", softened])
 @pytest.mark.parametrize("name", NETS)
-def test_along_a_line_is_what_a_double_backward_gives(name, loss):
+def test_along_a_line_is_what_a_double_backward_gives(monkeypatch, name, loss):
     torch.manual_seed(0)
+    monkeypatch.setattr(line_slabs, "_PART", 5)
     net, x = NETS[name]()
     net, x, y = net.double(), x.double(), torch.randint(3, (6,))
     uses, h, z = noise_of(net, x)
@@ -133,48 +135,20 @@ def test_along_a_line_is_what_a_double_backward_gives(name, loss):
     assert expected.abs() > 1e-6
 
 
-SMOOTH = {
-    **{
-        name: getattr(torch, name)
-        for name in (
-            "abs", "cos", "exp", "expm1", "log1p", "reciprocal", "rsqrt", "sigmoid",
-            "sin", "sqrt", "tanh", "square", "log",
-        )
-    },
-    **{
-        name: getattr(F, name)
-        for name in (
-            "elu", "gelu", "hardswish", "hardtanh", "leaky_relu",
-            "logsigmoid", "mish", "relu", "relu6", "silu", "softplus", "selu",
-        )
-    },
-    "clamp": lambda x: x.clamp(0.3, 1.2), "clamp_min": lambda x: x.clamp(min=0.4),
-    "softmax": lambda x: x.softmax(1), "log_softmax": lambda x: x.log_softmax(1),
-    "quotient": lambda x: x / (1 + x * x), "rsub": lambda x: 2 - x.pow(3),
-    "difference": lambda x: torch.sub(x.exp(), x.sin(), alpha=0.5) - x,
-    "subtracted": lambda x: torch.sub(x[0], x, alpha=0.5).exp(),
-    "parts": lambda x: torch.cat([y * y for y in x.split(2, 1)], 1)[:, :3],
-    "lifted": lambda x: (x.unsqueeze(1) * x.unsqueeze(2)).sum(1) + x.mean(0),
-    "rounded": lambda x: torch.div(x, 0.3, rounding_mode="floor") * x,
-    "counted": lambda x: (2 * x).long().double() * x,
-    "pooled": lambda x: F.max_pool2d(x.view(2, 3, 4), 2) * 1.5,
-    "chosen": lambda x: x.index_select(1, torch.tensor([2, 0])).exp(),
-}  # fmt: skip
-
-
 class Applied(nn.Module):
-    def __init__(self, function):
+    def __init__(self, function, plain=False):
         super().__init__()
-        self.function = function
+        self.function, self.plain = function, plain
 
     def forward(self, x):
-        return self.function(x.abs() + 0.1)
+        return self.function(x if self.plain else x.abs() + 0.1)
 
 
-@pytest.mark.parametrize("name", SMOOTH)
-def test_an_operation_along_a_line(name):
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_operation_along_a_line(monkeypatch, name):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Dropout(0.3), nn.Tanh(), Applied(SMOOTH[name]))
+    monkeypatch.setattr(line_slabs, "_PART", 5)
+    net = nn.Sequential(nn.Dropout(0.3), nn.Tanh(), Applied(FUNCTIONS[name]))
     x = torch.randn(6, 4).double()
     uses, h, z = noise_of(net, x)
     c = torch.rand_like(net(x)) + 0.5
@@ -189,6 +163,21 @@ def test_an_operation_along_a_line(name):
     (expected,) = torch.autograd.grad(slope, t)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert expected.abs() > 1e-6
+
+
+def test_a_step_of_straight_pieces_has_a_rule_where_torch_has_no_second_derivative():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Dropout(0.3), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Hardsigmoid(),
+        nn.Linear(5, 3),
+    ).double()  # fmt: skip
+    x, y = 3 * torch.randn(6, 4).double(), torch.randint(3, (6,))
+    uses, _, z = noise_of(net, x)
+    loss = resolve_loss("cross_entropy")
+    found = curvature_along(net, (x, y), loss, uses, 0, z)
+    net[3] = Applied(lambda x: (x + 3).clamp(0, 6) / 6, plain=True)
+    expected = curvature_along(net, (x, y), loss, uses, 0, z)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # torch's 1 / 6
 
 
 class Straight(torch.autograd.Function):

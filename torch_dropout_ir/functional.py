@@ -48,6 +48,15 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     return params  # type: ignore[return-value]
 
 
+def constants(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of ``model`` as tensors that nothing is asked of, by name.
+
+    Args:
+        model: The model.
+    """
+    return {n: x.detach() for n, x in model.named_parameters()}
+
+
 def switch_off(module: nn.Module, whole: bool = False) -> list[Callable[[], None]]:
     """Switch a dropout module off in its calls; a model may ask for its mode.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from torch_dropout_ir.collectives import every, some
 from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
-from torch_dropout_ir.regularizers.coupling import told_by_powers
+from torch_dropout_ir.regularizers.coupling import row_weight, told_by_powers
 from torch_dropout_ir.regularizers.leaves import without_graph
 from torch_dropout_ir.regularizers.recorder import Recorder, Use, shape_of
 from torch_dropout_ir.regularizers.row_graph import rows_meet
@@ -152,13 +153,12 @@ class CleanPass:
     def row_weights(self, outputs: Tensor, root: Tensor) -> dict[int, Tensor]:
         """Return the sum of magnitudes of each row of what a root is at each use."""
         found: dict[int, Tensor] = {}
-        self.pull(outputs, root, lambda i, g: found.update({i: self.row_weight(g)}))
-        return found
 
-    @staticmethod
-    def row_weight(g: Tensor) -> Tensor:
-        """Return the sum of magnitudes of each row."""
-        return g.abs().flatten(1).sum(1) if g.ndim > 1 else g.abs()
+        def receive(use: int, g: Tensor) -> None:
+            found[use] = row_weight(g)
+
+        self.pull(outputs, root, receive)
+        return found
 
     def count(self, outputs: Tensor) -> int:
         """Return the number of samples, each of which may have several rows.
@@ -237,6 +237,7 @@ def clean_pass(
     reduce: Callable[[Any], Any] | None = None,
     find_last: bool = True,
     weigh: bool = False,
+    sketch: bool = False,
 ) -> Iterator[CleanPass]:
     """Run ``model`` without noise; take derivatives inside the context.
 
@@ -254,6 +255,8 @@ def clean_pass(
         bare: Whether no code of the user's will run in the context, a loss for one.
         find_last: Whether to look for the layer that makes the outputs.
         weigh: Whether to weigh what a step would hold below the first site.
+        sketch: Whether no graph is needed where memory matters: none is made then
+            above the site that says so.
         reduce: Makes the pass's outputs of the model's, of which it then holds none.
 
     Yields:
@@ -266,10 +269,11 @@ def clean_pass(
     survey = Survey.of(model)
     check_batch(model, inputs, survey.modules)
     model = survey.model
-    seen = Recorder(outlives, first, weigh)
     none = contextlib.nullcontext()
     # Nothing but other code than torch's layers runs attention.
     kernels = differentiable(thrice) if (twice and survey.callers) or thrice else none
+    most = _FEWEST_ELEMENTS - 1 if sketch else math.inf
+    seen = Recorder(model, outlives, first, weigh, most)
     own = lean_derivatives() if lean else none
     placed = at_sites(
         model, seen.perturb, move_buffers=move_buffers, outlives=outlives,
@@ -278,7 +282,8 @@ def clean_pass(
     reading = seen.reading(survey.modules) if find_last else none
     with torch.enable_grad(), kernels, own, placed as calls, reading:
         moved = None if calls.absent else generators_moved(model)
-        outputs = call(model, inputs, move_buffers=move_buffers, survey=survey)
+        with seen.light:
+            outputs = call(model, inputs, move_buffers=move_buffers, survey=survey)
         if reduce is not None:
             outputs = reduce(outputs)
         if bare and not calls.again:

@@ -14,6 +14,15 @@ from torch_dropout_ir.output_products import Root
 _POWERS = 16
 
 
+def row_weight(g: Tensor) -> Tensor:
+    """Return the sum of magnitudes of each row.
+
+    Args:
+        g: The tensor.
+    """
+    return g.abs().flatten(1).sum(1) if g.ndim > 1 else g.abs()
+
+
 def even_root(like: Tensor, dims: int = 1, first: int = 0) -> Tensor:
     """Return a root without zeros that is the same for all samples.
 

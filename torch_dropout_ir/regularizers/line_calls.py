@@ -2,52 +2,163 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
+from torch.utils.weak import WeakIdRef
 
 aten: Final = torch.ops.aten
 # First and second derivative; None for zero.
 Line: TypeAlias = "tuple[Tensor | None, Tensor | None]"
-# What an operation returns, and the line of each tensor of that.
-Found: TypeAlias = "tuple[Any, Sequence[Line]]"
 STILL: Final[Line] = (None, None)
+
+
+# Of a call, which arguments move, and what it returned: the line of each tensor of it.
+Rule: TypeAlias = "Callable[[Call, list[int], Any], list[Line] | None]"
 
 
 class NoRuleError(RuntimeError):
     """An operation whose derivatives along a line are not known."""
 
 
-class Call(NamedTuple):
-    """A call of an operation, and where the tensors that it is given move."""
+class _Mover(NamedTuple):
+    """A tensor that moves: its line, itself while others hold it, where it is given."""
 
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    line_of: Callable[[Tensor], Line]
+    line: Line
+    held: WeakIdRef | None
+    places: list[int]
+
+
+class Call:
+    """A call of an operation whose derivatives are to be taken when it is over.
+
+    It holds the values of what it was given, not the tensors: when those are gone,
+    nobody else reads their derivatives, and they may be written on.
+
+    Args:
+        func: The operation.
+        args: Its arguments.
+        kwargs: Those by keyword.
+        line_of: Returns how a tensor moves.
+        over: A tensor that the operation writes on.
+    """
+
+    def __init__(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Any,
+        line_of: Callable[[Tensor], Line],
+        over: Tensor | None = None,
+    ) -> None:
+        self.func = func
+        self._movers: dict[int, _Mover] = {}
+        stand: dict[int, Tensor] = {}
+
+        def value(x: Any, place: int) -> Any:
+            if not isinstance(x, Tensor) or line_of(x) is STILL:
+                return x
+            if id(x) not in stand:
+                stand[id(x)] = x.detach()
+                held = None if x is over else WeakIdRef(x)
+                self._movers[id(stand[id(x)])] = _Mover(line_of(x), held, [])
+            self._movers[id(stand[id(x)])].places.append(place)
+            return stand[id(x)]
+
+        self.args = [
+            _pytree.tree_map(lambda y, i=i: value(y, i), x) for i, x in enumerate(args)
+        ]
+        self.kwargs = _pytree.tree_map(lambda y: value(y, -1), dict(kwargs))
+
+    def line_of(self, x: Any) -> Line:
+        """Return the line of what it was given; zero for what is no tensor."""
+        mover = self._movers.get(id(x))
+        return STILL if mover is None else mover.line
 
     def line(self, i: int) -> Line:
-        """Return the line of an argument; zero for what is no tensor."""
-        x = self.args[i] if i < len(self.args) else None
-        return self.line_of(x) if isinstance(x, Tensor) else STILL
+        """Return the line of an argument."""
+        return self.line_of(self.args[i]) if i < len(self.args) else STILL
 
     def moving(self) -> list[int]:
         """Return which arguments move, -1 for those by keyword."""
-        found = [
-            i
-            for i, x in enumerate(self.args)
-            if any(self.line_of(y) is not STILL for y in tensors(x))
-        ]
-        by_name = any(self.line_of(y) is not STILL for y in tensors([self.kwargs]))
-        return [*found, -1] if by_name else found
+        return sorted({i for mover in self._movers.values() for i in mover.places})
 
-    def at(self, **new: Any) -> Any:
-        """Call it, with other arguments where ``_0``, ``_1`` and so on are given."""
-        args = [new.get(f"_{i}", x) for i, x in enumerate(self.args)]
+    def take(self, i: int, value: bool = False) -> tuple[list[Tensor | None], bool]:
+        """Give away the line of an argument, and its value unless that is needed.
+
+        Args:
+            i: The number of the argument.
+            value: Whether its value is needed.
+
+        Returns:
+            First and second derivative, and whether nobody else reads them.
+        """
+        x = self.args[i]
+        mover = self._movers.get(id(x))
+        if not value:
+            self.args[i] = None
+        if mover is None:
+            return [None, None], False
+        if len(mover.places) > 1:
+            return list(mover.line), False
+        del self._movers[id(x)]
+        return list(mover.line), mover.held is None or mover.held() is None
+
+    def at(self, new: dict[int, Any]) -> Any:
+        """Call it with other arguments, by number."""
+        args = [new.get(i, x) for i, x in enumerate(self.args)]
         return self.func(*args, **self.kwargs)
+
+
+def each(call: Call, i: int, function: Callable[[Tensor], Any]) -> list[Line]:
+    """Do the same to both derivatives, the first of which goes when that is done.
+
+    Args:
+        call: The call.
+        i: The number of the argument whose they are.
+        function: What is done.
+
+    Returns:
+        The line of each tensor that it returns.
+    """
+    orders, _ = call.take(i)
+    found = []
+    while orders:
+        u = orders.pop(0)
+        found.append(None if u is None else tensors(function(u)))
+        del u
+    count = max(len(x) for x in found if x is not None)
+    first, second = ([None] * count if x is None else x for x in found)
+    return list(zip(first, second, strict=True))
+
+
+def room(u: Tensor, alone: bool) -> Tensor:
+    """Return where to write what is like a derivative: on it, if nobody else reads it.
+
+    Args:
+        u: The derivative.
+        alone: Whether nobody reads it as such; as part of another somebody may.
+    """
+    return u if alone and not shared(u) and _dense(u) else torch.empty_like(u)
+
+
+def shared(x: Tensor) -> bool:
+    """Whether another tensor is in the same memory."""
+    storage = x.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) > 2  # `x` and `storage`
+
+
+def _dense(u: Tensor) -> bool:
+    """Whether each element has one place in memory, and no other is between them."""
+    size = 1
+    for stride, n in sorted(zip(u.stride(), u.shape, strict=True)):
+        if n != 1 and stride != size:
+            return False
+        size *= n
+    return True
 
 
 def tensors(found: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from torch_dropout_ir.functional import Batch, at_sites, call
+from torch_dropout_ir.functional import Batch, at_sites, call, constants
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.regularizers.line_calls import (
@@ -20,6 +20,7 @@ from torch_dropout_ir.regularizers.line_calls import (
     Line,
     NoRuleError,
     aten,
+    shared,
     tensors,
 )
 from torch_dropout_ir.regularizers.line_rules import through
@@ -32,14 +33,20 @@ Mask = tuple[Site, Tensor, torch.Size]
 
 
 class Moving(TorchDispatchMode):
-    """Carries the derivatives along a line beside the tensors that move."""
+    """Carries the derivatives along a line beside the tensors that move.
+
+    Those of what an operation returns are taken when the next one begins: until then
+    its caller holds what it was given, whose derivatives theirs may then replace.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._lines = WeakTensorKeyDictionary()
+        self._last: tuple[Call, Any] | None = None
 
     def line(self, x: Tensor) -> Line:
         """Return the first and second derivative of a tensor, None for zero."""
+        self._settle()
         found: Line = self._lines.get(x, STILL)
         return found
 
@@ -59,31 +66,37 @@ class Moving(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        own = Call(func, args, kwargs, self.line)
-        if not own.moving():
+        self._settle()
+        moves = any([x in self._lines for x in tensors([args, kwargs])])
+        if not moves:
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():  # what autograd would not see
             raise NoRuleError(f"{func} without autograd")
         if func._schema.is_mutable:
-            return self._written(own)
-        value, lines = through(own)
-        for x, line in zip(tensors(value), lines, strict=True):
-            self.move(x, line)
+            return self._written(func, args, kwargs)
+        value = func(*args, **kwargs)
+        self._last = Call(func, args, kwargs, self.line), value
         return value
 
-    def _written(self, own: Call) -> Any:
+    def _settle(self) -> None:
+        """Take the derivatives of what the last operation returned."""
+        last, self._last = self._last, None
+        if last is not None:
+            lines = through(*last)
+            for x, line in zip(tensors(last[1]), lines, strict=True):
+                self.move(x, line)
+
+    def _written(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Do what an operation does in place, which no other tensor may show."""
-        x, name = own.args[0], own.func.overloadpacket.__name__
+        x, name = args[0], func.overloadpacket.__name__
         plain = getattr(aten, name.removesuffix("_"), None)
-        known = own.line(0) is not STILL and name.endswith("_") and plain is not None
-        storage = x.untyped_storage()._cdata
-        alike = [y for y in self._lines if y.untyped_storage()._cdata == storage]
-        if not known or len(alike) > 1:
-            raise NoRuleError(str(own.func))
-        instead = getattr(plain, own.func._overloadname)
-        _, (line,) = through(own._replace(func=instead))
-        own.func(*own.args, **own.kwargs)
-        del self._lines[x]
+        instead = getattr(plain, func._overloadname, None)
+        if not name.endswith("_") or instead is None or shared(x):
+            raise NoRuleError(str(func))
+        call = Call(instead, args, kwargs, self.line, over=x)
+        self._lines.pop(x, None)  # nobody reads how it moved
+        (line,) = through(call, x)
+        func(*args, **kwargs)
         self.move(x, line)
         return x
 
@@ -127,11 +140,11 @@ def curvature_along(
             raise NoRuleError("other uses of sites than in the pass before")
         out = h.clone()
         if now == use:
-            z = noise.to(h.dtype)
-            moving.move(out, (site.variance**0.5 * h.detach() * z, None))
+            v = noise.to(h.dtype, copy=True).mul_(site.variance**0.5)
+            own = v.shape == h.shape
+            moving.move(out, (v.mul_(h.detach()) if own else v * h.detach(), None))
         return out
 
-    fixed = {n: x.detach() for n, x in survey.model.named_parameters()}
     none = contextlib.nullcontext()
     kernels = differentiable(thrice=False) if survey.callers else none
     with (
@@ -140,7 +153,7 @@ def curvature_along(
         at_sites(model, perturb, survey=survey, copies=True),
     ):
         with moving:
-            outputs = call(model, batch[0], fixed, survey=survey)
+            outputs = call(model, batch[0], constants(survey.model), survey=survey)
     read = read_outputs(outputs, loss, batch[1])
     lines = [moving.line(x) for x in read.tensors]
     if all([line is STILL for line in lines]):
@@ -182,7 +195,8 @@ def draws_along(
         draws = []
         for _ in range(num_samples):
             drawn = [signs(s, x.expand(n)) > 0 for s, x, n in uses]
-            draws.append(forms((i, z * 2 - 1) for i, z in enumerate(drawn)))
+            noise = ((i, z.to(torch.int8) * 2 - 1) for i, z in enumerate(drawn))
+            draws.append(forms(noise))
         return draws
     except (RuntimeError, ValueError, TypeError):  # ours, and torch's and the model's
         return None

@@ -1,10 +1,10 @@
 r"""How the first two derivatives along a line go through an operation.
 
 Where :math:`x(t)` has derivatives :math:`\dot x` and :math:`\ddot x` at 0, what is
-linear in ``x`` takes each for itself, a product of two has :math:`\dot a b + a \dot b`
-and :math:`\ddot a b + 2 \dot a \dot b + a \ddot b`, and of any other ``f`` they are
-:math:`f' \dot x` and :math:`f''[\dot x, \dot x] + f' \ddot x`, by torch's forward mode
-twice. Nothing is kept for a way back.
+linear in ``x`` takes each for itself, and a product of two has :math:`\dot a b + a \dot
+b` and :math:`\ddot a b + 2 \dot a \dot b + a \ddot b`. Nothing is kept for a way back:
+of two derivatives that were read, one is let go of before the next is made, or what is
+made takes its place.
 """
 
 from __future__ import annotations
@@ -14,84 +14,95 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.overrides import enable_reentrant_dispatch
-from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_dropout_ir.normalization import layer_norm
 from torch_dropout_ir.regularizers.line_calls import (
     STILL,
     Call,
-    Found,
     Line,
     NoRuleError,
+    Rule,
     aten,
+    each,
+    room,
     tensors,
+)
+from torch_dropout_ir.regularizers.line_choices import (
+    chosen,
+    extreme,
+    filled,
+    larger,
+    pooled,
+    still,
+    together,
+)
+from torch_dropout_ir.regularizers.line_names import (
+    CHOSEN,
+    CONSTANT,
+    EXTREME,
+    LARGER,
+    LINEAR,
+    ROWS,
+    SINGLE,
+    SMOOTH,
+)
+from torch_dropout_ir.regularizers.line_slabs import (
+    along_rows,
+    elementwise,
+    gated,
+    group_normalized,
+    layer_normalized,
+    smooth,
 )
 from torch_dropout_ir.sharpness.normalization import normalized_along
 
 
-def through(call: Call) -> Found:
-    """Run an operation, and take the derivatives of what it returns.
+def through(call: Call, value: Any) -> list[Line]:
+    """Take derivatives through an operation that has run.
 
     Args:
         call: The call.
+        value: What it returned.
 
     Returns:
-        What it returns, and the line of each tensor of that.
+        The line of each tensor of that.
 
     Raises:
         NoRuleError: If they are not known.
     """
-    packet = call.func.overloadpacket
-    rule = _RULES.get(packet)
-    found = None if rule is None else rule(call, call.moving())
-    if found is None and packet in _SMOOTH:
-        found = _smooth(call)
+    rule = _RULES.get(call.func.overloadpacket)
+    if rule is None and not any([_real(x) for x in tensors(value)]):
+        rule = still  # a comparison, a count
+    found = None if rule is None else rule(call, call.moving(), value)
     if found is None:
         raise NoRuleError(str(call.func))
     return found
 
 
-def _linear(call: Call, moving: list[int]) -> Found | None:
+def _real(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _linear(call: Call, moving: list[int], _: Any) -> list[Line] | None:
     """Linear in its first argument, where no other moves."""
     if moving != [0] or "rounding_mode" in call.kwargs:
         return None
-    value = call.at()
-    first, second = (
-        [None] * len(tensors(value)) if x is None else tensors(call.at(_0=x))
-        for x in call.line(0)
-    )
-    return value, list(zip(first, second, strict=True))
+    return each(call, 0, lambda u: call.at({0: u}))
 
 
-def _viewed(call: Call, _: list[int]) -> Found:
+def _viewed(call: Call, _: list[int], value: Tensor) -> list[Line]:
     """A line may lie otherwise in memory than what it is of."""
-    value = call.at()
-    first, second = (
-        None if x is None else x.reshape(value.shape) for x in call.line(0)
-    )
-    return value, [(first, second)]
+    return each(call, 0, lambda u: u.reshape(value.shape))
 
 
-def _copied(call: Call, _: list[int]) -> Found:
-    return call.at(), [call.line(0)]  # which nobody writes on
+def _copied(call: Call, _: list[int], __: Any) -> list[Line]:
+    return each(call, 0, lambda u: u.detach())  # its own tensor, the same numbers
 
 
-def _held(call: Call, _: list[int]) -> Found:
-    value = call.at()
-    return value, [STILL] * len(tensors(value))
+def _padded(call: Call, _: list[int], __: Any) -> list[Line]:
+    return each(call, 0, lambda u: aten.constant_pad_nd(u, call.args[1]))
 
 
-def _padded(call: Call, _: list[int]) -> Found:
-    sizes = call.args[1]
-    first, second = (
-        None if x is None else aten.constant_pad_nd(x, sizes) for x in call.line(0)
-    )
-    return call.at(), [(first, second)]
-
-
-def _joined(call: Call, moving: list[int]) -> Found | None:
+def _joined(call: Call, moving: list[int], _: Any) -> list[Line] | None:
     """Tensors that are put together."""
     if moving != [0]:
         return None
@@ -102,181 +113,185 @@ def _joined(call: Call, moving: list[int]) -> Found | None:
         if all([x is None for x in own]):
             return None
         pairs = zip(own, parts, strict=True)
-        found: Tensor = call.at(_0=[torch.zeros_like(p) if x is None else x
-                                    for x, p in pairs])  # fmt: skip
+        whole = [torch.zeros_like(p) if x is None else x for x, p in pairs]
+        found: Tensor = call.at({0: whole})
         return found
 
-    return call.at(), [(order(0), order(1))]
+    return [(order(0), order(1))]
 
 
-def _summed(call: Call, moving: list[int]) -> Found | None:
+def _summed(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
     """Sums and differences."""
     if any([i not in (0, 1) for i in moving]):
         return None
-    value = call.at()
     factor = call.kwargs.get("alpha", 1)
     factor = -factor if call.func.overloadpacket is aten.sub else factor
+    (left, alone), (right, _) = call.take(0), call.take(1)
 
     def order(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-        if a is not None and b is not None:
-            found: Tensor = call.at(_0=a, _1=b)
-            return found
-        own = a if b is None else (b if factor == 1 else b * factor)
-        return None if own is None else own.expand(value.shape)
+        if a is None or b is None:
+            own = a if b is None else (b if factor == 1 else b * factor)
+            return None if own is None else own.expand(value.shape)
+        if not _alike(a, value):
+            return torch.add(a, b, alpha=factor)
+        return torch.add(a, b, alpha=factor, out=room(a, alone))
 
-    a, b = call.line(0), call.line(1)
-    return value, [(order(a[0], b[0]), order(a[1], b[1]))]
+    found = [order(left.pop(0), right.pop(0)) for _ in range(2)]
+    return [(found[0], found[1])]
 
 
-def _product(first: int, second: int, drop: int | None = None) -> Any:
+def _product(first: int, second: int, drop: int | None = None) -> Rule:
     """Linear in each of two arguments; a third is added, and does not move."""
 
-    def rule(call: Call, moving: list[int]) -> Found | None:
+    def rule(call: Call, moving: list[int], _: Any) -> list[Line] | None:
         if any([i not in (first, second) for i in moving]):
             return None
-        value = call.at()
-        a, b = call.line(first), call.line(second)
-        x, y = call.args[first], call.args[second]
+        still = {} if drop is None else {drop: None}
 
-        def times(u: Any, v: Any) -> list[Tensor]:
-            if u is None or v is None:
-                return []
+        def times(u: Any, v: Any) -> Tensor:
             if drop == 0:
-                return [aten.mm(u, v) * call.kwargs.get("alpha", 1)]
-            new = {} if drop is None else {f"_{drop}": None}
-            return [call.at(**{f"_{first}": u, f"_{second}": v}, **new)]
+                found: Tensor = aten.mm(u, v).mul_(call.kwargs.get("alpha", 1))
+            else:
+                found = call.at({first: u, second: v, **still})
+            return found
 
-        crossed = [2 * z for z in times(a[0], b[0])]
-        return value, [
-            (
-                _total(times(a[0], y) + times(x, b[0])),
-                _total(times(a[1], y) + crossed + times(x, b[1])),
-            )
-        ]
+        if moving == [first]:
+            other = call.args[second]
+            return each(call, first, lambda u: times(u, other))
+        if moving == [second]:
+            other = call.args[first]
+            return each(call, second, lambda u: times(other, u))
+        return [_both(call, first, second, times)]
 
     return rule
 
 
-def _total(terms: list[Tensor]) -> Tensor | None:
-    total = terms.pop(0) if terms else None
-    while terms and total is not None:
-        total = total + terms.pop(0)
-    return total
+def _both(call: Call, i: int, j: int, times: Callable[[Any, Any], Tensor]) -> Line:
+    """Both arguments of a product move."""
+    x, y = call.args[i], call.args[j]
+    a, b = call.line(i), call.line(j)
+
+    def total(*pairs: tuple[Any, Any, int]) -> Tensor | None:
+        found = None
+        for u, v, factor in pairs:
+            if u is not None and v is not None:
+                term = times(u, v)
+                term = term if factor == 1 else term.mul_(factor)
+                found = term if found is None else found.add_(term)
+        return found
+
+    first = total((a[0], y, 1), (x, b[0], 1))
+    return first, total((a[1], y, 1), (a[0], b[0], 2), (x, b[1], 1))
 
 
-def _rectified(call: Call, _: list[int]) -> Found:
-    value = call.at()
+def _multiplied(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
+    """Products of single elements, of which a term takes no place of its own."""
+    if moving in ([0], [1]):
+        i = moving[0]
+        other = call.args[1 - i]
+        return each(call, i, lambda u: u * other)
+    x, y = call.args
+    (a, alone), (b, _) = call.take(0, value=True), call.take(1, value=True)
+
+    def total(u: Tensor | None, *terms: tuple[Any, Any, int]) -> Tensor | None:
+        """``u y``, on ``u`` where nobody else reads it, and more."""
+        found = None
+        if u is not None and _alike(u, value):
+            found = torch.mul(u, y, out=room(u, alone))
+        elif u is not None:
+            found = u * y
+        for v, w, factor in terms:
+            if v is None or w is None:
+                continue
+            found = torch.zeros_like(value) if found is None else found
+            found.addcmul_(v, w, value=factor)
+        return found
+
+    second = total(a.pop(), (a[0], b[0], 2), (x, b[1], 1))
+    return [(total(a.pop(), (x, b[0], 1)), second)]
+
+
+def _divided(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
+    """Quotients: of ``q y = x`` the derivatives give those of ``q``."""
+    if call.kwargs.get("rounding_mode") is not None:
+        return [STILL]
+    if moving == [0]:
+        return each(call, 0, lambda u: u / call.args[1])
+    if -1 in moving:
+        return None
+    x, y = call.args
+    a, (b1, b2) = call.line(0), call.line(1)
+    q = x / y  # `value` is ``x`` where it is written on
+
+    def order(u: Tensor | None, *less: tuple[Tensor | None, Tensor | None, int]) -> Any:
+        found = torch.zeros_like(q) if u is None else u.expand(q.shape).clone()
+        for v, w, factor in less:
+            if v is not None and w is not None:
+                found.addcmul_(v, w, value=-factor)
+        return found.div_(y)
+
+    first = order(a[0], (q, b1, 1))
+    return [(first, order(a[1], (first, b1, 2), (q, b2, 1)))]
+
+
+def _rectified(call: Call, _: list[int], value: Tensor) -> list[Line]:
+    line, alone = call.take(0)
     first, second = (
-        None if x is None else aten.threshold_backward(x, value, 0)
-        for x in call.line(0)
-    )
-    return value, [(first, second)]
+        None if u is None
+        else aten.threshold_backward.grad_input(u, value, 0, grad_input=room(u, alone))
+        for u in line
+    )  # fmt: skip
+    return [(first, second)]
 
 
-def _pooled(call: Call, _: list[int]) -> Found:
-    """Of each window the entry that was largest."""
-    value, places = call.at()
-    flat = places.flatten(-2)
-    first, second = (
-        None if x is None else x.flatten(-2).gather(-1, flat).view_as(value)
-        for x in call.line(0)
-    )
-    return (value, places), [(first, second), STILL]
+def _slanted(call: Call, _: list[int], __: Any) -> list[Line]:
+    """A step of straight pieces, whose slope torch does not differentiate."""
+    x = call.args[0]
+    return each(call, 0, lambda u: aten.hardsigmoid_backward(u, x))
 
 
-def _normalized(call: Call, moving: list[int]) -> Found | None:
+def _normalized(call: Call, moving: list[int], found: Any) -> list[Line] | None:
     x, weight, _, mean, variance, training, _, eps = call.args
     if moving != [0] or not x.is_cpu:
         return None
-    value = call.at()
-    _, m, r = value
+    _, m, r = found
     if not training:
         m, r = mean, (variance + eps).rsqrt()
-    found = normalized_along(x, call.line(0), weight, m, r, training)
-    return value, [found, STILL, STILL]
-
-
-class _Passing(TorchDispatchMode):
-    """Does nothing: torch's transforms, inside of a mode, want one that is on."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-def _smooth(call: Call) -> Found:
-    """What forward mode differentiates twice, whatever moves."""
-    value = call.at()
-    leaves, spec = _pytree.tree_flatten((call.args, dict(call.kwargs)))
-
-    def function(moved: list[Any]) -> Any:
-        args, kwargs = _pytree.tree_unflatten(moved, spec)
-        return call.func(*args, **kwargs)
-
-    return value, _twice(call, leaves, function)
-
-
-def _layer_normalized(call: Call, _: list[int]) -> Found:
-    """As composed: torch's own holds mean and deviation the second time."""
-    line = _twice(call, list(call.args), lambda moved: layer_norm(*moved))
-    return call.at(), [*line, STILL, STILL]
-
-
-def _twice(
-    call: Call, leaves: list[Any], function: Callable[[list[Any]], Any]
-) -> list[Line]:
-    """Return the lines of what a function makes of the arguments of a call."""
-    lines = [call.line_of(x) if isinstance(x, Tensor) else STILL for x in leaves]
-
-    def at(t: Tensor) -> tuple[Tensor, ...]:
-        pairs = zip(leaves, lines, strict=True)
-        return tuple(tensors(function([_moved(x, line, t) for x, line in pairs])))
-
-    like = next(x for line in lines for x in line if x is not None)
-    zero, one = like.new_zeros(()), like.new_ones(())
-    with enable_reentrant_dispatch(), _Passing():
-        found: Any = torch.func.jvp(
-            lambda t: torch.func.jvp(at, (t,), (one,))[1], (zero,), (one,)
-        )
-    return list(zip(*found, strict=True))
-
-
-def _moved(x: Any, line: Line, t: Tensor) -> Any:
-    first, second = line
-    x = x if first is None else x + t * first
-    return x if second is None else x + t * t / 2 * second
-
-
-def _rules() -> dict[Any, Callable[[Call, list[int]], Found | None]]:
-    linear = (
-        "t transpose permute expand unsqueeze squeeze slice select unbind split "
-        "split_with_sizes alias mean sum neg avg_pool1d avg_pool2d avg_pool3d "
-        "_adaptive_avg_pool2d _adaptive_avg_pool3d diagonal upsample_nearest2d "
-        "upsample_bilinear2d index_select index gather flip roll cumsum _to_copy div "
-        "reflection_pad1d reflection_pad2d replication_pad2d"
+    (first, second), alone = call.take(0, value=True)
+    ends = [None if u is None else room(u, alone) for u in (first, second)]
+    moved = normalized_along(
+        x, (first, second), (ends[0], ends[1]), weight, m, r, training
     )
-    found = {getattr(aten, name): _linear for name in linear.split()}
-    return found | {
-        aten.view: _viewed, aten._unsafe_view: _viewed,
-        aten.clone: _copied, aten.detach: _held, aten.constant_pad_nd: _padded,
-        aten.cat: _joined, aten.stack: _joined,
-        aten.add: _summed, aten.sub: _summed,
-        aten.mul: _product(0, 1), aten.mm: _product(0, 1), aten.bmm: _product(0, 1),
-        aten.convolution: _product(0, 1, 2), aten.addmm: _product(1, 2, 0),
-        aten.relu: _rectified, aten.max_pool2d_with_indices: _pooled,
-        aten.native_batch_norm: _normalized, aten.native_layer_norm: _layer_normalized,
-    }  # fmt: skip
+    return [moved, STILL, STILL]
+
+
+def _alike(u: Tensor, value: Tensor) -> bool:
+    """Whether a derivative can be written over by one of what an operation returns."""
+    return u.shape == value.shape and u.dtype == value.dtype
+
+
+def _rules() -> dict[Any, Rule]:
+    """Return the rule of each operation that is known to be right."""
+    kinds: tuple[tuple[str, Rule], ...] = (
+        (LINEAR, _linear), (SINGLE, elementwise), (ROWS, along_rows), (SMOOTH, smooth),
+        (CONSTANT, still), (EXTREME, extreme), (CHOSEN, chosen), (LARGER, larger),
+        ("add sub", _summed), ("mul", _multiplied), ("div", _divided),
+        ("view _unsafe_view", _viewed), ("clone", _copied), ("relu", _rectified),
+        ("cat stack", _joined), ("constant_pad_nd", _padded),
+        ("mm bmm mv dot", _product(0, 1)), ("convolution", _product(0, 1, 2)),
+        ("addmm", _product(1, 2, 0)), ("native_batch_norm", _normalized),
+        ("native_layer_norm", layer_normalized),
+        ("native_group_norm", group_normalized),
+        ("max_pool2d_with_indices adaptive_max_pool2d", pooled(2)),
+        ("max_pool3d_with_indices adaptive_max_pool3d", pooled(3)),
+        ("masked_fill", filled(2)), ("hardsigmoid", _slanted), ("glu", gated),
+        ("where", together(1, 2)), ("index_add scatter_add scatter", together(0, 3)),
+        ("lerp slice_scatter select_scatter", together(0, 1)),
+        ("index_put", together(0, 2)),
+    )  # fmt: skip
+    return {
+        getattr(aten, name): rule for names, rule in kinds for name in names.split()
+    }
 
 
 _RULES: Final = _rules()
-_SMOOTH: Final = frozenset(
-    getattr(aten, name)
-    for name in (
-        "abs", "clamp", "clamp_min", "cos", "div", "elu", "exp", "expm1", "gelu",
-        "hardswish", "hardtanh", "leaky_relu", "log", "log1p",
-        "log_sigmoid_forward", "_log_softmax", "mish", "native_group_norm", "pow",
-        "reciprocal", "rsqrt", "rsub", "_safe_softmax", "sigmoid", "silu", "sin",
-        "_softmax", "softplus", "sqrt", "tanh",
-    )
-)  # fmt: skip

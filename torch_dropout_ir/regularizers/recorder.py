@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from torch_dropout_ir.functional import constants
 from torch_dropout_ir.regularizers.checks import check_site
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.step_memory import Held
 from torch_dropout_ir.sites import Site
+from torch_dropout_ir.substitution import substituted
 from torch_dropout_ir.tracing import checkpointed, mapped, unasked
 
 # Added to the inputs of sites: a graph begins there.
@@ -34,9 +36,25 @@ class _Passed(NamedTuple):
 
 
 class Recorder:
-    """What a pass shows while it runs."""
+    """What a pass shows while it runs.
 
-    def __init__(self, outlives: bool, first: Tensor | None, weigh: bool) -> None:
+    Args:
+        model: The model.
+        outlives: Whether the graph of the pass is used after it.
+        first: What the first site is given in the place of its input, if anything.
+        weigh: Whether to weigh what a step would hold below the first site.
+        most: Elements of the sites' inputs that may have a graph; what is above the
+            site that has more is made of constants.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        outlives: bool,
+        first: Tensor | None,
+        weigh: bool,
+        most: float,
+    ) -> None:
         self.below = Held(0, 0, 0)
         self.passed: list[_Passed] = []
         # Outputs of layers that nothing else holds are let go of.
@@ -45,6 +63,9 @@ class Recorder:
         self._outlives = outlives
         self._first = first
         self._weigh = weigh
+        self._left = most  # elements of the sites' inputs that have a graph
+        self._model = model
+        self.light = contextlib.ExitStack()  # to be over when the forward pass is
         self._open = True
         # By device; what outlives the pass may be given a gradient.
         self.zeros: dict[torch.device, Tensor] = {}
@@ -75,8 +96,15 @@ class Recorder:
             self.below = Held.by([h.grad_fn])
         held = h if self._outlives else h.detach()
         # Nothing below the first site is asked for: what it keeps is let go now.
-        out = (held if first else h) + zero
-        edge = _edge(out, zero)
+        self._left -= h.numel()
+        if self._left < 0:  # nor for anything, where the graph would be let go of
+            if self._left + h.numel() >= 0:
+                constant = substituted(self._model, constants(self._model))
+                self.light.enter_context(constant)
+            out, edge = held + zero.detach(), get_gradient_edge(zero)
+        else:
+            out = (held if first else h) + zero
+            edge = _edge(out, zero)
         self.passed.append(_Passed(site, held, held._version, edge, out, out._version))
         return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
+from torch_dropout_ir.regularizers.coupling import row_weight
 from torch_dropout_ir.regularizers.site_forms import Form, by_row
 
 
@@ -45,7 +46,7 @@ def pull_root(
         shared = shared.square_() if clean.matters else shared * shared
         _, squares[use] = by_row(site, shared)
         if weights is not None:
-            weights[use] = clean.row_weight(g)
+            weights[use] = row_weight(g)
 
     clean.pull(outputs, root, receive, keep=keep)
     return [

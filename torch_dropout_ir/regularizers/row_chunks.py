@@ -17,6 +17,7 @@ Semantics:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
@@ -24,13 +25,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.collectives import every, most, some
 from torch_dropout_ir.functional import batch_size
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import nearly_equal
+from torch_dropout_ir.regularizers.leaves import flatten
 from torch_dropout_ir.regularizers.output_rows import replace_rows, rows_of_samples
 from torch_dropout_ir.regularizers.outputs import OutputsRead
+from torch_dropout_ir.regularizers.step_memory import Held
 
 T = TypeVar("T")
 
@@ -41,6 +45,8 @@ FEWEST_ROWS: Final = 4
 # q)^m`` of cases.
 _FIRST: Final = 8
 _SEED: Final = 0
+# What torch's attention makes weights of, where it has second derivatives.
+_WEIGHTS: Final = "SafeSoftmax"
 
 
 class RowChunks:
@@ -81,6 +87,14 @@ class RowChunks:
         self._parts = parts
         self._count = _samples(clean, read, inputs)
 
+    @functools.cached_property
+    def _most(self) -> int | None:
+        """Rows of a chunk at most, where attention keeps more than in a step."""
+        if not self._twice or self._count < FEWEST_ROWS:
+            return None
+        share = _share(self._model, self._inputs, self._count)
+        return max(1, int(self._count * share / self._parts)) if share < 1 else None
+
     @staticmethod
     def pay(clean: CleanPass, read: OutputsRead) -> bool:
         """Whether there are rows to take apart, and memory worth saving."""
@@ -101,7 +115,7 @@ class RowChunks:
         def take(clean: CleanPass, read: OutputsRead, _: Tensor) -> bool | None:
             return None if clean.couples_samples(read.tensors) else True
 
-        return bool(self._try(next(chunks(self._count, self._parts)), take))
+        return bool(self._try(next(chunks(self._count, self._parts, self._most)), take))
 
     def each(
         self, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
@@ -116,7 +130,7 @@ class RowChunks:
             What it returns; None where the rows of a chunk are not those of the batch.
         """
         found: list[T] = []
-        taken = [*chunks(self._count, self._parts)]
+        taken = [*chunks(self._count, self._parts, self._most)]
         if most(len(taken), "most chunks") + most(-len(taken), "fewest chunks"):
             return None
         for rows in taken:
@@ -165,19 +179,42 @@ class RowChunks:
         )
 
 
-def chunks(count: int, parts: int) -> Iterator[Tensor]:
+def chunks(count: int, parts: int, most: int | None = None) -> Iterator[Tensor]:
     """Yield the numbers of the rows of each chunk.
 
     Args:
         count: Rows in all.
-        parts: Chunks besides the first, small one.
+        parts: Chunks besides the first, small one; more where that is too many rows.
+        most: Rows of a chunk at most; None for any number.
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
-    first = min(count, max(2, count // _FIRST))
-    rest = order[first:].split(max(1, -(-(count - first) // parts)))
+    most = count if most is None else most
+    first = min(most, max(2, count // _FIRST))
+    rest = order[first:].split(min(most, max(1, -(-(count - first) // parts))))
     for rows in (order[:first], *rest):
         if len(rows):
             yield rows.sort().values
+
+
+def _share(model: nn.Module, inputs: Inputs, count: int) -> float:
+    """Return what a pass holds over what one holds that is differentiated twice.
+
+    Attention then keeps its weights; two samples tell.
+    """
+    held = []
+    try:
+        for twice in (True, False):
+            two = rows_of(inputs, slice(2), count)
+            with clean_pass(model, two, twice=twice, find_last=False) as clean:
+                leaves = [x for x in flatten(clean.outputs)[0] if isinstance(x, Tensor)]
+                ends = [x.grad_fn for x in leaves if x.grad_fn is not None]
+                nodes = [node.name() for node in graph_nodes(ends)]
+                held.append(Held.by(ends).made)
+            if not any(_WEIGHTS in name for name in nodes) and twice:
+                return 1.0
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return 1.0  # as `each` will find
+    return held[1] / held[0]
 
 
 def _samples(clean: CleanPass, read: OutputsRead, inputs: Any) -> int:

@@ -38,7 +38,7 @@ from torch_dropout_ir.written_parameters import unwritten
 _CHUNKS: Final = 5
 # Values of the largest activation that are at hand where it moves along a line: three
 # before an operation and three after it.
-_ALONG: Final = 6
+_ALONG: Final = 4
 # Elements of the sites' inputs that may lead to much; fewer would have to lead to more
 # than two thousand values each.
 _SOME: Final = 2**13
@@ -156,7 +156,7 @@ def _first_pass(
     model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None
 ) -> _Seen:
     """Check model, batch and loss; take the forms at once where they are small."""
-    with clean_pass(model, batch[0], twice=True) as clean:
+    with clean_pass(model, batch[0], twice=True, sketch=True) as clean:
         check_reachable("second_order", clean.unreachable)
         read = read_outputs(clean.outputs, loss, batch[1])
         if not clean.matters:

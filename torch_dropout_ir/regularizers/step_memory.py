@@ -9,7 +9,8 @@ from typing import Any, Final, NamedTuple
 from torch_dropout_ir.arrivals import graph_nodes
 
 _NOTHING_NEW: Final = (
-    "AccumulateGrad", "Alias", "Expand", "Permute", "TBackward", "Transpose", "View"
+    "AccumulateGrad", "Alias", "Expand", "Permute", "Select", "Slice", "Split",
+    "Squeeze", "TBackward", "Transpose", "Unbind", "Unsqueeze", "View",
 )  # fmt: skip
 # Bytes of a graph that is no matter where something else speaks for it.
 WHOLE: Final = 2**26

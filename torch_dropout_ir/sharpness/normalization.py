@@ -34,6 +34,7 @@ from torch_dropout_ir import tracing
 _normalize: Final = torch.ops.aten.native_batch_norm.default
 _backward: Final = torch.ops.aten.native_batch_norm_backward.default
 Needed = tuple[bool, bool, bool]
+Line = tuple[Tensor | None, Tensor | None]
 _TWICE: Final = (
     "modified_loss: expected a loss with batch normalization in its penalty to be "
     "differentiated once, got create_graph=True. Pass `max_bytes=None`, which keeps "
@@ -145,13 +146,32 @@ class _Normal:
         """``at_0 h + at_1`` and the terms, each with its factor by channel."""
         found = None
         if at is not None:
-            factor = at[0] * self._r
-            found = _affine(self._x, factor, at[1] - factor * self._mean)
+            found = _affine(self._x, *self._of_x(at))
         for factor, u in terms:
             if u is not None:
                 own = _wide(factor, u)
                 found = u * own if found is None else found.addcmul_(u, own)
         return torch.zeros_like(self._x) if found is None else found
+
+    def added(
+        self,
+        to: Tensor | None,
+        at: tuple[Tensor, Tensor],
+        *terms: tuple[Tensor, Tensor | None],
+    ) -> Tensor:
+        """The same, added to what is there."""
+        if to is None:
+            return self.combined(at, *terms)
+        factor, constant = self._of_x(at)
+        for own, u in ((factor, self._x), *terms):
+            if u is not None:
+                to.addcmul_(u, _wide(own, u))
+        return to.add_(_wide(constant, to))
+
+    def _of_x(self, at: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return factor and constant that make ``at_0 h + at_1`` of ``x``."""
+        factor = at[0] * self._r
+        return factor, at[1] - factor * self._mean
 
 
 def _first(
@@ -220,12 +240,13 @@ def normalization(
 
 def normalized_along(
     x: Tensor,
-    line: tuple[Tensor | None, Tensor | None],
+    line: Line,
+    ends: Line,
     weight: Tensor | None,
     mean: Tensor,
     r: Tensor,
     training: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Line:
     r"""Return how what batch normalization returns moves where ``x`` moves on a line.
 
     With :math:`v = r^{-2}`, :math:`\dot v = \frac{2}{n} \langle x - m, \dot x
@@ -239,6 +260,7 @@ def normalized_along(
     Args:
         x: The input, ``[N, C, ...]``, on a CPU.
         line: Its first and second derivative; None for zero.
+        ends: Where those of what is returned go, on those of ``x`` if that is given.
         weight: One factor a channel.
         mean: Means of the channels.
         r: What the deviations from them are multiplied with.
@@ -250,7 +272,7 @@ def normalized_along(
     first, second = line
     w = torch.ones_like(r) if weight is None else weight
     if not training:
-        moved = [None if u is None else u * _wide(w * r, u) for u in line]
+        moved = [_scaled(u, w * r, end) for u, end in zip(line, ends, strict=True)]
         return moved[0], moved[1]
     n, h, zero = x.numel() / x.shape[1], _Normal(x, mean, r), torch.zeros_like(r)
     (along, total) = (zero, zero) if first is None else h.along(first)
@@ -261,10 +283,15 @@ def normalized_along(
     # Over r: of v = r^-2 the derivatives are those of the sums of squares.
     slope = -r * along / n  # r' / r
     bend = 3 * slope.square() - r * along2 / n - r.square() * spread / n  # r'' / r
-    y1 = h.combined((w * slope, -w * r * total / n), (w * r, first))
-    y2 = h.combined(
+    # The second first: it reads the first, which is then written on.
+    y2 = h.added(
+        _scaled(second, w * r, ends[1]),
         (w * bend, -w * r * (2 * slope * total + total2) / n),
         (2 * w * r * slope, first),
-        (w * r, second),
     )
+    y1 = h.added(_scaled(first, w * r, ends[0]), (w * slope, -w * r * total / n))
     return y1, y2
+
+
+def _scaled(u: Tensor | None, factor: Tensor, end: Tensor | None) -> Tensor | None:
+    return None if u is None else torch.mul(u, _wide(factor, u), out=end)

@@ -1,0 +1,154 @@
+"""Functions of positive numbers, ``[6, 4]``, whose derivatives lines go through."""
+
+import torch
+import torch.nn.functional as F
+
+MASK = torch.tensor([True, False, False, True]).repeat(6, 1)
+ROWS = torch.tensor([0, 2, 1, 0, 1, 2])
+MATRIX = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+
+
+def seen_in_part(x):
+    part = x[:, :3]
+    x = x.sin()  # nobody holds what it was of, but a part
+    return x[:, :3] * part
+
+
+def seen_as_a_copy(x):
+    same = x.clone()
+    x = x.exp()
+    return (x + 1).tanh() * same
+
+
+def seen_as_written(x):
+    y = x * 1.5
+    y += x
+    y *= 0.7
+    y.tanh_()
+    return y + x
+
+
+BY_NAME = {
+    **{
+        name: getattr(torch, name)
+        for name in (
+            "asinh", "atan", "cosh", "erf", "erfc", "exp2", "log10", "log2", "sinc",
+            "sinh",
+        )
+    },
+    **{name: getattr(F, name) for name in ("celu", "softsign", "tanhshrink")},
+    "tan": lambda x: torch.tan(x / 2), "logit": lambda x: torch.logit(x / 3),
+    "clamp_max": lambda x: x.clamp(max=0.7),
+    "threshold": lambda x: F.threshold(x, 0.5, 0.1),
+    "softshrink": lambda x: F.softshrink(x, 0.4),
+    "hardshrink": lambda x: F.hardshrink(x, 0.4),
+    "prelu": lambda x: F.prelu(x - 0.5, torch.tensor([0.3]).double()),
+    "steps": lambda x: x.sign() * x + (3 * x).floor() * x + x.round() * x,
+    "to a power": lambda x: x**x, "of a number": lambda x: 2**x,
+    "atan2": lambda x: torch.atan2(x, 1 + x.flip(0)),
+    "hypot": lambda x: torch.hypot(x, x.flip(0)), "xlogy": lambda x: torch.xlogy(x, x),
+    "logaddexp": lambda x: torch.logaddexp(x, 2 * x.flip(0)),
+    "addcmul": lambda x: torch.addcmul(x, x.exp(), x.sin(), value=0.5),
+    "addcdiv": lambda x: torch.addcdiv(x, x.sin(), x),
+    "lerp": lambda x: torch.lerp(x, x.sin(), 0.3), "glu": lambda x: F.glu(x, 1),
+    "norm": lambda x: x.norm(dim=1), "normalized": F.normalize,
+    "third": lambda x: torch.linalg.vector_norm(x, 3, dim=1),
+    "var": lambda x: x.var(1), "var_mean": lambda x: torch.var_mean(x, 1)[0],
+    "std": lambda x: (x - x.mean(1, True)) / x.std(1, keepdim=True),
+    "logsumexp": lambda x: x.logsumexp(1), "prod": lambda x: x.prod(1),
+    "cumprod": lambda x: x.cumprod(1), "mv": lambda x: x @ x[0],
+    "dot": lambda x: x[0] @ x[1],
+    "cross": lambda x: torch.linalg.cross(x[:, :3], x[:, 1:]),
+    "baddbmm": lambda x: torch.baddbmm(
+        x.view(2, 3, 4).sum(2, True), x.view(2, 3, 4), x.view(2, 4, 3)
+    ),
+    "bilinear": lambda x: F.bilinear(x, x.sin(), MATRIX.view(3, 2, 2).repeat(1, 2, 2)),
+}  # fmt: skip
+
+
+def resized(*shape, **how):
+    return lambda x: F.interpolate(x.view(shape), **how)
+
+
+def padded(mode, shape, *sizes):
+    return lambda x: F.pad(x.view(shape), sizes, mode=mode)
+
+
+SHAPES = {
+    "repeat": lambda x: x.repeat(2, 1).exp(), "unfold": lambda x: x.unfold(1, 2, 1),
+    "im2col": lambda x: F.unfold(x.view(2, 1, 3, 4), 2),
+    "col2im": lambda x: F.fold(x.view(1, 4, 6), (3, 4), 2),
+    "pixel_shuffle": lambda x: F.pixel_shuffle(x.view(1, 4, 2, 3), 2),
+    "pixel_unshuffle": lambda x: F.pixel_unshuffle(x.view(1, 1, 6, 4), 2),
+    "channel_shuffle": lambda x: F.channel_shuffle(x.view(1, 4, 2, 3), 2),
+    "nearest 1d": resized(2, 3, 4, scale_factor=2),
+    "linear": resized(2, 3, 4, scale_factor=2, mode="linear"),
+    "bicubic": resized(2, 1, 3, 4, scale_factor=2, mode="bicubic"),
+    "exact": resized(2, 1, 3, 4, scale_factor=2, mode="nearest-exact"),
+    "smoothed": resized(2, 1, 3, 4, size=2, mode="bilinear", antialias=True),
+    "area": resized(2, 1, 3, 4, size=2, mode="area"),
+    "nearest 3d": resized(2, 1, 1, 3, 4, scale_factor=2),
+    "trilinear": resized(2, 1, 1, 3, 4, scale_factor=2, mode="trilinear"),
+    "replicated": padded("replicate", (2, 3, 4), 1, 1),
+    "replicated 3d": padded("replicate", (2, 1, 1, 3, 4), 1, 1, 1, 1, 0, 0),
+    "reflected 3d": padded("reflect", (2, 1, 1, 3, 4), 1, 1, 1, 1, 0, 0),
+    "triangles": lambda x: x.tril() + x.triu().exp(),
+}  # fmt: skip
+CHOICES = {
+    "max_pool1d": lambda x: F.max_pool1d(x.view(2, 3, 4), 2) * 1.5,
+    "max_pool3d": lambda x: F.max_pool3d(x.view(1, 2, 3, 2, 2), 2),
+    "adaptive": lambda x: F.adaptive_max_pool2d(x.view(2, 1, 3, 4), 2),
+    "max": lambda x: x.max(1).values, "min": lambda x: x.min(1, True)[0] * x,
+    "amax": lambda x: x.amax(1), "amin": lambda x: x.amin(()) * x,
+    "amax of the same": lambda x: torch.cat([x, x], 1).amax(1),
+    "maximum": lambda x: torch.maximum(x, x.flip(0)) * torch.maximum(x, x.clone()),
+    "minimum": lambda x: torch.minimum(x, 0.7 * x.flip(0)),
+    "smaller": lambda x: torch.minimum(x[0].exp(), x),
+    "where": lambda x: torch.where(MASK, x.exp(), -x),
+    "where, a number": lambda x: torch.where(x > 0.4, x, 0.0),
+    "masked_fill": lambda x: x.masked_fill(MASK, -3.0).exp(),
+    "sort": lambda x: x.sort(1)[0] * x, "topk": lambda x: x.topk(2, 0)[0],
+    "index_add": lambda x: MATRIX.index_add(0, ROWS, x.exp(), alpha=2),
+    "index_put": lambda x: x.index_put((ROWS,), x.exp(), accumulate=True),
+    "scatter_add": lambda x: x[:3].scatter_add(0, ROWS[:, None].expand(6, 4), x),
+    "scatter": lambda x: x.scatter(1, ROWS[:, None], 0.5),
+    "slice_scatter": lambda x: x.slice_scatter(x[:2].exp(), 0, 1, 3),
+    "taken": lambda x: x.take(ROWS), "masked": lambda x: x[MASK],
+    "accumulated": lambda x: torch.zeros_like(x).add_(x.exp()).mul_(x),
+}  # fmt: skip
+
+
+FUNCTIONS = {
+    **BY_NAME, **SHAPES, **CHOICES,
+    "part": seen_in_part, "copy": seen_as_a_copy, "written": seen_as_written,
+    "held": lambda x: (y := 1.5 * x).sin() * y + y.exp(),
+    "spread": lambda x: x.mean(0).expand_as(x).sin(),
+    "columns": lambda x: x.t().sigmoid().t() * x,
+    "divided": lambda x: (x.sin() + 2).div_(x + 1),
+    "by rows": lambda x: x / x.sum(1, True),
+    **{
+        name: getattr(torch, name)
+        for name in (
+            "abs", "cos", "exp", "expm1", "log1p", "reciprocal", "rsqrt", "sigmoid",
+            "sin", "sqrt", "tanh", "square", "log",
+        )
+    },
+    **{
+        name: getattr(F, name)
+        for name in (
+            "elu", "gelu", "hardswish", "hardtanh", "leaky_relu",
+            "logsigmoid", "mish", "relu", "relu6", "silu", "softplus", "selu",
+        )
+    },
+    "clamp": lambda x: x.clamp(0.3, 1.2), "clamp_min": lambda x: x.clamp(min=0.4),
+    "softmax": lambda x: x.softmax(1), "log_softmax": lambda x: x.log_softmax(1),
+    "quotient": lambda x: x / (1 + x * x), "rsub": lambda x: 2 - x.pow(3),
+    "difference": lambda x: torch.sub(x.exp(), x.sin(), alpha=0.5) - x,
+    "subtracted": lambda x: torch.sub(x[0], x, alpha=0.5).exp(),
+    "parts": lambda x: torch.cat([y * y for y in x.split(2, 1)], 1)[:, :3],
+    "lifted": lambda x: (x.unsqueeze(1) * x.unsqueeze(2)).sum(1) + x.mean(0),
+    "rounded": lambda x: torch.div(x, 0.3, rounding_mode="floor") * x,
+    "counted": lambda x: (2 * x).long().double() * x,
+    "pooled": lambda x: F.max_pool2d(x.view(2, 3, 4), 2) * 1.5,
+    "chosen": lambda x: x.index_select(1, torch.tensor([2, 0])).exp(),
+}  # fmt: skip

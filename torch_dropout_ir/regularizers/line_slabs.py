@@ -1,0 +1,193 @@
+r"""How lines go through functions that are not linear, a part of the tensor at a time.
+
+Where :math:`x(t)` has derivatives :math:`\dot x` and :math:`\ddot x` at 0, those of
+``f(x)`` are :math:`f' \dot x` and :math:`f''[\dot x, \dot x] + f' \ddot x`. Parts hold
+little, and where nobody else reads :math:`\dot x` and :math:`\ddot x`, what is found
+takes their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from torch_dropout_ir.normalization import layer_norm
+from torch_dropout_ir.regularizers.line_calls import (
+    STILL,
+    Call,
+    Line,
+    room,
+    tensors,
+)
+
+T = TypeVar("T")
+Function = Callable[[Tensor], Tensor]
+Slab = Callable[[Function, Tensor, Line], Line]
+# Elements of a part: what one operation makes of it stays in a cache.
+_PART: Final = 2**16
+
+
+def elementwise(call: Call, moving: list[int], value: Any) -> list[Line]:
+    """Take a function of single elements by its derivatives, from a graph of a part."""
+    if moving != [0] or any([x.ndim for x in tensors(call.args[1:])]):
+        return smooth(call, moving, value)
+    own = _in_slabs(call, _one(call), _by_slopes, rows=False)
+    return [own, *[STILL] * (len(tensors(value)) - 1)]
+
+
+def along_rows(call: Call, moving: list[int], value: Any) -> list[Line]:
+    """Take a function of what lies along another dimension than the first."""
+    if moving != [0] or call.args[1] % max(call.args[0].ndim, 1) == 0:
+        return smooth(call, moving, value)
+    return [_in_slabs(call, _one(call), _twice, rows=True)]
+
+
+def group_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:
+    """Take each sample for itself."""
+    if moving != [0]:
+        return smooth(call, moving, value)
+    _, weight, bias, _, *rest = call.args
+
+    def function(x: Tensor) -> Tensor:
+        found: Tensor = call.func(x, weight, bias, len(x), *rest)[0]
+        return found
+
+    return [_in_slabs(call, function, _twice, rows=True), STILL, STILL]
+
+
+def layer_normalized(call: Call, moving: list[int], _: Any) -> list[Line]:
+    """As composed: torch's own holds mean and deviation the second time."""
+    x, *rest = call.args
+    if moving == [0] and x.ndim > len(rest[0]):
+        own = _in_slabs(call, lambda x: layer_norm(x, *rest), _twice, rows=True)
+        return [own, STILL, STILL]
+    lines = [call.line_of(x) for x in call.args]
+    found = _outside(lambda: _along(layer_norm, call.args, lines), x)
+    return [*found, STILL, STILL]
+
+
+def gated(call: Call, _: list[int], __: Any) -> list[Line]:
+    """As composed: torch's own cannot be differentiated twice in forward mode."""
+    x, *rest = call.args
+    dim = rest[0] if rest else -1
+
+    def function(x: Tensor) -> Tensor:
+        own, gate = x.chunk(2, dim)
+        return own * gate.sigmoid()
+
+    return [_outside(lambda: _twice(function, x, call.line(0)), x)]
+
+
+def _one(call: Call) -> Function:
+    """Return the operation as a function of its first argument to its first result."""
+    return lambda x: tensors(call.at({0: x}))[0]
+
+
+def _in_slabs(call: Call, function: Function, slab: Slab, rows: bool) -> Line:
+    """Take a function part by part."""
+    x: Tensor = call.args[0]
+    (first, second), alone = call.take(0, value=True)
+    to1 = None if first is None else room(first, alone)
+    to2 = torch.empty_like(x) if second is None else room(second, alone)
+
+    def run() -> None:
+        for at, u1, u2, *ends in _parts([x, first, second, to1, to2], rows):
+            for end, found in zip(ends, slab(function, at, (u1, u2)), strict=True):
+                if end is not None:
+                    end.zero_() if found is None else end.copy_(found)
+
+    _outside(run, x)
+    return to1, to2
+
+
+def _outside(run: Callable[[], T], x: Tensor) -> T:
+    """Run in another thread: inside of a mode torch has no derivatives."""
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+
+    def there() -> T:
+        with torch.cuda.stream(stream):  # a thread has its own; None is no matter
+            return run()
+
+    with ThreadPoolExecutor(1) as outside:
+        return outside.submit(there).result()
+
+
+def _parts(of: list[Tensor | None], rows: bool) -> Iterator[list[Any]]:
+    """Yield parts of tensors of one shape, some rows or some elements of each."""
+    x = next(x for x in of if x is not None)
+    if not rows and all([u is None or u.is_contiguous() for u in of]):
+        of, length = [None if u is None else u.view(-1) for u in of], 1
+    else:
+        length = x[0].numel() if len(x) else 1
+    step = max(1, _PART // max(length, 1))
+    total = x.numel() // max(length, 1)
+    for start in range(0, total, step):
+        yield [None if u is None else u[start : start + step] for u in of]
+
+
+def _by_slopes(function: Function, x: Tensor, line: Line) -> Line:
+    """Of a function of single elements, by its slope and that of its slope."""
+    first, second = line
+    x = x.detach().requires_grad_()
+    ones = torch.ones_like(x)
+    (slope,) = torch.autograd.grad(function(x), x, ones, create_graph=True)
+    bend = None
+    if slope.requires_grad and first is not None:
+        (bend,) = torch.autograd.grad(slope, x, ones, allow_unused=True)
+    slope = slope.detach()
+    y1 = None if first is None else slope * first
+    y2 = None if second is None else slope * second
+    if bend is not None and first is not None:
+        bent = bend * first * first
+        y2 = bent if y2 is None else y2.add_(bent)
+    return y1, y2
+
+
+def smooth(call: Call, _: list[int], __: Any) -> list[Line]:
+    """What forward mode differentiates twice, whatever moves."""
+    leaves, spec = _pytree.tree_flatten((call.args, dict(call.kwargs)))
+
+    def function(*moved: Any) -> Any:
+        args, kwargs = _pytree.tree_unflatten(moved, spec)
+        return call.func(*args, **kwargs)
+
+    lines = [call.line_of(x) for x in leaves]
+    return _outside(lambda: _along(function, leaves, lines), tensors(leaves)[0])
+
+
+def _twice(function: Function, x: Tensor, line: Line) -> Line:
+    return _along(function, [x], [line])[0]
+
+
+def _along(
+    function: Callable[..., Any], leaves: list[Any], lines: list[Line]
+) -> list[Line]:
+    """Return the lines of what a function makes of what moves, by torch's forward mode.
+
+    Args:
+        function: The function.
+        leaves: What it is given.
+        lines: The line of each of these.
+    """
+
+    def at(t: Tensor) -> tuple[Tensor, ...]:
+        pairs = zip(leaves, lines, strict=True)
+        return tuple(tensors(function(*[_moved(x, line, t) for x, line in pairs])))
+
+    like = next(x for line in lines for x in line if x is not None)
+    zero, one = like.new_zeros(()), like.new_ones(())
+    found: Any = torch.func.jvp(
+        lambda t: torch.func.jvp(at, (t,), (one,))[1], (zero,), (one,)
+    )
+    return list(zip(*found, strict=True))
+
+
+def _moved(x: Any, line: Line, t: Tensor) -> Any:
+    first, second = line
+    x = x if first is None else x + t * first
+    return x if second is None else x + t * t / 2 * second
