@@ -14,6 +14,7 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.sites import Site
 
 _DIRECTIONS: Final = 4
+_WIDER: Final = 4  # each than the one before
 _TOLD: Final = 0.01  # of the curvature, up to which differences have to tell
 
 
@@ -69,7 +70,8 @@ def adds_squares(loss: Loss, outputs: Tensor, targets: Any) -> bool:
 
     Its graph tells, but for what is computed of the outputs and is a constant there, as
     a weight. So differences of the loss have to be a square's too, along steps ``d`` of
-    the outputs' size: the second :math:`\sum_i H_{ii} d_i^2`, and the third 0.
+    the outputs' size and more, which they take under dropout: the second :math:`\sum_i
+    H_{ii} d_i^2`, and the third 0.
 
     Args:
         loss: The loss.
@@ -89,8 +91,9 @@ def adds_squares(loss: Loss, outputs: Tensor, targets: Any) -> bool:
         return False
     diagonal = product(torch.ones_like(outputs))
     size = outputs.detach().square().mean().sqrt()
-    for _ in range(_DIRECTIONS):
-        d = torch.randn_like(outputs) * torch.where(size > 0, size, 1.0)
+    for direction in range(_DIRECTIONS):
+        length = torch.where(size > 0, size, 1.0) * _WIDER**direction
+        d = torch.randn_like(outputs) * length
         at = torch.stack([loss(outputs + k * d, targets) for k in (2, 1, 0, -1)])
         curved = (diagonal * d * d).sum()
         second = at[1] - 2 * at[2] + at[3] - curved

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
@@ -161,10 +160,10 @@ class _Known(NamedTuple):
         return of_sums(self.names, summed, self.exact, self.notes)
 
     def estimate(self, draws: list[list[Form]], coupled: bool) -> Estimate:
-        found = assemble(
-            self.names, draws, self.num_samples, coupled, self.exact, self.like
-        )
-        return dataclasses.replace(found, notes=(*found.notes, *self.notes))
+        return assemble(
+            self.names, draws, self.num_samples, coupled, self.exact, self.like,
+            self.notes,
+        )  # fmt: skip
 
 
 class _Seen(NamedTuple):

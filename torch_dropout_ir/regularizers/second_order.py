@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
@@ -135,9 +134,10 @@ def second_order(
             draws, coupled, more = _together(model, batch, resolved, seen, num_samples)
             notes = (*notes, *more)
     names = [site.name for site, _, _ in seen.masks]
-    found = assemble(names, draws, num_samples, coupled, seen.exact, seen.like)
+    like, exact = seen.like, seen.exact
+    found = assemble(names, draws, num_samples, coupled, exact, like, notes)
     check_finite("second_order", found.value, model, batch[0])
-    return dataclasses.replace(found, notes=(*found.notes, *notes))
+    return found
 
 
 class _Seen(NamedTuple):

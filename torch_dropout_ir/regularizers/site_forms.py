@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -82,10 +82,19 @@ def not_reached(uses: Sequence[str], reached: Collection[str]) -> tuple[str, ...
     """Return what is to be said of sites that no derivative has come to."""
     return tuple(
         f"site `{name}`: 0, for the loss does not depend on it (or the model cuts its "
-        "graph, which `monte_carlo` tells)"
+        "graph, or rounds, which `monte_carlo` tells)"
         for name in dict.fromkeys(uses)
         if name not in reached
     )
+
+
+def _told(
+    uses: Sequence[str], per_site: Mapping[str, Tensor], notes: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return what is to be said, of sites whose part is 0 too unless all are."""
+    if LINEAR in notes:
+        return notes
+    return *not_reached(uses, [name for name, x in per_site.items() if x]), *notes
 
 
 def assemble(
@@ -95,6 +104,7 @@ def assemble(
     coupled: bool,
     exact: bool,
     like: Tensor,
+    notes: tuple[str, ...],
 ) -> Estimate:
     """Return the mean of the draws, the part of each site, and the standard error.
 
@@ -105,15 +115,15 @@ def assemble(
         coupled: Whether samples depend on each other.
         exact: Whether the value is R_1 itself.
         like: A tensor of the dtype and device of the estimate.
+        notes: What there is to say of it.
 
     Returns:
         The estimate.
     """
     names = list(dict.fromkeys(uses))
-    reached = {name for draw in draws for name, _ in draw}
-    notes = not_reached(uses, reached)
     if like.dtype == torch.float16:
-        notes = (*notes, "in float16 parts below 6e-8 vanish: use float32 or bfloat16")
+        lost = "in float16 parts below 6e-8 vanish: use float32 or bfloat16"
+        notes = (lost, *notes)
     one = num_samples == 1 and len(draws) == 1
     found = _of_few(names, draws[0], coupled, like) if one else None
     if found is None:
@@ -130,7 +140,7 @@ def assemble(
         exact,
         count,
         True,
-        notes,
+        _told(uses, per_site, notes),
         per_site_standard_error=errors,
     )
 
@@ -153,8 +163,8 @@ def of_sums(
         parts[count:] = [error] * count
     per_site = dict(zip(summed.names, parts[:count], strict=True))
     errors = dict(zip(summed.names, parts[count:], strict=True))
+    notes = _told(uses, per_site, notes)
     if count < len(dict.fromkeys(uses)):
-        notes = (*not_reached(uses, per_site), *notes)
         zero = value.new_zeros(())
         per_site = {name: per_site.get(name, zero) for name in uses}
         errors = {name: errors.get(name, zero) for name in uses}

@@ -1,0 +1,50 @@
+"""Numbers that would be no answer: 0 where a model rounds, curvature that is none."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torch_dropout_ir.regularizers import gauss_newton, second_order
+
+
+class Rounds(nn.Module):
+    """One site goes on, another is rounded."""
+
+    def __init__(self, rounded):
+        super().__init__()
+        self.a, self.b = nn.Dropout(0.5), nn.Dropout(0.5)
+        self.out, self.rounded = nn.Linear(2, 2), rounded
+
+    def forward(self, x):
+        return self.out(self.a(x)) + self.rounded(self.b(x))
+
+
+@pytest.mark.parametrize("rounded", [torch.sign, torch.round, lambda h: 0 * h])
+@pytest.mark.parametrize("num_samples", [None, 1, 3])
+@pytest.mark.parametrize("form", [gauss_newton, second_order])
+def test_a_part_that_is_zero_is_said(form, num_samples, rounded):
+    torch.manual_seed(0)
+    batch = torch.randn(4, 2), torch.randn(4, 2)
+    found = form(Rounds(rounded), batch, "mse", num_samples=num_samples)
+    assert found.per_site["b"] == 0 < found.per_site["a"]
+    (note,) = found.notes
+    assert "`b`: 0" in note and "monte_carlo" in note
+
+
+@pytest.mark.parametrize("num_samples", [None, 1, 30])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda f, _: (f - f.detach()).norm(dim=1).mean() + f.prod(1).square().sum(),
+        lambda f, _: ((f.prod(1) * 0).sqrt() + f[:, 0] * f[:, 1]).sum(),
+        lambda f, y: F.mse_loss(f, y) + (f - f.detach()).prod(1).sqrt().sum(),
+    ],
+)
+def test_curvature_that_is_not_finite_is_named(loss, num_samples):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="expected a finite estimate"):
+        gauss_newton(
+            net, (torch.randn(4, 2), torch.randn(4, 3)), loss, num_samples=num_samples
+        )
