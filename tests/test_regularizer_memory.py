@@ -205,6 +205,24 @@ def test_a_penalty_where_samples_meet_holds_two_passes(kind):
     assert peak(run) < 2.1 * step
 
 
+@pytest.mark.parametrize("kind, most", [("L2", 2.2), ("L3", 2.0), ("regu", 2.0)])
+def test_a_penalty_where_parameters_are_most_holds_one_gradient_more(kind, most):
+    """Beside a step's: the gradient, and what the largest layer adds to its own."""
+    torch.manual_seed(0)
+    hidden = [nn.Linear(1024, 1024), nn.ReLU(), nn.Dropout(0.5)]
+    net = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), *hidden, nn.Linear(1024, 10))
+    batch = torch.randn(128, 784), torch.randint(10, (128,))
+    step = peak(lambda: F.cross_entropy(net(batch[0]), batch[1]).backward())
+
+    def run():
+        modified_loss(net, batch, "cross_entropy", kind=kind, lr=0.1).backward()
+
+    net.zero_grad()
+    run()
+    net.zero_grad()
+    assert peak(run) < most * step
+
+
 def test_the_loss_with_r1_by_one_mask_holds_one_pass():
     torch.manual_seed(0)
     net, x = MODELS["batch norm"]()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from torch_dropout_ir import tracing
-from torch_dropout_ir.arrivals import graph_nodes
+from torch_dropout_ir.arrivals import arrivals, graph_nodes
 from torch_dropout_ir.regularizers.step_memory import made, makes
 
 _ONCE: Final = (
@@ -103,3 +103,37 @@ def with_gradient(
     """
     found: Tensor = _Known.apply(value, gradient, *params)
     return found
+
+
+def with_gradient_beside(
+    value: Tensor,
+    params: Sequence[Tensor],
+    gradient: list[Tensor | None],
+    beside: Callable[[], Tensor] | None,
+) -> Tensor:
+    """Return what :func:`with_gradient` does, and another loss added to it.
+
+    Its gradient is added as it comes: there is no second one.
+
+    Args:
+        value: Scalar, without a graph.
+        params: The parameters.
+        gradient: A tensor for each, or None where there is no dependence; used up.
+        beside: Gives the other loss with its graph, if there is one.
+
+    Returns:
+        The sum, which can be differentiated once.
+    """
+    if beside is None:
+        return with_gradient(value, params, gradient)
+    risk = beside()
+    if not learns_alone(risk, params):
+        return with_gradient(value, params, gradient) + risk
+
+    def add(i: int, g: Tensor) -> None:
+        own = gradient[i]
+        gradient[i] = g if own is None else own + g  # either may be elsewhere too
+
+    with arrivals(params, add):
+        torch.autograd.grad(risk, params, allow_unused=True)
+    return with_gradient(value + risk.detach(), params, gradient)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal, TypeAlias
@@ -146,15 +147,15 @@ def modified_loss(
             with _not_checkpointed(model):
                 return _with_r1(model, batch, resolved, kind, r1, max_bytes)
         assert lr is not None  # by `_check`
-        value = with_penalty(
+        clean = functools.partial(
+            _clean_risk, model, batch, resolved, move_buffers=True
+        )
+        return with_penalty(
             model, batch, resolved, lr,
             weight=float(kind != "L2"), sign=-1.0 if kind == "L3" else 1.0,
             move_buffers=kind != "L2", max_bytes=max_bytes,
+            beside=clean if kind == "L2" else None,
         )  # fmt: skip
-        if kind == "L2":
-            with _not_checkpointed(model):
-                return value + _clean_risk(model, batch, resolved, move_buffers=True)
-        return value
 
 
 def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:
@@ -292,5 +293,6 @@ def _dropout_risk(
 def _clean_risk(
     model: nn.Module, batch: Batch, loss: Loss, *, move_buffers: bool
 ) -> Tensor:
-    with at_sites(model, fresh, move_buffers=move_buffers, outlives=True):
+    off = at_sites(model, fresh, move_buffers=move_buffers, outlives=True)
+    with _not_checkpointed(model), off:
         return _dropout_risk(model, batch, loss, move_buffers=move_buffers)

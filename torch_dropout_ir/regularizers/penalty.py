@@ -7,7 +7,7 @@ with the value, a part at a time: the graph of both derivatives is that of a par
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -25,11 +25,11 @@ from torch_dropout_ir.functional import Batch, call, parameters
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.gradient_norm import learning_rates
-from torch_dropout_ir.regularizers.inner_products import weighted_inner
+from torch_dropout_ir.regularizers.inner_products import weighted_squares
 from torch_dropout_ir.regularizers.known_gradient import (
     learns_alone,
     parts_pay,
-    with_gradient,
+    with_gradient_beside,
 )
 from torch_dropout_ir.regularizers.masked_rows import MaskedRows
 from torch_dropout_ir.sharpness.derivatives import lean_derivatives
@@ -68,11 +68,12 @@ def with_penalty(
     sign: float,
     move_buffers: bool,
     max_bytes: int | None,
+    beside: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     r"""Return a risk under dropout with a penalty on its gradient, at the same masks.
 
     .. math::
-        w R_{drop} + s \frac{\epsilon}{4} \lVert \nabla R_{drop} \rVert^2
+        w R_{drop} + s \frac{\epsilon}{4} \lVert \nabla R_{drop} \rVert^2 + b
 
     Args:
         model: The model.
@@ -84,6 +85,7 @@ def with_penalty(
         move_buffers: Whether running statistics move, as in a step of training.
         max_bytes: Memory of a graph of second derivatives, beyond which it is made of
             parts of the batch, if samples do not meet; None keeps the graph of all.
+        beside: Gives :math:`b`, a loss of another pass, which comes last.
 
     Returns:
         Scalar, to be differentiated in the parameters.
@@ -106,6 +108,7 @@ def with_penalty(
         slopes = torch.autograd.grad(risk, params, allow_unused=True)
         value = sign * _penalty(slopes, rates)
         value = value + weight * risk.detach() if weight else value
+        gradient: list[Tensor | None]
         gradient = [None if g is None else g * weight for g in slopes]
         products = _Products(params, slopes, rates, sign, gradient)
         for part in rows.parts():
@@ -114,17 +117,20 @@ def with_penalty(
             products.add(part)
             del part  # its graph
         else:
-            return with_gradient(value, params, gradient)
+            return with_gradient_beside(value, params, gradient, beside)
         with rows.again(), twice_differentiable(lean):
             risk = loss(call(model, batch[0]), batch[1])
     penalty = sign * _penalty(_slopes(risk, params), rates)
     if weight:
-        return penalty + weight * risk
-    if max_bytes is None or not learns_alone(risk, params):
+        penalty = penalty + weight * risk
+    if beside is None:
         return penalty
+    if max_bytes is None or not learns_alone(risk, params):
+        return penalty + beside()
     # Another pass follows: none of the graph is held through it.
-    own = torch.autograd.grad(penalty, params, allow_unused=True)
-    return with_gradient(penalty.detach(), params, own)
+    own: list[Tensor | None] = []
+    own += torch.autograd.grad(penalty, params, allow_unused=True)
+    return with_gradient_beside(penalty.detach(), params, own, beside)
 
 
 class _Products:
@@ -210,4 +216,4 @@ def _penalty(slopes: Sequence[Tensor | None], rates: Sequence[float]) -> Tensor:
     """Return ``(lr / 4) ||g||^2``."""
     pairs = [(r, g) for r, g in zip(rates, slopes, strict=True) if g is not None]
     own, known = zip(*pairs, strict=True)
-    return weighted_inner(own, known, known)
+    return weighted_squares(own, known)
