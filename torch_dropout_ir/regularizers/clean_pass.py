@@ -153,11 +153,7 @@ class CleanPass:
     def row_weights(self, outputs: Tensor, root: Tensor) -> dict[int, Tensor]:
         """Return the sum of magnitudes of each row of what a root is at each use."""
         found: dict[int, Tensor] = {}
-
-        def receive(use: int, g: Tensor) -> None:
-            found[use] = row_weight(g)
-
-        self.pull(outputs, root, receive)
+        self.pull(outputs, root, lambda i, g: found.update({i: row_weight(g)}))
         return found
 
     def count(self, outputs: Tensor) -> int:
