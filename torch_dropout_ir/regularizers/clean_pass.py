@@ -203,11 +203,12 @@ class CleanPass:
         """
         if outputs.ndim == 0 or not self.uses:
             return bool(self.uses)
+        if self.row_wise and outputs.ndim > 1:
+            return False
         count = self.count(outputs)
         meet: bool | None = True
         if count and self.by_samples(count):
-            apart = count < 2 or (self.row_wise and outputs.ndim > 1)
-            meet = False if apart else rows_meet(outputs, self.edges, count)
+            meet = False if count < 2 else rows_meet(outputs, self.edges, count)
         return meet if every(meet is not None, "graph") else None
 
     def _couples(self, outputs: Tensor) -> bool:
