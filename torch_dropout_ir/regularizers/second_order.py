@@ -34,12 +34,16 @@ from torch_dropout_ir.regularizers.step_memory import WHOLE, Held, kept_is_less
 # A double backward keeps up to three times what a training step does, and attention
 # in its kernel the weights, beside the outputs of all rows.
 _CHUNKS: Final = 5
-# Values of the largest activation that are at hand where it moves along a line: three
-# before an operation and three after it.
+# Values of the largest activation that are at hand where it moves along a line: that
+# which an operation read, and three that it makes.
 _ALONG: Final = 4
 # Elements of the sites' inputs that may lead to much; fewer would have to lead to more
-# than two thousand values each.
-_SOME: Final = 2**13
+# than five hundred values each.
+_SOME: Final = 2**11
+# Bytes of a graph from which a line takes no longer, and of so many uses, each of which
+# has its own; the exact sum and rows that are taken apart do up to `WHOLE`.
+_LINE: Final = 2**22
+_FEW: Final = 2
 # Draws whose signs are held at once, a byte each: the space of the sites' inputs.
 _DRAWS_HELD: Final = 4
 
@@ -158,7 +162,10 @@ def _first_pass(
         read = read_outputs(clean.outputs, loss, batch[1])
         some = sum([h.numel() for _, h, _ in clean.uses]) >= _SOME
         if some and not clean.matters:
-            clean.matters = _held(read).made > WHOLE
+            made = _held(read).made
+            few = num_samples is not None and len(clean.uses) <= _FEW
+            alone = few and made > _LINE and clean.couples_samples(read.tensors)
+            clean.matters = alone or made > WHOLE
         if clean.matters:
             clean.let_go()
             read = read_outputs(clean.outputs, loss, batch[1])
