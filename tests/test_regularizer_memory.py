@@ -106,6 +106,24 @@ def test_where_samples_meet_in_one_layer_it_is_no_more_either(act):
     assert peak(lambda: second_order(net, (x, y), "cross_entropy")) <= step
 
 
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_nor_of_a_few_megabytes(act, num_samples):
+    torch.manual_seed(0)
+    layers = [nn.Dropout(0.1)]
+    for wide in (3, 32, 32):
+        layers += [nn.Conv2d(wide, 32, 3, padding=1), nn.BatchNorm2d(32), act()]
+    net = nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+    )
+    x, y = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+    step = peak(lambda: F.cross_entropy(net(x), y).backward())
+    net.zero_grad()
+    run = functools.partial(second_order, net, (x, y), num_samples=num_samples)
+    run("cross_entropy")
+    assert peak(lambda: run("cross_entropy")) <= step
+
+
 @pytest.mark.parametrize("length", [64, 128])
 def test_nor_where_attention_would_keep_its_weights(length):
     torch.manual_seed(0)

@@ -35,12 +35,16 @@ from torch_dropout_ir.written_parameters import unwritten
 # A double backward keeps up to three times what a training step does, and attention
 # in its kernel the weights, beside the outputs of all rows.
 _CHUNKS: Final = 5
-# Values of the largest activation that are at hand where it moves along a line: three
-# before an operation and three after it.
+# Values of the largest activation that are at hand where it moves along a line: that
+# which an operation read, and three that it makes.
 _ALONG: Final = 4
 # Elements of the sites' inputs that may lead to much; fewer would have to lead to more
-# than two thousand values each.
-_SOME: Final = 2**13
+# than five hundred values each.
+_SOME: Final = 2**11
+# Bytes of a graph from which a line takes no longer, and of so many uses, each of which
+# has its own; the exact sum and rows that are taken apart do up to `WHOLE`.
+_LINE: Final = 2**22
+_FEW: Final = 2
 # Draws whose signs are held at once, a byte each: the space of the sites' inputs.
 _DRAWS_HELD: Final = 4
 
