@@ -27,10 +27,10 @@ from torch_dropout_ir.regularizers.outputs import (
     check_curvature,
     read_outputs,
 )
-from torch_dropout_ir.regularizers.row_chunks import RowChunks
+from torch_dropout_ir.regularizers.row_chunks import RowChunks, weigh
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble, join, signs
-from torch_dropout_ir.regularizers.step_memory import WHOLE, Held, kept_is_less
+from torch_dropout_ir.regularizers.step_memory import Held, kept_is_less
 
 # A double backward keeps up to three times what a training step does, and attention
 # in its kernel the weights, beside the outputs of all rows.
@@ -38,9 +38,6 @@ _CHUNKS: Final = 5
 # Values of the largest activation that are at hand where it moves along a line: three
 # before an operation and three after it.
 _ALONG: Final = 6
-# Elements of the sites' inputs that may lead to much; fewer would have to lead to more
-# than two thousand values each.
-_SOME: Final = 2**13
 # Draws whose signs are held at once, a byte each: the space of the sites' inputs.
 _DRAWS_HELD: Final = 4
 
@@ -157,10 +154,7 @@ def _first_pass(
     with clean_pass(model, batch[0], twice=True) as clean:
         check_reachable("second_order", clean.unreachable)
         read = read_outputs(clean.outputs, loss, batch[1])
-        if not clean.matters:
-            size = sum([h.numel() for _, h, _ in clean.uses])
-            large = size >= _SOME and _held(read).made > WHOLE
-            clean.matters = some(large, "graph's memory")
+        weigh(clean, read)
         if clean.matters:
             clean.let_go()
             read = read_outputs(clean.outputs, loss, batch[1])

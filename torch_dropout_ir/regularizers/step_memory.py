@@ -11,8 +11,9 @@ from torch_dropout_ir.arrivals import graph_nodes
 _NOTHING_NEW: Final = (
     "AccumulateGrad", "Alias", "Expand", "Permute", "TBackward", "Transpose", "View"
 )  # fmt: skip
-# Bytes of a graph that is no matter where something else speaks for it.
-WHOLE: Final = 2**26
+# Bytes of a graph that is no matter where time speaks for it: passes that make it again
+# take two or three times what one takes.
+FEW: Final = 2**22
 
 
 class Held(NamedTuple):
