@@ -263,7 +263,7 @@ def _known(
 ) -> _Known:
     linear = () if forms.curved or check_curvature(read) else (LINEAR,)
     notes = (*clean.noise_left_out(model), *beside, *linear)
-    exact = is_exact(clean, loss, forms.num_samples)
+    exact = is_exact(clean, loss, read.targets, forms.num_samples)
     return _Known(clean.names, forms.num_samples, exact, read.single, notes)
 
 

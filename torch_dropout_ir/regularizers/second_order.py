@@ -169,7 +169,7 @@ def _first_pass(
             coupled = coupled or meet
             curvature = SiteCurvature(clean, read, linearized=False)
             draws = curvature.draws(num_samples, coupled)
-        exact = is_exact(clean, loss, num_samples)
+        exact = is_exact(clean, loss, batch[1], num_samples)
         notes = clean.noise_left_out(model)
         masks = [(site, h.new_empty(()), h.shape) for site, h, _ in clean.uses]
         like = read.tensors[0].detach().new_zeros(())
