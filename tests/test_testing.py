@@ -1,5 +1,6 @@
 """What users test the formula with, itself tested."""
 
+import copy
 import dataclasses
 import subprocess
 import sys
@@ -138,6 +139,68 @@ def test_claims_hold_on_small_networks(problem):
     assert expected <= set(report.agreeing)
     assert too_few <= {"monte_carlo"}
     assert torch.equal(before, torch.get_rng_state())
+
+
+SQUARES = {
+    "half a mean": lambda f, y: 0.5 * F.mse_loss(f, y),
+    "a sum": lambda f, y: 0.3 * ((f - y) ** 2).sum() + f.mean(),
+    "weighed": lambda f, y: (y.exp() * F.mse_loss(f, y, reduction="none")).mean(),
+    "one output": lambda f, y: (2 * f[:, 1] - y[:, 0]).pow(2).mean(),
+    "negative": lambda f, y: (y.sin() * (f - y).square()).sum(),
+}
+NO_SQUARES = {
+    "weights of the outputs": lambda f, y: (f.detach().abs() * (f - y) ** 2).mean(),
+    # As far as dropout moves them, not as far as they are large.
+    "from a size on": lambda f, y: (
+        f.detach().square().clamp(min=25) * (f - y) ** 2
+    ).mean(),
+    "a constant of them": lambda f, y: F.mse_loss(f, y) + f.detach().square().sum(),
+    "beside a number": lambda f, y: 1e5 + F.mse_loss(f, y) + f.detach().square().mean(),
+    "norms": lambda f, y: (f - y).square().sum(1).sqrt().mean(),
+    "nearly": lambda f, y: (1e-3 * (f - y)).sin().square().sum(),
+}
+
+
+def before_the_last(p, dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Dropout(p), nn.Linear(5, 2))
+    x, y = torch.randn(8, 2), torch.randn(8, 2)
+    return net.to(dtype), (x.to(dtype), y.to(dtype))
+
+
+@pytest.mark.parametrize("p", [0.3, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", SQUARES)
+def test_formulas_that_add_squares_are_exact_by_hand(name, dtype, p):
+    loss, (net, batch) = SQUARES[name], before_the_last(p, dtype)
+    wide, (x, y) = copy.deepcopy(net).double(), [t.double() for t in batch]
+    risk = float(loss(wide.eval()(x), y).detach())
+    truth = expected_risk(wide.train(), [5], (x, y), loss) - risk
+    close = {"rel": 1e-9 if dtype == torch.float64 else 1e-4}
+    state = torch.get_rng_state()
+    for form in (tdi.regularizers.gauss_newton, tdi.regularizers.second_order):
+        found = form(net, batch, loss, num_samples=None)
+        assert found.exact and float(found.value) == pytest.approx(truth, **close)
+        assert not form(net, batch, loss, num_samples=1).exact
+        torch.set_rng_state(state)
+        form(net, batch, loss, num_samples=None)
+        assert torch.equal(torch.get_rng_state(), state), "an exact sum draws nothing"
+    report = testing.check_regularizer(net, batch, loss, num_masks=400)
+    claims = {f.name: f.claim for f in report.findings}
+    names = "last_layer", "leave_one_out", "gauss_newton", "second_order"
+    assert {claims[name] for name in names} == {"exact"}
+    assert {*claims.values()} == {"exact", "unbiased"}
+    report.assert_holds()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NO_SQUARES)
+def test_formulas_that_do_not_are_second_order_by_hand(name, dtype):
+    loss, (net, batch) = NO_SQUARES[name], before_the_last(0.9, dtype)
+    for form in (tdi.regularizers.gauss_newton, tdi.regularizers.second_order):
+        assert not form(net, batch, loss, num_samples=None).exact
+    claims = {f.claim for f in testing.check_regularizer(net, batch, loss).findings}
+    assert "exact" not in claims
 
 
 def test_a_broken_estimator_is_found(monkeypatch):

@@ -13,8 +13,9 @@ from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.sites import Site
 
-_DIRECTIONS: Final = 4
-_WIDER: Final = 4  # each than the one before
+# Steps in units of the outputs' size: dropout at a large ``p`` moves them by many.
+_STEPS: Final = (1.0, 4.0, 16.0, 64.0)
+_SEED: Final = 0
 _TOLD: Final = 0.01  # of the curvature, up to which differences have to tell
 
 
@@ -64,8 +65,14 @@ def _by_element(site: Site, features: Tensor) -> bool:
     return site.mask_shape(features.shape) == tuple(features.shape)
 
 
+def is_quadratic(loss: Loss, outputs: Tensor, targets: Any) -> bool:
+    """Whether a loss is known or shown to be a sum of squares of single outputs."""
+    shown = loss.kind in ("general", "elementwise")
+    return loss.is_quadratic or (shown and _adds_squares(loss, outputs, targets))
+
+
 @torch.no_grad()
-def adds_squares(loss: Loss, outputs: Tensor, targets: Any) -> bool:
+def _adds_squares(loss: Loss, outputs: Tensor, targets: Any) -> bool:
     r"""Whether a loss without a closed form is a sum of squares of single outputs.
 
     Its graph tells, but for what is computed of the outputs and is a constant there, as
@@ -91,9 +98,10 @@ def adds_squares(loss: Loss, outputs: Tensor, targets: Any) -> bool:
         return False
     diagonal = product(torch.ones_like(outputs))
     size = outputs.detach().square().mean().sqrt()
-    for direction in range(_DIRECTIONS):
-        length = torch.where(size > 0, size, 1.0) * _WIDER**direction
-        d = torch.randn_like(outputs) * length
+    draw = torch.Generator(outputs.device).manual_seed(_SEED)
+    for step in _STEPS:
+        d = outputs.new_empty(outputs.shape).normal_(generator=draw)
+        d *= step * torch.where(size > 0, size, 1.0)
         at = torch.stack([loss(outputs + k * d, targets) for k in (2, 1, 0, -1)])
         curved = (diagonal * d * d).sum()
         second = at[1] - 2 * at[2] + at[3] - curved

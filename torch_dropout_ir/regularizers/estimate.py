@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor
 
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
+from torch_dropout_ir.regularizers.closed_forms import is_quadratic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +43,12 @@ class Estimate:
     per_site_standard_error: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
-def is_exact(clean: CleanPass, loss: Loss, num_samples: int | None) -> bool:
+def is_exact(
+    clean: CleanPass, loss: Loss, targets: Any, num_samples: int | None
+) -> bool:
     """Whether a second-order form is R_1 itself: Lemma 1, or no noise at all."""
     if not clean.uses:
         return not clean.out_of_sight and not clean.noisy
-    return num_samples is None and clean.last_layer is not None and loss.is_quadratic
+    if num_samples is not None or clean.last_layer is None:
+        return False
+    return is_quadratic(loss, clean.outputs.detach(), targets)

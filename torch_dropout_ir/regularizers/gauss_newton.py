@@ -30,7 +30,7 @@ from torch_dropout_ir.regularizers.outputs import (
 )
 from torch_dropout_ir.regularizers.root_forms import RootForms
 from torch_dropout_ir.regularizers.root_passes import draws_by_passes
-from torch_dropout_ir.regularizers.row_chunks import RowChunks
+from torch_dropout_ir.regularizers.row_chunks import RowChunks, weigh
 from torch_dropout_ir.regularizers.site_forms import (
     LINEAR,
     Form,
@@ -76,13 +76,11 @@ def gauss_newton(
     \circ h)^\top J^\top H J (z \circ h)` with signs on the units, in three; the exact
     sum goes unit by unit there, and of losses that couple samples.
 
-    Memory: no more than a training step's (forward and backward pass with the
-    parameters' gradients). What has been used goes as the derivatives come; more
-    samples, the exact sum and a loss without a root go through a large batch half of
-    its rows at a time. Samples that meet (batch normalization in training mode above a
-    site, message passing) cannot be taken apart: of those each root takes a forward
-    pass too, where a graph that is kept for the next one would hold more than a step,
-    and of an exact sum more than 64 MB.
+    Memory: no more than a training step's. What has been used goes as the derivatives
+    come; more samples, the exact sum and a loss without a root go through a large batch
+    half of its rows at a time. Samples that meet (batch normalization in training mode
+    above a site, message passing) cannot be taken apart: of those each root takes a
+    pass of its own, where a graph of over 4 MB would else hold more than a step.
 
     Whether samples meet is seen in the graph where its operations are known to keep
     them apart, else asked of an eighth of a large batch; it is assumed if that fails.
@@ -202,6 +200,8 @@ def _first_pass(
     inputs, targets = batch
     with _pass(model, batch, loss, num_samples) as clean:
         read = _read(clean, targets, loss)
+        if num_samples != 1:  # a graph that would be kept
+            weigh(clean, read)
         own = loss.kind != "general"
         product = checked_product("gauss_newton", read, model, inputs, known=own)
         forms = RootForms(clean, read, num_samples, product)
@@ -262,7 +262,7 @@ def _known(
 ) -> _Known:
     linear = () if forms.curved or check_curvature(read) else (LINEAR,)
     notes = (*clean.noise_left_out(model), *beside, *linear)
-    exact = is_exact(clean, loss, forms.num_samples)
+    exact = is_exact(clean, loss, read.targets, forms.num_samples)
     return _Known(clean.names, forms.num_samples, exact, read.single, notes)
 
 

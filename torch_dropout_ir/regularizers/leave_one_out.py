@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Final
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_dropout_ir import tracing
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.by_rows import sum_by_rows
+from torch_dropout_ir.regularizers.closed_forms import is_quadratic
 from torch_dropout_ir.regularizers.last_layer import (
     ROWS_MEET,
     check_layer,
@@ -87,6 +89,11 @@ def leave_one_out(
     if resolved.kind == "squared":
         return last_layer(features, weight, p, loss=resolved, targets=targets)
     resolved = resolved.at(outputs.reshape(-1, outputs.shape[-1]))
+    if tracing.eager() and is_quadratic(resolved, outputs.detach(), targets):
+        resolved = dataclasses.replace(resolved, kind="elementwise")
+        return last_layer(
+            features, weight, p, loss=resolved, outputs=outputs, targets=targets
+        )
     if resolved.kind == "cross_entropy":
         return variance * _softmax_form(resolved, features, weight, outputs, targets)
     check_rows(read_outputs(outputs, resolved, targets))

@@ -15,7 +15,7 @@ from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.closed_forms import adds_squares
+from torch_dropout_ir.regularizers.closed_forms import is_quadratic
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk, linear_parts
 from torch_dropout_ir.regularizers.gauss_newton import estimate
@@ -147,10 +147,10 @@ def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
         return None
     site, features, _ = clean.uses[0]
     outputs: Tensor = clean.outputs.detach()
-    exact = loss.is_quadratic
-    if loss.kind == "general" and targets is not None:
-        exact = adds_squares(loss, outputs, targets)
-        loss = dataclasses.replace(loss, kind="elementwise") if exact else loss
+    if targets is None:
+        exact = loss.is_quadratic
+    elif (exact := is_quadratic(loss, outputs, targets)) and loss.kind == "general":
+        loss = dataclasses.replace(loss, kind="elementwise")
     if not exact and loss.at(outputs).kind != "cross_entropy":
         return None
     # With p = 1 the noise has no variance, and masks alone tell what it does.

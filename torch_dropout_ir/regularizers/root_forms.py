@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.coupling import alike, apart, by_powers
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.root_choice import choose
-from torch_dropout_ir.regularizers.root_pulls import plain, pull_root
+from torch_dropout_ir.regularizers.root_pulls import added_up, plain, pull_root
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, Sums
 
@@ -172,7 +173,7 @@ class RootForms:
             assert isinstance(self._roots, HessianRoots)
             roots = apart(clean.count(outputs), coupled, self._roots.exact(rows))
             pulled = (pull_root(clean, outputs, root, sign) for root, sign in roots)
-            return [[form for forms in pulled for form in forms]], bool(coupled)
+            return [added_up(chain.from_iterable(pulled))], bool(coupled)
         return self._sampled(clean, outputs, coupled, rows, keep)
 
     def _sampled(

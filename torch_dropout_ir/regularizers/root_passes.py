@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import TypeAlias
 
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.root_forms import RootForms
-from torch_dropout_ir.regularizers.root_pulls import pull_root
+from torch_dropout_ir.regularizers.root_pulls import added_up, pull_root
 from torch_dropout_ir.regularizers.site_forms import Form
-from torch_dropout_ir.regularizers.step_memory import WHOLE, Held, kept_is_less
+from torch_dropout_ir.regularizers.step_memory import FEW, Held, kept_is_less
+
+Run: TypeAlias = Callable[[], AbstractContextManager[tuple[CleanPass, OutputsRead]]]
 
 
 def draws_by_passes(
     forms: RootForms,
-    run: Callable[[], AbstractContextManager[tuple[CleanPass, OutputsRead]]],
+    run: Run,
     coupled: bool | None,
 ) -> tuple[list[list[Form]], bool]:
     """Return the draws of the forms, of passes over all rows.
 
     A graph that goes as its derivatives come holds no more than a step: each root has a
     pass of its own. Where a graph that is kept holds no more either, as with sites near
-    the network's end, one pass does for all; so it does for an exact sum up to 64 MB.
+    the network's end, one pass does for all; so it does for an exact sum up to 4 MB.
 
     Args:
         forms: The forms.
@@ -37,20 +40,29 @@ def draws_by_passes(
             if not forms.rooted:
                 return forms.draws(clean, read, coupled=coupled, keep=False)
             coupled = clean.couples_samples(read.tensors)
-    roots = forms.roots(coupled)
+    pulled = _pulled(forms, run, coupled)
+    if forms.num_samples is None:
+        return [added_up(form for _, form in pulled)], coupled
     draws: dict[int, list[Form]] = {}
+    for draw, form in pulled:
+        draws.setdefault(draw, []).append(form)
+    return list(draws.values()), coupled
+
+
+def _pulled(forms: RootForms, run: Run, coupled: bool) -> Iterator[tuple[int, Form]]:
+    """Yield the forms of all roots, each with the number of its draw."""
+    roots = forms.roots(coupled)
     following = next(roots, None)
     while following is not None:
         with run() as (clean, read):
             above = Held.by([x.grad_fn for x in read.tensors])
             # Of an exact sum the roots are very many.
-            few = forms.num_samples is None and above.made <= WHOLE
+            few = forms.num_samples is None and above.made <= FEW
             keep = few or kept_is_less(above, clean.below)
             while following is not None:
                 (draw, (root, sign)), following = following, next(roots, None)
                 kept = keep and following is not None
                 pulled = pull_root(clean, read.tensors[0], root, sign, kept)
-                draws.setdefault(draw, []).extend(pulled)
+                yield from ((draw, form) for form in pulled)
                 if not kept:
                     break
-    return list(draws.values()), coupled

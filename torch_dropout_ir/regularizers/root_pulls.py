@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
@@ -54,6 +57,16 @@ def pull_root(
         for use, (site, _, _) in enumerate(clean.uses)
         if use in squares
     ]
+
+
+def added_up(forms: Iterable[Form]) -> list[Form]:
+    """Return the sum of each site's forms: of an exact sum they are very many."""
+    sums: dict[str, Tensor] = {}
+    for name, form in forms:
+        part = form.sum(dtype=torch.float64)
+        sums[name] = sums[name] + part if name in sums else part
+        dtype = form.dtype
+    return [(name, whole.to(dtype)) for name, whole in sums.items()]
 
 
 def _each(sign: Tensor | float, rows: Tensor) -> Tensor | float:

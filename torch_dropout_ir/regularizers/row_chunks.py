@@ -34,10 +34,13 @@ from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.leaves import flatten
 from torch_dropout_ir.regularizers.output_rows import replace_rows, rows_of_samples
 from torch_dropout_ir.regularizers.outputs import OutputsRead
-from torch_dropout_ir.regularizers.step_memory import Held
+from torch_dropout_ir.regularizers.step_memory import FEW, Held
 
 T = TypeVar("T")
 
+# Elements of the sites' inputs that may lead to much; fewer would have to lead to more
+# than five hundred values each.
+_SOME: Final = 2**11
 # Fewer rows are not taken apart.
 FEWEST_ROWS: Final = 4
 # One row of so many is in the first chunk, which tells at small cost whether samples
@@ -177,6 +180,15 @@ class RowChunks:
         return used == expected and all(
             nearly_equal(x, self.take(f, rows)) for x, f in pairs
         )
+
+
+def weigh(clean: CleanPass, read: OutputsRead) -> None:
+    """Look whether little that goes into sites leads to a graph that matters."""
+    if clean.matters:
+        return
+    large = sum([h.numel() for _, h, _ in clean.uses]) >= _SOME
+    large = large and Held.by([x.grad_fn for x in read.tensors]).made > FEW
+    clean.matters = some(large, "graph's memory")
 
 
 def chunks(count: int, parts: int, most: int | None = None) -> Iterator[Tensor]:

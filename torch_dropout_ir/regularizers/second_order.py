@@ -26,10 +26,10 @@ from torch_dropout_ir.regularizers.outputs import (
     check_curvature,
     read_outputs,
 )
-from torch_dropout_ir.regularizers.row_chunks import RowChunks
+from torch_dropout_ir.regularizers.row_chunks import RowChunks, weigh
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble, join, signs
-from torch_dropout_ir.regularizers.step_memory import WHOLE, Held, kept_is_less
+from torch_dropout_ir.regularizers.step_memory import Held, kept_is_less
 from torch_dropout_ir.written_parameters import unwritten
 
 # A double backward keeps up to three times what a training step does, and attention
@@ -38,13 +38,6 @@ _CHUNKS: Final = 5
 # Values of the largest activation that are at hand where it moves along a line: that
 # which an operation read, and three that it makes.
 _ALONG: Final = 4
-# Elements of the sites' inputs that may lead to much; fewer would have to lead to more
-# than five hundred values each.
-_SOME: Final = 2**11
-# Bytes of a graph from which a line takes no longer, and of so many uses, each of which
-# has its own; the exact sum and rows that are taken apart do up to `WHOLE`.
-_LINE: Final = 2**22
-_FEW: Final = 2
 # Draws whose signs are held at once, a byte each: the space of the sites' inputs.
 _DRAWS_HELD: Final = 4
 
@@ -163,10 +156,7 @@ def _first_pass(
     with clean_pass(model, batch[0], twice=True, sketch=True) as clean:
         check_reachable("second_order", clean.unreachable)
         read = read_outputs(clean.outputs, loss, batch[1])
-        if not clean.matters:
-            size = sum([h.numel() for _, h, _ in clean.uses])
-            large = size >= _SOME and _held(read).made > WHOLE
-            clean.matters = some(large, "graph's memory")
+        weigh(clean, read)
         if clean.matters:
             clean.let_go()
             read = read_outputs(clean.outputs, loss, batch[1])
@@ -181,7 +171,7 @@ def _first_pass(
             coupled = coupled or meet
             curvature = SiteCurvature(clean, read, linearized=False)
             draws = curvature.draws(num_samples, coupled)
-        exact = is_exact(clean, loss, num_samples)
+        exact = is_exact(clean, loss, batch[1], num_samples)
         notes = clean.noise_left_out(model)
         masks = [(site, h.new_empty(()), h.shape) for site, h, _ in clean.uses]
         like = read.tensors[0].detach().new_zeros(())

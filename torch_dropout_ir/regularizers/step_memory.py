@@ -12,8 +12,9 @@ _NOTHING_NEW: Final = (
     "AccumulateGrad", "Alias", "Expand", "Permute", "Select", "Slice", "Split",
     "Squeeze", "TBackward", "Transpose", "Unbind", "Unsqueeze", "View",
 )  # fmt: skip
-# Bytes of a graph that is no matter where something else speaks for it.
-WHOLE: Final = 2**26
+# Bytes of a graph that is no matter where time speaks for it: passes that make it again
+# take two or three times what one takes.
+FEW: Final = 2**22
 
 
 class Held(NamedTuple):

@@ -140,7 +140,7 @@ def _estimators(
     with clean_pass(model, batch[0]) as clean:
         at_last = fits_last_layer(clean, loss)
         notes = noise_left_out(model, clean.noisy, bool(clean.uses), drawn=clean.drawn)
-        closed = is_exact(clean, loss, None) and not clean.unreachable
+        closed = is_exact(clean, loss, batch[1], None) and not clean.unreachable
         closed = closed and all(site.p < 1 for site, _, _ in clean.uses)
     form: Claim = "exact" if closed else "second order"
     sampled: Claim = "unbiased" if closed else "second order"
