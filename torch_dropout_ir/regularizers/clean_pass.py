@@ -129,8 +129,7 @@ class CleanPass:
             return
         if not self.matters:
             found = derivatives(outputs, self.edges, root, keep)
-            for i in reversed(range(len(found))):
-                g = found[i]
+            for i, g in reversed([*enumerate(found)]):
                 if g is not None:
                     receive(i, g)
             return
