@@ -240,6 +240,16 @@ class Clamped(nn.Module):
         return y
 
 
+class Unknown(nn.Module):
+    def forward(self, x):
+        return torch.fmod(x, 0.4)
+
+
+class Complex(nn.Module):
+    def forward(self, x):
+        return torch.fft.fft(x).abs()
+
+
 class Filled(nn.Module):
     def forward(self, x):
         whole = torch.zeros_like(x)
@@ -255,7 +265,9 @@ class Written(nn.Module):
         return y * x
 
 
-@pytest.mark.parametrize("layer", [Own, Reversed, Enabling, Clamped, Filled, Written])
+@pytest.mark.parametrize(
+    "layer", [Own, Reversed, Enabling, Clamped, Unknown, Complex, Filled, Written]
+)
 def test_what_a_line_does_not_go_through_is_left_to_a_double_backward(layer):
     torch.manual_seed(0)
     net, x = vectors(layer(), nn.BatchNorm1d(5), nn.Linear(5, 3))
