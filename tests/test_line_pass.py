@@ -165,6 +165,19 @@ def test_an_operation_along_a_line(monkeypatch, name):
     assert expected.abs() > 1e-6
 
 
+def scripted(x):
+    y = 1.5 * x
+    z = y.sin()
+    w = z.exp()
+    return z * y + y.exp() + w
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_what_is_held_outside_of_python_keeps_its_line(monkeypatch):
+    monkeypatch.setitem(FUNCTIONS, "scripted", torch.jit.script(scripted))
+    test_an_operation_along_a_line(monkeypatch, "scripted")
+
+
 def test_a_step_of_straight_pieces_has_a_rule_where_torch_has_no_second_derivative():
     torch.manual_seed(0)
     net = nn.Sequential(
