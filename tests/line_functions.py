@@ -102,6 +102,7 @@ CHOICES = {
     "amax": lambda x: x.amax(1), "amin": lambda x: x.amin(()) * x,
     "amax of the same": lambda x: torch.cat([x, x], 1).amax(1),
     "maximum": lambda x: torch.maximum(x, x.flip(0)) * torch.maximum(x, x.clone()),
+    "half": lambda x: torch.maximum(x, x.detach()) * x,
     "minimum": lambda x: torch.minimum(x, 0.7 * x.flip(0)),
     "smaller": lambda x: torch.minimum(x[0].exp(), x),
     "where": lambda x: torch.where(MASK, x.exp(), -x),
@@ -141,7 +142,9 @@ FUNCTIONS = {
         )
     },
     "clamp": lambda x: x.clamp(0.3, 1.2), "clamp_min": lambda x: x.clamp(min=0.4),
-    "softmax": lambda x: x.softmax(1), "log_softmax": lambda x: x.log_softmax(1),
+    "softmax": lambda x: x.softmax(1),
+    "softmax of columns": lambda x: x.softmax(0),
+    "log_softmax": lambda x: x.log_softmax(1),
     "quotient": lambda x: x / (1 + x * x), "rsub": lambda x: 2 - x.pow(3),
     "difference": lambda x: torch.sub(x.exp(), x.sin(), alpha=0.5) - x,
     "subtracted": lambda x: torch.sub(x[0], x, alpha=0.5).exp(),

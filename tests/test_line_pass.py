@@ -165,6 +165,19 @@ def test_an_operation_along_a_line(monkeypatch, name):
     assert expected.abs() > 1e-6
 
 
+def scripted(x):
+    y = 1.5 * x
+    z = y.sin()
+    w = z.exp()
+    return z * y + y.exp() + w
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_what_is_held_outside_of_python_keeps_its_line(monkeypatch):
+    monkeypatch.setitem(FUNCTIONS, "scripted", torch.jit.script(scripted))
+    test_an_operation_along_a_line(monkeypatch, "scripted")
+
+
 def test_a_step_of_straight_pieces_has_a_rule_where_torch_has_no_second_derivative():
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -197,11 +210,57 @@ class Own(nn.Module):
         return Straight.apply(x)
 
 
-class Cut(nn.Module):
+class Same(torch.autograd.Function):
+    """One that returns what it is given."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+class Reversed(nn.Module):
     def forward(self, x):
+        return Same.apply(x)
+
+
+class Enabled(torch.autograd.Function):
+    """One that calls for gradients of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        with torch.enable_grad():
+            return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class Enabling(nn.Module):
+    def forward(self, x):
+        return Enabled.apply(x)
+
+
+class Clamped(nn.Module):
+    def forward(self, x):
+        y = 1.5 * x
         with torch.no_grad():
-            scale = x.abs().mean()
-        return x / scale
+            y.clamp_(-0.5)
+        return y
+
+
+class Unknown(nn.Module):
+    def forward(self, x):
+        return torch.fmod(x, 0.4)
+
+
+class Complex(nn.Module):
+    def forward(self, x):
+        return torch.fft.fft(x).abs()
 
 
 class Filled(nn.Module):
@@ -219,7 +278,9 @@ class Written(nn.Module):
         return y * x
 
 
-@pytest.mark.parametrize("layer", [Own, Cut, Filled, Written])
+@pytest.mark.parametrize(
+    "layer", [Own, Reversed, Enabling, Clamped, Unknown, Complex, Filled, Written]
+)
 def test_what_a_line_does_not_go_through_is_left_to_a_double_backward(layer):
     torch.manual_seed(0)
     net, x = vectors(layer(), nn.BatchNorm1d(5), nn.Linear(5, 3))
@@ -233,9 +294,21 @@ class Detached(nn.Module):
         return x * (1 + x.detach().square())
 
 
-def test_what_is_detached_does_not_move():
+class Cut(nn.Module):
+    def forward(self, x):
+        with torch.no_grad():
+            with torch.no_grad():
+                scale = x.abs().mean()
+            with torch.enable_grad():
+                y = x.sin()
+            scale += y.mean()
+        return x / scale + y
+
+
+@pytest.mark.parametrize("layer", [Detached, Cut])
+def test_what_is_detached_does_not_move(layer):
     torch.manual_seed(0)
-    net, x = vectors(Detached(), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    net, x = vectors(layer(), nn.BatchNorm1d(5), nn.Linear(5, 3))
     net, batch = net.double(), (x.double(), torch.randint(3, (6,)))
     uses, h, z = noise_of(net, batch[0])
     found = curvature_along(net, batch, resolve_loss("cross_entropy"), uses, 0, z)
@@ -274,7 +347,7 @@ def test_the_forms_are_those_of_a_graph(monkeypatch, num_samples):
 
 def test_what_a_line_does_not_go_through_has_a_graph(monkeypatch):
     torch.manual_seed(0)
-    net = sites_below_batch_norm().insert(3, Cut())
+    net = sites_below_batch_norm().insert(3, Filled())
     batch = torch.randn(6, 4).double(), torch.randint(3, (6,))
     expected = second_order(net, batch, "cross_entropy", num_samples=None)
     monkeypatch.setattr(passes, "_FEWEST_ELEMENTS", 0)

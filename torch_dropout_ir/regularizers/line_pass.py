@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -32,6 +33,33 @@ from torch_dropout_ir.survey import Survey
 Mask = tuple[Site, Tensor, torch.Size]
 
 
+class Constants(TorchFunctionMode):
+    """Knows what the model runs under ``torch.no_grad``: there nothing moves.
+
+    The forward pass of a function with a derivative of its own runs without autograd
+    too, which nobody has asked for.
+
+    Attributes:
+        asked: Whether the model has.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch._C._set_grad_enabled:
+            on = torch.is_grad_enabled()
+            if args[0] and not on and not self.asked:
+                raise NoRuleError(
+                    "gradients in a function with a derivative of its own"
+                )
+            self.asked = not args[0] and (on or self.asked)
+        return func(*args, **(kwargs or {}))
+
+
 class Moving(TorchDispatchMode):
     """Carries the derivatives along a line beside the tensors that move.
 
@@ -41,6 +69,7 @@ class Moving(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.constants = Constants()
         self._lines = WeakTensorKeyDictionary()
         self._last: tuple[Call, Any] | None = None
 
@@ -70,9 +99,12 @@ class Moving(TorchDispatchMode):
         moves = any([x in self._lines for x in tensors([args, kwargs])])
         if not moves:
             return func(*args, **kwargs)
-        if not torch.is_grad_enabled():  # what autograd would not see
+        plain = not func._schema.is_mutable
+        if not torch.is_grad_enabled():  # what autograd does not see
+            if plain and self.constants.asked:
+                return func(*args, **kwargs)
             raise NoRuleError(f"{func} without autograd")
-        if func._schema.is_mutable:
+        if not plain:
             return self._written(func, args, kwargs)
         value = func(*args, **kwargs)
         self._last = Call(func, args, kwargs, self.line), value
@@ -152,7 +184,7 @@ def curvature_along(
         kernels,
         at_sites(model, perturb, survey=survey, copies=True),
     ):
-        with moving:
+        with moving, moving.constants:
             outputs = call(model, batch[0], constants(survey.model), survey=survey)
     read = read_outputs(outputs, loss, batch[1])
     lines = [moving.line(x) for x in read.tensors]
