@@ -789,11 +789,13 @@ def test_samples_that_meet_at_some_masks_alone():
     torch.testing.assert_close(expected_dropout_loss(net, batch, apart), expected)
 
 
-def test_rows_that_meet_in_a_hinge_have_no_units_left_out():
-    h, w = torch.tensor([[3.0, 0.0], [0.0, 3.0]]).double(), torch.eye(2).double()
+@pytest.mark.parametrize("other", [1, 2, 4])
+def test_rows_that_meet_in_a_hinge_have_no_units_left_out(other):
+    h, w = torch.zeros(5, 2).double(), torch.eye(2).double()
+    h[0, 0] = h[other, 1] = 3.0
 
     def apart(f, _):
-        return (5 - (f[0] - f[1]).square().sum()).clamp(min=0)
+        return (5 - (f[0] - f[other]).square().sum()).clamp(min=0)
 
     assert apart(h, None) == 0  # not met, and without a derivative
     with pytest.raises(ValueError, match="couples rows"):

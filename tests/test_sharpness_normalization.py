@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_dropout_ir import sharpness, vectors
 from torch_dropout_ir.sharpness import linearization
+from torch_dropout_ir.sharpness.normalization import normalization
 
 CONVOLUTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -109,3 +110,36 @@ def test_a_product_passes_over_the_input_a_few_times(training, monkeypatch):
     with Passes(450 * 5) as torchs:
         plain @ v
     assert seen.made <= 0.7 * torchs.made
+
+
+def tokens_last(x):
+    """The same numbers, in memory as positions of channels are, of no first stride."""
+    rows = x.flatten(2).mT.contiguous()
+    return rows.mT.unflatten(2, x.shape[2:])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("turned", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_single_sample_in_another_order_in_memory(training, turned):
+    torch.manual_seed(0)
+    given = [torch.randn(1, 4, 3, 3).double() for _ in range(3)]
+    weight, along = torch.rand(2, 4).double()
+    running = torch.rand(4).double(), torch.rand(4).double()
+
+    def derivatives(normalize, x, g, v):
+        x, w = x.detach().requires_grad_(), weight.clone().requires_grad_()
+        y = normalize(x, w)
+        root = g.detach().requires_grad_()
+        first = torch.autograd.grad(y, [x, w], root, create_graph=True)
+        second = torch.autograd.grad(first, [x, w, root], [v, along])
+        return [*(f.detach() for f in first), *second]
+
+    expected = derivatives(
+        lambda x, w: F.batch_norm(x, *running, w, None, training), *given
+    )
+    moved = [tokens_last(x) if i in turned else x for i, x in enumerate(given)]
+    kept = running[0].clone(), running[1].clone()
+    found = derivatives(
+        lambda x, w: normalization(x, kept, w, None, training, (0.1, 1e-5)), *moved
+    )
+    torch.testing.assert_close(found, expected)

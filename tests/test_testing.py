@@ -94,6 +94,23 @@ def test_samples_may_meet_where_derivatives_do_not_reach():
     torch.testing.assert_close(found, expected.detach())
 
 
+def test_samples_may_meet_where_no_graph_leads():
+    class Centred(nn.Sequential):
+        def forward(self, x):
+            h = self[0](x)
+            return self[1](h - h.mean(0).detach())
+
+    torch.manual_seed(0)
+    net = Centred(nn.Dropout(0.3), nn.Linear(2, 1)).double()
+    x, y = torch.randn(3, 2).double(), torch.randn(3, 1).double()
+    expected = 0
+    for mask, chance in testing.enumerate_masks((3, 2), 0.3):
+        h = x * mask / 0.7
+        expected = expected + chance * F.mse_loss(net[1](h - h.mean(0)), y)
+    found = testing.expected_dropout_loss(net, (x, y), "mse")
+    torch.testing.assert_close(found, expected.detach())
+
+
 @pytest.mark.parametrize("first", [-2.4, -2.5, -2.6, -2.7])
 def test_samples_may_meet_at_few_masks_alone(first):
     net = nn.Sequential(nn.Dropout(0.3), nn.Linear(2, 1, bias=False)).double()

@@ -33,6 +33,17 @@ class Attention(nn.Module):
         return self.mix(x, x, x)[0]
 
 
+class Tokens(nn.Module):
+    """Positions of an image as the rows of a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.norm(x).flatten(2).mT)
+
+
 CASES = {
     "linear": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
                (4, 6), {"0.weight", "2.weight"}),
@@ -45,6 +56,7 @@ CASES = {
     "line": (lambda: nn.Conv1d(3, 5, 3, padding=2), (2, 3, 9), {"weight"}),
     "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5), set()),
     "same": (lambda: nn.Conv2d(4, 6, 3, padding="same"), (2, 4, 5, 5), set()),
+    "tokens of one image": (Tokens, (1, 4, 3, 3), {"out.weight"}),
     "twice": (Twice, (4, 6), set()),
     "attention": (Attention, (3, 4, 6), set()),
 }  # fmt: skip

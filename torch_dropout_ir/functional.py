@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -57,25 +57,32 @@ def constants(model: nn.Module) -> dict[str, Tensor]:
     return {n: x.detach() for n, x in model.named_parameters()}
 
 
-def switch_off(module: nn.Module, whole: bool = False) -> list[Callable[[], None]]:
-    """Switch a dropout module off in its calls; a model may ask for its mode.
+def switch_off(
+    module: nn.Module, modes: dict[nn.Module, bool], whole: bool = False
+) -> list[Callable[[], None]]:
+    """Switch a dropout module off in its calls; a model may ask for its mode or set it.
 
     Args:
         module: The module.
+        modes: Is told the mode that it has when it is called.
         whole: Whether nobody asks, and one switch for all calls is enough.
 
     Returns:
         What gives it back, to be called from the last to the first.
     """
+    own = vars(module)  # to set an attribute asks what it is
 
-    def switch(module: nn.Module, *_: Any, training: bool = False) -> None:
-        vars(module)["training"] = training  # to set an attribute asks what it is
+    def switch(module: nn.Module, *_: Any) -> None:
+        modes[module], own["training"] = own["training"], False
 
-    back = functools.partial(switch, training=module.training)
-    restored = functools.partial(back, module)
+    def back(module: nn.Module, *_: Any) -> None:
+        own["training"] = modes[module]
+
+    restored = functools.partial(own.__setitem__, "training", module.training)
+    switch(module)
     if whole:
-        switch(module)
         return [restored]
+    back(module)
     before = module.register_forward_pre_hook(switch)
     after = module.register_forward_hook(back, always_call=True)
     return [restored, before.remove, after.remove]
@@ -106,7 +113,6 @@ def _act(site: Site, apply: SiteFunction, whole: bool) -> Callable[[], None]:
 def at_sites(
     model: nn.Module,
     apply: SiteFunction,
-    sites: Sequence[Site] | None = None,
     *,
     move_buffers: bool = False,
     outlives: bool = False,
@@ -121,9 +127,8 @@ def at_sites(
 
     Args:
         model: The model.
-        apply: Called with the site and its input; returns what passes on.
-        sites: The modules to act on; those that draw noise in training if None. Calls
-            of dropout functions are acted on in any case.
+        apply: Called with the site and its input where it draws noise in training (or
+            the whole model is in evaluation mode); returns what passes on.
         move_buffers: Whether running statistics move, as in a step of training.
         outlives: Whether the graph of the pass is used after the context.
         survey: The modules of the model, where they have been looked at just now.
@@ -135,14 +140,19 @@ def at_sites(
     seen = Survey.of(model) if survey is None else survey  # before there are hooks
     calls = DropoutCalls(seen.callers, apply, move_buffers, outlives)
     undo: list[Callable[[], None]] = []
+    modes: dict[nn.Module, bool] = {}
+
+    def act(site: Site, h: Tensor) -> Tensor:
+        acts = site.p > 0 and (modes[site.module] or not seen.model.training)
+        return apply(site, h) if acts else h
+
     try:
         # Layers of torch alone run nothing again in a backward pass.
         if seen.has_buffers and not (move_buffers or (copies and calls.absent)):
             undo.append(keep_buffers(seen.model))
         for module in seen.noise:
-            undo += switch_off(module, calls.absent)
-        for site in seen.sites if sites is None else sites:
-            undo.append(_act(site, apply, calls.absent))
+            undo += switch_off(module, modes, calls.absent)
+        undo += [_act(site, act, calls.absent) for site in seen.sites]
         with calls:
             yield calls
     finally:

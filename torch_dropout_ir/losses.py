@@ -232,7 +232,17 @@ def _option(loss: Any, name: str, default: Any) -> Any:
     return keywords.get(name, getattr(loss, name, default))
 
 
+def _altered(loss: Any) -> bool:
+    """Whether a loss module computes something else than its class says."""
+    hooks = isinstance(loss, nn.Module) and (
+        loss._forward_pre_hooks or loss._forward_hooks
+    )
+    return bool(hooks) or "forward" in getattr(loss, "__dict__", ())
+
+
 def _kind(loss: Any) -> Kind:
+    if _altered(loss):
+        return "general"
     weighted = _option(loss, "weight", None) is not None
     if isinstance(loss, functools.partial) and not loss.args:
         given = (loss.keywords.get(name) for name in ("size_average", "reduce"))

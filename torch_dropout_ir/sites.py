@@ -64,7 +64,7 @@ class Site:
         name: Its name in ``model.named_modules()``, or that of the call.
         module: The module itself, or the one that makes the call.
         kind: For a call, the module class whose masks have its shape.
-        rate: For a call, its probability of dropping.
+        rate: For a call, or a use of a module, its probability of dropping.
     """
 
     name: str

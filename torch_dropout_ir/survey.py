@@ -16,7 +16,6 @@ from torch_dropout_ir.sites import (
     QUIET,
     ROW_WISE,
     Site,
-    acts,
     is_noise,
     is_site,
     named_modules,
@@ -31,8 +30,7 @@ class Survey:
     Attributes:
         model: The model, inside of a wrapper of :func:`torch.compile`.
         modules: Its modules by name, in the order of ``model.named_modules()``.
-        sites: Those that draw noise in training: some may be kept in evaluation. Where
-            the whole model is in evaluation mode, all count.
+        sites: Those that may draw noise in training.
         noise: Those that do nothing but draw noise, of a kind that is known.
         callers: Those that may call dropout, by name.
         others: Those that are no layers of torch, by name.
@@ -80,9 +78,8 @@ class Survey:
         plain = type(module) in LAYERS  # torch's own dropout, as it is
         if plain or is_noise(module):
             self.noise.append(module)
-            site = Site(name, module)
-            if (plain or is_site(module)) and acts(site, self.model):
-                self.sites.append(site)
+            if plain or is_site(module):
+                self.sites.append(Site(name, module))
 
 
 def _hooks_on_all() -> bool:

@@ -80,6 +80,16 @@ def row_blocks(weight: Tensor) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, count, step))
 
 
+def slope_of_rows(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Return ``g W``, the derivative in rows ``x``, laid out in memory as those are.
+
+    So is torch's own. Its kernel for the derivative of batch normalization misreads the
+    strides that a single sample of tokens has otherwise.
+    """
+    turned = x.stride() == (1, len(x))
+    return (weight.T @ g.T).T if turned else g @ weight
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -95,7 +105,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
         return (
-            g @ weight if needed[0] else None,
+            slope_of_rows(g, weight, x) if needed[0] else None,
             ctx.give(Factors(g, x, weight, None)) if needed[1] else None,
             g.sum(0) if needed[2] else None,
             None,

@@ -81,6 +81,8 @@ class Recorder:
 
     def _perturb(self, site: Site, h: Tensor) -> Tensor:
         check_site(site, h)
+        if site.rate is None:  # a model may set another before the next call
+            site = Site(site.name, site.module, rate=site.p)
         if not torch.is_grad_enabled() or mapped(h):
             self.unreachable.append(site.name)
         first = self._open and not self.passed

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_dropout_ir import tracing
+from torch_dropout_ir.weight_parts import slope_of_rows
 
 # By identity of a leaf: the sum that its derivatives belong to, and their factor.
 # Backward passes on a GPU run in threads that no context variable reaches.
@@ -75,16 +76,6 @@ def unread(weight: Tensor) -> Tensor:
     return weight.new_zeros(()).expand(weight.shape)
 
 
-def _in_rows(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """Return ``g W``, laid out in memory as the rows ``x`` are.
-
-    So is torch's own. Its kernel for the derivative of batch normalization misreads the
-    strides that a single sample of tokens has otherwise.
-    """
-    turned = x.stride() == (1, len(x))
-    return (weight.T @ g.T).T if turned else g @ weight
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -101,7 +92,7 @@ class _Linear(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_Derivative.apply(g, x, weight, ctx.leaf, needed), None
         return (
-            _in_rows(g, weight, x) if needed[0] else None,
+            slope_of_rows(g, weight, x) if needed[0] else None,
             product(ctx.leaf, g, x, weight.shape) if needed[1] else None,
             g.sum(0) if needed[2] else None,
             None,
@@ -126,7 +117,7 @@ class _Derivative(torch.autograd.Function):
         in_weight = None
         if needed[1]:
             in_weight = unread(weight) if leaf else g.T @ x
-        in_x = _in_rows(g, weight, x) if needed[0] else None
+        in_x = slope_of_rows(g, weight, x) if needed[0] else None
         return in_x, in_weight, g.sum(0) if needed[2] else None
 
     @staticmethod
@@ -147,7 +138,7 @@ class _Derivative(torch.autograd.Function):
             if terms:
                 found[0] = terms[0] + terms[1] if len(terms) > 1 else terms[0]
         if in_x and weight_dot is not None:
-            found[1] = _in_rows(g, weight_dot, x)
+            found[1] = slope_of_rows(g, weight_dot, x)
         if in_weight and x_dot is not None:
             found[2] = product(ctx.leaf, g, x_dot, weight.shape)
         return tuple(found)

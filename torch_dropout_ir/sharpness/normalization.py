@@ -137,7 +137,8 @@ class _Normal:
             return _summed(u * apart) * self._r, _summed(u)
         mask = [False, True, True]
         held = None, None, self._mean, self._r
-        _, along, total = _backward(u, self._x, None, *held, True, 0.0, mask)
+        given = _plain(u), _plain(self._x)
+        _, along, total = _backward(*given, None, *held, True, 0.0, mask)
         return along, total
 
     def combined(
@@ -187,10 +188,20 @@ def _first(
     mask = [needed[0] and training, *needed[1:]]
     found: list[Tensor | None] = [None, None, None]
     if any(mask):
-        found = [*_backward(g, x, weight, None, None, mean, r, True, 0.0, mask)]
+        given = _plain(g), _plain(x), weight, None, None, mean, r
+        found = [*_backward(*given, True, 0.0, mask)]
     if needed[0] and not training:
         found[0] = g * _wide(r if weight is None else weight * r, g)
     return tuple(found)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Return a tensor whose strides torch's kernel reads as they are.
+
+    Of one sample it misreads two tensors in other orders, where the first dimension,
+    along which there is no step, has an unusual stride.
+    """
+    return x.contiguous() if len(x) == 1 else x
 
 
 def _wide(factor: Tensor, like: Tensor) -> Tensor:

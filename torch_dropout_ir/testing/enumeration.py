@@ -92,9 +92,9 @@ def expected_dropout_loss(
         batch: ``(inputs, targets)``.
         loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
         max_masks: Most forward passes to spend.
-        coupled: Whether samples meet. If None, it is found from graphs and derivatives;
-            where those show it at no noise alone, as of the largest of some losses,
-            they are taken to, or, of more than 4096 masks, held apart at some.
+        coupled: Whether samples meet. If None, it is found from derivatives, and from
+            the loss at some masks; they are taken to where no graph shows them apart,
+            as of the largest of some losses, if that makes no more than 4096 masks.
 
     Returns:
         0-d float64.
@@ -190,7 +190,7 @@ def uses_of_sites(
     Returns:
         The uses.
     """
-    shown = coupled is not None
+    look, shown = coupled is None, False
     with clean_pass(model, batch[0]) as clean:
         with torch.no_grad():
             loss(clean.outputs, batch[1])  # raises, where it is none
@@ -202,13 +202,14 @@ def uses_of_sites(
                 or not _a_row_each(clean, read)
                 or _meet_in_loss(read)
             )
-            shown = coupled or _shown_apart(clean, read)
+            shown = not coupled and _shown_apart(clean, read)
         each = [(s, torch.Size(s.mask_shape(h.shape))) for s, h, _ in clean.uses]
         drawn, other = clean.drawn, clean.noisy or bool(clean.out_of_sight)
         left_out = noise_left_out(model, clean.noisy, True) if other else ()
     one = [(s, torch.Size((1, *shape[1:])) if shape else shape) for s, shape in each]
-    if not shown and not drawn and _count(one) <= MAX_MASKS:
-        coupled = _count(each) <= _FEW or _meet_at_masks(model, batch, loss, each)
+    if look and not coupled and not drawn and _count(one) <= MAX_MASKS:
+        coupled = not shown and _count(each) <= _FEW
+        coupled = coupled or _meet_at_masks(model, batch, loss, each)
     return Uses(each if coupled else one, drawn, left_out)
 
 
