@@ -73,7 +73,7 @@ def switch_off(module: nn.Module, whole: bool = False) -> list[Callable[[], None
 
 
 def _act(site: Site, apply: SiteFunction, whole: bool) -> Callable[[], None]:
-    """Let a site that is switched off pass ``apply(site, h)`` on.
+    """Let a site pass ``apply(site, h)`` on; one with hooks has to be switched off.
 
     Args:
         site: The site.
@@ -128,9 +128,12 @@ def at_sites(
         # Layers of torch alone run nothing again in a backward pass.
         if seen.has_buffers and not (move_buffers or (copies and calls.absent)):
             undo.append(keep_buffers(seen.model))
+        chosen = seen.sites if sites is None else sites
+        acting = {site.module for site in chosen} if calls.absent else ()
         for module in seen.noise:
-            undo += switch_off(module, calls.absent)
-        for site in seen.sites if sites is None else sites:
+            if module not in acting:
+                undo += switch_off(module, calls.absent)
+        for site in chosen:
             undo.append(_act(site, apply, calls.absent))
         with calls:
             yield calls
