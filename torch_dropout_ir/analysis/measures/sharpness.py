@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_dropout_ir import sharpness
 from torch_dropout_ir.analysis.measures.regularizer import weight
@@ -29,6 +30,7 @@ _KINDS: Final = {
     "hutchinson": "Hutchinson's estimate on random signs",
 }
 _BINS: Final = 64
+_MET: Final = "of all samples at once, for passes of ranks meet"
 _READ_ELSEWHERE: Final = (
     "the loss depends on no parameter that is put in the place of the model's own: its "
     "outputs do not depend on them, or its layers keep them elsewhere than torch's "
@@ -57,7 +59,9 @@ class Sharpness:
         max_parameters: Larger models are left out.
         max_bytes: Memory for the graph of the second derivative, beyond which the batch
             is cut into parts; None: such that the peak is 1.3 times that of training by
-            plain gradient descent, or nearly, where parameters are most of it.
+            plain gradient descent, or nearly, where parameters are most of it. Where a
+            pass is itself a collective (synchronized batch normalization) the batch of
+            a rank stays whole, and the trace is sampled.
         coupling: With batch normalization in training mode samples see each other, and
             cannot be taken apart. ``"batch"``: the curvature of the loss as it is
             trained, from the whole batch at once, whatever memory that takes;
@@ -110,23 +114,26 @@ class Sharpness:
             snapshot.absent["sharpness/top_eigenvalue"] = reason
             return {}
         assert snapshot.loss is not None  # by `needs`
-        parts = fitting(
-            snapshot.model, snapshot.loss, snapshot.batches, self.max_bytes,
-            self.coupling,
-        )  # fmt: skip
+        parts = Parts(snapshot.batches, said=_MET)
+        met = snapshot.ranks.size > 1 and _passes_meet(snapshot)
+        if not met:
+            parts = fitting(
+                snapshot.model, snapshot.loss, snapshot.batches, self.max_bytes,
+                self.coupling,
+            )  # fmt: skip
         if snapshot.ranks.most(bool(parts.lacking), "lacks"):
             snapshot.absent["sharpness/top_eigenvalue"] = (
                 parts.lacking or "another rank"
             )
             return self._slice(snapshot)
         cut = dataclasses.replace(snapshot, batches=parts.batches)
-        records = self._of(cut, parts)
+        records = self._of(cut, parts, met)
         for tag in records:
             how = snapshot.notes[tag] if tag == "sharpness/trace" else ""
             snapshot.notes[tag] = "; ".join(filter(None, (how, parts.said)))
         return records | self._slice(snapshot)
 
-    def _of(self, snapshot: Snapshot, parts: Parts) -> dict[str, Record]:
+    def _of(self, snapshot: Snapshot, parts: Parts, met: bool) -> dict[str, Record]:
         """The records of one loss surface."""
         assert snapshot.loss is not None
         used = self._used(snapshot, parts)
@@ -142,7 +149,17 @@ class Sharpness:
         if parts.finer is not None:
             surface = parts.surface(snapshot.model, snapshot.loss, used, fine=True)
             own = CurvatureOperator("hessian", surface, BLOCK_BYTES)
-        return records | self._density(found) | self._trace(own, snapshot)
+        traced = self._joined_trace(op, snapshot) if met else self._trace(own, snapshot)
+        return records | self._density(found) | traced
+
+    def _joined_trace(self, op: Any, snapshot: Snapshot) -> dict[str, Record]:
+        """The trace by as many products on each rank, with the same vectors."""
+        found = sharpness.trace(op, num_matvecs=self.trace_matvecs)
+        snapshot.notes["sharpness/trace"] = _KINDS[found.method]
+        return {
+            "sharpness/trace": float(found.value),
+            "sharpness/trace_standard_error": float(found.standard_error),
+        }
 
     def _trace(self, own: Any, snapshot: Snapshot) -> dict[str, Record]:
         """The trace; of ranks, the mean of theirs, each from draws of its own."""
@@ -209,6 +226,29 @@ class Sharpness:
             return {}
         half = 1 / max(1, self.slice_points - 1)
         return {"sharpness/loss_slice": Histogram(losses, -1 - half, 1 + half)}
+
+
+class _Collectives(TorchDispatchMode):
+    """Looks for collectives in what runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.seen |= "c10d" in func.namespace
+        return func(*args, **(kwargs or {}))
+
+
+def _passes_meet(snapshot: Snapshot) -> bool:
+    """Whether a pass is a collective: then ranks have to make as many of them."""
+    assert snapshot.loss is not None
+    surface = Parts(snapshot.batches).surface(snapshot.model, snapshot.loss)
+    with _Collectives() as looking:
+        surface.value(surface.params)
+    return snapshot.ranks.most(looking.seen, "collectives") > 0
 
 
 class _Joined:
