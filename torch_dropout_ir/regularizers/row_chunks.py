@@ -161,7 +161,10 @@ class RowChunks:
 
 
 def chunks(count: int, parts: int) -> Iterator[Tensor]:
-    """Yield the numbers of the rows of each chunk.
+    """Yield the numbers of the rows of each chunk, two at least where there are.
+
+    A single row may lie in memory as torch's derivative of batch normalization misreads
+    it, where a batch does not.
 
     Args:
         count: Rows in all.
@@ -169,8 +172,10 @@ def chunks(count: int, parts: int) -> Iterator[Tensor]:
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
     first = min(count, max(2, count // _FIRST))
-    rest = order[first:].split(max(1, -(-(count - first) // parts)))
-    for rows in (order[:first], *rest):
+    step = max(2, -(-(count - first) // parts))
+    ends = [*range(first, count - 1, step), count]
+    for i, end in enumerate(ends):
+        rows = order[ends[i - 1] if i else 0 : end]
         if len(rows):
             yield rows.sort().values
 
