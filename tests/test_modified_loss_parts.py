@@ -136,7 +136,7 @@ MODELS = {
     ),
     "called": (Called, rows(), True),
     "dropped weight": (DroppedWeight, rows(), True),
-    "a token part of one": (Tokens, lambda: torch.randn(4, 4, 3, 3), True),
+    "tokens of images": (Tokens, lambda: torch.randn(4, 4, 3, 3), True),
     "language": (Language, lambda: torch.randint(5, (30, 3)), True),
     "again": (Again, rows(), None),
     "batch norm": (lambda: convolutional(nn.BatchNorm2d(4)), images, False),

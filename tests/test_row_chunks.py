@@ -295,3 +295,35 @@ def test_inputs_that_count_something_else_are_left_whole():
     found = row_chunks.rows_of(Inputs((x, table), {"one": one}), rows, 5)
     assert torch.equal(found.args[0], x[rows])
     assert found.args[1] is table and found.kwargs["one"] is one
+
+
+class Tokens(nn.Module):
+    """Images with normalized channels, whose positions are normalized too."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.norm = nn.Dropout2d(0.4), nn.InstanceNorm2d(4, affine=True)
+        self.tokens, self.out = nn.LayerNorm(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(self.tokens(self.norm(self.drop(x)).flatten(2).mT)).mean(1)
+
+
+@pytest.mark.parametrize("rows", range(2, 14))
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_no_chunk_is_of_a_single_row(rows, parts):
+    found = [chunk.tolist() for chunk in row_chunks.chunks(rows, parts)]
+    assert sorted(i for chunk in found for i in chunk) == list(range(rows))
+    assert min(map(len, found)) >= 2
+
+
+@pytest.mark.parametrize("rows", [4, 5, 7])
+def test_chunks_of_few_images_are_as_the_batch(monkeypatch, rows):
+    torch.manual_seed(0)
+    net = Tokens().double()
+    batch = torch.randn(rows, 4, 3, 3).double(), torch.randn(rows, 2).double()
+    whole = gauss_newton(net, batch, "mse", num_samples=None)
+    place = "torch_dropout_ir.regularizers.clean_pass._FEWEST_ELEMENTS"
+    monkeypatch.setattr(place, 0)
+    parts = gauss_newton(net, batch, "mse", num_samples=None)
+    torch.testing.assert_close(parts.value, whole.value)

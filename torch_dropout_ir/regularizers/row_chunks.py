@@ -50,6 +50,7 @@ _FIRST: Final = 8
 _SEED: Final = 0
 # What torch's attention makes weights of, where it has second derivatives.
 _WEIGHTS: Final = "SafeSoftmax"
+_NORMAL: Final = "BatchNorm"  # beside which no part is of one row
 
 
 class RowChunks:
@@ -192,7 +193,10 @@ def weigh(clean: CleanPass, read: OutputsRead) -> None:
 
 
 def chunks(count: int, parts: int, most: int | None = None) -> Iterator[Tensor]:
-    """Yield the numbers of the rows of each chunk.
+    """Yield the numbers of the rows of each chunk, two at least unless one is the most.
+
+    A single row may lie in memory as torch's derivative of batch normalization misreads
+    it, where a batch does not.
 
     Args:
         count: Rows in all.
@@ -201,9 +205,12 @@ def chunks(count: int, parts: int, most: int | None = None) -> Iterator[Tensor]:
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
     most = count if most is None else most
+    least = min(2, most)
     first = min(most, max(2, count // _FIRST))
-    rest = order[first:].split(min(most, max(1, -(-(count - first) // parts))))
-    for rows in (order[:first], *rest):
+    step = max(least, min(most, -(-(count - first) // parts)))
+    ends = [*range(first, count - least + 1, step), count]
+    for i, end in enumerate(ends):
+        rows = order[ends[i - 1] if i else 0 : end]
         if len(rows):
             yield rows.sort().values
 
@@ -222,7 +229,8 @@ def _share(model: nn.Module, inputs: Inputs, count: int) -> float:
                 ends = [x.grad_fn for x in leaves if x.grad_fn is not None]
                 nodes = [node.name() for node in graph_nodes(ends)]
                 held.append(Held.by(ends).made)
-            if not any(_WEIGHTS in name for name in nodes) and twice:
+            kept = any(_WEIGHTS in name for name in nodes)
+            if any(_NORMAL in name for name in nodes) or (twice and not kept):
                 return 1.0
     except (RuntimeError, ValueError, TypeError, IndexError):
         return 1.0  # as `each` will find
