@@ -342,8 +342,17 @@ def test_composed_normalization_is_torchs(norm):
 @pytest.mark.parametrize("kind", ["L1", "L4"])
 def test_a_site_that_drops_everything_is_named(kind, form):
     net, batch = small(p=1.0)
-    with pytest.raises(ValueError, match="site `2`"):
+    said = pytest.warns(UserWarning, match="site `2` drops everything")
+    with said, pytest.raises(ValueError, match="site `2`"):
         modified_loss(net, batch, "mse", kind=kind, r1=form)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_of_masks_alone_says_that_a_site_drops_everything(kind):
+    net, batch = small(p=1.0)
+    with pytest.warns(UserWarning, match="site `2` drops everything") as said:
+        modified_loss(net, batch, "mse", kind=kind, lr=0.1, r1="monte_carlo")
+    assert [x.filename for x in said] == [__file__]
 
 
 def test_classes_in_another_dimension_than_the_last_layers():

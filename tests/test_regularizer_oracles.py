@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.reference.enumeration import every_mask
 from tests.reference.second_order import second_order_form
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import gauss_newton, monte_carlo, second_order
@@ -127,7 +128,12 @@ def test_channels_are_dropped_whole(dims, samples, channels, p, seed):
     x = torch.randn(samples, 2, *size)
     net(x)
     net, batch = net.double(), (x.double(), torch.randn(samples, 2).double())
-    r1 = truth(net, batch, "mse")
+    h = net[:2](batch[0]).detach()
+    r1 = -float(F.mse_loss(net[3:](h), batch[1]).detach())
+    for mask, chance in every_mask(channels, p):
+        noisy = h * (mask / (1 - p)).view(channels, *(1,) * dims)
+        r1 += chance * float(F.mse_loss(net[3:](noisy), batch[1]).detach())
+    assert truth(net, batch, "mse") == pytest.approx(r1, rel=1e-9, abs=1e-12)
     for form in (gauss_newton, second_order):
         found = form(net, batch, "mse", num_samples=None)
         assert float(found.value) == pytest.approx(r1, rel=1e-9, abs=1e-12)

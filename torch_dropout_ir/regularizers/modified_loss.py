@@ -6,7 +6,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +45,8 @@ R1: TypeAlias = Literal[
     "last_layer", "leave_one_out", "gauss_newton", "second_order", "monte_carlo"
 ]
 
-_KINDS: Final = ("L1", "L2", "L3", "L4", "regu")
-_R1: Final = (
-    "last_layer",
-    "leave_one_out",
-    "gauss_newton",
-    "second_order",
-    "monte_carlo",
-)
+_KINDS: Final = get_args(Kind)
+_R1: Final = get_args(R1)
 
 
 def modified_loss(
@@ -76,8 +70,9 @@ def modified_loss(
     with :math:`\tilde R_2` at the masks of this very step: in ``L3`` and ``"regu"`` the
     loss and its penalty see the same ones. ``R_drop`` is the model as the script calls
     it, all of its noise included; ``R_S`` is the model with dropout off, and R_1 that
-    of the sites; a warning names other noise. Of the passes that a kind takes, the one
-    that gives ``R_S`` or ``R_drop`` moves batch-norm statistics, once a step.
+    of the sites; a warning names other noise, and sites with ``p = 1``. Of the passes
+    that a kind takes, the one that gives ``R_S`` or ``R_drop`` moves batch-norm
+    statistics, and writes on parameters if the model does, once a step.
 
     Differentiable in the parameters: call ``.backward()`` on it in the place of the
     loss. ``L1`` with ``"last_layer"`` costs a plain step; a penalty on the gradient a
@@ -180,6 +175,10 @@ def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:
             "modified_loss: expected a model in training mode, got one in evaluation "
             "mode, whose dropout is off. Call `model.train()` first."
         )
+    for site in find_sites(model):
+        if site.p >= 1:
+            said = f"modified_loss: site `{site.name}` drops everything (p = 1)"
+            warnings.warn(said, stacklevel=3)
 
 
 @contextlib.contextmanager
