@@ -29,10 +29,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir import tracing
+from torch_dropout_ir.sharpness.channels import (
+    BACKWARD,
+    NORMALIZE,
+    Normal,
+    plain,
+    wide,
+)
 
-_normalize: Final = torch.ops.aten.native_batch_norm.default
-_backward: Final = torch.ops.aten.native_batch_norm_backward.default
 Needed = tuple[bool, bool, bool]
 Line = tuple[Tensor | None, Tensor | None]
 _TWICE: Final = (
@@ -53,7 +57,7 @@ class _Normalized(torch.autograd.Function):
         training: bool,
         rates: tuple[float, float],
     ) -> Tensor:
-        y, *held = _normalize(x, weight, bias, *running, training, *rates)
+        y, *held = NORMALIZE(x, weight, bias, *running, training, *rates)
         mean, variance = running
         if not training and mean is not None and variance is not None:
             held = [mean, (variance + rates[1]).rsqrt()]
@@ -98,7 +102,7 @@ class _Derivative(torch.autograd.Function):
             raise RuntimeError(_TWICE)
         g, x, weight, mean, r = ctx.saved_tensors
         in_g, in_x, in_weight = ctx.needs_input_grad[:3]
-        h = _Normal(x, mean, r)
+        h = Normal(x, mean, r)
         scale = r if weight is None else weight * r
         zero = torch.zeros_like(r)
         dot_h, dot_1, met = zero, zero, zero
@@ -124,57 +128,6 @@ class _Derivative(torch.autograd.Function):
         )
 
 
-class _Normal:
-    """What the weight of a layer multiplies: ``h = r (x - m)``, not made."""
-
-    def __init__(self, x: Tensor, mean: Tensor, r: Tensor) -> None:
-        self._x, self._mean, self._r = x, mean, r
-
-    def along(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """``<u, h>`` and ``<u, 1>``."""
-        if not tracing.eager():
-            apart = self._x - _wide(self._mean, u)
-            return _summed(u * apart) * self._r, _summed(u)
-        mask = [False, True, True]
-        held = None, None, self._mean, self._r
-        given = _plain(u), _plain(self._x)
-        _, along, total = _backward(*given, None, *held, True, 0.0, mask)
-        return along, total
-
-    def combined(
-        self, at: tuple[Tensor, Tensor] | None, *terms: tuple[Tensor, Tensor | None]
-    ) -> Tensor:
-        """``at_0 h + at_1`` and the terms, each with its factor by channel."""
-        found = None
-        if at is not None:
-            found = _affine(self._x, *self._of_x(at))
-        for factor, u in terms:
-            if u is not None:
-                own = _wide(factor, u)
-                found = u * own if found is None else found.addcmul_(u, own)
-        return torch.zeros_like(self._x) if found is None else found
-
-    def added(
-        self,
-        to: Tensor | None,
-        at: tuple[Tensor, Tensor],
-        *terms: tuple[Tensor, Tensor | None],
-    ) -> Tensor:
-        """The same, added to what is there."""
-        if to is None:
-            return self.combined(at, *terms)
-        factor, constant = self._of_x(at)
-        for own, u in ((factor, self._x), *terms):
-            if u is not None:
-                to.addcmul_(u, _wide(own, u))
-        return to.add_(_wide(constant, to))
-
-    def _of_x(self, at: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return factor and constant that make ``at_0 h + at_1`` of ``x``."""
-        factor = at[0] * self._r
-        return factor, at[1] - factor * self._mean
-
-
 def _first(
     g: Tensor,
     x: Tensor,
@@ -188,43 +141,17 @@ def _first(
     mask = [needed[0] and training, *needed[1:]]
     found: list[Tensor | None] = [None, None, None]
     if any(mask):
-        given = _plain(g), _plain(x), weight, None, None, mean, r
-        found = [*_backward(*given, True, 0.0, mask)]
+        given = plain(g), plain(x), weight, None, None, mean, r
+        found = [*BACKWARD(*given, True, 0.0, mask)]
     if needed[0] and not training:
-        found[0] = g * _wide(r if weight is None else weight * r, g)
+        found[0] = g * wide(r if weight is None else weight * r, g)
     return tuple(found)
-
-
-def _plain(x: Tensor) -> Tensor:
-    """Return a tensor whose strides torch's kernel reads as they are.
-
-    Of one sample it misreads two tensors in other orders, where the first dimension,
-    along which there is no step, has an unusual stride.
-    """
-    return x.contiguous() if len(x) == 1 else x
-
-
-def _wide(factor: Tensor, like: Tensor) -> Tensor:
-    """One number a channel, to be multiplied with all of it."""
-    return factor.view(-1, *(1,) * (like.ndim - 2))
-
-
-def _summed(u: Tensor) -> Tensor:
-    return u.sum([0, *range(2, u.ndim)])
 
 
 def _along(u: Tensor, v: Tensor) -> Tensor:
     """``<u, v>``."""
     zero = v.new_zeros(v.shape[1])
-    return _Normal(v, zero, zero + 1).along(u)[0]
-
-
-def _affine(x: Tensor, factor: Tensor, constant: Tensor) -> Tensor:
-    if not tracing.eager():
-        return _wide(factor, x) * x + _wide(constant, x)
-    zero = torch.zeros_like(factor)
-    found: Tensor = _normalize(x, factor, constant, zero, zero + 1, False, 0.0, 0.0)[0]
-    return found
+    return Normal(v, zero, zero + 1).along(u)[0]
 
 
 def normalization(
@@ -285,12 +212,12 @@ def normalized_along(
     if not training:
         moved = [_scaled(u, w * r, end) for u, end in zip(line, ends, strict=True)]
         return moved[0], moved[1]
-    n, h, zero = x.numel() / x.shape[1], _Normal(x, mean, r), torch.zeros_like(r)
+    n, h, zero = x.numel() / x.shape[1], Normal(x, mean, r), torch.zeros_like(r)
     (along, total) = (zero, zero) if first is None else h.along(first)
     (along2, total2) = (zero, zero) if second is None else h.along(second)
     spread = zero
     if first is not None:
-        spread = _Normal(first, total / n, zero + 1).along(first)[0]
+        spread = Normal(first, total / n, zero + 1).along(first)[0]
     # Over r: of v = r^-2 the derivatives are those of the sums of squares.
     slope = -r * along / n  # r' / r
     bend = 3 * slope.square() - r * along2 / n - r.square() * spread / n  # r'' / r
@@ -305,4 +232,4 @@ def normalized_along(
 
 
 def _scaled(u: Tensor | None, factor: Tensor, end: Tensor | None) -> Tensor | None:
-    return None if u is None else torch.mul(u, _wide(factor, u), out=end)
+    return None if u is None else torch.mul(u, wide(factor, u), out=end)
