@@ -23,6 +23,7 @@ from torch_dropout_ir.output_products import (
     Rows,
     of_rows,
     of_sign,
+    signed,
     signs_of,
 )
 from torch_dropout_ir.output_scales import (
@@ -171,10 +172,9 @@ class HessianRoots:
                 return [(root, mass)]
             return [(root.mul_(mass.sqrt()), 1.0)]
         values = of_rows(self._values, rows)
-        drawn = torch.randn_like(values)  # for its signs
         roots: list[Root] = []
         for sign in self._signs:
-            weights = of_sign(values, sign).sqrt_().copysign(drawn)
+            weights = signed(of_sign(values, sign).sqrt_())
             if self._vectors is not None:
                 weights = of_rows(self._vectors, rows) @ weights.unsqueeze(-1)
             roots.append((weights.view(f.shape), sign))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
@@ -15,9 +17,12 @@ from torch_dropout_ir.output_products import (
     derivative_again,
     of_rows,
     of_sign,
+    signed,
     signs_of,
 )
 from torch_dropout_ir.tracing import derivatives
+
+_DRAWN_AT_ONCE: Final = 2**16
 
 
 class SoftmaxRoots:
@@ -34,7 +39,8 @@ class SoftmaxRoots:
     with :math:`s = e^u`, the diagonal :math:`D = \varphi''` and the mass :math:`m =
     -\sum_c \varphi'_c`. Of a cross-entropy, with labels or soft ones, :math:`D` is 0.
     A root is :math:`J^\top` of random signs times the square root of that diagonal: no
-    derivative is taken for each output.
+    derivative is taken for each output. With :math:`D = 0` the softmax and a root are
+    all that is held, and what makes roots is that of some rows at a time.
 
     Args:
         product: The loss that has been run.
@@ -56,14 +62,14 @@ class SoftmaxRoots:
         )
         assert slope is not None  # its graph leads there
         self.like = product.at.detach()
-        self._softmax: Tensor = node._saved_result.detach().exp()
         self._classes, self._by_row = terms.classes, terms.by_row
-        mass = slope.detach().sum(self._classes, keepdim=True).neg_()
-        self._diagonal = self._softmax * mass
-        bend = derivative_again(slope, edge, torch.ones_like(slope))
-        if bend is not None:
-            self._diagonal += bend
-        signs = signs_of(self._diagonal)
+        self._mass = slope.detach().sum(self._classes, keepdim=True).neg_()
+        self._bend: Tensor | None = None
+        if not terms.linear:
+            self._bend = derivative_again(slope, edge, torch.ones_like(slope))
+        del slope
+        self._softmax: Tensor = node._saved_result.detach().exp()
+        signs = signs_of(self._mass if self._bend is None else self._diagonal)
         self.curved, self._signs = bool(signs), signs or (1.0,)
         # What makes the logits of the outputs, where they are not the same.
         child, result = node.next_functions[0]
@@ -86,11 +92,33 @@ class SoftmaxRoots:
             roots = [(self._pulled(root), sign) for root, sign in roots]
         return [(of_rows(root, late), sign) for root, sign in roots]
 
+    @property
+    def _diagonal(self) -> Tensor:
+        """The diagonal, in the logits."""
+        return self._curved(self._softmax, self._mass, self._bend)
+
+    @staticmethod
+    def _curved(s: Tensor, mass: Tensor, bend: Tensor | None) -> Tensor:
+        return s * mass if bend is None else (s * mass).add_(bend)
+
     def _of_sign(self, sign: float, rows: Rows) -> Tensor:
         """Draw a root of the part of one sign, in the logits."""
-        s = of_rows(self._softmax, rows)
-        root = of_sign(of_rows(self._diagonal, rows), sign).sqrt_()
-        root = root.copysign(torch.randn_like(root))
+        s, mass = of_rows(self._softmax, rows), of_rows(self._mass, rows)
+        bend = None if self._bend is None else of_rows(self._bend, rows)
+        count = max(1, _DRAWN_AT_ONCE * len(s) // max(1, s.numel()))
+        if not self._classes or len(s) <= count:
+            return self._drawn(s, mass, bend, sign)
+        root = torch.empty_like(s)
+        for i in range(0, len(s), count):
+            at = slice(i, i + count)
+            some = None if bend is None else bend[at]
+            root[at] = self._drawn(s[at], mass[at], some, sign)
+        return root
+
+    def _drawn(
+        self, s: Tensor, mass: Tensor, bend: Tensor | None, sign: float
+    ) -> Tensor:
+        root = signed(of_sign(self._curved(s, mass, bend), sign).sqrt_())
         return root.addcmul_(s, root.sum(self._classes, keepdim=True), value=-1)
 
     def _pulled(self, root: Tensor) -> Tensor:

@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.functional import batch_size
+from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead, real_leaves
+
+FEWEST_ROWS: Final = 4  # fewer are not taken apart
+# One row of so many is in the first chunk, which tells at small cost whether samples
+# meet. Where a share ``q`` of the rows meets others, ``m`` rows miss that in ``(1 -
+# q)^m`` of cases.
+_FIRST: Final = 8
+_SEED: Final = 0
+
+
+def has_rows(clean: CleanPass, read: OutputsRead) -> bool:
+    """Whether inputs of sites and outputs have rows of samples to take apart."""
+    counts = {clean.count(x) if x.ndim else 0 for x in read.tensors}
+    count = next(iter(counts))
+    many = len(counts) == 1 and count >= FEWEST_ROWS
+    return many and clean.by_samples(count)
+
+
+def count_samples(clean: CleanPass, read: OutputsRead, inputs: Any) -> int:
+    """Return the number of samples, by the inputs where uses have flattened rows."""
+    count, given = clean.count(read.tensors[0]), batch_size((inputs, None))
+    return count if given < 2 or count % given else given
+
+
+def chunks(count: int, parts: int) -> Iterator[Tensor]:
+    """Yield the numbers of the rows of each chunk.
+
+    Args:
+        count: Rows in all.
+        parts: Chunks besides the first, small one.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
+    first = min(count, max(2, count // _FIRST))
+    rest = order[first:].split(max(1, -(-(count - first) // parts)))
+    for rows in (order[:first], *rest):
+        if len(rows):
+            yield rows.sort().values
 
 
 def rows_of_samples(samples: Tensor, each: int) -> Tensor:

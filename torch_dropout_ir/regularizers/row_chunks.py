@@ -17,29 +17,27 @@ Semantics:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from torch_dropout_ir.functional import batch_size
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import nearly_equal
-from torch_dropout_ir.regularizers.output_rows import replace_rows, rows_of_samples
+from torch_dropout_ir.regularizers.loss_parts import LossParts
+from torch_dropout_ir.regularizers.output_rows import (
+    chunks,
+    count_samples,
+    has_rows,
+    replace_rows,
+    rows_of_samples,
+)
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 
 T = TypeVar("T")
-
-# Fewer rows are not taken apart.
-FEWEST_ROWS: Final = 4
-# One row of so many is in the first chunk, which tells at small cost whether samples
-# meet. Where a share ``q`` of the rows meets others, ``m`` rows miss that in ``(1 -
-# q)^m`` of cases.
-_FIRST: Final = 8
-_SEED: Final = 0
 
 
 class RowChunks:
@@ -53,8 +51,10 @@ class RowChunks:
         twice: Whether second derivatives will be taken.
         parts: Chunks besides the first, small one.
         trained: Whether parameters learn by them: then nothing of the pass is held.
+        alone: The loss of each chunk, where it has its own: they are the chunks.
 
     Attributes:
+        alone: Whether each chunk has its own loss.
         coupled: Whether a chunk has shown that samples meet above the first site.
     """
 
@@ -68,8 +68,10 @@ class RowChunks:
         twice: bool,
         parts: int,
         trained: bool = False,
+        alone: LossParts | None = None,
     ) -> None:
         self.coupled = False
+        self.alone = alone if alone is not None and alone.weights else None
         self._model = model
         self._inputs = Inputs.of(inputs)
         self._uses = [(site.name, h.shape) for site, h, _ in clean.uses]
@@ -78,17 +80,12 @@ class RowChunks:
         self._read = read
         self._twice = twice
         self._parts = parts
-        self._count = _samples(clean, read, inputs)
+        self._count = count_samples(clean, read, inputs)
 
     @staticmethod
     def pay(clean: CleanPass, read: OutputsRead) -> bool:
         """Whether there are rows to take apart, and memory worth saving."""
-        if not clean.matters:
-            return False
-        counts = {clean.count(x) if x.ndim else 0 for x in read.tensors}
-        count = next(iter(counts))
-        many = len(counts) == 1 and count >= FEWEST_ROWS
-        return many and clean.by_samples(count)
+        return clean.matters and has_rows(clean, read)
 
     def take(self, x: Tensor, samples: Tensor) -> Tensor:
         """Return the rows of some samples of a tensor that has rows of all."""
@@ -100,7 +97,7 @@ class RowChunks:
         def take(clean: CleanPass, read: OutputsRead, _: Tensor) -> bool | None:
             return None if clean.couples_samples(read.tensors) else True
 
-        return bool(self._try(next(chunks(self._count, self._parts)), take))
+        return bool(self._try(0, next(iter(self._samples())), take))
 
     def each(
         self, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
@@ -115,23 +112,35 @@ class RowChunks:
             What it returns; None where the rows of a chunk are not those of the batch.
         """
         found: list[T] = []
-        for rows in chunks(self._count, self._parts):
-            part = self._try(rows, take)
+        for k, rows in enumerate(self._samples()):
+            part = self._try(k, rows, take)
             if part is None:
                 return None
             found.append(part)
         return found
 
+    def _samples(self) -> Iterable[Tensor]:
+        """Return the numbers of the rows of each chunk."""
+        if self.alone is not None:
+            return self.alone.samples
+        return chunks(self._count, self._parts)
+
     def _try(
-        self, rows: Tensor, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
+        self,
+        k: int,
+        rows: Tensor,
+        take: Callable[[CleanPass, OutputsRead, Tensor], T | None],
     ) -> T | None:
         try:
-            return self._chunk(rows, take)
+            return self._chunk(k, rows, take)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return None  # a model that does not run on part of the rows
 
     def _chunk(
-        self, rows: Tensor, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
+        self,
+        k: int,
+        rows: Tensor,
+        take: Callable[[CleanPass, OutputsRead, Tensor], T | None],
     ) -> T | None:
         read = self._read
         inputs = rows_of(self._inputs, rows, self._count)
@@ -140,6 +149,8 @@ class RowChunks:
             self._model, inputs, twice=self._twice, first=first, outlives=self._trained
         ) as clean:
             chunk = replace_rows(read, clean.outputs, rows, self._count)
+            if self.alone is not None:
+                chunk = self.alone.read(k, chunk.tensors)
             if self._are_rows(clean, chunk, rows):
                 part = take(clean, chunk, rows)
                 self.coupled = part is None
@@ -158,27 +169,6 @@ class RowChunks:
         return used == expected and all(
             nearly_equal(x, self.take(f, rows)) for x, f in pairs
         )
-
-
-def chunks(count: int, parts: int) -> Iterator[Tensor]:
-    """Yield the numbers of the rows of each chunk.
-
-    Args:
-        count: Rows in all.
-        parts: Chunks besides the first, small one.
-    """
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
-    first = min(count, max(2, count // _FIRST))
-    rest = order[first:].split(max(1, -(-(count - first) // parts)))
-    for rows in (order[:first], *rest):
-        if len(rows):
-            yield rows.sort().values
-
-
-def _samples(clean: CleanPass, read: OutputsRead, inputs: Any) -> int:
-    """Return the number of samples, by the inputs where uses have flattened rows."""
-    count, given = clean.count(read.tensors[0]), batch_size((inputs, None))
-    return count if given < 2 or count % given else given
 
 
 def rows_of(inputs: Inputs, rows: Tensor | slice, count: int) -> Inputs:
