@@ -78,7 +78,9 @@ def test_chunks_of_samples_take_all_of_their_rows(
     monkeypatch.setattr(
         row_chunks.RowChunks,
         "_chunk",
-        lambda self, rows, take: sizes.append(len(rows)) or chunk(self, rows, take),
+        lambda self, k, rows, take: (
+            sizes.append(len(rows)) or chunk(self, k, rows, take)
+        ),
     )
     net, batch = language(7, 3, flat_site=flat_site)
     found = []

@@ -11,7 +11,8 @@ import torch_dropout_ir as tdi
 from tests.test_regularizer_memory import peak
 from torch_dropout_ir.regularizers import clean_pass, modified_loss
 from torch_dropout_ir.regularizers.masked_rows import MaskedRows
-from torch_dropout_ir.regularizers.row_chunks import RowChunks, chunks
+from torch_dropout_ir.regularizers.output_rows import chunks
+from torch_dropout_ir.regularizers.row_chunks import RowChunks
 
 KINDS = {"L2": (0.0, 1.0), "L3": (1.0, -1.0), "regu": (1.0, 1.0)}
 

@@ -16,10 +16,10 @@ from torch_dropout_ir.regularizers import (
     excess,
     gauss_newton,
     gradient_norm,
+    loss_weight,
     modified_loss,
     monte_carlo,
     root_passes,
-    row_chunks,
     second_order,
 )
 
@@ -280,6 +280,39 @@ def test_flattened_outputs_hold_no_more_than_a_training_step(form):
     assert peak(lambda: FORMS[form](net, (x, y), "cross_entropy")) <= step
 
 
+def focal(f, y):
+    log = F.log_softmax(f, 1).gather(1, y[:, None]).squeeze(1)
+    return -((1 - log.exp()) ** 2 * log).mean()
+
+
+def log_cosh(f, y):
+    return (f - y[:, None] / 400).cosh().log().mean()
+
+
+def length(f, y):
+    return (1 + (f - y[:, None] / 400).square().sum(1)).sqrt().mean()
+
+
+OTHERS = {
+    "labels": lambda f, y: F.cross_entropy(f.reshape(-1, f.shape[-1]), y.reshape(-1)),
+    "focal": focal, "log cosh": log_cosh, "length": length,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["gauss_newton", "gauss_newton, 3", "second_order"])
+@pytest.mark.parametrize("loss", OTHERS)
+def test_a_loss_without_closed_form_holds_no_more_than_a_training_step(loss, form):
+    """Of outputs that are most of what a step holds."""
+    torch.manual_seed(0)
+    net, x = flattened()
+    net[-1] = nn.Linear(32, 1200)
+    y = torch.randint(400, (x.numel(),))
+    step = peak(lambda: OTHERS[loss](net(x), y).backward())
+    net.zero_grad()
+    FORMS[form](net, (x[:8], y[: 8 * 32]), OTHERS[loss])
+    assert peak(lambda: FORMS[form](net, (x, y), OTHERS[loss])) <= step
+
+
 @pytest.mark.parametrize("form", ["second_order", "monte_carlo"])
 def test_a_pass_holds_nothing_that_its_forms_do_not_read(form):
     """Neither what linear layers returned, nor a graph that chunks of rows replace."""
@@ -412,7 +445,7 @@ def test_few_inputs_of_sites_that_lead_to_much(monkeypatch):
     batch = x[:8], torch.randint(10, (8,))
     step = peak(lambda: F.cross_entropy(net(batch[0]), batch[1]).backward())
     net.zero_grad()
-    monkeypatch.setattr(row_chunks, "FEW", 2**20)
+    monkeypatch.setattr(loss_weight, "FEW", 2**20)
     assert peak(lambda: second_order(net, batch, "cross_entropy")) <= step
 
 

@@ -133,7 +133,9 @@ def test_chunks_of_rows_give_what_the_whole_batch_gives(
     monkeypatch.setattr(
         row_chunks.RowChunks,
         "_chunk",
-        lambda self, rows, take: seen.append(len(rows)) or chunk(self, rows, take),
+        lambda self, k, rows, take: (
+            seen.append(len(rows)) or chunk(self, k, rows, take)
+        ),
     )
     parts, whole = of_both(monkeypatch, form, net, batch, LOSSES[loss], num_samples)
     if form is gauss_newton and num_samples == 1:

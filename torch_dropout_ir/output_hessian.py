@@ -25,6 +25,7 @@ from torch_dropout_ir.output_products import (
     Rows,
     few,
     of_rows,
+    signed,
     with_signs,
 )
 from torch_dropout_ir.output_scales import (
@@ -41,7 +42,7 @@ from torch_dropout_ir.registration import block_roots, diagonal_roots, label_roo
 from torch_dropout_ir.root_kernels import (
     SIGNS,
     eigen,
-    root_of_sign,
+    magnitudes,
     signs_of,
     turned,
 )
@@ -204,10 +205,9 @@ class HessianRoots:
             return [(of_rows(root, rows), sign) for root, sign in roots]
         values, vectors = self._spectrum
         values = of_rows(values, rows)
-        drawn = torch.randn_like(values)  # for its signs
         roots = []
         for sign in self._signs or SIGNS[:1]:
-            root = root_of_sign(values, sign, drawn)
+            root = signed(magnitudes(values, sign))
             root = root if vectors is None else turned(of_rows(vectors, rows), root)
             roots.append((root.view(f.shape), sign))
         return roots

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from torch_dropout_ir import ops
 from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.loss_terms import Nodes, Terms, nodes_of, terms_of
 from torch_dropout_ir.losses import Loss
@@ -21,7 +22,8 @@ Root = tuple[Tensor, "Tensor | float"]
 Rows: TypeAlias = "Tensor | slice"
 ALL: Final = slice(None)
 WIDE: Final = (torch.float32, torch.float64)
-_DRAWN_IN_ONE: Final = 2**14  # above that torch's own kernels have threads
+# Above that torch's kernels have threads, and a mask takes less than normal numbers.
+_DRAWN_IN_ONE: Final = 2**14
 _ATTENTION: Final = "ScaledDotProduct"  # of whose kernels most have one derivative
 TWICE: Final = (
     "expected a loss with a second derivative, got one whose derivative torch cannot "
@@ -209,7 +211,7 @@ class ProductRoots:
             Two tensors shaped as their outputs with their signs; a single one of zeros
             where the product is zero.
         """
-        z = torch.ones_like(self.like).copysign_(torch.randn_like(self.like))
+        z = signed(torch.ones_like(self.like))
         found = self._product(z, self._keep)
         # Of equal length, lest one of them be lost in the other's rounding.
         length = (float(found.norm()) / found.numel() ** 0.5) ** 0.5
@@ -219,6 +221,14 @@ class ProductRoots:
         mean, half = of_rows(z, rows) * (length / 2), of_rows(found, rows)
         half = half / (2 * length)
         return [(mean + half, 1.0), (mean - half, -1.0)]
+
+
+def signed(x: Tensor) -> Tensor:
+    """Return magnitudes with random signs."""
+    if x.numel() <= _DRAWN_IN_ONE:
+        return x.copysign(torch.randn_like(x))
+    kept, _ = ops.draw(x, 0.5, None)  # twice as much, or nothing
+    return kept.sub_(x)
 
 
 def with_signs(

@@ -28,10 +28,14 @@ def signs_of(part: Tensor) -> tuple[float, ...]:
     return (*signs, -1.0) if least < 0 and not least > rounding else signs
 
 
+def magnitudes(values: Tensor, sign: float) -> Tensor:
+    """Return the square roots of what has a sign, 0 in the place of what has not."""
+    return (values if sign > 0 else -values).clamp(min=0).sqrt_()
+
+
 def root_of_sign(values: Tensor, sign: float, drawn: Tensor) -> Tensor:
     """Return the square roots of what has a sign, with the signs of what was drawn."""
-    part = (values if sign > 0 else -values).clamp(min=0)
-    return part.sqrt_().copysign(drawn)
+    return magnitudes(values, sign).copysign(drawn)
 
 
 def diagonal_roots(diagonal: Tensor) -> list[Tensor]:

@@ -12,32 +12,31 @@ from torch import Tensor, nn
 from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.output_products import ALL, Rows
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_finite,
-    check_reachable,
     checked_product,
     read_beside,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.estimate import Estimate, is_exact
+from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.leaves import without_graph
-from torch_dropout_ir.regularizers.output_rows import rows_of_samples
+from torch_dropout_ir.regularizers.loss_parts import LossParts
+from torch_dropout_ir.regularizers.loss_weight import parts_pay, weigh
+from torch_dropout_ir.regularizers.output_rows import count_samples, rows_of_samples
 from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,
-    check_curvature,
     read_outputs,
 )
+from torch_dropout_ir.regularizers.part_roots import PartRoots
+from torch_dropout_ir.regularizers.root_estimate import Known, known_of, read_of
 from torch_dropout_ir.regularizers.root_forms import RootForms
 from torch_dropout_ir.regularizers.root_passes import draws_by_passes
-from torch_dropout_ir.regularizers.row_chunks import RowChunks, weigh
+from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_forms import (
-    LINEAR,
     Form,
-    Sums,
-    assemble,
     join,
-    of_sums,
 )
 from torch_dropout_ir.written_parameters import unwritten
 
@@ -80,7 +79,12 @@ def gauss_newton(
     come; more samples, the exact sum and a loss without a root go through a large batch
     half of its rows at a time. Samples that meet (batch normalization in training mode
     above a site, message passing) cannot be taken apart: of those each root takes a
-    pass of its own, where a graph of over 4 MB would else hold more than a step.
+    pass of its own, where a graph of over 4 MB would else hold more than a step. A loss
+    without a closed form of outputs that are much of what a step holds is called on the
+    rows of a part alone, where its graph shows a sum over rows and its gradient
+    confirms that a part is weighed by one number
+    (:mod:`~torch_dropout_ir.regularizers.loss_parts`), for some two steps' more time;
+    else, as where it couples rows and in an exact sum, it holds two to four steps.
 
     Whether samples meet is seen in the graph where its operations are known to keep
     them apart, else asked of an eighth of a large batch; it is assumed if that fails.
@@ -122,6 +126,9 @@ def gauss_newton(
     resolved, batch = resolve_loss(loss), as_pair(batch)
     with unwritten(model):
         seen = _first_pass(model, batch, resolved, num_samples)
+        if isinstance(seen, LossParts):  # it has used the pass up
+            seen = _first_pass(model, batch, resolved, num_samples, seen)
+        assert isinstance(seen, _Seen)
         result = seen.result or _drawn(seen, model, batch, resolved, num_samples)
     check_finite("gauss_newton", result.value, model, batch[0])
     return result
@@ -135,7 +142,8 @@ def _drawn(
     if draws is not None and seen.chunks is not None:
         coupled = not seen.chunks.apart()
     elif seen.chunks is not None:
-        parts = seen.chunks.each(functools.partial(_of_chunk, seen.forms, num_samples))
+        forms = None if seen.chunks.alone else seen.forms
+        parts = seen.chunks.each(functools.partial(_of_chunk, forms, num_samples))
         draws = None if parts is None else join(parts, num_samples)
     if draws is None:
         assert seen.chunks is not None  # else the first pass has given them
@@ -145,29 +153,10 @@ def _drawn(
     return seen.known.estimate(draws, coupled or seen.forms.loss_couples)
 
 
-class _Known(NamedTuple):
-    """What there is to say of an estimate besides its draws."""
-
-    names: list[str]
-    num_samples: int | None
-    exact: bool
-    like: Tensor
-    notes: tuple[str, ...]
-
-    def of(self, summed: Sums) -> Estimate:
-        return of_sums(self.names, summed, self.exact, self.notes)
-
-    def estimate(self, draws: list[list[Form]], coupled: bool) -> Estimate:
-        return assemble(
-            self.names, draws, self.num_samples, coupled, self.exact, self.like,
-            self.notes,
-        )  # fmt: skip
-
-
 class _Seen(NamedTuple):
     """What the first pass shows, without its graph; draws where they take no more."""
 
-    known: _Known
+    known: Known
     forms: RootForms
     draws: list[list[Form]] | None = None
     coupled: bool = False
@@ -190,32 +179,38 @@ def _again(
 ) -> Iterator[tuple[CleanPass, OutputsRead]]:
     """Run a pass over all rows once more, and weigh it."""
     with _pass(model, batch, loss, num_samples, weigh=True) as clean:
-        yield clean, _read(clean, batch[1], loss)
+        yield clean, read_of(clean, batch[1], loss)
 
 
 def _first_pass(
-    model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None
-) -> _Seen:
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    num_samples: int | None,
+    parts: LossParts | None = None,
+) -> _Seen | LossParts:
     """Check model, batch and loss; take the forms at once where they are small."""
     inputs, targets = batch
     with _pass(model, batch, loss, num_samples) as clean:
-        read = _read(clean, targets, loss)
+        read = read_of(clean, targets, loss)
         if num_samples != 1:  # a graph that would be kept
             weigh(clean, read)
-        own = loss.kind != "general"
-        product = checked_product("gauss_newton", read, model, inputs, known=own)
-        forms = RootForms(clean, read, num_samples, product)
-        beside = read_beside(read, clean.edges, product)
-        del product  # where there is one draw, its graph goes with it
-        known = functools.partial(_known, model, clean, read, loss, forms, beside)
+        found = _forms(model, inputs, clean, read, num_samples, parts)
+        if isinstance(found, LossParts):
+            return found
+        forms, beside, parts = found
+        known = functools.partial(known_of, model, clean, read, loss, forms, beside)
         if (summed := forms.sums(clean, read, keep=False)) is not None:
             about = known()
             return _Seen(about, forms, result=about.of(summed))
         if not RowChunks.pay(clean, read):
             draws, coupled = forms.draws(clean, read, keep=False)
             return _Seen(known(), forms, draws, coupled)
-        kept = read_outputs(without_graph(clean.outputs), loss, targets)
-        chunks = RowChunks(model, inputs, clean, kept, twice=not own, parts=_CHUNKS)
+        kept, twice = without_graph(clean.outputs), loss.kind == "general"
+        kept = read_outputs(kept, loss, targets)
+        chunks = RowChunks(
+            model, inputs, clean, kept, twice=twice, parts=_CHUNKS, alone=parts
+        )
         if forms.one_pass:  # its graph goes as the derivatives come
             meet = clean.samples_meet(read.tensors[0])
             draws, _ = forms.draws(clean, read, coupled=False, keep=False)
@@ -225,75 +220,51 @@ def _first_pass(
         return _Seen(known(), forms, chunks=chunks)
 
 
+def _forms(
+    model: nn.Module,
+    inputs: Any,
+    clean: CleanPass,
+    read: OutputsRead,
+    num_samples: int | None,
+    parts: LossParts | None,
+) -> tuple[RootForms, tuple[str, ...], LossParts | None] | LossParts:
+    """Return the forms, what is to be said of the loss, and its parts, if any.
+
+    The parts alone where finding them has used the pass up.
+    """
+    if parts is None or not parts.weights:
+        known = read.loss is not None and read.loss.kind != "general"
+        product = checked_product("gauss_newton", read, model, inputs, known)
+        beside = read_beside(read, clean.edges, product)
+        if parts is not None or not parts_pay(clean, read, product, num_samples):
+            return RootForms(clean, read, num_samples, product), beside, None
+        del product  # its graph
+        parts = LossParts(read, count_samples(clean, read, inputs), beside)
+        if parts.look(clean, read):
+            return parts
+    clean.matters = True
+    roots = PartRoots(parts, clean, read.single, num_samples or 1)
+    forms = RootForms(clean, read, num_samples, None, roots)
+    return forms, parts.beside, parts
+
+
 def _of_chunk(
-    forms: RootForms,
+    forms: RootForms | None,
     num_samples: int | None,
     clean: CleanPass,
     read: OutputsRead,
     rows: Tensor,
 ) -> list[list[Form]] | None:
-    """Return the draws of a chunk of rows; None where samples meet in it."""
+    """Return the draws of a chunk of rows; None where samples meet in it.
+
+    By its own forms if none are given, where its loss is its own.
+    """
     # In a sample they add to the spread alone, and chunks have told most of that.
     if num_samples is None and clean.couples_samples(read.tensors):
         return None
-    rows = rows_of_samples(rows, len(read.tensors[0]) // len(rows))
-    return forms.draws(clean, read, coupled=False, rows=rows, keep=False)[0]
-
-
-def _read(clean: CleanPass, targets: Any, loss: Loss) -> OutputsRead:
-    """Find what the loss reads, and that derivatives can be had of it."""
-    check_reachable("gauss_newton", clean.unreachable)
-    read = read_outputs(clean.outputs, loss, targets)
-    if loss.kind == "cross_entropy" and read.tensors[0].ndim < 2:
-        raise ValueError(
-            "gauss_newton: expected outputs with a batch dimension, got shape "
-            f"{list(read.tensors[0].shape)}"
-        )
-    return read
-
-
-def _known(
-    model: nn.Module,
-    clean: CleanPass,
-    read: OutputsRead,
-    loss: Loss,
-    forms: RootForms,
-    beside: tuple[str, ...],
-) -> _Known:
-    linear = () if forms.curved or check_curvature(read) else (LINEAR,)
-    notes = (*clean.noise_left_out(model), *beside, *linear)
-    exact = is_exact(clean, loss, read.targets, forms.num_samples)
-    return _Known(clean.names, forms.num_samples, exact, read.single, notes)
-
-
-def estimate(
-    model: nn.Module,
-    clean: CleanPass,
-    targets: Any,
-    loss: Loss,
-    num_samples: int | None,
-) -> Estimate:
-    """Return the Gauss-Newton estimate from a pass that has been run already.
-
-    Args:
-        model: The model.
-        clean: The pass without noise; its graph is kept.
-        targets: The targets, or None.
-        loss: The loss.
-        num_samples: Backward passes with sampled outputs; None for the exact sum.
-
-    Returns:
-        The estimate.
-
-    Raises:
-        ValueError: If the outputs have no batch dimension that the loss needs.
-    """  # noqa: DOC502 (`_read` raises)
-    read = _read(clean, targets, loss)
-    product = None if read.closed else read.product()
-    forms = RootForms(clean, read, num_samples, product)
-    beside = read_beside(read, clean.edges, product)
-    known = functools.partial(_known, model, clean, read, loss, forms, beside)
-    if (summed := forms.sums(clean, read)) is not None:
-        return known().of(summed)
-    draws, coupled = forms.draws(clean, read)
-    return known().estimate(draws, coupled or forms.loss_couples)
+    own: Rows = ALL
+    if forms is None:
+        forms = RootForms(clean, read, num_samples, read.product())
+    else:
+        own = rows_of_samples(rows, len(read.tensors[0]) // len(rows))
+    return forms.draws(clean, read, coupled=False, rows=own, keep=False)[0]

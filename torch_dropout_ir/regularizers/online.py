@@ -18,9 +18,9 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.closed_forms import is_quadratic
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk, linear_parts
-from torch_dropout_ir.regularizers.gauss_newton import estimate
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
+from torch_dropout_ir.regularizers.root_estimate import estimate
 from torch_dropout_ir.regularizers.second_order import second_order
 
 

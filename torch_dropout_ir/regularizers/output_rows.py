@@ -2,13 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.functional import batch_size
+from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead, real_leaves
+
+FEWEST_ROWS: Final = 4  # fewer are not taken apart
+# One row of so many is in the first chunk, which tells at small cost whether samples
+# meet. Where a share ``q`` of the rows meets others, ``m`` rows miss that in ``(1 -
+# q)^m`` of cases.
+_FIRST: Final = 8
+_SEED: Final = 0
+
+
+def has_rows(clean: CleanPass, read: OutputsRead) -> bool:
+    """Whether inputs of sites and outputs have rows of samples to take apart."""
+    counts = {clean.count(x) if x.ndim else 0 for x in read.tensors}
+    count = next(iter(counts))
+    many = len(counts) == 1 and count >= FEWEST_ROWS
+    return many and clean.by_samples(count)
+
+
+def count_samples(clean: CleanPass, read: OutputsRead, inputs: Any) -> int:
+    """Return the number of samples, by the inputs where uses have flattened rows."""
+    count, given = clean.count(read.tensors[0]), batch_size((inputs, None))
+    return count if given < 2 or count % given else given
+
+
+def chunks(count: int, parts: int, most: int | None = None) -> Iterator[Tensor]:
+    """Yield the numbers of the rows of each chunk, two at least unless one is the most.
+
+    A single row may lie in memory as torch's derivative of batch normalization misreads
+    it, where a batch does not.
+
+    Args:
+        count: Rows in all.
+        parts: Chunks besides the first, small one; more where that is too many rows.
+        most: Rows of a chunk at most; None for any number.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
+    most = count if most is None else most
+    least = min(2, most)
+    first = min(most, max(2, count // _FIRST))
+    step = max(least, min(most, -(-(count - first) // parts)))
+    ends = [*range(first, count - least + 1, step), count]
+    for i, end in enumerate(ends):
+        rows = order[ends[i - 1] if i else 0 : end]
+        if len(rows):
+            yield rows.sort().values
 
 
 def rows_of_samples(samples: Tensor, each: int) -> Tensor:

@@ -22,7 +22,8 @@ from torch_dropout_ir.registration import form_sums
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.coupling import alike, apart, by_powers
 from torch_dropout_ir.regularizers.outputs import OutputsRead
-from torch_dropout_ir.regularizers.root_choice import choose
+from torch_dropout_ir.regularizers.part_roots import PartRoots
+from torch_dropout_ir.regularizers.root_choice import Roots, choose
 from torch_dropout_ir.regularizers.root_pulls import added_up, plain, pull_root
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, Sums
@@ -38,6 +39,7 @@ class RootForms:
         read: What the loss reads of its outputs.
         num_samples: Random roots; None for the exact sum.
         product: Products with the loss's Hessian, where it has no closed form.
+        roots: Roots that are known; None to choose them.
 
     Attributes:
         num_samples: Random roots; None for the exact sum.
@@ -52,13 +54,17 @@ class RootForms:
         read: OutputsRead,
         num_samples: int | None,
         product: HessianProduct | None,
+        roots: PartRoots | None = None,
     ) -> None:
         self.num_samples = num_samples
-        self._roots, self.loss_couples = choose(clean, read, num_samples, product)
+        self._roots: Roots | PartRoots | None = roots
+        self.loss_couples = False
+        if roots is None:
+            self._roots, self.loss_couples = choose(clean, read, num_samples, product)
         # Of what there is when the graph has been let go.
         self._count = clean.count(read.tensors[0]) if num_samples is None else 0
         self.rooted = self._roots is not None
-        of_products = isinstance(self._roots, ProductRoots)
+        of_products = isinstance(self._roots, (PartRoots, ProductRoots))
         self.one_pass = num_samples == 1 and self.rooted and not of_products
 
     @property
@@ -196,7 +202,8 @@ class RootForms:
                 last = k + 1 == self.num_samples and j + 1 == len(roots)
                 needed = keep or not last or coupled is None
                 plain: dict[int, Tensor] | None = {} if coupled is None else None
-                forms += pull_root(clean, outputs, root, sign, needed, plain)
+                pulled = pull_root(clean, outputs, root, sign, needed, plain)
+                forms = add_up(forms, pulled) if forms else pulled
                 if plain is not None and count is not None:
                     # What a root misses is 0 in its form too.
                     scaled = by_powers(root, count=count)
@@ -205,6 +212,12 @@ class RootForms:
             coupled = coupled or meet
             draws.append(forms)
         return draws, bool(coupled)
+
+
+def add_up(forms: list[Form], more: list[Form]) -> list[Form]:
+    """Return the sums of forms of the same uses."""
+    pairs = zip(forms, more, strict=True)
+    return [(name, form + other) for (name, form), (_, other) in pairs]
 
 
 def _alike(clean: CleanPass, outputs: Tensor) -> bool:

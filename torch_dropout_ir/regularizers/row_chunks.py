@@ -18,7 +18,7 @@ Semantics:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 import torch
@@ -27,27 +27,24 @@ from torch.utils import _pytree
 
 from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.collectives import every, most, some
-from torch_dropout_ir.functional import batch_size
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.leaves import flatten
-from torch_dropout_ir.regularizers.output_rows import replace_rows, rows_of_samples
+from torch_dropout_ir.regularizers.loss_parts import LossParts
+from torch_dropout_ir.regularizers.output_rows import (
+    FEWEST_ROWS,
+    chunks,
+    count_samples,
+    has_rows,
+    replace_rows,
+    rows_of_samples,
+)
 from torch_dropout_ir.regularizers.outputs import OutputsRead
-from torch_dropout_ir.regularizers.step_memory import FEW, Held
+from torch_dropout_ir.regularizers.step_memory import Held
 
 T = TypeVar("T")
 
-# Elements of the sites' inputs that may lead to much; fewer would have to lead to more
-# than five hundred values each.
-_SOME: Final = 2**11
-# Fewer rows are not taken apart.
-FEWEST_ROWS: Final = 4
-# One row of so many is in the first chunk, which tells at small cost whether samples
-# meet. Where a share ``q`` of the rows meets others, ``m`` rows miss that in ``(1 -
-# q)^m`` of cases.
-_FIRST: Final = 8
-_SEED: Final = 0
 # What torch's attention makes weights of, where it has second derivatives.
 _WEIGHTS: Final = "SafeSoftmax"
 _NORMAL: Final = "BatchNorm"  # beside which no part is of one row
@@ -64,8 +61,10 @@ class RowChunks:
         twice: Whether second derivatives will be taken.
         parts: Chunks besides the first, small one.
         trained: Whether parameters learn by them: then nothing of the pass is held.
+        alone: The loss of each chunk, where it has its own: they are the chunks.
 
     Attributes:
+        alone: Whether each chunk has its own loss.
         coupled: Whether a chunk has shown that samples meet above the first site.
     """
 
@@ -79,8 +78,10 @@ class RowChunks:
         twice: bool,
         parts: int,
         trained: bool = False,
+        alone: LossParts | None = None,
     ) -> None:
         self.coupled = False
+        self.alone = alone if alone is not None and alone.weights else None
         self._model = model
         self._inputs = Inputs.of(inputs)
         self._uses = [(site.name, h.shape) for site, h, _ in clean.uses]
@@ -89,7 +90,7 @@ class RowChunks:
         self._read = read
         self._twice = twice
         self._parts = parts
-        self._count = _samples(clean, read, inputs)
+        self._count = count_samples(clean, read, inputs)
 
     @functools.cached_property
     def _most(self) -> int | None:
@@ -102,12 +103,7 @@ class RowChunks:
     @staticmethod
     def pay(clean: CleanPass, read: OutputsRead) -> bool:
         """Whether there are rows to take apart, and memory worth saving."""
-        if not clean.matters:
-            return False
-        counts = {clean.count(x) if x.ndim else 0 for x in read.tensors}
-        count = next(iter(counts))
-        many = len(counts) == 1 and count >= FEWEST_ROWS
-        return every(many and clean.by_samples(count), "rows")
+        return clean.matters and every(has_rows(clean, read), "rows")
 
     def take(self, x: Tensor, samples: Tensor) -> Tensor:
         """Return the rows of some samples of a tensor that has rows of all."""
@@ -119,7 +115,7 @@ class RowChunks:
         def take(clean: CleanPass, read: OutputsRead, _: Tensor) -> bool | None:
             return None if clean.couples_samples(read.tensors) else True
 
-        return bool(self._try(next(chunks(self._count, self._parts, self._most)), take))
+        return bool(self._try(0, next(iter(self._samples())), take))
 
     def each(
         self, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
@@ -134,27 +130,39 @@ class RowChunks:
             What it returns; None where the rows of a chunk are not those of the batch.
         """
         found: list[T] = []
-        taken = [*chunks(self._count, self._parts, self._most)]
+        taken = [*self._samples()]
         if most(len(taken), "most chunks") + most(-len(taken), "fewest chunks"):
             return None
-        for rows in taken:
-            part = self._try(rows, take)
+        for k, rows in enumerate(taken):
+            part = self._try(k, rows, take)
             self.coupled = some(self.coupled, "chunk meets")
             if not every(part is not None, "chunk") or part is None:
                 return None
             found.append(part)
         return found
 
+    def _samples(self) -> Iterable[Tensor]:
+        """Return the numbers of the rows of each chunk."""
+        if self.alone is not None:
+            return self.alone.samples
+        return chunks(self._count, self._parts, self._most)
+
     def _try(
-        self, rows: Tensor, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
+        self,
+        k: int,
+        rows: Tensor,
+        take: Callable[[CleanPass, OutputsRead, Tensor], T | None],
     ) -> T | None:
         try:
-            return self._chunk(rows, take)
+            return self._chunk(k, rows, take)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return None  # a model that does not run on part of the rows
 
     def _chunk(
-        self, rows: Tensor, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
+        self,
+        k: int,
+        rows: Tensor,
+        take: Callable[[CleanPass, OutputsRead, Tensor], T | None],
     ) -> T | None:
         read = self._read
         inputs = rows_of(self._inputs, rows, self._count)
@@ -163,6 +171,8 @@ class RowChunks:
             self._model, inputs, twice=self._twice, first=first, outlives=self._trained
         ) as clean:
             chunk = replace_rows(read, clean.outputs, rows, self._count)
+            if self.alone is not None:
+                chunk = self.alone.read(k, chunk.tensors)
             if every(self._are_rows(clean, chunk, rows), "rows of a chunk"):
                 part = take(clean, chunk, rows)
                 self.coupled = part is None
@@ -181,38 +191,6 @@ class RowChunks:
         return used == expected and all(
             nearly_equal(x, self.take(f, rows)) for x, f in pairs
         )
-
-
-def weigh(clean: CleanPass, read: OutputsRead) -> None:
-    """Look whether little that goes into sites leads to a graph that matters."""
-    if clean.matters:
-        return
-    large = sum([h.numel() for _, h, _ in clean.uses]) >= _SOME
-    large = large and Held.by([x.grad_fn for x in read.tensors]).made > FEW
-    clean.matters = some(large, "graph's memory")
-
-
-def chunks(count: int, parts: int, most: int | None = None) -> Iterator[Tensor]:
-    """Yield the numbers of the rows of each chunk, two at least unless one is the most.
-
-    A single row may lie in memory as torch's derivative of batch normalization misreads
-    it, where a batch does not.
-
-    Args:
-        count: Rows in all.
-        parts: Chunks besides the first, small one; more where that is too many rows.
-        most: Rows of a chunk at most; None for any number.
-    """
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
-    most = count if most is None else most
-    least = min(2, most)
-    first = min(most, max(2, count // _FIRST))
-    step = max(least, min(most, -(-(count - first) // parts)))
-    ends = [*range(first, count - least + 1, step), count]
-    for i, end in enumerate(ends):
-        rows = order[ends[i - 1] if i else 0 : end]
-        if len(rows):
-            yield rows.sort().values
 
 
 def _share(model: nn.Module, inputs: Inputs, count: int) -> float:
@@ -235,12 +213,6 @@ def _share(model: nn.Module, inputs: Inputs, count: int) -> float:
     except (RuntimeError, ValueError, TypeError, IndexError):
         return 1.0  # as `each` will find
     return held[1] / held[0]
-
-
-def _samples(clean: CleanPass, read: OutputsRead, inputs: Any) -> int:
-    """Return the number of samples, by the inputs where uses have flattened rows."""
-    count, given = clean.count(read.tensors[0]), batch_size((inputs, None))
-    return count if given < 2 or count % given else given
 
 
 def rows_of(inputs: Inputs, rows: Tensor | slice, count: int) -> Inputs:

@@ -17,16 +17,20 @@ from torch_dropout_ir.regularizers.checks import (
     check_finite,
     check_reachable,
     check_risk,
+    checked_product,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate, is_exact
 from torch_dropout_ir.regularizers.line_pass import Mask, draws_along
+from torch_dropout_ir.regularizers.loss_parts import LossParts
+from torch_dropout_ir.regularizers.loss_weight import apart, much, weigh
+from torch_dropout_ir.regularizers.output_rows import count_samples
 from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,
     check_curvature,
     read_outputs,
 )
-from torch_dropout_ir.regularizers.row_chunks import RowChunks, weigh
+from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble, join, signs
 from torch_dropout_ir.regularizers.step_memory import Held, kept_is_less
@@ -81,13 +85,15 @@ def second_order(
     forward mode, a pass for each use of a site and sample, in one to two times a
     step's time. That keeps no graph, but three values of each activation at hand, of
     four of the largest at most: no more than a step with a single convolution. Where
-    the model has operations that this does not go through
-    (functions with a derivative of their own, writes into views, batch normalization on
-    a GPU) or rows of outputs are not those of the samples, it is a double backward of
-    all, which keeps every activation and its derivative, two to three steps, and the
-    notes say so. Of a loss that is neither a squared one nor a cross-entropy, what is
-    kept of the outputs is that of all rows, which matters where outputs are most of
-    what a step holds. A small graph is kept whole.
+    the model has operations that this does not go through (functions with a derivative
+    of their own, writes into views, batch normalization on a GPU) or rows of outputs
+    are not those of the samples, it is a double backward of all, which keeps every
+    activation and its derivative, two to three steps, and the notes say so. A loss
+    without a closed form of outputs that are much of what a step holds is called on the
+    rows of a part alone, where its graph shows a sum over rows and its gradient
+    confirms that a part is weighed by one number
+    (:mod:`~torch_dropout_ir.regularizers.loss_parts`); else, as where it couples rows,
+    what is kept of the outputs is that of all. A small graph is kept whole.
 
     Args:
         model: The network. Of several outputs, those count that the loss reads.
@@ -125,6 +131,9 @@ def second_order(
     resolved, batch = resolve_loss(loss), as_pair(batch)
     with unwritten(model):
         seen = _first_pass(model, batch, resolved, num_samples)
+        if isinstance(seen, LossParts):  # the pass is used up
+            seen = _first_pass(model, batch, resolved, num_samples, seen)
+        assert isinstance(seen, _Seen)
         draws, notes, coupled = seen.draws, seen.notes, seen.coupled
         if draws is None and seen.chunks is not None:
             draws = _by_chunks(seen.chunks, seen.masks, num_samples, coupled)
@@ -151,22 +160,38 @@ class _Seen(NamedTuple):
 
 
 def _first_pass(
-    model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None
-) -> _Seen:
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    num_samples: int | None,
+    parts: LossParts | None = None,
+) -> _Seen | LossParts:
     """Check model, batch and loss; take the forms at once where they are small."""
     with clean_pass(model, batch[0], twice=True, sketch=True) as clean:
         check_reachable("second_order", clean.unreachable)
         read = read_outputs(clean.outputs, loss, batch[1])
         weigh(clean, read)
+        if parts is None and every(much(clean, read), "much of the loss"):
+            parts = _parts(model, batch, clean, read)
+            told = every(parts is not None, "parts of the loss")
+            if told and parts is not None and parts.look(clean, read):
+                return parts
+        alone = parts if parts is not None and parts.weights else None
+        clean.matters = clean.matters or alone is not None
         if clean.matters:
             clean.let_go()
             read = read_outputs(clean.outputs, loss, batch[1])
-        check_risk("second_order", lambda: read.risk(read.tensors), model, batch[0])
-        check_curvature(read)
-        coupled = bool(clean.uses) and read.couples()
+        coupled = False
+        if alone is None or not alone.curved:
+            risk = functools.partial(read.risk, read.tensors)
+            check_risk("second_order", risk, model, batch[0])
+            check_curvature(read)
+            coupled = bool(clean.uses) and alone is None and read.couples()
         draws, chunks = None, None
         if RowChunks.pay(clean, read):
-            chunks = RowChunks(model, batch[0], clean, read, twice=True, parts=_CHUNKS)
+            chunks = RowChunks(
+                model, batch[0], clean, read, twice=True, parts=_CHUNKS, alone=alone
+            )
         elif not clean.matters:
             meet = bool(clean.uses) and clean.couples_samples(read.tensors)
             coupled = coupled or meet
@@ -177,6 +202,18 @@ def _first_pass(
         masks = [(site, h.new_empty(()), h.shape) for site, h, _ in clean.uses]
         like = read.tensors[0].detach().new_zeros(())
         return _Seen(like, masks, coupled, exact, notes, draws, chunks)
+
+
+def _parts(
+    model: nn.Module, batch: Batch, clean: CleanPass, read: OutputsRead
+) -> LossParts | None:
+    """Return the loss as parts to be looked at, if its graph keeps rows apart."""
+    assert read.loss is not None
+    known = read.loss.kind != "general"
+    product = checked_product("second_order", read, model, batch[0], known)
+    if product is not None and not apart(product):
+        return None
+    return LossParts(read, count_samples(clean, read, batch[0]))
 
 
 def _held(read: OutputsRead) -> Held:

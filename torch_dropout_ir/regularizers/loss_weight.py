@@ -1,0 +1,83 @@
+"""Whether a loss is much of what a step holds, and can be taken apart by rows."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from torch_dropout_ir.collectives import every, some
+from torch_dropout_ir.output_products import HessianProduct
+from torch_dropout_ir.regularizers.clean_pass import CleanPass
+from torch_dropout_ir.regularizers.loss_graph import rows_apart
+from torch_dropout_ir.regularizers.output_rows import has_rows
+from torch_dropout_ir.regularizers.outputs import OutputsRead
+from torch_dropout_ir.regularizers.step_memory import FEW, Held
+
+# Elements of the outputs below which the memory of their loss is no matter, and their
+# share of what the network makes.
+_FEWEST: Final = 2**18
+_SHARE: Final = 1 / 16
+# Elements of the sites' inputs that may lead to much; fewer would have to lead to more
+# than five hundred values each.
+_SOME: Final = 2**11
+
+
+def apart(product: HessianProduct) -> bool:
+    """Whether the graph of a loss shows that no two rows of the outputs meet."""
+    terms = product.terms
+    told = terms is not None and terms.by_row
+    return told or rows_apart(product.at, product.nodes)
+
+
+def parts_pay(
+    clean: CleanPass,
+    read: OutputsRead,
+    product: HessianProduct | None,
+    num_samples: int | None,
+) -> bool:
+    """Whether roots of a loss need parts: it is much of what a step holds otherwise.
+
+    Args:
+        clean: The pass.
+        read: What the loss reads of it.
+        product: Products with its Hessian; None where that is known.
+        num_samples: Random roots; an exact sum goes without parts.
+
+    Returns:
+        Whether they do, and the graph keeps rows apart.
+    """
+    if not num_samples:
+        return False
+    return every(
+        much(clean, read) and (product is None or _splits(product, num_samples)),
+        "parts of the loss",
+    )
+
+
+def _splits(product: HessianProduct, num_samples: int) -> bool:
+    terms = product.terms
+    softmax = terms is not None and terms.log_softmax is not None and terms.linear
+    # One root of that takes no more than a step.
+    return not (softmax and num_samples == 1) and apart(product)
+
+
+def much(clean: CleanPass, read: OutputsRead) -> bool:
+    """Whether a loss of one tensor without closed form is much of what a step holds."""
+    loss, f = read.loss, read.tensors[0]
+    if loss is None or loss.kind not in ("general", "elementwise") or not clean.uses:
+        return False
+    if f.numel() < _FEWEST or f.dtype not in (torch.float32, torch.float64):
+        return False
+    held = Held.by([f.grad_fn])
+    most = f.nbytes >= _SHARE * (held.made + held.leaves)
+    return most and has_rows(clean, read)
+
+
+def weigh(clean: CleanPass, read: OutputsRead) -> None:
+    """Look whether little that goes into sites leads to a graph that matters."""
+    if clean.matters:
+        return
+    large = sum([h.numel() for _, h, _ in clean.uses]) >= _SOME
+    large = large and Held.by([x.grad_fn for x in read.tensors]).made > FEW
+    clean.matters = some(large, "graph's memory")

@@ -1,0 +1,124 @@
+"""The Gauss-Newton estimate: what is said of it, and that of a pass already run."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.regularizers.checks import check_reachable, read_beside
+from torch_dropout_ir.regularizers.clean_pass import CleanPass
+from torch_dropout_ir.regularizers.estimate import Estimate, is_exact
+from torch_dropout_ir.regularizers.outputs import (
+    OutputsRead,
+    check_curvature,
+    read_outputs,
+)
+from torch_dropout_ir.regularizers.root_forms import RootForms
+from torch_dropout_ir.regularizers.site_forms import (
+    LINEAR,
+    Form,
+    Sums,
+    assemble,
+    of_sums,
+)
+
+
+class Known(NamedTuple):
+    """What there is to say of an estimate besides its draws."""
+
+    names: list[str]
+    num_samples: int | None
+    exact: bool
+    like: Tensor
+    notes: tuple[str, ...]
+
+    def of(self, summed: Sums) -> Estimate:
+        """Return the estimate of a draw that has been added up."""
+        return of_sums(self.names, summed, self.exact, self.notes)
+
+    def estimate(self, draws: list[list[Form]], coupled: bool) -> Estimate:
+        """Return the estimate of draws, whether samples meet or not."""
+        return assemble(
+            self.names, draws, self.num_samples, coupled, self.exact, self.like,
+            self.notes,
+        )  # fmt: skip
+
+
+def read_of(clean: CleanPass, targets: Any, loss: Loss) -> OutputsRead:
+    """Find what the loss reads, and that derivatives can be had of it.
+
+    Returns:
+        What the loss reads.
+
+    Raises:
+        ValueError: If the outputs have no batch dimension that the loss needs.
+        RuntimeError: If a site runs without autograd.
+    """  # noqa: DOC502 (`check_reachable` raises)
+    check_reachable("gauss_newton", clean.unreachable)
+    read = read_outputs(clean.outputs, loss, targets)
+    if loss.kind == "cross_entropy" and read.tensors[0].ndim < 2:
+        raise ValueError(
+            "gauss_newton: expected outputs with a batch dimension, got shape "
+            f"{list(read.tensors[0].shape)}"
+        )
+    return read
+
+
+def known_of(
+    model: nn.Module,
+    clean: CleanPass,
+    read: OutputsRead,
+    loss: Loss,
+    forms: RootForms,
+    beside: tuple[str, ...],
+) -> Known:
+    """Return what there is to say of an estimate by forms.
+
+    Args:
+        model: The model.
+        clean: The pass that the forms are of.
+        read: What the loss reads of it.
+        loss: The loss.
+        forms: The forms.
+        beside: What is to be said of a loss that reads more.
+    """
+    linear = () if forms.curved or check_curvature(read) else (LINEAR,)
+    notes = (*clean.noise_left_out(model), *beside, *linear)
+    exact = is_exact(clean, loss, read.targets, forms.num_samples)
+    return Known(clean.names, forms.num_samples, exact, read.single, notes)
+
+
+def estimate(
+    model: nn.Module,
+    clean: CleanPass,
+    targets: Any,
+    loss: Loss,
+    num_samples: int | None,
+) -> Estimate:
+    """Return the Gauss-Newton estimate from a pass that has been run already.
+
+    Args:
+        model: The model.
+        clean: The pass without noise; its graph is kept.
+        targets: The targets, or None.
+        loss: The loss.
+        num_samples: Backward passes with sampled outputs; None for the exact sum.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        ValueError: If the outputs have no batch dimension that the loss needs.
+    """  # noqa: DOC502 (`read_of` raises)
+    read = read_of(clean, targets, loss)
+    product = None if read.closed else read.product()
+    forms = RootForms(clean, read, num_samples, product)
+    beside = read_beside(read, clean.edges, product)
+    known = functools.partial(known_of, model, clean, read, loss, forms, beside)
+    if (summed := forms.sums(clean, read)) is not None:
+        return known().of(summed)
+    draws, coupled = forms.draws(clean, read)
+    return known().estimate(draws, coupled or forms.loss_couples)
