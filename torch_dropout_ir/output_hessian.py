@@ -228,7 +228,7 @@ def _diagonal(
     if closed and alike(outputs, targets):
         return closed(outputs, targets)
     product = product or HessianProduct(loss, outputs, targets)
-    return product(torch.ones_like(outputs)).detach()
+    return product(torch.ones_like(outputs), keep=False).detach()
 
 
 def less_a_label(f: Tensor, classes: int) -> Tensor:

@@ -130,7 +130,8 @@ class LossParts:
                 self._targets_of(self.samples[0]),
             )
             product = HessianProduct(self._loss, read.single[rows], targets)
-            self.curved = bool(product(torch.ones_like(product.at)).any())
+            ones = torch.ones_like(product.at)
+            self.curved = bool(product(ones, keep=False).any())
             return False
         self._compare(clean, read)
         if not every(bool(self.weights), "weights of parts"):
@@ -209,7 +210,8 @@ class LossParts:
         if not apart(product) or not _are(moved[stay], kept, 1.0, self._near):
             return False
         v = uneven(product.at.detach()) - 1.5
-        curved = product(v)
+        curved = self._of(product(v, keep=False))
+        del product  # its graph
         for half in torch.arange(len(samples)).chunk(2):
             at, own = rows_of_samples(half, self._each).to(f.device), samples[half]
             again = HessianProduct(self._loss, f[rows[at]], self._targets_of(own))
@@ -217,7 +219,7 @@ class LossParts:
             weight = _weight(moved[at], part)
             if not _are(moved[at], part, weight, self._near):
                 return False
-            pair = self._of(curved[at]), self._of(again(v[at]))
+            pair = curved[at], self._of(again(v[at], keep=False))
             if not _are(*pair, weight, self._near_again):
                 return False
         return bool(curved.any())
