@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from torch_dropout_ir import tracing
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.output_hessian import HessianRoots, hessian_columns
 from torch_dropout_ir.output_products import HessianProduct
@@ -278,6 +279,20 @@ def test_products_at_once_are_those_one_by_one(name, monkeypatch):
     )
     hessian_columns(HessianProduct(loss, f, None))
     assert len(single) == (3 if name == "its own" else 0)
+
+
+@pytest.mark.parametrize("lacks", ["_ENGINE", "_UNSEEN_DIM"])
+def test_products_at_once_need_no_private_name(lacks, monkeypatch):
+    torch.manual_seed(0)
+    f, v = torch.randn(4, 3).double(), torch.randn(5, 4, 3).double()
+    product = HessianProduct(Loss(lambda f, _: SINGLE["both halves"](f)), f, None)
+    expected = torch.stack([product(x) for x in v])
+    torch.testing.assert_close(product.each(v), expected)
+    alone = []
+    monkeypatch.setattr(HessianProduct, "__call__", lambda *_: alone.append(1))
+    monkeypatch.setattr(tracing, lacks, None if lacks == "_ENGINE" else (None,) * 4)
+    torch.testing.assert_close(product.each(v), expected)
+    assert not alone
 
 
 ELEMENTWISE = {

@@ -195,9 +195,9 @@ class _Walk:
         if not self._inside:
             return None
         direct = node.next_functions[0][0] in self._inside
-        dim = node._saved_dim  # without its sign
-        dim = dim - 2**64 if dim >= 2**63 else dim
-        classes = dim % max(1, len(node._input_metadata[0].shape))
+        classes = node._saved_dim
+        if classes >= 2**63:  # what is saved has no sign
+            classes = classes - 2**64 + max(1, len(node._input_metadata[0].shape))
         return Terms(node, self._linear, direct, classes)
 
     def _entries(self, node: Any, how: int) -> None:

@@ -51,6 +51,7 @@ class HessianProduct:
     def __init__(self, loss: Loss, outputs: Tensor, targets: Any) -> None:
         self._trained = outputs.requires_grad
         self._seen: Nodes = {}
+        self._slope: Tensor | None = None
         self.at = outputs if self._trained else outputs.detach().requires_grad_()
         self._run = functools.partial(loss, self.at, targets)
         with torch.enable_grad():
@@ -76,13 +77,18 @@ class HessianProduct:
         seen = self.nodes if self.terms is None else self._seen
         return not nodes.isdisjoint(seen)
 
-    @functools.cached_property
+    @property
     def gradient(self) -> Tensor:
         """The gradient of the loss in the outputs, with its graph.
 
         Raises:
             ValueError: If that has no derivative.
-        """
+        """  # noqa: DOC502 (`_differentiate` raises)
+        if self._slope is None:
+            self._slope = self._differentiate()
+        return self._slope
+
+    def _differentiate(self) -> Tensor:
         value, own = self.value, None
         if self.terms is None:  # else there is no function that is not known
             if any([_ATTENTION in name for name, _ in self.nodes.values()]):

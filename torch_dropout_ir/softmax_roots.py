@@ -66,7 +66,7 @@ class SoftmaxRoots:
         assert slope is not None  # its graph leads there
         bend = derivative_again(slope, edge, torch.ones_like(slope))
         logs, slope = node._saved_result.detach(), slope.detach()
-        self.like = product.at.detach()
+        self.like = product.at
         self._classes, self._by_row = terms.classes, terms.by_row
         self._few = (logs, slope, bend) if few(logs) else None
         if self._few is None:  # the derivatives go

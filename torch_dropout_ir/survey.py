@@ -60,12 +60,12 @@ class Survey:
         for named in seen.modules:
             module = named[1]
             kind, own = type(module), module.__dict__
-            if kind not in LAYERS:
-                seen.others.append(named)
+            if kind not in QUIET:
+                if kind not in LAYERS:
+                    seen.others.append(named)
+                seen._add_noise(*named)
             if kind not in ROW_WISE:
                 seen.row_wise = False
-            if kind not in QUIET:
-                seen._add_noise(*named)
             if compiling or runs_other_code(module):
                 seen.callers.append(named)
             if own["_buffers"]:

@@ -171,7 +171,7 @@ def checked_product(
     moved = None if known else generators_moved(model)
     product = read.product()
     assert product is not None
-    check_finite(name, product.value.detach(), model, inputs)
+    check_finite(name, product.value, model, inputs)
     _check_drawn(name, moved)
     return product
 
@@ -224,7 +224,7 @@ def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> Non
         else "the outputs or the loss (overflow, targets, or a mean over none)"
     )
     raise ValueError(
-        f"{name}: expected a finite estimate, got {float(value)}; not finite: {where}"
+        f"{name}: expected a finite estimate, got {value.item()}; not finite: {where}"
     )
 
 

@@ -205,12 +205,12 @@ class CleanPass:
         """
         if outputs.ndim == 0 or not self.uses:
             return bool(self.uses)
+        if self.row_wise and outputs.ndim > 1:
+            return False
         count = self.count(outputs)
         if not count or not self.by_samples(count):
             return True
-        if count < 2 or (self.row_wise and outputs.ndim > 1):
-            return False
-        return rows_meet(outputs, self.edges, count)
+        return False if count < 2 else rows_meet(outputs, self.edges, count)
 
     def _couples(self, outputs: Tensor) -> bool:
         if (meet := self.samples_meet(outputs)) is not None:

@@ -58,20 +58,20 @@ def rows_apart(outputs: Tensor, nodes: Nodes) -> bool:
         if not any(places):
             own = type(node) is LEAF and getattr(node, "variable", None) is outputs
             place = START if own else None
-        elif len(edges) == 1 and name in ELEMENTWISE and places[0] != _SUM:
+        elif len(edges) == 1 and name in ELEMENTWISE and places[0] is not _SUM:
             place = places[0]
         else:
             place = _place(name, Op(node, edges, places, rows))
             if place is None:
                 return False
         found[node] = place
-    return place == _SUM
+    return place is _SUM
 
 
 def _place(name: str, op: Op) -> Place | None:
     """Return where the rows are in what a node makes; None where it is not known."""
-    if _SUM in op.places:
-        sums = {None, _SUM}.issuperset(op.places)
+    if any([place is _SUM for place in op.places]):
+        sums = all([place is None or place is _SUM for place in op.places])
         linear = sums and is_linear(name, [(place, 0) for place in op.places])
         return _SUM if linear else None
     if name in _ADDS:

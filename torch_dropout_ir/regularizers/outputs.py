@@ -87,12 +87,12 @@ class OutputsRead:
         """  # noqa: DOC502 (`_curved` raises)
         if self.loss is not None and self.loss.kind != "general":
             return False
-        counts = {x.shape[:dims].numel() for x in self.tensors if x.ndim >= dims}
-        if len(counts) != 1 or any(x.ndim < dims for x in self.tensors):
-            return True
         product = product or self.product()
         if product and dims == 1 and rows_apart(product.at, product.nodes):
             return False
+        counts = {x.shape[:dims].numel() for x in self.tensors if x.ndim >= dims}
+        if len(counts) != 1 or any(x.ndim < dims for x in self.tensors):
+            return True
         at, slopes = self.differentiated(product)
         live = [s for s in slopes if s.requires_grad]
         if not live:

@@ -157,13 +157,16 @@ def _unknown(_: Op) -> None:
 
 def broadcast(op: Op) -> Place | None:
     """Elementwise, with inputs that are repeated along missing dimensions."""
-    shape, found = op.shape, set()
+    shape, found = op.shape, None
     for place, own in op.leading():
         dim = place.dim + len(shape) - len(own)
         if own[place.dim] != shape[dim]:
             return None
-        found.add(Place(dim, place.turns))
-    return found.pop() if len(found) == 1 else None
+        moved = place if dim == place.dim else Place(dim, place.turns)
+        if found is not None and found != moved:
+            return None
+        found = moved
+    return found
 
 
 def _view(op: Op) -> Place | None:
