@@ -308,7 +308,10 @@ def test_models_of_torchs_layers_alone_are_not_looked_on():
     net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
     with at_sites(net, fresh) as calls:
         assert calls.absent and measuring() and not net[1].training
-    assert not measuring() and net[1].training
+    assert not measuring() and net[1].training and "forward" not in vars(net[1])
+    with pytest.raises(ZeroDivisionError), at_sites(net, lambda *_: 1 / 0):
+        net(torch.ones(2, 3))
+    assert "forward" not in vars(net[1]) and net[1].training
     hook = net[0].register_forward_hook(lambda _, __, h: F.dropout(h, 0.5))
     assert Survey.of(net).callers
     with at_sites(net, fresh) as calls:
