@@ -83,7 +83,7 @@ def gauss_newton(
     without a closed form of outputs that are much of what a step holds is called on the
     rows of a part alone, where its graph shows a sum over rows and its gradient
     confirms that a part is weighed by one number
-    (:mod:`~torch_dropout_ir.regularizers.loss_parts`), for some two steps' more time;
+    (:mod:`~torch_dropout_ir.regularizers.loss_parts`), for one to four steps more;
     else, as where it couples rows and in an exact sum, it holds two to four steps.
 
     Whether samples meet is seen in the graph where its operations are known to keep
