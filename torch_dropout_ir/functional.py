@@ -83,7 +83,8 @@ def switch_off(
     if whole:
         return [restored]
     back(module)
-    before = module.register_forward_pre_hook(switch)
+    # Before that of a pass around this one, which would have switched it off.
+    before = module.register_forward_pre_hook(switch, prepend=True)
     after = module.register_forward_hook(back, always_call=True)
     return [restored, before.remove, after.remove]
 

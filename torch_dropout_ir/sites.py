@@ -154,12 +154,11 @@ def active_sites(model: nn.Module) -> tuple[Site, ...]:
 
     Where the whole model is in evaluation mode, all count.
     """
-    return tuple(site for site in find_sites(model) if acts(site, model))
-
-
-def acts(site: Site, model: nn.Module) -> bool:
-    """Whether a module of a model draws noise in training."""
-    return site.p > 0 and (site.module.training or not model.training)
+    return tuple(
+        site
+        for site in find_sites(model)
+        if site.p > 0 and (site.module.training or not model.training)
+    )
 
 
 def is_site(module: nn.Module) -> bool:
