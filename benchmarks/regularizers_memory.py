@@ -60,11 +60,11 @@ def memory() -> None:
 def meeting_models() -> dict:
     """Networks with batch normalization above a site at the input, by depth."""
 
-    def convolutions(depth: int):
+    def convolutions(depth: int, act=nn.ReLU):
         layers = [nn.Dropout(0.1)]
         for i in range(depth):
             layers += [nn.Conv2d(32 if i else 3, 32, 3, padding=1), nn.BatchNorm2d(32),
-                       nn.ReLU()]  # fmt: skip
+                       act()]  # fmt: skip
         ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
         x, y = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
         return nn.Sequential(*layers, *ends), x, y
@@ -74,8 +74,11 @@ def meeting_models() -> dict:
         "one convolution": convolutions(1),
         "two convolutions": convolutions(2),
         "six convolutions": convolutions(6),
+        "one convolution, in place": convolutions(1, lambda: nn.ReLU(inplace=True)),
+        **{f"{words}, GELU": convolutions(depth, nn.GELU)
+           for words, depth in (("one convolution", 1), ("six convolutions", 6))},
         "ResNet-18": (nn.Sequential(nn.Dropout(0.1), net), x[:16], y[:16]),
-    }
+    }  # fmt: skip
 
 
 def meeting_calls(net, x, y) -> dict:

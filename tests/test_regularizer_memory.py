@@ -95,6 +95,7 @@ def test_an_estimate_holds_no_more_than_a_training_step(model, form):
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.GELU])
 def test_where_samples_meet_in_one_layer_it_is_no_more_either(act):
+    """Beside the parts of a smooth function: another thread's are not counted."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Dropout(0.1), nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), act(),

@@ -28,8 +28,10 @@ from torch_dropout_ir.regularizers.line_calls import (
 T = TypeVar("T")
 Function = Callable[[Tensor], Tensor]
 Slab = Callable[[Function, Tensor, Line], Line]
-# Elements of a part: what one operation makes of it stays in a cache.
-_PART: Final = 2**16
+# Elements of a part for each thread: what one operation makes of it stays in a cache.
+_PART: Final = 2**15
+# Parts of a large tensor: some eight tensors of a part are made.
+_PARTS: Final = 32
 
 
 def elementwise(call: Call, moving: list[int], value: Any) -> list[Line]:
@@ -124,7 +126,8 @@ def _parts(of: list[Tensor | None], rows: bool) -> Iterator[list[Any]]:
         of, length = [None if u is None else u.view(-1) for u in of], 1
     else:
         length = x[0].numel() if len(x) else 1
-    step = max(1, _PART // max(length, 1))
+    most = max(_PART, x.numel() // _PARTS)
+    step = max(1, min(_PART * torch.get_num_threads(), most) // max(length, 1))
     total = x.numel() // max(length, 1)
     for start in range(0, total, step):
         yield [None if u is None else u[start : start + step] for u in of]

@@ -45,6 +45,8 @@ from torch_dropout_ir.regularizers.step_memory import Held
 
 T = TypeVar("T")
 
+# Graphs that a double backward comes to, and what it makes on the way.
+_GRAPHS: Final = 4
 # What torch's attention makes weights of, where it has second derivatives.
 _WEIGHTS: Final = "SafeSoftmax"
 _NORMAL: Final = "BatchNorm"  # beside which no part is of one row
@@ -98,7 +100,7 @@ class RowChunks:
         if not self._twice or self._count < FEWEST_ROWS:
             return None
         share = _share(self._model, self._inputs, self._count)
-        return max(1, int(self._count * share / self._parts)) if share < 1 else None
+        return max(1, int(self._count * share / _GRAPHS)) if share < 1 else None
 
     @staticmethod
     def pay(clean: CleanPass, read: OutputsRead) -> bool:

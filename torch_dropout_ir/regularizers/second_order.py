@@ -76,24 +76,24 @@ def second_order(
     element of the mask, or the pass along a line that is told of below.
 
     Memory: a large batch goes through a fifth of its rows at a time, or fewer where
-    attention keeps its weights for second derivatives, each with the
-    whole loss in its own rows, which takes one more forward pass and keeps the graph
-    of a double backward of those rows alone: no more than a training step's. Samples
-    that meet, as by batch normalization in training mode above a site, cannot be taken
-    apart. Where a double backward of all that lies above the first site would hold more
-    than a step, it gives way to :math:`\frac{d^2}{dt^2} R_S(h + t v) = v^\top A v` by
-    forward mode, a pass for each use of a site and sample, in one to two times a
-    step's time. That keeps no graph, but three values of each activation at hand, of
-    four of the largest at most: no more than a step with a single convolution. Where
-    the model has operations that this does not go through (functions with a derivative
-    of their own, writes into views, batch normalization on a GPU) or rows of outputs
-    are not those of the samples, it is a double backward of all, which keeps every
-    activation and its derivative, two to three steps, and the notes say so. A loss
-    without a closed form of outputs that are much of what a step holds is called on the
-    rows of a part alone, where its graph shows a sum over rows and its gradient
-    confirms that a part is weighed by one number
-    (:mod:`~torch_dropout_ir.regularizers.loss_parts`); else, as where it couples rows,
-    what is kept of the outputs is that of all. A small graph is kept whole.
+    attention keeps its weights for second derivatives, each with the whole loss in its
+    own rows, which takes one more forward pass and keeps the graph of a double backward
+    of those rows alone: no more than a training step's. Samples that meet, as by batch
+    normalization in training mode above a site, cannot be taken apart. Where a double
+    backward of all that lies above the first site would hold more than a step, it gives
+    way to :math:`\frac{d^2}{dt^2} R_S(h + t v) = v^\top A v` by forward mode, a pass
+    for each use of a site and sample, in one to two times a step's time. That keeps no
+    graph, but three values of each activation at hand, of four of the largest at most:
+    no more than a step with a single convolution. Where the model has operations that
+    this does not go through (functions with a derivative of their own, writes into
+    views, batch normalization on a GPU) or rows of outputs are not those of the
+    samples, it is a double backward of all, which keeps every activation and its
+    derivative, two to three steps, and the notes say so. A loss without a closed form
+    of outputs that are much of what a step holds is called on the rows of a part alone,
+    where its graph shows a sum over rows and its gradient confirms that a part is
+    weighed by one number (:mod:`~torch_dropout_ir.regularizers.loss_parts`); else, as
+    where it couples rows, what is kept of the outputs is that of all. A small graph is
+    kept whole.
 
     Args:
         model: The network. Of several outputs, those count that the loss reads.
