@@ -22,8 +22,8 @@ Root = tuple[Tensor, "Tensor | float"]
 Rows: TypeAlias = "Tensor | slice"
 ALL: Final = slice(None)
 WIDE: Final = (torch.float32, torch.float64)
-# Above that torch's kernels have threads, and a mask takes less than normal numbers.
-_DRAWN_IN_ONE: Final = 2**14
+_DRAWN_IN_ONE: Final = 2**14  # above that torch's own kernels have threads
+_FEW: Final = 2**14  # numbers of which normal ones take no longer than a mask
 _ATTENTION: Final = "ScaledDotProduct"  # of whose kernels most have one derivative
 TWICE: Final = (
     "expected a loss with a second derivative, got one whose derivative torch cannot "
@@ -225,7 +225,7 @@ class ProductRoots:
 
 def signed(x: Tensor) -> Tensor:
     """Return magnitudes with random signs."""
-    if x.numel() <= _DRAWN_IN_ONE:
+    if x.numel() <= _FEW:
         return x.copysign(torch.randn_like(x))
     kept, _ = ops.draw(x, 0.5, None)  # twice as much, or nothing
     return kept.sub_(x)
