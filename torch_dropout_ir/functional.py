@@ -90,7 +90,7 @@ def switch_off(
 
 
 def _act(site: Site, apply: SiteFunction, whole: bool) -> Callable[[], None]:
-    """Let a site pass ``apply(site, h)`` on; one with hooks has to be switched off.
+    """Let a site that is switched off pass ``apply(site, h)`` on.
 
     Args:
         site: The site.
@@ -144,18 +144,15 @@ def at_sites(
     modes: dict[nn.Module, bool] = {}
 
     def act(site: Site, h: Tensor) -> Tensor:
-        mode = modes.get(site.module, site.module.training)
-        acts = site.p > 0 and (mode or not seen.model.training)
+        acts = site.p > 0 and (modes[site.module] or not seen.model.training)
         return apply(site, h) if acts else h
 
     try:
         # Layers of torch alone run nothing again in a backward pass.
         if seen.has_buffers and not (move_buffers or (copies and calls.absent)):
             undo.append(keep_buffers(seen.model))
-        acting = {site.module for site in seen.sites} if calls.absent else ()
         for module in seen.noise:
-            if module not in acting:
-                undo += switch_off(module, modes, calls.absent)
+            undo += switch_off(module, modes, calls.absent)
         undo += [_act(site, act, calls.absent) for site in seen.sites]
         with calls:
             yield calls
