@@ -70,6 +70,18 @@ def robust(f, y):
     return F.huber_loss(f, real(y), delta=float(off.detach().abs().median()))
 
 
+def chosen(f, y):
+    """A mean over as many rows as outputs choose."""
+    off = log_cosh(f, y).sum(1)
+    return off[off > 0.5].sum() / (off > 0.5).sum()
+
+
+def chosen_by_weight(f, y):
+    off = log_cosh(f, y).sum(1)
+    hard = (off.detach() > 0.5).double()
+    return (off * hard).sum() / hard.sum()
+
+
 def straight_through(f, y):
     """A term whose gradient is zero and whose curvature goes by the number of rows."""
     return log_cosh(f, y).mean() + len(f) * (f - f.detach()).square().mean()
@@ -79,6 +91,8 @@ def straight_through(f, y):
 MEET = {
     "balanced": balanced,
     "robust": robust,
+    "chosen": chosen,
+    "chosen by weight": chosen_by_weight,
     "straight through": straight_through,
     "mean of labels": lambda f, y: (f - real(y) - y.double().mean()).cosh().mean(),
     "temperature": lambda f, y: logits(f / f.detach().std(), y),

@@ -6,11 +6,11 @@ Semantics:
   rows of a part are those of the loss of that part alone, but for a factor, if it is
   the same function of a part as of the whole: a mean counts fewer rows, and weights of
   classes, a temperature or a threshold may be taken of the batch.
-* That is looked at, not believed. Nearly all rows are moved a little. Then each row of
+* That is looked at, not believed. Half of the rows are moved a little. Then each row of
   the gradient of the whole has to be that of its part times one number, the weight of
-  the part; rows that stay have to keep their gradient, or they look at the outputs of
-  others with the graph cut; and products with the Hessian of a part have to be those of
-  its halves, weighed likewise.
+  the part; in each part rows that stay have to keep their gradient, or they look at the
+  outputs of others with the graph cut; and products with the Hessian of a part have to
+  be those of its halves, weighed likewise.
 * Of each row some random projections are compared, within their own length: a row that
   fits well counts as much as one that does not.
 """
@@ -40,7 +40,7 @@ from torch_dropout_ir.regularizers.outputs import OutputsRead
 
 # Parts besides a first, small one: of one a double backward holds less than a step.
 _PARTS: Final = 8
-_STAYS: Final = 8  # one sample of so many
+_STAYS: Final = 2  # one sample of so many
 _MOVES: Final = 1 / 8  # by so much of itself, at most
 _PROJECTIONS: Final = 8
 _ROWS: Final = 256
@@ -141,7 +141,11 @@ class LossParts:
     def _compare(self, clean: CleanPass, read: OutputsRead) -> None:
         f = read.single
         try:
-            parts = [self._gradient(f, self._rows(x), x) for x in self.samples]
+            parts = []
+            for samples in self.samples:
+                parts.append(self._gradient(f, self._rows(samples), samples))
+                if not self._keeps(f, samples, parts[-1]):
+                    return
             first = self.samples[0]
             if not self._holds(f, first[: max(4, len(first) // 4)]):
                 return
@@ -193,8 +197,28 @@ class LossParts:
         product = HessianProduct(self._loss, at, self._targets_of(samples))
         return self._of(*torch.autograd.grad(product.value, product.at))
 
+    def _keeps(self, f: Tensor, samples: Tensor, moved: Tensor) -> bool:
+        """Whether rows of a part that stay keep the gradient, though others move.
+
+        In each part: a number of rows that outputs choose, which is a factor of all,
+        may be the same in some.
+
+        Args:
+            f: The outputs.
+            samples: The samples of the part.
+            moved: The gradient where others have moved.
+
+        Returns:
+            Whether they do.
+        """
+        rows = self._rows(samples)
+        product = HessianProduct(self._loss, f[rows], self._targets_of(samples))
+        kept = self._of(*torch.autograd.grad(product.value, product.at))
+        stay = self._stay[rows]
+        return _are(moved[stay], kept[stay], 1.0, self._near)
+
     def _holds(self, f: Tensor, samples: Tensor) -> bool:
-        """Whether rows of a part stay apart, and its products are those of its halves.
+        """Whether rows of a part are apart, and its products are those of its halves.
 
         Args:
             f: The outputs.
@@ -205,10 +229,9 @@ class LossParts:
         """
         rows = self._rows(samples)
         product = HessianProduct(self._loss, f[rows], self._targets_of(samples))
-        moved, stay = self._gradient(f, rows, samples), self._stay[rows]
-        kept = self._of(product.gradient)[stay]
-        if not apart(product) or not _are(moved[stay], kept, 1.0, self._near):
+        if not apart(product):
             return False
+        moved = self._gradient(f, rows, samples)
         v = uneven(product.at.detach()) - 1.5
         curved = self._of(product(v, keep=False))
         del product  # its graph
@@ -225,7 +248,7 @@ class LossParts:
         return bool(curved.any())
 
     def _whole(self, moved: list[Tensor]) -> Tensor:
-        """Return the gradient of the whole where nearly all rows have moved.
+        """Return the gradient of the whole where half of the rows have moved.
 
         Args:
             moved: The outputs there, taken out: the loss alone holds them.
