@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torch_dropout_ir.regularizers import gauss_newton, second_order
+from torch_dropout_ir.regularizers import (
+    gauss_newton,
+    last_layer,
+    leave_one_out,
+    modified_loss,
+    second_order,
+)
 
 
 class Rounds(nn.Module):
@@ -48,3 +54,22 @@ def test_curvature_that_is_not_finite_is_named(loss, num_samples):
         gauss_newton(
             net, (torch.randn(4, 2), torch.randn(4, 3)), loss, num_samples=num_samples
         )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy", nn.BCEWithLogitsLoss()])
+def test_what_is_not_finite_goes_through_what_is_trained(loss, bad):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Dropout(0.5), nn.Linear(3, 2))
+    x, y = torch.randn(4, 2), torch.rand(4, 2)
+    y = y.argmax(1) if loss == "cross_entropy" else y
+    h, out = net[:2](x), net[3]
+    h = torch.where(torch.arange(3) == 1, bad, h)
+    given = {"loss": loss, "outputs": out(h), "targets": y}
+    for form in (last_layer, leave_one_out):
+        assert not form(h, out.weight, 0.5, **given).isfinite()
+    with torch.no_grad():
+        out.weight[0, 1] = bad
+    for kind in ("L1", "L2", "L3", "L4", "regu"):
+        found = modified_loss(net, (x, y), loss, kind=kind, lr=0.1)
+        assert not found.isfinite()

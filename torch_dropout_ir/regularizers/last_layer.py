@@ -66,7 +66,7 @@ def last_layer(
         targets: The targets, where the loss's Hessian depends on them.
 
     Returns:
-        Scalar with the dtype and device of ``features``.
+        Scalar with the dtype and device of ``features``; not finite where they are not.
 
     Raises:
         TypeError: If ``features`` or ``weight`` is no real tensor, or dtypes differ

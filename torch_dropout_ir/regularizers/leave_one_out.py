@@ -65,7 +65,7 @@ def leave_one_out(
             outputs each.
 
     Returns:
-        Scalar with the dtype and device of ``features``.
+        Scalar with the dtype and device of ``features``; not finite where they are not.
 
     Raises:
         TypeError: If ``features``, ``weight`` or ``outputs`` is no real tensor.

@@ -111,7 +111,7 @@ def modified_loss(
             keeps the graph of all, for a derivative of the loss's gradient too.
 
     Returns:
-        Scalar in the units of the loss.
+        Scalar in the units of the loss; not finite where the model is not.
 
     Raises:
         TypeError: If ``batch`` is no pair, or ``max_bytes`` or ``lr`` no number.
