@@ -11,6 +11,7 @@ from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import clean_pass as passes
 from torch_dropout_ir.regularizers import line_slabs, second_order
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
+from torch_dropout_ir.regularizers.line_calls import NoRuleError
 from torch_dropout_ir.regularizers.line_pass import curvature_along, draws_along
 from torch_dropout_ir.regularizers.site_forms import signs
 
@@ -356,3 +357,37 @@ def test_what_a_line_does_not_go_through_has_a_graph(monkeypatch):
     assert any("double backward" in note for note in found.notes)
     torch.testing.assert_close(found.value, expected.value)
     assert abs(sampled.value - expected.value) <= 4 * sampled.standard_error
+
+
+class Catches(nn.Module):
+    """Goes on another way where an operation fails."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+
+    def forward(self, x):
+        h = x * 1.0
+        try:
+            h = self.first(h)
+            return h.sin()
+        except RuntimeError:
+            return h.cos() + x
+
+
+def without_autograd(h):
+    with torch.inference_mode():
+        return h.exp()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [lambda h: (h.tanh() / 2).erfinv(), lambda h: h.erfinv_(), without_autograd],
+)
+def test_a_model_that_catches_what_is_raised_inside_has_no_line(first):
+    torch.manual_seed(0)
+    net, x = vectors(Catches(first), nn.Linear(5, 3))
+    uses, _, z = noise_of(net, x)
+    batch = x, torch.randint(3, (6,))
+    with pytest.raises(NoRuleError):
+        curvature_along(net, batch, resolve_loss("cross_entropy"), uses, 0, z)

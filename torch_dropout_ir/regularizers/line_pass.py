@@ -64,7 +64,8 @@ class Moving(TorchDispatchMode):
     """Carries the derivatives along a line beside the tensors that move.
 
     Those of what an operation returns are taken when the next one begins: until then
-    its caller holds what it was given, whose derivatives theirs may then replace.
+    its caller holds what it was given, whose derivatives theirs may then replace. Where
+    they cannot be taken, nothing that follows is known, should the model go on.
     """
 
     def __init__(self) -> None:
@@ -72,10 +73,14 @@ class Moving(TorchDispatchMode):
         self.constants = Constants()
         self._lines = WeakTensorKeyDictionary()
         self._last: tuple[Call, Any] | None = None
+        self._lost = False
 
     def line(self, x: Tensor) -> Line:
         """Return the first and second derivative of a tensor, None for zero."""
         self._settle()
+        return self._line(x)
+
+    def _line(self, x: Tensor) -> Line:
         found: Line = self._lines.get(x, STILL)
         return found
 
@@ -103,34 +108,41 @@ class Moving(TorchDispatchMode):
         if not torch.is_grad_enabled():  # what autograd does not see
             if plain and self.constants.asked:
                 return func(*args, **kwargs)
+            self._lost = True
             raise NoRuleError(f"{func} without autograd")
         if not plain:
-            return self._written(func, args, kwargs)
+            self._lost = True
+            self._write(func, args, kwargs)
+            self._lost = False
+            return args[0]
         value = func(*args, **kwargs)
-        self._last = Call(func, args, kwargs, self.line), value
+        self._last = Call(func, args, kwargs, self._line), value
         return value
 
     def _settle(self) -> None:
         """Take the derivatives of what the last operation returned."""
         last, self._last = self._last, None
+        if self._lost:
+            raise NoRuleError("what follows an operation without a rule")
         if last is not None:
+            self._lost = True
             lines = through(*last)
             for x, line in zip(tensors(last[1]), lines, strict=True):
                 self.move(x, line)
+            self._lost = False
 
-    def _written(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _write(self, func: Any, args: Any, kwargs: Any) -> None:
         """Do what an operation does in place, which no other tensor may show."""
         x, name = args[0], func.overloadpacket.__name__
         plain = getattr(aten, name.removesuffix("_"), None)
         instead = getattr(plain, func._overloadname, None)
         if not name.endswith("_") or instead is None or shared(x):
             raise NoRuleError(str(func))
-        call = Call(instead, args, kwargs, self.line, over=x)
+        call = Call(instead, args, kwargs, self._line, over=x)
         self._lines.pop(x, None)  # nobody reads how it moved
         (line,) = through(call, x)
         func(*args, **kwargs)
         self.move(x, line)
-        return x
 
 
 def curvature_along(
