@@ -212,3 +212,16 @@ def test_second_order_is_the_same_by_parts(small, monkeypatch, name):
     torch.testing.assert_close(parts.value, whole.value)
     torch.testing.assert_close(parts.per_site, whole.per_site)
     assert runs or name in MEET
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order])
+@pytest.mark.parametrize("rows", [N, 1])
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+def test_weights_of_single_outputs_may_be_of_the_batch(small, form, rows, name):
+    torch.manual_seed(1)
+    net, (x, y) = network(), batch()
+    loss = nn.BCEWithLogitsLoss(**{name: torch.rand(rows, K).double() + 0.5})
+    y = (real(y) > 0).double()
+    exact = form(net, (x, y), loss, num_samples=None).value
+    found = form(net, (x, y), loss, num_samples=60)
+    assert (found.value - exact).abs() < 4.5 * found.standard_error

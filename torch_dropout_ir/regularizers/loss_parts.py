@@ -119,7 +119,8 @@ class LossParts:
         Returns:
             Whether outputs and graph of the pass have been used up.
         """
-        plain = self._loss.option("weight", None) is None
+        weights = [self._loss.option(x, None) for x in ("weight", "pos_weight")]
+        plain = not any([x is not None for x in weights])
         plain = plain and alike(read.tensors[0], self._targets)
         if every(self._loss.kind == "elementwise" and plain, "single outputs"):
             mean = self._loss.reduction == "mean"
