@@ -51,14 +51,21 @@ def most(count: int, of: str) -> int:
     return count if ask is None else ask(count, of)
 
 
+def alone() -> bool:
+    """Whether this process measures by itself."""
+    return _ASKED.get() is None
+
+
 def some(flag: bool, of: str) -> bool:
     """Whether something is so on any rank."""
-    return most(flag, of) > 0
+    ask = _ASKED.get()
+    return flag if ask is None else ask(flag, of) > 0
 
 
 def every(flag: bool, of: str) -> bool:
     """Whether something is so on all ranks."""
-    return not some(not flag, of)
+    ask = _ASKED.get()
+    return flag if ask is None else ask(not flag, of) <= 0
 
 
 @contextlib.contextmanager

@@ -89,6 +89,8 @@ class DropoutCalls(ModuleCalls):
             return self._dropout(name, *args, **(kwargs or {}))
         if name in _HANDED_OVER:
             return super().__torch_function__(func, types, args, kwargs)
+        if self.watch is not None:
+            self.watch(name, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
     def _call(

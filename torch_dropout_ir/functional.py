@@ -143,9 +143,11 @@ def at_sites(
     undo: list[Callable[[], None]] = []
     modes: dict[nn.Module, bool] = {}
 
+    def acts(site: Site) -> bool:
+        return site.p > 0 and (modes[site.module] or not seen.model.training)
+
     def act(site: Site, h: Tensor) -> Tensor:
-        acts = site.p > 0 and (modes[site.module] or not seen.model.training)
-        return apply(site, h) if acts else h
+        return apply(site, h) if acts(site) else h
 
     try:
         # Layers of torch alone run nothing again in a backward pass.
@@ -153,7 +155,11 @@ def at_sites(
             undo.append(keep_buffers(seen.model))
         for module in seen.noise:
             undo += switch_off(module, modes, calls.absent)
-        undo += [_act(site, act, calls.absent) for site in seen.sites]
+        for site in seen.sites:
+            if not calls.absent:
+                undo.append(_act(site, act, whole=False))
+            elif acts(site):  # which nothing changes
+                undo.append(_act(site, apply, whole=True))
         with calls:
             yield calls
     finally:

@@ -39,9 +39,11 @@ class ModuleCalls(TorchFunctionMode):
         again: Whether something ran that may be computed again in a backward pass.
         absent: Whether it is on no stack, and sees no call.
         differentiates: Whether a module took derivatives in its forward pass.
+        watch: Is told each call before it is made: name, arguments, keywords.
     """
 
     trains = False
+    watch: Callable[[str, tuple[Any, ...], dict[str, Any]], None] | None = None
 
     def __init__(self, named: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__()
@@ -121,6 +123,8 @@ class ModuleCalls(TorchFunctionMode):
             with on_again(self):
                 return _inside(func, self)(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        if self.watch is not None:
+            self.watch(name, args, kwargs or {})
         if name == "multi_head_attention_forward":
             return _inside(func, self)(*args, **(kwargs or {}))
         return self._call(name, func, args, kwargs or {})
@@ -170,14 +174,24 @@ def measuring() -> bool:
     return any(isinstance(mode, ModuleCalls) and not mode.trains for mode in _modes())
 
 
+def innermost() -> ModuleCalls | None:
+    """Return the mode that sees a call first, if it is one of these."""
+    stack = _stack()
+    return stack[-1] if stack and isinstance(stack[-1], ModuleCalls) else None
+
+
 def replaced() -> bool:
     """Whether something stands in the place of dropout's noise."""
     return any(isinstance(mode, ModuleCalls) for mode in _modes())
 
 
 def _modes() -> list[TorchFunctionMode]:
+    return [*_absent(), *_stack()]
+
+
+def _stack() -> list[TorchFunctionMode]:
     stack = getattr(torch.overrides, "_get_current_function_mode_stack", None)
-    return [*_absent(), *([] if stack is None else stack())]
+    return [] if stack is None else stack()
 
 
 def _absent() -> tuple[TorchFunctionMode, ...]:

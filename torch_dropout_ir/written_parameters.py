@@ -23,8 +23,8 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from torch_dropout_ir.module_calls import runs_other_code
-from torch_dropout_ir.sites import named_modules, uncompiled
+from torch_dropout_ir.module_calls import innermost, runs_other_code
+from torch_dropout_ir.sites import uncompiled
 from torch_dropout_ir.tracing import mapped, unasked
 
 _ASSIGN: Final = ("__set__", "__setitem__")
@@ -86,10 +86,23 @@ class _Writes(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         named = kwargs or {}
-        if _writes(getattr(func, "__name__", ""), args, named):
+        self.see(getattr(func, "__name__", ""), args, named)
+        return func(*args, **named)
+
+    def see(self, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Look at a call that is about to be made."""
+        if _writes(name, args, named):
             with unasked():
                 self._look((args, named))
-        return func(*args, **named)
+
+    def begin(self) -> Callable[[], None]:
+        """See calls from now on, by a mode that is there if it may; return the end."""
+        mode = innermost()
+        if mode is None or mode.watch is not None:
+            self.__enter__()
+            return functools.partial(self.__exit__, None, None, None)
+        mode.watch = self.see
+        return functools.partial(setattr, mode, "watch", None)
 
     def _look(self, given: Any) -> None:
         for x in tree_leaves(given):
@@ -101,15 +114,30 @@ class _Writes(TorchFunctionMode):
 
 def _writes(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
     """Whether a call of one of torch's functions may write on what it is given."""
-    if name.startswith("__"):
-        return name in _ASSIGN or name.startswith("__i")
     if name in _EMBED:
         return named.get("max_norm", (*args, None, None, None, None)[3]) is not None
-    return name.endswith("_") or "out" in named or bool(named.get("inplace"))
+    return _by_name(name) or "out" in named or bool(named.get("inplace"))
 
 
-def _may_write(module: nn.Module) -> bool:
-    return runs_other_code(module) or vars(module).get("max_norm") is not None
+@functools.lru_cache
+def _by_name(name: str) -> bool:
+    """Whether a function of a name writes on what it is given."""
+    if name.startswith("__"):
+        return name in _ASSIGN or name.startswith("__i")
+    return name.endswith("_")
+
+
+def _may_write(model: nn.Module) -> bool:
+    """Whether a pass may write on parameters: layers of torch as they are do not."""
+    pending, seen = [model], set[nn.Module]()
+    for module in pending:
+        own = module.__dict__
+        if runs_other_code(module) or own.get("max_norm") is not None:
+            return True
+        if own["_modules"] and module not in seen:
+            seen.add(module)
+            pending += [m for m in own["_modules"].values() if m is not None]
+    return False
 
 
 def is_plain(x: Tensor) -> bool:
@@ -117,37 +145,49 @@ def is_plain(x: Tensor) -> bool:
     return not is_lazy(x) and type(x.data) is Tensor and not x.is_sparse
 
 
-@contextlib.contextmanager
 def unwritten(
     model: nn.Module,
     known: Iterable[Tensor] | None = None,
     stays: Literal["nothing", "first", "last"] = "nothing",
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Begin each pass with the parameters as they were, and give them back.
 
     Args:
         model: The model.
         known: Those that its passes write on, if that is known.
         stays: Which pass is one of training, whose writing stays at the end.
+
+    Returns:
+        The context of the passes.
     """
-    model, kept = uncompiled(model), _Kept()
-    for x in known or ():
-        kept.add(x)
-    looks = known is None and any(_may_write(m) for _, m in named_modules(model))
+    model = uncompiled(model)
+    looks = known is None and _may_write(model)
     if not looks and not known:
-        yield
-        return
-    after, running = list[_Kept](), list[_Writes]()
+        return contextlib.nullcontext()
+    return _unwritten(model, known or (), looks, stays)
+
+
+@contextlib.contextmanager
+def _unwritten(
+    model: nn.Module,
+    known: Iterable[Tensor],
+    looks: bool,
+    stays: Literal["nothing", "first", "last"],
+) -> Iterator[None]:
+    kept = _Kept()
+    for x in known:
+        kept.add(x)
+    after, running = list[_Kept](), list[Callable[[], None]]()
 
     def begin(*_: Any) -> None:
         if kept:
             kept.give_back()
         if looks:
-            running.append(_Writes(model, kept.add).__enter__())
+            running.append(_Writes(model, kept.add).begin())
 
     def end(*_: Any) -> None:
         if running:
-            running.pop().__exit__(None, None, None)
+            running.pop()()
         if stays == "last" or (stays == "first" and not after):
             after[:] = [kept.now()]
 

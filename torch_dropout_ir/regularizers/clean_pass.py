@@ -269,7 +269,7 @@ def clean_pass(
     # Nothing but other code than torch's layers runs attention.
     kernels = differentiable(thrice) if (twice and survey.callers) or thrice else none
     most = _FEWEST_ELEMENTS - 1 if sketch else math.inf
-    seen = Recorder(model, outlives, first, weigh, most)
+    seen = Recorder(model, outlives, first, weigh, most, fixed=not survey.callers)
     own = lean_derivatives() if lean else none
     placed = at_sites(
         model, seen.perturb, move_buffers=move_buffers, outlives=outlives,

@@ -45,6 +45,7 @@ class Recorder:
         weigh: Whether to weigh what a step would hold below the first site.
         most: Elements of the sites' inputs that may have a graph; what is above the
             site that has more is made of constants.
+        fixed: Whether no site has another ``p`` in another call.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Recorder:
         first: Tensor | None,
         weigh: bool,
         most: float,
+        fixed: bool,
     ) -> None:
         self.below = Held(0, 0, 0)
         self.passed: list[_Passed] = []
@@ -65,6 +67,7 @@ class Recorder:
         self._weigh = weigh
         self._left = most  # elements of the sites' inputs that have a graph
         self._model = model
+        self._fixed = fixed
         self.light = contextlib.ExitStack()  # to be over when the forward pass is
         self._open = True
         # By device; what outlives the pass may be given a gradient.
@@ -81,7 +84,7 @@ class Recorder:
 
     def _perturb(self, site: Site, h: Tensor) -> Tensor:
         check_site(site, h)
-        if site.rate is None:  # a model may set another before the next call
+        if site.rate is None and not self._fixed:
             site = Site(site.name, site.module, rate=site.p)
         if not torch.is_grad_enabled() or mapped(h):
             self.unreachable.append(site.name)

@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.collectives import some
+from torch_dropout_ir.collectives import alone, some
 from torch_dropout_ir.output_hessian import HessianRoots
 from torch_dropout_ir.output_products import (
     ALL,
@@ -95,6 +95,8 @@ class RootForms:
         """Draw roots, one of each sign that there is on any rank."""
         assert self._roots is not None
         drawn = self._roots.sample(rows)
+        if alone():
+            return drawn
         below = [not isinstance(sign, Tensor) and sign < 0 for _, sign in drawn]
         roots: list[Root] = []
         for sign in (1.0, -1.0):

@@ -92,9 +92,10 @@ def _told(
     uses: Sequence[str], per_site: Mapping[str, Tensor], notes: tuple[str, ...]
 ) -> tuple[str, ...]:
     """Return what is to be said, of sites whose part is 0 too unless all are."""
-    if LINEAR in notes:
+    reached = [name for name, x in per_site.items() if x]
+    if LINEAR in notes or len(reached) == len(set(uses)):
         return notes
-    return *not_reached(uses, [name for name, x in per_site.items() if x]), *notes
+    return *not_reached(uses, reached), *notes
 
 
 def assemble(
