@@ -12,7 +12,8 @@ Costs: one sample of ``gauss_newton`` and the others against a forward-backward 
 site at the input (the first two with the forward pass that gives them their features
 and outputs); then the peak memory of each, its ratio to that of the pass, and that of
 the same written by hand with autograd, on these and on a language model, and what the
-estimators take where samples meet, on networks of one convolution to ResNet-18.
+estimators take where samples meet, on networks of one convolution to ResNet-18, and
+with losses without a closed form of 3000 outputs a row.
 ``gauss_newton`` on small networks, beside the least it could take: a forward pass, a
 root of the loss's Hessian sent back to the sites' inputs alone, and the sums; and with
 other losses on four networks, beside one product with their Hessian in plain torch.

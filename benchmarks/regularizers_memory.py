@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from overhead_models import resnet18
+from regularizers_costs import focal
 from regularizers_models import models, passes, seconds, step
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -55,6 +56,7 @@ def memory() -> None:
             floor = peak(model, f"{name}, by hand") if name in hands else base
             print(f"  {name:20}{added:>8.0f}{added / base:>12.2f}{floor / base:>8.2f}")
     meeting()
+    many_outputs()
 
 
 def meeting_models() -> dict:
@@ -107,6 +109,62 @@ def meeting() -> None:
         print(f"  {model}: a step {base[0]:.0f} MiB, {1e3 * base[1]:.0f} ms")
         for name, held in added.items():
             print(f"    {name:20}{held / base[0]:>8.2f}{took[name] / base[1]:>8.1f}")
+
+
+WORDS = 3000
+
+
+def large_outputs() -> dict:
+    """Losses without a closed form, by name, of 1024 rows of many words each."""
+
+    def labels(f, y):
+        return F.cross_entropy(f.view(-1, WORDS), y.view(-1))
+
+    def cosh(f, y):
+        off = f - F.one_hot(y, WORDS)
+        return (off + F.softplus(-2 * off)).mean()
+
+    def pairs(f, y):
+        return labels(f - f.mean(0), y)
+
+    def squares(f, y):
+        return ((f - F.one_hot(y, WORDS)) ** 2).mean()
+
+    found = {"labels": labels, "focal": focal, "log cosh": cosh, "squares": squares}
+    return {**found, "centred, coupling rows": pairs}
+
+
+def large_model():
+    """Return a language model of width 32, and a batch for it."""
+    net = nn.Sequential(nn.Embedding(WORDS, 32), nn.Dropout(0.1), nn.Linear(32, WORDS))
+    return net, torch.randint(WORDS, (1024,)), torch.randint(WORDS, (1024,))
+
+
+def large_calls(net, x, y, name: str) -> dict:
+    """What is measured of such a loss."""
+    batch, loss = (x, y), large_outputs()[name]
+    return {
+        "forward-backward": step(net, batch, loss),
+        "gauss_newton, 1": lambda: gauss_newton(net, batch, loss),
+        "gauss_newton, 8": lambda: gauss_newton(net, batch, loss, num_samples=8),
+        "second_order, 1": lambda: second_order(net, batch, loss),
+    }
+
+
+def many_outputs() -> None:
+    """Print what losses without a closed form take of very many outputs."""
+    print(f"\n1024 rows of {WORDS} words: memory and time of a step")
+    for name in large_outputs():
+        runs = large_calls(*large_model(), name)
+        times = {key: [] for key in runs}
+        for _ in range(5):
+            for key, run in runs.items():
+                times[key].append(seconds(run))
+        took = {key: statistics.median(each) for key, each in times.items()}
+        base, pace = peak(name, "forward-backward"), took.pop("forward-backward")
+        print(f"  {name}: a step {base:.0f} MiB, {1e3 * pace:.0f} ms")
+        for key, own in took.items():
+            print(f"    {key:20}{peak(name, key) / base:>8.2f}{own / pace:>8.1f}")
 
 
 def by_hand(net, x, y) -> dict:
@@ -177,8 +235,12 @@ def peak(model: str, name: str) -> float:
 
 
 def _added(model: str, name: str) -> float:
-    net, x, y = {**all_models(), **meeting_models()}[model]
-    run = {**meeting_calls(net, x, y), **calls(net, x, y)}[name]
+    if model in large_outputs():
+        net, x, y = large_model()
+        run = large_calls(net, x, y, model)[name]
+    else:
+        net, x, y = {**all_models(), **meeting_models()}[model]
+        run = {**meeting_calls(net, x, y), **calls(net, x, y)}[name]
     run()  # what is loaded once
     net.zero_grad()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -62,7 +61,6 @@ def by_powers(root: Tensor, dims: int = 1, count: int | None = None) -> Tensor:
     return root * weights.to(root.dtype).view(shape)
 
 
-@functools.cache
 def _exponents(blocks: int) -> Tensor:
     """Return exponents for so many times sixteen samples."""
     generator = torch.Generator().manual_seed(0)

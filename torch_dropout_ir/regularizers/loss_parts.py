@@ -54,7 +54,6 @@ class LossParts:
     Args:
         read: What the loss reads of a pass.
         count: The number of samples.
-
         beside: What is to be said of a loss that reads more than outputs.
 
     Attributes:

@@ -66,7 +66,7 @@ class RowChunks:
         alone: The loss of each chunk, where it has its own: they are the chunks.
 
     Attributes:
-        alone: Whether each chunk has its own loss.
+        alone: As given.
         coupled: Whether a chunk has shown that samples meet above the first site.
     """
 
@@ -83,7 +83,7 @@ class RowChunks:
         alone: LossParts | None = None,
     ) -> None:
         self.coupled = False
-        self.alone = alone if alone is not None and alone.weights else None
+        self.alone = alone
         self._model = model
         self._inputs = Inputs.of(inputs)
         self._uses = [(site.name, h.shape) for site, h, _ in clean.uses]
