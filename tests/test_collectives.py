@@ -1,4 +1,4 @@
-"""What collectives leave behind."""
+"""What collectives leave behind, and what ranks decide together."""
 
 import threading
 import time
@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from torch_dropout_ir import collectives
 from torch_dropout_ir.analysis import distributed
 from torch_dropout_ir.collectives import released
 from torch_dropout_ir.sharpness.ranks import Ranks
@@ -70,3 +71,21 @@ def test_what_others_hold_is_not_waited_for():
     with released(x):
         pass
     assert time.monotonic() - began < 0.5 and view._base is x
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_two_ranks_decide_together(own, other):
+    def ask(number, of):
+        """The other rank asks the same."""
+        theirs = {"any": other, "all": not other, "number": 3}[of]
+        return max(number, theirs)
+
+    with collectives.together(ask):
+        assert not collectives.alone()
+        assert collectives.some(own, "any") == (own or other)
+        assert collectives.every(own, "all") == (own and other)
+        assert collectives.most(2, "number") == 3
+    assert collectives.alone()
+    assert collectives.some(own, "any") == collectives.every(own, "all") == own
+    assert collectives.most(2, "number") == 2
