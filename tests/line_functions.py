@@ -98,6 +98,7 @@ CHOICES = {
     "max_pool1d": lambda x: F.max_pool1d(x.view(2, 3, 4), 2) * 1.5,
     "max_pool3d": lambda x: F.max_pool3d(x.view(1, 2, 3, 2, 2), 2),
     "adaptive": lambda x: F.adaptive_max_pool2d(x.view(2, 1, 3, 4), 2),
+    "max of all": lambda x: x.max() * x, "min of all": lambda x: x.exp().min() * x,
     "max": lambda x: x.max(1).values, "min": lambda x: x.min(1, True)[0] * x,
     "amax": lambda x: x.amax(1), "amin": lambda x: x.amin(()) * x,
     "amax of the same": lambda x: torch.cat([x, x], 1).amax(1),

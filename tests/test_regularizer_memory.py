@@ -294,7 +294,19 @@ def length(f, y):
     return (1 + (f - y[:, None] / 400).square().sum(1)).sqrt().mean()
 
 
+def centred(f, y):
+    return F.mse_loss(f - f.mean(0), (y[:, None] / 400).expand(f.shape))
+
+
+def contrast(f, y):
+    a, b = (F.normalize(z, dim=1) for z in f.chunk(2, 1))
+    logits = a @ b.T / 0.1
+    own = torch.arange(len(y))
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
 OTHERS = {
+    "centred": centred, "contrast": contrast,
     "labels": lambda f, y: F.cross_entropy(f.reshape(-1, f.shape[-1]), y.reshape(-1)),
     "focal": focal, "log cosh": log_cosh, "length": length,
 }  # fmt: skip

@@ -22,22 +22,22 @@ from torch_dropout_ir.regularizers.checks import (
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.leaves import without_graph
+from torch_dropout_ir.regularizers.line_estimate import AlongLine
 from torch_dropout_ir.regularizers.loss_parts import LossParts
-from torch_dropout_ir.regularizers.loss_weight import parts_pay, weigh
-from torch_dropout_ir.regularizers.output_rows import count_samples, rows_of_samples
-from torch_dropout_ir.regularizers.outputs import (
-    OutputsRead,
-    read_outputs,
+from torch_dropout_ir.regularizers.loss_weight import (
+    makes_much,
+    one_root,
+    parts_pay,
+    weigh,
 )
+from torch_dropout_ir.regularizers.output_rows import count_samples, rows_of_samples
+from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.regularizers.part_roots import PartRoots
 from torch_dropout_ir.regularizers.root_estimate import Known, known_of, read_of
 from torch_dropout_ir.regularizers.root_forms import RootForms
 from torch_dropout_ir.regularizers.root_passes import draws_by_passes
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
-from torch_dropout_ir.regularizers.site_forms import (
-    Form,
-    join,
-)
+from torch_dropout_ir.regularizers.site_forms import Form, join
 from torch_dropout_ir.written_parameters import unwritten
 
 # A backward pass that may be repeated holds under twice what a training step does.
@@ -79,12 +79,17 @@ def gauss_newton(
     come; more samples, the exact sum and a loss without a root go through a large batch
     half of its rows at a time. Samples that meet (batch normalization in training mode
     above a site, message passing) cannot be taken apart: of those each root takes a
-    pass of its own, where a graph of over 4 MB would else hold more than a step. A loss
-    without a closed form of outputs that are much of what a step holds is called on the
-    rows of a part alone, where its graph shows a sum over rows and its gradient
-    confirms that a part is weighed by one number
-    (:mod:`~torch_dropout_ir.regularizers.loss_parts`), for one to four steps more;
-    else, as where it couples rows and in an exact sum, it holds two to four steps.
+    pass of its own, where a graph of over 4 MB would else hold more than a step.
+
+    Where a loss without a closed form makes much of what a step holds, its graph of
+    second derivatives would hold several steps. It is called on the rows of a part
+    alone, where its graph shows a sum over rows and its gradient confirms that a part
+    is weighed by one number (:mod:`~torch_dropout_ir.regularizers.loss_parts`), for one
+    to four steps more. Else, as where it couples rows or reads several outputs, it is
+    :math:`\tfrac12 u^\top H u = \tfrac12 \frac{d^2}{dt^2} L(f + t u)` of outputs
+    :math:`f` that move by :math:`u = J (z \circ h) \sqrt{p / (1 - p)}`, with signs
+    :math:`z`, by forward mode: a pass for each use of a site and sample. Exact sums,
+    and losses with operations that this does not go through, hold two to four steps.
 
     Whether samples meet is seen in the graph where its operations are known to keep
     them apart, else asked of an eighth of a large batch; it is assumed if that fails.
@@ -100,7 +105,7 @@ def gauss_newton(
         The estimate with the part of each site. Standard errors, of parts too, are
         those of the sampling of outputs. With one draw the spread between the data
         tells them: the square is an upper bound in the mean, rough of few data; NaN
-        where they meet.
+        where they meet, and by forward mode.
 
     Raises:
         TypeError: If the model's outputs hold no tensor, or ``batch`` is no pair.
@@ -125,11 +130,14 @@ def gauss_newton(
         check_count("gauss_newton", "num_samples", num_samples, 1)
     resolved, batch = resolve_loss(loss), as_pair(batch)
     with unwritten(model):
-        seen = _first_pass(model, batch, resolved, num_samples)
-        if isinstance(seen, LossParts):  # it has used the pass up
-            seen = _first_pass(model, batch, resolved, num_samples, seen)
-        assert isinstance(seen, _Seen)
-        result = seen.result or _drawn(seen, model, batch, resolved, num_samples)
+        args = model, batch, resolved, num_samples
+        seen, result = _look(*args, line=True), None
+        if isinstance(seen, AlongLine):
+            result = seen.estimate(*args, linear=True)
+            seen = _look(*args, line=False) if result is None else seen
+        if isinstance(seen, _Seen):
+            result = seen.result or _drawn(seen, *args)
+    assert result is not None
     check_finite("gauss_newton", result.value, model, batch[0])
     return result
 
@@ -182,21 +190,34 @@ def _again(
         yield clean, read_of(clean, batch[1], loss)
 
 
+def _look(
+    model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None, *, line: bool
+) -> _Seen | AlongLine:
+    """Run a pass, and a second one where the loss's parts have used it up."""
+    run = functools.partial(_first_pass, model, batch, loss, num_samples, line)
+    seen = run(None)
+    if isinstance(seen, LossParts):
+        seen = run(seen)
+    assert not isinstance(seen, LossParts)
+    return seen
+
+
 def _first_pass(
     model: nn.Module,
     batch: Batch,
     loss: Loss,
     num_samples: int | None,
-    parts: LossParts | None = None,
-) -> _Seen | LossParts:
+    line: bool,
+    parts: LossParts | None,
+) -> _Seen | AlongLine | LossParts:
     """Check model, batch and loss; take the forms at once where they are small."""
     inputs, targets = batch
     with _pass(model, batch, loss, num_samples) as clean:
         read = read_of(clean, targets, loss)
         if num_samples != 1:  # a graph that would be kept
             weigh(clean, read)
-        found = _forms(model, inputs, clean, read, num_samples, parts)
-        if isinstance(found, LossParts):
+        found = _forms(model, inputs, clean, read, num_samples, parts, line)
+        if isinstance(found, (AlongLine, LossParts)):
             return found
         forms, beside, parts = found
         known = functools.partial(known_of, model, clean, read, loss, forms, beside)
@@ -227,18 +248,27 @@ def _forms(
     read: OutputsRead,
     num_samples: int | None,
     parts: LossParts | None,
-) -> tuple[RootForms, tuple[str, ...], LossParts | None] | LossParts:
+    line: bool,
+) -> tuple[RootForms, tuple[str, ...], LossParts | None] | AlongLine | LossParts:
     """Return the forms, what is to be said of the loss, and its parts, if any.
 
-    The parts alone where finding them has used the pass up.
+    The parts alone where finding them has used the pass up; the loss as it ran where
+    its second derivative is to be taken along lines.
     """
     if parts is None or not parts.weights:
         known = read.loss is not None and read.loss.kind != "general"
         product = checked_product("gauss_newton", read, model, inputs, known)
         beside = read_beside(read, clean.edges, product)
         if parts is not None or not parts_pay(clean, read, product, num_samples):
+            rooted = product is not None and one_root(product, num_samples)
+            line = line and num_samples is not None and not rooted and not beside
+            if line and makes_much(clean, read, product):
+                del product  # its graph
+                if (found := AlongLine.of(model, clean, read)) is not None:
+                    return found
+                product = read.product()
             return RootForms(clean, read, num_samples, product), beside, None
-        del product  # its graph
+        del product
         parts = LossParts(read, count_samples(clean, read, inputs), beside)
         if parts.look(clean, read):
             return parts

@@ -14,6 +14,9 @@ aten: Final = torch.ops.aten
 # First and second derivative; None for zero.
 Line: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 STILL: Final[Line] = (None, None)
+# Whether first and second derivatives are asked for.
+Orders: TypeAlias = "tuple[bool, bool]"
+BOTH: Final[Orders] = (True, True)
 
 
 # Of a call, which arguments move, and what it returned: the line of each tensor of it.
@@ -44,6 +47,14 @@ class Call:
         kwargs: Those by keyword.
         line_of: Returns how a tensor moves.
         over: A tensor that the operation writes on.
+        wanted: Whether first and second derivatives are asked for.
+
+    Attributes:
+        func: As given.
+        args: The values of what it was given.
+        kwargs: Those by keyword.
+        wanted: As given.
+        written: Whether the operation has still to write its result.
     """
 
     def __init__(
@@ -53,8 +64,11 @@ class Call:
         kwargs: Any,
         line_of: Callable[[Tensor], Line],
         over: Tensor | None = None,
+        wanted: Orders = BOTH,
     ) -> None:
         self.func = func
+        self.wanted = wanted
+        self.written = over is not None
         self._movers: dict[int, _Mover] = {}
         stand: dict[int, Tensor] = {}
 
@@ -108,8 +122,10 @@ class Call:
         return list(mover.line), mover.held is None or mover.held() is None
 
     def at(self, new: dict[int, Any]) -> Any:
-        """Call it with other arguments, by number."""
-        args = [new.get(i, x) for i, x in enumerate(self.args)]
+        """Call it with other arguments, by number; what is between is as by default."""
+        own = [x.default_value for x in self.func._schema.arguments]
+        given = [*self.args, *own[len(self.args) : max(new, default=0) + 1]]
+        args = [new.get(i, x) for i, x in enumerate(given)]
         return self.func(*args, **self.kwargs)
 
 
@@ -142,7 +158,12 @@ def room(u: Tensor, alone: bool) -> Tensor:
         u: The derivative.
         alone: Whether nobody reads it as such; as part of another somebody may.
     """
-    return u if alone and not shared(u) and _dense(u) else torch.empty_like(u)
+    return u if alone and not shared(u) and dense(u) else torch.empty_like(u)
+
+
+def alike(u: Tensor, value: Tensor) -> bool:
+    """Whether a derivative can be written over by one of what an operation returns."""
+    return u.shape == value.shape and u.dtype == value.dtype
 
 
 def shared(x: Tensor) -> bool:
@@ -151,7 +172,7 @@ def shared(x: Tensor) -> bool:
     return int(torch._C._storage_Use_Count(storage._cdata)) > 2  # `x` and `storage`
 
 
-def _dense(u: Tensor) -> bool:
+def dense(u: Tensor) -> bool:
     """Whether each element has one place in memory, and no other is between them."""
     size = 1
     for stride, n in sorted(zip(u.stride(), u.shape, strict=True)):
@@ -159,6 +180,36 @@ def _dense(u: Tensor) -> bool:
             return False
         size *= n
     return True
+
+
+def out_of_place(func: Any, x: Tensor) -> Any:
+    """Return the operation that another does in place, which no other tensor may show.
+
+    Args:
+        func: The operation.
+        x: What it writes on.
+
+    Raises:
+        NoRuleError: If another tensor shows it, or there is no such operation.
+    """
+    name = func.overloadpacket.__name__
+    plain = getattr(aten, name.removesuffix("_"), None)
+    instead = getattr(plain, func._overloadname, None)
+    if not name.endswith("_") or instead is None or shared(x):
+        raise NoRuleError(str(func))
+    return instead
+
+
+def in_place(func: Any) -> Any:
+    """Return the operation that does in place what another does; None if none pays.
+
+    Args:
+        func: The operation.
+    """
+    if func.is_view or func.namespace != "aten" or func.overloadpacket is aten.div:
+        return None
+    written = getattr(aten, f"{func.overloadpacket.__name__}_", None)
+    return getattr(written, func._overloadname, None)
 
 
 def tensors(found: Any) -> list[Tensor]:

@@ -91,7 +91,9 @@ def pooled(dims: int) -> Rule:
 def chosen(call: Call, _: list[int], found: Any) -> list[Line] | None:
     """Take values along a dimension from the places where they were."""
     name = call.func.overloadpacket.__name__
-    if isinstance(found, Tensor) or not call.args[0].ndim:  # of all elements
+    if isinstance(found, Tensor) and len(call.args) == 1:  # of all elements
+        return extreme(call, [0], found)
+    if isinstance(found, Tensor) or not call.args[0].ndim:
         return None
     at = 2 if name == "topk" else 1
     dim = call.args[at] if len(call.args) > at else call.kwargs.get("dim", -1)
@@ -111,9 +113,8 @@ def extreme(call: Call, _: list[int], value: Tensor) -> list[Line]:
     x, *rest = call.args
     dims = rest[0] if rest and rest[0] else list(range(x.ndim))
     keep = len(rest) > 1 and rest[1]
-    there = (x == getattr(aten, call.func.overloadpacket.__name__)(x, dims, True)).to(
-        value.dtype
-    )
+    largest = "max" in call.func.overloadpacket.__name__
+    there = (x == (aten.amax if largest else aten.amin)(x, dims, True)).to(value.dtype)
     share = there / there.sum(dims, True)
     return each(call, 0, lambda u: (u * share).sum(dims, keep))
 

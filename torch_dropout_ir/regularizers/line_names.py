@@ -13,7 +13,7 @@ LINEAR: Final = (
     "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d "
     "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d im2col "
     "col2im pixel_shuffle pixel_unshuffle channel_shuffle index_select index gather "
-    "take flip roll cumsum tril triu _to_copy"
+    "take flip roll cumsum trace tril triu _to_copy"
 )
 # Of single elements.
 SINGLE: Final = (
@@ -27,8 +27,7 @@ ROWS: Final = "_log_softmax _safe_softmax _softmax"
 # What torch's forward mode differentiates twice, whatever moves.
 SMOOTH: Final = (
     "_prelu_kernel _trilinear addcdiv addcmul atan2 baddbmm cumprod hypot "
-    "linalg_cross linalg_vector_norm logaddexp logsumexp prod std std_mean var "
-    "var_mean xlogy"
+    "linalg_cross logaddexp logcumsumexp prod xlogy"
 )
 # What does not move whatever it is given.
 CONSTANT: Final = (
@@ -40,3 +39,19 @@ EXTREME: Final = "amax amin"
 LARGER: Final = "maximum minimum"
 # Values and the places where they were.
 CHOSEN: Final = "max min sort topk"
+# A loss of labels: linear in the log-probabilities that it is given.
+LABELS: Final = "nll_loss_forward nll_loss2d_forward"
+# Functions of single elements of two tensors, added up.
+ADDED: Final = (
+    "binary_cross_entropy binary_cross_entropy_with_logits huber_loss mse_loss "
+    "smooth_l1_loss soft_margin_loss"
+)
+# What is found along some dimensions, which the second argument names.
+REDUCED: Final = "linalg_vector_norm logsumexp norm std std_mean var var_mean"
+# Linear in each of two arguments.
+PRODUCTS: Final = "addmm bmm convolution dot mm mul mv"
+NORMALIZED: Final = "native_batch_norm native_group_norm native_layer_norm"
+# Of straight pieces.
+STRAIGHT: Final = (
+    "abs clamp clamp_max clamp_min hardshrink hardtanh leaky_relu softshrink threshold"
+)

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from torch_dropout_ir.functional import Batch, at_sites, call, constants
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.normalization import differentiable
-from torch_dropout_ir.regularizers.line_calls import (
-    STILL,
-    Call,
-    Line,
-    NoRuleError,
-    aten,
-    shared,
-    tensors,
+from torch_dropout_ir.regularizers.line_calls import STILL, Line, NoRuleError
+from torch_dropout_ir.regularizers.line_mode import Moving
+from torch_dropout_ir.regularizers.line_tape import Tape
+from torch_dropout_ir.regularizers.outputs import (
+    OutputsRead,
+    read_outputs,
+    real_leaves,
 )
-from torch_dropout_ir.regularizers.line_rules import through
-from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.regularizers.site_forms import Form, signs
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.survey import Survey
@@ -33,116 +27,31 @@ from torch_dropout_ir.survey import Survey
 Mask = tuple[Site, Tensor, torch.Size]
 
 
-class Constants(TorchFunctionMode):
-    """Knows what the model runs under ``torch.no_grad``: there nothing moves.
-
-    The forward pass of a function with a derivative of its own runs without autograd
-    too, which nobody has asked for.
+class LossTape(NamedTuple):
+    """A loss as the operations that it ran on some tensors of the outputs.
 
     Attributes:
-        asked: Whether the model has.
+        tape: The operations.
+        places: Where the tensors are among the leaves of the outputs.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked = False
+    tape: Tape
+    places: Sequence[int]
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch._C._set_grad_enabled:
-            on = torch.is_grad_enabled()
-            if args[0] and not on and not self.asked:
-                raise NoRuleError(
-                    "gradients in a function with a derivative of its own"
-                )
-            self.asked = not args[0] and (on or self.asked)
-        return func(*args, **(kwargs or {}))
+    @classmethod
+    def of(cls, read: OutputsRead) -> LossTape | None:
+        """Run a loss and record it.
 
+        Args:
+            read: What it reads of the outputs.
 
-class Moving(TorchDispatchMode):
-    """Carries the derivatives along a line beside the tensors that move.
-
-    Those of what an operation returns are taken when the next one begins: until then
-    its caller holds what it was given, whose derivatives theirs may then replace. Where
-    they cannot be taken, nothing that follows is known, should the model go on.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.constants = Constants()
-        self._lines = WeakTensorKeyDictionary()
-        self._last: tuple[Call, Any] | None = None
-        self._lost = False
-
-    def line(self, x: Tensor) -> Line:
-        """Return the first and second derivative of a tensor, None for zero."""
-        self._settle()
-        return self._line(x)
-
-    def _line(self, x: Tensor) -> Line:
-        found: Line = self._lines.get(x, STILL)
-        return found
-
-    def move(self, x: Tensor, line: Line) -> None:
-        """Let a tensor move.
-
-        Raises:
-            NoRuleError: If its derivatives are of another kind than the tensor.
+        Returns:
+            The record; None where lines do not go through it.
         """
-        for u in line:
-            if u is not None and (u.shape != x.shape or u.dtype != x.dtype):
-                raise NoRuleError(f"{list(x.shape)} moves by {list(u.shape)}")
-        if x.is_floating_point() and any([u is not None for u in line]):
-            self._lines[x] = line
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        self._settle()
-        moves = any([x in self._lines for x in tensors([args, kwargs])])
-        if not moves:
-            return func(*args, **kwargs)
-        plain = not func._schema.is_mutable
-        if not torch.is_grad_enabled():  # what autograd does not see
-            if plain and self.constants.asked:
-                return func(*args, **kwargs)
-            self._lost = True
-            raise NoRuleError(f"{func} without autograd")
-        if not plain:
-            self._lost = True
-            self._write(func, args, kwargs)
-            self._lost = False
-            return args[0]
-        value = func(*args, **kwargs)
-        self._last = Call(func, args, kwargs, self._line), value
-        return value
-
-    def _settle(self) -> None:
-        """Take the derivatives of what the last operation returned."""
-        last, self._last = self._last, None
-        if self._lost:
-            raise NoRuleError("what follows an operation without a rule")
-        if last is not None:
-            self._lost = True
-            lines = through(*last)
-            for x, line in zip(tensors(last[1]), lines, strict=True):
-                self.move(x, line)
-            self._lost = False
-
-    def _write(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Do what an operation does in place, which no other tensor may show."""
-        x, name = args[0], func.overloadpacket.__name__
-        plain = getattr(aten, name.removesuffix("_"), None)
-        instead = getattr(plain, func._overloadname, None)
-        if not name.endswith("_") or instead is None or shared(x):
-            raise NoRuleError(str(func))
-        call = Call(instead, args, kwargs, self._line, over=x)
-        self._lines.pop(x, None)  # nobody reads how it moved
-        (line,) = through(call, x)
-        func(*args, **kwargs)
-        self.move(x, line)
+        try:
+            return cls(Tape(read.risk, read.tensors), read.places)
+        except (RuntimeError, ValueError, TypeError):  # ours, torch's and the loss's
+            return None
 
 
 def curvature_along(
@@ -152,13 +61,16 @@ def curvature_along(
     uses: Sequence[Mask],
     use: int,
     noise: Tensor,
+    tape: LossTape | None = None,
+    linear: bool = False,
 ) -> Tensor | None:
     r"""Return the second derivative of the loss where a use of a site moves.
 
     .. math:: \frac{d^2}{dt^2} R_S(h + t v) = v^\top A v
 
     with :math:`v = \sqrt{p / (1 - p)}\, z \circ h`. Three values of each activation at
-    hand take the place of a graph: its own and its derivatives.
+    hand take the place of a graph: its own and its derivatives. Linearized, it is
+    :math:`v^\top J^\top H J v`: second derivatives begin at the loss.
 
     Args:
         model: The model.
@@ -167,6 +79,8 @@ def curvature_along(
         uses: Each use of a site: the site, a tensor like its input, and its shape.
         use: The number of that which moves.
         noise: :math:`z`, shaped as the mask, to multiply ``h``.
+        tape: The loss as it ran; None to take its derivatives by a graph.
+        linear: Whether to leave out the curvature of the network.
 
     Returns:
         Scalar; None where the outputs do not depend on the use.
@@ -174,8 +88,31 @@ def curvature_along(
     Raises:
         NoRuleError: If derivatives do not go through an operation.
     """  # noqa: DOC502 (the mode raises)
+    outputs, moving = _moved(model, batch, uses, use, noise, linear)
+    if tape is None:
+        read = read_outputs(outputs, loss, batch[1])
+        lines = [moving.line(x) for x in read.tensors]
+        still = all([line is STILL for line in lines])
+        return None if still else _of_loss(read.tensors, read.slopes, lines)
+    leaves = real_leaves(outputs)[0]
+    tensors = [leaves[i] for i in tape.places]
+    lines = [moving.line(x) for x in tensors]
+    del outputs, leaves, moving  # to the tape alone
+    still = all([line is STILL for line in lines])
+    return None if still else tape.tape.curvature(tensors, lines)
+
+
+def _moved(
+    model: nn.Module,
+    batch: Batch,
+    uses: Sequence[Mask],
+    use: int,
+    noise: Tensor,
+    linear: bool,
+) -> tuple[Any, Moving]:
+    """Return the outputs where a use of a site moves, and how they do."""
     survey = Survey.of(model)
-    moving, used = Moving(), 0
+    moving, used = Moving((True, not linear)), 0
 
     def perturb(site: Site, h: Tensor) -> Tensor:
         nonlocal used
@@ -198,11 +135,7 @@ def curvature_along(
     ):
         with moving, moving.constants:
             outputs = call(model, batch[0], constants(survey.model), survey=survey)
-    read = read_outputs(outputs, loss, batch[1])
-    lines = [moving.line(x) for x in read.tensors]
-    if all([line is STILL for line in lines]):
-        return None
-    return _of_loss(read.tensors, read.slopes, lines)
+    return outputs, moving
 
 
 def draws_along(
@@ -211,6 +144,8 @@ def draws_along(
     loss: Loss,
     uses: Sequence[Mask],
     num_samples: int | None,
+    tape: LossTape | None = None,
+    linear: bool = False,
 ) -> list[list[Form]] | None:
     """Return draws of the second-order forms, a pass a use: of one, or of an element.
 
@@ -220,6 +155,9 @@ def draws_along(
         loss: The loss.
         uses: Each use of a site: the site, a tensor like its input, and its shape.
         num_samples: Draws of signs; None for the exact sum, as a single draw.
+        tape: The loss as it ran; None to take its derivatives by a graph, as where
+            lines do not go through it after all.
+        linear: Whether to leave out the curvature of the network.
 
     Returns:
         The draws; None where derivatives do not go through an operation.
@@ -228,7 +166,7 @@ def draws_along(
     def forms(noise: Iterable[tuple[int, Tensor]]) -> list[Form]:
         found = []
         for use, z in noise:
-            curved = curvature_along(model, batch, loss, uses, use, z)
+            curved = curvature_along(model, batch, loss, uses, use, z, tape, linear)
             if curved is not None:
                 found.append((uses[use][0].name, curved.view(1) / 2))
         return found
@@ -243,7 +181,9 @@ def draws_along(
             draws.append(forms(noise))
         return draws
     except (RuntimeError, ValueError, TypeError):  # ours, and torch's and the model's
-        return None
+        if tape is None:
+            return None
+        return draws_along(model, batch, loss, uses, num_samples, None, linear)
 
 
 def _elements(uses: Sequence[Mask]) -> Iterator[tuple[int, Tensor]]:

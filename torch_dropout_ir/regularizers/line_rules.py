@@ -9,7 +9,6 @@ made takes its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -21,6 +20,7 @@ from torch_dropout_ir.regularizers.line_calls import (
     Line,
     NoRuleError,
     Rule,
+    alike,
     aten,
     each,
     room,
@@ -35,23 +35,31 @@ from torch_dropout_ir.regularizers.line_choices import (
     still,
     together,
 )
+from torch_dropout_ir.regularizers.line_losses import added, labelled, reduced
 from torch_dropout_ir.regularizers.line_names import (
+    ADDED,
     CHOSEN,
     CONSTANT,
     EXTREME,
+    LABELS,
     LARGER,
     LINEAR,
+    NORMALIZED,
+    PRODUCTS,
+    REDUCED,
     ROWS,
     SINGLE,
     SMOOTH,
+    STRAIGHT,
 )
+from torch_dropout_ir.regularizers.line_products import divided, multiplied, product
 from torch_dropout_ir.regularizers.line_slabs import (
-    along_rows,
     elementwise,
     gated,
     group_normalized,
     layer_normalized,
     smooth,
+    softened,
 )
 from torch_dropout_ir.sharpness.normalization import normalized_along
 
@@ -75,7 +83,37 @@ def through(call: Call, value: Any) -> list[Line]:
     found = None if rule is None else rule(call, call.moving(), value)
     if found is None:
         raise NoRuleError(str(call.func))
-    return found
+    first, second = call.wanted
+    return [(u if first else None, w if second else None) for u, w in found]
+
+
+def known(func: Any, made: list[Tensor]) -> bool:
+    """Whether lines go through an operation, as far as its name tells.
+
+    Args:
+        func: The operation.
+        made: What it returned.
+
+    Returns:
+        Whether they do.
+    """
+    return func.overloadpacket in _RULES or not any([_real(x) for x in made])
+
+
+def bends(func: Any, moving: list[int]) -> bool:
+    """Whether second derivatives of what an operation returns take first ones.
+
+    Args:
+        func: The operation.
+        moving: Which arguments move.
+
+    Returns:
+        Whether they do.
+    """
+    packet = func.overloadpacket
+    if packet in _PRODUCTS:
+        return len(moving) > 1
+    return packet in _BENT or (packet is aten.div and moving != [0])
 
 
 def _real(x: Tensor) -> bool:
@@ -132,106 +170,12 @@ def _summed(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
         if a is None or b is None:
             own = a if b is None else (b if factor == 1 else b * factor)
             return None if own is None else own.expand(value.shape)
-        if not _alike(a, value):
+        if not alike(a, value):
             return torch.add(a, b, alpha=factor)
         return torch.add(a, b, alpha=factor, out=room(a, alone))
 
     found = [order(left.pop(0), right.pop(0)) for _ in range(2)]
     return [(found[0], found[1])]
-
-
-def _product(first: int, second: int, drop: int | None = None) -> Rule:
-    """Linear in each of two arguments; a third is added, and does not move."""
-
-    def rule(call: Call, moving: list[int], _: Any) -> list[Line] | None:
-        if any([i not in (first, second) for i in moving]):
-            return None
-        still = {} if drop is None else {drop: None}
-
-        def times(u: Any, v: Any) -> Tensor:
-            if drop == 0:
-                found: Tensor = aten.mm(u, v).mul_(call.kwargs.get("alpha", 1))
-            else:
-                found = call.at({first: u, second: v, **still})
-            return found
-
-        if moving == [first]:
-            other = call.args[second]
-            return each(call, first, lambda u: times(u, other))
-        if moving == [second]:
-            other = call.args[first]
-            return each(call, second, lambda u: times(other, u))
-        return [_both(call, first, second, times)]
-
-    return rule
-
-
-def _both(call: Call, i: int, j: int, times: Callable[[Any, Any], Tensor]) -> Line:
-    """Both arguments of a product move."""
-    x, y = call.args[i], call.args[j]
-    a, b = call.line(i), call.line(j)
-
-    def total(*pairs: tuple[Any, Any, int]) -> Tensor | None:
-        found = None
-        for u, v, factor in pairs:
-            if u is not None and v is not None:
-                term = times(u, v)
-                term = term if factor == 1 else term.mul_(factor)
-                found = term if found is None else found.add_(term)
-        return found
-
-    first = total((a[0], y, 1), (x, b[0], 1))
-    return first, total((a[1], y, 1), (a[0], b[0], 2), (x, b[1], 1))
-
-
-def _multiplied(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
-    """Products of single elements, of which a term takes no place of its own."""
-    if moving in ([0], [1]):
-        i = moving[0]
-        other = call.args[1 - i]
-        return each(call, i, lambda u: u * other)
-    x, y = call.args
-    (a, alone), (b, _) = call.take(0, value=True), call.take(1, value=True)
-
-    def total(u: Tensor | None, *terms: tuple[Any, Any, int]) -> Tensor | None:
-        """``u y``, on ``u`` where nobody else reads it, and more."""
-        found = None
-        if u is not None and _alike(u, value):
-            found = torch.mul(u, y, out=room(u, alone))
-        elif u is not None:
-            found = u * y
-        for v, w, factor in terms:
-            if v is None or w is None:
-                continue
-            found = torch.zeros_like(value) if found is None else found
-            found.addcmul_(v, w, value=factor)
-        return found
-
-    second = total(a.pop(), (a[0], b[0], 2), (x, b[1], 1))
-    return [(total(a.pop(), (x, b[0], 1)), second)]
-
-
-def _divided(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
-    """Quotients: of ``q y = x`` the derivatives give those of ``q``."""
-    if call.kwargs.get("rounding_mode") is not None:
-        return [STILL]
-    if moving == [0]:
-        return each(call, 0, lambda u: u / call.args[1])
-    if -1 in moving:
-        return None
-    x, y = call.args
-    a, (b1, b2) = call.line(0), call.line(1)
-    q = x / y  # `value` is ``x`` where it is written on
-
-    def order(u: Tensor | None, *less: tuple[Tensor | None, Tensor | None, int]) -> Any:
-        found = torch.zeros_like(q) if u is None else u.expand(q.shape).clone()
-        for v, w, factor in less:
-            if v is not None and w is not None:
-                found.addcmul_(v, w, value=-factor)
-        return found.div_(y)
-
-    first = order(a[0], (q, b1, 1))
-    return [(first, order(a[1], (first, b1, 2), (q, b2, 1)))]
 
 
 def _rectified(call: Call, _: list[int], value: Tensor) -> list[Line]:
@@ -265,21 +209,17 @@ def _normalized(call: Call, moving: list[int], found: Any) -> list[Line] | None:
     return [moved, STILL, STILL]
 
 
-def _alike(u: Tensor, value: Tensor) -> bool:
-    """Whether a derivative can be written over by one of what an operation returns."""
-    return u.shape == value.shape and u.dtype == value.dtype
-
-
 def _rules() -> dict[Any, Rule]:
     """Return the rule of each operation that is known to be right."""
     kinds: tuple[tuple[str, Rule], ...] = (
-        (LINEAR, _linear), (SINGLE, elementwise), (ROWS, along_rows), (SMOOTH, smooth),
+        (LINEAR, _linear), (SINGLE, elementwise), (ROWS, softened), (SMOOTH, smooth),
+        (LABELS, labelled), (ADDED, added), (REDUCED, reduced),
         (CONSTANT, still), (EXTREME, extreme), (CHOSEN, chosen), (LARGER, larger),
-        ("add sub", _summed), ("mul", _multiplied), ("div", _divided),
+        ("add sub", _summed), ("mul", multiplied), ("div", divided),
         ("view _unsafe_view", _viewed), ("clone", _copied), ("relu", _rectified),
         ("cat stack", _joined), ("constant_pad_nd", _padded),
-        ("mm bmm mv dot", _product(0, 1)), ("convolution", _product(0, 1, 2)),
-        ("addmm", _product(1, 2, 0)), ("native_batch_norm", _normalized),
+        ("mm bmm mv dot", product(0, 1)), ("convolution", product(0, 1, 2)),
+        ("addmm", product(1, 2, 0)), ("native_batch_norm", _normalized),
         ("native_layer_norm", layer_normalized),
         ("native_group_norm", group_normalized),
         ("max_pool2d_with_indices adaptive_max_pool2d", pooled(2)),
@@ -294,4 +234,12 @@ def _rules() -> dict[Any, Rule]:
     }
 
 
+def _named(*names: str) -> frozenset[Any]:
+    return frozenset(getattr(aten, x) for each in names for x in each.split())
+
+
 _RULES: Final = _rules()
+_PRODUCTS: Final = _named(PRODUCTS)
+_BENT: Final = _named(SINGLE, ROWS, SMOOTH, ADDED, REDUCED, NORMALIZED, "glu") - _named(
+    STRAIGHT
+)

@@ -8,7 +8,8 @@ takes their place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
@@ -21,13 +22,14 @@ from torch_dropout_ir.regularizers.line_calls import (
     STILL,
     Call,
     Line,
+    aten,
     room,
     tensors,
 )
 
 T = TypeVar("T")
 Function = Callable[[Tensor], Tensor]
-Slab = Callable[[Function, Tensor, Line], Line]
+Slab = Callable[[Tensor, Line], Line]
 # Elements of a part for each thread: what one operation makes of it stays in a cache.
 _PART: Final = 2**15
 # Parts of a large tensor: some eight tensors of a part are made.
@@ -38,15 +40,45 @@ def elementwise(call: Call, moving: list[int], value: Any) -> list[Line]:
     """Take a function of single elements by its derivatives, from a graph of a part."""
     if moving != [0] or any([x.ndim for x in tensors(call.args[1:])]):
         return smooth(call, moving, value)
-    own = _in_slabs(call, _one(call), _by_slopes, rows=False)
+    own = _in_slabs(call, functools.partial(by_slopes, _one(call)), rows=False)
     return [own, *[STILL] * (len(tensors(value)) - 1)]
 
 
-def along_rows(call: Call, moving: list[int], value: Any) -> list[Line]:
-    """Take a function of what lies along another dimension than the first."""
-    if moving != [0] or call.args[1] % max(call.args[0].ndim, 1) == 0:
-        return smooth(call, moving, value)
-    return [_in_slabs(call, _one(call), _twice, rows=True)]
+def softened(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
+    r"""Take a softmax or its logarithm, by what was found.
+
+    With :math:`s` the softmax and :math:`\dot c = \dot x - s^\top \dot x`, the
+    logarithm has :math:`\dot c` and :math:`\ddot c - s^\top \dot c^2`.
+
+    Args:
+        call: The call.
+        moving: Which arguments move.
+        value: What it returned.
+
+    Returns:
+        The line of that.
+    """
+    if moving != [0]:
+        return None
+    log = call.func.overloadpacket is aten._log_softmax
+    dim = call.args[1]
+
+    def slab(y: Tensor, line: Line) -> Line:
+        s = y.exp() if log else y
+        c, d = [None if u is None else u - (s * u).sum(-1, True) for u in line]
+        if c is not None:
+            square = c * c
+            less = (s * square).sum(-1, True)
+            more = -less if log else square - less
+            d = more if d is None else d + more
+        if log:
+            return c, d
+        return None if c is None else s * c, None if d is None else s * d
+
+    def last(x: Tensor) -> Tensor:
+        return x.movedim(dim, -1) if x.ndim > 1 else x.view(1, -1)
+
+    return [_in_slabs(call, slab, rows=True, of=value, seen=last)]
 
 
 def group_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:
@@ -59,17 +91,22 @@ def group_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:
         found: Tensor = call.func(x, weight, bias, len(x), *rest)[0]
         return found
 
-    return [_in_slabs(call, function, _twice, rows=True), STILL, STILL]
+    return [
+        _in_slabs(call, functools.partial(_twice, function), rows=True),
+        STILL,
+        STILL,
+    ]
 
 
 def layer_normalized(call: Call, moving: list[int], _: Any) -> list[Line]:
     """As composed: torch's own holds mean and deviation the second time."""
     x, *rest = call.args
     if moving == [0] and x.ndim > len(rest[0]):
-        own = _in_slabs(call, lambda x: layer_norm(x, *rest), _twice, rows=True)
+        slab = functools.partial(_twice, lambda x: layer_norm(x, *rest))
+        own = _in_slabs(call, slab, rows=True)
         return [own, STILL, STILL]
     lines = [call.line_of(x) for x in call.args]
-    found = _outside(lambda: _along(layer_norm, call.args, lines), x)
+    found = outside(lambda: along(layer_norm, call.args, lines), x)
     return [*found, STILL, STILL]
 
 
@@ -82,7 +119,7 @@ def gated(call: Call, _: list[int], __: Any) -> list[Line]:
         own, gate = x.chunk(2, dim)
         return own * gate.sigmoid()
 
-    return [_outside(lambda: _twice(function, x, call.line(0)), x)]
+    return [outside(lambda: _twice(function, x, call.line(0)), x)]
 
 
 def _one(call: Call) -> Function:
@@ -90,24 +127,45 @@ def _one(call: Call) -> Function:
     return lambda x: tensors(call.at({0: x}))[0]
 
 
-def _in_slabs(call: Call, function: Function, slab: Slab, rows: bool) -> Line:
-    """Take a function part by part."""
-    x: Tensor = call.args[0]
-    (first, second), alone = call.take(0, value=True)
-    to1 = None if first is None else room(first, alone)
-    to2 = torch.empty_like(x) if second is None else room(second, alone)
+def _in_slabs(
+    call: Call,
+    slab: Slab,
+    *,
+    rows: bool,
+    of: Tensor | None = None,
+    seen: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> Line:
+    """Take a function part by part.
+
+    Args:
+        call: The call.
+        slab: Makes the line of a part of what it reads and of the argument's line.
+        rows: Whether a part is of whole rows.
+        of: What it reads, the argument if None.
+        seen: How tensors are to be seen, that parts are of their first dimension.
+
+    Returns:
+        The line of what is like the argument.
+    """
+    (first, second), alone = call.take(0, value=of is None)
+    of = call.args[0] if of is None else of
+    keep, bend = call.wanted
+    to1 = room(first, alone) if keep and first is not None else None
+    like, own = (second, alone) if second is not None else (first, alone and not keep)
+    to2 = room(like, own) if bend and like is not None else None
+    each = [None if x is None else seen(x) for x in (of, first, second, to1, to2)]
 
     def run() -> None:
-        for at, u1, u2, *ends in _parts([x, first, second, to1, to2], rows):
-            for end, found in zip(ends, slab(function, at, (u1, u2)), strict=True):
+        for at, u1, u2, *ends in parts(each, rows):
+            for end, found in zip(ends, slab(at, (u1, u2)), strict=True):
                 if end is not None:
                     end.zero_() if found is None else end.copy_(found)
 
-    _outside(run, x)
+    outside(run, of)
     return to1, to2
 
 
-def _outside(run: Callable[[], T], x: Tensor) -> T:
+def outside(run: Callable[[], T], x: Tensor) -> T:
     """Run in another thread: inside of a mode torch has no derivatives."""
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
 
@@ -115,25 +173,35 @@ def _outside(run: Callable[[], T], x: Tensor) -> T:
         with torch.cuda.stream(stream):  # a thread has its own; None is no matter
             return run()
 
-    with ThreadPoolExecutor(1) as outside:
-        return outside.submit(there).result()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(there).result()
 
 
-def _parts(of: list[Tensor | None], rows: bool) -> Iterator[list[Any]]:
-    """Yield parts of tensors of one shape, some rows or some elements of each."""
+def parts(of: Sequence[Tensor | None], rows: bool) -> Iterator[list[Any]]:
+    """Yield parts of tensors of one shape, some rows or some elements of each.
+
+    Args:
+        of: The tensors; None has none.
+        rows: Whether a part is of whole rows.
+    """
     x = next(x for x in of if x is not None)
     if not rows and all([u is None or u.is_contiguous() for u in of]):
         of, length = [None if u is None else u.view(-1) for u in of], 1
     else:
         length = x[0].numel() if len(x) else 1
-    most = max(_PART, x.numel() // _PARTS)
-    step = max(1, min(_PART * torch.get_num_threads(), most) // max(length, 1))
+    step = part_size(x, length)
     total = x.numel() // max(length, 1)
     for start in range(0, total, step):
         yield [None if u is None else u[start : start + step] for u in of]
 
 
-def _by_slopes(function: Function, x: Tensor, line: Line) -> Line:
+def part_size(x: Tensor, length: int) -> int:
+    """Return how many of some equal lengths of a tensor are in a part of it."""
+    most = max(_PART, x.numel() // _PARTS)
+    return max(1, min(_PART * torch.get_num_threads(), most) // max(length, 1))
+
+
+def by_slopes(function: Function, x: Tensor, line: Line) -> Line:
     """Of a function of single elements, by its slope and that of its slope."""
     first, second = line
     x = x.detach().requires_grad_()
@@ -160,14 +228,14 @@ def smooth(call: Call, _: list[int], __: Any) -> list[Line]:
         return call.func(*args, **kwargs)
 
     lines = [call.line_of(x) for x in leaves]
-    return _outside(lambda: _along(function, leaves, lines), tensors(leaves)[0])
+    return outside(lambda: along(function, leaves, lines), tensors(leaves)[0])
 
 
 def _twice(function: Function, x: Tensor, line: Line) -> Line:
-    return _along(function, [x], [line])[0]
+    return along(function, [x], [line])[0]
 
 
-def _along(
+def along(
     function: Callable[..., Any], leaves: list[Any], lines: list[Line]
 ) -> list[Line]:
     """Return the lines of what a function makes of what moves, by torch's forward mode.

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 
 from torch_dropout_ir.collectives import every, some
-from torch_dropout_ir.output_products import HessianProduct
+from torch_dropout_ir.output_products import WIDE, HessianProduct
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.loss_graph import rows_apart
 from torch_dropout_ir.regularizers.output_rows import has_rows
@@ -56,10 +56,68 @@ def parts_pay(
 
 
 def _splits(product: HessianProduct, num_samples: int) -> bool:
+    return not one_root(product, num_samples) and apart(product)
+
+
+def one_root(product: HessianProduct, num_samples: int | None) -> bool:
+    """Whether one root of a softmax of each row is asked: a step holds no less.
+
+    Args:
+        product: Products with the loss's Hessian.
+        num_samples: Random roots; None for an exact sum.
+
+    Returns:
+        Whether that is so.
+    """
     terms = product.terms
     softmax = terms is not None and terms.log_softmax is not None and terms.linear
-    # One root of that takes no more than a step.
-    return not (softmax and num_samples == 1) and apart(product)
+    return num_samples == 1 and softmax and apart(product)
+
+
+def makes_much(
+    clean: CleanPass, read: OutputsRead, product: HessianProduct | None
+) -> bool:
+    """Whether what a loss without a closed form makes is much of what a step holds.
+
+    A graph of its second derivatives holds several times that; along a line, no more
+    than a step does.
+
+    Args:
+        clean: The pass.
+        read: What the loss reads of it.
+        product: Products with its Hessian, where it reads one tensor.
+
+    Returns:
+        Whether it is.
+    """
+    # A number for each output, or for each pair of rows, or of outputs of a row.
+    most = max([max(x.numel(), *[n * n for n in x.shape], 0) for x in read.tensors])
+    large = most >= _FEWEST and not read.closed
+    large = large and all([x.dtype in WIDE for x in read.tensors])
+    return every(
+        large and bool(clean.uses) and _made(read, product) >= _most(clean, read),
+        "much of the loss",
+    )
+
+
+def _made(read: OutputsRead, product: HessianProduct | None) -> int:
+    """Return the bytes of what the loss makes of the outputs."""
+    if product is not None:
+        return Held.by([product.value.grad_fn]).made
+    with torch.enable_grad():
+        value = read.risk([x.detach().requires_grad_() for x in read.tensors])
+    return Held.by([value.grad_fn]).made
+
+
+def _most(clean: CleanPass, read: OutputsRead) -> float:
+    """Return the bytes of which the memory of a loss is no matter.
+
+    A pass without a graph tells of the inputs of sites: each takes a pass of its own.
+    """
+    held = Held.by([x.grad_fn for x in read.tensors])
+    inputs = sum([h.nbytes for _, h, _ in clean.uses])
+    share = _SHARE * max(held.made + held.leaves, inputs)
+    return max(_FEWEST * read.tensors[0].itemsize, share)
 
 
 def much(clean: CleanPass, read: OutputsRead) -> bool:
@@ -67,7 +125,7 @@ def much(clean: CleanPass, read: OutputsRead) -> bool:
     loss, f = read.loss, read.tensors[0]
     if loss is None or loss.kind not in ("general", "elementwise") or not clean.uses:
         return False
-    if f.numel() < _FEWEST or f.dtype not in (torch.float32, torch.float64):
+    if f.numel() < _FEWEST or f.dtype not in WIDE:
         return False
     held = Held.by([f.grad_fn])
     most = f.nbytes >= _SHARE * (held.made + held.leaves)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
@@ -19,11 +18,18 @@ from torch_dropout_ir.regularizers.checks import (
     check_risk,
     checked_product,
 )
+from torch_dropout_ir.regularizers.chunk_curvature import draws_by_chunks
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate, is_exact
-from torch_dropout_ir.regularizers.line_pass import Mask, draws_along
+from torch_dropout_ir.regularizers.line_estimate import AlongLine, masks_of
+from torch_dropout_ir.regularizers.line_pass import LossTape, Mask, draws_along
 from torch_dropout_ir.regularizers.loss_parts import LossParts
-from torch_dropout_ir.regularizers.loss_weight import apart, much, weigh
+from torch_dropout_ir.regularizers.loss_weight import (
+    apart,
+    makes_much,
+    much,
+    weigh,
+)
 from torch_dropout_ir.regularizers.output_rows import count_samples
 from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,
@@ -32,7 +38,7 @@ from torch_dropout_ir.regularizers.outputs import (
 )
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
-from torch_dropout_ir.regularizers.site_forms import Form, assemble, join, signs
+from torch_dropout_ir.regularizers.site_forms import Form, assemble
 from torch_dropout_ir.regularizers.step_memory import Held, kept_is_less
 from torch_dropout_ir.written_parameters import unwritten
 
@@ -42,8 +48,6 @@ _CHUNKS: Final = 5
 # Values of the largest activation that are at hand where it moves along a line: that
 # which an operation read, and three that it makes.
 _ALONG: Final = 4
-# Draws whose signs are held at once, a byte each: the space of the sites' inputs.
-_DRAWS_HELD: Final = 4
 
 _TOGETHER: Final = (
     "memory is that of a double backward of the whole batch, whose samples meet in the "
@@ -89,11 +93,12 @@ def second_order(
     views, batch normalization on a GPU) or rows of outputs are not those of the
     samples, it is a double backward of all, which keeps every activation and its
     derivative, two to three steps, and the notes say so. A loss without a closed form
-    of outputs that are much of what a step holds is called on the rows of a part alone,
-    where its graph shows a sum over rows and its gradient confirms that a part is
-    weighed by one number (:mod:`~torch_dropout_ir.regularizers.loss_parts`); else, as
-    where it couples rows, what is kept of the outputs is that of all. A small graph is
-    kept whole.
+    that makes much of what a step holds is called on the rows of a part alone, where
+    its graph shows a sum over rows and its gradient confirms that a part is weighed by
+    one number (:mod:`~torch_dropout_ir.regularizers.loss_parts`); else, as where it
+    couples rows or reads several outputs, samples go through network and loss along a
+    line, as above. An exact sum keeps what the loss makes of all outputs. A small graph
+    is kept whole.
 
     Args:
         model: The network. Of several outputs, those count that the loss reads.
@@ -104,7 +109,8 @@ def second_order(
     Returns:
         The estimate with the part of each site. Standard errors, of parts too, are
         those of the signs. With one draw the spread between the data tells them: the
-        square is an upper bound in the mean, rough of few data; NaN where they meet.
+        square is an upper bound in the mean, rough of few data; NaN where they meet,
+        and along a line.
 
     Raises:
         TypeError: If the model's outputs hold no tensor, or ``batch`` is no pair.
@@ -130,21 +136,30 @@ def second_order(
         check_count("second_order", "num_samples", num_samples, 1)
     resolved, batch = resolve_loss(loss), as_pair(batch)
     with unwritten(model):
-        seen = _first_pass(model, batch, resolved, num_samples)
-        if isinstance(seen, LossParts):  # the pass is used up
-            seen = _first_pass(model, batch, resolved, num_samples, seen)
-        assert isinstance(seen, _Seen)
-        draws, notes, coupled = seen.draws, seen.notes, seen.coupled
-        if draws is None and seen.chunks is not None:
-            draws = _by_chunks(seen.chunks, seen.masks, num_samples, coupled)
-        if draws is None:
-            draws, coupled, more = _together(model, batch, resolved, seen, num_samples)
-            notes = (*notes, *more)
-    names = [site.name for site, _, _ in seen.masks]
-    like, exact = seen.like, seen.exact
-    found = assemble(names, draws, num_samples, coupled, exact, like, notes)
+        args = model, batch, resolved, num_samples
+        seen, found = _look(*args, line=True), None
+        if isinstance(seen, AlongLine):
+            found = seen.estimate(*args, linear=False)
+            seen = _look(*args, line=False) if found is None else seen
+        if isinstance(seen, _Seen):
+            found = _drawn(seen, *args)
+    assert found is not None
     check_finite("second_order", found.value, model, batch[0])
     return found
+
+
+def _drawn(
+    seen: _Seen, model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None
+) -> Estimate:
+    """Return the estimate from draws of the first pass or of further ones."""
+    draws, notes, coupled = seen.draws, seen.notes, seen.coupled
+    if draws is None and seen.chunks is not None:
+        draws = draws_by_chunks(seen.chunks, seen.masks, num_samples, coupled)
+    if draws is None:
+        draws, coupled, more = _together(model, batch, loss, seen, num_samples)
+        notes = (*notes, *more)
+    names = [site.name for site, _, _ in seen.masks]
+    return assemble(names, draws, num_samples, coupled, seen.exact, seen.like, notes)
 
 
 class _Seen(NamedTuple):
@@ -159,13 +174,26 @@ class _Seen(NamedTuple):
     chunks: RowChunks | None
 
 
+def _look(
+    model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None, *, line: bool
+) -> _Seen | AlongLine:
+    """Run a pass, and a second one where the loss's parts have used it up."""
+    run = functools.partial(_first_pass, model, batch, loss, num_samples, line)
+    seen = run(None)
+    if isinstance(seen, LossParts):
+        seen = run(seen)
+    assert not isinstance(seen, LossParts)
+    return seen
+
+
 def _first_pass(
     model: nn.Module,
     batch: Batch,
     loss: Loss,
     num_samples: int | None,
-    parts: LossParts | None = None,
-) -> _Seen | LossParts:
+    line: bool,
+    parts: LossParts | None,
+) -> _Seen | AlongLine | LossParts:
     """Check model, batch and loss; take the forms at once where they are small."""
     with clean_pass(model, batch[0], twice=True, sketch=True) as clean:
         check_reachable("second_order", clean.unreachable)
@@ -177,6 +205,12 @@ def _first_pass(
             if told and parts is not None and parts.look(clean, read):
                 return parts
         alone = parts if parts is not None and parts.weights else None
+        line = line and alone is None and num_samples is not None
+        if line and makes_much(clean, read, None):
+            risk = functools.partial(read.risk, read.tensors)
+            check_risk("second_order", risk, model, batch[0])
+            if (found := AlongLine.of(model, clean, read)) is not None:
+                return found
         clean.matters = clean.matters or alone is not None
         if clean.matters:
             clean.let_go()
@@ -199,9 +233,8 @@ def _first_pass(
             draws = curvature.draws(num_samples, coupled)
         exact = is_exact(clean, loss, batch[1], num_samples)
         notes = clean.noise_left_out(model)
-        masks = [(site, h.new_empty(()), h.shape) for site, h, _ in clean.uses]
         like = read.tensors[0].detach().new_zeros(())
-        return _Seen(like, masks, coupled, exact, notes, draws, chunks)
+        return _Seen(like, masks_of(clean), coupled, exact, notes, draws, chunks)
 
 
 def _parts(
@@ -237,9 +270,10 @@ def _together(
         if every(kept_is_less(above, clean.below, graphs=2), "a graph is kept"):
             curvature = SiteCurvature(clean, read, linearized=False)
             return curvature.draws(num_samples, meet), meet, ()
+        tape = LossTape.of(read)
     del clean, read  # their graph
     if meet and every(_ALONG * above.largest < 2 * above.made, "along a line"):
-        draws = draws_along(model, batch, loss, seen.masks, num_samples)
+        draws = draws_along(model, batch, loss, seen.masks, num_samples, tape)
         if every(draws is not None, "rules") and draws is not None:
             return draws, meet, ()
     draws = []
@@ -249,43 +283,3 @@ def _together(
             curvature = SiteCurvature(clean, read, linearized=False)
             draws += curvature.draws(num_samples and 1, meet)
     return draws, meet, (_TOGETHER,)
-
-
-def _by_chunks(
-    chunks: RowChunks, masks: Sequence[Mask], num_samples: int | None, coupled: bool
-) -> list[list[Form]] | None:
-    """Return draws of the forms; None where samples do not run apart.
-
-    Args:
-        chunks: The chunks of rows.
-        masks: Of each use of a site, the site, a tensor like its input, and its shape.
-        num_samples: Draws of signs; None for the exact sum.
-        coupled: Whether the loss couples samples.
-    """
-    noise: list[list[Tensor]] = []
-
-    def take(
-        clean: CleanPass, read: OutputsRead, rows: Tensor
-    ) -> list[list[Form]] | None:
-        curvature = SiteCurvature(clean, read, linearized=False)
-        if num_samples is None:
-            if clean.couples_samples(read.tensors):
-                return None
-            return [curvature.exact(coupled)]
-        return [
-            curvature.sampled([chunks.take(z, rows) for z in draw]) for draw in noise
-        ]
-
-    if num_samples is None:
-        parts = chunks.each(take)
-        return None if parts is None else join(parts, None)
-    found: list[list[Form]] = []
-    while len(found) < num_samples:
-        held = range(min(_DRAWS_HELD, num_samples - len(found)))
-        # On the masks of all rows, as a pass over all of them draws them.
-        noise = [[signs(s, x.expand(n)) > 0 for s, x, n in masks] for _ in held]
-        parts = chunks.each(take)
-        if parts is None:
-            return None
-        found += join(parts, num_samples)
-    return found

@@ -1,0 +1,251 @@
+"""The operations of a loss, recorded once, and run again along a line.
+
+Semantics:
+
+* A loss that is called holds what its frames name until it returns, and nothing tells
+  what of it is still to be read. Of a record that is known: a tensor goes with its
+  derivatives when it has been read last, and what is made takes its place where that
+  is possible; a first derivative is made only where something further on bends.
+* What is recorded is what ran at these outputs: choices that the loss's Python makes
+  by their values are those that it made. A record holds no tensor that the loss has
+  made, but those that it was given from elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from torch_dropout_ir.regularizers.line_calls import (
+    Line,
+    NoRuleError,
+    alike,
+    dense,
+    in_place,
+    out_of_place,
+    shared,
+    tensors,
+)
+from torch_dropout_ir.regularizers.line_mode import Constants, Moving
+from torch_dropout_ir.regularizers.line_rules import bends, known
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Stands for a tensor that the loss was given or made."""
+
+    number: int
+
+
+@dataclasses.dataclass
+class _Step:
+    """An operation that ran.
+
+    Attributes:
+        func: The operation.
+        given: Its arguments, and those by keyword.
+        moving: The numbers of those that move, and what it returned by them.
+        seen: Whether autograd sees it.
+        bends: Whether it is not linear in these.
+        made: The numbers of what it returned; -1 for what is not read.
+        over: The same operation in place, where its result is like its first argument.
+        writes: Whether it wrote on a tensor, and not as autograd sees.
+        last: The numbers of what is read last here.
+        first: Whether first derivatives of what it returned are read.
+    """
+
+    func: Any
+    given: tuple[Any, Any]
+    moving: list[int]
+    seen: bool
+    bends: bool
+    made: list[int]
+    over: Any
+    writes: bool
+    last: list[int] = dataclasses.field(default_factory=list)
+    first: bool = False
+
+    def reads(self) -> list[int]:
+        """Return the numbers of what it is given."""
+        leaves = _pytree.tree_leaves(self.given)
+        return list(dict.fromkeys(x.number for x in leaves if isinstance(x, _Slot)))
+
+
+class Tape:
+    """A function of some tensors to a scalar, as the operations that it ran.
+
+    Args:
+        function: The function.
+        at: The tensors.
+
+    Raises:
+        NoRuleError: If lines do not go through one of the operations, or none of them
+            has a second derivative.
+    """
+
+    def __init__(
+        self, function: Callable[[Sequence[Tensor]], Tensor], at: Sequence[Tensor]
+    ) -> None:
+        recorder = _Recorder()
+        given = [recorder.name(x.detach(), moves=True) for x in at]
+        with torch.enable_grad(), recorder, recorder.constants:
+            value = function(given)
+        result = recorder.numbers.get(value)
+        if result is None:
+            raise NoRuleError("a loss that is made where no operation is seen")
+        self._result: int = result
+        self._steps, self._read = _needed(recorder.steps, result)
+        if not any([step.bends for step in self._steps]):
+            raise NoRuleError("a loss of straight pieces, as its graph tells")
+
+    def curvature(self, at: list[Tensor], lines: list[Line]) -> Tensor:
+        r"""Return :math:`\frac{d^2}{dt^2} L` where the tensors move along lines.
+
+        Args:
+            at: The tensors, which it empties: what nobody else holds is written on.
+            lines: The line of each, likewise.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            NoRuleError: If an operation has no rule for what moves in it.
+        """  # noqa: DOC502 (the mode raises)
+        zero = at[0].new_zeros(())
+        moving = Moving()
+        moving.constants.asked = True
+        held: dict[int, Tensor] = {}
+        for number in range(len(at)):
+            # Of it and its memory there is no other owner, if nobody else holds it.
+            x, line = at.pop(0).detach(), lines.pop(0)
+            if number in self._read:
+                held[number] = x
+                moving.move(x, line)
+            del x, line
+        with moving:
+            for step in self._steps:
+                _run(step, held, moving)
+        _, second = moving.line(held[self._result])
+        return zero if second is None else second
+
+
+def _run(step: _Step, held: dict[int, Tensor], moving: Moving) -> None:
+    """Run a step; none but its mode then knows of what is read last in it."""
+
+    def take(x: Any) -> Any:
+        return held[x.number] if isinstance(x, _Slot) else x
+
+    args, kwargs = _pytree.tree_map(take, step.given)
+    for number in step.last:
+        del held[number]
+    func = step.func
+    if step.over is not None and not shared(args[0]) and dense(args[0]):
+        func = step.over
+    moving.wanted = step.first, True
+    with torch.set_grad_enabled(step.seen):  # the mode knows what is constant
+        found = func(*args, **kwargs)
+    for number, x in zip(step.made, tensors(found), strict=True):
+        if number >= 0:
+            held[number] = x
+
+
+def _needed(steps: list[_Step], result: int) -> tuple[list[_Step], set[int]]:
+    """Return the steps that a result needs, and the numbers of all that they read."""
+    read, first = {result}, set[int]()
+    kept: list[_Step] = []
+    for step in reversed(steps):
+        if not step.writes and read.isdisjoint(step.made):
+            continue
+        step.first = not first.isdisjoint(step.made)
+        step.made = [n if n in read else -1 for n in step.made]
+        if step.first or step.bends:
+            first.update(step.moving)
+        own = step.reads()
+        step.last = [n for n in own if n not in read]
+        x = step.given[0][0] if step.given[0] else None
+        if not (isinstance(x, _Slot) and x.number in step.last):
+            step.over = None
+        read.update(own)
+        kept.append(step)
+    return kept[::-1], read
+
+
+class _Recorder(TorchDispatchMode):
+    """Records what runs, and raises where a line would not go through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constants = Constants()
+        self.steps: list[_Step] = []
+        self.numbers = WeakTensorKeyDictionary()
+        self._moves: set[int] = set()
+        self._count = 0
+
+    def name(self, x: Tensor, *, moves: bool) -> Tensor:
+        """Give a tensor a number, and return it."""
+        self.numbers[x] = self._count
+        if moves and x.is_floating_point():
+            self._moves.add(self._count)
+        self._count += 1
+        return x
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        places, writes = self._places(args, kwargs), func._schema.is_mutable
+        seen = bool(places) and torch.is_grad_enabled()
+        if places and not seen and not (self.constants.asked and _own(args, writes)):
+            raise NoRuleError(f"{func} without autograd")
+        run = out_of_place(func, args[0]) if seen and writes else func
+        given = _pytree.tree_map(self._slot, (args, kwargs))
+        # What is written on without autograd moves as before.
+        moves = self._numbers([args, kwargs] if seen else args[:1] if writes else ())
+        found = func(*args, **kwargs)
+        made = tensors(found)
+        if seen and not known(run, made):
+            raise NoRuleError(str(run))
+        for x in made:
+            self.name(x, moves=bool(moves))
+        over = in_place(run) if len(made) == 1 and _like_first(made[0], args) else None
+        numbers = [self.numbers[x] for x in made]
+        step = _Step(
+            run, given, moves, seen, seen and bends(run, places), numbers, over,
+            writes and not seen,
+        )  # fmt: skip
+        self.steps.append(step)
+        return found
+
+    def _numbers(self, given: Any) -> list[int]:
+        """Return the numbers of what moves."""
+        return sorted({self.numbers[x] for x in tensors(given) if self._moving(x)})
+
+    def _places(self, args: Any, kwargs: Any) -> list[int]:
+        """Return which arguments move, -1 for those by keyword."""
+        own = [i for i, x in enumerate(args) if any(map(self._moving, tensors(x)))]
+        return own + [-1] * any(map(self._moving, tensors(kwargs)))
+
+    def _moving(self, x: Tensor) -> bool:
+        return self.numbers.get(x) in self._moves
+
+    def _slot(self, x: Any) -> Any:
+        number = self.numbers.get(x) if isinstance(x, Tensor) else None
+        return x if number is None else _Slot(number)
+
+
+def _like_first(found: Tensor, args: Any) -> bool:
+    """Whether what an operation returned is like its first argument."""
+    x = args[0] if args else None
+    return isinstance(x, Tensor) and alike(x, found) and x is not found
+
+
+def _own(args: Any, writes: bool) -> bool:
+    """Whether an operation writes on nothing, or on what no other tensor shows."""
+    return not writes or not shared(args[0])
