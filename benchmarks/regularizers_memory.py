@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from overhead_models import resnet18
-from regularizers_costs import focal
+from regularizers_losses import WORDS, large_model, large_outputs
 from regularizers_models import models, passes, seconds, step
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -111,35 +111,6 @@ def meeting() -> None:
             print(f"    {name:20}{held / base[0]:>8.2f}{took[name] / base[1]:>8.1f}")
 
 
-WORDS = 3000
-
-
-def large_outputs() -> dict:
-    """Losses without a closed form, by name, of 1024 rows of many words each."""
-
-    def labels(f, y):
-        return F.cross_entropy(f.view(-1, WORDS), y.view(-1))
-
-    def cosh(f, y):
-        off = f - F.one_hot(y, WORDS)
-        return (off + F.softplus(-2 * off)).mean()
-
-    def pairs(f, y):
-        return labels(f - f.mean(0), y)
-
-    def squares(f, y):
-        return ((f - F.one_hot(y, WORDS)) ** 2).mean()
-
-    found = {"labels": labels, "focal": focal, "log cosh": cosh, "squares": squares}
-    return {**found, "centred, coupling rows": pairs}
-
-
-def large_model():
-    """Return a language model of width 32, and a batch for it."""
-    net = nn.Sequential(nn.Embedding(WORDS, 32), nn.Dropout(0.1), nn.Linear(32, WORDS))
-    return net, torch.randint(WORDS, (1024,)), torch.randint(WORDS, (1024,))
-
-
 def large_calls(net, x, y, name: str) -> dict:
     """What is measured of such a loss."""
     batch, loss = (x, y), large_outputs()[name]
@@ -155,7 +126,7 @@ def many_outputs() -> None:
     """Print what losses without a closed form take of very many outputs."""
     print(f"\n1024 rows of {WORDS} words: memory and time of a step")
     for name in large_outputs():
-        runs = large_calls(*large_model(), name)
+        runs = large_calls(*large_model(name), name)
         times = {key: [] for key in runs}
         for _ in range(5):
             for key, run in runs.items():
@@ -236,7 +207,7 @@ def peak(model: str, name: str) -> float:
 
 def _added(model: str, name: str) -> float:
     if model in large_outputs():
-        net, x, y = large_model()
+        net, x, y = large_model(model)
         run = large_calls(net, x, y, model)[name]
     else:
         net, x, y = {**all_models(), **meeting_models()}[model]
