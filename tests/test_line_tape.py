@@ -89,6 +89,13 @@ def scaled_by_constants(a, b):
     return ((a * y) / scale).square().sum() + a.detach().sum() * b.sum() ** 2
 
 
+def read_last_by_constants(a, b):
+    y = (a * b).sin()
+    with torch.no_grad():
+        scale = a.exp()
+    return (scale * y).sum() ** 2
+
+
 def clamped_without_autograd(a, b):
     y = a * 1.5
     with torch.no_grad():
@@ -105,7 +112,8 @@ def with_metrics(a, b):
 LOSSES = {
     "clip": clip, "vicreg": vicreg, "barlow": barlow, "supervised": supervised,
     "written": written, "constants written": constants_written, "filled": filled,
-    "constants": scaled_by_constants, "clamped": clamped_without_autograd,
+    "constants": scaled_by_constants, "read last": read_last_by_constants,
+    "clamped": clamped_without_autograd,
     "metrics": with_metrics,
     "mse, centred": lambda a, b: F.mse_loss(around(a), REAL),
     "mse of both": lambda a, b: F.mse_loss(a * b, a.exp(), reduction="sum"),

@@ -214,7 +214,8 @@ class _Recorder(TorchDispatchMode):
             raise NoRuleError(str(run))
         for x in made:
             self.name(x, moves=bool(moves))
-        over = in_place(run) if len(made) == 1 and _like_first(made[0], args) else None
+        like = len(made) == 1 and _like_first(made[0], args)
+        over = in_place(run) if like and seen == bool(places) else None
         numbers = [self.numbers[x] for x in made]
         step = _Step(
             run, given, moves, seen, seen and bends(run, places), numbers, over,
