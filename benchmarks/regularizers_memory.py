@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from overhead_models import resnet18
 from regularizers_losses import WORDS, large_model, large_outputs
+from regularizers_meeting import OwnSwish, Recurrent, Shifted
 from regularizers_models import models, passes, seconds, step
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,6 +72,9 @@ def meeting_models() -> dict:
         x, y = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
         return nn.Sequential(*layers, *ends), x, y
 
+    def recurrent(kind):
+        return Recurrent(kind), torch.randn(64, 64, 64), torch.randint(10, (64,))
+
     net, x, y = resnet18()
     return {
         "one convolution": convolutions(1),
@@ -79,6 +83,10 @@ def meeting_models() -> dict:
         "one convolution, in place": convolutions(1, lambda: nn.ReLU(inplace=True)),
         **{f"{words}, GELU": convolutions(depth, nn.GELU)
            for words, depth in (("one convolution", 1), ("six convolutions", 6))},
+        "six convolutions, a derivative of its own": convolutions(6, OwnSwish),
+        "six convolutions, written into views": convolutions(6, Shifted),
+        "LSTM": recurrent(nn.LSTM),
+        "GRU": recurrent(nn.GRU),
         "ResNet-18": (nn.Sequential(nn.Dropout(0.1), net), x[:16], y[:16]),
     }  # fmt: skip
 

@@ -120,8 +120,39 @@ CHOICES = {
 }  # fmt: skip
 
 
+def filtered(x):
+    """A filter by frequencies, of numbers of both kinds."""
+    found = torch.fft.rfft(x, dim=0)
+    found = torch.cat([found * (0.5 + 1j), found.exp() * 0.1], 1)
+    return torch.fft.irfft(found / found.abs().add(1), dim=0) * found.angle().sum()
+
+
+BY_GRAPH = {
+    "fmod": lambda x: torch.fmod(x, 0.4), "erfinv": lambda x: (x / 9).erfinv(),
+    "erfinv, in place": lambda x: (x / 9).erfinv_() * x,
+    "cosine": lambda x: F.cosine_similarity(x, x.sin(), 1),
+    "short ones": lambda x: F.cosine_similarity(x, x.sin(), 0, eps=1.5),
+    "distances": lambda x: torch.cdist(x, x.flip(0).exp()),
+    "pairs": lambda x: F.pdist(x), "pairwise": lambda x: F.pairwise_distance(x, -x[:1]),
+    "spectrum": lambda x: torch.fft.fft(x).abs(), "filtered": filtered,
+    "complex": lambda x: (x[:3] + 1j * x[3:]).square().real * x[:3],
+    "inverse": lambda x: torch.linalg.inv(x[:4].sin() + 3 * torch.eye(4)),
+    "median": lambda x: x.median(1)[0] * x.kthvalue(2, 1)[0],
+    "cummax": lambda x: x.cummax(1)[0] * x, "renorm": lambda x: x.renorm(2, 0, 0.5),
+    "sampled": lambda x: F.grid_sample(
+        MATRIX.view(1, 1, 3, 4), x.view(1, 3, 4, 2).tanh(), align_corners=False
+    ),
+    "weighed rows": lambda x: F.layer_norm(x, (4,), x[0], x[1]),
+    "whole": lambda x: F.layer_norm(x, (6, 4)),
+    "weighed channels": lambda x: F.batch_norm(
+        x, None, None, x[0].exp(), x[1], training=True
+    ),
+    "weighed groups": lambda x: F.group_norm(x, 2, x[0]),
+}  # fmt: skip
+
+
 FUNCTIONS = {
-    **BY_NAME, **SHAPES, **CHOICES,
+    **BY_NAME, **BY_GRAPH, **SHAPES, **CHOICES,
     "part": seen_in_part, "copy": seen_as_a_copy, "written": seen_as_written,
     "held": lambda x: (y := 1.5 * x).sin() * y + y.exp(),
     "spread": lambda x: x.mean(0).expand_as(x).sin(),

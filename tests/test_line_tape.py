@@ -391,9 +391,21 @@ def test_what_lines_do_not_go_through_is_taken_as_before(small, taken, form):
     assert taken == [None]
 
 
+class Halved(torch.autograd.Function):
+    """A derivative that is one number, whatever follows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.detach() / 2
+
+
 class Unknown(nn.Module):
     def forward(self, x):
-        return torch.special.i0(x)
+        return Halved.apply(x)
 
 
 @pytest.mark.parametrize("form", [gauss_newton, second_order])

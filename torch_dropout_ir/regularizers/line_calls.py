@@ -73,12 +73,15 @@ class Call:
         stand: dict[int, Tensor] = {}
 
         def value(x: Any, place: int) -> Any:
-            if not isinstance(x, Tensor) or line_of(x) is STILL:
+            if not isinstance(x, Tensor):
                 return x
             if id(x) not in stand:
+                line = line_of(x)
+                if line is STILL:
+                    return x
                 stand[id(x)] = x.detach()
                 held = None if x is over else WeakIdRef(x)
-                self._movers[id(stand[id(x)])] = _Mover(line_of(x), held, [])
+                self._movers[id(stand[id(x)])] = _Mover(line, held, [])
             self._movers[id(stand[id(x)])].places.append(place)
             return stand[id(x)]
 
@@ -182,20 +185,24 @@ def dense(u: Tensor) -> bool:
     return True
 
 
-def out_of_place(func: Any, x: Tensor) -> Any:
-    """Return the operation that another does in place, which no other tensor may show.
+def can_move(x: Tensor) -> bool:
+    """Whether a tensor is of numbers that can move."""
+    return x.is_floating_point() or x.is_complex()
+
+
+def out_of_place(func: Any) -> Any:
+    """Return the operation that another does in place.
 
     Args:
         func: The operation.
-        x: What it writes on.
 
     Raises:
-        NoRuleError: If another tensor shows it, or there is no such operation.
+        NoRuleError: If there is no such operation.
     """
     name = func.overloadpacket.__name__
     plain = getattr(aten, name.removesuffix("_"), None)
     instead = getattr(plain, func._overloadname, None)
-    if not name.endswith("_") or instead is None or shared(x):
+    if not name.endswith("_") or instead is None:
         raise NoRuleError(str(func))
     return instead
 

@@ -20,14 +20,8 @@ from torch_dropout_ir.regularizers.line_calls import (
     aten,
     each,
 )
-from torch_dropout_ir.regularizers.line_slabs import (
-    along,
-    by_slopes,
-    outside,
-    part_size,
-    parts,
-    smooth,
-)
+from torch_dropout_ir.regularizers.line_graphs import along, by_graph, outside
+from torch_dropout_ir.regularizers.line_slabs import by_slopes, part_size, parts
 
 _NONE, _MEAN, _SUM = range(3)
 # The argument that names the dimensions, and the reduction.
@@ -49,7 +43,7 @@ def added(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
     how = call.args[at] if len(call.args) > at else _MEAN
     weighed = any([isinstance(t, Tensor) for t in rest])
     if how == _NONE or weighed or x.shape != y.shape or not set(moving) <= {0, 1}:
-        return smooth(call, moving, value)
+        return by_graph(call, moving, value)
     square = call.func.overloadpacket is aten.mse_loss
 
     def slab(a: Tensor, b: Tensor, one: Line, other: Line) -> Line:
@@ -60,7 +54,7 @@ def added(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
             first, second = [None if u is None else u.sum() for u in found]
             return first, second
         both = [a, b], [one, other]
-        return along(lambda a, b: call.at({0: a, 1: b, at: _SUM}), *both)[0]
+        return along(lambda a, b: call.at({0: a, 1: b, at: _SUM}), *both)[1][0]
 
     def run() -> Line:
         total = [value.new_zeros(()), value.new_zeros(())]
@@ -94,7 +88,7 @@ def reduced(call: Call, moving: list[int], value: Any) -> list[Line] | None:
     gone = sorted({d % x.ndim for d in dims}) if x.ndim else []
     kept = [d for d in range(x.ndim) if d not in gone]
     if moving != [0] or not kept:
-        return smooth(call, moving, value)
+        return by_graph(call, moving, value)
     dim = max(kept, key=x.shape.__getitem__)
     first = value if isinstance(value, Tensor) else value[0]
     to = dim if first.ndim == x.ndim else dim - sum([d < dim for d in gone])
@@ -110,7 +104,7 @@ def reduced(call: Call, moving: list[int], value: Any) -> list[Line] | None:
             if squares is not None:
                 found.append([squares(part, u, w)])
             else:
-                found.append(along(lambda x: call.at({0: x}), [part], [(u, w)]))
+                found.append(along(lambda x: call.at({0: x}), [part], [(u, w)])[1])
         return [_joined(lines, to) for lines in zip(*found, strict=True)]
 
     return outside(run, x)
@@ -154,5 +148,8 @@ def _squares_of(
 
 
 def _joined(lines: Sequence[Line], dim: int) -> Line:
-    first, second = zip(*lines, strict=True)
-    return torch.cat(first, dim), torch.cat(second, dim)
+    first, second = (
+        torch.cat(own, dim) if all([u is not None for u in own]) else None
+        for own in zip(*lines, strict=True)
+    )
+    return first, second

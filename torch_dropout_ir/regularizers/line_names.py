@@ -24,9 +24,9 @@ SINGLE: Final = (
 )
 # Of what lies along a dimension, which the second argument names.
 ROWS: Final = "_log_softmax _safe_softmax _softmax"
-# What torch's forward mode differentiates twice, whatever moves.
+# What bends and has no rule of its own, whatever moves.
 SMOOTH: Final = (
-    "_prelu_kernel _trilinear addcdiv addcmul atan2 baddbmm cumprod hypot "
+    "_prelu_kernel _trilinear addcdiv addcmul atan2 baddbmm cumprod glu hypot "
     "linalg_cross logaddexp logcumsumexp prod xlogy"
 )
 # What does not move whatever it is given.

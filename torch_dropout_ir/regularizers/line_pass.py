@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch_dropout_ir.functional import Batch, at_sites, call, constants
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.normalization import differentiable
-from torch_dropout_ir.regularizers.line_calls import STILL, Line, NoRuleError
+from torch_dropout_ir.regularizers.leaves import flatten
+from torch_dropout_ir.regularizers.line_calls import (
+    STILL,
+    Line,
+    NoRuleError,
+    tensors,
+)
+from torch_dropout_ir.regularizers.line_functions import whole_functions
 from torch_dropout_ir.regularizers.line_mode import Moving
 from torch_dropout_ir.regularizers.line_tape import Tape
 from torch_dropout_ir.regularizers.outputs import (
@@ -133,8 +140,10 @@ def _moved(
         kernels,
         at_sites(model, perturb, survey=survey, copies=True),
     ):
-        with moving, moving.constants:
+        with moving, moving.constants, whole_functions(moving):
             outputs = call(model, batch[0], constants(survey.model), survey=survey)
+    if any([x.is_complex() for x in tensors(flatten(outputs)[0])]):
+        raise NoRuleError("complex outputs")
     return outputs, moving
 
 

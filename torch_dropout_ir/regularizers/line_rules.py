@@ -18,10 +18,10 @@ from torch_dropout_ir.regularizers.line_calls import (
     STILL,
     Call,
     Line,
-    NoRuleError,
     Rule,
     alike,
     aten,
+    can_move,
     each,
     room,
     tensors,
@@ -35,6 +35,7 @@ from torch_dropout_ir.regularizers.line_choices import (
     still,
     together,
 )
+from torch_dropout_ir.regularizers.line_graphs import by_graph
 from torch_dropout_ir.regularizers.line_losses import added, labelled, reduced
 from torch_dropout_ir.regularizers.line_names import (
     ADDED,
@@ -55,10 +56,8 @@ from torch_dropout_ir.regularizers.line_names import (
 from torch_dropout_ir.regularizers.line_products import divided, multiplied, product
 from torch_dropout_ir.regularizers.line_slabs import (
     elementwise,
-    gated,
     group_normalized,
     layer_normalized,
-    smooth,
     softened,
 )
 from torch_dropout_ir.sharpness.normalization import normalized_along
@@ -76,13 +75,13 @@ def through(call: Call, value: Any) -> list[Line]:
 
     Raises:
         NoRuleError: If they are not known.
-    """
+    """  # noqa: DOC502 (a graph of it may be none)
     rule = _RULES.get(call.func.overloadpacket)
-    if rule is None and not any([_real(x) for x in tensors(value)]):
+    if rule is None and not any([can_move(x) for x in tensors(value)]):
         rule = still  # a comparison, a count
     found = None if rule is None else rule(call, call.moving(), value)
     if found is None:
-        raise NoRuleError(str(call.func))
+        found = by_graph(call, call.moving(), value)
     first, second = call.wanted
     return [(u if first else None, w if second else None) for u, w in found]
 
@@ -97,7 +96,7 @@ def known(func: Any, made: list[Tensor]) -> bool:
     Returns:
         Whether they do.
     """
-    return func.overloadpacket in _RULES or not any([_real(x) for x in made])
+    return func.overloadpacket in _RULES or not any([can_move(x) for x in made])
 
 
 def bends(func: Any, moving: list[int]) -> bool:
@@ -116,10 +115,6 @@ def bends(func: Any, moving: list[int]) -> bool:
     return packet in _BENT or (packet is aten.div and moving != [0])
 
 
-def _real(x: Tensor) -> bool:
-    return x.is_floating_point() or x.is_complex()
-
-
 def _linear(call: Call, moving: list[int], _: Any) -> list[Line] | None:
     """Linear in its first argument, where no other moves."""
     if moving != [0] or "rounding_mode" in call.kwargs:
@@ -134,6 +129,15 @@ def _viewed(call: Call, _: list[int], value: Tensor) -> list[Line]:
 
 def _copied(call: Call, _: list[int], __: Any) -> list[Line]:
     return each(call, 0, lambda u: u.detach())  # its own tensor, the same numbers
+
+
+def _assigned(call: Call, _: list[int], value: Tensor) -> list[Line]:
+    """What is written over another tensor; of that nothing is left."""
+    first, second = (
+        None if u is None else u.to(value.dtype).expand(value.shape)
+        for u in call.line(1)
+    )
+    return [(first, second)]
 
 
 def _padded(call: Call, _: list[int], __: Any) -> list[Line]:
@@ -212,19 +216,19 @@ def _normalized(call: Call, moving: list[int], found: Any) -> list[Line] | None:
 def _rules() -> dict[Any, Rule]:
     """Return the rule of each operation that is known to be right."""
     kinds: tuple[tuple[str, Rule], ...] = (
-        (LINEAR, _linear), (SINGLE, elementwise), (ROWS, softened), (SMOOTH, smooth),
+        (LINEAR, _linear), (SINGLE, elementwise), (ROWS, softened), (SMOOTH, by_graph),
         (LABELS, labelled), (ADDED, added), (REDUCED, reduced),
         (CONSTANT, still), (EXTREME, extreme), (CHOSEN, chosen), (LARGER, larger),
         ("add sub", _summed), ("mul", multiplied), ("div", divided),
-        ("view _unsafe_view", _viewed), ("clone", _copied), ("relu", _rectified),
-        ("cat stack", _joined), ("constant_pad_nd", _padded),
+        ("view _unsafe_view", _viewed), ("clone", _copied), ("copy", _assigned),
+        ("cat stack", _joined), ("constant_pad_nd", _padded), ("relu", _rectified),
         ("mm bmm mv dot", product(0, 1)), ("convolution", product(0, 1, 2)),
         ("addmm", product(1, 2, 0)), ("native_batch_norm", _normalized),
         ("native_layer_norm", layer_normalized),
         ("native_group_norm", group_normalized),
         ("max_pool2d_with_indices adaptive_max_pool2d", pooled(2)),
         ("max_pool3d_with_indices adaptive_max_pool3d", pooled(3)),
-        ("masked_fill", filled(2)), ("hardsigmoid", _slanted), ("glu", gated),
+        ("masked_fill", filled(2)), ("hardsigmoid", _slanted),
         ("where", together(1, 2)), ("index_add scatter_add scatter", together(0, 3)),
         ("lerp slice_scatter select_scatter", together(0, 1)),
         ("index_put", together(0, 2)),
@@ -240,6 +244,6 @@ def _named(*names: str) -> frozenset[Any]:
 
 _RULES: Final = _rules()
 _PRODUCTS: Final = _named(PRODUCTS)
-_BENT: Final = _named(SINGLE, ROWS, SMOOTH, ADDED, REDUCED, NORMALIZED, "glu") - _named(
+_BENT: Final = _named(SINGLE, ROWS, SMOOTH, ADDED, REDUCED, NORMALIZED) - _named(
     STRAIGHT
 )

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
-from torch_dropout_ir.normalization import layer_norm
 from torch_dropout_ir.regularizers.line_calls import (
     STILL,
     Call,
@@ -26,8 +23,8 @@ from torch_dropout_ir.regularizers.line_calls import (
     room,
     tensors,
 )
+from torch_dropout_ir.regularizers.line_graphs import along, by_graph, outside
 
-T = TypeVar("T")
 Function = Callable[[Tensor], Tensor]
 Slab = Callable[[Tensor, Line], Line]
 # Elements of a part for each thread: what one operation makes of it stays in a cache.
@@ -38,8 +35,9 @@ _PARTS: Final = 32
 
 def elementwise(call: Call, moving: list[int], value: Any) -> list[Line]:
     """Take a function of single elements by its derivatives, from a graph of a part."""
-    if moving != [0] or any([x.ndim for x in tensors(call.args[1:])]):
-        return smooth(call, moving, value)
+    wide = any([x.ndim for x in tensors(call.args[1:])])
+    if moving != [0] or wide or call.args[0].is_complex():
+        return by_graph(call, moving, value)
     own = _in_slabs(call, functools.partial(by_slopes, _one(call)), rows=False)
     return [own, *[STILL] * (len(tensors(value)) - 1)]
 
@@ -84,7 +82,7 @@ def softened(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
 def group_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:
     """Take each sample for itself."""
     if moving != [0]:
-        return smooth(call, moving, value)
+        return by_graph(call, moving, value)
     _, weight, bias, _, *rest = call.args
 
     def function(x: Tensor) -> Tensor:
@@ -98,28 +96,13 @@ def group_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:
     ]
 
 
-def layer_normalized(call: Call, moving: list[int], _: Any) -> list[Line]:
-    """As composed: torch's own holds mean and deviation the second time."""
-    x, *rest = call.args
-    if moving == [0] and x.ndim > len(rest[0]):
-        slab = functools.partial(_twice, lambda x: layer_norm(x, *rest))
-        own = _in_slabs(call, slab, rows=True)
-        return [own, STILL, STILL]
-    lines = [call.line_of(x) for x in call.args]
-    found = outside(lambda: along(layer_norm, call.args, lines), x)
-    return [*found, STILL, STILL]
-
-
-def gated(call: Call, _: list[int], __: Any) -> list[Line]:
-    """As composed: torch's own cannot be differentiated twice in forward mode."""
-    x, *rest = call.args
-    dim = rest[0] if rest else -1
-
-    def function(x: Tensor) -> Tensor:
-        own, gate = x.chunk(2, dim)
-        return own * gate.sigmoid()
-
-    return [outside(lambda: _twice(function, x, call.line(0)), x)]
+def layer_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:
+    """Take each row for itself."""
+    x, shape, *_ = call.args
+    if moving != [0] or x.ndim == len(shape):
+        return by_graph(call, moving, value)
+    slab = functools.partial(_twice, _one(call))
+    return [_in_slabs(call, slab, rows=True), STILL, STILL]
 
 
 def _one(call: Call) -> Function:
@@ -165,18 +148,6 @@ def _in_slabs(
     return to1, to2
 
 
-def outside(run: Callable[[], T], x: Tensor) -> T:
-    """Run in another thread: inside of a mode torch has no derivatives."""
-    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-
-    def there() -> T:
-        with torch.cuda.stream(stream):  # a thread has its own; None is no matter
-            return run()
-
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(there).result()
-
-
 def parts(of: Sequence[Tensor | None], rows: bool) -> Iterator[list[Any]]:
     """Yield parts of tensors of one shape, some rows or some elements of each.
 
@@ -219,46 +190,5 @@ def by_slopes(function: Function, x: Tensor, line: Line) -> Line:
     return y1, y2
 
 
-def smooth(call: Call, _: list[int], __: Any) -> list[Line]:
-    """What forward mode differentiates twice, whatever moves."""
-    leaves, spec = _pytree.tree_flatten((call.args, dict(call.kwargs)))
-
-    def function(*moved: Any) -> Any:
-        args, kwargs = _pytree.tree_unflatten(moved, spec)
-        return call.func(*args, **kwargs)
-
-    lines = [call.line_of(x) for x in leaves]
-    return outside(lambda: along(function, leaves, lines), tensors(leaves)[0])
-
-
 def _twice(function: Function, x: Tensor, line: Line) -> Line:
-    return along(function, [x], [line])[0]
-
-
-def along(
-    function: Callable[..., Any], leaves: list[Any], lines: list[Line]
-) -> list[Line]:
-    """Return the lines of what a function makes of what moves, by torch's forward mode.
-
-    Args:
-        function: The function.
-        leaves: What it is given.
-        lines: The line of each of these.
-    """
-
-    def at(t: Tensor) -> tuple[Tensor, ...]:
-        pairs = zip(leaves, lines, strict=True)
-        return tuple(tensors(function(*[_moved(x, line, t) for x, line in pairs])))
-
-    like = next(x for line in lines for x in line if x is not None)
-    zero, one = like.new_zeros(()), like.new_ones(())
-    found: Any = torch.func.jvp(
-        lambda t: torch.func.jvp(at, (t,), (one,))[1], (zero,), (one,)
-    )
-    return list(zip(*found, strict=True))
-
-
-def _moved(x: Any, line: Line, t: Tensor) -> Any:
-    first, second = line
-    x = x if first is None else x + t * first
-    return x if second is None else x + t * t / 2 * second
+    return along(function, [x], [line])[1][0]

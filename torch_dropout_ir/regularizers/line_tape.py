@@ -204,7 +204,9 @@ class _Recorder(TorchDispatchMode):
         seen = bool(places) and torch.is_grad_enabled()
         if places and not seen and not (self.constants.asked and _own(args, writes)):
             raise NoRuleError(f"{func} without autograd")
-        run = out_of_place(func, args[0]) if seen and writes else func
+        if seen and writes and shared(args[0]):
+            raise NoRuleError(f"{func} on what another tensor shows")
+        run = out_of_place(func) if seen and writes else func
         given = _pytree.tree_map(self._slot, (args, kwargs))
         # What is written on without autograd moves as before.
         moves = self._numbers([args, kwargs] if seen else args[:1] if writes else ())

@@ -89,8 +89,8 @@ def second_order(
     for each use of a site and sample, in one to two times a step's time. That keeps no
     graph, but three values of each activation at hand, of four of the largest at most:
     no more than a step with a single convolution. Where the model has operations that
-    this does not go through (functions with a derivative of their own, writes into
-    views, batch normalization on a GPU) or rows of outputs are not those of the
+    this does not go through (those without a second derivative, or whose derivative
+    is not linear in that of what follows) or rows of outputs are not those of the
     samples, it is a double backward of all, which keeps every activation and its
     derivative, two to three steps, and the notes say so. A loss without a closed form
     that makes much of what a step holds is called on the rows of a part alone, where

@@ -1,0 +1,111 @@
+"""What lines go through as a whole, before autograd takes it apart or hides it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+from torch_dropout_ir.dropout_calls import RECURRENT
+from torch_dropout_ir.regularizers.line_calls import STILL, Line, tensors
+from torch_dropout_ir.regularizers.line_graphs import along, outside
+from torch_dropout_ir.regularizers.line_mode import Moving
+from torch_dropout_ir.regularizers.line_recurrent import along_steps
+
+_KIND: Final[Any] = torch.autograd.function.FunctionMeta
+_LOCK: Final = threading.Lock()
+_MOVING: Final[dict[int, Moving]] = {}  # by thread
+
+
+class Wholes(TorchFunctionMode):
+    """Takes recurrent layers step by step.
+
+    Args:
+        moving: What carries the lines.
+    """
+
+    def __init__(self, moving: Moving) -> None:
+        super().__init__()
+        self._moving = moving
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in RECURRENT and not kwargs and torch.is_grad_enabled():
+            weights = next(x for x in args if isinstance(x, list))
+            own = [x for x in tensors(args) if not any([x is w for w in weights])]
+            if self._moving.moves(own) and not self._moving.moves(weights):
+                return self._recurrent(name, args)
+        return func(*args, **kwargs)
+
+    def _recurrent(self, name: str, args: Any) -> Any:
+        lines = {id(x): self._moving.line(x) for x in tensors(args)}
+        with self._moving.aside():
+            found, moved = outside(
+                lambda: along_steps(name, args, lambda x: lines[id(x)]), args[0]
+            )
+            _move(self._moving, found, moved)
+        return tuple(found)
+
+
+@contextlib.contextmanager
+def whole_functions(moving: Moving) -> Iterator[None]:
+    """Let lines go through such functions as a whole inside the context.
+
+    Args:
+        moving: What carries the lines.
+    """
+    here = threading.get_ident()
+    with _LOCK:
+        _MOVING[here] = moving
+        _KIND.__getattribute__ = _attribute  # a call may be by a name of its own
+    try:
+        with Wholes(moving):
+            yield
+    finally:
+        with _LOCK:
+            del _MOVING[here]
+            if not _MOVING:
+                del _KIND.__getattribute__
+
+
+def _attribute(cls: Any, name: str) -> Any:
+    """Hand out what a function with a derivative of its own runs forward."""
+    found = type.__getattribute__(cls, name)
+    moving = _MOVING.get(threading.get_ident())
+    if name != "forward" or moving is None:
+        return found
+    return functools.partial(_forward, moving, cls, found)
+
+
+def _forward(moving: Moving, cls: Any, forward: Any, *args: Any) -> Any:
+    """Run such a function forward, and take the graph of it alone."""
+    given = args[isinstance(args[0], torch.autograd.function.FunctionCtx) :]
+    leaves, spec = _pytree.tree_flatten(given)
+    read = tensors(leaves)
+    constant = moving.constants.aside or moving.constants.asked
+    if torch.is_grad_enabled() or constant or not moving.moves(read):
+        return forward(*args)
+    lines = [moving.line(x) if isinstance(x, Tensor) else STILL for x in leaves]
+    with moving.aside(), torch.enable_grad():
+        found, moved = along(
+            lambda *new: cls.apply(*_pytree.tree_unflatten(new, spec)), leaves, lines
+        )
+        own = _pytree.tree_map_only(Tensor, Tensor.detach, found)
+        _move(moving, tensors(own), moved)
+    return own
+
+
+def _move(moving: Moving, made: list[Tensor], lines: list[Line]) -> None:
+    first, second = moving.wanted
+    for x, (u, w) in zip(made, lines, strict=True):
+        moving.move(x, (u if first else None, w if second else None))
