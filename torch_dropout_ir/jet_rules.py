@@ -1,0 +1,249 @@
+"""Floor 1: what the nodes of a loss's graph are in a program, by their names.
+
+A rule is given what its node has saved: torch's names for that are private, and of a
+node that has not saved what its rule asks for there is none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_program import Program, signed
+
+# Adds a node to a program, of inputs by number, and returns its own; None where rows
+# may meet in what it makes.
+Rule: TypeAlias = "Callable[[Program, Any, list[int]], int | None]"
+
+
+def _linear(alpha: Callable[[Any], float], beta: Callable[[Any], float]) -> Rule:
+    """Return the rule of ``alpha a + beta b``."""
+
+    def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
+        a, b = inputs if len(inputs) == 2 else (inputs[0], -1)
+        sizes = to.elementwise(node, a, b, True)
+        if sizes is False:
+            return None
+        return to.add(
+            Kind.LINEAR, sizes, a, b, alpha=float(alpha(node)), beta=float(beta(node))
+        )
+
+    return rule
+
+
+def _scaled(alpha: float) -> Rule:
+    """Return the rule of what is multiplied by a number."""
+    return lambda to, _, inputs: to.add(
+        Kind.LINEAR, to.sizes[inputs[0]], inputs[0], alpha=alpha
+    )
+
+
+def _repeated(to: Program, node: Any, inputs: list[int]) -> int | None:
+    sizes = to.elementwise(node, inputs[0], -1, False)
+    if sizes is False:
+        return None
+    return to.add(Kind.LINEAR, sizes, inputs[0], alpha=1.0)
+
+
+def _reshaped(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """Dimensions of a row joined and split."""
+    own, shape = to.sizes[inputs[0]], node._input_metadata[0].shape
+    if own is None or not shape or shape[0] != to.rows:
+        return None
+    if math.prod(own) != math.prod(shape[1:]):
+        return None
+    return to.add(Kind.LINEAR, shape[1:], inputs[0], alpha=1.0)
+
+
+def _times(to: Program, node: Any, inputs: list[int]) -> int | None:
+    a, b = inputs
+    sizes = to.elementwise(node, a, b, min(a, b) < 0)
+    if sizes is False:
+        return None
+    self, other = node._saved_self, node._saved_other
+    values = (other if b < 0 else self, self if a < 0 else other)
+    return to.add(Kind.TIMES, sizes, a, b, values)
+
+
+def _over(to: Program, node: Any, inputs: list[int]) -> int | None:
+    a, b = inputs
+    sizes = to.elementwise(node, a, b, b < 0)
+    if sizes is False:
+        return None
+    values = (node._saved_other,) if b < 0 else (node._saved_other, node._saved_self)
+    return to.add(Kind.OVER, sizes, a, b, values)
+
+
+def _bent(
+    kind: Kind,
+    saved: str,
+    alpha: Callable[[Any], float] = lambda _: 0.0,
+    beta: Callable[[Any], float] = lambda _: 0.0,
+) -> Rule:
+    """Return the rule of a function of one number, by what its node has saved."""
+
+    def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
+        sizes = to.sizes[inputs[0]]
+        if sizes is None:
+            return None
+        value = (getattr(node, saved),)
+        return to.add(
+            kind, sizes, inputs[0], -1, value, alpha=alpha(node), beta=beta(node)
+        )
+
+    return rule
+
+
+def _sliced(to: Program, node: Any, inputs: list[int]) -> int | None:
+    own = to.sizes[inputs[0]]
+    if own is None:
+        return None
+    dim, shape = signed(node._saved_dim, len(own) + 1), node._input_metadata[0].shape
+    if not dim:
+        whole = shape[0] == to.rows and node._saved_step == 1
+        return to.add(Kind.LINEAR, own, inputs[0], alpha=1.0) if whole else None
+    start = max(0, signed(node._saved_start, own[dim - 1]))
+    step = node._saved_step
+    return to.add(
+        Kind.CHOSEN, shape[1:], inputs[0], dim=dim - 1, start=start, step=step
+    )
+
+
+def _selected(to: Program, node: Any, inputs: list[int]) -> int | None:
+    own = to.sizes[inputs[0]]
+    if own is None:
+        return None
+    dim = signed(node._saved_dim, len(own) + 1) - 1
+    if dim < 0:
+        return None
+    place, sizes = signed(node._saved_index, own[dim]), (*own[:dim], *own[dim + 1 :])
+    return to.add(Kind.CHOSEN, sizes, inputs[0], dim=dim, start=place, step=1)
+
+
+def _gathered(to: Program, node: Any, inputs: list[int]) -> int | None:
+    a, index = inputs[0], node._saved_index
+    sizes, own = to.elementwise(node, a, -1, False), to.sizes[a]
+    if sizes is False or sizes is None or own is None:
+        return None
+    dim = signed(node._saved_dim, len(own) + 1) - 1
+    sized = (*sizes[: max(0, dim)], *own[dim : dim + 1], *sizes[dim + 1 :])
+    if dim < 0 or sized != tuple(own):
+        return None
+    return to.add(Kind.GATHERED, sizes, a, -1, (index,), dim=dim)
+
+
+def _softmax(to: Program, node: Any, inputs: list[int]) -> int | None:
+    own = to.sizes[inputs[0]]
+    if own is None:
+        return None
+    dim = signed(node._saved_dim, len(own) + 1) - 1
+    if dim < 0:
+        return None
+    kind = Kind.LOG_SOFTMAX if "Log" in node.name() else Kind.SOFTMAX
+    return to.add(kind, own, inputs[0], -1, (node._saved_result,), dim=dim)
+
+
+def _log_sum_exp(to: Program, node: Any, inputs: list[int]) -> int | None:
+    own = to.sizes[inputs[0]]
+    if own is None or len(node._saved_dim) != 1:
+        return None
+    dim = signed(node._saved_dim[0], len(own) + 1) - 1
+    if dim < 0:
+        return None
+    values = node._saved_self, node._saved_result
+    sizes = node._input_metadata[0].shape[1:]
+    return to.add(Kind.LOG_SUM_EXP, sizes, inputs[0], -1, values, dim=dim)
+
+
+def _all_added(mean: bool) -> Rule:
+    """Return the rule of a sum over all."""
+
+    def rule(to: Program, _: Any, inputs: list[int]) -> int | None:
+        own = to.sizes[inputs[0]]
+        count = 1 if own is None or not mean else to.rows * math.prod(own)
+        return to.total(inputs[0], 1 / count)
+
+    return rule
+
+
+def _added(mean: bool) -> Rule:
+    """Return the rule of a sum over dimensions."""
+    of_all = _all_added(mean)
+
+    def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
+        own = to.sizes[inputs[0]]
+        if own is None:
+            return None
+        dims = [signed(d, len(own) + 1) for d in node._saved_dim or ()]
+        if not dims or 0 in dims:
+            whole = not dims or len(dims) == len(own) + 1
+            return of_all(to, node, inputs) if whole else None
+        bits = sum([1 << (d - 1) for d in dims])
+        alpha = 1 / math.prod([own[d - 1] for d in dims]) if mean else 1.0
+        sizes = node._input_metadata[0].shape[1:]
+        return to.add(Kind.SUMMED, sizes, inputs[0], dim=bits, alpha=alpha)
+
+    return rule
+
+
+def _squared_error(to: Program, node: Any, inputs: list[int]) -> int | None:
+    a, b = inputs
+    if b >= 0:
+        return None
+    own, x, y = to.sizes[a], node._saved_self, node._saved_target
+    if own is None or x.shape != y.shape:
+        return None
+    number = to.add(Kind.POWER, own, a, -1, (x - y,), alpha=2.0)
+    if number is None or not node._saved_reduction:
+        return number
+    return to.total(number, 1 / x.numel() if node._saved_reduction == 1 else 1.0)
+
+
+def _least(node: Any) -> float:
+    return -math.inf if node._saved_min is None else float(node._saved_min)
+
+
+def _greatest(node: Any) -> float:
+    most = getattr(node, "_saved_max", None)
+    return math.inf if most is None else float(most)
+
+
+def _rules() -> dict[str, Rule]:
+    of_self = "Log Log1P Cosh Sinh Sin Cos Abs LogSigmoid"
+    of_result = "Exp Expm1 Sqrt Rsqrt Reciprocal Sigmoid Tanh Relu"
+    kinds = {"Log1P": Kind.LOG1P, "LogSigmoid": Kind.LOG_SIGMOID}
+    rules = {
+        name: _bent(kinds.get(name) or Kind[name.upper()], f"_saved_{saved}")
+        for names, saved in ((of_self, "self"), (of_result, "result"))
+        for name in names.split()
+    }
+    rules |= dict.fromkeys(("Clone", "ToCopy"), _scaled(1.0))
+    rules |= dict.fromkeys(
+        ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"), _reshaped
+    )
+    rules |= {
+        "Neg": _scaled(-1.0), "Expand": _repeated, "Mul": _times, "Div": _over,
+        "Add": _linear(lambda _: 1.0, lambda x: x._saved_alpha),
+        "Sub": _linear(lambda _: 1.0, lambda x: -x._saved_alpha),
+        "Rsub": _linear(lambda x: -x._saved_alpha, lambda _: 1.0),
+        "Slice": _sliced, "Select": _selected, "Gather": _gathered,
+        "LogSoftmax": _softmax, "Softmax": _softmax, "Logsumexp": _log_sum_exp,
+        "Sum": _all_added(False), "Mean": _all_added(True),
+        "MseLoss": _squared_error,
+        "ClampMin": _bent(Kind.CLAMP, "_saved_self", _least, _greatest),
+        "Pow": _bent(Kind.POWER, "_saved_self", lambda x: float(x._saved_exponent)),
+        "Softplus": _bent(
+            Kind.SOFTPLUS, "_saved_self",
+            lambda x: float(x._saved_beta), lambda x: float(x._saved_threshold),
+        ),
+    }  # fmt: skip
+    found = {f"{name}Backward0": rule for name, rule in rules.items()}
+    found |= {"SumBackward1": _added(False), "MeanBackward1": _added(True)}
+    found |= {"RsubBackward1": rules["Rsub"], "SqueezeBackward1": _reshaped}
+    found |= {"ClampBackward1": rules["ClampMin"]}
+    return found | {"torch::autograd::AccumulateGrad": _scaled(1.0)}
+
+
+RULES: Final = _rules()

@@ -1,0 +1,65 @@
+"""Floor 1: the Hessian of a loss in each sample's outputs, read off its graph.
+
+Semantics:
+
+* Where each operation of the graph keeps the rows of the outputs apart until all are
+  added up, and has a rule, the Hessian is a block for each row, made by the chain rule
+  of what the graph has saved: no derivative is taken by autograd.
+* A graph with any other operation is not told.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.jet_program import Program
+from torch_dropout_ir.jet_rules import RULES
+from torch_dropout_ir.loss_terms import LEAF, Nodes
+from torch_dropout_ir.registration import loss_blocks
+
+
+def blocks_of(outputs: Tensor, nodes: Nodes) -> Tensor | None:
+    """Return the Hessian of a loss in each sample's outputs, where its graph tells.
+
+    Args:
+        outputs: The outputs, ``[n, ...]``, the leaf of the graph.
+        nodes: The nodes of that, each after those it leads to.
+
+    Returns:
+        Column ``c`` of each block at the index ``c``, ``[K, n, K]``; None where the
+        graph does not tell.
+
+    Raises:
+        RuntimeError: If what the graph has saved was written on since.
+    """  # noqa: DOC502 (torch raises)
+    if not RULES.keys() >= {name for name, _ in nodes.values()}:
+        return None
+    with torch.no_grad():
+        program = program_of(outputs, nodes)
+        if program is None:
+            return None
+        return loss_blocks(outputs, program.steps, program.numbers, program.values)
+
+
+def program_of(outputs: Tensor, nodes: Nodes) -> Program | None:
+    """Return a graph of known operations as a program; None where rows may meet."""
+    program = Program(outputs.shape)
+    found: dict[Any, int] = {}
+    number: int | None = None
+    for node, (name, edges) in nodes.items():
+        if not edges:
+            if type(node) is LEAF and getattr(node, "variable", None) is outputs:
+                found[node] = 0
+            continue
+        inputs = [found.get(child, -1) for child, _ in edges]
+        if max(inputs) < 0:  # a constant
+            continue
+        number = RULES[name](program, node, inputs)
+        if number is None:
+            return None
+        found[node] = number
+    whole = number == len(program.sizes) - 1 and program.sizes[-1] is None
+    return program if whole else None
