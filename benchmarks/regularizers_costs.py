@@ -95,8 +95,18 @@ def focal(f, y):
     return -((1 - log.exp()) ** 2 * log).mean()
 
 
+def divergence(f, _):
+    """Return the mean divergence between the softmaxes of two halves of the outputs."""
+    half = (f.shape[1] + 1) // 2
+    p, q = f[:, :half].log_softmax(1), f[:, -half:].log_softmax(1)
+    return (p.exp() * (p - q)).sum(1).mean()
+
+
 def losses(n: int, k: int) -> dict:
-    """Losses besides mean squares and cross-entropy, each with its targets."""
+    """Losses besides mean squares and cross-entropy, each with its targets.
+
+    The last three mix outputs; those but the softplus have curvature of both signs.
+    """
     real, labels = torch.randn(n, k), torch.randint(k, (n,))
     parts = real.softmax(1)
     return {
@@ -106,9 +116,12 @@ def losses(n: int, k: int) -> dict:
         "squares": (lambda f, y: ((f - y) ** 2).sum(1).mean(), real),
         "soft labels": (lambda f, y: -(y * f.log_softmax(1)).sum(1).mean(), parts),
         "focal": (focal, labels),
+        "Student": (lambda f, y: (f - y).square().log1p().mean(), real),
         "Gaussian": (
             lambda f, y: F.gaussian_nll_loss(f[:, :1], y[:, :1], f[:, 1:2].exp()), real
         ),
+        "softplus": (lambda f, _: F.softplus(f[:, :1] - f[:, 1:]).mean(), real),
+        "divergence": (divergence, real),
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from torch_dropout_ir import registration, sample_blocks
 from torch_dropout_ir.jet_kernels import loss_blocks
+from torch_dropout_ir.jet_program import Program
 from torch_dropout_ir.jet_rules import RULES
 from torch_dropout_ir.loss_terms import nodes_of
 from torch_dropout_ir.losses import resolve_loss
@@ -44,7 +45,9 @@ def functions(f, _):
 
 def shapes(f, y):
     outer = f.view(N, K, 1) * f.unsqueeze(1) * y[:, :, None]
-    strided = f[:, ::2].reshape(N, 1, 2).squeeze(1) * f[0:, -2:]
+    strided = (
+        f[:, ::2].reshape(N, 1, 2).squeeze(1) * f[0:, -2:] * f[:, -9:].mean(1, True)
+    )
     copied = f[:, :2, None].expand(N, 2, 2).reshape(N, 4) ** 3
     chosen = f.select(1, 0) * f[:, -1] - f[..., 1].clone() ** 4
     single = f[:, 1:2].squeeze() ** 3
@@ -82,7 +85,7 @@ LOSSES = {
         -(f.exp().sum() - 2 * f.sin().mean() + 1) / 4
         + (1 - f.square().sum())
         + torch.rsub(f.exp(), f.sin(), alpha=2).sum().double()
-        + torch.add(f, f.exp(), alpha=3).sum()
+        + torch.add(f, f.exp(), alpha=3).sum() - torch.sub(f, f.cos(), alpha=2).sum()
     ),
     "repeated": lambda f, y: (f[:, :1].expand(N, K) * f * y[:1] * y[0]).exp().mean(),
     "functions": functions,
@@ -172,6 +175,15 @@ MEETING = {
     "its logarithm": lambda f: f.logsumexp(0).square().sum(),
     "the logarithm of all": lambda f: f.logsumexp((0, 1)).square(),
     "gathered rows": lambda f: f.gather(0, torch.tensor([[1, 0, 2]] * 3)).exp().sum(),
+    "some places gathered": lambda f: (
+        f[:, :2]
+        .view(3, 2, 1, 1)
+        .expand(3, 2, 2, 2)
+        .gather(3, torch.ones(3, 2, 1, 2).long())
+        .exp()
+        .sum()
+    ),
+    "the logarithm of rows": lambda f: f.view(3, 3, 1).logsumexp((1, 2)).exp().sum(),
     "few gathered": lambda f: f.gather(1, torch.zeros(2, 1).long()).exp().sum(),
     "turned": lambda f: (f.t() * f).exp().sum(),
     "views of all": lambda f: (f.view(-1)[1:] * f.view(-1)[:-1]).exp().sum(),
@@ -197,6 +209,14 @@ def test_where_rows_may_meet_nothing_is_told(name):
     )
     expected = 0.5 * per_mask.reshape(9, 9).trace()
     torch.testing.assert_close(found.value, expected)
+
+
+@pytest.mark.parametrize("dims", [0, (0, 2)])
+def test_a_sum_over_rows_and_not_all_is_none_over_all(dims):
+    f = torch.ones(4, 3, 2).requires_grad_()
+    for summed in (f.sum(dims), f.mean(dims)):
+        node = summed.grad_fn
+        assert RULES[node.name()](Program(f.shape), node, [0]) is None
 
 
 def test_what_else_has_a_gradient_is_a_constant():
@@ -235,7 +255,8 @@ def test_of_few_outputs_alone():
     assert blocks(256, 4) is not None and blocks(9) is not None
     assert blocks(257, 4) is None and blocks(4, 5) is None and blocks(()) is None
     assert blocks(4, 2, dtype=torch.float16) is None
-    assert HessianProduct(loss, nn.Parameter(torch.ones(4, 2)) * 2, None).blocks is None
+    trained = nn.Parameter(torch.ones(4, 2))
+    assert HessianProduct(loss, trained, None).blocks is None
 
 
 def test_what_the_compiled_kernel_cannot_read_is_named():
@@ -310,6 +331,10 @@ def test_one_sample_is_unbiased_for_the_dense_form(name):
     assert told >= values.var() * 0.9  # an upper bound in the mean
 
 
+def two_soft_labels(f, y):
+    return -(y[:, :2].softmax(1) * f[:, :2].log_softmax(1)).sum(1).mean()
+
+
 def focal_of(f):
     log = f.log_softmax(1)[:, 0]
     return -((1 - log.exp()) ** 2 * log).mean()
@@ -331,11 +356,12 @@ def dense_form(net, x, y, loss):
     return total
 
 
-def test_curvature_of_both_signs_of_two_outputs_has_no_spread():
-    """Each part of a block has one eigenvalue, and both are sent back."""
+@pytest.mark.parametrize("name", ["Gaussian", "two soft labels"])
+def test_where_a_part_of_a_block_has_one_eigenvalue_there_is_no_spread(name):
+    """Both parts are sent back, and roots of a softmax are those of its blocks."""
     net, x = network()
     y = torch.randn(6, K).double()
-    loss = LOSSES["Gaussian"]
+    loss = {**LOSSES, "two soft labels": two_soft_labels}[name]
     found = [gauss_newton(net, (x, y), loss).value for _ in range(3)]
     expected = dense_form(net, x, y, loss)
     for value in found:

@@ -73,7 +73,7 @@ class Program:
         own = [self.sizes[i] for i in (a, b) if i >= 0]
         shape: Shape = node._input_metadata[0].shape
         if None in own:
-            return None if sums and not shape and not any(own) else False
+            return None if sums and not shape else False
         dims = {len(x) + 1 for x in own if x is not None}
         return shape[1:] if dims == {len(shape)} and shape[0] == self.rows else False
 

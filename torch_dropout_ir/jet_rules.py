@@ -50,9 +50,7 @@ def _repeated(to: Program, node: Any, inputs: list[int]) -> int | None:
 def _reshaped(to: Program, node: Any, inputs: list[int]) -> int | None:
     """Dimensions of a row joined and split."""
     own, shape = to.sizes[inputs[0]], node._input_metadata[0].shape
-    if own is None or not shape or shape[0] != to.rows:
-        return None
-    if math.prod(own) != math.prod(shape[1:]):
+    if own is None or math.prod(own) != math.prod(shape[1:]):
         return None
     return to.add(Kind.LINEAR, shape[1:], inputs[0], alpha=1.0)
 

@@ -61,5 +61,4 @@ def program_of(outputs: Tensor, nodes: Nodes) -> Program | None:
         if number is None:
             return None
         found[node] = number
-    whole = number == len(program.sizes) - 1 and program.sizes[-1] is None
-    return program if whole else None
+    return None if number is None else program
