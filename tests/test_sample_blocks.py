@@ -219,6 +219,12 @@ def test_a_sum_over_rows_and_not_all_is_none_over_all(dims):
         assert RULES[node.name()](Program(f.shape), node, [0]) is None
 
 
+def test_a_sum_over_rows_that_is_repeated_has_no_rule():
+    f = torch.ones(4, 2).requires_grad_()
+    program, node = Program(f.shape), (f.sum() + torch.ones(3)).grad_fn
+    assert RULES[node.name()](program, node, [program.total(0, 1.0), -1]) is None
+
+
 def test_what_else_has_a_gradient_is_a_constant():
     torch.manual_seed(0)
     f, y = torch.randn(2, N, K, dtype=torch.float64)
@@ -255,7 +261,7 @@ def test_of_few_outputs_alone():
     assert blocks(256, 4) is not None and blocks(9) is not None
     assert blocks(257, 4) is None and blocks(4, 5) is None and blocks(()) is None
     assert blocks(4, 2, dtype=torch.float16) is None
-    trained = nn.Parameter(torch.ones(4, 2))
+    trained = torch.ones(4, 2, requires_grad=True)
     assert HessianProduct(loss, trained, None).blocks is None
 
 
