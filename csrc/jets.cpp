@@ -176,7 +176,10 @@ void run(const Step& step, int64_t first, size_t rows, std::vector<Jets>& jets,
     } else {
       for (size_t e = 0; e < made.entries(); ++e) {
         if (node.kind >= kExp) {
-          const auto [one, two] = slopes(node, step.saved[0](row, e));
+          const double x = step.saved[0](row, e);
+          const auto [one, two] = node.kind == kGiven
+                                      ? std::pair{x, step.saved[1](row, e)}
+                                      : slopes(node, x);
           bend(made, a->at(r, static_cast<size_t>(step.a[e])), one, two, made.at(r, e));
         } else {
           binary(step, row, r, e, a, b, made);

@@ -14,7 +14,7 @@ enum Kind : int64_t {
   kOutputs, kLinear, kTimes, kOver, kChosen, kSummed, kGathered,
   kLogSoftmax, kSoftmax, kLogSumExp,
   kExp, kExpm1, kLog, kLog1p, kSqrt, kRsqrt, kReciprocal, kSigmoid, kTanh, kCosh, kSinh,
-  kSin, kCos, kAbs, kRelu, kClamp, kLogSigmoid, kSoftplus, kPower, kKinds
+  kSin, kCos, kAbs, kRelu, kClamp, kLogSigmoid, kSoftplus, kPower, kGiven, kKinds
 };
 
 constexpr const char* kOp = "loss_blocks";
@@ -45,7 +45,8 @@ inline bool joins(const Node& node) {
 // How many values it needs, of those that it may have saved.
 inline size_t needed(const Node& node) {
   if (node.kind < kTimes || node.kind == kChosen || node.kind == kSummed) return 0;
-  const bool both = node.kind == kTimes || node.kind == kLogSumExp;
+  const bool both =
+      node.kind == kTimes || node.kind == kLogSumExp || node.kind == kGiven;
   return both || (node.kind == kOver && node.b >= 0) ? 2 : 1;
 }
 
@@ -165,8 +166,9 @@ class Saved {
  public:
   Saved(const Tensor& x, int64_t rows, const Sizes& sizes) : data_(x.data()) {
     const int32_t dtype = x.dtype();
-    const bool is_long = dtype == aoti_torch_dtype_int64();
-    kind_ = is_long ? 2 : is_double(kOp, x);
+    kind_ = dtype == aoti_torch_dtype_int64()  ? 2
+            : dtype == aoti_torch_dtype_bool() ? 3
+                                               : is_double(kOp, x);
     const int64_t dim = x.dim(), more = static_cast<int64_t>(sizes.size()) + 1 - dim;
     Sizes own(x.sizes(), x.sizes() + dim);
     const bool by_row = more == 0 && dim > 0 && own[0] != 1;
@@ -180,6 +182,7 @@ class Saved {
   double operator()(int64_t row, size_t entry) const {
     const int64_t i = row * step_ + at_[entry];
     if (kind_ == 2) return static_cast<double>(whole(row, entry));
+    if (kind_ == 3) return static_cast<const bool*>(data_)[i];
     if (kind_ == 1) return static_cast<const double*>(data_)[i];
     return static_cast<double>(static_cast<const float*>(data_)[i]);
   }

@@ -61,6 +61,46 @@ def joined(f, y):
     return top.sum() + (s**2).sum() + f.unsqueeze(2).log_softmax(1).sin().sum()
 
 
+def parts(f, _):
+    (a, b), (c, d) = f.chunk(2, 1), f[:, None].split([1, 2], 2)
+    one, two, three = f.exp().unbind(1)
+    rest = (c * d).sin().sum() + (one * three / two).sum()
+    return (a.exp() * b).square().mean() + rest
+
+
+def masks(f, y):
+    most, least = torch.maximum(f.sin(), y), torch.minimum(f[:, :1], f[:, 1:].square())
+    ties = torch.maximum(f.exp(), f.exp()) * torch.minimum(f, f.detach())
+    either = torch.where(y > 0, f.exp(), f**3) + torch.where(y > 1, f[:, :1] ** 4, y)
+    filled = f.cosh().masked_fill(y > 0, 2.0).exp() * (y < 1)
+    return sum((x * x).sum() for x in (most, least, ties, either, filled))
+
+
+def of_torch(f, y):
+    """Torch's losses as terms of a formula."""
+    weight, named = torch.arange(1.0, K + 1).to(f), LABELS.where(LABELS > 0, -100)
+    each = (
+        F.huber_loss(f, y), F.huber_loss(f, y, reduction="none", delta=0.5).sin().sum(),
+        F.smooth_l1_loss(f, y, beta=0.3, reduction="sum"),
+        F.binary_cross_entropy_with_logits(f, y.sigmoid()),
+        F.cross_entropy(f, LABELS), F.cross_entropy(f, LABELS, weight, reduction="sum"),
+        F.nll_loss(f.softmax(1) ** 2, named, weight, ignore_index=-100),
+        F.cross_entropy(f, LABELS, label_smoothing=0.1),
+        F.margin_ranking_loss(f[:, 0].exp(), f[:, 1], torch.ones_like(f[:, 2]), 3.0),
+    )  # fmt: skip
+    return sum(x * (i + 1) for i, x in enumerate(each))
+
+
+def gammas(f, y):
+    a, b = F.softplus(f[:, :1]) + 0.5, F.softplus(f[:, 1:]) + 0.5
+    powers = (
+        torch.xlogy(a, b)
+        + torch.xlogy(y[:, 1:].exp(), b)
+        + torch.xlogy(a, y[:, :1].exp())
+    )
+    return (torch.lgamma(a) * torch.lgamma(b) + powers.square()).mean()
+
+
 LOSSES = {
     "Gaussian": lambda f, y: F.gaussian_nll_loss(f[:, :1], y[:, :1], f[:, 1:2].exp()),
     "divergence": divergence,
@@ -88,6 +128,10 @@ LOSSES = {
         + torch.add(f, f.exp(), alpha=3).sum() - torch.sub(f, f.cos(), alpha=2).sum()
     ),
     "repeated": lambda f, y: (f[:, :1].expand(N, K) * f * y[:1] * y[0]).exp().mean(),
+    "parts": parts,
+    "masks": masks,
+    "of torch": of_torch,
+    "gammas": gammas,
     "functions": functions,
     "shapes": shapes,
     "joined": joined,
@@ -185,6 +229,11 @@ MEETING = {
     ),
     "the logarithm of rows": lambda f: f.view(3, 3, 1).logsumexp((1, 2)).exp().sum(),
     "few gathered": lambda f: f.gather(1, torch.zeros(2, 1).long()).exp().sum(),
+    "rows of parts": lambda f: (f.split(1)[0] * f).exp().sum(),
+    "parts of rows": lambda f: (f.unbind(0)[0] * f.unbind(0)[1]).exp().sum(),
+    "a choice of rows": lambda f: torch.where(f > 0, f.exp(), f[:1]).exp().sum(),
+    "a mask of a row": lambda f: f[:, 0].masked_fill(f > 0, 1.0).exp().sum(),
+    "the greatest of rows": lambda f: torch.maximum(f, f[0].exp()).exp().sum(),
     "turned": lambda f: (f.t() * f).exp().sum(),
     "views of all": lambda f: (f.view(-1)[1:] * f.view(-1)[:-1]).exp().sum(),
     "rows joined": lambda f: (f.view(1, 9) * f.view(1, 9)).exp().sum(),

@@ -50,6 +50,7 @@ class Kind(enum.IntEnum):
     LOG_SIGMOID = 26
     SOFTPLUS = 27  # of alpha x, linear above beta
     POWER = 28  # alpha
+    GIVEN = 29  # its values are the first and second derivative
 
 
 class Node(NamedTuple):
@@ -139,8 +140,12 @@ def _made(
         return _placed(node, a, saved)
     if node.kind in (Kind.LOG_SOFTMAX, Kind.SOFTMAX, Kind.LOG_SUM_EXP):
         return _softmaxes(node, a, saved, width)
-    slopes = _SLOPES[node.kind](saved[0], node.alpha, node.beta)
-    return _bent(_shaped(a, shape), *slopes, width)
+    one, two = (
+        saved
+        if node.kind == Kind.GIVEN
+        else _SLOPES[node.kind](saved[0], node.alpha, node.beta)
+    )
+    return _bent(_shaped(a, shape), one, two, width)
 
 
 def _shaped(jets: Tensor, shape: Sequence[int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 from torch_dropout_ir.jet_kernels import Kind
 
 Shape: TypeAlias = "Sequence[int]"
-_DTYPES: Final = (torch.float32, torch.float64, torch.int64)
+# Adds a node to a program, of inputs by number, and returns its own; None where rows
+# may meet in what it makes.
+Rule: TypeAlias = "Callable[[Program, Any, list[int]], int | None]"
+_DTYPES: Final = (torch.float32, torch.float64, torch.int64, torch.bool)
 _MOST: Final = 2**63  # dimensions and places are saved without a sign
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
+
+from torch import Tensor
 
 from torch_dropout_ir.jet_kernels import Kind
-from torch_dropout_ir.jet_program import Program, signed
-
-# Adds a node to a program, of inputs by number, and returns its own; None where rows
-# may meet in what it makes.
-Rule: TypeAlias = "Callable[[Program, Any, list[int]], int | None]"
+from torch_dropout_ir.jet_losses import LOSSES
+from torch_dropout_ir.jet_places import PLACES
+from torch_dropout_ir.jet_program import Program, Rule, signed
 
 
 def _linear(alpha: Callable[[Any], float], beta: Callable[[Any], float]) -> Rule:
@@ -94,44 +94,6 @@ def _bent(
     return rule
 
 
-def _sliced(to: Program, node: Any, inputs: list[int]) -> int | None:
-    own = to.sizes[inputs[0]]
-    if own is None:
-        return None
-    dim, shape = signed(node._saved_dim, len(own) + 1), node._input_metadata[0].shape
-    if not dim:
-        whole = shape[0] == to.rows and node._saved_step == 1
-        return to.add(Kind.LINEAR, own, inputs[0], alpha=1.0) if whole else None
-    start = max(0, signed(node._saved_start, own[dim - 1]))
-    step = node._saved_step
-    return to.add(
-        Kind.CHOSEN, shape[1:], inputs[0], dim=dim - 1, start=start, step=step
-    )
-
-
-def _selected(to: Program, node: Any, inputs: list[int]) -> int | None:
-    own = to.sizes[inputs[0]]
-    if own is None:
-        return None
-    dim = signed(node._saved_dim, len(own) + 1) - 1
-    if dim < 0:
-        return None
-    place, sizes = signed(node._saved_index, own[dim]), (*own[:dim], *own[dim + 1 :])
-    return to.add(Kind.CHOSEN, sizes, inputs[0], dim=dim, start=place, step=1)
-
-
-def _gathered(to: Program, node: Any, inputs: list[int]) -> int | None:
-    a, index = inputs[0], node._saved_index
-    sizes, own = to.elementwise(node, a, -1, False), to.sizes[a]
-    if sizes is False or sizes is None or own is None:
-        return None
-    dim = signed(node._saved_dim, len(own) + 1) - 1
-    sized = (*sizes[: max(0, dim)], *own[dim : dim + 1], *sizes[dim + 1 :])
-    if dim < 0 or sized != tuple(own):
-        return None
-    return to.add(Kind.GATHERED, sizes, a, -1, (index,), dim=dim)
-
-
 def _softmax(to: Program, node: Any, inputs: list[int]) -> int | None:
     own = to.sizes[inputs[0]]
     if own is None:
@@ -186,17 +148,55 @@ def _added(mean: bool) -> Rule:
     return rule
 
 
-def _squared_error(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _masked(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """What is kept; what is filled in is a constant."""
+    sizes = to.elementwise(node, inputs[0], -1, False)
+    if sizes is False or max(inputs[1:], default=-1) >= 0:
+        return None
+    kept = ~node._saved_mask
+    return to.add(Kind.TIMES, sizes, inputs[0], -1, (kept, kept))
+
+
+def _weighed(shares: Callable[[Any], tuple[Tensor, Tensor]]) -> Rule:
+    """Return the rule of a sum of two, each times its share, which is a constant."""
+
+    def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
+        sizes = to.elementwise(node, inputs[0], inputs[1], False)
+        if sizes is False:
+            return None
+        a, b = (
+            i if i < 0 else to.add(Kind.TIMES, sizes, i, -1, (share, share))
+            for i, share in zip(inputs, shares(node), strict=True)
+        )
+        if a is None or b is None:
+            return None
+        return to.add(Kind.LINEAR, sizes, a, b, alpha=1.0, beta=1.0)
+
+    return rule
+
+
+def _of_maximum(node: Any) -> tuple[Tensor, Tensor]:
+    x, y = node._saved_self, node._saved_other
+    first = ((x > y).double() + (x >= y)) / 2
+    return first, 1 - first
+
+
+def _x_log_y(to: Program, node: Any, inputs: list[int]) -> int | None:
     a, b = inputs
-    if b >= 0:
+    sizes, x, y = to.elementwise(node, a, b, False), node._saved_self, node._saved_other
+    if sizes is False:
         return None
-    own, x, y = to.sizes[a], node._saved_self, node._saved_target
-    if own is None or x.shape != y.shape:
+    log = -1 if b < 0 else to.add(Kind.LOG, to.sizes[b], b, -1, (y,))
+    values = (y.log() if b < 0 else x, x if a < 0 else y.log())
+    return None if log is None else to.add(Kind.TIMES, sizes, a, log, values)
+
+
+def _log_gamma(to: Program, node: Any, inputs: list[int]) -> int | None:
+    sizes, x = to.sizes[inputs[0]], node._saved_self
+    if sizes is None:
         return None
-    number = to.add(Kind.POWER, own, a, -1, (x - y,), alpha=2.0)
-    if number is None or not node._saved_reduction:
-        return number
-    return to.total(number, 1 / x.numel() if node._saved_reduction == 1 else 1.0)
+    slopes = x.digamma(), x.polygamma(1)
+    return to.add(Kind.GIVEN, sizes, inputs[0], -1, slopes)
 
 
 def _least(node: Any) -> float:
@@ -206,6 +206,10 @@ def _least(node: Any) -> float:
 def _greatest(node: Any) -> float:
     most = getattr(node, "_saved_max", None)
     return math.inf if most is None else float(most)
+
+
+def _factor(node: Any) -> float:
+    return float(node._saved_other)
 
 
 def _rules() -> dict[str, Rule]:
@@ -226,10 +230,13 @@ def _rules() -> dict[str, Rule]:
         "Add": _linear(lambda _: 1.0, lambda x: x._saved_alpha),
         "Sub": _linear(lambda _: 1.0, lambda x: -x._saved_alpha),
         "Rsub": _linear(lambda x: -x._saved_alpha, lambda _: 1.0),
-        "Slice": _sliced, "Select": _selected, "Gather": _gathered,
+
         "LogSoftmax": _softmax, "Softmax": _softmax, "Logsumexp": _log_sum_exp,
         "Sum": _all_added(False), "Mean": _all_added(True),
-        "MseLoss": _squared_error,
+        "MaskedFill": _masked, "Xlogy": _x_log_y, "Lgamma": _log_gamma,
+        "Where": _weighed(lambda x: (x._saved_condition, ~x._saved_condition)),
+        "Maximum": _weighed(_of_maximum),
+        "Minimum": _weighed(lambda x: _of_maximum(x)[::-1]),
         "ClampMin": _bent(Kind.CLAMP, "_saved_self", _least, _greatest),
         "Pow": _bent(Kind.POWER, "_saved_self", lambda x: float(x._saved_exponent)),
         "Softplus": _bent(
@@ -240,7 +247,9 @@ def _rules() -> dict[str, Rule]:
     found = {f"{name}Backward0": rule for name, rule in rules.items()}
     found |= {"SumBackward1": _added(False), "MeanBackward1": _added(True)}
     found |= {"RsubBackward1": rules["Rsub"], "SqueezeBackward1": _reshaped}
-    found |= {"ClampBackward1": rules["ClampMin"]}
+    found |= {"ClampBackward1": rules["ClampMin"], "AddBackward1": _scaled(1.0)}
+    found |= {"MulBackward1": _linear(_factor, _factor)}
+    found |= LOSSES | PLACES
     return found | {"torch::autograd::AccumulateGrad": _scaled(1.0)}
 
 

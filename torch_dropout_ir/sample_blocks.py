@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.jet_places import SEVERAL
 from torch_dropout_ir.jet_program import Program
 from torch_dropout_ir.jet_rules import RULES
 from torch_dropout_ir.loss_terms import LEAF, Nodes
@@ -47,18 +48,22 @@ def blocks_of(outputs: Tensor, nodes: Nodes) -> Tensor | None:
 def program_of(outputs: Tensor, nodes: Nodes) -> Program | None:
     """Return a graph of known operations as a program; None where rows may meet."""
     program = Program(outputs.shape)
-    found: dict[Any, int] = {}
+    found: dict[Any, int] = {}  # by node and result
     number: int | None = None
     for node, (name, edges) in nodes.items():
         if not edges:
             if type(node) is LEAF and getattr(node, "variable", None) is outputs:
-                found[node] = 0
+                found[node, 0] = 0
             continue
-        inputs = [found.get(child, -1) for child, _ in edges]
+        inputs = [found.get(edge, -1) for edge in edges]
         if max(inputs) < 0:  # a constant
             continue
         number = RULES[name](program, node, inputs)
         if number is None:
             return None
-        found[node] = number
+        found[node, 0] = number
+        if name in SEVERAL:  # the last of which has the number
+            count = len(node._input_metadata)
+            for k in range(count):
+                found[node, k] = number - count + 1 + k
     return None if number is None else program
