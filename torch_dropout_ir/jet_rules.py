@@ -187,7 +187,7 @@ def _x_log_y(to: Program, node: Any, inputs: list[int]) -> int | None:
     if sizes is False:
         return None
     log = -1 if b < 0 else to.add(Kind.LOG, to.sizes[b], b, -1, (y,))
-    values = (y.log() if b < 0 else x, x if a < 0 else y.log())
+    values = (y.double().log() if b < 0 else x, x if a < 0 else y.double().log())
     return None if log is None else to.add(Kind.TIMES, sizes, a, log, values)
 
 
