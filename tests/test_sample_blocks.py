@@ -83,6 +83,9 @@ def of_torch(f, y):
         F.huber_loss(f, y), F.huber_loss(f, y, reduction="none", delta=0.5).sin().sum(),
         F.smooth_l1_loss(f, y, beta=0.3, reduction="sum"),
         F.binary_cross_entropy_with_logits(f, y.sigmoid()),
+        F.binary_cross_entropy_with_logits(
+            f, y.sigmoid(), y.exp(), pos_weight=weight, reduction="sum"
+        ),
         F.cross_entropy(f, LABELS), F.cross_entropy(f, LABELS, weight, reduction="sum"),
         F.nll_loss(f.softmax(1) ** 2, named, weight, ignore_index=-100),
         F.cross_entropy(f, LABELS, label_smoothing=0.1),
@@ -234,6 +237,14 @@ MEETING = {
     "a choice of rows": lambda f: torch.where(f > 0, f.exp(), f[:1]).exp().sum(),
     "a mask of a row": lambda f: f[:, 0].masked_fill(f > 0, 1.0).exp().sum(),
     "the greatest of rows": lambda f: torch.maximum(f, f[0].exp()).exp().sum(),
+    "targets made of them": lambda f: F.mse_loss(f.exp(), f.sin()),
+    "a label of rows": lambda f: F.nll_loss(f[:, 0].exp(), torch.tensor(1)),
+    "labels one by one": lambda f: (
+        F.nll_loss(f.exp(), torch.tensor([0, 2, 1]), reduction="none").exp().sum()
+    ),
+    "filled with a row": lambda f: (
+        f.exp().masked_fill(f > 0, f[0, 0].exp()).exp().sum()
+    ),
     "turned": lambda f: (f.t() * f).exp().sum(),
     "views of all": lambda f: (f.view(-1)[1:] * f.view(-1)[:-1]).exp().sum(),
     "rows joined": lambda f: (f.view(1, 9) * f.view(1, 9)).exp().sum(),

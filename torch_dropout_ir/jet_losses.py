@@ -11,25 +11,21 @@ from torch import Tensor
 from torch_dropout_ir.jet_kernels import Kind
 from torch_dropout_ir.jet_program import Program, Rule
 
-Slopes = Callable[[Any, Tensor, Tensor], "tuple[Tensor, Tensor] | None"]
+Slopes = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _by_slopes(slopes: Slopes) -> Rule:
     """Return the rule of a loss of single outputs.
 
     Args:
-        slopes: Its first and second derivatives, given its node, outputs and targets;
-            None where they are not known.
+        slopes: Its first and second derivatives, given its node, outputs and targets.
     """
 
     def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
         own, x, y = to.sizes[inputs[0]], node._saved_self, node._saved_target
-        if inputs[1] >= 0 or own is None or x.shape != y.shape:
+        if inputs[1] >= 0 or own is None:
             return None
-        found = slopes(node, x, y)
-        if found is None:
-            return None
-        number = to.add(Kind.GIVEN, own, inputs[0], -1, found)
+        number = to.add(Kind.GIVEN, own, inputs[0], -1, slopes(node, x, y))
         return _reduced(to, number, node, x.numel())
 
     return rule
@@ -55,11 +51,12 @@ def _smooth(node: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return (off / beta).clamp(-1, 1), (off.abs() < beta).to(x) / beta
 
 
-def _logistic(node: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
-    if node._saved_weight is not None or node._saved_pos_weight is not None:
-        return None
-    s = x.sigmoid()
-    return s - y, s * (1 - s)
+def _logistic(node: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    s, weight, positive = x.sigmoid(), node._saved_weight, node._saved_pos_weight
+    positive = 1.0 if positive is None else positive
+    factor = 1 + (positive - 1) * y
+    one, two = factor * s - positive * y, factor * s * (1 - s)
+    return (one, two) if weight is None else (one * weight, two * weight)
 
 
 def _likelihood(to: Program, node: Any, inputs: list[int]) -> int | None:

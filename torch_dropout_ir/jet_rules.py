@@ -151,7 +151,7 @@ def _added(mean: bool) -> Rule:
 def _masked(to: Program, node: Any, inputs: list[int]) -> int | None:
     """What is kept; what is filled in is a constant."""
     sizes = to.elementwise(node, inputs[0], -1, False)
-    if sizes is False or max(inputs[1:], default=-1) >= 0:
+    if sizes is False:
         return None
     kept = ~node._saved_mask
     return to.add(Kind.TIMES, sizes, inputs[0], -1, (kept, kept))
