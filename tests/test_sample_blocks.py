@@ -312,6 +312,16 @@ def test_what_was_written_on_is_refused():
         told(loss, f, y)
 
 
+def test_a_torch_of_other_names_is_not_told(monkeypatch):
+    f, y = torch.randn(2, N, K)
+
+    def rule(to, node, inputs):
+        return node._saved_by_another_name
+
+    monkeypatch.setitem(RULES, "ExpBackward0", rule)
+    assert told(lambda f, _: f.exp().sum(), f, y) is None
+
+
 def test_of_few_outputs_alone():
     loss = resolve_loss(lambda f, _: f.exp().sum())
 

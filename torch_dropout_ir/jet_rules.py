@@ -1,7 +1,6 @@
 """Floor 1: what the nodes of a loss's graph are in a program, by their names.
 
-A rule is given what its node has saved: torch's names for that are private, and of a
-node that has not saved what its rule asks for there is none.
+A rule reads what its node has saved, by torch's private names for that.
 """
 
 from __future__ import annotations

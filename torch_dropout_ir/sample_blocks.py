@@ -39,7 +39,10 @@ def blocks_of(outputs: Tensor, nodes: Nodes) -> Tensor | None:
     if not RULES.keys() >= {name for name, _ in nodes.values()}:
         return None
     with torch.no_grad():
-        program = program_of(outputs, nodes)
+        try:
+            program = program_of(outputs, nodes)
+        except AttributeError:  # a torch that names otherwise what a node has saved
+            return None
         if program is None:
             return None
         return loss_blocks(outputs, program.steps, program.numbers, program.values)
