@@ -157,7 +157,7 @@ class BuildKernels(build_ext):
         flags += ["-DDROPOUT_WITH_CUDA"] if cuda else []
         flags += shlex.split(os.environ.get("CXXFLAGS", ""))
         compiler = [*(find_compiler() or []), *flags]
-        names = ("dropout_cpu.cpp", "forms.cpp", "ops.cpp", "roots.cpp")
+        names = ("dropout_cpu.cpp", "forms.cpp", "jets.cpp", "ops.cpp", "roots.cpp")
         sources = [(CSRC / name, compiler) for name in names]
         if cuda:
             nvcc = str(cuda / "bin" / "nvcc")

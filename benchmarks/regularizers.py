@@ -16,7 +16,8 @@ estimators take where samples meet, on networks of one convolution to ResNet-18,
 with losses without a closed form of 3000 outputs a row.
 ``gauss_newton`` on small networks, beside the least it could take: a forward pass, a
 root of the loss's Hessian sent back to the sites' inputs alone, and the sums; and with
-other losses on four networks, beside one product with their Hessian in plain torch.
+other losses on four networks, beside one product with their Hessian in plain torch,
+and the spread of the sample.
 ``last_layer`` of features [4096, 4096] with 1000 outputs against one product of those.
 Contenders take turns; medians.
 

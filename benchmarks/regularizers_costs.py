@@ -95,8 +95,18 @@ def focal(f, y):
     return -((1 - log.exp()) ** 2 * log).mean()
 
 
+def divergence(f, _):
+    """Return the mean divergence between the softmaxes of two halves of the outputs."""
+    half = (f.shape[1] + 1) // 2
+    p, q = f[:, :half].log_softmax(1), f[:, -half:].log_softmax(1)
+    return (p.exp() * (p - q)).sum(1).mean()
+
+
 def losses(n: int, k: int) -> dict:
-    """Losses besides mean squares and cross-entropy, each with its targets."""
+    """Losses besides mean squares and cross-entropy, each with its targets.
+
+    The last three mix outputs; those but the softplus have curvature of both signs.
+    """
     real, labels = torch.randn(n, k), torch.randint(k, (n,))
     parts = real.softmax(1)
     return {
@@ -106,14 +116,20 @@ def losses(n: int, k: int) -> dict:
         "squares": (lambda f, y: ((f - y) ** 2).sum(1).mean(), real),
         "soft labels": (lambda f, y: -(y * f.log_softmax(1)).sum(1).mean(), parts),
         "focal": (focal, labels),
+        "Student": (lambda f, y: (f - y).square().log1p().mean(), real),
         "Gaussian": (
             lambda f, y: F.gaussian_nll_loss(f[:, :1], y[:, :1], f[:, 1:2].exp()), real
         ),
+        "softplus": (lambda f, _: F.softplus(f[:, :1] - f[:, 1:]).mean(), real),
+        "divergence": (divergence, real),
     }  # fmt: skip
 
 
 def loss_costs(turns: int) -> None:
-    """Print what one sample costs with other losses, and the least it could take."""
+    """Print what one sample costs with other losses, and the least it could take.
+
+    Its spread is the standard deviation of one sample over their mean.
+    """
     print("\nother losses: gauss_newton, 1, and one product sent back once, in passes")
     torch.empty(2**22)  # as above
     for sizes, n in (
@@ -128,16 +144,19 @@ def loss_costs(turns: int) -> None:
         net, x = nn.Sequential(*layers[:-2]), torch.randn(n, sizes[0])
         print("  " + "-".join(map(str, sizes)) + f", batch {n}")
         for name, (loss, y) in losses(n, sizes[-1]).items():
-            runs = (
-                step(net, (x, y), loss),
-                least_of(net, x, y, loss),
-                functools.partial(gauss_newton, net, (x, y), loss),
-            )
+            found = []
+
+            def estimate(batch=(x, y), loss=loss, found=found, net=net):
+                found.append(gauss_newton(net, batch, loss))
+
+            runs = step(net, (x, y), loss), least_of(net, x, y, loss), estimate
             times = [[seconds(run) for run in runs] for _ in range(20 * turns)]
             base, low, own = map(statistics.median, zip(*times, strict=True))
+            values = [one.value.item() for one in found]
+            spread = statistics.stdev(values) / abs(statistics.mean(values))
             print(
                 f"    {name:14}pass {1e3 * base:>6.2f} ms{low / base:>8.2f} least"
-                f"{own / base:>8.2f} gauss_newton"
+                f"{own / base:>8.2f} gauss_newton, spread {spread:.3f}"
             )
 
 

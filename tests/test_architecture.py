@@ -14,7 +14,7 @@ PACKAGE = ROOT / "torch_dropout_ir"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # fmt: off
 FLOORS = {
-    0: ("kernels", "root_kernels", "_C"),
+    0: ("kernels", "root_kernels", "jet_kernels", "_C"),
     1: (
         "arguments",
         "registration",
@@ -36,7 +36,8 @@ FLOORS = {
         "output_hessian",
         "output_products",
         "output_scales",
-        "softmax_roots",
+        "softmax_roots", "jet_program", "jet_rules", "jet_losses", "jet_places",
+        "sample_blocks",
     ),
     2: ("nn", "masks", "regularizers", "condensation", "sharpness"),
     3: ("analysis",),

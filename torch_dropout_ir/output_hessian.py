@@ -55,9 +55,11 @@ def hessian_columns(product: HessianProduct) -> Tensor:
     """Return the Hessian of the loss in each sample's outputs, ``[K, n, K]``.
 
     Column ``c`` of each is at the index ``c``. ``K`` is the number of outputs of a
-    sample; costs ``K`` products with the second
-    derivative of the loss alone, none of the network.
+    sample; costs ``K`` products with the second derivative of the loss alone, none
+    of the network, or none where its graph tells.
     """
+    if product.blocks is not None:
+        return product.blocks
     outputs = product.at
     samples, width = outputs.shape[0], outputs.shape[1:].numel()
     places = torch.eye(width, dtype=outputs.dtype, device=outputs.device)

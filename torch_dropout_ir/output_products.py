@@ -16,6 +16,7 @@ from torch_dropout_ir.loss_terms import Nodes, Terms, nodes_of, terms_of
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.root_kernels import SIGNS
+from torch_dropout_ir.sample_blocks import blocks_of
 from torch_dropout_ir.tracing import derivatives, derivatives_of_each
 
 Root = tuple[Tensor, "Tensor | float"]
@@ -24,6 +25,9 @@ ALL: Final = slice(None)
 WIDE: Final = (torch.float32, torch.float64)
 _DRAWN_IN_ONE: Final = 2**14  # above that torch's own kernels have threads
 _FEW: Final = 2**14  # numbers of which normal ones take no longer than a mask
+# Outputs of a sample, and of all, of which blocks take less time than products.
+_NARROW: Final = 4
+_SMALL: Final = 2**10
 _ATTENTION: Final = "ScaledDotProduct"  # of whose kernels most have one derivative
 TWICE: Final = (
     "expected a loss with a second derivative, got one whose derivative torch cannot "
@@ -67,7 +71,20 @@ class HessianProduct:
     @functools.cached_property
     def nodes(self) -> Nodes:
         """The nodes of the graph of the loss, each after those it leads to."""
-        return nodes_of(self.value)
+        self._seen = nodes_of(self.value)
+        return self._seen
+
+    @functools.cached_property
+    def blocks(self) -> Tensor | None:
+        """Each sample's Hessian, ``[K, n, K]``, of few outputs where the graph tells.
+
+        No derivative is taken for it.
+        """
+        f = self.at
+        small = few(f) and f.ndim and f.numel() <= _SMALL and type(f) is Tensor
+        if self._trained or not small or f.shape[1:].numel() > _NARROW:
+            return None
+        return blocks_of(f, self.nodes)
 
     @functools.cached_property
     def terms(self) -> Terms | None:
@@ -76,8 +93,8 @@ class HessianProduct:
 
     def leads_to(self, nodes: set[Any]) -> bool:
         """Whether the graph of the loss has one of some nodes."""
-        seen = self.nodes if self.terms is None else self._seen
-        return not nodes.isdisjoint(seen)
+        told = self.blocks is not None or self.terms is not None
+        return not nodes.isdisjoint(self._seen if told else self.nodes)
 
     @property
     def gradient(self) -> Tensor:

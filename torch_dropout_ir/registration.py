@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_dropout_ir import kernels, root_kernels
+from torch_dropout_ir import jet_kernels, kernels, root_kernels
 
 _LIBRARY = torch.library.Library("torch_dropout_ir", "DEF")
 _SCHEMAS = (
@@ -35,12 +35,18 @@ _ROOTS = (
     " -> Tensor[]",
     "block_roots(Tensor columns) -> Tensor[]",
 )
-for _schema in (*_SCHEMAS, *_ROOTS):
-    _name = _schema[: _schema.index("(")]
-    _of_roots = _schema in _ROOTS
-    _LIBRARY.define(_schema, tags=() if _of_roots else (torch.Tag.pt2_compliant_tag,))
-    _kernel = getattr(root_kernels if _of_roots else kernels, _name)
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+_BLOCKS = (
+    "loss_blocks(Tensor outputs, int[] program, float[] numbers, Tensor[] values)"
+    " -> Tensor",
+)
+for _place, _schemas in (
+    (kernels, _SCHEMAS), (root_kernels, _ROOTS), (jet_kernels, _BLOCKS)
+):  # fmt: skip
+    _tags = () if _schemas is _ROOTS else (torch.Tag.pt2_compliant_tag,)
+    for _schema in _schemas:
+        _name = _schema[: _schema.index("(")]
+        _LIBRARY.define(_schema, tags=_tags)
+        _LIBRARY.impl(_name, getattr(_place, _name), "CompositeExplicitAutograd")
 
 
 def _load_compiled_kernels() -> bool:
@@ -55,7 +61,7 @@ def _load_compiled_kernels() -> bool:
         )
         return False
     # Kernels read their arguments by place: those of other schemas would crash.
-    expected = zlib.crc32("\n".join((*_SCHEMAS, *_ROOTS)).encode()) % 2**31
+    expected = zlib.crc32("\n".join((*_SCHEMAS, *_ROOTS, *_BLOCKS)).encode()) % 2**31
     built_for = getattr(compiled, "SCHEMAS", None)
     if built_for != expected:
         raise ImportError(
@@ -79,6 +85,7 @@ label_root = _ops.label_root.default
 diagonal_roots = _ops.diagonal_roots.default
 softmax_roots = _ops.softmax_roots.default
 block_roots = _ops.block_roots.default
+loss_blocks = _ops.loss_blocks.default
 
 
 @torch.library.register_fake("torch_dropout_ir::dropout_forward")
@@ -123,6 +130,14 @@ def _(
 @torch.library.register_fake("torch_dropout_ir::label_root")
 def _(f: Tensor) -> Tensor:
     return torch.empty_like(f, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("torch_dropout_ir::loss_blocks")
+def _(
+    outputs: Tensor, program: list[int], numbers: list[float], values: list[Tensor]
+) -> Tensor:
+    width = outputs.shape[1:].numel()
+    return outputs.new_empty(width, outputs.shape[0], width)
 
 
 @torch.library.register_vmap("torch_dropout_ir::mask_draw")

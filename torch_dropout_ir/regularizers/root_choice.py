@@ -38,6 +38,9 @@ def choose(
         there are none. Then whether one sample's term depends on another's outputs.
     """
     loss, f = read.loss, read.tensors[0]
+    if loss is not None and product is not None and loss.kind == "general":
+        if product.blocks is not None:
+            return HessianRoots(loss, read.single, read.targets, product), False
     if loss is None or product is None or not f.ndim:
         couples, terms = read.couples(product=product), None
     elif loss.kind == "general":

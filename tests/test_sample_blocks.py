@@ -1,0 +1,471 @@
+"""Blocks that are read off a loss's graph: against the dense Hessian of autograd."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torch_dropout_ir import registration, sample_blocks
+from torch_dropout_ir.jet_kernels import loss_blocks
+from torch_dropout_ir.jet_program import Program
+from torch_dropout_ir.jet_rules import RULES
+from torch_dropout_ir.loss_terms import nodes_of
+from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.output_products import HessianProduct
+from torch_dropout_ir.regularizers import gauss_newton
+
+N, K = 5, 3
+KERNELS = {"python": loss_blocks, "compiled": registration.loss_blocks}
+LABELS = torch.tensor([0, 2, 1, 1, 0])
+
+
+def divergence(f, _):
+    p, q = f[:, :2].log_softmax(1), f[:, 1:].log_softmax(1)
+    return (p.exp() * (p - q)).sum(1).mean()
+
+
+def focal(f, _):
+    log = f.log_softmax(1).gather(1, LABELS[: len(f), None]).squeeze(1)
+    return -((1 - log.exp()) ** 2 * log).mean()
+
+
+def functions(f, _):
+    each = (
+        f.exp().sqrt(), (f.exp() + 1).rsqrt(), f.exp().reciprocal(), F.logsigmoid(f),
+        f.sinh(), f.cosh(), f.abs() * f, f.relu() ** 3, f.clamp(-0.5, 0.5) * f,
+        f.clamp(min=0.1) * f, f.clamp_min(0.1) * f, f.sin(), f.cos(), f.tanh(),
+        f.sigmoid(), f.expm1(), f.square().log1p(), f**1, f**0, f.exp() ** 1.5, -f**3,
+        F.softplus(f, beta=3.0, threshold=1.0),
+    )  # fmt: skip
+    return sum((x * (i + 1)).sum() for i, x in enumerate(each))
+
+
+def shapes(f, y):
+    outer = f.view(N, K, 1) * f.unsqueeze(1) * y[:, :, None]
+    strided = (
+        f[:, ::2].reshape(N, 1, 2).squeeze(1) * f[0:, -2:] * f[:, -9:].mean(1, True)
+    )
+    copied = f[:, :2, None].expand(N, 2, 2).reshape(N, 4) ** 3
+    chosen = f.select(1, 0) * f[:, -1] - f[..., 1].clone() ** 4
+    single = f[:, 1:2].squeeze() ** 3
+    whole = outer.expm1().sum((1, -1)).mean() + strided.mean((-2, -1)) + chosen.sum()
+    return whole + copied.mean(1, keepdim=True).sum() + single.mean(0)
+
+
+def joined(f, y):
+    top = f.logsumexp(1, keepdim=True) * f + f.exp().logsumexp(-1)[:, None]
+    s = f.view(N, 1, K).softmax(-1).sum(1) - y
+    return top.sum() + (s**2).sum() + f.unsqueeze(2).log_softmax(1).sin().sum()
+
+
+def parts(f, _):
+    (a, b), (c, d) = f.chunk(2, 1), f[:, None].split([1, 2], 2)
+    one, two, three = f.exp().unbind(1)
+    rest = (c * d).sin().sum() + (one * three / two).sum()
+    return (a.exp() * b).square().mean() + rest
+
+
+def masks(f, y):
+    most, least = torch.maximum(f.sin(), y), torch.minimum(f[:, :1], f[:, 1:].square())
+    ties = torch.maximum(f.exp(), f.exp()) * torch.minimum(f, f.detach())
+    either = torch.where(y > 0, f.exp(), f**3) + torch.where(y > 1, f[:, :1] ** 4, y)
+    filled = f.cosh().masked_fill(y > 0, 2.0).exp() * (y < 1)
+    return sum((x * x).sum() for x in (most, least, ties, either, filled))
+
+
+def of_torch(f, y):
+    """Torch's losses as terms of a formula."""
+    weight, named = torch.arange(1.0, K + 1).to(f), LABELS.where(LABELS > 0, -100)
+    each = (
+        F.huber_loss(f, y), F.huber_loss(f, y, reduction="none", delta=0.5).sin().sum(),
+        F.smooth_l1_loss(f, y, beta=0.3, reduction="sum"),
+        F.binary_cross_entropy_with_logits(f, y.sigmoid()),
+        F.binary_cross_entropy_with_logits(
+            f, y.sigmoid(), y.exp(), pos_weight=weight, reduction="sum"
+        ),
+        F.cross_entropy(f, LABELS), F.cross_entropy(f, LABELS, weight, reduction="sum"),
+        F.nll_loss(f.softmax(1) ** 2, named, weight, ignore_index=-100),
+        F.cross_entropy(f, LABELS, label_smoothing=0.1),
+        F.margin_ranking_loss(f[:, 0].exp(), f[:, 1], torch.ones_like(f[:, 2]), 3.0),
+    )  # fmt: skip
+    return sum(x * (i + 1) for i, x in enumerate(each))
+
+
+def gammas(f, y):
+    a, b = F.softplus(f[:, :1]) + 0.5, F.softplus(f[:, 1:]) + 0.5
+    powers = (
+        torch.xlogy(a, b)
+        + torch.xlogy(y[:, 1:].exp(), b)
+        + torch.xlogy(a, y[:, :1].exp())
+    )
+    return (torch.lgamma(a) * torch.lgamma(b) + powers.square()).mean()
+
+
+LOSSES = {
+    "Gaussian": lambda f, y: F.gaussian_nll_loss(f[:, :1], y[:, :1], f[:, 1:2].exp()),
+    "divergence": divergence,
+    "focal": focal,
+    "softplus": lambda f, _: F.softplus(f[:, :1] - f[:, 1:]).mean(),
+    "Student": lambda f, y: ((f - y) ** 2).log1p().mean(),
+    "log cosh": lambda f, y: (f - y).cosh().log().mean(),
+    "soft labels": lambda f, y: -(y.softmax(1) * f.log_softmax(1)).sum(1).mean(),
+    "squared errors": lambda f, y: (
+        0.5 * F.mse_loss(f, y)
+        + F.mse_loss(f[:, :2], y[:, :2], reduction="sum")
+        + F.mse_loss(f, y, reduction="none").exp().sum()
+    ),
+    "ratios": lambda f, y: (
+        (f[:, 0] / (f[:, 1] ** 2 + 1) + 1 / (f[:, 2].exp() + 1) + y[:, 0] / f[:, 0])
+        / (y[:, 1].square() + 1)
+    ).sum() / 7,
+    "products": lambda f, _: (
+        (f[:, 0] * f[:, 1].tanh() * f[:, 2].sin() - (f * f).sum(1).cos()).mean() * 3
+    ),
+    "sums": lambda f, _: (
+        -(f.exp().sum() - 2 * f.sin().mean() + 1) / 4
+        + (1 - f.square().sum())
+        + torch.rsub(f.exp(), f.sin(), alpha=2).sum().double()
+        + torch.add(f, f.exp(), alpha=3).sum() - torch.sub(f, f.cos(), alpha=2).sum()
+    ),
+    "repeated": lambda f, y: (f[:, :1].expand(N, K) * f * y[:1] * y[0]).exp().mean(),
+    "parts": parts,
+    "masks": masks,
+    "of torch": of_torch,
+    "gammas": gammas,
+    "functions": functions,
+    "shapes": shapes,
+    "joined": joined,
+}  # fmt: skip
+
+
+def dense(loss, f, y):
+    """The Hessian ``[n, K, n, K]``."""
+    found = torch.autograd.functional.hessian(lambda x: loss(x, y), f.detach())
+    return found.reshape(len(f), f[0].numel(), len(f), f[0].numel())
+
+
+def told(loss, f, y, kernel=registration.loss_blocks, *, watch=None):
+    f = f.detach().requires_grad_()
+    nodes = nodes_of(loss(f, y))
+    if watch is not None:
+        watch.setattr(sample_blocks, "loss_blocks", kernel)
+    return sample_blocks.blocks_of(f, nodes)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_blocks_are_those_of_the_dense_hessian(name, dtype, kernel, monkeypatch):
+    torch.manual_seed(0)
+    f, y = torch.randn(2, N, K, dtype=torch.float64)
+    expected = dense(LOSSES[name], f, y)
+    found = told(
+        LOSSES[name], f.to(dtype), y.to(dtype), KERNELS[kernel], watch=monkeypatch
+    )
+    assert found.shape == (K, N, K) and found.dtype == dtype
+    rows = torch.arange(N)
+    blocks = expected[rows, :, rows]
+    assert (expected.abs().sum() - blocks.abs().sum()).abs() < 1e-9  # no others
+    rest = 1e-12 if dtype == torch.float64 else 2e-5
+    scale = blocks.abs().max().item()
+    torch.testing.assert_close(
+        found.double(), blocks.movedim(0, 1), atol=rest * scale, rtol=rest
+    )
+
+
+def test_each_rule_is_of_one_of_these_losses():
+    torch.manual_seed(0)
+    f, y = torch.randn(2, N, K).requires_grad_()
+    graphs = [nodes_of(loss(f, y.detach())) for loss in LOSSES.values()]
+    seen = {name for nodes in graphs for name, _ in nodes.values()}
+    assert RULES.keys() <= seen
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 3), (3, 3), (4, 2, 2), (20, 1)])
+def test_rows_of_any_shape(shape):
+    """Of one row, of as many as outputs, and of more than are taken at a time."""
+    torch.manual_seed(0)
+    f, y = torch.randn(2, *shape, dtype=torch.float64)
+
+    def loss(f, y):
+        rows = (f * y).flatten(1) if f.ndim > 1 else f[:, None]
+        return (
+            (rows.sum(1) * rows.flatten(1)[:, 0]).exp() / 7 + rows.sin().sum(1)
+        ).sum()
+
+    rows = torch.arange(len(f))
+    expected = dense(loss, f, y)[rows, :, rows].movedim(0, 1)
+    torch.testing.assert_close(told(loss, f, y), expected)
+
+
+MEETING = {
+    "a mean over rows": lambda f: ((f - f.mean(0)) ** 2).sum(),
+    "a sum over rows": lambda f: (f.sum(0) ** 2).sum(),
+    "a function of a sum": lambda f: f.square().sum().sqrt(),
+    "a product of sums": lambda f: f.exp().sum() * f.sin().sum(),
+    "a ratio of sums": lambda f: f.exp().sum() / f.cosh().sum(),
+    "a ratio with a sum": lambda f: (f.exp() / f.cosh().sum()).sum(),
+    "one over a sum": lambda f: 1 / f.exp().sum(),
+    "a sum beside rows": lambda f: (f + f.sum()).exp().sum(),
+    "all pairs": lambda f: (f[:, None] * f[None]).exp().sum(),
+    "rows as columns": lambda f: (f.sum(1) * f).exp().sum(),
+    "a column and a row": lambda f: (f.sum(1, keepdim=True) * f[:, 0]).exp().sum(),
+    "repeated rows": lambda f: (f[:1] * f).exp().sum(),
+    "another row": lambda f: (f[1:] * f[:-1]).exp().sum(),
+    "half of the rows": lambda f: (f[::2].exp()).sum(),
+    "a row": lambda f: f[0].exp().sum() + f.exp().sum(),
+    "a softmax over rows": lambda f: f.softmax(0).square().sum(),
+    "a log-softmax over rows": lambda f: f.log_softmax(0).square().sum(),
+    "its logarithm": lambda f: f.logsumexp(0).square().sum(),
+    "the logarithm of all": lambda f: f.logsumexp((0, 1)).square(),
+    "gathered rows": lambda f: f.gather(0, torch.tensor([[1, 0, 2]] * 3)).exp().sum(),
+    "some places gathered": lambda f: (
+        f[:, :2]
+        .view(3, 2, 1, 1)
+        .expand(3, 2, 2, 2)
+        .gather(3, torch.ones(3, 2, 1, 2).long())
+        .exp()
+        .sum()
+    ),
+    "the logarithm of rows": lambda f: f.view(3, 3, 1).logsumexp((1, 2)).exp().sum(),
+    "few gathered": lambda f: f.gather(1, torch.zeros(2, 1).long()).exp().sum(),
+    "rows of parts": lambda f: (f.split(1)[0] * f).exp().sum(),
+    "parts of rows": lambda f: (f.unbind(0)[0] * f.unbind(0)[1]).exp().sum(),
+    "a choice of rows": lambda f: torch.where(f > 0, f.exp(), f[:1]).exp().sum(),
+    "a mask of a row": lambda f: f[:, 0].masked_fill(f > 0, 1.0).exp().sum(),
+    "the greatest of rows": lambda f: torch.maximum(f, f[0].exp()).exp().sum(),
+    "targets made of them": lambda f: F.mse_loss(f.exp(), f.sin()),
+    "a label of rows": lambda f: F.nll_loss(f[:, 0].exp(), torch.tensor(1)),
+    "labels one by one": lambda f: (
+        F.nll_loss(f.exp(), torch.tensor([0, 2, 1]), reduction="none").exp().sum()
+    ),
+    "filled with a row": lambda f: (
+        f.exp().masked_fill(f > 0, f[0, 0].exp()).exp().sum()
+    ),
+    "turned": lambda f: (f.t() * f).exp().sum(),
+    "views of all": lambda f: (f.view(-1)[1:] * f.view(-1)[:-1]).exp().sum(),
+    "rows joined": lambda f: (f.view(1, 9) * f.view(1, 9)).exp().sum(),
+    "repeated further": lambda f: (f[:, 0].expand(3, 3) * f).exp().sum(),
+    "a sum repeated": lambda f: (f.sum() + torch.ones(3)).exp().sum(),
+    "not known": lambda f: f.cumsum(1).exp().sum(),
+}
+
+
+@pytest.mark.parametrize("name", MEETING)
+def test_where_rows_may_meet_nothing_is_told(name):
+    """Of as many rows as outputs: shapes tell nothing."""
+    torch.manual_seed(0)
+    f = torch.randn(3, 3, dtype=torch.float64)
+    assert told(lambda f, _: MEETING[name](f), f, None) is None
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 3)).double()
+    x, loss = torch.randn(3, 3, dtype=torch.float64), lambda f, _: MEETING[name](f)
+    found = gauss_newton(net, (x, None), loss, num_samples=None)
+    w = net[1].weight.detach()
+    per_mask = torch.einsum(
+        "akbl,aj,kj,bm,lm->ajbm", dense(loss, net[1](x), None), x, w, x, w
+    )
+    expected = 0.5 * per_mask.reshape(9, 9).trace()
+    torch.testing.assert_close(found.value, expected)
+
+
+@pytest.mark.parametrize("dims", [0, (0, 2)])
+def test_a_sum_over_rows_and_not_all_is_none_over_all(dims):
+    f = torch.ones(4, 3, 2).requires_grad_()
+    for summed in (f.sum(dims), f.mean(dims)):
+        node = summed.grad_fn
+        assert RULES[node.name()](Program(f.shape), node, [0]) is None
+
+
+def test_a_sum_over_rows_that_is_repeated_has_no_rule():
+    f = torch.ones(4, 2).requires_grad_()
+    program, node = Program(f.shape), (f.sum() + torch.ones(3)).grad_fn
+    assert RULES[node.name()](program, node, [program.total(0, 1.0), -1]) is None
+
+
+def test_what_else_has_a_gradient_is_a_constant():
+    torch.manual_seed(0)
+    f, y = torch.randn(2, N, K, dtype=torch.float64)
+    scale = nn.Parameter(torch.tensor(0.7).double())
+    shift = nn.Parameter(torch.randn(K).double())
+
+    def loss(f, y):
+        return (scale * (f - shift * y) ** 4 / scale.exp()).mean() * scale.sin()
+
+    rows = torch.arange(N)
+    expected = dense(loss, f, y)[rows, :, rows].movedim(0, 1)
+    torch.testing.assert_close(told(loss, f, y), expected)
+
+
+def test_what_was_written_on_is_refused():
+    f, y = torch.randn(2, N, K)
+
+    def loss(f, y):
+        weight = y.clone()
+        value = (f.exp() * weight).sum()
+        weight.zero_()
+        return value
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        told(loss, f, y)
+
+
+def test_a_torch_of_other_names_is_not_told(monkeypatch):
+    f, y = torch.randn(2, N, K)
+
+    def rule(to, node, inputs):
+        return node._saved_by_another_name
+
+    monkeypatch.setitem(RULES, "ExpBackward0", rule)
+    assert told(lambda f, _: f.exp().sum(), f, y) is None
+
+
+def test_of_few_outputs_alone():
+    loss = resolve_loss(lambda f, _: f.exp().sum())
+
+    def blocks(*shape, **options):
+        return HessianProduct(loss, torch.randn(*shape, **options), None).blocks
+
+    assert blocks(256, 4) is not None and blocks(9) is not None
+    assert blocks(257, 4) is None and blocks(4, 5) is None and blocks(()) is None
+    assert blocks(4, 2, dtype=torch.float16) is None
+    trained = torch.ones(4, 2, requires_grad=True)
+    assert HessianProduct(loss, trained, None).blocks is None
+
+
+def test_what_the_compiled_kernel_cannot_read_is_named():
+    if not registration.COMPILED:
+        pytest.skip("no compiled kernels")
+    f, start = torch.ones(2, 3), [0, -1, -1, 0, 0, 0, 0, 1, 3]
+    total = [5, 0, -1, 1, 0, 0, 0, 0]
+    for program, values, message in (
+        ([], (), "expected a program, got none"),
+        (start, (), "a loss of 3 outputs, got 3 of 3"),
+        ([*start[:-1], 4, *total], (), "a loss of 3 outputs, got 1 of 4"),
+        ([*start, *total[:-1]], (), "a longer program than 16"),
+        ([*start, 99, *total[1:]], (), "before it, got kind 99 of 0 and -1"),
+        ([*start, 5, 1, *total[2:]], (), "before it, got kind 5 of 1 and -1"),
+        ([*start, 5, -1, *total[2:]], (), "before it, got kind 5 of -1 and -1"),
+        ([*start, 10, *total[1:]], (), "1 values for kind 10, got 0"),
+        ([*start, 5, 0, -1, 0, 0, 0, 0, 0], (), "expected 3 sums, got 1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            registration.loss_blocks(f, program, [0.0] * 9, list(values))
+    total[1] = 1
+    for node, value, message in (
+        ([10, 0, -1, 0, 0, 0, 1, 4, 0], f, "expected 5 values, got 1"),
+        ([10, 0, -1, 0, 0, 0, 1, 0, 0], f.half(), "got float16"),
+        ([10, 0, -1, 0, 0, 0, 1, 0, 1, 3], f[:1].repeat(3, 1), "of 2 rows, got 3"),
+        ([10, 0, -1, 0, 0, 0, 1, 0, 1, 2], f, "expected 2 entries or one"),
+        ([4, 0, -1, 1, 0, 1, 0, 1, 1], f, "a dimension below 1, got 1"),
+        ([4, 0, -1, 0, 3, 1, 0, 1, 1], f, "an entry below 3, got 3"),
+        ([7, 0, -1, 1, 0, 0, 1, 0, 1, 3], f, "a dimension below 1, got 1"),
+        ([6, 0, -1, 0, 0, 0, 1, 0, 1, 1], f[:, :1], "indices of int64"),
+        ([6, 0, -1, 0, 0, 0, 1, 0, 1, 1], 3 * f[:, :1].long(), "below 3, got 3"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            registration.loss_blocks(f, [*start, *node, *total], [0.0] * 9, [value])
+    with pytest.raises(RuntimeError, match="two numbers a node, got 1"):
+        registration.loss_blocks(f, start, [0.0], [])
+    with pytest.raises(RuntimeError, match="with rows, got a number"):
+        registration.loss_blocks(f[0, 0], start, [0.0, 0.0], [])
+
+
+def test_opcheck():
+    f = torch.rand(4, 3)
+    program = [0, -1, -1, 0, 0, 0, 0, 1, 3, 10, 0, -1, 0, 0, 0, 1, 0, 1, 3,
+               5, 1, -1, 1, 0, 0, 0, 0]  # fmt: skip
+    given = f, program, [0.0, 0.0, 0.0, 0.0, 1.0, 0.0], [f.exp()]
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(registration.loss_blocks, given, test_utils=tests)
+
+
+def network():
+    torch.manual_seed(0)
+    widths = (4, 8, 8, 3)
+    layers = [
+        layer
+        for a, b in itertools.pairwise(widths)
+        for layer in (nn.Linear(a, b), nn.Tanh(), nn.Dropout(0.5))
+    ]
+    return nn.Sequential(*layers[:-2]).double(), torch.randn(6, 4).double()
+
+
+@pytest.mark.parametrize("name", ["Gaussian", "divergence", "softplus", "focal"])
+def test_one_sample_is_unbiased_for_the_dense_form(name):
+    net, x = network()
+    y = torch.randn(6, K).double()
+    loss = {**LOSSES, "focal": lambda f, _: focal_of(f)}[name]
+    expected = dense_form(net, x, y, loss)
+    draws = [gauss_newton(net, (x, y), loss) for _ in range(400)]
+    values = torch.stack([found.value for found in draws])
+    error = values.std() / math.sqrt(len(values))
+    assert (values.mean() - expected).abs() <= 4 * error + 1e-12
+    told = torch.stack([found.standard_error for found in draws]).square().mean()
+    assert told >= values.var() * 0.9  # an upper bound in the mean
+
+
+def two_soft_labels(f, y):
+    return -(y[:, :2].softmax(1) * f[:, :2].log_softmax(1)).sum(1).mean()
+
+
+def focal_of(f):
+    log = f.log_softmax(1)[:, 0]
+    return -((1 - log.exp()) ** 2 * log).mean()
+
+
+def dense_form(net, x, y, loss):
+    """``sum_sites p / (2 (1 - p)) tr(diag(h)^2 J' H J)`` by dense derivatives."""
+    net.eval()
+    total, h = 0.0, x
+    for i, layer in enumerate(net):
+        h = layer(h)
+        if isinstance(layer, nn.Dropout):
+            above, at = net[i + 1 :], h.detach()
+            curved = dense(loss, above(at), y)
+            jacobian = torch.autograd.functional.jacobian(above, at)
+            scaled = jacobian * at
+            total += 0.5 * torch.einsum("akbl,akcj,blcj->", curved, scaled, scaled)
+    net.train()
+    return total
+
+
+@pytest.mark.parametrize("name", ["Gaussian", "two soft labels"])
+def test_where_a_part_of_a_block_has_one_eigenvalue_there_is_no_spread(name):
+    """Both parts are sent back, and roots of a softmax are those of its blocks."""
+    net, x = network()
+    y = torch.randn(6, K).double()
+    loss = {**LOSSES, "two soft labels": two_soft_labels}[name]
+    found = [gauss_newton(net, (x, y), loss).value for _ in range(3)]
+    expected = dense_form(net, x, y, loss)
+    for value in found:
+        torch.testing.assert_close(value, expected)
+
+
+def test_no_derivative_of_the_loss_is_taken(monkeypatch):
+    net, x = network()
+    taken = []
+    monkeypatch.setattr(HessianProduct, "_differentiate", taken.append)
+    gauss_newton(net, (x, None), lambda f, _: (f[:, 0] * f[:, 1]).exp().mean())
+    assert not taken
+
+
+def test_a_loss_that_reads_beside_the_outputs_is_told():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.5), nn.Linear(4, 2)
+
+        def forward(self, x):
+            self.kept = self.drop(x)
+            return self.last(self.kept)
+
+    net, x = Keeps(), torch.randn(6, 4)
+    found = gauss_newton(
+        net, (x, None), lambda f, _: (f.square() * net.kept[:, :1]).mean()
+    )
+    assert any("reads what the model keeps" in note for note in found.notes)
+    found = gauss_newton(net, (x, None), lambda f, _: f.square().mean())
+    assert not found.notes

@@ -1,0 +1,83 @@
+"""Floor 1: what torch's losses are in a program, as nodes of a longer formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_program import Program, Rule
+
+Slopes = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _by_slopes(slopes: Slopes) -> Rule:
+    """Return the rule of a loss of single outputs.
+
+    Args:
+        slopes: Its first and second derivatives, given its node, outputs and targets.
+    """
+
+    def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
+        own, x, y = to.sizes[inputs[0]], node._saved_self, node._saved_target
+        if inputs[1] >= 0 or own is None:
+            return None
+        number = to.add(Kind.GIVEN, own, inputs[0], -1, slopes(node, x, y))
+        return _reduced(to, number, node, x.numel())
+
+    return rule
+
+
+def _reduced(to: Program, number: int | None, node: Any, count: float) -> int | None:
+    if number is None or not node._saved_reduction:
+        return number
+    return to.total(number, 1 / count if node._saved_reduction == 1 else 1.0)
+
+
+def _squared(_: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return 2 * (x - y), torch.full_like(x, 2.0)
+
+
+def _huber(node: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    off, delta = x - y, node._saved_delta
+    return off.clamp(-delta, delta), off.abs() < delta
+
+
+def _smooth(node: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    off, beta = x - y, node._saved_beta
+    return (off / beta).clamp(-1, 1), (off.abs() < beta).to(x) / beta
+
+
+def _logistic(node: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    s, weight, positive = x.sigmoid(), node._saved_weight, node._saved_pos_weight
+    positive = 1.0 if positive is None else positive
+    factor = 1 + (positive - 1) * y
+    one, two = factor * s - positive * y, factor * s * (1 - s)
+    return (one, two) if weight is None else (one * weight, two * weight)
+
+
+def _likelihood(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """Linear in log-probabilities: minus that of the label, times its weight."""
+    own, labels, weight = to.sizes[inputs[0]], node._saved_target, node._saved_weight
+    x = node._saved_self
+    if own is None or x.ndim != 2 or not node._saved_reduction:
+        return None
+    known = (labels != node._saved_ignore_index).to(x)
+    places = labels.clamp(min=0)
+    each = known if weight is None else known * weight[places]
+    total = node._saved_total_weight if node._saved_reduction == 1 else 1.0
+    rows = torch.zeros_like(x).scatter_(1, places[:, None], -(each / total)[:, None])
+    number = to.add(Kind.TIMES, own, inputs[0], -1, (rows, rows))
+    return None if number is None else to.total(number, 1.0)
+
+
+LOSSES: Final[dict[str, Rule]] = {
+    "MseLossBackward0": _by_slopes(_squared),
+    "HuberLossBackward0": _by_slopes(_huber),
+    "SmoothL1LossBackward0": _by_slopes(_smooth),
+    "BinaryCrossEntropyWithLogitsBackward0": _by_slopes(_logistic),
+    "NllLossBackward0": _likelihood,
+}

@@ -1,0 +1,94 @@
+"""Floor 1: the graph of a loss as ``loss_blocks`` is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.jet_kernels import Kind
+
+Shape: TypeAlias = "Sequence[int]"
+# Adds a node to a program, of inputs by number, and returns its own; None where rows
+# may meet in what it makes.
+Rule: TypeAlias = "Callable[[Program, Any, list[int]], int | None]"
+_DTYPES: Final = (torch.float32, torch.float64, torch.int64, torch.bool)
+_MOST: Final = 2**63  # dimensions and places are saved without a sign
+
+
+class Program:
+    """What :func:`~torch_dropout_ir.registration.loss_blocks` is given.
+
+    Args:
+        shape: The shape of the outputs, which are node 0.
+
+    Attributes:
+        rows: Their number.
+        sizes: The shape of a row of what each node makes; None of a sum over rows.
+        steps: See ``program`` of the op.
+        numbers: See there.
+        values: See there.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self.rows = shape[0]
+        self.sizes: list[Shape | None] = []
+        self.steps: list[int] = []
+        self.numbers: list[float] = []
+        self.values: list[Tensor] = []
+        self.add(Kind.OUTPUTS, shape[1:])
+
+    def add(
+        self, kind: Kind, sizes: Shape | None, a: int = -1, b: int = -1,
+        values: Sequence[Tensor] = (), dim: int = 0, start: int = 0, step: int = 0,
+        alpha: float = 0.0, beta: float = 0.0,
+    ) -> int | None:  # fmt: skip
+        """Add a node; return its number, None where the kernel reads no such values."""
+        for x in values:
+            if x.dtype not in _DTYPES:
+                return None
+        first, own = len(self.values), () if sizes is None else sizes
+        self.steps += (kind, a, b, dim, start, step, len(values))
+        if values:
+            self.values += values
+            self.steps += range(first, first + len(values))
+        self.steps += (len(own), *own)
+        self.numbers += (alpha, beta)
+        self.sizes.append(sizes)
+        return len(self.sizes) - 1
+
+    def elementwise(
+        self, node: Any, a: int, b: int, sums: bool
+    ) -> Shape | Literal[False] | None:
+        """Return the shape of a row of what is made of entries in the same place.
+
+        Args:
+            node: The node.
+            a: Its first input by number, -1 where that is a constant.
+            b: Its second.
+            sums: Whether these may be sums over rows.
+
+        Returns:
+            The shape; None of a sum, False where rows may meet.
+        """
+        own = [self.sizes[i] for i in (a, b) if i >= 0]
+        shape: Shape = node._input_metadata[0].shape
+        if None in own:
+            return None if sums and not shape else False
+        dims = {len(x) + 1 for x in own if x is not None}
+        return shape[1:] if dims == {len(shape)} and shape[0] == self.rows else False
+
+    def total(self, a: int, alpha: float) -> int | None:
+        """Add the sum of all entries, times a number."""
+        own = self.sizes[a]
+        if own is None:
+            return None
+        return self.add(Kind.SUMMED, None, a, dim=(1 << len(own)) - 1, alpha=alpha)
+
+
+def signed(saved: int, size: int) -> int:
+    """Return a dimension or place counted from the first, from what has been saved."""
+    saved = saved - 2 * _MOST if saved >= _MOST else saved
+    return saved + size if saved < 0 else saved
