@@ -56,6 +56,7 @@ _MOST_STEPS: Final = 1000
 # The output of a model that returns a tensor, or the first of several.
 OUTPUT: Final = At("outputs", 0)
 _LOST: Final = At("lost", 0)  # what was written on, or comes of that
+_UNKNOWN: Final = (None, _LOST)
 
 
 class LossCalls(TorchFunctionMode):
@@ -194,21 +195,26 @@ class LossCalls(TorchFunctionMode):
             return func(*args, **kwargs)
         if (back := goes_back(func, args, kwargs, self._model)) is not None:
             how, root, keeps = back
-            self._note(root, how)
-            if not keeps:
-                self._rest()
+            if self._learns_by(root):
+                self._note(root, how)
+                if not keeps:
+                    self._rest()
             return func(*args, **kwargs)
         number = unwritten(func, args, known=self.at(args[0] if args else None))
         out, drawn = called(func, args, kwargs, self._generators)
         self._follow(func, args, kwargs, out, number, drawn)
         return out
 
+    def _learns_by(self, root: Any) -> bool:
+        """Whether the model may learn where a script goes back from there."""
+        return self._own.learns_by(root, self._nodes, lambda x: self.at(x) in _UNKNOWN)
+
     def _note(self, root: Any, how: str) -> None:
         """The script goes back from here: this is what it trains on."""
         if isinstance(root, (tuple, list)) and len(root) == 1:
             root = root[0]
         at, before = self.at(root), self._roots.get(how)
-        if at in (None, _LOST) or root.numel() != 1:
+        if at in _UNKNOWN or root.numel() != 1:
             self._missed = self.of_module is None or self.of_module() is not root
             if before is not None:  # a part of the loss is not known
                 self._roots, self._first = {}, None
@@ -271,7 +277,7 @@ class LossCalls(TorchFunctionMode):
             if isinstance(x, Tensor):
                 self._known[x] = At("steps", place, None if x is out else element)
         if self._first is None and func in TORCH_LOSSES and out.numel() == 1:
-            self._first = At("steps", place)
+            self._first = At("steps", place) if self._learns_by(out) else None
 
     def _lose(self, written: Any) -> None:
         """What shares the memory that was written on is no longer what it was."""
@@ -282,8 +288,8 @@ class LossCalls(TorchFunctionMode):
 
     def _stand_in(self, x: Tensor) -> At:
         at = self.at(x) or self._read.get(x)
-        if at is None:
-            at = self._read[x] = self._beside.add(x)
+        if at is None or self._versions.get(at, versions(x)) != versions(x):
+            at = self._read[x] = self._beside.add(x)  # or written on since it was read
             self._versions[at] = versions(x)
         return at
 

@@ -32,15 +32,19 @@ def goes_back(
     Returns:
         ``"backward"``, or ``"grad"`` where the script asks for gradients in parameters
         of the model without a graph, which it may hand to the optimizer itself; the
-        root; and whether another call can follow. None for any other call.
+        root; and whether another call can follow. None for any other call, and for one
+        that asks for gradients of others alone (``backward(inputs=...)``).
     """
+    own = {id(x) for x in model.parameters()}
     if func in _BACKWARD:
+        asked = list(inside(kwargs.get("inputs"), Tensor))
+        if asked and all(x.is_leaf and id(x) not in own for x in asked):
+            return None
         return "backward", args[0] if args else None, _keeps_graph(args, kwargs)
     if func is not torch.autograd.grad or kwargs.get("create_graph"):
         return None
-    own = {id(x) for x in model.parameters()}
-    asked = any(id(x) in own for x in inside(args[1:2], Tensor))
-    return ("grad", args[0], True) if asked else None
+    trained = any(id(x) in own for x in inside(args[1:2], Tensor))
+    return ("grad", args[0], True) if trained else None
 
 
 def _keeps_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
