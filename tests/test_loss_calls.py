@@ -296,6 +296,25 @@ def test_by_what_another_model_learns_the_model_does_not(goes_back):
     assert not {"regularizer", "regularizer/R1"} & set(analysis.absent)
 
 
+@pytest.mark.parametrize("first", [-1.0, 0.25, 1.0])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_number_that_a_derivative_begins_with_is_a_factor(first, at_once):
+    """As -1, by which the critic of a Wasserstein GAN goes up."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        loss = F.mse_loss(model(X), Y)
+        if at_once:
+            torch.autograd.backward([loss], [torch.tensor(first)])
+        else:
+            loss.backward(torch.tensor(first))
+        optimizer.step()
+    clean = F.mse_loss(model.eval()(X), Y).item()
+    assert analysis.latest["loss/R_S"] == pytest.approx(first * clean, rel=1e-5)
+    assert analysis.latest["regularizer/R1"] * first > 0
+    assert "exact" in analysis.notes["regularizer/R1"] or first < 0
+
+
 def test_scalers_and_accumulation_are_no_part_of_it():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     analysis, clean = measured(mlp(), lambda m: scaler.scale(F.mse_loss(m(X), Y)))

@@ -183,7 +183,7 @@ class Capture:
         self.cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         self._start = self._end = None
         self.inputs = Inputs(args, kwargs).renewed().cut_off()
-        self._versions, self.missed = versions((args, kwargs)), ""
+        self._versions, self.missed = versions(self.inputs.leaves()), ""
         if self._open or self.want_masks or self.want_targets:
             self._open_step()
 
@@ -192,7 +192,9 @@ class Capture:
 
     def _only_looks(self) -> bool:
         """Whether a pass without graph follows one with it: nothing trains on it."""
-        return self._with_graph and not torch.is_grad_enabled()
+        # Within the backward pass checkpointing makes a pass once more. A private name.
+        again = torch._C._current_graph_task_id() != -1
+        return again or (self._with_graph and not torch.is_grad_enabled())
 
     def want(self, anything: bool, masks: bool, targets: bool) -> None:
         """Say what the coming step must show; without anything, no pass is seen."""
@@ -243,7 +245,7 @@ class Capture:
     def _check_inputs(self) -> None:
         """Let go of inputs of which no second pass is the same, or can be masked."""
         given = self.inputs
-        if given and (why := not_again((given.args, given.kwargs), self._versions)):
+        if given and (why := not_again(given.leaves(), self._versions)):
             self._miss(why)
 
     def observe(self, model: nn.Module) -> None:

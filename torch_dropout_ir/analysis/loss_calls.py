@@ -48,8 +48,8 @@ from torch_dropout_ir.analysis.followed_loss import (
 from torch_dropout_ir.analysis.function_modes import called, lay_under, take_away
 from torch_dropout_ir.analysis.own_graph import OwnGraph, copied_from
 from torch_dropout_ir.analysis.roots import by_scaler, goes_back
+from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
-from torch_dropout_ir.regularizers.leaves import flatten
 from torch_dropout_ir.tracing import generators
 
 _MOST_STEPS: Final = 1000
@@ -194,9 +194,9 @@ class LossCalls(TorchFunctionMode):
         if torch.compiler.is_compiling() or not self._looking:
             return func(*args, **kwargs)
         if (back := goes_back(func, args, kwargs, self._model)) is not None:
-            how, root, keeps = back
+            *root, keeps = back
             if self._learns_by(root):
-                self._note(root, how)
+                self._note(*root)
                 if not keeps:
                     self._rest()
             return func(*args, **kwargs)
@@ -209,10 +209,8 @@ class LossCalls(TorchFunctionMode):
         """Whether the model may learn where a script goes back from there."""
         return self._own.learns_by(root, self._nodes, lambda x: self.at(x) in _UNKNOWN)
 
-    def _note(self, root: Any, how: str) -> None:
+    def _note(self, how: str, root: Any, factor: float) -> None:
         """The script goes back from here: this is what it trains on."""
-        if isinstance(root, (tuple, list)) and len(root) == 1:
-            root = root[0]
         at, before = self.at(root), self._roots.get(how)
         if at in _UNKNOWN or root.numel() != 1:
             self._missed = self.of_module is None or self.of_module() is not root
@@ -220,6 +218,9 @@ class LossCalls(TorchFunctionMode):
                 self._roots, self._first = {}, None
                 self._rest()
             return
+        if factor != 1:
+            self.steps.append(Step(torch.mul, (at, factor), {}, True))
+            at = At("steps", len(self.steps) - 1)
         at = without_factors(at, self.steps, self._passes, self._scales)
         if before is not None:
             self.steps.append(Step(torch.add, (before, at), {}, True))
