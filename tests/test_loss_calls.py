@@ -334,6 +334,22 @@ def test_scalers_and_accumulation_are_no_part_of_it():
             assert found == pytest.approx(float(clean), rel=1e-5)
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_passes_whose_gradients_are_let_go_of_are_not_accumulated(to_none):
+    """As the one that tells how to change the inputs, in adversarial training."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        F.mse_loss(model(X), Y).backward()
+        optimizer.zero_grad(set_to_none=to_none)
+        (F.mse_loss(model(X + 0.1), Y) / 2).backward()
+        half = F.mse_loss(model.eval()(X + 0.1), Y).item() / 2
+        model.train()
+        optimizer.step()
+    assert analysis.latest["loss/R_S"] == pytest.approx(half, rel=1e-5)
+    assert "passes" not in analysis.notes["loss/R_S"]
+
+
 def test_passes_that_do_not_train_are_not_accumulated():
     """A batch that did not fit, and is taken in halves; one that is skipped."""
     model = mlp()

@@ -209,7 +209,8 @@ class Capture:
 
     def _open_step(self) -> None:
         """Look at the coming pass in full, where something of it is wanted."""
-        self.passes += self._calls is not None and self._calls.went_back
+        if self._calls is not None and self._calls.went_back:
+            self.passes = self._calls.passes
         self._stop_looking()
         self._listen()  # to hooks that are there since
         if self.want_masks and self.model is not None and not replaced():
@@ -257,6 +258,7 @@ class Capture:
         self._told.close()
         if self._calls is not None:
             self._calls.leave()  # every call of the measures would go through it
+            self.passes = self._calls.passes - 1
         self._check_inputs()
         self.unlike = self._own.unlike(self.watched) if self._own else ""
         start, self._start = self._start, None

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.analysis.distributed import is_sharded
 from torch_dropout_ir.analysis.followed_loss import inside
 
 _BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
@@ -48,6 +49,19 @@ def goes_back(
     trained = any(id(x) in own for x in inside(args[1:2], Tensor))
     first = _first_gradient(args[2:3], kwargs, ("grad_outputs",))
     return ("grad", _alone(args), first, True) if trained else None
+
+
+def has_gradient(model: nn.Module) -> bool:
+    """Whether a backward pass adds to gradients that are there.
+
+    Args:
+        model: The model.
+
+    Returns:
+        False where the script has set them to zero, or to None.
+    """
+    own = [x.grad for x in model.parameters() if x.grad is not None]
+    return any(is_sharded(g) or g.is_sparse or bool(g.any()) for g in own)
 
 
 def _alone(args: tuple[Any, ...]) -> Any:
