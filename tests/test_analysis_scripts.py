@@ -295,6 +295,24 @@ def test_checkpointed_blocks_train_alike(reentrant):
     assert analysis.latest["regularizer/R1_standard_error"] > 0
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_model_that_the_script_checkpoints_as_a_whole(reentrant):
+    """The pass that is made once more, within the backward pass, is none of its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Dropout(0.2), nn.Linear(9, 3))
+    x, y = torch.randn(8, 6, requires_grad=True), torch.randn(8, 3)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        for _ in range(2):
+            F.mse_loss(checkpoint(model, x, use_reentrant=reentrant), y).backward()
+            sgd.step()
+    assert not analysis.absent
+    assert analysis._capture.statistics["2"].num_elements == 2 * 8 * 9
+    clean = F.mse_loss(model.eval()(x), y).item()
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    assert not analysis.notes["loss/R_S"]
+
+
 def test_gauss_newton_through_checkpoints():
     torch.manual_seed(0)
     plain = Checkpointed(False).double()

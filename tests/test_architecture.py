@@ -20,7 +20,7 @@ FLOORS = {
         "registration",
         "tracing",
         "ops",
-        "functional", "inputs",
+        "functional", "inputs", "leaves",
         "batches",
         "substitution", "written_parameters",
         "vectors",

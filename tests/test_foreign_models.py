@@ -86,6 +86,54 @@ def test_a_dictionary_that_the_model_writes_on_is_given_as_it_was():
     torch.testing.assert_close(analysis.latest["loss/R_S"], clean.item())
 
 
+class Graph:
+    """Data as an object, on whose attributes models write."""
+
+    def __init__(self, x):
+        self.x, self.more = x, {"edges": None}
+
+
+class OfGraphs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part, self.drop = nn.Linear(4, 4), nn.Dropout(0.2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, graph):
+        graph.x = self.drop(self.part(graph.x))
+        graph.more["logits"] = self.head(graph.x)
+        return graph.more["logits"]
+
+
+def graph_step(net, graph, y, before_the_step):
+    sgd = torch.optim.SGD(net.parameters(), lr=0.0)
+    with tdi.attach_analysis(net, log_dir=False, every=1) as analysis:
+        F.mse_loss(net(graph), y).backward()
+        before_the_step()
+        mine = graph.x, graph.more["logits"]
+        sgd.step()
+    assert graph.x is mine[0] and graph.more["logits"] is mine[1]
+    return analysis
+
+
+def test_an_object_that_the_model_writes_on_is_given_as_it_was():
+    """What it holds can have a graph of its own, which the script has gone through."""
+    torch.manual_seed(0)
+    net, before, y = OfGraphs(), nn.Linear(4, 4), torch.randn(8, 3)
+    x = torch.randn(8, 4)
+    analysis = graph_step(net, Graph(before(x)), y, lambda: None)
+    assert not analysis.absent
+    clean = F.mse_loss(net.eval()(Graph(before(x))), y)
+    torch.testing.assert_close(analysis.latest["loss/R_S"], clean.item())
+
+
+def test_what_an_object_holds_may_not_change_before_the_step():
+    torch.manual_seed(0)
+    net, x, y = OfGraphs(), torch.randn(8, 4), torch.randn(8, 3)
+    analysis = graph_step(net, Graph(x), y, x.zero_)
+    assert "changed in place" in analysis.absent["regularizer"]
+
+
 class Shallow(nn.Module):
     """Two residual branches, each left out for one sample in ten."""
 

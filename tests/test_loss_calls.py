@@ -263,6 +263,58 @@ def test_gradients_that_the_script_looks_at_are_not_trained_on():
     assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "goes_back",
+    [
+        lambda out, judge: judge(out.detach()).square().mean().backward(),
+        lambda out, judge: F.mse_loss(judge(Y), out[:, :1].detach()).backward(),
+        lambda out, judge: judge(Y).square().mean().backward(),
+        lambda out, judge: (
+            judge(out)
+            .square()
+            .mean()
+            .backward(None, True, inputs=[*judge.parameters()])
+        ),
+    ],
+    ids=["detached", "target", "apart", "inputs"],
+)
+def test_by_what_another_model_learns_the_model_does_not(goes_back):
+    """As by the loss of a discriminator, which steps before the generator goes back."""
+    judge = nn.Linear(3, 1)
+    sgd = torch.optim.SGD(judge.parameters(), lr=0.5)
+
+    def script(model):
+        out = model(X)
+        if out.requires_grad:
+            goes_back(out, judge)
+            sgd.step()
+        return F.mse_loss(judge(out), torch.ones(8, 1)) + 0.1 * out.abs().mean()
+
+    analysis, clean = measured(mlp(), script)
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    assert not analysis.notes["loss/R_S"]
+    assert not {"regularizer", "regularizer/R1"} & set(analysis.absent)
+
+
+@pytest.mark.parametrize("first", [-1.0, 0.25, 1.0])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_number_that_a_derivative_begins_with_is_a_factor(first, at_once):
+    """As -1, by which the critic of a Wasserstein GAN goes up."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        loss = F.mse_loss(model(X), Y)
+        if at_once:
+            torch.autograd.backward([loss], [torch.tensor(first)])
+        else:
+            loss.backward(torch.tensor(first))
+        optimizer.step()
+    clean = F.mse_loss(model.eval()(X), Y).item()
+    assert analysis.latest["loss/R_S"] == pytest.approx(first * clean, rel=1e-5)
+    assert analysis.latest["regularizer/R1"] * first > 0
+    assert "exact" in analysis.notes["regularizer/R1"] or first < 0
+
+
 def test_scalers_and_accumulation_are_no_part_of_it():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     analysis, clean = measured(mlp(), lambda m: scaler.scale(F.mse_loss(m(X), Y)))
@@ -280,6 +332,22 @@ def test_scalers_and_accumulation_are_no_part_of_it():
             optimizer.step()
             _, found = analysis.history["loss/R_S"][step]
             assert found == pytest.approx(float(clean), rel=1e-5)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_passes_whose_gradients_are_let_go_of_are_not_accumulated(to_none):
+    """As the one that tells how to change the inputs, in adversarial training."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        F.mse_loss(model(X), Y).backward()
+        optimizer.zero_grad(set_to_none=to_none)
+        (F.mse_loss(model(X + 0.1), Y) / 2).backward()
+        half = F.mse_loss(model.eval()(X + 0.1), Y).item() / 2
+        model.train()
+        optimizer.step()
+    assert analysis.latest["loss/R_S"] == pytest.approx(half, rel=1e-5)
+    assert "passes" not in analysis.notes["loss/R_S"]
 
 
 def test_passes_that_do_not_train_are_not_accumulated():
@@ -449,12 +517,18 @@ def blanked(outputs):
     return F.cross_entropy(outputs, LABELS)
 
 
+def logged(outputs):
+    F.mse_loss(outputs.detach(), Y)
+    return F.dropout(outputs, 0.5).square().mean()
+
+
 ATTENTION = nn.MultiheadAttention(3, 1, dropout=0.5)
 REFUSED = {
     "writes": lambda m: m(X).sub_(Y).square().mean(),
     "random": lambda m: F.dropout(m(X), 0.5).square().mean(),
     "random within": lambda m: F.gumbel_softmax(m(X))[:, 0].mean(),
     "attention": lambda m: ATTENTION(*[m(X)] * 3)[0].square().mean(),
+    "beside a metric": lambda m: logged(m(X)),
     "writes by index": lambda m: blanked(m(X)),
     "another pass": lambda m: (m(X) * (b := m(X)).detach()).sum() + b.square().sum(),
     "other ways": lambda m: (m(X) * m[0].weight.sum()).square().mean(),

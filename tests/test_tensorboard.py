@@ -54,6 +54,21 @@ def test_every_number_is_read_back(run):
         np.testing.assert_allclose([v for _, v in got], [v for _, v in values], 1e-6)
 
 
+def test_steps_that_are_made_again_after_a_restart_are_there_once(tmp_path):
+    """The run has died two steps after its checkpoint; another goes on from that."""
+    picture = Image(torch.eye(3), -1.0, 1.0)
+    for steps, value in ((0, 2, 4, 6, 8), 1.0), ((6, 8, 10), 2.0):
+        sink = TensorBoardSink(tmp_path)
+        for step in steps:
+            sink.write(step, {"loss/R_S": value, "a": picture}, {})
+        sink.close()
+    events = read(tmp_path)
+    got = [(e.step, e.value) for e in events.Scalars("loss/R_S")]
+    assert got == [(0, 1), (2, 1), (4, 1), (6, 2), (8, 2), (10, 2)]
+    tag = next(tag for tag in events.Tags()["images"] if "initial" not in tag)
+    assert [e.step for e in events.Images(tag)] == [0, 2, 4, 6, 8, 10]
+
+
 def test_the_contracts_tags_are_there(run):
     _, events, _ = run
     tags = events.Tags()

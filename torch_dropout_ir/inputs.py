@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree
 
+from torch_dropout_ir.leaves import flatten
+
 
 class Inputs:
     """The arguments of one call of a model.
@@ -37,7 +39,10 @@ class Inputs:
         return cls((inputs,), {})
 
     def renewed(self) -> Inputs:
-        """Return the same tensors in lists and mappings of their own."""
+        """Return the same tensors in lists, mappings and objects of their own.
+
+        On those a model may write, as ``data.x = ...`` on a graph.
+        """
         given = (*self.args, *self.kwargs.values())
         if all(isinstance(x, Tensor) for x in given):
             return self  # as most are
@@ -49,10 +54,14 @@ class Inputs:
 
         That graph is gone when the script has gone back through it.
         """
-        both = self.args, dict(self.kwargs)
-        if not any(_made(x) for x in _pytree.tree_leaves(both)):
+        leaves, rebuild = flatten((self.args, dict(self.kwargs)))
+        if not any(map(_made, leaves)):
             return self  # as most are
-        return Inputs(*_pytree.tree_map_only(Tensor, _cut_off, both))
+        return Inputs(*rebuild(list(map(_cut_off, leaves))))
+
+    def leaves(self) -> list[Any]:
+        """Return what the arguments hold, objects opened."""
+        return flatten((self.args, dict(self.kwargs)))[0]
 
     def copied(self) -> Inputs:
         """Return the same arguments with a copy of each tensor."""
@@ -75,7 +84,7 @@ def _made(x: Any) -> bool:
     return isinstance(x, Tensor) and x.grad_fn is not None
 
 
-def _cut_off(x: Tensor) -> Tensor:
+def _cut_off(x: Any) -> Any:
     return x.detach().requires_grad_() if _made(x) else x
 
 
@@ -84,4 +93,7 @@ def _renewed(x: Any) -> Any:
         return type(x)(map(_renewed, x))
     if type(x) is dict:
         return {key: _renewed(value) for key, value in x.items()}
-    return copy.copy(x) if isinstance(x, MutableMapping) else x
+    if isinstance(x, MutableMapping):
+        return copy.copy(x)
+    leaves, rebuild = flatten(x)
+    return rebuild(leaves)

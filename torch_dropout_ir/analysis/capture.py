@@ -183,7 +183,7 @@ class Capture:
         self.cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         self._start = self._end = None
         self.inputs = Inputs(args, kwargs).renewed().cut_off()
-        self._versions, self.missed = versions((args, kwargs)), ""
+        self._versions, self.missed = versions(self.inputs.leaves()), ""
         if self._open or self.want_masks or self.want_targets:
             self._open_step()
 
@@ -192,7 +192,9 @@ class Capture:
 
     def _only_looks(self) -> bool:
         """Whether a pass without graph follows one with it: nothing trains on it."""
-        return self._with_graph and not torch.is_grad_enabled()
+        # Within the backward pass checkpointing makes a pass once more. A private name.
+        again = torch._C._current_graph_task_id() != -1
+        return again or (self._with_graph and not torch.is_grad_enabled())
 
     def want(self, anything: bool, masks: bool, targets: bool) -> None:
         """Say what the coming step must show; without anything, no pass is seen."""
@@ -207,7 +209,8 @@ class Capture:
 
     def _open_step(self) -> None:
         """Look at the coming pass in full, where something of it is wanted."""
-        self.passes += self._calls is not None and self._calls.went_back
+        if self._calls is not None and self._calls.went_back:
+            self.passes = self._calls.passes
         self._stop_looking()
         self._listen()  # to hooks that are there since
         if self.want_masks and self.model is not None and not replaced():
@@ -243,7 +246,7 @@ class Capture:
     def _check_inputs(self) -> None:
         """Let go of inputs of which no second pass is the same, or can be masked."""
         given = self.inputs
-        if given and (why := not_again((given.args, given.kwargs), self._versions)):
+        if given and (why := not_again(given.leaves(), self._versions)):
             self._miss(why)
 
     def observe(self, model: nn.Module) -> None:
@@ -255,6 +258,7 @@ class Capture:
         self._told.close()
         if self._calls is not None:
             self._calls.leave()  # every call of the measures would go through it
+            self.passes = self._calls.passes - 1
         self._check_inputs()
         self.unlike = self._own.unlike(self.watched) if self._own else ""
         start, self._start = self._start, None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_dropout_ir.regularizers.leaves import flatten
+from torch_dropout_ir.leaves import flatten
 
 _TORCHS: Final = ("input", "weight", "bias", "running_mean", "running_var")
 _FUNCTIONALS: Final = ("input", "running_mean", "running_var", "weight", "bias")

@@ -7,7 +7,7 @@ Semantics:
   again on other outputs, is their loss. Where that call keeps the graph, another one
   can follow: the losses are added up.
 * Of that number a gradient scaler's factor is taken away, and a division by the number
-  of passes that went backward since the last optimizer step, as in accumulation.
+  of passes that went backward since the gradients were zero, as in accumulation.
 * What is written on (``loss += ...``, ``each.masked_fill_(...)``), but for the outputs
   themselves, is followed as if a new tensor were made.
 * Nothing else is followed that was written on, nor what draws random numbers, is a
@@ -47,15 +47,16 @@ from torch_dropout_ir.analysis.followed_loss import (
 )
 from torch_dropout_ir.analysis.function_modes import called, lay_under, take_away
 from torch_dropout_ir.analysis.own_graph import OwnGraph, copied_from
-from torch_dropout_ir.analysis.roots import by_scaler, goes_back
+from torch_dropout_ir.analysis.roots import by_scaler, goes_back, has_gradient
+from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
-from torch_dropout_ir.regularizers.leaves import flatten
 from torch_dropout_ir.tracing import generators
 
 _MOST_STEPS: Final = 1000
 # The output of a model that returns a tensor, or the first of several.
 OUTPUT: Final = At("outputs", 0)
 _LOST: Final = At("lost", 0)  # what was written on, or comes of that
+_UNKNOWN: Final = (None, _LOST)
 
 
 class LossCalls(TorchFunctionMode):
@@ -63,7 +64,7 @@ class LossCalls(TorchFunctionMode):
 
     Args:
         outputs: What the model returned.
-        passes: Passes that went backward since the last optimizer step, and this one.
+        passes: Passes that went backward for this optimizer step, and this one.
         model: The model.
 
     Attributes:
@@ -73,7 +74,7 @@ class LossCalls(TorchFunctionMode):
 
     def __init__(self, outputs: Any, passes: int, model: nn.Module) -> None:
         super().__init__()
-        self._passes, self._own = passes, OwnGraph(model)
+        self.passes, self._own = passes, OwnGraph(model)
         self._model, self._generators = model, generators(model)
         self.one = isinstance(outputs, Tensor)
         self._known: Any = WeakIdKeyDictionary()
@@ -83,15 +84,13 @@ class LossCalls(TorchFunctionMode):
         self._beside = Beside([], [])
         self._versions: dict[At, list[int]] = {}
         self._first: At | None = None
-        self._roots: dict[str, At] = {}
-        self._scales: set[int] = set()
-        self._missed = False
+        self._roots, self._scales = dict[str, At](), set[int]()
         self.of_module: weakref.ref[Tensor] | None = None
         for place, leaf in enumerate(flatten(outputs)[0]):
             if isinstance(leaf, Tensor):
                 self._known[leaf] = At("outputs", place)
                 self._nodes[leaf.grad_fn, leaf.output_nr] = At("outputs", place)
-        self._looking = bool(self._known)
+        self._looking, self._missed = bool(self._known), False
 
     def enter(self) -> None:
         """Lay the mode under those that are active, but over a default device's."""
@@ -193,28 +192,36 @@ class LossCalls(TorchFunctionMode):
         if torch.compiler.is_compiling() or not self._looking:
             return func(*args, **kwargs)
         if (back := goes_back(func, args, kwargs, self._model)) is not None:
-            how, root, keeps = back
-            self._note(root, how)
-            if not keeps:
-                self._rest()
+            *root, keeps = back
+            if self._learns_by(root):
+                self._note(*root)
+                if not keeps:
+                    self._rest()
             return func(*args, **kwargs)
         number = unwritten(func, args, known=self.at(args[0] if args else None))
         out, drawn = called(func, args, kwargs, self._generators)
         self._follow(func, args, kwargs, out, number, drawn)
         return out
 
-    def _note(self, root: Any, how: str) -> None:
+    def _learns_by(self, root: Any) -> bool:
+        """Whether the model may learn where a script goes back from there."""
+        return self._own.learns_by(root, self._nodes, lambda x: self.at(x) in _UNKNOWN)
+
+    def _note(self, how: str, root: Any, factor: float) -> None:
         """The script goes back from here: this is what it trains on."""
-        if isinstance(root, (tuple, list)) and len(root) == 1:
-            root = root[0]
+        if self.passes > 1 and not has_gradient(self._model):
+            self.passes = 1  # it has let go of what those before had added
         at, before = self.at(root), self._roots.get(how)
-        if at in (None, _LOST) or root.numel() != 1:
+        if at in _UNKNOWN or root.numel() != 1:
             self._missed = self.of_module is None or self.of_module() is not root
             if before is not None:  # a part of the loss is not known
                 self._roots, self._first = {}, None
                 self._rest()
             return
-        at = without_factors(at, self.steps, self._passes, self._scales)
+        if factor != 1:
+            self.steps.append(Step(torch.mul, (at, factor), {}, True))
+            at = At("steps", len(self.steps) - 1)
+        at = without_factors(at, self.steps, self.passes, self._scales)
         if before is not None:
             self.steps.append(Step(torch.add, (before, at), {}, True))
             at = At("steps", len(self.steps) - 1)
@@ -271,7 +278,7 @@ class LossCalls(TorchFunctionMode):
             if isinstance(x, Tensor):
                 self._known[x] = At("steps", place, None if x is out else element)
         if self._first is None and func in TORCH_LOSSES and out.numel() == 1:
-            self._first = At("steps", place)
+            self._first = At("steps", place) if self._learns_by(out) else None
 
     def _lose(self, written: Any) -> None:
         """What shares the memory that was written on is no longer what it was."""
@@ -282,8 +289,8 @@ class LossCalls(TorchFunctionMode):
 
     def _stand_in(self, x: Tensor) -> At:
         at = self.at(x) or self._read.get(x)
-        if at is None:
-            at = self._read[x] = self._beside.add(x)
+        if at is None or self._versions.get(at, versions(x)) != versions(x):
+            at = self._read[x] = self._beside.add(x)  # or written on since it was read
             self._versions[at] = versions(x)
         return at
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.distributed.tensor import DTensor
 
-from torch_dropout_ir.analysis.followed_loss import At
+from torch_dropout_ir.analysis.followed_loss import At, inside
 
 # Nodes of the graph that make copies, in order: one tells DDP when the backward pass
 # starts (`find_unused_parameters`, `static_graph`), one calls hooks of that pass.
@@ -49,6 +49,32 @@ class OwnGraph:
             return True
         return id(x) in self._own if x.is_leaf else self._reached(x.grad_fn)
 
+    def learns_by(
+        self,
+        root: Any,
+        outputs: Collection[tuple[Any, int]],
+        unknown: Callable[[Tensor], bool],
+    ) -> bool:
+        """Whether the model may learn where a script goes back from some tensors.
+
+        A loss of the outputs after `detach`, as of a discriminator or a second network,
+        is another model's.
+
+        Args:
+            root: The tensors.
+            outputs: Nodes of the outputs. Where they have none, whatever is made of
+                them counts.
+            unknown: Whether a tensor is not followed from the outputs.
+
+        Returns:
+            Whether it may.
+        """
+        nodes = {node for node, _ in outputs if node is not None}
+        return not nodes or any(
+            self.leads_to(x) if unknown(x) else _comes_of(x, nodes)
+            for x in inside(root, Tensor)
+        )
+
     def _reached(self, root: Any) -> bool:
         seen, waiting = {root}, [root]
         while waiting:
@@ -67,6 +93,27 @@ class OwnGraph:
             return True
         leaf = node.name() == _LEAF
         return leaf and self._own is not None and id(node.variable) in self._own
+
+
+def _comes_of(x: Tensor, nodes: Collection[Any]) -> bool:
+    """Whether the graph of a tensor leads back to one of some nodes.
+
+    Args:
+        x: A tensor that is differentiated, or a leaf, which comes of nothing.
+        nodes: The nodes.
+
+    Returns:
+        Whether it does.
+    """
+    seen, waiting = set[Any](), [x.grad_fn] if x.grad_fn is not None else []
+    while waiting:
+        node = waiting.pop()
+        if node in nodes:
+            return True
+        behind = {n for n, _ in node.next_functions if n is not None} - seen
+        waiting += behind
+        seen |= behind
+    return False
 
 
 def copied_from(x: Tensor, nodes: Mapping[tuple[Any, int], At]) -> At | None:

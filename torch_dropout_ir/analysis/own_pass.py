@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.analysis.distributed import is_sharded
 from torch_dropout_ir.analysis.followed_loss import inside, memory, versions
-from torch_dropout_ir.regularizers.leaves import flatten
+from torch_dropout_ir.leaves import flatten
 
 _OTHER_PARAMETERS: Final = (
     "the script made the pass with other parameters than the model's own (as "

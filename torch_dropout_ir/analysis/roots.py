@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.analysis.distributed import is_sharded
 from torch_dropout_ir.analysis.followed_loss import inside
 
 _BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
@@ -20,7 +21,7 @@ def goes_back(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     model: nn.Module,
-) -> tuple[str, Any, bool] | None:
+) -> tuple[str, Any, float, bool] | None:
     """Return what a call goes back from, where a script may train on that.
 
     Args:
@@ -32,15 +33,49 @@ def goes_back(
     Returns:
         ``"backward"``, or ``"grad"`` where the script asks for gradients in parameters
         of the model without a graph, which it may hand to the optimizer itself; the
-        root; and whether another call can follow. None for any other call.
+        root; the number that its derivative begins with; and whether another call can
+        follow. None for any other call, and for one that asks for gradients of others
+        alone (``backward(inputs=...)``).
     """
+    own = {id(x) for x in model.parameters()}
     if func in _BACKWARD:
-        return "backward", args[0] if args else None, _keeps_graph(args, kwargs)
+        asked = list(inside(kwargs.get("inputs"), Tensor))
+        if asked and all(x.is_leaf and id(x) not in own for x in asked):
+            return None
+        first = _first_gradient(args[1:2], kwargs, ("gradient", "grad_tensors"))
+        return "backward", _alone(args), first, _keeps_graph(args, kwargs)
     if func is not torch.autograd.grad or kwargs.get("create_graph"):
         return None
-    own = {id(x) for x in model.parameters()}
-    asked = any(id(x) in own for x in inside(args[1:2], Tensor))
-    return ("grad", args[0], True) if asked else None
+    trained = any(id(x) in own for x in inside(args[1:2], Tensor))
+    first = _first_gradient(args[2:3], kwargs, ("grad_outputs",))
+    return ("grad", _alone(args), first, True) if trained else None
+
+
+def has_gradient(model: nn.Module) -> bool:
+    """Whether a backward pass adds to gradients that are there.
+
+    Args:
+        model: The model.
+
+    Returns:
+        False where the script has set them to zero, or to None.
+    """
+    own = [x.grad for x in model.parameters() if x.grad is not None]
+    return any(is_sharded(g) or g.is_sparse or bool(g.any()) for g in own)
+
+
+def _alone(args: tuple[Any, ...]) -> Any:
+    """The root, out of a list of one."""
+    root = args[0] if args else None
+    return root[0] if isinstance(root, (tuple, list)) and len(root) == 1 else root
+
+
+def _first_gradient(
+    placed: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
+) -> float:
+    """What one number's derivative is multiplied by: -1 where a script goes up."""
+    given = inside((placed, [kwargs.get(name) for name in names]), Tensor)
+    return next((x.item() for x in given if x.numel() == 1), 1.0)
 
 
 def _keeps_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

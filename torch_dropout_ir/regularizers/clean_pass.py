@@ -15,10 +15,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.collectives import every, some
 from torch_dropout_ir.functional import at_sites, call
+from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
 from torch_dropout_ir.regularizers.coupling import row_weight, told_by_powers
-from torch_dropout_ir.regularizers.leaves import without_graph
 from torch_dropout_ir.regularizers.recorder import Recorder, Use, shape_of
 from torch_dropout_ir.regularizers.row_graph import rows_meet
 from torch_dropout_ir.regularizers.step_memory import Held

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.output_products import ALL, Rows
 from torch_dropout_ir.regularizers.checks import (
@@ -21,7 +22,6 @@ from torch_dropout_ir.regularizers.checks import (
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
-from torch_dropout_ir.regularizers.leaves import without_graph
 from torch_dropout_ir.regularizers.line_estimate import AlongLine
 from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.loss_weight import (

@@ -29,9 +29,9 @@ from torch_dropout_ir.functional import (
     preserved_rng,
 )
 from torch_dropout_ir.inputs import Inputs
+from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.coupling import nearly_equal
-from torch_dropout_ir.regularizers.leaves import without_graph
 from torch_dropout_ir.regularizers.output_rows import (
     FEWEST_ROWS,
     chunks,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.arrivals import once_differentiable, root_of, uneven
+from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import TWICE, HessianProduct, explain
 from torch_dropout_ir.output_scales import alike, closed_diagonal, is_logistic
@@ -18,7 +19,6 @@ from torch_dropout_ir.regularizers.coupling import (
     even_root,
     weighs_alike,
 )
-from torch_dropout_ir.regularizers.leaves import flatten
 from torch_dropout_ir.regularizers.loss_graph import rows_apart
 
 _PIECEWISE: Final = (

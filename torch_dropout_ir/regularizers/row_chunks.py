@@ -28,9 +28,9 @@ from torch.utils import _pytree
 from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.collectives import every, most, some
 from torch_dropout_ir.inputs import Inputs
+from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import nearly_equal
-from torch_dropout_ir.regularizers.leaves import flatten
 from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.output_rows import (
     FEWEST_ROWS,
