@@ -143,6 +143,13 @@ def test_nothing_is_due_before_the_steps_to_wait_are_over(pace):
     assert cadence.due(50 + ahead) == ["a"]
 
 
+def test_nothing_to_measure_is_never_due():
+    cadence = Cadence("auto", 0.05, [])
+    cadence.expect(1.0)
+    cadence.trained(100.0)
+    assert cadence.due(3) == [] and not cadence.afford([], 3) and cadence.wait(3) >= 1
+
+
 def test_waiting_is_looked_at_when_steps_have_doubled():
     cadence = Cadence("auto", 0.05, ["dear", "cheap"], {"dear": 1e9})
     cadence.measured("cheap", 1e-6)

@@ -193,6 +193,22 @@ def test_alignment_of_a_network_within_its_error():
     assert found.num_matvecs == 5 + 20 + 26
 
 
+def test_the_error_of_an_alignment_is_its_spread():
+    net, batch = network(), data()
+    op = sharpness.hessian(net, "mse", batch)
+    noise = sharpness.gradient_covariance(net, batch, "mse", num_masks=6)
+    runs = [
+        sharpness.hessian_variance_alignment(op, noise, num_probes=12, trace_matvecs=8)
+        for _ in range(100)
+    ]
+    spread = torch.tensor([run.value for run in runs]).std()
+    said = torch.tensor([run.standard_error for run in runs]).square().mean().sqrt()
+    assert float(said) == pytest.approx(float(spread), rel=0.4)
+    dense = sharpness.hessian_variance_alignment(op, noise.dense(), num_probes=26)
+    exact = sharpness.hessian_variance_alignment(op, noise, num_probes=26)
+    assert dense.value == pytest.approx(exact.value)
+
+
 class Bowl(nn.Module):
     def __init__(self, size):
         super().__init__()

@@ -179,6 +179,11 @@ ELSE = {
     "gelu convolution": (lambda: conv(2, nn.GELU), 32),
     "train batch norm": (lambda: mlp(norm=nn.BatchNorm1d(5)), 3),
     "layer norm": (lambda: mlp(norm=nn.LayerNorm(5)), 3),
+    "bare layer norm": (lambda: mlp(norm=nn.LayerNorm(5, 1e-5, False)), 3),
+    "eval batch norm of the batch": (
+        lambda: mlp(norm=nn.BatchNorm1d(5, track_running_stats=False)).eval(),
+        3,
+    ),
     "group norm": (lambda: conv(norm=lambda c: nn.GroupNorm(2, c)), 32),
     "twice": (Twice, 3),
     "tied": (Tied, 3),
@@ -435,6 +440,18 @@ def test_rtol_stops_early():
     assert found.converged and found.num_matvecs < 3000
     assert found.standard_error <= 0.02 * found.value.abs()
     assert not sharpness.trace(op, 20, rtol=1e-9, method="layerwise").converged
+    matrix = torch.diag(torch.arange(1.0, 9.0)).double() + 0.3
+    found = sharpness.trace(matrix, 3000, rtol=0.01, method="hutchinson")
+    assert found.converged and 2 < found.num_matvecs < 3000
+    assert found.standard_error <= 0.01 * found.value.abs()
+
+
+def test_products_are_counted_on_the_operator_too():
+    op = sharpness.hessian(mlp(nn.Tanh).double(), "mse", batch(3, "mse"))
+    first = sharpness.trace(op, 30, method="layerwise")
+    assert op.num_matvecs == first.num_matvecs > 0
+    more = sharpness.trace(op, 60, method="layerwise", state=first.state)
+    assert op.num_matvecs == more.num_matvecs > first.num_matvecs
 
 
 def test_bad_input():
