@@ -540,7 +540,7 @@ def test_a_function_without_a_derivative_is_named(kind):
             return Forward.apply(self.drop(self.inner(x)))
 
     batch = torch.randn(5, 3), torch.zeros(5, 2)
-    with pytest.raises(NotImplementedError, match="modified_loss: .* twice"):
+    with pytest.raises(NotImplementedError, match=r"modified_loss: .* twice"):
         modified_loss(Net(), batch, "mse", kind=kind, lr=0.1)
 
 

@@ -53,6 +53,24 @@ def test_an_ascent_is_read_off_a_slice_at_the_same_masks(masks, steps):
     assert found.value == found.ascended - found.loss > 0
 
 
+def test_an_ascent_is_along_the_slope_of_the_loss_over_all_masks():
+    """The slope by differences, one parameter after the other."""
+    net, batches = dropping()
+    found = sharpness.sam_sharpness(net, "mse", batches, 0.3, masks=range(3))
+    slope, h = [], 1e-5
+    for name, x in net.named_parameters():
+        for place in range(x.numel()):
+            d = {n: torch.zeros_like(y) for n, y in net.named_parameters()}
+            d[name].view(-1)[place] = 1.0
+            low, high = sharpness.loss_slice(
+                net, "mse", batches, [-h, h], d, masks=range(3)
+            )
+            slope.append((high - low) / (2 * h))
+    slope = torch.stack(slope)
+    along = torch.cat([e.flatten() for e in found.direction.values()])
+    torch.testing.assert_close(along, 0.3 * slope / slope.norm(), rtol=0, atol=1e-7)
+
+
 def test_valleys_are_those_of_a_slice_at_the_same_masks():
     net, batches = dropping()
     d = sharpness.filter_normalized_direction(net)
