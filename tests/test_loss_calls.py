@@ -1,7 +1,6 @@
 """The loss of a script, followed from the outputs to `backward()`."""
 
 import contextlib
-
 import math
 
 import pytest

@@ -557,18 +557,3 @@ def test_one_sample_without_a_batch_is_a_batch_of_one(loss, max_bytes):
         )
         found.append((value.detach(), gradient(value, net)))
     torch.testing.assert_close(*found)
-
-
-@pytest.mark.parametrize("max_bytes", [0, 2**26])
-def test_an_input_learns_below_a_model_that_does_not(max_bytes):
-    net, (x, y) = small()
-    net.requires_grad_(False)
-    found = []
-    for most in (None, max_bytes):
-        own = x.clone().requires_grad_()
-        torch.manual_seed(3)
-        value = modified_loss(
-            net, (own, y), "mse", kind="L1", r1="gauss_newton", max_bytes=most
-        )
-        found.append((value.detach(), *torch.autograd.grad(value, own)))
-    torch.testing.assert_close(*found)

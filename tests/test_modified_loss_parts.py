@@ -398,6 +398,24 @@ def test_roots_by_parts_are_those_of_the_whole_batch(chunked, name, kind, loss):
     assert chunked == ([apart or name == "noise"] if asked else [])
 
 
+@pytest.mark.parametrize("max_bytes", [0, 2**26])
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_model_that_does_not_learn_has_a_loss_too(chunked, learns, max_bytes):
+    net, (x, y) = batch_of(convolutional, images)
+    net.requires_grad_(False)
+    found = []
+    for most in (None, max_bytes):
+        own = x.clone().requires_grad_(learns)
+        torch.manual_seed(3)
+        value = modified_loss(
+            net, (own, y), "cross_entropy", kind="L1", r1="gauss_newton", max_bytes=most
+        )
+        slopes = torch.autograd.grad(value, own) if learns else ()
+        found.append((value.detach(), *slopes))
+    torch.testing.assert_close(*found)
+    assert chunked == []
+
+
 def test_rows_that_turn_out_to_meet_have_their_roots_together(chunked):
     net, batch = batch_of(Marked, rows())
     first = next(chunks(40, 3)).tolist()
