@@ -136,8 +136,9 @@ def test_what_rounding_makes_of_zero_is_no_negative_part(kernels):
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_found_in_the_root(value, kernels):
-    positive, _ = kernels.diagonal_roots(torch.tensor([1.0, value, -1.0]))
-    assert not positive.isfinite().all()
+    for rest in ([1.0, -1.0], [-1.0], []):  # whatever is beside it
+        positive, _ = kernels.diagonal_roots(torch.tensor([value, *rest]))
+        assert positive.numel() and not positive.isfinite().all()
 
 
 def test_a_block_that_is_not_finite_is_found_in_its_root():
