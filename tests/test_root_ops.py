@@ -133,6 +133,18 @@ def test_what_rounding_makes_of_zero_is_no_negative_part(kernels):
     assert kernels.diagonal_roots(tiny * torch.tensor([1.0, 100.0]))[1].numel()
 
 
+@pytest.mark.parametrize("most", [1.0, -1.0, 1e-3])
+def test_kernels_take_the_same_for_rounding(most):
+    """As a share of the largest entry, of whichever sign."""
+    for share in torch.logspace(-8, -4, 33):
+        diagonal = torch.tensor([most, -share * abs(most)])
+        there = [
+            [root.numel() for root in kernels.diagonal_roots(diagonal)]
+            for kernels in KERNELS
+        ]
+        assert there[0] == there[1]
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_found_in_the_root(value, kernels):
