@@ -59,6 +59,33 @@ class Attends(nn.Module):
         return self.head(h.mean(1))
 
 
+class Bends(nn.Module):
+    """Attention whose values, queries and keys all move what follows in curves."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = x.reshape(x.shape[0], 3, 4)
+        h = self.attention(h, h, h, need_weights=False)[0]
+        return self.head((4 * h).sin().mean(1))
+
+
+class Branches(nn.Module):
+    """Which layer is used is a matter of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 4), nn.Linear(3, 4)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x):
+        first = self.left if x[0, 0] < 0 else self.right
+        return self.last(torch.tanh(first(x)))
+
+
 class Tokens(nn.Module):
     """Positions share weights, piecewise linearly."""
 
@@ -190,6 +217,7 @@ ELSE = {
     "bare": (Bare, 3),
     "bare squared": (lambda: Bare(2), 3),
     "attention": (Attends, 6),
+    "bent attention": (Bends, 12),
     "mixing samples": (Mixes, 3),
     "relative to the first": (lambda: Mixes(True), 3),
     "hidden recurrent": (lambda: Hidden("recurrent"), 3),
@@ -247,6 +275,16 @@ def test_ragged_batches_and_masks_are_unbiased_too(name):
     op = sharpness.hessian(net, "mse", [(x[:2], y[:2]), (x[2:], y[2:])], masks=range(2))
     found = sharpness.trace(op, 1000, method="layerwise")
     assert abs(found.value - op.dense().trace()) <= 4.5 * found.standard_error
+
+
+def test_batches_that_use_other_layers():
+    net = Branches().double()
+    x, y = batch(3, "mse")
+    x[:3, 0], x[3:, 0] = -1, 1
+    op = sharpness.hessian(net, "mse", [(x[:3], y[:3]), (x[3:], y[3:])])
+    found = sharpness.trace(op, 400, method="layerwise")
+    assert abs(found.value - op.dense().trace()) <= 4.5 * found.standard_error
+    assert found.num_matvecs <= 400
 
 
 def test_samples_that_meet_in_the_second_derivative_alone():

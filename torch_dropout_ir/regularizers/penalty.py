@@ -173,8 +173,6 @@ class _Products:
 
         with arrivals(self._params, note):
             _slopes(risk, self._params)
-        if not starts:
-            return
         edges, at = list(starts.values()), [self._at[i] for i in starts]
         last = last_nodes(graph_nodes([edge.node for edge in edges]), self._params)
 
