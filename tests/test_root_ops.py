@@ -170,7 +170,9 @@ def test_what_the_compiled_kernels_cannot_read_is_named():
         (registration.diagonal_roots, (one.half(),), "float32 or float64, got float16"),
         (registration.block_roots, (one,), r"shape \[K, n, K\], got 2 dimensions"),
         (registration.block_roots, (torch.ones(2, 2, 3),), "and 12 elements"),
+        (registration.block_roots, (torch.ones(2, 1, 2, 1),), "got 4 dimensions"),
         (registration.softmax_roots, (one, one, None, 2), "below 2, got 2"),
+        (registration.softmax_roots, (one, one, None, -1), "below 2, got -1"),
         (registration.softmax_roots, (one, one[0], None, 1), "6, got 3"),
         (registration.softmax_roots, (one, one, one[0], 1), "6, got 6 and 3"),
     ):
