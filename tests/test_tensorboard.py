@@ -12,6 +12,7 @@ from PIL import Image as PillowImage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 from tensorboard.util import tensor_util
 from torch import nn
 
@@ -170,6 +171,22 @@ def test_facts_are_what_runs_and_nothing_else(tmp_path):
         if v.tag == "run/facts"
     ]
     assert said == "* **seed**: 7"
+
+
+def test_numbers_of_a_run_are_numbers_among_its_hyperparameters(tmp_path):
+    sink = TensorBoardSink(tmp_path)
+    sink.write(0, {"x": 1.0}, {"run/seed": "7", "run/lr": "0.5", "run/loss": "MSELoss"})
+    sink.close()
+    (started,) = [
+        parse_session_start_info_plugin_data(v.metadata.plugin_data.content)
+        for _, v in summaries(tmp_path)[0]
+        if v.tag == "_hparams_/session_start_info"
+    ]
+    found = {name: x.WhichOneof("kind") for name, x in started.hparams.items()}
+    assert found == {
+        "seed": "number_value", "lr": "number_value", "loss": "string_value"
+    }  # fmt: skip
+    assert started.hparams["lr"].number_value == 0.5
 
 
 def test_one_event_a_step_and_descriptions_once(run, tmp_path):
