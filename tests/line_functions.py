@@ -20,6 +20,19 @@ def seen_as_a_copy(x):
     return (x + 1).tanh() * same
 
 
+def drawn(x):
+    """The same each time: noise does not move."""
+    torch.manual_seed(5)
+    return (torch.rand_like(x) + torch.randn_like(x) + (x / 2).bernoulli()) * x
+
+
+def made_of_shapes(x):
+    numbers = [torch.ones_like(x), torch.zeros_like(x), torch.full_like(x, 2.0)]
+    numbers += [x.new_ones(4), x.new_zeros(4), x.new_full((4,), 2.0)]
+    numbers += [torch.empty_like(x).fill_(2.0), x.new_empty(4).fill_(2.0)]
+    return sum(numbers) * x
+
+
 def seen_as_written(x):
     y = x * 1.5
     y += x
@@ -38,12 +51,15 @@ BY_NAME = {
     },
     **{name: getattr(F, name) for name in ("celu", "softsign", "tanhshrink")},
     "tan": lambda x: torch.tan(x / 2), "logit": lambda x: torch.logit(x / 3),
-    "clamp_max": lambda x: x.clamp(max=0.7),
+    "clamp_max": lambda x: torch.clamp_max(x, 0.7),
     "threshold": lambda x: F.threshold(x, 0.5, 0.1),
     "softshrink": lambda x: F.softshrink(x, 0.4),
     "hardshrink": lambda x: F.hardshrink(x, 0.4),
     "prelu": lambda x: F.prelu(x - 0.5, torch.tensor([0.3]).double()),
-    "steps": lambda x: x.sign() * x + (3 * x).floor() * x + x.round() * x,
+    "steps": lambda x: (x.sign() + (3 * x).floor() + x.round() + (3 * x).ceil()) * x,
+    "truncated": lambda x: (3 * x).trunc() * x, "drawn": drawn,
+    "made of shapes": made_of_shapes,
+    "std_mean": lambda x: sum(torch.std_mean(x, 1)),
     "to a power": lambda x: x**x, "of a number": lambda x: 2**x,
     "atan2": lambda x: torch.atan2(x, 1 + x.flip(0)),
     "hypot": lambda x: torch.hypot(x, x.flip(0)), "xlogy": lambda x: torch.xlogy(x, x),
@@ -93,6 +109,25 @@ SHAPES = {
     "replicated 3d": padded("replicate", (2, 1, 1, 3, 4), 1, 1, 1, 1, 0, 0),
     "reflected 3d": padded("reflect", (2, 1, 1, 3, 4), 1, 1, 1, 1, 0, 0),
     "triangles": lambda x: x.tril() + x.triu().exp(),
+    "permuted": lambda x: x.permute(1, 0).sin(),
+    "unbound": lambda x: torch.stack(x.unbind(1)[1:]).exp(),
+    "by sizes": lambda x: x.split([1, 3], 1)[1].exp(),
+    "unsafe_split": lambda x: x.unsafe_split(2, 1)[0].exp(),
+    "unsafe, by sizes": lambda x: x.unsafe_split_with_sizes([1, 3], 1)[1].exp(),
+    "alias": lambda x: torch.ops.aten.alias(x).sin(),
+    "copied": lambda x: torch.zeros_like(x).copy_(x.exp()),
+    "diagonal": lambda x: x.diagonal().exp(), "cumsum": lambda x: x.cumsum(1).exp(),
+    "avg_pool1d": lambda x: F.avg_pool1d(x.view(2, 3, 4), 2).exp(),
+    "avg_pool3d": lambda x: F.avg_pool3d(x.view(1, 2, 3, 2, 2), 2).exp(),
+    "volumes": lambda x: F.adaptive_avg_pool3d(x.view(1, 2, 3, 2, 2), 2).exp(),
+    "bilinear, resized": resized(2, 1, 3, 4, scale_factor=2, mode="bilinear"),
+    "exact 1d": resized(2, 3, 4, scale_factor=2, mode="nearest-exact"),
+    "exact 3d": resized(2, 1, 1, 3, 4, scale_factor=2, mode="nearest-exact"),
+    "smoothed more": resized(2, 1, 3, 4, size=2, mode="bicubic", antialias=True),
+    "reflected": padded("reflect", (2, 3, 4), 1, 1),
+    "reflected 2d": padded("reflect", (2, 1, 3, 4), 1, 1, 1, 1),
+    "replicated 2d": padded("replicate", (2, 1, 3, 4), 1, 1, 1, 1),
+    "matrix": lambda x: x @ x.T,
 }  # fmt: skip
 CHOICES = {
     "max_pool1d": lambda x: F.max_pool1d(x.view(2, 3, 4), 2) * 1.5,
@@ -115,6 +150,9 @@ CHOICES = {
     "scatter_add": lambda x: x[:3].scatter_add(0, ROWS[:, None].expand(6, 4), x),
     "scatter": lambda x: x.scatter(1, ROWS[:, None], 0.5),
     "slice_scatter": lambda x: x.slice_scatter(x[:2].exp(), 0, 1, 3),
+    "adaptive 3d": lambda x: F.adaptive_max_pool3d(x.view(1, 2, 3, 2, 2), (3, 1, 1)),
+    "select_scatter": lambda x: x.select_scatter(x[0].exp(), 0, 2),
+    "gather": lambda x: x.gather(1, ROWS[:, None]).exp(),
     "taken": lambda x: x.take(ROWS), "masked": lambda x: x[MASK],
     "accumulated": lambda x: torch.zeros_like(x).add_(x.exp()).mul_(x),
 }  # fmt: skip

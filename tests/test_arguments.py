@@ -133,6 +133,19 @@ def test_counts_are_integers(name):
         COUNTS[name](-1)
 
 
+def test_the_fewest_that_make_sense_are_said():
+    """One product, step, draw, component; two where a spread is to be told."""
+    least = {
+        "k": 1, "num_steps": 1, "num_probes": 1, "num_steps of an ascent": 1,
+        "k of a relation": 1, "k of a covariance": 1, "num_samples": 1, "bins": 1,
+        "num_masks": 2, "num_masks of draws": 2, "num_probes of an alignment": 2,
+        "num_matvecs": 2, "trace_matvecs": 2, "seed": 0, "head": 0,
+    }  # fmt: skip
+    for name, fewest in least.items():
+        with pytest.raises(ValueError, match=f"`{name.split()[0]}` >= {fewest}, got"):
+            COUNTS[name](fewest - 1)
+
+
 @pytest.mark.parametrize("name", REALS)
 def test_numbers_are_real_and_in_range(name):
     named = f"`{name.split()[0]}`"

@@ -92,7 +92,11 @@ def test_fused_and_separate_projections_by_head():
     assert torch.equal(value, cd.input_weights(linear)[22:])
     alone = cd.input_weights(nn.Linear(8, 12), num_heads=4, head=0)
     assert alone.shape == (3, 9)
-    for arguments in ({"head": 0}, {"head": 0, "num_heads": 5}):
+    for arguments in (
+        {"head": 0},
+        {"head": 0, "num_heads": 5},
+        {"num_heads": 0, "head": 0},
+    ):
         with pytest.raises(ValueError, match="num_heads"):
             cd.input_weights(linear, **arguments)
     with pytest.raises(ValueError, match="`head`"):
@@ -145,6 +149,19 @@ def test_gates_by_hand(cell):
         else:
             expected = torch.tanh(with_one(x, h) @ gates["unit"].T)
         torch.testing.assert_close(got, expected)
+
+
+def test_only_a_grus_new_gate_tells_its_two_biases_apart():
+    """Where they act as their sum, what one gives the other changes nothing."""
+    module = nn.GRU(3, 4)
+    names = ("reset", "update", "new")
+    before = {name: cd.input_weights(module, name).clone() for name in names}
+    with torch.no_grad():
+        module.bias_ih_l0.add_(1.0)
+        module.bias_hh_l0.sub_(1.0)
+    for name, rows in before.items():
+        alike = torch.allclose(cd.input_weights(module, name), rows)
+        assert alike == (name != "new")
 
 
 def test_layers_directions_and_projections_of_recurrent_layers():

@@ -1,6 +1,7 @@
 """Outgoing weights through the graph, and the smaller network of a condensed one."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -86,6 +87,9 @@ def test_the_change_is_measured():
     assert kept.relative_change == 0 and "would change" in kept.layers["0"].reason
     assert kept.layers["0"].after == 40 and kept.model[0].out_features == 40
     torch.testing.assert_close(kept.model(x), net(x))
+    for enough in (2.1 * bound, math.inf):
+        same = cd.merge_condensed(net, x, 0.9, max_change=enough)
+        assert same.relative_change == merged.relative_change
     assert cd.merge_condensed(net, x, 0.9, layers=["2"]).layers["0"].after == 40
     with pytest.raises(ValueError, match="`layers`"):
         cd.merge_condensed(net, x, layers=["1"])
@@ -224,6 +228,45 @@ def test_outgoing_weights_of_every_reader():
     assert "another dimension" in cd.outgoing_weights(wide)["0"].reason
     across = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Linear(4, 2))
     assert "another dimension" in cd.outgoing_weights(across)["0"].reason
+
+
+class Follows(nn.Module):
+    """A convolution, a step, and a layer that reads what it makes."""
+
+    def __init__(self, step, width):
+        super().__init__()
+        self.one, self.two, self.step = nn.Conv1d(3, 4, 1), nn.Linear(width, 2), step
+
+    def forward(self, x):
+        return self.two(self.step(torch.relu(self.one(x))))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda h: h.flatten(1), lambda h: torch.flatten(h, 1, -1),
+        lambda h: torch.flatten(h, start_dim=1), lambda h: h.flatten(1, end_dim=-1),
+        lambda h: h.view(h.shape[0], -1), lambda h: h.reshape(h.size(0), -1),
+    ],
+)  # fmt: skip
+def test_what_is_flattened_is_read_by_channel(step):
+    model = Follows(step, 20)
+    found = cd.outgoing_weights(model)["one"]
+    assert found.consumers == ("two",) and found.homogeneous
+    by_channel = model.two.weight.unflatten(1, (4, 5)).norm(dim=(0, 2))
+    torch.testing.assert_close(found.weight.norm(dim=0), by_channel)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda h: h.transpose(1, -1), lambda h: h.unsqueeze(1).flatten(1, 2),
+        lambda h: torch.transpose(h, 1, -1), lambda h: h.flatten(0, 1).view(-1, 4),
+    ],
+)  # fmt: skip
+def test_what_is_turned_over_is_not_taken_for_flattened(step):
+    found = cd.outgoing_weights(Follows(step, 4))["one"]
+    assert not found.consumers and "follows it" in found.reason
 
 
 class TwoReads(nn.Module):

@@ -87,11 +87,14 @@ def test_layers_give_rows_of_what_they_are():
         torch.nn.Linear(6, 9, bias=False),
     )
     for layer in layers:
-        pairs = zip(
-            cd.walk.named_rows(torch.nn.Sequential(layer)),
-            cd.named_input_weights(torch.nn.Sequential(layer)),
-            strict=True,
-        )
+        pairs = [
+            *zip(
+                cd.walk.named_rows(torch.nn.Sequential(layer)),
+                cd.named_input_weights(torch.nn.Sequential(layer)),
+                strict=True,
+            )
+        ]
+        assert pairs
         for (name, rows), (other, matrix) in pairs:
             assert name == other and rows.shape == matrix.shape
             assert torch.equal(rows[2:5], matrix[2:5])

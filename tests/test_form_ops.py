@@ -78,6 +78,19 @@ def test_sums_do_not_depend_on_strides(form_sums, dtype):
 
 
 @pytest.mark.parametrize("form_sums", FORM_SUMS)
+@pytest.mark.parametrize("turned", [(True, False), (False, True), (True, True)])
+def test_sums_are_of_rows_wherever_they_lie(form_sums, turned):
+    h, g = tensors([(6, 4), (6, 4)], torch.float64)
+    expected = form_sums([h], [g], [0.5], [6], [4], [0])
+    h, g = (
+        x.T.contiguous().T if turn else x
+        for x, turn in zip((h, g), turned, strict=True)
+    )
+    found = form_sums([h], [g], [0.5], [6], [4], [0])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("form_sums", FORM_SUMS)
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (4, 3, 0)])
 def test_nothing_adds_up_to_zero(form_sums, shape):
     one, rows = [torch.ones(shape)], [shape[0]]
@@ -101,10 +114,20 @@ def test_what_the_compiled_sums_cannot_read_is_named():
     one = torch.ones(2, 2)
     for given, message in (
         (([one], [one, one], [1.0], [2], [2], [0]), "1 inputs, 2 gradients"),
+        (([one], [one], [], [2], [2], [0]), "0 factors"),
+        (([one], [one], [1.0], [], [2], [0]), "0 rows"),
+        (([one], [one], [1.0], [2], [], [0]), "0 units"),
         (([one], [one], [1.0], [2], [2], []), "1 units and 0 sites"),
+        (([], [one], [], [], [], []), "length above 0, got 0 inputs"),
         (([one], [one], [1.0], [2], [2], [1]), "sites below 1, got 1"),
         (([one], [one], [1.0], [2], [2], [-1]), "sites below 1, got -1"),
         (([one], [one.double()], [1.0], [2], [2], [0]), "of one dtype"),
+        (
+            ([one, one.double()],) * 2 + ([1.0, 1.0], [2, 2], [2, 2], [0, 0]),
+            "of one dtype",
+        ),
+        (([one], [one], [1.0], [-2], [-2], [0]), "-2 rows of -2 units"),
+        (([one], [one], [1.0], [0], [2], [0]), "0 rows of 2 units, got 4"),
         (([one.half()], [one.half()], [1.0], [2], [2], [0]), "float32 or float64, got"),
         (([one], [one[0]], [1.0], [2], [2], [0]), "2 rows of 2 units, got 4 and 2"),
         (([one], [one], [1.0], [3], [1], [0]), "3 rows of 1 units"),
@@ -113,6 +136,8 @@ def test_what_the_compiled_sums_cannot_read_is_named():
             registration.form_sums(*given)
     with pytest.raises(RuntimeError, match=r"shape \[rows, classes\], got 1"):
         registration.label_root(torch.ones(3))
+    with pytest.raises(RuntimeError, match=r"shape \[rows, classes\], got 3"):
+        registration.label_root(torch.ones(2, 3, 4))
     with pytest.raises(RuntimeError, match="float32 or float64, got int64"):
         registration.label_root(torch.ones(3, 3, dtype=torch.int64))
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.line_functions import FUNCTIONS
 from tests.line_oracle import line_and_graph, noise_of
@@ -13,6 +14,7 @@ from torch_dropout_ir.regularizers import clean_pass as passes
 from torch_dropout_ir.regularizers import line_slabs, second_order
 from torch_dropout_ir.regularizers.line_calls import NoRuleError
 from torch_dropout_ir.regularizers.line_pass import curvature_along, draws_along
+from torch_dropout_ir.regularizers.line_rules import _RULES
 
 
 class Residual(nn.Module):
@@ -147,6 +149,31 @@ def test_an_operation_along_a_line(monkeypatch, name):
     assert expected.abs() > 1e-6
 
 
+class Met(TorchDispatchMode):
+    """Which operations autograd calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.removesuffix("_")  # in place or not
+        self.operations |= {func.overloadpacket, getattr(torch.ops.aten, name, None)}
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_rule_is_of_an_operation_that_is_tried():
+    made = [make() for make in NETS.values()]
+    made.append((nn.Hardsigmoid(), torch.ones(3)))  # which has a test of its own
+    with Met() as met, sdpa_kernel(SDPBackend.MATH):
+        for function in FUNCTIONS.values():
+            function(torch.rand(6, 4).double().requires_grad_() + 0.1)
+        for net, x in made:
+            net(x.requires_grad_())
+    missing = _RULES.keys() - met.operations
+    assert not missing, missing
+
+
 def scripted(x):
     y = 1.5 * x
     z = y.sin()
@@ -246,6 +273,23 @@ def sites_below_batch_norm():
         nn.Dropout(0.3), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.2),
         nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3),
     ).double()  # fmt: skip
+
+
+class Scaled(nn.Module):
+    """Batch norm whose weight depends on what it normalizes."""
+
+    def forward(self, x):
+        return F.batch_norm(x, None, None, x.square().mean(0), training=True)
+
+
+def test_a_normalization_by_what_moves_is_that_of_a_graph(monkeypatch):
+    torch.manual_seed(0)
+    net, x = vectors(Scaled(), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    net, batch = net.double(), (x.double(), torch.randint(3, (6,)))
+    expected = second_order(net, batch, "cross_entropy", num_samples=None)
+    monkeypatch.setattr(passes, "_FEWEST_ELEMENTS", 0)
+    found = second_order(net, batch, "cross_entropy", num_samples=None)
+    torch.testing.assert_close(found.value, expected.value)
 
 
 @pytest.mark.parametrize("num_samples", [None, 100])

@@ -1,6 +1,7 @@
 """The loss of a script, followed from the outputs to `backward()`."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -144,9 +145,9 @@ def test_the_loss_is_what_the_script_computes(name):
     assert analysis.loss.kind == kind
     with torch.no_grad():
         excess = torch.stack([script(model) for _ in range(1000)]) - clean
-    error = float(excess.std()) / 1000**0.5
-    error += 5 * analysis.latest["regularizer/R1_standard_error"]
-    assert abs(analysis.latest["regularizer/R1"] - float(excess.mean())) < 5 * error
+    own = analysis.latest["regularizer/R1_standard_error"]
+    error = math.hypot(float(excess.std()) / 1000**0.5, own)
+    assert abs(analysis.latest["regularizer/R1"] - float(excess.mean())) < 4.5 * error
 
 
 def test_sites_have_their_parts_where_the_model_returns_its_loss():
@@ -158,7 +159,7 @@ def test_sites_have_their_parts_where_the_model_returns_its_loss():
     with torch.no_grad():
         exact = tdi.regularizers.last_layer(model.net[:2](x), site[1], site[0].p)
     part = analysis.latest["regularizer/R1/net.2"]
-    assert part == pytest.approx(float(exact), rel=0.5)
+    assert part == pytest.approx(float(exact), rel=0.25)  # one draw; half is far away
     assert "sampled form of the whole loss" in analysis.notes["regularizer/R1"]
 
 

@@ -159,6 +159,28 @@ def test_the_hessian_of_a_part_is_that_of_the_whole_in_its_rows(name):
     assert torch.cat(parts.rows).sort().values.tolist() == list(range(N))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "make", [nn.BCEWithLogitsLoss, nn.HuberLoss, nn.PoissonNLLLoss]
+)
+def test_so_is_that_of_a_module_of_single_outputs(make, reduction):
+    torch.manual_seed(1)
+    loss, (x, y) = make(reduction=reduction), batch()
+    y = (1 + real(y)) / 2
+    with clean_pass(network(), x) as clean:
+        read = read_outputs(clean.outputs, resolve_loss(loss), y)
+        f, parts = read.single, LossParts(read, N)
+        parts.look(clean, read)
+    whole = dense(loss, f, y)
+    assert len(parts.weights) == len(parts.rows) > 1 and parts.curved
+    for k, rows in enumerate(parts.rows):
+        own = parts.read(k, [f[rows]])
+        found = torch.autograd.functional.hessian(
+            lambda x, own=own: own.risk([x]), f[rows]
+        )
+        torch.testing.assert_close(found, whole[rows][:, :, rows])
+
+
 @pytest.mark.parametrize("name", MEET)
 def test_a_loss_that_is_no_sum_of_parts_is_seen(name):
     _, _, _, parts = looked_at(MEET[name])
@@ -175,6 +197,25 @@ def test_roots_of_parts_multiply_to_the_hessian_on_average(name):
     whole = torch.einsum("iaib->ab", dense(SUMS[name], f, y))
     assert (total - whole).abs().max() < 0.05 * whole.abs().max()
     assert roots.curved
+
+
+def test_a_first_part_without_curvature_is_not_taken_for_all(small, monkeypatch):
+    torch.manual_seed(1)
+    net, (x, _) = network(), batch()
+    net.insert(4, nn.BatchNorm1d(6).double())
+    loss, drawn, sample = nn.HuberLoss(delta=0.1), [], PartRoots.sample
+    with clean_pass(net, x) as clean:
+        f = clean.outputs.detach()
+        read = read_outputs(clean.outputs, resolve_loss(loss), f)
+        first, *_ = LossParts(read, N).samples
+    y = f + 0.05
+    y[first] = f[first] + 3  # where it is linear
+    exact = gauss_newton(net, (x, y), loss, num_samples=None).value
+    monkeypatch.setattr(PartRoots, "sample", lambda *a: drawn.append(1) or sample(*a))
+    found = gauss_newton(net, (x, y), loss, num_samples=60)
+    assert drawn and not found.notes and exact > 0
+    assert (found.value - exact).abs() < 4.5 * found.standard_error
+    assert found.standard_error < 0.2 * exact
 
 
 @pytest.mark.parametrize("meet", [False, True])

@@ -259,6 +259,30 @@ def test_bad_input():
             modified_loss(shared, long, "mse", kind="L1", r1=form)
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", KINDS)
+def test_autograd_that_is_off_is_named(kind, off):
+    net, batch = small()
+    with off(), pytest.raises(RuntimeError, match="autograd to be on"):
+        modified_loss(net, batch, "mse", kind=kind, lr=0.1)
+
+
+@pytest.mark.parametrize("max_bytes", [None, 0, 2**26])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_that_nothing_reads_changes_nothing(kind, max_bytes):
+    found = []
+    for spare in (False, True):
+        net, batch = small()
+        params = list(net.parameters())
+        if spare:
+            net.idle = nn.Parameter(torch.ones(3).double())
+            net.forward = nn.Sequential(*[net[k] for k in range(4)]).forward
+        torch.manual_seed(3)
+        value = modified_loss(net, batch, "mse", kind=kind, lr=0.1, max_bytes=max_bytes)
+        found.append((value.detach(), torch.autograd.grad(value, params)))
+    torch.testing.assert_close(*found)
+
+
 class Apart(nn.Module):
     """Normalizes two channels of two positions each."""
 
@@ -495,3 +519,41 @@ def test_operators_without_a_second_derivative_are_named():
                 modified_loss(net, (torch.randn(5, 3), targets), loss, kind=kind, lr=1)
         batch = torch.randn(5, 3), targets
         modified_loss(net, batch, loss, kind="L1", r1="monte_carlo").backward()
+
+
+class Forward(torch.autograd.Function):
+    """A function without a derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.exp()
+
+
+@pytest.mark.parametrize("kind", ["L2", "L3", "regu"])
+def test_a_function_without_a_derivative_is_named(kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.drop = nn.Linear(3, 2), nn.Dropout(0.5)
+
+        def forward(self, x):
+            return Forward.apply(self.drop(self.inner(x)))
+
+    batch = torch.randn(5, 3), torch.zeros(5, 2)
+    with pytest.raises(NotImplementedError, match=r"modified_loss: .* twice"):
+        modified_loss(Net(), batch, "mse", kind=kind, lr=0.1)
+
+
+@pytest.mark.parametrize("max_bytes", [None, 0, 2**26])
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_one_sample_without_a_batch_is_a_batch_of_one(loss, max_bytes):
+    net, (x, y) = small()
+    y = torch.tensor([1, 0, 1, 1]) if loss == "cross_entropy" else y
+    found = []
+    for batch in ((x[0], y[0]), (x[:1], y[:1])):
+        torch.manual_seed(3)
+        value = modified_loss(
+            net, batch, loss, kind="L1", r1="gauss_newton", max_bytes=max_bytes
+        )
+        found.append((value.detach(), gradient(value, net)))
+    torch.testing.assert_close(*found)

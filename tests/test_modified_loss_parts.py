@@ -243,6 +243,42 @@ def test_rows_that_turn_out_to_meet_are_taken_together(taken):
     assert taken == [True]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_penalty_of_no_weight_is_none(taken, kind):
+    net, batch = batch_of(convolutional, images)
+    check(net, batch, F.cross_entropy, kind, [0.0] * 6)
+    assert taken == [True]
+
+
+class Step(torch.autograd.Function):
+    """A derivative of its own, which is a number."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.ones_like(g)
+
+
+class Last(nn.Module):
+    """The only parameters are above it: their gradient has no graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.weight = nn.Dropout(0.3), nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return Step.apply(self.drop(x.double()) * self.weight)
+
+
+@pytest.mark.parametrize("kind", ["L3", "regu"])
+def test_a_gradient_without_a_graph_adds_nothing(taken, kind):
+    net, batch = batch_of(Last, lambda: torch.randn(40, 6))
+    check(net, batch, lambda f, t: f.mean(), kind)
+
+
 def decay(net):
     return lambda f, t: F.cross_entropy(f, t) + net[-1].weight.square().sum()
 
@@ -360,6 +396,24 @@ def test_roots_by_parts_are_those_of_the_whole_batch(chunked, name, kind, loss):
     asked = kind == "L4" or name not in ("batch norm", "buffers that move")
     asked &= name != "dropped weight"  # samples share its mask
     assert chunked == ([apart or name == "noise"] if asked else [])
+
+
+@pytest.mark.parametrize("max_bytes", [0, 2**26])
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_model_that_does_not_learn_has_a_loss_too(chunked, learns, max_bytes):
+    net, (x, y) = batch_of(convolutional, images)
+    net.requires_grad_(False)
+    found = []
+    for most in (None, max_bytes):
+        own = x.clone().requires_grad_(learns)
+        torch.manual_seed(3)
+        value = modified_loss(
+            net, (own, y), "cross_entropy", kind="L1", r1="gauss_newton", max_bytes=most
+        )
+        slopes = torch.autograd.grad(value, own) if learns else ()
+        found.append((value.detach(), *slopes))
+    torch.testing.assert_close(*found)
+    assert chunked == []
 
 
 def test_rows_that_turn_out_to_meet_have_their_roots_together(chunked):

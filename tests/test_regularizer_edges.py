@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import random
 import warnings
 from functools import partial
@@ -23,6 +24,7 @@ from torch_dropout_ir.regularizers import (
     clean_pass,
     gauss_newton,
     gradient_norm,
+    last_layer,
     leave_one_out,
     modified_loss,
     monte_carlo,
@@ -331,7 +333,7 @@ def test_the_online_r1_is_the_truth_within_its_error(loss):
     near = net.eval()(x).detach() + 0.1  # where R_1 is no small difference
     batch = x, torch.tensor([0, 2]) if loss == "cross_entropy" else near
     found, how, _ = online(net.train(), batch, resolve_loss(loss), num_masks=2000)
-    assert "unbiased" in how
+    assert "unbiased" in how and "no standard error" not in how
     error = float(found.standard_error)
     assert abs(float(found.value) - truth(net, batch, loss)) < 4 * error
     assert error < 0.1 * abs(float(found.value))  # twice the truth is far away
@@ -363,6 +365,80 @@ def test_masks_that_hardly_differ_have_no_standard_error(p, num_masks):
         assert found.standard_error.isnan() and found.notes
     sure = monte_carlo(net, batch, "mse", num_masks=num_masks, rtol=0.5)
     assert not sure.converged
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_no_difference_of_losses_is_known_better_than_they_are(sign):
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(50, 2)).double()
+    batch = torch.randn(6, 50).double(), None
+    found = monte_carlo(net, batch, lambda f, _: 1e-30 * f.sum() + sign * 5)
+    assert found.standard_error >= 5 * torch.finfo(torch.float64).eps
+
+
+def test_a_loss_of_zero_stops_at_once():
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(50, 2, bias=False)).double()
+    with torch.no_grad():
+        net[1].weight.zero_()
+    batch = torch.randn(6, 50).double(), torch.zeros(6, 2).double()
+    found = monte_carlo(net, batch, "mse", num_masks=64, rtol=0.1)
+    assert found.value == found.standard_error == 0
+    assert found.converged and found.num_samples < 64
+
+
+def test_sites_of_another_shape_than_without_noise():
+    """Columns that are dropped for all are left out: the next site has fewer."""
+
+    class Narrows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Dropout(0.5), nn.Dropout(0.2)
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.second(h[:, h.any(0)]).sum(1)
+
+    batch = torch.rand(2, 40).double(), torch.zeros(2).double()
+    found = monte_carlo(Narrows(), batch, lambda f, _: f.mean(), num_masks=200)
+    assert abs(found.value) < 4 * found.standard_error  # it is linear in the noise
+    assert found.standard_error < 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_named_though_its_gradient_is(value):
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
+    batch = torch.randn(6, 3), torch.randn(6, 2)
+    with pytest.raises(ValueError, match="finite"):
+        gradient_norm(net, batch, lambda f, y: F.mse_loss(f, y) + value, lr=0.1)
+
+
+def squares(f, y):
+    return (f - y).square().mean()
+
+
+def test_closed_forms_online_are_taken_where_they_hold():
+    """Of squares the truth; of a cross-entropy a form without an error of its own."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Dropout(0.3), nn.Linear(5, 3))
+    net, x = net.double(), torch.randn(4, 3).double()
+    y, labels = torch.randn(4, 3).double(), torch.tensor([0, 2, 1, 0])
+    for loss in ("mse", squares, nn.MSELoss(reduction="sum")):
+        found, how, _ = online(net, (x, y), resolve_loss(loss))
+        assert found.exact and how.startswith("exact, closed form"), loss
+        assert float(found.value) == pytest.approx(truth(net, (x, y), loss))
+    found, how, _ = online(net, (x, labels), resolve_loss("cross_entropy"))
+    h = net[:2](x)
+    form = last_layer(
+        h, net[3].weight, 0.3, loss="cross_entropy", outputs=net[3](h), targets=labels
+    )
+    torch.testing.assert_close(found.per_site["2"], form.detach())
+    assert "closed form" in how and not found.exact
+    assert found.per_site_standard_error["2"] == 0 < found.standard_error
+    # Its classes are in dimension 1, which the last layer's are not here.
+    batch = torch.randn(4, 3, 3).double(), torch.randint(3, (4, 3))
+    found, how, _ = online(net, batch, resolve_loss("cross_entropy"))
+    assert "closed form" not in how
+    with pytest.raises(ValueError, match="second derivative"):  # and no targets
+        online(net, (x, None), resolve_loss(lambda f, _: f.abs().sum()))
 
 
 def test_few_masks_of_few_units_cover():

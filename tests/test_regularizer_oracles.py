@@ -100,6 +100,7 @@ def test_draws_are_spread_around_the_dense_form(name, norm):
         z = (values - dense) / claimed.square().mean().sqrt()
         assert abs(float(z.mean())) < 4 * float(z.std()) / 200**0.5
         assert 0.8 < float(z.std()) < 1.25
+        assert exact.per_site.keys() == {"1", "6"}
         for site, part in exact.per_site.items():
             parts = torch.stack([d.per_site[site] for d in drawn])
             assert (parts.mean() - part).abs() < 4 * parts.std() / 200**0.5

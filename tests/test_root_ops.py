@@ -133,11 +133,24 @@ def test_what_rounding_makes_of_zero_is_no_negative_part(kernels):
     assert kernels.diagonal_roots(tiny * torch.tensor([1.0, 100.0]))[1].numel()
 
 
+@pytest.mark.parametrize("most", [1.0, -1.0, 1e-3])
+def test_kernels_take_the_same_for_rounding(most):
+    """As a share of the largest entry, of whichever sign."""
+    for share in torch.logspace(-8, -4, 33):
+        diagonal = torch.tensor([most, -share * abs(most)])
+        there = [
+            [root.numel() for root in kernels.diagonal_roots(diagonal)]
+            for kernels in KERNELS
+        ]
+        assert there[0] == there[1]
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_found_in_the_root(value, kernels):
-    positive, _ = kernels.diagonal_roots(torch.tensor([1.0, value, -1.0]))
-    assert not positive.isfinite().all()
+    for rest in ([1.0, -1.0], [-1.0], []):  # whatever is beside it
+        positive, _ = kernels.diagonal_roots(torch.tensor([value, *rest]))
+        assert positive.numel() and not positive.isfinite().all()
 
 
 def test_a_block_that_is_not_finite_is_found_in_its_root():
@@ -157,7 +170,9 @@ def test_what_the_compiled_kernels_cannot_read_is_named():
         (registration.diagonal_roots, (one.half(),), "float32 or float64, got float16"),
         (registration.block_roots, (one,), r"shape \[K, n, K\], got 2 dimensions"),
         (registration.block_roots, (torch.ones(2, 2, 3),), "and 12 elements"),
+        (registration.block_roots, (torch.ones(2, 1, 2, 1),), "got 4 dimensions"),
         (registration.softmax_roots, (one, one, None, 2), "below 2, got 2"),
+        (registration.softmax_roots, (one, one, None, -1), "below 2, got -1"),
         (registration.softmax_roots, (one, one[0], None, 1), "6, got 3"),
         (registration.softmax_roots, (one, one, one[0], 1), "6, got 6 and 3"),
     ):

@@ -129,6 +129,27 @@ def test_ranks_go_on_alike_from_the_numbers_of_one():
     assert [cadence.wait(step) for step in (1, 3)] == [1, 3]  # no more than were made
 
 
+@pytest.mark.parametrize("pace", [0.1, 3.0])
+def test_nothing_is_due_before_the_steps_to_wait_are_over(pace):
+    cadence = Cadence("auto", 0.5, ["a"])
+    cadence.measured("a", 30 * pace)  # and as much for the next: sixty steps
+    for _ in range(50):
+        cadence.trained(pace)
+    ahead = cadence.wait(50)
+    assert 10 <= ahead <= 11  # as rounding has it
+    cadence.trained((ahead - 2) * pace)
+    assert not cadence.due(50 + ahead - 2)
+    cadence.trained(2 * pace)
+    assert cadence.due(50 + ahead) == ["a"]
+
+
+def test_nothing_to_measure_is_never_due():
+    cadence = Cadence("auto", 0.05, [])
+    cadence.expect(1.0)
+    cadence.trained(100.0)
+    assert cadence.due(3) == [] and not cadence.afford([], 3) and cadence.wait(3) >= 1
+
+
 def test_waiting_is_looked_at_when_steps_have_doubled():
     cadence = Cadence("auto", 0.05, ["dear", "cheap"], {"dear": 1e9})
     cadence.measured("cheap", 1e-6)

@@ -51,6 +51,32 @@ def test_hessian_equals_the_dense_one(case, loss):
     assert net.training
 
 
+class Bare(nn.Module):
+    """Parameters that no layer holds, among which one is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale = nn.Linear(3, 5), nn.Parameter(torch.rand(5) + 0.5)
+        self.shift, self.last = nn.Parameter(torch.randn(2)), nn.Linear(5, 2)
+
+    def forward(self, x):
+        h = torch.tanh(self.scale * self.inner(x)) * self.scale
+        return self.last(h) + self.shift.exp()
+
+
+@pytest.mark.parametrize("kind", [sharpness.hessian, sharpness.ggn])
+def test_products_are_added_with_the_weights_of_their_batches(case, kind):
+    _, x, y = case
+    net = Bare().double()
+    op = kind(net, "mse", [(x[:2], y[:2]), (x[2:3], y[2:3]), (x[3:], y[3:])])
+    matrix = kind(net, "mse", (x, y)).dense()
+    v, total = torch.randn(2, op.shape[0]).double()
+    expected = total + matrix @ v
+    op.add_product(v, total)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(op @ v, matrix @ v)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_ragged_batches_are_weighted_by_their_samples(case, reduction):
     net, x, y = case

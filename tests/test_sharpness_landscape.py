@@ -181,6 +181,10 @@ def test_filters_of_transposed_convolutions_are_those_of_their_outputs(groups):
         torch.testing.assert_close(
             got.square().sum((0, 2, 3)), x.square().sum((0, 2, 3))
         )
+    d = sharpness.filter_normalized_direction(net, per="layer")["weight"]
+    torch.testing.assert_close(d.norm(), net.weight.detach().norm())
+    apart = d.square().sum((0, 2, 3)) / net.weight.detach().square().sum((0, 2, 3))
+    assert not torch.allclose(apart, torch.ones(()), atol=1e-3)
 
 
 def test_interval_flatness_at_zero_loss_flat_sides_and_blow_ups():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,6 +193,22 @@ def test_alignment_of_a_network_within_its_error():
     assert found.num_matvecs == 5 + 20 + 26
 
 
+def test_the_error_of_an_alignment_is_its_spread():
+    net, batch = network(), data()
+    op = sharpness.hessian(net, "mse", batch)
+    noise = sharpness.gradient_covariance(net, batch, "mse", num_masks=6)
+    runs = [
+        sharpness.hessian_variance_alignment(op, noise, num_probes=12, trace_matvecs=8)
+        for _ in range(100)
+    ]
+    spread = torch.tensor([run.value for run in runs]).std()
+    said = torch.tensor([run.standard_error for run in runs]).square().mean().sqrt()
+    assert float(said) == pytest.approx(float(spread), rel=0.4)
+    dense = sharpness.hessian_variance_alignment(op, noise.dense(), num_probes=26)
+    exact = sharpness.hessian_variance_alignment(op, noise, num_probes=26)
+    assert dense.value == pytest.approx(exact.value)
+
+
 class Bowl(nn.Module):
     def __init__(self, size):
         super().__init__()
@@ -203,7 +220,7 @@ class Bowl(nn.Module):
 
 def test_inverse_variance_flatness_relation_of_a_bowl():
     """Widths go as c^-1/2; variances of c^2 give the slope -4, of c the slope -2."""
-    curvatures = 2.0 ** torch.arange(5).double()
+    curvatures = 2.0 ** -torch.arange(1, 6).double()  # all variances are below 1
     net = Bowl(5)
     batch = torch.zeros(1, 1).double(), torch.zeros(1, 1).double()
 
@@ -216,10 +233,29 @@ def test_inverse_variance_flatness_relation_of_a_bowl():
         found = sharpness.variance_flatness(net, loss, batch, noise)
         assert found.slope == pytest.approx(slope, abs=0.01)
         assert found.slope_standard_error < 0.01
-        expected = 2 * (2 / curvatures.flip(0)).sqrt()
+        expected = 2 * (2 / curvatures).sqrt()
         torch.testing.assert_close(found.widths, expected, rtol=1e-3, atol=0)
     one = sharpness.variance_flatness(net, loss, batch, noise, k=1)
     assert math.isnan(one.slope)
+    two = sharpness.variance_flatness(net, loss, batch, noise, k=2)
+    assert math.isnan(two.slope_standard_error) and not math.isnan(two.slope)
+
+
+def test_slopes_and_their_errors_are_those_of_a_least_squares_fit():
+    curvatures = torch.tensor([9.0, 5.0, 4.0, 0.3, 0.2]).double()
+    net, batch = Bowl(5), (torch.zeros(1, 1).double(),) * 2
+    noise = sharpness.Covariance(
+        torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.4, 0.3]).double()),
+        torch.zeros(5),
+        {"theta": net.theta},
+    )
+    found = sharpness.variance_flatness(
+        net, lambda f, t: 1 + (curvatures * f[0].square()).sum(), batch, noise
+    )
+    widths, variances = found.widths.log().numpy(), found.variances.log().numpy()
+    line, spread = np.polyfit(widths, variances, 1, cov=True)
+    assert found.slope == pytest.approx(line[0], rel=1e-9)
+    assert found.slope_standard_error == pytest.approx(spread[0, 0] ** 0.5, rel=1e-9)
 
 
 def test_bad_input():
@@ -236,6 +272,15 @@ def test_bad_input():
     noise = sharpness.gradient_covariance(net, batch, "mse", num_masks=3)
     with pytest.raises(ValueError, match="same"):
         sharpness.hessian_variance_alignment(op, noise)
+    weights = sharpness.gradient_covariance(  # of the same size
+        net, batch, "mse", num_masks=3, params=["3.weight", "0.bias"]
+    )
+    op = sharpness.hessian(net, "mse", batch, params=["0.weight"])
+    assert op.shape == weights.shape
+    with pytest.raises(ValueError, match="same"):
+        sharpness.hessian_variance_alignment(op, weights)
+    with pytest.raises(ValueError, match="same"):
+        sharpness.hessian_variance_alignment(torch.eye(3), torch.eye(4))
     still = sharpness.gradient_covariance(network(nn.Identity), batch, "mse", 3)
     with pytest.raises(ValueError, match="not zero"):
         sharpness.hessian_variance_alignment(

@@ -197,6 +197,8 @@ def test_a_shuffling_loader_is_one_matrix_and_keeps_its_generator():
         torch.testing.assert_close(matrix, matrix.T)
         assert torch.equal(torch.get_rng_state(), state)
         assert torch.equal(own.get_state(), kept)
+        list(loader)  # an epoch of training between two products
+        torch.testing.assert_close(op.dense(), matrix)
     whole = DataLoader(TensorDataset(x, y), 3, shuffle=True)
     torch.testing.assert_close(
         sharpness.hessian(net, "mse", whole).dense(),

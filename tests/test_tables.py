@@ -1,5 +1,11 @@
 """Tables of numbers that a person reads."""
 
+import pytest
+import torch
+from torch import nn
+
+import torch_dropout_ir as tdi
+from torch_dropout_ir.analysis.measures import Condensation
 from torch_dropout_ir.analysis.tables import section, tables
 
 CURVES = {
@@ -52,3 +58,30 @@ def test_what_is_said_of_many_is_said_once():
         "", "title", "  g/a and 3 more of g: so", "  x: other",
     ]  # fmt: skip
     assert section("title", {}) == []
+
+
+def test_a_summary_says_where_no_step_was_seen():
+    net, batch = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)), torch.ones(4, 3)
+    data = [(batch, torch.zeros(4, 2))]
+    with tdi.attach_analysis(net, "mse", log_dir=False, data=data) as analysis:
+        assert "no step of a torch.optim.Optimizer" in analysis.summary()
+        analysis.measure()
+        assert "nothing was measured" not in analysis.summary()
+
+
+@pytest.mark.parametrize(
+    ("steps", "last"), [(1, None), (2, 0), (10, 0), (11, None), (20, None), (30, None)]
+)
+def test_a_summary_says_where_most_steps_came_after_the_last_number(steps, last):
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    with tdi.attach_analysis(
+        net, log_dir=False, every=10, measures=[Condensation()]
+    ) as analysis:
+        for _ in range(steps):
+            net(torch.ones(4, 3)).sum().backward()
+            sgd.step()
+    said = [x for x in analysis.summary().splitlines() if x.startswith("nothing")]
+    assert len(said) == (last is not None)
+    assert all(f"after step {last}:" in line for line in said)
+    assert f"after {steps} optimizer steps" in analysis.summary()

@@ -12,6 +12,7 @@ from PIL import Image as PillowImage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 from tensorboard.util import tensor_util
 from torch import nn
 
@@ -20,7 +21,8 @@ from torch_dropout_ir.analysis import Histogram, Image
 from torch_dropout_ir.analysis.tables import tables
 from torch_dropout_ir.tensorboard import TensorBoardSink
 from torch_dropout_ir.tensorboard.descriptions import describe_tag
-from torch_dropout_ir.tensorboard.values import bands
+from torch_dropout_ir.tensorboard.pictures import draw, row_names
+from torch_dropout_ir.tensorboard.values import bands, histogram
 
 
 def read(path):
@@ -127,6 +129,79 @@ def test_histogram_of_cosines_counts_each_pair(run):
     np.testing.assert_allclose(np.diff(edges), 1 / 40, 1e-6)  # fixed bins, ends cut
     assert histogram.bucket[0] > 0 and histogram.bucket[-1] > 0
     assert histogram.max == edges[-1]
+
+
+@pytest.mark.parametrize("counts", [[0, 3, 0, 2, 0], [1, 2, 3, 4, 5], [0, 0, 7, 0, 0]])
+def test_moments_of_a_histogram_are_those_of_its_centres(counts):
+    found = histogram(Histogram(torch.tensor(counts), -1.0, 1.5))
+    centres = np.repeat(-1.0 + 0.5 * (np.arange(5) + 0.5), counts)
+    assert found.num == sum(counts)
+    assert found.sum == pytest.approx(centres.sum())
+    assert found.sum_squares == pytest.approx((centres**2).sum())
+    filled = np.flatnonzero(counts)
+    assert found.min == pytest.approx(-1 + 0.5 * filled[0])
+    assert found.max == pytest.approx(-1 + 0.5 * (filled[-1] + 1))
+
+
+def test_rows_of_a_picture_name_the_neurons_that_they_are_means_of():
+    assert row_names(Image(torch.zeros(2, 2), -1, 1), 2) == []
+    order = torch.tensor([4, 0, 2, 1, 3, 5, 6, 7, 8])
+    image = Image(torch.zeros(9, 9), -1, 1, order)
+    assert row_names(image, 9) == [str(int(i)) for i in order]
+    assert row_names(image, 3) == ["4, 0, 2", "1, 3, 5", "6, 7, 8"]
+    # Blocks share neurons where they do not come out even, as pooling has them.
+    assert row_names(image, 2) == ["4, 0, 2 and 2 more", "3, 5, 6 and 2 more"]
+    pooled = torch.nn.functional.adaptive_avg_pool1d(order[None].double(), 2)
+    blocks = order[:5], order[4:]
+    assert pooled[0].tolist() == [float(x.double().mean()) for x in blocks]
+
+
+@pytest.mark.parametrize(
+    ("shape", "grow"), [((3, 5), 41), ((104, 2), 2), ((150, 9), 1)]
+)
+def test_a_value_of_a_picture_is_as_many_pixels_as_fit(shape, grow):
+    values = torch.linspace(-1, 1, shape[0] * shape[1]).view(shape)
+    png, width, height = draw(Image(values, -1, 1))
+    with PillowImage.open(io.BytesIO(png)) as picture:
+        said = json.loads(picture.text["torch-dropout-ir"])
+        pixels = np.asarray(picture).astype(float)
+    assert (said["rows"], said["columns"], said["grow"]) == (*shape, grow)
+    assert pixels.shape == (height, width) and max(width, height) <= 256
+    assert height == max(96, grow * shape[0])
+    levels = pixels[: grow * shape[0] : grow, : grow * shape[1] : grow]
+    back = -1 + 2 * levels / (said["levels"] - 1)
+    np.testing.assert_allclose(back, values, atol=1 / 128 + 1e-6)
+    bar = pixels[:, -30]  # the scale: its high end is above
+    assert bar[0] == said["levels"] - 1 and bar[height - 1] == 0
+
+
+def test_facts_are_what_runs_and_nothing_else(tmp_path):
+    sink = TensorBoardSink(tmp_path)
+    notes = {"run/seed": "7", "regularizer/R1": "a note of a number"}
+    sink.write(0, {"regularizer/R1": 1.0}, notes)
+    sink.close()
+    (said,) = [
+        tensor_util.make_ndarray(v.tensor).item().decode()
+        for _, v in summaries(tmp_path)[0]
+        if v.tag == "run/facts"
+    ]
+    assert said == "* **seed**: 7"
+
+
+def test_numbers_of_a_run_are_numbers_among_its_hyperparameters(tmp_path):
+    sink = TensorBoardSink(tmp_path)
+    sink.write(0, {"x": 1.0}, {"run/seed": "7", "run/lr": "0.5", "run/loss": "MSELoss"})
+    sink.close()
+    (started,) = [
+        parse_session_start_info_plugin_data(v.metadata.plugin_data.content)
+        for _, v in summaries(tmp_path)[0]
+        if v.tag == "_hparams_/session_start_info"
+    ]
+    found = {name: x.WhichOneof("kind") for name, x in started.hparams.items()}
+    assert found == {
+        "seed": "number_value", "lr": "number_value", "loss": "string_value"
+    }  # fmt: skip
+    assert started.hparams["lr"].number_value == 0.5
 
 
 def test_one_event_a_step_and_descriptions_once(run, tmp_path):

@@ -73,7 +73,7 @@ class Cadence:
         self._pass = math.inf  # seconds, the least seen
         self._here = 0.0  # seconds of the last one
         self._paced = dict.fromkeys(names, 0.0)  # and of that at the last measurement
-        self._parts = dict.fromkeys(names, 1.0 / max(1, len(names)))
+        self._parts = dict.fromkeys(names, 1.0)
         self.measured_seconds = 0.0
         self.training_seconds = 0.0
         # Every step comes by here: debts are settled where it may matter alone.

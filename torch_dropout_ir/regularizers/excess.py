@@ -184,8 +184,6 @@ class ExcessRisk:
         """
         draws = self.corrected()
         mean, variance = draws.mean(), draws.var(correction=0)
-        if not bool(mean) or not bool(variance):
-            return torch.zeros_like(self._clean)
         third = (draws - mean).pow(3).mean()
         bias = (2 * variance / mean - third / variance) / len(draws)
         return bias.to(self._clean)

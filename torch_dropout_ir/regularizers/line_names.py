@@ -6,7 +6,7 @@ from typing import Final
 LINEAR: Final = (
     "t transpose permute expand unsqueeze squeeze slice select unbind split unfold "
     "split_with_sizes unsafe_split unsafe_split_with_sizes alias mean sum neg diagonal "
-    "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d repeat "
+    "avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d repeat "
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d "
     "upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
     "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "

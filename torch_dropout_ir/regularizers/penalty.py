@@ -106,8 +106,7 @@ def with_penalty(
     large = max_bytes is not None and parts_pay(risk, params, max_bytes)
     if large and not operations.again and rows.apart(outputs, risk):
         slopes = torch.autograd.grad(risk, params, allow_unused=True)
-        value = sign * _penalty(slopes, rates)
-        value = value + weight * risk.detach() if weight else value
+        value = sign * _penalty(slopes, rates) + weight * risk.detach()
         gradient: list[Tensor | None]
         gradient = [None if g is None else g * weight for g in slopes]
         products = _Products(params, slopes, rates, sign, gradient)
@@ -174,8 +173,6 @@ class _Products:
 
         with arrivals(self._params, note):
             _slopes(risk, self._params)
-        if not starts:
-            return
         edges, at = list(starts.values()), [self._at[i] for i in starts]
         last = last_nodes(graph_nodes([edge.node for edge in edges]), self._params)
 

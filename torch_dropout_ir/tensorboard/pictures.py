@@ -45,7 +45,7 @@ def draw(image: Image, side: int = MOST_ROWS) -> tuple[bytes, int, int]:
     """
     field = _averaged(np.asarray(image.values, dtype=np.float64), side)
     height, width = field.shape
-    grow = max(1, MOST_ROWS // max(1, height, width))
+    grow = MOST_ROWS // max(1, height, width)
     levels = _levels(field, image.low, image.high)
     levels = levels.repeat(grow, 0).repeat(grow, 1)
     canvas = np.full((max(levels.shape[0], 96), levels.shape[1] + _BAR), _PAPER)
