@@ -1,9 +1,15 @@
-"""The README's code runs as it stands."""
+"""The README's code runs as it stands, and what the pages point to is there."""
 
 import re
 from pathlib import Path
 
-TEXT = (Path(__file__).parents[1] / "README.md").read_text()
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+PAGES = sorted([
+    *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tutorials/*/*.md"),
+])  # fmt: skip
 
 
 def test_code_blocks_run(tmp_path, monkeypatch, capsys):
@@ -30,3 +36,31 @@ def test_every_tag_of_the_table_has_a_description():
     assert len(tags) > 12
     for tag in tags:
         assert describe_tag(tag, {}), tag
+
+
+def anchors(path):
+    """Where GitHub puts the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)\s]*)\)", page.read_text())
+    for path, anchor in (link.partition("#")[::2] for link in links):
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), path
+        assert not anchor or anchor in anchors(there), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_files_are_there(page):
+    """Scripts that a page names, with the options that it gives them."""
+    named = re.findall(
+        r"((?:benchmarks|tutorials)/[\w/]+\.py)([^`\n]*)", page.read_text()
+    )
+    for script, options in named:
+        assert (ROOT / script).exists(), script
+        text = "".join(p.read_text() for p in (ROOT / script).parent.glob("*.py"))
+        for option in re.findall(r"(?<=\s)--[a-z-]+", options):
+            assert f'"{option}"' in text, f"{script} {option}"
