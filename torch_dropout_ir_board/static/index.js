@@ -135,7 +135,8 @@ function heat(pictures) {
   const beside = innerWidth - at("numbers").offsetWidth - 60, below = beside < 420, room = below ? innerWidth - 28 : beside; // a wide table
   const left = innerHeight - chartSize()[1] - 172 - (below ? at("numbers").offsetHeight + 8 : 0); // by the charts and bars
   const side = Math.max(150, Math.min(420, Math.max(268, left - 46), room / pictures.length - 14));
-  at("maps").style.maxHeight = `${Math.max(left, side + 46)}px`; at("hint").hidden = true, at("maps").replaceChildren(); for (const [run, step, found] of pictures) {
+  const style = { flexBasis: below ? "100%" : "0", maxHeight: innerWidth < 1100 ? "none" : `${Math.max(left, side + 46)}px` };
+  Object.assign(at("maps").style, style), at("hint").hidden = true, at("maps").replaceChildren(); for (const [run, step, found] of pictures) {
     const figure = put(at("maps"), "figure"), caption = put(figure, "figcaption"), { rows, columns, levels } = found;
     figure.style.width = `${side}px`; put(caption, "span", "■ ").style.color = colour(run);
     put(caption, "span", `step ${step} · ${run}`, { title: run });
