@@ -1,6 +1,7 @@
 """The page ``docs/estimators.md`` and its picture, of ``regularizers.py``."""
 
 from collections.abc import Sequence
+from math import hypot
 from pathlib import Path
 from statistics import median
 
@@ -33,8 +34,9 @@ what Python does around a pass counts most. `--costs` has larger ones, and the m
 
 **Bias** is the mean error of the draws, **spread** the standard deviation of one. What
 is random is off by its spread over the root of {repeats} by chance alone, the worst of
-many cells by three times that, and no estimate is known better than the truth is. Where
-there is one site, `last_layer` lies under `gauss_newton, sum` in the picture.
+many cells by three times that, and no estimate is known better than the truth is. The
+picture has both in its error bars; with one site `last_layer` lies under
+`gauss_newton, sum`.
 
 ![Bias against p]({picture})
 
@@ -123,42 +125,52 @@ def _details(
     return text
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Draw the bias against p, a panel a number of sites and a loss."""
+def draw(rows: list[dict], path: Path, repeats: int) -> None:
+    """Draw the bias against p with its error, a panel a number of sites and a loss."""
     from matplotlib.figure import Figure
 
     names = ("last_layer", "leave_one_out", "gauss_newton, sum", "monte_carlo, 64")
-    colours = dict(
-        zip(names, ("#1f77b4", "#2ca02c", "#d62728", "#999999"), strict=True)
-    )
+    # Lines that lie on one another are wide below and narrow above.
+    colours = ("#7fb8e6", "#2ca02c", "#d62728", "#777777")
+    looks = list(zip(names, colours, (6, 3.5, 1.5, 1.2), strict=True))
     widths = sorted({row["width"] for row in rows})
     shown = (widths[0], widths[-1])
     figure = Figure(figsize=(10, 6.6), dpi=100, layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     for line, sites in zip(panels, ("one", "two"), strict=True):
         for axes, loss in zip(line, ("mse", "cross_entropy"), strict=True):
-            for name, colour in colours.items():
+            for name, colour, wide in looks:
                 for width, style in zip(shown, ("--", "-"), strict=True):
                     points = [
-                        (row["p"], 100 * row[name][0])
+                        (row["p"], 100 * row[name][0], _error(row, name, repeats))
                         for row in rows
                         if (row["sites"], row["loss"], row["width"])
                         == (sites, loss, width)
                         and name in row
                     ]
                     if points:
-                        axes.plot(
-                            *zip(*points, strict=True), style, color=colour, marker=".",
+                        axes.errorbar(
+                            *zip(*points, strict=True), fmt=style, color=colour,
+                            lw=wide, elinewidth=1.2, capsize=2,
                             label=f"{name}, width {width}",
                         )  # fmt: skip
             axes.axhline(0, color="black", lw=0.5)
             axes.set_yscale("symlog", linthresh=1)
             title = "one site before the last layer" if sites == "one" else "two sites"
             axes.set_title(f"{title}, {loss.replace('_', ' ')}")
-            axes.set(xlabel="p (drop)", ylabel="bias of R_1, %")
+            axes.set(xlabel="p (drop)", ylabel="bias of $R_1$, % of $R_1$")
             axes.label_outer()
             axes.grid(alpha=0.3)
     names_, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(names_, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(
+        f"Bias of estimators of $R_1$, mean of {repeats} draws and its standard error",
+        fontsize="large",
+    )
     figure.savefig(path)
     print(f"\npicture: {path}")
+
+
+def _error(row: dict, name: str, repeats: int) -> float:
+    """Standard error of a bias in percent: of the draws, and of the truth."""
+    return 100 * hypot(row[name][1] / repeats**0.5, row["+-"])

@@ -71,6 +71,7 @@ def main() -> int:
         draw(
             [row for part in saved for row in part["rows"]],
             chosen.page.with_suffix(".png"),
+            saved[0]["repeats"],
         )
         return 0
     setup = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
@@ -89,7 +90,7 @@ def main() -> int:
         about = {"setup": setup, "repeats": chosen.repeats, "rows": rows}
         chosen.save.write_text(json.dumps(about))
     if chosen.png:
-        draw(rows, chosen.png)
+        draw(rows, chosen.png, chosen.repeats)
     return 0
 
 

@@ -78,3 +78,63 @@ def test_a_sink_that_fails_is_listed_with_its_reason():
             analysis.absent["Full"] == "switched off at step 0; OSError: no space left"
         )
         assert "no space left" in analysis.summary()
+
+
+def stepped(analysis, model, steps=1, criterion=F.cross_entropy):
+    """Train a few steps on noise."""
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        criterion(model(torch.randn(8, 4)), torch.arange(8) % 3).backward()
+        sgd.step()
+    return analysis.summary()
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+
+def test_a_model_in_evaluation_mode_is_told_so():
+    model = net().eval()
+    with tdi.attach_analysis(model, log_dir=False) as analysis:
+        said = stepped(analysis, model)
+    assert "no pass of the model in training mode was seen" in said
+    assert "inf s" not in said and "`model.train()`" in analysis.absent["masks"]
+
+
+@pytest.mark.parametrize("batch", [
+    (torch.randn(8, 5), torch.arange(8) % 3), (torch.randn(8, 4), torch.arange(7) % 3),
+])  # fmt: skip
+def test_what_fails_on_the_given_data_says_so(batch):
+    model = net()
+    with tdi.attach_analysis(model, data=batch, log_dir=False) as analysis:
+        with pytest.warns(match="sharpness.* on `data`"):
+            stepped(analysis, model)
+        assert "Error on `data`:" in analysis.absent["sharpness"]
+        assert "regularizer" not in analysis.absent  # on the step's own batch
+
+
+@pytest.mark.parametrize(("loss", "error"), [
+    ("cross_entropy", RuntimeError), (nn.BCEWithLogitsLoss(), ValueError),
+])  # fmt: skip
+def test_a_known_loss_says_what_it_was_called_with(loss, error):
+    batch = torch.randn(8, 4), torch.randn(8, 5)
+    with pytest.raises(error, match=r"outputs \[8, 3\].*and targets \[8, 5\]"):
+        tdi.regularizers.gauss_newton(net(), batch, loss)
+
+
+def test_a_batch_in_the_place_of_the_loss_is_told_the_order():
+    batch = torch.randn(8, 4), torch.arange(8) % 3
+    with pytest.raises(TypeError, match=r"got tuple. The order is `\(model, batch"):
+        tdi.sharpness.hessian(net(), batch, "cross_entropy")
+
+
+def test_measures_that_stayed_behind_are_named():
+    model = net()
+    with tdi.attach_analysis(model, log_dir=False, every=1000) as analysis:
+        stepped(analysis, model, steps=5)
+        assert "\nnothing was measured after step 0: the schedule" in analysis.summary()
+        analysis.history["cost/seconds/gradient"].append((4, 0.0))
+        rest = "condensation, dropout_noise, masks, regularizer, sharpness"
+        said = analysis.summary().splitlines()[-1]
+    behind = said.removeprefix("of ").partition(" nothing was measured after step 0")
+    assert sorted(behind[0].split(", ")) == rest.split(", ") and behind[1]

@@ -161,3 +161,12 @@ print(tdi.dropout(torch.ones(40), rng=torch.tensor([1, 2])).tolist())
 
     here = tdi.dropout(torch.ones(40), rng=torch.tensor([1, 2])).tolist()
     assert done.stdout.strip() == str(here)
+
+
+def test_the_import_takes_little_beside_torchs():
+    """Dynamo takes as long as torch itself, distributed tensors half of that."""
+    code = (
+        "import sys, torch_dropout_ir\n"
+        "assert not {'torch._dynamo', 'torch.distributed.tensor'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

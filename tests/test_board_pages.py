@@ -127,8 +127,54 @@ def test_keys_reach_everything_and_keep_their_place(tab):
     tab.press("Tab")
     assert tab.run(focus) == "R_S"
     tab.press("Enter", "\r")
-    tab.until("document.querySelector('#curve h2').textContent.startsWith('loss/R_S')")
+    tab.until("document.querySelector('#curve h2').textContent.startsWith('R_S')")
     assert tab.run(focus) == "R_S"
+
+
+SIZE = "(({width, height}) => [width, height])(%s.getBoundingClientRect())"
+
+
+@pytest.mark.parametrize("wide", [390, 700, 1024])
+def test_a_narrow_window_shows_whole_pictures(address, tmp_path, wide):
+    with Browser(tmp_path, wide, 700) as page:
+        page.open(address + TAB)
+        page.until("document.querySelectorAll('canvas').length === 2")
+        width, height = page.run(SIZE % "document.querySelector('canvas')")
+        assert width == height >= 150
+        room = page.run(SIZE % "document.getElementById('maps')")
+        scale = "document.querySelector('.ends')"
+        assert room[1] >= height + page.run(SIZE % scale)[1]
+        assert page.run("document.documentElement.scrollWidth") <= wide
+        assert page.run(SIZE % "document.getElementById('play')")[1] < 40
+        across = f"{SIZE % 'document.querySelector(`#slice svg`)'}[0]"
+        assert page.run(across) > wide / 2 - 60
+
+
+def test_a_single_measurement_is_drawn_with_its_error(page, tmp_path):
+    write_run(tmp_path / "short", steps=(0,))
+    page.open(served(tmp_path, runs=1) + TAB)
+    page.until("document.querySelectorAll('#curve circle').length === 1")
+    bar = "document.querySelector('#curve line[stroke]:not([stroke=gray])')"
+    assert page.run(SIZE % bar)[1] > 20
+    said = page.run("document.querySelector('td').textContent")
+    assert said == "0.50 ± 0.13"
+    assert "step 0; ± the standard error" in page.run(
+        "document.querySelector('td').title"
+    )
+
+
+def test_numbers_have_the_digits_that_their_errors_leave(tab):
+    cases = {
+        (189.5512, 0.0213): "189.55 ± 0.02", (2.34531, 0.000991): "2.3453 ± 0.0010",
+        (6.164e-4, 6.9e-4): "(6 ± 7)e-4", (2.4941e-4, 1.02e-6): "(2.494 ± 0.010)e-4",
+        (316.95, 13.2): "317 ± 13", (1234567.0, 4321.0): "(1.235 ± 0.004)e6",
+        (33.248117, 3.4e-5): "33.248 ± 3e-5", (-0.5, 0.25): "-0.5 ± 0.3",
+        (0.75, 0.0): "0.75", (12345.0, 200.0): "12345 ± 200",
+    }  # fmt: skip
+    for (value, error), said in cases.items():
+        page = "import('/data/plugin/dropout_ir/index.js')"
+        shown = tab.run(f"{page}.then((m) => m.measured({value}, {error}))")
+        assert shown == said, (value, error)
 
 
 def test_all_is_in_1280_by_800_and_ten_runs_take_no_more(page, address, tmp_path):

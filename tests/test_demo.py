@@ -38,6 +38,7 @@ def test_digits_show_the_papers_direction(tmp_path, capsys):
         assert with_ < without, name
         assert re.search(rf"{re.escape(name)}.*lower, as in the paper", printed)
     assert re.search(r"trace of the Hessian +[\d.]+ +[\d.]+ +lower", printed)  # exact
+    assert re.search(r"top Hessian eigenvalue .* lower\n", printed)  # not the paper's
     assert printed.count(" ± ") >= 2
     without, with_ = rows["test accuracy (%)"]
     assert with_ > without > 85

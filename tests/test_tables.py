@@ -57,6 +57,8 @@ def test_what_is_said_of_many_is_said_once():
     assert section("title", said) == [
         "", "title", "  g/a and 3 more of g: so", "  x: other",
     ]  # fmt: skip
+    said = dict.fromkeys(("c", "g/a", "r", "s"), "so")  # of no one group
+    assert section("title", said) == ["", "title", "  c, g/a, r, s: so"]
     assert section("title", {}) == []
 
 

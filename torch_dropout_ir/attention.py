@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
 
 
 def attention_weights(
@@ -18,8 +17,12 @@ def attention_weights(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     # Before the product, or half precision overflows.
     scores = (query * factor) @ key.transpose(-2, -1)
-    if isinstance(mask, CausalBias):
-        mask = mask._materialize(query.device)
+    if mask is not None and type(mask) is not Tensor:
+        # Dynamo comes with it, which takes as long to import as all else together.
+        from torch.nn.attention.bias import CausalBias
+
+        if isinstance(mask, CausalBias):
+            mask = mask._materialize(query.device)
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
         mask = mask.tril()

@@ -119,13 +119,19 @@ class Loss:
             Scalar.
 
         Raises:
+            RuntimeError: If a loss that is known by name takes no such tensors.
             TypeError: If the outputs are several where the loss takes one.
             ValueError: If the result is no scalar, or there are no targets.
         """  # noqa: DOC502 (`check_outputs` raises)
         self.check_outputs(outputs)
         if targets is None and self.kind != "general":
             raise ValueError("expected `targets` for this loss, got None")
-        value = self.function(outputs, targets)
+        try:
+            value = self.function(outputs, targets)
+        except (RuntimeError, ValueError) as err:
+            if self.kind == "general" or type(err) not in (RuntimeError, ValueError):
+                raise
+            raise type(err)(f"{_sizes(outputs, targets)}: {err}") from err
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = list(value.shape) if isinstance(value, Tensor) else type(value)
             raise ValueError(
@@ -216,7 +222,9 @@ def resolve_loss(loss: Any) -> Loss:
         got = f"the class {loss.__name__}" if is_class else type(loss).__name__
         raise TypeError(
             "expected `loss` to be 'mse', 'cross_entropy', a module or a callable "
-            f"`(outputs, targets) -> scalar`, got {got}"
+            f"`(outputs, targets) -> scalar`, got {got}. The order is `(model, batch, "
+            "loss)` in `tdi.regularizers` and `(model, loss, batches)` in "
+            "`tdi.sharpness`"
         )
     reduction = _option(loss, "reduction", "mean")
     if reduction not in ("mean", "sum", "batchmean"):
@@ -225,6 +233,14 @@ def resolve_loss(loss: Any) -> Loss:
             "regularizer of an unreduced loss is not defined"
         )
     return Loss(loss, _kind(loss), "sum" if reduction == "sum" else "mean")
+
+
+def _sizes(outputs: Any, targets: Any) -> str:
+    """What a loss was called with, in words."""
+    names = {"outputs": outputs, "targets": targets}
+    known = {n: x for n, x in names.items() if isinstance(x, Tensor)}
+    said = (f"{n} {list(x.shape)} ({x.dtype})" for n, x in known.items())
+    return f"the loss of {' and '.join(said)}"
 
 
 def _option(loss: Any, name: str, default: Any) -> Any:

@@ -100,15 +100,20 @@ one = runpy.run_path("train_ddp.py")["analysis"].latest
 for tag in ("loss/R_S", "sharpness/trace", "regularizer/R1"):
     print(f"{tag:15} one process {one[tag]:.6f}, two {two[tag]:.6f}")
 
-# %% The curves of the run.
+# %% The curves of the run, with the errors that were recorded beside them.
 figure, panels = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
 losses = "loss/R_S", "regularizer/R1", "regularizer/R2"
 surface = "sharpness/trace", "sharpness/top_eigenvalue"
+ends = {"R1": "_standard_error", "trace": "_standard_error", "value": "_residual"}
 for panel, tags in zip(panels, (losses, by_site, surface), strict=True):
     for tag in tags:
-        panel.plot(*zip(*analysis.history[tag], strict=True), label=tag)
+        beside = [tag.replace(of, of + end) for of, end in ends.items() if of in tag]
+        error = [e for name in beside for _, e in analysis.history[name]] or None
+        curve = zip(*analysis.history[tag], strict=True)
+        panel.errorbar(*curve, error, capsize=2, label=tag)
     panel.set(xlabel="step", yscale="log")
     panel.legend(frameon=False)
+panels[0].set_ylabel("units of the loss")
 figure.savefig("05_attach_to_training.png", dpi=110)
 
 # %% What was shown: one line, the same training, R_1 of both sites along it; and two

@@ -78,7 +78,8 @@ class Attempts:
                 said = set(snapshot.absent)
                 records = take(measure, snapshot, seed)
         except Exception as err:
-            self.fail(name, err, snapshot.step)
+            of_data = snapshot.given and "batches" in measure.needs
+            self.fail(name, err, snapshot.step, " on `data`" if of_data else "")
             return {}
         self._failures.pop(name, None)
         self._not_before.pop(name, None)
@@ -117,20 +118,27 @@ class Attempts:
             name: The measure.
             seconds: What it is estimated at.
         """
+        why = f"it may take some {seconds:.0f} s, for which training has not paid yet"
+        if seconds == math.inf:
+            why = (
+                "no pass of the model in training mode was seen, which tells what it "
+                "may take"
+            )
         self._absent[name] = (
-            f"put off: it may take some {seconds:.0f} s, for which training has not "
-            "paid yet; `analysis.measure()` takes it now, `every=` at fixed steps"
+            f"put off: {why}; `analysis.measure()` takes it now, `every=` at fixed "
+            "steps"
         )
 
-    def fail(self, name: str, err: Exception, step: int) -> None:
+    def fail(self, name: str, err: Exception, step: int, where: str = "") -> None:
         """Enter a failure: say why once, and put off what failed.
 
         Args:
             name: What failed.
             err: How.
             step: When.
+            where: On what, where that is not the step's batch.
         """
-        reason = f"{type(err).__name__}: {err}"
+        reason = f"{type(err).__name__}{where}: {err}"
         count = self._failures[name] = self._failures.get(name, 0) + 1
         wait = 2 * max(1, step - self._last.get(name, step))
         self._last[name] = step

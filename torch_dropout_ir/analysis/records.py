@@ -101,7 +101,25 @@ def _thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 class Sink(Protocol):
-    """Where records go."""
+    """Where records go.
+
+    Example:
+        >>> class Printer:
+        ...     def write(self, step, records, notes):
+        ...         print(step, sorted(records)[:1])
+        ...
+        ...     def close(self):
+        ...         print("closed")
+        >>> net, measures = nn.Linear(4, 2), tdi.analysis.measures
+        >>> sgd, own = torch.optim.SGD(net.parameters()), [measures.ReceivedGradient()]
+        >>> with tdi.attach_analysis(
+        ...     net, measures=own, sinks=[Printer()], log_dir=False
+        ... ):
+        ...     net(torch.ones(5, 4)).square().mean().backward()
+        ...     sgd.step()
+        0 ['cost/seconds/gradient']
+        closed
+    """
 
     def write(
         self, step: int, records: Mapping[str, Record], notes: Mapping[str, str]

@@ -39,6 +39,7 @@ class Snapshot:
             one's targets are known; None before the first.
         targets: Its targets; None where they were not seen.
         batches: Batches for measures of the loss surface; None where there are none.
+        given: Whether they are those of ``data=``.
         lr: Learning rate by parameter name; None before an optimizer is known.
         gradients: Gradient that the optimizer is about to use, by parameter name.
         statistics: Mask statistics by site name.
@@ -58,6 +59,7 @@ class Snapshot:
     inputs: Any = None
     targets: Any = None
     batches: Any = None
+    given: bool = False
     lr: dict[str, float] | None = None
     gradients: dict[str, Tensor] | None = None
     statistics: dict[str, MaskStatistics] = dataclasses.field(default_factory=dict)
@@ -100,8 +102,9 @@ NO_SITE: Final = (
 _LACKING: Final[dict[Need, str]] = {
     "sites": NO_SITE,
     "inputs": (
-        "no call of the model as `model(...)` in training mode was seen yet: attach to "
-        "the module that the script calls so. Where it calls a method of another name, "
+        "no call of the model as `model(...)` in training mode was seen yet: call "
+        "`model.train()` where it is in evaluation mode, and attach to the module that "
+        "the script calls so. Where it calls a method of another name, "
         "as `model.encode(...)`, attach to the part of the model that drops: what "
         "follows that counts as loss. A model that was compiled since is measured from "
         "the next time on; one that runs inside `torch.func` transforms or a compiled "
@@ -200,6 +203,20 @@ class Measure(Protocol):
         name: Name under which its cost is recorded.
         needs: What it cannot do without; where something lacks, it is left out and the
             summary says why.
+
+    Example:
+        >>> class WeightNorm:
+        ...     name, needs = "norm", frozenset()
+        ...
+        ...     def __call__(self, snapshot):
+        ...         weights = snapshot.model.state_dict().values()
+        ...         squares = [x.square().sum() for x in weights]
+        ...         return {"own/norm": float(sum(squares)) ** 0.5}
+        >>> analysis = tdi.attach_analysis(
+        ...     nn.Linear(4, 2), measures=[WeightNorm()], log_dir=False
+        ... )
+        >>> analysis.measure()["own/norm"] > 0
+        True
     """
 
     name: str

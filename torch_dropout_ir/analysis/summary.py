@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from torch import nn
 
@@ -15,6 +15,8 @@ from torch_dropout_ir.sites import Site, find_sites, unobservable
 
 if TYPE_CHECKING:
     from torch_dropout_ir.analysis.analysis import Analysis
+
+_COST: Final = "cost/seconds/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +94,17 @@ def describe(analysis: Analysis) -> str:
             "of this model was seen; where they are stepped by hand, "
             "`analysis.measure()` measures between backward pass and update"
         )
-    last = max((values[-1][0] for values in analysis.history.values()), default=0)
-    if analysis.step > 2 * last + 1:
+    taken = {
+        tag.removeprefix(_COST): values[-1][0]
+        for tag, values in analysis.history.items()
+        if tag.startswith(_COST)
+    }
+    if old := [n for n, step in taken.items() if analysis.step > 2 * step + 1]:
+        names = "nothing" if len(old) == len(taken) else f"of {', '.join(old)} nothing"
         lines.append(
-            f"nothing was measured after step {last}: training has not paid for it "
-            "yet; `analysis.measure()` measures now, `every=` at fixed steps"
+            f"{names} was measured after step {max(taken[n] for n in old)}: the "
+            "schedule has not come to it yet; `analysis.measure()` measures now, "
+            "`every=` at fixed steps"
         )
     return "\n".join(lines)
 

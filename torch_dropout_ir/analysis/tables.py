@@ -105,4 +105,7 @@ def _together(names: list[str]) -> str:
     """Name tags that have the same said of them, shortly where they are many."""
     if len(names) < 4:
         return ", ".join(names)
-    return f"{names[0]} and {len(names) - 1} more of {names[0].partition('/')[0]}"
+    groups = {name.partition("/")[0] for name in names}
+    if len(groups) > 1:
+        return ", ".join(names)
+    return f"{names[0]} and {len(names) - 1} more of {groups.pop()}"

@@ -93,6 +93,7 @@ class View:
             source=source,
             missed=capture.missed,
             batches=seen if batch.data is None else batch.data,
+            given=batch.data is not None,
             lr=lr,
             gradients=gradients,
             statistics=self.statistics(),

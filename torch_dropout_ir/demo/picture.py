@@ -37,23 +37,25 @@ def draw(
     panels: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     top, bottom = panels
     accuracy, r1, slices = top.subplots(1, 3)
-    _curve(accuracy, outcomes, 1, "test accuracy")
-    reached = [outcome.numbers["test accuracy (%)"] / 100 for outcome in outcomes]
+    _curve(accuracy, outcomes, 1, "test accuracy (%)", 100.0)
+    reached = [outcome.numbers["test accuracy (%)"] for outcome in outcomes]
     accuracy.legend(frameon=False)
-    accuracy.set_ylim(max(0.0, min(reached) - 0.15), min(1.0, max(reached) + 0.04))
+    accuracy.set_ylim(max(0.0, min(reached) - 15), min(100.0, max(reached) + 4))
     _curve(r1, outcomes, 2, rf"$R_1$ at p = {settings.p:g}")
-    r1.set_yscale("log")
+    r1.set(yscale="log", ylabel="units of the loss")
     _slices(slices, outcomes)
     _heat_maps(bottom, outcomes)
     figure.savefig(path)
 
 
-def _curve(axes: Any, outcomes: Sequence[Outcome], column: int, title: str) -> None:
+def _curve(
+    axes: Any, outcomes: Sequence[Outcome], column: int, title: str, unit: float = 1.0
+) -> None:
     for outcome, colour in zip(outcomes, _COLOURS, strict=True):
         steps = [point[0] + 1 for point in outcome.points]
-        values = [point[column] for point in outcome.points]
+        values = [unit * point[column] for point in outcome.points]
         axes.plot(steps, values, color=colour, label=outcome.name)
-    axes.set(title=title, xlabel="optimizer step", xscale="log")
+    axes.set(title=title, xlabel="optimizer steps + 1", xscale="log")
     axes.grid(alpha=0.25)
 
 
@@ -69,7 +71,7 @@ def _slices(axes: Any, outcomes: Sequence[Outcome]) -> None:
         )
     axes.set_title(r"loss slice $R_S(\theta + \alpha d)$")
     axes.set_xlabel(r"$\alpha$ (1: the norm of the weights)")
-    axes.set_yscale("log")
+    axes.set(yscale="log", ylabel="units of the loss")
     axes.grid(alpha=0.25)
 
 
@@ -89,4 +91,5 @@ def _heat_maps(figure: Any, outcomes: Sequence[Outcome]) -> None:
         axes.set_title(f"{outcome.name}: effective ratio {ratio:.3f}")
         shown = f" (1 of {stride} shown)" if stride > 1 else ""
         axes.set_xlabel(f"hidden neuron, sorted by orientation{shown}")
+        axes.set_ylabel("hidden neuron")
     figure.colorbar(picture, ax=panels, label="cosine of input weights", shrink=0.9)

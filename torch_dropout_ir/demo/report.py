@@ -75,12 +75,12 @@ def _cell(numbers: dict[str, float], name: str) -> str:
 
 
 def _verdict(name: str, without: dict[str, float], with_: dict[str, float]) -> str:
-    direction = _DIRECTIONS.get(name.split(" at ")[0])
-    if direction is None:
-        return ""
     moved = with_[name] - without[name]
     errors = [numbers.get(_ERRORS.get(name, ""), 0.0) for numbers in (without, with_)]
     if abs(moved) <= 2 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5:
         return "no difference"
-    wanted = "higher" if direction > 0 else "lower"
-    return f"{wanted}, as in the paper" if moved * direction > 0 else f"not {wanted}"
+    found = "higher" if moved > 0 else "lower"
+    direction = _DIRECTIONS.get(name.split(" at ")[0])
+    if direction is None:  # the paper says nothing of it
+        return found
+    return f"{found}, {'as in' if moved * direction > 0 else 'unlike'} the paper"

@@ -42,6 +42,10 @@ class DropoutAnalysis(Callback):
 
     Attributes:
         analysis: The analysis, from the start of a fit on.
+
+    Example:
+        >>> trainer = lightning.Trainer(callbacks=[DropoutAnalysis(every=50)])
+        >>> trainer.fit(module, loader)
     """
 
     def __init__(

@@ -60,6 +60,11 @@ class DropoutAnalysis(TrainerCallback):
 
     Attributes:
         analysis: The analysis, from the start of training on.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=data)
+        >>> trainer.add_callback(DropoutAnalysis(every=50))
+        >>> trainer.train()
     """
 
     def __init__(self, loss: Any = None, *, log_dir: Any = None, **options: Any):

@@ -38,7 +38,8 @@ class Eigen:
     r"""Eigenpairs with the error of each.
 
     Attributes:
-        values: Eigenvalues, largest first, float64 ``[k]``.
+        values: Eigenvalues, largest first, float64 ``[k]``; units of the loss over
+            squared units of the parameters.
         vectors: Unit eigenvectors: dictionaries of parameters, or flat tensors where
             the operator is a matrix.
         residuals: :math:`\lVert A v - \lambda v \rVert`, float64 ``[k]``. An

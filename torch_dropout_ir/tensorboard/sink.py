@@ -33,7 +33,7 @@ class TensorBoardSink:
     Every number is in the event of its step. Pictures and histograms fill it up to
     ``max_bytes``, the longest unseen first; the others come with later events, in an
     event of their own step, or at the end. So an event step has at most ``max_bytes``,
-    or its numbers (about 50 bytes each, with the description where a tag is new) and
+    or its numbers (15 bytes and the tag each, and its description where it is new) and
     one picture. Errors of numbers also give the bands ``uncertainty/<tag>/...``, and
     the first picture of a tag stays under ``initial/<tag>``, as TensorBoard shows a
     random sample of ten. Model, sites, loss, seed and versions are text and
@@ -51,6 +51,15 @@ class TensorBoardSink:
     Raises:
         TypeError: If ``log_dir`` is no path.
         OSError: If the directory cannot be written.
+
+    Example:
+        >>> import os, tempfile
+        >>> sink = TensorBoardSink(tempfile.mkdtemp(), max_bytes=2**15)
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 2))
+        >>> with tdi.attach_analysis(net, log_dir=False, sinks=[sink]) as analysis:
+        ...     found = analysis.measure()
+        >>> [name.split(".")[0] for name in os.listdir(sink.log_dir)]
+        ['events']
     """
 
     def __init__(

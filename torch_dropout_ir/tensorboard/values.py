@@ -123,7 +123,10 @@ def add_layout(summary: Summary, sites: Collection[str] = ()) -> None:
     """
     margins = [_margins(title, [tag]) for title, tag in _MARGINS.items()]
     if sites:
-        margins.append(_margins("R_1 of each site and its standard error", sites))
+        names = [tag.removeprefix("regularizer/R1/") for tag in sites]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        title = f"R_1 of each site and its standard error: {', '.join(names[:3])}{more}"
+        margins.append(_margins(title, sites))
     curves = [
         layout_pb2.Chart(
             title=title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{regex}$"])

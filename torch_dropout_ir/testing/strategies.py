@@ -75,6 +75,13 @@ def networks(
     Raises:
         TypeError: If a number is no integer.
         ValueError: If one is below 1, or ``sites`` is not known.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(networks(sites="everywhere", probabilities=drop_probabilities(0.1)))
+        ... def test_sites(network):
+        ...     assert all(p >= 0.1 for p in (m.p for m in network if hasattr(m, "p")))
+        >>> test_sites()
     """  # noqa: DOC502 (the checks raise)
     check_choice("networks", "sites", sites, ("last", "everywhere"))
     given = {"max_width": max_width, "max_depth": max_depth, "max_outputs": max_outputs}
@@ -122,6 +129,14 @@ def batches(
     Raises:
         TypeError: If ``max_samples`` is no integer.
         ValueError: If it is below 1, or ``loss`` is not known.
+
+    Example:
+        >>> from hypothesis import given
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.Dropout(), nn.Linear(4, 3)).double()
+        >>> @given(batches(net, loss="cross_entropy"))
+        ... def test_sizes(batch):
+        ...     assert net(batch[0]).shape == (len(batch[1]), 3)
+        >>> test_sizes()
     """  # noqa: DOC502 (the checks raise)
     check_choice("batches", "loss", loss, ("mse", "cross_entropy"))
     check_count("batches", "max_samples", max_samples, 1)

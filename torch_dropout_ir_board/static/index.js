@@ -6,12 +6,19 @@ const NUMBERS = {
   "effective neurons": "condensation/effective_neurons/", "top eigenvalue": "sharpness/top_eigenvalue", trace: "sharpness/trace", "share of the time": "cost/share",
 };
 const S = { off: new Set(), log: new Set(["density", "slice", "curve"]), step: Infinity, curve: "regularizer/R1" };
-const held = new Map(), CHARTS = ["places", "density", "slice", "curve"]; let steps = [0], turn = 0, later = 0, embedded = null;
+const held = new Map(), CHARTS = ["places", "density", "slice", "curve"]; let steps = [0], turn = 0, later = 0, sizing = 0, embedded = null;
 const at = (id) => document.getElementById(id); const runs = () => S.index.runs.filter((run) => !S.off.has(run));
 const colour = (run) => COLOURS[S.index.runs.indexOf(run) % COLOURS.length];
 const last = (points) => (points ?? []).filter(([step]) => step <= S.step).at(-1);
-function show(x) {
-  return !Number.isFinite(x) ? "–" : x && (Math.abs(x) >= 1e6 || Math.abs(x) < 1e-3) ? x.toExponential(1).replace(".0", "") : String(+x.toPrecision(3));
+function show(x, digits = 3) {
+  return !Number.isFinite(x) ? "–" : x && (Math.abs(x) >= 1e6 || Math.abs(x) < 1e-3) ? x.toExponential(1).replace(".0", "") : String(+x.toPrecision(digits));
+}
+export function measured(x, error) { // to the digits that the error leaves: two of an error that begins with 1
+  if (!(error > 0) || !Number.isFinite(x)) return show(x);
+  const first = Math.floor(Math.log10(error)), digits = error < 1.95 * 10 ** first ? 1 - first : -first, size = Math.floor(Math.log10(Math.max(Math.abs(x), error)));
+  if (size + digits > 4) return `${+x.toPrecision(5)} ± ${show(+error.toPrecision(1))}`;
+  if (size >= -3 && size < 6) return [x, error].map((y) => (digits < 0 ? Math.round(y) : y.toFixed(digits))).join(" ± ");
+  return `(${[x, error].map((y) => (y / 10 ** size).toFixed(Math.max(0, size + digits))).join(" ± ")})e${size}`;
 }
 function put(parent, tag, text = "", more = {}) {
   const made = document.createElementNS(tag === "svg" ? "http://www.w3.org/2000/svg" : parent.namespaceURI, tag);
@@ -87,7 +94,8 @@ async function draw(changes = {}) {
   chart("density", "Eigenvalues of the Hessian", ["eigenvalue", "density"], heights(density, (b) => (b[1] - b[0]) / b[2].length));
   chart("slice", "Loss along a random direction", ["step / norm of the weights", "R_S"], heights(slice, () => 1));
   const near = (points, by) => points.map(([step, y]) => [step, y, by.get(step)]), banded = (run) => [run, near(curve[run] ?? [], new Map(around[run]))];
-  chart("curve", S.curve, ["optimizer step", ""], runs().map(banded), { mark: S.step });
+  const name = Object.keys(NUMBERS).find((_, i) => tags[i] === S.curve) ?? S.curve, unit = /R1|R2|^loss/.test(S.curve) ? "units of the loss" : "";
+  chart("curve", S.curve.endsWith("/" + S.layer) ? `${name}, layer ${S.layer}` : name, ["optimizer step", unit], runs().map(banded), { mark: S.step });
   document.body.dataset.drawn = own, buttons()[pressed]?.focus(); // a key's button is a new one now
 }
 function bar() {
@@ -102,13 +110,13 @@ function bar() {
 }
 function table(tags, values, errors) {
   at("numbers").replaceChildren(); const body = put(at("numbers"), "table"), head = put(body, "tr");
-  put(head, "th", "at this step"); for (const run of runs()) put(head, "th", "■", { title: run }).style.color = colour(run);
+  put(head, "th", "at this step", { title: "each as last measured: the step is under the pointer" }); for (const run of runs()) put(head, "th", "■", { title: run }).style.color = colour(run);
   Object.keys(NUMBERS).forEach((name, i) => {
     if (!runs().some((run) => last(values[i][run]))) return; const row = put(body, "tr");
     put(put(row, "th"), "button", name, { title: `draw ${tags[i]}`, onclick: () => draw({ curve: tags[i] }) });
     for (const run of runs()) {
-      const error = last(errors[i][run])?.[1];
-      put(row, "td", show(last(values[i][run])?.[1]) + (error ? ` ± ${show(+error.toPrecision(1))}` : ""));
+      const [step, value] = last(values[i][run]) ?? [], error = last(errors[i][run])?.[1], kind = /eigenvalue/.test(tags[i]) ? "residual" : "standard error";
+      put(row, "td", measured(value, error), step === undefined ? {} : { title: `measured at step ${step}${error ? `; ± the ${kind}` : ""}` });
     }
   });
 }
@@ -124,8 +132,11 @@ function rgb(level, levels) {
   return level >= levels ? [150, 150, 150, 255] : [...end.map((x) => 247 + Math.abs(t) * (x - 247)), 255];
 }
 function heat(pictures) {
-  const beside = innerWidth - at("numbers").offsetWidth - 60, room = beside < 420 ? innerWidth - 40 : beside; // below a wide table
-  const side = Math.max(150, Math.min(270, room / pictures.length - 14)); at("hint").hidden = true, at("maps").replaceChildren(); for (const [run, step, found] of pictures) {
+  const beside = innerWidth - at("numbers").offsetWidth - 60, below = beside < 420, room = below ? innerWidth - 28 : beside; // a wide table
+  const left = innerHeight - chartSize()[1] - 172 - (below ? at("numbers").offsetHeight + 8 : 0); // by the charts and bars
+  const side = Math.max(150, Math.min(420, Math.max(268, left - 46), room / pictures.length - 14));
+  const style = { flexBasis: below ? "100%" : "0", maxHeight: innerWidth < 1100 ? "none" : `${Math.max(left, side + 46)}px` };
+  Object.assign(at("maps").style, style), at("hint").hidden = true, at("maps").replaceChildren(); for (const [run, step, found] of pictures) {
     const figure = put(at("maps"), "figure"), caption = put(figure, "figcaption"), { rows, columns, levels } = found;
     figure.style.width = `${side}px`; put(caption, "span", "■ ").style.color = colour(run);
     put(caption, "span", `step ${step} · ${run}`, { title: run });
@@ -142,7 +153,7 @@ function heat(pictures) {
       Object.assign(at("hint").style, { left: `${Math.min(clientX + 12, innerWidth - 320)}px`, top: `${clientY + 14}px` });
     };
     canvas.onmouseleave = () => (at("hint").hidden = true); put(figure, "div", "", { class: "scale" });
-    const ends = put(figure, "div", "", { class: "ends" }); for (const t of [0, 0.5, 1]) put(ends, "span", value(t));
+    const ends = put(figure, "div", "", { class: "ends" }); for (const text of [value(0), "cosine of input weights", value(1)]) put(ends, "span", text);
   }
   if (!pictures.length) put(at("maps"), "p", "No cosines between neurons here.", { class: "note" });
 }
@@ -156,8 +167,12 @@ function ticks(low, high, log) {
   const by = log ? Math.max(1, nice) : nice, first = Math.ceil(low / by - 1e-9), count = Math.floor(high / by + 1e-9) - first + 1;
   return Array.from({ length: count }, (_, i) => (first + i) * by);
 }
+function chartSize() {
+  const columns = innerWidth >= 1100 ? 4 : innerWidth >= 560 ? 2 : 1;
+  return [(innerWidth - 44 - 16 * (columns - 1)) / columns, Math.max(250, Math.min(360, innerHeight * 0.32))];
+}
 function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
-  const host = at(id), W = Math.max(260, (innerWidth - 92) / 4), H = 250, L = 48, R = 14, T = 18, B = 36; host.replaceChildren();
+  const host = at(id), [W, H] = chartSize(), L = 48, R = 14, T = 18, B = 36; host.replaceChildren();
   const head = put(host, "h2", title), dots = id === "places", log = S.log.has(id), f = log ? Math.log10 : (v) => v;
   if (!dots) put(head, "button", log ? "log" : "linear", { title: "scale", onclick: () => flip(S.log, id) }); head.style.width = `${W}px`;
   const sound = ([u, v]) => v !== null && Number.isFinite(u) && Number.isFinite(f(v));
@@ -169,9 +184,11 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
   const px = (v) => (L + (4 * ux * (v - left)) / (right - left)).toFixed(1);
   const py = (v) => (H - B - 4 * uy * Math.max(0, (f(v) - bottom) / (high - bottom) || 0)).toFixed(1);
   const svg = put(host, "svg", "", { width: W, height: H, role: "img", "aria-label": title });
-  for (const v of ticks(bottom, high, log)) {
-    const value = log ? +(10 ** v).toPrecision(3) : v, h = +py(value); put(svg, "line", "", { x1: L, x2: W - R, y1: h, y2: h, class: "grid" });
-    put(svg, "text", show(value), { x: L - 5, y: h + 4, "text-anchor": "end" });
+  const marks = ticks(bottom, high, log).map((v) => (log ? 10 ** v : v)), apart = Math.min(...marks.slice(1).map((v, i) => v - marks[i]));
+  const digits = marks.length > 1 ? Math.min(7, Math.max(3, 1 + Math.ceil(Math.log10(Math.max(...marks.map(Math.abs)) / apart)))) : 3; // neighbours differ
+  for (const value of marks) {
+    const h = +py(value); put(svg, "line", "", { x1: L, x2: W - R, y1: h, y2: h, class: "grid" });
+    put(svg, "text", show(value, digits), { x: L - 5, y: h + 4, "text-anchor": "end" });
   }
   for (const v of ticks(left, right)) put(svg, "text", show(v), { x: px(v), y: H - B + 14, "text-anchor": "middle" });
   put(svg, "text", xname, { x: (W + L) / 2, y: H - 5, "text-anchor": "middle" }); put(svg, "text", yname, { x: 2, y: 11 });
@@ -181,7 +198,11 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
     const side = (by) => points.map(([u, v, w = 0]) => `${px(u)},${py(v + by * w)}`), band = [...side(1), ...side(-1).reverse()].join(" ");
     if (!dots && points.some((p) => p[2])) put(svg, "polygon", "", { points: band, fill: own, opacity: 0.2 });
     if (!dots) put(svg, "polyline", "", { points: line, fill: "none", stroke: own, "stroke-width": 1.8 });
-    else for (const [u, v, w] of points) put(svg, "circle", "", { cx: px(u), cy: py(v), r: 2 + 2 * w, fill: own, opacity: 0.55 });
+    const few = id === "curve" && points.length < 40 ? points : []; // single measurements are seen, with their errors
+    for (const [u, v, w = 0] of few) {
+      put(svg, "line", "", { x1: px(u), x2: px(u), y1: py(v + w), y2: py(v - w), stroke: own }), put(svg, "circle", "", { cx: px(u), cy: py(v), r: 2.5, fill: own });
+    }
+    if (dots) for (const [u, v, w] of points) put(svg, "circle", "", { cx: px(u), cy: py(v), r: 2 + 2 * w, fill: own, opacity: 0.55 });
   }
 }
 function theme() {
@@ -204,5 +225,6 @@ export async function render(records = null) {
     const { port1, port2 } = new MessageChannel(); port1.onmessage = () => { clearTimeout(later); later = setTimeout(reload, 100); };
     parent.postMessage("experimental.bootstrap", "*", [port2]);
   }
+  addEventListener("resize", () => (clearTimeout(sizing), (sizing = setTimeout(draw, 100))));
   await reload();
 }

@@ -14,6 +14,10 @@ last tenth here. The network of three layers is in fig04b_three_layers.py.
     python tutorials/paper/fig04_condensation.py --quick
 
 (Zhang & Xu, Implicit regularization of dropout, TPAMI 2024, Fig. 4 and Appendix A.)
+
+Picture: the first seed. Above, each point is a neuron; vertical lines are the target's
+directions. Below, the outputs of the whole networks and of the merged ones; points are
+the data.
 """
 
 # %% What is run

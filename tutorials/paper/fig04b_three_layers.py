@@ -19,6 +19,9 @@ one open, which would saturate at that variance: here it is 1 / width.
     python tutorials/paper/fig04b_three_layers.py --quick
 
 (Zhang & Xu, Implicit regularization of dropout, TPAMI 2024, Fig. 4 and Appendix A.)
+
+Picture: the first seed; each point is a neuron of the first hidden layer, vertical
+lines are the target's directions.
 """
 
 # %% What is run

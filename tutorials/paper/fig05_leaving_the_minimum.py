@@ -12,6 +12,9 @@ tenth, so that the minimum is one. How long the paper trains on is not stated.
     python tutorials/paper/fig05_leaving_the_minimum.py --quick
 
 (Zhang & Xu, Implicit regularization of dropout, TPAMI 2024, Fig. 5 and Appendix A.)
+
+Picture: the first seed. Above, on the way from the minimum; below, neurons at the
+minimum (grey) and at the end; vertical lines are the target's directions.
 """
 
 # %% What is run

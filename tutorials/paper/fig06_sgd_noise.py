@@ -10,6 +10,9 @@ The setting is the paper's, at the learning rate 1e-3 of Fig. 4, kept to the end
     python tutorials/paper/fig06_sgd_noise.py --quick
 
 (Zhang & Xu, Implicit regularization of dropout, TPAMI 2024, Fig. 6 and Appendix A.)
+
+Picture: the first seed: neurons and the target's directions (vertical), output with the
+data (points), and R_S on the way.
 """
 
 # %% What is run

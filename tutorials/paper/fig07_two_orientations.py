@@ -24,6 +24,10 @@ reported seeds, where that was tried first, the orientations were 2, 2 and 3.
     python tutorials/paper/fig07_two_orientations.py --quick
 
 (Zhang & Xu, Implicit regularization of dropout, TPAMI 2024, Fig. 7 and Appendix A.)
+
+Picture: the first seed: cosines between the neurons above a tenth of the largest
+amplitude, sorted by orientation, and all neurons by their cosine to the target's and
+their amplitude.
 """
 
 # %% What is run

@@ -30,6 +30,8 @@ again and again. The library's cover is greedy and smaller; the curves are its.
     python tutorials/paper/fig07c_kernels_of_resnet.py --data-root DIR --quick
 
 (Zhang & Xu, Implicit regularization of dropout, TPAMI 2024, Definition 3, Fig. 7c.)
+
+Picture: one line a seed; dotted are the ends that the paper reports.
 """
 
 # %% What is run

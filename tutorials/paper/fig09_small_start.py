@@ -29,6 +29,10 @@ million all). One seed was tried for longer with dropout, 400 000 steps and 800 
     python tutorials/paper/fig09_small_start.py --quick
 
 (Zhang & Xu, Implicit regularization of dropout, TPAMI 2024, Fig. 9 and Appendix A.)
+
+Picture: left, the first seed: horizontal lines are the level 1e-5 and, dotted, R_S of
+the best straight line. Middle, one mark or line a seed. Right, the first seed's neurons
+at the end; vertical lines are the target's directions.
 """
 
 # %% What is run

@@ -55,6 +55,9 @@ longer runs were not made.
     python tutorials/paper/fig12_flatness.py --data-root DIR --networks fnn --quick
 
 (Zhang & Xu, Implicit regularization of dropout, TPAMI 2024, Fig. 12, Table I.)
+
+Picture: one line a direction and seed; dotted is the paper's level, at which the widths
+are taken.
 """
 
 # %% What is run

@@ -15,6 +15,8 @@ keep_prob 0.9 and learning rate 0.05.
     python tutorials/paper/fig14_between_minima.py --data-root DIR --quick
 
 (Zhang & Xu, Implicit regularization of dropout, TPAMI 2024, eq. 7 and Fig. 14.)
+
+Picture: one line a seed; the points are the two minima.
 """
 
 # %% What is run

@@ -12,8 +12,8 @@ HERE = Path(__file__).parent
 TOP = """# The paper, figure by figure
 
 Zhang & Xu, *Implicit Regularization of Dropout*, TPAMI 2024. This page is written by
-`table.py` from `results/*.json`, which the scripts write; the reasons are the scripts'
-own words, and nothing else is typed in.
+`table.py` from `results/*.json`, which the scripts write; reasons and captions are the
+scripts' own words, and nothing else is typed in.
 `make paper` runs all of them, cheapest first; `make paper ARGS=--quick` has a look at
 each in minutes (its numbers never enter this table). Every script takes `--help`, shows
 its progress, and goes on where it was stopped.
@@ -46,20 +46,26 @@ def rows(record):
         )
 
 
+def told(script, *starts):
+    """Paragraphs of a script's docstring that begin with one of ``starts``."""
+    paragraphs = ast.get_docstring(ast.parse(script.read_text())).split("\n\n")
+    return [one for one in paragraphs if one.startswith(starts)]
+
+
 def reasons(script):
-    """Paragraphs of a script's docstring that say why a claim falls short."""
-    told = ast.get_docstring(ast.parse(script.read_text())).split("\n\n")
-    return [one for one in told if one.startswith(("Not reproduced:", "In direction:"))]
+    """Why a claim falls short."""
+    return told(script, "Not reproduced:", "In direction:")
 
 
 def section(record):
-    """The picture of a figure, and why it falls short where it does."""
+    """The picture of a figure, how to read it, and why it falls short where it does."""
     title, figure = record["title"], record["figure"]
     (script,) = HERE.glob(f"{figure}_*.py")
     parts = [f"## {title}", f"`python tutorials/paper/{script.name}`"]
     if record["verdict"] != "reproduced":
         parts += reasons(script)
-    return "\n\n".join([*parts, f"![{title}](results/{figure}.png)\n"])
+    parts += [f"![{title}](results/{figure}.png)", *told(script, "Picture:")]
+    return "\n\n".join(parts) + "\n"
 
 
 def _escaped(text):

@@ -26,6 +26,9 @@ they do.
     python tutorials/paper/thm1_kinks.py --quick
 
 (Zhang & Xu, Implicit regularization of dropout, TPAMI 2024, Theorem 1.)
+
+Picture: left, all pairs of all seeds. Middle and right, the first seed: outputs with
+the data (points), and places where the output bends, with the samples as lines.
 """
 
 # %% What is run

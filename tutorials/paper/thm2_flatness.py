@@ -19,6 +19,8 @@ of it.
     python tutorials/paper/thm2_flatness.py --quick
 
 (Zhang & Xu, Implicit regularization of dropout, TPAMI 2024, Theorem 2.)
+
+Picture: left, random networks of all seeds; right, one line a seed.
 """
 
 # %% What is run

@@ -31,7 +31,23 @@ __all__ = [
 
 
 def default_measures() -> list[Measure]:
-    """Return one of each measure."""
+    """Return one of each measure.
+
+    Returns:
+        What :func:`attach_analysis` takes where it is given no ``measures``.
+
+    Example:
+        >>> [measure.name for measure in default_measures()][:4]
+        ['gradient', 'regularizer', 'dropout_noise', 'masks']
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 2))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> few = [Masks(), Regularizer(num_masks=16)]
+        >>> with tdi.attach_analysis(net, measures=few, log_dir=False) as analysis:
+        ...     nn.MSELoss()(net(torch.ones(5, 4)), torch.zeros(5, 2)).backward()
+        ...     sgd.step()
+        >>> "mask/keep_rate/1" in analysis.latest, "sharpness/trace" in analysis.latest
+        (True, False)
+    """
     return [
         ReceivedGradient(),
         Regularizer(),

@@ -12,7 +12,16 @@ from torch_dropout_ir.masks import MaskStatistics
 
 
 class Masks:
-    """Keep rates and z-scores of the masks seen so far."""
+    r"""Keep rates and z-scores of the masks seen so far, by site.
+
+    Of ``n`` elements ``k`` were kept, each with probability ``q = 1 - p``: the rate is
+    ``k / n``, and
+
+    .. math:: z = (k - n q) / \sqrt{n q (1 - q)}
+
+    in standard deviations of the binomial law; beyond 5 the masks are not what they
+    claim. No pass of the model is made.
+    """
 
     name = "masks"
     needs: frozenset[Need] = frozenset({"sites", "masks"})

@@ -34,7 +34,17 @@ _ONE_PAIR: Final = (
 
 
 class Regularizer:
-    """R_1 with its error and its parts, and R_S on the same batch.
+    r"""R_1 with its error and its parts, and R_S on the same batch.
+
+    .. math:: R_1 = E[R_{drop}] - R_S
+
+    in the units of the loss: in closed form where that is exact (squared loss, dropout
+    straight before the last linear layer), with the error 0; else the mean over masks
+    with its standard error. The parts of sites are second order.
+
+    References:
+        Zhang & Xu, *Implicit regularization of dropout*, eq. 4, Lemma 1; Wei, Kakade &
+        Ma 2020 (parts of sites).
 
     Args:
         num_masks: Masks to average over where R_1 has no closed form; up to eight
@@ -158,7 +168,16 @@ def squared_norm(x: Tensor) -> Tensor:
 
 
 class ReceivedGradient:
-    """R_2 from the gradient that the optimizer receives: no pass of its own."""
+    r"""R_2 from the gradient that the optimizer receives: no pass of its own.
+
+    .. math:: R_2 = \frac{\epsilon}{4} \lVert g \rVert^2
+
+    in the units of the loss, with the learning rate of each parameter. It is of that
+    one gradient and has no error: its mean holds the noise of masks and mini-batches.
+
+    References:
+        Zhang & Xu, *Implicit regularization of dropout*, eq. 5.
+    """
 
     name = "gradient"
     needs: frozenset[Need] = frozenset({"gradients"})
@@ -175,7 +194,15 @@ class ReceivedGradient:
 
 
 class DropoutNoise:
-    """The part of R_2 that masks add, from pairs of masks on one batch.
+    r"""The part of R_2 that masks add, from pairs of masks on one batch.
+
+    .. math:: \frac{\epsilon}{4} \mathrm{tr}\,\mathrm{Cov}_\eta(g)
+
+    in the units of the loss; unbiased, each pair gives :math:`\frac{\epsilon}{8} \lVert
+    g - g' \rVert^2`.
+
+    References:
+        Zhang & Xu, *Implicit regularization of dropout*, eq. 5.
 
     Args:
         num_masks: Number of masks, even. Two are one difference of gradients, which is
