@@ -16,7 +16,7 @@ from torch_dropout_ir.analysis.measures.sample_parts import Coupling, Parts, fit
 from torch_dropout_ir.analysis.records import Histogram, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
 from torch_dropout_ir.arguments import check_choice, check_count, check_real
-from torch_dropout_ir.functional import as_batches
+from torch_dropout_ir.batches import as_batches
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.density import smoothed
 from torch_dropout_ir.sharpness.landscape import used_up_slice
