@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from torch_dropout_ir.collectives import go_on
 from torch_dropout_ir.dropout_calls import DropoutCalls, SiteFunction
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
@@ -205,6 +206,7 @@ def call(
     Returns:
         What the model returns.
     """
+    go_on("forward")
     seen = Survey.of(model) if survey is None else survey
     model, arguments = seen.model, Inputs.of(inputs).renewed()
     if seen.in_place:

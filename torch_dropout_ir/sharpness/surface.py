@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_dropout_ir import tracing
+from torch_dropout_ir.collectives import go_on
 from torch_dropout_ir.functional import (
     Batch,
     at_sites,
@@ -173,6 +174,7 @@ class Surface:
         self, params: Mapping[str, Tensor], batch: Batch, place: int, seed: int | None
     ) -> Any:
         """Run the model at ``params`` on the batch of that place, inside ``held``."""
+        go_on("forward")
         state, arguments = self._at(params), Inputs.of(batch[0]).renewed()
         # The first batch has the masks of `frozen_masks(model, seed)`.
         place = place * self.ranks.size + self.ranks.rank
@@ -193,6 +195,7 @@ class Surface:
         Args:
             params: What they ran at; the parameters of this surface if None.
         """
+        go_on("backward")
         if not self.operations.again:
             yield
             return

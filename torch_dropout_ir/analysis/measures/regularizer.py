@@ -199,7 +199,8 @@ class DropoutNoise:
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``regularizer/R2_dropout_noise`` and its standard error."""
         assert snapshot.lr is not None  # by `needs`
-        with snapshot.ranks.own_draws(snapshot.model):
+        together = collectives.together(snapshot.ranks.most)
+        with together, snapshot.ranks.own_draws(snapshot.model):
             found = gradient_norm(
                 snapshot.model, snapshot.batch, snapshot.loss,
                 lr=snapshot.lr, num_masks=self.num_masks,
