@@ -811,7 +811,8 @@ def test_ranks_whose_passes_meet_decide_together(ran, name):
     else:
         truth = tdi.regularizers.monte_carlo(net, batch, loss, num_masks=20000).value
     assert (value.mean() - truth).abs() < 4 * value.std() / many**0.5
-    assert 0.3 < error.square().mean() / value.var()  # too large where passes meet
+    # A fit to eight draws has the factor 10 / 7 on purpose.
+    assert 0.5 < error.square().mean() / value.var() < 2.2
     if name == "bent":  # of both signs, each on a rank
         whole = tdi.regularizers.gauss_newton(net, batch, loss, num_samples=None)
         assert (part.mean() - whole.value).abs() < 3 * part.std() / many**0.5

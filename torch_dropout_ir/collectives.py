@@ -24,24 +24,34 @@ _LONGEST: Final = 1.0  # seconds
 # A private name; with a torch that lacks it, nothing is waited for.
 _USES: Final[Callable[[Tensor], int]] = getattr(Tensor, "_use_count", lambda _: 0)
 Ask = Callable[[int, str], int]
+Add = Callable[[Tensor], Tensor]
 _ASKED: ContextVar[Ask | None] = ContextVar("asked", default=None)
+_ADDED: ContextVar[Add | None] = ContextVar("added", default=None)
 
 
 @contextlib.contextmanager
-def together(ask: Ask) -> Iterator[None]:
+def together(ask: Ask, add: Add | None = None) -> Iterator[None]:
     """Let ranks decide together inside.
 
     Args:
         ask: Returns the largest of their numbers; told what it is of, as all must be.
+        add: Returns the mean over the joined batch, of what are means over theirs.
 
     Yields:
         Nothing.
     """
-    before = _ASKED.set(ask)
+    asked, added = _ASKED.set(ask), _ADDED.set(add)
     try:
         yield
     finally:
-        _ASKED.reset(before)
+        _ASKED.reset(asked)
+        _ADDED.reset(added)
+
+
+def joined(x: Tensor) -> Tensor:
+    """Return what is a mean over a batch as that over the batches of all ranks."""
+    add = _ADDED.get()
+    return x if add is None else add(x)
 
 
 def most(count: int, of: str) -> int:
