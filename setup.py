@@ -212,12 +212,9 @@ def extension_options() -> dict[str, object]:
     if reason := why_no_extension():
         say(f"building without compiled kernels: {reason}")
         return {}
-    # Named for sdist only; BuildKernels knows what to compile.
-    files = sorted(str(path.relative_to(ROOT)) for path in CSRC.iterdir())
-    sources = [name for name in files if name.endswith(".cpp")]
-    extension = Extension(
-        "torch_dropout_ir._C", sources, depends=files, py_limited_api=True
-    )
+    # BuildKernels knows what to compile; MANIFEST.in names it for sdist, with and
+    # without torch.
+    extension = Extension("torch_dropout_ir._C", [], py_limited_api=True)
     return {
         "ext_modules": [extension],
         "cmdclass": {"build_ext": BuildKernels},

@@ -26,7 +26,7 @@ FLOORS = {
         "vectors",
         "arrivals", "collectives", "weight_parts",
         "sites",
-        "survey",
+        "survey", "turns",
         "dropout_calls",
         "module_calls",
         "attention",

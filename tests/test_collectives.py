@@ -87,5 +87,6 @@ def test_two_ranks_decide_together(own, other):
         assert collectives.every(own, "all") == (own and other)
         assert collectives.most(2, "number") == 3
     assert collectives.alone()
+    collectives.go_on("forward")  # where nobody is asked
     assert collectives.some(own, "any") == collectives.every(own, "all") == own
     assert collectives.most(2, "number") == 2

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import datetime
+import itertools
 import time
 import warnings
 from pathlib import Path
@@ -736,6 +737,50 @@ def parted(rank, size, name, watch, steps, _):
     return analysis.history, analysis.absent, analysis.notes
 
 
+RAISES = {
+    "regularizer": (measures.Regularizer(), (1, 2, 3, 9)),
+    "dropout_noise": (measures.DropoutNoise(), (1, 2, 4)),
+    "sharpness": (measures.Sharpness(max_matvecs=6, trace_matvecs=4), (1, 2, 3, 4)),
+}
+
+
+def raising(rank, size, name, at, _):
+    """The loss of one rank raises in the middle of a measurement."""
+    calls = itertools.count(1)
+
+    def loss(f, y):
+        if rank and next(calls) == at:
+            raise ValueError("no label")
+        return smooth(f, y)
+
+    model, watch = DistributedDataParallel(met_above()), RAISES[name][0]
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = next(batches())
+    options = {"log_dir": False, "every": 1, "data": (x, y), "measures": [watch]}
+    absent = []
+    with tdi.attach_analysis(model, loss, **options) as analysis:
+        for _ in range(4):
+            sgd.zero_grad()
+            smooth(model(x), y).backward()
+            sgd.step()
+            absent.append(dict(analysis.absent))
+    steps = [step for step, _ in analysis.history.get("cost/seconds/" + name, ())]
+    return absent[0], steps, [x.detach() for x in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("name", "at"), [(name, at) for name in RAISES for at in RAISES[name][1]]
+)
+def test_a_rank_whose_loss_raises_takes_no_other_with_it(ran, name, at):
+    """Where passes meet the others would else wait in one, or abort."""
+    assert max(ran(2, f"raises {name} {at} seconds")) < LIMIT / 4
+    (others, steps, ends), (own, also, same) = ran(2, f"raises {name} {at}")
+    assert "ValueError: no label" in own[name]
+    assert "another rank could not go on" in others[name]
+    assert steps == also and steps[-1] == 3, "it is tried again"
+    assert all(torch.equal(x, y) for x, y in zip(ends, same, strict=True))
+
+
 def of_all_masks(net, h, loss, y):
     """R_1 of a layer whose samples do not meet, by every mask of a sample."""
     masks = torch.cartesian_prod(*[torch.tensor([0.0, 2.0]).double()] * h.shape[1])
@@ -766,7 +811,8 @@ def test_ranks_whose_passes_meet_decide_together(ran, name):
     else:
         truth = tdi.regularizers.monte_carlo(net, batch, loss, num_masks=20000).value
     assert (value.mean() - truth).abs() < 4 * value.std() / many**0.5
-    assert 0.3 < error.square().mean() / value.var()  # too large where passes meet
+    # A fit to eight draws has the factor 10 / 7 on purpose.
+    assert 0.5 < error.square().mean() / value.var() < 2.2
     if name == "bent":  # of both signs, each on a rank
         whole = tdi.regularizers.gauss_newton(net, batch, loss, num_samples=None)
         assert (part.mean() - whole.value).abs() < 3 * part.std() / many**0.5
@@ -812,6 +858,9 @@ for _wrap in ("ddp", "fsdp"):
 for _name in UNLIKE:
     SCENARIOS[f"parted {_name}"] = (parted, _name, measures.Regularizer(), MANY[_name])
     SCENARIOS[f"curved {_name}"] = (parted, _name, CURVATURE, 1)
+for _name, (_, _calls) in RAISES.items():
+    for _at in _calls:
+        SCENARIOS[f"raises {_name} {_at}"] = (raising, _name, _at)
 for _option in ("find_unused_parameters", "static_graph"):
     SCENARIOS[f"spare {_option}"] = (spare, {_option: True})
 SCENARIOS["uneven first"] = (uneven, True)

@@ -5,6 +5,8 @@ Semantics:
 * A pass of a model may be a collective (synchronized batch normalization, forward and
   backward): ranks that make unlike numbers of passes wait for each other for ever. What
   a rank would decide on passes by its own batch is asked of all that measure together.
+* Before each pass all say that they are well: one that could not go on, as where its
+  loss raises, has left by then, and the others leave in its place, not in the pass.
 * Of a collective nothing is left behind that its threads still hold.
 """
 
@@ -14,30 +16,42 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Final
+from typing import Final, Literal
 
 from torch import Tensor
 
 _LONGEST: Final = 1.0  # seconds
+# A private name; with a torch that lacks it, nothing is waited for.
+_USES: Final[Callable[[Tensor], int]] = getattr(Tensor, "_use_count", lambda _: 0)
 Ask = Callable[[int, str], int]
+Add = Callable[[Tensor], Tensor]
 _ASKED: ContextVar[Ask | None] = ContextVar("asked", default=None)
+_ADDED: ContextVar[Add | None] = ContextVar("added", default=None)
 
 
 @contextlib.contextmanager
-def together(ask: Ask) -> Iterator[None]:
+def together(ask: Ask, add: Add | None = None) -> Iterator[None]:
     """Let ranks decide together inside.
 
     Args:
         ask: Returns the largest of their numbers; told what it is of, as all must be.
+        add: Returns the mean over the joined batch, of what are means over theirs.
 
     Yields:
         Nothing.
     """
-    before = _ASKED.set(ask)
+    asked, added = _ASKED.set(ask), _ADDED.set(add)
     try:
         yield
     finally:
-        _ASKED.reset(before)
+        _ASKED.reset(asked)
+        _ADDED.reset(added)
+
+
+def joined(x: Tensor) -> Tensor:
+    """Return what is a mean over a batch as that over the batches of all ranks."""
+    add = _ADDED.get()
+    return x if add is None else add(x)
 
 
 def most(count: int, of: str) -> int:
@@ -49,6 +63,18 @@ def most(count: int, of: str) -> int:
     """
     ask = _ASKED.get()
     return count if ask is None else ask(count, of)
+
+
+def go_on(way: Literal["forward", "backward"]) -> None:
+    """Begin a pass of the model, on all ranks that measure together or on none.
+
+    Args:
+        way: Which one.
+
+    Raises:
+        RuntimeError: If another rank has left.
+    """  # noqa: DOC502 (what asks raises)
+    most(0, way)
 
 
 def alone() -> bool:
@@ -84,9 +110,9 @@ def released(*tensors: Tensor) -> Iterator[None]:
         Nothing.
     """
     ours = [x for x in tensors if x.device.type == "cpu"]
-    held = [x._use_count() for x in ours]  # type: ignore[attr-defined]
+    held = [_USES(x) for x in ours]
     yield
     end = time.monotonic() + _LONGEST
     for x, count in zip(ours, held, strict=True):
-        while x._use_count() > count and time.monotonic() < end:  # type: ignore[attr-defined]
+        while _USES(x) > count and time.monotonic() < end:
             time.sleep(0)

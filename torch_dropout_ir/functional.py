@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from torch_dropout_ir.collectives import go_on
 from torch_dropout_ir.dropout_calls import DropoutCalls, SiteFunction
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.sites import Site, uncompiled
 from torch_dropout_ir.substitution import call_with, copied_buffers, keep_buffers
 from torch_dropout_ir.survey import Survey
+from torch_dropout_ir.turns import alone_with, in_turn
 
 Batch = tuple[Any, Any]
 
@@ -138,7 +140,15 @@ def at_sites(
     Yields:
         What acts on the calls.
     """
-    seen = Survey.of(model) if survey is None else survey  # before there are hooks
+    with in_turn():
+        seen = Survey.of(model) if survey is None else survey  # before there are hooks
+        with alone_with(seen.model):
+            yield from _at_sites(seen, apply, move_buffers, outlives, copies)
+
+
+def _at_sites(
+    seen: Survey, apply: SiteFunction, move_buffers: bool, outlives: bool, copies: bool
+) -> Iterator[DropoutCalls]:
     calls = DropoutCalls(seen.callers, apply, move_buffers, outlives)
     undo: list[Callable[[], None]] = []
     modes: dict[nn.Module, bool] = {}
@@ -196,6 +206,7 @@ def call(
     Returns:
         What the model returns.
     """
+    go_on("forward")
     seen = Survey.of(model) if survey is None else survey
     model, arguments = seen.model, Inputs.of(inputs).renewed()
     if seen.in_place:
@@ -214,38 +225,6 @@ def batch_size(batch: Batch) -> int:
         return int(packed.batch_sizes[0])
     first = inputs.first_tensor()
     return first.shape[0] if first.ndim else 1
-
-
-def as_batches(batches: Any) -> Iterable[Batch]:
-    """Read one batch ``(inputs, targets)`` or an iterable of batches.
-
-    Args:
-        batches: A pair whose first element is a tensor or mapping, any 2-tuple, or a
-            list or loader of such pairs that can be iterated more than once.
-
-    Returns:
-        An iterable of batches.
-
-    Raises:
-        TypeError: If ``batches`` is neither, or can be iterated only once.
-    """
-    if isinstance(batches, tuple) and len(batches) == 2:
-        return [batches]
-    if isinstance(batches, list) and len(batches) == 2:
-        if isinstance(batches[0], (Tensor, Mapping)):
-            return [(batches[0], batches[1])]
-    if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, Tensor)):
-        raise TypeError(
-            "expected a batch `(inputs, targets)` or an iterable of batches, got "
-            f"{type(batches).__name__}. A dictionary goes where the inputs are, a "
-            "dataset of single samples into a DataLoader."
-        )
-    if isinstance(batches, Iterator):
-        raise TypeError(
-            "expected batches that can be iterated more than once, got a one-pass "
-            f"{type(batches).__name__}. Pass a list or a DataLoader."
-        )
-    return batches
 
 
 def risk(
@@ -282,16 +261,17 @@ def preserved_rng(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     """
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({x.device.index or 0 for x in tensors if x.is_cuda})
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            if seed is not None:
-                random.seed(seed)
-                np.random.seed(seed % 2**32)
-                torch.default_generator.manual_seed(seed)
-                for device in devices:
-                    torch.cuda.default_generators[device].manual_seed(seed)
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
+    with in_turn():
+        of_python, of_numpy = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=devices):
+                if seed is not None:
+                    random.seed(seed)
+                    np.random.seed(seed % 2**32)
+                    torch.default_generator.manual_seed(seed)
+                    for device in devices:
+                        torch.cuda.default_generators[device].manual_seed(seed)
+                yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)

@@ -279,17 +279,18 @@ def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     check_count("frozen_masks", "seed", seed, 0)
     forks: list[contextlib.AbstractContextManager[None]] = []
 
-    def fork(_: nn.Module, __: Any) -> None:
-        forks.append(preserved_rng(model, seed))
-        forks[-1].__enter__()
+    def begin(_: nn.Module, __: Any) -> None:
+        fork = preserved_rng(model, seed)
+        fork.__enter__()  # when passes of other threads have ended
+        forks.append(fork)
 
-    def join(_: nn.Module, __: Any, ___: Any) -> None:
+    def end(_: nn.Module, __: Any, ___: Any) -> None:
         if forks:
             forks.pop().__exit__(None, None, None)
 
     with contextlib.ExitStack() as stack:
-        before = model.register_forward_pre_hook(fork, prepend=True)
+        before = model.register_forward_pre_hook(begin, prepend=True)
         stack.callback(before.remove)
-        after = model.register_forward_hook(join, always_call=True)
+        after = model.register_forward_hook(end, always_call=True)
         stack.callback(after.remove)
         yield model

@@ -38,17 +38,12 @@ def norm(a: Params) -> Tensor:
     return dot(a, a).sqrt()
 
 
-def random_like(
-    params: Params,
-    distribution: str = "rademacher",
-    generator: torch.Generator | None = None,
-) -> dict[str, Tensor]:
+def random_like(params: Params, distribution: str = "rademacher") -> dict[str, Tensor]:
     """Draw independent entries of mean 0 and variance 1, shaped as ``params``.
 
     Args:
         params: Tensors whose shapes, dtypes and devices are taken.
         distribution: ``"rademacher"`` (signs) or ``"normal"``.
-        generator: Source of the draws; torch's default one if None.
 
     Returns:
         A dictionary with the keys of ``params``.
@@ -65,7 +60,7 @@ def random_like(
     def entries(x: Tensor) -> Tensor:
         draw = torch.empty_like(x, requires_grad=False)
         if distribution == "normal":
-            return draw.normal_(generator=generator)
-        return draw.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+            return draw.normal_()
+        return draw.bernoulli_(0.5).mul_(2).sub_(1)
 
     return {name: entries(x.detach()) for name, x in params.items()}

@@ -1,4 +1,4 @@
-"""Floor 1: parameters that a forward pass itself writes on, given back after ours.
+"""Floor 1: parameters stay as they are while we measure, whoever writes on them.
 
 Semantics:
 
@@ -8,12 +8,15 @@ Semantics:
   and of nothing else. It is not seen of scripted code and of what NumPy writes.
 * Layers of torch as they are write on no parameter, embeddings with ``max_norm`` apart,
   and are not looked at.
+* One thread measures at a time. Where another one steps an optimizer meanwhile, there
+  is no model that the numbers would be of.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Literal
 
@@ -26,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch_dropout_ir.module_calls import innermost, runs_other_code
 from torch_dropout_ir.sites import uncompiled
 from torch_dropout_ir.tracing import mapped, unasked
+from torch_dropout_ir.turns import in_turn
 
 _ASSIGN: Final = ("__set__", "__setitem__")
 _EMBED: Final = ("embedding", "embedding_bag")
@@ -39,6 +43,9 @@ class _Kept:
 
     def __bool__(self) -> bool:
         return bool(self._kept)
+
+    def __contains__(self, x: Tensor) -> bool:
+        return id(x) in self._kept
 
     def add(self, x: Tensor) -> None:
         if id(x) not in self._kept:
@@ -152,6 +159,8 @@ def unwritten(
 ) -> contextlib.AbstractContextManager[None]:
     """Begin each pass with the parameters as they were, and give them back.
 
+    No other thread measures inside. With ``known``, it is not asked whether one writes.
+
     Args:
         model: The model.
         known: Those that its passes write on, if that is known.
@@ -159,12 +168,16 @@ def unwritten(
 
     Returns:
         The context of the passes.
-    """
+
+    Raises:
+        RuntimeError: If another thread has written on parameters inside.
+    """  # noqa: DOC502 (raised at the end)
     model = uncompiled(model)
     looks = known is None and _may_write(model)
-    if not looks and not known:
-        return contextlib.nullcontext()
-    return _unwritten(model, known or (), looks, stays)
+    others = known is None and threading.active_count() > 1
+    if not (looks or known or others):
+        return in_turn()  # as most
+    return _unwritten(model, known or (), looks, stays, others)
 
 
 @contextlib.contextmanager
@@ -173,19 +186,68 @@ def _unwritten(
     known: Iterable[Tensor],
     looks: bool,
     stays: Literal["nothing", "first", "last"],
+    others: bool,
 ) -> Iterator[None]:
     kept = _Kept()
-    for x in known:
-        kept.add(x)
+    with in_turn():
+        for x in known:
+            kept.add(x)
+        before = _versions(model) if others else {}
+        given_back = _given_back(model, kept, looks, stays)
+        with given_back if looks or kept else contextlib.nullcontext():
+            try:
+                yield
+            except RuntimeError:  # of autograd, that says less
+                _check_still(model, before, kept)
+                raise
+            _check_still(model, before, kept)
+
+
+def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """Return plain parameters, and how often they have been written on, by name."""
+    named = ((n, x) for n, x in model.named_parameters() if is_plain(x))
+    return {n: (x, x._version) for n, x in named if not x.is_inference()}
+
+
+def _check_still(
+    model: nn.Module, before: dict[str, tuple[Tensor, int]], kept: _Kept
+) -> None:
+    """Refuse what was measured while another thread trained.
+
+    Raises:
+        RuntimeError: If a parameter was written on, and by no pass of ours.
+    """
+    for name, (x, version) in before.items():
+        if x._version != version and x not in kept:
+            raise RuntimeError(
+                f"expected the parameters of {type(model).__name__} to stay as they "
+                f"are while it is measured, got {name!r} written on by another thread: "
+                "the numbers would be of no model. Measure between steps, or a copy "
+                "(`copy.deepcopy`)."
+            )
+
+
+@contextlib.contextmanager
+def _given_back(
+    model: nn.Module,
+    kept: _Kept,
+    looks: bool,
+    stays: Literal["nothing", "first", "last"],
+) -> Iterator[None]:
     after, running = list[_Kept](), list[Callable[[], None]]()
+    own = threading.get_ident()
 
     def begin(*_: Any) -> None:
+        if threading.get_ident() != own:
+            return
         if kept:
             kept.give_back()
         if looks:
             running.append(_Writes(model, kept.add).begin())
 
     def end(*_: Any) -> None:
+        if threading.get_ident() != own:
+            return
         if running:
             running.pop()()
         if stays == "last" or (stays == "first" and not after):

@@ -33,6 +33,7 @@ from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.nn import convert_dropout_, is_convertible, restore_dropout_
+from torch_dropout_ir.turns import in_turn
 
 
 class Analysis:
@@ -172,10 +173,11 @@ class Analysis:
         if not self._attached:
             raise RuntimeError("measure: this analysis is detached; attach a new one")
         self._ranks.wait_for_all("measure")
-        before = {tag: len(values) for tag, values in self.history.items()}
-        self._measure_safely(self._names())
-        curves = self.history.items()
-        return {t: x[-1][1] for t, x in curves if len(x) > before.get(t, 0)}
+        with in_turn():
+            before = {tag: len(values) for tag, values in self.history.items()}
+            self._measure_safely(self._names())
+            curves = self.history.items()
+            return {t: x[-1][1] for t, x in curves if len(x) > before.get(t, 0)}
 
     def _names(self) -> set[str]:
         return {m.name for m in self._attempts.measures}
@@ -186,18 +188,16 @@ class Analysis:
             torch.cuda.synchronize()
         started = time.perf_counter()
         self._cadence.trained(started - self._clock)
-        self._capture.paused = True
         try:
-            if planned:
-                taken = started - self._capture.started
-                names = self._schedule.afford(names, self.step, taken)
-            seconds = self._take_and_write(names) if names else {}
+            with self._capture.aside():
+                if planned:
+                    taken = started - self._capture.started
+                    names = self._schedule.afford(names, self.step, taken)
+                seconds = self._take_and_write(names) if names else {}
         except Exception as err:
             self._attempts.fail("capture", err, self.step)
             seconds = dict.fromkeys(names, 0.0)
         finally:
-            self._capture.paused = False
-            self._capture.end_step()
             self._clock = time.perf_counter()
         self._schedule.enter(seconds, self._clock - started, self.step)
 
@@ -230,7 +230,7 @@ class Analysis:
     @property
     def latest(self) -> dict[str, float]:
         """The last value of each number, by tag."""
-        return {tag: values[-1][1] for tag, values in self.history.items()}
+        return {tag: values[-1][1] for tag, values in [*self.history.items()]}
 
     def summary(self) -> str:
         """Return a table of what was found, its cost, and what is absent and why."""

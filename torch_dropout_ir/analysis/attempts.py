@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from torch_dropout_ir.analysis.delivery import warn
-from torch_dropout_ir.analysis.distributed import Ranks
+from torch_dropout_ir.analysis.distributed import PEER, Ranks
 from torch_dropout_ir.analysis.records import Record
 from torch_dropout_ir.analysis.snapshot import Measure, Snapshot, take
 
@@ -79,7 +79,7 @@ class Attempts:
                 records = take(measure, snapshot, seed)
         except Exception as err:
             of_data = snapshot.given and "batches" in measure.needs
-            self.fail(name, err, snapshot.step, " on `data`" if of_data else "")
+            self.fail(name, _own(err), snapshot.step, " on `data`" if of_data else "")
             return {}
         self._failures.pop(name, None)
         self._not_before.pop(name, None)
@@ -152,3 +152,9 @@ class Attempts:
                 "on without it."
             )
         self._absent[name] = reason
+
+
+def _own(err: Exception) -> Exception:
+    """Return the failure of this rank, where ranks part over it; else what was told."""
+    cause = err.__context__
+    return cause if str(err) == PEER and isinstance(cause, Exception) else err

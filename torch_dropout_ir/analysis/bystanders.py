@@ -201,15 +201,15 @@ def _unlogged(*_: Any, **__: Any) -> None:
 @contextlib.contextmanager
 def _unprofiled(model: nn.Module) -> Iterator[None]:
     """Run scripted code as it is: counted calls decide when it is optimized."""
-    scripted = any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
+    if not any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        yield
+        return
     optimizes = torch._C._get_graph_executor_optimize()
     try:
-        if scripted:
-            torch._C._set_graph_executor_optimize(False)
+        torch._C._set_graph_executor_optimize(False)
         yield
     finally:
-        if scripted:
-            torch._C._set_graph_executor_optimize(optimizes)
+        torch._C._set_graph_executor_optimize(optimizes)
 
 
 class _Told:

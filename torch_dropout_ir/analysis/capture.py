@@ -12,9 +12,10 @@ Semantics:
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
@@ -41,6 +42,7 @@ from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import measuring, replaced
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import mapped, random_state
+from torch_dropout_ir.turns import in_turn
 
 _CALLS: Final = "_active_ddp_module"  # while its forward pass runs; a private name
 
@@ -86,6 +88,8 @@ class Capture:
         self._own: OwnPass | None = None
         self.paused = self.cast = self._open = self._with_graph = self._outside = False
         self.started, self._seconds = float("-inf"), 0.0
+        # Thread of the passes, once it is that of the steps; of the last pass.
+        self._thread = self._passing = 0
         self._versions: list[int] = []
         self._outputs: Any = None
         self._calls: LossCalls | None = None
@@ -130,8 +134,20 @@ class Capture:
         sweep()
         self.inputs = self._outputs = self._calls = self._module = None
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let the analysis run the model, in its turn, and end the step."""
+        with in_turn():
+            self.paused = True
+            try:
+                yield
+            finally:
+                self.paused = False
+                self.end_step()
+
     def end_step(self) -> None:
         """Stop looking at what the step does; the batch stays until the next one."""
+        self._thread = self._passing if self._passing == threading.get_ident() else 0
         self._told.close()
         self._stop_looking()
 
@@ -171,8 +187,11 @@ class Capture:
     ) -> None:
         if self.paused or not self.watched.training or measuring():
             return
+        if self._thread not in (0, threading.get_ident()):
+            return  # one that is served or evaluated beside training
         if self._only_looks() or any(map(mapped, args)):
             return
+        self._passing = threading.get_ident()
         sweep()
         if self._new_step:
             self.passes, self._new_step = 0, False
@@ -227,7 +246,8 @@ class Capture:
     def _after(
         self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any
     ) -> None:
-        if self.paused or measuring() or self._only_looks() or not self._open:
+        looked_at = self._open and self._passing == threading.get_ident()
+        if self.paused or measuring() or self._only_looks() or not looked_at:
             return
         self._after_once.close()  # not for a call around it, as of a trainer's own step
         self._check_inputs()

@@ -30,7 +30,7 @@ from torch_dropout_ir.analysis.meetings import Meeting, processes
 from torch_dropout_ir.collectives import released
 from torch_dropout_ir.functional import preserved_rng
 
-_PEER: Final = (
+PEER: Final = (
     "another rank could not go on (it says why), so that no rank has waited for it"
 )
 _UNEVEN: Final = (
@@ -163,7 +163,7 @@ class Ranks:
         if self.size == 1:
             return [number, number]
         if self._left:  # nobody is there any more
-            raise RuntimeError(_PEER)
+            raise RuntimeError(PEER)
         place, given = _hash(what), (number, -number)
         said = torch.tensor([failed, place, -place, *given], device=self._device)
         with released(said):
@@ -171,7 +171,7 @@ class Ranks:
         failures, last, first, most, least = said.tolist()
         if failures or last != -first:
             self._left = True
-            raise RuntimeError(_PEER)
+            raise RuntimeError(PEER)
         return [-least, most]
 
     def sum_of(self, x: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from torch_dropout_ir.sites import (
     named_modules,
 )
 from torch_dropout_ir.tracing import random_state
+from torch_dropout_ir.turns import alone_with
 
 _FUSED: Final = (
     "its mask is inside a fused kernel: R_1 counts it, mask statistics do not"
@@ -104,7 +105,13 @@ def replay(
         OtherDraws: If it draws otherwise than the pass did.
     """
     found = Replay()
-    with preserved_rng(model), torch.no_grad(), _uncounted(model), start.autocast():
+    with (
+        preserved_rng(model),
+        alone_with(model),
+        torch.no_grad(),
+        _uncounted(model),
+        start.autocast(),
+    ):
         start.restore()
         with _Draws(model, found) as draws, _Calls(model, found, draws) as calls:
             found.outputs = call(model, inputs)

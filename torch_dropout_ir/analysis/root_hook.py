@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from torch_dropout_ir.analysis.delivery import warn
+from torch_dropout_ir.turns import in_turn
 
 
 class RootHook:
@@ -42,7 +43,8 @@ class RootHook:
         if self.call is None:
             return
         try:
-            self.call(*args)
+            with in_turn():  # a pass beside a measurement waits until that is over
+                self.call(*args)
         except Exception as err:  # of arguments and results that nothing can walk
             reason = f"a pass was not looked at ({type(err).__name__}: {err})"
             if self.missed is not None:

@@ -16,6 +16,8 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from torch_dropout_ir.turns import in_turn
+
 _REPLACED: Final = 2
 STEPS: Final = "optimizer steps"  # what is absent until one is seen
 NO_STEP: Final = (
@@ -87,7 +89,8 @@ class OptimizerSteps:
                 return  # a compiled step would take the measures into its graph
             call = weak()
             if call is not None and self._counts(optimizer, made):
-                call()
+                with in_turn():
+                    call()
 
         return hook
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch_dropout_ir.condensation.rows import (
     work_dtype,
 )
 from torch_dropout_ir.condensation.tiles import cosine_tiles
+
+_STEPS: Final = 30  # of subspace iteration
 
 
 @torch.no_grad()
@@ -128,7 +131,7 @@ def _moved(now: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return row_norms(now - before), row_norms(before), cosines
 
 
-def leading_plane(rows: UnitRows, steps: int = 30) -> Tensor:
+def leading_plane(rows: UnitRows) -> Tensor:
     """Return two leading principal directions of the rows, ``[d, 2]``.
 
     Of the matrix ``U'U`` with its mean in it, by subspace iteration from a fixed start:
@@ -136,7 +139,6 @@ def leading_plane(rows: UnitRows, steps: int = 30) -> Tensor:
 
     Args:
         rows: Rows, ``[m, d]``.
-        steps: Iterations.
 
     Returns:
         Orthonormal columns; fewer than two where ``d`` is.
@@ -146,7 +148,7 @@ def leading_plane(rows: UnitRows, steps: int = 30) -> Tensor:
         return torch.eye(dims, dtype=rows.dtype, device=rows.device)
     phase = torch.arange(dims, device=rows.device, dtype=rows.dtype)
     plane = torch.stack((torch.cos(phase), torch.sin(1.7 * phase + 1)), 1)
-    for _ in range(steps):
+    for _ in range(_STEPS):
         plane, _ = torch.linalg.qr(rows.sums(rows @ plane))
     return plane
 

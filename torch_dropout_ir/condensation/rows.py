@@ -184,22 +184,20 @@ class UnitRows:
 
     Args:
         weights: Rows, ``[m, d]``.
-        places: Which of them; None for all.
 
     Attributes:
-        shape: ``(m, d)``, of the rows that are meant.
+        shape: ``(m, d)``.
         dtype: Single precision at least.
         norms: Their norms, float64 ``[m]``.
     """
 
-    def __init__(self, weights: Weights, places: Tensor | None = None) -> None:
+    def __init__(self, weights: Weights) -> None:
         held = weights.numel() <= _HELD or weights.shape[1] <= _SHORT
         if held and isinstance(weights, Rows):
             weights = weights.whole()
         weights = weights.detach()
-        self._set(
-            weights, places, row_norms(weights), unit_rows(weights[:]) if held else None
-        )
+        rows = unit_rows(weights[:]) if held else None
+        self._set(weights, None, row_norms(weights), rows)
 
     def _set(
         self,

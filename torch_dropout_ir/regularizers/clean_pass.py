@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from torch_dropout_ir.collectives import every, some
+from torch_dropout_ir.collectives import every, go_on, some
 from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.normalization import differentiable
@@ -69,10 +69,7 @@ class CleanPass:
         return noise_left_out(model, self.noisy, met, hidden, drawn=self.drawn)
 
     def let_go(self) -> None:
-        """Keep outputs and the first site's input alone, and nothing to go back by.
-
-        Of the other inputs their shapes are left.
-        """
+        """Keep outputs, the first input and the shapes of others, and no way back."""
         self.outputs = without_graph(self.outputs)
         ends = {zero.device: get_gradient_edge(zero) for zero in self.zeros}
         for i, (site, h, _) in enumerate(self.uses):
@@ -105,6 +102,7 @@ class CleanPass:
         """Return all at once what :meth:`pull` gives away, None where there is none."""
         if not self.uses or not outputs.requires_grad:
             return [None] * len(self.uses)
+        go_on("backward")
         return derivatives(outputs, self.edges, root, keep)
 
     def pull(
@@ -128,7 +126,7 @@ class CleanPass:
         if not self.uses or not outputs.requires_grad:
             return
         if not self.matters:
-            found = derivatives(outputs, self.edges, root, keep)
+            found = self.derivatives(outputs, root, keep)
             for i, g in reversed([*enumerate(found)]):
                 if g is not None:
                     receive(i, g)
@@ -141,6 +139,7 @@ class CleanPass:
                 site, h, edge = self.uses[use]
                 self.uses[use] = site, shape_of(h), edge
 
+        go_on("backward")
         with contextlib.ExitStack() as stack:
             for i, edge in enumerate(self.edges):
                 taken = edge.node.register_prehook(functools.partial(hook, use=i))

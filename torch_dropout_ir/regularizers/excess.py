@@ -12,6 +12,8 @@ Semantics:
 * Where next to no mask element differs from the rest (``p`` near 0 or 1, few units, few
   draws), the draws tell nothing of their spread: there is no standard error then, and
   where they are few, no fit.
+* Ranks that measure together draw together: where their passes meet, a mask moves the
+  losses of all, and what is independent of the others is the draw of all of them.
 * Antithetic masks would take away the same part, but only at ``p = 1/2``.
 """
 
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir import kernels, ops
-from torch_dropout_ir.collectives import some
+from torch_dropout_ir.collectives import every, joined, some
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
@@ -116,9 +118,13 @@ class ExcessRisk:
 
     def corrected(self) -> Tensor:
         """Return the draws less their linear parts, float64 ``[num_masks]``."""
-        excess, linear = torch.stack(self._excess), torch.stack(self._linear)
+        return self._corrected()[0]
+
+    def _corrected(self) -> tuple[Tensor, bool]:
+        """Return the corrected draws, and whether there was something to fit."""
+        excess, linear = (joined(torch.stack(x)) for x in (self._excess, self._linear))
         if not self._has_linear_parts(linear):
-            return excess
+            return excess, False
         # Slope over the other draws; where those are all alike there is none.
         others = len(excess) - 1
         x, c = excess.sum() - excess, linear.sum() - linear
@@ -127,7 +133,7 @@ class ExcessRisk:
         variance = squares - c.square() / others
         known = variance > 1e-9 * squares
         slopes = torch.where(known, covariance / torch.where(known, variance, 1.0), 0.0)
-        return excess - slopes * linear
+        return excess - slopes * linear, True
 
     @property
     def knows_its_error(self) -> bool:
@@ -151,26 +157,28 @@ class ExcessRisk:
 
     def _has_linear_parts(self, linear: Tensor) -> bool:
         """Whether there is enough to fit to."""
-        if not self.can_fit:
+        if not every(self.can_fit, "fit"):
             return False
         return len(linear) > 4 and bool(linear.any()) and bool(linear.isfinite().all())
 
     def mean(self) -> tuple[Tensor, Tensor]:
-        """Return the mean over masks and its standard error, 0-d.
+        """Return the mean over masks and its standard error, 0-d; of all ranks as one.
 
         A fit to few draws spreads by more than the draws show: their variance is taken
         ``(K + 2) / (K - 1)`` times, which covers what was simulated from five draws on.
         NaN where the masks hardly differ.
         """
-        draws = self.corrected()
+        draws, fitted = self._corrected()
         count = len(draws)
         variance = draws.var() / count
-        if self._has_linear_parts(torch.stack(self._linear)):
+        if fitted:
             variance = variance * (count + 2) / (count - 1)
         # No difference of losses is known better than they are.
-        rounding = torch.finfo(self._clean.dtype).eps * self._clean.double().abs()
-        error = torch.maximum(variance.sqrt(), rounding)
-        if not self.knows_its_error:
+        size = joined(self._clean.double()).abs()
+        error = torch.maximum(
+            variance.sqrt(), size * torch.finfo(self._clean.dtype).eps
+        )
+        if not every(self.knows_its_error, "error"):
             error = torch.full_like(error, float("nan"))
         return draws.mean().to(self._clean), error.to(self._clean)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.arguments import check_even, check_flag
-from torch_dropout_ir.functional import as_batches, parameters
+from torch_dropout_ir.batches import as_batches
+from torch_dropout_ir.functional import parameters
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,

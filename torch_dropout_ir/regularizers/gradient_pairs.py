@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.arrivals import arrivals
+from torch_dropout_ir.collectives import go_on
 from torch_dropout_ir.functional import Batch, parameters
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
@@ -63,6 +64,7 @@ class GradientPairs:
             check_differentiable("gradient_norm", value)
             self.risk = self.risk + value.detach()
             parts.settle(value)
+            go_on("backward")
             torch.autograd.grad(value, self._targets, allow_unused=True)
 
     def within(self, batch: Batch, num_masks: int, mean: dict[int, Tensor]) -> Tensor:

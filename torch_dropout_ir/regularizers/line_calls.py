@@ -11,6 +11,8 @@ from torch.utils import _pytree
 from torch.utils.weak import WeakIdRef
 
 aten: Final = torch.ops.aten
+# A private name; with a torch that lacks it nothing is written over.
+_USES: Final = getattr(torch._C, "_storage_Use_Count", None)
 # First and second derivative; None for zero.
 Line: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 STILL: Final[Line] = (None, None)
@@ -170,9 +172,9 @@ def alike(u: Tensor, value: Tensor) -> bool:
 
 
 def shared(x: Tensor) -> bool:
-    """Whether another tensor is in the same memory."""
+    """Whether another tensor is in the same memory, as far as torch tells."""
     storage = x.untyped_storage()
-    return int(torch._C._storage_Use_Count(storage._cdata)) > 2  # `x` and `storage`
+    return _USES is None or int(_USES(storage._cdata)) > 2  # `x` and `storage`
 
 
 def dense(u: Tensor) -> bool:

@@ -118,15 +118,17 @@ def _parts(
     form: Callable[[], Estimate], how: str, needed: bool = False
 ) -> tuple[Estimate, str]:
     """Return the parts of the sites, on all ranks or on none, where they can be had."""
-    found, said = None, "another rank has none"
+    said = "another rank has none"
     try:
         found = form()
     except (RuntimeError, ValueError) as err:
         if needed:
             raise
         said = str(err)
-    if every(found is not None, "parts") and found is not None:
-        return found, how
+        every(False, "parts")  # here: where the others have left, this is why
+    else:
+        if every(True, "parts"):
+            return found, how
     zero = torch.zeros((), dtype=torch.get_default_dtype())
     return Estimate(zero, {}, zero, False, 0), f"none: {said}"
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir.arrivals import linear_root, once_differentiable, root_of
+from torch_dropout_ir.collectives import go_on
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.site_forms import Form, by_row, signs
@@ -181,6 +182,7 @@ def _gradients(
     if not live or not inputs:
         return [None] * len(inputs)
     heads, weights = zip(*live, strict=True)
+    go_on("backward")
     return list(
         torch.autograd.grad(
             heads,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.arguments import check_count, check_real, in_order
-from torch_dropout_ir.functional import as_batches, batch_size
+from torch_dropout_ir.batches import as_batches
+from torch_dropout_ir.functional import batch_size
 from torch_dropout_ir.sharpness.ranks import Group
 from torch_dropout_ir.sharpness.subsets import Subset
 from torch_dropout_ir.sharpness.surface import Surface

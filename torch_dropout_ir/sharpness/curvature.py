@@ -13,6 +13,7 @@ from torch_dropout_ir.arguments import check_real, in_order
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.sharpness.linearization import Kind, Linearized, linearize
 from torch_dropout_ir.sharpness.surface import Surface
+from torch_dropout_ir.turns import in_turn
 from torch_dropout_ir.vectors import Params, to_params, to_vector
 
 Vector = TypeVar("Vector", Tensor, Params)
@@ -93,7 +94,7 @@ class CurvatureOperator:
         used: set[str] = set()
         for place, (batch, share) in enumerate(shares):
             bare = self._cached is not None and self._cached.bare
-            held = contextlib.nullcontext() if bare else self.surface.held(seeds[0])
+            held = in_turn() if bare else self.surface.held(seeds[0])
             with held:
                 found = self._linearized(batch, place, seeds[0], True)
                 found.add(v, total, share)
@@ -124,7 +125,8 @@ class CurvatureOperator:
 
     def __matmul__(self, v: Vector) -> Vector:
         flat = self._flat(v)
-        found = self._products(flat.T if flat.ndim == 2 else flat[None])
+        with in_turn():
+            found = self._products(flat.T if flat.ndim == 2 else flat[None])
         if not isinstance(v, Tensor):
             return cast("Vector", to_params(found[0], self.params))
         return found.T if v.ndim == 2 else found[0]
@@ -180,7 +182,8 @@ class CurvatureOperator:
         flat = self.surface.ranks.broadcast(flat[None])
         mean, squares = torch.zeros_like(flat), torch.zeros_like(flat)
         for k, seed in enumerate(self.surface.seeds, 1):
-            change = self._columns(flat, seed) - mean
+            with in_turn():
+                change = self._columns(flat, seed) - mean
             mean += change / k
             squares += change.square() * ((k - 1) / k)
         self.num_matvecs += count

@@ -171,7 +171,7 @@ def used_by(surface: Surface) -> list[str]:
             leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
             risk = surface.checked(surface.risk(leaves, batch, place, seed), place)
             targets = list(leaves.values())
-            with explained(), arrivals(targets, lambda *_: None):
+            with explained(), surface.backward(), arrivals(targets, lambda *_: None):
                 found = torch.autograd.grad(risk, targets, allow_unused=True)
         smooth = depended_on(risk, leaves, found)
         return torch.tensor([float(n in smooth) for n in leaves]).to(targets[0])

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.functional import Batch, as_batches, batch_size, preserved_rng
+from torch_dropout_ir.batches import as_batches
+from torch_dropout_ir.functional import Batch, batch_size, preserved_rng
 
 
 class Reading:
@@ -21,7 +22,7 @@ class Reading:
     as they were.
 
     Args:
-        data: What :func:`torch_dropout_ir.functional.as_batches` takes.
+        data: What :func:`torch_dropout_ir.batches.as_batches` takes.
         model: The model, whose devices' generators count.
         weigh: What a batch counts for in a mean; None: its number of samples.
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_dropout_ir import tracing
+from torch_dropout_ir.collectives import go_on
 from torch_dropout_ir.functional import (
     Batch,
     at_sites,
@@ -46,6 +47,7 @@ from torch_dropout_ir.sharpness.reading import Reading, sliced
 from torch_dropout_ir.sharpness.steps import explained
 from torch_dropout_ir.sharpness.subsets import Subset, chosen_parameters
 from torch_dropout_ir.substitution import call_with, substituted, unmoved_buffers
+from torch_dropout_ir.turns import alone_with, in_turn
 from torch_dropout_ir.vectors import to_vector
 
 _FEW: Final = 16  # samples that are left at least where they are thinned
@@ -59,7 +61,7 @@ class Surface:
         caller: Name of the user-facing function, for errors.
         model: The model; one inside ``DistributedDataParallel`` is unwrapped.
         loss: What :func:`torch_dropout_ir.losses.resolve_loss` takes.
-        batches: What :func:`torch_dropout_ir.functional.as_batches` takes.
+        batches: What :func:`torch_dropout_ir.batches.as_batches` takes.
         masks: ``"off"``, a seed, or several.
         params: Names of the parameters, or a predicate on names; None: all that
             require a gradient.
@@ -98,12 +100,13 @@ class Surface:
             what = "batch with samples" if bare else "batch"
             raise ValueError(f"{caller}: expected at least one {what}, got none")
         self.seeds = mask_seeds(caller, masks)
-        chosen = chosen_parameters(caller, parameters(self.model), params)
-        own = {n: x.detach() for n, x in chosen.items()}
-        self.params = {n: x.clone() if copied else x for n, x in own.items()}
-        rest = (*self.model.named_parameters(), *self.model.named_buffers())
-        self._rest = {n: x.detach().clone() for n, x in rest if n not in chosen}
-        self._modes = {m: m.training for m in self.model.modules()}
+        with in_turn():  # else they may be those of another's measurement
+            chosen = chosen_parameters(caller, parameters(self.model), params)
+            own = {n: x.detach() for n, x in chosen.items()}
+            self.params = {n: x.clone() if copied else x for n, x in own.items()}
+            rest = (*self.model.named_parameters(), *self.model.named_buffers())
+            self._rest = {n: x.detach().clone() for n, x in rest if n not in chosen}
+            self._modes = {m: m.training for m in self.model.modules()}
         self._closed = False
         self.operations = TwiceDifferentiable()
 
@@ -151,7 +154,7 @@ class Surface:
     @contextlib.contextmanager
     def held(self, seed: int | None) -> Iterator[None]:
         """Put modes and kernels in place: forward and backward passes go inside."""
-        with contextlib.ExitStack() as stack:
+        with alone_with(self.model), contextlib.ExitStack() as stack:
             stack.enter_context(modes(self._modes))
             if seed is None:
                 stack.enter_context(at_sites(self.model, fresh))
@@ -171,6 +174,7 @@ class Surface:
         self, params: Mapping[str, Tensor], batch: Batch, place: int, seed: int | None
     ) -> Any:
         """Run the model at ``params`` on the batch of that place, inside ``held``."""
+        go_on("forward")
         state, arguments = self._at(params), Inputs.of(batch[0]).renewed()
         # The first batch has the masks of `frozen_masks(model, seed)`.
         place = place * self.ranks.size + self.ranks.rank
@@ -191,6 +195,7 @@ class Surface:
         Args:
             params: What they ran at; the parameters of this surface if None.
         """
+        go_on("backward")
         if not self.operations.again:
             yield
             return

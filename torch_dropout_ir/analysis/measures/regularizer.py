@@ -64,7 +64,10 @@ class Regularizer:
         assert snapshot.loss is not None  # by `needs`
         # Ranks may meet in a pass: all make the same number of them.
         most = 8 * self.num_masks if snapshot.ranks.size == 1 else self.num_masks
-        together = collectives.together(snapshot.ranks.most)
+        share = snapshot.ranks.share(weight(snapshot, [snapshot.batch]))
+        together = collectives.together(
+            snapshot.ranks.most, lambda x: snapshot.ranks.sum_of(share * x)
+        )
         with together, snapshot.ranks.own_draws(snapshot.model):
             found, how, clean = online(
                 snapshot.model, snapshot.batch, snapshot.loss,
@@ -92,12 +95,15 @@ def _joined(
         means["loss/R_S"] = float(clean)
     errors = {f"{_ERROR}/{s}": x for s, x in found.per_site_standard_error.items()}
     errors[_ERROR] = found.standard_error
-    means, squared = snapshot.ranks.join(
+    joined, squared = snapshot.ranks.join(
         weight(snapshot, [snapshot.batch]),
         means,
         {tag: float(x) ** 2 for tag, x in errors.items()},
     )
-    return {**means, **{tag: x**0.5 for tag, x in squared.items()}}
+    joined |= {tag: x**0.5 for tag, x in squared.items()}
+    if clean is not None and not found.exact:  # by the draws of all ranks already
+        joined |= {_R1: means[_R1], _ERROR: float(found.standard_error)}
+    return joined
 
 
 def _told(snapshot: Snapshot, joined: Mapping[str, float]) -> dict[str, float]:
@@ -226,7 +232,8 @@ class DropoutNoise:
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``regularizer/R2_dropout_noise`` and its standard error."""
         assert snapshot.lr is not None  # by `needs`
-        with snapshot.ranks.own_draws(snapshot.model):
+        together = collectives.together(snapshot.ranks.most)
+        with together, snapshot.ranks.own_draws(snapshot.model):
             found = gradient_norm(
                 snapshot.model, snapshot.batch, snapshot.loss,
                 lr=snapshot.lr, num_masks=self.num_masks,

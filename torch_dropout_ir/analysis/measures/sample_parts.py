@@ -32,12 +32,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from torch_dropout_ir.analysis.measures.regularizer import terms
-from torch_dropout_ir.functional import (
-    Batch,
-    as_batches,
-    batch_size,
-    preserved_rng,
-)
+from torch_dropout_ir.batches import as_batches
+from torch_dropout_ir.functional import Batch, batch_size, preserved_rng
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.row_chunks import rows_of

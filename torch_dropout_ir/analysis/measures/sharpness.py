@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_dropout_ir import sharpness
+from torch_dropout_ir import collectives, sharpness
 from torch_dropout_ir.analysis.measures.regularizer import weight
 from torch_dropout_ir.analysis.measures.sample_parts import Coupling, Parts, fitting
 from torch_dropout_ir.analysis.records import Histogram, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
 from torch_dropout_ir.arguments import check_choice, check_count, check_real
-from torch_dropout_ir.functional import as_batches
+from torch_dropout_ir.batches import as_batches
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.density import smoothed
 from torch_dropout_ir.sharpness.landscape import used_up_slice
@@ -116,6 +117,14 @@ class Sharpness:
         assert snapshot.loss is not None  # by `needs`
         parts = Parts(snapshot.batches, said=_MET)
         met = snapshot.ranks.size > 1 and _passes_meet(snapshot)
+        ranks = collectives.together(snapshot.ranks.most)
+        with ranks if met else contextlib.nullcontext():
+            return self._records(snapshot, parts, met)
+
+    def _records(
+        self, snapshot: Snapshot, parts: Parts, met: bool
+    ) -> Mapping[str, Record]:
+        assert snapshot.loss is not None  # by `needs`
         if not met:
             parts = fitting(
                 snapshot.model, snapshot.loss, snapshot.batches, self.max_bytes,
