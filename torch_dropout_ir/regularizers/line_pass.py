@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.functional import Batch, at_sites, call, constants
+from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.normalization import differentiable
-from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.regularizers.line_calls import (
     STILL,
     Line,
