@@ -110,7 +110,7 @@ def test_what_the_compiled_sums_cannot_read_is_named():
         (([one], [one], [1.0], [2], [2], [-1]), "sites below 1, got -1"),
         (([one], [one.double()], [1.0], [2], [2], [0]), "of one dtype"),
         (
-            ([one, one.double()],) * 2 + ([1.0, 1.0], [2, 2], [2, 2], [0, 0]),
+            ([one, one.double()], [one, one], [1.0, 1.0], [2, 2], [2, 2], [0, 0]),
             "of one dtype",
         ),
         (([one], [one], [1.0], [-2], [-2], [0]), "-2 rows of -2 units"),
