@@ -26,7 +26,7 @@ STEPS = 3
 ROWS = 16
 LIMIT = 60
 # Measurements of one batch.
-MANY = {"bent": 150, "weighed": 60, "linear": 60, "one row": 3}
+MANY = {"bent": 60, "weighed": 60, "linear": 60, "one row": 3}
 
 
 def net(p=0.5):
