@@ -69,8 +69,7 @@ class Capture:
         want_targets: Whether to look for the targets of the coming pass.
         cast: Whether autocast was on when it began.
         started: When the last pass looked at began, by ``time.perf_counter()``.
-        wrapper: Weak reference to the ``DistributedDataParallel`` that has called the
-            model last; to nothing where none has.
+        wrapper: Weak reference to the DDP that has called the model last, if any.
         paused: True while the analysis itself runs the model.
     """
 
@@ -88,8 +87,7 @@ class Capture:
         self._own: OwnPass | None = None
         self.paused = self.cast = self._open = self._with_graph = self._outside = False
         self.started, self._seconds = float("-inf"), 0.0
-        # Thread of the passes, once it is that of the steps; of the last pass.
-        self._thread = self._passing = 0
+        self._thread = self._passing = 0  # of the steps; of the last pass
         self._versions: list[int] = []
         self._outputs: Any = None
         self._calls: LossCalls | None = None
@@ -187,8 +185,6 @@ class Capture:
     ) -> None:
         if self.paused or not self.watched.training or measuring():
             return
-        if self._thread not in (0, threading.get_ident()):
-            return  # one that is served or evaluated beside training
         if self._only_looks() or any(map(mapped, args)):
             return
         self._passing = threading.get_ident()
@@ -210,10 +206,11 @@ class Capture:
         self.missed, self.inputs = reason, None
 
     def _only_looks(self) -> bool:
-        """Whether a pass without graph follows one with it: nothing trains on it."""
+        """Whether nothing trains on a pass: without graph, or in another thread."""
         # Within the backward pass checkpointing makes a pass once more. A private name.
         again = torch._C._current_graph_task_id() != -1
-        return again or (self._with_graph and not torch.is_grad_enabled())
+        beside = self._thread not in (0, threading.get_ident())
+        return again or beside or (self._with_graph and not torch.is_grad_enabled())
 
     def want(self, anything: bool, masks: bool, targets: bool) -> None:
         """Say what the coming step must show; without anything, no pass is seen."""
@@ -265,8 +262,7 @@ class Capture:
 
     def _check_inputs(self) -> None:
         """Let go of inputs of which no second pass is the same, or can be masked."""
-        given = self.inputs
-        if given and (why := not_again(given.leaves(), self._versions)):
+        if self.inputs and (why := not_again(self.inputs.leaves(), self._versions)):
             self._miss(why)
 
     def observe(self, model: nn.Module) -> None:

@@ -82,10 +82,9 @@ def gauss_newton(
     above a site, message passing) cannot be taken apart: of those each root takes a
     pass of its own, where a graph of over 4 MB would else hold more than a step.
 
-    Where a loss without a closed form makes much of what a step holds, its graph of
-    second derivatives would hold several steps. It is called on the rows of a part
-    alone, where its graph shows a sum over rows and its gradient confirms that a part
-    is weighed by one number (:mod:`~torch_dropout_ir.regularizers.loss_parts`), for one
+    A loss without a closed form that makes much of what a step holds is called on the
+    rows of a part alone, where its graph shows a sum over rows and its gradient that
+    one number weighs a part (:mod:`~torch_dropout_ir.regularizers.loss_parts`), for one
     to four steps more. Else, as where it couples rows or reads several outputs, it is
     :math:`\tfrac12 u^\top H u = \tfrac12 \frac{d^2}{dt^2} L(f + t u)` of outputs
     :math:`f` that move by :math:`u = J (z \circ h) \sqrt{p / (1 - p)}`, with signs
