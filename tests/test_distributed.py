@@ -775,7 +775,7 @@ def test_a_rank_whose_loss_raises_takes_no_other_with_it(ran, name, at):
     """Where passes meet the others would else wait in one, or abort."""
     assert max(ran(2, f"raises {name} {at} seconds")) < LIMIT / 4
     (others, steps, ends), (own, also, same) = ran(2, f"raises {name} {at}")
-    assert "ValueError: no label" in own[name]
+    assert "ValueError" in own[name] and "no label" in own[name]
     assert "another rank could not go on" in others[name]
     assert steps == also and steps[-1] == 3, "it is tried again"
     assert all(torch.equal(x, y) for x, y in zip(ends, same, strict=True))

@@ -17,6 +17,7 @@ from torch_dropout_ir.regularizers.site_forms import signs
 
 N, K = 7, 4
 LABELS = torch.tensor([0, 2, 1, 3, 1, 0, 2])
+PLACES = torch.arange(N * 6).view(N, 2, 3) % K
 REAL = torch.linspace(-1, 1, N * K, dtype=torch.float64).view(N, K).sin()
 
 
@@ -147,6 +148,10 @@ LOSSES = {
     "cosine": lambda a, b: 1 - F.cosine_similarity(a, b).mean(),
     "triplet": lambda a, b: F.triplet_margin_loss(a, b, REAL, margin=3.0),
     "distance": lambda a, b: F.pairwise_distance(a, b).exp().mean(),
+    "labels of places": lambda a, b: (
+        F.cross_entropy((a * b)[..., None, None].expand(N, K, 2, 3), PLACES)
+        * F.cross_entropy(a[..., None, None].expand(N, K, 2, 3), PLACES, REAL[0].exp())
+    ),
     "covariance": lambda a, b: torch.cov(a.T).square().sum(),
     "correlation": lambda a, b: torch.corrcoef(a.T)[0, 1],
     "lengths": lambda a, b: (a - b).norm() * a.norm(dim=0).prod(),

@@ -45,6 +45,7 @@ from torch_dropout_ir.tracing import mapped, random_state
 from torch_dropout_ir.turns import in_turn
 
 _CALLS: Final = "_active_ddp_module"  # while its forward pass runs; a private name
+_TASK: Final = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
 class Capture:
@@ -207,8 +208,7 @@ class Capture:
 
     def _only_looks(self) -> bool:
         """Whether nothing trains on a pass: without graph, or in another thread."""
-        # Within the backward pass checkpointing makes a pass once more. A private name.
-        again = torch._C._current_graph_task_id() != -1
+        again = _TASK() != -1  # checkpointing makes a pass once more to go backward
         beside = self._thread not in (0, threading.get_ident())
         return again or beside or (self._with_graph and not torch.is_grad_enabled())
 

@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from torch_dropout_ir.turns import in_turn
+from torch_dropout_ir.turns import TURN
 
 _REPLACED: Final = 2
 STEPS: Final = "optimizer steps"  # what is absent until one is seen
@@ -89,7 +89,7 @@ class OptimizerSteps:
                 return  # a compiled step would take the measures into its graph
             call = weak()
             if call is not None and self._counts(optimizer, made):
-                with in_turn():
+                with TURN:
                     call()
 
         return hook
