@@ -232,7 +232,9 @@ void loss_blocks(StableIValue* stack, uint64_t, uint64_t) {
                     " values, got ", values.size());
       step.saved.emplace_back(values[place], n, sizes);
     }
-    if (node.a >= 0 && !joins(node)) {
+    if (joins(node)) {
+      check_joined(node);
+    } else if (node.a >= 0) {
       step.a = entries_of(node, nodes[static_cast<size_t>(node.a)]);
     }
     if (node.b >= 0) {

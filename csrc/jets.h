@@ -22,9 +22,15 @@ constexpr int64_t kRows = 8;  // at a time: what is between stays in the cache
 using Sizes = std::vector<int64_t>;
 using Numbers = std::vector<double>;
 
+constexpr int64_t kMost = int64_t{1} << 40;  // entries of a row, lest counts overflow
+
 inline int64_t product(const Sizes& sizes) {
   int64_t found = 1;
-  for (const int64_t size : sizes) found *= size;
+  for (const int64_t size : sizes) {
+    DROPOUT_CHECK(size >= 0 && size <= kMost / std::max<int64_t>(found, 1), kOp,
+                  ": expected the shape of a row, got a size of ", size);
+    found *= size;
+  }
   return found;
 }
 
@@ -105,6 +111,8 @@ inline Sizes entries_of(const Node& node, const Node& from) {
       }
     }
   }
+  DROPOUT_CHECK(static_cast<int64_t>(found.size()) == product(node.sizes), kOp,
+                ": expected ", found.size(), " entries, got ", product(node.sizes));
   return found;
 }
 
@@ -160,6 +168,18 @@ struct Fibres {
         length(sizes[static_cast<size_t>(dim)]),
         inner(product({sizes.begin() + dim + 1, sizes.end()})) {}
 };
+
+// Whether what is made along fibres has as many as its node says.
+inline void check_joined(const Node& node) {
+  const Fibres of(node.inside, node.dim);
+  const bool gathered = node.kind == kGathered;
+  DROPOUT_CHECK(!gathered || node.sizes.size() == node.inside.size(), kOp,
+                ": expected ", node.inside.size(), " dimensions of a row, got ",
+                node.sizes.size());
+  DROPOUT_CHECK(node.kind != kLogSumExp || product(node.sizes) == of.outer * of.inner,
+                kOp, ": expected ", of.outer * of.inner, " entries, got ",
+                product(node.sizes));
+}
 
 // A tensor that a node has saved, repeated to the node's shape.
 class Saved {

@@ -104,6 +104,15 @@ def clamped_without_autograd(a, b):
     return (y * b).sum() ** 2 + y.sin().sum()
 
 
+def added_to_itself(a, b):
+    return torch.addmm(a, a, b.T @ b, beta=0.5, alpha=2).sin().sum()
+
+
+def of_one_row(a, b):
+    y = (a * b).sum(0, keepdim=True)
+    return (y.cumprod(0).sin() + y.exp()).sum()  # its line is that of `y`
+
+
 def with_metrics(a, b):
     seen = (a.argmax(1) == LABELS).double().mean() + a.exp().sum().item()
     a.cos().add_(1)
@@ -115,7 +124,8 @@ LOSSES = {
     "written": written, "constants written": constants_written, "filled": filled,
     "constants": scaled_by_constants, "read last": read_last_by_constants,
     "clamped": clamped_without_autograd,
-    "metrics": with_metrics,
+    "metrics": with_metrics, "itself in a product": added_to_itself,
+    "one row": of_one_row, "moving weights": lambda a, b: torch.lerp(a, b, a * b).sum(),
     "mse, centred": lambda a, b: F.mse_loss(around(a), REAL),
     "mse of both": lambda a, b: F.mse_loss(a * b, a.exp(), reduction="sum"),
     "mse, the target": lambda a, b: F.mse_loss(REAL, a * a),
@@ -127,7 +137,7 @@ LOSSES = {
         a * b, LABELS, weight=REAL[0].abs(), reduction="sum", ignore_index=2
     ),
     "columns": lambda a, b: ((a * b).log_softmax(0) * REAL).sum() + b.softmax(0).norm(),
-    "one row": lambda a, b: (a[0] * b[0]).log_softmax(0)[1] * b.softmax(-1)[2, 1],
+    "a single row": lambda a, b: (a[0] * b[0]).log_softmax(0)[1] * b.softmax(-1)[2, 1],
     "mixed": lambda a, b: (a.mul(b)).softmax(1).square().sum(),
     "huber": lambda a, b: F.huber_loss(a * a, REAL, delta=0.3),
     "smooth l1": lambda a, b: F.smooth_l1_loss(a.exp(), b, reduction="sum"),
@@ -203,6 +213,14 @@ def test_where_a_length_is_zero_there_is_none():
     at, lines, _ = lines_of(clip)
     tape = Tape(lambda x: x[0].norm(dim=0).sum(), at)
     assert tape.curvature([torch.zeros(N, K).double(), at[1]], lines).isnan()
+
+
+@pytest.mark.filterwarnings("ignore:var")
+def test_the_variance_of_one_row_is_no_number():
+    at, lines, _ = lines_of(clip)
+    at, lines = [x[:1] for x in at], [(u[:1], None) for u, _ in lines]
+    tape = Tape(lambda x: x[0].var(0).sum(), at)
+    assert tape.curvature(at, lines).isnan()
 
 
 @pytest.mark.parametrize("name", ["clip", "written", "mse, centred", "constants"])

@@ -361,6 +361,11 @@ def test_what_the_compiled_kernel_cannot_read_is_named():
         ([10, 0, -1, 0, 0, 0, 1, 0, 1, 2], f, "expected 2 entries or one"),
         ([4, 0, -1, 1, 0, 1, 0, 1, 1], f, "a dimension below 1, got 1"),
         ([4, 0, -1, 0, 3, 1, 0, 1, 1], f, "an entry below 3, got 3"),
+        ([4, 0, -1, 1, 0, 1, 0, 2, 3, 2], f[:, :1], "a dimension below 1, got 1"),
+        ([10, 0, -1, 0, 0, 0, 1, 0, 1, -3], f, "got a size of -3"),
+        ([10, 0, -1, 0, 0, 0, 1, 0, 2, 2**32, 2**32], f, "got a size of 4294967296"),
+        ([6, 0, -1, 0, 0, 0, 1, 0, 0], f[:, 0].long(), "1 dimensions of a row, got 0"),
+        ([9, 0, -1, 0, 0, 0, 2, 0, 0, 1, 3], f, "expected 1 entries, got 3"),
         ([7, 0, -1, 1, 0, 0, 1, 0, 1, 3], f, "a dimension below 1, got 1"),
         ([6, 0, -1, 0, 0, 0, 1, 0, 1, 1], f[:, :1], "indices of int64"),
         ([6, 0, -1, 0, 0, 0, 1, 0, 1, 1], 3 * f[:, :1].long(), "below 3, got 3"),
@@ -371,6 +376,28 @@ def test_what_the_compiled_kernel_cannot_read_is_named():
         registration.loss_blocks(f, start, [0.0], [])
     with pytest.raises(RuntimeError, match="with rows, got a number"):
         registration.loss_blocks(f[0, 0], start, [0.0, 0.0], [])
+
+
+def test_what_is_chosen_unevenly_is_named():
+    if not registration.COMPILED:
+        pytest.skip("no compiled kernels")
+    f = torch.ones(2, 2, 2)
+    program = [0, -1, -1, 0, 0, 0, 0, 2, 2, 2, 4, 0, -1, 0, 0, 1, 0, 1, 3,
+               5, 1, -1, 1, 0, 0, 0, 0]  # fmt: skip
+    with pytest.raises(RuntimeError, match="expected 2 entries, got 3"):
+        registration.loss_blocks(f, program, [0.0] * 6, [])
+
+
+def test_complex_powers_are_not_told():
+    f = torch.rand(N, K, dtype=torch.float64, requires_grad=True)
+    value = (f**1j).abs().square().sum()
+    assert sample_blocks.blocks_of(f, nodes_of(value)) is None
+
+
+def test_where_all_labels_are_ignored_there_are_zeros():
+    f = torch.rand(N, K, dtype=torch.float64, requires_grad=True)
+    value = F.cross_entropy(f * f, torch.full((N,), -100))
+    assert not sample_blocks.blocks_of(f, nodes_of(value)).any()
 
 
 def test_opcheck():

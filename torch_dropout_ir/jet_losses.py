@@ -69,7 +69,8 @@ def _likelihood(to: Program, node: Any, inputs: list[int]) -> int | None:
     places = labels.clamp(min=0)
     each = known if weight is None else known * weight[places]
     total = node._saved_total_weight if node._saved_reduction == 1 else 1.0
-    rows = torch.zeros_like(x).scatter_(1, places[:, None], -(each / total)[:, None])
+    share = (each / total).masked_fill_(each == 0, 0)  # of none at all it is 0 / 0
+    rows = torch.zeros_like(x).scatter_(1, places[:, None], -share[:, None])
     number = to.add(Kind.TIMES, own, inputs[0], -1, (rows, rows))
     return None if number is None else to.total(number, 1.0)
 

@@ -41,7 +41,8 @@ def blocks_of(outputs: Tensor, nodes: Nodes) -> Tensor | None:
     with torch.no_grad():
         try:
             program = program_of(outputs, nodes)
-        except AttributeError:  # a torch that names otherwise what a node has saved
+        # A torch that names otherwise what a node has saved; a complex number in it.
+        except (AttributeError, TypeError):
             return None
         if program is None:
             return None

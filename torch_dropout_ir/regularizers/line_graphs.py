@@ -139,7 +139,8 @@ def _of_heads(heads: list[Tensor], pairs: Pairs) -> list[Tensor | None]:
     eps = max([torch.finfo(c.dtype).eps for c in heads], default=0.0)
     if abs(total - again) > eps**0.5 * size + _ROUNDED * eps * reach:
         raise NoRuleError("a derivative that is not linear in what follows")
-    return found
+    # Of what changes nothing it is the tensor given, which others write on.
+    return [None if x is None else x.detach() for x in found]
 
 
 def _spread(x: Tensor) -> float:

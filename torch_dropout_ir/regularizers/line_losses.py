@@ -127,7 +127,7 @@ def _squares_of(
     if not length:
         correction = call.kwargs.get("correction")
         count = math.prod([x.shape[d] for d in dims])
-        count = max(count - (1 if correction is None else correction), 0)
+        count = max(count - (1 if correction is None else correction), 0) or math.nan
 
     def squares(x: Tensor, u: Tensor | None, w: Tensor | None) -> Line:
         u = torch.zeros_like(x) if u is None else u

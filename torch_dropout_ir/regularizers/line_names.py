@@ -48,8 +48,8 @@ ADDED: Final = (
 )
 # What is found along some dimensions, which the second argument names.
 REDUCED: Final = "linalg_vector_norm logsumexp norm std std_mean var var_mean"
-# Linear in each of two arguments.
-PRODUCTS: Final = "addmm bmm convolution dot mm mul mv"
+# Linear in each of some arguments.
+PRODUCTS: Final = "addmm bmm convolution dot lerp mm mul mv"
 NORMALIZED: Final = "native_batch_norm native_group_norm native_layer_norm"
 # Of straight pieces.
 STRAIGHT: Final = (

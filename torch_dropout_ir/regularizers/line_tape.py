@@ -73,9 +73,9 @@ class _Step:
     first: bool = False
 
     def reads(self) -> list[int]:
-        """Return the numbers of what it is given."""
+        """Return the numbers of what it is given, as often as it is."""
         leaves = _pytree.tree_leaves(self.given)
-        return list(dict.fromkeys(x.number for x in leaves if isinstance(x, _Slot)))
+        return [x.number for x in leaves if isinstance(x, _Slot)]
 
 
 class Tape:
@@ -168,9 +168,11 @@ def _needed(steps: list[_Step], result: int) -> tuple[list[_Step], set[int]]:
         if step.first or step.bends:
             first.update(step.moving)
         own = step.reads()
-        step.last = [n for n in own if n not in read]
+        step.last = list({n for n in own if n not in read})
         x = step.given[0][0] if step.given[0] else None
-        if not (isinstance(x, _Slot) and x.number in step.last):
+        number = x.number if isinstance(x, _Slot) else None
+        # What is given twice would be read where it has been written on.
+        if number not in step.last or own.count(number) > 1:
             step.over = None
         read.update(own)
         kept.append(step)
