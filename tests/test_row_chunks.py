@@ -329,3 +329,35 @@ def test_chunks_of_few_images_are_as_the_batch(monkeypatch, rows):
     monkeypatch.setattr(place, 0)
     parts = gauss_newton(net, batch, "mse", num_samples=None)
     torch.testing.assert_close(parts.value, whole.value)
+
+
+def rates(f, y):
+    """Mixes the outputs of a sample; its curvature has both signs."""
+    return (f.softmax(1) * (f * y).tanh().sum(1, keepdim=True)).sum(1).cos().mean()
+
+
+@pytest.mark.parametrize(("width", "whole"), [(96, True), (6, False)])
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_one_graph_does_for_two_roots_where_parameters_hold_as_much(
+    monkeypatch, width, whole, num_samples
+):
+    """A step holds their gradients, which an estimate does not."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Dropout(0.2), nn.Linear(5, width), nn.Tanh(), nn.Dropout(0.3),
+        nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 8),
+    ).double()  # fmt: skip
+    batch = torch.randn(16, 5).double(), torch.randn(16, 8).double()
+    passes = []
+    net.register_forward_hook(lambda *_: passes.append(1))
+    exact = gauss_newton(net, batch, rates, num_samples=None)
+    monkeypatch.setattr("torch_dropout_ir.regularizers.clean_pass._FEWEST_ELEMENTS", 0)
+    monkeypatch.setattr("torch_dropout_ir.regularizers.recorder._LARGE", 0)
+    passes.clear()
+    found = [
+        gauss_newton(net, batch, rates, num_samples=num_samples) for _ in range(60)
+    ]
+    assert (len(passes) == len(found)) == whole
+    values = torch.stack([x.value for x in found])
+    error = values.std() / len(values) ** 0.5
+    assert (values.mean() - exact.value).abs() < 5 * error

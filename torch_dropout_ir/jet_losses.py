@@ -61,18 +61,19 @@ def _logistic(node: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _likelihood(to: Program, node: Any, inputs: list[int]) -> int | None:
     """Linear in log-probabilities: minus that of the label, times its weight."""
-    own, labels, weight = to.sizes[inputs[0]], node._saved_target, node._saved_weight
-    x = node._saved_self
-    if own is None or x.ndim != 2 or not node._saved_reduction:
+    x, labels, weight = node._saved_self, node._saved_target, node._saved_weight
+    if to.sizes[inputs[0]] is None or x.ndim != 2:
         return None
-    known = (labels != node._saved_ignore_index).to(x)
-    places = labels.clamp(min=0)
-    each = known if weight is None else known * weight[places]
-    total = node._saved_total_weight if node._saved_reduction == 1 else 1.0
-    share = (each / total).masked_fill_(each == 0, 0)  # of none at all it is 0 / 0
-    rows = torch.zeros_like(x).scatter_(1, places[:, None], -share[:, None])
-    number = to.add(Kind.TIMES, own, inputs[0], -1, (rows, rows))
-    return None if number is None else to.total(number, 1.0)
+    known, reduction = labels != node._saved_ignore_index, node._saved_reduction
+    places = labels.where(known, 0)
+    each = -known.to(x) * (1.0 if weight is None else weight[places])
+    if reduction == 1:  # of none at all it is 0 / 0
+        each = (each / node._saved_total_weight).masked_fill_(each == 0, 0)
+    chosen = to.add(Kind.GATHERED, (1,), inputs[0], -1, (places[:, None],))
+    if chosen is None:
+        return None
+    number = to.add(Kind.TIMES, (), chosen, -1, (each, each))
+    return to.total(number, 1.0) if number and reduction else number
 
 
 LOSSES: Final[dict[str, Rule]] = {

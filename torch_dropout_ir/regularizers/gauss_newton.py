@@ -77,10 +77,10 @@ def gauss_newton(
     sum goes unit by unit there, and of losses that couple samples.
 
     Memory: no more than a training step's. What has been used goes as the derivatives
-    come; more samples, the exact sum and a loss without a root go through a large batch
-    half of its rows at a time. Samples that meet (batch normalization in training mode
-    above a site, message passing) cannot be taken apart: of those each root takes a
-    pass of its own, where a graph of over 4 MB would else hold more than a step.
+    come. Where a second root needs the graph and that would hold more, and in an exact
+    sum, half of the rows of a large batch go at a time. Samples that meet (batch
+    normalization in training mode above a site, message passing) cannot be taken apart:
+    each root takes a pass of its own then, unless the graph is of less than 4 MB.
 
     A loss without a closed form that makes much of what a step holds is called on the
     rows of a part alone, where its graph shows a sum over rows and its gradient that
@@ -232,8 +232,8 @@ def _first_pass(
         chunks = RowChunks(
             model, inputs, clean, kept, twice=twice, parts=_CHUNKS, alone=parts
         )
-        if forms.one_pass:  # its graph goes as the derivatives come
-            meet = clean.samples_meet(read.tensors[0])
+        meet = clean.samples_meet(read.tensors[0])
+        if forms.one_pass or (meet is not None and forms.may_keep(clean, read)):
             draws, _ = forms.draws(clean, read, coupled=False, keep=False)
             return _Seen(
                 known(), forms, draws, bool(meet), chunks if meet is None else None

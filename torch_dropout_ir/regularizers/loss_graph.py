@@ -80,9 +80,11 @@ def _place(name: str, op: Op) -> Place | None:
         return (
             _SUM if len({(place, *own) for place, own in op.leading()}) == 1 else None
         )
-    if name in OF_LABELS and op.node._saved_reduction and not any(op.places[1:]):
+    if name in OF_LABELS and not any(op.places[1:]):
         place = op.places[0]
-        return _SUM if place is not None and place.dim != 1 else None
+        if place is None or place.dim == 1:  # the classes
+            return None
+        return _SUM if op.node._saved_reduction else place if not place.dim else None
     if name in _ADDS_SOME:
         ((place, own),) = op.leading()
         dims = op.node._saved_dim

@@ -19,6 +19,8 @@ from torch_dropout_ir.sites import Site
 from torch_dropout_ir.substitution import substituted
 from torch_dropout_ir.tracing import checkpointed, mapped, unasked
 
+# Elements of the first site's input beside which a look at the graph takes no time.
+_LARGE: Final = 2**16
 # Added to the inputs of sites: a graph begins there.
 _ZERO: Final = torch.zeros((), device="cpu", requires_grad=True)
 Use = tuple[Site, Tensor, GradientEdge]
@@ -97,7 +99,7 @@ class Recorder:
             self.zeros[h.device] = zero
         if not self._open:  # computed again under checkpointing
             return h + zero
-        if first and self._weigh:
+        if first and (self._weigh or h.numel() >= _LARGE):
             self.below = Held.by([h.grad_fn])
         held = h if self._outlives else h.detach()
         # Nothing below the first site is asked for: what it keeps is let go now.

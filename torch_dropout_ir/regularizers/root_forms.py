@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.collectives import alone, some
+from torch_dropout_ir.collectives import alone, every, some
 from torch_dropout_ir.output_hessian import HessianRoots
 from torch_dropout_ir.output_products import (
     ALL,
@@ -27,6 +27,7 @@ from torch_dropout_ir.regularizers.root_choice import Roots, choose
 from torch_dropout_ir.regularizers.root_pulls import added_up, plain, pull_root
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, Sums
+from torch_dropout_ir.regularizers.step_memory import Held, kept_is_less
 
 
 class RootForms:
@@ -66,11 +67,26 @@ class RootForms:
         self.rooted = self._roots is not None
         of_products = isinstance(self._roots, (PartRoots, ProductRoots))
         self.one_pass = num_samples == 1 and self.rooted and not of_products
+        self._may_keep = self.rooted and roots is None and num_samples is not None
 
     @property
     def curved(self) -> bool:
         """Whether the Hessian is known not to be zero."""
         return self._roots is not None and self._roots.curved
+
+    def may_keep(self, clean: CleanPass, read: OutputsRead) -> bool:
+        """Whether one graph does for all draws, in the memory of a step.
+
+        Args:
+            clean: The pass.
+            read: What the loss reads of its outputs.
+
+        Returns:
+            Whether it does.
+        """
+        above = Held.by([x.grad_fn for x in read.tensors])
+        less = self._may_keep and kept_is_less(above, clean.below)
+        return every(less, "graph kept")
 
     def roots(self, coupled: bool) -> Iterator[tuple[int, Root]]:
         """Yield the roots of all rows, each with the number of its draw.
