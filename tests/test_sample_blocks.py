@@ -134,6 +134,12 @@ LOSSES = {
         + torch.add(f, f.exp(), alpha=3).sum() - torch.sub(f, f.cos(), alpha=2).sum()
     ),
     "repeated": lambda f, y: (f[:, :1].expand(N, K) * f * y[:1] * y[0]).exp().mean(),
+    "lengths": lambda f, y: (
+        (f - y).norm(dim=1).mean() + (f * y).norm(dim=-1, keepdim=True).exp().sum()
+        + F.cosine_similarity(f, y).square().sum() + F.normalize(f)[:, 0].sum()
+        + F.pairwise_distance(f[:, :2], y[:, :2]).mean()
+        + f.view(N, K, 1).expand(N, K, 2).exp().norm(dim=(1, 2)).sum()
+    ),
     "parts": parts,
     "masks": masks,
     "of torch": of_torch,
@@ -246,6 +252,8 @@ MEETING = {
         f.exp().masked_fill(f > 0, f[0, 0].exp()).exp().sum()
     ),
     "turned": lambda f: (f.t() * f).exp().sum(),
+    "a length of all": lambda f: (f - 1).norm() ** 2 + f.norm(dim=0).exp().sum(),
+    "other lengths": lambda f: f.norm(3, dim=1).exp().sum(),
     "views of all": lambda f: (f.view(-1)[1:] * f.view(-1)[:-1]).exp().sum(),
     "rows joined": lambda f: (f.view(1, 9) * f.view(1, 9)).exp().sum(),
     "repeated further": lambda f: (f[:, 0].expand(3, 3) * f).exp().sum(),
@@ -496,3 +504,11 @@ def test_a_loss_that_reads_beside_the_outputs_is_told():
     assert any("reads what the model keeps" in note for note in found.notes)
     found = gauss_newton(net, (x, None), lambda f, _: f.square().mean())
     assert not found.notes
+
+
+def test_of_a_length_that_is_zero_nothing_is_told():
+    """Torch has its own derivatives there."""
+    f = torch.randn(4, 2, dtype=torch.float64)
+    for y, known in ((torch.zeros_like(f), True), (f * torch.eye(4, 1), False)):
+        found = told(lambda f, y: (f - y).norm(dim=1).sum(), f, y)
+        assert (found is not None) == known
