@@ -6,12 +6,16 @@ Semantics:
   generators that belong to the process: others wait for its end, of other models too.
 * A thread that calls the model meanwhile waits at its door. One that is in a pass when
   a change is about to be made is waited for.
+* A thread that waits for its turn does nothing meanwhile, in a pass or not.
+* Where who measures waits in turn for a thread, as a loss does that calls the model in
+  one, that thread goes on.
 * What else another thread does to a model at that time is not seen here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -21,16 +25,65 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-TURN: Final = threading.RLock()
 _LONGEST: Final = 300.0  # seconds of a pass of another thread's
+_SOON: Final = 1.0  # seconds of a wait for another thread
+_GLANCE: Final = 0.1  # seconds
 _CALL: Final = nn.Module.__call__.__code__
-_at_door: Final = set[int]()  # threads that wait for a turn to be over
+_LOCK: Final = threading.RLock()
+_holder: Final = [0]  # the thread that had it last
+_waiting: Final = set[int]()  # threads that wait for it
 
 
-def in_turn() -> contextlib.AbstractContextManager[Any]:
-    """Return the context of a measurement: no other thread is in one meanwhile."""
+def in_turn() -> contextlib.AbstractContextManager[bool]:
+    """Return the context of a measurement: no other thread is in one meanwhile.
+
+    It is False inside where another one is, which waits for this thread.
+    """
     # A compiled function is not to hold a lock.
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else TURN
+    return contextlib.nullcontext(True) if torch.compiler.is_compiling() else _Turn()
+
+
+class _Turn(contextlib.AbstractContextManager[bool]):
+    """A hold of the lock."""
+
+    def __enter__(self) -> bool:
+        self._own = _LOCK.acquire(blocking=False) or _wait()
+        if self._own:
+            _holder[0] = threading.get_ident()
+        return self._own
+
+    def __exit__(self, *_: object) -> None:
+        if self._own:
+            _LOCK.release()
+
+
+def _wait() -> bool:
+    """Wait for the lock; False where who holds it does not move."""
+    here, place, since = threading.get_ident(), None, 0.0
+    _waiting.add(here)
+    try:
+        while not _LOCK.acquire(timeout=_GLANCE):
+            frame, now = sys._current_frames().get(_holder[0]), time.monotonic()
+            if frame is None or (frame, frame.f_lasti) != place:
+                place, since = frame and (frame, frame.f_lasti), now
+                continue
+            joins = frame.f_globals.get("__name__") == threading.__name__
+            if now - since > (_SOON if joins else _LONGEST):
+                return False
+        return True
+    finally:
+        _waiting.discard(here)
+
+
+def _after_fork() -> None:
+    """Free the lock in a child that has no thread that would."""
+    _waiting.clear()
+    if _holder[0] != threading.get_ident():
+        _LOCK._at_fork_reinit()  # type: ignore[attr-defined]
+
+
+if hasattr(os, "register_at_fork"):  # where there is a fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def alone_with(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -49,7 +102,7 @@ def alone_with(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _alone_with(model: nn.Module) -> Iterator[None]:
-    with TURN:
+    with in_turn():
         door = model.register_forward_pre_hook(_Door(model), prepend=True)
         try:
             _wait_for_passes(model)
@@ -71,9 +124,8 @@ class _Door:
             return
         if torch.compiler.is_compiling():
             return
-        _at_door.add(here)
-        with TURN:
-            _at_door.discard(here)
+        with in_turn():
+            pass
 
 
 def _wait_for_passes(model: nn.Module) -> None:
@@ -90,10 +142,10 @@ def _wait_for_passes(model: nn.Module) -> None:
 
 
 def _runs(model: nn.Module) -> bool:
-    """Whether another thread is in a pass of a model."""
+    """Whether another thread is in a pass of a model, and goes on."""
     own = threading.get_ident()
     for thread, frame in sys._current_frames().items():
-        while frame is not None and thread != own and thread not in _at_door:
+        while frame is not None and thread != own and thread not in _waiting:
             if frame.f_code is _CALL and _is(frame.f_locals.get("self"), model):
                 return True
             frame = frame.f_back  # type: ignore[assignment]

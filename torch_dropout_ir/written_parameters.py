@@ -156,7 +156,7 @@ def unwritten(
     model: nn.Module,
     known: Iterable[Tensor] | None = None,
     stays: Literal["nothing", "first", "last"] = "nothing",
-) -> contextlib.AbstractContextManager[None]:
+) -> contextlib.AbstractContextManager[Any]:
     """Begin each pass with the parameters as they were, and give them back.
 
     No other thread measures inside. With ``known``, it is not asked whether one writes.

@@ -43,8 +43,9 @@ class RootHook:
         if self.call is None:
             return
         try:
-            with in_turn():  # a pass beside a measurement waits until that is over
-                self.call(*args)
+            with in_turn() as own:  # a pass beside a measurement waits for its end
+                if own:
+                    self.call(*args)
         except Exception as err:  # of arguments and results that nothing can walk
             reason = f"a pass was not looked at ({type(err).__name__}: {err})"
             if self.missed is not None:

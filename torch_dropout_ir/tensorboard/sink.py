@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
@@ -38,8 +37,6 @@ class TensorBoardSink:
     the first picture of a tag stays under ``initial/<tag>``, as TensorBoard shows a
     random sample of ten. Model, sites, loss, seed and versions are text and
     hyperparameters of the run itself, and the page of Custom Scalars has its charts.
-    Where the first step is not 0, as after a restart from a checkpoint, TensorBoard
-    leaves out what earlier files of the directory have from that step on.
 
     Args:
         log_dir: Run directory; None: ``runs/<time>_<host>``.
@@ -159,10 +156,6 @@ class TensorBoardSink:
         notes: Mapping[str, str],
     ) -> None:
         summary = Summary()
-        if step and not self._started:
-            # It goes on from a run whose steps from here on are made again.
-            start = SessionLog(status=SessionLog.START)
-            self._events.add_event(Event(step=step, session_log=start))
         self._add_facts(summary, notes)
         for tag, record in records.items():
             if isinstance(record, float):
