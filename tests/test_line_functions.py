@@ -7,6 +7,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from tests.line_oracle import line_and_graph, linear_and_graph, noise_of
 from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.regularizers.line_calls import NoRuleError
+from torch_dropout_ir.regularizers.line_graphs import along
 from torch_dropout_ir.regularizers.line_pass import curvature_along
 
 
@@ -293,3 +295,10 @@ def test_what_has_no_line(function):
     with pytest.raises(RuntimeError):  # ours, and torch's
         curvature_along(net, (x, None), loss, uses, 0, z)
     assert "__getattribute__" not in vars(torch.autograd.function.FunctionMeta)
+
+
+def test_a_derivative_that_is_no_number_is_not_known():
+    """That of the whole may be one: no distance of a row to itself."""
+    x, u = torch.rand(2, 3, 2, dtype=torch.float64)
+    with pytest.raises(NoRuleError, match="not linear"):
+        along(lambda x: torch.cdist(x, x), [x], [(u, None)])

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.line_functions import FUNCTIONS
 from tests.line_oracle import line_and_graph, noise_of
-from tests.test_line_tape import LOSSES, lines_of
+from tests.test_line_tape import LOSSES, K, N
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import clean_pass as passes
 from torch_dropout_ir.regularizers import line_slabs, second_order
@@ -171,8 +171,8 @@ def test_every_rule_is_of_an_operation_that_is_tried():
             function(torch.rand(6, 4).double().requires_grad_() + 0.1)
         for net, x in made:
             net(x.requires_grad_())
-        for loss in LOSSES.values():
-            lines_of(loss)
+        for loss in LOSSES.values():  # each along a record
+            loss(*torch.rand(2, N, K).double().requires_grad_())
     missing = _RULES.keys() - met.operations
     assert not missing, missing
 

@@ -402,6 +402,17 @@ def test_complex_powers_are_not_told():
     assert sample_blocks.blocks_of(f, nodes_of(value)) is None
 
 
+@pytest.mark.parametrize("count", [800, 900])
+def test_a_loss_that_makes_much_of_each_row_has_products(count):
+    f, grid = (
+        torch.rand(N, K, dtype=torch.float64, requires_grad=True),
+        torch.rand(count),
+    )
+    value = (f[:, :1] - grid).exp().mean()
+    found = sample_blocks.blocks_of(f, nodes_of(value))
+    assert (found is None) == (count * N > 2**12)
+
+
 def test_where_all_labels_are_ignored_there_are_zeros():
     f = torch.rand(N, K, dtype=torch.float64, requires_grad=True)
     value = F.cross_entropy(f * f, torch.full((N,), -100))

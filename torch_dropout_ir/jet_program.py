@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
@@ -15,6 +16,7 @@ Shape: TypeAlias = "Sequence[int]"
 # may meet in what it makes.
 Rule: TypeAlias = "Callable[[Program, Any, list[int]], int | None]"
 _DTYPES: Final = (torch.float32, torch.float64, torch.int64, torch.bool)
+_ENTRIES: Final = 2**12  # of all rows: above that products take less time, and memory
 _MOST: Final = 2**63  # dimensions and places are saved without a sign
 
 
@@ -45,11 +47,13 @@ class Program:
         values: Sequence[Tensor] = (), dim: int = 0, start: int = 0, step: int = 0,
         alpha: float = 0.0, beta: float = 0.0,
     ) -> int | None:  # fmt: skip
-        """Add a node; return its number, None where the kernel reads no such values."""
+        """Add a node; return its number, None where the kernel is not to make it."""
+        first, own = len(self.values), () if sizes is None else sizes
+        if self.rows * math.prod(own) > _ENTRIES:
+            return None
         for x in values:
             if x.dtype not in _DTYPES:
                 return None
-        first, own = len(self.values), () if sizes is None else sizes
         self.steps += (kind, a, b, dim, start, step, len(values))
         if values:
             self.values += values

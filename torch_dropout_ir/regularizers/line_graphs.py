@@ -137,7 +137,8 @@ def _of_heads(heads: list[Tensor], pairs: Pairs) -> list[Tensor | None]:
     total = sum([_product(g, u) for g, u in known])
     again = sum([_product(c.detach(), x) for c, x in zip(heads, found, strict=True)])
     eps = max([torch.finfo(c.dtype).eps for c in heads], default=0.0)
-    if abs(total - again) > eps**0.5 * size + _ROUNDED * eps * reach:
+    # Neither is one that is no number, where that of the whole may be.
+    if not abs(total - again) <= eps**0.5 * size + _ROUNDED * eps * reach:
         raise NoRuleError("a derivative that is not linear in what follows")
     # Of what changes nothing it is the tensor given, which others write on.
     return [None if x is None else x.detach() for x in found]
