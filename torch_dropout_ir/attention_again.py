@@ -21,13 +21,13 @@ from typing import Any, Final, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir import tracing
+from torch_dropout_ir.attention import attention_weights
 
 # Weights that are there at once, of at least one query.
-_WEIGHTS: Final = 2**16
+_WEIGHTS: Final = 2**17
 Part = tuple[slice, slice]  # samples and queries
 
 
@@ -59,15 +59,14 @@ def _attention(
     samples = {x.shape[0] if x.ndim > 2 else 0 for x in (query, key, value)}
     if samples != {len(query)} or torch.Size(weights).numel() <= _WEIGHTS:
         return None
-    cast = torch.is_autocast_enabled(query.device.type)
-    if dropout_p or cast or not tracing.eager():
+    half = query.dtype.itemsize < 4 or torch.is_autocast_enabled(query.device.type)
+    if dropout_p or enable_gqa or half or not tracing.eager():
         return None
     if attn_mask is not None:
         if is_causal or type(attn_mask) is not Tensor or attn_mask.requires_grad:
             return None
         attn_mask = attn_mask.expand(weights)
-    options = {"scale": scale, "enable_gqa": enable_gqa}
-    call = functools.partial(_some, attn_mask, is_causal, options)
+    call = functools.partial(_some, attn_mask, is_causal, scale)
     function = _Function(call, (True, False, False), (True,))
     (found,) = KeepsGiven.apply(function, weights, query, key, value)
     return found
@@ -95,20 +94,19 @@ class _Function(NamedTuple):
 def _some(
     mask: Tensor | None,
     is_causal: bool,
-    options: dict[str, Any],
+    scale: float | None,
     part: Part,
     q: Tensor,
     k: Tensor,
     v: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Return the attention of a part by torch's kernel that has derivatives."""
+    """Return the attention of a part."""
     if mask is not None:
         mask = _of(part, mask, True)
     elif is_causal:
         mask = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
         mask = mask.tril(part[1].start)
-    with tracing.unasked(), sdpa_kernel(SDPBackend.MATH):
-        return (F.scaled_dot_product_attention(q, k, v, mask, **options),)
+    return (attention_weights(q, k, mask, False, scale) @ v,)
 
 
 def _pulled(
