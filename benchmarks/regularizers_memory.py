@@ -56,7 +56,8 @@ def memory() -> None:
             added = peak(model, name)
             floor = peak(model, f"{name}, by hand") if name in hands else base
             print(f"  {name:20}{added:>8.0f}{added / base:>12.2f}{floor / base:>8.2f}")
-    meeting()
+    against_a_step("batch normalization above a site at the input", meeting_models())
+    against_a_step("few long texts", long_texts())
     many_outputs()
 
 
@@ -91,8 +92,26 @@ def meeting_models() -> dict:
     }  # fmt: skip
 
 
-def meeting_calls(net, x, y) -> dict:
-    """What is measured where samples meet; an exact sum goes root by root."""
+def long_texts() -> dict:
+    """Transformers of texts whose attention weights are more than all else."""
+
+    def layer():
+        return nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True)
+
+    def model(count: int, length: int):
+        net = nn.Sequential(
+            nn.Embedding(100, 64), nn.Dropout(0.1), layer(), nn.Dropout(0.1), layer(),
+            nn.Linear(64, 100), nn.Flatten(0, 1),
+        )  # fmt: skip
+        size = count, length
+        return net, torch.randint(100, size), torch.randint(100, (count * length,))
+
+    sizes = (4, 512), (8, 256), (8, 512), (16, 128), (32, 64)
+    return {f"{n} texts of {length} symbols": model(n, length) for n, length in sizes}
+
+
+def each_call(net, x, y) -> dict:
+    """What is measured of these models; where samples meet, sums go root by root."""
     batch, loss = (x, y), "cross_entropy"
     return {
         "forward-backward": step(net, batch, F.cross_entropy),
@@ -102,11 +121,11 @@ def meeting_calls(net, x, y) -> dict:
     }
 
 
-def meeting() -> None:
-    """Print what the estimators take where samples meet."""
-    print("\nbatch normalization above a site at the input: memory and time of a step")
-    for model, batch in meeting_models().items():
-        runs = meeting_calls(*batch)
+def against_a_step(title: str, some: dict) -> None:
+    """Print what the estimators take of some models."""
+    print(f"\n{title}: memory and time of a step")
+    for model, batch in some.items():
+        runs = each_call(*batch)
         times = {name: [] for name in runs}
         for _ in range(3):
             for name, run in runs.items():
@@ -218,8 +237,8 @@ def _added(model: str, name: str) -> float:
         net, x, y = large_model(model)
         run = large_calls(net, x, y, model)[name]
     else:
-        net, x, y = {**all_models(), **meeting_models()}[model]
-        run = {**meeting_calls(net, x, y), **calls(net, x, y)}[name]
+        net, x, y = {**all_models(), **meeting_models(), **long_texts()}[model]
+        run = {**each_call(net, x, y), **calls(net, x, y)}[name]
     run()  # what is loaded once
     net.zero_grad()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here

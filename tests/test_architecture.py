@@ -29,7 +29,7 @@ FLOORS = {
         "survey", "turns",
         "dropout_calls",
         "module_calls",
-        "attention",
+        "attention", "attention_again",
         "normalization",
         "losses",
         "loss_terms",

@@ -126,8 +126,8 @@ def test_nor_of_a_few_megabytes(act, num_samples):
     assert peak(lambda: run("cross_entropy")) <= step
 
 
-@pytest.mark.parametrize("length", [64, 128])
-def test_nor_where_attention_would_keep_its_weights(length):
+@pytest.mark.parametrize(("count", "length"), [(16, 64), (16, 128), (8, 512)])
+def test_nor_where_attention_would_keep_its_weights(count, length):
     torch.manual_seed(0)
 
     def layer():
@@ -137,7 +137,8 @@ def test_nor_where_attention_would_keep_its_weights(length):
         nn.Embedding(250, 64), nn.Dropout(0.1), layer(), nn.Dropout(0.1), layer(),
         nn.Flatten(0, 1), nn.Linear(64, 250),
     )  # fmt: skip
-    x, y = torch.randint(250, (16, length)), torch.randint(250, (16 * length,))
+    x = torch.randint(250, (count, length))
+    y = torch.randint(250, (count * length,))
     step = peak(lambda: F.cross_entropy(net(x), y).backward())
     net.zero_grad()
     second_order(net, (x[:4], y[: 4 * length]), "cross_entropy")

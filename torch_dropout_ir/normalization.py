@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from torch_dropout_ir.attention_again import AttentionAgain
+
 
 class ComposedNormalization(TorchFunctionMode):
     """Computes normalization in operations that can be differentiated at will."""
@@ -44,11 +46,16 @@ class ComposedNormalization(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def differentiable(thrice: bool) -> Iterator[None]:
-    """Let a pass be differentiated twice, or once more."""
+def differentiable(thrice: bool, again: bool = False) -> Iterator[None]:
+    """Let a pass be differentiated twice, or once more.
+
+    Args:
+        thrice: Whether it is once more.
+        again: Whether attention makes its weights again where it is twice.
+    """
+    own = ComposedNormalization() if thrice else AttentionAgain() if again else None
     # The fused attention kernels have no second derivative.
-    third = ComposedNormalization() if thrice else contextlib.nullcontext()
-    with sdpa_kernel(SDPBackend.MATH), third:
+    with sdpa_kernel(SDPBackend.MATH), own or contextlib.nullcontext():
         yield
 
 

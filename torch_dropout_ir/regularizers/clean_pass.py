@@ -266,7 +266,8 @@ def clean_pass(
     model = survey.model
     none = contextlib.nullcontext()
     # Nothing but other code than torch's layers runs attention.
-    kernels = differentiable(thrice) if (twice and survey.callers) or thrice else none
+    called = twice and survey.callers
+    kernels = differentiable(thrice, again=not lean) if called or thrice else none
     most = _FEWEST_ELEMENTS - 1 if sketch else math.inf
     seen = Recorder(model, outlives, first, weigh, most, fixed=not survey.callers)
     own = lean_derivatives() if lean else none

@@ -34,23 +34,20 @@ def count_samples(clean: CleanPass, read: OutputsRead, inputs: Any) -> int:
     return count if given < 2 or count % given else given
 
 
-def chunks(count: int, parts: int, most: int | None = None) -> Iterator[Tensor]:
-    """Yield the numbers of the rows of each chunk, two at least unless one is the most.
+def chunks(count: int, parts: int) -> Iterator[Tensor]:
+    """Yield the numbers of the rows of each chunk, two at least.
 
     A single row may lie in memory as torch's derivative of batch normalization misreads
     it, where a batch does not.
 
     Args:
         count: Rows in all.
-        parts: Chunks besides the first, small one; more where that is too many rows.
-        most: Rows of a chunk at most; None for any number.
+        parts: Chunks besides the first, small one.
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
-    most = count if most is None else most
-    least = min(2, most)
-    first = min(most, max(2, count // _FIRST))
-    step = max(least, min(most, -(-(count - first) // parts)))
-    ends = [*range(first, count - least + 1, step), count]
+    first = min(count, max(2, count // _FIRST))
+    step = max(2, -(-(count - first) // parts))
+    ends = [*range(first, count - 1, step), count]
     for i, end in enumerate(ends):
         rows = order[ends[i - 1] if i else 0 : end]
         if len(rows):

@@ -17,23 +17,19 @@ Semantics:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.collectives import every, most, some
 from torch_dropout_ir.inputs import Inputs
-from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.output_rows import (
-    FEWEST_ROWS,
     chunks,
     count_samples,
     has_rows,
@@ -41,15 +37,8 @@ from torch_dropout_ir.regularizers.output_rows import (
     rows_of_samples,
 )
 from torch_dropout_ir.regularizers.outputs import OutputsRead
-from torch_dropout_ir.regularizers.step_memory import Held
 
 T = TypeVar("T")
-
-# Graphs that a double backward comes to, and what it makes on the way.
-_GRAPHS: Final = 4
-# What torch's attention makes weights of, where it has second derivatives.
-_WEIGHTS: Final = "SafeSoftmax"
-_NORMAL: Final = "BatchNorm"  # beside which no part is of one row
 
 
 class RowChunks:
@@ -93,14 +82,6 @@ class RowChunks:
         self._twice = twice
         self._parts = parts
         self._count = count_samples(clean, read, inputs)
-
-    @functools.cached_property
-    def _most(self) -> int | None:
-        """Rows of a chunk at most, where attention keeps more than in a step."""
-        if not self._twice or self._count < FEWEST_ROWS:
-            return None
-        share = _share(self._model, self._inputs, self._count)
-        return max(1, int(self._count * share / _GRAPHS)) if share < 1 else None
 
     @staticmethod
     def pay(clean: CleanPass, read: OutputsRead) -> bool:
@@ -147,7 +128,7 @@ class RowChunks:
         """Return the numbers of the rows of each chunk."""
         if self.alone is not None:
             return self.alone.samples
-        return chunks(self._count, self._parts, self._most)
+        return chunks(self._count, self._parts)
 
     def _try(
         self,
@@ -193,28 +174,6 @@ class RowChunks:
         return used == expected and all(
             nearly_equal(x, self.take(f, rows)) for x, f in pairs
         )
-
-
-def _share(model: nn.Module, inputs: Inputs, count: int) -> float:
-    """Return what a pass holds over what one holds that is differentiated twice.
-
-    Attention then keeps its weights; two samples tell.
-    """
-    held = []
-    try:
-        for twice in (True, False):
-            two = rows_of(inputs, slice(2), count)
-            with clean_pass(model, two, twice=twice, find_last=False) as clean:
-                leaves = [x for x in flatten(clean.outputs)[0] if isinstance(x, Tensor)]
-                ends = [x.grad_fn for x in leaves if x.grad_fn is not None]
-                nodes = [node.name() for node in graph_nodes(ends)]
-                held.append(Held.by(ends).made)
-            kept = any(_WEIGHTS in name for name in nodes)
-            if any(_NORMAL in name for name in nodes) or (twice and not kept):
-                return 1.0
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        return 1.0  # as `each` will find
-    return held[1] / held[0]
 
 
 def rows_of(inputs: Inputs, rows: Tensor | slice, count: int) -> Inputs:

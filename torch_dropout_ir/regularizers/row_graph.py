@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from torch_dropout_ir.attention_again import KeepsGiven
 from torch_dropout_ir.loss_terms import LEAF, UNARY
 
 
@@ -287,6 +288,7 @@ def _rules() -> dict[str, Callable[[Op], Place | None]]:
     for rule, names in named.items():
         rules |= {f"{name}Backward0": rule for name in names.split()}
     rules |= dict.fromkeys(("MeanBackward1", "SumBackward1"), less)
+    rules[f"{KeepsGiven.__name__}Backward"] = _one_by_one
     return rules | {"SqueezeBackward1": _view, "SqueezeBackward2": _view}
 
 

@@ -42,8 +42,8 @@ from torch_dropout_ir.regularizers.site_forms import Form, assemble
 from torch_dropout_ir.regularizers.step_memory import Held, kept_is_less
 from torch_dropout_ir.written_parameters import unwritten
 
-# A double backward keeps up to three times what a training step does, and attention
-# in its kernel the weights, beside the outputs of all rows.
+# A double backward keeps up to three times what a training step does, beside the
+# outputs of all rows.
 _CHUNKS: Final = 5
 # Values of the largest activation that are at hand where it moves along a line: that
 # which an operation read, and three that it makes.
@@ -79,8 +79,8 @@ def second_order(
     (``num_samples=None``): one such pass a unit; where samples are coupled, one an
     element of the mask, or the pass along a line that is told of below.
 
-    Memory: a large batch goes through a fifth of its rows at a time, or fewer where
-    attention keeps its weights for second derivatives, each with the whole loss in its
+    Memory: a large batch goes through a fifth of its rows at a time, attention making
+    its weights again for each derivative, each with the whole loss in its
     own rows, which takes one more forward pass and keeps the graph of a double backward
     of those rows alone: no more than a training step's. Samples that meet, as by batch
     normalization in training mode above a site, cannot be taken apart. Where a double

@@ -1,0 +1,178 @@
+r"""Floor 1: attention whose weights are made again for each derivative.
+
+Semantics:
+
+* torch's attention with second derivatives keeps its weights, of which a text has as
+  many as pairs of its symbols. Inside the context each derivative, of any order, keeps
+  what attention was given and makes the weights again, some samples and queries at a
+  time. Few weights are torch's own.
+* A derivative in what was given is a function of that and of the derivative in the
+  result: :math:`(q, k, v, g) \mapsto J(q, k, v)^\top g`, which is differentiated
+  likewise. What has a row for each query (queries, results) is made of parts; keys and
+  values, which all queries read, receive the sum.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from torch_dropout_ir import tracing
+from torch_dropout_ir.attention import attention_weights
+
+# Weights that are there at once, of at least one query.
+_WEIGHTS: Final = 2**17
+Part = tuple[slice, slice]  # samples and queries
+
+
+class AttentionAgain(TorchFunctionMode):
+    """Makes the weights of attention again where they are needed."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        found = None
+        if func is F.scaled_dot_product_attention:
+            found = _attention(*args, **kwargs)
+        return func(*args, **kwargs) if found is None else found
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """Return the attention; None of few weights, or what is left to torch's own."""
+    weights = (*query.shape[:-1], key.shape[-2])
+    samples = {x.shape[0] if x.ndim > 2 else 0 for x in (query, key, value)}
+    if samples != {len(query)} or torch.Size(weights).numel() <= _WEIGHTS:
+        return None
+    half = query.dtype.itemsize < 4 or torch.is_autocast_enabled(query.device.type)
+    if dropout_p or enable_gqa or half or not tracing.eager():
+        return None
+    if attn_mask is not None:
+        if is_causal or type(attn_mask) is not Tensor or attn_mask.requires_grad:
+            return None
+        attn_mask = attn_mask.expand(weights)
+    call = functools.partial(_some, attn_mask, is_causal, scale)
+    function = _Function(call, (True, False, False), (True,))
+    (found,) = KeepsGiven.apply(function, weights, query, key, value)
+    return found
+
+
+class _Function(NamedTuple):
+    """A function of some samples and queries.
+
+    Attributes:
+        call: Returns the results of a part.
+        given: Whether an argument has a row for each query.
+        made: Whether a result has; else it is a sum over queries.
+    """
+
+    call: Callable[..., tuple[Tensor, ...]]
+    given: tuple[bool, ...]
+    made: tuple[bool, ...]
+
+    def pulled(self) -> _Function:
+        """Return the derivative of a sum of the results, each times a tensor."""
+        call = functools.partial(_pulled, self.call, len(self.given))
+        return _Function(call, self.given + self.made, self.given)
+
+
+def _some(
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    part: Part,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the attention of a part."""
+    if mask is not None:
+        mask = _of(part, mask, True)
+    elif is_causal:
+        mask = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
+        mask = mask.tril(part[1].start)
+    return (attention_weights(q, k, mask, False, scale) @ v,)
+
+
+def _pulled(
+    call: Callable[..., tuple[Tensor, ...]], count: int, part: Part, *given: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the derivative in the first arguments, the others times the results."""
+    again = torch.is_grad_enabled()  # whether this is differentiated too
+    with torch.enable_grad():
+        at = [
+            x if x.requires_grad else x.detach().requires_grad_() for x in given[:count]
+        ]
+        return torch.autograd.grad(
+            call(part, *at), at, given[count:], create_graph=again,
+            materialize_grads=True, allow_unused=True,
+        )  # fmt: skip
+
+
+class KeepsGiven(torch.autograd.Function):
+    """A function that keeps what it is given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: _Function, weights: tuple[int, ...], *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return what the function returns of all, a part at a time."""
+        ctx.function, ctx.weights = function, weights
+        ctx.save_for_backward(*given)
+        samples, queries = weights[0], weights[-2]
+        found: list[Tensor] = []
+        for part in _parts(weights):
+            pairs = zip(given, function.given, strict=True)
+            own = function.call(
+                part, *[_of(part, x.detach(), each) for x, each in pairs]
+            )
+            if not found:
+                pairs = zip(own, function.made, strict=True)
+                found = [
+                    y.new_zeros(
+                        samples, *y.shape[1:-2], queries if each else y.shape[-2],
+                        y.shape[-1],
+                    )
+                    for y, each in pairs
+                ]  # fmt: skip
+            for whole, y, each in zip(found, own, function.made, strict=True):
+                _of(part, whole, each).add_(y)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *roots: Tensor) -> tuple[Any, ...]:
+        """Return the derivatives in what was given, as such a function."""
+        given = *ctx.saved_tensors, *roots
+        return None, None, *KeepsGiven.apply(ctx.function.pulled(), ctx.weights, *given)
+
+
+def _of(part: Part, x: Tensor, each: bool) -> Tensor:
+    """Return the samples of a part, and its queries where each has a row."""
+    samples, queries = part
+    return x[samples, ..., queries, :] if each else x[samples]
+
+
+def _parts(weights: tuple[int, ...]) -> Iterator[Part]:
+    """Yield parts of the samples and queries with no more weights than there may be."""
+    samples, queries = weights[0], weights[-2]
+    one = torch.Size(weights[1:]).numel()
+    some = max(1, _WEIGHTS // one)
+    step = min(queries, max(1, _WEIGHTS * queries // one))
+    for sample in range(0, samples, some):
+        for query in range(0, queries, step):
+            yield slice(sample, sample + some), slice(query, query + step)
