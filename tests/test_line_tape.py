@@ -131,7 +131,6 @@ LOSSES = {
     "mse, the target": lambda a, b: F.mse_loss(REAL, a * a),
     "each square": lambda a, b: F.mse_loss(a * a, b, reduction="none").sin().sum(),
     "labels": lambda a, b: F.cross_entropy(around(a).view(-1, K), LABELS),
-    "labels of places": lambda a, b: F.cross_entropy((a * b).T[None], LABELS[None]),
     "soft labels": lambda a, b: F.cross_entropy(around(a), REAL.softmax(1)),
     "smoothed": lambda a, b: F.cross_entropy(a * b, LABELS, label_smoothing=0.1),
     "weighed": lambda a, b: F.cross_entropy(

@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from torch_dropout_ir.turns import TURN
+from torch_dropout_ir.turns import in_turn
 
 _REPLACED: Final = 2
 STEPS: Final = "optimizer steps"  # what is absent until one is seen
@@ -88,9 +88,13 @@ class OptimizerSteps:
             if torch.compiler.is_compiling():
                 return  # a compiled step would take the measures into its graph
             call = weak()
-            if call is not None and self._counts(optimizer, made):
-                with TURN:
-                    call()
+            if call is None or not self._counts(optimizer, made):
+                return
+            if not self.announced:  # nothing is due
+                call()
+                return
+            with in_turn():
+                call()
 
         return hook
 
