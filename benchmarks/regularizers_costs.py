@@ -95,6 +95,14 @@ def focal(f, y):
     return -((1 - log.exp()) ** 2 * log).mean()
 
 
+def focal_by_cross_entropy(f, y):
+    """Return the same as it is often written, of two cross-entropies."""
+    each = F.cross_entropy(f, y, reduction="none")
+    return (
+        (1 - torch.exp(-each)) ** 2 * F.cross_entropy(f, y, reduction="none")
+    ).mean()
+
+
 def divergence(f, _):
     """Return the mean divergence between the softmaxes of two halves of the outputs."""
     half = (f.shape[1] + 1) // 2
@@ -105,7 +113,8 @@ def divergence(f, _):
 def losses(n: int, k: int) -> dict:
     """Losses besides mean squares and cross-entropy, each with its targets.
 
-    The last three mix outputs; those but the softplus have curvature of both signs.
+    The last five mix outputs for all that their graphs tell; of those the softplus and
+    the distance have curvature of one sign.
     """
     real, labels = torch.randn(n, k), torch.randint(k, (n,))
     parts = real.softmax(1)
@@ -117,6 +126,8 @@ def losses(n: int, k: int) -> dict:
         "soft labels": (lambda f, y: -(y * f.log_softmax(1)).sum(1).mean(), parts),
         "focal": (focal, labels),
         "Student": (lambda f, y: (f - y).square().log1p().mean(), real),
+        "focal of two": (focal_by_cross_entropy, labels),
+        "distance": (lambda f, y: (f - y).norm(dim=1).mean(), real),
         "Gaussian": (
             lambda f, y: F.gaussian_nll_loss(f[:, :1], y[:, :1], f[:, 1:2].exp()), real
         ),
@@ -134,7 +145,7 @@ def loss_costs(turns: int) -> None:
     torch.empty(2**22)  # as above
     for sizes, n in (
         ((20, 64, 64, 3), 32), ((64, 256, 256, 10), 64), ((64, 256, 256, 100), 64),
-        ((256, 512, 512, 10), 128),
+        ((256, 512, 512, 10), 128), ((784, 1000, 1000, 100), 64),
     ):  # fmt: skip
         layers = [
             layer
