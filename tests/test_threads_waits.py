@@ -122,8 +122,9 @@ def test_a_whole_that_calls_an_attached_part_in_threads(model, batch, impatient)
     torch.testing.assert_close(found.value, alone.value)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
-def test_a_child_of_another_thread_waits_for_nobody(model, batch):
+@pytest.fixture
+def let_go(model):
+    """Let another thread hold the model until this is called."""
     held, over = threading.Event(), threading.Event()
 
     def hold():
@@ -131,37 +132,35 @@ def test_a_child_of_another_thread_waits_for_nobody(model, batch):
             held.set()
             over.wait(SOON)
 
+    def end():
+        over.set()
+        other.join()
+
     other = threading.Thread(target=hold)
     other.start()
     assert held.wait(SOON)
+    yield end
+    end()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
+def test_a_child_of_another_thread_waits_for_nobody(model, batch, let_go):
     child = os.fork()
     if child == 0:
         signal.alarm(5)  # ends it
         model(batch[0])
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    over.set()
-    other.join()
+    let_go()
     assert status == 0, "it waited for a thread that it does not have"
 
 
-def test_an_interrupt_at_the_door_leaves_nothing(model, batch):
-    held, over = threading.Event(), threading.Event()
-
-    def hold():
-        with turns.alone_with(model):
-            held.set()
-            over.wait(SOON)
-
-    other = threading.Thread(target=hold)
-    other.start()
-    assert held.wait(SOON)
+def test_an_interrupt_at_the_door_leaves_nothing(model, batch, let_go):
     main = threading.main_thread().ident
     threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         model(batch[0])
     assert not turns._waiting
-    over.set()
-    other.join()
+    let_go()
     with turns.in_turn() as own:
         assert own

@@ -36,7 +36,7 @@ from torch_dropout_ir.regularizers.part_roots import PartRoots
 from torch_dropout_ir.regularizers.root_estimate import Known, known_of, read_of
 from torch_dropout_ir.regularizers.root_forms import RootForms
 from torch_dropout_ir.regularizers.root_passes import draws_by_passes
-from torch_dropout_ir.regularizers.row_chunks import RowChunks
+from torch_dropout_ir.regularizers.row_chunks import RowChunks, looked_at
 from torch_dropout_ir.regularizers.site_forms import Form, join
 from torch_dropout_ir.written_parameters import unwritten
 
@@ -193,12 +193,9 @@ def _again(
 def _look(
     model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None, *, line: bool
 ) -> _Seen | AlongLine:
-    """Run a pass, and a second one where the loss's parts have used it up."""
+    """Look at a pass, and at a second one where the loss's parts have used it up."""
     run = functools.partial(_first_pass, model, batch, loss, num_samples, line)
-    seen = run(None)
-    if isinstance(seen, LossParts):
-        seen = run(seen)
-    assert not isinstance(seen, LossParts)
+    seen: _Seen | AlongLine = looked_at(run)
     return seen
 
 

@@ -36,7 +36,7 @@ from torch_dropout_ir.regularizers.outputs import (
     check_curvature,
     read_outputs,
 )
-from torch_dropout_ir.regularizers.row_chunks import RowChunks
+from torch_dropout_ir.regularizers.row_chunks import RowChunks, looked_at
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble
 from torch_dropout_ir.regularizers.step_memory import Held, kept_is_less
@@ -177,12 +177,9 @@ class _Seen(NamedTuple):
 def _look(
     model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None, *, line: bool
 ) -> _Seen | AlongLine:
-    """Run a pass, and a second one where the loss's parts have used it up."""
+    """Look at a pass, and at a second one where the loss's parts have used it up."""
     run = functools.partial(_first_pass, model, batch, loss, num_samples, line)
-    seen = run(None)
-    if isinstance(seen, LossParts):
-        seen = run(seen)
-    assert not isinstance(seen, LossParts)
+    seen: _Seen | AlongLine = looked_at(run)
     return seen
 
 
