@@ -31,7 +31,7 @@ FLOORS = {
         "module_calls",
         "attention", "attention_again",
         "normalization",
-        "losses",
+        "losses", "inner_derivatives",
         "loss_terms",
         "output_hessian",
         "output_products",

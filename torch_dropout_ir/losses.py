@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from torch_dropout_ir.inner_derivatives import lacks_graph, with_graph
+
 LossFunction = Callable[[Any, Any], Tensor]
 Kind: TypeAlias = Literal["squared", "cross_entropy", "elementwise", "general"]
 
@@ -119,7 +121,8 @@ class Loss:
             Scalar.
 
         Raises:
-            RuntimeError: If a loss that is known by name takes no such tensors.
+            RuntimeError: If a loss that is known by name takes no such tensors, or one
+                takes a derivative in something else than the outputs.
             TypeError: If the outputs are several where the loss takes one.
             ValueError: If the result is no scalar, or there are no targets.
         """  # noqa: DOC502 (`check_outputs` raises)
@@ -129,9 +132,11 @@ class Loss:
         try:
             value = self.function(outputs, targets)
         except (RuntimeError, ValueError) as err:
-            if self.kind == "general" or type(err) not in (RuntimeError, ValueError):
+            if self.kind != "general" and type(err) in (RuntimeError, ValueError):
+                raise type(err)(f"{_sizes(outputs, targets)}: {err}") from err
+            if not lacks_graph(err):
                 raise
-            raise type(err)(f"{_sizes(outputs, targets)}: {err}") from err
+            value = with_graph(self.function, outputs, targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = list(value.shape) if isinstance(value, Tensor) else type(value)
             raise ValueError(

@@ -153,7 +153,7 @@ def _general_form(
 
     total = (slope * contribution).sum()
     for h, w in zip(features.unbind(-1), weight.unbind(1), strict=True):
-        if torch.is_grad_enabled() and tracing.eager():
+        if differentiable and tracing.eager():
             part = checkpoint(
                 without, h, w, use_reentrant=False, preserve_rng_state=False
             )
