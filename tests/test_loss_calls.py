@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_dropout_ir as tdi
 from tests import traces
+from torch_dropout_ir.analysis.accumulation import Accumulation
 from torch_dropout_ir.analysis.loss_calls import LossCalls
 from torch_dropout_ir.analysis.measures import Regularizer
 from torch_dropout_ir.analysis.measures.regularizer import terms
@@ -165,7 +166,7 @@ def test_sites_have_their_parts_where_the_model_returns_its_loss():
 
 def test_what_a_script_does_not_differentiate_is_not():
     out, model = torch.randn(8, 3), mlp()
-    calls = LossCalls(noisy := model(X), 1, model)
+    calls = LossCalls(noisy := model(X), Accumulation(), model)
     calls.enter()
     try:
         weighted(lambda _: noisy).backward()
@@ -333,6 +334,24 @@ def test_scalers_and_accumulation_are_no_part_of_it():
             optimizer.step()
             _, found = analysis.history["loss/R_S"][step]
             assert found == pytest.approx(float(clean), rel=1e-5)
+
+
+@pytest.mark.parametrize("divided", [lambda x: x / 4, lambda x: x * 0.25 / 1])
+def test_a_short_last_group_is_measured_by_its_loss(divided):
+    """Ten batches in groups of four, which the script divides by four."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        for count in (4, 4, 2, 4, 4, 1):
+            for _ in range(count):
+                divided(F.mse_loss(model(X), Y)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    clean = F.mse_loss(model.eval()(X), Y).item()
+    for tag in ("loss/R_S", "regularizer/R1"):
+        found = [value for _, value in analysis.history[tag]]
+        assert found == pytest.approx([found[0]] * 6, rel=1e-5)
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
 
 
 @pytest.mark.parametrize("to_none", [True, False])
@@ -732,7 +751,7 @@ def test_a_compiled_loss_runs_as_it_did(fullgraph):
 def test_what_is_followed_lets_tensors_go():
     """Nothing of the script's pass is kept alive by looking on."""
     out = (model := mlp())(X)
-    calls = LossCalls(out, 1, model)
+    calls = LossCalls(out, Accumulation(), model)
     calls.enter()
     try:
         passing = out * 2
@@ -745,7 +764,7 @@ def test_what_is_followed_lets_tensors_go():
         calls.leave()
     loss, (targets,), straight = calls.found()
     assert targets is Y and straight
-    calls = LossCalls(out := model(X), 1, model)
+    calls = LossCalls(out := model(X), Accumulation(), model)
     calls.enter()
     try:
         F.mse_loss(out, HEAD(Y)).backward()

@@ -20,8 +20,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from torch_dropout_ir.analysis.accumulation import Accumulation
 from torch_dropout_ir.analysis.bystanders import Bystanders
 from torch_dropout_ir.analysis.compiled_calls import (
     CompiledCall,
@@ -33,6 +33,7 @@ from torch_dropout_ir.analysis.followed_loss import versions
 from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.analysis.loss_calls import LossCalls, sweep
 from torch_dropout_ir.analysis.loss_module import LossModule
+from torch_dropout_ir.analysis.meetings import calling_wrapper
 from torch_dropout_ir.analysis.own_pass import OTHER_PASS, OwnPass, not_again
 from torch_dropout_ir.analysis.replay import OtherDraws, replay
 from torch_dropout_ir.analysis.root_hook import RootHook
@@ -44,7 +45,6 @@ from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import mapped, random_state
 from torch_dropout_ir.turns import in_turn
 
-_CALLS: Final = "_active_ddp_module"  # while its forward pass runs; a private name
 _TASK: Final = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
@@ -89,7 +89,7 @@ class Capture:
         self.paused = self.cast = self._open = self._with_graph = self._outside = False
         self.started, self._seconds = float("-inf"), 0.0
         self._thread = self._passing = 0  # of the steps; of the last pass
-        self._versions: list[int] = []
+        self._versions, self._groups = list[int](), Accumulation()
         self._outputs: Any = None
         self._calls: LossCalls | None = None
         self._module: LossModule | None = None
@@ -184,15 +184,14 @@ class Capture:
     def _before(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self.paused or not self.watched.training or measuring():
-            return
-        if self._only_looks() or any(map(mapped, args)):
+        aside = self.paused or not self.watched.training or measuring()
+        if aside or self._only_looks() or any(map(mapped, args)):
             return
         self._passing = threading.get_ident()
         sweep()
         if self._new_step:
             self.passes, self._new_step = 0, False
-        if (parallel := getattr(DistributedDataParallel, _CALLS, None)) is not None:
+        if (parallel := calling_wrapper()) is not None:
             self.wrapper = weakref.ref(parallel)
         self.started = time.perf_counter()
         self._with_graph = torch.is_grad_enabled()
@@ -226,7 +225,7 @@ class Capture:
     def _open_step(self) -> None:
         """Look at the coming pass in full, where something of it is wanted."""
         if self._calls is not None and self._calls.went_back:
-            self.passes = self._calls.passes
+            self.passes = self._groups.passes
         self._stop_looking()
         self._listen()  # to hooks that are there since
         if self.want_masks and self.model is not None and not replaced():
@@ -254,7 +253,8 @@ class Capture:
             self._end = random_state(self.watched)
         if self.watched.training and self.want_targets and outputs is not None:
             self._outputs = outputs
-            self._calls = LossCalls(outputs, self.passes + 1, self.watched)
+            self._groups.passes = self.passes + 1
+            self._calls = LossCalls(outputs, self._groups, self.watched)
             self._calls.enter()
             self._step.callback(self._calls.leave)
             self._module = LossModule(outputs, self._calls)
@@ -274,7 +274,7 @@ class Capture:
         self._told.close()
         if self._calls is not None:
             self._calls.leave()  # every call of the measures would go through it
-            self.passes = self._calls.passes - 1
+            self.passes = self._groups.passes - 1
         self._check_inputs()
         self.unlike = self._own.unlike(self.watched) if self._own else ""
         start, self._start = self._start, None

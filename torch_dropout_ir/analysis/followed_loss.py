@@ -26,7 +26,6 @@ _NORMALIZES: Final[dict[Any, tuple[tuple[str, ...], str, bool]]] = {
 _HALF: Final = (torch.bfloat16, torch.float16)
 _OPTIONS: Final = ("momentum", "eps", "cudnn_enabled")
 TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
-_DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
 _WRITES: Final = ("add_", "sub_", "mul_", "div_", "masked_fill_")
 
 
@@ -166,32 +165,6 @@ def leading_to(result: At, steps: list[Step]) -> dict[int, Step]:
             read = inside((steps[place].args, steps[place].kwargs), At)
             wanted |= {at.place for at in read if at.of == "steps"}
     return {place: steps[place] for place in sorted(wanted)}
-
-
-def without_factors(at: At, steps: list[Step], passes: int, scales: set[int]) -> At:
-    """Return what a number was before a scaler and accumulation have changed it.
-
-    Args:
-        at: The number.
-        steps: The calls that lead to it.
-        passes: Passes that are accumulated, by which it may be divided.
-        scales: Which of the calls are a gradient scaler's.
-    """
-    while at.of == "steps":
-        step = steps[at.place]
-        times = step.function.__name__ in TIMES
-        if not times and step.function.__name__ not in _DIVIDED:
-            break
-        if len(step.args) != 2 or not isinstance(step.args[0], At):
-            break
-        inner, factor = step.args
-        mean = not isinstance(factor, At) and factor == (
-            1 / passes if times else passes
-        )
-        if not mean and at.place not in scales:
-            break
-        at = inner
-    return at
 
 
 def unwritten(

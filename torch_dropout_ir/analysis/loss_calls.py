@@ -7,7 +7,7 @@ Semantics:
   again on other outputs, is their loss. Where that call keeps the graph, another one
   can follow: the losses are added up.
 * Of that number a gradient scaler's factor is taken away, and a division by the number
-  of passes that went backward since the gradients were zero, as in accumulation.
+  of passes that went backward since the gradients were zero, or of a larger group.
 * What is written on (``loss += ...``, ``each.masked_fill_(...)``), but for the outputs
   themselves, is followed as if a new tensor were made.
 * Nothing else is followed that was written on, nor what draws random numbers, is a
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from torch_dropout_ir.analysis.accumulation import Accumulation
 from torch_dropout_ir.analysis.followed_loss import (
     TIMES,
     At,
@@ -41,7 +42,6 @@ from torch_dropout_ir.analysis.followed_loss import (
     memory,
     unwritten,
     versions,
-    without_factors,
     without_statistics,
     writes,
 )
@@ -64,7 +64,7 @@ class LossCalls(TorchFunctionMode):
 
     Args:
         outputs: What the model returned.
-        passes: Passes that went backward for this optimizer step, and this one.
+        groups: How many passes there are for a step.
         model: The model.
 
     Attributes:
@@ -72,9 +72,9 @@ class LossCalls(TorchFunctionMode):
         of_module: What the loss module has returned, where there is one.
     """
 
-    def __init__(self, outputs: Any, passes: int, model: nn.Module) -> None:
+    def __init__(self, outputs: Any, groups: Accumulation, model: nn.Module) -> None:
         super().__init__()
-        self.passes, self._own = passes, OwnGraph(model)
+        self._groups, self._own = groups, OwnGraph(model)
         self._model, self._generators = model, generators(model)
         self.one = isinstance(outputs, Tensor)
         self._known: Any = WeakIdKeyDictionary()
@@ -209,8 +209,8 @@ class LossCalls(TorchFunctionMode):
 
     def _note(self, how: str, root: Any, factor: float) -> None:
         """The script goes back from here: this is what it trains on."""
-        if self.passes > 1 and not has_gradient(self._model):
-            self.passes = 1  # it has let go of what those before had added
+        if self._groups.passes > 1 and not has_gradient(self._model):
+            self._groups.passes = 1  # it has let go of what those before had added
         at, before = self.at(root), self._roots.get(how)
         if at in _UNKNOWN or root.numel() != 1:
             self._missed = self.of_module is None or self.of_module() is not root
@@ -221,7 +221,7 @@ class LossCalls(TorchFunctionMode):
         if factor != 1:
             self.steps.append(Step(torch.mul, (at, factor), {}, True))
             at = At("steps", len(self.steps) - 1)
-        at = without_factors(at, self.steps, self.passes, self._scales)
+        at = self._groups.taken_off(at, self.steps, self._scales)
         if before is not None:
             self.steps.append(Step(torch.add, (before, at), {}, True))
             at = At("steps", len(self.steps) - 1)

@@ -1,0 +1,46 @@
+"""Factors that are none of the loss's own: a scaler's, and of accumulated passes."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from torch_dropout_ir.analysis.followed_loss import TIMES, At, Step
+
+_DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
+
+
+class Accumulation:
+    """Knows by how many passes a script divides its loss.
+
+    The last group of an epoch may be shorter than the others, and divided by as many.
+
+    Attributes:
+        passes: Passes that went backward for this optimizer step, and this one.
+        whole: Passes of the largest group that was seen to be divided by them.
+    """
+
+    def __init__(self) -> None:
+        self.passes = self.whole = 1
+
+    def taken_off(self, at: At, steps: list[Step], scales: set[int]) -> At:
+        """Return what a number was before a scaler and accumulation have changed it.
+
+        Args:
+            at: The number.
+            steps: The calls that lead to it.
+            scales: Which of the calls are a gradient scaler's.
+        """
+        while at.of == "steps":
+            step = steps[at.place]
+            times = step.function.__name__ in TIMES
+            if not times and step.function.__name__ not in _DIVIDED:
+                break
+            if len(step.args) != 2 or not isinstance(step.args[0], At):
+                break
+            inner, factor = step.args
+            groups = (1, self.passes, max(self.passes, self.whole))
+            mean = next((n for n in groups if factor == (1 / n if times else n)), 0)
+            if not mean and at.place not in scales:
+                break
+            at, self.whole = inner, max(self.whole, mean)
+        return at
