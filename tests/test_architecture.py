@@ -18,7 +18,7 @@ FLOORS = {
     1: (
         "arguments",
         "registration",
-        "tracing",
+        "tracing", "recomputation",
         "ops",
         "functional", "inputs", "leaves",
         "batches",

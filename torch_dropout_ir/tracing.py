@@ -59,6 +59,20 @@ def checkpointed() -> bool:
     return packing is not None and "checkpoint" in packing[0].__qualname__
 
 
+def checkpointed_block() -> Any:
+    """Return what runs the block again that a forward pass is in; None out of one."""
+    if not checkpointed() or _PACKING is None:
+        return None
+    pack = _PACKING(False)[0]
+    kept = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
+    return kept["frame"].cell_contents if "frame" in kept else None
+
+
+def runs_twice() -> bool:
+    """Whether a forward pass is in a block that will be computed again, or is now."""
+    return checkpointed() or recomputes()
+
+
 def unpacked_by_hooks() -> bool:
     """Whether what autograd saves now is given back by somebody's code, or may be."""
     return _PACKING is None or _PACKING(False) is not None

@@ -190,8 +190,7 @@ class WeightParts(TorchFunctionMode):
         kwargs = kwargs or {}
         own = _OWN.get(func) if tracing.eager() else None
         # A block that runs twice must save the same both times: torch's own then.
-        again = tracing.checkpointed() or tracing.recomputes()
-        if own is not None and torch.is_grad_enabled() and not again:
+        if own and torch.is_grad_enabled() and not tracing.runs_twice():
             found = own(self, *args, **kwargs)
             if found is not None:
                 return found

@@ -16,13 +16,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch_dropout_ir.collectives import every, go_on, some
 from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.leaves import without_graph
-from torch_dropout_ir.normalization import differentiable
+from torch_dropout_ir.recomputation import as_before
 from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
 from torch_dropout_ir.regularizers.coupling import row_weight, told_by_powers
+from torch_dropout_ir.regularizers.pass_kernels import pass_kernels
 from torch_dropout_ir.regularizers.recorder import Recorder, Use, shape_of
 from torch_dropout_ir.regularizers.row_graph import rows_meet
 from torch_dropout_ir.regularizers.step_memory import Held
-from torch_dropout_ir.sharpness.derivatives import lean_derivatives
 from torch_dropout_ir.sites import out_of_sight
 from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.tracing import derivatives, generators_moved
@@ -264,19 +264,18 @@ def clean_pass(
     survey = Survey.of(model)
     check_batch(model, inputs, survey.modules)
     model = survey.model
-    none = contextlib.nullcontext()
     # Nothing but other code than torch's layers runs attention.
-    called = twice and survey.callers
-    kernels = differentiable(thrice, again=not lean) if called or thrice else none
+    called = thrice or (twice and survey.callers)
+    operations = functools.partial(pass_kernels, bool(called), thrice, lean)
+    kernels = as_before(operations) if outlives and survey.callers else operations()
     most = _FEWEST_ELEMENTS - 1 if sketch else math.inf
     seen = Recorder(model, outlives, first, weigh, most, fixed=not survey.callers)
-    own = lean_derivatives() if lean else none
     placed = at_sites(
         model, seen.perturb, move_buffers=move_buffers, outlives=outlives,
         survey=survey, copies=True,
     )  # fmt: skip
-    reading = seen.reading(survey.modules) if find_last else none
-    with torch.enable_grad(), kernels, own, placed as calls, reading:
+    reading = seen.reading(survey.modules) if find_last else contextlib.nullcontext()
+    with torch.enable_grad(), kernels, placed as calls, reading:
         moved = None if calls.absent else generators_moved(model)
         with seen.light:
             outputs = call(model, inputs, move_buffers=move_buffers, survey=survey)

@@ -116,7 +116,7 @@ def _relu_(input: Tensor) -> Tensor | None:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     if not _ours(input, weight) or input.ndim < 2 or weight.ndim != 2:
         return None
-    return None if tracing.checkpointed() else linear(input, weight, bias)
+    return None if tracing.runs_twice() else linear(input, weight, bias)
 
 
 def _plain(
@@ -182,7 +182,7 @@ def _normalized(
     alike = all(x.dtype == input.dtype for x in given) and _ours(input, *given)
     # Of one entry a channel there is no variance: torch says so.
     some = input.ndim > 1 and input[:, :1].numel() > 1
-    if not (held and alike and some and input.is_cpu) or tracing.checkpointed():
+    if not (held and alike and some and input.is_cpu) or tracing.runs_twice():
         return None
     running, rates = (running_mean, running_var), (momentum, eps)
     return normalization(input, running, weight, bias, training, rates)

@@ -68,7 +68,7 @@ def product(leaf: int, g: Tensor, x: Tensor, shape: torch.Size) -> Tensor | None
 
 def leaf_of(weight: Tensor) -> int:
     """Return the identity of a leaf; 0 for other tensors, and in what runs again."""
-    return id(weight) if weight.is_leaf and not tracing.checkpointed() else 0
+    return id(weight) if weight.is_leaf and not tracing.runs_twice() else 0
 
 
 def unread(weight: Tensor) -> Tensor:
