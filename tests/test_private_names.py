@@ -1,13 +1,15 @@
 """What is private to torch may be gone in another version."""
 
 import ast
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import torch_dropout_ir
-from torch_dropout_ir import collectives
+from torch_dropout_ir import collectives, recomputation
 from torch_dropout_ir.regularizers import line_calls
 
 PACKAGE = Path(torch_dropout_ir.__file__).parent
@@ -42,3 +44,16 @@ def test_a_collective_ends_where_nothing_tells_who_holds_a_tensor(monkeypatch):
     monkeypatch.setattr(collectives, "_USES", lambda _: 0)
     with collectives.released(torch.ones(3)):
         pass
+
+
+def test_blocks_of_a_torch_that_hides_how_they_run_again_are_blocks(monkeypatch):
+    monkeypatch.setattr(recomputation, "checkpointed_block", lambda: None)
+    seen = []
+
+    def block(x):
+        seen.append(recomputation.Blocks(contextlib.nullcontext).look())
+        return x * x
+
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert seen == [True, False]  # in the block, and in the run again

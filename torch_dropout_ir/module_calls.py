@@ -43,7 +43,7 @@ class ModuleCalls(TorchFunctionMode):
     """
 
     trains = False
-    watch: Callable[[str, tuple[Any, ...], dict[str, Any]], None] | None = None
+    watch: Callable[[str, tuple[Any, ...], dict[str, Any]], object] | None = None
 
     def __init__(self, named: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__()

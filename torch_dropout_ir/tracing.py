@@ -60,12 +60,14 @@ def checkpointed() -> bool:
 
 
 def checkpointed_block() -> Any:
-    """Return what runs the block again that a forward pass is in; None out of one."""
-    if not checkpointed() or _PACKING is None:
-        return None
-    pack = _PACKING(False)[0]
-    kept = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
-    return kept["frame"].cell_contents if "frame" in kept else None
+    """Return what runs the block again that a forward pass is in, as ``recompute_fn``.
+
+    It is private to torch. With one that keeps it elsewhere, and out of a block: None.
+    """
+    packing = _PACKING(False) if _PACKING is not None else None
+    cells = getattr(packing and packing[0], "__closure__", None) or ()
+    kept = [cell.cell_contents for cell in cells]
+    return next((x for x in kept if hasattr(x, "recompute_fn")), None)
 
 
 def runs_twice() -> bool:

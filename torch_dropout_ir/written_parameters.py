@@ -105,11 +105,18 @@ class _Writes(TorchFunctionMode):
     def begin(self) -> Callable[[], None]:
         """See calls from now on, by a mode that is there if it may; return the end."""
         mode = innermost()
-        if mode is None or mode.watch is not None:
+        if mode is None:
             self.__enter__()
             return functools.partial(self.__exit__, None, None, None)
-        mode.watch = self.see
-        return functools.partial(setattr, mode, "watch", None)
+        others = mode.watch
+
+        def watch(*call: Any) -> None:
+            if others is not None:
+                others(*call)
+            self.see(*call)
+
+        mode.watch = watch
+        return functools.partial(setattr, mode, "watch", others)
 
     def _look(self, given: Any) -> None:
         for x in tree_leaves(given):

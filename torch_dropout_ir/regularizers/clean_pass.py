@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch_dropout_ir.collectives import every, go_on, some
 from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.leaves import without_graph
-from torch_dropout_ir.recomputation import as_before
+from torch_dropout_ir.recomputation import Blocks
 from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
 from torch_dropout_ir.regularizers.coupling import row_weight, told_by_powers
 from torch_dropout_ir.regularizers.pass_kernels import pass_kernels
@@ -267,7 +267,6 @@ def clean_pass(
     # Nothing but other code than torch's layers runs attention.
     called = thrice or (twice and survey.callers)
     operations = functools.partial(pass_kernels, bool(called), thrice, lean)
-    kernels = as_before(operations) if outlives and survey.callers else operations()
     most = _FEWEST_ELEMENTS - 1 if sketch else math.inf
     seen = Recorder(model, outlives, first, weigh, most, fixed=not survey.callers)
     placed = at_sites(
@@ -275,7 +274,9 @@ def clean_pass(
         survey=survey, copies=True,
     )  # fmt: skip
     reading = seen.reading(survey.modules) if find_last else contextlib.nullcontext()
-    with torch.enable_grad(), kernels, placed as calls, reading:
+    with torch.enable_grad(), operations(), placed as calls, reading:
+        if outlives:
+            calls.watch = Blocks(operations).look
         moved = None if calls.absent else generators_moved(model)
         with seen.light:
             outputs = call(model, inputs, move_buffers=move_buffers, survey=survey)

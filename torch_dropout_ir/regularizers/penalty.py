@@ -7,7 +7,6 @@ with the value, a part at a time: the graph of both derivatives is that of a par
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -24,7 +23,6 @@ from torch_dropout_ir.arrivals import (
 )
 from torch_dropout_ir.functional import Batch, call, parameters
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.recomputation import as_before
 from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.gradient_norm import learning_rates
 from torch_dropout_ir.regularizers.inner_products import weighted_squares
@@ -101,7 +99,7 @@ def with_penalty(
     rows = MaskedRows(model, batch, loss, move_buffers)
     # With None, a third derivative may be asked for.
     lean = None if max_bytes is None else lean_derivatives()
-    with as_before(functools.partial(twice_differentiable, lean)) as operations:
+    with twice_differentiable(lean) as operations:
         outputs = call(model, batch[0], move_buffers=move_buffers)
         risk = loss(outputs, batch[1])
     check_differentiable("modified_loss", risk)

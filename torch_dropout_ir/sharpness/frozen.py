@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -14,8 +15,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir.module_calls import on_again, unchecked
+from torch_dropout_ir.recomputation import Blocks
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
-from torch_dropout_ir.tracing import checkpointed, unpacked_by_hooks
+from torch_dropout_ir.tracing import unpacked_by_hooks
 
 Masks = Literal["off"] | int | Sequence[int]
 _SPARSE: Final = 6  # place of that argument of an embedding
@@ -77,6 +79,7 @@ class TwiceDifferentiable(TorchFunctionMode):
     def __init__(self, lean: LeanDerivatives | None = None) -> None:
         super().__init__()
         self._lean = lean
+        self._blocks = Blocks(functools.partial(twice_differentiable, lean))
         self.again = False
         self.hooked = False
 
@@ -91,7 +94,7 @@ class TwiceDifferentiable(TorchFunctionMode):
         if func is torch.autograd.grad:  # in which blocks may run again
             with on_again(self):
                 return unchecked(torch.autograd.grad, {})(*args, **kwargs)
-        self.again = self.again or checkpointed()
+        self.again = self._blocks.look() or self.again
         self.hooked = self.hooked or unpacked_by_hooks()
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
