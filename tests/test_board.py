@@ -131,6 +131,24 @@ def test_endpoints_give_what_was_written(server):
     assert nan == [[3, None]]
 
 
+def test_steps_made_again_after_a_restart_take_the_place_of_those_before(tmp_path):
+    path = tmp_path / "run"
+    write_run(path, steps=(0, 5, 10, 15))
+    write_run(path, steps=(10, 12, 20), shift=1.0)
+    server = served(tmp_path, runs=1)
+
+    def made(kind, tag):
+        return ask(server, f"plugin/dropout_ir/{kind}?of={tag}")["run"]
+
+    found = made("scalars", "regularizer/R1")
+    assert found == [[0, 0.5], [5, 0.5], [10, 1.5], [12, 1.5], [20, 1.5]]
+    for kind, tag in (
+        ("histograms", "sharpness/loss_slice"),
+        ("images", "condensation/cosine/0"),
+    ):
+        assert [step for step, _ in made(kind, tag)] == [0, 5, 10, 12, 20]
+
+
 def test_pictures_give_back_names_and_cosines(server):
     series = ask(server, "plugin/dropout_ir/images?of=condensation/cosine/1")["with"]
     assert [step for step, _ in series] == [0, 5, 10]

@@ -36,10 +36,24 @@ def answer(provider, context, experiment, route, *of):
         plugin_name=route, downsample=most, run_tag_filter=chosen, **about
     )
     return {
-        run: [[datum.step, _value(route, datum)] for datum in series]
+        run: [[datum.step, _value(route, datum)] for datum in _made_last(series)]
         for run, tags in read.items()
         for series in tags.values()
     }
+
+
+def _made_last(series):
+    """The points without those of steps that were made again after a restart.
+
+    TensorBoard's second process, which reads faster, leaves them out by itself. The
+    other one sorts pictures by step, and has of each step the first.
+    """
+    kept = []
+    for datum in sorted(series, key=lambda datum: datum.wall_time):
+        while kept and kept[-1].step >= datum.step:
+            kept.pop()
+        kept.append(datum)
+    return kept
 
 
 def _value(route, datum):
