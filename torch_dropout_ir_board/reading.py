@@ -43,17 +43,11 @@ def answer(provider, context, experiment, route, *of):
 
 
 def _made_last(series):
-    """The points without those of steps that were made again after a restart.
-
-    TensorBoard's second process, which reads faster, leaves them out by itself. The
-    other one sorts pictures by step, and has of each step the first.
-    """
+    """The points without those of steps that were made again after a restart."""
     kept = []
-    for datum in sorted(series, key=lambda datum: datum.wall_time):
-        while kept and kept[-1].step >= datum.step:
-            kept.pop()
-        kept.append(datum)
-    return kept
+    for datum in sorted(series, key=lambda datum: datum.wall_time)[::-1]:
+        kept += [datum] if not kept or datum.step < kept[-1].step else []
+    return kept[::-1]
 
 
 def _value(route, datum):
