@@ -4,6 +4,7 @@ import gc
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -141,3 +142,50 @@ def test_every_measurement_sees_the_batch_of_its_step():
     assert [s for s, _ in analysis.history["loss/R_S"]] == [0, 3, 6]
     for s, value in analysis.history["loss/R_S"]:
         assert abs(value - losses[s]) < 1e-6
+
+
+def _by_hand(model, passes):
+    """Steps of which torch knows nothing; the functions of ours that each runs."""
+    counts = []
+    x, y = torch.randn(8, 6), torch.randn(8, 3)
+
+    def once():
+        nn.functional.mse_loss(model(x), y).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.01 * p.grad
+                p.grad = None
+
+    for _ in range(passes):
+        counts.append(len(calls_of_ours(once)))
+    return counts
+
+
+@pytest.mark.parametrize("options, stride", [({}, 80), ({"every": 10}, 10)])
+def test_passes_without_a_step_of_torchs_are_looked_at_seldom_in_the_end(
+    options, stride
+):
+    gc.collect()
+    model = mlp()
+    with tdi.attach_analysis(model, log_dir=False, **options) as analysis:
+        assert min(_by_hand(model, 501)) > 100
+        counts = _by_hand(model, 2 * stride + 1)[1:]  # the first ends the look before
+        assert sum(n > 100 for n in counts) == 2
+        assert max(n for n in counts if n <= 100) < 40
+        assert "few are looked at" in analysis.absent["optimizer steps"]
+        # By hand it is measured as it is now, on the last batch that was seen.
+        found = analysis.measure()
+        assert found["regularizer/R1"] > 0 and "loss/R_S" in found
+        if not options:
+            return  # what was measured is to be paid off first
+        # Once torch's optimizer steps, each step that is due is measured on its batch.
+        x, y = torch.randn(8, 6), torch.randn(8, 3)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+        for _ in range(11):
+            nn.functional.mse_loss(model(x), y).backward()
+            sgd.step()
+        step, last = analysis.history["loss/R_S"][-1]
+    assert step > 0
+    clean = nn.functional.mse_loss(model.eval()(x), y).item()
+    assert last == pytest.approx(clean, rel=1e-5)
+    assert [s for s, _ in analysis.history["loss/R_S"]].count(0) == 1  # by hand

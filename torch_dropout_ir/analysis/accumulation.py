@@ -6,21 +6,41 @@ from typing import Final
 
 from torch_dropout_ir.analysis.followed_loss import TIMES, At, Step
 
+PATIENCE: Final = 500  # passes: more than scripts accumulate
 _DIVIDED: Final = ("div", "divide", "true_divide", "__truediv__", "__div__")
 
 
 class Accumulation:
-    """Knows by how many passes a script divides its loss.
+    """Counts the passes that a script makes for a step, and divides its loss by.
 
     The last group of an epoch may be shorter than the others, and divided by as many.
 
     Attributes:
         passes: Passes that went backward for this optimizer step, and this one.
         whole: Passes of the largest group that was seen to be divided by them.
+        idle: Passes that went backward since a step was seen, gradients kept or not.
+        stride: Of how many passes one is looked at after many without a step of any.
     """
 
     def __init__(self) -> None:
         self.passes = self.whole = 1
+        self.idle = self._others = 0
+        self.stride = 1
+
+    def without_step(self) -> int:
+        """Count a pass that went backward before another one; return how many have."""
+        self.idle += 1
+        return self.passes
+
+    def tired(self) -> bool:
+        """Whether not to look at a pass, since no optimizer steps."""
+        self._others += self.idle >= PATIENCE
+        return self._others % self.stride != 0
+
+    def stepped(self) -> bool:
+        """Look at every pass from now on; return whether the last was looked at."""
+        seen, self.stride = self._others % self.stride == 0, 1
+        return seen
 
     def taken_off(self, at: At, steps: list[Step], scales: set[int]) -> At:
         """Return what a number was before a scaler and accumulation have changed it.

@@ -80,11 +80,11 @@ class Analysis:
         self._convert = convert
         self._converted: list[nn.Module] = []
         self._seed = ranks.first_seed()
-        self._clock = time.perf_counter()
-        self._due: set[str] = set()
+        self._clock, self._due = time.perf_counter(), set[str]()
         # What is compiled draws other masks than the model as it is written.
         plain = watched is model and not compiled_in_place(model)
         self._capture = Capture(watched, model if plain else None)
+        self._capture.groups.stride = cadence.stride
         self._view = View(model, self._capture, self._batch, self._steps, ranks)
         self._handles = contextlib.ExitStack()
         self._handles.callback(self._delivery.close)
@@ -118,7 +118,7 @@ class Analysis:
         self.absent.pop(STEPS, None)
         if self._alone:
             self._settle_ranks()
-        if self._due:
+        if self._capture.groups.stepped() and self._due:
             self._measure_safely(self._due, planned=True)
         else:
             self._capture.end_step()

@@ -65,6 +65,7 @@ class Cadence:
                 f"attach_analysis: expected `budget` in (0, 1), got {budget!r}"
             )
         self.every = steps or every
+        self._budget = budget
         self._earning = budget / (1.0 - budget)
         self._debt = dict.fromkeys(names, 0.0)
         self._latest = dict.fromkeys(names, 0.0)  # cost, before the first the estimate
@@ -196,6 +197,14 @@ class Cadence:
         pace = self.training_seconds / max(1, step)
         rest = self._rest if self._debt else 0.0
         return max(1, min(step, math.ceil(rest / pace) if pace else 1))
+
+    @property
+    def stride(self) -> int:
+        """Of how many passes one may be looked at where nothing is measured.
+
+        What is seen of a pass takes some three to four times as long as a small one.
+        """
+        return self.every if isinstance(self.every, int) else round(4 / self._budget)
 
     @property
     def setting(self) -> str:

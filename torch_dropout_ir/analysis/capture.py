@@ -5,8 +5,7 @@ Semantics:
 * Between measurements the root module carries one hook, which does nothing: put there
   and taken away for each measurement, it would have compiled code compiled again. A
   second one and the look-outs for the loss, a global hook on modules and a mode for
-  functions, live inside a step that measures, and are gone after it. The batch that
-  such a step has shown is kept until the next one.
+  functions, live inside a step that measures. Its batch is kept until the next one.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +41,8 @@ from torch_dropout_ir.losses import LossFunction
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import measuring, replaced
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.tracing import mapped, random_state
+from torch_dropout_ir.tracing import mapped, random_state, recomputes
 from torch_dropout_ir.turns import in_turn
-
-_TASK: Final = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
 class Capture:
@@ -66,8 +63,8 @@ class Capture:
         missed: Why the last pass cannot be measured, where there was one.
         unlike: How the measures' passes differ from the script's.
         bystanders: What the measures' own passes leave aside.
-        want_masks: Whether to observe the masks of the coming pass.
-        want_targets: Whether to look for the targets of the coming pass.
+        groups: How many passes there are for a step.
+        want_masks, want_targets: Whether to look for those of the coming pass.
         cast: Whether autocast was on when it began.
         started: When the last pass looked at began, by ``time.perf_counter()``.
         wrapper: Weak reference to the DDP that has called the model last, if any.
@@ -89,7 +86,7 @@ class Capture:
         self.paused = self.cast = self._open = self._with_graph = self._outside = False
         self.started, self._seconds = float("-inf"), 0.0
         self._thread = self._passing = 0  # of the steps; of the last pass
-        self._versions, self._groups = list[int](), Accumulation()
+        self._versions, self.groups = list[int](), Accumulation()
         self._outputs: Any = None
         self._calls: LossCalls | None = None
         self._module: LossModule | None = None
@@ -190,13 +187,15 @@ class Capture:
         self._passing = threading.get_ident()
         sweep()
         if self._new_step:
-            self.passes, self._new_step = 0, False
+            self.passes, self.groups.idle, self._new_step = 0, 0, False
+        if self.groups.tired():  # what was seen of the pass before stays
+            self._told.close()
+            return self._step.close()
         if (parallel := calling_wrapper()) is not None:
             self.wrapper = weakref.ref(parallel)
-        self.started = time.perf_counter()
+        self.started, self._start, self._end = time.perf_counter(), None, None
         self._with_graph = torch.is_grad_enabled()
         self.cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        self._start = self._end = None
         self.inputs = Inputs(args, kwargs).renewed().cut_off()
         self._versions, self.missed = versions(self.inputs.leaves()), ""
         if self._open or self.want_masks or self.want_targets:
@@ -207,7 +206,7 @@ class Capture:
 
     def _only_looks(self) -> bool:
         """Whether nothing trains on a pass: without graph, or in another thread."""
-        again = _TASK() != -1  # checkpointing makes a pass once more to go backward
+        again = recomputes()  # checkpointing makes a pass once more to go backward
         beside = self._thread not in (0, threading.get_ident())
         return again or beside or (self._with_graph and not torch.is_grad_enabled())
 
@@ -225,7 +224,7 @@ class Capture:
     def _open_step(self) -> None:
         """Look at the coming pass in full, where something of it is wanted."""
         if self._calls is not None and self._calls.went_back:
-            self.passes = self._groups.passes
+            self.passes = self.groups.without_step()
         self._stop_looking()
         self._listen()  # to hooks that are there since
         if self.want_masks and self.model is not None and not replaced():
@@ -253,8 +252,8 @@ class Capture:
             self._end = random_state(self.watched)
         if self.watched.training and self.want_targets and outputs is not None:
             self._outputs = outputs
-            self._groups.passes = self.passes + 1
-            self._calls = LossCalls(outputs, self._groups, self.watched)
+            self.groups.passes = self.passes + 1
+            self._calls = LossCalls(outputs, self.groups, self.watched)
             self._calls.enter()
             self._step.callback(self._calls.leave)
             self._module = LossModule(outputs, self._calls)
@@ -274,7 +273,7 @@ class Capture:
         self._told.close()
         if self._calls is not None:
             self._calls.leave()  # every call of the measures would go through it
-            self.passes = self._groups.passes - 1
+            self.passes = self.groups.passes - 1
         self._check_inputs()
         self.unlike = self._own.unlike(self.watched) if self._own else ""
         start, self._start = self._start, None

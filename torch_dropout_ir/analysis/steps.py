@@ -16,6 +16,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from torch_dropout_ir.analysis.accumulation import PATIENCE
 from torch_dropout_ir.turns import in_turn
 
 _REPLACED: Final = 2
@@ -23,7 +24,8 @@ STEPS: Final = "optimizer steps"  # what is absent until one is seen
 NO_STEP: Final = (
     "none was seen: measures are taken at the steps of a torch.optim.Optimizer that "
     "steps this model, in eager code. With another kind of optimizer, or a compiled "
-    "step, call `analysis.measure()`; without an optimizer R_2 is left out there"
+    "step, call `analysis.measure()`; without an optimizer R_2 is left out there. "
+    f"After {PATIENCE} passes without a step, few are looked at"
 )
 # Hooks of analyses that ended in the middle of a step (a collection can come there),
 # while torch goes through its hooks: they call nothing, and are removed later.
