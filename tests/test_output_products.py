@@ -167,3 +167,20 @@ def test_a_loss_with_attention_in_it_has_a_second_derivative():
         )
 
     assert gauss_newton(net.double(), batch, critic).value.isfinite()
+
+
+@pytest.mark.parametrize("samples", [1, N])
+def test_outputs_that_a_loss_turns_have_an_exact_sum(samples):
+    """As of a language model, whose classes are last, by a lambda of cross-entropy."""
+    head = nn.Linear(4, K)
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Dropout(0.3), head).double()
+    x, labels = torch.randn(samples, 2, 2).double(), torch.randint(K, (samples, 2))
+    found = gauss_newton(
+        net, (x, labels), lambda f, y: F.cross_entropy(f.mT, y), num_samples=None
+    ).value
+    with torch.no_grad():
+        h, w = net[:2](x), head.weight
+        s = head(h).softmax(-1)
+        spread = s @ w.square() - (s @ w).square()
+        expected = 0.3 / 0.7 / 2 * (h.square() * spread).sum() / labels.numel()
+    torch.testing.assert_close(found, expected)

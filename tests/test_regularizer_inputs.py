@@ -68,6 +68,38 @@ def test_features_that_are_none(form, change, error, match):
         form(p=0.5, loss="mse", **{**given, **change})
 
 
+@pytest.mark.parametrize("form", [last_layer, leave_one_out])
+@pytest.mark.parametrize(
+    "loss",
+    ["mse", "cross_entropy", nn.BCEWithLogitsLoss(), lambda f, y: f.cosh().sum()],
+)
+def test_a_layer_of_no_units_adds_nothing(form, loss):
+    y = torch.ones(2, 3, 2)
+    y = torch.ones(2, 3).long() if loss == "cross_entropy" else y
+    found = form(
+        torch.ones(2, 3, 0), torch.ones(2, 0), 0.5,
+        outputs=torch.ones(2, 3, 2), targets=y, loss=loss,
+    )  # fmt: skip
+    assert found.shape == () and found == 0
+
+
+@pytest.mark.parametrize("form", [last_layer, leave_one_out])
+def test_a_layer_of_no_outputs_is_named(form):
+    given = {"outputs": torch.ones(3, 0), "targets": torch.ones(3, 0)}
+    with pytest.raises(ValueError, match="at least one output"):
+        form(torch.ones(3, 4), torch.ones(0, 4), 0.5, loss="mse", **given)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_the_gradient_norm_of_a_layer_of_no_units():
+    net = nn.Sequential(nn.Linear(3, 0), nn.Dropout(0.5), nn.Linear(0, 2))
+    batch = torch.randn(4, 3), torch.randn(4, 2)
+    found = gradient_norm(net, batch, "mse", lr=1.0)
+    slope = net[2].bias.detach() - batch[1]  # of the bias, and there is no other
+    expected = slope.mean(0).square().sum() / 4
+    torch.testing.assert_close(found.value, expected)
+
+
 def test_leaving_out_counts_broadcast_targets():
     h, w, y = torch.randn(4, 3), torch.randn(1, 3), torch.randn(4, 5)
     loss = nn.MSELoss(reduction="sum")
@@ -90,6 +122,19 @@ def test_what_testing_is_given_is_checked():
         drop_probabilities(0.1, 1.0)
     with pytest.raises(ValueError, match="to return a scalar"):
         expected_dropout_loss(net, batch, nn.MSELoss(reduction="none").forward)
+
+
+@pytest.mark.parametrize("kind", ["L1", "L2", "L3", "L4", "regu"])
+@pytest.mark.parametrize("r1", ["gauss_newton", "second_order"])
+def test_a_modified_loss_of_what_is_cut_off_is_named(kind, r1):
+    class Cut(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    net = Cut(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    batch = torch.randn(5, 3), torch.randn(5, 2)
+    with pytest.raises(ValueError, match="cut off from"):
+        modified_loss(net, batch, "mse", kind=kind, r1=r1, lr=0.1)
 
 
 def test_a_modified_loss_without_dropout_says_so():

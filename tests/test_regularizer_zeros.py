@@ -38,6 +38,17 @@ def test_a_part_that_is_zero_is_said(form, num_samples, rounded):
     assert "`b`: 0" in note and "monte_carlo" in note
 
 
+@pytest.mark.parametrize("num_samples", [None, 1])
+def test_a_part_of_a_linear_loss_is_zero_for_another_reason(num_samples):
+    """The loss does depend on the site."""
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2))
+    batch = torch.randn(4, 2), torch.randn(4, 2)
+    loss = lambda f, y: (f * y).mean()  # noqa: E731
+    found = second_order(net, batch, loss, num_samples=num_samples)
+    (note,) = found.notes
+    assert found.value == 0 and "`0`: 0" in note and "linear in it" in note
+
+
 @pytest.mark.parametrize("num_samples", [None, 1, 30])
 @pytest.mark.parametrize(
     "loss",

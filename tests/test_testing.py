@@ -459,6 +459,23 @@ def test_a_site_that_drops_everything_breaks_no_claim():
     assert all("site `1`" in f.reason for f in lacking)
 
 
+def test_a_report_says_which_site_is_idle_or_drops_everything():
+    class Idle(nn.Module):
+        def __init__(self, p):
+            super().__init__()
+            self.idle, self.drop = nn.Dropout(0.5), nn.Dropout(p)
+            self.last = nn.Linear(2, 1)
+
+        def forward(self, x):
+            self.idle(x)
+            return self.last(self.drop(x))
+
+    batch = torch.randn(3, 2).double(), torch.randn(3, 1).double()
+    for p, said in ((0.3, "note: site `idle`: 0"), (1.0, "note: site `drop` drops")):
+        report = testing.check_regularizer(Idle(p).double(), batch, "mse", num_masks=40)
+        assert str(report).count(said) == 1
+
+
 @given(st.data())
 def test_strategies_keep_to_what_they_are_given(data):
     chances = st.sampled_from([0.25, 0.5])

@@ -65,7 +65,7 @@ def hessian_columns(product: HessianProduct) -> Tensor:
     places = torch.eye(width, dtype=outputs.dtype, device=outputs.device)
     places = places.unsqueeze(1).expand(-1, samples, -1)
     columns = product.each(places.view(width, *outputs.shape))
-    return columns.view(width, samples, width)
+    return columns.reshape(width, samples, width)
 
 
 class HessianRoots:

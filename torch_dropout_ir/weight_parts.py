@@ -209,7 +209,7 @@ class WeightParts(TorchFunctionMode):
         i = self._number(input, weight)
         if i is None or input.ndim < 2 or weight.ndim != 2:
             return None
-        rows = input.reshape(-1, input.shape[-1])
+        rows = input.flatten(0, -2)
         found: Tensor = _Linear.apply(rows, weight, bias, self._giver(i))
         return found if input.ndim == 2 else found.view(*input.shape[:-1], len(weight))
 

@@ -87,7 +87,7 @@ def last_layer(
     resolved = resolve_loss(loss)
     check_layer("last_layer", features, weight, outputs)
     variance = noise_variance(p)
-    rows = features.reshape(-1, features.shape[-1])
+    rows = features.reshape(features.shape[:-1].numel(), features.shape[-1])
     if resolved.kind == "squared":
         shape = torch.Size((*features.shape[:-1], weight.shape[0]))
         _check_targets(shape, targets)
@@ -119,7 +119,7 @@ def check_layer(
 
     Raises:
         TypeError: If one is no real tensor, or they are of several dtypes.
-        ValueError: If their shapes disagree, or there is no sample.
+        ValueError: If their shapes disagree, or there is no sample or output.
     """
     given = {"features": features, "weight": weight, "outputs": outputs}
     for argument, x in given.items():
@@ -148,8 +148,12 @@ def check_layer(
             f"{name}: expected `features` [..., D], `weight` [C, D] and `outputs` "
             f"[..., C], if any, got {shapes}"
         )
-    if not features.shape[:-1].numel():
-        raise ValueError(f"{name}: expected at least one sample, got none")
+    for what, count in (
+        ("sample", features.shape[:-1].numel()),
+        ("output", len(weight)),
+    ):
+        if not count:
+            raise ValueError(f"{name}: expected at least one {what}, got none")
 
 
 def _check_targets(shape: torch.Size, targets: Any) -> None:
@@ -220,7 +224,7 @@ def _softmax_form(
         spread, mean = s @ squares, s @ w
         if not in_place:
             return (a.squeeze(-1) @ ((spread - mean.square()) * h.square())).sum()
-        few = max(1, _IN_CACHE // h.shape[1])
+        few = max(1, _IN_CACHE // max(1, h.shape[1]))
         for x, m, g in zip(*(t.split(few) for t in (spread, mean, h)), strict=True):
             x.addcmul_(m, m, value=-1).mul_(g).mul_(g)
         return (a.squeeze(-1) @ spread).sum()

@@ -115,7 +115,7 @@ def _softmax_form(
 ) -> Tensor:
     """Sum of ``log sum_c s_c exp(-o_c) + s'o``: the loss is logsumexp and linear."""
     softmax, scale = softmax_and_scale(loss, outputs, targets)
-    rows = features.reshape(-1, features.shape[-1])
+    rows = features.reshape(features.shape[:-1].numel(), features.shape[-1])
     logits = outputs.reshape(-1, weight.shape[0])
 
     # The two terms cancel to second order in the unit's share of the outputs.

@@ -17,6 +17,7 @@ from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_batch,
+    check_differentiable,
     check_reachable,
     noise_left_out,
     read_beside,
@@ -230,6 +231,7 @@ def _with_r1(
             for said in noise_left_out(model, passed.noisy, met, drawn=passed.drawn):
                 warnings.warn(f"modified_loss: R_1: {said}", stacklevel=3)
             clean = loss(passed.outputs, batch[1])
+            check_differentiable("modified_loss", clean)
             parts = None
             if moved is not None and max_bytes is not None and not moved():
                 weight = float(kind == "L1")

@@ -81,8 +81,8 @@ def join(
 def not_reached(uses: Sequence[str], reached: Collection[str]) -> tuple[str, ...]:
     """Return what is to be said of sites that no derivative has come to."""
     return tuple(
-        f"site `{name}`: 0, for the loss does not depend on it (or the model cuts its "
-        "graph, or rounds, which `monte_carlo` tells)"
+        f"site `{name}`: 0, for the loss does not depend on it, or is linear in it (or "
+        "the model cuts its graph, or rounds, which `monte_carlo` tells)"
         for name in dict.fromkeys(uses)
         if name not in reached
     )

@@ -23,6 +23,7 @@ class Finding:
         agrees: Whether it is within the tolerance of the truth: ``rtol``, rounding and
             five standard errors.
         reason: Why there is no value, else empty.
+        notes: What the estimate says of itself, as of sites whose part is 0.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Finding:
     relative_error: float
     agrees: bool
     reason: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,5 +96,6 @@ class RegularizerReport:
                 f"{f.name:24}{f.claim:>16}{f.value:>14.6g}{error:>10}"
                 f"{f.relative_error:>10.1e}  {'yes' if f.agrees else 'no'}"
             )
-        lines += [f"note: {note}" for note in self.notes]
+        of_each = (note for f in self.findings for note in f.notes)
+        lines += [f"note: {note}" for note in dict.fromkeys((*self.notes, *of_each))]
         return "\n".join(lines)

@@ -202,7 +202,7 @@ def _finding(
         spread *= max(1.0, abs(truth / value))
     far = _far(found.num_samples) if own else _FAR
     agrees = off <= allowed + far * math.hypot(spread, error)
-    return Finding(name, claim, value, own, relative, agrees)
+    return Finding(name, claim, value, own, relative, agrees, notes=found.notes)
 
 
 def _far(draws: int) -> float:
