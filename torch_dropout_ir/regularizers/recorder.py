@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from torch_dropout_ir.functional import constants
+from torch_dropout_ir.inputs import Inputs
+from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.regularizers.checks import check_site
 from torch_dropout_ir.regularizers.coupling import nearly_equal
-from torch_dropout_ir.regularizers.step_memory import Held
+from torch_dropout_ir.regularizers.graph_memory import storage_of
+from torch_dropout_ir.regularizers.step_memory import Below
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.substitution import substituted
 from torch_dropout_ir.tracing import checkpointed, mapped, unasked
 
 # Elements of the first site's input beside which a look at the graph takes no time.
@@ -41,25 +42,22 @@ class Recorder:
     """What a pass shows while it runs.
 
     Args:
-        model: The model.
         outlives: Whether the graph of the pass is used after it.
         first: What the first site is given in the place of its input, if anything.
         weigh: Whether to weigh what a step would hold below the first site.
-        most: Elements of the sites' inputs that may have a graph; what is above the
-            site that has more is made of constants.
+        given: Tensors that are there without the pass.
         fixed: Whether no site has another ``p`` in another call.
     """
 
     def __init__(
         self,
-        model: nn.Module,
         outlives: bool,
         first: Tensor | None,
         weigh: bool,
-        most: float,
+        given: Callable[[], Iterable[Tensor]],
         fixed: bool,
     ) -> None:
-        self.below = Held(0, 0, 0)
+        self.below = Below()
         self.passed: list[_Passed] = []
         # Outputs of layers that nothing else holds are let go of.
         self.reads: list[tuple[nn.Linear, bool, weakref.ref[Tensor], int]] = []
@@ -67,10 +65,8 @@ class Recorder:
         self._outlives = outlives
         self._first = first
         self._weigh = weigh
-        self._left = most  # elements of the sites' inputs that have a graph
-        self._model = model
+        self._given = given
         self._fixed = fixed
-        self.light = contextlib.ExitStack()  # to be over when the forward pass is
         self._open = True
         # By device; what outlives the pass may be given a gradient.
         self.zeros: dict[torch.device, Tensor] = {}
@@ -100,18 +96,12 @@ class Recorder:
         if not self._open:  # computed again under checkpointing
             return h + zero
         if first and (self._weigh or h.numel() >= _LARGE):
-            self.below = Held.by([h.grad_fn])
+            there = {storage_of(x) for x in self._given()}
+            self.below = Below.by(h, there)
         held = h if self._outlives else h.detach()
         # Nothing below the first site is asked for: what it keeps is let go now.
-        self._left -= h.numel()
-        if self._left < 0:  # nor for anything, where the graph would be let go of
-            if self._left + h.numel() >= 0:
-                constant = substituted(self._model, constants(self._model))
-                self.light.enter_context(constant)
-            out, edge = held + zero.detach(), get_gradient_edge(zero)
-        else:
-            out = (held if first else h) + zero
-            edge = _edge(out, zero)
+        out = (held if first else h) + zero
+        edge = _edge(out, zero)
         self.passed.append(_Passed(site, held, held._version, edge, out, out._version))
         return out
 
@@ -167,6 +157,14 @@ class Recorder:
         self._open = False
         self.passed.clear()
         self.reads.clear()
+
+
+def there_before(model: nn.Module, inputs: Any) -> Iterator[Tensor]:
+    """Yield the tensors that are there without a pass."""
+    yield from model.parameters()
+    yield from model.buffers()
+    own = Inputs.of(inputs)
+    yield from [x for x in flatten([own.args, own.kwargs])[0] if isinstance(x, Tensor)]
 
 
 def shape_of(h: Tensor) -> Tensor:
