@@ -31,24 +31,25 @@ _NOTHING_NEW: Final = (
 _PLAIN: Final = frozenset(
     f"{name}Backward{k}"
     for name in (
-        "Add", "Addmm", "AvgPool2D", "Bmm", "Elu", "Gelu", "Hardswish", "LeakyRelu",
-        "MaxPool2DWithIndices", "Mean", "Mm", "Mul", "Relu", "Sigmoid", "Softplus",
-        "Sub", "Sum", "Tanh",
+        "Add", "Addmm", "AvgPool2D", "Bmm", "Clone", "Elu", "Gelu", "Hardswish",
+        "LeakyRelu", "MaxPool2DWithIndices", "Mean", "Mm", "Mul", "Relu", "Sigmoid",
+        "Softplus", "Sub", "Sum", "Tanh",
     )
     for k in (0, 1)
 )  # fmt: skip
-# Of these a second derivative makes as much as the operation, and needs eight times
-# that while it runs.
-_LEAN: Final = _PLAIN - {"GeluBackward0"} | {
+# Of these a second derivative makes as much as the operation.
+_LEAN: Final = _PLAIN | {
     f"{name}Backward0"
     for name in (
         "Convolution", "LogSoftmax", "NativeBatchNorm", "NativeLayerNorm",
         "PreluKernel", "Softmax",
     )
 }  # fmt: skip
+_GELU: Final = "GeluBackward0"  # whose approximation needs more
 _CONVOLUTION: Final = "ConvolutionBackward0"
 _MORE: Final = 7
-_AT_HAND: Final = 8, 16  # of those, and of others
+# What it needs while it runs, of those, and of others.
+_AT_HAND: Final = 8, 16
 
 
 class Held(NamedTuple):
@@ -125,7 +126,7 @@ class Graph:
             if _makes(name):
                 lean, size = name in _LEAN, sum(self._sizes[node])
                 added += size if lean else _MORE * size
-                at_once = max(at_once, _AT_HAND[not lean] * size)
+                at_once = max(at_once, _AT_HAND[not lean or name == _GELU] * size)
         return added + at_once
 
     def step_back(

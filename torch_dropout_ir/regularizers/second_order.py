@@ -42,9 +42,9 @@ from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble
 from torch_dropout_ir.written_parameters import unwritten
 
-# A double backward keeps up to three times what a training step does, beside the
-# outputs of all rows.
-_CHUNKS: Final = 5
+# Parts of the rows at most: a double backward keeps three times what a training step
+# does, and the outputs of all rows and signs are held beside it.
+_PARTS: Final = 8
 # Values of the largest activation that are at hand where it moves along a line: that
 # which an operation read, and three that it makes.
 _ALONG: Final = 4
@@ -80,7 +80,7 @@ def second_order(
     element of the mask, or the pass along a line that is told of below.
 
     Memory: where the graph of a double backward would hold more than a training step,
-    the batch goes in parts, of a fifth of its rows at least, attention making its
+    the batch goes in parts, of an eighth of its rows at least, attention making its
     weights again for each derivative, each with the whole loss in its own rows, which
     takes one more forward pass and keeps the graph of those rows alone. Samples that
     meet, as by batch normalization in training mode above a site, cannot be taken
@@ -250,7 +250,7 @@ def _parts_of_rows(clean: CleanPass, read: OutputsRead, num_samples: int | None)
     first = [h.nbytes for _, h, _ in clean.uses[:1]]
     noise = draws_held(num_samples) * sum(math.prod(n) for n in clean.mask_shapes)
     beside = sum([*first, noise, *(2 * x.nbytes for x in read.tensors)])
-    return clean.weighed(read.tensors).parts(_CHUNKS, beside)
+    return clean.weighed(read.tensors).parts(_PARTS, beside)
 
 
 def _parts(
