@@ -271,7 +271,7 @@ def clean_pass(
     called = twice and survey.callers
     kernels = differentiable(thrice, again=not lean) if called or thrice else none
     there = functools.partial(there_before, model, inputs)
-    seen = Recorder(outlives, first, weigh, there, fixed=not survey.callers)
+    seen = Recorder(outlives, first, weigh, there, survey)
     own = lean_derivatives() if lean else none
     placed = at_sites(
         model, seen.perturb, move_buffers=move_buffers, outlives=outlives,

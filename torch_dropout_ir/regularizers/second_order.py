@@ -219,7 +219,8 @@ def _seen(
 ) -> _Seen:
     """Return what a pass shows: draws of it, or what parts of the rows are to know."""
     number = most(_parts_of_rows(clean, read, num_samples), "parts")
-    whole, coupled = number < 2 and alone is None, False
+    whole = alone is None and (number < 2 or not clean.uses)
+    coupled = False
     if not whole:
         coupled = any([clean.samples_meet(x) for x in read.tensors])
         clean.let_go()
