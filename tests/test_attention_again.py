@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from tests.passes import take_in_parts
 from torch_dropout_ir import attention_again
 from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.attention_again import AttentionAgain
@@ -168,7 +169,7 @@ def test_second_order_is_the_same_in_any_parts(monkeypatch, parts, apart, checkp
     net, batch = Texts(checkpointed).double(), texts()
     expected = second_order(net, batch, "cross_entropy", num_samples=None)
     taken = parts()
-    monkeypatch.setattr(clean_pass, "_FEWEST_ELEMENTS", 0 if apart else 2**16)
+    take_in_parts(monkeypatch, apart)
     found = second_order(net, batch, "cross_entropy", num_samples=None)
     assert taken
     torch.testing.assert_close(found.value, expected.value)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.passes import take_in_parts
 from tests.reference.second_order import replace_sites, second_order_form
 from torch_dropout_ir.output_hessian import ALL, HessianRoots
 from torch_dropout_ir.regularizers import gauss_newton, row_chunks, second_order
@@ -52,8 +53,7 @@ def masks(net, samples, tokens):
 @pytest.mark.parametrize("flat_site", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_exact_sum_is_the_dense_form(monkeypatch, form, flat_site, norm, least):
-    place = "torch_dropout_ir.regularizers.clean_pass._FEWEST_ELEMENTS"
-    monkeypatch.setattr(place, least)
+    take_in_parts(monkeypatch, not least)
     net, batch = language(4, 3, flat_site=flat_site, norm=norm)
     same = copy.deepcopy(net)
     shapes = masks(same, 4, 3)
@@ -85,8 +85,7 @@ def test_chunks_of_samples_take_all_of_their_rows(
     net, batch = language(7, 3, flat_site=flat_site)
     found = []
     for least in (0, 2**62):
-        place = "torch_dropout_ir.regularizers.clean_pass._FEWEST_ELEMENTS"
-        monkeypatch.setattr(place, least)
+        take_in_parts(monkeypatch, not least)
         torch.manual_seed(5)
         found.append(form(net, batch, "cross_entropy", num_samples=num_samples))
     parts, whole = found

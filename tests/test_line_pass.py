@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.line_functions import FUNCTIONS
 from tests.line_oracle import line_and_graph, noise_of
+from tests.passes import take_in_parts
 from tests.test_line_tape import LOSSES, K, N
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers import clean_pass as passes
 from torch_dropout_ir.regularizers import line_slabs, second_order
 from torch_dropout_ir.regularizers.line_calls import NoRuleError
 from torch_dropout_ir.regularizers.line_pass import curvature_along, draws_along
@@ -290,7 +290,7 @@ def test_a_normalization_by_what_moves_is_that_of_a_graph(monkeypatch):
     net, x = vectors(Scaled(), nn.BatchNorm1d(5), nn.Linear(5, 3))
     net, batch = net.double(), (x.double(), torch.randint(3, (6,)))
     expected = second_order(net, batch, "cross_entropy", num_samples=None)
-    monkeypatch.setattr(passes, "_FEWEST_ELEMENTS", 0)
+    take_in_parts(monkeypatch)
     found = second_order(net, batch, "cross_entropy", num_samples=None)
     torch.testing.assert_close(found.value, expected.value)
 
@@ -301,7 +301,7 @@ def test_the_forms_are_those_of_a_graph(monkeypatch, num_samples):
     net = sites_below_batch_norm()
     batch = torch.randn(6, 4).double(), torch.randint(3, (6,))
     expected = second_order(net, batch, "cross_entropy", num_samples=None)
-    monkeypatch.setattr(passes, "_FEWEST_ELEMENTS", 0)
+    take_in_parts(monkeypatch)
     found = second_order(net, batch, "cross_entropy", num_samples=num_samples)
     assert found.notes == ()
     off = 1e-12 if num_samples is None else 4 * found.standard_error
@@ -317,7 +317,7 @@ def test_what_a_line_does_not_go_through_has_a_graph(monkeypatch):
     net = sites_below_batch_norm().insert(3, Unlike())
     batch = torch.randn(6, 4).double(), torch.randint(3, (6,))
     expected = second_order(net, batch, "cross_entropy", num_samples=None)
-    monkeypatch.setattr(passes, "_FEWEST_ELEMENTS", 0)
+    take_in_parts(monkeypatch)
     found = second_order(net, batch, "cross_entropy", num_samples=None)
     sampled = second_order(net, batch, "cross_entropy", num_samples=100)
     assert any("double backward" in note for note in found.notes)

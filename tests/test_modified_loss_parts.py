@@ -8,8 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import torch_dropout_ir as tdi
+from tests.passes import take_in_parts
 from tests.test_regularizer_memory import peak
-from torch_dropout_ir.regularizers import clean_pass, modified_loss
+from torch_dropout_ir.regularizers import modified_loss
 from torch_dropout_ir.regularizers.masked_rows import MaskedRows
 from torch_dropout_ir.regularizers.output_rows import chunks
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
@@ -361,7 +362,7 @@ def chunked(monkeypatch):
     seen = []
     own = RowChunks.apart
     monkeypatch.setattr(RowChunks, "apart", lambda x: seen.append(own(x)) or seen[-1])
-    monkeypatch.setattr(clean_pass, "_FEWEST_ELEMENTS", 0)
+    take_in_parts(monkeypatch)
     return seen
 
 

@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn.attention.bias import causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
+from tests.passes import take_in_parts
 from torch_dropout_ir import attach_analysis, sharpness
 from torch_dropout_ir.analysis.measures import Regularizer, received_r2
 from torch_dropout_ir.functional import at_sites, call, fresh
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
-    clean_pass,
     gauss_newton,
     gradient_norm,
     last_layer,
@@ -1206,7 +1206,7 @@ def test_a_form_that_is_zero_for_a_linear_loss_says_only_that():
 def test_a_modified_loss_says_which_site_it_does_not_depend_on(
     r1, max_bytes, monkeypatch
 ):
-    monkeypatch.setattr(clean_pass, "_FEWEST_ELEMENTS", 0)
+    take_in_parts(monkeypatch)
 
     class Cut(nn.Module):
         def __init__(self):

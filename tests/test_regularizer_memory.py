@@ -16,11 +16,10 @@ from torch_dropout_ir.regularizers import (
     excess,
     gauss_newton,
     gradient_norm,
-    loss_weight,
     modified_loss,
     monte_carlo,
-    root_passes,
     second_order,
+    step_memory,
 )
 
 
@@ -368,10 +367,9 @@ def test_roots_of_samples_that_meet_have_passes_of_their_own(
         torch.manual_seed(1)
         found.append(gauss_newton(net, batch, loss, num_samples=num_samples).value)
 
-    monkeypatch.setattr(root_passes, "kept_is_less", lambda *_: True)
+    monkeypatch.setattr(step_memory, "SHARE", 2**62)
     assert peak(run) > 1.2 * step
     monkeypatch.undo()
-    monkeypatch.setattr(root_passes, "FEW", 0)
     assert peak(run) <= step
     assert torch.equal(*found)
 
@@ -405,7 +403,7 @@ def test_roots_of_an_exact_sum_are_added_up_as_they_come():
 
 
 @pytest.mark.parametrize("num_samples", [None, 5])
-def test_a_graph_that_holds_less_than_a_step_is_kept(monkeypatch, num_samples):
+def test_a_graph_that_holds_less_than_a_step_is_kept(num_samples):
     """Of sites near the end of a network, one pass does for all roots."""
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -414,7 +412,6 @@ def test_a_graph_that_holds_less_than_a_step_is_kept(monkeypatch, num_samples):
         nn.Linear(256, 3),
     )  # fmt: skip
     x, y = torch.randn(8, 3, 32, 32), torch.randint(3, (8,))
-    monkeypatch.setattr(root_passes, "FEW", 0)
     step = peak(lambda: F.cross_entropy(net(x), y).backward())
     passes = 0
 
@@ -453,13 +450,12 @@ def test_a_second_order_form_of_a_deep_network_holds_less_than_a_step(num_sample
     assert found <= step
 
 
-def test_few_inputs_of_sites_that_lead_to_much(monkeypatch):
+def test_few_inputs_of_sites_that_lead_to_much():
     torch.manual_seed(0)
     net, x = normalized(6)
     batch = x[:8], torch.randint(10, (8,))
     step = peak(lambda: F.cross_entropy(net(batch[0]), batch[1]).backward())
     net.zero_grad()
-    monkeypatch.setattr(loss_weight, "FEW", 2**20)
     assert peak(lambda: second_order(net, batch, "cross_entropy")) <= step
 
 
@@ -478,7 +474,7 @@ def test_draws_of_second_order_have_graphs_of_their_own(monkeypatch):
     assert peak(lambda: run(3)) <= 1.01 * peak(lambda: run(1))
 
 
-def test_a_small_graph_of_second_derivatives_is_kept(monkeypatch):
+def test_a_small_graph_of_second_derivatives_is_kept():
     """Sites near the end of a network: one pass for all draws."""
     torch.manual_seed(0)
     net = nn.Sequential(

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.passes import take_in_parts
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.output_hessian import ALL, HessianRoots
@@ -85,8 +86,7 @@ def of_both(monkeypatch, form, net, batch, loss, num_samples):
     monkeypatch.setattr(RootForms, "sums", lambda *_, **__: None)
     found = []
     for least in (0, 2**62):
-        place = "torch_dropout_ir.regularizers.clean_pass._FEWEST_ELEMENTS"
-        monkeypatch.setattr(place, least)
+        take_in_parts(monkeypatch, not least)
         torch.manual_seed(5)
         found.append(form(net, batch, loss, num_samples=num_samples))
     return found
@@ -325,8 +325,7 @@ def test_chunks_of_few_images_are_as_the_batch(monkeypatch, rows):
     net = Tokens().double()
     batch = torch.randn(rows, 4, 3, 3).double(), torch.randn(rows, 2).double()
     whole = gauss_newton(net, batch, "mse", num_samples=None)
-    place = "torch_dropout_ir.regularizers.clean_pass._FEWEST_ELEMENTS"
-    monkeypatch.setattr(place, 0)
+    take_in_parts(monkeypatch)
     parts = gauss_newton(net, batch, "mse", num_samples=None)
     torch.testing.assert_close(parts.value, whole.value)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.passes import take_in_parts
 from torch_dropout_ir import functional, output_hessian, output_products, tracing
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.output_scales import (
@@ -130,6 +131,7 @@ def test_a_pass_that_takes_no_short_way_gives_the_same(
     labels, x = torch.randint(3, (6,)), torch.randn(6, 5).double()
     y = labels if loss == "cross_entropy" else F.one_hot(labels, 3).double()
     found = []
+    take_in_parts(monkeypatch, parts=False)
     for short in (True, False):
         if not short:
             monkeypatch.setattr(site_forms, "_FEW", 0)

@@ -9,8 +9,8 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from tests.passes import take_in_parts
 from torch_dropout_ir.regularizers import (
-    clean_pass,
     gauss_newton,
     gradient_norm,
     modified_loss,
@@ -69,7 +69,7 @@ MODELS = {
 def lean(monkeypatch):
     """Let small passes be taken as large ones are."""
     monkeypatch.setattr(derivatives, "_LEAST", 0)
-    monkeypatch.setattr(clean_pass, "_FEWEST_ELEMENTS", 0)
+    take_in_parts(monkeypatch)
 
 
 def made(name):
@@ -162,7 +162,7 @@ FORMS = {
 def test_estimates_where_saved_tensors_are_elsewhere(
     name, fewest, elsewhere, monkeypatch
 ):
-    monkeypatch.setattr(clean_pass, "_FEWEST_ELEMENTS", fewest)
+    take_in_parts(monkeypatch, not fewest)
     monkeypatch.setattr(derivatives, "_LEAST", 0)
     net, batch = made(name)
     for form in FORMS.values():

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import torch_dropout_ir as tdi
+from tests.passes import take_in_parts
 from torch_dropout_ir.regularizers import (
-    clean_pass,
     gauss_newton,
     gradient_norm,
     modified_loss,
@@ -121,7 +121,7 @@ FORMS = {
 def large(request, monkeypatch):
     """Whether passes are taken to hold memory that matters: then there are more."""
     if request.param:
-        monkeypatch.setattr(clean_pass, "_FEWEST_ELEMENTS", 0)
+        take_in_parts(monkeypatch)
     return request.param
 
 

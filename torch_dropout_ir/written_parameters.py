@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from torch_dropout_ir.module_calls import innermost, runs_other_code
+from torch_dropout_ir.module_calls import innermost, only_draws, runs_other_code
 from torch_dropout_ir.sites import uncompiled
 from torch_dropout_ir.tracing import mapped, unasked
 from torch_dropout_ir.turns import in_turn
@@ -146,7 +146,8 @@ def _may_write(model: nn.Module) -> bool:
     pending, seen = [model], set[nn.Module]()
     for module in pending:
         own = module.__dict__
-        if runs_other_code(module) or own.get("max_norm") is not None:
+        other = runs_other_code(module) and not only_draws(module)
+        if other or own.get("max_norm") is not None:
             return True
         if own["_modules"] and module not in seen:
             seen.add(module)

@@ -14,8 +14,13 @@ from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, join, signs
 
-# Draws whose signs are held at once, a byte each: the space of the sites' inputs.
-_DRAWS_HELD: Final = 4
+# Draws whose signs are held at once, a byte each.
+_DRAWS_HELD: Final = 3
+
+
+def draws_held(num_samples: int | None) -> int:
+    """Return of how many draws the signs are held at once, a byte each."""
+    return min(_DRAWS_HELD, num_samples or 0)
 
 
 def draws_by_chunks(
@@ -48,7 +53,7 @@ def draws_by_chunks(
         return None if parts is None else join(parts, None)
     found: list[list[Form]] = []
     while len(found) < num_samples:
-        held = range(min(_DRAWS_HELD, num_samples - len(found)))
+        held = range(draws_held(num_samples - len(found)))
         # On the masks of all rows, as a pass over all of them draws them.
         noise = [[signs(s, x.expand(n)) > 0 for s, x, n in masks] for _ in held]
         parts = chunks.each(take)

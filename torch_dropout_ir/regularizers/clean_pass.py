@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -20,14 +19,14 @@ from torch_dropout_ir.recomputation import Blocks
 from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
 from torch_dropout_ir.regularizers.coupling import row_weight, told_by_powers
 from torch_dropout_ir.regularizers.pass_kernels import pass_kernels
-from torch_dropout_ir.regularizers.recorder import Recorder, Use, shape_of
+from torch_dropout_ir.regularizers.recorder import Recorder, Use, shape_of, there_before
 from torch_dropout_ir.regularizers.row_graph import rows_meet
-from torch_dropout_ir.regularizers.step_memory import Held
+from torch_dropout_ir.regularizers.step_memory import Below, Weighed
 from torch_dropout_ir.sites import out_of_sight
 from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.tracing import derivatives, generators_moved
 
-# Elements of the sites' inputs under which memory is no matter.
+# Elements of the sites' inputs beside which calls of ours take no time.
 _FEWEST_ELEMENTS: Final = 2**16
 
 
@@ -48,7 +47,8 @@ class CleanPass:
             autograd (``torch.no_grad`` or reentrant checkpointing), in a transform of
             ``torch.func``, or in a model that takes derivatives of its own.
         out_of_sight: What :func:`torch_dropout_ir.sites.unobservable` says.
-        below: What the graph below the first site held, where that was to be weighed.
+        below: What a step holds below the first site, where that was to be weighed.
+        weigh: Whether graphs may be kept.
         row_wise: Whether the model's layers keep rows apart, of matrices and more.
     """
 
@@ -60,7 +60,8 @@ class CleanPass:
     noisy: bool
     unreachable: tuple[str, ...]
     out_of_sight: dict[str, str]
-    below: Held
+    below: Below
+    weigh: bool = False
     row_wise: bool = False
 
     def noise_left_out(self, model: nn.Module) -> tuple[str, ...]:
@@ -82,9 +83,13 @@ class CleanPass:
 
     @functools.cached_property
     def matters(self) -> bool:
-        """Whether it holds memory worth saving."""
+        """Whether derivatives go one by one, as of graphs that may be kept."""
         size = sum(h.numel() for _, h, _ in self.uses)
-        return some(size >= _FEWEST_ELEMENTS, "memory")
+        return self.weigh or some(size >= _FEWEST_ELEMENTS, "memory")
+
+    def weighed(self, tensors: Sequence[Tensor]) -> Weighed:
+        """Weigh the graph of some outputs against a step, before derivatives."""
+        return Weighed.of(tensors, self.below, self.uses, self.zeros)
 
     @functools.cached_property
     def mask_shapes(self) -> list[tuple[int, ...]]:
@@ -232,7 +237,6 @@ def clean_pass(
     reduce: Callable[[Any], Any] | None = None,
     find_last: bool = True,
     weigh: bool = False,
-    sketch: bool = False,
 ) -> Iterator[CleanPass]:
     """Run ``model`` without noise; take derivatives inside the context.
 
@@ -249,9 +253,7 @@ def clean_pass(
         first: What the first site is given in the place of its input, if anything.
         bare: Whether no code of the user's will run in the context, a loss for one.
         find_last: Whether to look for the layer that makes the outputs.
-        weigh: Whether to weigh what a step would hold below the first site.
-        sketch: Whether no graph is needed where memory matters: none is made then
-            above the site that says so.
+        weigh: Whether to weigh what a step holds below the first site.
         reduce: Makes the pass's outputs of the model's, of which it then holds none.
 
     Yields:
@@ -267,8 +269,8 @@ def clean_pass(
     # Nothing but other code than torch's layers runs attention.
     called = thrice or (twice and survey.callers)
     operations = functools.partial(pass_kernels, bool(called), thrice, lean)
-    most = _FEWEST_ELEMENTS - 1 if sketch else math.inf
-    seen = Recorder(model, outlives, first, weigh, most, fixed=not survey.callers)
+    there = functools.partial(there_before, model, inputs)
+    seen = Recorder(outlives, first, weigh, there, survey)
     placed = at_sites(
         model, seen.perturb, move_buffers=move_buffers, outlives=outlives,
         survey=survey, copies=True,
@@ -278,23 +280,21 @@ def clean_pass(
         if outlives:
             calls.watch = Blocks(operations).look
         moved = None if calls.absent else generators_moved(model)
-        with seen.light:
-            outputs = call(model, inputs, move_buffers=move_buffers, survey=survey)
+        outputs = call(model, inputs, move_buffers=move_buffers, survey=survey)
         if reduce is not None:
             outputs = reduce(outputs)
         if bare and not calls.again:
             calls.rest()  # before anything is asked of a tensor
         drawn = moved is not None and moved()
-        noisy = drawn or bool(calls.silenced)
-        uses = seen.uses()
+        noisy, uses = drawn or bool(calls.silenced), seen.uses()
         if calls.differentiates:  # to its inputs a zero that is added is a constant
             seen.unreachable += [site.name for site, _, _ in uses]
         hidden = out_of_sight(survey.others)
         alone = find_last and len(uses) == 1 and not hidden and not noisy
         last = seen.maker(outputs) if alone else None
         seen.close()
-        said = drawn, noisy, tuple(seen.unreachable), hidden, seen.below
-        zeros, rows = list(seen.zeros.values()), survey.row_wise
-        found = CleanPass(outputs, uses, zeros, last, *said, rows)
+        said = drawn, noisy, tuple(seen.unreachable), hidden, seen.below, weigh
+        zeros = list(seen.zeros.values())
+        found = CleanPass(outputs, uses, zeros, last, *said, survey.row_wise)
         del outputs  # what the pass lets go of
         yield found

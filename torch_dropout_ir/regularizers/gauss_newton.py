@@ -28,7 +28,6 @@ from torch_dropout_ir.regularizers.loss_weight import (
     makes_much,
     one_root,
     parts_pay,
-    weigh,
 )
 from torch_dropout_ir.regularizers.output_rows import count_samples, rows_of_samples
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
@@ -77,10 +76,10 @@ def gauss_newton(
     sum goes unit by unit there, and of losses that couple samples.
 
     Memory: no more than a training step's. What has been used goes as the derivatives
-    come. Where a second root needs the graph and that would hold more, and in an exact
-    sum, half of the rows of a large batch go at a time. Samples that meet (batch
+    come. Where a second root needs the graph and that would hold more, half of
+    the rows go at a time. Samples that meet (batch
     normalization in training mode above a site, message passing) cannot be taken apart:
-    each root takes a pass of its own then, unless the graph is of less than 4 MB.
+    each root takes a pass of its own then.
 
     A loss without a closed form that makes much of what a step holds is called on the
     rows of a part alone, where its graph shows a sum over rows and its gradient that
@@ -154,9 +153,8 @@ def _drawn(
         parts = seen.chunks.each(functools.partial(_of_chunk, forms, num_samples))
         draws = None if parts is None else join(parts, num_samples)
     if draws is None:
-        assert seen.chunks is not None  # else the first pass has given them
         run = functools.partial(_again, model, batch, loss, num_samples)
-        meet = True if seen.chunks.coupled else None
+        meet = True if seen.chunks is not None and seen.chunks.coupled else None
         draws, coupled = draws_by_passes(seen.forms, run, meet)
     return seen.known.estimate(draws, coupled or seen.forms.loss_couples)
 
@@ -207,12 +205,10 @@ def _first_pass(
     line: bool,
     parts: LossParts | None,
 ) -> _Seen | AlongLine | LossParts:
-    """Check model, batch and loss; take the forms at once where they are small."""
+    """Check model, batch and loss; take the forms at once where that holds no more."""
     inputs, targets = batch
-    with _pass(model, batch, loss, num_samples) as clean:
+    with _pass(model, batch, loss, num_samples, weigh=num_samples != 1) as clean:
         read = read_of(clean, targets, loss)
-        if num_samples != 1:  # a graph that would be kept
-            weigh(clean, read)
         found = _forms(model, inputs, clean, read, num_samples, parts, line)
         if isinstance(found, (AlongLine, LossParts)):
             return found
@@ -221,21 +217,28 @@ def _first_pass(
         if (summed := forms.sums(clean, read, keep=False)) is not None:
             about = known()
             return _Seen(about, forms, result=about.of(summed))
-        if not RowChunks.pay(clean, read):
+        rows = RowChunks.pay(clean, read)
+        if _whole(clean, read, forms, rows):
             draws, coupled = forms.draws(clean, read, keep=False)
             return _Seen(known(), forms, draws, coupled)
+        if not rows:
+            return _Seen(known(), forms)
         kept, twice = without_graph(clean.outputs), loss.kind == "general"
         kept = read_outputs(kept, loss, targets)
         chunks = RowChunks(
             model, inputs, clean, kept, twice=twice, parts=_CHUNKS, alone=parts
         )
-        meet = clean.samples_meet(read.tensors[0])
-        if forms.one_pass or (meet is not None and forms.may_keep(clean, read)):
-            draws, _ = forms.draws(clean, read, coupled=False, keep=False)
-            return _Seen(
-                known(), forms, draws, bool(meet), chunks if meet is None else None
-            )
-        return _Seen(known(), forms, chunks=chunks)
+        if not forms.one_pass:
+            return _Seen(known(), forms, chunks=chunks)
+        draws, _ = forms.draws(clean, read, coupled=False, keep=False)
+        return _Seen(known(), forms, draws, chunks=chunks)
+
+
+def _whole(clean: CleanPass, read: OutputsRead, forms: RootForms, rows: bool) -> bool:
+    """Whether all draws are of the first pass, in the memory of a step."""
+    whole = not clean.matters or not (rows or forms.rooted)
+    told = forms.one_pass and clean.samples_meet(read.tensors[0]) is not None
+    return whole or told or forms.may_keep(clean, read)
 
 
 def _forms(

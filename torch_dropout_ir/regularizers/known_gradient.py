@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.arrivals import arrivals, graph_nodes
-from torch_dropout_ir.regularizers.step_memory import made, makes
+from torch_dropout_ir.regularizers.graph_memory import made, makes
 
 _ONCE: Final = (
     "modified_loss: expected a loss whose gradient has been taken with it to be "

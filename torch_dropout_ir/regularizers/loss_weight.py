@@ -6,21 +6,18 @@ from typing import Final
 
 import torch
 
-from torch_dropout_ir.collectives import every, some
+from torch_dropout_ir.collectives import every
 from torch_dropout_ir.output_products import WIDE, HessianProduct
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
+from torch_dropout_ir.regularizers.graph_memory import Held
 from torch_dropout_ir.regularizers.loss_graph import rows_apart
 from torch_dropout_ir.regularizers.output_rows import has_rows
 from torch_dropout_ir.regularizers.outputs import OutputsRead
-from torch_dropout_ir.regularizers.step_memory import FEW, Held
 
 # Elements of the outputs below which the memory of their loss is no matter, and their
 # share of what the network makes.
 _FEWEST: Final = 2**18
 _SHARE: Final = 1 / 16
-# Elements of the sites' inputs that may lead to much; fewer would have to lead to more
-# than five hundred values each.
-_SOME: Final = 2**11
 
 
 def apart(product: HessianProduct) -> bool:
@@ -130,12 +127,3 @@ def much(clean: CleanPass, read: OutputsRead) -> bool:
     held = Held.by([f.grad_fn])
     most = f.nbytes >= _SHARE * (held.made + held.leaves)
     return most and has_rows(clean, read)
-
-
-def weigh(clean: CleanPass, read: OutputsRead) -> None:
-    """Look whether little that goes into sites leads to a graph that matters."""
-    if clean.matters:
-        return
-    large = sum([h.numel() for _, h, _ in clean.uses]) >= _SOME
-    large = large and Held.by([x.grad_fn for x in read.tensors]).made > FEW
-    clean.matters = some(large, "graph's memory")

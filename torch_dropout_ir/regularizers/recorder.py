@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from torch_dropout_ir.functional import constants
+from torch_dropout_ir.inputs import Inputs
+from torch_dropout_ir.leaves import flatten
+from torch_dropout_ir.module_calls import only_draws
 from torch_dropout_ir.regularizers.checks import check_site
 from torch_dropout_ir.regularizers.coupling import nearly_equal
-from torch_dropout_ir.regularizers.step_memory import Held
+from torch_dropout_ir.regularizers.graph_memory import storage_of
+from torch_dropout_ir.regularizers.step_memory import Below
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.substitution import substituted
+from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.tracing import checkpointed, mapped, unasked
 
 # Elements of the first site's input beside which a look at the graph takes no time.
@@ -27,13 +30,22 @@ Use = tuple[Site, Tensor, GradientEdge]
 
 
 class _Passed(NamedTuple):
-    """A use of a site, and what tells whether something was written over it."""
+    """A use of a site, and what tells whether something was written over it.
+
+    Attributes:
+        site: The site.
+        h: Its input, or what passed on, which is equal.
+        h_version: Writes on that by then.
+        edge: Where in the graph its output is.
+        out: What passed on, should ``h`` be written on; None where nothing writes.
+        out_version: Writes on that by then.
+    """
 
     site: Site
     h: Tensor
     h_version: int
     edge: GradientEdge
-    out: Tensor
+    out: Tensor | None
     out_version: int
 
 
@@ -41,25 +53,22 @@ class Recorder:
     """What a pass shows while it runs.
 
     Args:
-        model: The model.
         outlives: Whether the graph of the pass is used after it.
         first: What the first site is given in the place of its input, if anything.
         weigh: Whether to weigh what a step would hold below the first site.
-        most: Elements of the sites' inputs that may have a graph; what is above the
-            site that has more is made of constants.
-        fixed: Whether no site has another ``p`` in another call.
+        given: Tensors that are there without the pass.
+        survey: The modules of the model.
     """
 
     def __init__(
         self,
-        model: nn.Module,
         outlives: bool,
         first: Tensor | None,
         weigh: bool,
-        most: float,
-        fixed: bool,
+        given: Callable[[], Iterable[Tensor]],
+        survey: Survey,
     ) -> None:
-        self.below = Held(0, 0, 0)
+        self.below = Below()
         self.passed: list[_Passed] = []
         # Outputs of layers that nothing else holds are let go of.
         self.reads: list[tuple[nn.Linear, bool, weakref.ref[Tensor], int]] = []
@@ -67,10 +76,11 @@ class Recorder:
         self._outlives = outlives
         self._first = first
         self._weigh = weigh
-        self._left = most  # elements of the sites' inputs that have a graph
-        self._model = model
-        self._fixed = fixed
-        self.light = contextlib.ExitStack()  # to be over when the forward pass is
+        self._given = given
+        self._fixed = not survey.callers  # no site has another ``p`` in another call
+        self._both = outlives or _writes(survey)
+        self._first_out: weakref.ref[Tensor] | None = None
+        self._first_version = 0
         self._open = True
         # By device; what outlives the pass may be given a gradient.
         self.zeros: dict[torch.device, Tensor] = {}
@@ -100,19 +110,19 @@ class Recorder:
         if not self._open:  # computed again under checkpointing
             return h + zero
         if first and (self._weigh or h.numel() >= _LARGE):
-            self.below = Held.by([h.grad_fn])
+            there = {storage_of(x) for x in self._given()}
+            self.below = Below.by(h, there)
         held = h if self._outlives else h.detach()
         # Nothing below the first site is asked for: what it keeps is let go now.
-        self._left -= h.numel()
-        if self._left < 0:  # nor for anything, where the graph would be let go of
-            if self._left + h.numel() >= 0:
-                constant = substituted(self._model, constants(self._model))
-                self.light.enter_context(constant)
-            out, edge = held + zero.detach(), get_gradient_edge(zero)
-        else:
-            out = (held if first else h) + zero
-            edge = _edge(out, zero)
-        self.passed.append(_Passed(site, held, held._version, edge, out, out._version))
+        out = (held if first else h) + zero
+        edge = _edge(out, zero)
+        if first:
+            self._first_out, self._first_version = weakref.ref(out), out._version
+        spare = out if self._both else None
+        if not self._both and not _is_kept(h, first):
+            held = out.detach()
+        version = out._version
+        self.passed.append(_Passed(site, held, held._version, edge, spare, version))
         return out
 
     @contextlib.contextmanager
@@ -138,8 +148,9 @@ class Recorder:
         if not self._open:
             return
         # Identity is not enough: an operation in place leaves the tensor the same.
-        direct = bool(args and self.passed) and args[0] is self.passed[0].out
-        direct = direct and args[0]._version == self.passed[0].out_version
+        first = self._first_out and self._first_out()
+        direct = bool(args) and first is not None and args[0] is first
+        direct = direct and args[0]._version == self._first_version
         self.reads.append((layer, direct, weakref.ref(output), output._version))
 
     def uses(self) -> list[Use]:
@@ -169,9 +180,28 @@ class Recorder:
         self.reads.clear()
 
 
+def there_before(model: nn.Module, inputs: Any) -> Iterator[Tensor]:
+    """Yield the tensors that are there without a pass."""
+    yield from model.parameters()
+    yield from model.buffers()
+    own = Inputs.of(inputs)
+    yield from [x for x in flatten([own.args, own.kwargs])[0] if isinstance(x, Tensor)]
+
+
 def shape_of(h: Tensor) -> Tensor:
     """Stand for an input of a site that is let go of."""
     return h.detach().new_empty(()).expand(h.shape)
+
+
+def _writes(survey: Survey) -> bool:
+    """Whether something may write on the inputs or outputs of sites."""
+    return survey.in_place or not all([only_draws(x) for _, x in survey.callers])
+
+
+def _is_kept(h: Tensor, first: bool) -> bool:
+    """Whether a site's input is held by others: what made it may need it."""
+    node = h.grad_fn  # below the first site it goes
+    return node is None or (not first and hasattr(type(node), "_saved_result"))
 
 
 def _edge(out: Tensor, zero: Tensor) -> GradientEdge:
@@ -206,7 +236,7 @@ def _in_place_of(h: Tensor, first: Tensor) -> Tensor:
 def _use(passed: _Passed) -> Use:
     if passed.h._version == passed.h_version:
         return passed.site, passed.h, passed.edge
-    if passed.out._version == passed.out_version:
+    if passed.out is not None and passed.out._version == passed.out_version:
         return passed.site, passed.out, passed.edge
     raise RuntimeError(
         f"expected the input of dropout site `{passed.site.name}` or its output to "

@@ -27,7 +27,6 @@ from torch_dropout_ir.regularizers.root_choice import Roots, choose
 from torch_dropout_ir.regularizers.root_pulls import added_up, plain, pull_root
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, Sums
-from torch_dropout_ir.regularizers.step_memory import Held, kept_is_less
 
 
 class RootForms:
@@ -67,7 +66,7 @@ class RootForms:
         self.rooted = self._roots is not None
         of_products = isinstance(self._roots, (PartRoots, ProductRoots))
         self.one_pass = num_samples == 1 and self.rooted and not of_products
-        self._may_keep = self.rooted and roots is None and num_samples is not None
+        self._may_keep = roots is None
 
     @property
     def curved(self) -> bool:
@@ -84,9 +83,8 @@ class RootForms:
         Returns:
             Whether it does.
         """
-        above = Held.by([x.grad_fn for x in read.tensors])
-        less = self._may_keep and kept_is_less(above, clean.below)
-        return every(less, "graph kept")
+        may = self._may_keep and clean.weighed(read.tensors).may_keep(self.rooted)
+        return every(may, "graph kept")
 
     def roots(self, coupled: bool) -> Iterator[tuple[int, Root]]:
         """Yield the roots of all rows, each with the number of its draw.

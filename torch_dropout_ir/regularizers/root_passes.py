@@ -11,7 +11,6 @@ from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.root_forms import RootForms
 from torch_dropout_ir.regularizers.root_pulls import added_up, pull_root
 from torch_dropout_ir.regularizers.site_forms import Form
-from torch_dropout_ir.regularizers.step_memory import FEW, Held, kept_is_less
 
 Run: TypeAlias = Callable[[], AbstractContextManager[tuple[CleanPass, OutputsRead]]]
 
@@ -25,7 +24,7 @@ def draws_by_passes(
 
     A graph that goes as its derivatives come holds no more than a step: each root has a
     pass of its own. Where a graph that is kept holds no more either, as with sites near
-    the network's end, one pass does for all; so it does for an exact sum up to 4 MB.
+    the network's end, one pass does for all.
 
     Args:
         forms: The forms.
@@ -55,10 +54,7 @@ def _pulled(forms: RootForms, run: Run, coupled: bool) -> Iterator[tuple[int, Fo
     following = next(roots, None)
     while following is not None:
         with run() as (clean, read):
-            above = Held.by([x.grad_fn for x in read.tensors])
-            # Of an exact sum the roots are very many.
-            few = forms.num_samples is None and above.made <= FEW
-            keep = few or kept_is_less(above, clean.below)
+            keep = clean.weighed(read.tensors).may_keep()
             while following is not None:
                 (draw, (root, sign)), following = following, next(roots, None)
                 kept = keep and following is not None

@@ -102,7 +102,8 @@ class RowChunks:
     @staticmethod
     def pay(clean: CleanPass, read: OutputsRead) -> bool:
         """Whether there are rows to take apart, and memory worth saving."""
-        return clean.matters and every(has_rows(clean, read), "rows")
+        pays = bool(clean.uses) and clean.matters
+        return pays and every(has_rows(clean, read), "rows")
 
     def take(self, x: Tensor, samples: Tensor) -> Tensor:
         """Return the rows of some samples of a tensor that has rows of all."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
 from torch_dropout_ir.arguments import check_count
-from torch_dropout_ir.collectives import every, some
+from torch_dropout_ir.collectives import every, most, some
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
@@ -18,9 +19,10 @@ from torch_dropout_ir.regularizers.checks import (
     check_risk,
     checked_product,
 )
-from torch_dropout_ir.regularizers.chunk_curvature import draws_by_chunks
+from torch_dropout_ir.regularizers.chunk_curvature import draws_by_chunks, draws_held
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate, is_exact
+from torch_dropout_ir.regularizers.graph_memory import Held
 from torch_dropout_ir.regularizers.line_estimate import AlongLine, masks_of
 from torch_dropout_ir.regularizers.line_pass import LossTape, Mask, draws_along
 from torch_dropout_ir.regularizers.loss_parts import LossParts
@@ -28,7 +30,6 @@ from torch_dropout_ir.regularizers.loss_weight import (
     apart,
     makes_much,
     much,
-    weigh,
 )
 from torch_dropout_ir.regularizers.output_rows import count_samples
 from torch_dropout_ir.regularizers.outputs import (
@@ -39,12 +40,11 @@ from torch_dropout_ir.regularizers.outputs import (
 from torch_dropout_ir.regularizers.row_chunks import RowChunks, looked_at
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble
-from torch_dropout_ir.regularizers.step_memory import Held, kept_is_less
 from torch_dropout_ir.written_parameters import unwritten
 
-# A double backward keeps up to three times what a training step does, beside the
-# outputs of all rows.
-_CHUNKS: Final = 5
+# Parts of the rows at most: a double backward keeps three times what a training step
+# does, and the outputs of all rows and signs are held beside it.
+_PARTS: Final = 8
 # Values of the largest activation that are at hand where it moves along a line: that
 # which an operation read, and three that it makes.
 _ALONG: Final = 4
@@ -79,26 +79,24 @@ def second_order(
     (``num_samples=None``): one such pass a unit; where samples are coupled, one an
     element of the mask, or the pass along a line that is told of below.
 
-    Memory: a large batch goes through a fifth of its rows at a time, attention making
-    its weights again for each derivative, each with the whole loss in its
-    own rows, which takes one more forward pass and keeps the graph of a double backward
-    of those rows alone: no more than a training step's. Samples that meet, as by batch
-    normalization in training mode above a site, cannot be taken apart. Where a double
-    backward of all that lies above the first site would hold more than a step, it gives
-    way to :math:`\frac{d^2}{dt^2} R_S(h + t v) = v^\top A v` by forward mode, a pass
-    for each use of a site and sample, in one to two times a step's time. That keeps no
-    graph, but three values of each activation at hand, of four of the largest at most:
-    no more than a step with a single convolution. Where the model has operations that
-    this does not go through (those without a second derivative, or whose derivative
-    is not linear in that of what follows) or rows of outputs are not those of the
-    samples, it is a double backward of all, which keeps every activation and its
-    derivative, two to three steps, and the notes say so. A loss without a closed form
-    that makes much of what a step holds is called on the rows of a part alone, where
-    its graph shows a sum over rows and its gradient confirms that a part is weighed by
-    one number (:mod:`~torch_dropout_ir.regularizers.loss_parts`); else, as where it
-    couples rows or reads several outputs, samples go through network and loss along a
-    line, as above. An exact sum keeps what the loss makes of all outputs. A small graph
-    is kept whole.
+    Memory: where the graph of a double backward would hold more than a training step,
+    the batch goes in parts, of an eighth of its rows at least, attention making its
+    weights again for each derivative, each with the whole loss in its own rows, which
+    takes one more forward pass and keeps the graph of those rows alone. Samples that
+    meet, as by batch normalization in training mode above a site, cannot be taken
+    apart: there it gives way to :math:`\frac{d^2}{dt^2} R_S(h + t v) = v^\top A v` by
+    forward mode, a pass for each use of a site and sample, in one to two times a step's
+    time. That keeps no graph, but three values of each activation at hand, of four of
+    the largest at most: no more than a step with a single convolution. Where the model
+    has operations that this does not go through (those without a second derivative, or
+    whose derivative is not linear in that of what follows) or rows of outputs are not
+    those of the samples, it is a double backward of all, which keeps every activation
+    and its derivative, two to three steps, and the notes say so. A loss without a
+    closed form that makes much of what a step holds is called on the rows of a part
+    alone, where its graph shows a sum over rows and its gradient confirms that a part
+    is weighed by one number (:mod:`~torch_dropout_ir.regularizers.loss_parts`); else,
+    as where it couples rows or reads several outputs, samples go through network and
+    loss along a line, as above. An exact sum keeps what the loss makes of all outputs.
 
     Args:
         model: The network. Of several outputs, those count that the loss reads.
@@ -163,7 +161,7 @@ def _drawn(
 
 
 class _Seen(NamedTuple):
-    """What the first pass shows, without its graph; draws where that is no matter."""
+    """What the first pass shows, without its graph; draws where that is no more."""
 
     like: Tensor
     masks: list[Mask]
@@ -191,11 +189,10 @@ def _first_pass(
     line: bool,
     parts: LossParts | None,
 ) -> _Seen | AlongLine | LossParts:
-    """Check model, batch and loss; take the forms at once where they are small."""
-    with clean_pass(model, batch[0], twice=True, sketch=True) as clean:
+    """Check model, batch and loss; take the forms at once where that holds no more."""
+    with clean_pass(model, batch[0], twice=True, weigh=True) as clean:
         check_reachable("second_order", clean.unreachable)
         read = read_outputs(clean.outputs, loss, batch[1])
-        weigh(clean, read)
         if parts is None and every(much(clean, read), "much of the loss"):
             parts = _parts(model, batch, clean, read)
             told = every(parts is not None, "parts of the loss")
@@ -208,30 +205,53 @@ def _first_pass(
             check_risk("second_order", risk, model, batch[0])
             if (found := AlongLine.of(model, clean, read)) is not None:
                 return found
-        clean.matters = clean.matters or alone is not None
-        if clean.matters:
-            clean.let_go()
-            read = read_outputs(clean.outputs, loss, batch[1])
-        coupled = False
-        if alone is None or not alone.curved:
-            risk = functools.partial(read.risk, read.tensors)
-            check_risk("second_order", risk, model, batch[0])
-            check_curvature(read)
-            coupled = bool(clean.uses) and alone is None and read.couples()
-        draws, chunks = None, None
-        if RowChunks.pay(clean, read):
-            chunks = RowChunks(
-                model, batch[0], clean, read, twice=True, parts=_CHUNKS, alone=alone
-            )
-        elif not clean.matters:
-            meet = bool(clean.uses) and clean.couples_samples(read.tensors)
-            coupled = coupled or meet
-            curvature = SiteCurvature(clean, read, linearized=False)
-            draws = curvature.draws(num_samples, coupled)
-        exact = is_exact(clean, loss, batch[1], num_samples)
-        notes = clean.noise_left_out(model)
-        like = read.tensors[0].detach().new_zeros(())
-        return _Seen(like, masks_of(clean), coupled, exact, notes, draws, chunks)
+        return _seen(model, batch, loss, num_samples, clean, read, alone)
+
+
+def _seen(
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    num_samples: int | None,
+    clean: CleanPass,
+    read: OutputsRead,
+    alone: LossParts | None,
+) -> _Seen:
+    """Return what a pass shows: draws of it, or what parts of the rows are to know."""
+    number = most(_parts_of_rows(clean, read, num_samples), "parts")
+    whole = alone is None and (number < 2 or not clean.uses)
+    coupled = False
+    if not whole:
+        coupled = any([clean.samples_meet(x) for x in read.tensors])
+        clean.let_go()
+        read = read_outputs(clean.outputs, loss, batch[1])
+    meet = coupled
+    if alone is None or not alone.curved:
+        risk = functools.partial(read.risk, read.tensors)
+        check_risk("second_order", risk, model, batch[0])
+        check_curvature(read)
+        coupled |= bool(clean.uses) and alone is None and read.couples()
+    draws, chunks = None, None
+    if whole:
+        coupled |= bool(clean.uses) and clean.couples_samples(read.tensors)
+        curvature = SiteCurvature(clean, read, linearized=False)
+        draws = curvature.draws(num_samples, coupled)
+    elif not meet and RowChunks.pay(clean, read):
+        chunks = RowChunks(
+            model, batch[0], clean, read, twice=True, parts=number, alone=alone
+        )
+    exact = is_exact(clean, loss, batch[1], num_samples)
+    notes = clean.noise_left_out(model)
+    like = read.tensors[0].detach().new_zeros(())
+    return _Seen(like, masks_of(clean), coupled, exact, notes, draws, chunks)
+
+
+def _parts_of_rows(clean: CleanPass, read: OutputsRead, num_samples: int | None) -> int:
+    """Return into how many parts rows go that a step's memory may do for each."""
+    first = [h.nbytes for _, h, _ in clean.uses[:1]]
+    noise = draws_held(num_samples) * sum(math.prod(n) for n in clean.mask_shapes)
+    beside = sum([*first, noise, *(2 * x.nbytes for x in read.tensors)])
+    return clean.weighed(read.tensors).parts(_PARTS, beside)
 
 
 def _parts(
@@ -246,27 +266,20 @@ def _parts(
     return LossParts(read, count_samples(clean, read, batch[0]))
 
 
-def _held(read: OutputsRead) -> Held:
-    return Held.by([x.grad_fn for x in read.tensors])
-
-
 def _together(
     model: nn.Module, batch: Batch, loss: Loss, seen: _Seen, num_samples: int | None
 ) -> tuple[list[list[Form]], bool, tuple[str, ...]]:
     """Return draws of the forms of all rows at once, and what is to be said of them.
 
-    A graph of second derivatives where it holds no more than a step, or less than what
-    moves along a line; else one of the latter, without a graph.
+    A graph of second derivatives where it holds less than what moves along a line, or
+    that does not go through the model.
     """
     meet = seen.coupled or (seen.chunks is not None and seen.chunks.coupled)
     run = functools.partial(clean_pass, model, batch[0], twice=True, lean=True)
-    with run(weigh=True) as clean:
+    with run() as clean:
         read = read_outputs(clean.outputs, loss, batch[1])
         meet = some(meet, "meet") or clean.couples_samples(read.tensors)
-        above = _held(read)
-        if every(kept_is_less(above, clean.below, graphs=2), "a graph is kept"):
-            curvature = SiteCurvature(clean, read, linearized=False)
-            return curvature.draws(num_samples, meet), meet, ()
+        above = Held.by([x.grad_fn for x in read.tensors])
         tape = LossTape.of(read)
     del clean, read  # their graph
     if meet and every(_ALONG * above.largest < 2 * above.made, "along a line"):

@@ -1,66 +1,138 @@
-"""What a graph that is kept holds, against a training step of the same model."""
+"""What a graph that is kept holds, against a training step of the same model.
+
+One question decides whether a pass is taken whole, of whatever size: does its graph, of
+first derivatives or of second ones, hold more than a step does? Of a step it is a bound
+from below: what the loss makes is not in it, nor what somebody's hooks keep elsewhere.
+Of a kept graph it is one from above, as far as operations hold what
+:mod:`~torch_dropout_ir.regularizers.graph_memory` takes them to.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any, Final, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Final, NamedTuple
 
-from torch_dropout_ir.arrivals import graph_nodes
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
-_NOTHING_NEW: Final = (
-    "AccumulateGrad", "Alias", "Expand", "Permute", "Select", "Slice", "Split",
-    "Squeeze", "TBackward", "Transpose", "Unbind", "Unsqueeze", "View",
-)  # fmt: skip
-# Bytes of a graph that is no matter where time speaks for it: passes that make it again
-# take two or three times what one takes.
-FEW: Final = 2**22
+from torch_dropout_ir.regularizers.graph_memory import Graph, storage_of
+from torch_dropout_ir.sites import Site
+
+# Tensors of the size of the outputs: what a root or the loss makes of them.
+_OF_OUTPUTS: Final = 4
+# Steps whose memory a kept graph may hold: what it holds is told to some 5 %.
+SHARE: Final = 0.95
 
 
-class Held(NamedTuple):
-    """Bytes of what a graph holds: results of its nodes, the largest, its leaves."""
+class Below(NamedTuple):
+    """What a step holds below the first site.
 
-    made: int
-    largest: int
-    leaves: int
+    Attributes:
+        saved: Bytes that the graph has saved.
+        most: The most that a pass back through it holds.
+        learns: Whether there is one.
+        there: Storages of tensors that are there without a pass.
+    """
+
+    saved: int = 0
+    most: int = 0
+    learns: bool = False
+    there: Collection[int] = frozenset()
 
     @classmethod
-    def by(cls, starts: Iterable[Any]) -> Held:
-        """Look at the graph that begins at some nodes."""
-        nodes = list(graph_nodes([node for node in starts if node is not None]))
-        new = [made([n]) for n in nodes if makes(n)]
-        learning = [x for n in nodes if (x := getattr(n, "variable", None)) is not None]
-        return cls(sum(new), max(new, default=0), sum(x.nbytes for x in learning))
+    def by(cls, h: Tensor, there: Collection[int]) -> Below:
+        """Look at the graph of a tensor.
+
+        Args:
+            h: The input of the first site.
+            there: As above.
+
+        Returns:
+            What it shows.
+        """
+        if h.grad_fn is None:
+            return cls(learns=h.requires_grad, there=there)
+        graph = Graph([h.grad_fn], there)
+        held, most, _ = graph.step_back(graph.leading_to(graph.leaves), {})
+        return cls(held, most, True, there)
 
 
-def makes(node: Any) -> bool:
-    """Whether a node has made what it returned, rather than looked at it otherwise."""
-    return not any(word in node.name() for word in _NOTHING_NEW)
+class Weighed(NamedTuple):
+    """Bytes that passes hold.
 
-
-def made(nodes: Iterable[Any]) -> int:
-    """Return the bytes of what the nodes of a graph have returned."""
-    return sum(
-        math.prod(x.shape) * x.dtype.itemsize
-        for node in nodes
-        for x in node._input_metadata
-    )
-
-
-def kept_is_less(above: Held, below: Held, graphs: int = 1) -> bool:
-    """Whether a graph above the first site may be kept, in the memory of a step.
-
-    A step holds what is below that site too, and the gradients of all parameters; a
-    kept graph, when its last derivative comes, that and what it is made of beside all
-    of itself. Of a second derivative the graph is as large again.
-
-    Args:
-        above: What the graph holds above the first site.
-        below: What a step holds below it.
-        graphs: Number of derivatives whose graph is kept.
-
-    Returns:
-        Whether it holds less.
+    Attributes:
+        step: A training step, at least.
+        kept: Passes back through a graph that is kept, at most.
+        curved: Those of second derivatives, whose graph is kept, at most.
     """
-    held = (graphs - 1) * above.made + 2 * above.largest
-    return held <= below.made + below.leaves + above.leaves
+
+    step: int
+    kept: int
+    curved: int
+
+    @classmethod
+    def of(
+        cls,
+        outputs: Sequence[Tensor],
+        below: Below,
+        uses: Sequence[tuple[Site, Tensor, GradientEdge]],
+        zeros: Sequence[Tensor],
+    ) -> Weighed:
+        """Look at the graph of a pass without noise, down to the first site.
+
+        Args:
+            outputs: What the loss reads.
+            below: What is below the first site.
+            uses: Each use of a site, its input, and where its output is.
+            zeros: What was added to the inputs.
+
+        Returns:
+            What it shows.
+        """
+        starts = [x.grad_fn for x in outputs if x.grad_fn is not None]
+        graph = Graph(starts, below.there)
+        quiet = {id(zero) for zero in zeros}
+        learning = [n for n, x in graph.leaves.items() if id(x) not in quiet]
+        first = [edge.node for _, _, edge in uses[:1] if below.learns]
+        goes = graph.leading_to([*learning, *first])
+        masks = {x.node: _mask(s, h) for s, h, x in uses if x.node in goes}
+        _, most, leaves = graph.step_back(goes, masks)
+        step = max(below.saved + most, leaves + below.most)
+        inputs = {storage_of(h): h.nbytes for _, h, _ in uses}
+        saved = [inputs, *graph.saved.values()]
+        held = sum({x: size for each in saved for x, size in each.items()}.values())
+        held += _OF_OUTPUTS * sum(x.nbytes for x in outputs)
+        forms = {edge.node: h.nbytes for _, h, edge in uses}
+        kept = held + graph.kept_back(graph.leading_to(forms), forms)
+        return cls(step, kept, held + 2 * sum(forms.values()) + graph.again())
+
+    def may_keep(self, once: bool = True) -> bool:
+        """Whether a graph may be kept for one more pass back, in a step's memory.
+
+        Args:
+            once: Whether it is of first derivatives; else of second ones.
+
+        Returns:
+            Whether it may.
+        """
+        return (self.kept if once else self.curved) <= SHARE * self.step
+
+    def parts(self, most: int, beside: int) -> int:
+        """Return of how many parts of the rows second derivatives may have a graph.
+
+        Args:
+            most: Parts that are always enough.
+            beside: Bytes that are held meanwhile if those are several.
+        """
+        if self.may_keep(once=False):
+            return 1
+        left = SHARE * self.step - beside
+        return min(most, math.ceil(self.curved / left)) if left > 0 else most
+
+
+def _mask(site: Site, h: Tensor) -> int:
+    """Return the bytes of the mask that a step keeps: none where it may be of bits."""
+    if type(site.module).__module__ != nn.Dropout.__module__:
+        return 0
+    return math.prod(site.mask_shape(h.shape)) * (h.itemsize if h.is_cpu else 1)

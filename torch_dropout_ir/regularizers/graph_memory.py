@@ -1,0 +1,237 @@
+"""What a graph holds, and a pass back through it, followed from node to node.
+
+Semantics:
+
+* A node holds what it has saved until it has run, and the gradient of what it has
+  returned until those of what it was given are there. What only looks at a tensor makes
+  nothing, and passes its gradient on.
+* What an operation needs while it runs is left out of a step, and is in a pass back
+  through a graph that is kept: nothing for products and elementwise functions, twice
+  its result for convolutions, once elsewhere.
+* A graph of second derivatives makes as much again as an operation has returned, where
+  that is of a kind known to, and up to seven times that elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, Final, NamedTuple
+
+from torch import Tensor
+
+from torch_dropout_ir.arrivals import graph_nodes
+
+_NOTHING_NEW: Final = (
+    "AccumulateGrad", "Alias", "Expand", "Permute", "Select", "Slice", "Split",
+    "Squeeze", "TBackward", "Transpose", "Unbind", "Unsqueeze", "View",
+)  # fmt: skip
+# Of these a derivative needs nothing but what it returns.
+_PLAIN: Final = frozenset(
+    f"{name}Backward{k}"
+    for name in (
+        "Add", "Addmm", "AvgPool2D", "Bmm", "Clone", "Elu", "Gelu", "Hardswish",
+        "LeakyRelu", "MaxPool2DWithIndices", "Mean", "Mm", "Mul", "Relu", "Sigmoid",
+        "Softplus", "Sub", "Sum", "Tanh",
+    )
+    for k in (0, 1)
+)  # fmt: skip
+# Of these a second derivative makes as much as the operation.
+_LEAN: Final = _PLAIN | {
+    f"{name}Backward0"
+    for name in (
+        "Convolution", "LogSoftmax", "NativeBatchNorm", "NativeLayerNorm",
+        "PreluKernel", "Softmax",
+    )
+}  # fmt: skip
+_GELU: Final = "GeluBackward0"  # whose approximation needs more
+_CONVOLUTION: Final = "ConvolutionBackward0"
+_MORE: Final = 7
+# What it needs while it runs, of those, and of others.
+_AT_HAND: Final = 8, 16
+
+
+class Held(NamedTuple):
+    """Bytes of what a graph holds: results of its nodes, the largest, its leaves."""
+
+    made: int
+    largest: int
+    leaves: int
+
+    @classmethod
+    def by(cls, starts: Iterable[Any]) -> Held:
+        """Look at the graph that begins at some nodes."""
+        nodes = list(graph_nodes([node for node in starts if node is not None]))
+        new = [made([n]) for n in nodes if makes(n)]
+        learning = [x for n in nodes if (x := getattr(n, "variable", None)) is not None]
+        return cls(sum(new), max(new, default=0), sum(x.nbytes for x in learning))
+
+
+def makes(node: Any) -> bool:
+    """Whether a node has made what it returned, rather than looked at it otherwise."""
+    return _makes(node.name())
+
+
+@functools.cache
+def _makes(name: str) -> bool:
+    return not any(word in name for word in _NOTHING_NEW)
+
+
+def made(nodes: Iterable[Any]) -> int:
+    """Return the bytes of what the nodes of a graph have returned."""
+    return sum(sum(_sizes(node)) for node in nodes)
+
+
+def _sizes(node: Any) -> list[int]:
+    return [math.prod(x.shape) * x.dtype.itemsize for x in node._input_metadata]
+
+
+class Graph:
+    """The nodes of a graph in the order of a pass back, and what each has made.
+
+    Args:
+        starts: The nodes that it begins with.
+        there: Storages of tensors that are there without a pass.
+
+    Attributes:
+        leaves: Those at its ends, with what is differentiated in them.
+        saved: What nodes have saved, by storage.
+    """
+
+    def __init__(self, starts: Iterable[Any], there: Collection[int]) -> None:
+        found: list[Any] = list(graph_nodes(starts))
+        self.leaves = {n: n.variable for n in found if hasattr(n, "variable")}
+        inner = [n for n in found if n not in self.leaves]
+        self._nodes = sorted(inner, key=_number, reverse=True)
+        self._sizes = {n: _sizes(n) for n in found}
+        self._children = {n: n.next_functions for n in inner}
+        self.saved = {n: x for n in inner if (x := saved_by(n, there))}
+
+    def leading_to(self, ends: Iterable[Any]) -> set[Any]:
+        """Return the nodes that lead to one of some, and those."""
+        found = set(ends)
+        for node in reversed(self._nodes):
+            for child, _ in self._children[node]:
+                if child in found:
+                    found.add(node)
+                    break
+        return found
+
+    def again(self) -> int:
+        """Return the bytes that second derivatives add, and need at once."""
+        added, at_once = 0, 0
+        for node in self._nodes:
+            name = node.name()
+            if _makes(name):
+                lean, size = name in _LEAN, sum(self._sizes[node])
+                added += size if lean else _MORE * size
+                at_once = max(at_once, _AT_HAND[not lean or name == _GELU] * size)
+        return added + at_once
+
+    def step_back(
+        self, goes: set[Any], masks: Mapping[Any, int]
+    ) -> tuple[int, int, int]:
+        """Follow a pass back of a training step, in which goes what has been used.
+
+        Args:
+            goes: The nodes whose gradients are taken.
+            masks: Bytes of the masks of sites.
+
+        Returns:
+            What is held when it begins, the most that is, and gradients of leaves.
+        """
+        kept = {n: dict(self.saved.get(n, ())) for n in self._nodes if n in goes}
+        for i, (node, size) in enumerate(masks.items()):
+            kept.setdefault(node, {})[-1 - i] = size
+        held = {x: size for each in kept.values() for x, size in each.items()}
+        last = {x: n for n, each in kept.items() for x in each}
+        at_first = now = most = sum(held.values())
+        leaves = 0
+        for node, beside, grown in self._flights(goes, ()):
+            leaves += beside
+            most = max(most, now + grown + leaves)
+            now -= sum([held[x] for x in kept[node] if last[x] is node])
+        return at_first, most, leaves
+
+    def kept_back(self, goes: set[Any], forms: Mapping[Any, int]) -> int:
+        """Return the most that is under way in a pass back that ends at sites.
+
+        Args:
+            goes: The nodes whose gradients are taken.
+            forms: What the form of each use takes, which passes its gradient on.
+        """
+        most = 0
+        for node, _, grown in self._flights(goes, forms):
+            at_hand = forms[node] if node in forms else self._scratch(node)
+            most = max(most, grown + at_hand)
+        return most
+
+    def _flights(
+        self, goes: set[Any], passing: Collection[Any]
+    ) -> Iterator[tuple[Any, int, int]]:
+        """Yield each node, what it adds to leaves, and the gradients under way then."""
+        now, flying = 0, dict[tuple[Any, int], int]()
+        for node in self._nodes:
+            if node not in goes:
+                continue
+            own = sum([flying.pop((node, k), 0) for k in range(len(self._sizes[node]))])
+            view = node in passing or not _makes(node.name())
+            now -= own if view else 0
+            leaves = 0
+            for child, k in self._children[node]:
+                if child in goes and (child, k) not in flying:
+                    size = own if view else self._sizes[child][k]
+                    if child in self.leaves:
+                        leaves += size
+                    else:
+                        flying[child, k] = size
+                        now += size
+            yield node, leaves, now
+            now -= 0 if view else own
+
+    def _scratch(self, node: Any) -> int:
+        """Return the bytes that the derivative of an operation needs while it runs."""
+        name = node.name()
+        if name in _PLAIN or not _makes(name):
+            return 0
+        return (1 + (name == _CONVOLUTION)) * sum(self._sizes[node])
+
+
+def _number(node: Any) -> int:
+    number: int = node._sequence_nr()
+    return number
+
+
+def saved_by(node: Any, there: Collection[int]) -> dict[int, int]:
+    """Return the bytes of what a node has saved, by storage.
+
+    Args:
+        node: The node.
+        there: Storages that do not count.
+
+    Returns:
+        Nothing of what somebody's hooks have kept, nor where torch does not tell.
+    """
+    found = {}
+    kind: Any = type(node)
+    for name in _names(kind):
+        raw = getattr(node, name)
+        for one in raw if isinstance(raw, tuple) else (raw,):
+            x = getattr(one, "data", None)
+            if isinstance(x, Tensor) and getattr(one, "unpack_hook", True) is None:
+                storage = x.untyped_storage()
+                place = storage.data_ptr()
+                if place not in there:
+                    found[place] = storage.nbytes()
+    return found
+
+
+@functools.cache
+def _names(kind: Any) -> list[str]:
+    return [name for name in dir(kind) if name.startswith("_raw_saved_")]
+
+
+def storage_of(x: Tensor) -> int:
+    """Return what tells a tensor's storage from others while it lives."""
+    return x.untyped_storage().data_ptr()
