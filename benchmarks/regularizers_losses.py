@@ -56,9 +56,18 @@ def paired_outputs() -> dict:
         c = a.T @ b / len(y)
         return (c.diagonal() - 1).square().sum() + 0.005 * apart(c).square().sum()
 
+    def distances(f, y):
+        return torch.cdist(*f).logsumexp(1).mean()
+
+    def volume(f, y):
+        a, b = [x - x.mean(0) for x in f]
+        own = a.T @ a / len(y) + torch.eye(a.shape[1])
+        return (a - b).square().mean() - torch.logdet(own)
+
     return {"contrast of pairs": (contrast, WORDS),
             "variance and covariance": (spread, 1000),
-            "cross-correlation": (twins, 1000)}  # fmt: skip
+            "cross-correlation": (twins, 1000),
+            "distances": (distances, 200), "volume": (volume, 400)}  # fmt: skip
 
 
 class Heads(nn.Module):

@@ -84,6 +84,7 @@ def meeting_models() -> dict:
         "one convolution, in place": convolutions(1, lambda: nn.ReLU(inplace=True)),
         **{f"{words}, GELU": convolutions(depth, nn.GELU)
            for words, depth in (("one convolution", 1), ("six convolutions", 6))},
+        "one convolution, PReLU": convolutions(1, nn.PReLU),
         "six convolutions, a derivative of its own": convolutions(6, OwnSwish),
         "six convolutions, written into views": convolutions(6, Shifted),
         "LSTM": recurrent(nn.LSTM),

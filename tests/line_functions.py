@@ -66,6 +66,8 @@ BY_NAME = {
     "logaddexp": lambda x: torch.logaddexp(x, 2 * x.flip(0)),
     "addcmul": lambda x: torch.addcmul(x, x.exp(), x.sin(), value=0.5),
     "addcdiv": lambda x: torch.addcdiv(x, x.sin(), x),
+    "logaddexp of a column": lambda x: torch.logaddexp(x[:, :1], x.sin()),
+    "clamped by itself": lambda x: torch.clamp(x, x.mean(0), 1.5 * x.mean(1, True)),
     "lerp": lambda x: torch.lerp(x, x.sin(), 0.3), "glu": lambda x: F.glu(x, 1),
     "norm": lambda x: x.norm(dim=1), "normalized": F.normalize,
     "third": lambda x: torch.linalg.vector_norm(x, 3, dim=1),

@@ -73,7 +73,7 @@ def along(
     Raises:
         NoRuleError: If its derivative is not linear in that of what follows.
     """  # noqa: DOC502 (raised by what is called)
-    live = [i for i, line in enumerate(lines) if line is not STILL]
+    live = [i for i, line in enumerate(lines) if any([u is not None for u in line])]
     at = {i: leaves[i].detach().requires_grad_() for i in live}
     value = function(*[at.get(i, x) for i, x in enumerate(leaves)])
     made = tensors(value)

@@ -50,7 +50,7 @@ def added(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
         if square:
             return _squared(a, b, one, other)
         if moving == [0]:
-            found = by_slopes(lambda a: call.at({0: a, 1: b, at: _NONE}), a, one)
+            found = by_slopes(lambda a: call.at({0: a, 1: b, at: _NONE}), [a], [one])
             first, second = [None if u is None else u.sum() for u in found]
             return first, second
         both = [a, b], [one, other]

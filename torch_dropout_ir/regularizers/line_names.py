@@ -2,8 +2,8 @@
 
 from typing import Final
 
-# Linear in the first argument.
-LINEAR: Final = (
+# Linear in some arguments at once where no other moves, by their numbers.
+LINEAR: Final[dict[str, tuple[tuple[int, ...], ...]]] = {
     "t transpose permute expand unsqueeze squeeze slice select unbind split unfold "
     "split_with_sizes unsafe_split unsafe_split_with_sizes alias mean sum neg diagonal "
     "avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d repeat "
@@ -13,34 +13,24 @@ LINEAR: Final = (
     "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d "
     "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d im2col "
     "col2im pixel_shuffle pixel_unshuffle channel_shuffle index_select index gather "
-    "take flip roll cumsum trace tril triu _to_copy"
-)
-# Of single elements.
-SINGLE: Final = (
-    "abs asinh atan celu clamp clamp_max clamp_min cos cosh elu erf erfc exp exp2 "
-    "expm1 gelu hardshrink hardswish hardtanh leaky_relu log log10 log1p log2 "
-    "log_sigmoid_forward logit mish pow reciprocal rsqrt rsub sigmoid silu sin sinc "
-    "sinh softplus softshrink sqrt tan tanh threshold"
-)
+    "take flip roll cumsum trace tril triu _to_copy cat stack div": ((0,),),
+    "lerp slice_scatter select_scatter": ((0, 1),),
+    "masked_fill constant_pad_nd index_put": ((0, 2),),
+    "index_add scatter_add scatter": ((0, 3),),
+    "where": ((1, 2),),
+    "mm bmm mv dot mul": ((0,), (1,)),
+    "addmm baddbmm": ((0, 1), (0, 2)),
+    "convolution": ((0, 2), (1, 2)),
+}
+# Of single elements, though torch has no tag that says so.
+SINGLE: Final = "hardswish log_sigmoid_forward _prelu_kernel"
 # Of what lies along a dimension, which the second argument names.
 ROWS: Final = "_log_softmax _safe_softmax _softmax"
-# What bends and has no rule of its own, whatever moves.
-SMOOTH: Final = (
-    "_prelu_kernel _trilinear addcdiv addcmul atan2 baddbmm cumprod glu hypot "
-    "linalg_cross logaddexp logcumsumexp prod xlogy"
-)
 # What does not move whatever it is given.
 CONSTANT: Final = (
     "bernoulli ceil detach empty_like floor full_like new_empty new_full new_ones "
     "new_zeros ones_like rand_like randn_like round sign trunc zeros_like"
 )
-# The largest or smallest along dimensions, and of two.
-EXTREME: Final = "amax amin"
-LARGER: Final = "maximum minimum"
-# Values and the places where they were.
-CHOSEN: Final = "max min sort topk"
-# A loss of labels: linear in the log-probabilities that it is given.
-LABELS: Final = "nll_loss_forward nll_loss2d_forward"
 # Functions of single elements of two tensors, added up.
 ADDED: Final = (
     "binary_cross_entropy binary_cross_entropy_with_logits huber_loss mse_loss "
@@ -48,10 +38,11 @@ ADDED: Final = (
 )
 # What is found along some dimensions, which the second argument names.
 REDUCED: Final = "linalg_vector_norm logsumexp norm std std_mean var var_mean"
-# Linear in each of some arguments.
-PRODUCTS: Final = "addmm bmm convolution dot lerp mm mul mv"
-NORMALIZED: Final = "native_batch_norm native_group_norm native_layer_norm"
 # Of straight pieces.
 STRAIGHT: Final = (
-    "abs clamp clamp_max clamp_min hardshrink hardtanh leaky_relu softshrink threshold"
+    "abs add adaptive_max_pool2d adaptive_max_pool3d amax amin clamp clamp_max "
+    "clamp_min clone copy hardshrink hardsigmoid hardtanh leaky_relu max "
+    "max_pool2d_with_indices max_pool3d_with_indices maximum min minimum "
+    "nll_loss2d_forward nll_loss_forward relu softshrink sort sub threshold topk view "
+    "_unsafe_view"
 )

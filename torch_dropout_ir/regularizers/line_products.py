@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.regularizers.line_calls import (
-    STILL,
     Call,
     Line,
     Rule,
     alike,
     aten,
-    each,
     room,
 )
 
@@ -27,28 +25,21 @@ from torch_dropout_ir.regularizers.line_calls import (
 _MORE: Final = {aten.mm: "addmm_", aten.bmm: "baddbmm_"}
 
 
-def product(first: int, second: int, drop: int | None = None) -> Rule:
-    """Linear in each of two arguments; a third is added, and does not move."""
+def product(i: int, j: int, *added: int) -> Rule:
+    """Return the rule of what is linear in each of two arguments, where both move.
+
+    Args:
+        i: The number of one.
+        j: That of the other.
+        added: That of what is added, which does not move.
+    """
 
     def rule(call: Call, moving: list[int], _: Any) -> list[Line] | None:
-        if any([i not in (first, second) for i in moving]):
+        if moving != [i, j]:
             return None
-        still = {} if drop is None else {drop: None}
-
-        def times(u: Any, v: Any) -> Tensor:
-            if drop == 0:
-                found: Tensor = aten.mm(u, v).mul_(call.kwargs.get("alpha", 1))
-            else:
-                found = call.at({first: u, second: v, **still})
-            return found
-
-        if moving == [first]:
-            other = call.args[second]
-            return each(call, first, lambda u: times(u, other))
-        if moving == [second]:
-            other = call.args[first]
-            return each(call, second, lambda u: times(other, u))
-        return [_both(call, first, second, times)]
+        own = [k for k in added if call.args[k] is not None]
+        rest = {k: torch.zeros_like(call.args[k]) for k in own}
+        return [_both(call, i, j, lambda u, v: call.at({**rest, i: u, j: v}))]
 
     return rule
 
@@ -76,12 +67,8 @@ def _both(call: Call, i: int, j: int, times: Callable[[Any, Any], Tensor]) -> Li
     return first, total((a[1], y, 1), (a[0], b[0], 2), (x, b[1], 1))
 
 
-def multiplied(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
+def multiplied(call: Call, __: list[int], value: Tensor) -> list[Line]:
     """Products of single elements, of which a term takes no place of its own."""
-    if moving in ([0], [1]):
-        i = moving[0]
-        other = call.args[1 - i]
-        return each(call, i, lambda u: u * other)
     x, y = call.args
     (a, alone), (b, _) = call.take(0, value=True), call.take(1, value=True)
 
@@ -105,11 +92,7 @@ def multiplied(call: Call, moving: list[int], value: Tensor) -> list[Line] | Non
 
 def divided(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
     """Quotients: of ``q y = x`` the derivatives give those of ``q``."""
-    if call.kwargs.get("rounding_mode") is not None:
-        return [STILL]
-    if moving == [0]:
-        return each(call, 0, lambda u: u / call.args[1])
-    if -1 in moving:
+    if call.kwargs or -1 in moving:  # rounded
         return None
     y = call.args[1]
     q = call.args[0] / y if call.written else value

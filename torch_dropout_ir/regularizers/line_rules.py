@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from torch_dropout_ir.regularizers.line_calls import (
     STILL,
@@ -26,31 +27,15 @@ from torch_dropout_ir.regularizers.line_calls import (
     room,
     tensors,
 )
-from torch_dropout_ir.regularizers.line_choices import (
-    chosen,
-    extreme,
-    filled,
-    larger,
-    pooled,
-    still,
-    together,
-)
 from torch_dropout_ir.regularizers.line_graphs import by_graph
 from torch_dropout_ir.regularizers.line_losses import added, labelled, reduced
 from torch_dropout_ir.regularizers.line_names import (
     ADDED,
-    CHOSEN,
     CONSTANT,
-    EXTREME,
-    LABELS,
-    LARGER,
     LINEAR,
-    NORMALIZED,
-    PRODUCTS,
     REDUCED,
     ROWS,
     SINGLE,
-    SMOOTH,
     STRAIGHT,
 )
 from torch_dropout_ir.regularizers.line_products import divided, multiplied, product
@@ -76,50 +61,73 @@ def through(call: Call, value: Any) -> list[Line]:
     Raises:
         NoRuleError: If they are not known.
     """  # noqa: DOC502 (a graph of it may be none)
-    rule = _RULES.get(call.func.overloadpacket)
-    if rule is None and not any([can_move(x) for x in tensors(value)]):
-        rule = still  # a comparison, a count
-    found = None if rule is None else rule(call, call.moving(), value)
+    moving, packet = call.moving(), call.func.overloadpacket
+    if packet in _CONSTANT or not any([can_move(x) for x in tensors(value)]):
+        found: list[Line] | None = [STILL] * len(tensors(value))
+    elif places := _together(call.func, moving):
+        found = _linear(call, moving, places)
+    else:
+        single = torch.Tag.pointwise in call.func.tags
+        rule = _RULES.get(packet, elementwise if single else by_graph)
+        found = rule(call, moving, value)
     if found is None:
-        found = by_graph(call, call.moving(), value)
+        found = by_graph(call, moving, value)
     first, second = call.wanted
     return [(u if first else None, w if second else None) for u, w in found]
 
 
-def known(func: Any, made: list[Tensor]) -> bool:
-    """Whether lines go through an operation, as far as its name tells.
-
-    Args:
-        func: The operation.
-        made: What it returned.
-
-    Returns:
-        Whether they do.
-    """
-    return func.overloadpacket in _RULES or not any([can_move(x) for x in made])
-
-
-def bends(func: Any, moving: list[int]) -> bool:
+def bends(func: Any, moving: list[int], given: Any) -> bool:
     """Whether second derivatives of what an operation returns take first ones.
 
     Args:
         func: The operation.
         moving: Which arguments move.
+        given: The arguments.
 
     Returns:
-        Whether they do.
+        Whether they do, as far as its name tells.
     """
-    packet = func.overloadpacket
-    if packet in _PRODUCTS:
-        return len(moving) > 1
-    return packet in _BENT or (packet is aten.div and moving != [0])
+    real = not any([x.is_complex() for x in tensors(given)])
+    straight = func.overloadpacket in _STRAIGHT and real
+    return not straight and not _together(func, moving)
 
 
-def _linear(call: Call, moving: list[int], _: Any) -> list[Line] | None:
-    """Linear in its first argument, where no other moves."""
-    if moving != [0] or "rounding_mode" in call.kwargs:
-        return None
-    return each(call, 0, lambda u: call.at({0: u}))
+def _together(func: Any, moving: list[int]) -> tuple[int, ...]:
+    """Return arguments, those that move among them, in which it is linear at once."""
+    if func._overloadname.endswith(("_mode", "reduce")):
+        return ()
+    known = _LINEAR.get(func.overloadpacket, ())
+    return next((own for own in known if {*moving} <= {*own}), ())
+
+
+def _linear(call: Call, moving: list[int], places: tuple[int, ...]) -> list[Line]:
+    """Give it derivatives of what moves, and zero for the rest of some arguments."""
+    given = {i: call.args[i] for i in places if i < len(call.args)}
+    i = moving[0]
+    if len(moving) == 1 and isinstance(given[i], Tensor):
+        rest = {j: _nothing(x) for j, x in given.items() if j != i}
+        return each(call, i, lambda u: call.at({**rest, i: u}))
+
+    def order(k: int) -> Tensor | None:
+        if all([call.line_of(x)[k] is None for x in tensors([*given.values()])]):
+            return None
+        found: Tensor = call.at(
+            _pytree.tree_map(lambda x: _or_nothing(call.line_of(x)[k], x), given)
+        )
+        return found
+
+    return [(order(0), order(1))]
+
+
+def _or_nothing(u: Tensor | None, x: Any) -> Any:
+    return _nothing(x) if u is None else u
+
+
+def _nothing(x: Any) -> Any:
+    """Return the zero of what is like an argument."""
+    if isinstance(x, Tensor):
+        return torch.zeros_like(x)
+    return x if x is None else 0.0
 
 
 def _viewed(call: Call, _: list[int], value: Tensor) -> list[Line]:
@@ -138,28 +146,6 @@ def _assigned(call: Call, _: list[int], value: Tensor) -> list[Line]:
         for u in call.line(1)
     )
     return [(first, second)]
-
-
-def _padded(call: Call, _: list[int], __: Any) -> list[Line]:
-    return each(call, 0, lambda u: aten.constant_pad_nd(u, call.args[1]))
-
-
-def _joined(call: Call, moving: list[int], _: Any) -> list[Line] | None:
-    """Tensors that are put together."""
-    if moving != [0]:
-        return None
-    parts = call.args[0]
-
-    def order(k: int) -> Tensor | None:
-        own = [call.line_of(x)[k] for x in parts]
-        if all([x is None for x in own]):
-            return None
-        pairs = zip(own, parts, strict=True)
-        whole = [torch.zeros_like(p) if x is None else x for x, p in pairs]
-        found: Tensor = call.at({0: whole})
-        return found
-
-    return [(order(0), order(1))]
 
 
 def _summed(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
@@ -192,6 +178,46 @@ def _rectified(call: Call, _: list[int], value: Tensor) -> list[Line]:
     return [(first, second)]
 
 
+def _pooled(dims: int) -> Rule:
+    """Return the rule of what takes of each window the entry that was largest.
+
+    Args:
+        dims: Dimensions of a window, among which places count.
+    """
+
+    def rule(call: Call, _: list[int], found: Any) -> list[Line]:
+        value, places = found
+        flat = places.flatten(-dims)
+
+        def take(u: Tensor) -> Tensor:
+            return u.flatten(-dims).gather(-1, flat).view_as(value)
+
+        return [*each(call, 0, take), STILL]
+
+    return rule
+
+
+def _chosen(call: Call, moving: list[int], found: Any) -> list[Line]:
+    """Values along a dimension, from the places where they were."""
+    if isinstance(found, Tensor) or not call.args[0].ndim:
+        return by_graph(call, moving, found)
+    (at, default), *_ = [
+        (i, x.default_value)
+        for i, x in enumerate(call.func._schema.arguments)
+        if x.name == "dim"
+    ]
+    dim = call.args[at] if len(call.args) > at else call.kwargs.get("dim", default)
+    value, places = found
+    gone = value.ndim < call.args[0].ndim
+    places = places.unsqueeze(dim) if gone else places
+
+    def take(u: Tensor) -> Tensor:
+        taken = u.gather(dim, places)
+        return taken.squeeze(dim) if gone else taken
+
+    return [*each(call, 0, take), STILL]
+
+
 def _slanted(call: Call, _: list[int], __: Any) -> list[Line]:
     """A step of straight pieces, whose slope torch does not differentiate."""
     x = call.args[0]
@@ -214,36 +240,28 @@ def _normalized(call: Call, moving: list[int], found: Any) -> list[Line] | None:
 
 
 def _rules() -> dict[Any, Rule]:
-    """Return the rule of each operation that is known to be right."""
+    """Return the rule of each operation that has one of its own."""
     kinds: tuple[tuple[str, Rule], ...] = (
-        (LINEAR, _linear), (SINGLE, elementwise), (ROWS, softened), (SMOOTH, by_graph),
-        (LABELS, labelled), (ADDED, added), (REDUCED, reduced),
-        (CONSTANT, still), (EXTREME, extreme), (CHOSEN, chosen), (LARGER, larger),
+        (SINGLE, elementwise), (ROWS, softened), (ADDED, added), (REDUCED, reduced),
+        ("nll_loss_forward nll_loss2d_forward", labelled),
         ("add sub", _summed), ("mul", multiplied), ("div", divided),
         ("view _unsafe_view", _viewed), ("clone", _copied), ("copy", _assigned),
-        ("cat stack", _joined), ("constant_pad_nd", _padded), ("relu", _rectified),
+        ("relu", _rectified), ("max min sort topk", _chosen), ("hardsigmoid", _slanted),
+        ("max_pool2d_with_indices adaptive_max_pool2d", _pooled(2)),
+        ("max_pool3d_with_indices adaptive_max_pool3d", _pooled(3)),
         ("mm bmm mv dot", product(0, 1)), ("convolution", product(0, 1, 2)),
         ("addmm", product(1, 2, 0)), ("native_batch_norm", _normalized),
         ("native_layer_norm", layer_normalized),
         ("native_group_norm", group_normalized),
-        ("max_pool2d_with_indices adaptive_max_pool2d", pooled(2)),
-        ("max_pool3d_with_indices adaptive_max_pool3d", pooled(3)),
-        ("masked_fill", filled(2)), ("hardsigmoid", _slanted),
-        ("where", together(1, 2)), ("index_add scatter_add scatter", together(0, 3)),
-        ("lerp slice_scatter select_scatter", together(0, 1)),
-        ("index_put", together(0, 2)),
     )  # fmt: skip
-    return {
-        getattr(aten, name): rule for names, rule in kinds for name in names.split()
-    }
+    return {x: rule for names, rule in kinds for x in _named(names)}
 
 
-def _named(*names: str) -> frozenset[Any]:
-    return frozenset(getattr(aten, x) for each in names for x in each.split())
+def _named(names: str) -> frozenset[Any]:
+    return frozenset(getattr(aten, name) for name in names.split())
 
 
 _RULES: Final = _rules()
-_PRODUCTS: Final = _named(PRODUCTS)
-_BENT: Final = _named(SINGLE, ROWS, SMOOTH, ADDED, REDUCED, NORMALIZED) - _named(
-    STRAIGHT
-)
+_CONSTANT: Final = _named(CONSTANT)
+_STRAIGHT: Final = _named(STRAIGHT)
+_LINEAR: Final = {x: own for names, own in LINEAR.items() for x in _named(names)}

@@ -19,14 +19,16 @@ from torch_dropout_ir.regularizers.line_calls import (
     STILL,
     Call,
     Line,
+    alike,
     aten,
     room,
     tensors,
 )
 from torch_dropout_ir.regularizers.line_graphs import along, by_graph, outside
 
-Function = Callable[[Tensor], Tensor]
-Slab = Callable[[Tensor, Line], Line]
+Function = Callable[..., Tensor]
+# Of some tensors and their lines.
+Slab = Callable[[Sequence[Tensor], Sequence[Line]], Line]
 # Elements of a part for each thread: what one operation makes of it stays in a cache.
 _PART: Final = 2**15
 # Parts of a large tensor: some eight tensors of a part are made.
@@ -35,11 +37,18 @@ _PARTS: Final = 32
 
 def elementwise(call: Call, moving: list[int], value: Any) -> list[Line]:
     """Take a function of single elements by its derivatives, from a graph of a part."""
-    wide = any([x.ndim for x in tensors(call.args[1:])])
-    if moving != [0] or wide or call.args[0].is_complex():
+    first, *others = tensors(value)
+    places = [i for i, x in enumerate(call.args) if isinstance(x, Tensor)]
+    of = [call.args[i] for i in places]
+    real = not any([x.is_complex() for x in of])
+    if not real or not {*moving} <= {*places}:
         return by_graph(call, moving, value)
-    own = _in_slabs(call, functools.partial(by_slopes, _one(call)), rows=False)
-    return [own, *[STILL] * (len(tensors(value)) - 1)]
+    function = _function(call, places)
+    slab = functools.partial(by_slopes if len(of) == 1 else _twice, function)
+    own = _in_slabs(
+        call, first, slab, places, rows=False, seen=lambda x: x.expand_as(first)
+    )
+    return [own, *[STILL] * len(others)]
 
 
 def softened(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
@@ -61,9 +70,9 @@ def softened(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
     log = call.func.overloadpacket is aten._log_softmax
     dim = call.args[1]
 
-    def slab(y: Tensor, line: Line) -> Line:
-        s = y.exp() if log else y
-        c, d = [None if u is None else u - (s * u).sum(-1, True) for u in line]
+    def slab(of: Sequence[Tensor], lines: Sequence[Line]) -> Line:
+        s = of[0].exp() if log else of[0]
+        c, d = [None if u is None else u - (s * u).sum(-1, True) for u in lines[0]]
         if c is not None:
             square = c * c
             less = (s * square).sum(-1, True)
@@ -76,7 +85,7 @@ def softened(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
     def last(x: Tensor) -> Tensor:
         return x.movedim(dim, -1) if x.ndim > 1 else x.view(1, -1)
 
-    return [_in_slabs(call, slab, rows=True, of=value, seen=last)]
+    return [_in_slabs(call, value, slab, [0], rows=True, of=[value], seen=last)]
 
 
 def group_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:
@@ -89,11 +98,8 @@ def group_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:
         found: Tensor = call.func(x, weight, bias, len(x), *rest)[0]
         return found
 
-    return [
-        _in_slabs(call, functools.partial(_twice, function), rows=True),
-        STILL,
-        STILL,
-    ]
+    slab = functools.partial(_twice, function)
+    return [_in_slabs(call, value[0], slab, [0], rows=True), STILL, STILL]
 
 
 def layer_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:
@@ -101,51 +107,70 @@ def layer_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:
     x, shape, *_ = call.args
     if moving != [0] or x.ndim == len(shape):
         return by_graph(call, moving, value)
-    slab = functools.partial(_twice, _one(call))
-    return [_in_slabs(call, slab, rows=True), STILL, STILL]
+    slab = functools.partial(_twice, _function(call, [0]))
+    return [_in_slabs(call, value[0], slab, [0], rows=True), STILL, STILL]
 
 
-def _one(call: Call) -> Function:
-    """Return the operation as a function of its first argument to its first result."""
-    return lambda x: tensors(call.at({0: x}))[0]
+def _function(call: Call, places: Sequence[int]) -> Function:
+    """Return the operation as a function of some arguments to its first result."""
+    return lambda *of: tensors(call.at(dict(zip(places, of, strict=True))))[0]
 
 
 def _in_slabs(
     call: Call,
+    value: Tensor,
     slab: Slab,
+    places: Sequence[int],
     *,
     rows: bool,
-    of: Tensor | None = None,
+    of: Sequence[Tensor] | None = None,
     seen: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> Line:
     """Take a function part by part.
 
     Args:
         call: The call.
-        slab: Makes the line of a part of what it reads and of the argument's line.
+        value: Its result.
+        slab: Makes the line of a part of what it reads and of the arguments' lines.
+        places: The numbers of the arguments.
         rows: Whether a part is of whole rows.
-        of: What it reads, the argument if None.
+        of: What it reads, the arguments if None.
         seen: How tensors are to be seen, that parts are of their first dimension.
 
     Returns:
-        The line of what is like the argument.
+        The line of the result.
     """
-    (first, second), alone = call.take(0, value=of is None)
-    of = call.args[0] if of is None else of
+    if of is None:
+        of, taken = [call.args[i] for i in places], [call.take(i, True) for i in places]
+    else:
+        taken = [call.take(i) for i in places]
+    firsts, seconds = (
+        [(line[k], alone) for line, alone in taken if line[k] is not None]
+        for k in range(2)
+    )
     keep, bend = call.wanted
-    to1 = room(first, alone) if keep and first is not None else None
-    like, own = (second, alone) if second is not None else (first, alone and not keep)
-    to2 = room(like, own) if bend and like is not None else None
-    each = [None if x is None else seen(x) for x in (of, first, second, to1, to2)]
+    to1 = _end(value, firsts) if keep and firsts else None
+    spare = seconds if seconds or keep else firsts
+    to2 = _end(value, spare) if bend else None
+    given = *of, *[line[k] for k in range(2) for line, _ in taken], to1, to2
+    whole = [None if x is None else seen(x) for x in given]
+    n, k = len(of), len(places)
 
     def run() -> None:
-        for at, u1, u2, *ends in parts(each, rows):
-            for end, found in zip(ends, slab(at, (u1, u2)), strict=True):
+        for part in parts(whole, rows):
+            lines = [*zip(part[n : n + k], part[n + k : -2], strict=True)]
+            for end, found in zip(part[-2:], slab(part[:n], lines), strict=True):
                 if end is not None:
                     end.zero_() if found is None else end.copy_(found)
 
-    outside(run, of)
+    outside(run, value)
     return to1, to2
+
+
+def _end(value: Tensor, spare: list[tuple[Tensor | None, bool]]) -> Tensor:
+    """Return where derivatives of a result go: on some that nobody else reads."""
+    own = [u for u, alone in spare if u is not None and alone and alike(u, value)]
+    return room(own[0], True) if own else torch.empty_like(value)
 
 
 def parts(of: Sequence[Tensor | None], rows: bool) -> Iterator[list[Any]]:
@@ -172,10 +197,9 @@ def part_size(x: Tensor, length: int) -> int:
     return max(1, min(_PART * torch.get_num_threads(), most) // max(length, 1))
 
 
-def by_slopes(function: Function, x: Tensor, line: Line) -> Line:
+def by_slopes(function: Function, of: Sequence[Tensor], lines: Sequence[Line]) -> Line:
     """Of a function of single elements, by its slope and that of its slope."""
-    first, second = line
-    x = x.detach().requires_grad_()
+    (first, second), x = lines[0], of[0].detach().requires_grad_()
     ones = torch.ones_like(x)
     (slope,) = torch.autograd.grad(function(x), x, ones, create_graph=True)
     bend = None
@@ -190,5 +214,5 @@ def by_slopes(function: Function, x: Tensor, line: Line) -> Line:
     return y1, y2
 
 
-def _twice(function: Function, x: Tensor, line: Line) -> Line:
-    return along(function, [x], [line])[1][0]
+def _twice(function: Function, of: Sequence[Tensor], lines: Sequence[Line]) -> Line:
+    return along(function, of, lines)[1][0]

@@ -27,6 +27,7 @@ from torch_dropout_ir.regularizers.line_calls import (
     Line,
     NoRuleError,
     alike,
+    can_move,
     dense,
     in_place,
     out_of_place,
@@ -34,7 +35,7 @@ from torch_dropout_ir.regularizers.line_calls import (
     tensors,
 )
 from torch_dropout_ir.regularizers.line_mode import Constants, Moving
-from torch_dropout_ir.regularizers.line_rules import bends, known
+from torch_dropout_ir.regularizers.line_rules import bends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +194,7 @@ class _Recorder(TorchDispatchMode):
     def name(self, x: Tensor, *, moves: bool) -> Tensor:
         """Give a tensor a number, and return it."""
         self.numbers[x] = self._count
-        if moves and x.is_floating_point():
+        if moves and can_move(x):
             self._moves.add(self._count)
         self._count += 1
         return x
@@ -214,15 +215,13 @@ class _Recorder(TorchDispatchMode):
         moves = self._numbers([args, kwargs] if seen else args[:1] if writes else ())
         found = func(*args, **kwargs)
         made = tensors(found)
-        if seen and not known(run, made):
-            raise NoRuleError(str(run))
         for x in made:
             self.name(x, moves=bool(moves))
         like = len(made) == 1 and _like_first(made[0], args)
         over = in_place(run) if like and seen == bool(places) else None
         numbers = [self.numbers[x] for x in made]
         step = _Step(
-            run, given, moves, seen, seen and bends(run, places), numbers, over,
+            run, given, moves, seen, seen and bends(run, places, args), numbers, over,
             writes and not seen,
         )  # fmt: skip
         self.steps.append(step)
