@@ -8,8 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_dropout_ir as tdi
 from tests.live import Live
+from torch_dropout_ir.regularizers.gradient_means import GradientMeans
 from torch_dropout_ir.regularizers.inner_products import compared
-from torch_dropout_ir.weight_parts import Factors, WeightParts, row_blocks
+from torch_dropout_ir.weight_parts import Factors, WeightParts, address, row_blocks
 
 
 class Twice(nn.Module):
@@ -83,32 +84,77 @@ def test_factors_are_of_the_gradient(case):
             torch.testing.assert_close(given[i][1:3], b[1:3])
 
 
-def test_a_pair_of_gradients_is_compared_by_rows(monkeypatch):
-    monkeypatch.setattr("torch_dropout_ir.weight_parts._ENTRIES", 20)
+def factors(rows, out, into):
+    weight = torch.randn(out, into)
+    return Factors(torch.randn(rows, out), torch.randn(rows, into), weight, None)
+
+
+def test_gradients_are_compared_by_rows():
     weight = torch.randn(9, 7)
-    assert [s.start for s in row_blocks(weight)] == [0, 2, 4, 6, 8]
-    a, b = (Factors(torch.randn(4, 9), torch.randn(4, 7), weight, None) for _ in "ab")
+    assert [s.start for s in row_blocks(weight, 20)] == [0, 2, 4, 6, 8]
+    a, b = factors(4, 9, 7), factors(4, 9, 7)
     x, y = a[:].double(), b[:].double()
-    zero = torch.zeros_like(x)
+    zero, turned = torch.zeros_like(x), a[:].T.contiguous().T
     for (one, other), (u, v) in (
         ((a, b), (x, y)), ((a[:], b), (x, y)), ((None, b), (zero, y)),
-        ((a, None), (x, zero)),
+        ((a, None), (x, zero)), ((a[:], b[:]), (x, y)), ((turned, b[:]), (x, y)),
+        ((None, b[:]), (zero, y)), ((a[:].half(), b), (x, y)),
     ):  # fmt: skip
+        kept = [z.clone() if torch.is_tensor(z) else z for z in (one, other)]
+        found = compared(one, other, weight, 20).double()
         expected = torch.stack([
-            (u.square().sum() + v.square().sum()) / 2, (u * v).sum(),
-            (u - v).square().sum() / 2,
+            u.square().sum(), v.square().sum(), (u * v).sum(), (u - v).square().sum()
         ])  # fmt: skip
-        found = compared(one, other, weight).double()
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        half = torch.is_tensor(one) and one.dtype == torch.half
+        close = {"rtol": 1e-2, "atol": 1e-1} if half else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(found, expected, **close)
+        for z, before in zip((one, other), kept, strict=True):
+            assert not torch.is_tensor(z) or torch.equal(z, before)
     x = torch.tensor(3.0)
-    assert compared(x, None, x).tolist() == [4.5, 0.0, 4.5]
+    assert compared(x, None, x, 20).tolist() == [9.0, 0.0, 0.0, 9.0]
 
 
-def test_the_gradient_is_kept_where_that_is_smaller():
+def test_a_mean_is_kept_as_what_is_smaller():
     weight = torch.randn(5, 6)
-    many = Factors(torch.randn(20, 5), torch.randn(20, 6), weight, None)
-    few = Factors(torch.randn(1, 5), torch.randn(1, 6), weight, None)
-    assert torch.equal(many.smaller(), many[:]) and few.smaller() is few
+    for rows, count, given, whole in (
+        (20, 1, False, True), (1, 1, False, False), (1, 3, False, True),
+        (1, 3, True, False), (9, 1, True, True),
+    ):  # fmt: skip
+        terms = [factors(rows, 5, 6) for _ in range(count)]
+        truth = sum(each[:] for each in terms) / count
+        inputs = {address(each._terms[0][1]) for each in terms}
+        means = GradientMeans([weight], count, inputs if given else set(), 12)
+        for k, each in enumerate(terms):
+            means.enter(0, each, k)
+        found = means.get(0)
+        assert torch.is_tensor(found) == whole
+        torch.testing.assert_close(found[:], truth)
+        torch.testing.assert_close(found[1:3], truth[1:3])
+    assert means.numbers() == {0} and means.take(0) is found and not means.numbers()
+
+
+def test_a_mean_takes_gradients_in_any_form_and_in_memory_of_its_own():
+    shared = torch.randn(5, 6)
+    parts = (
+        [shared, factors(1, 5, 6), None],
+        [shared, shared, shared],
+        [factors(1, 5, 6), shared, factors(1, 5, 6)],
+        [factors(1, 5, 6), None, factors(1, 5, 6)],
+        [None, factors(1, 5, 6), factors(1, 5, 6)],
+        [None, None, shared],
+        [None, None, None],
+    )
+    means = GradientMeans([shared] * len(parts), 3, set(), 12)
+    before = shared.clone()
+    zero = torch.zeros_like(shared)
+    truth = [sum(zero if g is None else g[:] for g in each) / 3 for each in parts]
+    for k in range(3):
+        for i, each in enumerate(parts):
+            means.enter(i, each[k], k)
+    assert torch.equal(shared, before) and means.get(6) is None
+    for i in range(6):
+        torch.testing.assert_close(means.get(i), truth[i])
+    torch.testing.assert_close(means.get(1), shared, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c != "one sample"])

@@ -9,7 +9,7 @@ a time: the gradient itself is not made.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, Final
 
 import torch
@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 from torch_dropout_ir import tracing
 from torch_dropout_ir.arrivals import graph_nodes
 
-_ENTRIES: Final = 2**16  # of a gradient that are made together
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 
 
@@ -43,7 +42,7 @@ def geometry_of(
 
 
 class Factors:
-    """The gradient in one weight, not made yet.
+    """The gradient in one weight, not made yet, or the mean of some.
 
     Args:
         g: Derivative in the layer's output.
@@ -55,28 +54,45 @@ class Factors:
     def __init__(
         self, g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry | None
     ) -> None:
-        self._g, self._x, self._geometry = g, x, geometry
+        self._terms = [(g.detach(), x.detach())]  # without the graph of the pass
+        self._geometry = geometry
         self._like = weight.detach()
 
     def __getitem__(self, part: slice) -> Tensor:
+        found = self._rows(*self._terms[0], part)
+        for k, term in enumerate(self._terms[1:], 2):
+            found.lerp_(self._rows(*term, part), 1 / k)
+        return found
+
+    def _rows(self, g: Tensor, x: Tensor, part: slice) -> Tensor:
+        g = g[:, part]
         if self._geometry is None:
-            return self._g[:, part].T @ self._x
+            return g.T @ x
         some, mask = self._like[part], [False, True, False]
         found: Tensor = torch.ops.aten.convolution_backward(
-            self._g[:, part], self._x, some, None, *self._geometry, mask
+            g, x, some, None, *self._geometry, mask
         )[1]
         return found
 
-    def smaller(self) -> Tensor | Factors:
-        """Return the gradient itself where that takes less memory."""
-        own = self._g.nbytes + self._x.nbytes
-        return self if own < self._like.nbytes else self[:]
+    def enter(self, other: Factors) -> None:
+        """Enter the gradient at one more pass into the mean."""
+        self._terms += other._terms
+
+    def held(self, beside: Set[int]) -> int:
+        """Return the bytes that it holds, but for memory at addresses ``beside``."""
+        both = (x for term in self._terms for x in term)
+        return sum(x.nbytes for x in both if address(x) not in beside)
 
 
-def row_blocks(weight: Tensor) -> Iterator[slice]:
-    """Go through the rows of a weight a few at a time."""
-    count = len(weight) if weight.ndim else 1
-    step = max(1, _ENTRIES * count // max(1, weight.numel()))
+def address(x: Tensor) -> int:
+    """Return where the memory begins that a tensor is in."""
+    return x.untyped_storage().data_ptr()
+
+
+def row_blocks(weight: Tensor, entries: int) -> Iterator[slice]:
+    """Go through the rows of a weight a few at a time, of so many entries."""
+    count = len(weight)
+    step = max(1, entries * count // max(1, weight.numel()))
     return (slice(i, i + step) for i in range(0, count, step))
 
 
@@ -103,9 +119,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
+        # First: where it is looked at and let go of, nothing else is there yet.
+        given = ctx.give(Factors(g, x, weight, None)) if needed[1] else None
         return (
             slope_of_rows(g, weight, x) if needed[0] else None,
-            ctx.give(Factors(g, x, weight, None)) if needed[1] else None,
+            given,
             g.sum(0) if needed[2] else None,
             None,
         )
@@ -130,11 +148,11 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
+        given = ctx.give(Factors(g, x, weight, ctx.geometry)) if needed[1] else None
         mask = [needed[0], False, needed[2]]
         in_x, _, in_bias = torch.ops.aten.convolution_backward(
             g, x, weight, [len(weight)], *ctx.geometry, mask
         )
-        given = ctx.give(Factors(g, x, weight, ctx.geometry)) if needed[1] else None
         return in_x, given, in_bias, None, None
 
 

@@ -141,11 +141,11 @@ class Analysis:
         return f"{self._cadence.setting} at step {self.step}"
 
     def _after_step(self) -> None:
-        now = time.perf_counter()
-        self._cadence.trained(now - self._clock)
-        self._clock = now
         self.step += 1
-        self._plan()
+        before, self._clock = self._clock, time.perf_counter()
+        may = self._cadence.stepped(self._clock - before, self.step)
+        if may or self._steps.announced or self._ranks.group is not None:
+            self._plan()
 
     def _plan(self) -> None:
         """Decide what the coming step must show."""
@@ -153,7 +153,7 @@ class Analysis:
         settled = not self._alone or processes() == 1
         wanted = self._due if settled else self._names()
         if not wanted and not before:
-            return  # as most steps
+            return
         self._steps.announced = bool(wanted)
         needed = [m.needs for m in self._attempts.measures if m.name in wanted]
         look = any(n & {"targets", "batches", "loss"} for n in needed)

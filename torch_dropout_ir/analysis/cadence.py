@@ -64,7 +64,7 @@ class Cadence:
             raise ValueError(
                 f"attach_analysis: expected `budget` in (0, 1), got {budget!r}"
             )
-        self.every = steps or every
+        self.every, self._steps = steps or every, steps
         self._budget = budget
         self._earning = budget / (1.0 - budget)
         self._debt = dict.fromkeys(names, 0.0)
@@ -77,7 +77,7 @@ class Cadence:
         self._parts = dict.fromkeys(names, 1.0)
         self.measured_seconds = 0.0
         self.training_seconds = 0.0
-        # Every step comes by here: debts are settled where it may matter alone.
+        # Debts are settled where it may matter alone.
         self._unsettled = 0.0
         self._rest = 0.0  # seconds of training until a debt is paid
 
@@ -139,6 +139,22 @@ class Cadence:
         """Pay off debts with training time."""
         self.training_seconds += seconds
         self._unsettled += seconds
+
+    def stepped(self, seconds: float, step: int) -> bool:
+        """Pay off debts with the time of a step.
+
+        Args:
+            seconds: What it took.
+            step: The coming one.
+
+        Returns:
+            Whether anything may be due at that.
+        """
+        self.training_seconds += seconds
+        self._unsettled += seconds
+        if self._steps:
+            return step % self._steps == 0
+        return self._unsettled >= self._rest or step >= self._look
 
     def _settle(self) -> None:
         earned, self._unsettled = self._earning * self._unsettled, 0.0

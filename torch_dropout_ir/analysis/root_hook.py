@@ -38,9 +38,9 @@ class RootHook:
 
     def __call__(self, *args: Any) -> None:
         """Forward to the capture, if there is something to see."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return  # before anything that compiled code would depend on
-        if self.call is None:
+        if self.call is None or torch.compiler.is_compiling():
             return
         try:
             with in_turn() as own:  # a pass beside a measurement waits for its end

@@ -84,19 +84,20 @@ class OptimizerSteps:
         return end
 
     def _calling(self, method: Callable[[], None], made: bool) -> Callable[..., None]:
-        weak = weakref.WeakMethod(method)
+        owner, call = weakref.ref(method.__self__), method.__func__  # type: ignore[attr-defined]
 
         def hook(optimizer: Optimizer, *_: Any) -> None:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
                 return  # a compiled step would take the measures into its graph
-            call = weak()
-            if call is None or not self._counts(optimizer, made):
+            own, found = owner(), self._found
+            known = found is not None and found() is optimizer and not self._strangers
+            if own is None or not (known or self._counts(optimizer, made)):
                 return
             if not self.announced:  # nothing is due
-                call()
-                return
-            with in_turn():
-                call()
+                call(own)
+            elif not torch.compiler.is_compiling():
+                with in_turn():
+                    call(own)
 
         return hook
 
@@ -106,7 +107,7 @@ class OptimizerSteps:
         def hook(
             optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Any:
-            if torch.compiler.is_compiling() or not self.announced:
+            if torch.compiler.is_dynamo_compiling() or not self.announced:
                 return None
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
             if closure is None:

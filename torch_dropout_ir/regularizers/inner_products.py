@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from torch_dropout_ir.weight_parts import Factors, row_blocks
 
-# Elements of a gradient that are looked at together.
-_BLOCK: Final = 2**15
+Gradient: TypeAlias = Tensor | Factors  # gives rows by slices
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -19,47 +18,47 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def products(g: Tensor, h: Tensor) -> Tensor:
-    """Return the square of the first vector, the inner product, the squared distance.
-
-    A block at a time, so that nothing of the vectors' size is made.
-    """
-    wide = wide_dtype(g)
-    total = torch.zeros(3, dtype=wide.to_real(), device=g.device)
-
-    def inner(x: Tensor, y: Tensor) -> Tensor:
-        return (x * y.conj()).sum().real
-
-    for parts in zip(*(x.reshape(-1).split(_BLOCK) for x in (g, h)), strict=True):
-        x, y = (part.to(wide) for part in parts)
-        away = x - y
-        total += torch.stack((inner(x, x), inner(x, y), inner(away, away)))
-    return total
-
-
 def compared(
-    a: Tensor | Factors | None, b: Tensor | Factors | None, like: Tensor
+    a: Gradient | None, b: Gradient | None, like: Tensor, entries: int
 ) -> Tensor:
-    r"""Return what a pair of gradients of one parameter says, some rows at a time.
+    r"""Return what two gradients of one parameter say, some rows at a time.
 
     Args:
-        a: The first gradient, as such or as factors; None for zero.
+        a: The first gradient; None for zero.
         b: The second.
         like: The parameter.
+        entries: About how many entries are made at a time.
 
     Returns:
-        :math:`(\lVert a \rVert^2 + \lVert b \rVert^2)/2`, :math:`\langle a, b \rangle`
-        and :math:`\lVert a - b \rVert^2 / 2`.
+        :math:`\lVert a \rVert^2`, :math:`\lVert b \rVert^2`, :math:`\langle a, b
+        \rangle` and :math:`\lVert a - b \rVert^2`.
     """
-    zero = like.new_zeros(()).expand(like.shape)
-    a, b = zero if a is None else a, zero if b is None else b
-    total = torch.zeros(3, dtype=wide_dtype(like).to_real(), device=like.device)
-    a, b = (g[None] if isinstance(g, Tensor) and not g.ndim else g for g in (a, b))
-    for part in row_blocks(like):
-        x, y = a[part], b[part]
-        square, inner, away = products(x, y)
-        total += torch.stack(((square + products(y, x)[0]) / 2, inner, away / 2))
+    wide = wide_dtype(like)
+    total = torch.zeros(4, dtype=wide.to_real(), device=like.device)
+    lines = like.reshape(-1) if all(map(_in_line, (a, b))) else like
+    zero = like.new_zeros(()).expand(lines.shape)
+    a, b = (
+        zero if x is None else x.reshape(lines.shape) if isinstance(x, Tensor) else x
+        for x in (a, b)
+    )
+    for part in row_blocks(lines, entries):
+        x, y = (each[part].to(wide).reshape(-1) for each in (a, b))
+        square, inner, other = torch.vdot(x, x), torch.vdot(y, x), torch.vdot(y, y)
+        # In the place of what has just been made, where one of them is.
+        made = [
+            own
+            for own, each in ((x, a), (y, b))
+            if not isinstance(each, Tensor) or each.dtype != wide
+        ]
+        away = torch.sub(x, y, out=made[0] if made else None)
+        found = square, other, inner, torch.vdot(away, away)
+        total += torch.stack(found).real
     return total
+
+
+def _in_line(x: Gradient | None) -> bool:
+    """Whether entries may be taken in any number, not as rows."""
+    return x is None or (isinstance(x, Tensor) and (x.is_contiguous() or not x.ndim))
 
 
 def weighted_squares(rates: Sequence[float], vectors: Sequence[Tensor]) -> Tensor:
