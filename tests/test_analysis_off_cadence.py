@@ -64,7 +64,7 @@ def test_little_runs_at_a_step_that_measures_nothing():
             before = analysis._capture.inputs
             for _ in range(3):
                 seen = calls_of_ours(lambda: step(model, sgd, 5))
-                assert len(seen) <= 5, seen  # their code is in no cache any more
+                assert len(seen) <= 7, seen  # their code is in no cache any more
             # No batch is held but the one that was measured.
             assert analysis._capture.inputs is before
             assert before.first_tensor().shape == (8, 6)

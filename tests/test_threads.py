@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir import turns
@@ -280,3 +281,36 @@ def test_a_thread_may_ask_for_a_measurement(model, batch):
     analysis = trained(model, batch, 2, ask, every=100, measures=measures)
     assert not analysis.absent
     assert analysis.latest["sharpness/trace"] == found[1]["sharpness/trace"]
+
+
+def test_analyses_begin_and_end_beside_one_while_other_threads_step():
+    """Torch goes through hooks of all optimizers, which are not to change meanwhile."""
+    failed, done = [], threading.Event()
+
+    def train():
+        net = nn.Linear(2, 1)
+        sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        try:
+            while not done.is_set():
+                net(torch.ones(4, 2)).sum().backward()
+                sgd.step()
+        except RuntimeError as err:
+            failed.append(err)
+
+    one = tdi.attach_analysis(layers(), log_dir=False, measures=[])
+    # As measurements are, in a step of one of them.
+    hooks = lambda *_: time.sleep(1e-4), lambda *_: None
+    handles = [register_optimizer_step_pre_hook(hook) for hook in hooks]
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(100):
+        time.sleep(1e-3)
+        tdi.attach_analysis(layers(), log_dir=False, measures=[]).detach()
+    done.set()
+    for thread in threads:
+        thread.join(SOON)
+    for handle in handles:
+        handle.remove()
+    one.detach()
+    assert not failed

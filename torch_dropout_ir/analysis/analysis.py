@@ -28,12 +28,12 @@ from torch_dropout_ir.analysis.schedule import Schedule
 from torch_dropout_ir.analysis.snapshot import Measure, Snapshot, labels, runs_model
 from torch_dropout_ir.analysis.steps import NO_STEP, STEPS, OptimizerSteps
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
+from torch_dropout_ir.analysis.turn_of_ranks import in_turn_of
 from torch_dropout_ir.analysis.view import View
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.nn import convert_dropout_, is_convertible, restore_dropout_
-from torch_dropout_ir.turns import in_turn
 
 
 class Analysis:
@@ -68,8 +68,7 @@ class Analysis:
         self._batch = MeasuredBatch(loss, data)
         self.step = 0
         self.history: dict[str, list[tuple[int, float]]] = {}
-        self.absent: dict[str, str] = {}
-        self.notes: dict[str, str] = {}
+        self.absent, self.notes = dict[str, str](), dict[str, str]()
         self._steps = OptimizerSteps(model, optimizer)
         self._cadence = cadence
         self._ranks = ranks
@@ -77,8 +76,7 @@ class Analysis:
         self._attempts = Attempts(measures, ranks, self.absent)
         self._schedule = Schedule(cadence, self._attempts, ranks)
         self._delivery = Delivery(sinks, self.absent)
-        self._convert = convert
-        self._converted: list[nn.Module] = []
+        self._convert, self._converted = convert, list[nn.Module]()
         self._seed = ranks.first_seed()
         self._clock, self._due = time.perf_counter(), set[str]()
         # What is compiled draws other masks than the model as it is written.
@@ -118,10 +116,11 @@ class Analysis:
         self.absent.pop(STEPS, None)
         if self._alone:
             self._settle_ranks()
-        if self._capture.groups.stepped() and self._due:
-            self._measure_safely(self._due, planned=True)
-        else:
-            self._capture.end_step()
+        with in_turn_of(self._ranks):
+            if self._capture.groups.stepped() and self._due:
+                self._measure_safely(self._due, planned=True)
+            else:
+                self._capture.end_step()
 
     def _settle_ranks(self) -> None:
         """Go on with the other ranks, where the model was wrapped since."""
@@ -145,13 +144,13 @@ class Analysis:
         before, self._clock = self._clock, time.perf_counter()
         may = self._cadence.stepped(self._clock - before, self.step)
         if may or self._steps.announced or self._ranks.group is not None:
-            self._plan()
+            with in_turn_of(self._ranks, self._steps.announced):
+                self._plan()
 
     def _plan(self) -> None:
         """Decide what the coming step must show."""
         before, self._due = self._due, self._schedule.due(self.step)
-        settled = not self._alone or processes() == 1
-        wanted = self._due if settled else self._names()
+        wanted = self._due if not self._alone or processes() == 1 else self._names()
         if not wanted and not before:
             return
         self._steps.announced = bool(wanted)
@@ -173,11 +172,12 @@ class Analysis:
         if not self._attached:
             raise RuntimeError("measure: this analysis is detached; attach a new one")
         self._ranks.wait_for_all("measure")
-        with in_turn():
-            before = {tag: len(values) for tag, values in self.history.items()}
+        with in_turn_of(self._ranks):
+            had = {tag: len(values) for tag, values in self.history.items()}
             self._measure_safely(self._names())
-            curves = self.history.items()
-            return {t: x[-1][1] for t, x in curves if len(x) > before.get(t, 0)}
+            return {
+                t: x[-1][1] for t, x in self.history.items() if had.get(t) != len(x)
+            }
 
     def _names(self) -> set[str]:
         return {m.name for m in self._attempts.measures}

@@ -28,7 +28,8 @@ class Meeting:
 
     def __init__(self, group: Any, what: str, said: str = "here") -> None:
         ranks = dist.get_process_group_ranks(group)
-        self._kind = f"torch_dropout_ir/{what}/{zlib.crc32(repr(ranks).encode())}"
+        named = f"{ranks} {group.group_name}".encode()  # two threads may have one each
+        self._kind = f"torch_dropout_ir/{what}/{zlib.crc32(named)}"
         Meeting._held[self._kind] += 1
         self._place = f"{self._kind}/{Meeting._held[self._kind]}"
         self._said = said

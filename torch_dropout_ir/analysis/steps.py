@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
@@ -10,14 +9,9 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
-from torch.utils.hooks import RemovableHandle
 
 from torch_dropout_ir.analysis.accumulation import PATIENCE
-from torch_dropout_ir.turns import in_turn
+from torch_dropout_ir.analysis.step_hooks import watch_steps
 
 _REPLACED: Final = 2
 STEPS: Final = "optimizer steps"  # what is absent until one is seen
@@ -27,9 +21,6 @@ NO_STEP: Final = (
     "step, call `analysis.measure()`; without an optimizer R_2 is left out there. "
     f"After {PATIENCE} passes without a step, few are looked at"
 )
-# Hooks of analyses that ended in the middle of a step (a collection can come there),
-# while torch goes through its hooks: they call nothing, and are removed later.
-_left: Final[list[RemovableHandle]] = []
 
 
 class OptimizerSteps:
@@ -71,33 +62,19 @@ class OptimizerSteps:
         Returns:
             A function that ends the watch.
         """
-        _sweep()
-        handles = (
-            register_optimizer_step_pre_hook(self._calling_before(before)),
-            register_optimizer_step_post_hook(self._calling(after, made=True)),
-        )
-
-        def end() -> None:
-            _left.extend(handles)
-            _sweep()
-
-        return end
+        after_step = self._calling(after, made=True)
+        return watch_steps(self._calling_before(before), after_step)
 
     def _calling(self, method: Callable[[], None], made: bool) -> Callable[..., None]:
         owner, call = weakref.ref(method.__self__), method.__func__  # type: ignore[attr-defined]
 
         def hook(optimizer: Optimizer, *_: Any) -> None:
-            if torch.compiler.is_dynamo_compiling():
-                return  # a compiled step would take the measures into its graph
             own, found = owner(), self._found
             known = found is not None and found() is optimizer and not self._strangers
             if own is None or not (known or self._counts(optimizer, made)):
                 return
-            if not self.announced:  # nothing is due
+            if not (self.announced and torch.compiler.is_compiling()):
                 call(own)
-            elif not torch.compiler.is_compiling():
-                with in_turn():
-                    call(own)
 
         return hook
 
@@ -107,7 +84,7 @@ class OptimizerSteps:
         def hook(
             optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Any:
-            if torch.compiler.is_dynamo_compiling() or not self.announced:
+            if not self.announced or torch.compiler.is_compiling():
                 return None
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
             if closure is None:
@@ -147,14 +124,3 @@ class OptimizerSteps:
         own = set() if model is None else {id(x) for x in model.parameters()}
         stepped = (x for group in optimizer.param_groups for x in group["params"])
         return any(id(x) in own for x in stepped)
-
-
-def _sweep() -> None:
-    """Remove the hooks of analyses that have ended; not in the middle of a step."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == Optimizer.__module__:
-            return
-        frame = frame.f_back  # type: ignore[assignment]
-    while _left:
-        _left.pop().remove()
