@@ -1190,6 +1190,27 @@ def test_what_a_loss_reads_beside_the_outputs_is_said_to_be_left_out():
     assert found[False] < 0.7 * found[True]
 
 
+def test_squares_of_what_the_model_keeps_make_nothing_exact():
+    """Lemma 1 would hold for the squares of the outputs alone."""
+
+    class Activity(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.last = nn.Dropout(0.2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            self.kept = self.drop(x)
+            return self.last(self.kept)
+
+    net, batch = Activity(), (torch.randn(3, 3), torch.randn(3, 2))
+    loss = lambda f, y: F.mse_loss(f, y) + net.kept.square().mean()  # noqa: E731
+    for form in (gauss_newton, second_order):
+        assert not form(net, batch, loss, num_samples=None).exact
+    *_, how, _ = online(net, batch, resolve_loss(loss))
+    assert "unbiased" in how
+    check_regularizer(net, batch, loss, num_masks=200).assert_holds()
+
+
 def test_a_form_that_is_zero_for_a_linear_loss_says_only_that():
     batch = (torch.randn(5, 3), torch.randn(5, 2)), None
     of_outputs = lambda outputs, _: outputs["loss"]  # noqa: E731

@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.regularizers.checks import read_beside
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.closed_forms import is_quadratic
+from torch_dropout_ir.regularizers.outputs import read_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,4 +53,13 @@ def is_exact(
         return not clean.out_of_sight and not clean.noisy
     if num_samples is not None or clean.last_layer is None:
         return False
-    return is_quadratic(loss, clean.outputs.detach(), targets)
+    return of_squares(clean, loss, targets)
+
+
+def of_squares(clean: CleanPass, loss: Loss, targets: Any) -> bool:
+    """Whether a loss adds squares of single outputs, and of nothing beside them."""
+    if not is_quadratic(loss, clean.outputs.detach(), targets):
+        return False
+    return not read_beside(
+        read_outputs(clean.outputs, loss, targets), clean.edges, None
+    )

@@ -15,8 +15,7 @@ from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.closed_forms import is_quadratic
-from torch_dropout_ir.regularizers.estimate import Estimate
+from torch_dropout_ir.regularizers.estimate import Estimate, of_squares
 from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk, linear_parts
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
@@ -151,7 +150,7 @@ def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
     outputs: Tensor = clean.outputs.detach()
     if targets is None:
         exact = loss.is_quadratic
-    elif (exact := is_quadratic(loss, outputs, targets)) and loss.kind == "general":
+    elif (exact := of_squares(clean, loss, targets)) and loss.kind == "general":
         loss = dataclasses.replace(loss, kind="elementwise")
     if not exact and loss.at(outputs).kind != "cross_entropy":
         return None
