@@ -9,7 +9,12 @@ from torch import nn
 
 from tests.test_regularizer_memory import peak
 from torch_dropout_ir import convert_dropout_
-from torch_dropout_ir.regularizers import gauss_newton, second_order
+from torch_dropout_ir.regularizers import (
+    gauss_newton,
+    graph_memory,
+    second_order,
+    step_memory,
+)
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 
 
@@ -96,6 +101,22 @@ def test_what_a_step_holds_is_told_by_a_pass_without_noise(name):
     with clean_pass(net, batch[0], weigh=True) as clean:
         found = clean.weighed([clean.outputs])
     assert 0.9 * step < found.step <= 1.02 * step
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_graph_is_kept_where_torch_does_not_tell_what_is_saved(form, monkeypatch):
+    net, batch, _ = made("wide")
+    torch.manual_seed(1)
+    expected = FORMS[form](net, batch, "cross_entropy")
+    monkeypatch.setattr(graph_memory, "TOLD", False)
+    monkeypatch.setattr(step_memory, "TOLD", False)
+    passes = []
+    net[0].register_forward_hook(lambda *_: passes.append(1))
+    torch.manual_seed(1)
+    found = FORMS[form](net, batch, "cross_entropy")
+    off = 1e-5 * expected.value + 5 * expected.standard_error  # parts draw other roots
+    assert (found.value - expected.value).abs() < off
+    assert (len(passes) > 1) == (form != "gauss_newton")
 
 
 def test_a_graph_that_holds_no_more_goes_whole():

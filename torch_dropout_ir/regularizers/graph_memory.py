@@ -19,10 +19,14 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor
 
 from torch_dropout_ir.arrivals import graph_nodes
 
+# Whether torch tells what is saved without giving it back. One that does not keeps no
+# graph.
+TOLD: Final = hasattr(getattr(torch._C._autograd, "SavedTensor", None), "unpack_hook")
 _NOTHING_NEW: Final = (
     "AccumulateGrad", "Alias", "Expand", "Permute", "Select", "Slice", "Split",
     "Squeeze", "TBackward", "Transpose", "Unbind", "Unsqueeze", "View",
@@ -211,15 +215,15 @@ def saved_by(node: Any, there: Collection[int]) -> dict[int, int]:
         there: Storages that do not count.
 
     Returns:
-        Nothing of what somebody's hooks have kept, nor where torch does not tell.
+        Nothing of what somebody's hooks have kept.
     """
     found = {}
     kind: Any = type(node)
     for name in _names(kind):
         raw = getattr(node, name)
         for one in raw if isinstance(raw, tuple) else (raw,):
-            x = getattr(one, "data", None)
-            if isinstance(x, Tensor) and getattr(one, "unpack_hook", True) is None:
+            x = one.data if TOLD and one.unpack_hook is None else None
+            if isinstance(x, Tensor):
                 storage = x.untyped_storage()
                 place = storage.data_ptr()
                 if place not in there:

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from torch_dropout_ir.regularizers.graph_memory import Graph, storage_of
+from torch_dropout_ir.regularizers.graph_memory import TOLD, Graph, storage_of
 from torch_dropout_ir.sites import Site
 
 # Tensors of the size of the outputs: what a root or the loss makes of them.
@@ -62,7 +62,7 @@ class Weighed(NamedTuple):
     """Bytes that passes hold.
 
     Attributes:
-        step: A training step, at least.
+        step: A training step, at least; 0 where torch does not tell.
         kept: Passes back through a graph that is kept, at most.
         curved: Those of second derivatives, whose graph is kept, at most.
     """
@@ -98,7 +98,7 @@ class Weighed(NamedTuple):
         goes = graph.leading_to([*learning, *first])
         masks = {x.node: _mask(s, h) for s, h, x in uses if x.node in goes}
         _, most, leaves = graph.step_back(goes, masks)
-        step = max(below.saved + most, leaves + below.most)
+        step = max(below.saved + most, leaves + below.most) if TOLD else 0
         inputs = {storage_of(h): h.nbytes for _, h, _ in uses}
         saved = [inputs, *graph.saved.values()]
         held = sum({x: size for each in saved for x, size in each.items()}.values())
