@@ -148,7 +148,10 @@ inline std::vector<Node> read_nodes(const List& program, const List& numbers) {
     return program.at<int64_t>(at++);
   };
   const auto several = [&] {
-    Sizes found(static_cast<size_t>(next()));
+    const int64_t count = next(), left = static_cast<int64_t>(program.size() - at);
+    DROPOUT_CHECK(count >= 0 && count <= left, kOp, ": expected a longer program than ",
+                  program.size(), " numbers, for ", count, " more");
+    Sizes found(static_cast<size_t>(count));
     for (int64_t& x : found) x = next();
     return found;
   };

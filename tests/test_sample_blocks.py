@@ -407,6 +407,7 @@ def test_what_the_compiled_kernel_cannot_read_is_named():
         (start, (), "a loss of 3 outputs, got 3 of 3"),
         ([*start[:-1], 4, *total], (), "a loss of 3 outputs, got 1 of 4"),
         ([*start, *total[:-1]], (), "a longer program than 16"),
+        ([*start[:6], 2**40], (), "a longer program than 7 numbers, for 1099511627776"),
         ([*start, 99, *total[1:]], (), "before it, got kind 99 of 0 and -1"),
         ([*start, 6, 1, *total[2:]], (), "before it, got kind 6 of 1 and -1"),
         ([*start, 6, -1, *total[2:]], (), "before it, got kind 6 of -1 and -1"),
