@@ -14,18 +14,22 @@ namespace dropout {
 namespace {
 
 // f(u) with the first and second derivatives of f.
-void bend(const Jets& of, const double* u, double first, double second, double* made) {
+void bend(const Jets& of, const Lanes* u, const Lanes& first, const Lanes& second,
+          Lanes* made) {
   const size_t k = of.width();
   for (size_t i = 0; i < of.size(); ++i) made[i] += first * u[i];
-  if (second == 0) return;
   for (size_t i = 0, p = k; i < k; ++i) {
     for (size_t j = i; j < k; ++j) made[p++] += second * u[i] * u[j];
   }
 }
 
+void add(const Jets& of, const Lanes* u, const Lanes& factor, Lanes* made) {
+  for (size_t i = 0; i < of.size(); ++i) made[i] += factor * u[i];
+}
+
 // Second derivatives of a product besides those of its factors.
-void cross(const Jets& of, const double* u, const double* v, double factor,
-           double* made) {
+void cross(const Jets& of, const Lanes* u, const Lanes* v, const Lanes& factor,
+           Lanes* made) {
   const size_t k = of.width();
   for (size_t i = 0, p = k; i < k; ++i) {
     for (size_t j = i; j < k; ++j) made[p++] += factor * (u[i] * v[j] + u[j] * v[i]);
@@ -35,75 +39,82 @@ void cross(const Jets& of, const double* u, const double* v, double factor,
 struct Step {
   const Node& node;
   std::vector<Saved> saved;
-  Sizes a, b;  // by entry, that of the first and of the second input
+  Places a, b;  // by entry, that of the first and of the second input
 };
 
 // Log-softmax, softmax and its logarithm: the mean and the covariance, under the
 // softmax, of the jets of a fibre.
-void softmaxes(const Step& step, const Fibres& of, int64_t row, size_t r, Jets& from,
-               Jets& made) {
+void softmaxes(const Step& step, int64_t first, Jets& from, Jets& made) {
   const size_t size = made.size(), k = made.width();
   const int64_t kind = step.node.kind;
-  Numbers mean(size);
+  const Fibres of(step.node.inside, step.node.dim);
+  std::vector<Lanes> both(2 * size);
+  Lanes *mean = both.data(), *logs = mean + size, s, top;
   for (int64_t fibre = 0; fibre < of.outer * of.inner; ++fibre) {
-    const int64_t first = fibre / of.inner * of.length * of.inner + fibre % of.inner;
+    const int64_t start = fibre / of.inner * of.length * of.inner + fibre % of.inner;
     const auto entry = [&](int64_t c) {
-      return static_cast<size_t>(first + c * of.inner);
+      return static_cast<size_t>(start + c * of.inner);
     };
     const auto softmax = [&](int64_t c) {
+      step.saved[0].read(first, entry(c), s);
+      if (kind == kSoftmax) return;
       if (kind == kLogSumExp) {
-        const double x = step.saved[0](row, entry(c));
-        return std::exp(x - step.saved[1](row, static_cast<size_t>(fibre)));
+        step.saved[1].read(first, static_cast<size_t>(fibre), top);
+        s -= top;
       }
-      const double x = step.saved[0](row, entry(c));
-      return kind == kSoftmax ? x : std::exp(x);
+      for (size_t r = 0; r < kRows; ++r) s[r] = std::exp(s[r]);
     };
-    std::fill(mean.begin(), mean.end(), 0.0);
+    std::fill(mean, mean + size, Lanes{});
     for (int64_t c = 0; c < of.length; ++c) {
-      const double s = softmax(c);
-      bend(made, from.at(r, entry(c)), s, s, mean.data());
+      softmax(c);
+      bend(made, from.at(entry(c)), s, s, mean);
     }
     for (size_t i = 0, p = k; i < k; ++i) {
       for (size_t j = i; j < k; ++j) mean[p++] -= mean[i] * mean[j];
     }
     if (kind == kLogSumExp) {
-      std::copy(mean.begin(), mean.end(), made.at(r, static_cast<size_t>(fibre)));
+      std::copy(mean, mean + size, made.at(static_cast<size_t>(fibre)));
       continue;
     }
-    Numbers logs(size);
     for (int64_t c = 0; c < of.length; ++c) {
-      const double* u = from.at(r, entry(c));
-      for (size_t i = 0; i < size; ++i) logs[i] = u[i] - mean[i];
-      const double s = kind == kSoftmax ? softmax(c) : 0;
-      if (kind == kSoftmax) bend(made, logs.data(), s, s, made.at(r, entry(c)));
-      else std::copy(logs.begin(), logs.end(), made.at(r, entry(c)));
+      Lanes *u = from.at(entry(c)), *out = made.at(entry(c));
+      Lanes* less = kind == kSoftmax ? logs : out;
+      for (size_t i = 0; i < size; ++i) less[i] = u[i] - mean[i];
+      if (kind == kLogSoftmax) continue;
+      softmax(c);
+      bend(made, logs, s, s, out);
     }
   }
 }
 
-void binary(const Step& step, int64_t row, size_t r, size_t e, Jets* a, Jets* b,
-            Jets& made) {
-  double* out = made.at(r, e);
-  const double* u = a ? a->at(r, static_cast<size_t>(step.a[e])) : nullptr;
-  const double* v = b ? b->at(r, static_cast<size_t>(step.b[e])) : nullptr;
+void binary(const Step& step, int64_t first, size_t e, Jets* a, Jets* b, Jets& made) {
+  Lanes* out = made.at(e);
+  const Lanes* u = a ? a->at(step.a[e]) : nullptr;
+  const Lanes* v = b ? b->at(step.b[e]) : nullptr;
+  const Lanes one = Lanes{} + 1.0;
+  Lanes x{}, y{};
   switch (step.node.kind) {
     case kChosen:
-      return bend(made, u, 1, 0, out);
+      return add(made, u, one, out);
     case kLinear:
-      if (u) bend(made, u, step.node.alpha, 0, out);
-      if (v) bend(made, v, step.node.beta, 0, out);
+      if (u) add(made, u, step.node.alpha * one, out);
+      if (v) add(made, v, step.node.beta * one, out);
       return;
     case kTimes: {
-      if (u) bend(made, u, step.saved[1](row, e), 0, out);
-      if (v) bend(made, v, step.saved[0](row, e), 0, out);
-      if (u && v) cross(made, u, v, 1, out);
+      step.saved[0].read(first, e, x);
+      step.saved[1].read(first, e, y);
+      if (u) add(made, u, y, out);
+      if (v) add(made, v, x, out);
+      if (u && v) cross(made, u, v, one, out);
       return;
     }
     default: {  // kOver
-      const double y = 1 / step.saved[0](row, e);
-      if (u) bend(made, u, y, 0, out);
+      step.saved[0].read(first, e, x);
+      y = 1 / x;
+      if (u) add(made, u, y, out);
       if (!v) return;
-      const double x = step.saved[1](row, e) * y * y;
+      step.saved[1].read(first, e, x);
+      x = x * y * y;
       bend(made, v, -x, 2 * x * y, out);
       if (u) cross(made, u, v, -y * y, out);
     }
@@ -144,62 +155,80 @@ std::pair<double, double> slopes(const Node& node, double x) {
   }
 }
 
-void run(const Step& step, int64_t first, size_t rows, std::vector<Jets>& jets,
-         Jets& made) {
+// What is chosen in each row by indices of its own.
+void gather(const Step& step, int64_t first, Jets& from, Jets& made) {
+  const Node& node = step.node;
+  const Fibres of(node.inside, node.dim), to(node.sizes, node.dim);
+  for (int64_t e = 0; e < node.count; ++e) {
+    const int64_t outer = e / (to.length * to.inner), i = e % to.inner;
+    Lanes* out = made.at(static_cast<size_t>(e));
+    for (size_t r = 0; r < kRows; ++r) {
+      const int64_t row = first + static_cast<int64_t>(r);
+      const int64_t index = step.saved[0].whole(row, static_cast<size_t>(e));
+      if (node.step != 0 && index == node.start) continue;
+      const int64_t at = (outer * of.length + index) * of.inner + i;
+      const bool there = at >= 0 && at < static_cast<int64_t>(from.entries());
+      DROPOUT_CHECK(index >= 0 && index < of.length && there, kOp,
+                    ": expected an index below ", of.length, ", got ", index);
+      const Lanes* u = from.at(static_cast<size_t>(at));
+      for (size_t p = 0; p < made.size(); ++p) out[p][r] = u[p][r];
+    }
+  }
+}
+
+void unary(const Step& step, int64_t first, size_t e, Jets& a, Jets& made) {
+  Lanes one, two;
+  step.saved[0].read(first, e, one);
+  if (step.node.kind == kGiven) {
+    step.saved[1].read(first, e, two);
+  } else {
+    for (size_t r = 0; r < kRows; ++r) {
+      const auto [x, y] = slopes(step.node, one[r]);
+      one[r] = x;
+      two[r] = y;
+    }
+  }
+  bend(made, a.at(step.a[e]), one, two, made.at(e));
+}
+
+// Makes the jets of a node, of the rows from `first` on.
+void run(const Step& step, int64_t first, std::vector<Jets>& jets, Jets& made) {
   const Node& node = step.node;
   made.clear();
   Jets* a = node.a < 0 ? nullptr : &jets[static_cast<size_t>(node.a)];
   Jets* b = node.b < 0 ? nullptr : &jets[static_cast<size_t>(node.b)];
-  for (size_t r = 0; r < rows; ++r) {
-    const int64_t row = first + static_cast<int64_t>(r);
-    if (node.kind == kOutputs) {
-      for (size_t e = 0; e < made.entries(); ++e) made.at(r, e)[e] = 1;
-    } else if (node.kind == kSummed) {
-      for (size_t e = 0; e < a->entries(); ++e) {
-        const size_t to = static_cast<size_t>(step.a[e]);
-        bend(made, a->at(r, e), node.alpha, 0, made.at(r, to));
-      }
-    } else if (node.kind >= kLogSoftmax && node.kind <= kLogSumExp) {
-      softmaxes(step, Fibres(node.inside, node.dim), row, r, *a, made);
-    } else if (node.kind == kGathered) {
-      const Fibres from(node.inside, node.dim), to(node.sizes, node.dim);
-      for (int64_t e = 0; e < static_cast<int64_t>(made.entries()); ++e) {
-        const int64_t index = step.saved[0].whole(row, static_cast<size_t>(e));
-        const int64_t outer = e / (to.length * to.inner), i = e % to.inner;
-        const int64_t at = (outer * from.length + index) * from.inner + i;
-        const bool there = at >= 0 && at < static_cast<int64_t>(a->entries());
-        DROPOUT_CHECK(index >= 0 && index < from.length && there, kOp,
-                      ": expected an index below ", from.length, ", got ", index);
-        bend(made, a->at(r, static_cast<size_t>(at)), 1, 0,
-             made.at(r, static_cast<size_t>(e)));
-      }
-    } else {
-      for (size_t e = 0; e < made.entries(); ++e) {
-        if (node.kind >= kExp) {
-          const double x = step.saved[0](row, e);
-          const auto [one, two] = node.kind == kGiven
-                                      ? std::pair{x, step.saved[1](row, e)}
-                                      : slopes(node, x);
-          bend(made, a->at(r, static_cast<size_t>(step.a[e])), one, two, made.at(r, e));
-        } else {
-          binary(step, row, r, e, a, b, made);
-        }
-      }
+  const Lanes one = Lanes{} + 1.0;
+  if (node.kind == kOutputs) {
+    for (size_t e = 0; e < made.entries(); ++e) made.at(e)[e] = one;
+  } else if (node.kind == kSummed || node.kind == kPlaced) {
+    const Lanes factor = node.kind == kSummed ? node.alpha * one : one;
+    for (size_t e = 0; e < a->entries(); ++e) {
+      add(made, a->at(e), factor, made.at(step.a[e]));
+    }
+    for (size_t e = 0; b && e < made.entries(); ++e) {
+      add(made, b->at(step.b[e]), one, made.at(e));
+    }
+  } else if (node.kind >= kLogSoftmax && node.kind <= kLogSumExp) {
+    softmaxes(step, first, *a, made);
+  } else if (node.kind == kGathered) {
+    gather(step, first, *a, made);
+  } else {
+    for (size_t e = 0; e < made.entries(); ++e) {
+      if (node.kind >= kExp) unary(step, first, e, *a, made);
+      else binary(step, first, e, a, b, made);
     }
   }
 }
 
 template <class T>
-void write(const Jets& like, Jets& found, int64_t first, size_t rows, int64_t count,
-           T* blocks) {
-  const size_t k = like.width();
-  for (size_t r = 0; r < rows; ++r) {
-    const double* h = found.at(r, 0) + k;
-    const size_t row = static_cast<size_t>(first) + r, n = static_cast<size_t>(count);
-    for (size_t i = 0; i < k; ++i) {
-      for (size_t j = i; j < k; ++j, ++h) {
-        blocks[(i * n + row) * k + j] = static_cast<T>(*h);
-        blocks[(j * n + row) * k + i] = static_cast<T>(*h);
+void write(Jets& found, int64_t first, int64_t n, T* blocks) {
+  const int64_t k = static_cast<int64_t>(found.width());
+  const Lanes* h = found.at(0) + k;
+  for (int64_t i = 0; i < k; ++i) {
+    for (int64_t j = i; j < k; ++j, ++h) {
+      for (int64_t row = first; row < std::min<int64_t>(first + kRows, n); ++row) {
+        const T value = static_cast<T>((*h)[row - first]);
+        blocks[(i * n + row) * k + j] = blocks[(j * n + row) * k + i] = value;
       }
     }
   }
@@ -218,9 +247,9 @@ void loss_blocks(StableIValue* stack, uint64_t, uint64_t) {
     values.emplace_back(given.at<AtenTensorHandle>(i));
     values.back().make_contiguous();
   }
-  DROPOUT_CHECK(product(nodes.front().sizes) == k && product(nodes.back().sizes) == 1,
+  DROPOUT_CHECK(nodes.front().count == k && nodes.back().count == 1,
                 kOp, ": expected a loss of ", k, " outputs, got ",
-                product(nodes.back().sizes), " of ", product(nodes.front().sizes));
+                nodes.back().count, " of ", nodes.front().count);
   std::vector<Step> steps;
   std::vector<Jets> jets;
   for (const Node& node : nodes) {
@@ -240,18 +269,15 @@ void loss_blocks(StableIValue* stack, uint64_t, uint64_t) {
     if (node.b >= 0) {
       step.b = repeated(nodes[static_cast<size_t>(node.b)].sizes, node.sizes);
     }
-    const int64_t entries = node.kind == kOutputs ? k : product(node.sizes);
-    jets.emplace_back(static_cast<size_t>(entries), static_cast<size_t>(k));
+    jets.emplace_back(static_cast<size_t>(node.count), static_cast<size_t>(k));
     steps.push_back(std::move(step));
   }
   const int64_t sizes[] = {k, n, k};
   Tensor blocks = Tensor::empty(3, sizes, outputs.dtype(), outputs.device());
   for (int64_t first = 0; first < n; first += kRows) {
-    const size_t rows = static_cast<size_t>(std::min(kRows, n - first));
-    for (size_t i = 0; i < steps.size(); ++i) run(steps[i], first, rows, jets, jets[i]);
-    Jets& last = jets.back();
-    if (wide) write(last, last, first, rows, n, static_cast<double*>(blocks.data()));
-    else write(last, last, first, rows, n, static_cast<float*>(blocks.data()));
+    for (size_t i = 0; i < steps.size(); ++i) run(steps[i], first, jets, jets[i]);
+    if (wide) write(jets.back(), first, n, static_cast<double*>(blocks.data()));
+    else write(jets.back(), first, n, static_cast<float*>(blocks.data()));
   }
   stack[0] = to_stack(std::move(blocks));
 }

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "arguments.h"
+#include "lanes.h"
 
 namespace dropout {
 namespace {
@@ -132,29 +133,35 @@ void softmax_roots(StableIValue* stack, uint64_t, uint64_t) {
   });
 }
 
-// Turns a symmetric matrix `a` into its eigenvalues, on the diagonal, and `v` into the
+// Turns symmetric matrices `a` into their eigenvalues, on the diagonal, and `v` into the
 // eigenvectors, its columns: rotations of two axes at a time, cyclically (Jacobi 1846),
-// until the squares beside the diagonal are below `rest` of all.
-void diagonalize(double* a, double* v, size_t k, double rest) {
+// until the squares beside each diagonal are below `rest` of all.
+void diagonalize(Lanes* a, Lanes* v, size_t k, double rest) {
   constexpr int kTurns = 50;
-  for (size_t i = 0; i < k * k; ++i) v[i] = i % (k + 1) ? 0 : 1;
+  for (size_t i = 0; i < k * k; ++i) v[i] = Lanes{} + (i % (k + 1) ? 0.0 : 1.0);
   for (int turn = 0; turn < kTurns; ++turn) {
-    double off = 0, all = 0;
+    Lanes off{}, all{};
     for (size_t i = 0; i < k * k; ++i) {
       all += a[i] * a[i];
-      off += i % (k + 1) ? a[i] * a[i] : 0;
+      if (i % (k + 1)) off += a[i] * a[i];
     }
-    if (!(off > rest * all)) return;
+    bool done = true;
+    for (size_t r = 0; r < kRows; ++r) done = done && !(off[r] > rest * all[r]);
+    if (done) return;
     for (size_t p = 0; p < k; ++p) {
       for (size_t q = p + 1; q < k; ++q) {
-        const double between = a[p * k + q];
-        if (between == 0) continue;
-        const double theta = (a[q * k + q] - a[p * k + p]) / (2 * between);
-        const double tangent = 1 / (std::abs(theta) + std::sqrt(theta * theta + 1));
-        const double t = std::copysign(tangent, theta);
-        const double c = 1 / std::sqrt(t * t + 1), s = t * c;
-        const auto rotate = [c, s](double& x, double& y) {
-          const double old = x;
+        Lanes c, s;
+        for (size_t r = 0; r < kRows; ++r) {
+          const double between = a[p * k + q][r];
+          const double theta =
+              (a[q * k + q][r] - a[p * k + p][r]) / (2 * between);
+          const double tangent = 1 / (std::abs(theta) + std::sqrt(theta * theta + 1));
+          const double t = between == 0 ? 0 : std::copysign(tangent, theta);
+          c[r] = 1 / std::sqrt(t * t + 1);
+          s[r] = t * c[r];
+        }
+        const auto rotate = [&](Lanes& x, Lanes& y) {
+          const Lanes old = x;
           x = c * old - s * y;
           y = s * old + c * y;
         };
@@ -175,28 +182,36 @@ void block_roots(StableIValue* stack, uint64_t, uint64_t) {
   const Numbers given = numbers(op, columns);
   const int64_t* sizes = columns.sizes() + 1;
   const size_t n = static_cast<size_t>(sizes[0]), k = static_cast<size_t>(sizes[1]);
-  Numbers values(n * k), vectors(n * k * k), block(k * k);
+  Numbers values(n * k);
+  std::vector<Lanes> vectors((n + kRows - 1) / kRows * k * k), block(k * k);
   const double rest = is_double(op, columns) ? 1e-30 : 1e-16;  // under its rounding
-  for (size_t i = 0; i < n; ++i) {
-    bool finite = true;
+  for (size_t first = 0; first < n; first += kRows) {
+    const size_t rows = std::min(kRows, n - first);
+    Lanes whole{};  // 0 where all is finite
     for (size_t p = 0; p < k; ++p) {
       for (size_t q = 0; q < k; ++q) {
-        const double x = (given[(p * n + i) * k + q] + given[(q * n + i) * k + p]) / 2;
-        finite = finite && std::isfinite(x);
-        block[p * k + q] = x;
+        Lanes& entry = block[p * k + q] = Lanes{};
+        for (size_t r = 0; r < rows; ++r) {
+          const size_t i = first + r;
+          entry[r] = (given[(p * n + i) * k + q] + given[(q * n + i) * k + p]) / 2;
+        }
+        whole += entry - entry;
       }
     }
-    diagonalize(block.data(), &vectors[i * k * k], k, rest);
+    diagonalize(block.data(), &vectors[first / kRows * k * k], k, rest);
     for (size_t c = 0; c < k; ++c) {
-      values[i * k + c] =
-          finite ? block[c * (k + 1)] : std::numeric_limits<double>::quiet_NaN();
+      for (size_t r = 0; r < rows; ++r) {
+        const double none = std::numeric_limits<double>::quiet_NaN();
+        values[(first + r) * k + c] = whole[r] == 0 ? block[c * (k + 1)][r] : none;
+      }
     }
   }
   give_roots(op, stack, values, 2, sizes, columns.dtype(), [&](Numbers& root) {
     Numbers turned(root.size());
-    for (size_t i = 0; i < root.size(); ++i) {
-      const double* own = &root[i / k * k];
-      for (size_t c = 0; c < k; ++c) turned[i] += vectors[i * k + c] * own[c];
+    for (size_t e = 0; e < root.size(); ++e) {
+      const size_t i = e / k;
+      const Lanes* own = &vectors[(i / kRows * k + e % k) * k];
+      for (size_t c = 0; c < k; ++c) turned[e] += own[c][i % kRows] * root[i * k + c];
     }
     root.swap(turned);
   });

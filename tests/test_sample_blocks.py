@@ -107,6 +107,41 @@ def gammas(f, y):
     return (torch.lgamma(a) * torch.lgamma(b) + powers.square()).mean()
 
 
+def matrices(f, y):
+    w, head = y[:2].T.contiguous(), nn.Parameter(y[:, :2].clone())
+    each = f[:, :, None] * y[:, None] + f[:, None].exp()
+    both = torch.addmm(f.sin()[:, :2], f, w, beta=3, alpha=2)
+    rows = (
+        (f @ w).exp(), both.cos(), F.linear(f, w.T, w[0]).sin(),
+        (f.cos() @ w[:, 0]).exp(), F.linear(f[:, None], w.T).sin(),
+        (f.tanh() @ head[2:]).square(), torch.bmm(each, each.sin()).cos(),
+        (each @ y.view(N, K, 1)).sin(), torch.bmm(y.view(N, 1, K), each).sin(),
+        torch.baddbmm(each, y.view(N, K, 1), f.view(N, 1, K), alpha=0.5).sin(),
+        torch.baddbmm(each.detach(), each, each, beta=2).cos(),
+        torch.einsum("nij,njk->nki", each, each.cos()).sin(),
+        torch.einsum("ni,ni->n", f, f.exp() * y).square(),
+        torch.addmm(f[:, :2], y, w, beta=2).cosh(),
+        torch.baddbmm(each, y.view(N, K, 1), y.view(N, 1, K), beta=2).sin(),
+        (f @ head[:3].t().contiguous().t()).cosh(),
+    )  # fmt: skip
+    return sum((x * (i + 1)).sum() for i, x in enumerate(rows))
+
+
+def moved(f, y):
+    beside = torch.cat((f[:, 1:].exp(), y, f[:, :2] * f[:, 2:], f[:, :1].sin()), 1)
+    cube, places = beside.view(N, 2, 2, 2), torch.tensor([1, 0, 1])
+    order = cube.permute(0, 3, 1, 2).softmax(1) * cube
+    rows = (
+        beside, torch.cat((y[:, :1], f.exp()), -1), torch.cat((f.cosh(), y[:, :1]), 1),
+        torch.stack((y, f.exp(), f.sin() * y), 1).logsumexp(1), order,
+        torch.stack((f[:, 0], f[:, 1].exp()), -1) * torch.hstack((f[:, 2:], f[:, :1])),
+        beside[:, :6].view(N, 3, 2).mT * y.view(N, 1, K),
+        f.view(N, 1, K, 1).permute(0, 2, 3, 1).transpose(-1, -2).exp(),
+        order.index_select(2, places).index_select(-3, places[1:2]),
+    )  # fmt: skip
+    return sum((x * (x + i)).sin().sum() for i, x in enumerate(rows))
+
+
 LOSSES = {
     "Gaussian": lambda f, y: F.gaussian_nll_loss(f[:, :1], y[:, :1], f[:, 1:2].exp()),
     "divergence": divergence,
@@ -147,6 +182,8 @@ LOSSES = {
     "functions": functions,
     "shapes": shapes,
     "joined": joined,
+    "matrices": matrices,
+    "moved": moved,
 }  # fmt: skip
 
 
@@ -258,6 +295,23 @@ MEETING = {
     "rows joined": lambda f: (f.view(1, 9) * f.view(1, 9)).exp().sum(),
     "repeated further": lambda f: (f[:, 0].expand(3, 3) * f).exp().sum(),
     "a sum repeated": lambda f: (f.sum() + torch.ones(3)).exp().sum(),
+    "all products of rows": lambda f: (f @ f.t()).exp().sum(),
+    "a product over rows": lambda f: (f.t() @ f).exp().sum(),
+    "rows times others": lambda f: (torch.ones(3, 3).double() @ f).exp().sum(),
+    "rows times each other": lambda f: (f @ f.exp()).exp().sum(),
+    "columns in the place of rows": lambda f: (f @ f[:, 0]).exp().sum(),
+    "rows added to a product": lambda f: torch.addmm(f[0], f, f.detach()).exp().sum(),
+    "a column added to a product": lambda f: (
+        torch.addmm(f[:, 0], f, f.detach()).exp().sum()
+    ),
+    "rows below rows": lambda f: (torch.cat((f, f)) * torch.cat((f.t(), f))).sum(),
+    "rows in a stack": lambda f: (torch.stack((f, f)) * f).exp().sum(),
+    "rows in the second place": lambda f: (f.view(3, 1, 3).transpose(0, 1) * f).sum(),
+    "permuted rows": lambda f: (f.permute(1, 0) * f).exp().sum(),
+    "rows by number": lambda f: (f.index_select(0, torch.tensor([1, 0, 2])) * f).sum(),
+    "beside constants of unknown size": lambda f: (
+        torch.cat((f.detach(), f, f.detach()), 1).exp().sum()
+    ),
     "not known": lambda f: f.cumsum(1).exp().sum(),
 }
 
@@ -347,36 +401,41 @@ def test_what_the_compiled_kernel_cannot_read_is_named():
     if not registration.COMPILED:
         pytest.skip("no compiled kernels")
     f, start = torch.ones(2, 3), [0, -1, -1, 0, 0, 0, 0, 1, 3]
-    total = [5, 0, -1, 1, 0, 0, 0, 0]
+    total = [6, 0, -1, 1, 0, 0, 0, 0]
     for program, values, message in (
         ([], (), "expected a program, got none"),
         (start, (), "a loss of 3 outputs, got 3 of 3"),
         ([*start[:-1], 4, *total], (), "a loss of 3 outputs, got 1 of 4"),
         ([*start, *total[:-1]], (), "a longer program than 16"),
+        ([*start[:6], 2**40], (), "a longer program than 7 numbers, for 1099511627776"),
         ([*start, 99, *total[1:]], (), "before it, got kind 99 of 0 and -1"),
-        ([*start, 5, 1, *total[2:]], (), "before it, got kind 5 of 1 and -1"),
-        ([*start, 5, -1, *total[2:]], (), "before it, got kind 5 of -1 and -1"),
-        ([*start, 10, *total[1:]], (), "1 values for kind 10, got 0"),
-        ([*start, 5, 0, -1, 0, 0, 0, 0, 0], (), "expected 3 sums, got 1"),
+        ([*start, 6, 1, *total[2:]], (), "before it, got kind 6 of 1 and -1"),
+        ([*start, 6, -1, *total[2:]], (), "before it, got kind 6 of -1 and -1"),
+        ([*start, 11, *total[1:]], (), "1 values for kind 11, got 0"),
+        ([*start, 6, 0, -1, 0, 0, 0, 0, 0], (), "expected 3 sums, got 1"),
     ):
         with pytest.raises(RuntimeError, match=message):
             registration.loss_blocks(f, program, [0.0] * 9, list(values))
     total[1] = 1
     for node, value, message in (
-        ([10, 0, -1, 0, 0, 0, 1, 4, 0], f, "expected 5 values, got 1"),
-        ([10, 0, -1, 0, 0, 0, 1, 0, 0], f.half(), "got float16"),
-        ([10, 0, -1, 0, 0, 0, 1, 0, 1, 3], f[:1].repeat(3, 1), "of 2 rows, got 3"),
-        ([10, 0, -1, 0, 0, 0, 1, 0, 1, 2], f, "expected 2 entries or one"),
+        ([11, 0, -1, 0, 0, 0, 1, 4, 0], f, "expected 5 values, got 1"),
+        ([11, 0, -1, 0, 0, 0, 1, 0, 0], f.half(), "got float16"),
+        ([11, 0, -1, 0, 0, 0, 1, 0, 1, 3], f[:1].repeat(3, 1), "of 2 rows, got 3"),
+        ([11, 0, -1, 0, 0, 0, 1, 0, 1, 2], f, "expected 2 entries or one"),
         ([4, 0, -1, 1, 0, 1, 0, 1, 1], f, "a dimension below 1, got 1"),
         ([4, 0, -1, 0, 3, 1, 0, 1, 1], f, "an entry below 3, got 3"),
         ([4, 0, -1, 1, 0, 1, 0, 2, 3, 2], f[:, :1], "a dimension below 1, got 1"),
-        ([10, 0, -1, 0, 0, 0, 1, 0, 1, -3], f, "got a size of -3"),
-        ([10, 0, -1, 0, 0, 0, 1, 0, 2, 2**32, 2**32], f, "got a size of 4294967296"),
-        ([6, 0, -1, 0, 0, 0, 1, 0, 0], f[:, 0].long(), "1 dimensions of a row, got 0"),
-        ([9, 0, -1, 0, 0, 0, 2, 0, 0, 1, 3], f, "expected 1 entries, got 3"),
-        ([7, 0, -1, 1, 0, 0, 1, 0, 1, 3], f, "a dimension below 1, got 1"),
-        ([6, 0, -1, 0, 0, 0, 1, 0, 1, 1], f[:, :1], "indices of int64"),
-        ([6, 0, -1, 0, 0, 0, 1, 0, 1, 1], 3 * f[:, :1].long(), "below 3, got 3"),
+        ([4, 0, -1, -1, 0, 1, 0, 1, 1], f, "a dimension below 1, got -1"),
+        ([5, 0, -1, 1, 0, 1, 0, 1, 4], f, "a dimension below 1, got 1"),
+        ([5, 0, -1, 0, 2, 1, 0, 1, 4], f, "an entry below 4, got 4"),
+        ([5, 0, -1, 0, 0, 1, 0, 2, 4, 2], f, "expected 2 entries, got 3"),
+        ([11, 0, -1, 0, 0, 0, 1, 0, 1, -3], f, "got a size of -3"),
+        ([11, 0, -1, 0, 0, 0, 1, 0, 2, 2**32, 2**32], f, "got a size of 4294967296"),
+        ([7, 0, -1, 0, 0, 0, 1, 0, 0], f[:, 0].long(), "1 dimensions of a row, got 0"),
+        ([10, 0, -1, 0, 0, 0, 2, 0, 0, 1, 3], f, "expected 1 entries, got 3"),
+        ([8, 0, -1, 1, 0, 0, 1, 0, 1, 3], f, "a dimension below 1, got 1"),
+        ([7, 0, -1, 0, 0, 0, 1, 0, 1, 1], f[:, :1], "indices of int64"),
+        ([7, 0, -1, 0, 0, 0, 1, 0, 1, 1], 3 * f[:, :1].long(), "below 3, got 3"),
     ):
         with pytest.raises(RuntimeError, match=message):
             registration.loss_blocks(f, [*start, *node, *total], [0.0] * 9, [value])
@@ -391,7 +450,7 @@ def test_what_is_chosen_unevenly_is_named():
         pytest.skip("no compiled kernels")
     f = torch.ones(2, 2, 2)
     program = [0, -1, -1, 0, 0, 0, 0, 2, 2, 2, 4, 0, -1, 0, 0, 1, 0, 1, 3,
-               5, 1, -1, 1, 0, 0, 0, 0]  # fmt: skip
+               6, 1, -1, 1, 0, 0, 0, 0]  # fmt: skip
     with pytest.raises(RuntimeError, match="expected 2 entries, got 3"):
         registration.loss_blocks(f, program, [0.0] * 6, [])
 
@@ -413,6 +472,20 @@ def test_a_loss_that_makes_much_of_each_row_has_products(count):
     assert (found is None) == (count * N > 2**12)
 
 
+@pytest.mark.parametrize("width", [32, 33])
+def test_products_of_many_entries_are_not_told(width):
+    f = torch.rand(32, 4, dtype=torch.float64, requires_grad=True)
+    value = (f @ torch.rand(4, width).double()).exp().mean()
+    assert (sample_blocks.blocks_of(f, nodes_of(value)) is None) == (width > 32)
+
+
+def test_what_the_kernel_cannot_read_is_not_told():
+    f, y = torch.randn(2, N, K)
+    assert told(lambda f, y: (f.exp() * y.half()).sum(), f, y) is None
+    places = torch.tensor([1, 0], dtype=torch.int32)
+    assert told(lambda f, _: f.index_select(1, places).exp().sum(), f, y) is None
+
+
 def test_where_all_labels_are_ignored_there_are_zeros():
     f = torch.rand(N, K, dtype=torch.float64, requires_grad=True)
     value = F.cross_entropy(f * f, torch.full((N,), -100))
@@ -421,8 +494,8 @@ def test_where_all_labels_are_ignored_there_are_zeros():
 
 def test_opcheck():
     f = torch.rand(4, 3)
-    program = [0, -1, -1, 0, 0, 0, 0, 1, 3, 10, 0, -1, 0, 0, 0, 1, 0, 1, 3,
-               5, 1, -1, 1, 0, 0, 0, 0]  # fmt: skip
+    program = [0, -1, -1, 0, 0, 0, 0, 1, 3, 11, 0, -1, 0, 0, 0, 1, 0, 1, 3,
+               6, 1, -1, 1, 0, 0, 0, 0]  # fmt: skip
     given = f, program, [0.0, 0.0, 0.0, 0.0, 1.0, 0.0], [f.exp()]
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(registration.loss_blocks, given, test_utils=tests)

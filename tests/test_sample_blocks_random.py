@@ -28,11 +28,18 @@ ALONG = (
     lambda x, d: x.gather(d, torch.zeros_like(x).long()), lambda x, _: x.sum(),
     lambda x, _: x[::2], lambda x, _: x.flatten(), lambda x, _: x.flatten(1),
     lambda x, d: x.transpose(0, d), lambda x, _: x.expand(2, *x.shape),
+    lambda x, d: x.transpose(-1, d), lambda x, d: torch.cat((x, x.sin()), d),
+    lambda x, d: torch.stack((x, x.cos()), d), lambda x, _: torch.hstack((x, x)),
+    lambda x, d: x.index_select(d, torch.zeros(2).long()),
 )  # fmt: skip
 OF_TWO = (
     torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum, torch.rsub,
     lambda x, y: x / (y * y + 1), lambda x, y: torch.where(x > y, x, y * 2),
     lambda x, y: torch.add(x, y, alpha=0.5), lambda x, y: torch.xlogy(x, y * y + 1),
+    torch.matmul, lambda x, y: x @ y.mT, lambda x, y: x.mT @ y,
+    lambda x, y: torch.cat((y, x), -1), lambda x, y: torch.baddbmm(x, y, x.mT @ y),
+    lambda x, y: torch.addmm(y, x, y.mT @ y),
+    lambda x, y: x[..., None] @ y[..., None, :],
 )  # fmt: skip
 
 

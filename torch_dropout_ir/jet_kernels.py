@@ -26,31 +26,32 @@ class Kind(enum.IntEnum):
     TIMES = 2  # of both values
     OVER = 3  # of the values of b and a
     CHOSEN = 4  # from `start` by `step` along a dimension
-    SUMMED = 5  # alpha times the sum over the dimensions that have a bit in `dim`
-    GATHERED = 6  # by the indices that are its value
-    LOG_SOFTMAX = 7
-    SOFTMAX = 8
-    LOG_SUM_EXP = 9
-    EXP = 10  # a function of one number each from here on
-    EXPM1 = 11
-    LOG = 12
-    LOG1P = 13
-    SQRT = 14
-    RSQRT = 15
-    RECIPROCAL = 16
-    SIGMOID = 17
-    TANH = 18
-    COSH = 19
-    SINH = 20
-    SIN = 21
-    COS = 22
-    ABS = 23
-    RELU = 24
-    CLAMP = 25  # to [alpha, beta]
-    LOG_SIGMOID = 26
-    SOFTPLUS = 27  # of alpha x, linear above beta
-    POWER = 28  # alpha
-    GIVEN = 29  # its values are the first and second derivative
+    PLACED = 5  # so in zeros of its shape, and b
+    SUMMED = 6  # alpha times the sum over the dimensions that have a bit in `dim`
+    GATHERED = 7  # by the indices that are its value; with `step`, none at `start`
+    LOG_SOFTMAX = 8
+    SOFTMAX = 9
+    LOG_SUM_EXP = 10
+    EXP = 11  # a function of one number each from here on
+    EXPM1 = 12
+    LOG = 13
+    LOG1P = 14
+    SQRT = 15
+    RSQRT = 16
+    RECIPROCAL = 17
+    SIGMOID = 18
+    TANH = 19
+    COSH = 20
+    SINH = 21
+    SIN = 22
+    COS = 23
+    ABS = 24
+    RELU = 25
+    CLAMP = 26  # to [alpha, beta]
+    LOG_SIGMOID = 27
+    SOFTPLUS = 28  # of alpha x, linear above beta
+    POWER = 29  # alpha
+    GIVEN = 30  # its values are the first and second derivative
 
 
 class Node(NamedTuple):
@@ -136,8 +137,10 @@ def _made(
     if a is None or node.kind in (Kind.LINEAR, Kind.TIMES, Kind.OVER):
         a, b = (None if x is None else _shaped(x, shape) for x in (a, b))
         return _binary(node, a, b, saved, width)
+    if node.kind == Kind.PLACED:
+        return _put(node, a, b, shape)
     if node.kind in (Kind.CHOSEN, Kind.SUMMED, Kind.GATHERED):
-        return _placed(node, a, saved)
+        return _chosen(node, a, saved)
     if node.kind in (Kind.LOG_SOFTMAX, Kind.SOFTMAX, Kind.LOG_SUM_EXP):
         return _softmaxes(node, a, saved, width)
     one, two = (
@@ -183,15 +186,28 @@ def _binary(
     return found + _bent(b, -saved[1] * y**2, 2 * saved[1] * y**3, width)
 
 
-def _placed(node: Node, jets: Tensor, saved: Sequence[Tensor]) -> Tensor:
+def _put(node: Node, jets: Tensor, b: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """Put entries into a larger tensor."""
+    whole = jets.new_zeros(tuple(shape))
+    places = torch.arange(jets[0].numel() * shape[node.dim + 1], device=jets.device)
+    places = places[: jets[0].numel() * shape[node.dim + 1] // whole[0].numel()]
+    places = node.start + node.step * places
+    sizes = *shape[: node.dim + 1], len(places), *shape[node.dim + 2 :]
+    whole.index_copy_(node.dim + 1, places, jets.reshape(sizes))
+    return whole if b is None else whole + _shaped(b, shape)
+
+
+def _chosen(node: Node, jets: Tensor, saved: Sequence[Tensor]) -> Tensor:
     """Choose entries, or add them up."""
     dim, sizes = node.dim + 1, jets.shape[1:-1]
     if node.kind == Kind.SUMMED:
         dims = [d + 1 for d in range(len(sizes)) if node.dim >> d & 1]
         return node.alpha * (jets.sum(dims) if dims else jets)
     if node.kind == Kind.GATHERED:
-        index = saved[0][..., None]
-        return jets.gather(dim, index.expand(*saved[0].shape, jets.shape[-1]))
+        none = (saved[0] == node.start) & bool(node.step)
+        index = saved[0].masked_fill(none, 0)[..., None]
+        index = index.expand(len(jets), *node.sizes, jets.shape[-1])
+        return jets.gather(dim, index).masked_fill(none[..., None], 0)
     count = math.prod(node.sizes) * sizes[node.dim] // sizes.numel()
     places = torch.arange(count, device=jets.device)
     return jets.index_select(dim, node.start + node.step * places)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.jet_kernels import Kind
-from torch_dropout_ir.jet_program import Program, Rule
+from torch_dropout_ir.jet_program import Program, Rule, signed
 
 Slopes = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -61,19 +61,26 @@ def _logistic(node: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _likelihood(to: Program, node: Any, inputs: list[int]) -> int | None:
     """Linear in log-probabilities: minus that of the label, times its weight."""
-    x, labels, weight = node._saved_self, node._saved_target, node._saved_weight
-    if to.sizes[inputs[0]] is None or x.ndim != 2:
+    labels, weight = node._saved_target, node._saved_weight
+    if to.sizes[inputs[0]] is None or node._saved_self.ndim != 2:
         return None
-    known, reduction = labels != node._saved_ignore_index, node._saved_reduction
-    places = labels.where(known, 0)
-    each = -known.to(x) * (1.0 if weight is None else weight[places])
-    if reduction == 1:  # of none at all it is 0 / 0
-        each = (each / node._saved_total_weight).masked_fill_(each == 0, 0)
-    chosen = to.add(Kind.GATHERED, (1,), inputs[0], -1, (places[:, None],))
-    if chosen is None:
-        return None
-    number = to.add(Kind.TIMES, (), chosen, -1, (each, each))
-    return to.total(number, 1.0) if number and reduction else number
+    ignored, reduction = signed(node._saved_ignore_index, 0), node._saved_reduction
+    number = to.add(
+        Kind.GATHERED,
+        (1,),
+        inputs[0],
+        -1,
+        (labels.unsqueeze(1),),
+        start=ignored,
+        step=1,
+    )
+    number = to.add(Kind.LINEAR, (), number, alpha=-1.0)
+    if weight is not None:
+        each = weight[labels.where(labels != ignored, 0)]
+        number = to.add(Kind.TIMES, (), number, -1, (each, each))
+    total = float(node._saved_total_weight) if reduction == 1 else 1.0
+    # Of no label at all it is 0 / 0.
+    return to.total(number, 1 / total if total else 0.0) if reduction else number
 
 
 LOSSES: Final[dict[str, Rule]] = {

@@ -1,8 +1,11 @@
-"""Floor 1: what chooses entries of a row, in a program."""
+"""Floor 1: what moves entries of a row to other places, in a program."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
+
+import torch
 
 from torch_dropout_ir.jet_kernels import Kind
 from torch_dropout_ir.jet_program import Program, Rule, signed
@@ -15,7 +18,7 @@ def _sliced(to: Program, node: Any, inputs: list[int]) -> int | None:
     dim, shape = signed(node._saved_dim, len(own) + 1), node._input_metadata[0].shape
     if not dim:
         whole = shape[0] == to.rows and node._saved_step == 1
-        return to.add(Kind.LINEAR, own, inputs[0], alpha=1.0) if whole else None
+        return to.reshaped(own, inputs[0]) if whole else None
     start = max(0, signed(node._saved_start, own[dim - 1]))
     step = node._saved_step
     return to.add(
@@ -24,41 +27,97 @@ def _sliced(to: Program, node: Any, inputs: list[int]) -> int | None:
 
 
 def _selected(to: Program, node: Any, inputs: list[int]) -> int | None:
-    own = to.sizes[inputs[0]]
-    if own is None:
+    if (place := to.along(inputs[0], node._saved_dim)) is None:
         return None
-    dim = signed(node._saved_dim, len(own) + 1) - 1
-    if dim < 0:
-        return None
-    place, sizes = signed(node._saved_index, own[dim]), (*own[:dim], *own[dim + 1 :])
-    return to.add(Kind.CHOSEN, sizes, inputs[0], dim=dim, start=place, step=1)
+    own, dim = place
+    start, sizes = signed(node._saved_index, own[dim]), (*own[:dim], *own[dim + 1 :])
+    return to.add(Kind.CHOSEN, sizes, inputs[0], dim=dim, start=start, step=1)
 
 
 def _gathered(to: Program, node: Any, inputs: list[int]) -> int | None:
     a, index = inputs[0], node._saved_index
-    sizes, own = to.elementwise(node, a, -1, False), to.sizes[a]
-    if sizes is False or sizes is None or own is None:
+    sizes, place = to.elementwise(node, a, -1, False), to.along(a, node._saved_dim)
+    if not sizes or place is None:
         return None
-    dim = signed(node._saved_dim, len(own) + 1) - 1
-    sized = (*sizes[: max(0, dim)], *own[dim : dim + 1], *sizes[dim + 1 :])
-    if dim < 0 or sized != tuple(own):
+    own, dim = place
+    sized = (*sizes[:dim], *own[dim : dim + 1], *sizes[dim + 1 :])
+    if sized != tuple(own):
         return None
     return to.add(Kind.GATHERED, sizes, a, -1, (index,), dim=dim)
 
 
 def _parted(to: Program, node: Any, inputs: list[int]) -> int | None:
     """Parts along a dimension of a row, one after the other."""
-    own, number = to.sizes[inputs[0]], None
-    if own is None:
+    if (place := to.along(inputs[0], node._saved_dim)) is None:
         return None
-    dim, start = signed(node._saved_dim, len(own) + 1) - 1, 0
-    if dim < 0:
-        return None
+    own, dim = place
+    number, start = None, 0
     for part in node._input_metadata:
         sizes = part.shape[1:]
         number = to.add(Kind.CHOSEN, sizes, inputs[0], dim=dim, start=start, step=1)
         start += sizes[dim] if len(sizes) == len(own) else 1
     return number
+
+
+def _joined(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """Tensors beside one another along a dimension of a row."""
+    shape, stacked = node._input_metadata[0].shape, "Stack" in node.name()
+    dim = signed(node._saved_dim, len(shape)) - 1
+    if dim < 0:
+        return None
+    counts, number = [], -1  # of a constant the size is not known
+    for i in inputs:
+        own = to.sizes[i] if i >= 0 else None
+        counts.append(1 if stacked else own[dim] if own else -1)
+    for k, i in enumerate(inputs):
+        if i < 0:
+            continue
+        left, right = counts[:k], counts[k:]
+        if -1 in left and -1 in right:
+            return None
+        start = shape[dim + 1] - sum(right) if -1 in left else sum(left)
+        added = to.add(Kind.PLACED, shape[1:], i, number, dim=dim, start=start, step=1)
+        if added is None:
+            return None
+        number = added
+    return number
+
+
+def _turned(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """Dimensions of a row in another order."""
+    own, name = to.sizes[inputs[0]], node.name()
+    if own is None:
+        return None
+    count = len(own) + 1
+    dims = list(range(count))
+    if "Permute" in name:
+        dims = [signed(d, count) for d in node._saved_dims]
+    elif "Transpose" in name:
+        i, j = signed(node._saved_dim0, count), signed(node._saved_dim1, count)
+        dims[i], dims[j] = j, i
+    else:
+        dims.reverse()
+    if dims[:1] != [0]:
+        return None
+    sizes = [own[d - 1] for d in dims[1:]]
+    moved = [d for d in dims[1:] if own[d - 1] > 1]
+    if moved == sorted(moved):
+        return to.reshaped(sizes, inputs[0])
+    places = torch.arange(math.prod(own), device="cpu").view(*own)
+    index = places.permute([d - 1 for d in dims[1:]]).reshape(1, -1)
+    flat = to.reshaped(index.shape[1:], inputs[0])
+    number = to.add(Kind.GATHERED, index.shape[1:], flat, -1, (index,))
+    return to.reshaped(sizes, number)
+
+
+def _indexed(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """Entries along a dimension by number: of all rows the same ones."""
+    if (place := to.along(inputs[0], node._saved_dim)) is None:
+        return None
+    (own, dim), index = place, node._saved_index
+    sizes = *own[:dim], index.numel(), *own[dim + 1 :]
+    index = index.view(*(1,) * (dim + 1), -1, *(1,) * (len(own) - dim - 1))
+    return to.add(Kind.GATHERED, sizes, inputs[0], -1, (index,), dim=dim)
 
 
 # Those that have more than one result.
@@ -67,5 +126,8 @@ PLACES: Final[dict[str, Rule]] = {
     "SliceBackward0": _sliced,
     "SelectBackward0": _selected,
     "GatherBackward0": _gathered,
+    "IndexSelectBackward0": _indexed,
     **dict.fromkeys(SEVERAL, _parted),
+    **dict.fromkeys(("CatBackward0", "StackBackward0"), _joined),
+    **dict.fromkeys(("PermuteBackward0", "TransposeBackward0", "TBackward0"), _turned),
 }

@@ -15,7 +15,7 @@ Shape: TypeAlias = "Sequence[int]"
 # Adds a node to a program, of inputs by number, and returns its own; None where rows
 # may meet in what it makes.
 Rule: TypeAlias = "Callable[[Program, Any, list[int]], int | None]"
-_DTYPES: Final = (torch.float32, torch.float64, torch.int64, torch.bool)
+_DTYPES: Final = {torch.float32, torch.float64, torch.int64, torch.bool}
 _ENTRIES: Final = 2**12  # of all rows: above that products take less time, and memory
 _MOST: Final = 2**63  # dimensions and places are saved without a sign
 
@@ -42,26 +42,48 @@ class Program:
         self.values: list[Tensor] = []
         self.add(Kind.OUTPUTS, shape[1:])
 
+    @property
+    def readable(self) -> bool:
+        """Whether the kernel can read all that has been saved."""
+        return {x.dtype for x in self.values} <= _DTYPES
+
     def add(
-        self, kind: Kind, sizes: Shape | None, a: int = -1, b: int = -1,
+        self, kind: Kind, sizes: Shape | None, a: int | None = -1, b: int | None = -1,
         values: Sequence[Tensor] = (), dim: int = 0, start: int = 0, step: int = 0,
         alpha: float = 0.0, beta: float = 0.0,
     ) -> int | None:  # fmt: skip
         """Add a node; return its number, None where the kernel is not to make it."""
         first, own = len(self.values), () if sizes is None else sizes
-        if self.rows * math.prod(own) > _ENTRIES:
+        if a is None or b is None or self.rows * math.prod(own) > _ENTRIES:
             return None
-        for x in values:
-            if x.dtype not in _DTYPES:
-                return None
-        self.steps += (kind, a, b, dim, start, step, len(values))
-        if values:
-            self.values += values
-            self.steps += range(first, first + len(values))
-        self.steps += (len(own), *own)
+        self.values += values
+        self.steps += (
+            kind, a, b, dim, start, step,
+            len(values), *range(first, len(self.values)), len(own), *own,
+        )  # fmt: skip
         self.numbers += (alpha, beta)
         self.sizes.append(sizes)
         return len(self.sizes) - 1
+
+    def reshaped(self, sizes: Shape, a: int | None) -> int | None:
+        """Add the same entries in a row of another shape."""
+        return self.add(Kind.LINEAR, sizes, a, alpha=1.0)
+
+    def along(self, a: int, saved: int) -> tuple[Shape, int] | None:
+        """Return the shape of a row of a node, and a dimension of it.
+
+        Args:
+            a: The node, by number.
+            saved: The dimension of a tensor that has been saved.
+
+        Returns:
+            Both; None of the dimension of the rows themselves, and of a sum over rows.
+        """
+        own = self.sizes[a]
+        if own is None:
+            return None
+        dim = signed(saved, len(own) + 1) - 1
+        return (own, dim) if dim >= 0 else None
 
     def elementwise(
         self, node: Any, a: int, b: int, sums: bool
@@ -84,9 +106,9 @@ class Program:
         dims = {len(x) + 1 for x in own if x is not None}
         return shape[1:] if dims == {len(shape)} and shape[0] == self.rows else False
 
-    def total(self, a: int, alpha: float) -> int | None:
+    def total(self, a: int | None, alpha: float) -> int | None:
         """Add the sum of all entries, times a number."""
-        own = self.sizes[a]
+        own = None if a is None else self.sizes[a]
         if own is None:
             return None
         return self.add(Kind.SUMMED, None, a, dim=(1 << len(own)) - 1, alpha=alpha)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch_dropout_ir.jet_kernels import Kind
 from torch_dropout_ir.jet_losses import LOSSES
 from torch_dropout_ir.jet_places import PLACES
+from torch_dropout_ir.jet_products import PRODUCTS
 from torch_dropout_ir.jet_program import Program, Rule, signed
 
 
@@ -51,7 +52,7 @@ def _reshaped(to: Program, node: Any, inputs: list[int]) -> int | None:
     own, shape = to.sizes[inputs[0]], node._input_metadata[0].shape
     if own is None or math.prod(own) != math.prod(shape[1:]):
         return None
-    return to.add(Kind.LINEAR, shape[1:], inputs[0], alpha=1.0)
+    return to.reshaped(shape[1:], inputs[0])
 
 
 def _times(to: Program, node: Any, inputs: list[int]) -> int | None:
@@ -94,26 +95,21 @@ def _bent(
 
 
 def _softmax(to: Program, node: Any, inputs: list[int]) -> int | None:
-    own = to.sizes[inputs[0]]
-    if own is None:
+    if (place := to.along(inputs[0], node._saved_dim)) is None:
         return None
-    dim = signed(node._saved_dim, len(own) + 1) - 1
-    if dim < 0:
-        return None
+    own, dim = place
     kind = Kind.LOG_SOFTMAX if "Log" in node.name() else Kind.SOFTMAX
     return to.add(kind, own, inputs[0], -1, (node._saved_result,), dim=dim)
 
 
 def _log_sum_exp(to: Program, node: Any, inputs: list[int]) -> int | None:
-    own = to.sizes[inputs[0]]
-    if own is None or len(node._saved_dim) != 1:
+    if len(node._saved_dim) != 1:
         return None
-    dim = signed(node._saved_dim[0], len(own) + 1) - 1
-    if dim < 0:
+    if (place := to.along(inputs[0], node._saved_dim[0])) is None:
         return None
     values = node._saved_self, node._saved_result
     sizes = node._input_metadata[0].shape[1:]
-    return to.add(Kind.LOG_SUM_EXP, sizes, inputs[0], -1, values, dim=dim)
+    return to.add(Kind.LOG_SUM_EXP, sizes, inputs[0], -1, values, dim=place[1])
 
 
 def _all_added(mean: bool) -> Rule:
@@ -156,11 +152,11 @@ def _length(to: Program, node: Any, inputs: list[int]) -> int | None:
         return None
     dims = [signed(d, len(own) + 1) for d in node._saved_dim or ()]
     squares = to.add(Kind.TIMES, own, a, a, (x, x))
-    if not dims or 0 in dims or squares is None:
+    if not dims or 0 in dims:
         return None
     bits, sizes = sum([1 << (d - 1) for d in dims]), node._input_metadata[0].shape[1:]
     total = to.add(Kind.SUMMED, sizes, squares, dim=bits, alpha=1.0)
-    return None if total is None else to.add(Kind.SQRT, sizes, total, -1, (y,))
+    return to.add(Kind.SQRT, sizes, total, -1, (y,))
 
 
 def _masked(to: Program, node: Any, inputs: list[int]) -> int | None:
@@ -183,8 +179,6 @@ def _weighed(shares: Callable[[Any], tuple[Tensor, Tensor]]) -> Rule:
             i if i < 0 else to.add(Kind.TIMES, sizes, i, -1, (share, share))
             for i, share in zip(inputs, shares(node), strict=True)
         )
-        if a is None or b is None:
-            return None
         return to.add(Kind.LINEAR, sizes, a, b, alpha=1.0, beta=1.0)
 
     return rule
@@ -203,7 +197,7 @@ def _x_log_y(to: Program, node: Any, inputs: list[int]) -> int | None:
         return None
     log = -1 if b < 0 else to.add(Kind.LOG, to.sizes[b], b, -1, (y,))
     values = (y.double().log() if b < 0 else x, x if a < 0 else y.double().log())
-    return None if log is None else to.add(Kind.TIMES, sizes, a, log, values)
+    return to.add(Kind.TIMES, sizes, a, log, values)
 
 
 def _log_gamma(to: Program, node: Any, inputs: list[int]) -> int | None:
@@ -265,7 +259,7 @@ def _rules() -> dict[str, Rule]:
     found |= {"ClampBackward1": rules["ClampMin"], "AddBackward1": _scaled(1.0)}
     found |= dict.fromkeys(("LinalgVectorNormBackward0", "NormBackward1"), _length)
     found |= {"MulBackward1": _linear(_factor, _factor)}
-    found |= LOSSES | PLACES
+    found |= LOSSES | PLACES | PRODUCTS
     return found | {"torch::autograd::AccumulateGrad": _scaled(1.0)}
 
 

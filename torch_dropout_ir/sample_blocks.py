@@ -44,7 +44,7 @@ def blocks_of(outputs: Tensor, nodes: Nodes) -> Tensor | None:
         # A torch that names otherwise what a node has saved; a complex number in it.
         except (AttributeError, TypeError):
             return None
-        if program is None:
+        if program is None or not program.readable:
             return None
         return loss_blocks(outputs, program.steps, program.numbers, program.values)
 

@@ -260,9 +260,9 @@ def _forms(
         product = checked_product("gauss_newton", read, model, inputs, known)
         beside = read_beside(read, clean.edges, product)
         if parts is not None or not parts_pay(clean, read, product, num_samples):
-            rooted = product is not None and one_root(product, num_samples)
-            line = line and num_samples is not None and not rooted and not beside
-            if line and makes_much(clean, read, product):
+            line = line and num_samples is not None and not beside
+            line = line and makes_much(clean, read, product)
+            if line and not (product and one_root(product, num_samples)):
                 del product  # its graph
                 if (found := AlongLine.of(model, clean, read)) is not None:
                     return found

@@ -1,0 +1,61 @@
+"""Floor 1: what products of matrices are in a program: sums of products of entries."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_program import Program, Rule
+
+
+def _product(first: str, second: str) -> Rule:
+    """Return the rule of a product of matrices, to which something may be added.
+
+    Args:
+        first: What its node calls the first matrix, of rows of outputs or one a row.
+        second: The second, a constant or one a row.
+    """
+
+    def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
+        *added, a, b = inputs
+        number: int | None = -1
+        if a >= 0 or b >= 0:
+            x, y = getattr(node, first), getattr(node, second)
+            number = _multiplied(to, node, a, b, x, y)
+        if number is None or not added or added[0] < 0:
+            return number
+        sizes = to.elementwise(node, number, added[0], False)
+        if sizes is False:
+            return None
+        beta = float(node._saved_beta)
+        return to.add(Kind.LINEAR, sizes, number, added[0], alpha=1.0, beta=beta)
+
+    return rule
+
+
+def _multiplied(to: Program, node: Any, a: int, b: int, x: Any, y: Any) -> int | None:
+    """Add entries in three places, of which the one between is added up."""
+    shape = node._input_metadata[0].shape
+    by_row = len(shape) > 2
+    if not by_row and (a < 0 or b >= 0):  # else it adds up over rows
+        return None
+    own = to.sizes[a] if a >= 0 else x.shape[1:]
+    assert own is not None
+    more = shape[len(own) :]
+    left = a if a < 0 else to.reshaped((*own, *(1 for _ in more)), a)
+    right = b if b < 0 else to.reshaped((1, *(to.sizes[b] or ())), b)
+    values = [x.unsqueeze(-1)] if b >= 0 else []
+    values += [y.unsqueeze(1) if by_row else y] if a >= 0 else []
+    both = values[0], values[-1]
+    number = to.add(Kind.TIMES, (*own, *more), left, right, both)
+    dim, alpha = 1 << (len(own) - 1), float(getattr(node, "_saved_alpha", 1))
+    return to.add(Kind.SUMMED, shape[1:], number, dim=dim, alpha=alpha)
+
+
+PRODUCTS: Final[dict[str, Rule]] = {
+    "MmBackward0": _product("_saved_self", "_saved_mat2"),
+    "MvBackward0": _product("_saved_self", "_saved_vec"),
+    "BmmBackward0": _product("_saved_self", "_saved_mat2"),
+    "AddmmBackward0": _product("_saved_mat1", "_saved_mat2"),
+    "BaddbmmBackward0": _product("_saved_batch1", "_saved_batch2"),
+}
