@@ -28,7 +28,7 @@ from torch_dropout_ir.analysis.schedule import Schedule
 from torch_dropout_ir.analysis.snapshot import Measure, Snapshot, labels, runs_model
 from torch_dropout_ir.analysis.steps import NO_STEP, STEPS, OptimizerSteps
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
-from torch_dropout_ir.analysis.turn_of_ranks import in_turn_of
+from torch_dropout_ir.analysis.turn_of_ranks import turn_of
 from torch_dropout_ir.analysis.view import View
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.inputs import Inputs
@@ -116,7 +116,7 @@ class Analysis:
         self.absent.pop(STEPS, None)
         if self._alone:
             self._settle_ranks()
-        with in_turn_of(self._ranks):
+        with turn_of(self._ranks):
             if self._capture.groups.stepped() and self._due:
                 self._measure_safely(self._due, planned=True)
             else:
@@ -143,9 +143,11 @@ class Analysis:
         self.step += 1
         before, self._clock = self._clock, time.perf_counter()
         may = self._cadence.stepped(self._clock - before, self.step)
-        if may or self._steps.announced or self._ranks.group is not None:
-            with in_turn_of(self._ranks, self._steps.announced):
+        if self._steps.announced:
+            with turn_of(self._ranks):
                 self._plan()
+        elif may or self._ranks.group is not None:
+            self._plan()
 
     def _plan(self) -> None:
         """Decide what the coming step must show."""
@@ -172,7 +174,7 @@ class Analysis:
         if not self._attached:
             raise RuntimeError("measure: this analysis is detached; attach a new one")
         self._ranks.wait_for_all("measure")
-        with in_turn_of(self._ranks):
+        with turn_of(self._ranks):
             had = {tag: len(values) for tag, values in self.history.items()}
             self._measure_safely(self._names())
             return {
@@ -211,10 +213,9 @@ class Analysis:
             records, seconds = self._attempts.take(snapshot, names, seed)
         if "masks" in seconds:
             seconds["masks"] += self._capture.spent()
-        cost = {"cost/share": self._cadence.share}
         found = {n: s for n, s in seconds.items() if n not in self.absent}
-        cost |= {f"cost/seconds/{name}": own for name, own in found.items()}
-        records.update(self._ranks.first(cost))
+        cost = {f"cost/seconds/{name}": own for name, own in found.items()}
+        records.update(self._ranks.first({"cost/share": self._cadence.share, **cost}))
         self.notes.update(snapshot.notes)
         self.absent.update(snapshot.absent)
         remember(self.history, self.step, records)

@@ -10,7 +10,7 @@ from torch_dropout_ir.turns import in_turn
 
 
 @contextlib.contextmanager
-def in_turn_of(ranks: Ranks, needed: bool = True) -> Iterator[None]:
+def turn_of(ranks: Ranks) -> Iterator[None]:
     """Take this thread's turn, on the first rank before the others.
 
     Threads of a process take turns, and ranks wait for each other inside. With two
@@ -20,21 +20,17 @@ def in_turn_of(ranks: Ranks, needed: bool = True) -> Iterator[None]:
 
     Args:
         ranks: Those that measure together.
-        needed: Whether it is to be taken at all; on all ranks or on none.
 
     Yields:
         Nothing.
     """
-    if not needed:
-        yield
-        return
     several, first = ranks.size > 1, not ranks.rank
     with contextlib.ExitStack() as stack:
         if first or not several:
             stack.enter_context(in_turn())
         if several:
-            # What failed is told by the measurement, whose ranks leave it together.
-            with contextlib.suppress(RuntimeError):
+            # A rank that fails is told of by the measurement.
+            with contextlib.suppress(RuntimeError), ranks.together():
                 ranks.most(0, "turn")
         if several and not first:
             stack.enter_context(in_turn())
