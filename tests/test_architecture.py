@@ -24,7 +24,7 @@ FLOORS = {
         "batches",
         "substitution", "written_parameters",
         "vectors",
-        "arrivals", "collectives", "weight_parts",
+        "arrivals", "collectives", "weight_parts", "gradient_factors",
         "sites",
         "survey", "turns",
         "dropout_calls",

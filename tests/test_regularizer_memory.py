@@ -1,6 +1,7 @@
 """What the estimators hold at once, against a training step of the same model."""
 
 import functools
+import itertools
 import sys
 
 import pytest
@@ -152,6 +153,49 @@ def test_a_pair_of_gradients_is_one_and_a_parameter():
     two = peak(lambda: gradient_norm(net, [(x, y)] * 2, "mse", lr=0.1, num_masks=4))
     assert one < 1.5 * size
     assert two < 1.5 * size
+
+
+def layers(*widths, act=nn.ReLU, norm=False, rows=32):
+    found = []
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
+        found.append(nn.Linear(a, b))
+        if i < len(widths) - 2:
+            found += [nn.BatchNorm1d(b)] * norm + [act(), nn.Dropout(0.3)]
+    return nn.Sequential(*found), torch.randn(rows, widths[0])
+
+
+SMALL = {
+    "4 KB of outputs": lambda: layers(20, 64, 64, 3),
+    "one wide layer": lambda: layers(784, 256, 10),
+    "rows as many as units": lambda: layers(784, 256, 256, 10, rows=256),
+    "tanh": lambda: layers(64, 512, 512, 10, act=nn.Tanh, rows=256),
+    "batch norm": lambda: layers(64, 128, 128, 10, norm=True),
+    "batch norm, more rows": lambda: layers(784, 256, 256, 10, norm=True, rows=256),
+}
+
+
+BESIDE_OF_TWO = {**dict.fromkeys(SMALL, 0.02), "batch norm": 0.25}
+
+
+@pytest.mark.parametrize("kind", ["a pair", "more", "shared masks", "two batches"])
+@pytest.mark.parametrize("model", SMALL)
+def test_gradients_of_a_small_network_take_no_more_than_a_step(model, kind):
+    torch.manual_seed(0)
+    net, x = SMALL[model]()
+    y = torch.randint(net[-1].out_features, (len(x),))
+    step = peak(lambda: F.cross_entropy(net(x), y).backward())
+    net.zero_grad()
+    batch = [(x, y)] * 2 if kind == "two batches" else (x, y)
+    options = {"num_masks": 4} if kind == "more" else {}
+    options |= {"shared_mask": True} if kind == "shared masks" else {}
+
+    def run():
+        gradient_norm(net, batch, "cross_entropy", lr=0.1, **options)
+
+    run()
+    # The mean gradient of the first batch is there while the second's passes begin.
+    more = BESIDE_OF_TWO[model] if kind == "two batches" else 0.0
+    assert peak(run) <= (1.0 + more) * step
 
 
 def test_of_a_pair_no_gradient_of_a_linear_layer_is_held():

@@ -8,9 +8,11 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_dropout_ir as tdi
 from tests.live import Live
+from torch_dropout_ir import ops
+from torch_dropout_ir.gradient_factors import Factors, address, row_blocks
 from torch_dropout_ir.regularizers.gradient_means import GradientMeans
 from torch_dropout_ir.regularizers.inner_products import compared
-from torch_dropout_ir.weight_parts import Factors, WeightParts, address, row_blocks
+from torch_dropout_ir.weight_parts import WeightParts
 
 
 class Twice(nn.Module):
@@ -249,3 +251,64 @@ def test_blocks_that_run_twice_have_the_same_gradients():
     for name in ("value", "mean_gradient", "dropout_noise"):
         expected, same = (getattr(r2, name) for r2 in found)
         torch.testing.assert_close(same, expected)
+
+
+def dropped(act=None):
+    behind = () if act is None else (act,)
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.4), *behind, nn.Linear(8, 8),
+        nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3),
+    ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("act", [None, nn.ReLU(inplace=True)])
+def test_what_dropout_returned_is_made_again(monkeypatch, shared, act):
+    torch.manual_seed(0)
+    net, batch = dropped(act), (torch.randn(5, 6).double(), torch.randn(5, 3).double())
+    run, taken = tdi.regularizers.gradient_norm, WeightParts._drawn
+    made, found = [], []
+
+    def seen(parts, x):
+        made.append(taken(parts, x))
+        return made[-1]
+
+    for each in (seen, lambda *_: None):
+        monkeypatch.setattr(WeightParts, "_drawn", each)
+        torch.manual_seed(1)
+        found.append(run(net, batch, "mse", lr=0.1, num_masks=4, shared_mask=shared))
+    layers = [each is not None for each in made[:3]]
+    assert layers == [False, act is None, True]
+    assert torch.equal(found[0].value, found[1].value) and found[0].dropout_noise > 0
+    assert torch.equal(found[0].dropout_noise, found[1].dropout_noise)
+
+
+class Written(nn.Module):
+    """Writes on what it has dropped, or does not."""
+
+    def __init__(self, writes):
+        super().__init__()
+        self.writes, self.calls = writes, 0
+        self.below, self.above = nn.Linear(6, 4), nn.Linear(4, 4)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        self.calls += 1
+        h = self.below(x)
+        y = self.above(self.drop(h))
+        return y + (h.add_(1) if self.writes else h + 1)
+
+
+def test_a_model_may_write_on_what_it_has_dropped():
+    torch.manual_seed(0)
+    net, other = (Written(writes).double() for writes in (True, False))
+    other.load_state_dict(net.state_dict())
+    batch, run = (torch.randn(5, 6).double(), torch.randn(5, 4).double()), []
+    for each in (net, other):
+        torch.manual_seed(1)
+        if each is other:
+            ops.draw(torch.ones(1), 0.5, None)  # of the pass that did not go backward
+        found = tdi.regularizers.gradient_norm(each, batch, "mse", lr=1.0, num_masks=4)
+        run.append((found.value, found.dropout_noise, each.calls))
+    assert run[0][2] == run[1][2] + 1
+    torch.testing.assert_close(run[0][:2], run[1][:2])

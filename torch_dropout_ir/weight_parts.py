@@ -1,16 +1,10 @@
-"""Floor 1: gradients in weights as products that are made some rows at a time.
-
-The gradient in the weight of a linear layer is a product of what went in and of the
-derivative in what came out, and that of a convolution is much the same. Both are often
-smaller than the weight, and norms and inner products need a few rows of the gradient at
-a time: the gradient itself is not made.
-"""
+"""Floor 1: a pass that gives the gradients in weights away as factors."""
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator, Sequence, Set
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,81 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.arrivals import graph_nodes
-
-Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
-
-
-def geometry_of(
-    spatial: int, sizes: Sequence[Any], groups: int, transposed: bool = False
-) -> Geometry:
-    """Return what aten's convolution takes behind input, weight and bias.
-
-    Args:
-        spatial: Number of dimensions beside samples and channels.
-        sizes: Stride, padding, dilation and output padding, each one number or several.
-        groups: Number of groups.
-        transposed: Whether it is the transposed convolution.
-    """
-    stride, padding, dilation, more = (
-        [s] * spatial if isinstance(s, int) else [*s] * (spatial // len(s))
-        for s in sizes
-    )
-    return stride, padding, dilation, transposed, more, groups
-
-
-class Factors:
-    """The gradient in one weight, not made yet, or the mean of some.
-
-    Args:
-        g: Derivative in the layer's output.
-        x: The layer's input.
-        weight: The weight, ``[o, ...]``; its values do not count.
-        geometry: Of a convolution: stride, padding, dilation, False, zeros, groups.
-    """
-
-    def __init__(
-        self, g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry | None
-    ) -> None:
-        self._terms = [(g.detach(), x.detach())]  # without the graph of the pass
-        self._geometry = geometry
-        self._like = weight.detach()
-
-    def __getitem__(self, part: slice) -> Tensor:
-        found = self._rows(*self._terms[0], part)
-        for k, term in enumerate(self._terms[1:], 2):
-            found.lerp_(self._rows(*term, part), 1 / k)
-        return found
-
-    def _rows(self, g: Tensor, x: Tensor, part: slice) -> Tensor:
-        g = g[:, part]
-        if self._geometry is None:
-            return g.T @ x
-        some, mask = self._like[part], [False, True, False]
-        found: Tensor = torch.ops.aten.convolution_backward(
-            g, x, some, None, *self._geometry, mask
-        )[1]
-        return found
-
-    def enter(self, other: Factors) -> None:
-        """Enter the gradient at one more pass into the mean."""
-        self._terms += other._terms
-
-    def held(self, beside: Set[int]) -> int:
-        """Return the bytes that it holds, but for memory at addresses ``beside``."""
-        both = (x for term in self._terms for x in term)
-        return sum(x.nbytes for x in both if address(x) not in beside)
-
-
-def address(x: Tensor) -> int:
-    """Return where the memory begins that a tensor is in."""
-    return x.untyped_storage().data_ptr()
-
-
-def row_blocks(weight: Tensor, entries: int) -> Iterator[slice]:
-    """Go through the rows of a weight a few at a time, of so many entries."""
-    count = len(weight)
-    step = max(1, entries * count // max(1, weight.numel()))
-    return (slice(i, i + step) for i in range(0, count, step))
+from torch_dropout_ir.gradient_factors import Factors, Geometry, geometry_of
 
 
 def slope_of_rows(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
@@ -106,13 +26,30 @@ def slope_of_rows(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     return (weight.T @ g.T).T if turned else g @ weight
 
 
+class Drawn(NamedTuple):
+    """Of what came out of dropout: what went in, and how to make the one of the other.
+
+    Most activations hold what they return for going backward. What dropout makes of it
+    is then made again from a bit an element.
+    """
+
+    inputs: Tensor
+    again: Callable[[Tensor], Tensor]
+    version: int
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, give: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        give: Any,
+        drawn: Drawn | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.give = give
+        ctx.save_for_backward(x if drawn is None else drawn.inputs, weight)
+        ctx.give, ctx.drawn = give, drawn and drawn.again
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -120,13 +57,20 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
         # First: where it is looked at and let go of, nothing else is there yet.
-        given = ctx.give(Factors(g, x, weight, None)) if needed[1] else None
+        given = ctx.give(_factors(ctx, g, x, weight)) if needed[1] else None
+        x = x.view(-1, weight.shape[1])
         return (
             slope_of_rows(g, weight, x) if needed[0] else None,
             given,
             g.sum(0) if needed[2] else None,
             None,
+            None,
         )
+
+
+def _factors(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Factors:
+    made = x if ctx.drawn is None else ctx.drawn(x)
+    return Factors(g, made.view(-1, weight.shape[1]), weight, None)
 
 
 class _Convolution(torch.autograd.Function):
@@ -179,6 +123,31 @@ class WeightParts(TorchFunctionMode):
         self._numbers = {id(x): i for i, x in plain if receive}
         self._receive = receive
         self._given: set[int] = set()
+        self._taken: list[Drawn] = []
+
+    def note(self, y: Tensor, h: Tensor, again: Callable[[Tensor], Tensor]) -> None:
+        """Take note of what a site has made of its input, both in rows.
+
+        Args:
+            y: What it returns.
+            h: Its input.
+            again: Makes the one of the other.
+        """
+        if h.is_contiguous():
+            y._drawn = Drawn(h.detach(), again, h._version), y._version  # type: ignore[attr-defined]
+
+    def overwritten(self) -> bool:
+        """Whether an input of a site that is held was written on in the pass."""
+        taken, self._taken = self._taken, []  # what goes as derivatives come
+        return any(each.inputs._version != each.version for each in taken)
+
+    def _drawn(self, input: Tensor) -> Drawn | None:
+        """Return what a layer's input was drawn of, if it is what a site returned."""
+        drawn, version = getattr(input, "_drawn", (None, 0))
+        if drawn is None or version != input._version:
+            return None
+        self._taken.append(drawn)
+        return drawn
 
     def settle(self, value: Tensor) -> None:
         """Find the weights that are used once on the way to what is differentiated."""
@@ -228,7 +197,9 @@ class WeightParts(TorchFunctionMode):
         if i is None or input.ndim < 2 or weight.ndim != 2:
             return None
         rows = input.flatten(0, -2)
-        found: Tensor = _Linear.apply(rows, weight, bias, self._giver(i))
+        found: Tensor = _Linear.apply(
+            rows, weight, bias, self._giver(i), self._drawn(input)
+        )
         return found if input.ndim == 2 else found.view(*input.shape[:-1], len(weight))
 
     def _convolved(

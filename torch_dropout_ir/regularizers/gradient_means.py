@@ -7,8 +7,8 @@ from collections.abc import Sequence, Set
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.gradient_factors import Factors, row_blocks
 from torch_dropout_ir.regularizers.inner_products import Gradient
-from torch_dropout_ir.weight_parts import Factors, row_blocks
 
 
 class GradientMeans:

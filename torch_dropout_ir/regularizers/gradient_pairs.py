@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import go_on
 from torch_dropout_ir.functional import Batch, parameters
+from torch_dropout_ir.gradient_factors import address
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
@@ -22,7 +23,7 @@ from torch_dropout_ir.regularizers.inner_products import (
     wide_dtype,
 )
 from torch_dropout_ir.regularizers.masked import NoiseSeen, dropout_risk
-from torch_dropout_ir.weight_parts import WeightParts, address
+from torch_dropout_ir.weight_parts import WeightParts
 
 # Entries of a gradient that are made at a time: a share of all, within these.
 _SHARE: Final = 16
@@ -47,6 +48,7 @@ class GradientPairs:
         share = sum(x.numel() for x in self._targets) // _SHARE
         self._entries = min(_MOST, max(_FEWEST, share))
         self._shared_mask = shared_mask
+        self._remake = True  # dropped inputs of layers, as they go backward
         self.seen = NoiseSeen()
         self.risk: Tensor | float = 0.0  # the sum of all losses
 
@@ -54,25 +56,35 @@ class GradientPairs:
         self, batch: Batch, receive: Callable[[int, Gradient], None]
     ) -> None:
         """Draw masks; give each parameter's gradient away as it comes, by number."""
+        if self._remake and not self._pass(batch, receive):
+            self._remake = False  # of a model that writes on what it has dropped
+        if not self._remake:
+            self._pass(batch, receive)
+
+    def _pass(self, batch: Batch, receive: Callable[[int, Gradient], None]) -> bool:
+        """Return whether the pass could go backward."""
 
         def take(i: int, g: Tensor) -> None:
             receive(i, g.to_dense() if g.is_sparse else g)
 
         parts = WeightParts(self._targets, receive)
-
         masked = dropout_risk(
             self._model,
             batch,
             self._loss,
             self.seen,
             shared_mask=self._shared_mask,
+            note=parts.note if self._remake else None,
         )
         with arrivals(self._targets, take), torch.enable_grad(), parts, masked as value:
             check_differentiable("gradient_norm", value)
+            if parts.overwritten():
+                return False
             self.risk = self.risk + value.detach()
             parts.settle(value)
             go_on("backward")
             torch.autograd.grad(value, self._targets, allow_unused=True)
+        return True
 
     def within(self, batch: Batch, num_masks: int, means: GradientMeans) -> Tensor:
         """Return value, mean, and mask noise of one batch, each from all of its masks.

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.weight_parts import Factors, row_blocks
+from torch_dropout_ir.gradient_factors import Factors, row_blocks
 
 Gradient: TypeAlias = Tensor | Factors  # gives rows by slices
 
@@ -42,18 +42,21 @@ def compared(
         for x in (a, b)
     )
     for part in row_blocks(lines, entries):
-        x, y = (each[part].to(wide).reshape(-1) for each in (a, b))
-        square, inner, other = torch.vdot(x, x), torch.vdot(y, x), torch.vdot(y, y)
-        # In the place of what has just been made, where one of them is.
-        made = [
-            own
-            for own, each in ((x, a), (y, b))
-            if not isinstance(each, Tensor) or each.dtype != wide
-        ]
-        away = torch.sub(x, y, out=made[0] if made else None)
-        found = square, other, inner, torch.vdot(away, away)
-        total += torch.stack(found).real
+        total += _of_rows(a, b, part, wide)  # whose rows are gone before the next
     return total
+
+
+def _of_rows(a: Gradient, b: Gradient, part: slice, wide: torch.dtype) -> Tensor:
+    x, y = (each[part].to(wide).reshape(-1) for each in (a, b))
+    square, inner, other = torch.vdot(x, x), torch.vdot(y, x), torch.vdot(y, y)
+    # In the place of what has just been made, where one of them is.
+    made = [
+        own
+        for own, each in ((x, a), (y, b))
+        if not isinstance(each, Tensor) or each.dtype != wide
+    ]
+    away = torch.sub(x, y, out=made[0] if made else None)
+    return torch.stack((square, other, inner, torch.vdot(away, away))).real
 
 
 def _in_line(x: Gradient | None) -> bool:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir import ops
 from torch_dropout_ir.functional import Batch, at_sites, batch_size, call, fresh
+from torch_dropout_ir.kernels import keep_scale
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_batch, check_site
 from torch_dropout_ir.sites import Site
+
+Again: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass
@@ -40,6 +45,7 @@ def dropout_risk(
     *,
     shared_mask: bool = False,
     watch: Callable[[Site, Tensor, torch.Size], None] | None = None,
+    note: Callable[[Tensor, Tensor, Again], None] | None = None,
 ) -> Iterator[Tensor]:
     """Give ``R_drop`` of a batch at one draw of masks; differentiate it inside.
 
@@ -51,6 +57,8 @@ def dropout_risk(
         shared_mask: If True, one mask serves all samples (the paper's ``eta``); else
             each sample draws its own, as ``nn.Dropout`` does.
         watch: Called at each use with the site, its packed mask and the mask's shape.
+        note: Called at each use with what the site returns, its input, and what makes
+            the one of the other again.
 
     Yields:
         Scalar.
@@ -74,13 +82,27 @@ def dropout_risk(
         dropped, packed = ops.draw(h if own else h.new_ones(shape), site.p, None)
         if watch is not None:
             watch(site, packed, torch.Size(shape))
+        scale = keep_scale(site.p)
         if own:
-            return dropped
-        return torch.where(dropped != 0, h * dropped, torch.zeros_like(h))
+            again = functools.partial(_applied, packed=packed, scale=scale)
+        else:
+            again = functools.partial(_multiplied, noise=dropped.detach())
+            dropped = again(h)
+        if note is not None:
+            note(dropped, h, again)
+        return dropped
 
     with at_sites(model, drop) as calls:
         yield loss(call(model, batch[0]), batch[1])
         seen.silenced |= calls.silenced
+
+
+def _applied(h: Tensor, packed: Tensor, scale: float) -> Tensor:
+    return ops.mask_apply(h, packed, scale)
+
+
+def _multiplied(h: Tensor, noise: Tensor) -> Tensor:
+    return torch.where(noise != 0, h * noise, h.new_zeros(()))
 
 
 def _check_rows(site: Site, shape: tuple[int, ...], batch: Batch) -> None:

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_dropout_ir.gradient_factors import Geometry
 from torch_dropout_ir.sharpness.linear import product, unread
-from torch_dropout_ir.weight_parts import Geometry
 
 _forward: Final = torch.ops.aten.convolution.default
 _backward: Final = torch.ops.aten.convolution_backward.default

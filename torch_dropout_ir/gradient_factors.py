@@ -1,0 +1,90 @@
+"""Floor 1: gradients in weights as products that are made some rows at a time.
+
+The gradient in the weight of a linear layer is a product of what went in and of the
+derivative in what came out, and that of a convolution is much the same. Both are often
+smaller than the weight, and norms and inner products need a few rows of the gradient at
+a time: the gradient itself is not made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
+
+
+def geometry_of(
+    spatial: int, sizes: Sequence[Any], groups: int, transposed: bool = False
+) -> Geometry:
+    """Return what aten's convolution takes behind input, weight and bias.
+
+    Args:
+        spatial: Number of dimensions beside samples and channels.
+        sizes: Stride, padding, dilation and output padding, each one number or several.
+        groups: Number of groups.
+        transposed: Whether it is the transposed convolution.
+    """
+    stride, padding, dilation, more = (
+        [s] * spatial if isinstance(s, int) else [*s] * (spatial // len(s))
+        for s in sizes
+    )
+    return stride, padding, dilation, transposed, more, groups
+
+
+class Factors:
+    """The gradient in one weight, not made yet, or the mean of some.
+
+    Args:
+        g: Derivative in the layer's output.
+        x: The layer's input.
+        weight: The weight, ``[o, ...]``; its values do not count.
+        geometry: Of a convolution: stride, padding, dilation, False, zeros, groups.
+    """
+
+    def __init__(
+        self, g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry | None
+    ) -> None:
+        self._terms = [(g.detach(), x.detach())]  # without the graph of the pass
+        self._geometry = geometry
+        self._like = weight.detach()
+
+    def __getitem__(self, part: slice) -> Tensor:
+        found = self._rows(*self._terms[0], part)
+        for k, term in enumerate(self._terms[1:], 2):
+            found.lerp_(self._rows(*term, part), 1 / k)
+        return found
+
+    def _rows(self, g: Tensor, x: Tensor, part: slice) -> Tensor:
+        g = g[:, part]
+        if self._geometry is None:
+            return g.T @ x
+        some, mask = self._like[part], [False, True, False]
+        found: Tensor = torch.ops.aten.convolution_backward(
+            g, x, some, None, *self._geometry, mask
+        )[1]
+        return found
+
+    def enter(self, other: Factors) -> None:
+        """Enter the gradient at one more pass into the mean."""
+        self._terms += other._terms
+
+    def held(self, beside: Set[int]) -> int:
+        """Return the bytes that it holds, but for memory at addresses ``beside``."""
+        both = (x for term in self._terms for x in term)
+        return sum(x.nbytes for x in both if address(x) not in beside)
+
+
+def address(x: Tensor) -> int:
+    """Return where the memory begins that a tensor is in."""
+    return x.untyped_storage().data_ptr()
+
+
+def row_blocks(weight: Tensor, entries: int) -> Iterator[slice]:
+    """Go through the rows of a weight a few at a time, of so many entries."""
+    count = len(weight)
+    step = max(1, entries * count // max(1, weight.numel()))
+    return (slice(i, i + step) for i in range(0, count, step))
