@@ -21,6 +21,8 @@ from torch_dropout_ir import tracing
 from torch_dropout_ir.arrivals import graph_nodes
 
 _ENTRIES: Final = 2**16  # of a gradient that are made together
+_convolution: Final = torch.ops.aten.convolution.default
+_of_convolution: Final = torch.ops.aten.convolution_backward.default
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 
 
@@ -59,12 +61,9 @@ class Factors:
         self._like = weight.detach()
 
     def __getitem__(self, part: slice) -> Tensor:
-        if self._geometry is None:
-            return self._g[:, part].T @ self._x
-        some, mask = self._like[part], [False, True, False]
-        found: Tensor = torch.ops.aten.convolution_backward(
-            self._g[:, part], self._x, some, None, *self._geometry, mask
-        )[1]
+        given = self._g[:, part], self._x, self._like[part], self._geometry
+        found = slopes(*given, [False, True, False])[1]
+        assert found is not None
         return found
 
     def smaller(self) -> Tensor | Factors:
@@ -90,54 +89,70 @@ def slope_of_rows(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     return (weight.T @ g.T).T if turned else g @ weight
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, give: Any
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.give = give
+def mapped(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None
+) -> Tensor:
+    """Return what a layer makes of ``x``.
+
+    Args:
+        x: Rows, ``[T, d]``, or ``[N, C, ...]`` for a convolution.
+        weight: The weight.
+        bias: The bias.
+        geometry: Of a convolution; None for a linear layer.
+    """
+    if geometry is None:
         return F.linear(x, weight, bias)
+    return _convolution(x, weight, bias, *geometry)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        return (
+
+def slopes(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry | None,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Return the derivatives in input, weight and bias of such a layer.
+
+    Args:
+        g: The derivative in what it made.
+        x: As :func:`mapped` has it.
+        weight: Likewise.
+        geometry: Likewise.
+        needed: Which of the three; None stands for the others.
+    """
+    if geometry is None:
+        return [
             slope_of_rows(g, weight, x) if needed[0] else None,
-            ctx.give(Factors(g, x, weight, None)) if needed[1] else None,
+            g.T @ x if needed[1] else None,
             g.sum(0) if needed[2] else None,
-            None,
-        )
+        ]
+    return [*_of_convolution(g, x, weight, [g.shape[1]], *geometry, [*needed])]
 
 
-class _Convolution(torch.autograd.Function):
+class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        geometry: Geometry,
+        geometry: Geometry | None,
         give: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.give = geometry, give
-        found: Tensor = torch.ops.aten.convolution(x, weight, bias, *geometry)
-        return found
+        return mapped(x, weight, bias, geometry)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        mask = [needed[0], False, needed[2]]
-        in_x, _, in_bias = torch.ops.aten.convolution_backward(
-            g, x, weight, [len(weight)], *ctx.geometry, mask
-        )
-        given = ctx.give(Factors(g, x, weight, ctx.geometry)) if needed[1] else None
-        return in_x, given, in_bias, None, None
+        in_x, in_weight, in_bias = ctx.needs_input_grad[:3]
+        found = slopes(g, x, weight, ctx.geometry, [in_x, False, in_bias])
+        if in_weight:
+            found[1] = ctx.give(Factors(g, x, weight, ctx.geometry))
+        return *found, None, None
 
 
 class WeightParts(TorchFunctionMode):
@@ -213,7 +228,7 @@ class WeightParts(TorchFunctionMode):
         if i is None or input.ndim < 2 or weight.ndim != 2:
             return None
         rows = input.reshape(-1, input.shape[-1])
-        found: Tensor = _Linear.apply(rows, weight, bias, self._giver(i))
+        found: Tensor = _Layer.apply(rows, weight, bias, None, self._giver(i))
         return found if input.ndim == 2 else found.view(*input.shape[:-1], len(weight))
 
     def _convolved(
@@ -231,9 +246,7 @@ class WeightParts(TorchFunctionMode):
         if i is None or groups != 1 or not whole:
             return None
         geometry = geometry_of(input.ndim - 2, (stride, padding, dilation, 0), 1)
-        found: Tensor = _Convolution.apply(
-            input, weight, bias, geometry, self._giver(i)
-        )
+        found: Tensor = _Layer.apply(input, weight, bias, geometry, self._giver(i))
         return found
 
 

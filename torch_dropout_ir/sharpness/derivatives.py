@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir import tracing
-from torch_dropout_ir.sharpness.convolution import convolution
-from torch_dropout_ir.sharpness.linear import leaf_of, linear
+from torch_dropout_ir.sharpness.linear import convolution, leaf_of, linear
 from torch_dropout_ir.sharpness.normalization import normalization
 from torch_dropout_ir.weight_parts import geometry_of
 
