@@ -162,16 +162,19 @@ def _derivatives(
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """First derivatives; None for the weight's once they are in the sum of its leaf."""
-    apart = geometry is None or _outweighs(g, x, weight, geometry)
-    whole = needed[1] and not apart
+    if geometry is None:
+        mask = [needed[0], False, needed[2]]
+        in_x, _, in_bias = slopes(g, x, weight, None, mask)
+        own = product(leaf, g, x, weight.shape) if needed[1] else None
+        return in_x, own, in_bias
+    whole = needed[1] and not _outweighs(g, x, weight, geometry)
     # The kernel on CPUs takes that of the bias along with the weight's, or makes both.
     mask = [needed[0], whole, whole and needed[2]]
     found: list[Tensor | None] = [None, None, None]
     if any(mask):
         found = slopes(g, x, weight, geometry, mask)
-    if needed[1] and apart:
-        rows = (g, x) if geometry is None else _patches(g, x, weight, geometry)
-        found[1] = product(leaf, *rows, weight.shape)
+    if needed[1] and not whole:
+        found[1] = product(leaf, *_patches(g, x, weight, geometry), weight.shape)
     if needed[2] and not whole:
         found[2] = g.sum([0, *range(2, g.ndim)])
     return tuple(found)
