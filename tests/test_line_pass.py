@@ -150,6 +150,15 @@ def test_an_operation_along_a_line(monkeypatch, name):
     assert expected.abs() > 1e-6
 
 
+@pytest.mark.parametrize("function", [torch.hypot, torch.atan2])
+def test_an_operation_on_numbers_of_two_precisions(monkeypatch, function):
+    torch.manual_seed(0)
+    monkeypatch.setattr(line_slabs, "_PART", 5)
+    layer = Applied(lambda x: function(x.sin(), x.float()))
+    found, expected = line_and_graph(layer, torch.randn(6, 4).double())
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 class Met(TorchDispatchMode):
     """Which operations autograd calls."""
 

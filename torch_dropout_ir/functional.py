@@ -1,4 +1,4 @@
-"""Floor 1: from a model and a loss to pure functions, leaving the model as it was.
+"""Floor 1: a model as a pure function of parameters and inputs, left as it was.
 
 Semantics:
 
@@ -25,7 +25,6 @@ from torch.nn.utils.rnn import PackedSequence
 from torch_dropout_ir.collectives import go_on
 from torch_dropout_ir.dropout_calls import DropoutCalls, SiteFunction
 from torch_dropout_ir.inputs import Inputs
-from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.sites import Site, uncompiled
 from torch_dropout_ir.substitution import call_with, copied_buffers, keep_buffers
 from torch_dropout_ir.survey import Survey
@@ -225,27 +224,6 @@ def batch_size(batch: Batch) -> int:
         return int(packed.batch_sizes[0])
     first = inputs.first_tensor()
     return first.shape[0] if first.ndim else 1
-
-
-def risk(
-    model: nn.Module, loss: Loss
-) -> Callable[[Mapping[str, Tensor], Batch], Tensor]:
-    r"""Return ``f(params, batch)``, the loss ``R_S`` with dropout off.
-
-    Args:
-        model: The model; left as it is.
-        loss: The loss.
-
-    Returns:
-        A pure function to a scalar, fit for ``torch.func`` transforms.
-    """
-
-    def evaluate(params: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        inputs, targets = batch
-        with at_sites(model, fresh):
-            return loss(call(model, inputs, params), targets)
-
-    return evaluate
 
 
 @contextlib.contextmanager

@@ -9,11 +9,14 @@ a time: the gradient itself is not made.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
-from typing import Any
+from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+_convolution: Final = torch.ops.aten.convolution.default
+_of_convolution: Final = torch.ops.aten.convolution_backward.default
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 
 
@@ -33,6 +36,57 @@ def geometry_of(
         for s in sizes
     )
     return stride, padding, dilation, transposed, more, groups
+
+
+def slope_of_rows(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Return ``g W``, the derivative in rows ``x``, laid out in memory as those are.
+
+    So is torch's own. Its kernel for the derivative of batch normalization misreads the
+    strides that a single sample of tokens has otherwise.
+    """
+    turned = x.stride() == (1, len(x))
+    return (weight.T @ g.T).T if turned else g @ weight
+
+
+def mapped(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None
+) -> Tensor:
+    """Return what a layer makes of ``x``.
+
+    Args:
+        x: Rows, ``[T, d]``, or ``[N, C, ...]`` for a convolution.
+        weight: The weight.
+        bias: The bias.
+        geometry: Of a convolution; None for a linear layer.
+    """
+    if geometry is None:
+        return F.linear(x, weight, bias)
+    return _convolution(x, weight, bias, *geometry)
+
+
+def slopes(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry | None,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Return the derivatives in input, weight and bias of such a layer.
+
+    Args:
+        g: The derivative in what it made.
+        x: As :func:`mapped` has it.
+        weight: Likewise.
+        geometry: Likewise.
+        needed: Which of the three; None stands for the others.
+    """
+    if geometry is None:
+        return [
+            slope_of_rows(g, weight, x) if needed[0] else None,
+            g.T @ x if needed[1] else None,
+            g.sum(0) if needed[2] else None,
+        ]
+    return [*_of_convolution(g, x, weight, [g.shape[1]], *geometry, [*needed])]
 
 
 class Factors:
@@ -59,13 +113,9 @@ class Factors:
         return found
 
     def _rows(self, g: Tensor, x: Tensor, part: slice) -> Tensor:
-        g = g[:, part]
-        if self._geometry is None:
-            return g.T @ x
-        some, mask = self._like[part], [False, True, False]
-        found: Tensor = torch.ops.aten.convolution_backward(
-            g, x, some, None, *self._geometry, mask
-        )[1]
+        given = g[:, part], x, self._like[part], self._geometry
+        found = slopes(*given, [False, True, False])[1]
+        assert found is not None
         return found
 
     def enter(self, other: Factors) -> None:

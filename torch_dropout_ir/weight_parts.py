@@ -13,17 +13,13 @@ from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.arrivals import graph_nodes
-from torch_dropout_ir.gradient_factors import Factors, Geometry, geometry_of
-
-
-def slope_of_rows(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """Return ``g W``, the derivative in rows ``x``, laid out in memory as those are.
-
-    So is torch's own. Its kernel for the derivative of batch normalization misreads the
-    strides that a single sample of tokens has otherwise.
-    """
-    turned = x.stride() == (1, len(x))
-    return (weight.T @ g.T).T if turned else g @ weight
+from torch_dropout_ir.gradient_factors import (
+    Factors,
+    Geometry,
+    geometry_of,
+    mapped,
+    slopes,
+)
 
 
 class Drawn(NamedTuple):
@@ -58,14 +54,9 @@ class _Linear(torch.autograd.Function):
         needed = ctx.needs_input_grad
         # First: where it is looked at and let go of, nothing else is there yet.
         given = ctx.give(_factors(ctx, g, x, weight)) if needed[1] else None
-        x = x.view(-1, weight.shape[1])
-        return (
-            slope_of_rows(g, weight, x) if needed[0] else None,
-            given,
-            g.sum(0) if needed[2] else None,
-            None,
-            None,
-        )
+        x, wanted = x.view(-1, weight.shape[1]), [needed[0], False, needed[2]]
+        in_x, _, in_bias = slopes(g, x, weight, None, wanted)
+        return in_x, given, in_bias, None, None
 
 
 def _factors(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Factors:
@@ -85,18 +76,15 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.give = geometry, give
-        found: Tensor = torch.ops.aten.convolution(x, weight, bias, *geometry)
-        return found
+        return mapped(x, weight, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
         given = ctx.give(Factors(g, x, weight, ctx.geometry)) if needed[1] else None
-        mask = [needed[0], False, needed[2]]
-        in_x, _, in_bias = torch.ops.aten.convolution_backward(
-            g, x, weight, [len(weight)], *ctx.geometry, mask
-        )
+        wanted = [needed[0], False, needed[2]]
+        in_x, _, in_bias = slopes(g, x, weight, ctx.geometry, wanted)
         return in_x, given, in_bias, None, None
 
 

@@ -136,7 +136,8 @@ def _of_heads(heads: list[Tensor], pairs: Pairs) -> list[Tensor | None]:
     reach = sum([(_spread(g) + given) * float(u.norm()) for g, u in known])
     total = sum([_product(g, u) for g, u in known])
     again = sum([_product(c.detach(), x) for c, x in zip(heads, found, strict=True)])
-    eps = max([torch.finfo(c.dtype).eps for c in heads], default=0.0)
+    numbers = [*heads, *[g for g, _ in known]]
+    eps = max([torch.finfo(x.dtype).eps for x in numbers], default=0.0)
     # Neither is one that is no number, where that of the whole may be.
     if not abs(total - again) <= eps**0.5 * size + _ROUNDED * eps * reach:
         raise NoRuleError("a derivative that is not linear in what follows")

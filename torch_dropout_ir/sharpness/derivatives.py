@@ -17,8 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.gradient_factors import geometry_of
-from torch_dropout_ir.sharpness.convolution import convolution
-from torch_dropout_ir.sharpness.linear import leaf_of, linear
+from torch_dropout_ir.sharpness.linear import convolution, leaf_of, linear
 from torch_dropout_ir.sharpness.normalization import normalization
 
 _mask: Final = torch.ops.aten.threshold_backward.default

@@ -1,15 +1,22 @@
-r"""Second derivatives of linear layers, added to a sum where it lies.
+r"""Second derivatives of linear layers and convolutions at the cost of what is asked.
 
-With ``y = x W' + b``, ``g`` the derivative in ``y``, and dots for what a product sends
-back through the gradient's graph,
+Such a layer ``y = x * W + b`` is bilinear, so three of its kinds make up all of its
+derivatives: with ``g`` the derivative in ``y``, and dots for what a product sends back
+through the gradient's graph,
 
-.. math:: \bar x = g W, \quad \bar W = g^\top x, \qquad
-    g' = \dot x W^\top + x \dot W^\top + \dot b, \quad
-    x' = g \dot W, \quad W' = g^\top \dot x
+.. math:: \bar x = g \star W, \quad \bar W = g \star x, \qquad
+    g' = \dot x * W + x * \dot W + \dot b, \quad
+    x' = g \star \dot W, \quad W' = g \star \dot x
 
-Both parts of a product in ``W`` are products of matrices: they are added to the sum
-that they are parts of, so that nothing of the size of ``W`` is made. Nor is the
-gradient in a leaf while the graph is built, where nobody reads it.
+Torch's own double backward also computes what leads nowhere, such as the derivative in
+the network's input, and takes the one in the weight by a convolution with roles
+exchanged, for which CPUs have no fast kernel.
+
+The derivative in the weight of a linear layer, or in one that is larger than the
+patches it meets, is a product of matrices: it is added to the sum that it is a part of,
+so that nothing of the size of ``W`` is made. CPUs rearrange the whole of such a weight
+in their own kernel of a convolution, which takes longer than the sum itself. Nor is the
+gradient in a leaf made while the graph is built, where nobody reads it.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_dropout_ir import tracing
-from torch_dropout_ir.weight_parts import slope_of_rows
+from torch_dropout_ir.gradient_factors import Geometry, mapped, slopes
 
 # By identity of a leaf: the sum that its derivatives belong to, and their factor.
 # Backward passes on a GPU run in threads that no context variable reaches.
@@ -37,7 +44,7 @@ def added_into(
     """Add derivatives in leaves, times a factor, to sums, inside the context.
 
     Args:
-        leaves: Leaves that linear layers of the graph have as weights, among others.
+        leaves: Leaves that layers of the graph have as weights, among others.
         sums: A tensor of the shape of each.
         scale: The factor.
     """
@@ -76,27 +83,27 @@ def unread(weight: Tensor) -> Tensor:
     return weight.new_zeros(()).expand(weight.shape)
 
 
-class _Linear(torch.autograd.Function):
+class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, leaf: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry | None,
+        leaf: int,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.leaf = leaf
-        return F.linear(x, weight, bias)
+        ctx.geometry, ctx.leaf = geometry, leaf
+        return mapped(x, weight, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
+        rest = ctx.geometry, ctx.leaf, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            return *_Derivative.apply(g, x, weight, ctx.leaf, needed), None
-        return (
-            slope_of_rows(g, weight, x) if needed[0] else None,
-            product(ctx.leaf, g, x, weight.shape) if needed[1] else None,
-            g.sum(0) if needed[2] else None,
-            None,
-        )
+            return *_Derivative.apply(g, x, weight, *rest), None, None
+        return *_derivatives(g, x, weight, *rest), None, None
 
 
 class _Derivative(torch.autograd.Function):
@@ -108,17 +115,16 @@ class _Derivative(torch.autograd.Function):
         g: Tensor,
         x: Tensor,
         weight: Tensor,
+        geometry: Geometry | None,
         leaf: int,
         needed: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(g, x, weight)
-        ctx.leaf = leaf
+        ctx.geometry, ctx.leaf = geometry, leaf
         ctx.set_materialize_grads(False)
-        in_weight = None
-        if needed[1]:
-            in_weight = unread(weight) if leaf else g.T @ x
-        in_x = slope_of_rows(g, weight, x) if needed[0] else None
-        return in_x, in_weight, g.sum(0) if needed[2] else None
+        read = needed[0], needed[1] and not leaf, needed[2]
+        in_x, in_weight, in_bias = _derivatives(g, x, weight, geometry, 0, read)
+        return in_x, unread(weight) if needed[1] > read[1] else in_weight, in_bias
 
     @staticmethod
     def backward(
@@ -126,26 +132,96 @@ class _Derivative(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         g, x, weight = ctx.saved_tensors
         in_g, in_x, in_weight = ctx.needs_input_grad[:3]
-        found: list[Tensor | None] = [None] * 5
+        geometry = ctx.geometry
+        found: list[Tensor | None] = [None] * 6
         if in_g:
             terms: list[Tensor] = []
             if weight_dot is not None:
-                terms.append(F.linear(x, weight_dot, b_dot))
+                terms.append(mapped(x, weight_dot, b_dot, geometry))
             elif b_dot is not None:
-                terms.append(b_dot.expand_as(g))
+                terms.append(b_dot.view(-1, *(1,) * (g.ndim - 2)).expand_as(g))
             if x_dot is not None:
-                terms.append(F.linear(x_dot, weight))
+                terms.append(mapped(x_dot, weight, None, geometry))
             if terms:
                 found[0] = terms[0] + terms[1] if len(terms) > 1 else terms[0]
         if in_x and weight_dot is not None:
-            found[1] = slope_of_rows(g, weight_dot, x)
+            mask = True, False, False
+            found[1] = _derivatives(g, x, weight_dot, geometry, 0, mask)[0]
         if in_weight and x_dot is not None:
-            found[2] = product(ctx.leaf, g, x_dot, weight.shape)
+            mask = False, True, False
+            found[2] = _derivatives(g, x_dot, weight, geometry, ctx.leaf, mask)[1]
         return tuple(found)
+
+
+def _derivatives(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry | None,
+    leaf: int,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """First derivatives; None for the weight's once they are in the sum of its leaf."""
+    if geometry is None:
+        mask = [needed[0], False, needed[2]]
+        in_x, _, in_bias = slopes(g, x, weight, None, mask)
+        own = product(leaf, g, x, weight.shape) if needed[1] else None
+        return in_x, own, in_bias
+    whole = needed[1] and not _outweighs(g, x, weight, geometry)
+    # The kernel on CPUs takes that of the bias along with the weight's, or makes both.
+    mask = [needed[0], whole, whole and needed[2]]
+    found: list[Tensor | None] = [None, None, None]
+    if any(mask):
+        found = slopes(g, x, weight, geometry, mask)
+    if needed[1] and not whole:
+        found[1] = product(leaf, *_patches(g, x, weight, geometry), weight.shape)
+    if needed[2] and not whole:
+        found[2] = g.sum([0, *range(2, g.ndim)])
+    return tuple(found)
+
+
+def _patches(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """Return what came out and the patches that the weight met, as rows."""
+    kernel = {
+        "kernel_size": tuple(weight.shape[2:]), "stride": tuple(geometry[0]),
+        "padding": tuple(geometry[1]), "dilation": tuple(geometry[2]),
+    }  # fmt: skip
+    return _rows(g.flatten(2)), _rows(F.unfold(x, **kernel))
+
+
+def _rows(planes: Tensor) -> Tensor:
+    """``[N, d, T]`` as ``[N T, d]``."""
+    return planes.mT.reshape(-1, planes.shape[1])
+
+
+def _outweighs(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a weight has more entries than all the patches that it meets."""
+    *_, transposed, _, groups = geometry
+    plain = x.is_cpu and g.ndim == 4 and not transposed and groups == 1
+    return plain and len(weight) > g[:, 0].numel() > 0
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x W' + b`` for ``x`` of two dimensions and more."""
     rows = x.reshape(-1, x.shape[-1])
-    found: Tensor = _Linear.apply(rows, weight, bias, leaf_of(weight))
+    found: Tensor = _Layer.apply(rows, weight, bias, None, leaf_of(weight))
     return found if x.ndim == 2 else found.view(*x.shape[:-1], len(weight))
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, leaf: int
+) -> Tensor:
+    """Return ``x * W + b``.
+
+    Args:
+        x: The input, ``[N, C, ...]``.
+        weight: The weight.
+        bias: The bias.
+        geometry: What aten's convolution takes behind these.
+        leaf: The weight's identity where it is a leaf, whose gradient nobody reads
+            while the graph is built; else 0.
+    """
+    found: Tensor = _Layer.apply(x, weight, bias, geometry, leaf)
+    return found
