@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.passes import take_in_parts
 from tests.reference.enumeration import every_mask
 from tests.reference.second_order import second_order_form
 from torch_dropout_ir.losses import resolve_loss
@@ -76,8 +77,9 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("norm", [False, True], ids=["apart", "meet"])
-def test_draws_are_spread_around_the_dense_form(name, norm):
+def test_draws_are_spread_around_the_dense_form(name, norm, monkeypatch):
     """z-scores of 200 draws against exact derivatives; those of each site too."""
+    take_in_parts(monkeypatch, parts=False)  # a line for each takes time
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Linear(3, 4), nn.Dropout(0.2), nn.Tanh(), nn.Linear(4, 4),
