@@ -459,6 +459,22 @@ def test_a_site_that_drops_everything_breaks_no_claim():
     assert all("site `1`" in f.reason for f in lacking)
 
 
+def test_few_masks_of_a_loss_that_seldom_is_large_break_no_claim():
+    """Fifty are six of their own errors off here, and are drawn again."""
+    torch.manual_seed(2)
+    net = nn.Sequential(
+        nn.Linear(1, 2), nn.ReLU(), nn.Dropout(0.75), nn.Linear(2, 2), nn.ReLU(),
+        nn.Dropout(0.75), nn.Linear(2, 2),
+    ).double()  # fmt: skip
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(1, 1, generator=draw), torch.randn(1, 2, generator=draw)
+    report = testing.check_regularizer(
+        net, (x.double(), y.double()), "mse", num_masks=50, num_samples=30
+    )
+    report.assert_holds()
+    assert "monte_carlo" in report.agreeing
+
+
 def test_a_report_says_which_site_is_idle_or_drops_everything():
     class Idle(nn.Module):
         def __init__(self, p):
