@@ -91,12 +91,13 @@ def gradient_norm(
     errors.
 
     Costs a forward and a backward pass a mask and batch. Memory: beside a pass, whose
-    gradients go one by one as they come, one gradient. Of two masks on one batch, those
-    of linear layers and convolutions are held as what they are products of, where that
-    is smaller, and compared some rows at a time. For optimizers other than gradient
-    descent R_2 is a diagnostic, not the theory. For a gradient that the script has
-    anyway, ``(lr / 4) * g.square().sum()`` is one unbiased sample of the first form,
-    free of extra passes.
+    gradients go one by one as they come, one gradient: that at the first of two masks,
+    or the mean of the first of two batches. Those of linear layers and convolutions are
+    held as what they are products of, where that is smaller, and compared some rows at
+    a time; and what a linear layer takes in behind dropout is held as a bit an element,
+    and what dropout took in. For optimizers other than gradient descent R_2 is a
+    diagnostic, not the theory. For a gradient that the script has anyway, ``(lr / 4) *
+    g.square().sum()`` is one unbiased sample of the first form, free of extra passes.
 
     Args:
         model: The model; neither it nor its ``.grad`` fields change.
