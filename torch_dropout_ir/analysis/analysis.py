@@ -151,10 +151,8 @@ class Analysis:
 
     def _plan(self) -> None:
         """Decide what the coming step must show."""
-        before, self._due = self._due, self._schedule.due(self.step)
+        self._due = self._schedule.due(self.step)
         wanted = self._due if not self._alone or processes() == 1 else self._names()
-        if not wanted and not before:
-            return
         self._steps.announced = bool(wanted)
         needed = [m.needs for m in self._attempts.measures if m.name in wanted]
         look = any(n & {"targets", "batches", "loss"} for n in needed)
