@@ -15,6 +15,7 @@ import torch_dropout_ir as tdi
 from tests.largest import Largest
 from tests.reference.enumeration import every_mask
 from tests.test_regularizers import two_layer_closed_form
+from torch_dropout_ir.kernels import pack
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
     by_rows,
@@ -653,11 +654,13 @@ def test_r2_over_all_pairs_of_masks_is_the_closed_form(n, m, p, seed, shared):
     value, drift, noise = 0.0, 0.0, 0.0
     for (one, chance), (two, other) in itertools.product(masks, masks):
         left = iter((one, two))
+
+        def draw(x, p, _, left=left):
+            kept = next(left)
+            return x * kept.view(size) / (1 - p), pack(kept.flatten().bool())
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                "torch_dropout_ir.ops.draw",
-                lambda x, p, _, left=left: (x * next(left).view(size) / (1 - p), None),
-            )
+            patch.setattr("torch_dropout_ir.ops.draw", draw)
             found = gradient_norm(
                 net, batch, tdi.half_squared_error, lr=4.0, shared_mask=shared
             )
