@@ -7,3 +7,4 @@ def take_in_parts(monkeypatch, parts=True):
     """Let no graph be kept that is larger than a step's, which none is then, or any."""
     monkeypatch.setattr(clean_pass, "_FEWEST_ELEMENTS", 0 if parts else 2**62)
     monkeypatch.setattr(step_memory, "SHARE", 0 if parts else 2**62)
+    monkeypatch.setattr(step_memory, "LEAST", 0)

@@ -23,6 +23,8 @@ from torch_dropout_ir.sites import Site
 _OF_OUTPUTS: Final = 4
 # Steps whose memory a kept graph may hold: what it holds is told to some 5 %.
 SHARE: Final = 0.95
+# Bytes that may be kept in any case: the nodes of a graph take as much themselves.
+LEAST: Final = 2**14
 
 
 class Below(NamedTuple):
@@ -116,7 +118,8 @@ class Weighed(NamedTuple):
         Returns:
             Whether it may.
         """
-        return (self.kept if once else self.curved) <= SHARE * self.step
+        room = max(SHARE * self.step, LEAST)
+        return (self.kept if once else self.curved) <= room
 
     def parts(self, most: int, beside: int) -> int:
         """Return of how many parts of the rows second derivatives may have a graph.
