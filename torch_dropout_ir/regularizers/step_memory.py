@@ -23,8 +23,9 @@ from torch_dropout_ir.sites import Site
 _OF_OUTPUTS: Final = 4
 # Steps whose memory a kept graph may hold: what it holds is told to some 5 %.
 SHARE: Final = 0.95
-# Bytes that may be kept in any case: the nodes of a graph take as much themselves.
-LEAST: Final = 2**14
+# Bytes beyond that which are no matter: torch itself takes hundreds of times as many,
+# and parts of so small a pass would take many times its time.
+LEAST: Final = 2**20
 
 
 class Below(NamedTuple):
@@ -118,7 +119,7 @@ class Weighed(NamedTuple):
         Returns:
             Whether it may.
         """
-        room = max(SHARE * self.step, LEAST)
+        room = SHARE * self.step + LEAST
         return (self.kept if once else self.curved) <= room
 
     def parts(self, most: int, beside: int) -> int:
@@ -130,7 +131,7 @@ class Weighed(NamedTuple):
         """
         if self.may_keep(once=False):
             return 1
-        left = SHARE * self.step - beside
+        left = SHARE * self.step + LEAST - beside
         return min(most, math.ceil(self.curved / left)) if left > 0 else most
 
 
