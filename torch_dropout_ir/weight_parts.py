@@ -54,14 +54,14 @@ class _Linear(torch.autograd.Function):
         needed = ctx.needs_input_grad
         # First: where it is looked at and let go of, nothing else is there yet.
         given = ctx.give(_factors(ctx, g, x, weight)) if needed[1] else None
-        x, wanted = x.view(-1, weight.shape[1]), [needed[0], False, needed[2]]
+        x, wanted = x.view(len(g), weight.shape[1]), [needed[0], False, needed[2]]
         in_x, _, in_bias = slopes(g, x, weight, None, wanted)
         return in_x, given, in_bias, None, None
 
 
 def _factors(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Factors:
     made = x if ctx.drawn is None else ctx.drawn(x)
-    return Factors(g, made.view(-1, weight.shape[1]), weight, None)
+    return Factors(g, made.view(len(g), weight.shape[1]), weight, None)
 
 
 class _Convolution(torch.autograd.Function):

@@ -79,7 +79,7 @@ def second_order(
     (``num_samples=None``): one such pass a unit; where samples are coupled, one an
     element of the mask, or the pass along a line that is told of below.
 
-    Memory: where the graph of a double backward would hold more than a training step,
+    Memory: where the graph of a double backward would hold a mebibyte more than a step,
     the batch goes in parts, of an eighth of its rows at least, attention making its
     weights again for each derivative, each with the whole loss in its own rows, which
     takes one more forward pass and keeps the graph of those rows alone. Samples that
