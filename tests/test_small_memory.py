@@ -16,6 +16,7 @@ from torch_dropout_ir.regularizers import (
     step_memory,
 )
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
+from torch_dropout_ir.regularizers.recorder import Recorder
 
 
 def layers(*widths, norm=None, act=nn.ReLU, batch=32):
@@ -71,6 +72,12 @@ FORMS = {
 }
 
 
+def look_at_all(monkeypatch):
+    """Weigh passes of any size, and let none hold more than a step."""
+    monkeypatch.setattr(step_memory, "LEAST", 0)
+    monkeypatch.setattr(Recorder, "SOME", 0)
+
+
 def made(name):
     torch.manual_seed(0)
     net, x = MODELS[name]()
@@ -89,7 +96,7 @@ def made(name):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_small_pass_holds_no_more_than_a_training_step(name, form, monkeypatch):
-    monkeypatch.setattr(step_memory, "LEAST", 0)
+    look_at_all(monkeypatch)
     net, batch, step = made(name)
     FORMS[form](net, batch, "cross_entropy")
     assert peak(lambda: FORMS[form](net, batch, "cross_entropy")) <= 1.005 * step
@@ -109,8 +116,9 @@ def test_beyond_a_step_a_mebibyte_is_no_matter(name, form):
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "images" not in name])
-def test_what_a_step_holds_is_told_by_a_pass_without_noise(name):
+def test_what_a_step_holds_is_told_by_a_pass_without_noise(name, monkeypatch):
     """But for the kernels of convolutions, which need more while they run."""
+    look_at_all(monkeypatch)
     net, batch, step = made(name)
     with clean_pass(net, batch[0], weigh=True) as clean:
         found = clean.weighed([clean.outputs])
@@ -124,7 +132,7 @@ def test_no_graph_is_kept_where_torch_does_not_tell_what_is_saved(form, monkeypa
     expected = FORMS[form](net, batch, "cross_entropy")
     monkeypatch.setattr(graph_memory, "TOLD", False)
     monkeypatch.setattr(step_memory, "TOLD", False)
-    monkeypatch.setattr(step_memory, "LEAST", 0)
+    look_at_all(monkeypatch)
     passes = []
     net[0].register_forward_hook(lambda *_: passes.append(1))
     torch.manual_seed(1)
@@ -149,7 +157,7 @@ def test_a_graph_that_holds_no_more_goes_whole():
 @pytest.mark.parametrize("name", ["relu", "deep", "batch norm"])
 def test_masks_of_bits_are_hardly_any(name, form, monkeypatch):
     """Ours take a bit an element, where torch's take a number."""
-    monkeypatch.setattr(step_memory, "LEAST", 0)
+    look_at_all(monkeypatch)
     net, batch, _ = made(name)
     convert_dropout_(net)
 

@@ -84,8 +84,8 @@ class CleanPass:
     @functools.cached_property
     def matters(self) -> bool:
         """Whether derivatives go one by one, as of graphs that may be kept."""
-        size = sum(h.numel() for _, h, _ in self.uses)
-        return self.weigh or some(size >= _FEWEST_ELEMENTS, "memory")
+        least = Recorder.SOME if self.weigh else _FEWEST_ELEMENTS
+        return some(sum([h.numel() for _, h, _ in self.uses]) >= least, "memory")
 
     def weighed(self, tensors: Sequence[Tensor]) -> Weighed:
         """Weigh the graph of some outputs against a step, before derivatives."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,9 @@ class Recorder:
         survey: The modules of the model.
     """
 
+    # Elements of inputs, below which what leads there and is made there is a mebibyte.
+    SOME: ClassVar[int] = 2**13
+
     def __init__(
         self,
         outlives: bool,
@@ -109,7 +112,7 @@ class Recorder:
             self.zeros[h.device] = zero
         if not self._open:  # computed again under checkpointing
             return h + zero
-        if first and (self._weigh or h.numel() >= _LARGE):
+        if first and h.numel() >= (self.SOME if self._weigh else _LARGE):
             there = {storage_of(x) for x in self._given()}
             self.below = Below.by(h, there)
         held = h if self._outlives else h.detach()
