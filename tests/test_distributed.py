@@ -4,7 +4,6 @@ import contextlib
 import copy
 import datetime
 import itertools
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -530,45 +529,6 @@ def test_a_model_that_is_wrapped_later_is_measured_as_one(ran, wrap, when):
     assert len(list(Path(found[0][2]).iterdir())) == 1
 
 
-def in_two_threads(rank, size, when, _):
-    """Two models, whose threads come to their steps in another order on each rank."""
-    groups = [dist.new_group(range(size)) for _ in range(2)]
-    found = {}
-
-    def work(number):
-        model = net()
-        called = DistributedDataParallel(model, process_group=groups[number])
-        watched = model if when == "inside" else called
-        sgd = torch.optim.SGD(model.parameters(), lr=0.0)
-        with tdi.attach_analysis(
-            watched, log_dir=False, every=1, measures=[measures.Regularizer()]
-        ) as analysis:
-            for x, y in batches():
-                sgd.zero_grad()
-                nn.MSELoss()(called(x), y).backward()
-                time.sleep(0.2 * ((rank + number) % 2))
-                sgd.step()
-        found[number] = analysis.history, analysis.absent
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-@pytest.mark.parametrize("when", ["whole", "inside"])
-def test_threads_of_two_models_do_not_wait_for_one_another_over_ranks(ran, when):
-    ranks = ran(2, f"two threads {when}")
-    for found in ranks:
-        assert found.keys() == {0, 1}
-        for number, (history, absent) in found.items():
-            assert not absent
-            assert history == ranks[0][number][0]
-            assert [step for step, _ in history["regularizer/R1"]] == [0, 1, 2]
-
-
 def attached_by_one(rank, size, wrap, _):
     """Only the first rank attaches, before the model is wrapped."""
     late_ranks.WAIT = datetime.timedelta(seconds=2)
@@ -905,8 +865,6 @@ for _option in ("find_unused_parameters", "static_graph"):
     SCENARIOS[f"spare {_option}"] = (spare, {_option: True})
 SCENARIOS["uneven first"] = (uneven, True)
 SCENARIOS["uneven after"] = (uneven, False)
-SCENARIOS["two threads whole"] = (in_two_threads, "whole")
-SCENARIOS["two threads inside"] = (in_two_threads, "inside")
 SCENARIOS["older"] = (older,)
 SCENARIOS["unlike"] = (unlike,)
 for _wrap in ("ddp", "fsdp"):

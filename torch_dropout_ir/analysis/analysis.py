@@ -28,12 +28,12 @@ from torch_dropout_ir.analysis.schedule import Schedule
 from torch_dropout_ir.analysis.snapshot import Measure, Snapshot, labels, runs_model
 from torch_dropout_ir.analysis.steps import NO_STEP, STEPS, OptimizerSteps
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
-from torch_dropout_ir.analysis.turn_of_ranks import turn_of
 from torch_dropout_ir.analysis.view import View
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.nn import convert_dropout_, is_convertible, restore_dropout_
+from torch_dropout_ir.turns import in_turn
 
 
 class Analysis:
@@ -116,7 +116,7 @@ class Analysis:
         self.absent.pop(STEPS, None)
         if self._alone:
             self._settle_ranks()
-        with turn_of(self._ranks):
+        with in_turn():
             if self._capture.groups.stepped() and self._due:
                 self._measure_safely(self._due, planned=True)
             else:
@@ -144,7 +144,7 @@ class Analysis:
         before, self._clock = self._clock, time.perf_counter()
         may = self._cadence.stepped(self._clock - before, self.step)
         if self._steps.announced:
-            with turn_of(self._ranks):
+            with in_turn():
                 self._plan()
         elif may or self._ranks.group is not None:
             self._plan()
@@ -172,7 +172,7 @@ class Analysis:
         if not self._attached:
             raise RuntimeError("measure: this analysis is detached; attach a new one")
         self._ranks.wait_for_all("measure")
-        with turn_of(self._ranks):
+        with in_turn():
             had = {tag: len(values) for tag, values in self.history.items()}
             self._measure_safely(self._names())
             return {

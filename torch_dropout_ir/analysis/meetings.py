@@ -28,7 +28,7 @@ class Meeting:
 
     def __init__(self, group: Any, what: str, said: str = "here") -> None:
         ranks = dist.get_process_group_ranks(group)
-        named = f"{ranks} {group.group_name}".encode()  # two threads may have one each
+        named = repr(ranks).encode()
         self._kind = f"torch_dropout_ir/{what}/{zlib.crc32(named)}"
         Meeting._held[self._kind] += 1
         self._place = f"{self._kind}/{Meeting._held[self._kind]}"
