@@ -350,10 +350,9 @@ def test_one_graph_does_for_two_roots_where_parameters_hold_as_much(
     passes = []
     net.register_forward_hook(lambda *_: passes.append(1))
     exact = gauss_newton(net, batch, rates, num_samples=None)
-    monkeypatch.setattr("torch_dropout_ir.regularizers.clean_pass._FEWEST_ELEMENTS", 0)
+    for name in ("FEWEST", "SOME", "LEAST"):
+        monkeypatch.setattr(f"torch_dropout_ir.regularizers.step_memory.{name}", 0)
     monkeypatch.setattr("torch_dropout_ir.regularizers.recorder._LARGE", 0)
-    monkeypatch.setattr("torch_dropout_ir.regularizers.step_memory.LEAST", 0)
-    monkeypatch.setattr("torch_dropout_ir.regularizers.recorder.Recorder.SOME", 0)
     passes.clear()
     found = [
         gauss_newton(net, batch, rates, num_samples=num_samples) for _ in range(60)

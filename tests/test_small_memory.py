@@ -16,7 +16,6 @@ from torch_dropout_ir.regularizers import (
     step_memory,
 )
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
-from torch_dropout_ir.regularizers.recorder import Recorder
 
 
 def layers(*widths, norm=None, act=nn.ReLU, batch=32):
@@ -75,7 +74,7 @@ FORMS = {
 def look_at_all(monkeypatch):
     """Weigh passes of any size, and let none hold more than a step."""
     monkeypatch.setattr(step_memory, "LEAST", 0)
-    monkeypatch.setattr(Recorder, "SOME", 0)
+    monkeypatch.setattr(step_memory, "SOME", 0)
 
 
 def made(name):
@@ -113,6 +112,33 @@ def test_beyond_a_step_a_mebibyte_is_no_matter(name, form):
     held = peak(lambda: FORMS[form](net, batch, "cross_entropy"))
     assert held <= step + 2**20
     assert len(passes) == 1 or name == "batch norm, large" or form[-5:] == "exact"
+
+
+@pytest.mark.parametrize(
+    "form", ["gauss_newton, 8", "gauss_newton, exact", "second_order"]
+)
+def test_little_that_goes_into_a_site_may_lead_to_much(form):
+    """512 numbers go in, and pictures of 8 MB are made of them."""
+    torch.manual_seed(0)
+    pictures = nn.Sequential(
+        nn.Upsample(scale_factor=64), nn.Conv2d(8, 8, 3, padding=1), nn.GELU(),
+        nn.Conv2d(8, 8, 3, padding=1), nn.GELU(), nn.AdaptiveAvgPool2d(1),
+    )  # fmt: skip
+    net = nn.Sequential(
+        nn.Dropout(0.3), nn.Unflatten(1, (8, 1, 1)), pictures, nn.Flatten(),
+        nn.Linear(8, 4),
+    )  # fmt: skip
+    batch = torch.randn(64, 8), torch.randint(4, (64,))
+
+    def step():
+        F.cross_entropy(net(batch[0]), batch[1]).backward()
+
+    step()
+    net.zero_grad()
+    held = peak(step)
+    net.zero_grad()
+    FORMS[form](net, batch, "cross_entropy")
+    assert peak(lambda: FORMS[form](net, batch, "cross_entropy")) <= held + 2**20
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "images" not in name])

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,10 @@ from torch_dropout_ir.regularizers.coupling import row_weight, told_by_powers
 from torch_dropout_ir.regularizers.pass_kernels import pass_kernels
 from torch_dropout_ir.regularizers.recorder import Recorder, Use, shape_of, there_before
 from torch_dropout_ir.regularizers.row_graph import rows_meet
-from torch_dropout_ir.regularizers.step_memory import Below, Weighed
+from torch_dropout_ir.regularizers.step_memory import Below, Weighed, may_hold_much
 from torch_dropout_ir.sites import out_of_sight
 from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.tracing import derivatives, generators_moved
-
-# Elements of the sites' inputs beside which calls of ours take no time.
-_FEWEST_ELEMENTS: Final = 2**16
 
 
 @dataclasses.dataclass
@@ -84,8 +81,8 @@ class CleanPass:
     @functools.cached_property
     def matters(self) -> bool:
         """Whether derivatives go one by one, as of graphs that may be kept."""
-        least = Recorder.SOME if self.weigh else _FEWEST_ELEMENTS
-        return some(sum([h.numel() for _, h, _ in self.uses]) >= least, "memory")
+        size = sum([h.numel() for _, h, _ in self.uses])
+        return some(may_hold_much(size, self.outputs, self.weigh), "memory")
 
     def weighed(self, tensors: Sequence[Tensor]) -> Weighed:
         """Weigh the graph of some outputs against a step, before derivatives."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.module_calls import only_draws
+from torch_dropout_ir.regularizers import step_memory
 from torch_dropout_ir.regularizers.checks import check_site
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.graph_memory import storage_of
@@ -59,9 +60,6 @@ class Recorder:
         given: Tensors that are there without the pass.
         survey: The modules of the model.
     """
-
-    # Elements of inputs, below which what leads there and is made there is a mebibyte.
-    SOME: ClassVar[int] = 2**13
 
     def __init__(
         self,
@@ -112,7 +110,7 @@ class Recorder:
             self.zeros[h.device] = zero
         if not self._open:  # computed again under checkpointing
             return h + zero
-        if first and h.numel() >= (self.SOME if self._weigh else _LARGE):
+        if first and h.numel() >= (step_memory.SOME if self._weigh else _LARGE):
             there = {storage_of(x) for x in self._given()}
             self.below = Below.by(h, there)
         held = h if self._outlives else h.detach()

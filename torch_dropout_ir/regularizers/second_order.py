@@ -220,6 +220,7 @@ def _seen(
     """Return what a pass shows: draws of it, or what parts of the rows are to know."""
     number = most(_parts_of_rows(clean, read, num_samples), "parts")
     whole = alone is None and (number < 2 or not clean.uses)
+    rows = not whole and RowChunks.pay(clean, read)  # while there is a graph
     coupled = False
     if not whole:
         coupled = any([clean.samples_meet(x) for x in read.tensors])
@@ -236,7 +237,7 @@ def _seen(
         coupled |= bool(clean.uses) and clean.couples_samples(read.tensors)
         curvature = SiteCurvature(clean, read, linearized=False)
         draws = curvature.draws(num_samples, coupled)
-    elif not meet and RowChunks.pay(clean, read):
+    elif not meet and rows:
         chunks = RowChunks(
             model, batch[0], clean, read, twice=True, parts=number, alone=alone
         )

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from torch_dropout_ir.regularizers.graph_memory import TOLD, Graph, storage_of
+from torch_dropout_ir.leaves import flatten
+from torch_dropout_ir.regularizers.graph_memory import TOLD, Graph, Held, storage_of
 from torch_dropout_ir.sites import Site
 
 # Tensors of the size of the outputs: what a root or the loss makes of them.
@@ -26,6 +27,27 @@ SHARE: Final = 0.95
 # Bytes beyond that which are no matter: torch itself takes hundreds of times as many,
 # and parts of so small a pass would take many times its time.
 LEAST: Final = 2**20
+# Elements of the sites' inputs beside which calls of ours, and a look at what is below
+# and above, take no time.
+FEWEST: Final = 2**16
+SOME: Final = 2**13
+
+
+def may_hold_much(size: int, outputs: Any, kept: bool) -> bool:
+    """Whether what a graph holds may matter, by what goes into the sites and comes out.
+
+    Args:
+        size: Elements of the sites' inputs.
+        outputs: What the model returned, with its graph.
+        kept: Whether the graph may be kept: then little may lead to much.
+
+    Returns:
+        Whether it may.
+    """
+    if not kept:
+        return size >= FEWEST
+    given = (x for x in flatten(outputs)[0] if isinstance(x, Tensor))
+    return size >= SOME or Held.by([x.grad_fn for x in given]).made > LEAST
 
 
 class Below(NamedTuple):
