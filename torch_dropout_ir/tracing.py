@@ -241,13 +241,15 @@ def plain(packed: Tensor) -> Tensor | None:
 
 def leaves_graph() -> bool:
     """Whether a mask drawn in a compiled graph can be kept after the graph has run."""
-    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+    if not torch.compiler.is_dynamo_compiling():
         return False
     return not (transformed() or _inside_operator())
 
 
 def _inside_operator() -> bool:
-    """Whether Dynamo is in the body of an operator, as that of a checkpoint is."""
+    """Whether Dynamo is in the body of an operator, as a checkpoint's, or exports."""
+    if torch.compiler.is_exporting():  # Dynamo of torch 2.10 itself says always
+        return True
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
