@@ -403,3 +403,20 @@ def test_masks_without_common_units_are_counted_as_a_whole():
         kept += int(layer.last_mask.sum())
         assert int(layer.statistics.num_kept) == kept
     assert layer.statistics.unit_kept.numel() == 0
+
+
+def test_threads_that_start_the_statistics_at_once_share_them(monkeypatch):
+    both = threading.Barrier(2, timeout=10)
+
+    def start():
+        both.wait()  # neither finds those of the other
+        return MaskTally()
+
+    monkeypatch.setattr(tdi.nn, "MaskTally", start)
+    layer = tdi.Dropout(0.5)
+    threads = [threading.Thread(target=layer, args=(torch.ones(8),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert layer.statistics.num_calls == 2
