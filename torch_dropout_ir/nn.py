@@ -47,6 +47,9 @@ class _Remembers(nn.modules.dropout._DropoutNd):
         if not self.training:
             ops.check_rate(self.p, tracing.eager())
             return input
+        if input.is_nested:  # its mask has no shape to show
+            self.__dict__.pop("_last", None)
+            return super().forward(input)
         output = self._drop(input)
         return input.copy_(output) if self.inplace else output
 
@@ -258,7 +261,8 @@ def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     Before each forward pass the generators of torch, Python and NumPy are seeded, after
     it they are given back, so any kind of dropout in the model is frozen (torch's
     modules and functions too) and the random streams outside do not move. Masks are the
-    same for inputs of the same shape. Calls of a submodule alone are not frozen.
+    same for inputs of the same shape. Calls of a submodule alone are not frozen, nor
+    are those of what ``torch.compile(model)`` returned: give that instead.
 
     Args:
         model: The model.
