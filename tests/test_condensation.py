@@ -323,8 +323,9 @@ def test_bad_input():
     for bad in ({"threshold": 2.0}, {"min_amplitude": -1.0}):
         with pytest.raises(ValueError, match="threshold"):
             cd.effective_neurons(torch.ones(2, 2), **bad)
-    with pytest.raises(ValueError, match="outgoing"):
-        cd.amplitudes(torch.ones(2, 2), torch.ones(3))
+    for outgoing in (torch.ones(3), torch.ones(())):
+        with pytest.raises(ValueError, match="outgoing"):
+            cd.amplitudes(torch.ones(2, 2), outgoing)
 
 
 def test_neurons_covered_already_can_be_centres():
@@ -389,6 +390,8 @@ def test_lazy_choices_are_the_naive_ones(monkeypatch, dims, pairs):
     "call",
     [
         lambda: cd.orientations(torch.ones(3)),
+        lambda: cd.orientations([[1.0, 2.0]]),
+        lambda: cd.amplitudes(torch.ones(3)),
         lambda: cd.cosine_similarity(torch.ones(3, 2), torch.ones(3)),
         lambda: cd.cosine_similarity(torch.ones(3, 2), torch.ones(3, 4)),
         lambda: cd.principal_plane(torch.ones(3)),
@@ -399,3 +402,32 @@ def test_lazy_choices_are_the_naive_ones(monkeypatch, dims, pairs):
 def test_weights_of_another_shape_are_said(call):
     with pytest.raises(ValueError, match=r"expected .*\[neurons, d.*, got"):
         call()
+
+
+def test_an_amplitude_that_is_not_finite_is_a_dead_neuron():
+    amplitude = torch.tensor([1.0, float("nan"), 0.5, 0.01, float("inf")])
+    found = cd.effective_neurons(torch.eye(5), 0.9, 0.1, amplitude=amplitude)
+    assert found.labels.tolist() == [0, -1, 1, -1, -1]
+
+
+@pytest.mark.parametrize("dims", [20, 300])
+def test_autocast_changes_nothing(dims):
+    """Its half precision would tell neurons apart that are parallel."""
+    torch.manual_seed(0)
+    weights = torch.randn(400, dims)
+    weights = torch.cat((weights, 3 * weights))
+
+    def found():
+        cover = cd.effective_neurons(weights, 0.9999)
+        return [
+            cover.labels, cd.cosine_similarity(weights), cd.cluster_order(weights),
+            cd.cosine_statistics(weights).counts, cd.principal_plane(weights),
+            cd.project_orientations(weights), *cd.closest(weights, weights[:9]),
+            cd.movement(weights, weights.flip(0)).cosines,
+        ]  # fmt: skip
+
+    expected = found()
+    assert int(expected[0].max()) == 399
+    with torch.autocast("cpu", torch.bfloat16):
+        for got, wanted in zip(found(), expected, strict=True):
+            assert torch.equal(got, wanted)

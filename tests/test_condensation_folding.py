@@ -175,6 +175,13 @@ class Skipping(nn.Module):
         ),
         (
             lambda: nn.Sequential(
+                nn.Linear(4, 6), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(6, 2)
+            ),
+            (8, 3, 4),
+            "BatchNorm1d",
+        ),
+        (
+            lambda: nn.Sequential(
                 nn.Linear(4, 4),
                 nn.BatchNorm1d(4, track_running_stats=False),
                 nn.Linear(4, 2),

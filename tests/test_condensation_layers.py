@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from torch_dropout_ir import condensation as cd
 
@@ -220,6 +220,7 @@ def weight_norm(module):
         weight_norm,
         torch.nn.utils.spectral_norm,
         lambda m: parametrize.register_parametrization(m, "weight", LowRank(4, 3)),
+        lambda m: prune.random_unstructured(m, "weight", 0.4),
         lambda m: LowRankLinear(3, 4),
         lambda m: LowRankLinear(3, 4, bias=False),
     ],
@@ -241,15 +242,33 @@ def test_parametrized_weights_as_they_act(change):
     assert rows.requires_grad
 
 
-def test_a_linear_subclass_that_is_not_affine_is_refused():
-    class Squares(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) ** 2
+class Squares(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) ** 2
 
-    with pytest.raises(NotImplementedError, match="affine"):
-        cd.input_weights(Squares(3, 4))
-    net = nn.Sequential(Squares(3, 4), nn.Linear(4, 2))
+
+class Modulated(nn.Linear):
+    def forward(self, x, style):
+        return super().forward(x) * style
+
+
+@pytest.mark.parametrize(("kind", "said"), [(Squares, "affine"), (Modulated, "style")])
+def test_a_linear_subclass_that_is_not_affine_is_refused(kind, said):
+    with pytest.raises(NotImplementedError, match=said):
+        cd.input_weights(kind(3, 4))
+    net = nn.Sequential(kind(3, 4), nn.Linear(4, 2))
     assert [name for name, _ in cd.named_input_weights(net)] == ["1"]
+    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), kind(3, 4))
+    found = cd.outgoing_weights(net)["0"]
+    assert not found.consumers and "`2` reads it by no affine map" in found.reason
+
+
+@pytest.mark.parametrize("parent", [nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell])
+def test_gates_of_a_subclass_are_those_of_its_parent(parent):
+    module, own = parent(3, 4), type("Own", (parent,), {})(3, 4)
+    own.load_state_dict(module.state_dict())
+    for view in dict(cd.layers.layer_parts(module)):
+        assert torch.equal(cd.input_weights(own, view), cd.input_weights(module, view))
 
 
 def test_the_walk_names_parts_and_gives_tied_weights_once():

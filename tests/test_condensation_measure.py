@@ -155,6 +155,21 @@ def test_its_thresholds_are_those_that_are_given():
         found = Condensation(**options)(Snapshot(net, 0, ()))
         assert found["condensation/effective_neurons/0"] == count
         assert found["condensation/dead_neurons/0"] == dead
+    for bad in ({"threshold": 1.5}, {"min_amplitude": 2.0}):
+        with pytest.raises(ValueError, match="Condensation: expected `threshold`"):
+            Condensation(**bad)
+
+
+def test_a_step_under_autocast_is_measured_in_full_precision():
+    net = nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 2))
+    expected = Condensation()(Snapshot(net, 0, ()))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Condensation()(Snapshot(net, 0, ()))
+    for tag, record in expected.items():
+        if isinstance(record, float):
+            assert found[tag] == record, tag
+        elif isinstance(record, Image):
+            assert torch.equal(found[tag].values, record.values), tag
 
 
 def test_a_layer_that_is_replaced_by_a_wider_one_starts_anew():

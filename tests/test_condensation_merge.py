@@ -262,6 +262,7 @@ def test_what_is_flattened_is_read_by_channel(step):
     [
         lambda h: h.transpose(1, -1), lambda h: h.unsqueeze(1).flatten(1, 2),
         lambda h: torch.transpose(h, 1, -1), lambda h: h.flatten(0, 1).view(-1, 4),
+        lambda h: h.flatten(end_dim=1), lambda h: torch.flatten(h, end_dim=1),
     ],
 )  # fmt: skip
 def test_what_is_turned_over_is_not_taken_for_flattened(step):
@@ -292,7 +293,22 @@ class Tied(nn.Module):
         return F.linear(F.linear(h, self.one.weight), torch.ones(2, 6))
 
 
-@pytest.mark.parametrize(("make", "said"), [(TwoReads, "elsewhere"), (Tied, "tensor")])
+class TiedReader(nn.Module):
+    """The weight of what reads the first layer is also read as a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        h = self.two(torch.relu(self.one(x)))
+        return F.linear(torch.relu(h), self.two.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(TwoReads, "elsewhere"), (Tied, "tensor"), (TiedReader, "does not run with")],
+)
 def test_a_layer_that_is_needed_whole_elsewhere_is_left(make, said):
     torch.manual_seed(0)
     model, x = make(), torch.randn(20, 4)
@@ -306,9 +322,36 @@ def test_what_has_no_finite_outputs_is_not_merged():
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
     with pytest.raises(ValueError, match="finite"):
         cd.merge_condensed(net, torch.full((9, 4), float("nan")))
+    with pytest.raises(ValueError, match="one sample at least"):
+        cd.merge_condensed(net, torch.randn(0, 4))
     net[0].weight.data[1] = float("nan")
     with pytest.raises(ValueError, match="finite"):
         cd.merge_condensed(net, torch.randn(9, 4))
+
+
+def test_what_few_samples_do_not_show_stays():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 1)).double()
+    x, new = torch.randn(20, 3).double(), torch.randn(100, 3).double()
+    merged = cd.merge_condensed(net, x, 0.999)
+    assert merged.layers["0"].after == 50  # nothing is parallel
+    assert torch.equal(merged.model(new), net(new))
+    with torch.no_grad():
+        net[0].weight[40:], net[0].bias[40:] = net[0].weight[:10], net[0].bias[:10]
+    merged = cd.merge_condensed(net, x, 0.999)
+    assert merged.layers["0"].after == 40
+    torch.testing.assert_close(merged.model(new), net(new))
+
+
+def test_dropout_that_is_always_on_is_off():
+    class Always(nn.Sequential):
+        def forward(self, x):
+            return self[1](F.dropout(torch.relu(self[0](x)), 0.5))
+
+    torch.manual_seed(0)
+    net = Always(condense(nn.Linear(4, 12), 3), nn.Linear(12, 2))
+    merged = cd.merge_condensed(net, torch.randn(30, 4))
+    assert merged.layers["0"].after == 4 and merged.relative_change < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

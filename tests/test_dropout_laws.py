@@ -150,6 +150,19 @@ def test_a_schedule_of_rates_compiles_once():
     assert counter.frame_count == 1
 
 
+@QUIET
+def test_a_layer_with_a_rate_as_tensor_compiles_in_both_modes():
+    torch._dynamo.reset()
+    layer, x = tdi.Dropout(torch.tensor(0.25)), torch.ones(4096)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert float((compiled(x) == 0).float().mean()) == pytest.approx(0.25, abs=0.05)
+    layer.eval()
+    assert torch.equal(compiled(x), x)
+    layer.p = torch.tensor(1.5)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        layer(x)
+
+
 def network():
     return nn.Sequential(nn.Linear(8, 32), tdi.Dropout(0.5), nn.Linear(32, 2))
 

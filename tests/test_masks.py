@@ -403,3 +403,52 @@ def test_masks_without_common_units_are_counted_as_a_whole():
         kept += int(layer.last_mask.sum())
         assert int(layer.statistics.num_kept) == kept
     assert layer.statistics.unit_kept.numel() == 0
+
+
+def test_threads_that_start_the_statistics_at_once_share_them(monkeypatch):
+    both = threading.Barrier(2, timeout=10)
+
+    def start():
+        both.wait()  # neither finds those of the other
+        return MaskTally()
+
+    monkeypatch.setattr(tdi.nn, "MaskTally", start)
+    layer = tdi.Dropout(0.5)
+    threads = [threading.Thread(target=layer, args=(torch.ones(8),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert layer.statistics.num_calls == 2
+
+
+def test_what_a_thread_adds_after_another_came_with_other_units_counts():
+    tally = MaskTally()
+    late = tally.counts_for(5, torch.device("cpu"))
+    tally.counts_for(7, torch.device("cpu"))[0] += 3
+    late += 1
+    assert int(tally.statistics().num_kept) == 8
+
+
+def test_nested_tensors_are_dropped_as_by_torch():
+    x = torch.nested.nested_tensor(
+        [torch.ones(2, 300), torch.ones(4, 300)],
+        layout=torch.jagged,
+        requires_grad=True,
+    )
+    layer = tdi.Dropout(0.5)
+    layer(torch.ones(3))
+    torch.manual_seed(0)
+    y = layer(x)
+    torch.manual_seed(0)
+    assert torch.equal(y.values(), nn.Dropout(0.5)(x).values())
+    y.values().sum().backward()
+    assert torch.equal(x.grad.values(), y.values())
+    assert layer.last_mask is None  # that of the call before is no more
+
+
+def test_a_mask_without_elements_and_one_without_a_rate():
+    found = MaskStatistics.of_mask(torch.ones(3, 0, dtype=torch.bool), 0.5)
+    assert (found.num_calls, found.num_elements, len(found.unit_kept)) == (1, 0, 0)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        MaskStatistics.of_mask(torch.ones(3, dtype=torch.bool), 5.0)

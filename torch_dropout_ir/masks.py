@@ -96,9 +96,13 @@ class MaskStatistics:
 
         Returns:
             The statistics of one call.
-        """
+
+        Raises:
+            ValueError: If ``p`` is outside ``[0, 1]``.
+        """  # noqa: DOC502 (`check_rate` raises)
+        p = float(ops.check_rate(p, True))
         units = mask.movedim(unit_dim, -1) if mask.ndim else mask.view(1)
-        counts = units.reshape(-1, units.shape[-1]).sum(0)
+        counts = units[None].flatten(0, -2).sum(0)
         return cls.of_units(counts, mask.numel(), p)
 
     def __add__(self, other: MaskStatistics) -> MaskStatistics:
@@ -160,8 +164,10 @@ class MaskTally:
         self._elements = 0
         self._expected = 0.0
         self._variance = 0.0
-        self._kept: Tensor | None = None
+        self._kept: Tensor | None = None  # what the last mask was added to
         self._by_unit = True  # else by place in a 64-bit word: no units in common
+        # Another thread may still add to counts that no longer fit: all are kept.
+        self._counts: dict[tuple[torch.device, bool], Tensor] = {}
 
     def counts_for(self, units: int, device: torch.device) -> Tensor:
         """Return what a mask's counts are to be added to.
@@ -179,24 +185,18 @@ class MaskTally:
                 kept = self._fit(units, device)
         return kept
 
+    @torch.inference_mode(False)  # what adds up in it could not be added to outside
     def _fit(self, units: int, device: torch.device) -> Tensor:
         kept = self._kept
-        if kept is None or kept.device != device:
-            return self._start(units, device)
-        fits = not self._by_unit or kept.numel() == units
-        return kept if fits else self._start(units, device)
-
-    @torch.inference_mode(False)  # what adds up in it could not be added to outside
-    def _start(self, units: int, device: torch.device) -> Tensor:
-        before = self._kept
-        self._by_unit = before is None and units <= MAX_UNITS
-        kept = torch.zeros(
-            units if self._by_unit else _WORD, dtype=torch.int64, device=device
-        )
-        if before is not None:
-            kept[0] = before.sum()
-        self._kept = kept
-        return kept
+        if kept is None:
+            self._by_unit = units <= MAX_UNITS
+        elif kept.numel() != units or kept.device != device:
+            self._by_unit = False
+        key, width = (device, self._by_unit), units if self._by_unit else _WORD
+        if key not in self._counts:
+            self._counts[key] = torch.zeros(width, dtype=torch.int64, device=device)
+        self._kept = self._counts[key]
+        return self._kept
 
     def add_counted(self, numel: int, p: float) -> None:
         """Add a mask of ``numel`` elements whose units are in the counts already."""
@@ -238,12 +238,13 @@ class MaskTally:
             if self._kept is None:
                 return MaskStatistics()
             self._settle()
-            kept = self._kept.clone()  # the next call adds to it
+            counts = [x.clone() for x in self._counts.values()]  # to them calls add
+            totals = [x.sum().to(self._kept.device) for x in counts]
             return MaskStatistics(
                 self._calls,
                 self._elements,
-                kept.sum(),
+                torch.stack(totals).sum(),
                 self._expected,
                 self._variance,
-                kept if self._by_unit else kept.new_zeros(0),
+                counts[0] if self._by_unit else self._kept.new_zeros(0),
             )

@@ -45,8 +45,11 @@ class _Remembers(nn.modules.dropout._DropoutNd):
             Tensor of the same shape and dtype.
         """
         if not self.training:
-            ops.check_probability(self.p)
+            ops.check_rate(self.p, tracing.eager())
             return input
+        if input.is_nested:  # its mask has no shape to show
+            self.__dict__.pop("_last", None)
+            return super().forward(input)
         output = self._drop(input)
         return input.copy_(output) if self.inplace else output
 
@@ -61,7 +64,8 @@ class _Remembers(nn.modules.dropout._DropoutNd):
             return output
         p, numel, shape, counts, tally = self.p, x.numel(), x.shape, None, None
         if self.track and numel and tracing.makes_new(x):
-            tally = self._tally or self._start_tally()
+            # Threads that start one at the same time all take the first.
+            tally = self._tally or self.__dict__.setdefault("_tally", MaskTally())
             units = units or (shape[-1] if shape else 1)
             if type(x) is Tensor and not isinstance(p, Tensor):
                 counts = tally.counts_for(units, x.device)
@@ -75,10 +79,6 @@ class _Remembers(nn.modules.dropout._DropoutNd):
             elif tally is not None:
                 tally.add(mask, numel, units or 1, float(p))
         return output
-
-    def _start_tally(self) -> MaskTally:
-        tally = self.__dict__["_tally"] = MaskTally()
-        return tally
 
     @property
     def last_mask(self) -> Tensor | None:
@@ -104,7 +104,7 @@ class _Remembers(nn.modules.dropout._DropoutNd):
 
     def reset_statistics(self) -> None:
         """Forget the statistics; the last mask stays."""
-        self._tally = None
+        self.__dict__.pop("_tally", None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _MEMORY}
@@ -261,7 +261,8 @@ def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     Before each forward pass the generators of torch, Python and NumPy are seeded, after
     it they are given back, so any kind of dropout in the model is frozen (torch's
     modules and functions too) and the random streams outside do not move. Masks are the
-    same for inputs of the same shape. Calls of a submodule alone are not frozen.
+    same for inputs of the same shape. Calls of a submodule alone are not frozen, nor
+    are those of what ``torch.compile(model)`` returned: give that instead.
 
     Args:
         model: The model.

@@ -138,18 +138,6 @@ def fingerprint(packed: Tensor) -> int:
     return int(mixed.sum()) % 2**64
 
 
-def check_probability(p: float) -> float:
-    """Return ``p`` as a float in ``[0, 1]``.
-
-    Raises:
-        ValueError: If ``p`` is outside ``[0, 1]`` or not a number.
-    """
-    p = float(p)
-    if not 0.0 <= p <= 1.0:  # nor is NaN
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    return p
-
-
 def draw(
     x: Tensor,
     p: float | Tensor,
@@ -179,7 +167,7 @@ def draw(
         _refuse(x)
     fused = eager() if fused is None else fused
     if type(p) is not float or not 0.0 <= p <= 1.0:
-        p = _check_rate(p, fused)
+        p = check_rate(p, fused)
         fused = fused and not isinstance(p, Tensor)
     if rng is not None:
         _check_key(rng, x)
@@ -224,17 +212,25 @@ def _draw_composed(x: Tensor, p: float | Tensor, rng: Tensor) -> tuple[Tensor, T
     return _where_kept(x, packed, scale), packed
 
 
-def _check_rate(p: float | Tensor, readable: bool) -> float | Tensor:
-    """Return ``p`` checked and as a float, where its value may and can be looked at."""
-    if not isinstance(p, Tensor):
-        return check_probability(p)
-    if p.ndim:
-        raise ValueError(
-            "dropout: expected `p` to be a float or a 0-d tensor, got a tensor of "
-            f"shape {list(p.shape)}"
-        )
-    p = p.detach()  # the mask's own part of a derivative is not to be had
-    return check_probability(float(p)) if readable and p.is_cpu else p
+def check_rate(p: float | Tensor, readable: bool) -> float | Tensor:
+    """Return ``p`` checked and as a float, where its value may and can be looked at.
+
+    Raises:
+        ValueError: If it is outside ``[0, 1]`` or NaN, or a tensor with dimensions.
+    """
+    if isinstance(p, Tensor):
+        if p.ndim:
+            raise ValueError(
+                "dropout: expected `p` to be a float or a 0-d tensor, got a tensor of "
+                f"shape {list(p.shape)}"
+            )
+        p = p.detach()  # the mask's own part of a derivative is not to be had
+        if not (readable and p.is_cpu):
+            return p
+    p = float(p)
+    if not 0.0 <= p <= 1.0:  # nor is NaN
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    return p
 
 
 def _check_key(rng: Tensor, x: Tensor) -> None:
@@ -295,6 +291,6 @@ def dropout(
         return handle_torch_function(dropout, (x,), x, p, training, rng=rng)
     if training is not True:
         check_flag("dropout", "training", training)
-        _check_rate(p, eager())
+        check_rate(p, eager())
         return x
     return draw(x, p, rng)[0]

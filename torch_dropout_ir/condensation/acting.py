@@ -7,8 +7,16 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply as the weights are, where a user's autocast would in half precision."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 @contextlib.contextmanager
@@ -16,8 +24,9 @@ def acting(module: nn.Module) -> Iterator[None]:
     """Make ``module``'s weights what its next forward pass would use.
 
     Parametrizations are evaluated in evaluation mode, where spectral normalization
-    takes no further power iteration. The older normalizations, which are hooks that
-    write the weight before a pass, write it now; the old one comes back at the end.
+    takes no further power iteration. The older normalizations and pruning, which are
+    hooks that write the weight before a pass, write it now; the old one comes back at
+    the end.
 
     Args:
         module: The layer.
@@ -25,22 +34,27 @@ def acting(module: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    with contextlib.ExitStack() as stack:
+    with full_precision(), contextlib.ExitStack() as stack:
         if nn.utils.parametrize.is_parametrized(module):
             for part in module.parametrizations.modules():  # type: ignore[union-attr]
                 stack.callback(setattr, part, "training", part.training)
                 part.training = False
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, (WeightNorm, SpectralNorm)):
-                stack.callback(setattr, module, hook.name, getattr(module, hook.name))
-                setattr(module, hook.name, _compute(hook, module))
+            if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
+                name, now = _compute(hook, module)
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, now)
         yield
 
 
-def _compute(hook: WeightNorm | SpectralNorm, module: nn.Module) -> Tensor:
+def _compute(
+    hook: WeightNorm | SpectralNorm | BasePruningMethod, module: nn.Module
+) -> tuple[str, Tensor]:
+    if isinstance(hook, BasePruningMethod):
+        return hook._tensor_name, hook.apply_mask(module)
     if isinstance(hook, SpectralNorm):
-        return hook.compute_weight(module, do_power_iteration=False)
-    return hook.compute_weight(module)
+        return hook.name, hook.compute_weight(module, do_power_iteration=False)
+    return hook.name, hook.compute_weight(module)
 
 
 def affine(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
@@ -56,7 +70,7 @@ def affine(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
         Weight ``[out, in]`` and bias ``[out]`` or None.
 
     Raises:
-        NotImplementedError: If that forward is not an affine map.
+        NotImplementedError: If that forward is no affine map of the rows of a matrix.
     """
     if type(module).forward is nn.Linear.forward:
         return module.weight, module.bias
@@ -66,10 +80,16 @@ def affine(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
             part.training = False
         size = module.in_features
         units = torch.eye(size, dtype=module.weight.dtype, device=module.weight.device)
-        offset = module.forward(torch.zeros_like(units[:1]))
-        columns = module.forward(units) - offset
         probe = torch.linspace(-2.0, 3.0, size).to(units)[None]
-        image, expected = module.forward(probe), probe @ columns + offset
+        try:
+            offset = module.forward(torch.zeros_like(units[:1]))
+            columns, image = module.forward(units) - offset, module.forward(probe)
+        except Exception as err:  # whatever a user's forward raises
+            raise NotImplementedError(
+                f"input_weights: the forward of {type(module).__name__} takes no "
+                f"matrix [samples, {size}]: {err}"
+            ) from err
+        expected = probe @ columns + offset
     error = torch.linalg.vector_norm((image - expected).detach().double())
     scale = torch.linalg.vector_norm(image.detach().double())
     if error > 100 * size**0.5 * torch.finfo(units.dtype).eps * (1 + scale):

@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.rows import (
     UnitRows,
     Weights,
@@ -23,6 +24,7 @@ _STEPS: Final = 30  # of subspace iteration
 
 
 @torch.no_grad()
+@full_precision()
 def closest(weights: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Return for each neuron the most parallel one of another set.
 
@@ -89,6 +91,7 @@ class Movement:
 
 
 @torch.no_grad()
+@full_precision()
 def movement(weights: Tensor, start: Tensor) -> Movement:
     r"""Return how far neurons have moved from an earlier state.
 
@@ -188,6 +191,7 @@ def orientation_angles(weights: Weights, plane: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
+@full_precision()
 def project_orientations(weights: Weights, plane: Tensor | None = None) -> Tensor:
     """Return the orientations' coordinates in a plane: points of the unit disc.
 
@@ -225,6 +229,7 @@ def project_orientations(weights: Weights, plane: Tensor | None = None) -> Tenso
 
 
 @torch.no_grad()
+@full_precision()
 def principal_plane(weights: Weights) -> Tensor:
     """Return the plane of the orientations' two leading principal directions.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.arguments import check_real
+from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.greedy import greedy_cover, num_far_apart
 from torch_dropout_ir.condensation.rows import UnitRows, Weights, check_rows
 from torch_dropout_ir.condensation.tiles import with_orientation
@@ -36,6 +37,7 @@ class EffectiveNeurons:
 
 
 @torch.no_grad()
+@full_precision()
 def effective_neurons(
     weights: Weights,
     threshold: float = 0.95,
@@ -63,8 +65,8 @@ def effective_neurons(
     Args:
         weights: Input weights, ``[m, d]``.
         threshold: Cosine above which neurons are parallel, in ``[-1, 1]``.
-        min_amplitude: Share of the largest amplitude below which a neuron is dead;
-            neurons of norm zero and those that are not finite always are.
+        min_amplitude: Share of the largest finite amplitude below which a neuron is
+            dead; neurons of norm zero and those that are not finite always are.
         amplitude: Amplitudes ``[m]``, as :func:`amplitudes` gives them; the norms if
             None.
 
@@ -86,16 +88,15 @@ def effective_neurons(
         >>> found.lower_bound
         2
     """  # noqa: DOC502 (raised by `_check`)
-    check_real("effective_neurons", "threshold", threshold)
-    check_real("effective_neurons", "min_amplitude", min_amplitude)
-    _check(weights, threshold, min_amplitude, amplitude)
+    check_cover("effective_neurons", threshold, min_amplitude)
+    _check(weights, amplitude)
     weights = weights.detach()
     alive, num_nonfinite = with_orientation(weights)
     rows = UnitRows(weights)
     if min_amplitude > 0 and len(alive):
         size = rows.norms if amplitude is None else amplitude.detach().abs()
-        size = size[alive]
-        alive = alive[size >= min_amplitude * size.amax()]
+        size = torch.nan_to_num(size[alive], nan=-1.0, posinf=-1.0)  # dead
+        alive = alive[(size >= 0) & (size >= min_amplitude * size.amax())]
     total = weights.shape[0]
     rows = rows if len(alive) == total else rows.at(alive)
     labels = torch.full((total,), -1, dtype=torch.int64, device=weights.device)
@@ -111,15 +112,28 @@ def effective_neurons(
     )
 
 
-def _check(
-    weights: Weights, threshold: float, min_amplitude: float, amplitude: Tensor | None
-) -> None:
-    check_rows("effective_neurons", weights)
+def check_cover(function: str, threshold: float, min_amplitude: float) -> None:
+    """Raise if a threshold or a share is none.
+
+    Args:
+        function: What to begin the error with.
+        threshold: Cosine above which neurons are parallel.
+        min_amplitude: Share of the largest amplitude.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    check_real(function, "threshold", threshold)
+    check_real(function, "min_amplitude", min_amplitude)
     if not -1.0 <= threshold <= 1.0 or not 0.0 <= min_amplitude <= 1.0:
         raise ValueError(
-            "effective_neurons: expected `threshold` in [-1, 1] and `min_amplitude` in "
+            f"{function}: expected `threshold` in [-1, 1] and `min_amplitude` in "
             f"[0, 1], got {threshold} and {min_amplitude}"
         )
+
+
+def _check(weights: Weights, amplitude: Tensor | None) -> None:
+    check_rows("effective_neurons", weights)
     if amplitude is not None and amplitude.shape != weights.shape[:1]:
         raise ValueError(
             f"effective_neurons: expected `amplitude` [{weights.shape[0]}], got "

@@ -163,17 +163,15 @@ def _follow(
         return Outgoing((), False, "it has no neurons")
     channels = not isinstance(source, nn.Linear)
     homogeneous, consumers = True, []
-    norm, node = _normalized(prefix, node, modules)
+    norm, node = _normalized(prefix, node, modules, num_neurons(source))
     pending = [(user, node, channels, False) for user in node.users]
     while pending:
         user, came_from, channels, flat = pending.pop(0)
         module = modules.get(f"{prefix}{user.target}") if _is_call(user) else None
         if isinstance(module, _CONSUMERS) and user.all_input_nodes == [came_from]:
-            if not _fits(module, num_neurons(source), channels, flat):
-                reason = f"`{prefix}{user.target}` reads it along another dimension"
-                return Outgoing((), False, reason)
-            if _times(user) > 1:
-                reason = f"`{prefix}{user.target}`, which reads it, is used elsewhere"
+            reason = _misread(module, num_neurons(source), channels, flat)
+            if reason or _times(user) > 1:
+                reason = f"`{prefix}{user.target}` {reason or 'is used elsewhere too'}"
                 return Outgoing((), False, reason)
             consumers.append(f"{prefix}{user.target}")
             continue
@@ -194,14 +192,16 @@ def _follow(
 
 
 def _normalized(
-    prefix: str, node: fx.Node, modules: dict[str, nn.Module]
+    prefix: str, node: fx.Node, modules: dict[str, nn.Module], neurons: int
 ) -> tuple[str, fx.Node]:
-    """A batch normalization that alone reads a layer, and where its outputs are."""
+    """A batch normalization of neurons that alone reads them, and where it ends."""
     (user, *others) = (*node.users, None)
     if user is None or others != [None] or not _is_call(user) or _times(user) > 1:
         return "", node
     name = f"{prefix}{user.target}"
-    return (name, user) if is_foldable(modules.get(name)) else ("", node)
+    norm = modules.get(name)
+    own = is_foldable(norm) and norm.num_features == neurons  # type: ignore[union-attr]
+    return (name, user) if own else ("", node)
 
 
 def _reads_parameters(prefix: str, node: fx.Node, name: str) -> bool:
@@ -264,12 +264,19 @@ def num_neurons(source: nn.Module) -> int:
     return int(source.out_features if linear else source.out_channels)  # type: ignore
 
 
-def _fits(module: nn.Module, neurons: int, channels: bool, flat: bool) -> bool:
-    """Whether a layer reads these neurons, and along the dimension that they are."""
+def _misread(module: nn.Module, neurons: int, channels: bool, flat: bool) -> str:
+    """Why a layer's weights are not what reads these neurons; empty if they are."""
     if not isinstance(module, nn.Linear):
-        return channels and bool(module.in_channels == neurons)
-    whole = module.in_features % neurons == 0 if flat else False
-    return not channels and (whole or module.in_features == neurons)
+        fits = channels and bool(module.in_channels == neurons)
+    else:
+        whole = module.in_features % neurons == 0 if flat else False
+        fits = not channels and (whole or module.in_features == neurons)
+        try:
+            with acting(module):
+                affine(module)
+        except NotImplementedError:
+            return "reads it by no affine map"
+    return "" if fits else "reads it along another dimension"
 
 
 def _read(module: nn.Module, neurons: int) -> Tensor:

@@ -43,9 +43,10 @@ def input_weights(
       projection; ``"filter"``, the three on top of one another.
     * LSTM, GRU, RNN and their cells: ``"input"``, ``"forget"``, ``"cell"``,
       ``"output"``, ``"reset"``, ``"update"``, ``"new"``, one gate's units, each with
-      its weights on the input, on the hidden state and its biases as they add up;
+      its weights on the input, on the hidden state and its biases as they add up (an
+      RNN's are ``"unit"``; a ``"projection"`` has weights on the cells' outputs);
       ``"filter"``, all gates; ``"l1.forget"`` and ``"l0_reverse.forget"`` name a layer
-      other than the first.
+      other than the first, of which there is no ``"filter"``.
     * Embedding: ``"filter"``, the vector of one token; ``"feature"``, one coordinate
       over all tokens.
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from torch_dropout_ir.arguments import check_flag, check_real
-from torch_dropout_ir.condensation.cover import effective_neurons
+from torch_dropout_ir.condensation.acting import full_precision
+from torch_dropout_ir.condensation.cover import check_cover, effective_neurons
 from torch_dropout_ir.condensation.folding import folded, narrow_both
 from torch_dropout_ir.condensation.graph import (
     Outgoing,
@@ -29,9 +30,11 @@ from torch_dropout_ir.condensation.rewire import (
     inputs_of,
     narrow,
     read_through,
+    replaced,
+    restore,
     with_one,
 )
-from torch_dropout_ir.functional import call, preserved_rng
+from torch_dropout_ir.functional import at_sites, call, preserved_rng
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class LayerMerge:
     Attributes:
         before: Its neurons.
         after: Its neurons in the merged model.
-        change: Relative change of the outputs that merging it has added.
+        change: Relative change of the outputs that merging it added, or would have.
         reason: Why it was left as it was; empty where it was merged.
     """
 
@@ -70,6 +73,7 @@ class Merged:
 
 
 @torch.no_grad()
+@full_precision()
 def merge_condensed(
     model: nn.Module,
     example_inputs: Any,
@@ -115,8 +119,9 @@ def merge_condensed(
         The new model, its change, and what became of each layer.
 
     Raises:
-        ValueError: If a name in ``layers`` is not one of a linear layer or convolution,
-            the model returns no floating-point tensor, or one that is not finite.
+        ValueError: If a share or threshold is out of range, a name in ``layers`` is not
+            one of a linear layer or convolution, the model returns no floating-point
+            tensor, or one that is empty or not finite.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, section V (condensation).
@@ -129,20 +134,14 @@ def merge_condensed(
         >>> merged = merge_condensed(net, torch.randn(9, 2))
         >>> merged.model[0].out_features, merged.relative_change < 1e-6
         (2, True)
-    """
-    if max_change is not None:
-        check_real("merge_condensed", "max_change", max_change, least=0, finite=False)
-    if least_squares is not None:
-        check_flag("merge_condensed", "least_squares", least_squares)
+    """  # noqa: DOC502 (raised by the checks)
+    bounds = threshold, min_amplitude
+    check_cover("merge_condensed", *bounds)
     graph = outgoing_weights(model)
-    unknown = [name for name in layers or () if name not in graph]
-    if unknown:
-        raise ValueError(
-            f"merge_condensed: expected `layers` among {list(graph)}, got {unknown}"
-        )
+    _check(graph, max_change, least_squares, layers)
     new = copy.deepcopy(model).eval()
     report: dict[str, LayerMerge] = {}
-    with preserved_rng(model):
+    with preserved_rng(model), at_sites(new, lambda _, h: h):
         expected = _finite(_outputs(new, example_inputs))
         change = (0.0, 0.0)
         for name, found in graph.items():
@@ -151,24 +150,41 @@ def merge_condensed(
             reason = _against(new, name, found, example_inputs)
             if layers is not None and name not in layers:
                 reason = "not among `layers`"
-            saved = None if reason else _state(new, _places(name, found))
+            fitted = not found.homogeneous if least_squares is None else least_squares
+            saved = None if reason else replaced(new, _places(name, found))
             added = 0.0
             if saved is not None:
-                fitted = (
-                    not found.homogeneous if least_squares is None else least_squares
-                )
-                _merge(
-                    new, name, found, example_inputs, threshold, min_amplitude, fitted
-                )
-                reached = _difference(_outputs(new, example_inputs), expected)
-                added = reached[0] - change[0]
-                if max_change is not None and not reached[0] <= max_change:
-                    reason = f"the outputs would change by {reached[0]:.3g}"
-                    _restore(new, saved)
+                try:
+                    _merge(new, name, found, example_inputs, *bounds, fitted)
+                    reached = _difference(_outputs(new, example_inputs), expected)
+                    added = reached[0] - change[0]
+                    if max_change is not None and not reached[0] <= max_change:
+                        reason = f"the outputs would change by {reached[0]:.3g}"
+                except Exception as err:  # what the model makes of fewer neurons
+                    reason = f"the model does not run with fewer: {err}"
+                if reason:
+                    restore(new, saved)
                 else:
                     change = reached
             report[name] = LayerMerge(before, num_neurons(source), added, reason)
     return Merged(new, *change, report)
+
+
+def _check(
+    graph: dict[str, Outgoing],
+    max_change: float | None,
+    least_squares: bool | None,
+    layers: Sequence[str] | None,
+) -> None:
+    if max_change is not None:
+        check_real("merge_condensed", "max_change", max_change, least=0, finite=False)
+    if least_squares is not None:
+        check_flag("merge_condensed", "least_squares", least_squares)
+    unknown = [name for name in layers or () if name not in graph]
+    if unknown:
+        raise ValueError(
+            f"merge_condensed: expected `layers` among {list(graph)}, got {unknown}"
+        )
 
 
 def _merge(
@@ -202,12 +218,12 @@ def _merge(
         narrow_both(source, norm, rows, weights, labels)
     for k, consumer in enumerate(found.consumers):
         module = model.get_submodule(consumer)
-        offset = None
+        mixture, offset = mixing, None
         if fitted:
             now = inputs_of(model, consumer, inputs, len(rows))
             constant = isinstance(module, nn.Linear) and module.bias is not None
-            mixing, offset = fit(now, read[k], constant=constant)
-        read_through(module, mixing.to(weights), offset)
+            mixture, offset = fit(now, read[k], mixing, constant=constant)
+        read_through(module, mixture.to(weights), offset)
 
 
 def _places(name: str, found: Outgoing) -> tuple[str, ...]:
@@ -252,6 +268,11 @@ def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 
 def _finite(outputs: list[Tensor]) -> list[Tensor]:
+    if not all(x.numel() for x in outputs):
+        raise ValueError(
+            "merge_condensed: expected `example_inputs` of one sample at least, got "
+            f"outputs {[list(x.shape) for x in outputs]}: no change could be measured"
+        )
     if all(bool(torch.isfinite(x).all()) for x in outputs):
         return outputs
     raise ValueError(
@@ -263,24 +284,10 @@ def _finite(outputs: list[Tensor]) -> list[Tensor]:
 
 def _difference(outputs: list[Tensor], expected: list[Tensor]) -> tuple[float, float]:
     """Relative change in norm, and largest change of an entry."""
-    moved = [(a - b).flatten() for a, b in zip(outputs, expected, strict=True)]
+    pairs = zip(outputs, expected, strict=True)
+    moved = [(a - b.reshape(a.shape)).flatten() for a, b in pairs]
     norm = torch.linalg.vector_norm(torch.cat([x.flatten() for x in expected]))
     change = torch.linalg.vector_norm(torch.cat(moved))
     relative = 0.0 if float(change) == 0 else float(change / norm)
     largest = max((float(x.abs().max()) for x in moved if x.numel()), default=0.0)
     return relative, largest
-
-
-def _state(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What merging replaces in each of these modules."""
-    kept = {}
-    for name in names:
-        state = model.get_submodule(name).__dict__
-        tensors = {k: dict(state[k]) for k in ("_parameters", "_buffers")}
-        kept[name] = {**state, **tensors}
-    return kept
-
-
-def _restore(model: nn.Module, saved: dict[str, dict[str, Any]]) -> None:
-    for name, state in saved.items():
-        model.get_submodule(name).__dict__.update(state)

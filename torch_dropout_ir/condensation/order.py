@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.compare import leading_plane
 from torch_dropout_ir.condensation.cover import effective_neurons
 from torch_dropout_ir.condensation.rows import UnitRows, Weights
 
 
 @torch.no_grad()
+@full_precision()
 def cluster_order(weights: Weights, labels: Tensor | None = None) -> Tensor:
     """Return an order of the neurons that puts parallel ones side by side.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.rows import check_rows
 
 
@@ -50,7 +51,8 @@ def amplitudes(weights: Tensor, outgoing: Tensor | None = None) -> Tensor:
         Amplitudes, ``[m]``.
 
     Raises:
-        ValueError: If ``outgoing`` has another number of neurons.
+        ValueError: If ``weights`` are no matrix, or ``outgoing`` has another number of
+            neurons.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, Definition 1.
@@ -59,18 +61,20 @@ def amplitudes(weights: Tensor, outgoing: Tensor | None = None) -> Tensor:
         >>> amplitudes(torch.tensor([[3.0, 4.0]]), torch.tensor([-2.0]))
         tensor([10.])
     """
+    check_rows("amplitudes", weights)
     norms = torch.linalg.vector_norm(weights, dim=1)
     if outgoing is None:
         return norms
-    columns = outgoing.reshape(-1, outgoing.shape[-1])
-    if columns.shape[1] != weights.shape[0]:
+    if outgoing.shape[-1:] != norms.shape:
         raise ValueError(
             f"amplitudes: expected `outgoing` [..., {weights.shape[0]}], got "
             f"{list(outgoing.shape)}"
         )
+    columns = outgoing.reshape(-1, len(norms))
     return norms * torch.linalg.vector_norm(columns, dim=0)
 
 
+@full_precision()
 def cosine_similarity(weights: Tensor, other: Tensor | None = None) -> Tensor:
     r"""Return the cosines between neurons.
 

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 RECURRENT: Final = (nn.RNNBase, nn.RNNCellBase)
-_GATES: Final = {
-    "LSTM": ("input", "forget", "cell", "output"),
-    "GRU": ("reset", "update", "new"),
-}
+_LSTM: Final = (nn.LSTM, nn.LSTMCell)
+_GRU: Final = (nn.GRU, nn.GRUCell)
 
 
 def recurrent_parts(module: nn.Module) -> dict[str, Tensor]:
@@ -47,14 +45,17 @@ def _gates(module: nn.Module, suffix: str) -> dict[str, Tensor]:
     """The gates of one layer in one direction."""
     incoming, hidden = (getattr(module, f"weight_{k}{suffix}") for k in ("ih", "hh"))
     rows = torch.cat((incoming, hidden), 1)
-    kind = next((k for k in _GATES if type(module).__name__.startswith(k)), "")
-    gates = _GATES.get(kind, ("unit",))
+    gates: tuple[str, ...] = ("unit",)
+    if isinstance(module, _LSTM):
+        gates = ("input", "forget", "cell", "output")
+    elif isinstance(module, _GRU):
+        gates = ("reset", "update", "new")
     split = dict(zip(gates, rows.chunk(len(gates)), strict=True))
     if module.bias:
         pair = [getattr(module, f"bias_{k}{suffix}") for k in ("ih", "hh")]
         columns = zip(*(b.chunk(len(gates)) for b in pair), strict=True)
         for gate, (first, second) in zip(gates, columns, strict=True):
-            if kind != "GRU":
+            if not isinstance(module, _GRU):
                 bias = (first + second)[:, None]
             elif gate == "new":
                 bias = torch.stack((first, second), 1)

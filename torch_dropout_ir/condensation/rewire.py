@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -55,6 +56,22 @@ def clusters_of(
     rows[alone] = weights[member[alone].argmax(1)]
     ratio = norms / row_norms(rows)[labels.clamp(min=0)].clamp_(min=1e-300)
     return rows, member * ratio
+
+
+def replaced(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What merging replaces in each of these modules."""
+    kept = {}
+    for name in names:
+        state = model.get_submodule(name).__dict__
+        tensors = {k: dict(state[k]) for k in ("_parameters", "_buffers")}
+        kept[name] = {**state, **tensors}
+    return kept
+
+
+def restore(model: nn.Module, saved: dict[str, dict[str, Any]]) -> None:
+    """Give back what :func:`replaced` has kept."""
+    for name, state in saved.items():
+        model.get_submodule(name).__dict__.update(state)
 
 
 def narrow(module: nn.Module, rows: Tensor) -> None:
@@ -133,23 +150,27 @@ def inputs_of(model: nn.Module, name: str, inputs: Any, neurons: int) -> Tensor:
     return rows[:: -(-len(rows) // _MOST_ROWS) or 1].double()
 
 
-def fit(now: Tensor, before: Tensor, *, constant: bool) -> tuple[Tensor, Tensor | None]:
+def fit(
+    now: Tensor, before: Tensor, mixing: Tensor, *, constant: bool
+) -> tuple[Tensor, Tensor | None]:
     """Return the mixture of the few that is nearest to the many, in least squares.
 
     Args:
         now: Activations of the few, ``[samples, k]``.
         before: Activations of the many, ``[samples, m]``.
+        mixing: What a mixture is without samples, ``[k, m]``.
         constant: Whether a constant may be added.
 
     Returns:
-        Mixture ``[k, m]`` and offset ``[m]`` or None, the smallest ones of those that
-        fit equally well.
+        Mixture ``[k, m]`` and offset ``[m]`` or None; of those that fit equally well
+        the nearest to ``mixing``: where samples are few, what they do not show stays.
     """
+    before = before - now @ mixing.to(now)
     few = torch.cat((now, torch.ones_like(now[:, :1])), 1) if constant else now
     found = torch.linalg.lstsq(few.cpu(), before.cpu(), rcond=1e-10, driver="gelsd")
     solution = found.solution.to(now)
     count = now.shape[1]
-    return solution[:count], solution[count] if constant else None
+    return mixing.to(now) + solution[:count], solution[count] if constant else None
 
 
 def _size(module: nn.Module, side: str) -> str:

@@ -114,10 +114,12 @@ def check_rows(function: str, weights: Weights) -> None:
     Raises:
         ValueError: If they are not.
     """
-    if weights.ndim != 2:
+    shape = getattr(weights, "shape", None)
+    if shape is None or len(shape) != 2:
+        got = type(weights).__name__ if shape is None else f"shape {list(shape)}"
         raise ValueError(
-            f"{function}: expected weights [neurons, d], got shape "
-            f"{list(weights.shape)}. `input_weights(module)` gives them for a layer."
+            f"{function}: expected weights [neurons, d], got {got}. "
+            "`input_weights(module)` gives them for a layer."
         )
 
 

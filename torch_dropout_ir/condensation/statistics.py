@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.arguments import check_count
+from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.rows import UnitRows, Weights
 from torch_dropout_ir.condensation.tiles import cosine_tiles
 
@@ -55,6 +56,7 @@ class CosineStatistics:
 
 
 @torch.no_grad()
+@full_precision()
 def cosine_statistics(
     weights: Weights, other: Weights | None = None, *, bins: int = _BINS
 ) -> CosineStatistics:

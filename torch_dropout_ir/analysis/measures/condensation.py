@@ -14,6 +14,8 @@ from torch_dropout_ir.analysis.measures.start import Start
 from torch_dropout_ir.analysis.records import Histogram, Image, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
 from torch_dropout_ir.arguments import check_count, check_real
+from torch_dropout_ir.condensation.acting import full_precision
+from torch_dropout_ir.condensation.cover import check_cover
 from torch_dropout_ir.condensation.graph import norms_read, readers
 from torch_dropout_ir.condensation.rows import (
     UnitRows,
@@ -54,8 +56,7 @@ class Condensation:
         max_operations: float = 5e11,
         max_image: int = 256,
     ) -> None:
-        check_real("Condensation", "threshold", threshold, least=-1)
-        check_real("Condensation", "min_amplitude", min_amplitude, least=0)
+        check_cover("Condensation", threshold, min_amplitude)
         check_real(
             "Condensation", "max_operations", max_operations, least=0, finite=False
         )
@@ -70,6 +71,7 @@ class Condensation:
         self._next = ""
 
     @torch.no_grad()
+    @full_precision()
     def __call__(self, snapshot: Snapshot) -> Mapping[str, Record]:
         """Return ``condensation/...`` of each layer."""
         records: dict[str, Record] = {}
