@@ -82,7 +82,7 @@ def trace(
             and ``shape``, such as a matrix ``[P, P]``.
         num_matvecs: Most products to spend now, at least 2. A backward pass counts as
             one. Layer by layer, the exact part, a look at each layer and two draws of
-            what is left are made in any case, some 15 and one or two a layer.
+            what is left are made in any case, some 10 and one or two a layer.
         rtol: If given, stop as soon as the standard error is at most this share of the
             magnitude of the estimate, after 16 draws a group at least, on average:
             fewer would be stopped where they happen to agree.
