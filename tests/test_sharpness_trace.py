@@ -540,3 +540,6 @@ def test_bad_input():
     for method in ("magic", "layerwise"):
         with pytest.raises(ValueError, match="`method`"):
             sharpness.trace(torch.eye(9), 5, method=method)
+    for matrix in (torch.ones(3, 4), torch.ones(3), torch.ones(3, 3).triu()):
+        with pytest.raises(ValueError, match="expected a s"):
+            sharpness.trace(matrix)
