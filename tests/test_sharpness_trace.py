@@ -512,6 +512,7 @@ def test_errors_of_sketches_cover(method, rank):
     errors = torch.stack([f.value for f in found]) - matrix.trace()
     said = torch.stack([f.standard_error for f in found])
     assert errors.square().mean() < (1.3 if rank > 3 else 4) * said.square().mean()
+    assert rank > 3 or said.max() < 1e-14
 
 
 def test_rtol_stops_early():
