@@ -177,8 +177,9 @@ def test_nothing_is_not_the_default():
     """An empty list, or 0, is not None."""
     with pytest.raises(TypeError, match="`sinks`"):
         tdi.attach_analysis(DROPS[0], log_dir=False, sinks=0)
-    with pytest.raises((TypeError, ValueError)):
-        sharpness.loss_plane(*LOSS, [0.0], directions=())
+    for directions in ((), ALONG):
+        with pytest.raises(TypeError, match="a pair of dictionaries"):
+            sharpness.loss_plane(*LOSS, [0.0], directions=directions)
     with pytest.raises((TypeError, KeyError)):
         sharpness.spectral_density(MATRIX, 3, state={})
     with pytest.raises(ValueError, match="`masks`"):

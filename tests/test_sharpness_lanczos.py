@@ -432,3 +432,30 @@ def test_what_converged_by_a_hair_is_still_believed():
         found = sharpness.top_eigenvalues(matrix, 2, tol, 100, start)
         assert found.converged and found.num_matvecs < count + 12
         assert bool((found.residuals <= tol * found.values).all())
+
+
+def test_what_was_left_out_of_one_vector_does_not_count_for_the_others():
+    """After a look each value needs what its own tolerance asks for, and no more."""
+    values = torch.cat((torch.tensor([1e-7]), -1 - torch.arange(59) / 59)).double()
+    found = sharpness.top_eigenvalues(Diagonal(values), 3, max_matvecs=200)
+    assert found.converged and found.values[0] > 0
+
+
+def test_what_was_left_out_of_copies_stays_small_in_their_sums():
+    for seed in range(16, 20):
+        torch.manual_seed(seed)
+        values = torch.cat((torch.ones(10), torch.rand(50) / 2)).double()
+        assert sharpness.top_eigenvalues(Diagonal(values), 10).converged
+
+
+def test_residuals_bound_those_of_vectors_that_mix_after_a_look():
+    """What was left out of several at once adds up in a sum of them."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        near = 1 + 1e-3 * torch.rand(10).double()
+        values = torch.cat((near, torch.rand(50).double() / 2))
+        found = sharpness.top_eigenvalues(Diagonal(values), 10)
+        vectors = torch.stack(found.vectors)
+        rest = vectors * values - found.values[:, None] * vectors
+        assert found.converged
+        assert bool((rest.norm(dim=1) <= 1.001 * found.residuals + 1e-12).all())

@@ -258,6 +258,15 @@ def test_slopes_and_their_errors_are_those_of_a_least_squares_fit():
     assert found.slope_standard_error == pytest.approx(spread[0, 0] ** 0.5, rel=1e-9)
 
 
+class Products:
+    def __init__(self, matrix):
+        self.matrix, self.shape = matrix, matrix.shape
+        self.dtype, self.device = matrix.dtype, matrix.device
+
+    def __matmul__(self, v):
+        return self.matrix @ v
+
+
 def test_bad_input():
     net, batch = network(), data()
     with pytest.raises(ValueError, match="num_masks"):
@@ -288,3 +297,33 @@ def test_bad_input():
         )
     with pytest.raises(ValueError, match="num_probes"):
         sharpness.hessian_variance_alignment(torch.eye(3), torch.eye(3), num_probes=1)
+    upper = torch.ones(3, 3).triu()
+    for pair in ((upper, torch.eye(3)), (torch.eye(3), upper)):
+        with pytest.raises(ValueError, match="symmetric"):
+            sharpness.hessian_variance_alignment(*pair)
+    steps = [dict(nn.BatchNorm1d(4).state_dict(), weight=torch.rand(4)) for _ in "ab"]
+    with pytest.raises(ValueError, match="running_mean"):
+        sharpness.variance_flatness(
+            nn.BatchNorm1d(4), "mse", batch, sharpness.trajectory_covariance(steps)
+        )
+    with pytest.raises(TypeError, match="got Tensor"):
+        sharpness.trajectory_covariance([torch.ones(3), torch.ones(3)])
+
+
+def test_the_null_knows_how_well_the_trace_is_known():
+    basis = torch.randn(5, 60).double()
+    noise = sharpness.Covariance(basis / 2, basis.mean(0), {})
+    matrix = torch.randn(60, 60).double()
+    op = Products(matrix + matrix.T)
+    found = [
+        sharpness.hessian_variance_alignment(op, noise, trace_matvecs=30)
+        for _ in range(200)
+    ]
+    truth = sharpness.hessian_variance_alignment(op.matrix, noise)
+    assert truth.null_standard_error == 0
+    errors = torch.tensor([x.null_mean - truth.null_mean for x in found])
+    said = torch.tensor([x.null_standard_error for x in found])
+    assert 0.7 < errors.square().mean() / said.square().mean() < 1.4
+    scores = torch.tensor([x.z_score for x in found])
+    said /= torch.tensor([x.null_deviation for x in found])
+    assert 0.6 < scores.var() / said.square().mean() < 1.6

@@ -1,5 +1,7 @@
 """Hessian and Gauss-Newton operators: dense oracles, frozen masks, loaders, errors."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,6 +83,21 @@ def test_ggn_is_the_jacobians_product(loss):
     torch.testing.assert_close(
         op.dense(), rows.T @ curve.reshape(18, 18) @ rows, atol=1e-12, rtol=1e-9
     )
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 8), nn.Conv1d(1, 2, 3)])
+def test_ggn_of_many_samples_is_as_exact_as_its_numbers(layer):
+    """What is sent back to get at ``J v`` is next to zero, and no part of a product."""
+    net = nn.Sequential(nn.Unflatten(1, (1, 6)), layer, nn.Tanh(), nn.Flatten())
+    net = nn.Sequential(net, nn.Linear(8, 3))
+    batch = torch.randn(2048, 6), torch.randint(3, (2048,))
+    op = sharpness.ggn(net, "cross_entropy", batch)
+    single = torch.stack([op @ v for v in torch.eye(op.shape[0])])
+    exact = sharpness.ggn(
+        copy.deepcopy(net).double(), "cross_entropy", (batch[0].double(), batch[1])
+    ).dense()
+    assert (single - exact).norm() < 3e-6 * exact.norm()
+    assert (single - single.T).norm() < 1e-6 * exact.norm()
 
 
 def test_ggn_of_a_linear_model_is_the_hessian_and_it_streams():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torch_dropout_ir import sharpness
+from torch_dropout_ir.sharpness.layerwise import Layerwise
 
 
 class Twice(nn.Module):
@@ -57,6 +58,18 @@ class Attends(nn.Module):
         h = self.embed(x.reshape(x.shape[0], 3, 2))
         h = self.norm(h + self.attention(h, h, h, need_weights=False)[0])
         return self.head(h.mean(1))
+
+
+class Splits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(2, 4) for _ in range(3))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = x.reshape(x.shape[0], 3, 2)
+        parts = self.query(x), self.key(x), self.value(x)
+        return self.head(F.scaled_dot_product_attention(*parts).mean(1))
 
 
 class Bends(nn.Module):
@@ -306,6 +319,34 @@ def test_the_gauss_newton_part_of_attention_is_exact():
     torch.testing.assert_close(found.value, op.dense().trace())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_biases_of_which_nothing_is_left_are_known(dtype):
+    """That of keys moves all scores of a query alike: its derivative is rounding."""
+    net, where = Splits().to(dtype), batch(6, "mse")
+    op = sharpness.ggn(net, "mse", tuple(x.to(dtype) for x in where))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert sharpness.trace(op, 20).method == "exact"
+
+
+def test_what_layers_are_taken_for_is_looked_at_once(monkeypatch):
+    """Later draws rest on the same blocks, whatever a second look would say."""
+    looks = []
+    explained = Layerwise._explained
+
+    def once(self, *args):
+        looks.append(explained(self, *args) if not looks else [])
+        return looks[-1]
+
+    monkeypatch.setattr(Layerwise, "_explained", once)
+    op = sharpness.hessian(mlp(nn.Tanh).double(), "mse", batch(3, "mse"))
+    first = sharpness.trace(op, 30, method="layerwise")
+    more = sharpness.trace(op, 300, state=first.state)
+    assert len(looks) == 1
+    error = (more.value - op.dense().trace()).abs()
+    assert error <= 4.5 * more.standard_error
+
+
 def test_errors_cover():
     net = mlp(nn.Tanh).double()
     op = sharpness.hessian(net, "mse", batch(3, "mse"))
@@ -471,6 +512,7 @@ def test_errors_of_sketches_cover(method, rank):
     errors = torch.stack([f.value for f in found]) - matrix.trace()
     said = torch.stack([f.standard_error for f in found])
     assert errors.square().mean() < (1.3 if rank > 3 else 4) * said.square().mean()
+    assert rank > 3 or said.max() < 1e-14
 
 
 def test_rtol_stops_early():
@@ -499,3 +541,6 @@ def test_bad_input():
     for method in ("magic", "layerwise"):
         with pytest.raises(ValueError, match="`method`"):
             sharpness.trace(torch.eye(9), 5, method=method)
+    for matrix in (torch.ones(3, 4), torch.ones(3), torch.ones(3, 3).triu()):
+        with pytest.raises(ValueError, match="expected a s"):
+            sharpness.trace(matrix)

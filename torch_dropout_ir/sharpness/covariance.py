@@ -241,6 +241,7 @@ def trajectory_covariance(snapshots: Iterable[Mapping[str, Tensor]]) -> Covarian
 
     Raises:
         ValueError: If there are fewer than two, or they differ in names or shapes.
+        TypeError: If one is no dictionary.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, section VII ("random
@@ -256,6 +257,12 @@ def trajectory_covariance(snapshots: Iterable[Mapping[str, Tensor]]) -> Covarian
 
     def vectors() -> Iterator[Tensor]:
         for snapshot in snapshots:
+            if not isinstance(snapshot, Mapping):
+                raise TypeError(
+                    "trajectory_covariance: expected snapshots to be dictionaries of "
+                    "tensors, such as dict(model.named_parameters()), got "
+                    f"{type(snapshot).__name__}"
+                )
             params: Params = {
                 n: x.detach() for n, x in snapshot.items() if x.is_floating_point()
             }

@@ -70,7 +70,8 @@ class Space:
         # From a start near an eigenvector: times that an error may be foreseen to be
         # less than it is sure to be; 0 from others.
         self.informed = 0.0
-        self._locked = 0.0  # largest residual of what was locked: a bound from then on
+        # By lock, what it left out of the images of the first vectors of the basis.
+        self._left_out = torch.zeros(0, 0, dtype=torch.float64)
         self.values = torch.zeros(0, dtype=torch.float64)
         self._coordinates = torch.zeros(0, 0, dtype=torch.float64)
 
@@ -83,7 +84,7 @@ class Space:
             "rows": self._rows[:n],
             "projected": self._projected[:n, :n].clone(),
             "rest": self._rest,
-            "locked": self._locked,
+            "left_out": self._left_out,
             "informed": self.informed,
         }
 
@@ -96,7 +97,7 @@ class Space:
         space._rows[:n] = rows.to(space._rows)
         space._rest, space._left = rest.to(space._rows), float(rest.norm())
         space._projected[:n, :n] = state["projected"]
-        space._filled, space._locked = n, state["locked"]
+        space._filled, space._left_out = n, state["left_out"]
         space.spent, space.informed = state["spent"], state["informed"]
         space._solve()
         return space
@@ -174,8 +175,13 @@ class Space:
         return self._residuals_of(slice(-self.found, None))
 
     def _residuals_of(self, pairs: slice) -> Tensor:
-        last = self._left * self._coordinates[-1, pairs]
-        return (last.square() + self._locked**2).sqrt()
+        return self._parts(pairs).abs().sum(0)
+
+    def _parts(self, pairs: slice) -> Tensor:
+        """Parts of the residuals: what each lock left out, and what the basis does."""
+        coordinates = self._coordinates[:, pairs]
+        earlier = self._left_out @ coordinates[: self._left_out.shape[1]]
+        return torch.cat((earlier, self._left * coordinates[-1:]))
 
     def errors(self) -> Tensor:
         """Squared residuals over the gap to the rest, if that is less (Kato-Temple).
@@ -233,9 +239,11 @@ class Space:
 
     def loosely_locked(self, tol: float) -> bool:
         """Whether what was locked is known no better than a looser tolerance asked."""
-        return self._locked > tol * float(self.leading.abs().min())
+        parts = self._parts(slice(-self.found, None))
+        return not self.within(tol, parts[:-1].abs().sum(0))
 
     def _keep(self, count: int) -> None:
+        self._left_out = self._parts(slice(-count, None))[:-1]
         turn = self._coordinates[:, -count:].T.to(self._rows)
         for piece in self._rows[: self._filled].split(_WIDE, dim=1):
             piece[:count] = turn @ piece
@@ -249,10 +257,17 @@ class Space:
             self._keep(min(self._filled - 1, self.k + self._filled // 2))
         self._append(self._rest)
 
+    def share(self, tol: float) -> float:
+        """What locking leaves out of any leading vector at most, over what may be."""
+        # Vectors of close values mix later: what counts is all of them together.
+        parts = self._parts(slice(-self.found, None))
+        return float((parts / self._allowed(tol).clamp(min=1e-300)).norm(dim=1).sum())
+
     def lock(self) -> None:
         """Keep what converged alone, and look for more in a random direction."""
-        self._locked = float(self.residuals().max())
+        parts = self._parts(slice(-self.k, None))
         self._keep(self.k)
+        self._left_out = parts
         self._append(None)
 
     def _append(self, vector: Tensor | None) -> None:

@@ -42,7 +42,7 @@ class Eigen:
             squared units of the parameters.
         vectors: Unit eigenvectors: dictionaries of parameters, or flat tensors where
             the operator is a matrix.
-        residuals: :math:`\lVert A v - \lambda v \rVert`, float64 ``[k]``. An
+        residuals: :math:`\lVert A v - \lambda v \rVert` at most, float64 ``[k]``. An
             eigenvalue of the operator lies within that distance of each value.
         errors: Estimated errors of the values, float64 ``[k]``: the squared residual
             over the gap to the next Ritz value and its residual, or the residual. Of

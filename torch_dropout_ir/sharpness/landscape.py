@@ -131,7 +131,7 @@ def loss_plane(
     Raises:
         ValueError: If a direction lacks a parameter or is zero, or a step is not
             finite.
-        TypeError: If a step is no number.
+        TypeError: If a step is no number, or ``directions`` are not two.
 
     References:
         Li et al., *Visualizing the loss landscape of neural nets*, NeurIPS 2018.
@@ -147,6 +147,11 @@ def loss_plane(
     given: Any = directions
     if directions is None:
         given = [filter_normalized_direction(model) for _ in range(2)]
+    elif isinstance(directions, Mapping) or len(directions) != 2:
+        raise TypeError(
+            "loss_plane: expected a pair of dictionaries as `directions`, got "
+            f"{type(directions).__name__} of {len(directions)}"
+        )
     d, e = (checked_direction("loss_plane", x, surface.params) for x in given)
     flat = _values(
         surface, (moved(surface, (a, d), (b, e)) for a in first for b in second)

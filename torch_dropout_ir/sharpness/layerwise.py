@@ -19,7 +19,7 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from torch_dropout_ir.output_products import Root
 from torch_dropout_ir.sharpness.residual import Block, Residual, halved
 from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.sharpness.uses import Use, Uses
+
+_ROUNDING: Final = 64.0  # times the precision: what sums of so much may be off
 
 
 class NotSplit(Exception):
@@ -45,10 +47,12 @@ class Layerwise:
         batch: The batch.
         place: Its place.
         seed: Seed of the masks.
+        known: ``known`` of the same batch before; None looks.
 
     Attributes:
         loss: The loss, with a kind that holds of it.
         uses: Uses of the parameters whose action is known.
+        known: Places of these among all that were seen.
         others: Leaves of the other parameters, by name.
         width: Number of outputs of a sample.
         coupled: Whether the residual's blocks are of the parameters themselves, as
@@ -59,7 +63,12 @@ class Layerwise:
     """
 
     def __init__(
-        self, surface: Surface, batch: Batch, place: int, seed: int | None
+        self,
+        surface: Surface,
+        batch: Batch,
+        place: int,
+        seed: int | None,
+        known: list[int] | None = None,
     ) -> None:
         self._targets = batch[1]
         leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
@@ -80,12 +89,14 @@ class Layerwise:
                 "the loss couples samples, or is not known and has many outputs"
             )
         self.loss = loss
-        apart = outputs.shape[0] == samples
-        with surface.backward():
-            self.uses = self._known(seen.found, leaves) if apart else []
-        known = {use.name for use in self.uses}
+        if known is None:
+            apart = outputs.shape[0] == samples
+            with surface.backward():
+                known = self._explained(seen.found, leaves) if apart else []
+        self.known, self.uses = known, [seen.found[i] for i in known]
+        names_known = {use.name for use in self.uses}
         self.coupled, self._leaves = False, leaves
-        self.others = {n: x for n, x in leaves.items() if n not in known}
+        self.others = {n: x for n, x in leaves.items() if n not in names_known}
         self.width = outputs[0].numel()
 
     def _pull(self, root: Tensor, targets: list[Tensor]) -> list[Tensor]:
@@ -95,13 +106,14 @@ class Layerwise:
             )
         )
 
-    def _known(self, found: list[Use], leaves: dict[str, Tensor]) -> list[Use]:
-        """Uses that explain the whole derivative of a parameter, by sample."""
+    def _explained(self, seen: list[Use], leaves: dict[str, Tensor]) -> list[int]:
+        """Places of uses that explain all of a parameter's derivative, by sample."""
         # A second use may have no first derivative here, but a second one.
         edges = _edges(self._outputs)
-        found = [use for use in found if edges.get(id(leaves[use.name])) == 1]
-        if not found:
+        places = [i for i, x in enumerate(seen) if edges.get(id(leaves[x.name])) == 1]
+        if not places:
             return []
+        found = [seen[i] for i in places]
         root = torch.randn_like(self._outputs)
         at = self._pull(root, [use.delta for use in found])
         whole = self._pull(root, [leaves[use.name] for use in found])
@@ -110,16 +122,15 @@ class Layerwise:
         root = root.clone()  # what reaches the last layer is `root` itself
         root[half] = 0
         alone = self._pull(root, [use.delta for use in found])
-        explained: dict[str, Use] = {}
-        for use, delta, g, one in zip(found, at, whole, alone, strict=True):
-            error = (use.summed(delta) - g.reshape(-1)).norm()
+        explained: dict[str, int] = {}
+        for i, use, delta, g, one in zip(places, found, at, whole, alone, strict=True):
             rows, live = use.part.split(one), use.part.split(delta)[~half]
             # Neither do other samples reach these, nor these the others.
             apart = not bool(rows[half].any()) and bool(
                 (rows[~half] - live).norm() <= tolerance * live.norm()
             )
-            if apart and error <= tolerance * g.norm():
-                explained.setdefault(use.name, use)
+            if apart and _same(use, delta, g, tolerance):
+                explained.setdefault(use.name, i)
         return list(explained.values())
 
     def gauss_newton(self, roots: Iterable[Root]) -> Tensor:
@@ -188,6 +199,16 @@ class Layerwise:
 def owner(name: str) -> str:
     """Return the name of the module that a parameter is of."""
     return name.rpartition(".")[0]
+
+
+def _same(use: Use, delta: Tensor, g: Tensor, tolerance: float) -> bool:
+    """Whether a use gives the derivative ``g`` of its parameter, but for rounding."""
+    error = (use.summed(delta) - g.reshape(-1)).norm()
+    if error <= tolerance * g.norm():
+        return True
+    # Of a bias before a softmax over positions, or a mean over them, nothing is left.
+    size = use.summed(delta.abs()).norm()
+    return bool(error <= _ROUNDING * torch.finfo(g.dtype).eps * size)
 
 
 def _edges(outputs: Tensor) -> dict[int, int]:

@@ -35,6 +35,8 @@ from torch_dropout_ir.gradient_factors import Geometry, mapped, slopes
 # By identity of a leaf: the sum that its derivatives belong to, and their factor.
 # Backward passes on a GPU run in threads that no context variable reaches.
 _SUMS: Final[dict[int, tuple[Tensor, float]]] = {}
+# Identities of leaves in which no derivative is wanted now.
+_UNWANTED: Final[set[int]] = set()
 
 
 @contextlib.contextmanager
@@ -55,6 +57,23 @@ def added_into(
     finally:
         for key in own:
             _SUMS.pop(key, None)
+
+
+@contextlib.contextmanager
+def in_roots_alone(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Take derivatives in what is sent back, and in nothing else, inside the context.
+
+    A graph tells what its nodes have a derivative in, not which of them is asked for.
+
+    Args:
+        leaves: Leaves that layers of the graph have as weights.
+    """
+    own = set(map(id, leaves))
+    try:
+        _UNWANTED.update(own)
+        yield
+    finally:
+        _UNWANTED.difference_update(own)
 
 
 def product(leaf: int, g: Tensor, x: Tensor, shape: torch.Size) -> Tensor | None:
@@ -133,6 +152,8 @@ class _Derivative(torch.autograd.Function):
         g, x, weight = ctx.saved_tensors
         in_g, in_x, in_weight = ctx.needs_input_grad[:3]
         geometry = ctx.geometry
+        if ctx.leaf in _UNWANTED:
+            in_x = in_weight = False
         found: list[Tensor | None] = [None] * 6
         if in_g:
             terms: list[Tensor] = []

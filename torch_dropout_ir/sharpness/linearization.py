@@ -27,7 +27,7 @@ from torch_dropout_ir.arrivals import (
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
-from torch_dropout_ir.sharpness.linear import added_into
+from torch_dropout_ir.sharpness.linear import added_into, in_roots_alone
 from torch_dropout_ir.sharpness.pullback import (
     Pieces,
     Product,
@@ -233,7 +233,8 @@ def _ggn(
     pull = pullback(surface, [end], forward, targets, once)
 
     def product(v: Pieces, receive: Receive | None = None) -> list[Tensor | None]:
-        (pushed,) = push(v, None)
+        with in_roots_alone(targets):
+            (pushed,) = push(v, None)
         if pushed is None:
             return [None] * len(targets)
         return pull([curve(pushed)], receive)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.arguments import check_count, check_real
+from torch_dropout_ir.arguments import check_count, check_real, check_symmetric
 from torch_dropout_ir.sharpness.covariance import Covariance
 from torch_dropout_ir.sharpness.flatness import interval_flatness
 from torch_dropout_ir.sharpness.krylov import random_vector
+from torch_dropout_ir.sharpness.ranks import unwrapped
 from torch_dropout_ir.sharpness.trace import trace
 from torch_dropout_ir.vectors import to_params
 
@@ -22,7 +23,8 @@ class VarianceFlatness:
     r"""Variance against flatness along the principal components of the noise.
 
     Attributes:
-        variances: Variances, largest first, float64 ``[k]``.
+        variances: Variances, largest first, float64 ``[k]``; fewer where there are no
+            more.
         widths: Interval flatness along each, float64 ``[k]``.
         slope: Slope of log variance over log width, by least squares; negative for the
             inverse relation, NaN with fewer than two finite widths.
@@ -62,8 +64,8 @@ def variance_flatness(
         Variances, widths and the slope of their logarithms.
 
     Raises:
-        ValueError: If ``k`` is below 1, ``factor`` not above 1, or ``floor`` not
-            positive.
+        ValueError: If ``k`` is below 1, ``factor`` not above 1, ``floor`` not
+            positive, or the covariance of something that the model does not train.
         TypeError: If one of these is no number, or ``k`` no integer.
 
     References:
@@ -81,7 +83,14 @@ def variance_flatness(
     check_real("variance_flatness", "factor", factor, above=1)
     check_real("variance_flatness", "floor", floor, above=0)
     variances, directions = covariance.principal(k)
-    trained = {n: x for n, x in model.named_parameters() if x.requires_grad}
+    own = unwrapped(model, None)[0].named_parameters()
+    trained = {n: x for n, x in own if x.requires_grad}
+    if foreign := [n for n in covariance.params if n not in trained]:
+        raise ValueError(
+            "variance_flatness: expected the covariance of trained parameters of the "
+            f"model, got that of {foreign} too. Snapshots of a trajectory are of "
+            "`named_parameters()`: a state dictionary holds more."
+        )
     widths = []
     for direction in directions:
         along = to_params(direction, covariance.params)
@@ -122,6 +131,8 @@ class Alignment:
         standard_error: Its standard error from the estimate of the norm of ``H``.
         null_mean: Mean of the value where ``Sigma`` has its eigenvalues and random
             eigenvectors.
+        null_standard_error: Its standard error from the estimate of the trace of ``H``;
+            over ``null_deviation`` that of the z-score, nearly.
         null_deviation: Standard deviation of the value there.
         z_score: ``(value - null_mean) / null_deviation``.
         variances: Eigenvalues of ``Sigma``, largest first, float64 ``[r]``.
@@ -132,6 +143,7 @@ class Alignment:
     value: float
     standard_error: float
     null_mean: float
+    null_standard_error: float
     null_deviation: float
     z_score: float
     variances: Tensor
@@ -163,9 +175,9 @@ def hessian_variance_alignment(
         The alignment with its null and the curvature along each component.
 
     Raises:
-        ValueError: If sizes or names differ, ``num_probes`` is below 2, or one of the
-            two is zero.
-        TypeError: If a number of products is no integer.
+        ValueError: If sizes or names differ, ``num_probes`` is below 2, a matrix is not
+            symmetric, or one of the two is zero.
+        TypeError: If a number of products is no integer, or one of the two no operator.
 
     References:
         arXiv:2305.15850; Feng & Tu, PNAS 118 (2021).
@@ -175,6 +187,8 @@ def hessian_variance_alignment(
         >>> round(hessian_variance_alignment(matrix, matrix).value, 6)
         1.0
     """  # noqa: DOC502 (the checks raise)
+    for given in (op, covariance):
+        check_symmetric("hessian_variance_alignment", given)
     noise = _as_covariance(op, covariance)
     check_count("hessian_variance_alignment", "num_probes", num_probes, 2)
     check_count("hessian_variance_alignment", "trace_matvecs", trace_matvecs, 2)
@@ -200,6 +214,7 @@ def hessian_variance_alignment(
         value,
         abs(value) * error / (2 * squares),
         mean,
+        float(total.standard_error) * other / size / both,
         deviation,
         (value - mean) / deviation if deviation else math.nan,
         variances.cpu(),

@@ -28,7 +28,8 @@ from torch_dropout_ir.sharpness.linearization import Kind
 from torch_dropout_ir.sharpness.residual import Block, Residual, merged
 from torch_dropout_ir.sharpness.surface import Surface
 
-OVERHEAD: Final = 4  # passes of one run over the batches, besides its draws
+OVERHEAD: Final = 1  # passes of one run over the batches, besides its draws
+_CHECKS: Final = 3  # of what layers are taken for, in the first run
 _HEAD: Final = 4  # exact part, passes spent, one, whether outputs are sampled
 _PIECES: Final = 3
 _EVEN: Final = 0.4
@@ -69,6 +70,7 @@ class Rounds:
         state = state or {}
         self._moved: dict[Key, dict[int, bool]] = dict(state.get("moved", {}))
         self._coupled: list[Key] = list(state.get("coupled", []))
+        self._known: dict[Key, list[int]] = dict(state.get("known", {}))
         self._met: dict[tuple[int, int], tuple[bool, bool]] = {}
         self._flat = True  # no batch so far has a residual
         self._most: int = state.get("most", num_matvecs)
@@ -90,6 +92,7 @@ class Rounds:
             "shares": self._shares,
             "moved": self._moved,
             "coupled": self._coupled,
+            "known": self._known,
             "spent": self.spent,
         }
 
@@ -134,7 +137,9 @@ class Rounds:
 
         def one(batch: Batch, place: int, seed: int | None) -> Tensor:
             with torch.enable_grad():
-                net = Layerwise(self._surface, batch, place, seed)
+                known = self._known.get((place, seed))
+                net = Layerwise(self._surface, batch, place, seed, known)
+                self._known[place, seed] = net.known
                 with self._surface.backward():
                     found = take(net, (place, seed))
             return found.to(next(iter(self._surface.params.values())).device)
@@ -150,7 +155,7 @@ class Rounds:
         """Take what is exact, and look which blocks are not zero."""
         sampled = net.width > self._most // 2
         head = torch.zeros(_HEAD, dtype=torch.float64)
-        spent = OVERHEAD - 1
+        spent = _CHECKS
         if net.uses and not sampled:
             head[0] = net.gauss_newton(net.roots())
             spent += net.width

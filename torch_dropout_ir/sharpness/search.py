@@ -11,7 +11,7 @@ from torch_dropout_ir.sharpness.recurrence import CLOSE, HOLD
 
 _HOLD: Final = {"residual": 2, "value": HOLD}  # products for which a claim must hold
 _HOLD_REHEARSED: Final = 2
-_ROOM: Final = 0.1  # of a squared tolerance: what is kept can become no better
+_ROOM: Final = 0.1  # of a tolerance: what is kept can become no better
 _CLOSE_NEAR: Final = 16.0  # tolerances that a residual may be from a start that is near
 
 
@@ -49,12 +49,12 @@ class Search:
         self.looks, self.rehearsal = state["look"], state["rehearsal"]
         self._room = state["room"]
 
-    def converged(self, space: Space, share: float = 1.0) -> bool:
-        """Whether all that is wanted is within that share of the tolerance."""
+    def converged(self, space: Space) -> bool:
+        """Whether all that is wanted is within the tolerance."""
         if space.found < space.k:
             return False
         if self._stop == "residual":
-            return space.within(self._tol, space.residuals() / share)
+            return space.within(self._tol, space.residuals())
         most = (_CLOSE_NEAR if space.near else CLOSE) * self._tol
         close = space.within(most, space.residuals())
         return close and space.within(self._tol, space.errors())
@@ -71,14 +71,11 @@ class Search:
             return False
         return not space.grew(self._seen, self._tol)
 
-    def _keeps(self, space: Space) -> bool:
-        """Whether what has converged can be kept, with room for what a look adds."""
-        return self.converged(space, (1 - self._room) ** 0.5)
-
     def next(self, space: Space) -> None:
         """Choose the next direction: the remainder, or a random one for a look."""
         ready = self.converged(space)
-        if self.looks and space.spent >= self._until and self._keeps(space):
+        kept = ready and bool(self.looks) and space.spent >= self._until
+        if kept and space.share(self._tol) <= 1 - self._room:  # a look adds to it
             self._room /= 2
             self._seen, self._until = space.leading, space.spent + self.looks
             space.lock()

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch_dropout_ir.sharpness.krylov import random_vector
 
 Estimate = tuple[float, float]
+_EPS: Final = torch.finfo(torch.float64).eps
+_SPANNED: Final = 1e-6  # that a column lacks to be apart from the others
 _GROUPS: Final = 20  # of probes that the jackknife leaves out in turn
 
 
@@ -85,9 +87,13 @@ class _Sketch:
     def forms(self) -> Tensor:
         """Estimates that each leave one probe out of the sketch."""
         # Without probe i the basis loses one direction: column i of the inverse
-        # transpose.
-        lost = torch.linalg.pinv(self.upper).T
+        # transpose; none where the other images span what is that of probe i.
+        left, sizes, right = torch.linalg.svd(self.upper)
+        rank = int((sizes > len(sizes) * _EPS * sizes[0]).sum())
+        right = right[:rank]
+        lost = left[:, :rank] / sizes[:rank] @ right
         lost = lost / torch.linalg.vector_norm(lost, dim=0).clamp(min=1e-300)
+        lost = lost * (right.square().sum(0) > 1 - _SPANNED)
         kept = self.seen - lost * (lost * self.seen).sum(0)
         return (
             self.inner.trace()

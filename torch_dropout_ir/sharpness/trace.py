@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.arguments import check_count, check_operator, check_real
+from torch_dropout_ir.arguments import check_count, check_real, check_symmetric
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.layerwise import NotSplit
 from torch_dropout_ir.sharpness.rounds import OVERHEAD, Rounds
@@ -82,7 +82,7 @@ def trace(
             and ``shape``, such as a matrix ``[P, P]``.
         num_matvecs: Most products to spend now, at least 2. A backward pass counts as
             one. Layer by layer, the exact part, a look at each layer and two draws of
-            what is left are made in any case, some 15 and one or two a layer.
+            what is left are made in any case, some 10 and one or two a layer.
         rtol: If given, stop as soon as the standard error is at most this share of the
             magnitude of the estimate, after 16 draws a group at least, on average:
             fewer would be stopped where they happen to agree.
@@ -94,8 +94,8 @@ def trace(
 
     Raises:
         ValueError: If ``num_matvecs`` is below 2 (6 for ``"hutchpp"``, 4 for
-            ``"xtrace"``), ``rtol`` is negative, or ``method`` is unknown or cannot
-            take ``op``.
+            ``"xtrace"``), ``rtol`` is negative, a matrix is not symmetric, or
+            ``method`` is unknown or cannot take ``op``.
         TypeError: If a number is none, ``num_matvecs`` is no integer, or ``op`` no
             operator.
 
@@ -111,7 +111,7 @@ def trace(
         >>> trace(tdi.sharpness.hessian(net, "mse", batch)).method
         'exact'
     """  # noqa: DOC502 (the checks raise)
-    check_operator("trace", op)
+    check_symmetric("trace", op)
     least = {"hutchpp": 6, "xtrace": 4}.get(method, 2)
     check_count("trace", "num_matvecs", num_matvecs, least)
     if rtol is not None:
