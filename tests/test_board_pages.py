@@ -163,6 +163,22 @@ def test_a_single_measurement_is_drawn_with_its_error(page, tmp_path):
     )
 
 
+def test_what_a_log_scale_leaves_out_is_counted(page, tmp_path):
+    for run, values in (("both", (0.5, -0.5, 0.0)), ("below", (-1.0, -1.0, -1.0))):
+        sink = TensorBoardSink(tmp_path / run / "a")
+        for step, value in enumerate(values):
+            sink.write(step, {"regularizer/R1": value}, {})
+        sink.close()
+    said = "document.getElementById('curve')?.textContent ?? ''"
+    page.open(served(tmp_path / "both", runs=1) + TAB)
+    page.until(f"({said}).includes('2 not above 0: not on a log scale')")
+    page.open(served(tmp_path / "below", runs=1) + TAB)
+    page.until(f"({said}).includes('Nothing is above 0: press log for linear.')")
+    page.press("l", "l")
+    page.until("document.querySelectorAll('#curve circle').length === 3")
+    assert "above" not in page.run(said)
+
+
 def test_numbers_have_the_digits_that_their_errors_leave(tab):
     cases = {
         (189.5512, 0.0213): "189.55 ± 0.02", (2.34531, 0.000991): "2.3453 ± 0.0010",

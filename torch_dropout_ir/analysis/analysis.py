@@ -213,7 +213,8 @@ class Analysis:
             seconds["masks"] += self._capture.spent()
         found = {n: s for n, s in seconds.items() if n not in self.absent}
         cost = {f"cost/seconds/{name}": own for name, own in found.items()}
-        records.update(self._ranks.first({"cost/share": self._cadence.share, **cost}))
+        cost |= {"cost/share": share} if (share := self._cadence.share) else {}
+        records.update(self._ranks.first(cost))
         self.notes.update(snapshot.notes)
         self.absent.update(snapshot.absent)
         remember(self.history, self.step, records)

@@ -177,7 +177,8 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
   if (!dots) put(head, "button", log ? "log" : "linear", { title: "scale", onclick: () => flip(S.log, id) }); head.style.width = `${W}px`;
   const sound = ([u, v]) => v !== null && Number.isFinite(u) && Number.isFinite(f(v));
   const good = series.map(([run, points]) => [run, points.filter(sound)]), all = good.flatMap(([, points]) => points);
-  if (!all.length) return void put(host, "p", "Nothing recorded.", { class: "note" });
+  const below = log && id !== "density" ? series.flatMap(([, points]) => points).filter(([, v]) => v !== null && v <= 0).length : 0;
+  if (!all.length) return void put(host, "p", below ? "Nothing is above 0: press log for linear." : "Nothing recorded.", { class: "note" });
   const ends = all.flatMap(([, v, w = 0]) => [log ? Math.max(v - w, v / 10) : v - w, v + w]).map(f); // of an error beyond 0, a decade
   const [left, right] = range(all.map((p) => p[0]), x), [low, high] = range(ends, y);
   const bottom = log ? Math.max(low, high - 8) : low, [ux, uy] = [(W - L - R) / 4, (H - T - B) / 4];
@@ -192,6 +193,7 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
   }
   for (const v of ticks(left, right)) put(svg, "text", show(v), { x: px(v), y: H - B + 14, "text-anchor": "middle" });
   put(svg, "text", xname, { x: (W + L) / 2, y: H - 5, "text-anchor": "middle" }); put(svg, "text", yname, { x: 2, y: 11 });
+  if (below) put(svg, "text", `${below} not above 0: not on a log scale`, { x: W - R, y: 11, "text-anchor": "end" });
   if (mark >= left && mark <= right) put(svg, "line", "", { x1: px(mark), x2: px(mark), y1: T, y2: H - B, stroke: "gray" });
   for (const [run, points] of good) {
     const line = points.map((p) => `${px(p[0])},${py(p[1])}`).join(" "), own = colour(run);
