@@ -140,6 +140,20 @@ def test_measures_that_stayed_behind_are_named():
     assert sorted(behind[0].split(", ")) == rest.split(", ") and behind[1]
 
 
+def test_the_note_of_the_loss_is_of_the_batch_that_it_was_measured_on():
+    model = net()
+    with tdi.attach_analysis(model, log_dir=False, every=1000) as analysis:
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3).backward()
+            sgd.step()
+        assert analysis.notes["loss/R_S"] == ""  # of the step's own, at step 0
+        analysis._take_and_write({"gradient"})  # as the schedule would
+        assert analysis.notes["loss/R_S"] == ""
+        analysis.measure()
+    assert "of the batch of step 0" in analysis.notes["loss/R_S"]
+
+
 def test_what_is_measured_after_the_gradients_are_cleared_needs_none():
     model = net()
     with tdi.attach_analysis(model, log_dir=False, every=1000) as analysis:

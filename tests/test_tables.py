@@ -43,7 +43,7 @@ def test_a_row_a_number_a_layer_and_a_site():
 
 
 def test_in_short():
-    said = "dropout adds 0.25 +- 0.015 to a loss of 2.5 on average: 0.1 times that"
+    said = "dropout adds 0.25 +- 0.015 to a loss of 2.5 on average: 10 % of it"
     assert in_short(CURVES) == [f"{said} (step 4)"]
     assert in_short({}) == in_short({"loss/R_S": [(0, 1.0)]}) == []
     found = {"loss/R_S": [(0, 2.0)], "regularizer/R1": [(4, 0.5)]}

@@ -215,7 +215,7 @@ class Analysis:
         cost = {f"cost/seconds/{name}": own for name, own in found.items()}
         cost |= {"cost/share": share} if (share := self._cadence.share) else {}
         records.update(self._ranks.first(cost))
-        self.notes.update(snapshot.notes)
+        self.notes.update(snapshot.said(records))
         self.absent.update(snapshot.absent)
         remember(self.history, self.step, records)
         self._delivery.write(self.step, records, self.notes)
@@ -224,7 +224,7 @@ class Analysis:
     def _snapshot(self, names: set[str]) -> Snapshot:
         runs = any(runs_model(m) for m in self._attempts.measures if m.name in names)
         found = self._view.snapshot(self.step, runs, self.inputs_of, self.targets_of)
-        self.notes.update(found.notes | run_facts(self, self._steps.optimizer))
+        self.notes.update(run_facts(self, self._steps.optimizer))
         return found
 
     @property

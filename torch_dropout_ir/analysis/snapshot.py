@@ -85,6 +85,15 @@ class Snapshot:
                 setattr(self, name, None)
         return self
 
+    def said(self, records: Mapping[str, Record]) -> dict[str, str]:
+        """Return the notes; that on the loss, which is of this batch, where it is new.
+
+        Args:
+            records: What was measured.
+        """
+        kept = self.notes.items()
+        return {t: x for t, x in kept if t != "loss/R_S" or t in records}
+
     def lacks(self, needs: frozenset[Need]) -> str | None:
         """Return the reason why a measure with these needs cannot be taken, or None."""
         for need, reason in _LACKING.items():

@@ -72,7 +72,7 @@ def in_short(
     Example:
         >>> curves = {"loss/R_S": [(8, 2.0)], "regularizer/R1": [(8, 0.5)]}
         >>> in_short(curves)
-        ['dropout adds 0.5 to a loss of 2 on average: 0.25 times that (step 8)']
+        ['dropout adds 0.5 to a loss of 2 on average: 25 % of it (step 8)']
     """
     last = _last_values(history)
     lines = _added(last, steps)
@@ -102,7 +102,7 @@ def _added(last: Mapping[str, _Last], steps: bool) -> list[str]:
     if error and abs(r1.value) < 2 * float(r1.error):
         said += ": less than twice its error, it may be nothing"
     elif loss.value > 0:
-        said += f": {r1.value / loss.value:.2g} times that"
+        said += f": {100 * r1.value / loss.value:.3g} % of it"
     return [said + (f" (step {r1.step})" if steps else "")]
 
 
