@@ -158,6 +158,12 @@ def test_a_single_measurement_is_drawn_with_its_error(page, tmp_path):
     assert page.run(SIZE % bar)[1] > 20
     said = page.run("document.querySelector('td').textContent")
     assert said == "0.50 ± 0.13"
+    title = page.run("document.querySelector('th button').title")
+    assert title.startswith("What dropout adds") and title.endswith(
+        "draw regularizer/R1"
+    )
+    title = page.run("[...document.querySelectorAll('th button')].at(-1).title")
+    assert "Directions of the neurons' input weights" in title
     assert "step 0; ± the standard error" in page.run(
         "document.querySelector('td').title"
     )

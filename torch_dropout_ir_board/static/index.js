@@ -113,7 +113,7 @@ function table(tags, values, errors) {
   put(head, "th", "at this step", { title: "each as last measured: the step is under the pointer" }); for (const run of runs()) put(head, "th", "■", { title: run }).style.color = colour(run);
   Object.keys(NUMBERS).forEach((name, i) => {
     if (!runs().some((run) => last(values[i][run]))) return; const row = put(body, "tr");
-    put(put(row, "th"), "button", name, { title: `draw ${tags[i]}`, onclick: () => draw({ curve: tags[i] }) });
+    put(put(row, "th"), "button", name, { title: `${S.index.said[/^[^/]*\/[^/]*/.exec(tags[i])] ?? ""}\ndraw ${tags[i]}`, onclick: () => draw({ curve: tags[i] }) });
     for (const run of runs()) {
       const [step, value] = last(values[i][run]) ?? [], error = last(errors[i][run])?.[1], kind = /eigenvalue/.test(tags[i]) ? "residual" : "standard error";
       put(row, "td", measured(value, error), step === undefined ? {} : { title: `measured at step ${step}${error ? `; ± the ${kind}` : ""}` });
@@ -213,7 +213,7 @@ function theme() {
 }
 async function reload() {
   for (const key of held.keys()) if (!key.startsWith('["picture"')) held.delete(key);
-  S.index = { runs: [], images: {}, histograms: {}, scalars: {}, ...(await get("index")) };
+  S.index = { runs: [], said: {}, images: {}, histograms: {}, scalars: {}, ...(await get("index")) };
   const tags = Object.keys({ ...S.index.images, ...S.index.scalars });
   const named = tags.map((tag) => /^condensation\/[^/]+\/(.*)$/s.exec(tag)?.[1]).filter((layer) => layer !== undefined);
   S.layers = [...new Set(named)].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
