@@ -169,6 +169,24 @@ def test_a_single_measurement_is_drawn_with_its_error(page, tmp_path):
     )
 
 
+def test_a_number_of_long_ago_is_told_from_one_of_now(page, tmp_path):
+    sink = TensorBoardSink(tmp_path / "a")
+    sink.write(1, {"regularizer/R1": 0.5, "loss/R_S": 2.0}, {})
+    sink.write(9, {"loss/R_S": 1.0, "loss/modified": 2.0}, {})
+    fields = Image(torch.eye(3), -1.0, 1.0, torch.arange(3))
+    for step in (0, 2, 9):
+        sink.write(step, {"condensation/cosine/0": fields}, {})
+    sink.close()
+    rows = "[...document.querySelectorAll('td')].map((e) => e.className)"
+    page.open(served(tmp_path, runs=1) + TAB)
+    page.until("document.querySelectorAll('td').length === 3")
+    assert page.run(rows) == ["faint", "", ""]  # R_1 is of step 1
+    page.press("ArrowLeft")
+    page.until("document.getElementById('step').textContent === 'step 2'")
+    page.until("document.querySelectorAll('td').length === 2")
+    assert page.run(rows) == ["", ""]
+
+
 def test_what_a_log_scale_leaves_out_is_counted(page, tmp_path):
     for run, values in (("both", (0.5, -0.5, 0.0)), ("below", (-1.0, -1.0, -1.0))):
         sink = TensorBoardSink(tmp_path / run / "a")
