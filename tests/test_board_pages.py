@@ -177,14 +177,18 @@ def test_a_number_of_long_ago_is_told_from_one_of_now(page, tmp_path):
     for step in (0, 2, 9):
         sink.write(step, {"condensation/cosine/0": fields}, {})
     sink.close()
+    sink = TensorBoardSink(tmp_path / "short")
+    sink.write(1, {"loss/R_S": 1.0}, {})
+    sink.close()
     rows = "[...document.querySelectorAll('td')].map((e) => e.className)"
-    page.open(served(tmp_path, runs=1) + TAB)
-    page.until("document.querySelectorAll('td').length === 3")
-    assert page.run(rows) == ["faint", "", ""]  # R_1 is of step 1
+    page.open(served(tmp_path, runs=2) + TAB)
+    page.until("document.querySelectorAll('td').length === 6")
+    # R_1 is of step 1; the other run has ended there.
+    assert page.run(rows) == ["faint", "", "", "", "", ""]
     page.press("ArrowLeft")
     page.until("document.getElementById('step').textContent === 'step 2'")
-    page.until("document.querySelectorAll('td').length === 2")
-    assert page.run(rows) == ["", ""]
+    page.until("document.querySelectorAll('td').length === 4")
+    assert page.run(rows) == [""] * 4
 
 
 def test_what_a_log_scale_leaves_out_is_counted(page, tmp_path):

@@ -110,13 +110,14 @@ function bar() {
 }
 function table(tags, values, errors) {
   at("numbers").replaceChildren(); const body = put(at("numbers"), "table"), head = put(body, "tr");
-  put(head, "th", "at this step", { title: "each as last measured: the step is under the pointer; italic: from before half of this one" }); for (const run of runs()) put(head, "th", "■", { title: run }).style.color = colour(run);
+  put(head, "th", "at this step", { title: "each as last measured: the step is under the pointer; italic: from long before the run's newest" }); for (const run of runs()) put(head, "th", "■", { title: run }).style.color = colour(run);
+  const newest = (run) => Math.max(...values.map((of) => last(of[run])?.[0] ?? 0));
   Object.keys(NUMBERS).forEach((name, i) => {
     if (!runs().some((run) => last(values[i][run]))) return; const row = put(body, "tr");
     put(put(row, "th"), "button", name, { title: `${S.index.said[/^[^/]*\/[^/]*/.exec(tags[i])] ?? ""}\ndraw ${tags[i]}`, onclick: () => draw({ curve: tags[i] }) });
     for (const run of runs()) {
       const [step, value] = last(values[i][run]) ?? [], error = last(errors[i][run])?.[1], kind = /eigenvalue/.test(tags[i]) ? "residual" : "standard error";
-      const faint = steps[Math.max(0, place())] > 2 * step + 1 ? { class: "faint" } : {}; // as the summary has it
+      const faint = newest(run) > 2 * step + 1 ? { class: "faint" } : {}; // as the summary has it
       put(row, "td", measured(value, error), step === undefined ? {} : { ...faint, title: `measured at step ${step}${error ? `; ± the ${kind}` : ""}` });
     }
   });
