@@ -120,4 +120,5 @@ def _site_line(site: SiteReport) -> str:
     if not site.observed:
         seen = f"not observed: {site.reason}"
     kind = site.kind if math.isnan(site.p) else f"{site.kind}(p={site.p:g})"
-    return f"{site.name or '(the model itself)'}  {kind}  {seen}"
+    own = site.name[:1] in {"", ":"}  # the model, or a call in its own forward pass
+    return f"{'(the model itself)' if own else ''}{site.name}  {kind}  {seen}"
