@@ -128,6 +128,14 @@ def test_a_batch_in_the_place_of_the_loss_is_told_the_order():
         tdi.sharpness.hessian(net(), batch, "cross_entropy")
 
 
+def test_an_optimizer_or_a_model_in_the_wrong_place_is_told_of():
+    model = net()
+    with pytest.raises(TypeError, match=r"got SGD.*finds the optimizer itself"):
+        tdi.attach_analysis(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"got Sequential. `input_weights\(module\)`"):
+        tdi.condensation.effective_neurons(model)
+
+
 def test_measures_that_stayed_behind_are_named():
     model = net()
     with tdi.attach_analysis(model, log_dir=False, every=1000) as analysis:

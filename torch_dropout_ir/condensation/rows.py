@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Tiles of cosines that stay in a core's cache: 1 MB of float32, and the product is
 # still at full speed. Twice the side is three times slower in few dimensions.
@@ -113,11 +113,16 @@ def check_rows(function: str, weights: Weights) -> None:
 
     Raises:
         ValueError: If they are not.
+        TypeError: If they are a module.
     """
+    told = "`input_weights(module)` gives them for a layer."
+    if isinstance(weights, nn.Module):
+        got = type(weights).__name__
+        raise TypeError(f"{function}: expected weights [neurons, d], got {got}. {told}")
     if weights.ndim != 2:
+        got = f"shape {list(weights.shape)}"
         raise ValueError(
-            f"{function}: expected weights [neurons, d], got shape "
-            f"{list(weights.shape)}. `input_weights(module)` gives them for a layer."
+            f"{function}: expected weights [neurons, d], got {got}. {told}"
         )
 
 
