@@ -132,7 +132,7 @@ def test_an_optimizer_or_a_model_in_the_wrong_place_is_told_of():
     model = net()
     with pytest.raises(TypeError, match=r"got SGD.*finds the optimizer itself"):
         tdi.attach_analysis(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(TypeError, match=r"got Sequential. `input_weights\(module\)`"):
+    with pytest.raises(ValueError, match=r"got Sequential. `input_weights\(module\)`"):
         tdi.condensation.effective_neurons(model)
 
 

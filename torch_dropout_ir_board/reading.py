@@ -29,8 +29,7 @@ def answer(provider, context, experiment, route, *of):
             for run, tags in listed.items():
                 for tag in (tag for tag in tags if tag.startswith(_OURS)):
                     found[kind].setdefault(tag, []).append(run)
-                    stem = "/".join(tag.split("/")[:2])
-                    said[stem] = said.get(stem) or tags[tag].description
+                    said.setdefault("/".join(tag.split("/")[:2]), tags[tag].description)
         return {"runs": runs, "said": said, **found}
     _, reading, most = _CALLS[route]
     chosen = RunTagFilter(tags=[of[0]])

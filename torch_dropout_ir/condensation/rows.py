@@ -113,16 +113,13 @@ def check_rows(function: str, weights: Weights) -> None:
 
     Raises:
         ValueError: If they are not.
-        TypeError: If they are a module.
     """
-    told = "`input_weights(module)` gives them for a layer."
-    if isinstance(weights, nn.Module):
-        got = type(weights).__name__
-        raise TypeError(f"{function}: expected weights [neurons, d], got {got}. {told}")
-    if weights.ndim != 2:
-        got = f"shape {list(weights.shape)}"
+    module = isinstance(weights, nn.Module)
+    if module or weights.ndim != 2:
+        got = type(weights).__name__ if module else f"shape {list(weights.shape)}"
         raise ValueError(
-            f"{function}: expected weights [neurons, d], got {got}. {told}"
+            f"{function}: expected weights [neurons, d], got {got}. "
+            "`input_weights(module)` gives them for a layer."
         )
 
 

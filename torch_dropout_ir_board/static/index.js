@@ -8,8 +8,7 @@ const NUMBERS = {
 const S = { off: new Set(), log: new Set(["density", "slice", "curve"]), step: Infinity, curve: "regularizer/R1" };
 const held = new Map(), CHARTS = ["places", "density", "slice", "curve"]; let steps = [0], turn = 0, later = 0, sizing = 0, embedded = null;
 const at = (id) => document.getElementById(id); const runs = () => S.index.runs.filter((run) => !S.off.has(run));
-const colour = (run) => COLOURS[S.index.runs.indexOf(run) % COLOURS.length];
-const last = (points) => (points ?? []).filter(([step]) => step <= S.step).at(-1);
+const colour = (run) => COLOURS[S.index.runs.indexOf(run) % COLOURS.length], last = (points) => (points ?? []).filter(([step]) => step <= S.step).at(-1);
 function show(x, digits = 3) {
   return !Number.isFinite(x) ? "–" : x && (Math.abs(x) >= 1e6 || Math.abs(x) < 1e-3) ? x.toExponential(1).replace(".0", "") : String(+x.toPrecision(digits));
 }
@@ -46,8 +45,7 @@ function page() {
   put(document.body, "footer", "← → step · Home End · space plays · [ ] layer · 1–9 shows or hides a run · l log scales");
   put(document.body, "div", "", { id: "hint", hidden: "" }); document.addEventListener("keydown", key);
 }
-const place = () => steps.findLastIndex((step) => step <= S.step);
-const move = (by) => draw({ step: steps[Math.max(0, Math.min(steps.length - 1, place() + by))] });
+const place = () => steps.findLastIndex((step) => step <= S.step), move = (by) => draw({ step: steps[Math.max(0, Math.min(steps.length - 1, place() + by))] });
 function play() {
   clearInterval(S.playing); const start = !S.playing && steps.length > 1;
   S.playing = start && setInterval(() => +document.body.dataset.drawn === turn && (S.step >= steps.at(-1) ? play() : move(1)), 400);
@@ -109,16 +107,14 @@ function bar() {
   if (!S.index.runs.length) put(at("runs"), "p", "No run here yet: attach an analysis, or try torch-dropout-ir demo.");
 }
 function table(tags, values, errors) {
-  at("numbers").replaceChildren(); const body = put(at("numbers"), "table"), head = put(body, "tr");
+  at("numbers").replaceChildren(); const newest = (run) => Math.max(...values.map((of) => last(of[run])?.[0] ?? 0)), body = put(at("numbers"), "table"), head = put(body, "tr");
   put(head, "th", "at this step", { title: "each as last measured: the step is under the pointer; italic: from long before the run's newest" }); for (const run of runs()) put(head, "th", "■", { title: run }).style.color = colour(run);
-  const newest = (run) => Math.max(...values.map((of) => last(of[run])?.[0] ?? 0));
   Object.keys(NUMBERS).forEach((name, i) => {
     if (!runs().some((run) => last(values[i][run]))) return; const row = put(body, "tr");
     put(put(row, "th"), "button", name, { title: `${S.index.said[/^[^/]*\/[^/]*/.exec(tags[i])] ?? ""}\ndraw ${tags[i]}`, onclick: () => draw({ curve: tags[i] }) });
     for (const run of runs()) {
       const [step, value] = last(values[i][run]) ?? [], error = last(errors[i][run])?.[1], kind = /eigenvalue/.test(tags[i]) ? "residual" : "standard error";
-      const faint = newest(run) > 2 * step + 1 ? { class: "faint" } : {}; // as the summary has it
-      put(row, "td", measured(value, error), step === undefined ? {} : { ...faint, title: `measured at step ${step}${error ? `; ± the ${kind}` : ""}` });
+      put(row, "td", measured(value, error), step === undefined ? {} : { class: newest(run) > 2 * step + 1 ? "faint" : "", title: `measured at step ${step}${error ? `; ± the ${kind}` : ""}` });
     }
   });
 }
@@ -194,8 +190,7 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
     put(svg, "text", show(value, digits), { x: L - 5, y: h + 4, "text-anchor": "end" });
   }
   for (const v of ticks(left, right)) put(svg, "text", show(v), { x: px(v), y: H - B + 14, "text-anchor": "middle" });
-  put(svg, "text", xname, { x: (W + L) / 2, y: H - 5, "text-anchor": "middle" }); put(svg, "text", yname, { x: 2, y: 11 });
-  if (below) put(svg, "text", `${below} not above 0: not on a log scale`, { x: W - R, y: 11, "text-anchor": "end" });
+  put(svg, "text", xname, { x: (W + L) / 2, y: H - 5, "text-anchor": "middle" }); put(svg, "text", below ? `${yname} · ${below} not above 0: not on a log scale` : yname, { x: 2, y: 11 });
   if (mark >= left && mark <= right) put(svg, "line", "", { x1: px(mark), x2: px(mark), y1: T, y2: H - B, stroke: "gray" });
   for (const [run, points] of good) {
     const line = points.map((p) => `${px(p[0])},${py(p[1])}`).join(" "), own = colour(run);
