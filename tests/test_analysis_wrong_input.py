@@ -128,6 +128,14 @@ def test_a_batch_in_the_place_of_the_loss_is_told_the_order():
         tdi.sharpness.hessian(net(), batch, "cross_entropy")
 
 
+def test_an_optimizer_or_a_model_in_the_wrong_place_is_told_of():
+    model = net()
+    with pytest.raises(TypeError, match=r"got SGD.*finds the optimizer itself"):
+        tdi.attach_analysis(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"got Sequential. `input_weights\(module\)`"):
+        tdi.condensation.effective_neurons(model)
+
+
 def test_measures_that_stayed_behind_are_named():
     model = net()
     with tdi.attach_analysis(model, log_dir=False, every=1000) as analysis:
@@ -135,6 +143,39 @@ def test_measures_that_stayed_behind_are_named():
         assert "\nnothing was measured after step 0: the schedule" in analysis.summary()
         analysis.history["cost/seconds/gradient"].append((4, 0.0))
         rest = "condensation, dropout_noise, masks, regularizer, sharpness"
-        said = analysis.summary().splitlines()[-1]
+        (said,) = (x for x in analysis.summary().splitlines() if "was measured" in x)
     behind = said.removeprefix("of ").partition(" nothing was measured after step 0")
     assert sorted(behind[0].split(", ")) == rest.split(", ") and behind[1]
+
+
+def test_the_note_of_the_loss_is_of_the_batch_that_it_was_measured_on():
+    model = net()
+    with tdi.attach_analysis(model, log_dir=False, every=1000) as analysis:
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3).backward()
+            sgd.step()
+        assert analysis.notes["loss/R_S"] == ""  # of the step's own, at step 0
+        analysis._take_and_write({"gradient"})  # as the schedule would
+        assert analysis.notes["loss/R_S"] == ""
+        analysis.measure()
+    assert "of the batch of step 0" in analysis.notes["loss/R_S"]
+
+
+def test_what_is_measured_after_the_gradients_are_cleared_needs_none():
+    model = net()
+    with tdi.attach_analysis(model, log_dir=False, every=1000) as analysis:
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(5):
+            F.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3).backward()
+            sgd.step()
+            sgd.zero_grad()
+        found = analysis.measure()
+        said = analysis.summary()
+        del sgd
+        analysis.measure()
+    assert "the optimizer is gone" in analysis.absent["dropout_noise"]
+    assert {"regularizer/R1", "regularizer/R2_dropout_noise"} <= set(found)
+    assert "regularizer/R2" not in found
+    assert "or they are cleared" in analysis.absent["gradient"]
+    assert "was measured after step" not in said  # the reason is told

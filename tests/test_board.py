@@ -123,6 +123,8 @@ def test_endpoints_give_what_was_written(server):
     index = ask(server, "plugin/dropout_ir/index")
     assert len(index["runs"]) == 3 and any("<script>" in run for run in index["runs"])
     assert set(index["images"]["condensation/cosine/1"]) == set(index["runs"]) - {"foreign"}  # fmt: skip # noqa: E501
+    assert index["said"]["loss/R_S"] == "Loss of the batch with dropout off."
+    assert "Def. 3" in index["said"]["condensation/effective_ratio"]  # of all layers
     points = ask(server, "plugin/dropout_ir/scalars?of=loss/R_S")["with"]
     assert points == [[0, 2.0], [5, 7.0], [10, 12.0]]
     slices = ask(server, "plugin/dropout_ir/histograms?of=sharpness/loss_slice")

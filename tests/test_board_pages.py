@@ -158,9 +158,53 @@ def test_a_single_measurement_is_drawn_with_its_error(page, tmp_path):
     assert page.run(SIZE % bar)[1] > 20
     said = page.run("document.querySelector('td').textContent")
     assert said == "0.50 ± 0.13"
+    title = page.run("document.querySelector('th button').title")
+    assert title.startswith("What dropout adds") and title.endswith(
+        "draw regularizer/R1"
+    )
+    title = page.run("[...document.querySelectorAll('th button')].at(-1).title")
+    assert "Directions of the neurons' input weights" in title
     assert "step 0; ± the standard error" in page.run(
         "document.querySelector('td').title"
     )
+
+
+def test_a_number_of_long_ago_is_told_from_one_of_now(page, tmp_path):
+    sink = TensorBoardSink(tmp_path / "a")
+    sink.write(1, {"regularizer/R1": 0.5, "loss/R_S": 2.0}, {})
+    sink.write(9, {"loss/R_S": 1.0, "loss/modified": 2.0}, {})
+    fields = Image(torch.eye(3), -1.0, 1.0, torch.arange(3))
+    for step in (0, 2, 9):
+        sink.write(step, {"condensation/cosine/0": fields}, {})
+    sink.close()
+    sink = TensorBoardSink(tmp_path / "short")
+    sink.write(1, {"loss/R_S": 1.0}, {})
+    sink.close()
+    rows = "[...document.querySelectorAll('td')].map((e) => e.className)"
+    page.open(served(tmp_path, runs=2) + TAB)
+    page.until("document.querySelectorAll('td').length === 6")
+    # R_1 is of step 1; the other run has ended there.
+    assert page.run(rows) == ["faint", "", "", "", "", ""]
+    page.press("ArrowLeft")
+    page.until("document.getElementById('step').textContent === 'step 2'")
+    page.until("document.querySelectorAll('td').length === 4")
+    assert page.run(rows) == [""] * 4
+
+
+def test_what_a_log_scale_leaves_out_is_counted(page, tmp_path):
+    for run, values in (("both", (0.5, -0.5, 0.0)), ("below", (-1.0, -1.0, -1.0))):
+        sink = TensorBoardSink(tmp_path / run / "a")
+        for step, value in enumerate(values):
+            sink.write(step, {"regularizer/R1": value}, {})
+        sink.close()
+    said = "document.getElementById('curve')?.textContent ?? ''"
+    page.open(served(tmp_path / "both", runs=1) + TAB)
+    page.until(f"({said}).includes('2 not above 0: not on a log scale')")
+    page.open(served(tmp_path / "below", runs=1) + TAB)
+    page.until(f"({said}).includes('Nothing is above 0: press log for linear.')")
+    page.press("l", "l")
+    page.until("document.querySelectorAll('#curve circle').length === 3")
+    assert "above" not in page.run(said)
 
 
 def test_numbers_have_the_digits_that_their_errors_leave(tab):

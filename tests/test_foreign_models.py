@@ -251,9 +251,9 @@ def test_the_summary_says_once_what_is_said_of_many():
         F.mse_loss(net(torch.randn(8, 4)), torch.randn(8, 4)).backward()
         sgd.step()
     text = analysis.summary()
-    assert "p=nan" not in text
+    assert "p=nan" not in text and analysis.notes["run/p"] == "0.1"
     assert "this is at one draw of them" in analysis.notes["loss/R_S"]
-    assert ":randn_like  call  not observed: random numbers that no dropout" in text
+    assert "(the model itself):randn_like  call  not observed: random" in text
     assert text.count("no graph of what follows it could be traced") == 1
     first = "condensation/orientation_amplitude/parts.0"
     assert f"  {first} and 5 more of condensation: amplitudes are" in text

@@ -6,7 +6,7 @@ from torch import nn
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis.measures import Condensation
-from torch_dropout_ir.analysis.tables import section, tables
+from torch_dropout_ir.analysis.tables import in_short, section, tables
 
 CURVES = {
     "regularizer/R1": [(0, 9.0), (4, 0.25)],
@@ -40,6 +40,31 @@ def test_a_row_a_number_a_layer_and_a_site():
     ]
     ends = {len(line) for line in tables(CURVES)[1:4]}
     assert len(ends) == 1  # columns are aligned
+
+
+def test_in_short():
+    said = "dropout adds 0.25 +- 0.015 to a loss of 2.5 on average: 10 % of it"
+    assert in_short(CURVES) == [f"{said} (step 4)"]
+    assert in_short({}) == in_short({"loss/R_S": [(0, 1.0)]}) == []
+    found = {"loss/R_S": [(0, 2.0)], "regularizer/R1": [(4, 0.5)]}
+    assert in_short(found) == []  # of two steps
+    found |= {"loss/R_S": [(4, 2.0)], "regularizer/R1_standard_error": [(4, 0.3)]}
+    (line,) = in_short(found, steps=False)
+    assert line.endswith("on average: less than twice its error, it may be nothing")
+    found = {"loss/R_S": [(4, -2.0)], "regularizer/R1": [(4, 0.5)]}  # a likelihood
+    assert in_short(found, steps=False) == [
+        "dropout adds 0.5 to a loss of -2 on average"
+    ]
+    ratios = {f"condensation/effective_ratio/{x}": [(2, 1.0)] for x in ("a", "b")}
+    assert "no layer is condensed" in in_short(ratios)[0]
+    (line,) = in_short(ratios | {"condensation/effective_ratio/b": [(2, 0.25)]})
+    assert line.startswith("most condensed is b: ") and line.endswith("0.25 (step 2)")
+
+
+def test_what_the_analysis_costs_comes_last():
+    curves = {"cost/seconds/masks": [(0, 1.0)], "loss/R_S": [(0, 1.0)], "x": [(0, 1.0)]}
+    names = [line.split()[0] for line in tables(curves)[2:]]
+    assert names == ["loss/R_S", "x", "cost/seconds/masks"]
 
 
 def test_without_steps_and_without_numbers():

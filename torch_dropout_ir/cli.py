@@ -211,8 +211,8 @@ def _add_board(commands: Any) -> None:
             name, help=what, description=f"{what[0].upper()}{what[1:]}."
         )
         for name, what in (
-            ("board", "show runs in TensorBoard, on the panels"),
-            ("report", "write the panels as one HTML file, to send to a colleague"),
+            ("board", "show runs in TensorBoard, on the tab Dropout IR"),
+            ("report", "write the tab Dropout IR as one HTML file, to send on"),
         )
     )
     for command in (board, report):
@@ -220,7 +220,7 @@ def _add_board(commands: Any) -> None:
             "log_dir",
             type=Path,
             metavar="LOGDIR",
-            help="a run, or a folder of runs: what `log_dir=` was, as runs",
+            help="a run or a folder of runs: what `log_dir=` was; without it, runs",
         )
     board.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     board.add_argument("--port", type=int, help="default: 6006, or the next free one")

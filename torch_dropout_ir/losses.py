@@ -228,8 +228,8 @@ def resolve_loss(loss: Any) -> Loss:
         raise TypeError(
             "expected `loss` to be 'mse', 'cross_entropy', a module or a callable "
             f"`(outputs, targets) -> scalar`, got {got}. The order is `(model, batch, "
-            "loss)` in `tdi.regularizers` and `(model, loss, batches)` in "
-            "`tdi.sharpness`"
+            "loss)` in `tdi.regularizers`, `(model, loss, batches)` in "
+            "`tdi.sharpness`; `attach_analysis(model, loss)` finds the optimizer itself"
         )
     reduction = _option(loss, "reduction", "mean")
     if reduction not in ("mean", "sum", "batchmean"):

@@ -24,7 +24,7 @@ from torch_dropout_ir.analysis.measures.regularizer import terms
 from torch_dropout_ir.analysis.records import Record, estimate_of
 from torch_dropout_ir.analysis.replay import Replay, replay
 from torch_dropout_ir.analysis.snapshot import Snapshot
-from torch_dropout_ir.analysis.tables import section, tables
+from torch_dropout_ir.analysis.tables import in_short, section, tables
 from torch_dropout_ir.arguments import check_count, check_flag
 from torch_dropout_ir.batches import fixed_batches
 from torch_dropout_ir.functional import Batch, call, preserved_rng
@@ -71,7 +71,8 @@ class Report:
         sites = ", ".join(f"{name} (p={p:g})" for name, p in self.sites.items())
         lines = [", ".join(_counted(*count) for count in counts)]
         lines += [f"dropout sites: {sites}"] if sites else []
-        lines += tables({tag: [(0, x)] for tag, x in self.records.items()}, steps=False)
+        curves = {tag: [(0, x)] for tag, x in self.records.items()}
+        lines += [*in_short(curves, steps=False), *tables(curves, steps=False)]
         lines += section("how the numbers were obtained", self.notes)
         lines += section("absent", self.absent)
         return "\n".join(lines)

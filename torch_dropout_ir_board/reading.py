@@ -23,13 +23,14 @@ def answer(provider, context, experiment, route, *of):
     about = {"ctx": context, "experiment_id": experiment}
     if route == "index":
         runs = sorted(run.run_name for run in provider.list_runs(**about))
-        found = {kind: {} for kind in _CALLS}
+        found, said = {kind: {} for kind in _CALLS}, {}  # said of tags, for all layers
         for kind, (listing, _, _) in _CALLS.items():
             listed = getattr(provider, listing)(plugin_name=kind, **about)
             for run, tags in listed.items():
                 for tag in (tag for tag in tags if tag.startswith(_OURS)):
                     found[kind].setdefault(tag, []).append(run)
-        return {"runs": runs, **found}
+                    said.setdefault("/".join(tag.split("/")[:2]), tags[tag].description)
+        return {"runs": runs, "said": said, **found}
     _, reading, most = _CALLS[route]
     chosen = RunTagFilter(tags=[of[0]])
     read = getattr(provider, reading)(

@@ -213,8 +213,9 @@ class Analysis:
             seconds["masks"] += self._capture.spent()
         found = {n: s for n, s in seconds.items() if n not in self.absent}
         cost = {f"cost/seconds/{name}": own for name, own in found.items()}
-        records.update(self._ranks.first({"cost/share": self._cadence.share, **cost}))
-        self.notes.update(snapshot.notes)
+        cost |= {"cost/share": share} if (share := self._cadence.share) else {}
+        records.update(self._ranks.first(cost))
+        self.notes.update(snapshot.said(records))
         self.absent.update(snapshot.absent)
         remember(self.history, self.step, records)
         self._delivery.write(self.step, records, self.notes)
@@ -223,7 +224,7 @@ class Analysis:
     def _snapshot(self, names: set[str]) -> Snapshot:
         runs = any(runs_model(m) for m in self._attempts.measures if m.name in names)
         found = self._view.snapshot(self.step, runs, self.inputs_of, self.targets_of)
-        self.notes.update(found.notes | run_facts(self, self._steps.optimizer))
+        self.notes.update(run_facts(self, self._steps.optimizer))
         return found
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import platform
 from typing import TYPE_CHECKING, Final
 
@@ -31,7 +32,7 @@ def run_facts(analysis: Analysis, optimizer: Optimizer | None) -> dict[str, str]
     names = [f"{_quoted(site.name)} ({site.kind})" for site in sites]
     if len(names) > _MOST_SITES:
         names[_MOST_SITES:] = [f"and {len(names) - _MOST_SITES} more"]
-    rates = sorted({f"{site.p:g}" for site in sites})
+    rates = sorted({f"{site.p:g}" for site in sites if not math.isnan(site.p)})
     facts = {
         "model": f"{type(model).__name__}, {count} parameters",
         "sites": ", ".join(names) or "no dropout module",

@@ -23,7 +23,9 @@ from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.substitution import unmoved_buffers
 
-Need = Literal["sites", "inputs", "loss", "targets", "gradients", "masks", "batches"]
+Need = Literal[
+    "sites", "inputs", "loss", "targets", "lr", "gradients", "masks", "batches"
+]
 
 
 @dataclasses.dataclass
@@ -83,6 +85,15 @@ class Snapshot:
                 setattr(self, name, None)
         return self
 
+    def said(self, records: Mapping[str, Record]) -> dict[str, str]:
+        """Return the notes; that on the loss, which is of this batch, where it is new.
+
+        Args:
+            records: What was measured.
+        """
+        kept = self.notes.items()
+        return {t: x for t, x in kept if t != "loss/R_S" or t in records}
+
     def lacks(self, needs: frozenset[Need]) -> str | None:
         """Return the reason why a measure with these needs cannot be taken, or None."""
         for need, reason in _LACKING.items():
@@ -90,7 +101,7 @@ class Snapshot:
             missing = value is None or (isinstance(value, (tuple, dict)) and not value)
             if need in needs and missing:
                 # Calls of dropout functions, masks and the loss are seen in a pass.
-                unseen = need != "gradients" and self.inputs is None
+                unseen = need not in {"lr", "gradients"} and self.inputs is None
                 return self.missed or _LACKING["inputs"] if unseen else reason
         return None
 
@@ -123,7 +134,12 @@ _LACKING: Final[dict[Need, str]] = {
         "`data=`"
     ),
     "batches": "no batch with targets was seen: pass `data=`",
-    "gradients": "no optimizer step with gradients of this model was seen yet",
+    "lr": "no optimizer step of this model was seen yet, or the optimizer is gone",
+    "gradients": (
+        "no optimizer step with gradients of this model was seen yet, or they are "
+        "cleared, or the optimizer is gone; `analysis.measure()` sees them between "
+        "`backward()` and `zero_grad()`"
+    ),
     "masks": "no mask was observed yet",
 }
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from torch import nn
 
 from torch_dropout_ir.analysis.facts import RUN
-from torch_dropout_ir.analysis.tables import section, tables
+from torch_dropout_ir.analysis.tables import in_short, section, tables
 from torch_dropout_ir.sites import Site, find_sites, unobservable
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def describe(analysis: Analysis) -> str:
     """Return a table that a person can read."""
     model = type(analysis.model).__name__
     lines = [f"{model} after {analysis.step} optimizer steps"]
+    lines += [*in_short(analysis.history), *_behind(analysis)]
     lines += ["", "dropout sites"]
     lines += [f"  {_site_line(site)}" for site in analysis.sites] or [
         "  no dropout module"
@@ -94,19 +95,24 @@ def describe(analysis: Analysis) -> str:
             "of this model was seen; where they are stepped by hand, "
             "`analysis.measure()` measures between backward pass and update"
         )
+    return "\n".join(lines)
+
+
+def _behind(analysis: Analysis) -> list[str]:
+    """Say what was measured long ago alone."""
     taken = {
         tag.removeprefix(_COST): values[-1][0]
         for tag, values in analysis.history.items()
-        if tag.startswith(_COST)
+        if tag.startswith(_COST) and tag.removeprefix(_COST) not in analysis.absent
     }
     if old := [n for n, step in taken.items() if analysis.step > 2 * step + 1]:
         names = "nothing" if len(old) == len(taken) else f"of {', '.join(old)} nothing"
-        lines.append(
+        return [
             f"{names} was measured after step {max(taken[n] for n in old)}: the "
             "schedule has not come to it yet; `analysis.measure()` measures now, "
             "`every=` at fixed steps"
-        )
-    return "\n".join(lines)
+        ]
+    return []
 
 
 def _site_line(site: SiteReport) -> str:
@@ -114,4 +120,5 @@ def _site_line(site: SiteReport) -> str:
     if not site.observed:
         seen = f"not observed: {site.reason}"
     kind = site.kind if math.isnan(site.p) else f"{site.kind}(p={site.p:g})"
-    return f"{site.name or '(the model itself)'}  {kind}  {seen}"
+    own = site.name[:1] in {"", ":"}  # the model, or a call in its own forward pass
+    return f"{'(the model itself)' if own else ''}{site.name}  {kind}  {seen}"

@@ -1,4 +1,4 @@
-"""Numbers as tables that a person can read: of the run, by layer, by dropout site."""
+"""Numbers for a person: in short, and as tables of the run, by layer, by site."""
 
 from __future__ import annotations
 
@@ -35,21 +35,75 @@ def tables(
         A table of what is said of the run, one with a row a layer, one with a row a
         dropout site.
     """
+    last = _last_values(history)
+    named = {
+        title: {tag: x for tag, x in last.items() if tag.startswith(beginnings)}
+        for title, beginnings in _NAMED.items()
+    }
+    whole = last.keys() - {tag for found in named.values() for tag in found}
+    # What the analysis costs is not what it is asked for: it comes last.
+    order = sorted(whole, key=lambda tag: (tag.startswith("cost/"), tag))
+    lines = _of_the_run({tag: last[tag] for tag in order}, steps)
+    for title, found in named.items():
+        lines += _by_name(title, found, steps)
+    return lines
+
+
+def _last_values(history: Mapping[str, list[tuple[int, float]]]) -> dict[str, _Last]:
+    """Last values by tag; of an error, that is told with what it is the error of."""
     last = {tag: _Last(x[-1][1], "", x[-1][0]) for tag, x in history.items()}
     for tag in history:
         estimate = estimate_of(tag)
         if estimate in last and last[estimate].step == last[tag].step:
             error = f"{last.pop(tag).value:.2g}"
             last[estimate] = last[estimate]._replace(error=error)
-    named = {
-        title: {tag: x for tag, x in last.items() if tag.startswith(beginnings)}
-        for title, beginnings in _NAMED.items()
+    return last
+
+
+def in_short(
+    history: Mapping[str, list[tuple[int, float]]], *, steps: bool = True
+) -> list[str]:
+    """Return what dropout does to the network, in a sentence a line.
+
+    Args:
+        history: Curves ``(step, value)`` by tag.
+        steps: Whether to say at which step it was measured.
+
+    Example:
+        >>> curves = {"loss/R_S": [(8, 2.0)], "regularizer/R1": [(8, 0.5)]}
+        >>> in_short(curves)
+        ['dropout adds 0.5 to a loss of 2 on average: 25 % of it (step 8)']
+    """
+    last = _last_values(history)
+    lines = _added(last, steps)
+    stem = "condensation/effective_ratio/"
+    ratios = {
+        tag.removeprefix(stem): x for tag, x in last.items() if tag.startswith(stem)
     }
-    whole = last.keys() - {tag for found in named.values() for tag in found}
-    lines = _of_the_run({tag: last[tag] for tag in sorted(whole)}, steps)
-    for title, found in named.items():
-        lines += _by_name(title, found, steps)
+    if ratios:
+        name = min(ratios, key=lambda layer: ratios[layer].value)
+        said = "no layer is condensed: each neuron has a direction of its own"
+        if (least := ratios[name]).value < 1:
+            said = f"most condensed is {name or 'the model itself'}: directions over "
+            said += f"neurons, the effective ratio, are {least.value:.2g}"
+        lines.append(said + (f" (step {least.step})" if steps else ""))
     return lines
+
+
+def _added(last: Mapping[str, _Last], steps: bool) -> list[str]:
+    """What dropout adds to the loss, where both are of one step."""
+    r1, loss = last.get("regularizer/R1"), last.get("loss/R_S")
+    if r1 is None or loss is None or r1.step != loss.step:
+        return []
+    error = f" +- {r1.error}" if r1.error and float(r1.error) else ""
+    said = (
+        f"dropout adds {r1.value:.3g}{error} to a loss of {loss.value:.3g} on average"
+    )
+    if error and abs(r1.value) < 2 * float(r1.error):
+        said += ": less than twice its error, it may be nothing"
+    elif loss.value > 0:
+        said += f": {100 * r1.value / loss.value:.3g} % of it"
+    return [said + (f" (step {r1.step})" if steps else "")]
 
 
 def _of_the_run(found: Mapping[str, _Last], steps: bool) -> list[str]:

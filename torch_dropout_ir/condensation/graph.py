@@ -92,6 +92,8 @@ def readers(model: nn.Module, *, run_own_code: bool = True) -> dict[str, Outgoin
     modules = dict(model.named_modules())
     names = [n for n, m in modules.items() if isinstance(m, _SOURCES)]
     unseen = "no graph of what follows it could be traced"
+    if not run_own_code:
+        unseen += " without running a `forward` that is not torch's"
     found = {name: Outgoing((), False, unseen) for name in names}
     nodes: dict[str, list[tuple[str, fx.Node]]] = {}
     with preserved_rng(model):

@@ -135,7 +135,10 @@ def add_layout(summary: Summary, sites: Collection[str] = ()) -> None:
     ]
     layout = layout_pb2.Layout(
         category=[
-            layout_pb2.Category(title="Estimates with their error", chart=margins),
+            # The page draws charts of this kind from the last to the first.
+            layout_pb2.Category(
+                title="Estimates with their error", chart=margins[::-1]
+            ),
             layout_pb2.Category(title="What dropout does", chart=curves),
         ]
     )

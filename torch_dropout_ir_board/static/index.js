@@ -8,8 +8,7 @@ const NUMBERS = {
 const S = { off: new Set(), log: new Set(["density", "slice", "curve"]), step: Infinity, curve: "regularizer/R1" };
 const held = new Map(), CHARTS = ["places", "density", "slice", "curve"]; let steps = [0], turn = 0, later = 0, sizing = 0, embedded = null;
 const at = (id) => document.getElementById(id); const runs = () => S.index.runs.filter((run) => !S.off.has(run));
-const colour = (run) => COLOURS[S.index.runs.indexOf(run) % COLOURS.length];
-const last = (points) => (points ?? []).filter(([step]) => step <= S.step).at(-1);
+const colour = (run) => COLOURS[S.index.runs.indexOf(run) % COLOURS.length], last = (points) => (points ?? []).filter(([step]) => step <= S.step).at(-1);
 function show(x, digits = 3) {
   return !Number.isFinite(x) ? "–" : x && (Math.abs(x) >= 1e6 || Math.abs(x) < 1e-3) ? x.toExponential(1).replace(".0", "") : String(+x.toPrecision(digits));
 }
@@ -46,8 +45,7 @@ function page() {
   put(document.body, "footer", "← → step · Home End · space plays · [ ] layer · 1–9 shows or hides a run · l log scales");
   put(document.body, "div", "", { id: "hint", hidden: "" }); document.addEventListener("keydown", key);
 }
-const place = () => steps.findLastIndex((step) => step <= S.step);
-const move = (by) => draw({ step: steps[Math.max(0, Math.min(steps.length - 1, place() + by))] });
+const place = () => steps.findLastIndex((step) => step <= S.step), move = (by) => draw({ step: steps[Math.max(0, Math.min(steps.length - 1, place() + by))] });
 function play() {
   clearInterval(S.playing); const start = !S.playing && steps.length > 1;
   S.playing = start && setInterval(() => +document.body.dataset.drawn === turn && (S.step >= steps.at(-1) ? play() : move(1)), 400);
@@ -109,14 +107,14 @@ function bar() {
   if (!S.index.runs.length) put(at("runs"), "p", "No run here yet: attach an analysis, or try torch-dropout-ir demo.");
 }
 function table(tags, values, errors) {
-  at("numbers").replaceChildren(); const body = put(at("numbers"), "table"), head = put(body, "tr");
-  put(head, "th", "at this step", { title: "each as last measured: the step is under the pointer" }); for (const run of runs()) put(head, "th", "■", { title: run }).style.color = colour(run);
+  at("numbers").replaceChildren(); const newest = (run) => Math.max(...values.map((of) => last(of[run])?.[0] ?? 0)), body = put(at("numbers"), "table"), head = put(body, "tr");
+  put(head, "th", "at this step", { title: "each as last measured: the step is under the pointer; italic: from long before the run's newest" }); for (const run of runs()) put(head, "th", "■", { title: run }).style.color = colour(run);
   Object.keys(NUMBERS).forEach((name, i) => {
     if (!runs().some((run) => last(values[i][run]))) return; const row = put(body, "tr");
-    put(put(row, "th"), "button", name, { title: `draw ${tags[i]}`, onclick: () => draw({ curve: tags[i] }) });
+    put(put(row, "th"), "button", name, { title: `${S.index.said[/^[^/]*\/[^/]*/.exec(tags[i])] ?? ""}\ndraw ${tags[i]}`, onclick: () => draw({ curve: tags[i] }) });
     for (const run of runs()) {
       const [step, value] = last(values[i][run]) ?? [], error = last(errors[i][run])?.[1], kind = /eigenvalue/.test(tags[i]) ? "residual" : "standard error";
-      put(row, "td", measured(value, error), step === undefined ? {} : { title: `measured at step ${step}${error ? `; ± the ${kind}` : ""}` });
+      put(row, "td", measured(value, error), step === undefined ? {} : { class: newest(run) > 2 * step + 1 ? "faint" : "", title: `measured at step ${step}${error ? `; ± the ${kind}` : ""}` });
     }
   });
 }
@@ -177,7 +175,8 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
   if (!dots) put(head, "button", log ? "log" : "linear", { title: "scale", onclick: () => flip(S.log, id) }); head.style.width = `${W}px`;
   const sound = ([u, v]) => v !== null && Number.isFinite(u) && Number.isFinite(f(v));
   const good = series.map(([run, points]) => [run, points.filter(sound)]), all = good.flatMap(([, points]) => points);
-  if (!all.length) return void put(host, "p", "Nothing recorded.", { class: "note" });
+  const below = log && id !== "density" ? series.flatMap(([, points]) => points).filter(([, v]) => v !== null && v <= 0).length : 0;
+  if (!all.length) return void put(host, "p", below ? "Nothing is above 0: press log for linear." : "Nothing recorded.", { class: "note" });
   const ends = all.flatMap(([, v, w = 0]) => [log ? Math.max(v - w, v / 10) : v - w, v + w]).map(f); // of an error beyond 0, a decade
   const [left, right] = range(all.map((p) => p[0]), x), [low, high] = range(ends, y);
   const bottom = log ? Math.max(low, high - 8) : low, [ux, uy] = [(W - L - R) / 4, (H - T - B) / 4];
@@ -191,7 +190,7 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
     put(svg, "text", show(value, digits), { x: L - 5, y: h + 4, "text-anchor": "end" });
   }
   for (const v of ticks(left, right)) put(svg, "text", show(v), { x: px(v), y: H - B + 14, "text-anchor": "middle" });
-  put(svg, "text", xname, { x: (W + L) / 2, y: H - 5, "text-anchor": "middle" }); put(svg, "text", yname, { x: 2, y: 11 });
+  put(svg, "text", xname, { x: (W + L) / 2, y: H - 5, "text-anchor": "middle" }); put(svg, "text", below ? `${yname} · ${below} not above 0: not on a log scale` : yname, { x: 2, y: 11 });
   if (mark >= left && mark <= right) put(svg, "line", "", { x1: px(mark), x2: px(mark), y1: T, y2: H - B, stroke: "gray" });
   for (const [run, points] of good) {
     const line = points.map((p) => `${px(p[0])},${py(p[1])}`).join(" "), own = colour(run);
@@ -211,7 +210,7 @@ function theme() {
 }
 async function reload() {
   for (const key of held.keys()) if (!key.startsWith('["picture"')) held.delete(key);
-  S.index = { runs: [], images: {}, histograms: {}, scalars: {}, ...(await get("index")) };
+  S.index = { runs: [], said: {}, images: {}, histograms: {}, scalars: {}, ...(await get("index")) };
   const tags = Object.keys({ ...S.index.images, ...S.index.scalars });
   const named = tags.map((tag) => /^condensation\/[^/]+\/(.*)$/s.exec(tag)?.[1]).filter((layer) => layer !== undefined);
   S.layers = [...new Set(named)].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));

@@ -221,7 +221,7 @@ class DropoutNoise:
         "inputs",
         "loss",
         "targets",
-        "gradients",
+        "lr",
     })
 
     def __init__(self, num_masks: int = 4) -> None:
