@@ -26,8 +26,9 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from torch_dropout_ir.module_calls import innermost, only_draws, runs_other_code
+from torch_dropout_ir.module_calls import innermost
 from torch_dropout_ir.sites import uncompiled
+from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.tracing import mapped, unasked
 from torch_dropout_ir.turns import in_turn
 
@@ -141,20 +142,6 @@ def _by_name(name: str) -> bool:
     return name.endswith("_")
 
 
-def _may_write(model: nn.Module) -> bool:
-    """Whether a pass may write on parameters: layers of torch as they are do not."""
-    pending, seen = [model], set[nn.Module]()
-    for module in pending:
-        own = module.__dict__
-        other = runs_other_code(module) and not only_draws(module)
-        if other or own.get("max_norm") is not None:
-            return True
-        if own["_modules"] and module not in seen:
-            seen.add(module)
-            pending += [m for m in own["_modules"].values() if m is not None]
-    return False
-
-
 def is_plain(x: Tensor) -> bool:
     """Whether the values of a parameter are in memory of its own, one by one."""
     return not is_lazy(x) and type(x.data) is Tensor and not x.is_sparse
@@ -164,6 +151,7 @@ def unwritten(
     model: nn.Module,
     known: Iterable[Tensor] | None = None,
     stays: Literal["nothing", "first", "last"] = "nothing",
+    survey: Survey | None = None,
 ) -> contextlib.AbstractContextManager[Any]:
     """Begin each pass with the parameters as they were, and give them back.
 
@@ -173,6 +161,7 @@ def unwritten(
         model: The model.
         known: Those that its passes write on, if that is known.
         stays: Which pass is one of training, whose writing stays at the end.
+        survey: The modules of the model, where they have been looked at just now.
 
     Returns:
         The context of the passes.
@@ -180,12 +169,11 @@ def unwritten(
     Raises:
         RuntimeError: If another thread has written on parameters inside.
     """  # noqa: DOC502 (raised at the end)
-    model = uncompiled(model)
-    looks = known is None and _may_write(model)
+    looks = known is None and (survey or Survey.of(model)).may_write
     others = known is None and threading.active_count() > 1
     if not (looks or known or others):
         return in_turn()  # as most
-    return _unwritten(model, known or (), looks, stays, others)
+    return _unwritten(uncompiled(model), known or (), looks, stays, others)
 
 
 @contextlib.contextmanager

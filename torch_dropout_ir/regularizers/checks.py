@@ -95,8 +95,8 @@ def check_batch(
         if isinstance(x, Tensor)
     ]
     modules = named_modules(model) if modules is None else modules
-    own = [x for _, m in modules for x in m._parameters.values() if x is not None]
-    if any([x.is_meta for x in (*own, *tensors)]):
+    own = [x for _, m in modules for x in m._parameters.values()]
+    if any([x is not None and x.is_meta for x in (*own, *tensors)]):
         raise ValueError(
             "expected a model and a batch with values, got tensors on the meta device. "
             "Use `model.to_empty(device=...)` and load weights first."
@@ -123,11 +123,7 @@ def check_site(site: Site, h: Tensor) -> None:
 
 
 def check_risk(
-    name: str,
-    value: Callable[[], Tensor],
-    model: nn.Module,
-    inputs: Any,
-    known: bool = False,
+    name: str, value: Callable[[], Tensor], model: nn.Module, inputs: Any
 ) -> None:
     """Raise if the loss is not finite: its derivatives may still be, or zero.
 
@@ -136,12 +132,11 @@ def check_risk(
         value: Gives the loss.
         model: The model.
         inputs: Its inputs.
-        known: Whether the loss is one of torch's, which draw nothing.
 
     Raises:
         ValueError: If the loss is NaN or infinite, or draws random numbers.
     """  # noqa: DOC502 (what is called raises)
-    moved = None if known else generators_moved(model)
+    moved = generators_moved(model)
     with torch.no_grad():
         check_finite(name, value(), model, inputs)
     _check_drawn(name, moved)
@@ -162,11 +157,14 @@ def checked_product(
     Returns:
         Products with its Hessian, where that has no closed form.
     """
-    if read.known and read.targets is None:
-        return None
-    if read.closed or read.loss is None:
+    if read.loss is None:
         risk = functools.partial(read.risk, read.tensors)
-        check_risk(name, risk, model, inputs, known)
+        check_risk(name, risk, model, inputs)
+        return None
+    if read.closed:
+        if read.targets is not None:
+            value = read.loss(read.single, read.targets)
+            check_finite(name, value, model, inputs)
         return None
     moved = None if known else generators_moved(model)
     product = read.product()
