@@ -112,11 +112,11 @@ class _Writes(TorchFunctionMode):
         others = mode.watch
 
         def watch(*call: Any) -> None:
-            if others is not None:
-                others(*call)
+            assert others is not None
+            others(*call)
             self.see(*call)
 
-        mode.watch = watch
+        mode.watch = self.see if others is None else watch
         return functools.partial(setattr, mode, "watch", others)
 
     def _look(self, given: Any) -> None:
