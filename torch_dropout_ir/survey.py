@@ -66,13 +66,12 @@ class Survey:
             if kind not in LAYERS:
                 seen.others.append(named)
                 altered = True
-            if kind not in QUIET:
-                seen._add_noise(*named)
+            noise = kind not in QUIET and seen._add_noise(*named)
             if kind not in ROW_WISE:
                 seen.row_wise = False
             if altered or compiling:
                 seen.callers.append(named)
-                if hooked or not is_noise(module):
+                if hooked or not noise:
                     seen.foreign = True
             if own.get("max_norm") is not None:
                 seen.may_write = True
@@ -85,12 +84,15 @@ class Survey:
             seen.row_wise = False
         return seen
 
-    def _add_noise(self, name: str, module: nn.Module) -> None:
+    def _add_noise(self, name: str, module: nn.Module) -> bool:
+        """Add a module that draws noise; whether it does."""
         plain = type(module) in LAYERS  # torch's own dropout, as it is
-        if plain or is_noise(module):
+        noise = plain or is_noise(module)
+        if noise:
             self.noise.append(module)
             if plain or is_site(module):
                 self.sites.append(Site(name, module))
+        return noise
 
 
 def _hooks_on_all() -> bool:

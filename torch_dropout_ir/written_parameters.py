@@ -99,7 +99,12 @@ class _Writes(TorchFunctionMode):
 
     def see(self, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Look at a call that is about to be made."""
-        if _writes(name, args, named):
+        if name in _EMBED:
+            norm = named.get("max_norm", (*args, None, None, None, None)[3])
+            writes = norm is not None
+        else:
+            writes = _by_name(name) or "out" in named or bool(named.get("inplace"))
+        if writes:
             with unasked():
                 self._look((args, named))
 
@@ -125,13 +130,6 @@ class _Writes(TorchFunctionMode):
                 place = x.untyped_storage().data_ptr()
                 for written in self._in_memory.get(place, ()):
                     self._keep(written)
-
-
-def _writes(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
-    """Whether a call of one of torch's functions may write on what it is given."""
-    if name in _EMBED:
-        return named.get("max_norm", (*args, None, None, None, None)[3]) is not None
-    return _by_name(name) or "out" in named or bool(named.get("inplace"))
 
 
 @functools.lru_cache
@@ -230,7 +228,8 @@ def _given_back(
     looks: bool,
     stays: Literal["nothing", "first", "last"],
 ) -> Iterator[None]:
-    after, running = list[_Kept](), list[Callable[[], None]]()
+    after: list[_Kept] = []
+    running: list[Callable[[], None]] = []
     own = threading.get_ident()
 
     def begin(*_: Any) -> None:
