@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.loss_terms import nodes_of
-from torch_dropout_ir.output_products import HessianProduct
+from torch_dropout_ir.output_products import HessianProduct, few
 from torch_dropout_ir.output_scales import alike
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.sites import Site, named_modules, uncompiled, unobservable
@@ -161,8 +161,9 @@ def checked_product(
     if read.closed:
         f, y = read.single, read.targets
         if y is not None:
+            plain = type(f) is type(y) is Tensor and alike(f, y) and f.numel()
             # Squares are finite where their sum is, which takes half the time.
-            plain = read.loss.kind == "squared" and alike(f, y) and f.numel()
+            plain = plain and few(f) and read.loss.kind == "squared"
             value = torch.dist(f, y) if plain else read.loss(f, y)
             check_finite(name, value, model, inputs)
         return None
