@@ -187,14 +187,17 @@ def _unwritten(
         for x in known:
             kept.add(x)
         before = _versions(model) if others else {}
-        given_back = _given_back(model, kept, looks, stays)
-        with given_back if looks or kept else contextlib.nullcontext():
-            try:
-                yield
-            except RuntimeError:  # of autograd, that says less
-                _check_still(model, before, kept)
-                raise
+        acts = looks or bool(kept)
+        over = _given_back(model, kept, looks, stays) if acts else kept.give_back
+        try:
+            yield
+        except RuntimeError:  # of autograd, that says less
             _check_still(model, before, kept)
+            raise
+        else:
+            _check_still(model, before, kept)
+        finally:
+            over()
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
@@ -221,13 +224,13 @@ def _check_still(
             )
 
 
-@contextlib.contextmanager
 def _given_back(
     model: nn.Module,
     kept: _Kept,
     looks: bool,
     stays: Literal["nothing", "first", "last"],
-) -> Iterator[None]:
+) -> Callable[[], None]:
+    """Begin each pass with the parameters as they were; return what ends that."""
     after: list[_Kept] = []
     running: list[Callable[[], None]] = []
     own = threading.get_ident()
@@ -250,12 +253,13 @@ def _given_back(
 
     before = model.register_forward_pre_hook(begin, prepend=True)
     behind = model.register_forward_hook(end, always_call=True)
-    try:
-        yield
-    finally:
+
+    def over() -> None:
         while running:  # it was broken off
             end()
         before.remove()
         behind.remove()
         for values in filter(None, (kept, *after)):
             values.give_back()
+
+    return over
