@@ -941,6 +941,8 @@ def test_what_is_not_finite_is_named(value):
             run((torch.full((4, 3), value), batch[1]))
         with pytest.raises(ValueError, match="at least one sample"):
             run((torch.zeros(0, 3), torch.zeros(0, 2)))
+        with pytest.raises(ValueError, match="the outputs or the loss"):
+            run((batch[0], torch.full((4, 2), value)))
     with torch.no_grad():
         net[0].bias[1] = value
     for run in runs:

@@ -139,10 +139,11 @@ def at_sites(
     Yields:
         What acts on the calls.
     """
-    with in_turn():
-        seen = Survey.of(model) if survey is None else survey  # before there are hooks
-        with alone_with(seen.model):
-            yield from _at_sites(seen, apply, move_buffers, outlives, copies)
+    if survey is None:
+        with in_turn():  # before there are hooks
+            survey = Survey.of(model)
+    with alone_with(survey.model):
+        yield from _at_sites(survey, apply, move_buffers, outlives, copies)
 
 
 def _at_sites(

@@ -44,7 +44,7 @@ class Inputs:
         On those a model may write, as ``data.x = ...`` on a graph.
         """
         given = (*self.args, *self.kwargs.values())
-        if all(isinstance(x, Tensor) for x in given):
+        if all([isinstance(x, Tensor) for x in given]):
             return self  # as most are
         named = {name: _renewed(x) for name, x in self.kwargs.items()}
         return Inputs(tuple(map(_renewed, self.args)), named)

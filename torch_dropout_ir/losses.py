@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
 from typing import Any, Final, Literal, TypeAlias
 
@@ -213,11 +214,9 @@ def resolve_loss(loss: Any) -> Loss:
     """
     if isinstance(loss, Loss):
         return loss
+    if isinstance(loss, (str, types.FunctionType)) and loss in _BY_NAME:
+        return _BY_NAME[loss]
     if isinstance(loss, str):
-        if loss == "mse":
-            return Loss(F.mse_loss, "squared")
-        if loss == "cross_entropy":
-            return Loss(F.cross_entropy, "cross_entropy")
         raise ValueError(
             "expected `loss` to be 'mse', 'cross_entropy', a module or a callable "
             f"`(outputs, targets) -> scalar`, got {loss!r}"
@@ -238,6 +237,15 @@ def resolve_loss(loss: Any) -> Loss:
             "regularizer of an unreduced loss is not defined"
         )
     return Loss(loss, _kind(loss), "sum" if reduction == "sum" else "mean")
+
+
+# Those that are told by themselves.
+_BY_NAME: Final[dict[Any, Loss]] = {
+    "mse": Loss(F.mse_loss, "squared"),
+    "cross_entropy": Loss(F.cross_entropy, "cross_entropy"),
+    F.mse_loss: Loss(F.mse_loss, "squared"),
+    F.cross_entropy: Loss(F.cross_entropy, "cross_entropy"),
+}
 
 
 def _sizes(outputs: Any, targets: Any) -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torch_dropout_ir.sites import LAYERS, Site, is_noise
+from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import checkpointed
 
 if TYPE_CHECKING:
@@ -196,21 +196,6 @@ def _stack() -> list[TorchFunctionMode]:
 
 def _absent() -> tuple[TorchFunctionMode, ...]:
     return getattr(_ABSENT, "modes", ())
-
-
-def runs_other_code(module: nn.Module) -> bool:
-    """Whether a module may call dropout: all may but layers of torch as they are."""
-    if type(module) not in LAYERS:
-        return True
-    own = module.__dict__
-    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
-    return bool(hooked) or "forward" in own or "_compiled_call_impl" in own
-
-
-def only_draws(module: nn.Module) -> bool:
-    """Whether a module is noise of a kind that is known, with nobody's hooks."""
-    own = module.__dict__
-    return is_noise(module) and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
 def _inside(func: Any, mode: TorchFunctionMode) -> Callable[..., Any]:

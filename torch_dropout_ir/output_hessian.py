@@ -127,7 +127,7 @@ class HessianRoots:
     @property
     def curved(self) -> bool:
         """Whether the Hessian is not zero."""
-        return bool(self._signs)
+        return self._convex or bool(self._signs)
 
     def exact(self, rows: Rows = ALL) -> Iterator[Root]:
         """Yield ``(s_c, sign_c)`` with ``sum_c sign_c s_c s_c' = H_i`` a sample.

@@ -97,7 +97,7 @@ class Site:
 
     def mask_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """Return the shape of the mask that an input of ``shape`` receives."""
-        if self.kind is None and type(self.module) is nn.Dropout:
+        if (self.kind or type(self.module)) is nn.Dropout:
             return shape
         return mask_shape(self.module, shape, self.kind)
 

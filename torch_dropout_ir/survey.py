@@ -10,7 +10,6 @@ import dataclasses
 import torch
 from torch import nn
 
-from torch_dropout_ir.module_calls import runs_other_code
 from torch_dropout_ir.sites import (
     LAYERS,
     QUIET,
@@ -36,6 +35,8 @@ class Survey:
         others: Those that are no layers of torch, by name.
         has_buffers: Whether one of them holds a buffer.
         in_place: Whether one of them writes on its input.
+        foreign: Whether one of them may run code that does more than draw noise.
+        may_write: Whether a pass may write on parameters.
         row_wise: Whether rows stay apart in all of them, with nobody's hooks.
     """
 
@@ -47,6 +48,8 @@ class Survey:
     others: list[tuple[str, nn.Module]] = dataclasses.field(default_factory=list)
     has_buffers: bool = False
     in_place: bool = False
+    foreign: bool = False
+    may_write: bool = False
     row_wise: bool = True
 
     @classmethod
@@ -58,28 +61,38 @@ class Survey:
         for named in seen.modules:
             module = named[1]
             kind, own = type(module), module.__dict__
-            if kind not in QUIET:
-                if kind not in LAYERS:
-                    seen.others.append(named)
-                seen._add_noise(*named)
+            hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
+            altered = hooked or "forward" in own or "_compiled_call_impl" in own
+            if kind not in LAYERS:
+                seen.others.append(named)
+                altered = True
+            noise = kind not in QUIET and seen._add_noise(*named)
             if kind not in ROW_WISE:
                 seen.row_wise = False
-            if compiling or runs_other_code(module):
+            if altered or compiling:
                 seen.callers.append(named)
+                if hooked or not noise:
+                    seen.foreign = True
+            if own.get("max_norm") is not None:
+                seen.may_write = True
             if own["_buffers"]:
                 seen.has_buffers = True
             if own.get("inplace"):
                 seen.in_place = True
+        seen.may_write = seen.may_write or seen.foreign
         if seen.callers or _hooks_on_all():
             seen.row_wise = False
         return seen
 
-    def _add_noise(self, name: str, module: nn.Module) -> None:
+    def _add_noise(self, name: str, module: nn.Module) -> bool:
+        """Add a module that draws noise; whether it does."""
         plain = type(module) in LAYERS  # torch's own dropout, as it is
-        if plain or is_noise(module):
+        noise = plain or is_noise(module)
+        if noise:
             self.noise.append(module)
             if plain or is_site(module):
                 self.sites.append(Site(name, module))
+        return noise
 
 
 def _hooks_on_all() -> bool:

@@ -26,8 +26,9 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from torch_dropout_ir.module_calls import innermost, only_draws, runs_other_code
+from torch_dropout_ir.module_calls import innermost
 from torch_dropout_ir.sites import uncompiled
+from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.tracing import mapped, unasked
 from torch_dropout_ir.turns import in_turn
 
@@ -98,7 +99,12 @@ class _Writes(TorchFunctionMode):
 
     def see(self, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Look at a call that is about to be made."""
-        if _writes(name, args, named):
+        if name in _EMBED:
+            norm = named.get("max_norm", (*args, None, None, None, None)[3])
+            writes = norm is not None
+        else:
+            writes = _by_name(name) or "out" in named or bool(named.get("inplace"))
+        if writes:
             with unasked():
                 self._look((args, named))
 
@@ -111,11 +117,11 @@ class _Writes(TorchFunctionMode):
         others = mode.watch
 
         def watch(*call: Any) -> None:
-            if others is not None:
-                others(*call)
+            assert others is not None
+            others(*call)
             self.see(*call)
 
-        mode.watch = watch
+        mode.watch = self.see if others is None else watch
         return functools.partial(setattr, mode, "watch", others)
 
     def _look(self, given: Any) -> None:
@@ -126,33 +132,12 @@ class _Writes(TorchFunctionMode):
                     self._keep(written)
 
 
-def _writes(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
-    """Whether a call of one of torch's functions may write on what it is given."""
-    if name in _EMBED:
-        return named.get("max_norm", (*args, None, None, None, None)[3]) is not None
-    return _by_name(name) or "out" in named or bool(named.get("inplace"))
-
-
 @functools.lru_cache
 def _by_name(name: str) -> bool:
     """Whether a function of a name writes on what it is given."""
     if name.startswith("__"):
         return name in _ASSIGN or name.startswith("__i")
     return name.endswith("_")
-
-
-def _may_write(model: nn.Module) -> bool:
-    """Whether a pass may write on parameters: layers of torch as they are do not."""
-    pending, seen = [model], set[nn.Module]()
-    for module in pending:
-        own = module.__dict__
-        other = runs_other_code(module) and not only_draws(module)
-        if other or own.get("max_norm") is not None:
-            return True
-        if own["_modules"] and module not in seen:
-            seen.add(module)
-            pending += [m for m in own["_modules"].values() if m is not None]
-    return False
 
 
 def is_plain(x: Tensor) -> bool:
@@ -164,6 +149,7 @@ def unwritten(
     model: nn.Module,
     known: Iterable[Tensor] | None = None,
     stays: Literal["nothing", "first", "last"] = "nothing",
+    survey: Survey | None = None,
 ) -> contextlib.AbstractContextManager[Any]:
     """Begin each pass with the parameters as they were, and give them back.
 
@@ -173,6 +159,7 @@ def unwritten(
         model: The model.
         known: Those that its passes write on, if that is known.
         stays: Which pass is one of training, whose writing stays at the end.
+        survey: The modules of the model, where they have been looked at just now.
 
     Returns:
         The context of the passes.
@@ -180,12 +167,11 @@ def unwritten(
     Raises:
         RuntimeError: If another thread has written on parameters inside.
     """  # noqa: DOC502 (raised at the end)
-    model = uncompiled(model)
-    looks = known is None and _may_write(model)
+    looks = known is None and (survey or Survey.of(model)).may_write
     others = known is None and threading.active_count() > 1
     if not (looks or known or others):
         return in_turn()  # as most
-    return _unwritten(model, known or (), looks, stays, others)
+    return _unwritten(uncompiled(model), known or (), looks, stays, others)
 
 
 @contextlib.contextmanager
@@ -201,14 +187,17 @@ def _unwritten(
         for x in known:
             kept.add(x)
         before = _versions(model) if others else {}
-        given_back = _given_back(model, kept, looks, stays)
-        with given_back if looks or kept else contextlib.nullcontext():
-            try:
-                yield
-            except RuntimeError:  # of autograd, that says less
-                _check_still(model, before, kept)
-                raise
+        acts = looks or bool(kept)
+        over = _given_back(model, kept, looks, stays) if acts else kept.give_back
+        try:
+            yield
+        except RuntimeError:  # of autograd, that says less
             _check_still(model, before, kept)
+            raise
+        else:
+            _check_still(model, before, kept)
+        finally:
+            over()
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
@@ -235,14 +224,15 @@ def _check_still(
             )
 
 
-@contextlib.contextmanager
 def _given_back(
     model: nn.Module,
     kept: _Kept,
     looks: bool,
     stays: Literal["nothing", "first", "last"],
-) -> Iterator[None]:
-    after, running = list[_Kept](), list[Callable[[], None]]()
+) -> Callable[[], None]:
+    """Begin each pass with the parameters as they were; return what ends that."""
+    after: list[_Kept] = []
+    running: list[Callable[[], None]] = []
     own = threading.get_ident()
 
     def begin(*_: Any) -> None:
@@ -263,12 +253,13 @@ def _given_back(
 
     before = model.register_forward_pre_hook(begin, prepend=True)
     behind = model.register_forward_hook(end, always_call=True)
-    try:
-        yield
-    finally:
+
+    def over() -> None:
         while running:  # it was broken off
             end()
         before.remove()
         behind.remove()
         for values in filter(None, (kept, *after)):
             values.give_back()
+
+    return over

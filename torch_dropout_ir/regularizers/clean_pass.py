@@ -35,6 +35,7 @@ class CleanPass:
         outputs: What the model returned.
         uses: Each use of a site: the site, its input (with its graph where the pass
             outlives its context), and where in the graph its output is.
+        mask_shapes: The shape of the mask of each use.
         zeros: What was added to their inputs, 0-d, one for each device.
         last_layer: The linear layer that makes the outputs, where the only source of
             noise is one site that feeds it directly; else None.
@@ -47,10 +48,12 @@ class CleanPass:
         below: What a step holds below the first site, where that was to be weighed.
         weigh: Whether graphs may be kept.
         row_wise: Whether the model's layers keep rows apart, of matrices and more.
+        singly: Whether derivatives go one by one; None until that is asked.
     """
 
     outputs: Any
     uses: list[Use]
+    mask_shapes: list[tuple[int, ...]]
     zeros: list[Tensor]
     last_layer: nn.Linear | None
     drawn: bool
@@ -60,6 +63,7 @@ class CleanPass:
     below: Below
     weigh: bool = False
     row_wise: bool = False
+    singly: bool | None = None
 
     def noise_left_out(self, model: nn.Module) -> tuple[str, ...]:
         """Return what is to be said of noise that a form of this pass lacks."""
@@ -78,20 +82,17 @@ class CleanPass:
         """Where in the graph the output of each use is."""
         return [edge for _, _, edge in self.uses]
 
-    @functools.cached_property
+    @property
     def matters(self) -> bool:
         """Whether derivatives go one by one, as of graphs that may be kept."""
-        size = sum([h.numel() for _, h, _ in self.uses])
-        return some(may_hold_much(size, self.outputs, self.weigh), "memory")
+        if self.singly is None:
+            size = sum([h.numel() for _, h, _ in self.uses])
+            self.singly = some(may_hold_much(size, self.outputs, self.weigh), "memory")
+        return self.singly
 
     def weighed(self, tensors: Sequence[Tensor]) -> Weighed:
         """Weigh the graph of some outputs against a step, before derivatives."""
         return Weighed.of(tensors, self.below, self.uses, self.zeros)
-
-    @functools.cached_property
-    def mask_shapes(self) -> list[tuple[int, ...]]:
-        """The shape of the mask of each use."""
-        return [site.mask_shape(h.shape) for site, h, _ in self.uses]
 
     @property
     def names(self) -> list[str]:
@@ -168,10 +169,9 @@ class CleanPass:
 
     def by_samples(self, count: int) -> bool:
         """Whether inputs and masks of all uses have rows of their own for a sample."""
-        shapes = [h.shape for _, h, _ in self.uses]
         return all([
-            shape and not shape[0] % count and own[0] == shape[0]
-            for shape, own in zip(shapes, self.mask_shapes, strict=True)
+            h.ndim and not h.shape[0] % count and own[0] == h.shape[0]
+            for (_, h, _), own in zip(self.uses, self.mask_shapes, strict=True)
         ])
 
     def couples_samples(self, outputs: Sequence[Tensor]) -> bool:
@@ -234,6 +234,7 @@ def clean_pass(
     reduce: Callable[[Any], Any] | None = None,
     find_last: bool = True,
     weigh: bool = False,
+    survey: Survey | None = None,
 ) -> Iterator[CleanPass]:
     """Run ``model`` without noise; take derivatives inside the context.
 
@@ -252,6 +253,7 @@ def clean_pass(
         find_last: Whether to look for the layer that makes the outputs.
         weigh: Whether to weigh what a step holds below the first site.
         reduce: Makes the pass's outputs of the model's, of which it then holds none.
+        survey: The modules of the model, where they have been looked at just now.
 
     Yields:
         The pass.
@@ -260,7 +262,7 @@ def clean_pass(
         TypeError: If a site's input is not real.
         ValueError: If the batch is empty.
     """  # noqa: DOC502 (raised by the checks)
-    survey = Survey.of(model)
+    survey = Survey.of(model) if survey is None else survey
     check_batch(model, inputs, survey.modules)
     model = survey.model
     # Nothing but other code than torch's layers runs attention.
@@ -287,11 +289,12 @@ def clean_pass(
         if calls.differentiates:  # to its inputs a zero that is added is a constant
             seen.unreachable += [site.name for site, _, _ in uses]
         hidden = out_of_sight(survey.others)
-        alone = find_last and len(uses) == 1 and not hidden and not noisy
-        last = seen.maker(outputs) if alone else None
+        alone = len(uses) == 1 and not hidden and not noisy
+        last = seen.maker(outputs) if find_last and alone else None
         seen.close()
         said = drawn, noisy, tuple(seen.unreachable), hidden, seen.below, weigh
-        zeros = list(seen.zeros.values())
-        found = CleanPass(outputs, uses, zeros, last, *said, survey.row_wise)
+        masks = [site.mask_shape(h.shape) for site, h, _ in uses]
+        zeros = [*seen.zeros.values()]
+        found = CleanPass(outputs, uses, masks, zeros, last, *said, survey.row_wise)
         del outputs  # what the pass lets go of
         yield found

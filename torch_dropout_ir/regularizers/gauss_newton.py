@@ -37,6 +37,7 @@ from torch_dropout_ir.regularizers.root_forms import RootForms
 from torch_dropout_ir.regularizers.root_passes import draws_by_passes
 from torch_dropout_ir.regularizers.row_chunks import RowChunks, looked_at
 from torch_dropout_ir.regularizers.site_forms import Form, join
+from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.written_parameters import unwritten
 
 # A backward pass that may be repeated holds under twice what a training step does.
@@ -128,17 +129,19 @@ def gauss_newton(
     if num_samples is not None:
         check_count("gauss_newton", "num_samples", num_samples, 1)
     resolved, batch = resolve_loss(loss), as_pair(batch)
-    with unwritten(model):
+    survey = Survey.of(model)
+    with unwritten(model, survey=survey):
         args = model, batch, resolved, num_samples
-        seen, result = _look(*args, line=True), None
-        if isinstance(seen, AlongLine):
-            result = seen.estimate(*args, linear=True)
-            seen = _look(*args, line=False) if result is None else seen
-        if isinstance(seen, _Seen):
-            result = seen.result or _drawn(seen, *args)
-    assert result is not None
-    check_finite("gauss_newton", result.value, model, batch[0])
-    return result
+        look = functools.partial(_first_pass, *args)
+        found = looked_at(functools.partial(look, survey, True))
+        if isinstance(found, AlongLine):
+            along = found.estimate(*args, linear=True)
+            found = along or looked_at(functools.partial(look, None, False))
+        if isinstance(found, _Seen):
+            found = _drawn(found, *args)
+    assert isinstance(found, Estimate)
+    check_finite("gauss_newton", found.value, model, batch[0])
+    return found
 
 
 def _drawn(
@@ -167,7 +170,6 @@ class _Seen(NamedTuple):
     draws: list[list[Form]] | None = None
     coupled: bool = False
     chunks: RowChunks | None = None
-    result: Estimate | None = None
 
 
 def _pass(
@@ -188,26 +190,19 @@ def _again(
         yield clean, read_of(clean, batch[1], loss)
 
 
-def _look(
-    model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None, *, line: bool
-) -> _Seen | AlongLine:
-    """Look at a pass, and at a second one where the loss's parts have used it up."""
-    run = functools.partial(_first_pass, model, batch, loss, num_samples, line)
-    seen: _Seen | AlongLine = looked_at(run)
-    return seen
-
-
 def _first_pass(
     model: nn.Module,
     batch: Batch,
     loss: Loss,
     num_samples: int | None,
+    survey: Survey | None,
     line: bool,
     parts: LossParts | None,
-) -> _Seen | AlongLine | LossParts:
+) -> Estimate | _Seen | AlongLine | LossParts:
     """Check model, batch and loss; take the forms at once where that holds no more."""
     inputs, targets = batch
-    with _pass(model, batch, loss, num_samples, weigh=num_samples != 1) as clean:
+    options = {"weigh": num_samples != 1, "survey": survey}
+    with _pass(model, batch, loss, num_samples, **options) as clean:
         read = read_of(clean, targets, loss)
         found = _forms(model, inputs, clean, read, num_samples, parts, line)
         if isinstance(found, (AlongLine, LossParts)):
@@ -215,8 +210,7 @@ def _first_pass(
         forms, beside, parts = found
         known = functools.partial(known_of, model, clean, read, loss, forms, beside)
         if (summed := forms.sums(clean, read, keep=False)) is not None:
-            about = known()
-            return _Seen(about, forms, result=about.of(summed))
+            return known().of(summed)
         rows = RowChunks.pay(clean, read)
         if _whole(clean, read, forms, rows):
             draws, coupled = forms.draws(clean, read, keep=False)
@@ -272,7 +266,7 @@ def _forms(
         parts = LossParts(read, count_samples(clean, read, inputs), beside)
         if parts.look(clean, read):
             return parts
-    clean.matters = True
+    clean.singly = True
     roots = PartRoots(parts, clean, read.single, num_samples or 1)
     forms = RootForms(clean, read, num_samples, None, roots)
     return forms, parts.beside, parts

@@ -88,8 +88,9 @@ def makes_much(
         Whether it is.
     """
     # A number for each output, or for each pair of rows, or of outputs of a row.
-    most = max([max(x.numel(), *[n * n for n in x.shape], 0) for x in read.tensors])
-    large = most >= _FEWEST and not read.closed
+    large = not read.closed and _FEWEST <= max([
+        max(x.numel(), *[n * n for n in x.shape], 0) for x in read.tensors
+    ])
     large = large and all([x.dtype in WIDE for x in read.tensors])
     return every(
         large and bool(clean.uses) and _made(read, product) >= _most(clean, read),

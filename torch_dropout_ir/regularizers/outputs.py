@@ -28,7 +28,7 @@ _PIECEWISE: Final = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class OutputsRead:
     """The tensors among a model's outputs that its loss depends on.
 
@@ -62,8 +62,10 @@ class OutputsRead:
     @property
     def closed(self) -> bool:
         """Whether the Hessian is known in closed form, be it zero."""
-        own = self.loss is not None and closed_diagonal(self.loss) is not None
-        return self.known or (own and alike(self.tensors[0], self.targets))
+        if self.known or self.loss is None:
+            return self.known
+        own = closed_diagonal(self.loss) is not None
+        return own and alike(self.tensors[0], self.targets)
 
     def product(self) -> HessianProduct | None:
         """Run the loss for products with its Hessian, where it reads one tensor."""

@@ -9,15 +9,23 @@ from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.sharpness.derivatives import lean_derivatives
 
 
-@contextlib.contextmanager
-def pass_kernels(needed: bool, thrice: bool, lean: bool) -> Iterator[None]:
-    """Run operations that can be differentiated as often as is wanted.
+def pass_kernels(
+    needed: bool, thrice: bool, lean: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context of operations that can be differentiated as often as wanted.
 
     Args:
         needed: Whether there may be some that torch differentiates once.
         thrice: Whether third derivatives are wanted.
         lean: Whether second ones are ours, which hold less.
     """
+    if not needed and not lean:
+        return contextlib.nullcontext()
+    return _pass_kernels(needed, thrice, lean)
+
+
+@contextlib.contextmanager
+def _pass_kernels(needed: bool, thrice: bool, lean: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if needed:
             stack.enter_context(differentiable(thrice, again=not lean))

@@ -13,7 +13,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.leaves import flatten
-from torch_dropout_ir.module_calls import only_draws
 from torch_dropout_ir.regularizers import step_memory
 from torch_dropout_ir.regularizers.checks import check_site
 from torch_dropout_ir.regularizers.coupling import nearly_equal
@@ -79,7 +78,8 @@ class Recorder:
         self._weigh = weigh
         self._given = given
         self._fixed = not survey.callers  # no site has another ``p`` in another call
-        self._both = outlives or _writes(survey)
+        # Whether something may write on the inputs or outputs of sites.
+        self._both = outlives or survey.in_place or survey.foreign
         self._first_out: weakref.ref[Tensor] | None = None
         self._first_version = 0
         self._open = True
@@ -192,11 +192,6 @@ def there_before(model: nn.Module, inputs: Any) -> Iterator[Tensor]:
 def shape_of(h: Tensor) -> Tensor:
     """Stand for an input of a site that is let go of."""
     return h.detach().new_empty(()).expand(h.shape)
-
-
-def _writes(survey: Survey) -> bool:
-    """Whether something may write on the inputs or outputs of sites."""
-    return survey.in_place or not all([only_draws(x) for _, x in survey.callers])
 
 
 def _is_kept(h: Tensor, first: bool) -> bool:

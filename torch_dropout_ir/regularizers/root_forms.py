@@ -140,27 +140,27 @@ class RootForms:
         if meet is None or not clean.uses:
             return None
         roots = self._drawn()
-        found: list[tuple[int, Tensor, float]] = []
-        for left, (root, sign) in zip(reversed(range(len(roots))), roots, strict=True):
+        inputs, gradients, factors, rows, units, numbers = [], [], [], [], [], []
+        sites: dict[str, int] = {}
+        for last, (root, sign) in enumerate(roots, 1 - len(roots)):
             assert not isinstance(sign, Tensor)
-            pulled = clean.derivatives(outputs, root, keep or bool(left))
-            found += [(i, g, sign) for i, g in enumerate(pulled) if g is not None]
+            pulled = clean.derivatives(outputs, root, keep or last < 0)
+            uses = zip(clean.uses, clean.mask_shapes, pulled, strict=True)
+            for (site, h, _), shape, g in uses:
+                if g is None:
+                    continue
+                inputs.append(plain(h))
+                gradients.append(g)
+                factors.append(site.variance / 2 * sign)
+                rows.append(shape[0] if shape else 1)
+                units.append(math.prod(shape[1:]))
+                numbers.append(sites.setdefault(site.name, len(sites)))
         meet = meet or self.loss_couples
-        if not found:
+        if not inputs:
             zero = self._roots.like.new_zeros(())
             return Sums([zero, zero.clone()], [], meet)
-        uses, shapes = clean.uses, clean.mask_shapes
-        names = [uses[i][0].name for i, _, _ in found]
-        sites = list(dict.fromkeys(names))
-        summed = form_sums(
-            [plain(uses[i][1]) for i, _, _ in found],
-            [g for _, g, _ in found],
-            [uses[i][0].variance / 2 * sign for i, _, sign in found],
-            [shapes[i][0] if shapes[i] else 1 for i, _, _ in found],
-            [math.prod(shapes[i][1:]) for i, _, _ in found],
-            [sites.index(name) for name in names],
-        )
-        return Sums(summed, sites, meet)
+        summed = form_sums(inputs, gradients, factors, rows, units, numbers)
+        return Sums(summed, list(sites), meet)
 
     def draws(
         self,

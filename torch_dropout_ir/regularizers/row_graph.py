@@ -125,16 +125,14 @@ def inputs_first(
         if node in done:
             continue
         if edges is None:
-            edges = node.next_functions
-            left = [
-                (child, None)
-                for child, _ in edges
-                if child is not None and type(child) is not LEAF and child not in done
-            ]
-            if left:
-                stack.append((node, edges))
-                stack += left
+            edges, begun = node.next_functions, len(stack)
+            stack.append((node, edges))
+            for child, _ in edges:
+                if type(child) is not LEAF and child not in done and child is not None:
+                    stack.append((child, None))
+            if len(stack) > begun + 1:
                 continue
+            stack.pop()
         yield node, edges
 
 
