@@ -15,7 +15,7 @@ Semantics:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -132,7 +132,7 @@ def _slopes(
     q, k, v, g = given
     p = weigh(part, q, k)
     s = factor * _of_scores(p, g @ v.mT)
-    return _shaped((s @ k, s.mT @ q, p.mT @ g), given)
+    return s @ k, s.mT @ q, p.mT @ g
 
 
 def _curvatures(
@@ -153,18 +153,12 @@ def _curvatures(
     s = factor * _of_scores(p, e)
     e = w * (e - (p * e).sum(-1, True)) - (p * w).sum(-1, True) * e + g @ c.mT
     t = factor * _of_scores(p, e)
-    found = t @ k + s @ b, t.mT @ q + s.mT @ a, y.mT @ g, y @ v + p @ c
-    return _shaped(found, given)
+    return t @ k + s @ b, t.mT @ q + s.mT @ a, y.mT @ g, y @ v + p @ c
 
 
 def _of_scores(p: Tensor, g: Tensor) -> Tensor:
     """Return the derivative in scores from that in the weights that they make."""
     return p * (g - (p * g).sum(-1, keepdim=True))
-
-
-def _shaped(found: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Add up what belongs to arguments that were repeated."""
-    return tuple(y.sum_to_size(x.shape) for y, x in zip(found, given, strict=False))
 
 
 def _pulled(call: Call, count: int, part: Part, *given: Tensor) -> tuple[Tensor, ...]:
