@@ -103,6 +103,17 @@ def test_of_three_dimensions_too(most):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10)
 
 
+def test_keys_that_heads_share(most):
+    torch.manual_seed(0)
+    q, k, v, c = given()
+    tensors = q, k[:, :1], v[:, :1], c
+    expected = derivatives(tensors, CAUSAL)
+    with AttentionAgain():
+        found = derivatives(tensors, CAUSAL)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", LEFT)
 def test_what_is_left_to_torch(monkeypatch, name):
     monkeypatch.setattr(attention_again, "_WEIGHTS", 1)

@@ -168,6 +168,37 @@ def test_features_that_are_overwritten():
         assert float(exact.value) == pytest.approx(r1, rel=1e-9)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_what_dropout_made_that_is_overwritten(late):
+    """At once, or when another site has run: then the pass is run again."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.other = nn.Dropout(0.4), nn.Dropout(0.3)
+            self.inner, self.last = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x):
+            h = self.drop(self.inner(x))
+            if late:
+                h += self.other(torch.sin(x))
+            else:
+                h += torch.sin(x)
+                h = h + self.other(self.inner(x))
+            return self.last(h)
+
+    net = Branches().double()
+    batch = torch.randn(2, 3).double(), torch.randn(2, 1).double()
+    r1 = truth(net, batch)
+    passes = []
+    net.last.register_forward_hook(lambda *_: passes.append(1))
+    for form in (gauss_newton, second_order):
+        passes.clear()
+        exact = form(net, batch, "mse", num_samples=None)
+        assert float(exact.value) == pytest.approx(r1, rel=1e-9)
+        assert len(passes) == 1 + late
+
+
 def test_a_mask_that_the_batch_shares():
     class Depth(nn.Module):
         def __init__(self):

@@ -313,10 +313,47 @@ class Tokens(nn.Module):
 
 @pytest.mark.parametrize("rows", range(2, 14))
 @pytest.mark.parametrize("parts", [2, 3, 5])
-def test_no_chunk_is_of_a_single_row(rows, parts):
-    found = [chunk.tolist() for chunk in row_chunks.chunks(rows, parts)]
+@pytest.mark.parametrize("least", [1, 2])
+def test_chunks_have_rows_enough(rows, parts, least):
+    found = [chunk.tolist() for chunk in row_chunks.chunks(rows, parts, least)]
     assert sorted(i for chunk in found for i in chunk) == list(range(rows))
-    assert min(map(len, found)) >= 2
+    assert min(map(len, found)) >= least
+
+
+class Short(nn.Module):
+    """Texts whose symbols are classified, each read by those behind it."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.embedding, self.drop = nn.Embedding(5, 4), nn.Dropout(0.3)
+        self.body = nn.TransformerEncoderLayer(4, 2, 6, 0.2, batch_first=True)
+        self.norm, self.out = norm, nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.body(self.drop(self.embedding(x)))
+        return self.out(self.norm(h.mT).mT).flatten(0, 1)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, None])
+@pytest.mark.parametrize("form", [second_order, gauss_newton])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_samples_apart_run_alone(monkeypatch, count, form, num_samples):
+    """But not where there is batch normalization, whose derivative torch misreads."""
+    torch.manual_seed(0)
+    sizes = []
+    for norm in (nn.Identity(), nn.BatchNorm1d(4).eval()):
+        net = Short(norm).double()
+        net.out.register_forward_hook(lambda _, x, y: sizes.append(len(x[0])))
+        batch = torch.randint(5, (count, 6)), torch.randint(3, (6 * count,))
+        parts, whole = of_both(
+            monkeypatch, form, net, batch, "cross_entropy", num_samples
+        )
+        torch.testing.assert_close(parts.value, whole.value, rtol=1e-10, atol=1e-13)
+        alone = isinstance(norm, nn.Identity) and (form, num_samples) != (
+            gauss_newton, 1,
+        )  # fmt: skip
+        assert (1 in sizes) == alone
+        sizes.clear()
 
 
 @pytest.mark.parametrize("rows", [4, 5, 7])

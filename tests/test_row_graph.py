@@ -10,6 +10,7 @@ from torch_dropout_ir.regularizers import clean_pass, gauss_newton
 from torch_dropout_ir.sites import ROW_WISE
 
 N = 6
+safe_softmax = torch.ops.aten._safe_softmax
 
 
 class Lambda(nn.Module):
@@ -63,6 +64,9 @@ APART = {
     "turned and back": square(lambda x: (x.T.exp() * 2).T),
     "joined": square(lambda x: torch.cat([x, x.exp()], 1).chunk(2, -1)[1]),
     "softmax": [nn.Dropout(0.3), Lambda(lambda x: x.softmax(-1).select(-1, 0))],
+    "softmax in attention": [nn.Dropout(0.3), Lambda(lambda x: safe_softmax(x, -1))],
+    "enlarged": images(nn.Upsample(scale_factor=2)),
+    "enlarged smoothly": images(nn.Upsample(scale_factor=2, mode="bilinear")),
     "transposed": [nn.Dropout(0.3), Lambda(lambda x: x.transpose(1, -1).mean(1))],
     "added": [Lambda(lambda x, d: d(x) + x.exp() * d(x[:, :1]), nn.Dropout(0.3))],
     "once more": [nn.Dropout(0.3), Lambda(lambda x, a: a(a(x)), nn.Linear(5, 5))],
@@ -83,6 +87,7 @@ MEET = {
     ),
     "broadcast": square(lambda x: x * x.mean(1)),
     "softmax over samples": square(lambda x: x.softmax(0)),
+    "softmax in attention over samples": square(lambda x: safe_softmax(x, 0)),
     "softmax over samples, from the end": square(lambda x: x.softmax(-2)),
     "one for all": square(lambda x: x + x[:1]),
     "reordered": square(lambda x: x.flip(0)),

@@ -27,8 +27,10 @@ from torch_dropout_ir import tracing
 from torch_dropout_ir.attention import attention_weights
 
 # Weights that are there at once, of at least one query.
-_WEIGHTS: Final = 2**17
+_WEIGHTS: Final = 2**16
 Part = tuple[slice, slice]  # samples and queries
+Call = Callable[..., tuple[Tensor, ...]]
+Weigh = Callable[[Part, Tensor, Tensor], Tensor]
 
 
 class AttentionAgain(TorchFunctionMode):
@@ -66,8 +68,13 @@ def _attention(
         if is_causal or type(attn_mask) is not Tensor or attn_mask.requires_grad:
             return None
         attn_mask = attn_mask.expand(weights)
-    call = functools.partial(_some, attn_mask, is_causal, scale)
-    function = _Function(call, (True, False, False), (True,))
+    weigh = functools.partial(_weights, attn_mask, is_causal, scale)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    function = _Function(
+        functools.partial(_some, weigh), (True, False, False), (True,),
+        (functools.partial(_slopes, weigh, factor),
+         functools.partial(_curvatures, weigh, factor)),
+    )  # fmt: skip
     (found,) = KeepsGiven.apply(function, weights, query, key, value)
     return found
 
@@ -79,39 +86,82 @@ class _Function(NamedTuple):
         call: Returns the results of a part.
         given: Whether an argument has a row for each query.
         made: Whether a result has; else it is a sum over queries.
+        known: Calls of its derivatives, as far as there are formulas.
     """
 
-    call: Callable[..., tuple[Tensor, ...]]
+    call: Call
     given: tuple[bool, ...]
     made: tuple[bool, ...]
+    known: tuple[Call, ...] = ()
 
     def pulled(self) -> _Function:
         """Return the derivative of a sum of the results, each times a tensor."""
-        call = functools.partial(_pulled, self.call, len(self.given))
-        return _Function(call, self.given + self.made, self.given)
+        generic = functools.partial(_pulled, self.call, len(self.given))
+        call, *more = self.known or (generic,)
+        return _Function(call, self.given + self.made, self.given, tuple(more))
 
 
-def _some(
+def _weights(
     mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
     part: Part,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
-) -> tuple[Tensor, ...]:
-    """Return the attention of a part."""
+) -> Tensor:
+    """Return the weights of a part."""
     if mask is not None:
         mask = _of(part, mask, True)
     elif is_causal:
         mask = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
         mask = mask.tril(part[1].start)
-    return (attention_weights(q, k, mask, False, scale) @ v,)
+    return attention_weights(q, k, mask, False, scale)
 
 
-def _pulled(
-    call: Callable[..., tuple[Tensor, ...]], count: int, part: Part, *given: Tensor
+def _some(
+    weigh: Weigh, part: Part, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, ...]:
+    """Return the attention of a part."""
+    return (weigh(part, q, k) @ v,)
+
+
+def _slopes(
+    weigh: Weigh, factor: float, part: Part, *given: Tensor
+) -> tuple[Tensor, ...]:
+    r"""Return the derivatives of :math:`g \cdot P v` in ``q, k, v``."""
+    q, k, v, g = given
+    p = weigh(part, q, k)
+    s = factor * _of_scores(p, g @ v.mT)
+    return s @ k, s.mT @ q, p.mT @ g
+
+
+def _curvatures(
+    weigh: Weigh, factor: float, part: Part, *given: Tensor
+) -> tuple[Tensor, ...]:
+    r"""Return those of :math:`a \cdot D_q + b \cdot D_k + c \cdot D_v` of the slopes.
+
+    With the weights :math:`P`, the slope :math:`E = g v^\top` in them and
+    :math:`W = \alpha (a k^\top + q b^\top)` that of the sum in the scores' slope
+    :math:`P (E - r)`, :math:`r = \sum P E` and :math:`w = \sum P W` a query: the slope
+    in :math:`E` is :math:`P (W - w)`, in :math:`P` it is :math:`W (E - r) - w E + g
+    c^\top`.
+    """
+    q, k, v, g, a, b, c = given
+    p, e = weigh(part, q, k), g @ v.mT
+    w = factor * (a @ k.mT + q @ b.mT)
+    y = _of_scores(p, w)
+    s = factor * _of_scores(p, e)
+    e = w * (e - (p * e).sum(-1, True)) - (p * w).sum(-1, True) * e + g @ c.mT
+    t = factor * _of_scores(p, e)
+    return t @ k + s @ b, t.mT @ q + s.mT @ a, y.mT @ g, y @ v + p @ c
+
+
+def _of_scores(p: Tensor, g: Tensor) -> Tensor:
+    """Return the derivative in scores from that in the weights that they make."""
+    return p * (g - (p * g).sum(-1, keepdim=True))
+
+
+def _pulled(call: Call, count: int, part: Part, *given: Tensor) -> tuple[Tensor, ...]:
     """Return the derivative in the first arguments, the others times the results."""
     again = torch.is_grad_enabled()  # whether this is differentiated too
     with torch.enable_grad():

@@ -211,5 +211,5 @@ def less_a_label_(softmax: Tensor, classes: int) -> Tensor:
     """
     wide = torch.promote_types(softmax.dtype, torch.float32)
     times = torch.empty_like(softmax, dtype=wide).exponential_()
-    label = (softmax / times).argmax(classes, keepdim=True)
+    label = torch.div(softmax, times, out=times).argmax(classes, keepdim=True)
     return softmax.scatter_(classes, label, -1.0, reduce="add")

@@ -78,7 +78,7 @@ class HessianRoots:
         product: Products with the Hessian, where they are at hand.
 
     Attributes:
-        like: The outputs that it was made of.
+        like: The outputs that it was made of, or what has their shape.
     """
 
     def __init__(
@@ -89,7 +89,8 @@ class HessianRoots:
         product: HessianProduct | None = None,
     ) -> None:
         self._kind = loss.kind
-        self.like = outputs
+        known = loss.kind == "cross_entropy"
+        self.like = outputs if known else outputs.new_empty(()).expand(outputs.shape)
         self._convex = loss.kind in ("squared", "cross_entropy") or is_convex(loss)
         self._few: Tensor | None = None
         if loss.kind == "squared":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Tiles of cosines that stay in a core's cache: 1 MB of float32, and the product is
 # still at full speed. Twice the side is three times slower in few dimensions.

@@ -17,7 +17,7 @@ from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.recomputation import Blocks
 from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
-from torch_dropout_ir.regularizers.coupling import row_weight, told_by_powers
+from torch_dropout_ir.regularizers.coupling import told_by_powers
 from torch_dropout_ir.regularizers.pass_kernels import pass_kernels
 from torch_dropout_ir.regularizers.recorder import Recorder, Use, shape_of, there_before
 from torch_dropout_ir.regularizers.row_graph import rows_meet
@@ -151,12 +151,6 @@ class CleanPass:
                 outputs, self.zeros, root, retain_graph=keep, allow_unused=True
             )
 
-    def row_weights(self, outputs: Tensor, root: Tensor) -> dict[int, Tensor]:
-        """Return the sum of magnitudes of each row of what a root is at each use."""
-        found: dict[int, Tensor] = {}
-        self.pull(outputs, root, lambda i, g: found.update({i: row_weight(g)}))
-        return found
-
     def count(self, outputs: Tensor) -> int:
         """Return the number of samples, each of which may have several rows.
 
@@ -214,8 +208,7 @@ class CleanPass:
     def _couples(self, outputs: Tensor) -> bool:
         meet = self.samples_meet(outputs)
         if meet is None:
-            weights = functools.partial(self.row_weights, outputs)
-            meet = told_by_powers(weights, outputs, self.count(outputs))
+            meet = told_by_powers(self.pull, outputs, self.count(outputs))
         return some(meet, "samples meet")
 
 
@@ -279,7 +272,9 @@ def clean_pass(
         if outlives:
             calls.watch = Blocks(operations).look
         moved = None if calls.absent else generators_moved(model)
-        outputs = call(model, inputs, move_buffers=move_buffers, survey=survey)
+        outputs = seen.run(
+            lambda: call(model, inputs, move_buffers=move_buffers, survey=survey)
+        )
         if reduce is not None:
             outputs = reduce(outputs)
         if bare and not calls.again:

@@ -68,21 +68,55 @@ def _exponents(blocks: int) -> Tensor:
     return order.flatten() - _POWERS // 2
 
 
-def told_by_powers(
-    weights: Callable[[Tensor], Mapping[int, Tensor]], outputs: Tensor, count: int
-) -> bool:
-    """Whether samples meet, as two roots tell.
+def telling_roots(outputs: Tensor, count: int) -> Iterator[Tensor]:
+    """Yield two roots, of which :func:`alike` tells whether samples meet.
 
     Args:
-        weights: What comes of a root, a tensor of samples' rows for each key.
+        outputs: What the roots are of.
+        count: Number of samples.
+    """
+    even = even_root(outputs.unflatten(0, (count, -1))).flatten(0, 1)
+    yield even
+    yield by_powers(even, count=count)
+
+
+def row_weights(
+    pull: Callable[..., None], outputs: Tensor, root: Tensor, keep: bool = True
+) -> dict[int, Tensor]:
+    """Return the sum of magnitudes of each row of what a root is at each use.
+
+    Args:
+        pull: :meth:`CleanPass.pull`.
+        outputs: What the root is of.
+        root: The root.
+        keep: Whether the graph is kept.
+
+    Returns:
+        A tensor of rows for the number of each use.
+    """
+    found: dict[int, Tensor] = {}
+
+    def receive(use: int, g: Tensor) -> None:
+        found[use] = row_weight(g)
+
+    pull(outputs, root, receive, keep=keep)
+    return found
+
+
+def told_by_powers(pull: Callable[..., None], outputs: Tensor, count: int) -> bool:
+    """Whether samples meet, as two roots tell; the graph is kept.
+
+    Args:
+        pull: :meth:`CleanPass.pull`.
         outputs: What the roots are of.
         count: Number of samples.
 
     Returns:
         Whether a derivative across samples is not zero.
     """
-    even = even_root(outputs.unflatten(0, (count, -1))).flatten(0, 1)
-    return not alike(weights(even), weights(by_powers(even, count=count)), count)
+    roots = telling_roots(outputs, count)
+    even, scaled = [row_weights(pull, outputs, root) for root in roots]
+    return not alike(even, scaled, count)
 
 
 def alike(

@@ -73,7 +73,8 @@ class ExcessRisk:
         self.seen = NoiseSeen()
         drawn = anything_drawn(model)
         with torch.no_grad():
-            self._clean = clean_risk(model, batch, loss)
+            # The mean of squares is a view of all of them.
+            self._clean = clean_risk(model, batch, loss).clone()
         # Other noise than dropout's is drawn afresh for each mask, on both sides.
         self.noisy = some(drawn(), "noise")
         if slopes is None:

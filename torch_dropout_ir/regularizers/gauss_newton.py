@@ -211,8 +211,12 @@ def _first_pass(
         known = functools.partial(known_of, model, clean, read, loss, forms, beside)
         if (summed := forms.sums(clean, read, keep=False)) is not None:
             return known().of(summed)
-        rows = RowChunks.pay(clean, read)
-        if _whole(clean, read, forms, rows):
+        told = forms.one_pass and clean.samples_meet(read.tensors[0]) is not None
+        if forms.one_pass and not told:
+            clean.weigh, clean.singly = True, None  # a graph may be kept to ask it
+        rows = 0 if told else RowChunks.least(clean, read)
+        whole = told or not clean.matters or not (rows or forms.rooted)
+        if whole or forms.may_keep(clean, read):
             draws, coupled = forms.draws(clean, read, keep=False)
             return _Seen(known(), forms, draws, coupled)
         if not rows:
@@ -220,19 +224,13 @@ def _first_pass(
         kept, twice = without_graph(clean.outputs), loss.kind == "general"
         kept = read_outputs(kept, loss, targets)
         chunks = RowChunks(
-            model, inputs, clean, kept, twice=twice, parts=_CHUNKS, alone=parts
-        )
+            model, inputs, clean, kept, twice=twice, parts=_CHUNKS, alone=parts,
+            least=rows,
+        )  # fmt: skip
         if not forms.one_pass:
             return _Seen(known(), forms, chunks=chunks)
         draws, _ = forms.draws(clean, read, coupled=False, keep=False)
         return _Seen(known(), forms, draws, chunks=chunks)
-
-
-def _whole(clean: CleanPass, read: OutputsRead, forms: RootForms, rows: bool) -> bool:
-    """Whether all draws are of the first pass, in the memory of a step."""
-    whole = not clean.matters or not (rows or forms.rooted)
-    told = forms.one_pass and clean.samples_meet(read.tensors[0]) is not None
-    return whole or told or forms.may_keep(clean, read)
 
 
 def _forms(

@@ -46,7 +46,7 @@ _LEAN: Final = _PLAIN | {
     f"{name}Backward0"
     for name in (
         "Convolution", "LogSoftmax", "NativeBatchNorm", "NativeLayerNorm",
-        "PreluKernel", "Softmax",
+        "PreluKernel", "SafeSoftmax", "Softmax",
     )
 }  # fmt: skip
 _GELU: Final = "GeluBackward0"  # whose approximation needs more

@@ -11,7 +11,7 @@ from torch_dropout_ir.output_products import WIDE, HessianProduct
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.graph_memory import Held
 from torch_dropout_ir.regularizers.loss_graph import rows_apart
-from torch_dropout_ir.regularizers.output_rows import has_rows
+from torch_dropout_ir.regularizers.output_rows import least_of_part
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 
 # Elements of the outputs below which the memory of their loss is no matter, and their
@@ -127,4 +127,4 @@ def much(clean: CleanPass, read: OutputsRead) -> bool:
         return False
     held = Held.by([f.grad_fn])
     most = f.nbytes >= _SHARE * (held.made + held.leaves)
-    return most and has_rows(clean, read)
+    return most and least_of_part(clean, read) > 0

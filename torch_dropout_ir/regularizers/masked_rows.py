@@ -33,7 +33,7 @@ from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.output_rows import (
-    FEWEST_ROWS,
+    PAIR,
     chunks,
     replace_rows,
     rows_of_samples,
@@ -99,7 +99,7 @@ class MaskedRows:
         read = read_outputs(without_graph(outputs), self._loss, self._batch[1])
         self._read = read
         rows = [x.shape[0] if x.ndim else 0 for x in self._read.tensors]
-        if self._count < FEWEST_ROWS or any(not n or n % self._count for n in rows):
+        if self._count < 2 * PAIR or any(not n or n % self._count for n in rows):
             return False
         with torch.enable_grad():
             again = self._read.risk(self._read.tensors)

@@ -8,11 +8,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.functional import batch_size
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead, real_leaves
 
-FEWEST_ROWS: Final = 4  # fewer are not taken apart
+# Samples of a part at least, where nothing tells that one alone is as among others.
+PAIR: Final = 2
 # One row of so many is in the first chunk, which tells at small cost whether samples
 # meet. Where a share ``q`` of the rows meets others, ``m`` rows miss that in ``(1 -
 # q)^m`` of cases.
@@ -20,12 +22,31 @@ _FIRST: Final = 8
 _SEED: Final = 0
 
 
-def has_rows(clean: CleanPass, read: OutputsRead) -> bool:
-    """Whether inputs of sites and outputs have rows of samples to take apart."""
+def least_of_part(clean: CleanPass, read: OutputsRead) -> int:
+    """Return how many samples a part of the rows has at least.
+
+    Args:
+        clean: The pass, with its graph.
+        read: What the loss reads of it.
+
+    Returns:
+        The number; 0 where inputs of sites and outputs have no rows to take apart.
+    """
     counts = {clean.count(x) if x.ndim else 0 for x in read.tensors}
     count = next(iter(counts))
-    many = len(counts) == 1 and count >= FEWEST_ROWS
-    return many and clean.by_samples(count)
+    if len(counts) > 1 or count < 2 or not clean.by_samples(count):
+        return 0
+    least = 1 if _runs_alone(clean, read.tensors) else PAIR
+    return least if count >= 2 * least else 0
+
+
+def _runs_alone(clean: CleanPass, outputs: Sequence[Tensor]) -> bool:
+    """Whether the graph tells that a single sample runs as among others."""
+    # One row may lie in memory as torch's derivative of batch normalization misreads
+    # it, where several do not.
+    told = all([clean.samples_meet(x) is False for x in outputs])
+    nodes = graph_nodes([x.grad_fn for x in outputs])
+    return told and not any(["BatchNorm" in node.name() for node in nodes])
 
 
 def count_samples(clean: CleanPass, read: OutputsRead, inputs: Any) -> int:
@@ -34,20 +55,18 @@ def count_samples(clean: CleanPass, read: OutputsRead, inputs: Any) -> int:
     return count if given < 2 or count % given else given
 
 
-def chunks(count: int, parts: int) -> Iterator[Tensor]:
-    """Yield the numbers of the rows of each chunk, two at least.
-
-    A single row may lie in memory as torch's derivative of batch normalization misreads
-    it, where a batch does not.
+def chunks(count: int, parts: int, least: int = PAIR) -> Iterator[Tensor]:
+    """Yield the numbers of the rows of each chunk.
 
     Args:
         count: Rows in all.
         parts: Chunks besides the first, small one.
+        least: Rows of a chunk at least.
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
-    first = min(count, max(2, count // _FIRST))
-    step = max(2, -(-(count - first) // parts))
-    ends = [*range(first, count - 1, step), count]
+    first = min(count, max(least, count // _FIRST))
+    step = max(least, -(-(count - first) // parts))
+    ends = [*range(first, count - least + 1, step), count]
     for i, end in enumerate(ends):
         rows = order[ends[i - 1] if i else 0 : end]
         if len(rows):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from torch_dropout_ir.collectives import every
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.regularizers import step_memory
@@ -39,6 +40,7 @@ class _Passed(NamedTuple):
         edge: Where in the graph its output is.
         out: What passed on, should ``h`` be written on; None where nothing writes.
         out_version: Writes on that by then.
+        kept: Whether others hold ``h``.
     """
 
     site: Site
@@ -47,6 +49,21 @@ class _Passed(NamedTuple):
     edge: GradientEdge
     out: Tensor | None
     out_version: int
+    kept: bool
+
+    def known(self) -> tuple[Tensor, ...]:
+        """Return what is as it was: the input, and what passed on."""
+        h = (self.h,) if self.h._version == self.h_version else ()
+        same = self.out is not None and self.out._version == self.out_version
+        return (*h, self.out) if self.out is not None and same else h
+
+    def settled(self) -> _Passed:
+        """Hold one of them: that which others hold, if it is as it was."""
+        now = self.known()
+        if not now:
+            return self
+        held = now[0] if self.kept else now[-1]
+        return self._replace(h=held.detach(), h_version=held._version, out=None)
 
 
 class Recorder:
@@ -79,7 +96,8 @@ class Recorder:
         self._given = given
         self._fixed = not survey.callers  # no site has another ``p`` in another call
         # Whether something may write on the inputs or outputs of sites.
-        self._both = outlives or survey.in_place or survey.foreign
+        self._writes = outlives or survey.in_place or survey.foreign
+        self._settles = not outlives
         self._first_out: weakref.ref[Tensor] | None = None
         self._first_version = 0
         self._open = True
@@ -110,6 +128,10 @@ class Recorder:
             self.zeros[h.device] = zero
         if not self._open:  # computed again under checkpointing
             return h + zero
+        if (
+            self._writes and self._settles and self.passed
+        ):  # who writes does so at once, mostly
+            self.passed[-1] = self.passed[-1].settled()
         if first and h.numel() >= (step_memory.SOME if self._weigh else _LARGE):
             there = {storage_of(x) for x in self._given()}
             self.below = Below.by(h, there)
@@ -119,12 +141,27 @@ class Recorder:
         edge = _edge(out, zero)
         if first:
             self._first_out, self._first_version = weakref.ref(out), out._version
-        spare = out if self._both else None
-        if not self._both and not _is_kept(h, first):
+        kept, spare = _is_kept(h, first), out if self._writes else None
+        if not (self._writes or kept):
             held = out.detach()
         version = out._version
-        self.passed.append(_Passed(site, held, held._version, edge, spare, version))
+        passed = _Passed(site, held, held._version, edge, spare, version, kept)
+        self.passed.append(passed)
         return out
+
+    def run(self, forward: Callable[[], Any]) -> Any:
+        """Return what a forward pass does, run again where an input was lost in it."""
+        outputs = forward()
+        if not (self._writes and self._settles):
+            return outputs
+        known = all([passed.known() for passed in self.passed])
+        if not every(known, "inputs of sites"):
+            del outputs
+            self._settles = False
+            self.passed.clear()
+            self.reads.clear()
+            outputs = forward()
+        return outputs
 
     @contextlib.contextmanager
     def reading(self, named: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
@@ -230,10 +267,8 @@ def _in_place_of(h: Tensor, first: Tensor) -> Tensor:
 
 
 def _use(passed: _Passed) -> Use:
-    if passed.h._version == passed.h_version:
-        return passed.site, passed.h, passed.edge
-    if passed.out is not None and passed.out._version == passed.out_version:
-        return passed.site, passed.out, passed.edge
+    if known := passed.known():
+        return passed.site, known[0], passed.edge
     raise RuntimeError(
         f"expected the input of dropout site `{passed.site.name}` or its output to "
         "stay as they are in the forward pass, got both overwritten in place. Use "

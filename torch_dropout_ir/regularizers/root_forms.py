@@ -20,7 +20,7 @@ from torch_dropout_ir.output_products import (
 )
 from torch_dropout_ir.registration import form_sums
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
-from torch_dropout_ir.regularizers.coupling import alike, apart, by_powers
+from torch_dropout_ir.regularizers.coupling import alike, apart, by_powers, row_weights
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.part_roots import PartRoots
 from torch_dropout_ir.regularizers.root_choice import Roots, choose
@@ -86,24 +86,28 @@ class RootForms:
         may = self._may_keep and clean.weighed(read.tensors).may_keep(self.rooted)
         return every(may, "graph kept")
 
-    def roots(self, coupled: bool) -> Iterator[tuple[int, Root]]:
+    def roots(self, coupled: bool) -> Iterator[tuple[int, Root, bool]]:
         """Yield the roots of all rows, each with the number of its draw.
 
         Args:
             coupled: Whether samples meet in the network.
 
         Yields:
-            The number, and a root with its sign.
+            The number, a root with its sign, and whether it is the last.
         """
         assert self._roots is not None
         if self.num_samples is None:
             assert isinstance(self._roots, HessianRoots)
-            for root in apart(self._count, coupled, self._roots.exact()):
-                yield 0, root
+            roots = apart(self._count, coupled, self._roots.exact())
+            following = next(roots, None)
+            while following is not None:
+                root, following = following, next(roots, None)
+                yield 0, root, following is None
             return
         for draw in range(self.num_samples):
-            for root in self._drawn():
-                yield draw, root
+            drawn = self._drawn()
+            while drawn:
+                yield draw, drawn.pop(0), not drawn and draw + 1 == self.num_samples
 
     def _drawn(self, rows: Rows = ALL) -> list[Root]:
         """Draw roots, one of each sign that there is on any rank."""
@@ -223,7 +227,7 @@ class RootForms:
                 if plain is not None and count is not None:
                     # What a root misses is 0 in its form too.
                     scaled = by_powers(root, count=count)
-                    found = clean.row_weights(outputs, scaled)
+                    found = row_weights(clean.pull, outputs, scaled)
                     meet |= not alike(plain, found, count)
             coupled = coupled or meet
             draws.append(forms)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from torch_dropout_ir.regularizers.clean_pass import CleanPass
-from torch_dropout_ir.regularizers.outputs import OutputsRead
+from torch import Tensor, nn
+
+from torch_dropout_ir.collectives import some
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
+from torch_dropout_ir.regularizers.coupling import alike, row_weights, telling_roots
+from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.regularizers.root_forms import RootForms
 from torch_dropout_ir.regularizers.root_pulls import added_up, pull_root
 from torch_dropout_ir.regularizers.site_forms import Form
@@ -34,11 +41,11 @@ def draws_by_passes(
     Returns:
         The draws, and whether samples meet in the network.
     """
-    if coupled is None or not forms.rooted:
+    if not forms.rooted:
         with run() as (clean, read):
-            if not forms.rooted:
-                return forms.draws(clean, read, coupled=coupled, keep=False)
-            coupled = clean.couples_samples(read.tensors)
+            return forms.draws(clean, read, coupled=coupled, keep=False)
+    if coupled is None:
+        coupled = samples_meet(run)
     pulled = _pulled(forms, run, coupled)
     if forms.num_samples is None:
         return [added_up(form for _, form in pulled)], coupled
@@ -48,17 +55,59 @@ def draws_by_passes(
     return list(draws.values()), coupled
 
 
+@contextlib.contextmanager
+def again(
+    model: nn.Module, batch: Batch, loss: Loss, **options: Any
+) -> Iterator[tuple[CleanPass, OutputsRead]]:
+    """Run a pass over all rows once more, with options of its own."""
+    with clean_pass(model, batch[0], **options) as clean:
+        yield clean, read_outputs(clean.outputs, loss, batch[1])
+
+
+def samples_meet(run: Run) -> bool:
+    """Say what :meth:`CleanPass.couples_samples` does, by two passes.
+
+    Neither keeps its graph.
+
+    Args:
+        run: Runs a pass.
+
+    Returns:
+        Whether they meet.
+    """
+    told: list[bool | None] = []
+    weights: list[list[dict[int, Tensor]]] = []
+    for k in range(2):
+        with run() as (clean, read):
+            told = told or [clean.samples_meet(x) for x in read.tensors]
+            if None not in told:
+                return some(any(told), "samples meet")
+            asked = [
+                x for x, meet in zip(read.tensors, told, strict=True) if meet is None
+            ]
+            counts = [clean.count(x) for x in asked]
+            weights.append([])
+            for i, (x, count) in enumerate(zip(asked, counts, strict=True)):
+                root = [*telling_roots(x, count)][k]
+                weights[k].append(row_weights(clean.pull, x, root, i + 1 < len(asked)))
+    even, scaled = weights
+    apart = [alike(*three) for three in zip(even, scaled, counts, strict=True)]
+    return some(any(told) or not all(apart), "samples meet")
+
+
 def _pulled(forms: RootForms, run: Run, coupled: bool) -> Iterator[tuple[int, Form]]:
     """Yield the forms of all roots, each with the number of its draw."""
-    roots = forms.roots(coupled)
-    following = next(roots, None)
-    while following is not None:
+    roots, last = forms.roots(coupled), False
+    while not last:
         with run() as (clean, read):
             keep = clean.weighed(read.tensors).may_keep()
-            while following is not None:
-                (draw, (root, sign)), following = following, next(roots, None)
-                kept = keep and following is not None
+            for draw, (root, sign), last in roots:  # made when a pass is there
+                kept = keep and not last
                 pulled = pull_root(clean, read.tensors[0], root, sign, kept)
+                del root
                 yield from ((draw, form) for form in pulled)
                 if not kept:
                     break
+            else:
+                last = True  # a draw without roots
+        del clean, read

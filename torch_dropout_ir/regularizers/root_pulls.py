@@ -33,7 +33,7 @@ def pull_root(
         root: The root.
         sign: Its sign, one for all or one a sample.
         keep: Whether the graph is kept.
-        weights: Filled with what :meth:`CleanPass.row_weights` gives, if there.
+        weights: Filled with what :func:`row_weights` gives, if there.
 
     Returns:
         The forms, use by use.

@@ -17,6 +17,7 @@ Semantics:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -30,9 +31,10 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.output_rows import (
+    PAIR,
     chunks,
     count_samples,
-    has_rows,
+    least_of_part,
     replace_rows,
     rows_of_samples,
 )
@@ -69,6 +71,7 @@ class RowChunks:
         parts: Chunks besides the first, small one.
         trained: Whether parameters learn by them: then nothing of the pass is held.
         alone: The loss of each chunk, where it has its own: they are the chunks.
+        least: Samples of a chunk at least.
 
     Attributes:
         alone: As given.
@@ -86,6 +89,7 @@ class RowChunks:
         parts: int,
         trained: bool = False,
         alone: LossParts | None = None,
+        least: int = PAIR,
     ) -> None:
         self.coupled = False
         self.alone = alone
@@ -97,13 +101,19 @@ class RowChunks:
         self._read = read
         self._twice = twice
         self._parts = parts
+        self._least = least
         self._count = count_samples(clean, read, inputs)
 
     @staticmethod
-    def pay(clean: CleanPass, read: OutputsRead) -> bool:
-        """Whether there are rows to take apart, and memory worth saving."""
-        pays = bool(clean.uses) and clean.matters
-        return pays and every(has_rows(clean, read), "rows")
+    def least(clean: CleanPass, read: OutputsRead) -> int:
+        """Return how many samples a chunk has at least; 0 where chunks do not pay.
+
+        They do where there are rows to take apart, and memory worth saving.
+        """
+        least = 0
+        if clean.uses and clean.matters:
+            least = least_of_part(clean, read)
+        return most(least, "rows of a chunk") if every(least > 0, "rows") else 0
 
     def take(self, x: Tensor, samples: Tensor) -> Tensor:
         """Return the rows of some samples of a tensor that has rows of all."""
@@ -129,6 +139,19 @@ class RowChunks:
         Returns:
             What it returns; None where the rows of a chunk are not those of the batch.
         """
+        found = self._each(take)
+        single = found is None and self._least < PAIR and self.alone is None
+        if single and every(self._count >= 2 * PAIR, "pairs"):
+            self._least = PAIR  # below the first site one may not run by itself
+            found = self._each(take)
+        if found is None:  # no more is asked
+            self._first = None
+            self._read = dataclasses.replace(self._read, tensors=[])
+        return found
+
+    def _each(
+        self, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
+    ) -> list[T] | None:
         found: list[T] = []
         taken = [*self._samples()]
         if most(len(taken), "most chunks") + most(-len(taken), "fewest chunks"):
@@ -145,7 +168,7 @@ class RowChunks:
         """Return the numbers of the rows of each chunk."""
         if self.alone is not None:
             return self.alone.samples
-        return chunks(self._count, self._parts)
+        return chunks(self._count, self._parts, self._least)
 
     def _try(
         self,

@@ -272,12 +272,14 @@ def _rules() -> dict[str, Callable[[Op], Place | None]]:
         _reordered: "Transpose Permute T",
         _first(0): "Mm Convolution MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D "
         "PreluKernel NativeGroupNorm",
+        _first(0, 1): "UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D "
+        "UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D",
         _linear: "Addmm",
         _one_by_one: "Bmm",
         _attention: "ScaledDotProductFlashAttentionForCpu "
         "ScaledDotProductFlashAttention ScaledDotProductEfficientAttention "
         "ScaledDotProductCudnnAttention",
-        within: "Softmax LogSoftmax Split SplitWithSizes Cat",
+        within: "Softmax SafeSoftmax LogSoftmax Split SplitWithSizes Cat",
         _sliced: "Slice",
         less: "Select Unbind",
         _layer_norm: "NativeLayerNorm",

@@ -37,6 +37,7 @@ from torch_dropout_ir.regularizers.outputs import (
     check_curvature,
     read_outputs,
 )
+from torch_dropout_ir.regularizers.root_passes import again, samples_meet
 from torch_dropout_ir.regularizers.row_chunks import RowChunks, looked_at
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble
@@ -220,7 +221,7 @@ def _seen(
     """Return what a pass shows: draws of it, or what parts of the rows are to know."""
     number = most(_parts_of_rows(clean, read, num_samples), "parts")
     whole = alone is None and (number < 2 or not clean.uses)
-    rows = not whole and RowChunks.pay(clean, read)  # while there is a graph
+    least = 0 if whole else RowChunks.least(clean, read)  # while there is a graph
     coupled = False
     if not whole:
         coupled = any([clean.samples_meet(x) for x in read.tensors])
@@ -237,10 +238,11 @@ def _seen(
         coupled |= bool(clean.uses) and clean.couples_samples(read.tensors)
         curvature = SiteCurvature(clean, read, linearized=False)
         draws = curvature.draws(num_samples, coupled)
-    elif not meet and rows:
+    elif not meet and least:
         chunks = RowChunks(
-            model, batch[0], clean, read, twice=True, parts=number, alone=alone
-        )
+            model, batch[0], clean, read, twice=True, parts=number, alone=alone,
+            least=least,
+        )  # fmt: skip
     exact = is_exact(clean, loss, batch[1], num_samples)
     notes = clean.noise_left_out(model)
     like = read.tensors[0].detach().new_zeros(())
@@ -276,21 +278,23 @@ def _together(
     that does not go through the model.
     """
     meet = seen.coupled or (seen.chunks is not None and seen.chunks.coupled)
-    run = functools.partial(clean_pass, model, batch[0], twice=True, lean=True)
-    with run() as clean:
-        read = read_outputs(clean.outputs, loss, batch[1])
-        meet = some(meet, "meet") or clean.couples_samples(read.tensors)
+    run = functools.partial(again, model, batch, loss)
+    meet = some(meet, "meet") or samples_meet(run)
+    run = functools.partial(run, twice=True, lean=True)
+    with run() as (clean, read):
         above = Held.by([x.grad_fn for x in read.tensors])
+        single = clean.count(read.tensors[0]) == 1
         tape = LossTape.of(read)
     del clean, read  # their graph
-    if meet and every(_ALONG * above.largest < 2 * above.made, "along a line"):
+    # Of samples apart a graph tells the error of one draw.
+    line = (meet or single) and _ALONG * above.largest < 2 * above.made
+    if every(line, "along a line"):
         draws = draws_along(model, batch, loss, seen.masks, num_samples, tape)
         if every(draws is not None, "rules") and draws is not None:
             return draws, meet, ()
     draws = []
     for _ in range(num_samples or 1):
-        with run() as clean:
-            read = read_outputs(clean.outputs, loss, batch[1])
+        with run() as (clean, read):
             curvature = SiteCurvature(clean, read, linearized=False)
             draws += curvature.draws(num_samples and 1, meet)
     return draws, meet, (_TOGETHER,)

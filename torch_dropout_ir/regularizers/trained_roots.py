@@ -109,7 +109,7 @@ def parted(
     """
     read = read_outputs(clean.outputs, loss, batch[1])
     known = read.loss is not None and read.loss.kind in ROOTED
-    if not (known and RowChunks.pay(clean, read)) or clean.unreachable:
+    if not (known and RowChunks.least(clean, read)) or clean.unreachable:
         return None
     own = [x for x in model.parameters() if x.requires_grad]
     if not own or not parts_pay(risk, [*own, *clean.zeros], max_bytes):
