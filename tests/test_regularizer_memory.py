@@ -171,10 +171,11 @@ SMALL = {
     "tanh": lambda: layers(64, 512, 512, 10, act=nn.Tanh, rows=256),
     "batch norm": lambda: layers(64, 128, 128, 10, norm=True),
     "batch norm, more rows": lambda: layers(784, 256, 256, 10, norm=True, rows=256),
+    "GELU": lambda: layers(64, 512, 512, 10, act=nn.GELU, rows=256),
+    "GELU, batch norm": lambda: layers(64, 128, 128, 10, act=nn.GELU, norm=True),
+    "deep, few rows": lambda: layers(*[256] * 6, 10, rows=64),
+    "deep, rows a quarter of the units": lambda: layers(*[128] * 6, 10, norm=True),
 }
-
-
-BESIDE_OF_TWO = {**dict.fromkeys(SMALL, 0.02), "batch norm": 0.25}
 
 
 @pytest.mark.parametrize("kind", ["a pair", "more", "shared masks", "two batches"])
@@ -193,9 +194,7 @@ def test_gradients_of_a_small_network_take_no_more_than_a_step(model, kind):
         gradient_norm(net, batch, "cross_entropy", lr=0.1, **options)
 
     run()
-    # The mean gradient of the first batch is there while the second's passes begin.
-    more = BESIDE_OF_TWO[model] if kind == "two batches" else 0.0
-    assert peak(run) <= (1.0 + more) * step
+    assert peak(run) <= 1.03 * step
 
 
 def test_of_a_pair_no_gradient_of_a_linear_layer_is_held():

@@ -1,5 +1,7 @@
 """Gradients that are given away as factors are those of autograd."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_dropout_ir as tdi
 from tests.live import Live
-from torch_dropout_ir import ops
+from torch_dropout_ir import ops, weight_parts
 from torch_dropout_ir.gradient_factors import Factors, address, row_blocks
-from torch_dropout_ir.regularizers.gradient_means import GradientMeans
+from torch_dropout_ir.regularizers.gradient_pairs import GradientPairs
 from torch_dropout_ir.regularizers.inner_products import compared
 from torch_dropout_ir.weight_parts import WeightParts
 
@@ -116,47 +118,94 @@ def test_gradients_are_compared_by_rows():
     assert compared(x, None, x, 20).tolist() == [9.0, 0.0, 0.0, 9.0]
 
 
-def test_a_mean_is_kept_as_what_is_smaller():
+def test_a_gradient_is_held_as_what_is_smaller():
     weight = torch.randn(5, 6)
-    for rows, count, given, whole in (
-        (20, 1, False, True), (1, 1, False, False), (1, 3, False, True),
-        (1, 3, True, False), (9, 1, True, True),
-    ):  # fmt: skip
-        terms = [factors(rows, 5, 6) for _ in range(count)]
-        truth = sum(each[:] for each in terms) / count
-        inputs = {address(each._terms[0][1]) for each in terms}
-        means = GradientMeans([weight], count, inputs if given else set(), 12)
-        for k, each in enumerate(terms):
-            means.enter(0, each, k)
-        found = means.get(0)
+    pairs = GradientPairs(nn.Linear(6, 5), None, [1.0, 1.0], False)
+    for rows, given, whole in ((20, False, True), (1, False, False), (5, True, False)):
+        g = factors(rows, 5, 6)
+        inputs = {address(g._x)} if given else set()
+        found = pairs._smaller(0, g, inputs)
         assert torch.is_tensor(found) == whole
-        torch.testing.assert_close(found[:], truth)
-        torch.testing.assert_close(found[1:3], truth[1:3])
-    assert means.numbers() == {0} and means.take(0) is found and not means.numbers()
+        torch.testing.assert_close(found[:], g[:].view_as(weight))
 
 
-def test_a_mean_takes_gradients_in_any_form_and_in_memory_of_its_own():
+@pytest.mark.parametrize("num_masks", [2, 4])
+def test_of_two_batches_neighbours_are_compared_whatever_their_form(
+    monkeypatch, num_masks
+):
     shared = torch.randn(5, 6)
-    parts = (
-        [shared, factors(1, 5, 6), None],
-        [shared, shared, shared],
-        [factors(1, 5, 6), shared, factors(1, 5, 6)],
-        [factors(1, 5, 6), None, factors(1, 5, 6)],
-        [None, factors(1, 5, 6), factors(1, 5, 6)],
-        [None, None, shared],
-        [None, None, None],
+    rows = (  # of each parameter its gradient at each pass
+        [shared, factors(1, 5, 6), None, shared],
+        [shared] * 4,
+        [factors(1, 5, 6), factors(9, 5, 6), shared, factors(1, 5, 6)],
+        [None, factors(1, 5, 6), None, None],
+        [None] * 4,
     )
-    means = GradientMeans([shared] * len(parts), 3, set(), 12)
+    model = nn.ParameterList([torch.zeros(5, 6) for _ in rows])
+    rates = [0.1, 0.2, 0.3, 0.4, 0.5]
+    pairs, seen = GradientPairs(model, None, rates, False), []
+
+    def gradients(batch, receive):
+        k = len(seen)
+        seen.append(batch[1])
+        for i, row in enumerate(rows):
+            if row[k % 4] is not None:
+                receive(i, row[k % 4])
+
+    monkeypatch.setattr(pairs, "_gradients", gradients)
     before = shared.clone()
-    zero = torch.zeros_like(shared)
-    truth = [sum(zero if g is None else g[:] for g in each) / 3 for each in parts]
-    for k in range(3):
-        for i, each in enumerate(parts):
-            means.enter(i, each[k], k)
-    assert torch.equal(shared, before) and means.get(6) is None
-    for i in range(6):
-        torch.testing.assert_close(means.get(i), truth[i])
-    torch.testing.assert_close(means.get(1), shared, rtol=0, atol=0)
+    a, b = [(torch.ones(1), name) for name in "ab"]
+    value, mean, noise, rest = pairs.across(a, b, num_masks)
+    zero = torch.zeros(5, 6)
+    scaled = [
+        torch.stack([
+            (rate / 4) ** 0.5 * (zero if row[k % 4] is None else row[k % 4][:])
+            for rate, row in zip(rates, rows, strict=True)
+        ])
+        for k in range(len(seen))
+    ]  # fmt: skip
+    both = [*zip(itertools.pairwise(scaled), itertools.pairwise(seen), strict=True)]
+    inner = [(x * y).sum() for (x, y), (one, other) in both if one != other]
+    away = [(x - y).square().sum() / 2 for (x, y), (one, other) in both if one == other]
+    assert (len(seen), len(inner), len(away)) == (
+        2 * num_masks, num_masks, num_masks - 1,
+    )  # fmt: skip
+    squares = torch.stack([x.square().sum() for x in scaled]).mean()
+    torch.testing.assert_close(value, squares)
+    torch.testing.assert_close(mean, sum(inner) / len(inner))
+    torch.testing.assert_close(noise, sum(away) / len(away))
+    torch.testing.assert_close(rest, value - mean - noise)
+    assert seen.count("a") == num_masks and torch.equal(shared, before)
+
+
+@pytest.mark.parametrize("function", weight_parts._HOLD_INPUT)
+@pytest.mark.parametrize("dropped", [False, True])
+def test_what_holds_its_input_is_made_again(function, dropped):
+    torch.manual_seed(0)
+    first, second = nn.Linear(6, 5).double(), nn.Linear(5, 3).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    targets = [*first.parameters(), *second.parameters()]
+    given = {}
+
+    def value(note=None):
+        h = function(first(x))
+        if dropped:
+            y = h * 2
+            if note:
+                note(y, h, lambda h: h * 2)
+            h = y
+        return second(h).square().mean()
+
+    with WeightParts(targets, given.__setitem__, remake=True) as parts:
+        made = value(parts.note)
+        assert len(parts._taken) == 1 and parts._taken[0].inputs.grad_fn is None
+        assert not parts.overwritten()
+        parts.settle(made)
+        found = torch.autograd.grad(made, targets, allow_unused=True)
+    for i, (a, b) in enumerate(
+        zip(found, torch.autograd.grad(value(), targets), strict=True)
+    ):
+        torch.testing.assert_close(given[i][:] if i in given else a, b)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c != "one sample"])
@@ -266,7 +315,7 @@ def dropped(act=None):
 def test_what_dropout_returned_is_made_again(monkeypatch, shared, act):
     torch.manual_seed(0)
     net, batch = dropped(act), (torch.randn(5, 6).double(), torch.randn(5, 3).double())
-    run, taken = tdi.regularizers.gradient_norm, WeightParts._drawn
+    run, taken = tdi.regularizers.gradient_norm, WeightParts._taken_of
     made, found = [], []
 
     def seen(parts, x):
@@ -274,7 +323,7 @@ def test_what_dropout_returned_is_made_again(monkeypatch, shared, act):
         return made[-1]
 
     for each in (seen, lambda *_: None):
-        monkeypatch.setattr(WeightParts, "_drawn", each)
+        monkeypatch.setattr(WeightParts, "_taken_of", each)
         torch.manual_seed(1)
         found.append(run(net, batch, "mse", lr=0.1, num_masks=4, shared_mask=shared))
     layers = [each is not None for each in made[:3]]

@@ -90,7 +90,7 @@ def slopes(
 
 
 class Factors:
-    """The gradient in one weight, not made yet, or the mean of some.
+    """The gradient in one weight, not made yet.
 
     Args:
         g: Derivative in the layer's output.
@@ -102,29 +102,19 @@ class Factors:
     def __init__(
         self, g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry | None
     ) -> None:
-        self._terms = [(g.detach(), x.detach())]  # without the graph of the pass
+        self._g, self._x = g.detach(), x.detach()  # without the graph of the pass
         self._geometry = geometry
         self._like = weight.detach()
 
     def __getitem__(self, part: slice) -> Tensor:
-        found = self._rows(*self._terms[0], part)
-        for k, term in enumerate(self._terms[1:], 2):
-            found.lerp_(self._rows(*term, part), 1 / k)
-        return found
-
-    def _rows(self, g: Tensor, x: Tensor, part: slice) -> Tensor:
-        given = g[:, part], x, self._like[part], self._geometry
+        given = self._g[:, part], self._x, self._like[part], self._geometry
         found = slopes(*given, [False, True, False])[1]
         assert found is not None
         return found
 
-    def enter(self, other: Factors) -> None:
-        """Enter the gradient at one more pass into the mean."""
-        self._terms += other._terms
-
     def held(self, beside: Set[int]) -> int:
         """Return the bytes that it holds, but for memory at addresses ``beside``."""
-        both = (x for term in self._terms for x in term)
+        both = self._g, self._x
         return sum(x.nbytes for x in both if address(x) not in beside)
 
 

@@ -23,15 +23,19 @@ from torch_dropout_ir.gradient_factors import (
 
 
 class Drawn(NamedTuple):
-    """Of what came out of dropout: what went in, and how to make the one of the other.
+    """Of what is made again in a pass back: what it was made of, and how.
 
-    Most activations hold what they return for going backward. What dropout makes of it
-    is then made again from a bit an element.
+    Activations hold what they return, or, as GELU, what they were given. What dropout
+    makes of it is then made again from a bit an element, and GELU's result from that.
     """
 
     inputs: Tensor
     again: Callable[[Tensor], Tensor]
     version: int
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 class _Linear(torch.autograd.Function):
@@ -98,18 +102,22 @@ class WeightParts(TorchFunctionMode):
         targets: The tensors in which derivatives are taken.
         receive: Called with the number of a tensor and the factors of its gradient;
             ``torch.autograd.grad`` then returns None for it. None: nothing is given.
+        remake: Whether inputs of linear layers are made again, once, where that holds
+            less.
     """
 
     def __init__(
         self,
         targets: Sequence[Tensor],
         receive: Callable[[int, Factors], None] | None,
+        remake: bool = False,
     ) -> None:
         super().__init__()
         # A hook of the user's is called with the gradient, and may change it.
         plain = ((i, x) for i, x in enumerate(targets) if not x._backward_hooks)
         self._numbers = {id(x): i for i, x in plain if receive}
         self._receive = receive
+        self._remake = remake
         self._given: set[int] = set()
         self._taken: list[Drawn] = []
 
@@ -121,8 +129,14 @@ class WeightParts(TorchFunctionMode):
             h: Its input.
             again: Makes the one of the other.
         """
-        if h.is_contiguous():
-            y._drawn = Drawn(h.detach(), again, h._version), y._version  # type: ignore[attr-defined]
+        if self._remake and h.is_contiguous():
+            self._noted(y, h, again)
+
+    def _noted(self, y: Tensor, h: Tensor, again: Callable[[Tensor], Tensor]) -> None:
+        of = self._drawn(h) or Drawn(h.detach(), _same, h._version)
+        before = of.again  # without what it is made of
+        new = of._replace(again=lambda x: again(before(x)))
+        y._drawn = new, y._version  # type: ignore[attr-defined]
 
     def overwritten(self) -> bool:
         """Whether an input of a site that is held was written on in the pass."""
@@ -130,11 +144,15 @@ class WeightParts(TorchFunctionMode):
         return any(each.inputs._version != each.version for each in taken)
 
     def _drawn(self, input: Tensor) -> Drawn | None:
-        """Return what a layer's input was drawn of, if it is what a site returned."""
+        """Return what a tensor is made again of, if nobody has written on it."""
         drawn, version = getattr(input, "_drawn", (None, 0))
-        if drawn is None or version != input._version:
-            return None
-        self._taken.append(drawn)
+        return drawn if version == input._version else None
+
+    def _taken_of(self, input: Tensor) -> Drawn | None:
+        """Return the same for a layer's input."""
+        drawn = self._drawn(input)
+        if drawn is not None:
+            self._taken.append(drawn)
         return drawn
 
     def settle(self, value: Tensor) -> None:
@@ -163,6 +181,8 @@ class WeightParts(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _HOLD_INPUT and self._remake:
+            return self._activated(func, args, kwargs)
         own = _OWN.get(func) if tracing.eager() else None
         # A block that runs twice must save the same both times: torch's own then.
         if own and torch.is_grad_enabled() and not tracing.runs_twice():
@@ -170,6 +190,14 @@ class WeightParts(TorchFunctionMode):
             if found is not None:
                 return found
         return func(*args, **kwargs)
+
+    def _activated(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor:
+        """Run a function that holds its input, of which its result is made again."""
+        found: Tensor = func(*args, **kwargs)
+        x, *rest = args
+        if found is not x and x.is_contiguous() and torch.is_grad_enabled():
+            self._noted(found, x, lambda x: func(x, *rest, **kwargs))
+        return found
 
     def _number(self, input: Tensor, weight: Tensor) -> int | None:
         plain = all(type(x) in (Tensor, nn.Parameter) for x in (input, weight))
@@ -186,7 +214,7 @@ class WeightParts(TorchFunctionMode):
             return None
         rows = input.flatten(0, -2)
         found: Tensor = _Linear.apply(
-            rows, weight, bias, self._giver(i), self._drawn(input)
+            rows, weight, bias, self._giver(i), self._taken_of(input)
         )
         return found if input.ndim == 2 else found.view(*input.shape[:-1], len(weight))
 
@@ -215,3 +243,8 @@ _OWN: Final[dict[Callable[..., Any], Callable[..., Tensor | None]]] = {
     F.linear: WeightParts._linear,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), WeightParts._convolved),
 }
+# Functions of single elements that hold what they are given, not what they return.
+_HOLD_INPUT: Final = frozenset((
+    F.celu, F.elu, F.gelu, F.hardswish, F.leaky_relu, F.mish, F.selu, F.silu,
+    F.softplus,
+))  # fmt: skip

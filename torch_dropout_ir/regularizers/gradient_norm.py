@@ -80,10 +80,11 @@ def gradient_norm(
     A pair ``g, g'`` of gradients at independent masks on one batch gives
     :math:`(\lVert g \rVert^2 + \lVert g' \rVert^2)/2` and the noise of the masks,
     :math:`\lVert g - g' \rVert^2 / 2`, without bias; their inner product is the rest.
-    Of several batches, inner products across a pair of them give the squared mean
-    gradient, and what is left is the noise of the mini-batches, which plain SGD has
-    too; that of the masks is of the first of a pair. Steps count alike, whatever the
-    sizes of their batches.
+    Of several batches the passes of two take turns, ``b a a b``, and each is held
+    against the next: inner products across the two give the squared mean gradient,
+    differences within one the noise of the masks, and what is left is the noise of the
+    mini-batches, which plain SGD has too. Steps count alike, whatever the sizes of
+    their batches.
 
     Noise that is not that of sites is switched off where its kind is known, and is in
     all of it where it is not. Near ``p = 1``, where next to no unit is kept at both
@@ -91,11 +92,11 @@ def gradient_norm(
     errors.
 
     Costs a forward and a backward pass a mask and batch. Memory: beside a pass, whose
-    gradients go one by one as they come, one gradient: that at the first of two masks,
-    or the mean of the first of two batches. Those of linear layers and convolutions are
-    held as what they are products of, where that is smaller, and compared some rows at
-    a time; and what a linear layer takes in behind dropout is held as a bit an element,
-    and what dropout took in. For optimizers other than gradient descent R_2 is a
+    gradients go one by one as they come, one gradient, that of the pass before. Those
+    of linear layers and convolutions are held as what they are products of, where that
+    is smaller, and compared some rows at a time; what a linear layer takes in behind
+    dropout is held as a bit an element, and what dropout took in, and behind GELU and
+    the like as what that took in. For optimizers other than gradient descent R_2 is a
     diagnostic, not the theory. For a gradient that the script has anyway, ``(lr / 4) *
     g.square().sum()`` is one unbiased sample of the first form, free of extra passes.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Final
 
 import torch
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import go_on
 from torch_dropout_ir.functional import Batch, parameters
-from torch_dropout_ir.gradient_factors import address
+from torch_dropout_ir.gradient_factors import Factors, address
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
-from torch_dropout_ir.regularizers.gradient_means import GradientMeans
 from torch_dropout_ir.regularizers.inner_products import (
     Gradient,
     compared,
@@ -67,14 +66,14 @@ class GradientPairs:
         def take(i: int, g: Tensor) -> None:
             receive(i, g.to_dense() if g.is_sparse else g)
 
-        parts = WeightParts(self._targets, receive)
+        parts = WeightParts(self._targets, receive, self._remake)
         masked = dropout_risk(
             self._model,
             batch,
             self._loss,
             self.seen,
             shared_mask=self._shared_mask,
-            note=parts.note if self._remake else None,
+            note=parts.note,
         )
         with arrivals(self._targets, take), torch.enable_grad(), parts, masked as value:
             check_differentiable("gradient_norm", value)
@@ -86,77 +85,80 @@ class GradientPairs:
             torch.autograd.grad(value, self._targets, allow_unused=True)
         return True
 
-    def within(self, batch: Batch, num_masks: int, means: GradientMeans) -> Tensor:
-        """Return value, mean, and mask noise of one batch, each from all of its masks.
-
-        ``means`` is filled with the mean gradients of the masks that it counts.
-        """
-        found = self._table()
-        self._gradients(batch, means.enter)
-        for k in range(1, num_masks):
-            missed = means.numbers()
-            enter = functools.partial(self._enter, found, means, missed, k)
-            self._gradients(batch, enter)
-            for i in missed.copy():  # at these masks the loss does not depend on it
-                enter(i, None)
-        counts = num_masks, num_masks * (num_masks - 1) / 2, num_masks - 1
-        return self._sum(found) / found[0].new_tensor(counts)
-
-    def _enter(
-        self,
-        found: list[Tensor],
-        means: GradientMeans,
-        missed: set[int],
-        k: int,
-        i: int,
-        g: Gradient | None,
-    ) -> None:
-        """Take the gradient of parameter ``i`` at mask ``k`` into sums and means."""
-        missed.discard(i)
-        over = k == means.count
-        mean = means.take(i) if over else means.get(i)
-        square, first, inner, away = self._compared(i, g, mean)
-        square = square + first if k == 1 else square  # that of the mean of one
-        found[i] += torch.stack((square, k * inner, k / (k + 1) * away))
-        if not over:
-            means.enter(i, g, k)
-
-    def beside(self, batch: Batch, num_masks: int, means: GradientMeans) -> Tensor:
-        """Return the value of a batch and its inner product with a mean gradient."""
-        found = self._table()
-
-        def take(i: int, g: Gradient) -> None:
-            square, _, inner, away = self._compared(i, g, means.get(i))
-            found[i] += torch.stack((square, inner, away))
-
-        for _ in range(num_masks):
-            self._gradients(batch, take)
-        return self._sum(found)[:2] / num_masks
-
     def across(self, a: Batch, b: Batch, num_masks: int) -> Tensor:
-        """Return value, mean, mask noise (of the first) and batch noise of two."""
-        means = self._means(a, num_masks)
-        first, _, noise = self.within(a, num_masks, means)
-        second, inner = self.beside(b, num_masks, means)
-        value = (first + second) / 2
-        return torch.stack((value, inner, noise, value - noise - inner))
+        """Return value, mean, mask noise and batch noise of two batches.
+
+        Their passes take turns such that each has a link to the next: between the two
+        for the mean, within one for the noise of masks, which of two masks is ``a``.
+        """
+        value, inner, away = self._chain([b, a, a, b] * (num_masks // 2))
+        mean, noise = inner[::2].mean(), away[1::2].mean() / 2
+        return torch.stack((value, mean, noise, value - noise - mean))
 
     def pair(self, batch: Batch) -> Tensor:
         """Return value, mean, mask noise and batch noise, which is 0, of two masks."""
-        found = self.within(batch, 2, self._means(batch, 1))
-        return torch.cat((found, found.new_zeros(1)))
+        value, inner, away = self._chain([batch, batch])
+        return torch.stack((value, inner[0], away[0] / 2, value.new_zeros(())))
 
-    def _means(self, batch: Batch, count: int) -> GradientMeans:
-        given = (x for x in Inputs.of(batch[0]).leaves() if isinstance(x, Tensor))
-        inputs = {address(x) for x in given}
-        return GradientMeans(self._targets, count, inputs, self._entries)
+    def _chain(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw masks on each batch; hold one gradient at a time, against the next.
 
-    def _compared(self, i: int, a: Gradient | None, b: Gradient | None) -> Tensor:
-        return compared(a, b, self._targets[i], self._entries)
+        Returns:
+            The mean squared norm; the inner product of each with the next, and the
+            squared norm of their difference.
+        """
+        held: dict[int, Gradient] = {}
+        links: list[Tensor] = []
+        for k, batch in enumerate(batches):
+            found = [
+                x.new_zeros(4, dtype=wide_dtype(x).to_real()) for x in self._targets
+            ]
+            missed = {*held}
+            beside = _addresses(batch) if k + 1 < len(batches) else None
+            take = functools.partial(self._take, found, held, missed, k > 0, beside)
+            self._gradients(batch, take)
+            for i in missed.copy():  # at these masks the loss does not depend on it
+                take(i, None)
+            pairs = zip(self._rates, found, strict=True)
+            links.append(torch.stack([rate / 4 * x for rate, x in pairs]).sum(0))
+        own, before, inner, away = torch.stack(links[1:]).unbind(1)
+        return (own.sum() + before[0]) / len(batches), inner, away
 
-    def _table(self) -> list[Tensor]:
-        return [x.new_zeros(3, dtype=wide_dtype(x).to_real()) for x in self._targets]
+    def _take(
+        self,
+        found: list[Tensor],
+        held: dict[int, Gradient],
+        missed: set[int],
+        linked: bool,
+        beside: Set[int] | None,
+        i: int,
+        g: Gradient | None,
+    ) -> None:
+        """Hold the gradient of parameter ``i`` against that held, and in its place.
 
-    def _sum(self, found: list[Tensor]) -> Tensor:
-        pairs = zip(self._rates, found, strict=True)
-        return torch.stack([rate / 4 * x for rate, x in pairs]).sum(0)
+        Args:
+            found: Is added what the two say.
+            held: That of the pass before, by number.
+            missed: Which of those have none in this pass so far.
+            linked: Whether there is a pass before.
+            beside: Where memory is that is there anyway; None if nothing is held.
+            i: The number.
+            g: The gradient; None for zero.
+        """
+        missed.discard(i)
+        if linked:
+            found[i] += compared(g, held.pop(i, None), self._targets[i], self._entries)
+        if g is not None and beside is not None:
+            held[i] = self._smaller(i, g, beside)
+
+    def _smaller(self, i: int, g: Gradient, beside: Set[int]) -> Gradient:
+        """Return a gradient as what takes less memory, its factors or itself."""
+        if isinstance(g, Factors) and g.held(beside) >= self._targets[i].nbytes:
+            return g[:]
+        return g
+
+
+def _addresses(batch: Batch) -> set[int]:
+    """Return where the inputs are, which are there anyway."""
+    given = (x for x in Inputs.of(batch[0]).leaves() if isinstance(x, Tensor))
+    return {address(x) for x in given}

@@ -102,7 +102,7 @@ def _applied(h: Tensor, packed: Tensor, scale: float) -> Tensor:
 
 
 def _multiplied(h: Tensor, noise: Tensor) -> Tensor:
-    return torch.where(noise != 0, h * noise, h.new_zeros(()))
+    return torch.where(noise != 0, h, h.new_zeros(())).mul_(noise)
 
 
 def _check_rows(site: Site, shape: tuple[int, ...], batch: Batch) -> None:
