@@ -41,7 +41,7 @@ from torch_dropout_ir.losses import LossFunction
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import measuring, replaced
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.tracing import mapped, random_state, recomputes
+from torch_dropout_ir.tracing import random_state, recomputes
 from torch_dropout_ir.turns import in_turn
 
 
@@ -182,7 +182,7 @@ class Capture:
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         aside = self.paused or not self.watched.training or measuring()
-        if aside or self._only_looks() or any(map(mapped, args)):
+        if aside or self._only_looks():
             return
         self._passing = threading.get_ident()
         sweep()

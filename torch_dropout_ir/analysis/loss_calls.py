@@ -50,7 +50,7 @@ from torch_dropout_ir.analysis.own_graph import OwnGraph, copied_from
 from torch_dropout_ir.analysis.roots import by_scaler, goes_back, has_gradient
 from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
-from torch_dropout_ir.tracing import generators
+from torch_dropout_ir.tracing import generators, recorded
 
 _MOST_STEPS: Final = 1000
 # The output of a model that returns a tensor, or the first of several.
@@ -189,7 +189,7 @@ class LossCalls(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or not self._looking:
+        if not self._looking or recorded():
             return func(*args, **kwargs)
         if (back := goes_back(func, args, kwargs, self._model)) is not None:
             *root, keeps = back
