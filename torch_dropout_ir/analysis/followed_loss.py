@@ -168,29 +168,45 @@ def leading_to(result: At, steps: list[Step]) -> dict[int, Step]:
 
 
 def unwritten(
-    func: Callable[..., Any], args: tuple[Any, ...], known: At | None
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: At | None,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
     """Return a call that makes what another is about to write.
 
     Args:
         func: What is about to be called, as by ``loss += ...``.
         args: Its arguments.
+        kwargs: Those by name.
         known: Where what is written on comes from; None where it is none of the
             outputs', and its value is kept.
 
     Returns:
-        Function and arguments; None where the call writes otherwise, or on the outputs.
+        Function and arguments; None where the call writes otherwise.
     """
     name = getattr(func, "__name__", "")
-    if name not in _WRITES or not args:
+    if not args or kwargs.get("out") is not None or not writes(name, kwargs):
         return None
-    x, number = args[0], args[0].numel() == 1
-    if known is None and x.requires_grad:
-        return None  # a sum over several passes
-    if not number and (known is None or known.of != "steps"):
-        return None
+    x = args[0]
+    if known is None and (x.requires_grad or x.numel() != 1):
+        return None  # a sum over several passes, or what may be large
     x = x if known is not None else x.detach().clone()
-    return getattr(Tensor, name[:-1]), (x, *args[1:])
+    if name in _WRITES:
+        return getattr(Tensor, name[:-1]), (x, *args[1:])
+    return functools.update_wrapper(functools.partial(_on_a_copy, func), func), (
+        x,
+        *args[1:],
+    )
+
+
+def _on_a_copy(
+    func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Let a function write on a copy."""
+    x = x.clone()
+    func(x, *args, **kwargs)
+    return x
 
 
 def inside(x: Any, kind: type) -> Iterator[Any]:
@@ -255,4 +271,4 @@ def writes(name: str, kwargs: dict[str, Any]) -> bool:
     # `__iadd__` is the writing form of `__add__`; `__invert__` is of nothing.
     by_operator = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
     written = in_place or by_operator or name == "__setitem__"
-    return written or kwargs.get("out") is not None
+    return written or bool(kwargs.get("inplace")) or kwargs.get("out") is not None

@@ -8,13 +8,12 @@ Semantics:
   can follow: the losses are added up.
 * Of that number a gradient scaler's factor is taken away, and a division by the number
   of passes that went backward since the gradients were zero, or of a larger group.
-* What is written on (``loss += ...``, ``each.masked_fill_(...)``), but for the outputs
-  themselves, is followed as if a new tensor were made.
+* What is written on (``loss += ...``, ``each.masked_fill_(...)``), not by a view of it,
+  is followed as if a new tensor were made.
 * Nothing else is followed that was written on, nor what draws random numbers, is a
   gradient, has a derivative of its own (``autograd.Function``, compiled code), or
   depends on the model's parameters otherwise; what comes of others is constant.
-* The mode lies under those of the script, so that what the script enters and leaves
-  meanwhile stays what it is. It only looks: every call is made as it was.
+* The mode lies under those of the script, and only looks: every call is made as it was.
 """
 
 from __future__ import annotations
@@ -129,7 +128,8 @@ class LossCalls(TorchFunctionMode):
 
     def lost(self, outputs: Any) -> bool:
         """Whether some of the outputs were written on since the pass."""
-        return any(self.at(x) == _LOST for x in inside(outputs, Tensor))
+        places = filter(None, map(self.at, inside(outputs, Tensor)))
+        return any(at.of != "outputs" for at in places)
 
     @property
     def trained(self) -> At | None:
@@ -198,7 +198,7 @@ class LossCalls(TorchFunctionMode):
                 if not keeps:
                     self._rest()
             return func(*args, **kwargs)
-        number = unwritten(func, args, known=self.at(args[0] if args else None))
+        number = unwritten(func, args, kwargs, self.at(args[0] if args else None))
         out, drawn = called(func, args, kwargs, self._generators)
         self._follow(func, args, kwargs, out, number, drawn)
         return out
@@ -251,6 +251,7 @@ class LossCalls(TorchFunctionMode):
                 self._lose(written)
                 return
             func, args = number
+            out, results = written, (written,)
             into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
         elif not any(isinstance(x, Tensor) for x in results):
             return
@@ -284,8 +285,7 @@ class LossCalls(TorchFunctionMode):
         """What shares the memory that was written on is no longer what it was."""
         if self.at(written) is not None:
             place = memory(written)
-            for x in [x for x in self._known if memory(x) == place]:
-                self._known[x] = _LOST
+            self._known.update((x, _LOST) for x in [*self._known] if memory(x) == place)
 
     def _stand_in(self, x: Tensor) -> At:
         at = self.at(x) or self._read.get(x)
