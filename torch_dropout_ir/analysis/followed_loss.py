@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_dropout_ir.leaves import flatten
 
@@ -36,8 +36,8 @@ class At(NamedTuple):
         of: ``"outputs"`` of the model, ``"targets"`` for whatever else was there,
             ``"constants"`` for what comes of the parameters of others, or ``"steps"``
             for what came of a call.
-        place: Its number.
-        element: Which one, where a call has returned several.
+        place: Its number; of outputs, that of the pass.
+        element: Which one, where a call or a pass has returned several.
     """
 
     of: str
@@ -61,7 +61,6 @@ class Step(NamedTuple):
     differentiated: bool
 
 
-@dataclass(frozen=True)
 class Beside:
     """What a loss reads beside the outputs.
 
@@ -71,15 +70,25 @@ class Beside:
             the batch's, and have no gradient here.
     """
 
-    targets: list[Tensor]
-    constants: list[Tensor]
+    def __init__(self) -> None:
+        self.targets, self.constants = list[Tensor](), list[Tensor]()
+        self._places: Any = WeakIdKeyDictionary()
+        self._versions: dict[At, list[int]] = {}
 
-    def add(self, x: Tensor) -> At:
-        """Keep a tensor; return where."""
-        of = "constants" if x.requires_grad else "targets"
-        kept: list[Tensor] = getattr(self, of)
-        kept.append(x.detach() if x.requires_grad else x)
-        return At(of, len(kept) - 1)
+    def keep(self, x: Tensor) -> At:
+        """Return where a tensor is kept, anew where it was written on since."""
+        at: At | None = self._places.get(x)
+        if at is None or self._versions[at] != versions(x):
+            of = "constants" if x.requires_grad else "targets"
+            kept: list[Tensor] = getattr(self, of)
+            kept.append(x.detach() if x.requires_grad else x)
+            at = self._places[x] = At(of, len(kept) - 1)
+            self._versions[at] = versions(x)
+        return at
+
+    def changed(self, at: At) -> bool:
+        """Whether what is kept there was written on since it was read."""
+        return at in self._versions and versions(self[at]) != self._versions[at]
 
     def __getitem__(self, at: At) -> Tensor:
         found: Tensor = getattr(self, at.of)[at.place]
@@ -96,6 +105,9 @@ class FollowedLoss:
         options: Those of torch's loss function that returned it, ``reduction`` and
             ``ignore_index`` among them; none where it is no such function's.
         constants: What it reads of the parameters of others.
+
+    Attributes:
+        passes: The numbers of the passes whose outputs it reads.
     """
 
     def __init__(
@@ -107,6 +119,7 @@ class FollowedLoss:
         constants: list[Tensor],
     ) -> None:
         self._steps = leading_to(result, steps)
+        self.passes = passes_of(result, steps)
         self._result, self._constants = result, constants
         self.__name__ = name
         self.keywords = options  # where those of a functools.partial are
@@ -115,7 +128,7 @@ class FollowedLoss:
         """Evaluate the loss of other outputs.
 
         Args:
-            outputs: What the model returned.
+            outputs: What the model returned; of several passes a tuple.
             targets: The tensor that the script read beside the outputs; a tuple where
                 these are several or none.
 
@@ -123,8 +136,10 @@ class FollowedLoss:
             Scalar.
         """
         results: dict[int, Any] = {}
+        each = outputs if len(self.passes) > 1 else (outputs,)
+        leaves = (flatten(x)[0] for x in each)
         found: dict[str, Any] = {
-            "outputs": flatten(outputs)[0],
+            "outputs": dict(zip(self.passes, leaves, strict=True)),
             "targets": targets if isinstance(targets, tuple) else (targets,),
             "constants": self._constants,
             "steps": results,
@@ -165,6 +180,13 @@ def leading_to(result: At, steps: list[Step]) -> dict[int, Step]:
             read = inside((steps[place].args, steps[place].kwargs), At)
             wanted |= {at.place for at in read if at.of == "steps"}
     return {place: steps[place] for place in sorted(wanted)}
+
+
+def passes_of(result: At, steps: list[Step]) -> list[int]:
+    """Return the numbers of the passes whose outputs a result is made of."""
+    made = leading_to(result, steps).values()
+    read = inside((result, [(step.args, step.kwargs) for step in made]), At)
+    return sorted({at.place for at in read if at.of == "outputs"})
 
 
 def unwritten(
