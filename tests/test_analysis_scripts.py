@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -700,3 +702,44 @@ def test_where_no_optimizer_steps_the_summary_says_so():
         assert "no step of a torch.optim.Optimizer" in analysis.summary()
         assert {"loss/R_S", "regularizer/R1"} <= set(analysis.measure())
         assert "no step of" not in analysis.summary()
+
+
+RECORDERS = {
+    "export": lambda m, x: torch.export.export(m, (x,)).graph_module.code,
+    "make_fx": lambda m, x: make_fx(m)(x).code,
+    "trace": lambda m, x: [
+        node.kind()
+        for node in torch.jit.trace(m, x, check_trace=False).inlined_graph.nodes()
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("record", RECORDERS.values(), ids=RECORDERS)
+def test_what_is_recorded_in_training_mode_is_as_without(record):
+    # A measurement is due, and then a pass is looked at whose loss is still to come.
+    model, twin, x = mlp(), mlp(), torch.randn(8, 6)
+    expected = record(twin, x)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        assert record(model, x) == expected
+        loss = model(x).square().mean()
+        assert record(twin, x) == record(model, x) == expected
+        loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        assert analysis.latest["regularizer/R1"] > 0
+
+
+def test_passes_on_fake_tensors_are_not_looked_at():
+    model, x = mlp(), torch.randn(8, 6)
+    with tdi.attach_analysis(model, log_dir=False, every=1):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert model(x).shape == (8, 3)  # a warning would be an error
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripting_a_model_says_to_detach_first():
+    model = mlp()
+    with tdi.attach_analysis(model, log_dir=False):
+        with pytest.raises(AttributeError, match=r"detach\(\)` first"):
+            torch.jit.script(model)
+    torch.jit.script(model)

@@ -214,8 +214,8 @@ def call(
     own = seen.has_buffers and not move_buffers
     with copied_buffers(seen.modules) if own else contextlib.nullcontext():
         if params:
-            return call_with(model, params, arguments.args, arguments.kwargs)
-        return model(*arguments.args, **arguments.kwargs)
+            return arguments.call(functools.partial(call_with, model, params))
+        return arguments.call(lambda args, kwargs: model(*args, **kwargs))
 
 
 def batch_size(batch: Batch) -> int:

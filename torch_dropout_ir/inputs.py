@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -47,7 +47,7 @@ class Inputs:
         if all([isinstance(x, Tensor) for x in given]):
             return self  # as most are
         named = {name: _renewed(x) for name, x in self.kwargs.items()}
-        return Inputs(tuple(map(_renewed, self.args)), named)
+        return type(self)(tuple(map(_renewed, self.args)), named)
 
     def cut_off(self) -> Inputs:
         """Return the same arguments, each tensor without the graph that has made it.
@@ -57,7 +57,7 @@ class Inputs:
         leaves, rebuild = flatten((self.args, dict(self.kwargs)))
         if not any(map(_made, leaves)):
             return self  # as most are
-        return Inputs(*rebuild(list(map(_cut_off, leaves))))
+        return type(self)(*rebuild(list(map(_cut_off, leaves))))
 
     def leaves(self) -> list[Any]:
         """Return what the arguments hold, objects opened."""
@@ -66,7 +66,11 @@ class Inputs:
     def copied(self) -> Inputs:
         """Return the same arguments with a copy of each tensor."""
         both = self.args, dict(self.kwargs)
-        return Inputs(*_pytree.tree_map_only(Tensor, Tensor.clone, both))
+        return type(self)(*_pytree.tree_map_only(Tensor, Tensor.clone, both))
+
+    def call(self, run: Callable[..., Any]) -> Any:
+        """Return what ``run(args, kwargs)`` makes of the call."""
+        return run(self.args, self.kwargs)
 
     def first_tensor(self) -> Tensor:
         """Return the first tensor of the arguments; its first dimension is the batch.
@@ -78,6 +82,24 @@ class Inputs:
         if not (tensors := [x for x in leaves if isinstance(x, Tensor)]):
             raise TypeError("expected a batch whose inputs hold a tensor, got none")
         return tensors[0]
+
+
+class SeveralInputs(Inputs):
+    """The arguments of several calls of a model, whose outputs are taken together.
+
+    Attributes:
+        args: Of each call, its positional arguments and those by name.
+        kwargs: None.
+    """
+
+    @classmethod
+    def of_calls(cls, calls: Iterable[Inputs]) -> SeveralInputs:
+        """Take the arguments of some calls together, in their order."""
+        return cls(tuple((x.args, dict(x.kwargs)) for x in calls), {})
+
+    def call(self, run: Callable[..., Any]) -> tuple[Any, ...]:
+        """Return what ``run(args, kwargs)`` makes of each call."""
+        return tuple(run(args, kwargs) for args, kwargs in self.args)
 
 
 def _made(x: Any) -> bool:

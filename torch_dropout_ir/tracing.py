@@ -27,6 +27,7 @@ _WRAPPED = getattr(
 )
 _MODE = getattr(torch._C, "_get_dispatch_mode", None)
 _PROXY_MODE = _MODE and functools.partial(_MODE, torch._C._TorchDispatchModeKey.PROXY)
+_FAKE_MODE = _MODE and functools.partial(_MODE, torch._C._TorchDispatchModeKey.FAKE)
 _NUM_MODES = getattr(torch._C, "_len_torch_dispatch_stack", None)
 
 # Inside, no mode and no subclass of tensors is asked about a call: each property that
@@ -204,6 +205,16 @@ def eager() -> bool:
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     return not _TRANSFORMS_ACTIVE() and getattr(forward_ad, "_current_level", 0) < 0
+
+
+def recorded() -> bool:
+    """Whether what runs trains nothing: a transform or tracer has it, or no data."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    modes = [m for m in (_PROXY_MODE, _FAKE_MODE) if m is not None]
+    return any(mode() is not None for mode in modes) or bool(
+        _TRANSFORMS_ACTIVE is not None and _TRANSFORMS_ACTIVE()
+    )
 
 
 def unseen(x: Tensor) -> bool:

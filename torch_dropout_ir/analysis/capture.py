@@ -30,18 +30,17 @@ from torch_dropout_ir.analysis.compiled_calls import (
 from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.followed_loss import versions
 from torch_dropout_ir.analysis.generators import Generators
-from torch_dropout_ir.analysis.loss_calls import LossCalls, sweep
-from torch_dropout_ir.analysis.loss_module import LossModule
+from torch_dropout_ir.analysis.loss_calls import sweep
 from torch_dropout_ir.analysis.meetings import calling_wrapper
 from torch_dropout_ir.analysis.own_pass import OTHER_PASS, OwnPass, not_again
 from torch_dropout_ir.analysis.replay import OtherDraws, replay
 from torch_dropout_ir.analysis.root_hook import RootHook
+from torch_dropout_ir.analysis.script_loss import ScriptLoss
 from torch_dropout_ir.inputs import Inputs
-from torch_dropout_ir.losses import LossFunction
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import measuring, replaced
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.tracing import mapped, random_state, recomputes
+from torch_dropout_ir.tracing import random_state, recomputes
 from torch_dropout_ir.turns import in_turn
 
 
@@ -63,6 +62,7 @@ class Capture:
         missed: Why the last pass cannot be measured, where there was one.
         unlike: How the measures' passes differ from the script's.
         bystanders: What the measures' own passes leave aside.
+        script: What follows the loss of the passes.
         groups: How many passes there are for a step.
         want_masks, want_targets: Whether to look for those of the coming pass.
         cast: Whether autocast was on when it began.
@@ -88,8 +88,7 @@ class Capture:
         self._thread = self._passing = 0  # of the steps; of the last pass
         self._versions, self.groups = list[int](), Accumulation()
         self._outputs: Any = None
-        self._calls: LossCalls | None = None
-        self._module: LossModule | None = None
+        self.script = ScriptLoss()
         self._start: Generators | None = None
         self._end: list[Tensor] | None = None
         self.bystanders = Bystanders(watched)
@@ -128,7 +127,8 @@ class Capture:
         for stack in (self._told, self._step, self._root):
             stack.close()
         sweep()
-        self.inputs = self._outputs = self._calls = self._module = None
+        self.script.stop()
+        self.inputs = self._outputs = None
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -146,32 +146,28 @@ class Capture:
         self._thread = self._passing if self._passing == threading.get_ident() else 0
         self._told.close()
         self._stop_looking()
+        self.script.stop()
 
     def _stop_looking(self) -> None:
         self._open = False
         self._step.close()
-        self._outputs = self._calls = self._module = None
+        self._outputs = None
 
-    def loss(self) -> tuple[LossFunction, Any, bool, bool] | None:
-        """Return the loss of the last pass, as the script has computed it.
+    def take(self, passes: list[int]) -> bool:
+        """Let the inputs be those of some passes.
+
+        Args:
+            passes: Their numbers.
 
         Returns:
-            The loss; its targets, None where it reads the outputs alone; whether any
-            loss of outputs and targets would take these, handed on beside the output
-            itself; whether it is a part of the script's. None where none was seen, or
-            what it has read was written on since.
+            Whether they can be made again.
         """
-        if self._calls is None or self._calls.overwritten:
-            return None
-        found = self._calls.found()
-        module = self._module.loss(found is not None) if self._module else None
-        if module is not None:
-            return module[0], module[1], True, self._calls.in_part
-        if found is None:
-            return None
-        loss, all_read, straight = found
-        read = all_read[0] if len(all_read) == 1 else all_read or None
-        return loss, read, straight, self._calls.in_part
+        found = self.script.inputs_of(passes)
+        if isinstance(found, str):
+            self._miss(found)
+            return False
+        self.inputs, self._versions = found, versions(found.leaves())
+        return True
 
     def spent(self) -> float:
         """Return the seconds spent on observing masks since the last call."""
@@ -182,7 +178,7 @@ class Capture:
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         aside = self.paused or not self.watched.training or measuring()
-        if aside or self._only_looks() or any(map(mapped, args)):
+        if aside or self._only_looks():
             return
         self._passing = threading.get_ident()
         sweep()
@@ -190,6 +186,7 @@ class Capture:
             self.passes, self.groups.idle, self._new_step = 0, 0, False
         if self.groups.tired():  # what was seen of the pass before stays
             self._told.close()
+            self.script.leave()
             return self._step.close()
         if (parallel := calling_wrapper()) is not None:
             self.wrapper = weakref.ref(parallel)
@@ -223,9 +220,10 @@ class Capture:
 
     def _open_step(self) -> None:
         """Look at the coming pass in full, where something of it is wanted."""
-        if self._calls is not None and self._calls.went_back:
+        if self.script.went_back:
             self.passes = self.groups.without_step()
         self._stop_looking()
+        self.script.begin()
         self._listen()  # to hooks that are there since
         if self.want_masks and self.model is not None and not replaced():
             self._start = Generators(self.model)
@@ -253,11 +251,8 @@ class Capture:
         if self.watched.training and self.want_targets and outputs is not None:
             self._outputs = outputs
             self.groups.passes = self.passes + 1
-            self._calls = LossCalls(outputs, self.groups, self.watched)
-            self._calls.enter()
-            self._step.callback(self._calls.leave)
-            self._module = LossModule(outputs, self._calls)
-            self._step.callback(self._module.look())
+            given = self.inputs, self._versions
+            self.script.follow(self.watched, self.groups, outputs, *given)
 
     def _check_inputs(self) -> None:
         """Let go of inputs of which no second pass is the same, or can be masked."""
@@ -271,8 +266,7 @@ class Capture:
             model: The model to run again: the own one, or a copy that runs alone.
         """
         self._told.close()
-        if self._calls is not None:
-            self._calls.leave()  # every call of the measures would go through it
+        if self.script.leave():  # every call of the measures would go through it
             self.passes = self.groups.passes - 1
         self._check_inputs()
         self.unlike = self._own.unlike(self.watched) if self._own else ""

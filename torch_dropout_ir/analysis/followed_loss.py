@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_dropout_ir.leaves import flatten
 
@@ -36,8 +36,8 @@ class At(NamedTuple):
         of: ``"outputs"`` of the model, ``"targets"`` for whatever else was there,
             ``"constants"`` for what comes of the parameters of others, or ``"steps"``
             for what came of a call.
-        place: Its number.
-        element: Which one, where a call has returned several.
+        place: Its number; of outputs, that of the pass.
+        element: Which one, where a call or a pass has returned several.
     """
 
     of: str
@@ -61,7 +61,6 @@ class Step(NamedTuple):
     differentiated: bool
 
 
-@dataclass(frozen=True)
 class Beside:
     """What a loss reads beside the outputs.
 
@@ -71,15 +70,25 @@ class Beside:
             the batch's, and have no gradient here.
     """
 
-    targets: list[Tensor]
-    constants: list[Tensor]
+    def __init__(self) -> None:
+        self.targets, self.constants = list[Tensor](), list[Tensor]()
+        self._places: Any = WeakIdKeyDictionary()
+        self._versions: dict[At, list[int]] = {}
 
-    def add(self, x: Tensor) -> At:
-        """Keep a tensor; return where."""
-        of = "constants" if x.requires_grad else "targets"
-        kept: list[Tensor] = getattr(self, of)
-        kept.append(x.detach() if x.requires_grad else x)
-        return At(of, len(kept) - 1)
+    def keep(self, x: Tensor) -> At:
+        """Return where a tensor is kept, anew where it was written on since."""
+        at: At | None = self._places.get(x)
+        if at is None or self._versions[at] != versions(x):
+            of = "constants" if x.requires_grad else "targets"
+            kept: list[Tensor] = getattr(self, of)
+            kept.append(x.detach() if x.requires_grad else x)
+            at = self._places[x] = At(of, len(kept) - 1)
+            self._versions[at] = versions(x)
+        return at
+
+    def changed(self, at: At) -> bool:
+        """Whether what is kept there was written on since it was read."""
+        return at in self._versions and versions(self[at]) != self._versions[at]
 
     def __getitem__(self, at: At) -> Tensor:
         found: Tensor = getattr(self, at.of)[at.place]
@@ -96,6 +105,9 @@ class FollowedLoss:
         options: Those of torch's loss function that returned it, ``reduction`` and
             ``ignore_index`` among them; none where it is no such function's.
         constants: What it reads of the parameters of others.
+
+    Attributes:
+        passes: The numbers of the passes whose outputs it reads.
     """
 
     def __init__(
@@ -107,6 +119,7 @@ class FollowedLoss:
         constants: list[Tensor],
     ) -> None:
         self._steps = leading_to(result, steps)
+        self.passes = passes_of(result, steps)
         self._result, self._constants = result, constants
         self.__name__ = name
         self.keywords = options  # where those of a functools.partial are
@@ -115,7 +128,7 @@ class FollowedLoss:
         """Evaluate the loss of other outputs.
 
         Args:
-            outputs: What the model returned.
+            outputs: What the model returned; of several passes a tuple.
             targets: The tensor that the script read beside the outputs; a tuple where
                 these are several or none.
 
@@ -123,8 +136,10 @@ class FollowedLoss:
             Scalar.
         """
         results: dict[int, Any] = {}
+        each = outputs if len(self.passes) > 1 else (outputs,)
+        leaves = (flatten(x)[0] for x in each)
         found: dict[str, Any] = {
-            "outputs": flatten(outputs)[0],
+            "outputs": dict(zip(self.passes, leaves, strict=True)),
             "targets": targets if isinstance(targets, tuple) else (targets,),
             "constants": self._constants,
             "steps": results,
@@ -167,30 +182,53 @@ def leading_to(result: At, steps: list[Step]) -> dict[int, Step]:
     return {place: steps[place] for place in sorted(wanted)}
 
 
+def passes_of(result: At, steps: list[Step]) -> list[int]:
+    """Return the numbers of the passes whose outputs a result is made of."""
+    made = leading_to(result, steps).values()
+    read = inside((result, [(step.args, step.kwargs) for step in made]), At)
+    return sorted({at.place for at in read if at.of == "outputs"})
+
+
 def unwritten(
-    func: Callable[..., Any], args: tuple[Any, ...], known: At | None
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: At | None,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
     """Return a call that makes what another is about to write.
 
     Args:
         func: What is about to be called, as by ``loss += ...``.
         args: Its arguments.
+        kwargs: Those by name.
         known: Where what is written on comes from; None where it is none of the
             outputs', and its value is kept.
 
     Returns:
-        Function and arguments; None where the call writes otherwise, or on the outputs.
+        Function and arguments; None where the call writes otherwise.
     """
     name = getattr(func, "__name__", "")
-    if name not in _WRITES or not args:
+    if not args or kwargs.get("out") is not None or not writes(name, kwargs):
         return None
-    x, number = args[0], args[0].numel() == 1
-    if known is None and x.requires_grad:
-        return None  # a sum over several passes
-    if not number and (known is None or known.of != "steps"):
-        return None
+    x = args[0]
+    if known is None and (x.requires_grad or x.numel() != 1):
+        return None  # a sum over several passes, or what may be large
     x = x if known is not None else x.detach().clone()
-    return getattr(Tensor, name[:-1]), (x, *args[1:])
+    if name in _WRITES:
+        return getattr(Tensor, name[:-1]), (x, *args[1:])
+    return functools.update_wrapper(functools.partial(_on_a_copy, func), func), (
+        x,
+        *args[1:],
+    )
+
+
+def _on_a_copy(
+    func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Let a function write on a copy."""
+    x = x.clone()
+    func(x, *args, **kwargs)
+    return x
 
 
 def inside(x: Any, kind: type) -> Iterator[Any]:
@@ -255,4 +293,4 @@ def writes(name: str, kwargs: dict[str, Any]) -> bool:
     # `__iadd__` is the writing form of `__add__`; `__invert__` is of nothing.
     by_operator = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
     written = in_place or by_operator or name == "__setitem__"
-    return written or kwargs.get("out") is not None
+    return written or bool(kwargs.get("inplace")) or kwargs.get("out") is not None

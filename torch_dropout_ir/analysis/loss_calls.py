@@ -8,18 +8,16 @@ Semantics:
   can follow: the losses are added up.
 * Of that number a gradient scaler's factor is taken away, and a division by the number
   of passes that went backward since the gradients were zero, or of a larger group.
-* What is written on (``loss += ...``, ``each.masked_fill_(...)``), but for the outputs
-  themselves, is followed as if a new tensor were made.
+* What is written on (``loss += ...``, ``each.masked_fill_(...)``), not by a view of it,
+  is followed as if a new tensor were made.
 * Nothing else is followed that was written on, nor what draws random numbers, is a
   gradient, has a derivative of its own (``autograd.Function``, compiled code), or
   depends on the model's parameters otherwise; what comes of others is constant.
-* The mode lies under those of the script, so that what the script enters and leaves
-  meanwhile stays what it is. It only looks: every call is made as it was.
+* The mode lies under those of the script, and only looks: every call is made as it was.
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
@@ -34,14 +32,13 @@ from torch_dropout_ir.analysis.followed_loss import (
     TIMES,
     At,
     Beside,
-    FollowedLoss,
     Step,
     filled,
     inside,
     leading_to,
     memory,
+    passes_of,
     unwritten,
-    versions,
     without_statistics,
     writes,
 )
@@ -49,12 +46,11 @@ from torch_dropout_ir.analysis.function_modes import called, lay_under, take_awa
 from torch_dropout_ir.analysis.own_graph import OwnGraph, copied_from
 from torch_dropout_ir.analysis.roots import by_scaler, goes_back, has_gradient
 from torch_dropout_ir.leaves import flatten
-from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
-from torch_dropout_ir.tracing import generators
+from torch_dropout_ir.losses import TORCH_LOSSES
+from torch_dropout_ir.tracing import generators, recorded
 
 _MOST_STEPS: Final = 1000
-# The output of a model that returns a tensor, or the first of several.
-OUTPUT: Final = At("outputs", 0)
+_MOST_PASSES: Final = 8  # that are waited for together
 _LOST: Final = At("lost", 0)  # what was written on, or comes of that
 _UNKNOWN: Final = (None, _LOST)
 
@@ -69,6 +65,8 @@ class LossCalls(TorchFunctionMode):
 
     Attributes:
         steps: The calls that are listed.
+        beside: What they read beside the outputs.
+        one: Of each pass, whether it has returned a single tensor.
         of_module: What the loss module has returned, where there is one.
     """
 
@@ -76,21 +74,34 @@ class LossCalls(TorchFunctionMode):
         super().__init__()
         self._groups, self._own = groups, OwnGraph(model)
         self._model, self._generators = model, generators(model)
-        self.one = isinstance(outputs, Tensor)
+        self.one = list[bool]()
         self._known: Any = WeakIdKeyDictionary()
         self._nodes: dict[tuple[Any, int], At] = {}
         self.steps: list[Step] = []
-        self._read: Any = WeakIdKeyDictionary()
-        self._beside = Beside([], [])
-        self._versions: dict[At, list[int]] = {}
+        self.beside = Beside()
         self._first: At | None = None
         self._roots, self._scales = dict[str, At](), set[int]()
         self.of_module: weakref.ref[Tensor] | None = None
+        self.add(outputs)
+        self._looking, self._missed = bool(self._known), False
+
+    def add(self, outputs: Any) -> None:
+        """Follow another pass too: the loss may compare several."""
         for place, leaf in enumerate(flatten(outputs)[0]):
             if isinstance(leaf, Tensor):
-                self._known[leaf] = At("outputs", place)
-                self._nodes[leaf.grad_fn, leaf.output_nr] = At("outputs", place)
-        self._looking, self._missed = bool(self._known), False
+                at = self._known[leaf] = At("outputs", len(self.one), place)
+                self._nodes[leaf.grad_fn, leaf.output_nr] = at
+        self.one.append(isinstance(outputs, Tensor))
+
+    def waits(self) -> bool:
+        """Whether a loss of what is there of the passes so far may still come."""
+        return (
+            bool(self._known) and len(self.one) < _MOST_PASSES and not (self.went_back)
+        )
+
+    def returned(self, x: Any) -> bool:
+        """Whether ``x``, or what it copies, is all that the last pass has returned."""
+        return self.one[-1] and self.at(x) == At("outputs", len(self.one) - 1, 0)
 
     def enter(self) -> None:
         """Lay the mode under those that are active, but over a default device's."""
@@ -129,12 +140,18 @@ class LossCalls(TorchFunctionMode):
 
     def lost(self, outputs: Any) -> bool:
         """Whether some of the outputs were written on since the pass."""
-        return any(self.at(x) == _LOST for x in inside(outputs, Tensor))
+        places = filter(None, map(self.at, inside(outputs, Tensor)))
+        return any(at.of != "outputs" for at in places)
 
     @property
     def trained(self) -> At | None:
         """What the script goes back from, less factors; first by ``backward``."""
         return self._roots.get("backward") or self._roots.get("grad")
+
+    @property
+    def result(self) -> At | None:
+        """That, or where it was not followed what the first loss function returned."""
+        return self.trained or self._first
 
     @property
     def went_back(self) -> bool:
@@ -144,64 +161,37 @@ class LossCalls(TorchFunctionMode):
     @property
     def overwritten(self) -> bool:
         """Whether what the loss has read is no longer what it was."""
-        result = self.trained or self._first
-        steps = {} if result is None else leading_to(result, self.steps)
+        steps = {} if self.result is None else leading_to(self.result, self.steps)
         read = inside([(step.args, step.kwargs) for step in steps.values()], At)
-        beside = {at for at in read if at in self._versions}
-        return any(versions(self._beside[at]) != self._versions[at] for at in beside)
+        return any(map(self.beside.changed, read))
 
     @property
     def in_part(self) -> bool:
         """Whether ``backward`` was called on a number that could not be followed."""
         return self._missed and self.trained is None
 
-    def found(self) -> tuple[LossFunction, tuple[Tensor, ...], bool] | None:
-        """Return the loss, what it reads beside the outputs, and whether these alone.
-
-        The loss is what ``backward`` was called on, or, where that could not be
-        followed, what the first of torch's loss functions returned; None if neither.
-        """
-        result = self.trained or self._first
-        if result is None:
-            return None
-        beside, targets = self._beside, tuple(self._beside.targets)
-        step = self.steps[result.place] if result.of == "steps" else None
-        if step is None:
-            return FollowedLoss([], result, "the model's own", {}, []), (), False
-        if step.function not in TORCH_LOSSES:
-            name, rest = "that of the script", beside.constants
-            return FollowedLoss(self.steps, result, name, {}, rest), targets, False
-        options = {
-            name: beside[x] if isinstance(x, At) else x
-            for name, x in step.kwargs.items()
-            if not isinstance(x, At) or x in self._versions
-        }
-        places = [x.of if isinstance(x, At) else "" for x in step.args]
-        straight = places == ["outputs", "targets"]
-        if straight and self.one:
-            plain = functools.partial(step.function, **options)
-            return plain, (beside[step.args[1]],), True
-        name = f"{step.function.__name__} of the script"
-        loss = FollowedLoss(self.steps, result, name, options, beside.constants)
-        return loss, targets, straight and len(targets) == 1
-
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or not self._looking:
+        if not self._looking or recorded():
             return func(*args, **kwargs)
         if (back := goes_back(func, args, kwargs, self._model)) is not None:
             *root, keeps = back
             if self._learns_by(root):
                 self._note(*root)
-                if not keeps:
+                if not keeps and self._all_led():
                     self._rest()
             return func(*args, **kwargs)
-        number = unwritten(func, args, known=self.at(args[0] if args else None))
+        number = unwritten(func, args, kwargs, self.at(args[0] if args else None))
         out, drawn = called(func, args, kwargs, self._generators)
         self._follow(func, args, kwargs, out, number, drawn)
         return out
+
+    def _all_led(self) -> bool:
+        """Whether no other pass is left to go back from."""
+        at = self.trained
+        return at is None or len(passes_of(at, self.steps)) == len(self.one)
 
     def _learns_by(self, root: Any) -> bool:
         """Whether the model may learn where a script goes back from there."""
@@ -251,6 +241,7 @@ class LossCalls(TorchFunctionMode):
                 self._lose(written)
                 return
             func, args = number
+            out, results = written, (written,)
             into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
         elif not any(isinstance(x, Tensor) for x in results):
             return
@@ -284,15 +275,10 @@ class LossCalls(TorchFunctionMode):
         """What shares the memory that was written on is no longer what it was."""
         if self.at(written) is not None:
             place = memory(written)
-            for x in [x for x in self._known if memory(x) == place]:
-                self._known[x] = _LOST
+            self._known.update((x, _LOST) for x in [*self._known] if memory(x) == place)
 
     def _stand_in(self, x: Tensor) -> At:
-        at = self.at(x) or self._read.get(x)
-        if at is None or self._versions.get(at, versions(x)) != versions(x):
-            at = self._read[x] = self._beside.add(x)  # or written on since it was read
-            self._versions[at] = versions(x)
-        return at
+        return self.at(x) or self.beside.keep(x)
 
 
 def sweep() -> None:

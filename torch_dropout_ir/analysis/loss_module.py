@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
 )
 
 from torch_dropout_ir.analysis.followed_loss import At, leading_to
-from torch_dropout_ir.analysis.loss_calls import OUTPUT, LossCalls
+from torch_dropout_ir.analysis.loss_calls import LossCalls
 
 
 class LossModule:
@@ -69,8 +69,8 @@ class LossModule:
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._seen is not None or len(args) != 2:
             return  # one that takes more is followed as a function is
-        same = self._calls.one and self._calls.at(args[0]) == OUTPUT  # or its copy
-        if (args[0] is self._outputs or same) and not self._calls.lost(args[0]):
+        same = args[0] is self._outputs or self._calls.returned(args[0])
+        if same and not self._calls.lost(args[0]):
             self._begun[id(module)] = len(self._calls.steps)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:

@@ -22,8 +22,8 @@ _LAST: Final = (
 _IN_PART: Final = (
     "of the first loss function that the outputs went through, and R_1 too: the number "
     "on which the script calls `backward()` holds more, which was not followed "
-    "(penalties on parameters, what `modified_loss` adds, outputs of another pass). "
-    "Pass `loss=` for another one"
+    "(penalties on parameters, what `modified_loss` adds, outputs of many "
+    "passes). Pass `loss=` for another one"
 )
 _NOISY: Final = (
     "the model draws other random numbers than those of dropout (`analysis.sites` "
@@ -90,10 +90,12 @@ class MeasuredBatch:
         Returns:
             ``(inputs, targets)``, either None where not known, and words for it.
         """
-        inputs = capture.inputs
+        inputs, targets, parts = capture.inputs, None, capture.passes + 1
         if inputs is not None:
-            inputs = inputs_of(inputs, capture.passes + 1)
-        targets = None if inputs is None else self._targets(capture, targets_of(inputs))
+            targets = self._targets(capture, targets_of(inputs_of(inputs, parts)))
+            inputs = capture.inputs  # of the passes that the loss is of
+        if inputs is not None:
+            inputs = inputs_of(inputs, parts)
         if inputs is not None and capture.cast:
             inputs, targets = _uncast((inputs, targets), capture.watched)
         self.note["loss/R_S"] = self._part
@@ -117,12 +119,16 @@ class MeasuredBatch:
 
     def _targets(self, capture: Capture, own: Any) -> Any:
         """Take over the loss of the step, and return its targets, if any were seen."""
-        seen = capture.loss()
+        seen = capture.script.found()
         if seen is None:
             return own
-        loss, targets, straight, in_part = seen
+        loss, targets, straight, in_part, passes = seen
+        if self._given and not straight:
+            return own
+        if not capture.take(passes):
+            return None
         if self._given:
-            return targets if straight else own
+            return targets
         self._part = _IN_PART if in_part else ""
         with contextlib.suppress(ValueError):
             self.loss = resolve_loss(loss)
@@ -143,7 +149,7 @@ def _uncast(batch: Batch, model: nn.Module) -> Batch:
 
     def wide(given: Any) -> Any:
         if isinstance(given, Inputs):
-            return Inputs(*wide((given.args, dict(given.kwargs))))
+            return type(given)(*wide((given.args, dict(given.kwargs))))
         return tree_map_only(Tensor, cast, given)
 
     return wide(batch[0]), wide(batch[1])

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from torch_dropout_ir.analysis.delivery import warn
+from torch_dropout_ir.tracing import recorded
 from torch_dropout_ir.turns import in_turn
+
+_NOT_SCRIPTED: Final = (
+    "a model with an analysis cannot be scripted: `analysis.detach()` first, or take "
+    "`torch.export.export` or `torch.jit.trace`"
+)
 
 
 class RootHook:
@@ -40,7 +46,7 @@ class RootHook:
         """Forward to the capture, if there is something to see."""
         if torch.compiler.is_dynamo_compiling():
             return  # before anything that compiled code would depend on
-        if self.call is None or torch.compiler.is_compiling():
+        if self.call is None or recorded():
             return
         try:
             with in_turn() as own:  # a pass beside a measurement waits for its end
@@ -51,6 +57,11 @@ class RootHook:
             if self.missed is not None:
                 self.missed(reason)
             warn(f"{reason}; training goes on without it.")
+
+    @property
+    def __name__(self) -> str:
+        """None: ``torch.jit.script``, which compiles hooks, begins by asking for it."""
+        raise AttributeError(_NOT_SCRIPTED)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return getattr, (contextlib.nullcontext(), "__exit__")

@@ -125,8 +125,8 @@ _LACKING: Final[dict[Need, str]] = {
         "the loss is not known: no path was found from the model's outputs to the "
         "number on which the script calls `backward()`. What cuts it: random numbers "
         "drawn behind the model (dropout there), tensors that change in place before "
-        "the optimizer steps, and comparing several passes, unless one `forward` makes "
-        "them all. Pass `loss=`, and `data=` where targets are needed"
+        "the optimizer steps, and comparing many passes, unless one `forward` "
+        "makes them all. Pass `loss=`, and `data=` where targets are needed"
     ),
     "targets": (
         "the targets were not seen: the script must hand them with the model's output "

@@ -224,4 +224,4 @@ def rows_of(inputs: Inputs, rows: Tensor | slice, count: int) -> Inputs:
         return x[rows] if has_rows else x
 
     args, kwargs = _pytree.tree_map(take, (inputs.args, dict(inputs.kwargs)))
-    return Inputs(args, kwargs)
+    return type(inputs)(args, kwargs)

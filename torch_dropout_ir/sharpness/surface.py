@@ -180,7 +180,7 @@ class Surface:
         place = place * self.ranks.size + self.ranks.rank
         own = 0 if seed is None else seed + _STRIDE * place
         with preserved_rng(self.model, own % 2**63):
-            return call_with(self.model, state, arguments.args, arguments.kwargs)
+            return arguments.call(lambda *own: call_with(self.model, state, *own))
 
     def _at(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All tensors of the model: these parameters, and buffers that may be moved."""
