@@ -969,6 +969,21 @@ def test_a_loss_module_that_cannot_be_followed_is_still_the_whole_loss():
     assert not analysis.notes["loss/R_S"]
 
 
+def test_a_way_back_that_is_not_seen_is_said():
+    """As `torch.autograd.backward` of torch 2.10, which no mode sees."""
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer()]
+    ) as analysis:
+        out = model(X)
+        loss = F.mse_loss(out, Y) + out.abs().mean()
+        with torch._C.DisableTorchFunction():
+            loss.backward()
+        sgd.step()
+    assert "was not followed" in analysis.notes["loss/R_S"]
+
+
 def test_passes_whose_loss_cannot_be_followed_are_counted():
     model = mlp()
     sgd = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -83,7 +83,8 @@ class LossCalls(TorchFunctionMode):
         self._roots, self._scales = dict[str, At](), set[int]()
         self.of_module: weakref.ref[Tensor] | None = None
         self.add(outputs)
-        self._looking, self._missed = bool(self._known), False
+        self._looking = bool(self._known)
+        self._missed: bool | None = None  # if none is seen: `autograd.backward` in 2.10
 
     def add(self, outputs: Any) -> None:
         """Follow another pass too: the loss may compare several."""
@@ -156,7 +157,7 @@ class LossCalls(TorchFunctionMode):
     @property
     def went_back(self) -> bool:
         """Whether ``backward`` was called, or may have been when it looked no more."""
-        return self.rests or self._missed or "backward" in self._roots
+        return self.rests or bool(self._missed) or "backward" in self._roots
 
     @property
     def overwritten(self) -> bool:
@@ -167,8 +168,9 @@ class LossCalls(TorchFunctionMode):
 
     @property
     def in_part(self) -> bool:
-        """Whether ``backward`` was called on a number that could not be followed."""
-        return self._missed and self.trained is None
+        """Whether what the script goes back from was not seen, or not followed."""
+        missed = self._first is not None if self._missed is None else self._missed
+        return missed and self.trained is None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

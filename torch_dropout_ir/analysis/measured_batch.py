@@ -21,7 +21,7 @@ _LAST: Final = (
 )
 _IN_PART: Final = (
     "of the first loss function that the outputs went through, and R_1 too: the number "
-    "on which the script calls `backward()` holds more, which was not followed "
+    "on which the script calls `backward()` was not followed, and may hold more "
     "(penalties on parameters, what `modified_loss` adds, outputs of many "
     "passes). Pass `loss=` for another one"
 )
