@@ -155,6 +155,15 @@ def test_a_child_of_another_thread_waits_for_nobody(model, batch, let_go):
     assert status == 0, "it waited for a thread that it does not have"
 
 
+@pytest.fixture
+def interrupts():
+    """Let SIGINT raise: shells have it ignored by what they start behind them."""
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, was)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_at_the_door_leaves_nothing(model, batch, let_go, monkeypatch):
     monkeypatch.setattr(turns, "_SOON", 60.0)  # a timer may be late
     main = threading.main_thread().ident
