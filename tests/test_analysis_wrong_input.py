@@ -106,7 +106,7 @@ def test_a_model_in_evaluation_mode_is_told_so():
 ])  # fmt: skip
 def test_what_fails_on_the_given_data_says_so(batch):
     model = net()
-    with tdi.attach_analysis(model, data=batch, log_dir=False) as analysis:
+    with tdi.attach_analysis(model, data=batch, log_dir=False, every=1) as analysis:
         with pytest.warns(match="sharpness.* on `data`"):
             stepped(analysis, model)
         assert "Error on `data`:" in analysis.absent["sharpness"]

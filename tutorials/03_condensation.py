@@ -86,7 +86,7 @@ for panel, (kind, model) in zip(panels, models.items(), strict=True):
     cosines = condensation.cosine_similarity(weights).numpy()
     image = panel.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
     after = merged[kind].layers["0"].after
-    panel.set(title=f"with {kind}: 50 neurons, merged to {after}", xlabel="neuron")
+    panel.set(title=f"with {kind}: 50 neurons to {after}", xlabel="neuron")
 panels[0].set_ylabel("neuron")
 figure.colorbar(image, ax=panels, label="cosine", shrink=0.8)
 figure.savefig("03_condensation.png", dpi=110)

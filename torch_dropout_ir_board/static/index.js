@@ -45,14 +45,13 @@ function page() {
   put(document.body, "footer", "← → step · Home End · space plays · [ ] layer · 1–9 shows or hides a run · l log scales");
   put(document.body, "div", "", { id: "hint", hidden: "" }); document.addEventListener("keydown", key);
 }
-const place = () => steps.findLastIndex((step) => step <= S.step), move = (by) => draw({ step: steps[Math.max(0, Math.min(steps.length - 1, place() + by))] });
+const place = () => steps.findLastIndex((step) => step <= S.step), move = (by) => draw({ step: steps[Math.max(0, Math.min(steps.length - 1, place() + by))] }), flip = (set, name) => (set.delete(name) || set.add(name), draw());
 function play() {
   clearInterval(S.playing); const start = !S.playing && steps.length > 1;
   S.playing = start && setInterval(() => +document.body.dataset.drawn === turn && (S.step >= steps.at(-1) ? play() : move(1)), 400);
   at("play").textContent = start ? "❚❚ pause" : "▶ play";
   if (start && S.step >= steps.at(-1)) draw({ step: steps[0] });
 }
-const flip = (set, name) => (set.delete(name) || set.add(name), draw());
 function key(event) {
   const { key, target } = event, by = { ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9 }[key];
   if (event.ctrlKey || event.metaKey || event.altKey || target.tagName === "SELECT") return;
@@ -76,7 +75,8 @@ async function draw(changes = {}) {
     get("images", "condensation/cosine/" + S.layer), get("images", "condensation/orientation_amplitude/" + S.layer),
     get("histograms", "sharpness/spectral_density"), get("histograms", "sharpness/loss_slice"),
   ]);
-  const seen = [maps, places, density, slice, curve].flatMap((of) => runs().flatMap((run) => of[run] ?? []));
+  const newest = values.flatMap((of) => runs().flatMap((run) => (of[run] ?? []).slice(-1))).sort((a, b) => a[0] - b[0]).slice(-1);
+  const seen = [maps, places, density, slice, curve].flatMap((of) => runs().flatMap((run) => of[run] ?? [])).concat(newest);
   steps = seen.length ? [...new Set(seen.map(([step]) => step))].sort((a, b) => a - b) : [0];
   if (atEnd && !("step" in changes)) S.step = steps.at(-1);
   const picture = async (run, point) => [run, point?.[0], point && (await get("picture", point[1] ?? ""))];
