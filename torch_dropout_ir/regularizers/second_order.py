@@ -84,8 +84,8 @@ def second_order(
     the batch goes in parts, of an eighth of its rows at least, attention making its
     weights again for each derivative, each with the whole loss in its own rows, which
     takes one more forward pass and keeps the graph of those rows alone. Samples that
-    meet, as by batch normalization in training mode above a site, cannot be taken
-    apart: there it gives way to :math:`\frac{d^2}{dt^2} R_S(h + t v) = v^\top A v` by
+    meet, as by batch normalization in training mode above a site, or one that is by
+    itself, cannot be taken apart: there it gives way to :math:`\frac{d^2}{dt^2} R_S(h + t v) = v^\top A v` by
     forward mode, a pass for each use of a site and sample, in one to two times a step's
     time. That keeps no graph, but three values of each activation at hand, of four of
     the largest at most: no more than a step with a single convolution. Where the model
