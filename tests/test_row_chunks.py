@@ -398,3 +398,18 @@ def test_one_graph_does_for_two_roots_where_parameters_hold_as_much(
     values = torch.stack([x.value for x in found])
     error = values.std() / len(values) ** 0.5
     assert (values.mean() - exact.value).abs() < 5 * error
+
+
+def test_a_single_sample_goes_along_a_line(monkeypatch):
+    """It cannot be taken apart, and tells no error of one draw in any case."""
+    torch.manual_seed(0)
+    layers = [nn.Dropout(0.3), nn.Linear(4, 4), nn.Tanh()]
+    for _ in range(6):
+        layers += [nn.Linear(4, 4), nn.Tanh()]
+    net = nn.Sequential(*layers, nn.Linear(4, 3)).double()
+    batch = torch.randn(1, 4).double(), torch.tensor([1])
+    whole = second_order(net, batch, "cross_entropy", num_samples=None)
+    take_in_parts(monkeypatch)
+    along = second_order(net, batch, "cross_entropy", num_samples=None)
+    torch.testing.assert_close(along.value, whole.value, rtol=1e-10, atol=1e-13)
+    assert along.notes == ()

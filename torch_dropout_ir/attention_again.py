@@ -8,8 +8,9 @@ Semantics:
   time. Few weights are torch's own.
 * A derivative in what was given is a function of that and of the derivative in the
   result: :math:`(q, k, v, g) \mapsto J(q, k, v)^\top g`, which is differentiated
-  likewise. What has a row for each query (queries, results) is made of parts; keys and
-  values, which all queries read, receive the sum.
+  likewise. The first two have formulas, which hold less than a graph of them would.
+  What has a row for each query (queries, results) is made of parts; keys and values,
+  which all queries read, receive the sum.
 """
 
 from __future__ import annotations

@@ -154,7 +154,8 @@ class Recorder:
         outputs = forward()
         if not (self._writes and self._settles):
             return outputs
-        known = all([passed.known() for passed in self.passed])
+        with unasked():
+            known = all([passed.known() for passed in self.passed])
         if not every(known, "inputs of sites"):
             del outputs
             self._settles = False
@@ -197,7 +198,8 @@ class Recorder:
         Raises:
             RuntimeError: If both were overwritten.
         """  # noqa: DOC502 (`_use` raises)
-        return [_use(p) for p in self.passed]
+        with unasked():
+            return [_use(p) for p in self.passed]
 
     def maker(self, outputs: Any) -> nn.Linear | None:
         """Return the linear layer that read a site directly and made the outputs."""

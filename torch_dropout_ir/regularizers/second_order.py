@@ -82,22 +82,22 @@ def second_order(
 
     Memory: where the graph of a double backward would hold a mebibyte more than a step,
     the batch goes in parts, of an eighth of its rows at least, attention making its
-    weights again for each derivative, each with the whole loss in its own rows, which
-    takes one more forward pass and keeps the graph of those rows alone. Samples that
-    meet, as by batch normalization in training mode above a site, cannot be taken
-    apart: there it gives way to :math:`\frac{d^2}{dt^2} R_S(h + t v) = v^\top A v` by
-    forward mode, a pass for each use of a site and sample, in one to two times a step's
-    time. That keeps no graph, but three values of each activation at hand, of four of
-    the largest at most: no more than a step with a single convolution. Where the model
-    has operations that this does not go through (those without a second derivative, or
-    whose derivative is not linear in that of what follows) or rows of outputs are not
-    those of the samples, it is a double backward of all, which keeps every activation
-    and its derivative, two to three steps, and the notes say so. A loss without a
-    closed form that makes much of what a step holds is called on the rows of a part
-    alone, where its graph shows a sum over rows and its gradient confirms that a part
-    is weighed by one number (:mod:`~torch_dropout_ir.regularizers.loss_parts`); else,
-    as where it couples rows or reads several outputs, samples go through network and
-    loss along a line, as above. An exact sum keeps what the loss makes of all outputs.
+    weights again for each derivative, each with the whole loss in its own rows, in one
+    more forward pass. Samples that meet, as by batch normalization in training mode
+    above a site, or a single one, cannot be taken apart: there it gives way to
+    :math:`\frac{d^2}{dt^2} R_S(h + t v) = v^\top A v` by forward mode, a pass for each
+    use of a site and sample, in one to two times a step's time. That keeps no graph,
+    but three values of each activation at hand, of four of the largest at most: no more
+    than a step with a single convolution. Where the model has operations that this does
+    not go through (those without a second derivative, or whose derivative is not linear
+    in that of what follows) or rows of outputs are not those of the samples, it is a
+    double backward of all, which keeps every activation and its derivative, two to
+    three steps, and the notes say so. A loss without a closed form that makes much of
+    what a step holds is called on the rows of a part alone, where its graph shows a sum
+    over rows and its gradient confirms that a part is weighed by one number
+    (:mod:`~torch_dropout_ir.regularizers.loss_parts`); else, as where it couples rows
+    or reads several outputs, samples go through network and loss along a line, as
+    above. An exact sum keeps what the loss makes of all outputs.
 
     Args:
         model: The network. Of several outputs, those count that the loss reads.
