@@ -325,3 +325,28 @@ def test_a_call_that_is_a_step_of_training_is_not_made_again(part):
     assert analysis.step == 3 and analysis.latest["regularizer/R2"] > 0
     assert ("regularizer/R1" in analysis.latest) is part
     assert part or "inside the model's own call" in analysis.absent["regularizer"]
+
+
+def test_a_call_that_goes_back_itself_leaves_the_gradients():
+    class Back(Trainer):
+        def forward(self, x):
+            self.optimizer.zero_grad()
+            loss = self.net(x).square().mean()
+            if torch.is_grad_enabled():
+                loss.backward()
+            return loss.detach()
+
+    def trained(attach):
+        torch.manual_seed(0)
+        model, analysis = Back(), None
+        data = [(torch.ones(4, 6),) * 2]
+        if attach:
+            analysis = tdi.attach_analysis(model, "mse", log_dir=False, data=data)
+        for _ in range(2):
+            model(torch.randn(8, 6))
+            model.optimizer.step()
+        return torch.cat([p.grad.flatten() for p in model.parameters()]), analysis
+
+    (bare, _), (watched, analysis) = trained(False), trained(True)
+    assert torch.equal(bare, watched)
+    assert analysis.latest["regularizer/R2"] > 0
