@@ -286,3 +286,67 @@ def test_dropout_that_is_not_measured_is_not_said_to_be_none():
     assert "`analysis.sites` lists what is not" in analysis.absent["regularizer/R1"]
     found = {site.name: site.reason for site in analysis.sites}
     assert "1" in found and all(found.values())
+
+
+class Trainer(nn.Module):
+    """A model whose call is a step of training."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    def forward(self, x):
+        self.optimizer.zero_grad()
+        loss = self.net(x).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_a_call_that_is_a_step_of_training_is_not_made_again(part):
+    def trained(attach):
+        torch.manual_seed(0)
+        model, found = Trainer(), None
+        if attach:
+            options = {} if part else {"data": [(torch.ones(4, 6),) * 2], "loss": "mse"}
+            watched = model.net if part else model
+            found = tdi.attach_analysis(watched, log_dir=False, every=1, **options)
+        for _ in range(3):
+            model(torch.randn(8, 6))
+        if found is not None:
+            found.measure()
+            found.detach()
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), found
+
+    (bare, _), (watched, analysis) = trained(False), trained(True)
+    assert torch.equal(bare, watched)
+    assert analysis.step == 3 and analysis.latest["regularizer/R2"] > 0
+    assert ("regularizer/R1" in analysis.latest) is part
+    assert part or "inside the model's own call" in analysis.absent["regularizer"]
+
+
+def test_a_call_that_goes_back_itself_leaves_the_gradients():
+    class Back(Trainer):
+        def forward(self, x):
+            self.optimizer.zero_grad()
+            loss = self.net(x).square().mean()
+            if torch.is_grad_enabled():
+                loss.backward()
+            return loss.detach()
+
+    def trained(attach):
+        torch.manual_seed(0)
+        model, analysis = Back(), None
+        data = [(torch.ones(4, 6),) * 2]
+        if attach:
+            analysis = tdi.attach_analysis(model, "mse", log_dir=False, data=data)
+        for _ in range(2):
+            model(torch.randn(8, 6))
+            model.optimizer.step()
+        return torch.cat([p.grad.flatten() for p in model.parameters()]), analysis
+
+    (bare, _), (watched, analysis) = trained(False), trained(True)
+    assert torch.equal(bare, watched)
+    assert analysis.latest["regularizer/R2"] > 0

@@ -849,6 +849,19 @@ def test_what_is_followed_lets_tensors_go():
     assert float(loss(torch.zeros(8, 3), Y)) == pytest.approx(float(Y.square().mean()))
 
 
+def test_passes_of_which_only_predictions_are_kept_are_let_go_of():
+    out = (model := mlp())(X)
+    calls = LossCalls(out, Accumulation(), model)
+    calls.enter()
+    try:
+        kept = out.argmax(1)
+        assert calls.waits()
+        del out
+        assert calls.at(kept) is not None and not calls.waits()
+    finally:
+        calls.leave()
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_losses_that_are_differentiated_one_by_one_are_added_up(known):
     model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Dropout(), nn.Linear(9, 3))

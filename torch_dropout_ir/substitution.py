@@ -132,6 +132,21 @@ def buffers_moved(model: nn.Module) -> Callable[[], bool]:
 
 
 @contextlib.contextmanager
+def unmoved_gradients(model: nn.Module) -> Iterator[None]:
+    """Keep gradients from a model whose own pass goes back, or sets them to zero."""
+    own = [(x, x.grad) for x in model.parameters()]
+    # Others than these torch does not take back.
+    held = [(x, g) for x, g in own if g is None or g.dtype == x.dtype]
+    try:
+        for x, _ in held:
+            x.grad = None
+        yield
+    finally:
+        for x, g in held:
+            x.grad = g
+
+
+@contextlib.contextmanager
 def unmoved_buffers(model: nn.Module) -> Iterator[None]:
     """Give back the values of buffers that something inside the context has moved."""
     back = keep_buffers(model)

@@ -152,6 +152,16 @@ def _runs(model: nn.Module) -> bool:
     return False
 
 
+def inside(model: nn.Module) -> bool:
+    """Whether this thread is in a call of a model."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL and _is(frame.f_locals.get("self"), model):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def _is(called: Any, model: nn.Module) -> bool:
     """Whether a module that is called is a model, or the wrapper that compiles it."""
     return called is model or vars(called)["_modules"].get("_orig_mod") is model

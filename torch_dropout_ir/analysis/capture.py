@@ -32,7 +32,7 @@ from torch_dropout_ir.analysis.followed_loss import versions
 from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.analysis.loss_calls import sweep
 from torch_dropout_ir.analysis.meetings import calling_wrapper
-from torch_dropout_ir.analysis.own_pass import OTHER_PASS, OwnPass, not_again
+from torch_dropout_ir.analysis.own_pass import OTHER_PASS, TRAINS, OwnPass, not_again
 from torch_dropout_ir.analysis.replay import OtherDraws, replay
 from torch_dropout_ir.analysis.root_hook import RootHook
 from torch_dropout_ir.analysis.script_loss import ScriptLoss
@@ -41,7 +41,7 @@ from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import measuring, replaced
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import random_state, recomputes
-from torch_dropout_ir.turns import in_turn
+from torch_dropout_ir.turns import in_turn, inside
 
 
 class Capture:
@@ -58,6 +58,7 @@ class Capture:
         statistics: Mask statistics of the foreign sites observed.
         calls: The calls of dropout functions that were found, by name.
         unseen: Noise that cannot be seen, by place, with the reason.
+        trains: Why the model is never to be run again, where that would be training.
         failure: Why the masks of the last pass are not in the statistics.
         missed: Why the last pass cannot be measured, where there was one.
         unlike: How the measures' passes differ from the script's.
@@ -86,6 +87,7 @@ class Capture:
         self.paused = self.cast = self._open = self._with_graph = self._outside = False
         self.started, self._seconds = float("-inf"), 0.0
         self._thread = self._passing = 0  # of the steps; of the last pass
+        self._within, self.trains = False, ""
         self._versions, self.groups = list[int](), Accumulation()
         self._outputs: Any = None
         self.script = ScriptLoss()
@@ -234,6 +236,7 @@ class Capture:
                 self._then, with_kwargs=True, always_call=True
             )
             self._after_once.callback(after.remove)
+            self._within = True
             self._step.callback(self._after_once.close)
 
     def _after(
@@ -242,6 +245,7 @@ class Capture:
         looked_at = self._open and self._passing == threading.get_ident()
         if self.paused or measuring() or self._only_looks() or not looked_at:
             return
+        self._within = False
         self._after_once.close()  # not for a call around it, as of a trainer's own step
         self._check_inputs()
         self.bystanders.writes.end()
@@ -269,6 +273,9 @@ class Capture:
         if self.script.leave():  # every call of the measures would go through it
             self.passes = self.groups.passes - 1
         self._check_inputs()
+        if self.trains or (self._within and inside(self.watched)):
+            self.trains = TRAINS
+            self._miss(TRAINS)
         self.unlike = self._own.unlike(self.watched) if self._own else ""
         start, self._start = self._start, None
         if start is None or self.inputs is None or self.model is None:

@@ -95,10 +95,10 @@ class LossCalls(TorchFunctionMode):
         self.one.append(isinstance(outputs, Tensor))
 
     def waits(self) -> bool:
-        """Whether a loss of what is there of the passes so far may still come."""
-        return (
-            bool(self._known) and len(self.one) < _MOST_PASSES and not (self.went_back)
-        )
+        """Whether a loss of the passes so far may still come: there is a graph."""
+        if self.went_back or len(self.one) == _MOST_PASSES:
+            return False
+        return any(x.requires_grad for x in [*self._known])
 
     def returned(self, x: Any) -> bool:
         """Whether ``x``, or what it copies, is all that the last pass has returned."""

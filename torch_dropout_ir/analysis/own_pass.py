@@ -20,6 +20,10 @@ OTHER_PASS: Final = (
     "run again on the same inputs the model did something else: it depends on what it "
     "has counted or carries on from pass to pass, and this is of a later pass"
 )
+TRAINS: Final = (
+    "the optimizer steps inside the model's own call, which to make again would be "
+    "training: attach to the part of the model that is called there"
+)
 _WRITTEN: Final = (
     "the parameters were written on between the pass and this step (as by a step of "
     "another optimizer, or where weights are put back): this is of what they are now"

@@ -40,6 +40,7 @@ from torch_dropout_ir.sites import (
     is_stochastic_depth,
     named_modules,
 )
+from torch_dropout_ir.substitution import unmoved_gradients
 from torch_dropout_ir.tracing import random_state
 from torch_dropout_ir.turns import alone_with
 
@@ -110,6 +111,7 @@ def replay(
         alone_with(model),
         torch.no_grad(),
         _uncounted(model),
+        unmoved_gradients(model),
         start.autocast(),
     ):
         start.restore()

@@ -21,7 +21,7 @@ from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.substitution import unmoved_buffers
+from torch_dropout_ir.substitution import unmoved_buffers, unmoved_gradients
 
 Need = Literal[
     "sites", "inputs", "loss", "targets", "lr", "gradients", "masks", "batches"
@@ -258,7 +258,7 @@ def _uncast() -> Iterator[None]:
 
 
 def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
-    """Take a measure, and give back generators and buffers that it moved.
+    """Take a measure, and give back generators, buffers and gradients that it moved.
 
     Args:
         measure: The measure.
@@ -273,6 +273,7 @@ def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
         torch.inference_mode(False),  # which switches autograd on
         preserved_rng(model, seed),
         unmoved_buffers(model),
+        unmoved_gradients(model),
         _uncast(),
     ):
         return {tag: plain(record) for tag, record in measure(snapshot).items()}

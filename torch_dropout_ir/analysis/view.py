@@ -80,6 +80,9 @@ class View:
             capture.follow()
         (inputs, targets), source = batch.choose(step, capture, inputs_of, targets_of)
         seen = None if targets is None else [(inputs, targets)]
+        batches = seen if batch.data is None else batch.data
+        if capture.trains:
+            inputs = targets = batches = None
         optimizer = self._steps.optimizer
         notes = theory_note(self._model, optimizer) | batch.note
         lr, gradients = received_gradients(self._model, optimizer)
@@ -92,7 +95,7 @@ class View:
             targets=targets,
             source=source,
             missed=capture.missed,
-            batches=seen if batch.data is None else batch.data,
+            batches=batches,
             given=batch.data is not None,
             lr=lr,
             gradients=gradients,
