@@ -321,7 +321,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="`amplitude`"):
         cd.effective_neurons(torch.ones(3, 2), amplitude=torch.ones(2))
     for bad in ({"threshold": 2.0}, {"min_amplitude": -1.0}):
-        with pytest.raises(ValueError, match="threshold"):
+        with pytest.raises(ValueError, match=f"`{next(iter(bad))}` "):
             cd.effective_neurons(torch.ones(2, 2), **bad)
     for outgoing in (torch.ones(3), torch.ones(())):
         with pytest.raises(ValueError, match="outgoing"):

@@ -123,13 +123,13 @@ def check_cover(function: str, threshold: float, min_amplitude: float) -> None:
     Raises:
         ValueError: If one is out of range.
     """
-    check_real(function, "threshold", threshold)
-    check_real(function, "min_amplitude", min_amplitude)
-    if not -1.0 <= threshold <= 1.0 or not 0.0 <= min_amplitude <= 1.0:
-        raise ValueError(
-            f"{function}: expected `threshold` in [-1, 1] and `min_amplitude` in "
-            f"[0, 1], got {threshold} and {min_amplitude}"
-        )
+    named = (("threshold", threshold, -1), ("min_amplitude", min_amplitude, 0))
+    for name, value, least in named:
+        check_real(function, name, value, least=least)
+        if value > 1:
+            raise ValueError(
+                f"{function}: expected `{name}` in [{least}, 1], got {value}"
+            )
 
 
 def _check(weights: Weights, amplitude: Tensor | None) -> None:

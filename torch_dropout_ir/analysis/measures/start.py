@@ -52,7 +52,8 @@ class Start:
         else:
             self._rows = weights[:].cpu().clone()
         self.nbytes = self._rows.nbytes
-        self._own = torch.ones(len(weights))  # cosines of rows with what is kept
+        # Cosines of rows with what is kept of them.
+        self._own = torch.ones(len(weights), device="cpu")
         if self._scale is not None:
             self._own = self._cosines(weights)
             self._own.masked_fill_(self._own == 0, 1.0)
@@ -75,8 +76,8 @@ class Start:
         """Keep rows over their largest entries, times the steps of what keeps them."""
         short = weights.numel() >= _LARGEST
         dtype, steps = (torch.int8, _STEPS) if short else (torch.float16, 1.0)
-        self._rows = torch.empty(weights.shape, dtype=dtype)
-        self._scale = torch.empty(len(weights), 1)
+        self._rows = torch.empty(weights.shape, dtype=dtype, device="cpu")
+        self._scale = torch.empty(len(weights), 1, device="cpu")
         for part in _parts(weights):
             rows = weights[part]
             scale = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True)
@@ -127,7 +128,7 @@ class Start:
 
     def _cosines(self, weights: Weights) -> Tensor:
         """Cosines of rows with what is kept, on the CPU, ``[m]``."""
-        found = [torch.zeros(0)]
+        found = [torch.zeros(0, device="cpu")]
         for part in _parts(weights):
             before = unit_rows(self._directions(part).to(weights.device))
             now = unit_rows(weights[part])
