@@ -6,7 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers import gauss_newton, loss_weight, second_order
+from torch_dropout_ir.regularizers import (
+    gauss_newton,
+    line_rules,
+    loss_weight,
+    second_order,
+)
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.line_calls import NoRuleError
 from torch_dropout_ir.regularizers.line_estimate import AlongLine, masks_of
@@ -18,6 +23,7 @@ from torch_dropout_ir.regularizers.site_forms import signs
 N, K = 7, 4
 LABELS = torch.tensor([0, 2, 1, 3, 1, 0, 2])
 PLACES = torch.arange(N * 6).view(N, 2, 3) % K
+TABLE = torch.zeros(N, K).double()
 REAL = torch.linspace(-1, 1, N * K, dtype=torch.float64).view(N, K).sin()
 
 
@@ -75,6 +81,24 @@ def constants_written(a, b):
     weight[0].fill_(2.0)
     weight.view(-1)[3:5] += 1
     return (weight * a.exp()).sum() * b.sum()
+
+
+def into_a_view(a, b):
+    y = a * b
+    y[:, 0] = b[:, 1]
+    return y.square().sum()
+
+
+def shown_by_several(a, b):
+    """Written on by turns, also where nothing moved, and over what has been written."""
+    y, z = a.exp() + 1, b.new_zeros(b.shape)
+    rows, columns, flat = y[::2], y[:, 1:], z.view(-1)
+    rows.mul_(b[::2])
+    columns[1:] += z[1:, 1:] + b[1:, 1:] ** 2
+    flat[2:9] = y.flatten()[2:9].sin()
+    flat[3] = 0.7
+    z[0] = rows[0] * columns[0].sum()
+    return (z * z.flip(0) + y).square().sum() + flat[5:7].prod() * rows.sum()
 
 
 def filled(a, b):
@@ -182,7 +206,13 @@ LOSSES = {
     "mapped": lambda a, b: torch.vmap(lambda x, y: (x * y).sum().sin())(a, b).mean(),
     "sorted": lambda a, b: (a.sort(0)[0] - REAL.sort(0)[0]).square().mean().sqrt(),
     "itself": lambda a, b: a.square().sum() * 1.0,
+    "into a view": into_a_view, "shown by several": shown_by_several,
     "far apart": lambda a, b: torch.cdist(a, b).logsumexp(1).mean(),
+    "far apart, of many": lambda a, b: (
+        torch.cdist(a.repeat(2, 5, 1), b.repeat(5, 1) ** 2).logsumexp(-1).mean()
+        + torch.cdist(a.repeat(5, 1), b.new_ones(1, K)).exp().mean()
+    ),
+    "cubic distances": lambda a, b: torch.cdist(a, b, 3).logsumexp(1).mean(),
     "frequencies": lambda a, b: torch.fft.fft(a * b).abs().sum(),
     "volume": lambda a, b: torch.logdet(a.T @ a + b.T @ b),
     "of two, single": lambda a, b: torch.hypot(a, b[:1]).sum() + a.atan2(b).sin().sum(),
@@ -212,6 +242,13 @@ def test_the_curvature_along_lines_is_what_autograd_gives(name):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert expected.abs() > 1e-6
     assert all(torch.equal(x, y) for x, y in zip(at, values, strict=True))
+
+
+def test_distances_of_many_rows_take_no_graph(monkeypatch):
+    at, lines, expected = lines_of(LOSSES["far apart, of many"])
+    tape = Tape(lambda x: LOSSES["far apart, of many"](*x), at)
+    monkeypatch.setattr(line_rules, "by_graph", None)
+    torch.testing.assert_close(tape.curvature(at, lines), expected)
 
 
 def test_where_a_length_is_zero_there_is_none():
@@ -252,17 +289,21 @@ class Own(torch.Tensor):
     """A tensor that torch makes of another without an operation."""
 
 
-def into_a_view(a, b):
-    y = a * b
-    y[:, 0] = b[:, 1]
-    return y.square().sum()
+def on_what_it_was_given(a, b):
+    a[:, 0].mul_(b[:, 1])
+    return a.exp().sum()
+
+
+def on_what_is_elsewhere(a, b):
+    TABLE[:, 0] = a[:, 0]
+    return (TABLE * b).exp().sum()
 
 
 @pytest.mark.parametrize(
     "loss",
     [
-        lambda a, b: Straight.apply(a).sum(), into_a_view,
-        lambda a, b: (a * b).sum().as_subclass(Own),
+        lambda a, b: Straight.apply(a).sum(), on_what_it_was_given,
+        lambda a, b: (a * b).sum().as_subclass(Own), on_what_is_elsewhere,
     ],
 )  # fmt: skip
 def test_what_lines_do_not_go_through_is_not_recorded(loss):
@@ -404,11 +445,11 @@ def test_a_loss_that_is_no_sum_of_parts_goes_along_a_line(small, taken):
 def test_what_lines_do_not_go_through_is_taken_as_before(small, taken, form):
     net, x = problem()
 
-    def written_into(f, _):
-        return into_a_view(f["a"], f["b"]).sqrt()
+    def unseen(f, _):
+        return into_a_view(f["a"], f["b"]).sqrt().as_subclass(Own)
 
-    exact = form(net, (x, None), written_into, num_samples=None).value
-    found = form(net, (x, None), written_into, num_samples=200)
+    exact = form(net, (x, None), unseen, num_samples=None).value
+    found = form(net, (x, None), unseen, num_samples=200)
     assert abs(found.value - exact) < 4 * found.standard_error
     net.norm = Unknown()
     exact = form(net, (x, None), of_both, num_samples=None).value

@@ -110,6 +110,37 @@ def reduced(call: Call, moving: list[int], value: Any) -> list[Line] | None:
     return outside(run, x)
 
 
+def distances(call: Call, _: list[int], value: Tensor) -> list[Line] | None:
+    r"""Take distances between the rows of two tensors, by products of these.
+
+    Of :math:`d^2 = \lVert x - y \rVert^2` the derivatives are :math:`\dot d d = \langle
+    x - y, \dot x - \dot y \rangle` and :math:`\ddot d d = \lVert \dot x - \dot y
+    \rVert^2 + \langle x - y, \ddot x - \ddot y \rangle - \dot d^2`.
+
+    Returns:
+        The line of them; None where one is zero.
+    """
+    x, y = call.args
+    if not bool(value.all()):
+        return None
+    lines = zip((x, y), (call.line(0), call.line(1)), strict=True)
+    (u, w), (v, z) = (
+        [torch.zeros_like(a) if t is None else t for t in line] for a, line in lines
+    )
+    first = _inner(x, y, u, v).div_(value)
+    second = _inner(u, v, u, v).addcmul_(first, first, value=-1)
+    if any([call.line(i)[1] is not None for i in (0, 1)]):
+        second += _inner(x, y, w, z)
+    return [(first, second.div_(value))]
+
+
+def _inner(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    r"""Return :math:`\langle x_i - y_j, u_i - v_j \rangle`."""
+    found = torch.cat((u, x), -1) @ torch.cat((y, v), -1).mT
+    found.neg_().add_((x * u).sum(-1, True))
+    return found.add_((y * v).sum(-1).unsqueeze(-2))
+
+
 def _squares_of(
     call: Call, dims: list[int], keep: bool
 ) -> Callable[[Tensor, Tensor | None, Tensor | None], Line] | None:

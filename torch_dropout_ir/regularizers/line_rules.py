@@ -28,7 +28,12 @@ from torch_dropout_ir.regularizers.line_calls import (
     tensors,
 )
 from torch_dropout_ir.regularizers.line_graphs import by_graph
-from torch_dropout_ir.regularizers.line_losses import added, labelled, reduced
+from torch_dropout_ir.regularizers.line_losses import (
+    added,
+    distances,
+    labelled,
+    reduced,
+)
 from torch_dropout_ir.regularizers.line_names import (
     ADDED,
     CONSTANT,
@@ -243,6 +248,7 @@ def _rules() -> dict[Any, Rule]:
     """Return the rule of each operation that has one of its own."""
     kinds: tuple[tuple[str, Rule], ...] = (
         (SINGLE, elementwise), (ROWS, softened), (ADDED, added), (REDUCED, reduced),
+        ("_euclidean_dist", distances),  # of many rows, which torch takes by products
         ("nll_loss_forward nll_loss2d_forward", labelled),
         ("add sub", _summed), ("mul", multiplied), ("div", divided),
         ("view _unsafe_view", _viewed), ("clone", _copied), ("copy", _assigned),

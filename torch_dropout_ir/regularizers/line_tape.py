@@ -23,6 +23,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from torch_dropout_ir.regularizers.graph_memory import storage_of
 from torch_dropout_ir.regularizers.line_calls import (
     Line,
     NoRuleError,
@@ -53,7 +54,9 @@ class _Step:
         seen: Whether autograd sees it.
         bends: Whether it is not linear in these.
         made: The numbers of what it returned; -1 for what is not read.
-        writes: Whether it wrote on a tensor, and not as autograd sees.
+        writes: Whether it wrote on a tensor, and not as autograd sees; or on one whose
+            memory others show.
+        shown: Whether it is the latter.
         last: The numbers of what is read last here.
         first: Whether first derivatives of what it returned are read.
     """
@@ -65,6 +68,7 @@ class _Step:
     bends: bool
     made: list[int]
     writes: bool
+    shown: bool
     last: list[int] = dataclasses.field(default_factory=list)
     first: bool = False
 
@@ -91,6 +95,7 @@ class Tape:
     ) -> None:
         recorder = _Recorder()
         given = [recorder.name(x.detach(), moves=True) for x in at]
+        recorder.given = {storage_of(x) for x in given}
         with torch.enable_grad(), recorder, recorder.constants:
             value = function(given)
         result = recorder.numbers.get(value)
@@ -153,10 +158,12 @@ def _needed(steps: list[_Step], result: int) -> tuple[list[_Step], set[int]]:
     """Return the steps that a result needs, and the numbers of all that they read."""
     read, first = {result}, set[int]()
     kept: list[_Step] = []
+    # Numbers do not tell who else shows what is written on: nothing is left out then.
+    every = any([step.shown for step in steps])
     for step in reversed(steps):
-        if not step.writes and read.isdisjoint(step.made):
+        if not (step.writes or every) and read.isdisjoint(step.made):
             continue
-        step.first = not first.isdisjoint(step.made)
+        step.first = every or not first.isdisjoint(step.made)
         step.made = [n if n in read else -1 for n in step.made]
         if step.first or step.bends:
             first.update(step.moving)
@@ -175,6 +182,7 @@ class _Recorder(TorchDispatchMode):
         self.constants = Constants()
         self.steps: list[_Step] = []
         self.numbers = WeakTensorKeyDictionary()
+        self.given: set[int] = set()  # memory that is not the loss's own
         self._moves: set[int] = set()
         self._count = 0
 
@@ -194,21 +202,38 @@ class _Recorder(TorchDispatchMode):
         seen = bool(places) and torch.is_grad_enabled()
         if places and not seen and not (self.constants.asked and _own(args, writes)):
             raise NoRuleError(f"{func} without autograd")
-        if seen and writes and shared(args[0]):
-            raise NoRuleError(f"{func} on what another tensor shows")
-        run = out_of_place(func) if seen and writes else func
+        shown = seen and writes and shared(args[0])
+        bare = out_of_place(func) if seen and writes else func
+        run = func if shown else bare
         given = _pytree.tree_map(self._slot, (args, kwargs))
         # What is written on without autograd moves as before.
         moves = self._numbers([args, kwargs] if seen else args[:1] if writes else ())
+        if shown:
+            self._move_with(args[0])
         found = func(*args, **kwargs)
         made = tensors(found)
         for x in made:
             self.name(x, moves=bool(moves))
-        curved = seen and bends(run, places, args)
+        curved = seen and bends(bare, places, args)
         numbers = [self.numbers[x] for x in made]
-        step = _Step(run, given, moves, seen, curved, numbers, writes and not seen)
+        writes = shown or (writes and not seen)
+        step = _Step(run, given, moves, seen, curved, numbers, writes, shown)
         self.steps.append(step)
         return found
+
+    def _move_with(self, x: Tensor) -> None:
+        """Let all move that shows what is written on.
+
+        Raises:
+            NoRuleError: If that is not of the loss's own making.
+        """
+        storage = storage_of(x)
+        own = [n for y, n in self.numbers.items() if storage_of(y) == storage]
+        if storage in self.given or id(x if x._base is None else x._base) not in {
+            id(y) for y in self.numbers
+        }:
+            raise NoRuleError("a loss that writes on what it was given")
+        self._moves.update(own)
 
     def _numbers(self, given: Any) -> list[int]:
         """Return the numbers of what moves."""

@@ -8,36 +8,55 @@ A copy of that is handed out, for what is made of it is not to follow later writ
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torch_dropout_ir.regularizers.line_calls import STILL, Line, NoRuleError
 
 
-class _Memory(NamedTuple):
-    """First and second derivatives of what a base shows, from its start on."""
+class _Memory:
+    """First and second derivatives of what a base shows, from its start on.
 
-    orders: tuple[Tensor, Tensor]
-    start: int
+    Args:
+        base: The base.
+    """
 
-    def at(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return those of what a tensor shows.
+    def __init__(self, base: Tensor) -> None:
+        self._orders: list[Tensor | None] = [None, None]  # zero until one is written
+        self._length = _extent(base)
+        self._start = int(base.storage_offset())
+        self._dtype = base.dtype
+
+    def get(self, k: int, x: Tensor) -> Tensor | None:
+        """Return the derivative of some order of what a tensor shows."""
+        order = self._orders[k]
+        return None if order is None else self._part(order, x)
+
+    def put(self, k: int, x: Tensor, u: Tensor | None) -> None:
+        """Let it be ``u``, None for zero."""
+        order = self._orders[k]
+        if order is None and u is not None:
+            order = self._orders[k] = x.new_zeros(self._length)
+        if order is not None:
+            part = self._part(order, x)
+            part.zero_() if u is None else part.copy_(u)
+
+    def _part(self, order: Tensor, x: Tensor) -> Tensor:
+        return order.as_strided(x.size(), x.stride(), self._place(x))
+
+    def check(self, x: Tensor) -> None:
+        """See that a tensor shows numbers of the base.
 
         Raises:
-            NoRuleError: If it shows other numbers than the base.
+            NoRuleError: If it shows others.
         """
-        first, second = self.orders
-        start = int(x.storage_offset()) - self.start
-        inside = start >= 0 and start + _extent(x) <= len(first)
-        if x.dtype != first.dtype or x.is_conj() or x.is_neg() or not inside:
+        start = self._place(x)
+        inside = start >= 0 and start + _extent(x) <= self._length
+        if x.dtype != self._dtype or x.is_conj() or x.is_neg() or not inside:
             raise NoRuleError("a view of other numbers than what is written on")
-        size, strides = x.size(), x.stride()
-        return (
-            first.as_strided(size, strides, start),
-            second.as_strided(size, strides, start),
-        )
+
+    def _place(self, x: Tensor) -> int:
+        return int(x.storage_offset()) - self._start
 
 
 class Lines:
@@ -57,8 +76,12 @@ class Lines:
         if memory is None:
             found: Line = self._own.get(x, STILL)
             return found
-        first, second = memory.at(x)
-        return first.clone(), second.clone()
+        memory.check(x)
+        first, second = [memory.get(k, x) for k in range(2)]
+        return (
+            None if first is None else first.clone(),
+            None if second is None else second.clone(),
+        )
 
     def put(self, x: Tensor, line: Line) -> None:
         """Let a new tensor move; a view of what is written on does so already."""
@@ -71,8 +94,9 @@ class Lines:
         if memory is None:
             self.put(x, line)
             return
-        for part, u in zip(memory.at(x), line, strict=True):
-            part.zero_() if u is None else part.copy_(u)
+        memory.check(x)
+        for k, u in enumerate(line):
+            memory.put(k, x, u)
 
     def drop(self, x: Tensor) -> None:
         """Forget the line of a tensor, which none other shows."""
@@ -83,11 +107,9 @@ class Lines:
         if self._memory(x) is not None:
             return
         base = _base(x)
-        room = [base.new_zeros(_extent(base)) for _ in range(2)]
-        memory = _Memory((room[0], room[1]), int(base.storage_offset()))
-        for part, u in zip(memory.at(base), self._own.get(base, STILL), strict=True):
-            if u is not None:
-                part.copy_(u)
+        memory = _Memory(base)
+        for k, u in enumerate(self._own.get(base, STILL)):
+            memory.put(k, base, u)
         for y in [*self._own]:
             if _base(y) is base:
                 del self._own[y]
