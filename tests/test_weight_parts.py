@@ -178,7 +178,7 @@ def test_of_two_batches_neighbours_are_compared_whatever_their_form(
     assert seen.count("a") == num_masks and torch.equal(shared, before)
 
 
-@pytest.mark.parametrize("function", sorted(weight_parts._HOLD_INPUT))
+@pytest.mark.parametrize("function", sorted(weight_parts._HOLD_INPUT, key=str))
 @pytest.mark.parametrize("dropped", [False, True])
 def test_what_holds_its_input_is_made_again(function, dropped):
     torch.manual_seed(0)

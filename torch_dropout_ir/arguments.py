@@ -173,8 +173,8 @@ def check_operator(function: str, op: Any) -> None:
         )
 
 
-def check_symmetric(function: str, op: Any) -> None:
-    """Refuse matrices that are not symmetric, or not of real numbers.
+def check_square(function: str, op: Any) -> None:
+    """Refuse matrices that are not square, or not of real numbers.
 
     Args:
         function: The function that takes it.
@@ -193,6 +193,22 @@ def check_symmetric(function: str, op: Any) -> None:
             f"{function}: expected a square matrix of floating-point numbers, got "
             f"shape {list(op.shape)} of {op.dtype}"
         )
+
+
+def check_symmetric(function: str, op: Any) -> None:
+    """Refuse what :func:`check_square` refuses, and matrices that are not symmetric.
+
+    Args:
+        function: The function that takes it.
+        op: An operator, which is believed, or a matrix.
+
+    Raises:
+        ValueError: If a matrix given as such is one of these.
+        TypeError: If it is no operator.
+    """  # noqa: DOC502 (`check_square` raises the other)
+    check_square(function, op)
+    if not isinstance(op, Tensor):
+        return
     apart = float((op - op.T).norm()) if op.numel() else 0.0
     if apart > 0.01 * float(op.norm()):
         raise ValueError(

@@ -209,6 +209,18 @@ def out_of_place(func: Any) -> Any:
     return instead
 
 
+def in_place(func: Any) -> Any:
+    """Return the operation that does in place what another does; None if none pays.
+
+    Args:
+        func: The operation.
+    """
+    if func.is_view or func.namespace != "aten" or func.overloadpacket is aten.div:
+        return None
+    written = getattr(aten, f"{func.overloadpacket.__name__}_", None)
+    return getattr(written, func._overloadname, None)
+
+
 def tensors(found: Any) -> list[Tensor]:
     """Return the tensors among some things."""
     return [x for x in _pytree.tree_leaves(found) if isinstance(x, Tensor)]

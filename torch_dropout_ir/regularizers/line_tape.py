@@ -4,8 +4,8 @@ Semantics:
 
 * A loss that is called holds what its frames name until it returns, and nothing tells
   what of it is still to be read. Of a record that is known: a tensor goes with its
-  derivatives when it has been read last, and a first derivative is made only where
-  something further on bends.
+  derivatives when it has been read last, and what is made takes its place where that
+  is possible; a first derivative is made only where something further on bends.
 * What is recorded is what ran at these outputs: choices that the loss's Python makes
   by their values are those that it made. A record holds no tensor that the loss has
   made, but those that it was given from elsewhere.
@@ -27,7 +27,10 @@ from torch_dropout_ir.regularizers.graph_memory import storage_of
 from torch_dropout_ir.regularizers.line_calls import (
     Line,
     NoRuleError,
+    alike,
     can_move,
+    dense,
+    in_place,
     out_of_place,
     shared,
     tensors,
@@ -54,6 +57,7 @@ class _Step:
         seen: Whether autograd sees it.
         bends: Whether it is not linear in these.
         made: The numbers of what it returned; -1 for what is not read.
+        over: The same operation in place, where its result is like its first argument.
         writes: Whether it wrote on a tensor, and not as autograd sees; or on one whose
             memory others show.
         shown: Whether it is the latter.
@@ -67,6 +71,7 @@ class _Step:
     seen: bool
     bends: bool
     made: list[int]
+    over: Any
     writes: bool
     shown: bool
     last: list[int] = dataclasses.field(default_factory=list)
@@ -110,7 +115,7 @@ class Tape:
         r"""Return :math:`\frac{d^2}{dt^2} L` where the tensors move along lines.
 
         Args:
-            at: The tensors, which it empties: what is not read goes.
+            at: The tensors, which it empties: what nobody else holds is written on.
             lines: The line of each, likewise.
 
         Returns:
@@ -146,9 +151,12 @@ def _run(step: _Step, held: dict[int, Tensor], moving: Moving) -> None:
     args, kwargs = _pytree.tree_map(take, step.given)
     for number in step.last:
         del held[number]
+    func = step.func
+    if step.over is not None and not shared(args[0]) and dense(args[0]):
+        func = step.over
     moving.wanted = step.first, True
     with torch.set_grad_enabled(step.seen):  # the mode knows what is constant
-        found = step.func(*args, **kwargs)
+        found = func(*args, **kwargs)
     for number, x in zip(step.made, tensors(found), strict=True):
         if number >= 0:
             held[number] = x
@@ -169,6 +177,11 @@ def _needed(steps: list[_Step], result: int) -> tuple[list[_Step], set[int]]:
             first.update(step.moving)
         own = step.reads()
         step.last = list({n for n in own if n not in read})
+        x = step.given[0][0] if step.given[0] else None
+        number = x.number if isinstance(x, _Slot) else None
+        # What is given twice would be read where it has been written on.
+        if number not in step.last or own.count(number) > 1:
+            step.over = None
         read.update(own)
         kept.append(step)
     return kept[::-1], read
@@ -214,10 +227,13 @@ class _Recorder(TorchDispatchMode):
         made = tensors(found)
         for x in made:
             self.name(x, moves=bool(moves))
-        curved = seen and bends(bare, places, args)
+        like = len(made) == 1 and _like_first(made[0], args)
+        over = in_place(run) if like and seen == bool(places) else None
         numbers = [self.numbers[x] for x in made]
-        writes = shown or (writes and not seen)
-        step = _Step(run, given, moves, seen, curved, numbers, writes, shown)
+        step = _Step(
+            run, given, moves, seen, seen and bends(bare, places, args), numbers, over,
+            shown or (writes and not seen), shown,
+        )  # fmt: skip
         self.steps.append(step)
         return found
 
@@ -250,6 +266,12 @@ class _Recorder(TorchDispatchMode):
     def _slot(self, x: Any) -> Any:
         number = self.numbers.get(x) if isinstance(x, Tensor) else None
         return x if number is None else _Slot(number)
+
+
+def _like_first(found: Tensor, args: Any) -> bool:
+    """Whether what an operation returned is like its first argument."""
+    x = args[0] if args else None
+    return isinstance(x, Tensor) and alike(x, found) and x is not found
 
 
 def _own(args: Any, writes: bool) -> bool:

@@ -8,7 +8,12 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.arguments import check_count, check_real, check_symmetric
+from torch_dropout_ir.arguments import (
+    check_count,
+    check_real,
+    check_square,
+    check_symmetric,
+)
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
 from torch_dropout_ir.sharpness.layerwise import NotSplit
 from torch_dropout_ir.sharpness.rounds import OVERHEAD, Rounds
@@ -94,8 +99,8 @@ def trace(
 
     Raises:
         ValueError: If ``num_matvecs`` is below 2 (6 for ``"hutchpp"``, 4 for
-            ``"xtrace"``), ``rtol`` is negative, a matrix is not symmetric, or
-            ``method`` is unknown or cannot take ``op``.
+            ``"xtrace"``), ``rtol`` is negative, a matrix is not square, for these
+            two not symmetric, or ``method`` is unknown or cannot take ``op``.
         TypeError: If a number is none, ``num_matvecs`` is no integer, or ``op`` no
             operator.
 
@@ -111,7 +116,8 @@ def trace(
         >>> trace(tdi.sharpness.hessian(net, "mse", batch)).method
         'exact'
     """  # noqa: DOC502 (the checks raise)
-    check_symmetric("trace", op)
+    check = check_symmetric if method in ("hutchpp", "xtrace") else check_square
+    check("trace", op)
     least = {"hutchpp": 6, "xtrace": 4}.get(method, 2)
     check_count("trace", "num_matvecs", num_matvecs, least)
     if rtol is not None:
