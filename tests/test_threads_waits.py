@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -120,6 +121,40 @@ def test_a_whole_that_calls_an_attached_part_in_threads(model, batch, impatient)
         analysis.detach()
         alone = exact(whole, batch, "mse")
     torch.testing.assert_close(found.value, alone.value)
+
+
+@pytest.mark.parametrize("form", ["gauss_newton", "monte_carlo"])
+def test_a_site_that_two_threads_are_in_at_once(model, batch, form):
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            return sum(pool.map(self.net, [x, 2 * x]))
+
+    site = next(m for m in model.modules() if isinstance(m, nn.Dropout))
+    two = threading.Barrier(2)
+
+    def meet(*_):
+        two.wait(SOON)
+
+    site.register_forward_pre_hook(meet)
+    site.register_forward_hook(meet)
+    estimate = {
+        "gauss_newton": lambda m: tdi.regularizers.gauss_newton(
+            m, batch, "mse", num_samples=None
+        ),
+        "monte_carlo": lambda m: tdi.regularizers.monte_carlo(m, batch, "mse"),
+    }[form]
+    with ThreadPoolExecutor(2) as pool:
+        found = estimate(Whole())
+    site._forward_pre_hooks.clear()
+    site._forward_hooks.clear()
+    pool = types.SimpleNamespace(map=map)
+    alone = estimate(Whole())
+    error = 5 * (found.standard_error + alone.standard_error)
+    assert abs(found.value - alone.value) <= 1e-9 + error
 
 
 @pytest.fixture

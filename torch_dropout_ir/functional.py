@@ -14,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.turns import alone_with, in_turn
 
 Batch = tuple[Any, Any]
+_MODES: Final = threading.Lock()
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -58,6 +60,11 @@ def constants(model: nn.Module) -> dict[str, Tensor]:
     return {n: x.detach() for n, x in model.named_parameters()}
 
 
+def _switching() -> contextlib.AbstractContextManager[Any]:
+    """Return the lock of modes; a compiled function is not to hold one."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _MODES
+
+
 def switch_off(
     module: nn.Module, modes: dict[nn.Module, bool], whole: bool = False
 ) -> list[Callable[[], None]]:
@@ -72,12 +79,20 @@ def switch_off(
         What gives it back, to be called from the last to the first.
     """
     own = vars(module)  # to set an attribute asks what it is
+    under_way = list[None]()  # calls, of several threads
 
     def switch(module: nn.Module, *_: Any) -> None:
-        modes[module], own["training"] = own["training"], False
+        with _switching():
+            if not under_way:
+                modes[module] = own["training"]
+            own["training"] = False
+            under_way.append(None)
 
     def back(module: nn.Module, *_: Any) -> None:
-        own["training"] = modes[module]
+        with _switching():
+            under_way.pop()
+            if not under_way:
+                own["training"] = modes[module]
 
     restored = functools.partial(own.__setitem__, "training", module.training)
     switch(module)

@@ -129,7 +129,10 @@ class Recorder:
         if not self._open:  # computed again under checkpointing
             return h + zero
         if self._writes and self._settles and self.passed:
-            self.passed[-1] = self.passed[-1].settled()  # who writes does so at once
+            last = len(self.passed) - 1  # another thread may add one meanwhile
+            self.passed[last] = self.passed[
+                last
+            ].settled()  # who writes does so at once
         if first and h.numel() >= (step_memory.SOME if self._weigh else _LARGE):
             there = {storage_of(x) for x in self._given()}
             self.below = Below.by(h, there)
