@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -101,58 +100,45 @@ def test_a_loss_that_calls_the_model_in_a_thread(model, batch, impatient, measur
         torch.testing.assert_close(outputs, clean)
 
 
+class Twice(nn.Module):
+    """Calls a model on two inputs, as ``map`` or a pool does."""
+
+    def __init__(self, net, each):
+        super().__init__()
+        self.net, self.each = net, each
+
+    def forward(self, x):
+        return sum(self.each(self.net, [x, 2 * x]))
+
+
 def test_a_whole_that_calls_an_attached_part_in_threads(model, batch, impatient):
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = model
-
-        def forward(self, x):
-            return sum(pool.map(self.net, [x, 2 * x]))
-
     exact = functools.partial(tdi.regularizers.gauss_newton, num_samples=None)
-    whole = Whole()
     with (
         ThreadPoolExecutor(2) as pool,
         tdi.attach_analysis(model, log_dir=False, every=1) as analysis,
     ):
-        found = exact(whole, batch, "mse")
+        found = exact(Twice(model, pool.map), batch, "mse")
         assert not analysis.history
-        analysis.detach()
-        alone = exact(whole, batch, "mse")
+    alone = exact(Twice(model, map), batch, "mse")
     torch.testing.assert_close(found.value, alone.value)
 
 
-@pytest.mark.parametrize("form", ["gauss_newton", "monte_carlo"])
-def test_a_site_that_two_threads_are_in_at_once(model, batch, form):
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = model
-
-        def forward(self, x):
-            return sum(pool.map(self.net, [x, 2 * x]))
-
-    site = next(m for m in model.modules() if isinstance(m, nn.Dropout))
+@pytest.mark.parametrize(
+    ("form", "options"), [("gauss_newton", {"num_samples": None}), ("monte_carlo", {})]
+)
+def test_a_site_that_two_threads_are_in_at_once(model, batch, form, options):
+    estimate = getattr(tdi.regularizers, form)
+    alone = estimate(Twice(model, map), batch, "mse", **options)
     two = threading.Barrier(2)
 
     def meet(*_):
         two.wait(SOON)
 
+    site = next(m for m in model.modules() if isinstance(m, nn.Dropout))
     site.register_forward_pre_hook(meet)
     site.register_forward_hook(meet)
-    estimate = {
-        "gauss_newton": lambda m: tdi.regularizers.gauss_newton(
-            m, batch, "mse", num_samples=None
-        ),
-        "monte_carlo": lambda m: tdi.regularizers.monte_carlo(m, batch, "mse"),
-    }[form]
     with ThreadPoolExecutor(2) as pool:
-        found = estimate(Whole())
-    site._forward_pre_hooks.clear()
-    site._forward_hooks.clear()
-    pool = types.SimpleNamespace(map=map)
-    alone = estimate(Whole())
+        found = estimate(Twice(model, pool.map), batch, "mse", **options)
     error = 5 * (found.standard_error + alone.standard_error)
     assert abs(found.value - alone.value) <= 1e-9 + error
 
