@@ -156,8 +156,8 @@ function heat(pictures) {
   if (!pictures.length) put(at("maps"), "p", "No cosines between neurons here.", { class: "note" });
 }
 function range(values, fixed) {
-  const [low, high] = fixed ?? values.reduce(([a, b], x) => [Math.min(a, x), Math.max(b, x)], [Infinity, -Infinity]);
-  return low < high ? [low, high] : [low - 0.5, high + 0.5];
+  const [low, high] = fixed ?? values.reduce(([a, b], x) => [Math.min(a, x), Math.max(b, x)], [Infinity, -Infinity]), by = Math.max(0.5, Math.abs(low) / 2); // about one alone: ticks differ
+  return low < high ? [low, high] : [low - by, high + by];
 }
 function ticks(low, high, log) {
   if (log && high - low < 1) return ticks(10 ** low, 10 ** high).map(Math.log10);
