@@ -51,7 +51,7 @@ FLOORS = {
         "offline",
         "demo",
         "testing",
-        "cli",
+        "cli", "__main__",
     ),
 }
 # fmt: on

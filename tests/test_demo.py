@@ -1,6 +1,8 @@
 """The demonstration and its command line."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -133,6 +135,13 @@ def test_help_and_bad_flags(capsys):
         assert stop.value.code == status
         shown = capsys.readouterr()
         assert says in shown.out + shown.err
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "torch_dropout_ir", "demo", "--steps", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "torch-dropout-ir: --steps: expected" in done.stderr
 
 
 def test_interrupt_says_so(monkeypatch, tmp_path, capsys):

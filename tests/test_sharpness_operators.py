@@ -138,6 +138,14 @@ def test_the_masks_are_those_of_frozen_masks(make):
     torch.testing.assert_close(op.dense(), expected)
 
 
+def test_an_operator_says_what_it_is_of():
+    op = sharpness.hessian(nn.Linear(2, 1), "mse", (torch.eye(2), torch.ones(2, 1)))
+    op @ torch.ones(3, 2)
+    assert repr(op) == "<hessian of Linear, [3, 3], masks off, 2 products>"
+    several = sharpness.ggn(mlp(), "mse", data(), masks=range(2))
+    assert "<ggn of Sequential" in repr(several) and "masks 0, 1, 0 pr" in repr(several)
+
+
 def test_mean_over_masks_and_its_standard_error():
     net, batch = mlp(), data()
     each = torch.stack([

@@ -53,6 +53,14 @@ class CurvatureOperator:
             self._work = self._cached.work
             self._check_used(set(self._cached.used))
 
+    def __repr__(self) -> str:
+        of, seeds = type(self.surface.model).__name__, self.surface.seeds
+        masks = "off" if seeds == (None,) else ", ".join(map(str, seeds))
+        return (
+            f"<{self.kind} of {of}, {list(self.shape)}, masks {masks}, "
+            f"{self.num_matvecs} products>"
+        )
+
     def _linearize(self, batch: Batch, place: int, seed: int | None) -> Linearized:
         with self.surface.held(seed):
             return linearize(self.kind, self.surface, batch, place, seed)
