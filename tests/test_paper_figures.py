@@ -308,3 +308,15 @@ def test_the_width_of_a_network_is_the_mean_over_directions(script):
     alphas = torch.linspace(-1, 1, 5)
     slices = [[4.0, 2.0, 0.0, 2.0, 4.0], [8.0, 4.0, 0.0, 4.0, 8.0], [9.0] * 5]
     assert fig12.mean_width(slices, 2.0, alphas) == pytest.approx((1 + 0.5 + 0) / 3)
+
+
+def test_a_spike_on_the_way_is_no_leaving_of_the_minimum(script):
+    fig05 = script("fig05_leaving_the_minimum")
+    rows = torch.full((3, 10), 1e-6)  # step, then R_S, R_1 and share of each arm
+    rows[:, 3::3] = torch.tensor([0.1, 0.1, 1.0])
+    rows[1, 1::3] = 0.1  # Adam oscillates on all three
+    rows[-1, 1::3] = torch.tensor([1e-7, 1e-7, 3e-6])
+    _, stays, spread, leaves, condenses, _ = fig05.claims_of([rows])
+    assert stays.values == pytest.approx([1]) and leaves.values == pytest.approx([30])
+    assert (stays.verdict, leaves.verdict) == ("not reproduced", "reproduced")
+    assert (spread.values, condenses.values) == (pytest.approx([0.1]), [1.0])

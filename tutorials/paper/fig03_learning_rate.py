@@ -189,10 +189,11 @@ def claims_of(found, values, small, seeds):
     step = 1.01 * max(b / a for a, b in itertools.pairwise(values))
     return [
         Claim("the best eps is near the best lambda: the larger over the smaller, at "
-              "most one step of the grid", "1", places,
+              "most one step of the grid", "close", places,
               lambda v: v < step, lambda v: v < step**2, "x"),
         Claim("E R_drop / E ||grad R_drop||^2 is similar at eps = lambda: the larger "
-              "over the smaller, median over the grid, below 1.5", "1", medians,
+              "over the smaller, median over the grid, below 1.5", "similar",
+              medians,
               lambda v: v < 1.5, lambda v: v < 2, "x"),
         Claim("and nearer to that of eps = lambda than to that of R_drop at the small "
               "rate: share of the grid, at least 80 %", "no number",

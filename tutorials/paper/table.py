@@ -20,9 +20,10 @@ its progress, and goes on where it was stopped.
 
 "Ours" is the mean over the seeds ± half of the distance between the extremes. A claim
 is **reproduced** when every seed meets the tolerance that its sentence states, and
-**reproduced in direction** when every seed points the paper's way; why not more is told
-below. Settings other than the paper's are stated at the top of each script, where
-`--paper` restores them.
+**reproduced in direction** when every seed points the paper's way, or, where two things
+are to be equal, is within a wider bound, the second of the claim in its script; why not
+more is told below. Settings other than the paper's are stated at the top of each
+script, where `--paper` restores them.
 """
 
 
