@@ -34,8 +34,10 @@ def claims():
 @pytest.fixture
 def frame(claims):
     before = sys.modules.get("experiment")
+    load("options")
     module = load("experiment")
     yield module
+    sys.modules.pop("options")
     sys.modules.pop("experiment")
     if before is not None:
         sys.modules["experiment"] = before
@@ -206,7 +208,9 @@ def test_a_quick_look_stays_out_of_the_results(claims, start):
     assert start("--paper").folder != exp.folder
 
 
-@pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--quick", "--paper"]])
+@pytest.mark.parametrize(
+    "wrong", [["--seeds", "0"], ["--quick", "--paper"], ["--out", f"{__file__}/runs"]]
+)
 def test_options_that_cannot_be_are_said(start, wrong, capsys):
     with pytest.raises(SystemExit):
         start(*wrong)
@@ -285,6 +289,11 @@ def test_all_runs_cheapest_first_and_past_a_failure(tmp_path, monkeypatch, capfd
     assert "no figure" not in printed and "failed: fig03_broken.py" in said
     every.main(["--quick"])
     assert "ran table" not in capfd.readouterr().out
+    for options, said in (["--help"], "cheapest first"), (["--sedes"], "--sedes"):
+        with pytest.raises(SystemExit):
+            every.main(options)
+        printed = "".join(capfd.readouterr())
+        assert said in printed and "ran " not in printed  # once, not by every script
 
 
 RECORDS = sorted((FOLDER / "results").glob("*.json"))

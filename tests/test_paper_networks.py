@@ -57,8 +57,18 @@ def test_sentences_become_the_numbers_counted_by_hand(script, root):
     short, targets = translation.trim(x[1:], y[1:])
     assert short.equal(x[1:, :, :5])
     assert targets.equal(y[1:, :5])
-    with pytest.raises(FileNotFoundError, match=r"train\.de"):
+    with pytest.raises(SystemExit, match=r"--data-root: .*train\.de"):
         translation.multi30k(root / "nowhere", 3)
+
+
+def test_images_that_are_nowhere_to_be_had_are_said(script, tmp_path, monkeypatch):
+    def nowhere(root, train, download):
+        raise RuntimeError(f"Error downloading train={train}:\nno network\n")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", nowhere)
+    said = rf"^--data-root: found no .* under {tmp_path}\. Error .*: no network$"
+    with pytest.raises(SystemExit, match=said):
+        script("data").mnist(tmp_path)
 
 
 def test_batches_are_random_pairs_of_like_lengths(script):

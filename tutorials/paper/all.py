@@ -1,4 +1,4 @@
-"""All figures in order of cost, then the table; options go to every script.
+"""All figures, the cheapest first, then the table; options go to every script.
 
 python tutorials/paper/all.py --quick
 """
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import table
+from options import parse
 
 HERE = Path(__file__).parent
 
@@ -22,13 +23,14 @@ def cost(script):
 
 def main(arguments):
     """Run them; a script that fails does not stop the others."""
+    options = parse(__doc__, arguments=arguments)
     scripts = [*HERE.glob("fig[0-9]*_*.py"), *HERE.glob("thm[0-9]*_*.py")]
     failed = []
     for script in sorted(scripts, key=cost):
         print(f"\n{script.name}", flush=True)
         if subprocess.run([sys.executable, script, *arguments], check=False).returncode:
             failed.append(script.name)
-    if not {"--quick", "--help", "-h"}.intersection(arguments):
+    if not options.quick:
         table.main()
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The data sets of the paper as tensors."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,7 @@ def mnist(root, train=None, test=None):
     """
     from torchvision.datasets import MNIST
 
-    there = (Path(root) / "MNIST" / "raw").is_dir()
-    halves = (MNIST(str(root), train=t, download=not there) for t in (True, False))
+    halves = _halves(MNIST, root)
     return tuple(
         (half.data[:n].flatten(1).float() / 255, half.targets[:n])
         for half, n in zip(halves, (train, test), strict=True)
@@ -37,8 +37,7 @@ def cifar(root, classes=10, train=None, test=None):
     else:
         from torchvision import datasets
 
-        one = getattr(datasets, f"CIFAR{classes}")
-        halves = [one(str(root), train=t, download=True) for t in (True, False)]
+        halves = _halves(getattr(datasets, f"CIFAR{classes}"), root)
         pairs = [(half.data, np.array(half.targets)) for half in halves]
     (x, y), (test_x, test_y) = (
         (torch.from_numpy(images[:n]).permute(0, 3, 1, 2).float() / 255,
@@ -47,6 +46,15 @@ def cifar(root, classes=10, train=None, test=None):
     )  # fmt: skip
     std, mean = torch.std_mean(x, (0, 2, 3), keepdim=True)
     return ((x - mean) / std, y), ((test_x - mean) / std, test_y)
+
+
+def _halves(dataset, root):
+    """To train on and to test; where there are none the script ends with a sentence."""
+    try:
+        return [dataset(str(root), train=t, download=True) for t in (True, False)]
+    except (RuntimeError, OSError) as error:
+        said = " ".join(str(error).split())
+        sys.exit(f"--data-root: found no {dataset.__name__} under {root}. {said}")
 
 
 def accuracy(model, x, y, batch=1000):

@@ -7,12 +7,10 @@ claims is then decided from the results of all seeds, by numbers alone, and writ
 them to ``results/<figure>.json``.
 """
 
-import argparse
 import ast
 import functools
 import hashlib
 import json
-import os
 import platform
 import sys
 import time
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import torch
 from claims import worst
+from options import parse
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -47,39 +46,8 @@ class Experiment:
     """
 
     def __init__(self, doc, figure, options=(), arguments=None, home=HERE):
-        parser = argparse.ArgumentParser(
-            description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        size = parser.add_mutually_exclusive_group()
-        size.add_argument("--quick", action="store_true", help="a look, in a minute")
-        size.add_argument(
-            "--paper", action="store_true", help="the paper's own setting, at its size"
-        )
-        parser.add_argument("--seeds", type=int, help="default: 3; with --quick 1")
-        parser.add_argument(
-            "--data-root",
-            type=Path,
-            default=os.environ.get("DROPOUT_IR_DATA", "data"),
-            help="folder of the data sets; what is missing is downloaded to it "
-            "(default: $DROPOUT_IR_DATA, else data)",
-        )
-        parser.add_argument(
-            "--out",
-            type=Path,
-            default=Path("runs/paper"),
-            help="finished cells and TensorBoard runs (default: runs/paper)",
-        )
-        parser.add_argument(
-            "--restart", action="store_true", help="forget what --out holds of it"
-        )
-        for flags, keywords in options:
-            parser.add_argument(*flags, **keywords)
-        self.options = parser.parse_args(arguments)
+        self.options = parse(doc, options, arguments)
         self.profile = PROFILES[1 - self.options.quick + self.options.paper]
-        if self.options.seeds is None:
-            self.options.seeds = 1 if self.options.quick else 3
-        if self.options.seeds < 1:
-            parser.error(f"--seeds: expected at least 1, got {self.options.seeds}")
         self.title = doc.strip().splitlines()[0]
         self.figure = figure
         self.home = home
@@ -249,15 +217,16 @@ class Experiment:
         return self._before + time.process_time() - self._began
 
 
-# Of no cell: how claims are judged and written may change.
-_WRITING = ("claims.py", Path(__file__).name)
+# Of no cell: how claims are judged and written, and options read, may change.
+_WRITING = ("claims.py", "options.py", Path(__file__).name)
 
 
 def code_of(compute):
     """Hashes of the code, by file name, that a cell's function is made of.
 
     Those are the function's own file and the files beside it that are imported, but
-    this one and that of the claims. Comments, docstrings and layout do not count.
+    this one and those of claims and options. Comments, docstrings and layout do not
+    count.
     """
     function = getattr(compute, "func", compute)  # of a partial
     script = Path(function.__code__.co_filename).resolve()

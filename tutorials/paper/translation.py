@@ -7,6 +7,7 @@ torch's cross-entropy leaves out.
 """
 
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def multi30k(root, train, test=None):
         ``(x, y), (test_x, test_y), (German words, English words)``.
 
     Raises:
-        FileNotFoundError: If a file is not there.
+        SystemExit: If a file is not there.
     """
     folder = Path(root) / "multi30k"
     held = {}
@@ -82,9 +83,9 @@ def multi30k(root, train, test=None):
         for language in ("de", "en"):
             path = folder / f"{half}.{language}"
             if not path.is_file():
-                raise FileNotFoundError(
-                    f"expected {path}, one sentence a line, and there is none: put "
-                    "task 1 of Multi30k there (github.com/multi30k/dataset)"
+                sys.exit(
+                    f"--data-root: expected {path}, one sentence a line, and there is "
+                    "none: put task 1 of Multi30k there (github.com/multi30k/dataset)"
                 )
             lines = path.read_text(encoding="utf-8").splitlines()[:n]
             held[half, language] = [words(line) for line in lines]
