@@ -9,6 +9,7 @@ cell begins at ``# %%``; the comment there is its text. Needs the extra ``tutori
 
 import argparse
 import ast
+import os
 import re
 import sys
 from pathlib import Path
@@ -67,6 +68,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("build/tutorials"))
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or torchrun warns, on the page
     for path in chosen.tutorials:
         print(render(path, chosen.out), flush=True)
 
