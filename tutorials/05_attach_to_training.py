@@ -40,10 +40,9 @@ def train(model, epochs=6, **options):
     torch.manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    loader = DataLoader(data, batch_size=100, shuffle=True)
     analysis = tdi.attach_analysis(model, **options) if options else None  # the line
     for _ in range(epochs):
-        for x, y in loader:
+        for x, y in DataLoader(data, batch_size=100, shuffle=True):
             optimizer.zero_grad()
             nn.CrossEntropyLoss()(model(x), y).backward()
             optimizer.step()
@@ -51,9 +50,8 @@ def train(model, epochs=6, **options):
     return analysis
 
 
-# %% Once as it was, once with the line. Optimizer, loss, targets and dropout sites are
-# found as the script uses them. `log_dir=` makes it a TensorBoard run; `every="auto"`,
-# the default, keeps to a twentieth of the time, which 60 steps are too few for.
+# %% Once as it was, once with the line, which finds optimizer, loss, targets and sites.
+# `log_dir=` makes a TensorBoard run; without `every=` it takes a twentieth of the time.
 alone, watched = build(), build()
 train(alone)
 stream = torch.get_rng_state()
@@ -64,18 +62,15 @@ print(analysis.summary())
 torch.testing.assert_close(alone.state_dict(), watched.state_dict(), rtol=0, atol=0)
 assert torch.equal(stream, torch.get_rng_state())
 
-# %% What it saw: numbers by tag and step, and how each was obtained. R_1 comes by
+# %% What it saw is in `latest` and `history`: numbers by tag and step. R_1 comes by
 # dropout site too, which tells where the work is done.
 by_site = {t: v for t, v in analysis.latest.items() if t.startswith("regularizer/R1/")}
-print(by_site)
 
 # %% Several processes: attach on every rank, after wrapping the model. This script runs
 # here as one process, and as two that share the batch: they record what one does.
 SCRIPT = """
-import json, torch, torch.distributed as dist
+import json, torch, torch.distributed as dist, torch_dropout_ir as tdi
 from torch import nn
-import torch_dropout_ir as tdi
-
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 3))
 x, y, rank, size = torch.randn(64, 8), torch.randint(3, (64,)), 0, 1
