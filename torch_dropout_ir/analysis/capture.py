@@ -156,14 +156,7 @@ class Capture:
         self._outputs = None
 
     def take(self, passes: list[int]) -> bool:
-        """Let the inputs be those of some passes.
-
-        Args:
-            passes: Their numbers.
-
-        Returns:
-            Whether they can be made again.
-        """
+        """Let the inputs be those of some passes, if they can be made again."""
         found = self.script.inputs_of(passes)
         if isinstance(found, str):
             self._miss(found)
@@ -266,8 +259,7 @@ class Capture:
     def observe(self, model: nn.Module) -> None:
         """Look at the masks of the last pass, where it was one to look at.
 
-        Args:
-            model: The model to run again: the own one, or a copy that runs alone.
+        ``model`` is run again for that: the own one, or a copy that runs alone.
         """
         self._told.close()
         if self.script.leave():  # every call of the measures would go through it

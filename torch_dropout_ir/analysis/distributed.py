@@ -91,9 +91,6 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """Do what is inside on all ranks or on none: where one raises, all do.
 
-        Yields:
-            Nothing.
-
         Raises:
             RuntimeError: If another rank has raised.
         """  # noqa: DOC502 (raised by the round)
@@ -109,10 +106,7 @@ class Ranks:
             self._left = False
 
     def wait_for_all(self, call: str) -> None:
-        """Wait until all ranks have come here.
-
-        Args:
-            call: What they have to call.
+        """Wait until all ranks have made this ``call``.
 
         Raises:
             RuntimeError: If one has not after five minutes.
@@ -129,14 +123,10 @@ class Ranks:
             )
 
     def check_alike(self, call: str, setting: str) -> None:
-        """Refuse what would part the ranks' ways.
-
-        Args:
-            call: What was called.
-            setting: What decides when measures are taken.
+        """Refuse a ``setting`` that would part the ranks' ways.
 
         Raises:
-            ValueError: If ranks came with different settings.
+            ValueError: If ranks came with different ones.
         """
         least, most = self._meet("setting", _hash(setting))
         if least != most:

@@ -16,16 +16,9 @@ WAIT: Final = datetime.timedelta(seconds=30)
 
 
 def join_late(ranks: Ranks, model: nn.Module, setting: str) -> bool:
-    """Make ``ranks`` those that train ``model``, as it is wrapped now.
+    """Return whether ``ranks`` are several now: those of the model as it is wrapped.
 
-    Args:
-        ranks: A process alone; changed in place where it is one of several, and told
-            why where it stays alone.
-        model: The model in its wrapper, if it is in one.
-        setting: What all have to agree on.
-
-    Returns:
-        Whether it is one of several.
+    Where it is neither wrapped nor agreed on, ``ranks`` is told why it stays alone.
     """
     if processes() == 1:
         return False

@@ -19,9 +19,8 @@ _LEAF: Final = "torch::autograd::AccumulateGrad"
 class OwnGraph:
     """What the parameters of a model lead to.
 
-    Args:
-        model: The model. Where its parameters are sharded, passes use other tensors,
-            and everything that is differentiated counts as its own.
+    Where they are sharded, passes use other tensors, and everything that is
+    differentiated counts as the model's own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -31,14 +30,10 @@ class OwnGraph:
         self._found: dict[Any, bool] = {}
 
     def leads_to(self, x: Tensor) -> bool:
-        """Whether ``x`` may depend on a parameter of the model.
+        """Return whether a tensor with a graph may depend on a parameter of the model.
 
-        Args:
-            x: A tensor that is differentiated.
-
-        Returns:
-            False only of another leaf, and of what comes of such alone by functions
-            whose inputs autograd knows; an ``autograd.Function`` may have more.
+        False only of another leaf, and of what comes of such alone by functions whose
+        inputs autograd knows; an ``autograd.Function`` may have more.
         """
         if self._own is None:
             parameters = list(self._model.parameters())
@@ -55,19 +50,11 @@ class OwnGraph:
         outputs: Collection[tuple[Any, int]],
         unknown: Callable[[Tensor], bool],
     ) -> bool:
-        """Whether the model may learn where a script goes back from some tensors.
+        """Return whether the model may learn where a script goes back from here.
 
         A loss of the outputs after `detach`, as of a discriminator or a second network,
-        is another model's.
-
-        Args:
-            root: The tensors.
-            outputs: Nodes of the outputs. Where they have none, whatever is made of
-                them counts.
-            unknown: Whether a tensor is not followed from the outputs.
-
-        Returns:
-            Whether it may.
+        is another model's. ``outputs`` are nodes; where there are none, all that is
+        made of the outputs counts. ``unknown`` tells what is not followed from them.
         """
         nodes = {node for node, _ in outputs if node is not None}
         return not nodes or any(
@@ -96,15 +83,7 @@ class OwnGraph:
 
 
 def _comes_of(x: Tensor, nodes: Collection[Any]) -> bool:
-    """Whether the graph of a tensor leads back to one of some nodes.
-
-    Args:
-        x: A tensor that is differentiated, or a leaf, which comes of nothing.
-        nodes: The nodes.
-
-    Returns:
-        Whether it does.
-    """
+    """Whether the graph of a tensor leads back to one of some nodes; no leaf's does."""
     seen, waiting = set[Any](), [x.grad_fn] if x.grad_fn is not None else []
     while waiting:
         node = waiting.pop()
@@ -117,12 +96,7 @@ def _comes_of(x: Tensor, nodes: Collection[Any]) -> bool:
 
 
 def copied_from(x: Tensor, nodes: Mapping[tuple[Any, int], At]) -> At | None:
-    """Return where a tensor comes from that nodes of the graph have copied.
-
-    Args:
-        x: The tensor.
-        nodes: Nodes, each with the number of its output, and where that comes from.
-    """
+    """Return where a tensor comes from that nodes (with their output) have copied."""
     node, place, found = x.grad_fn, x.output_nr, None
     while found is None and node is not None and node.name() in _COPYING:
         if place >= len(node.next_functions):

@@ -24,12 +24,6 @@ def goes_back(
 ) -> tuple[str, Any, float, bool] | None:
     """Return what a call goes back from, where a script may train on that.
 
-    Args:
-        func: The function.
-        args: Its arguments.
-        kwargs: Those by name.
-        model: The model.
-
     Returns:
         ``"backward"``, or ``"grad"`` where the script asks for gradients in parameters
         of the model without a graph, which it may hand to the optimizer itself; the
@@ -52,14 +46,7 @@ def goes_back(
 
 
 def has_gradient(model: nn.Module) -> bool:
-    """Whether a backward pass adds to gradients that are there.
-
-    Args:
-        model: The model.
-
-    Returns:
-        False where the script has set them to zero, or to None.
-    """
+    """Whether a backward pass adds to gradients: not where they were set to zero."""
     own = [x.grad for x in model.parameters() if x.grad is not None]
     return any(is_sharded(g) or g.is_sparse or bool(g.any()) for g in own)
 

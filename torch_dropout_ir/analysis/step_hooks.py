@@ -32,14 +32,9 @@ _inside: Final[list[Optimizer]] = []  # in which the hooks run now, of all threa
 
 
 def watch_steps(before: Before, after: After) -> Callable[[], None]:
-    """Call functions before and after the steps of all optimizers, in eager code.
+    """Return what ends calls of functions around steps of all optimizers, when eager.
 
-    Args:
-        before: As torch's hook before a step; it may return other arguments.
-        after: Called with the optimizer.
-
-    Returns:
-        A function that ends the watch.
+    ``before`` is as torch's hook: it may return other arguments.
     """
     number = next(_numbers)
     _watches[number] = before, after

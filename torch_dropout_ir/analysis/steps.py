@@ -30,10 +30,6 @@ class OptimizerSteps:
     until another one does so several times between its steps: then the script has
     replaced it.
 
-    Args:
-        model: The model.
-        optimizer: The optimizer; None to find it.
-
     Attributes:
         announced: Whether to call before the coming step too.
     """
@@ -53,14 +49,9 @@ class OptimizerSteps:
     def watch(
         self, before: Callable[[], None], after: Callable[[], None]
     ) -> Callable[[], None]:
-        """Call bound methods before and after steps; neither is kept alive.
+        """Return what ends calls of two methods, kept alive by nobody, around steps.
 
-        Args:
-            before: Method to call before a step that is :attr:`announced`.
-            after: Method to call after each step.
-
-        Returns:
-            A function that ends the watch.
+        ``before`` is called where the step is :attr:`announced`.
         """
         after_step = self._calling(after, made=True)
         return watch_steps(self._calling_before(before), after_step)

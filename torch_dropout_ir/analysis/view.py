@@ -27,13 +27,6 @@ from torch_dropout_ir.sites import active_sites
 class View:
     """Makes snapshots of a model that trains.
 
-    Args:
-        model: The model.
-        capture: What has seen its passes.
-        batch: What chooses the batch.
-        steps: What has seen the optimizer.
-        ranks: The processes that train it.
-
     Attributes:
         counted: Mask statistics of the run that this one goes on from.
     """
@@ -62,15 +55,8 @@ class View:
     ) -> Snapshot:
         """Return the state just before a step.
 
-        Args:
-            step: Optimizer steps made before.
-            runs: Whether measures need more than gradients.
-            inputs_of: Makes inputs to measure with of those of the pass, and of the
-                number of passes of the step.
-            targets_of: Finds targets by inputs where the loss does not show them.
-
-        Returns:
-            The snapshot.
+        ``runs`` tells whether measures need more than gradients; ``inputs_of`` and
+        ``targets_of`` are those of :class:`Analysis`.
         """
         capture, batch = self._capture, self._batch
         self._ranks.check_shards(self._model)

@@ -12,12 +12,6 @@ def gathered_model(model: nn.Module) -> nn.Module:
 
     A sharded model gathers its parameters in hooks of its own, which the transforms of
     ``torch.func`` cannot follow. The copy has the same classes, names and modes.
-
-    Args:
-        model: The model.
-
-    Returns:
-        ``model`` itself where nothing of it is sharded.
     """
     if any(is_sharded(x) for x in model.parameters()):
         return _Copy().module(model)
