@@ -89,9 +89,6 @@ if hasattr(os, "register_at_fork"):  # where there is a fork
 def alone_with(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Return the context of a change of a model, which no other thread runs meanwhile.
 
-    Args:
-        model: The model, inside of what compiles it.
-
     Raises:
         RuntimeError: If a pass of another thread does not end.
     """  # noqa: DOC502 (raised by the wait)

@@ -41,16 +41,11 @@ def norm(a: Params) -> Tensor:
 def random_like(params: Params, distribution: str = "rademacher") -> dict[str, Tensor]:
     """Draw independent entries of mean 0 and variance 1, shaped as ``params``.
 
-    Args:
-        params: Tensors whose shapes, dtypes and devices are taken.
-        distribution: ``"rademacher"`` (signs) or ``"normal"``.
-
-    Returns:
-        A dictionary with the keys of ``params``.
+    They are signs (``"rademacher"``) or ``"normal"``.
 
     Raises:
         ValueError: If ``distribution`` is neither of the two.
-    """
+    """  # noqa: DOC201
     if distribution not in ("rademacher", "normal"):
         raise ValueError(
             "random_like: expected `distribution` to be 'rademacher' or 'normal', "

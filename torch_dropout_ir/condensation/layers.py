@@ -99,15 +99,10 @@ def whole(rows: Weights) -> Tensor:
 
 
 def layer_parts(module: nn.Module) -> dict[str, Weights]:
-    """Return the sets of like neurons that a layer holds, by part; empty if none.
+    """Return input weights ``[neurons, d]`` of each set of like neurons of a layer.
 
-    Biases are put beside weights when rows are taken, where the layer has them apart.
-
-    Args:
-        module: Any module; its children do not count.
-
-    Returns:
-        Input weights ``[neurons, d]`` by part, ``""`` for a layer of one part.
+    By part, ``""`` for a layer of one part; the module's children do not count. Biases
+    are put beside weights when rows are taken, where the layer has them apart.
     """
     own = module.parameters(recurse=False)
     if not _known(module) or any(x.is_complex() for x in own):

@@ -34,14 +34,7 @@ def named_input_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def named_rows(model: nn.Module) -> Iterator[tuple[str, Weights]]:
-    """Go through the same, without copies where biases are apart.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Name, and input weights ``[neurons, d]`` as a matrix, or as rows to be taken.
-    """
+    """Yield the same without copies where biases are apart: rows to be taken."""
     seen: set[tuple[int, ...]] = set()
     for name, module in model.named_modules():
         weights = tuple(id(x) for x in _own_parameters(module) if x.ndim > 1)

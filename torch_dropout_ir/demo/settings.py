@@ -47,10 +47,7 @@ class Settings:
         components: int | None = None,
         seed: int = 0,
     ) -> Settings:
-        """Fill in what is left open by the data, and check it.
-
-        Returns:
-            The settings.
+        """Return settings with what is left open filled in by the data, and checked.
 
         Raises:
             ValueError: If a number is out of range; it names the flag.

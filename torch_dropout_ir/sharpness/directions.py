@@ -118,15 +118,7 @@ def _scaled(d: Tensor, x: Tensor, dims: tuple[int, ...]) -> Tensor:
 def checked_direction(
     caller: str, direction: Mapping[str, Tensor], params: Params
 ) -> dict[str, Tensor]:
-    """Return the direction on ``params``, in their dtypes.
-
-    Args:
-        caller: Name of the user-facing function.
-        direction: What the user gave.
-        params: The parameters.
-
-    Returns:
-        The direction in the order of ``params``.
+    """Return the user's direction in the order and dtypes of ``params``.
 
     Raises:
         ValueError: If it lacks a parameter, has another shape, is not finite or zero.

@@ -19,13 +19,6 @@ def check_penalties(
     Derivatives are taken at other tensors than the model's own parameters, which such
     a loss would not see. Parameters of the loss itself are constants.
 
-    Args:
-        caller: The function that takes derivatives.
-        model: The model.
-        loss: The loss.
-        outputs: What the model returned.
-        targets: The targets.
-
     Raises:
         ValueError: If the loss reads parameters of ``model``.
     """
@@ -47,12 +40,7 @@ def check_penalties(
 
 
 def check_risk(caller: str, risk: Tensor, place: int) -> None:
-    """Raise if derivatives of the loss of a batch mean nothing.
-
-    Args:
-        caller: The function that takes derivatives.
-        risk: The loss.
-        place: The batch's place.
+    """Raise if derivatives of the loss of the batch at a place mean nothing.
 
     Raises:
         ValueError: If it is not finite or does not depend on the parameters.

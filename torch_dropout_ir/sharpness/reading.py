@@ -65,13 +65,9 @@ class Reading:
         return float(self.samples(batch) if self._weigh is None else self._weigh(batch))
 
     def shares(self, adds: bool) -> list[tuple[Batch, float]] | None:
-        """Return batches of samples with their shares in the mean, or with 1.
+        """Return batches of samples with their shares in the mean, or with 1 of a sum.
 
-        Args:
-            adds: Whether it is a sum rather than a mean.
-
-        Returns:
-            None of a loader, which would have to be read for that, and of nothing.
+        None of a loader, which would have to be read for that, and of nothing.
         """
         if not isinstance(self._batches, list):
             return None
@@ -113,15 +109,9 @@ def check_pair(batch: Any) -> None:
 
 
 def sliced(value: Any, size: int, places: Tensor) -> Any:
-    """Take some of ``size`` samples; None where they cannot be told apart.
+    """Return some of ``size`` samples; None where they cannot be told apart.
 
-    Args:
-        value: A tensor, or a tuple, list or dictionary of tensors, sample in front.
-        size: Number of samples.
-        places: Which of them.
-
-    Returns:
-        The like, with fewer samples.
+    Of a tensor, or of a tuple, list or dictionary of tensors, sample in front.
     """
     if isinstance(value, Tensor):
         fits = value.ndim > 0 and value.shape[0] == size

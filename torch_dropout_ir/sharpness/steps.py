@@ -24,15 +24,7 @@ def depended_on(
 
     What is rounded, cut to an integer or made a sign has a gradient of zeros, which
     is not told from that of a minimum. A straight-through estimator leaves a way
-    around the step, and counts.
-
-    Args:
-        value: The value, with its graph.
-        leaves: Leaves of the graph by name.
-        found: The gradient in each; None where there is none.
-
-    Returns:
-        Those that have a gradient, and that a path leads to without a step.
+    around the step, and counts. ``found`` is the gradient in each leaf, None for none.
     """
     left, seen, reached = [value.grad_fn], set[Any](), set[int]()
     while left:
