@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,13 @@ _UNSEEN_DIM = tuple(
 
 # What packs the tensors that autograd saves, if anything does.
 _PACKING = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def frames(frame: types.FrameType | None) -> Iterator[types.FrameType]:
+    """Yield a frame and those that it was called from."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def checkpointed() -> bool:

@@ -19,7 +19,6 @@ from torch_dropout_ir.analysis.compiled_calls import compiled_in_place
 from torch_dropout_ir.analysis.delivery import Delivery
 from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.facts import run_facts
-from torch_dropout_ir.analysis.late_ranks import join_late
 from torch_dropout_ir.analysis.measured_batch import MeasuredBatch, by_itself
 from torch_dropout_ir.analysis.meetings import processes
 from torch_dropout_ir.analysis.records import Sink, remember
@@ -127,7 +126,7 @@ class Analysis:
         self._alone = False
         model = self._capture.wrapper() or self.model
         try:
-            if join_late(self._ranks, model, self._setting()):
+            if self._ranks.join_late(model, self._setting()):
                 self._seed = self._ranks.first_seed()
                 self._due = self._schedule.due(self.step)
                 self._view.share()

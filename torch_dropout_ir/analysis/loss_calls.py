@@ -28,6 +28,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_dropout_ir.analysis.accumulation import Accumulation
+from torch_dropout_ir.analysis.backward_calls import (
+    by_scaler,
+    goes_back,
+    has_gradient,
+)
 from torch_dropout_ir.analysis.followed_loss import (
     TIMES,
     At,
@@ -44,7 +49,6 @@ from torch_dropout_ir.analysis.followed_loss import (
 )
 from torch_dropout_ir.analysis.function_modes import called, lay_under, take_away
 from torch_dropout_ir.analysis.own_graph import OwnGraph, copied_from
-from torch_dropout_ir.analysis.roots import by_scaler, goes_back, has_gradient
 from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import TORCH_LOSSES
 from torch_dropout_ir.tracing import generators, recorded

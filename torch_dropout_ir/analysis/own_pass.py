@@ -8,8 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.analysis.distributed import is_sharded
 from torch_dropout_ir.analysis.followed_loss import inside, memory, versions
+from torch_dropout_ir.analysis.sharded import is_sharded
 from torch_dropout_ir.leaves import flatten
 
 _OTHER_PARAMETERS: Final = (

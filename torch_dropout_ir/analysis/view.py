@@ -12,13 +12,13 @@ from torch_dropout_ir.analysis.capture import Capture
 from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.measured_batch import MeasuredBatch
 from torch_dropout_ir.analysis.replay import own_statistics
+from torch_dropout_ir.analysis.sharded import gathered_model
 from torch_dropout_ir.analysis.snapshot import (
     Snapshot,
     received_gradients,
     theory_note,
 )
 from torch_dropout_ir.analysis.steps import OptimizerSteps
-from torch_dropout_ir.analysis.whole_copy import gathered_model
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.sites import active_sites

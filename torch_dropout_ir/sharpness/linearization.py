@@ -27,6 +27,7 @@ from torch_dropout_ir.arrivals import (
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
+from torch_dropout_ir.sharpness.differentiability import depended_on, explained
 from torch_dropout_ir.sharpness.linear import added_into, in_roots_alone
 from torch_dropout_ir.sharpness.pullback import (
     Pieces,
@@ -38,7 +39,6 @@ from torch_dropout_ir.sharpness.pullback import (
     pullback,
     twice,
 )
-from torch_dropout_ir.sharpness.steps import depended_on, explained
 from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.tracing import unasked
 

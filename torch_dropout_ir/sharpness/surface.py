@@ -33,6 +33,11 @@ from torch_dropout_ir.functional import (
 )
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.sharpness.differentiability import (
+    check_penalties,
+    check_risk,
+    explained,
+)
 from torch_dropout_ir.sharpness.frozen import (
     Masks,
     TwiceDifferentiable,
@@ -41,10 +46,8 @@ from torch_dropout_ir.sharpness.frozen import (
     modes,
 )
 from torch_dropout_ir.sharpness.herding import representatives
-from torch_dropout_ir.sharpness.penalties import check_penalties, check_risk
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
-from torch_dropout_ir.sharpness.steps import explained
 from torch_dropout_ir.sharpness.subsets import Subset, chosen_parameters
 from torch_dropout_ir.substitution import call_with, substituted, unmoved_buffers
 from torch_dropout_ir.turns import alone_with, in_turn
