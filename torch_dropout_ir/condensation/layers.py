@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import torch
@@ -144,18 +144,17 @@ def _views(module: nn.Module) -> dict[str, Weights]:
         weight, bias = affine(module)
         views = {"filter": _with_bias(weight, bias)}
         if len(weight) % 3 == 0:
-            views |= _thirds(weight, bias)
+            views |= _projections(weight.chunk(3), bias)
         return views
     assert isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
     return _convolution(module)
 
 
-def _thirds(weight: Tensor, bias: Tensor | None) -> dict[str, Weights]:
-    """The three projections of a fused one."""
+def _projections(weights: Iterable[Tensor], bias: Tensor | None) -> dict[str, Weights]:
+    """The three projections, by name; their biases are one after the other."""
     biases = (None,) * 3 if bias is None else bias.chunk(3)
-    pairs = zip(weight.chunk(3), biases, strict=True)
-    own = (_with_bias(*pair) for pair in pairs)
-    return dict(zip(_PROJECTIONS, own, strict=True))
+    rows = map(_with_bias, weights, biases)
+    return dict(zip(_PROJECTIONS, rows, strict=True))
 
 
 def by_group(module: nn.Module) -> Tensor:
@@ -185,9 +184,7 @@ def _attention(module: nn.MultiheadAttention) -> dict[str, Weights]:
     else:
         weights = list(module.in_proj_weight.chunk(3))
     bias = module.in_proj_bias
-    biases = (None,) * 3 if bias is None else bias.chunk(3)
-    rows = [_with_bias(w, b) for w, b in zip(weights, biases, strict=True)]
-    views = dict(zip(_PROJECTIONS, rows, strict=True))
+    views = _projections(weights, bias)
     if module.in_proj_weight is not None:
         views["filter"] = _with_bias(module.in_proj_weight, bias)
     elif len({w.shape[1] for w in weights}) == 1:
