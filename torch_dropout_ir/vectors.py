@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.arguments import check_choice
+
 Params = Mapping[str, Tensor]
 
 
@@ -45,12 +47,9 @@ def random_like(params: Params, distribution: str = "rademacher") -> dict[str, T
 
     Raises:
         ValueError: If ``distribution`` is neither of the two.
-    """  # noqa: DOC201
-    if distribution not in ("rademacher", "normal"):
-        raise ValueError(
-            "random_like: expected `distribution` to be 'rademacher' or 'normal', "
-            f"got {distribution!r}"
-        )
+    """  # noqa: DOC201, DOC502 (`check_choice` raises)
+    known = "rademacher", "normal"
+    check_choice("random_like", "distribution", distribution, known)
 
     def entries(x: Tensor) -> Tensor:
         draw = torch.empty_like(x, requires_grad=False)
