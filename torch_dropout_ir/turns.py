@@ -156,8 +156,5 @@ def inside(model: nn.Module) -> bool:
 def _calls(frame: types.FrameType, model: nn.Module) -> bool:
     """Whether a frame is in a call of a model, or of the wrapper that compiles it."""
     called = (x.f_locals.get("self") for x in frames(frame) if x.f_code is _CALL)
-    return any(x is model or _inner(x) is model for x in called)
-
-
-def _inner(called: Any) -> Any:
-    return vars(called)["_modules"].get("_orig_mod")
+    inner = ((x, vars(x)["_modules"].get("_orig_mod")) for x in called)
+    return any(model is x for pair in inner for x in pair)
