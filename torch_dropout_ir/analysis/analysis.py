@@ -81,7 +81,7 @@ class Analysis:
         # What is compiled draws other masks than the model as it is written.
         plain = watched is model and not compiled_in_place(model)
         self._capture = Capture(watched, model if plain else None)
-        self._capture.groups.stride = cadence.stride
+        self._capture.accumulation.stride = cadence.stride
         self._view = View(model, self._capture, self._batch, self._steps, ranks)
         self._handles = contextlib.ExitStack()
         self._handles.callback(self._delivery.close)
@@ -116,7 +116,7 @@ class Analysis:
         if self._alone:
             self._settle_ranks()
         with in_turn():
-            if self._capture.groups.stepped() and self._due:
+            if self._capture.accumulation.stepped() and self._due:
                 self._measure_safely(self._due, planned=True)
             else:
                 self._capture.end_step()

@@ -27,12 +27,12 @@ class ParameterWrites:
 
     def begin(self) -> None:
         """A pass of the script's begins."""
-        self._before = [(x, _print(x)) for x in self._model.parameters()]
+        self._before = [(x, _fingerprint(x)) for x in self._model.parameters()]
 
     def end(self) -> None:
         """It has ended."""
         known = [(x, was) for x, was in self._before if was is not None]
-        self._written |= {id(x): x for x, was in known if _print(x) != was}
+        self._written |= {id(x): x for x, was in known if _fingerprint(x) != was}
         self._before = []
 
     def kept(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -40,7 +40,7 @@ class ParameterWrites:
         return unwritten(model, list(self._written.values()))
 
 
-def _print(x: Tensor) -> Any:
+def _fingerprint(x: Tensor) -> Any:
     """What tells whether a parameter has the same values; None where nobody asks."""
     if not is_plain(x):
         return None

@@ -60,7 +60,7 @@ class ScriptLoss:
     def follow(
         self,
         model: nn.Module,
-        groups: Accumulation,
+        accumulation: Accumulation,
         outputs: Any,
         inputs: Inputs | None,
         versions: list[int],
@@ -71,7 +71,7 @@ class ScriptLoss:
         ``versions`` are those of their tensors.
         """
         if self._calls is None:
-            self._calls = LossCalls(outputs, groups, model)
+            self._calls = LossCalls(outputs, accumulation, model)
             self._calls.enter()
             self._looks.callback(self._calls.leave)
         else:
