@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -82,8 +80,6 @@ class Reading:
         kept = [(g, g.get_state()) for g, _ in self._generators]
         try:
             with preserved_rng(self._model, 0):
-                random.seed(0)
-                np.random.seed(0)
                 for generator, state in self._generators:
                     generator.set_state(state)
                 for batch in self._batches:
