@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from torch_dropout_ir.analysis.followed_loss import At, inside
+from torch_dropout_ir.analysis.sharded import is_sharded
+from torch_dropout_ir.arrivals import graph_nodes
 
 # Nodes of the graph that make copies, in order: one tells DDP when the backward pass
 # starts (`find_unused_parameters`, `static_graph`), one calls hooks of that pass.
@@ -38,8 +40,7 @@ class OwnGraph:
         if self._own is None:
             parameters = list(self._model.parameters())
             self._own = {id(p) for p in parameters}
-            # To import `DTensor` takes half as long as torch.
-            self._sharded = any(hasattr(p, "device_mesh") for p in parameters)
+            self._sharded = any(map(is_sharded, parameters))
         if self._sharded:
             return True
         return id(x) in self._own if x.is_leaf else self._reached(x.grad_fn)
@@ -82,17 +83,9 @@ class OwnGraph:
         return leaf and self._own is not None and id(node.variable) in self._own
 
 
-def _comes_of(x: Tensor, nodes: Collection[Any]) -> bool:
+def _comes_of(x: Tensor, nodes: Set[Any]) -> bool:
     """Whether the graph of a tensor leads back to one of some nodes; no leaf's does."""
-    seen, waiting = set[Any](), [x.grad_fn] if x.grad_fn is not None else []
-    while waiting:
-        node = waiting.pop()
-        if node in nodes:
-            return True
-        behind = {n for n, _ in node.next_functions if n is not None} - seen
-        waiting += behind
-        seen |= behind
-    return False
+    return not nodes.isdisjoint(graph_nodes([x.grad_fn] if x.grad_fn else []))
 
 
 def copied_from(x: Tensor, nodes: Mapping[tuple[Any, int], At]) -> At | None:
