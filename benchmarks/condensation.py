@@ -131,7 +131,7 @@ def online(steps: int, width: int) -> None:
     bare = seconds(train)
     with tdi.attach_analysis(net, log_dir=False, measures=[Condensation()]) as analysis:
         watched = seconds(train)
-    taken = len(analysis.history["cost/share"])
+    taken = len(analysis.history.get("cost/seconds/condensation", []))
     print(f"\nonline, 784-{width}-10, {steps} steps: measured {taken} times, "
           f"its own count {analysis.cost_share:.1%} of the time; "
           f"{bare:.1f} s bare, {watched:.1f} s watched")  # fmt: skip

@@ -95,7 +95,7 @@ def by_measure(name: str) -> dict[str, Any]:
         )  # fmt: skip
         started = time.perf_counter()
         script.run(1)
-        while len(script.analysis.history["cost/share"]) < REPEATED and (
+        while len(script.analysis.history.get("cost/share", ())) < REPEATED and (
             time.perf_counter() - started < ENOUGH
         ):
             script.analysis.measure()

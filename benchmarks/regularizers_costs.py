@@ -6,7 +6,14 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from regularizers_models import models, passes, seconds, small_models, step
+from regularizers_models import (
+    in_turns,
+    models,
+    passes,
+    seconds,
+    small_models,
+    step,
+)
 from torch import nn
 
 from torch_dropout_ir.regularizers import gauss_newton, last_layer
@@ -76,11 +83,7 @@ def small_costs(turns: int) -> None:
         }
         if isinstance(net, nn.Sequential):
             runs["least"] = least(net, x)
-        times = {key: [] for key in runs}
-        for _ in range(20 * turns):
-            for key, run in runs.items():
-                times[key].append(seconds(run))
-        found = {key: statistics.median(times[key]) for key in times}
+        found = in_turns(runs, 20 * turns)
         base = found["pass"]
         lowest = f"{found['least'] / base:.2f}" if "least" in found else "-"
         print(
@@ -181,15 +184,11 @@ def model_costs(turns: int) -> None:
             except RuntimeError as err:  # batch norm has no third derivative
                 print(f"\n{model}: no {name}: {err}")
                 del runs[name]
-        times = {name: [] for name in runs}
-        for _ in range(turns):
-            for name, run in runs.items():
-                times[name].append(seconds(run))
-        base = statistics.median(times["forward-backward"])
+        times = in_turns(runs, turns)
+        base = times["forward-backward"]
         print(f"\n{model}: forward-backward pass {1e3 * base:.1f} ms")
         for name, found in times.items():
-            ratio = statistics.median(found) / base
-            print(f"  {name:20}{ratio:>8.2f} passes")
+            print(f"  {name:20}{found / base:>8.2f} passes")
 
 
 def product_costs(turns: int) -> None:
@@ -203,11 +202,8 @@ def product_costs(turns: int) -> None:
             h, w, 0.5, loss="cross_entropy", outputs=f, targets=y
         ),
     }
-    times = {name: [] for name in runs}
-    for _ in range(turns):
-        for name, run in runs.items():
-            times[name].append(seconds(run))
-    base = statistics.median(times["product"])
+    times = in_turns(runs, turns)
+    base = times["product"]
     print(f"\n[4096, 4096] x [4096, 1000]: product {1e3 * base:.1f} ms")
     for name, found in times.items():
-        print(f"  {name:28}{statistics.median(found) / base:>8.3f} products")
+        print(f"  {name:28}{found / base:>8.3f} products")

@@ -10,15 +10,14 @@ estimator, which nobody has to write that way, it is a step's.
 
 import multiprocessing
 import os
-import statistics
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from overhead_memory import forget, resident
 from overhead_models import resnet18
 from regularizers_losses import WORDS, large_model, large_outputs
 from regularizers_meeting import OwnSwish, Recurrent, Shifted
-from regularizers_models import models, passes, seconds, step
+from regularizers_models import in_turns, models, passes, step
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -127,11 +126,7 @@ def against_a_step(title: str, some: dict) -> None:
     print(f"\n{title}: memory and time of a step")
     for model, batch in some.items():
         runs = each_call(*batch)
-        times = {name: [] for name in runs}
-        for _ in range(3):
-            for name, run in runs.items():
-                times[name].append(seconds(run))
-        took = {name: statistics.median(each) for name, each in times.items()}
+        took = in_turns(runs, 3)
         added = {name: peak(model, name) for name in runs}
         base = added.pop("forward-backward"), took["forward-backward"]
         print(f"  {model}: a step {base[0]:.0f} MiB, {1e3 * base[1]:.0f} ms")
@@ -155,11 +150,7 @@ def many_outputs() -> None:
     print(f"\n1024 rows of {WORDS} words: memory and time of a step")
     for name in large_outputs():
         runs = large_calls(*large_model(name), name)
-        times = {key: [] for key in runs}
-        for _ in range(5):
-            for key, run in runs.items():
-                times[key].append(seconds(run))
-        took = {key: statistics.median(each) for key, each in times.items()}
+        took = in_turns(runs, 5)
         base, pace = peak(name, "forward-backward"), took.pop("forward-backward")
         print(f"  {name}: a step {base:.0f} MiB, {1e3 * pace:.0f} ms")
         for key, own in took.items():
@@ -242,13 +233,7 @@ def _added(model: str, name: str) -> float:
         run = {**each_call(net, x, y), **calls(net, x, y)}[name]
     run()  # what is loaded once
     net.zero_grad()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    before = _status("VmRSS")
+    forget()
+    before = resident("VmRSS")
     run()
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(name: str) -> int:
-    """A line of this process's memory, KiB; Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(x.split()[1]) for x in lines if x.startswith(name))
+    return (resident("VmHWM") - before) / 1024

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import statistics
 import time
 
 import torch
@@ -24,6 +25,15 @@ def seconds(run) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
+
+
+def in_turns(runs: dict, turns: int) -> dict[str, float]:
+    """Median wall time of each of several calls, taken in turns."""
+    times = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def step(net, batch, loss):

@@ -1,5 +1,5 @@
 // The glue: checks arguments, allocates results, calls the device's backend, and
-// registers all of it with torch. The schemas are in torch_dropout_ir/ops.py.
+// registers all of it with torch. The schemas are in torch_dropout_ir/registration.py.
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 

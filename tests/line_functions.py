@@ -1,11 +1,43 @@
-"""Functions of positive numbers, ``[6, 4]``, whose derivatives lines go through."""
+"""Functions of positive numbers, ``[6, 4]``, and others that tests of lines share."""
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 MASK = torch.tensor([True, False, False, True]).repeat(6, 1)
 ROWS = torch.tensor([0, 2, 1, 0, 1, 2])
 MATRIX = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+
+
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class Halved(torch.autograd.Function):
+    """A derivative that is one number, whatever follows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.detach() / 2
 
 
 def seen_in_part(x):

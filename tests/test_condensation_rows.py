@@ -89,7 +89,7 @@ def test_layers_give_rows_of_what_they_are():
     for layer in layers:
         pairs = [
             *zip(
-                cd.walk.named_rows(torch.nn.Sequential(layer)),
+                cd.layers.named_rows(torch.nn.Sequential(layer)),
                 cd.named_input_weights(torch.nn.Sequential(layer)),
                 strict=True,
             )

@@ -20,7 +20,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_dropout_ir as tdi
-from torch_dropout_ir.analysis import distributed, late_ranks, measures
+from torch_dropout_ir.analysis import distributed, measures
 
 STEPS = 3
 ROWS = 16
@@ -531,8 +531,8 @@ def test_a_model_that_is_wrapped_later_is_measured_as_one(ran, wrap, when):
 
 def attached_by_one(rank, size, wrap, _):
     """Only the first rank attaches, before the model is wrapped."""
-    late_ranks.WAIT = datetime.timedelta(seconds=2)
-    model, agreed, waits = net(), late_ranks.Meeting.agreed, []
+    distributed.LATE = datetime.timedelta(seconds=2)
+    model, agreed, waits = net(), distributed.Meeting.agreed, []
 
     def counted(meeting, limit):
         waits.append(limit)
@@ -540,7 +540,7 @@ def attached_by_one(rank, size, wrap, _):
 
     with contextlib.ExitStack() as stack:
         if not rank:
-            patch = mock.patch.object(late_ranks.Meeting, "agreed", counted)
+            patch = mock.patch.object(distributed.Meeting, "agreed", counted)
             stack.enter_context(patch)
             analysis = tdi.attach_analysis(model, log_dir=False, every=1)
             stack.enter_context(analysis)

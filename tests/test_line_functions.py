@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from tests.line_functions import Applied, Straight
 from tests.line_oracle import line_and_graph, linear_and_graph, noise_of
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers.line_calls import NoRuleError
@@ -112,16 +113,6 @@ def test_weights_that_move_go_through_torchs_own_steps():
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-class Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.sign()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
-
-
 class Same(torch.autograd.Function):
     """One that returns what it is given."""
 
@@ -213,15 +204,6 @@ OWN = {
     "custom": lambda x: scaled(x, 0.0) * x,
     "written": lambda x: Enabled.apply(1.5 * x).mul_(x),
 }  # fmt: skip
-
-
-class Applied(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.line_functions import Applied
 from tests.test_regularizer_memory import peak
 from torch_dropout_ir.regularizers import second_order
 
@@ -27,15 +28,6 @@ def shifted(x):
     found[:, :4, 1:] = x[:, :4, :-1]
     found[:, 4:] = x[:, 4:]
     return found
-
-
-class Applied(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 def convolutions(function):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.line_functions import FUNCTIONS
+from tests.line_functions import FUNCTIONS, Halved
 from tests.line_oracle import line_and_graph, noise_of
 from tests.passes import take_in_parts
 from tests.test_line_tape import LOSSES, K, N
@@ -212,18 +212,6 @@ def test_a_step_of_straight_pieces_has_a_rule_where_torch_has_no_second_derivati
     net[3] = Applied(lambda x: (x + 3).clamp(0, 6) / 6, plain=True)
     expected = curvature_along(net, (x, y), loss, uses, 0, z)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # torch's 1 / 6
-
-
-class Halved(torch.autograd.Function):
-    """A derivative that is one number, whatever follows."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g.detach() / 2
 
 
 class Unlike(nn.Module):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.line_functions import Halved, Straight
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
     gauss_newton,
@@ -275,16 +276,6 @@ def test_what_others_hold_is_not_written_on(name):
     assert all(torch.equal(x, y) for x, y in zip(at, values, strict=True))
 
 
-class Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.sign()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
-
-
 class Own(torch.Tensor):
     """A tensor that torch makes of another without an operation."""
 
@@ -457,18 +448,6 @@ def test_what_lines_do_not_go_through_is_taken_as_before(small, taken, form):
     found = form(net, (x, None), of_both, num_samples=200)
     assert abs(found.value - exact) < 4 * found.standard_error
     assert taken == [None]
-
-
-class Halved(torch.autograd.Function):
-    """A derivative that is one number, whatever follows."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g.detach() / 2
 
 
 class Unknown(nn.Module):

@@ -6,20 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from tests.line_functions import Applied
 from tests.line_oracle import line_and_graph, noise_of
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers.line_calls import NoRuleError
 from torch_dropout_ir.regularizers.line_pass import curvature_along
-
-
-class Applied(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
 
 VIEWS = {
     "part": lambda x: x[:, :2], "row": lambda x: x[1:2], "turned": lambda x: x.mT,

@@ -575,26 +575,28 @@ def test_a_function_of_its_own_that_can_be_differentiated_again_is_measured(loss
     assert exact == pytest.approx(truth(net, batch, loss), abs=1e-12)
 
 
+class OnceSquared(torch.autograd.Function):
+    """A squared error that can be differentiated once."""
+
+    @staticmethod
+    def forward(ctx, f, t):
+        ctx.save_for_backward(f, t)
+        return (f - t).square().mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        f, t = ctx.saved_tensors
+        return 2 * (f - t) / f.numel() * g, None
+
+
 @pytest.mark.parametrize("kind", ["L2", "L3", "regu"])
 def test_a_loss_that_can_be_differentiated_once_cannot_be_penalized(kind):
     """Torch alone drops its second derivative and says nothing."""
-
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, f, t):
-            ctx.save_for_backward(f, t)
-            return (f - t).square().mean()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, g):
-            f, t = ctx.saved_tensors
-            return 2 * (f - t) / f.numel() * g, None
-
     net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 2))
     batch = torch.randn(5, 3), torch.randn(5, 2)
     with pytest.raises(RuntimeError, match="differentiate twice"):
-        modified_loss(net, batch, Once.apply, kind=kind, lr=0.1).backward()
+        modified_loss(net, batch, OnceSquared.apply, kind=kind, lr=0.1).backward()
 
 
 @pytest.mark.parametrize("form", [gauss_newton, second_order, monte_carlo])
@@ -997,25 +999,13 @@ def test_targets_that_are_broadcast_count_an_output_several_times():
 
 @pytest.mark.parametrize("name", ["margin", "argmax", "round", "once"])
 def test_losses_that_no_second_order_form_can_take(name):
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, f, t):
-            ctx.save_for_backward(f, t)
-            return (f - t).square().mean()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, g):
-            f, t = ctx.saved_tensors
-            return 2 * (f - t) / f.numel() * g, None
-
     net, (x, y) = last_dropped()
     labels = torch.tensor([0, 1, 1, 0, 1])
     loss, targets = {
         "margin": (nn.MultiMarginLoss(), labels),
         "argmax": (lambda f, t: (f.argmax(1) == t).float().mean(), labels),
         "round": (lambda f, t: F.mse_loss(f.round(), t), y),
-        "once": (Once.apply, y),
+        "once": (OnceSquared.apply, y),
     }[name]
     batch = x, targets
     for form in (gauss_newton, second_order):

@@ -13,12 +13,6 @@ from torch import Tensor
 def check_count(function: str, name: str, value: Any, least: int) -> None:
     """Raise if a number of draws, steps or products is none.
 
-    Args:
-        function: The function that takes it.
-        name: Its argument.
-        value: What was given.
-        least: The smallest that makes sense.
-
     Raises:
         TypeError: If it is no integer.
         ValueError: If it is below ``least``.
@@ -44,11 +38,6 @@ def check_count(function: str, name: str, value: Any, least: int) -> None:
 def check_even(function: str, name: str, value: Any) -> None:
     """Raise if a number of draws cannot be taken in pairs.
 
-    Args:
-        function: The function that takes it.
-        name: Its argument.
-        value: What was given.
-
     Raises:
         TypeError: If it is no integer.
         ValueError: If it is odd, or below 2.
@@ -65,11 +54,6 @@ def check_even(function: str, name: str, value: Any) -> None:
 
 def check_flag(function: str, name: str, value: Any) -> None:
     """Raise if what switches something on or off does neither.
-
-    Args:
-        function: The function that takes it.
-        name: Its argument.
-        value: What was given.
 
     Raises:
         TypeError: If it is no bool.
@@ -89,12 +73,6 @@ def check_choice(
     function: str, name: str, value: Any, choices: tuple[str, ...]
 ) -> None:
     """Raise if a word is none of those that are known.
-
-    Args:
-        function: The function that takes it.
-        name: Its argument.
-        value: What was given.
-        choices: The words.
 
     Raises:
         ValueError: If it is none of them.
@@ -119,15 +97,10 @@ def check_real(
     above: float = -math.inf,
     finite: bool = True,
 ) -> None:
-    """Raise if a number is not real, or out of range.
+    """Raise if a number is not real, or out of range; NaN always is.
 
-    Args:
-        function: The function that takes it.
-        name: Its argument.
-        value: What was given; a tensor of one element counts as its number.
-        least: The smallest that makes sense.
-        above: What it must exceed.
-        finite: Whether infinity is out of range. NaN always is.
+    A tensor of one element counts as its number; infinity may be in range where
+    ``finite`` is False.
 
     Raises:
         TypeError: If it is no real number.
@@ -158,10 +131,6 @@ def check_real(
 def check_operator(function: str, op: Any) -> None:
     """Refuse what multiplies no tensor.
 
-    Args:
-        function: The function that takes it.
-        op: An operator, or a matrix.
-
     Raises:
         TypeError: If it is an array, or has no ``shape``.
     """
@@ -174,11 +143,7 @@ def check_operator(function: str, op: Any) -> None:
 
 
 def check_square(function: str, op: Any) -> None:
-    """Refuse matrices that are not square, or not of real numbers.
-
-    Args:
-        function: The function that takes it.
-        op: An operator, which is believed, or a matrix.
+    """Refuse matrices that are not square, or not of real numbers; believe operators.
 
     Raises:
         ValueError: If a matrix given as such is one of these.
@@ -198,10 +163,6 @@ def check_square(function: str, op: Any) -> None:
 def check_symmetric(function: str, op: Any) -> None:
     """Refuse what :func:`check_square` refuses, and matrices that are not symmetric.
 
-    Args:
-        function: The function that takes it.
-        op: An operator, which is believed, or a matrix.
-
     Raises:
         ValueError: If a matrix given as such is one of these.
         TypeError: If it is no operator.
@@ -220,13 +181,9 @@ def check_symmetric(function: str, op: Any) -> None:
 def in_order(
     function: str, name: str, given: Any, params: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return tensors by name of a parameter, in the order of the parameters.
+    """Return tensors by name of a parameter, in the order of ``params``.
 
-    Args:
-        function: The function that takes them.
-        name: Its argument.
-        given: What was given; more names than those of ``params`` do not count.
-        params: The parameters.
+    More names than theirs do not count.
 
     Raises:
         TypeError: If it is no dictionary, or what it holds are no real tensors.

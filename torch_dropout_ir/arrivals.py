@@ -31,11 +31,8 @@ def arrivals(leaves: Sequence[Tensor], receive: Receive) -> Iterator[None]:
     """Give the gradient of each leaf away as it comes, inside the context.
 
     In its place ``torch.autograd.grad`` is left with one element, expanded; sparse
-    gradients are small, and stay. A leaf's own hooks come first.
-
-    Args:
-        leaves: The tensors in which derivatives are taken, each of them once.
-        receive: Called with the number of the leaf and its whole gradient.
+    gradients are small, and stay. A leaf's own hooks come first. ``receive`` is called
+    with the number of the leaf and its whole gradient.
     """
 
     def take(g: Tensor | None, i: int) -> Tensor | None:
@@ -57,9 +54,7 @@ def arrivals(leaves: Sequence[Tensor], receive: Receive) -> Iterator[None]:
 def parts_given(last: Sequence[Last], receive: Receive) -> Iterator[None]:
     """Give each part of a leaf's derivative away as it comes, inside the context.
 
-    Args:
-        last: What :func:`last_nodes` returned.
-        receive: Called with the number of a leaf and a part of its derivative.
+    ``last`` are :func:`last_nodes`; ``receive`` is called with the number of a leaf.
     """
 
     def give(results: tuple[Any, ...], _: Any, leads: Leads) -> tuple[Any, ...]:
@@ -80,13 +75,7 @@ def parts_given(last: Sequence[Last], receive: Receive) -> Iterator[None]:
 def last_nodes(nodes: Iterable[Any], leaves: Sequence[Tensor]) -> list[Last]:
     """Return the nodes next to leaves, and which of their results leads to which.
 
-    Args:
-        nodes: Nodes of a graph.
-        leaves: The leaves.
-
-    Returns:
-        Nodes with, by the place of a result, the number of the leaf and the
-        transposition that is between.
+    By the place of a result, the number of the leaf and the transposition between.
     """
     numbers = {id(x): i for i, x in enumerate(leaves)}
     nodes = list(nodes)
@@ -115,15 +104,9 @@ def root_of(value: Tensor, nodes: Iterable[Any] | None = None) -> Tensor | None:
     """Return the root of a derivative that will be differentiated again.
 
     Without one that requires a gradient, torch takes a function that can be
-    differentiated once for a linear one, and says nothing.
-
-    Args:
-        value: What is differentiated, with its graph.
-        nodes: The nodes of that, where they are at hand.
-
-    Returns:
-        Ones that require a gradient where a function of the graph has a derivative of
-        its own; None, which is as good, elsewhere.
+    differentiated once for a linear one, and says nothing. So it is ones that require a
+    gradient where a function of the graph has a derivative of its own; None, which is
+    as good, elsewhere. ``nodes`` are those of the graph, where they are at hand.
     """
     if nodes is None:
         nodes = graph_nodes([value.grad_fn] if value.grad_fn else [])
@@ -132,17 +115,11 @@ def root_of(value: Tensor, nodes: Iterable[Any] | None = None) -> Tensor | None:
 
 
 def uneven(like: Tensor, first: int = 0) -> Tensor:
-    """Return numbers in ``[1, 2)`` without pattern, and without a random draw.
+    """Return numbers in ``[1, 2)``, shaped as ``like``, without pattern or random draw.
 
     Losses see differences of outputs, sums, second differences: a direction with a
-    pattern may be one along which they are constant.
-
-    Args:
-        like: A tensor of the shape, dtype and device wanted.
-        first: Where to start, for another tensor than the one before.
-
-    Returns:
-        A tensor of its shape.
+    pattern may be one along which they are constant. ``first`` is where to start, for
+    another tensor than the one before.
     """
     count = like.numel()
     index = torch.arange(first, first + min(count, _PERIOD), device=like.device)
@@ -151,29 +128,19 @@ def uneven(like: Tensor, first: int = 0) -> Tensor:
 
 
 def linear_root(like: Tensor) -> Tensor:
-    """Return a root that a derivative, linear in it, will be differentiated in.
+    """Return a leaf, shaped as ``like``, to differentiate a derivative linear in it in.
 
     Next to zero, for hooks may clamp what is sent back; not zero, where what is sent
     back through a sum of exponentials, by its logarithm, has no derivative.
-
-    Args:
-        like: A tensor of the shape, dtype and device wanted.
-
-    Returns:
-        A leaf of its shape that requires a gradient.
     """
     return (uneven(like) * torch.finfo(like.dtype).eps).requires_grad_()
 
 
 def once_differentiable(derivatives: Iterable[Tensor | None]) -> bool:
-    """Whether derivatives come from a function that can be differentiated once.
+    """Return whether derivatives come from a function that can be differentiated once.
 
-    Args:
-        derivatives: Derivatives with their graph.
-
-    Returns:
-        True where such a function has left its error in the graph. It leads nowhere,
-        and what leads nowhere is not run where derivatives in tensors are asked for.
+    Such a function leaves its error in the graph. It leads nowhere, and what leads
+    nowhere is not run where derivatives in tensors are asked for.
     """
     ends = [x.grad_fn for x in derivatives if x is not None and x.grad_fn]
     return any(node.name() == ONCE for node in graph_nodes(ends))

@@ -45,10 +45,6 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 def check_data(model: nn.Module, who: str) -> None:
     """Refuse a model without data, as one made on the meta device is.
 
-    Args:
-        model: The model.
-        who: What to begin the error with.
-
     Raises:
         ValueError: If a parameter or buffer has none.
     """

@@ -44,17 +44,11 @@ def as_batches(batches: Any) -> Iterable[Batch]:
 
 
 def fixed_batches(data: Any, most: int = 8) -> list[Batch]:
-    """Read the user's ``data`` once: a batch, a list of batches, or a loader.
-
-    Args:
-        data: What :func:`as_batches` takes.
-        most: Batches to take of a loader.
-
-    Returns:
-        A list of batches.
+    """Return the user's ``data`` read once, as a list; of a loader at most 8 batches.
 
     Raises:
-        TypeError: If ``data`` is none of them, or its batches are no pairs.
+        TypeError: If ``data`` is nothing that :func:`as_batches` takes, or its batches
+            are no pairs.
     """
     batches = as_batches(data)
     if not isinstance(batches, (list, tuple)):

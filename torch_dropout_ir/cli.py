@@ -104,7 +104,7 @@ def _add_demo(commands: Any) -> None:
         ("width", int, "hidden neurons"),
         ("components", int, "whitened principal components to feed; 0: raw pixels"),
     ):
-        digits, pixels = (getattr(standard, name) for standard in (REDUCED, PIXELS))
+        digits, pixels = (standard[name] for standard in (REDUCED, PIXELS))
         default = f"default: {digits} on components, {pixels} on MNIST's pixels"
         demo.add_argument(f"--{name}", type=kind, help=f"{what} ({default})")
     demo.add_argument("--seed", type=int, default=0, help="default: 0")

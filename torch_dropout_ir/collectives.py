@@ -33,12 +33,8 @@ _ADDED: ContextVar[Add | None] = ContextVar("added", default=None)
 def together(ask: Ask, add: Add | None = None) -> Iterator[None]:
     """Let ranks decide together inside.
 
-    Args:
-        ask: Returns the largest of their numbers; told what it is of, as all must be.
-        add: Returns the mean over the joined batch, of what are means over theirs.
-
-    Yields:
-        Nothing.
+    ``ask`` returns the largest of their numbers, and is told what it is of, as all
+    must be; ``add`` the mean over the joined batch, of what are means over theirs.
     """
     asked, added = _ASKED.set(ask), _ADDED.set(add)
     try:
@@ -55,21 +51,13 @@ def joined(x: Tensor) -> Tensor:
 
 
 def most(count: int, of: str) -> int:
-    """Return the largest of a number over the ranks that measure together.
-
-    Args:
-        count: That of this rank.
-        of: What it is the number of.
-    """
+    """Return the largest of a number over the ranks that measure together."""
     ask = _ASKED.get()
     return count if ask is None else ask(count, of)
 
 
 def go_on(way: Literal["forward", "backward"]) -> None:
     """Begin a pass of the model, on all ranks that measure together or on none.
-
-    Args:
-        way: Which one.
 
     Raises:
         RuntimeError: If another rank has left.
@@ -102,12 +90,6 @@ def released(*tensors: Tensor) -> Iterator[None]:
     that. Where it is late, and the last to hold one, the tensor's Python object dies in
     it; if the interpreter ends meanwhile, the process aborts ("terminate called without
     an active exception"). The wait is microseconds, one second at most.
-
-    Args:
-        tensors: What the collective inside takes.
-
-    Yields:
-        Nothing.
     """
     ours = [x for x in tensors if x.device.type == "cpu"]
     held = [_USES(x) for x in ours]

@@ -52,11 +52,7 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def constants(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of ``model`` as tensors that nothing is asked of, by name.
-
-    Args:
-        model: The model.
-    """
+    """Return the parameters of ``model``, by name, as tensors that nobody asks of."""
     return {n: x.detach() for n, x in model.named_parameters()}
 
 
@@ -68,15 +64,11 @@ def _switching() -> contextlib.AbstractContextManager[Any]:
 def switch_off(
     module: nn.Module, modes: dict[nn.Module, bool], whole: bool = False
 ) -> list[Callable[[], None]]:
-    """Switch a dropout module off in its calls; a model may ask for its mode or set it.
+    """Return what gives a dropout module back that is switched off in its calls.
 
-    Args:
-        module: The module.
-        modes: Is told the mode that it has when it is called.
-        whole: Whether nobody asks, and one switch for all calls is enough.
-
-    Returns:
-        What gives it back, to be called from the last to the first.
+    A model may ask for its mode or set it: ``modes`` is told the one that it has when
+    it is called, unless one switch for the ``whole`` pass is enough. What is returned
+    is to be called from the last to the first.
     """
     own = vars(module)  # to set an attribute asks what it is
     under_way = list[None]()  # calls, of several threads
@@ -106,15 +98,9 @@ def switch_off(
 
 
 def _act(site: Site, apply: SiteFunction, whole: bool) -> Callable[[], None]:
-    """Let a site that is switched off pass ``apply(site, h)`` on.
+    """Return what gives back a site that passes ``apply(site, h)`` on while it is off.
 
-    Args:
-        site: The site.
-        apply: What acts.
-        whole: Whether the model is of torch's layers alone, without anybody's hooks.
-
-    Returns:
-        What gives it back.
+    ``whole``: the model is of torch's layers alone, without anybody's hooks.
     """
     if not whole:
         handle = site.module.register_forward_hook(  # before the model's own
@@ -246,12 +232,8 @@ def batch_size(batch: Batch) -> int:
 def preserved_rng(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Give back the generators of torch, Python and NumPy as they were.
 
-    Args:
-        model: The model, whose devices' generators count.
-        seed: Their seed inside the context; None goes on from where they are.
-
-    Yields:
-        Nothing.
+    They are those of the model's devices; inside the context they begin at ``seed``,
+    or go on from where they are.
     """
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({x.device.index or 0 for x in tensors if x.is_cuda})

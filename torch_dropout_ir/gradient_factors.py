@@ -25,11 +25,8 @@ def geometry_of(
 ) -> Geometry:
     """Return what aten's convolution takes behind input, weight and bias.
 
-    Args:
-        spatial: Number of dimensions beside samples and channels.
-        sizes: Stride, padding, dilation and output padding, each one number or several.
-        groups: Number of groups.
-        transposed: Whether it is the transposed convolution.
+    ``sizes`` are stride, padding, dilation and output padding, each one number or
+    several; ``spatial`` is the number of dimensions beside samples and channels.
     """
     stride, padding, dilation, more = (
         [s] * spatial if isinstance(s, int) else [*s] * (spatial // len(s))
@@ -51,14 +48,7 @@ def slope_of_rows(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
 def mapped(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None
 ) -> Tensor:
-    """Return what a layer makes of ``x``.
-
-    Args:
-        x: Rows, ``[T, d]``, or ``[N, C, ...]`` for a convolution.
-        weight: The weight.
-        bias: The bias.
-        geometry: Of a convolution; None for a linear layer.
-    """
+    """Return what a layer makes of ``x``: rows ``[T, d]``, or ``[N, C, ...]``."""
     if geometry is None:
         return F.linear(x, weight, bias)
     return _convolution(x, weight, bias, *geometry)
@@ -71,14 +61,9 @@ def slopes(
     geometry: Geometry | None,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Return the derivatives in input, weight and bias of such a layer.
+    """Return the derivatives in input, weight and bias of a layer as in :func:`mapped`.
 
-    Args:
-        g: The derivative in what it made.
-        x: As :func:`mapped` has it.
-        weight: Likewise.
-        geometry: Likewise.
-        needed: Which of the three; None stands for the others.
+    ``g`` is the derivative in what it made; None stands for those not ``needed``.
     """
     if geometry is None:
         return [
@@ -90,13 +75,10 @@ def slopes(
 
 
 class Factors:
-    """The gradient in one weight, not made yet.
+    """The gradient in one weight ``[o, ...]``, not made yet; its values do not count.
 
-    Args:
-        g: Derivative in the layer's output.
-        x: The layer's input.
-        weight: The weight, ``[o, ...]``; its values do not count.
-        geometry: Of a convolution: stride, padding, dilation, False, zeros, groups.
+    ``g`` is the derivative in the layer's output, ``x`` its input; of a convolution
+    ``geometry`` has stride, padding, dilation, False, zeros, groups.
     """
 
     def __init__(

@@ -29,15 +29,9 @@ def lacks_graph(err: Exception) -> bool:
 def with_graph(
     loss: Callable[[Any, Any], Tensor], outputs: Any, targets: Any
 ) -> Tensor:
-    """Evaluate a loss that takes a derivative in outputs, which have no graph yet.
+    """Return the value of a loss that takes a derivative in outputs without a graph.
 
-    Args:
-        loss: The loss.
-        outputs: What it takes; tensors that have a graph keep it.
-        targets: The targets.
-
-    Returns:
-        Its value; without a graph where autograd is off.
+    Without a graph where autograd is off; outputs that have one keep it.
 
     Raises:
         RuntimeError: If it takes a derivative in something else.

@@ -14,12 +14,7 @@ from torch_dropout_ir.leaves import flatten
 
 
 class Inputs:
-    """The arguments of one call of a model.
-
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-    """
+    """The arguments of one call of a model, positional ones and those by keyword."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.args = args

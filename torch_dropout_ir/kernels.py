@@ -34,14 +34,9 @@ def _high(x: Tensor) -> Tensor:
 
 
 def philox4x32_10(rng: Tensor, blocks: Tensor) -> Tensor:
-    """Return the four words of each block.
+    """Return the four words of each block, in ``[0, 2**32)`` as int64 ``[B, 4]``.
 
-    Args:
-        rng: Key and stream, int64 ``[2]``.
-        blocks: Block numbers, int64 ``[B]``.
-
-    Returns:
-        Words in ``[0, 2**32)`` as int64 ``[B, 4]``.
+    ``rng`` is key and stream, int64 ``[2]``; ``blocks`` are numbers, int64 ``[B]``.
     """
     k0, k1 = _low(rng[0]), _high(rng[0])
     c0, c1 = _low(blocks), _high(blocks)
@@ -60,10 +55,9 @@ def philox4x32_10(rng: Tensor, blocks: Tensor) -> Tensor:
 
 
 def draw_key(device: torch.device | str = "cpu") -> Tensor:
-    """Draw a Philox key from torch's generator of ``device``.
+    """Return key and stream, int64 ``[2]``, drawn from torch's generator of ``device``.
 
-    Returns:
-        Key and stream, int64 ``[2]``; pass it as ``rng=`` to repeat a mask.
+    Passed as ``rng=`` they repeat a mask.
     """
     return torch.randint(_KEY_RANGE, (2,), device=device)
 
@@ -197,17 +191,10 @@ def label_root(f: Tensor) -> Tensor:
 
 
 def less_a_label_(softmax: Tensor, classes: int) -> Tensor:
-    """Take one off a softmax over dimension ``classes``, at labels drawn from it.
+    """Return a softmax over dimension ``classes`` less one at labels drawn from it.
 
-    Of independent exponential times the first is that of a class with the probability
-    of its rate. Torch draws none of zero, which would beat all.
-
-    Args:
-        softmax: The softmax, written on.
-        classes: The dimension.
-
-    Returns:
-        It.
+    It is written on. Of independent exponential times the first is that of a class with
+    the probability of its rate. Torch draws none of zero, which would beat all.
     """
     wide = torch.promote_types(softmax.dtype, torch.float32)
     times = torch.empty_like(softmax, dtype=wide).exponential_()

@@ -24,13 +24,8 @@ _FORMATS: Final = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 def load_factory(spec: str, what: str) -> Any:
     """Return what ``module:factory`` makes; modules in the working directory count.
 
-    Args:
-        spec: A module's name, a colon, and the name of something in it. What can be
-            called, and is no network itself, is called without arguments.
-        what: The argument's name, for errors.
-
-    Returns:
-        The object.
+    What can be called, and is no network itself, is called without arguments. ``what``
+    is the argument's name, for errors.
 
     Raises:
         ValueError: If it fails; if ``spec`` has another form or names nothing.
@@ -46,12 +41,6 @@ def load_factory(spec: str, what: str) -> Any:
 
 def load_loss(spec: str) -> Any:
     """Return a loss by its name, ``module:function`` or ``module:LossModule``.
-
-    Args:
-        spec: ``"mse"``, ``"cross_entropy"``, or where to find it.
-
-    Returns:
-        What :func:`resolve_loss` takes.
 
     Raises:
         ValueError: If there is no such thing.
@@ -125,13 +114,10 @@ def load_weights(model: nn.Module, path: Path, key: str | None = None) -> None:
 
     Where all of the model's names are in the file behind one prefix, as those of
     ``DistributedDataParallel``, of a Lightning module's network or of averaged weights,
-    it is taken off, and what has another one is left.
-
-    Args:
-        model: The model, changed in place.
-        path: File that ``torch.save`` wrote, or of safetensors.
-        key: Where in the file the weights are, with dots between keys, and before the
-            rest of their names; None: at its top, or where training scripts put them.
+    it is taken off, and what has another one is left. The file is one that
+    ``torch.save`` wrote, or of safetensors. ``key`` says where in it the weights are,
+    with dots between keys, and before the rest of their names; None: at its top, or
+    where training scripts put them.
 
     Raises:
         ValueError: If the file holds more than tensors and plain values, no weights,

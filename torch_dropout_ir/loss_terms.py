@@ -105,15 +105,10 @@ def nodes_of(value: Tensor) -> Nodes:
 
 
 def terms_of(value: Tensor, outputs: Tensor, nodes: Nodes) -> Terms | None:
-    """Return of what a loss is a sum of terms.
+    """Return of what a loss is a sum of terms; None where its graph does not tell.
 
-    Args:
-        value: The loss, with its graph.
-        outputs: The outputs, the leaf of that graph.
-        nodes: Filled with the nodes that were looked at, all where the graph tells.
-
-    Returns:
-        What the graph shows; None where it does not tell.
+    ``outputs`` is the leaf of that graph. ``nodes`` is filled with those that were
+    looked at, all where the graph tells.
     """
     if value.grad_fn is None:  # the outputs themselves, of a model that has its loss
         return Terms(None, True)
@@ -218,14 +213,9 @@ def _squares(name: str, node: Any) -> bool:
 
 
 def is_linear(name: str, edges: Edges) -> bool:
-    """Whether a node is linear in those of its inputs that lead to the outputs.
+    """Return whether a node is known to be linear in those inputs that lead to outputs.
 
-    Args:
-        name: Its name.
-        edges: What leads to it; None in the place of a constant.
-
-    Returns:
-        Whether it is; False where that is not known.
+    ``edges`` are what leads to it; None in the place of a constant.
     """
     if name == "MulBackward0":
         return _lead(edges) == 1

@@ -116,10 +116,7 @@ class Loss:
     reduction: Literal["mean", "sum"] = "mean"
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        """Evaluate the loss.
-
-        Returns:
-            Scalar.
+        """Return the scalar loss.
 
         Raises:
             RuntimeError: If a loss that is known by name takes no such tensors, or one
@@ -177,8 +174,7 @@ class Loss:
     def num_terms(self, targets: Tensor) -> float:
         """Return the number of terms that a mean is of, or the sum of their weights.
 
-        Args:
-            targets: The targets; labels that the loss leaves out do not count.
+        Labels that the loss leaves out do not count.
         """
         by_label = self.option("ignore_index", None) is not None
         by_label = by_label or self.kind == "cross_entropy"

@@ -170,14 +170,9 @@ class MaskTally:
         self._counts: dict[tuple[torch.device, bool], Tensor] = {}
 
     def counts_for(self, units: int, device: torch.device) -> Tensor:
-        """Return what a mask's counts are to be added to.
+        """Return what a mask's counts are to be added to, int64 ``[units]``.
 
-        Args:
-            units: Number of units of the mask.
-            device: Where the mask is.
-
-        Returns:
-            int64 ``[units]``, or ``[64]`` for a mask counted as a whole.
+        It is ``[64]`` for a mask counted as a whole.
         """
         kept = self._kept
         if kept is None or kept.numel() != units or kept.device != device:
@@ -215,14 +210,7 @@ class MaskTally:
 
     @torch.inference_mode(False)
     def add(self, packed: Tensor, numel: int, units: int, p: float) -> None:
-        """Add a packed mask of ``numel`` elements in rows of ``units``.
-
-        Args:
-            packed: Packed mask, uint8.
-            numel: Number of elements, a multiple of ``units``.
-            units: Number of units, the fastest dimension.
-            p: Probability of dropping.
-        """
+        """Add a packed mask (uint8) of ``numel`` elements in rows of ``units``."""
         counts = self.counts_for(units, packed.device)
         width = counts.numel()
         # Padding bits are zero, so a mask can be counted by whole words.

@@ -47,11 +47,9 @@ class ComposedNormalization(TorchFunctionMode):
 
 @contextlib.contextmanager
 def differentiable(thrice: bool, again: bool = False) -> Iterator[None]:
-    """Let a pass be differentiated twice, or once more.
+    """Let a pass be differentiated twice, or ``thrice``.
 
-    Args:
-        thrice: Whether it is once more.
-        again: Whether attention makes its weights again where it is twice.
+    Where it is twice, attention makes its weights ``again`` if wanted.
     """
     own = ComposedNormalization() if thrice else AttentionAgain() if again else None
     # The fused attention kernels have no second derivative.

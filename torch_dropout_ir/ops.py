@@ -91,13 +91,7 @@ def _where_kept(x: Tensor, packed: Tensor, scale: float | Tensor) -> Tensor:
 def mask_apply(x: Tensor, packed: Tensor, scale: float) -> Tensor:
     """Return ``where(kept, x * scale, 0)``, differentiable in ``x`` to any order.
 
-    Args:
-        x: Floating-point tensor.
-        packed: Packed mask with at least ``x.numel()`` bits.
-        scale: Factor of the elements that are kept.
-
-    Returns:
-        Contiguous tensor of the shape and dtype of ``x``.
+    Contiguous; ``packed`` has at least ``x.numel()`` bits.
     """
     if not eager():
         _check_mask("mask_apply", packed, x.numel())

@@ -41,11 +41,6 @@ class HessianProduct:
     The Hessian is symmetric, so its product is the reverse derivative of the gradient.
     The loss runs once, forward, and backward when its gradient is first asked for.
 
-    Args:
-        loss: The loss.
-        outputs: Network outputs.
-        targets: The targets.
-
     Attributes:
         at: The outputs, as the leaf of the loss's graph where they have no graph.
         value: The loss.
@@ -121,14 +116,9 @@ class HessianProduct:
         return torch.zeros_like(self.at) if slope is None else slope
 
     def __call__(self, v: Tensor, keep: bool = True) -> Tensor:
-        """Multiply.
+        """Return the product with a tensor shaped as the outputs.
 
-        Args:
-            v: A tensor of the shape of the outputs.
-            keep: Whether there are more products; else the graph may go.
-
-        Returns:
-            A tensor of that shape.
+        Where there are no more products, ``keep=False`` lets the graph go.
 
         Raises:
             ValueError: If torch has no derivative of the gradient.
@@ -138,13 +128,9 @@ class HessianProduct:
         return torch.zeros_like(v) if found is None else found
 
     def each(self, vectors: Tensor) -> Tensor:
-        """Multiply each of several, at once where the derivatives of the loss can.
+        """Return the products with several, at once where the loss's derivatives can.
 
-        Args:
-            vectors: Tensors of the shape of the outputs, one a leading index.
-
-        Returns:
-            A tensor of that shape, without graph.
+        They have a leading index, and no graph.
         """
         try:
             found = derivatives_of_each(self.gradient, self.at, vectors)
@@ -162,12 +148,7 @@ def derivative_again(
 ) -> Tensor | None:
     """Return the derivative of a gradient along ``v``; None where it has none.
 
-    Args:
-        slope: The gradient.
-        at: Where the derivative is taken.
-        v: A tensor of the gradient's shape.
-        keep: Whether the graph is kept.
-        create_graph: Whether the result has one of its own.
+    ``at`` is where the derivative is taken; ``keep`` keeps the graph.
 
     Raises:
         RuntimeError: What autograd raises of another kind.
@@ -201,11 +182,7 @@ class ProductRoots:
     Hessian is: indefinite, or between samples. For :math:`r_\pm = (a z \pm H z / a) /
     2` it is :math:`r_+ r_+^\top - r_- r_-^\top`, up to a skew part. One product a draw;
     it spreads more than roots of blocks do, the more the fewer outputs the curvature is
-    in.
-
-    Args:
-        product: Products with the Hessian.
-        keep: Whether there are several draws.
+    in. The product's graph is kept where there are several draws.
 
     Attributes:
         like: The outputs.
@@ -219,14 +196,9 @@ class ProductRoots:
         self.curved = False
 
     def sample(self, rows: Rows = ALL) -> list[Root]:
-        """Draw a pair of roots.
+        """Return a pair of roots, drawn for the samples ``rows``, with their signs.
 
-        Args:
-            rows: The samples.
-
-        Returns:
-            Two tensors shaped as their outputs with their signs; a single one of zeros
-            where the product is zero.
+        It is a single one of zeros where the product is zero.
         """
         z = signed(torch.ones_like(self.like))
         found = self._product(z, self._keep)
@@ -251,14 +223,10 @@ def signed(x: Tensor) -> Tensor:
 def with_signs(
     roots: Sequence[Tensor], like: Tensor
 ) -> tuple[list[Root], tuple[float, ...]]:
-    """Return roots of the part of each sign with it, zeros where there is none.
+    """Return roots of the part of each sign, zeros where there is none, and the signs.
 
-    Args:
-        roots: What :mod:`~torch_dropout_ir.root_kernels` gives.
-        like: A tensor of their shape, but for dimensions that have been joined.
-
-    Returns:
-        The roots, and the signs that there are.
+    ``roots`` are what :mod:`~torch_dropout_ir.root_kernels` gives, shaped as ``like``
+    but for dimensions that have been joined.
     """
     pairs = [(x, s) for x, s in zip(roots, SIGNS, strict=True) if x.numel()]
     found: list[Root] = [

@@ -86,14 +86,10 @@ def is_convex(loss: Loss) -> bool:
 
 
 def closed_diagonal(loss: Loss) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Return what gives the second derivatives of a loss of torch's of single outputs.
+    """Return what gives second derivatives of a loss of torch's in single outputs.
 
-    Args:
-        loss: The loss.
-
-    Returns:
-        A function of outputs and targets, of one shape and dtype; None where the
-        second derivatives of the loss are not at hand.
+    It takes outputs and targets, of one shape and dtype; None where the second
+    derivatives are not at hand.
     """
     if loss.kind != "elementwise" or loss.option("weight", None) is not None:
         return None

@@ -22,11 +22,7 @@ Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class Blocks:
-    """Sees to it that the blocks of a pass run again in the context of the pass.
-
-    Args:
-        context: Makes it, once for each run.
-    """
+    """Sees to it that blocks of a pass run again in its context, made for each run."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

@@ -39,32 +39,18 @@ def root_of_sign(values: Tensor, sign: float, drawn: Tensor) -> Tensor:
 
 
 def diagonal_roots(diagonal: Tensor) -> list[Tensor]:
-    """Return roots of a diagonal.
-
-    Args:
-        diagonal: Its entries.
-
-    Returns:
-        Two tensors of their shape.
-    """
+    """Return two roots of a diagonal, of the shape of its entries."""
     return _roots(diagonal, lambda root: root)
 
 
 def softmax_roots(
     log_softmax: Tensor, slope: Tensor, bend: Tensor | None, classes: int
 ) -> list[Tensor]:
-    """Return roots in the logits, for a loss of log-probabilities ``u``.
+    """Return two roots in the logits, for a loss of log-probabilities ``u``.
 
     With ``s = e^u`` they are those of ``J' (D + m diag(s)) J``, ``J = 1 - 1 s'``.
-
-    Args:
-        log_softmax: The log-probabilities.
-        slope: The gradient of the loss in them, whose sum over classes is ``-m``.
-        bend: ``D``, the second derivatives; None where they are zero.
-        classes: The dimension in which probabilities add up to one.
-
-    Returns:
-        Two tensors of their shape.
+    ``slope`` is the gradient of the loss in ``u``, whose sum over the dimension
+    ``classes`` is ``-m``; ``bend`` is ``D``, its second derivatives, None for zero.
     """
     s, diagonal = softmax_diagonal(log_softmax, slope, bend, classes)
     return _roots(diagonal, lambda root: in_logits(root, s, classes))
@@ -85,14 +71,9 @@ def in_logits(root: Tensor, softmax: Tensor, classes: int) -> Tensor:
 
 
 def block_roots(columns: Tensor) -> list[Tensor]:
-    """Return roots of a symmetric block for each sample.
+    """Return two roots ``[n, K]`` of a symmetric block for each of ``n`` samples.
 
-    Args:
-        columns: Column ``c`` of the blocks of ``n`` samples at the index ``c``, ``[K,
-            n, K]``.
-
-    Returns:
-        Two tensors ``[n, K]``.
+    Column ``c`` of the blocks is at the index ``c`` of ``columns``, ``[K, n, K]``.
     """
     values, vectors = eigen(columns.movedim(0, -1))
     return _roots(values, lambda root: turned(vectors, root))

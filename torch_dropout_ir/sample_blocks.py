@@ -25,13 +25,8 @@ from torch_dropout_ir.registration import loss_blocks
 def blocks_of(outputs: Tensor, nodes: Nodes) -> Tensor | None:
     """Return the Hessian of a loss in each sample's outputs, where its graph tells.
 
-    Args:
-        outputs: The outputs, ``[n, ...]``, the leaf of the graph.
-        nodes: The nodes of that, each after those it leads to.
-
-    Returns:
-        Column ``c`` of each block at the index ``c``, ``[K, n, K]``; None where the
-        graph does not tell.
+    Column ``c`` of each block at the index ``c``, ``[K, n, K]``. ``nodes`` are those
+    of the graph, each after those it leads to; the outputs ``[n, ...]`` its leaf.
 
     Raises:
         RuntimeError: If what the graph has saved was written on since.

@@ -104,14 +104,9 @@ class SoftmaxRoots:
         return bool(self._signs)
 
     def sample(self, rows: Rows = ALL) -> list[Root]:
-        """Draw roots, whose squares with their signs are the Hessian on average.
+        """Return roots for the samples ``rows``, with signs: two where there are both.
 
-        Args:
-            rows: The samples.
-
-        Returns:
-            A tensor shaped as their outputs with its sign; a second one where there are
-            both.
+        Their squares with their signs are the Hessian on average.
         """
         early, late = (rows, ALL) if self._by_row and not self._few else (ALL, rows)
         if self._few is not None:

@@ -19,13 +19,6 @@ def places(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     under two names has each of its places once: :func:`torch.func.functional_call`
     takes them for two, and leaves what it has put in on the model.
 
-    Args:
-        model: The model.
-        tensors: Tensors by name of a parameter or buffer.
-
-    Returns:
-        Tensors by name.
-
     Example:
         >>> layer = nn.Linear(2, 2, bias=False)
         >>> list(places(nn.Sequential(layer, layer), {"0.weight": torch.ones(2, 2)}))
@@ -46,17 +39,7 @@ def call_with(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Call ``model`` with ``tensors`` in the place of its own, and give those back.
-
-    Args:
-        model: The model.
-        tensors: Tensors by name of a parameter or buffer; the rest stay.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-
-    Returns:
-        What the model returns.
-    """
+    """Return what ``model`` makes with ``tensors`` in the place of its own, by name."""
     return torch.func.functional_call(
         model, places(model, tensors), args, dict(kwargs), tie_weights=False
     )
@@ -83,16 +66,9 @@ def copied_buffers(named: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def substituted(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put ``tensors`` in the place of a model's own inside the context.
+    """Put ``tensors`` in the place of a model's own, by name, inside the context.
 
     For what runs forward outside of a call: a checkpointed block in a backward pass.
-
-    Args:
-        model: The model.
-        tensors: Tensors by name of a parameter or buffer; the rest stay.
-
-    Yields:
-        Nothing.
     """
     kept: list[tuple[dict[str, Any], str, Tensor | None]] = []
     try:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,13 @@ _UNSEEN_DIM = tuple(
 _PACKING = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
+def frames(frame: types.FrameType | None) -> Iterator[types.FrameType]:
+    """Yield a frame and those that it was called from."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def checkpointed() -> bool:
     """Whether a forward pass is in a block that will be computed again."""
     packing = _PACKING(False) if _PACKING is not None else None
@@ -90,12 +98,7 @@ def derivatives(
 ) -> tuple[Tensor | None, ...]:
     """Return what ``torch.autograd.grad`` does, of an output and a root of its shape.
 
-    Args:
-        output: The output.
-        inputs: Where derivatives are taken; of what it does not depend on, None.
-        root: What is sent back; None for a scalar.
-        keep: Whether the graph is kept.
-        create_graph: Whether they have a graph of their own.
+    The root is None for a scalar; so are derivatives in what it does not depend on.
     """
     if root is None or _ENGINE is None or _FUNCTION_MODES is None or _FUNCTION_MODES():
         return torch.autograd.grad(
@@ -114,15 +117,8 @@ def derivatives_of_each(
 ) -> Tensor | None:
     """Return the derivative at each of several roots at once, the graph kept.
 
-    It is what ``torch.autograd.grad`` does with ``is_grads_batched=True``.
-
-    Args:
-        output: The output.
-        at: Where the derivative is taken.
-        roots: Tensors of the output's shape, one a leading index.
-
-    Returns:
-        A tensor with that index; None where there is no dependence.
+    It is what ``torch.autograd.grad`` does with ``is_grads_batched=True``: roots and
+    result have a leading index. None where there is no dependence.
     """
     places: list[Any] = [at]
     start, add, remove, end = _UNSEEN_DIM

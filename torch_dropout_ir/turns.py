@@ -19,11 +19,14 @@ import os
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 from torch import nn
+
+from torch_dropout_ir.tracing import frames
 
 _LONGEST: Final = 300.0  # seconds of a pass of another thread's
 _SOON: Final = 1.0  # seconds of a wait for another thread
@@ -89,9 +92,6 @@ if hasattr(os, "register_at_fork"):  # where there is a fork
 def alone_with(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Return the context of a change of a model, which no other thread runs meanwhile.
 
-    Args:
-        model: The model, inside of what compiles it.
-
     Raises:
         RuntimeError: If a pass of another thread does not end.
     """  # noqa: DOC502 (raised by the wait)
@@ -143,25 +143,18 @@ def _wait_for_passes(model: nn.Module) -> None:
 
 def _runs(model: nn.Module) -> bool:
     """Whether another thread is in a pass of a model, and goes on."""
-    own = threading.get_ident()
-    for thread, frame in sys._current_frames().items():
-        while frame is not None and thread != own and thread not in _waiting:
-            if frame.f_code is _CALL and _is(frame.f_locals.get("self"), model):
-                return True
-            frame = frame.f_back  # type: ignore[assignment]
-    return False
+    idle = {threading.get_ident(), *_waiting}
+    now = sys._current_frames().items()
+    return any(_calls(frame, model) for thread, frame in now if thread not in idle)
 
 
 def inside(model: nn.Module) -> bool:
     """Whether this thread is in a call of a model."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _CALL and _is(frame.f_locals.get("self"), model):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return _calls(sys._getframe(1), model)
 
 
-def _is(called: Any, model: nn.Module) -> bool:
-    """Whether a module that is called is a model, or the wrapper that compiles it."""
-    return called is model or vars(called)["_modules"].get("_orig_mod") is model
+def _calls(frame: types.FrameType, model: nn.Module) -> bool:
+    """Whether a frame is in a call of a model, or of the wrapper that compiles it."""
+    called = (x.f_locals.get("self") for x in frames(frame) if x.f_code is _CALL)
+    inner = ((x, vars(x)["_modules"].get("_orig_mod")) for x in called)
+    return any(model is x for pair in inner for x in pair)

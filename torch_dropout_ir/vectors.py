@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.arguments import check_choice
+
 Params = Mapping[str, Tensor]
 
 
@@ -41,21 +43,13 @@ def norm(a: Params) -> Tensor:
 def random_like(params: Params, distribution: str = "rademacher") -> dict[str, Tensor]:
     """Draw independent entries of mean 0 and variance 1, shaped as ``params``.
 
-    Args:
-        params: Tensors whose shapes, dtypes and devices are taken.
-        distribution: ``"rademacher"`` (signs) or ``"normal"``.
-
-    Returns:
-        A dictionary with the keys of ``params``.
+    They are signs (``"rademacher"``) or ``"normal"``.
 
     Raises:
         ValueError: If ``distribution`` is neither of the two.
-    """
-    if distribution not in ("rademacher", "normal"):
-        raise ValueError(
-            "random_like: expected `distribution` to be 'rademacher' or 'normal', "
-            f"got {distribution!r}"
-        )
+    """  # noqa: DOC201, DOC502 (`check_choice` raises)
+    known = "rademacher", "normal"
+    check_choice("random_like", "distribution", distribution, known)
 
     def entries(x: Tensor) -> Tensor:
         draw = torch.empty_like(x, requires_grad=False)

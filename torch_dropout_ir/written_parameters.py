@@ -67,12 +67,7 @@ class _Kept:
 
 
 class _Writes(TorchFunctionMode):
-    """Keeps each parameter that a call is about to write on.
-
-    Args:
-        model: The model.
-        keep: Called with one.
-    """
+    """Calls ``keep`` with each parameter that a call is about to write on."""
 
     def __init__(self, model: nn.Module, keep: Callable[[Tensor], None]) -> None:
         super().__init__()
@@ -151,18 +146,11 @@ def unwritten(
     stays: Literal["nothing", "first", "last"] = "nothing",
     survey: Survey | None = None,
 ) -> contextlib.AbstractContextManager[Any]:
-    """Begin each pass with the parameters as they were, and give them back.
+    """Return the context of passes that begin with the parameters as they were.
 
-    No other thread measures inside. With ``known``, it is not asked whether one writes.
-
-    Args:
-        model: The model.
-        known: Those that its passes write on, if that is known.
-        stays: Which pass is one of training, whose writing stays at the end.
-        survey: The modules of the model, where they have been looked at just now.
-
-    Returns:
-        The context of the passes.
+    They are given back at the end. No other thread measures inside. ``known`` are those
+    that passes write on: it is not asked whether one writes. ``stays`` tells which pass
+    is one of training, whose writing stays.
 
     Raises:
         RuntimeError: If another thread has written on parameters inside.

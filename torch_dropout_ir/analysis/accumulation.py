@@ -45,10 +45,7 @@ class Accumulation:
     def taken_off(self, at: At, steps: list[Step], scales: set[int]) -> At:
         """Return what a number was before a scaler and accumulation have changed it.
 
-        Args:
-            at: The number.
-            steps: The calls that lead to it.
-            scales: Which of the calls are a gradient scaler's.
+        ``steps`` are the calls that lead to it, ``scales`` those of a gradient scaler.
         """
         while at.of == "steps":
             step = steps[at.place]

@@ -19,7 +19,6 @@ from torch_dropout_ir.analysis.compiled_calls import compiled_in_place
 from torch_dropout_ir.analysis.delivery import Delivery
 from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.facts import run_facts
-from torch_dropout_ir.analysis.late_ranks import join_late
 from torch_dropout_ir.analysis.measured_batch import MeasuredBatch, by_itself
 from torch_dropout_ir.analysis.meetings import processes
 from torch_dropout_ir.analysis.records import Sink, remember
@@ -82,7 +81,7 @@ class Analysis:
         # What is compiled draws other masks than the model as it is written.
         plain = watched is model and not compiled_in_place(model)
         self._capture = Capture(watched, model if plain else None)
-        self._capture.groups.stride = cadence.stride
+        self._capture.accumulation.stride = cadence.stride
         self._view = View(model, self._capture, self._batch, self._steps, ranks)
         self._handles = contextlib.ExitStack()
         self._handles.callback(self._delivery.close)
@@ -117,7 +116,7 @@ class Analysis:
         if self._alone:
             self._settle_ranks()
         with in_turn():
-            if self._capture.groups.stepped() and self._due:
+            if self._capture.accumulation.stepped() and self._due:
                 self._measure_safely(self._due, planned=True)
             else:
                 self._capture.end_step()
@@ -127,7 +126,7 @@ class Analysis:
         self._alone = False
         model = self._capture.wrapper() or self.model
         try:
-            if join_late(self._ranks, model, self._setting()):
+            if self._ranks.join_late(model, self._setting()):
                 self._seed = self._ranks.first_seed()
                 self._due = self._schedule.due(self.step)
                 self._view.share()

@@ -19,12 +19,8 @@ class Attempts:
     """Takes measures of a snapshot, on all ranks or on none.
 
     A measure that fails waits twice as long from failure to failure, and is switched
-    off after six on end; taken by hand, it is tried whatever was before.
-
-    Args:
-        measures: The measures.
-        ranks: The processes that take them together.
-        absent: Where to say why something is missing.
+    off after six on end; taken by hand, it is tried whatever was before. ``absent``
+    is told why something is missing.
     """
 
     def __init__(
@@ -45,16 +41,7 @@ class Attempts:
     def take(
         self, snapshot: Snapshot, names: set[str], seed: int
     ) -> tuple[dict[str, Record], dict[str, float]]:
-        """Take measures.
-
-        Args:
-            snapshot: What they look at.
-            names: Names of those to take.
-            seed: Seed of their random draws.
-
-        Returns:
-            Their records by tag, and the seconds that each measure took.
-        """
+        """Return the records of measures by tag, and the seconds that each took."""
         records: dict[str, Record] = {}
         seconds: dict[str, float] = {}
         for measure in self.measures:
@@ -112,12 +99,7 @@ class Attempts:
         return name in self._absent or "capture" in self._absent
 
     def postpone(self, name: str, seconds: float) -> None:
-        """Say why a first measurement waits.
-
-        Args:
-            name: The measure.
-            seconds: What it is estimated at.
-        """
+        """Say why a first measurement, estimated at so many seconds, waits."""
         why = f"it may take some {seconds:.0f} s, for which training has not paid yet"
         if seconds == math.inf:
             why = (
@@ -132,11 +114,7 @@ class Attempts:
     def fail(self, name: str, err: Exception, step: int, where: str = "") -> None:
         """Enter a failure: say why once, and put off what failed.
 
-        Args:
-            name: What failed.
-            err: How.
-            step: When.
-            where: On what, where that is not the step's batch.
+        ``where`` says on what, where that is not the step's batch.
         """
         reason = f"{type(err).__name__}{where}: {err}"
         count = self._failures[name] = self._failures.get(name, 0) + 1

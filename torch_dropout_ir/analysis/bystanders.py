@@ -135,11 +135,7 @@ _RESTORE: Final[dict[type, Callable[[Any, Any], None]]] = {
 
 
 class Bystanders:
-    """Tells hooks that look on from those that act; ``writes`` what passes write on.
-
-    Args:
-        model: The model whose modules carry the hooks.
-    """
+    """Tells hooks that look on from those that act; ``writes`` what passes write on."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self.writes = model, ParameterWrites(model)
@@ -167,8 +163,7 @@ class Bystanders:
     def aside(self, model: nn.Module) -> Iterator[None]:
         """Leave those that look on out inside the context, and give all else back.
 
-        Args:
-            model: The model that runs: the own one, or its copy.
+        ``model`` is the one that runs: the own one, or its copy.
         """
         still = self._looking - self._acting
         kept = [(hooks, dict(hooks)) for hooks in _hook_dicts(model)] if still else []

@@ -103,12 +103,7 @@ class Cadence:
         self._share_out()
 
     def afford(self, names: Iterable[str], step: int) -> dict[str, float]:
-        """Return those of ``names`` that have to wait, and the seconds they may take.
-
-        Args:
-            names: Names of the measures that are due.
-            step: The step.
-        """
+        """Return those of ``names`` that have to wait, with the seconds of each."""
         if self.every != "auto":
             return {}
         self._settle()
@@ -141,15 +136,7 @@ class Cadence:
         self._unsettled += seconds
 
     def stepped(self, seconds: float, step: int) -> bool:
-        """Pay off debts with the time of a step.
-
-        Args:
-            seconds: What it took.
-            step: The coming one.
-
-        Returns:
-            Whether anything may be due at that.
-        """
+        """Pay off debts with the time of a step; whether anything may now be due."""
         self.training_seconds += seconds
         self._unsettled += seconds
         if self._steps:
@@ -195,10 +182,7 @@ class Cadence:
     def put_off(self, name: str, step: int, seconds: float = 0.0) -> None:
         """Look for what a measure lacks no more often than if it cost a step.
 
-        Args:
-            name: The measure.
-            step: The step.
-            seconds: What it took to see that it lacks something, or fails.
+        ``seconds`` is what it took to see that it lacks something, or fails.
         """
         self.measured_seconds += seconds
         self._owe(name, seconds + self.training_seconds / max(1, step))

@@ -64,7 +64,7 @@ class Capture:
         unlike: How the measures' passes differ from the script's.
         bystanders: What the measures' own passes leave aside.
         script: What follows the loss of the passes.
-        groups: How many passes there are for a step.
+        accumulation: How many passes there are for a step.
         want_masks, want_targets: Whether to look for those of the coming pass.
         cast: Whether autocast was on when it began.
         started: When the last pass looked at began, by ``time.perf_counter()``.
@@ -88,7 +88,7 @@ class Capture:
         self.started, self._seconds = float("-inf"), 0.0
         self._thread = self._passing = 0  # of the steps; of the last pass
         self._within, self.trains = False, ""
-        self._versions, self.groups = list[int](), Accumulation()
+        self._versions, self.accumulation = list[int](), Accumulation()
         self._outputs: Any = None
         self.script = ScriptLoss()
         self._start: Generators | None = None
@@ -156,14 +156,7 @@ class Capture:
         self._outputs = None
 
     def take(self, passes: list[int]) -> bool:
-        """Let the inputs be those of some passes.
-
-        Args:
-            passes: Their numbers.
-
-        Returns:
-            Whether they can be made again.
-        """
+        """Let the inputs be those of some passes, if they can be made again."""
         found = self.script.inputs_of(passes)
         if isinstance(found, str):
             self._miss(found)
@@ -185,8 +178,8 @@ class Capture:
         self._passing = threading.get_ident()
         sweep()
         if self._new_step:
-            self.passes, self.groups.idle, self._new_step = 0, 0, False
-        if self.groups.tired():  # what was seen of the pass before stays
+            self.passes, self.accumulation.idle, self._new_step = 0, 0, False
+        if self.accumulation.tired():  # what was seen of the pass before stays
             self._told.close()
             self.script.leave()
             return self._step.close()
@@ -223,7 +216,7 @@ class Capture:
     def _open_step(self) -> None:
         """Look at the coming pass in full, where something of it is wanted."""
         if self.script.went_back:
-            self.passes = self.groups.without_step()
+            self.passes = self.accumulation.without_step()
         self._stop_looking()
         self.script.begin()
         self._listen()  # to hooks that are there since
@@ -254,9 +247,9 @@ class Capture:
             self._end = random_state(self.watched)
         if self.watched.training and self.want_targets and outputs is not None:
             self._outputs = outputs
-            self.groups.passes = self.passes + 1
+            self.accumulation.passes = self.passes + 1
             given = self.inputs, self._versions
-            self.script.follow(self.watched, self.groups, outputs, *given)
+            self.script.follow(self.watched, self.accumulation, outputs, *given)
 
     def _check_inputs(self) -> None:
         """Let go of inputs of which no second pass is the same, or can be masked."""
@@ -266,12 +259,11 @@ class Capture:
     def observe(self, model: nn.Module) -> None:
         """Look at the masks of the last pass, where it was one to look at.
 
-        Args:
-            model: The model to run again: the own one, or a copy that runs alone.
+        ``model`` is run again for that: the own one, or a copy that runs alone.
         """
         self._told.close()
         if self.script.leave():  # every call of the measures would go through it
-            self.passes = self.groups.passes - 1
+            self.passes = self.accumulation.passes - 1
         self._check_inputs()
         if self.trains or (self._within and inside(self.watched)):
             self.trains = TRAINS

@@ -41,13 +41,9 @@ def compiled(model: nn.Module) -> nn.Module | None:
 class CompiledCall:
     """Stands in the place of a compiled call, and tells before and after each.
 
-    Copies and pickles of the model are not compiled, and have none.
-
-    Args:
-        model: The model, changed in place until :meth:`leave`.
-        before: Called with the model, arguments and those by name.
-        after: Called with these and the outputs; None where the call has failed.
-        owner: What has to live as long as the model does.
+    ``before`` is called with the model, arguments and those by name; ``after`` with
+    the outputs too, None where the call has failed. ``owner`` has to live as long as
+    the model does. Copies and pickles of the model are not compiled, and have none.
     """
 
     def __init__(

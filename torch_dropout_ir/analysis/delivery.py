@@ -10,12 +10,7 @@ from torch_dropout_ir.analysis.records import Record, Sink
 
 
 class Delivery:
-    """Writes to every sink that still works.
-
-    Args:
-        sinks: The sinks.
-        absent: Where to say why one is switched off.
-    """
+    """Writes to every sink that still works; ``absent`` says why one does not."""
 
     def __init__(self, sinks: Iterable[Sink], absent: dict[str, str]) -> None:
         self._sinks = list(sinks)
@@ -45,11 +40,7 @@ class Delivery:
 
 
 class Postponed:
-    """A sink that is opened when there is something to write.
-
-    Args:
-        make: Opens it.
-    """
+    """A sink that ``make`` opens when there is something to write."""
 
     def __init__(self, make: Callable[[], Sink]) -> None:
         self._make = make

@@ -26,7 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.meetings import Meeting, processes
+from torch_dropout_ir.analysis.sharded import is_sharded
 from torch_dropout_ir.collectives import released
 from torch_dropout_ir.functional import preserved_rng
 
@@ -39,6 +41,7 @@ _UNEVEN: Final = (
 # Odd, and within the 32 bits of a seed that the generator of the CPU takes.
 _STRIDE: Final = 0x9E3779B9
 WAIT: Final = datetime.timedelta(minutes=5)
+LATE: Final = datetime.timedelta(seconds=30)  # a backward pass has brought all here
 
 
 class Ranks:
@@ -67,13 +70,27 @@ class Ranks:
         self._left = False
         self._apart = ""
 
-    def become(self, other: Ranks) -> None:
-        """Be these ranks from now on, for whoever holds this object."""
-        vars(self).update(vars(other))
+    def join_late(self, model: nn.Module, setting: str) -> bool:
+        """Return whether these, alone so far, are from now on those of a wrapped model.
 
-    def part(self, reason: str) -> None:
-        """Measure alone from now on, and say why."""
-        self._apart = reason
+        Where it is neither wrapped nor agreed on by all, they are told to be alone.
+        """
+        if processes() == 1:
+            return False
+        found = ranks_of(model)
+        alone = found.group is None
+        if not alone and Meeting(found.group, "late", setting).agreed(LATE):
+            vars(self).update(vars(found))
+            return True
+        self._apart = (
+            f"{processes()} processes run, but this model is neither wrapped in "
+            "DistributedDataParallel nor sharded by `fully_shard`, or not all of them "
+            "have attached to it alike: each process measures and writes for itself"
+        )
+        warn(
+            f"{self._apart}. Wrap it, and attach on every rank with the same arguments."
+        )
+        return False
 
     @property
     def size(self) -> int:
@@ -91,9 +108,6 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """Do what is inside on all ranks or on none: where one raises, all do.
 
-        Yields:
-            Nothing.
-
         Raises:
             RuntimeError: If another rank has raised.
         """  # noqa: DOC502 (raised by the round)
@@ -109,10 +123,7 @@ class Ranks:
             self._left = False
 
     def wait_for_all(self, call: str) -> None:
-        """Wait until all ranks have come here.
-
-        Args:
-            call: What they have to call.
+        """Wait until all ranks have made this ``call``.
 
         Raises:
             RuntimeError: If one has not after five minutes.
@@ -129,14 +140,10 @@ class Ranks:
             )
 
     def check_alike(self, call: str, setting: str) -> None:
-        """Refuse what would part the ranks' ways.
-
-        Args:
-            call: What was called.
-            setting: What decides when measures are taken.
+        """Refuse a ``setting`` that would part the ranks' ways.
 
         Raises:
-            ValueError: If ranks came with different settings.
+            ValueError: If ranks came with different ones.
         """
         least, most = self._meet("setting", _hash(setting))
         if least != most:
@@ -285,14 +292,3 @@ def ranks_of(model: nn.Module) -> Ranks:
     device = next(iter(model.parameters())).device
     where = "cpu" if dist.get_backend(group) == "gloo" else device
     return Ranks(group, where, wrapper)
-
-
-def is_sharded(x: object) -> bool:
-    """Whether a tensor is distributed over ranks."""
-    return hasattr(x, "full_tensor") and hasattr(x, "device_mesh")
-
-
-def gathered(x: Any) -> Tensor:
-    """Return the whole of a tensor that is distributed over ranks; else itself."""
-    whole: Tensor = x.full_tensor() if is_sharded(x) else x
-    return whole

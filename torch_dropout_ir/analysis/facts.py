@@ -18,15 +18,7 @@ _MOST_SITES: Final = 20
 
 
 def run_facts(analysis: Analysis, optimizer: Optimizer | None) -> dict[str, str]:
-    """Return model, sites, ``p``, loss, optimizer, seed and versions as notes.
-
-    Args:
-        analysis: The analysis.
-        optimizer: The optimizer; None where it is not known yet.
-
-    Returns:
-        Notes with tags ``run/...``.
-    """
+    """Return model, sites, ``p``, loss, optimizer, seed and versions as ``run/...``."""
     model, sites = analysis.model, analysis.sites
     count = sum(x.numel() for x in model.parameters())
     names = [f"{_quoted(site.name)} ({site.kind})" for site in sites]

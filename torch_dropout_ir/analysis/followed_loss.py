@@ -131,10 +131,7 @@ class FollowedLoss:
             outputs: What the model returned; of several passes a tuple.
             targets: The tensor that the script read beside the outputs; a tuple where
                 these are several or none.
-
-        Returns:
-            Scalar.
-        """
+        """  # noqa: DOC201
         results: dict[int, Any] = {}
         each = outputs if len(self.passes) > 1 else (outputs,)
         leaves = (flatten(x)[0] for x in each)
@@ -195,17 +192,10 @@ def unwritten(
     kwargs: dict[str, Any],
     known: At | None,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
-    """Return a call that makes what another is about to write.
+    """Return a call that makes what another is about to write, as ``loss += ...``.
 
-    Args:
-        func: What is about to be called, as by ``loss += ...``.
-        args: Its arguments.
-        kwargs: Those by name.
-        known: Where what is written on comes from; None where it is none of the
-            outputs', and its value is kept.
-
-    Returns:
-        Function and arguments; None where the call writes otherwise.
+    ``known`` is where what is written on comes from; None where it is none of the
+    outputs', and its value is kept. None of a call that writes otherwise.
     """
     name = getattr(func, "__name__", "")
     if not args or kwargs.get("out") is not None or not writes(name, kwargs):

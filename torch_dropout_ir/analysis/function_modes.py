@@ -19,14 +19,7 @@ _DEFAULT: Final = getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None)  # the lowest o
 
 
 def lay_under(mode: TorchFunctionMode) -> bool:
-    """Lay a mode under those that are active, but over a default device's.
-
-    Args:
-        mode: The mode.
-
-    Returns:
-        Whether that could be done.
-    """
+    """Lay a mode under those that are active but a default device's, if it can be."""
     if None in (_POP, _PUSH, _LENGTH):
         return False
     modes = _popped()
@@ -37,13 +30,10 @@ def lay_under(mode: TorchFunctionMode) -> bool:
 
 
 def take_away(done: Callable[[TorchFunctionMode], bool]) -> None:
-    """Take away modes, wherever they lie.
+    """Take away the modes that are done, wherever they lie.
 
     Within a call that a mode is handed the mode is not there to be taken, and is there
     again after it: an optimizer that steps in the backward pass leaves it so.
-
-    Args:
-        done: Which ones.
     """
     if _POP is None or _PUSH is None or _LENGTH is None or not _LENGTH():
         return
@@ -56,16 +46,9 @@ def called(
     kwargs: dict[str, Any],
     generators: Sequence[torch.Generator],
 ) -> tuple[Any, bool]:
-    """Make a call that a mode is handed, and see whether it draws random numbers.
+    """Return the result of a call, and whether it has drawn random numbers.
 
-    Args:
-        func: The function.
-        args: Its arguments.
-        kwargs: Those by name.
-        generators: What it may draw from where it is given no generator.
-
-    Returns:
-        Its result, and whether it has drawn.
+    ``generators`` are those that it may draw from where it is given none.
     """
     own, moved = any(inside((args, kwargs), torch.Generator)), any_moved(generators)
     return func(*args, **kwargs), own or moved()

@@ -17,9 +17,6 @@ class Generators:
     """The state of torch's, Python's, NumPy's and the model's generators at one moment.
 
     Also whether autocast is on: what is drawn can depend on it.
-
-    Args:
-        model: The model, whose devices' generators count.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -28,6 +28,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_dropout_ir.analysis.accumulation import Accumulation
+from torch_dropout_ir.analysis.backward_calls import (
+    by_scaler,
+    goes_back,
+    has_gradient,
+)
 from torch_dropout_ir.analysis.followed_loss import (
     TIMES,
     At,
@@ -44,7 +49,6 @@ from torch_dropout_ir.analysis.followed_loss import (
 )
 from torch_dropout_ir.analysis.function_modes import called, lay_under, take_away
 from torch_dropout_ir.analysis.own_graph import OwnGraph, copied_from
-from torch_dropout_ir.analysis.roots import by_scaler, goes_back, has_gradient
 from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import TORCH_LOSSES
 from torch_dropout_ir.tracing import generators, recorded
@@ -60,7 +64,7 @@ class LossCalls(TorchFunctionMode):
 
     Args:
         outputs: What the model returned.
-        groups: How many passes there are for a step.
+        accumulation: How many passes there are for a step.
         model: The model.
 
     Attributes:
@@ -70,9 +74,11 @@ class LossCalls(TorchFunctionMode):
         of_module: What the loss module has returned, where there is one.
     """
 
-    def __init__(self, outputs: Any, groups: Accumulation, model: nn.Module) -> None:
+    def __init__(
+        self, outputs: Any, accumulation: Accumulation, model: nn.Module
+    ) -> None:
         super().__init__()
-        self._groups, self._own = groups, OwnGraph(model)
+        self._accumulation, self._own = accumulation, OwnGraph(model)
         self._model, self._generators = model, generators(model)
         self.one = list[bool]()
         self._known: Any = WeakIdKeyDictionary()
@@ -201,8 +207,8 @@ class LossCalls(TorchFunctionMode):
 
     def _note(self, how: str, root: Any, factor: float) -> None:
         """The script goes back from here: this is what it trains on."""
-        if self._groups.passes > 1 and not has_gradient(self._model):
-            self._groups.passes = 1  # it has let go of what those before had added
+        if self._accumulation.passes > 1 and not has_gradient(self._model):
+            self._accumulation.passes = 1  # what those before added is gone
         at, before = self.at(root), self._roots.get(how)
         if at in _UNKNOWN or root.numel() != 1:
             self._missed = self.of_module is None or self.of_module() is not root
@@ -213,7 +219,7 @@ class LossCalls(TorchFunctionMode):
         if factor != 1:
             self.steps.append(Step(torch.mul, (at, factor), {}, True))
             at = At("steps", len(self.steps) - 1)
-        at = self._groups.taken_off(at, self.steps, self._scales)
+        at = self._accumulation.taken_off(at, self.steps, self._scales)
         if before is not None:
             self.steps.append(Step(torch.add, (before, at), {}, True))
             at = At("steps", len(self.steps) - 1)

@@ -23,10 +23,6 @@ class LossModule:
 
     One that reads more of the outputs than it is called with (it has kept a part of
     them, or a closure has) is no function of these two; its calls are followed instead.
-
-    Args:
-        outputs: What the model returned.
-        calls: What follows the calls that are made of it.
     """
 
     def __init__(self, outputs: Any, calls: LossCalls) -> None:
@@ -45,13 +41,9 @@ class LossModule:
     def loss(self, followed: bool) -> tuple[nn.Module, Any] | None:
         """Return a copy of the module, and its targets.
 
-        Args:
-            followed: Whether a loss is known of the calls as well.
-
-        Returns:
-            Both; None where there is no such module, the script has trained on another
-            number, it may have changed in the call, or it holds what cannot be copied,
-            as a tensor with its graph.
+        None where there is no such module, the script has trained on another number
+        (while calls ``followed`` tell of a loss as well), it may have changed in the
+        call, or it holds what cannot be copied, as a tensor with its graph.
         """
         if self._seen is None:
             return None

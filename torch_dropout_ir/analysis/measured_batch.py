@@ -38,11 +38,7 @@ def by_itself(inputs: Inputs, parts: int) -> Inputs:
     """Return the inputs of a pass whose loss is a mean by itself.
 
     Where passes are accumulated, or several processes train, scripts have a model of
-    Hugging Face divide by the items of all of them.
-
-    Args:
-        inputs: The inputs of the pass.
-        parts: How many passes the items are of.
+    Hugging Face divide by the items of all of them: ``parts`` passes.
     """
     items = inputs.kwargs.get(_COUNT)
     if items is None or parts == 1:
@@ -53,13 +49,9 @@ def by_itself(inputs: Inputs, parts: int) -> Inputs:
 class MeasuredBatch:
     """Chooses a batch whose targets are known: the step's own, where it is one.
 
-    Args:
-        loss: The loss that the user gave; None where it is to be seen.
-        data: Batches of the user's, for where the step does not show its targets.
-
     Attributes:
         loss: The loss; None before it is known.
-        data: The user's batches.
+        data: The user's batches, for where the step does not show its targets.
         note: What is to be said of the loss, by tag.
     """
 
@@ -78,17 +70,9 @@ class MeasuredBatch:
         inputs_of: Callable[[Inputs, int], Inputs],
         targets_of: Callable[[Inputs], Any],
     ) -> tuple[Batch, str]:
-        """Return the batch, and which one it is.
+        """Return ``(inputs, targets)``, None where not known, and which batch that is.
 
-        Args:
-            step: Optimizer steps made before.
-            capture: What the step has shown.
-            inputs_of: Makes inputs to measure with of those of the pass, and of the
-                number of passes of the step.
-            targets_of: Finds the targets by the inputs where the loss does not.
-
-        Returns:
-            ``(inputs, targets)``, either None where not known, and words for it.
+        ``inputs_of`` and ``targets_of`` are those of :class:`Analysis`.
         """
         inputs, targets, parts = capture.inputs, None, capture.passes + 1
         if inputs is not None:

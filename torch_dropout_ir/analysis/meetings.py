@@ -18,10 +18,7 @@ _CALLS: Final = "_active_ddp_module"  # while its forward pass runs; a private n
 class Meeting:
     """One meeting of the ranks of a group, which all hold theirs in the same order.
 
-    Args:
-        group: The process group.
-        what: The kind of meeting; those of each kind are counted by themselves.
-        said: What this rank says to the others.
+    ``what`` is its kind, of which meetings are counted; this rank ``said`` that.
     """
 
     _held: ClassVar[collections.Counter[str]] = collections.Counter()  # by this process

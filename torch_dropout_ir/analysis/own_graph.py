@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from torch_dropout_ir.analysis.followed_loss import At, inside
+from torch_dropout_ir.analysis.sharded import is_sharded
+from torch_dropout_ir.arrivals import graph_nodes
 
 # Nodes of the graph that make copies, in order: one tells DDP when the backward pass
 # starts (`find_unused_parameters`, `static_graph`), one calls hooks of that pass.
@@ -19,9 +21,8 @@ _LEAF: Final = "torch::autograd::AccumulateGrad"
 class OwnGraph:
     """What the parameters of a model lead to.
 
-    Args:
-        model: The model. Where its parameters are sharded, passes use other tensors,
-            and everything that is differentiated counts as its own.
+    Where they are sharded, passes use other tensors, and everything that is
+    differentiated counts as the model's own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -31,20 +32,15 @@ class OwnGraph:
         self._found: dict[Any, bool] = {}
 
     def leads_to(self, x: Tensor) -> bool:
-        """Whether ``x`` may depend on a parameter of the model.
+        """Return whether a tensor with a graph may depend on a parameter of the model.
 
-        Args:
-            x: A tensor that is differentiated.
-
-        Returns:
-            False only of another leaf, and of what comes of such alone by functions
-            whose inputs autograd knows; an ``autograd.Function`` may have more.
+        False only of another leaf, and of what comes of such alone by functions whose
+        inputs autograd knows; an ``autograd.Function`` may have more.
         """
         if self._own is None:
             parameters = list(self._model.parameters())
             self._own = {id(p) for p in parameters}
-            # To import `DTensor` takes half as long as torch.
-            self._sharded = any(hasattr(p, "device_mesh") for p in parameters)
+            self._sharded = any(map(is_sharded, parameters))
         if self._sharded:
             return True
         return id(x) in self._own if x.is_leaf else self._reached(x.grad_fn)
@@ -55,19 +51,11 @@ class OwnGraph:
         outputs: Collection[tuple[Any, int]],
         unknown: Callable[[Tensor], bool],
     ) -> bool:
-        """Whether the model may learn where a script goes back from some tensors.
+        """Return whether the model may learn where a script goes back from here.
 
         A loss of the outputs after `detach`, as of a discriminator or a second network,
-        is another model's.
-
-        Args:
-            root: The tensors.
-            outputs: Nodes of the outputs. Where they have none, whatever is made of
-                them counts.
-            unknown: Whether a tensor is not followed from the outputs.
-
-        Returns:
-            Whether it may.
+        is another model's. ``outputs`` are nodes; where there are none, all that is
+        made of the outputs counts. ``unknown`` tells what is not followed from them.
         """
         nodes = {node for node, _ in outputs if node is not None}
         return not nodes or any(
@@ -95,34 +83,13 @@ class OwnGraph:
         return leaf and self._own is not None and id(node.variable) in self._own
 
 
-def _comes_of(x: Tensor, nodes: Collection[Any]) -> bool:
-    """Whether the graph of a tensor leads back to one of some nodes.
-
-    Args:
-        x: A tensor that is differentiated, or a leaf, which comes of nothing.
-        nodes: The nodes.
-
-    Returns:
-        Whether it does.
-    """
-    seen, waiting = set[Any](), [x.grad_fn] if x.grad_fn is not None else []
-    while waiting:
-        node = waiting.pop()
-        if node in nodes:
-            return True
-        behind = {n for n, _ in node.next_functions if n is not None} - seen
-        waiting += behind
-        seen |= behind
-    return False
+def _comes_of(x: Tensor, nodes: Set[Any]) -> bool:
+    """Whether the graph of a tensor leads back to one of some nodes; no leaf's does."""
+    return not nodes.isdisjoint(graph_nodes([x.grad_fn] if x.grad_fn else []))
 
 
 def copied_from(x: Tensor, nodes: Mapping[tuple[Any, int], At]) -> At | None:
-    """Return where a tensor comes from that nodes of the graph have copied.
-
-    Args:
-        x: The tensor.
-        nodes: Nodes, each with the number of its output, and where that comes from.
-    """
+    """Return where a tensor comes from that nodes (with their output) have copied."""
     node, place, found = x.grad_fn, x.output_nr, None
     while found is None and node is not None and node.name() in _COPYING:
         if place >= len(node.next_functions):

@@ -8,8 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.analysis.distributed import is_sharded
 from torch_dropout_ir.analysis.followed_loss import inside, memory, versions
+from torch_dropout_ir.analysis.sharded import is_sharded
 from torch_dropout_ir.leaves import flatten
 
 _OTHER_PARAMETERS: Final = (
@@ -36,12 +36,7 @@ _CLOSE: Final = 0.01  # of the norm: kernels may differ, and autocast rounds
 
 
 class OwnPass:
-    """What the script's pass was made with.
-
-    Args:
-        model: The model, at the end of the pass.
-        outputs: What it returned.
-    """
+    """What the script's pass was made with, as the model is at its end."""
 
     def __init__(self, model: nn.Module, outputs: Any) -> None:
         self._parameters, self._written = _identities(model), _written(model)
@@ -49,14 +44,7 @@ class OwnPass:
         self._outputs = _states(flatten(outputs)[0])
 
     def unlike(self, model: nn.Module) -> str:
-        """Say how the model is another one now.
-
-        Args:
-            model: The model.
-
-        Returns:
-            How; empty where nothing tells.
-        """
+        """Say how the model is another one now; empty where nothing tells."""
         now = _identities(model)
         if self._parameters and now and self._parameters != now:
             return _OTHER_PARAMETERS
@@ -67,15 +55,9 @@ class OwnPass:
         return ""
 
     def differs(self, outputs: Any, again: Any) -> str:
-        """Say whether a second pass has returned something else.
+        """Return words if a second pass has returned something else; empty if not.
 
-        Args:
-            outputs: What the script's pass returned; None where that is not known. Not
-                looked at where it was written on, or holds something else, since.
-            again: What a second one returned.
-
-        Returns:
-            What that means; empty where both are alike.
+        Outputs that are not known, or were written on since, are not looked at.
         """
         leaves = flatten(outputs)[0]
         if _states(leaves) != self._outputs:
@@ -85,14 +67,9 @@ class OwnPass:
 
 
 def not_again(given: Any, before: list[int]) -> str:
-    """Say why a second pass on arguments would not be the one that was made.
+    """Return why a second pass on arguments would be another one; empty if it is not.
 
-    Args:
-        given: The arguments.
-        before: What :func:`versions` said of them before the pass.
-
-    Returns:
-        The reason; empty where there is none.
+    ``before`` is what :func:`versions` said of them before the pass.
     """
     if any(inside(given, Iterator)):
         return "the last pass has used up its inputs: they are a generator"

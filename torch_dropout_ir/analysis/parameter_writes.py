@@ -18,11 +18,7 @@ _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ParameterWrites:
-    """Learns from the script's passes which parameters they write on.
-
-    Args:
-        model: The model.
-    """
+    """Learns from the script's passes which parameters they write on."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -31,32 +27,21 @@ class ParameterWrites:
 
     def begin(self) -> None:
         """A pass of the script's begins."""
-        self._before = [(x, _print(x)) for x in self._model.parameters()]
+        self._before = [(x, _fingerprint(x)) for x in self._model.parameters()]
 
     def end(self) -> None:
         """It has ended."""
         known = [(x, was) for x, was in self._before if was is not None]
-        self._written |= {id(x): x for x, was in known if _print(x) != was}
+        self._written |= {id(x): x for x, was in known if _fingerprint(x) != was}
         self._before = []
 
     def kept(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Begin each pass with these parameters as they are, and give them back.
-
-        Args:
-            model: The model that runs: the own one, or its copy.
-
-        Returns:
-            A context.
-        """
+        """Let each pass of a model, the own one or its copy, begin with these."""
         return unwritten(model, list(self._written.values()))
 
 
-def _print(x: Tensor) -> Any:
-    """What tells whether a parameter has the same values; None where that is not asked.
-
-    Returns:
-        Something to compare.
-    """
+def _fingerprint(x: Tensor) -> Any:
+    """What tells whether a parameter has the same values; None where nobody asks."""
     if not is_plain(x):
         return None
     plain = torch.view_as_real(x.data) if x.is_complex() else x.data

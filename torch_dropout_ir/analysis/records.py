@@ -75,13 +75,7 @@ def remember(
     step: int,
     records: Mapping[str, Record],
 ) -> None:
-    """Append the numbers among ``records``; a long curve is thinned evenly.
-
-    Args:
-        history: Curves by tag, changed in place.
-        step: The step.
-        records: Records by tag.
-    """
+    """Append the numbers among ``records``; a long curve is thinned evenly."""
     for tag, value in records.items():
         if isinstance(value, float):
             curve = history.setdefault(tag, [])

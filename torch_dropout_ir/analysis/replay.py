@@ -91,16 +91,9 @@ class Replay:
 def replay(
     model: nn.Module, inputs: Inputs, start: Generators, end: list[Tensor] | None = None
 ) -> Replay:
-    """Run a training pass again and look at what it draws.
+    """Return what a training pass draws, run again with generators as at its ``start``.
 
-    Args:
-        model: The model; left as it is.
-        inputs: The arguments of the pass.
-        start: The generators at its start.
-        end: States of torch's generators at its end, where they are known.
-
-    Returns:
-        What it drew.
+    ``end`` are the states of torch's at its end, where they are known.
 
     Raises:
         OtherDraws: If it draws otherwise than the pass did.

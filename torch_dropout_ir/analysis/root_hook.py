@@ -26,10 +26,8 @@ _NOT_SCRIPTED: Final = (
 class RootHook:
     """A hook whose copies do nothing: pickles load where this package is not.
 
-    Args:
-        call: What to call; None in copies, and where nothing is to be seen.
-        owner: What has to live as long as the model does; None in copies.
-        missed: Called with the reason where ``call`` fails.
+    ``call`` is None where nothing is to be seen; ``owner`` has to live as long as the
+    model does; ``missed`` is told the reason where ``call`` fails.
     """
 
     def __init__(

@@ -15,11 +15,6 @@ class Schedule:
 
     They do so after a measurement and, when nothing is due, at the step where something
     may be, as far as the pace so far tells: the steps between exchange nothing.
-
-    Args:
-        cadence: What wants measuring by time or number of steps.
-        attempts: What puts measures off that fail.
-        ranks: The processes that train together.
     """
 
     def __init__(self, cadence: Cadence, attempts: Attempts, ranks: Ranks) -> None:
@@ -51,10 +46,7 @@ class Schedule:
     def afford(self, names: Set[str], step: int, seconds: float) -> set[str]:
         """Return those of ``names`` for which there is a budget, of all ranks alike.
 
-        Args:
-            names: Measures that are due.
-            step: The step.
-            seconds: What the passes of this step have taken.
+        ``seconds`` is what the passes of this step have taken.
         """
         self._cadence.expect(seconds)
         if self._ranks.size > 1 and self._cadence.every == "auto":
@@ -67,13 +59,9 @@ class Schedule:
         return set(names) - waiting.keys()
 
     def enter(self, seconds: Mapping[str, float], whole: float, step: int) -> None:
-        """Enter what measures took.
+        """Enter what each measure took by itself, and the ``whole`` time.
 
-        Args:
-            seconds: What each took by itself.
-            whole: All of it: what is nobody's own (capture, records, writing) is
-                shared out.
-            step: The step.
+        What is nobody's own (capture, records, writing) is shared out.
         """
         rest = (whole - sum(seconds.values())) / max(1, len(seconds))
         for name, own in seconds.items():

@@ -60,22 +60,18 @@ class ScriptLoss:
     def follow(
         self,
         model: nn.Module,
-        groups: Accumulation,
+        accumulation: Accumulation,
         outputs: Any,
         inputs: Inputs | None,
         versions: list[int],
     ) -> None:
-        """Follow the outputs of a pass.
+        """Follow the ``outputs`` of a pass.
 
-        Args:
-            model: The module that the script calls.
-            groups: How many passes there are for a step.
-            outputs: What it returned.
-            inputs: What the pass was made with; None where it cannot be made again.
-            versions: Those of the tensors among the inputs.
+        ``inputs`` is what it was made with, None where it cannot be made again;
+        ``versions`` are those of their tensors.
         """
         if self._calls is None:
-            self._calls = LossCalls(outputs, groups, model)
+            self._calls = LossCalls(outputs, accumulation, model)
             self._calls.enter()
             self._looks.callback(self._calls.leave)
         else:
@@ -107,11 +103,7 @@ class ScriptLoss:
         return None if calls.result is None else _followed(calls, calls.result)
 
     def inputs_of(self, passes: list[int]) -> Inputs | str:
-        """Return what some passes were made with, or why they cannot be made again.
-
-        Args:
-            passes: Their numbers.
-        """
+        """Return what some passes were made with, or why they cannot be made again."""
         given = list[Inputs]()
         for inputs, before in (self._made[k] for k in passes):
             why = "one of the passes that the loss compares cannot be made again"
@@ -122,13 +114,7 @@ class ScriptLoss:
 
 
 def _followed(calls: LossCalls, result: At) -> Seen:
-    """Return what calls have made.
-
-    Args:
-        calls: The calls.
-        result: What the script goes back from, or, where that could not be followed,
-            what the first of torch's loss functions returned.
-    """
+    """Return what the calls that lead to ``result`` have made."""
     beside, part, passes = calls.beside, calls.in_part, passes_of(result, calls.steps)
     step = calls.steps[result.place] if result.of == "steps" else None
     if step is None:

@@ -154,13 +154,7 @@ def received_gradients(
 ) -> tuple[dict[str, float] | None, dict[str, Tensor] | None]:
     """Return learning rates and gradients by parameter name, as the optimizer has them.
 
-    Args:
-        model: The model.
-        optimizer: The optimizer; None where it is not known yet.
-
-    Returns:
-        Learning rates (0 for parameters that it does not step) and gradients, each None
-        where there are none.
+    Rates are 0 for parameters that it does not step; each is None where there is none.
     """
     if optimizer is None:
         return None, None
@@ -258,16 +252,7 @@ def _uncast() -> Iterator[None]:
 
 
 def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
-    """Take a measure, and give back generators, buffers and gradients that it moved.
-
-    Args:
-        measure: The measure.
-        snapshot: What it looks at.
-        seed: Seed of its random draws.
-
-    Returns:
-        Its records by tag.
-    """
+    """Take a measure, and give back generators, buffers and gradients that it moved."""
     model = snapshot.model
     with (
         torch.inference_mode(False),  # which switches autograd on

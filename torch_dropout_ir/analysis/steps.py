@@ -1,7 +1,16 @@
-"""The steps of the optimizer that trains a model, seen through torch's own hooks."""
+"""The steps of the optimizer that trains a model, seen through torch's own hooks.
+
+Semantics:
+
+* Torch goes through its hooks in each step of any optimizer, and raises where one is
+  put in or taken away meanwhile, by another thread or a collection. So there is one
+  pair as long as an analysis watches, taken away when no step goes through it.
+"""
 
 from __future__ import annotations
 
+import itertools
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
@@ -9,10 +18,22 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils.hooks import RemovableHandle
 
 from torch_dropout_ir.analysis.accumulation import PATIENCE
-from torch_dropout_ir.analysis.step_hooks import watch_steps
+from torch_dropout_ir.tracing import frames
 
+Before = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Any]
+After = Callable[[Optimizer], None]
+
+_watches: Final[dict[int, tuple[Before, After]]] = {}
+_numbers: Final = itertools.count()
+_handles: Final[list[RemovableHandle]] = []
+_inside: Final[list[Optimizer]] = []  # in which the hooks run now, of all threads
 _REPLACED: Final = 2
 STEPS: Final = "optimizer steps"  # what is absent until one is seen
 NO_STEP: Final = (
@@ -29,10 +50,6 @@ class OptimizerSteps:
     It is the one that was given, or else the first that steps parameters of the model,
     until another one does so several times between its steps: then the script has
     replaced it.
-
-    Args:
-        model: The model.
-        optimizer: The optimizer; None to find it.
 
     Attributes:
         announced: Whether to call before the coming step too.
@@ -53,17 +70,12 @@ class OptimizerSteps:
     def watch(
         self, before: Callable[[], None], after: Callable[[], None]
     ) -> Callable[[], None]:
-        """Call bound methods before and after steps; neither is kept alive.
+        """Return what ends calls of two methods, kept alive by nobody, around steps.
 
-        Args:
-            before: Method to call before a step that is :attr:`announced`.
-            after: Method to call after each step.
-
-        Returns:
-            A function that ends the watch.
+        ``before`` is called where the step is :attr:`announced`.
         """
         after_step = self._calling(after, made=True)
-        return watch_steps(self._calling_before(before), after_step)
+        return _watch_steps(self._calling_before(before), after_step)
 
     def _calling(self, method: Callable[[], None], made: bool) -> Callable[..., None]:
         owner, call = weakref.ref(method.__self__), method.__func__  # type: ignore[attr-defined]
@@ -124,3 +136,59 @@ class OptimizerSteps:
         own = set() if model is None else {id(x) for x in model.parameters()}
         stepped = (x for group in optimizer.param_groups for x in group["params"])
         return any(id(x) in own for x in stepped)
+
+
+def _watch_steps(before: Before, after: After) -> Callable[[], None]:
+    """Return what ends calls of functions around steps of all optimizers, when eager.
+
+    ``before`` is as torch's hook: it may return other arguments.
+    """
+    number = next(_numbers)
+    _watches[number] = before, after
+    if not _handles:
+        _handles.append(register_optimizer_step_pre_hook(_before))
+        _handles.append(register_optimizer_step_post_hook(_after))
+
+    def end() -> None:
+        _watches.pop(number, None)
+        if not (_watches or _inside or _stepping()):
+            while _handles:
+                _handles.pop().remove()
+
+    return end
+
+
+def _before(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if torch.compiler.is_dynamo_compiling():
+        return None  # a compiled step would take the measures into its graph
+    given = None
+    _inside.append(optimizer)
+    try:
+        for number in [*_watches]:
+            watch = _watches.get(number)  # it may have ended since
+            found = watch and watch[0](optimizer, args, kwargs)
+            if found is not None:
+                given = args, kwargs = found
+    finally:
+        _inside.pop()
+    return given
+
+
+def _after(optimizer: Optimizer, *_: Any) -> None:
+    if torch.compiler.is_dynamo_compiling():
+        return
+    _inside.append(optimizer)
+    try:
+        for number in [*_watches]:
+            if (watch := _watches.get(number)) is not None:
+                watch[1](optimizer)
+    finally:
+        _inside.pop()
+
+
+def _stepping() -> bool:
+    """Whether this thread is in the middle of a step."""
+    names = (x.f_globals.get("__name__") for x in frames(sys._getframe(1)))
+    return Optimizer.__module__ in names

@@ -46,11 +46,8 @@ def report_sites(
 ) -> tuple[SiteReport, ...]:
     """Return the sites of ``model``, observed ones first.
 
-    Args:
-        model: The model.
-        calls: Calls of dropout functions found in a pass.
-        unseen: What a pass has shown of other noise, and of sites that draw out of
-            sight or not at all, with the reason.
+    ``calls`` are those of dropout functions that a pass has shown, ``unseen`` what it
+    has shown of other noise, and of sites that draw out of sight, with the reason.
     """
     modules = dict(model.named_modules())
     sites = {s.name: (type(s.module).__name__, s.p) for s in find_sites(model)}

@@ -27,13 +27,8 @@ def tables(
 ) -> list[str]:
     """Return the last values as lines, each with its error beside it.
 
-    Args:
-        history: Curves ``(step, value)`` by tag.
-        steps: Whether to say at which step each was measured.
-
-    Returns:
-        A table of what is said of the run, one with a row a layer, one with a row a
-        dropout site.
+    A table of the run, one with a row a layer, one with a row a dropout site; with
+    ``steps`` they say at which step each number was measured.
     """
     last = _last_values(history)
     named = {
@@ -64,10 +59,6 @@ def in_short(
     history: Mapping[str, list[tuple[int, float]]], *, steps: bool = True
 ) -> list[str]:
     """Return what dropout does to the network, in a sentence a line.
-
-    Args:
-        history: Curves ``(step, value)`` by tag.
-        steps: Whether to say at which step it was measured.
 
     Example:
         >>> curves = {"loss/R_S": [(8, 2.0)], "regularizer/R1": [(8, 0.5)]}

@@ -12,13 +12,13 @@ from torch_dropout_ir.analysis.capture import Capture
 from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.measured_batch import MeasuredBatch
 from torch_dropout_ir.analysis.replay import own_statistics
+from torch_dropout_ir.analysis.sharded import gathered_model
 from torch_dropout_ir.analysis.snapshot import (
     Snapshot,
     received_gradients,
     theory_note,
 )
 from torch_dropout_ir.analysis.steps import OptimizerSteps
-from torch_dropout_ir.analysis.whole_copy import gathered_model
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.sites import active_sites
@@ -26,13 +26,6 @@ from torch_dropout_ir.sites import active_sites
 
 class View:
     """Makes snapshots of a model that trains.
-
-    Args:
-        model: The model.
-        capture: What has seen its passes.
-        batch: What chooses the batch.
-        steps: What has seen the optimizer.
-        ranks: The processes that train it.
 
     Attributes:
         counted: Mask statistics of the run that this one goes on from.
@@ -62,15 +55,8 @@ class View:
     ) -> Snapshot:
         """Return the state just before a step.
 
-        Args:
-            step: Optimizer steps made before.
-            runs: Whether measures need more than gradients.
-            inputs_of: Makes inputs to measure with of those of the pass, and of the
-                number of passes of the step.
-            targets_of: Finds targets by inputs where the loss does not show them.
-
-        Returns:
-            The snapshot.
+        ``runs`` tells whether measures need more than gradients; ``inputs_of`` and
+        ``targets_of`` are those of :class:`Analysis`.
         """
         capture, batch = self._capture, self._batch
         self._ranks.check_shards(self._model)

@@ -22,7 +22,7 @@ from torch_dropout_ir.condensation.compare import (
 )
 from torch_dropout_ir.condensation.cover import EffectiveNeurons, effective_neurons
 from torch_dropout_ir.condensation.graph import Outgoing, outgoing_weights
-from torch_dropout_ir.condensation.layers import input_weights
+from torch_dropout_ir.condensation.layers import input_weights, named_input_weights
 from torch_dropout_ir.condensation.merge import LayerMerge, Merged, merge_condensed
 from torch_dropout_ir.condensation.order import cluster_order
 from torch_dropout_ir.condensation.orientation import (
@@ -34,7 +34,6 @@ from torch_dropout_ir.condensation.statistics import (
     CosineStatistics,
     cosine_statistics,
 )
-from torch_dropout_ir.condensation.walk import named_input_weights
 
 __all__ = [
     "CosineStatistics",

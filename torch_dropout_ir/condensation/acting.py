@@ -21,18 +21,12 @@ def full_precision() -> Iterator[None]:
 
 @contextlib.contextmanager
 def acting(module: nn.Module) -> Iterator[None]:
-    """Make ``module``'s weights what its next forward pass would use.
+    """Make a layer's weights what its next forward pass would use.
 
     Parametrizations are evaluated in evaluation mode, where spectral normalization
     takes no further power iteration. The older normalizations and pruning, which are
     hooks that write the weight before a pass, write it now; the old one comes back at
     the end.
-
-    Args:
-        module: The layer.
-
-    Yields:
-        Nothing.
     """
     with full_precision(), contextlib.ExitStack() as stack:
         if nn.utils.parametrize.is_parametrized(module):
@@ -58,16 +52,10 @@ def _compute(
 
 
 def affine(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias of a linear layer, a subclass's as its forward has them.
+    """Return weight ``[out, in]`` and bias ``[out]`` of a linear layer, as it acts.
 
     A subclass with a forward of its own (a low-rank update beside the weight, say) is
     asked for the images of zero and of the unit vectors, in evaluation mode.
-
-    Args:
-        module: The layer.
-
-    Returns:
-        Weight ``[out, in]`` and bias ``[out]`` or None.
 
     Raises:
         NotImplementedError: If that forward is no affine map of the rows of a matrix.

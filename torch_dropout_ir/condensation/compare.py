@@ -135,16 +135,10 @@ def _moved(now: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leading_plane(rows: UnitRows) -> Tensor:
-    """Return two leading principal directions of the rows, ``[d, 2]``.
+    """Return two leading principal directions of the rows, orthonormal ``[d, 2]``.
 
     Of the matrix ``U'U`` with its mean in it, by subspace iteration from a fixed start:
-    nothing is drawn. For two dimensions it is the plane as it stands.
-
-    Args:
-        rows: Rows, ``[m, d]``.
-
-    Returns:
-        Orthonormal columns; fewer than two where ``d`` is.
+    nothing is drawn. For two dimensions it is the plane as it stands; of one, one.
     """
     dims = rows.shape[1]
     if dims <= 2:

@@ -115,11 +115,6 @@ def effective_neurons(
 def check_cover(function: str, threshold: float, min_amplitude: float) -> None:
     """Raise if a threshold or a share is none.
 
-    Args:
-        function: What to begin the error with.
-        threshold: Cosine above which neurons are parallel.
-        min_amplitude: Share of the largest amplitude.
-
     Raises:
         ValueError: If one is out of range.
     """

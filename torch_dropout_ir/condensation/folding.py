@@ -33,13 +33,8 @@ def folded(weights: Tensor, biased: bool, norm: nn.Module) -> Tensor:
     .. math:: (s w,\; s (b - \mu) + \beta),
         \quad s = \gamma / \sqrt{\sigma^2 + \epsilon}
 
-    Args:
-        weights: Input weights ``[m, d]`` of the layer.
-        biased: Whether their last column is the bias.
-        norm: The batch normalization.
-
-    Returns:
-        Input weights in float64, their last column the bias.
+    ``[m, d + 1]`` in float64, their last column the bias, from ``weights`` whose last
+    column is the bias where they are ``biased``.
     """
     rows, scale = weights.double(), scale_of(norm)
     bias = rows[:, -1] if biased else torch.zeros_like(scale)
@@ -57,12 +52,8 @@ def narrow_both(
     normalization, its mean and its variance, which are what training goes on from;
     scale and shift become those with which the two act as they should.
 
-    Args:
-        module: The linear layer or convolution.
-        norm: The batch normalization.
-        rows: Folded input weights of the few, ``[k, d + 1]``.
-        weights: Folded input weights of the many, ``[m, d + 1]``.
-        labels: The cluster of each of the many, ``[m]``, -1 for none.
+    ``rows`` are folded weights of the few, ``[k, d + 1]``, ``weights`` those of the
+    many, ``[m, d + 1]``, and ``labels`` the cluster of each, -1 for none.
     """
     norms = row_norms(weights[:, :-1])
     clusters = labels == torch.arange(len(rows), device=labels.device)[:, None]

@@ -80,14 +80,9 @@ def outgoing_weights(
 
 
 def readers(model: nn.Module, *, run_own_code: bool = True) -> dict[str, Outgoing]:
-    """Find the same without the weights themselves: none is copied.
+    """Return by name of a layer what reads it, or why that is not known.
 
-    Args:
-        model: The model.
-        run_own_code: As for :func:`outgoing_weights`.
-
-    Returns:
-        By name of the layer: what reads it, or why that is not known.
+    As :func:`outgoing_weights`, without the weights: none is copied.
     """
     modules = dict(model.named_modules())
     names = [n for n, m in modules.items() if isinstance(m, _SOURCES)]
@@ -223,16 +218,9 @@ def weights_read(
     consumers: Iterable[str],
     norm: str = "",
 ) -> Tensor:
-    """Return the weights with which consumers read a layer's neurons, as they are now.
+    """Return the weights ``[outputs, m]`` with which consumers read a layer now.
 
-    Args:
-        modules: The modules of the model by name.
-        name: The layer.
-        consumers: Those that read it, as :func:`outgoing_weights` found them.
-        norm: The batch normalization between, whose scale counts as theirs.
-
-    Returns:
-        Outgoing weights ``[outputs, m]``.
+    ``norm`` is the batch normalization between, whose scale counts as theirs.
     """
     neurons = num_neurons(modules[name])
     parts = [_read(modules[c], neurons) for c in consumers]

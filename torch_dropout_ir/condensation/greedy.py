@@ -21,14 +21,10 @@ _PAIRS_A_ROW: Final = 64
 
 
 def greedy_cover(rows: UnitRows, threshold: float) -> Tensor:
-    """Cover unit rows by caps around some of them, the fullest cap first.
+    """Return caps that cover unit rows ``[m, d]``, around some of them, fullest first.
 
-    Args:
-        rows: Unit rows, ``[m, d]``.
-        threshold: Cosine above which a row is in the cap around another.
-
-    Returns:
-        Number of the cap of each row, int64 ``[m]``, by falling number of rows in it.
+    Number of the cap of each row, int64 ``[m]``, by falling number of rows in it. A
+    row is in the cap around another where their cosine is above the threshold.
     """
     threshold = _resolvable(rows, threshold)
     labels = torch.full((len(rows),), -1, dtype=torch.int64, device=rows.device)
@@ -42,14 +38,10 @@ def greedy_cover(rows: UnitRows, threshold: float) -> Tensor:
 
 
 def num_far_apart(rows: UnitRows, threshold: float) -> int:
-    """Return a number of unit rows no two of which fit into one cap.
+    """Return a number of unit rows ``[m, d]`` no two of which fit into one cap.
 
     A cap around any direction holds what has a cosine above ``threshold`` with it: two
     rows in it are less than twice its angle apart.
-
-    Args:
-        rows: Unit rows, ``[m, d]``.
-        threshold: The caps' cosine.
     """
     if threshold < 0 or not len(rows):
         return min(1, len(rows))

@@ -1,7 +1,8 @@
-"""Input weights of a layer's neurons, whatever the layer."""
+"""Input weights of a layer's neurons, whatever the layer, and of all of a model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import torch
@@ -99,15 +100,10 @@ def whole(rows: Weights) -> Tensor:
 
 
 def layer_parts(module: nn.Module) -> dict[str, Weights]:
-    """Return the sets of like neurons that a layer holds, by part; empty if none.
+    """Return input weights ``[neurons, d]`` of each set of like neurons of a layer.
 
-    Biases are put beside weights when rows are taken, where the layer has them apart.
-
-    Args:
-        module: Any module; its children do not count.
-
-    Returns:
-        Input weights ``[neurons, d]`` by part, ``""`` for a layer of one part.
+    By part, ``""`` for a layer of one part; the module's children do not count. Biases
+    are put beside weights when rows are taken, where the layer has them apart.
     """
     own = module.parameters(recurse=False)
     if not _known(module) or any(x.is_complex() for x in own):
@@ -148,18 +144,17 @@ def _views(module: nn.Module) -> dict[str, Weights]:
         weight, bias = affine(module)
         views = {"filter": _with_bias(weight, bias)}
         if len(weight) % 3 == 0:
-            views |= _thirds(weight, bias)
+            views |= _projections(weight.chunk(3), bias)
         return views
     assert isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
     return _convolution(module)
 
 
-def _thirds(weight: Tensor, bias: Tensor | None) -> dict[str, Weights]:
-    """The three projections of a fused one."""
+def _projections(weights: Iterable[Tensor], bias: Tensor | None) -> dict[str, Weights]:
+    """The three projections, by name; their biases are one after the other."""
     biases = (None,) * 3 if bias is None else bias.chunk(3)
-    pairs = zip(weight.chunk(3), biases, strict=True)
-    own = (_with_bias(*pair) for pair in pairs)
-    return dict(zip(_PROJECTIONS, own, strict=True))
+    rows = map(_with_bias, weights, biases)
+    return dict(zip(_PROJECTIONS, rows, strict=True))
 
 
 def by_group(module: nn.Module) -> Tensor:
@@ -189,9 +184,7 @@ def _attention(module: nn.MultiheadAttention) -> dict[str, Weights]:
     else:
         weights = list(module.in_proj_weight.chunk(3))
     bias = module.in_proj_bias
-    biases = (None,) * 3 if bias is None else bias.chunk(3)
-    rows = [_with_bias(w, b) for w, b in zip(weights, biases, strict=True)]
-    views = dict(zip(_PROJECTIONS, rows, strict=True))
+    views = _projections(weights, bias)
     if module.in_proj_weight is not None:
         views["filter"] = _with_bias(module.in_proj_weight, bias)
     elif len({w.shape[1] for w in weights}) == 1:
@@ -214,3 +207,50 @@ def _head(rows: Tensor, head: int, num_heads: int | None, view: str) -> Tensor:
             f"input_weights: expected `head` in [0, {num_heads}), got {head}"
         )
     return rows.unflatten(0, (num_heads, -1))[head]
+
+
+def named_input_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Go through the input weights of all layers of a model, as ``named_parameters``.
+
+    Layers are those of :func:`input_weights`. A layer that holds several sets of
+    neurons gives each under ``<layer>:<part>``: ``attention:query``, ``lstm:forget``.
+    A weight that layers share (an embedding tied to the last layer, a module used in
+    two places) is given once, under its first name.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Name, and input weights ``[neurons, d]``.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> [(name, list(w.shape)) for name, w in named_input_weights(net)]
+        [('0', [8, 5]), ('2', [2, 9])]
+    """
+    for name, rows in named_rows(model):
+        yield name, whole(rows)
+
+
+def named_rows(model: nn.Module) -> Iterator[tuple[str, Weights]]:
+    """Yield the same without copies where biases are apart: rows to be taken."""
+    seen: set[tuple[int, ...]] = set()
+    for name, module in model.named_modules():
+        weights = tuple(id(x) for x in _own_parameters(module) if x.ndim > 1)
+        if not weights or weights in seen:
+            continue
+        try:
+            parts = layer_parts(module)
+        except NotImplementedError:
+            continue
+        if parts:
+            seen.add(weights)
+        for part, rows in parts.items():
+            yield f"{name}:{part}" if part else name, rows
+
+
+def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
+    """The module's parameters, its parametrizations' among them."""
+    yield from module.parameters(recurse=False)
+    if nn.utils.parametrize.is_parametrized(module):
+        yield from module.parametrizations.parameters()  # type: ignore[union-attr]

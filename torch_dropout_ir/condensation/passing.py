@@ -54,16 +54,10 @@ _POINTWISE_CALLS: Final = {
 def passing(
     user: fx.Node, came_from: fx.Node, module: nn.Module | None, channels: bool
 ) -> Passing | str:
-    """Say how a step of the graph passes neurons on, or why it does not.
+    """Return how a step of the graph passes neurons on, or why it does not, in words.
 
-    Args:
-        user: The step.
-        came_from: The node that it reads.
-        module: Its module, where it calls one.
-        channels: Whether neurons are channels (dimension 1), else the last dimension.
-
-    Returns:
-        How, or a reason in words.
+    The step calls ``module``, if it calls one, with what it read from ``came_from``.
+    Neurons are ``channels`` (dimension 1), or else the last dimension.
     """
     if user.op == "output":
         return "it is an output of the model"

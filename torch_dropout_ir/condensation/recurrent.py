@@ -19,13 +19,9 @@ def recurrent_parts(module: nn.Module) -> dict[str, Tensor]:
     and are one column, except in a GRU's ``new`` gate, which resets one of them: a GRU
     has two columns, and the second is 0 in its other gates.
 
-    Args:
-        module: ``nn.RNN``, ``nn.LSTM``, ``nn.GRU`` or a cell of theirs.
-
-    Returns:
-        Matrices ``[units, d]``: the first layer's under the names of the gates, further
-        ones' as ``"l1.forget"``, ``"l0_reverse.forget"``; ``"filter"`` is there if
-        there is one layer of one direction.
+    The first layer's are under the names of the gates, further ones' as
+    ``"l1.forget"``, ``"l0_reverse.forget"``; ``"filter"`` is there if there is one
+    layer of one direction. Of cells likewise.
     """
     suffixes = [""]
     if isinstance(module, nn.RNNBase):

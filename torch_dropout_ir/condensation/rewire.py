@@ -27,15 +27,10 @@ def clusters_of(
 ) -> tuple[Tensor, Tensor]:
     """Return one neuron a cluster, and what each neuron is in them.
 
-    Args:
-        weights: Input weights, ``[m, d]``.
-        size: Amplitudes, ``[m]``: the weights of the means.
-        labels: Clusters ``[m]``, -1 for the dead; not all are.
-        homogeneous: Whether to average orientations and to scale; else weights.
-
-    Returns:
-        Input weights ``[k, d]`` in the dtype of ``weights``, and for a homogeneous
-        activation the matrix ``[k, m]`` that gives all neurons out of the few.
+    Input weights ``[k, d]``, of the ``weights`` ``[m, d]`` means by ``size``
+    (amplitudes ``[m]``), and for a ``homogeneous`` activation, where orientations are
+    averaged and scaled, the matrix ``[k, m]`` that gives all neurons out of the few.
+    ``labels`` are clusters ``[m]``, -1 for the dead; not all are.
     """
     count = int(labels.max()) + 1
     alive = labels >= 0
@@ -90,11 +85,8 @@ def narrow(module: nn.Module, rows: Tensor) -> None:
 def read_through(module: nn.Module, mixing: Tensor, offset: Tensor | None) -> None:
     """Let a reader of ``m`` neurons read ``k``, whose mixture ``[k, m]`` they were.
 
-    Args:
-        module: The linear layer or convolution that reads them.
-        mixing: ``[k, m]``: neuron ``j`` is the sum over ``i`` of ``mixing[i, j]`` times
-            the new neuron ``i``.
-        offset: What to add to neuron ``j``, ``[m]``; None for nothing.
+    Neuron ``j`` is the sum over ``i`` of ``mixing[i, j]`` times the new neuron ``i``,
+    plus ``offset[j]``.
     """
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -153,17 +145,11 @@ def inputs_of(model: nn.Module, name: str, inputs: Any, neurons: int) -> Tensor:
 def fit(
     now: Tensor, before: Tensor, mixing: Tensor, *, constant: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the mixture of the few that is nearest to the many, in least squares.
+    """Return the mixture ``[k, m]`` of the few that is nearest to the many, and offset.
 
-    Args:
-        now: Activations of the few, ``[samples, k]``.
-        before: Activations of the many, ``[samples, m]``.
-        mixing: What a mixture is without samples, ``[k, m]``.
-        constant: Whether a constant may be added.
-
-    Returns:
-        Mixture ``[k, m]`` and offset ``[m]`` or None; of those that fit equally well
-        the nearest to ``mixing``: where samples are few, what they do not show stays.
+    In least squares on activations ``[samples, k]`` and ``[samples, m]``, with offsets
+    ``[m]`` where a ``constant`` may be added, else None. Of those that fit equally well
+    the nearest to ``mixing``: where samples are few, what they do not show stays.
     """
     before = before - now @ mixing.to(now)
     few = torch.cat((now, torch.ones_like(now[:, :1])), 1) if constant else now

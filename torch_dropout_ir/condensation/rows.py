@@ -22,12 +22,7 @@ _SAFE: Final = 1e12  # norms whose squares and inverses are far from any overflo
 
 
 class Rows:
-    """Weights with their biases as the last column, without the copy that takes.
-
-    Args:
-        weight: Weights, ``[m, d - 1]``.
-        bias: Biases, ``[m]``.
-    """
+    """Weights ``[m, d - 1]`` with biases ``[m]`` as the last column, without a copy."""
 
     ndim = 2
 
@@ -107,10 +102,6 @@ def check_real(weights: Weights) -> None:
 def check_rows(function: str, weights: Weights) -> None:
     """Raise unless weights are a matrix.
 
-    Args:
-        function: What to begin the error with.
-        weights: What was given.
-
     Raises:
         ValueError: If they are not.
     """
@@ -143,15 +134,9 @@ def blocks(weights: Weights) -> Iterator[tuple[slice, Tensor]]:
 
 
 def unit_rows(weights: Tensor) -> Tensor:
-    """Return rows over their norms, at least in single precision; 0 stays 0.
+    """Return rows ``[m, d]`` over their norms, at least in single precision; 0 stays 0.
 
     Nothing overflows or underflows on the way, and nothing but the result is made.
-
-    Args:
-        weights: Rows, ``[m, d]``.
-
-    Returns:
-        Unit rows, ``[m, d]``.
     """
     check_real(weights)
     out = torch.empty_like(weights, dtype=work_dtype(weights)).copy_(weights)

@@ -16,15 +16,7 @@ from torch_dropout_ir.condensation.rows import (
 
 
 def with_orientation(weights: Weights) -> tuple[Tensor, int]:
-    """Return indices of the neurons that have an orientation.
-
-    Args:
-        weights: Input weights, ``[m, d]``.
-
-    Returns:
-        Indices of rows that are finite and not zero, and the number of those that are
-        not finite.
-    """
+    """Return indices of rows, finite and not zero, and how many are not finite."""
     check_real(weights)
     if not weights.numel():
         return torch.zeros(0, dtype=torch.int64, device=weights.device), 0
@@ -39,15 +31,10 @@ def with_orientation(weights: Weights) -> tuple[Tensor, int]:
 def cosine_tiles(
     rows: UnitRows, other: UnitRows | None = None
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Go through the cosines between the rows of one or two sets.
+    """Yield first row, first column and tile of the cosines between rows of two sets.
 
-    Args:
-        rows: The rows, ``[m, d]``.
-        other: The columns, ``[n, d]``; the same again if None, and then the tiles below
-            the diagonal are left out.
-
-    Yields:
-        First row, first column and tile. The tile may be written on.
+    Without ``other`` it is the same again, and the tiles below the diagonal are left
+    out. A tile may be written on.
     """
     columns = rows if other is None else other
     high, wide = rows.side, columns.side
@@ -60,17 +47,11 @@ def cosine_tiles(
 def near_tiles(
     rows: UnitRows, columns: UnitRows, threshold: float
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Go through cosines above a threshold in tiles of bounded size.
+    """Yield first row, first column and tile of where cosines are above a threshold.
 
-    Args:
-        rows: The rows, ``[m, d]``.
-        columns: The columns, ``[n, d]``; if it is ``rows`` itself, tiles below the
-            diagonal are left out and those on it are 0 on and below the diagonal.
-        threshold: The threshold.
-
-    Yields:
-        First row, first column and tile of 0 and 1, in the dtype of the rows: sums of
-        floats are twice as fast as those of booleans.
+    A tile has 0 and 1 in the dtype of the rows: sums of floats are twice as fast as
+    those of booleans. If ``columns`` is ``rows`` itself, tiles below the diagonal are
+    left out and those on it are 0 on and below the diagonal.
     """
     same = columns is rows
     for i, j, tile in cosine_tiles(rows, None if same else columns):

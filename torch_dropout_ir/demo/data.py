@@ -29,15 +29,10 @@ class Data:
 
 
 def load(root: Path | None, components: int) -> Data:
-    """Load MNIST from ``root``, or scikit-learn's digits where there is none.
+    """Return MNIST from ``root``, or scikit-learn's digits where there is none.
 
-    Args:
-        root: Folder with ``MNIST/raw``; None for the digits.
-        components: Whitened principal components of the training inputs to feed; 0 for
-            the pixels themselves.
-
-    Returns:
-        The data.
+    ``components`` are whitened principal components of the training inputs to feed; 0
+    for the pixels themselves.
 
     Raises:
         ImportError: If torchvision or scikit-learn is missing.

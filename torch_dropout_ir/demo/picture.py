@@ -18,14 +18,7 @@ _COLOURS: Final = ("#4d4d4d", "#b2182b")
 def draw(
     outcomes: Sequence[Outcome], settings: Settings, data: Data, path: Path
 ) -> None:
-    """Draw accuracy, R_1, loss slices and cosine heat maps of both runs.
-
-    Args:
-        outcomes: The run without dropout, then the one with it.
-        settings: What was run.
-        data: On what.
-        path: Where the PNG goes.
-    """
+    """Draw accuracy, R_1, loss slices and cosine heat maps of both runs as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # an extra
     from matplotlib.figure import Figure
 

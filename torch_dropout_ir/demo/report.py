@@ -32,18 +32,7 @@ def table(
     seconds: float,
     picture: Path,
 ) -> str:
-    """Return what the demonstration prints at its end.
-
-    Args:
-        outcomes: The run without dropout, then the one with it.
-        settings: What was run.
-        data: On what.
-        seconds: How long it took.
-        picture: Where the picture is.
-
-    Returns:
-        Lines of text.
-    """
+    """Return what the demonstration prints at its end."""
     without, with_ = (outcome.numbers for outcome in outcomes)
     rows = [("", outcomes[0].name, outcomes[1].name, "dropout makes it")]
     for name in without:

@@ -48,10 +48,6 @@ class Progress:
 
     A measure like those of the library: a network trained without dropout has an R_1
     too, that of the dropout that it could be given.
-
-    Args:
-        data: The data.
-        p: Probability of dropping at which R_1 is taken.
     """
 
     name = "progress"
@@ -192,13 +188,7 @@ def _outcome(
 
 
 def run_demo(settings: Settings) -> str:
-    """Run the demonstration.
-
-    Args:
-        settings: What to run.
-
-    Returns:
-        What to print: the table, the picture's path and the line to type.
+    """Return what the demonstration prints: table, picture's path and the line to type.
 
     Raises:
         ValueError: If the settings do not fit the data, or training diverges.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,34 +41,18 @@ class Settings:
         data_root: Path | None = None,
         log_dir: Path = Path("runs/demo"),
         p: float = 0.5,
-        steps: int | None = None,
-        lr: float | None = None,
-        std: float | None = None,
-        width: int | None = None,
-        components: int | None = None,
         seed: int = 0,
+        **given: Any,
     ) -> Settings:
-        """Fill in what is left open by the data, and check it.
-
-        Returns:
-            The settings.
+        """Return settings, checked; what is None or not given is the data's own.
 
         Raises:
             ValueError: If a number is out of range; it names the flag.
         """
-        reduced = data_root is None or bool(components)
-        standard = REDUCED if reduced else PIXELS
-        found = cls(
-            data_root=data_root,
-            log_dir=log_dir,
-            p=p,
-            steps=standard.steps if steps is None else steps,
-            lr=standard.lr if lr is None else lr,
-            std=standard.std if std is None else std,
-            width=standard.width if width is None else width,
-            components=standard.components if components is None else components,
-            seed=seed,
-        )
+        reduced = data_root is None or bool(given.get("components"))
+        chosen = {name: x for name, x in given.items() if x is not None}
+        numbers = (REDUCED if reduced else PIXELS) | chosen
+        found = cls(data_root=data_root, log_dir=log_dir, p=p, seed=seed, **numbers)
         if not 0 < p < 1:
             raise ValueError(f"--p: expected a probability in (0, 1), got {p}")
         for name in ("steps", "lr", "std", "width"):
@@ -77,14 +62,9 @@ class Settings:
         return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Standard:
-    steps: int
-    lr: float
-    std: float
-    width: int
-    components: int
-
-
-REDUCED = _Standard(steps=20000, lr=0.08, std=0.15, width=200, components=20)
-PIXELS = _Standard(steps=1000, lr=0.015, std=0.05, width=1000, components=0)
+REDUCED: dict[str, Any] = {
+    "steps": 20000, "lr": 0.08, "std": 0.15, "width": 200, "components": 20
+}  # fmt: skip
+PIXELS: dict[str, Any] = {
+    "steps": 1000, "lr": 0.015, "std": 0.05, "width": 1000, "components": 0
+}  # fmt: skip

@@ -63,9 +63,7 @@ class DropoutAnalysis(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach, with the state of the checkpoint or fit that this one goes on from.
 
-        Args:
-            trainer: The trainer; where it has made no step, curves begin anew.
-            pl_module: The module.
+        Where the trainer has made no step, curves begin anew.
         """
         log_dir = trainer.log_dir if self._log_dir is None else self._log_dir
         model = self._model(trainer, pl_module)

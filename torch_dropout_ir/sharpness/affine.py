@@ -39,14 +39,7 @@ Found = Iterator[tuple[Tensor | None, Part]]
 def parts(module: nn.Module, x: Tensor, output: Any, samples: int) -> Found:
     """Yield the parameters of a layer of a known kind, with how they act.
 
-    Args:
-        module: The layer, of any kind.
-        x: Its input, without graph.
-        output: Its output.
-        samples: Number of samples of the batch, which come first in ``x``.
-
-    Yields:
-        Parameter and part; nothing for kinds that are not known.
+    ``x`` is its input, without graph, with the samples of the batch in front.
     """  # noqa: DOC201
     if not isinstance(output, Tensor) or x.ndim < 2 or not x.shape[0]:
         return
@@ -67,16 +60,8 @@ def linear_parts(
 ) -> Found:
     """Yield the parameters of a call of ``linear``, once for each way to see it.
 
-    Args:
-        x: Its input, without graph.
-        weight: Its weight, ``[o, d]``.
-        bias: Its bias.
-        output: Its output.
-        samples: Number of samples: they come first, alone or with the positions of a
-            sample behind it, or along a dimension of their own.
-
-    Yields:
-        Parameter and part, for each place where the samples may be.
+    The samples may come first, alone or with the positions of a sample behind them,
+    or along a dimension of their own. ``weight`` is ``[o, d]``.
     """
     lead = list(output.shape[:-1])
     ways = [(lead, k) for k, size in enumerate(lead) if size == samples]

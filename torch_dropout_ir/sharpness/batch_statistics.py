@@ -23,14 +23,9 @@ def batch_statistics(surface: Surface) -> Statistics | None:
     """Return mean and variance that each batch normalization takes of the only batch.
 
     With them in the place of running statistics, in evaluation mode, the loss of the
-    batch is what it is in training mode, and samples do not see each other.
-
-    Args:
-        surface: The loss on one batch.
-
-    Returns:
-        By name of the module; None where one is called twice, not at all, or holds no
-        running statistics to stand in for.
+    batch is what it is in training mode, and samples do not see each other. By name of
+    the module; None where one is called twice, not at all, or holds no running
+    statistics to stand in for.
     """
     batch = surface.single
     own = {

@@ -10,7 +10,12 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.arguments import check_count, check_real, in_order
+from torch_dropout_ir.arguments import (
+    check_choice,
+    check_count,
+    check_real,
+    in_order,
+)
 from torch_dropout_ir.batches import as_batches
 from torch_dropout_ir.functional import batch_size
 from torch_dropout_ir.sharpness.ranks import Group
@@ -175,11 +180,7 @@ def gradient_covariance(
         >>> gradient_covariance(net, batch, "mse", num_masks=4).rows.shape
         torch.Size([4, 4])
     """  # noqa: DOC502 (the checks raise)
-    if over not in ("masks", "batches"):
-        raise ValueError(
-            "gradient_covariance: expected `over` to be 'masks' or 'batches', got "
-            f"{over!r}"
-        )
+    check_choice("gradient_covariance", "over", over, ("masks", "batches"))
     check_real("gradient_covariance", "max_bytes", max_bytes, least=0, finite=False)
     if over == "batches":
         return _over_batches(model, batch, loss, params, max_bytes)

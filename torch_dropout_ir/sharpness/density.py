@@ -171,13 +171,9 @@ def smoothed(
     grid: Tensor | None = None,
     bandwidth: float | None = None,
 ) -> Density:
-    """Return the density that nodes and weights stand for.
+    """Return the density that nodes and weights of each probe stand for.
 
-    Args:
-        probes: Nodes and weights of each probe.
-        spent: Products that they took.
-        grid: Where to evaluate; as for :func:`spectral_density`.
-        bandwidth: Standard deviation of the kernel, likewise.
+    ``grid`` and ``bandwidth`` are those of :func:`spectral_density`.
     """
     longest = max(theta.numel() for theta, _ in probes)
     nodes = torch.stack([_padded(theta, longest, True) for theta, _ in probes])

@@ -56,13 +56,14 @@ class LeanDerivatives(TorchFunctionMode):
     """What is called inside the context takes its second derivative from here.
 
     Left to torch where arguments or surroundings (autocast, transforms, compilers,
-    tensors of other types) are none of those that the formulas hold for.
+    tensors of other types) are none of those that the formulas hold for, or the input
+    has less than ``least`` elements.
 
     Args:
         weights_read: Whether gradients in weights are read while their graph is built;
             else linear and convolutional layers make none. Where they are, linear
             layers are left to torch, whose own hold as little.
-        least: Elements of an input below which it is left to torch.
+        least: Elements.
     """
 
     def __init__(self, *, weights_read: bool = False, least: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Final, Literal
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from torch_dropout_ir.arguments import in_order
+from torch_dropout_ir.arguments import check_choice, in_order
 from torch_dropout_ir.vectors import Params
 
 Part = Literal["filter", "neuron", "layer"]
@@ -60,17 +61,11 @@ def filter_normalized_direction(
         >>> direction = filter_normalized_direction(nn.Linear(3, 2))
         >>> sorted(direction), direction["bias"].tolist()
         (['bias', 'weight'], [0.0, 0.0])
-    """
-    for name, value, words in (
-        ("per", per, ("filter", "neuron", "layer")),
-        ("biases", biases, ("fixed", "scaled")),
-        ("norms", norms, ("fixed", "scaled")),
-    ):
-        if value not in words:
-            raise ValueError(
-                f"filter_normalized_direction: expected `{name}` to be one of {words}, "
-                f"got {value!r}"
-            )
+    """  # noqa: DOC502 (`check_choice` raises)
+    check = functools.partial(check_choice, "filter_normalized_direction")
+    check("per", per, ("filter", "neuron", "layer"))
+    check("biases", biases, ("fixed", "scaled"))
+    check("norms", norms, ("fixed", "scaled"))
     of_norms = {
         id(x)
         for module in model.modules()
@@ -118,15 +113,7 @@ def _scaled(d: Tensor, x: Tensor, dims: tuple[int, ...]) -> Tensor:
 def checked_direction(
     caller: str, direction: Mapping[str, Tensor], params: Params
 ) -> dict[str, Tensor]:
-    """Return the direction on ``params``, in their dtypes.
-
-    Args:
-        caller: Name of the user-facing function.
-        direction: What the user gave.
-        params: The parameters.
-
-    Returns:
-        The direction in the order of ``params``.
+    """Return the user's direction in the order and dtypes of ``params``.
 
     Raises:
         ValueError: If it lacks a parameter, has another shape, is not finite or zero.

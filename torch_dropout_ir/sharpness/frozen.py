@@ -125,14 +125,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def mask_seeds(caller: str, masks: Masks) -> tuple[int | None, ...]:
-    """Read the user's `masks`: the seeds, or None alone where dropout is off.
-
-    Args:
-        caller: Name of the user-facing function.
-        masks: What the user gave.
-
-    Returns:
-        At least one seed or None.
+    """Return the seeds that the user's ``masks`` are; None alone where dropout is off.
 
     Raises:
         ValueError: If ``masks`` is neither ``"off"`` nor seeds.

@@ -31,17 +31,10 @@ _EXCHANGES: Final = 2  # times that each sample may be exchanged
 
 
 def representatives(surface: Surface, batch: Batch, size: int, every: int) -> Tensor:
-    """Choose one in ``every`` samples of a batch, out of no more than 2048.
+    """Return places of one in ``every`` samples of a batch, out of no more than 2048.
 
-    Args:
-        surface: The loss.
-        batch: Its only batch.
-        size: Number of samples.
-        every: Samples that one stands for.
-
-    Returns:
-        Their places, ascending; evenly spaced where the model does not return one
-        tensor with samples in front.
+    Ascending; evenly spaced where the model does not return one tensor with samples in
+    front.
     """
     features = _features(surface, batch, size)
     if features is None:
@@ -78,15 +71,9 @@ def _features(surface: Surface, batch: Batch, size: int) -> Tensor | None:
 
 
 def herded(features: Tensor, places: Tensor, count: int) -> Tensor:
-    """Choose samples that have the moments of all.
+    """Return ``count`` of ``places``: samples that have the moments of all.
 
-    Args:
-        features: Of each sample, ``[N, D]``.
-        places: Samples to choose from.
-        count: How many to choose.
-
-    Returns:
-        Their places.
+    ``features`` are those of each sample, ``[N, D]``.
 
     References:
         Chen, Welling & Smola, *Super-samples from kernel herding*, UAI 2010.

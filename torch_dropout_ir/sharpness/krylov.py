@@ -41,15 +41,10 @@ class Space:
 
     Every image is orthogonalized against all of the basis, so the projection is exact
     whatever vector comes next: the remainder of the last image (Lanczos), a restart's
-    leading Ritz vectors, or a random vector that looks for what was missed.
-
-    Args:
-        op: The operator.
-        start: The first vector.
-        capacity: Vectors to hold.
-        k: Number of leading pairs.
-        span: Newest vectors that images are made orthogonal to; None: all. The three
-            of the recurrence do, in less time, until a pair has nearly converged.
+    leading Ritz vectors, or a random vector that looks for what was missed. With
+    ``span``, against so many newest vectors alone: the three of the recurrence do, in
+    less time, until a pair has nearly converged. It holds ``capacity`` vectors, for
+    ``k`` leading pairs.
     """
 
     def __init__(
@@ -184,13 +179,10 @@ class Space:
         return torch.cat((earlier, self._left * coordinates[-1:]))
 
     def errors(self) -> Tensor:
-        """Squared residuals over the gap to the rest, if that is less (Kato-Temple).
+        """Return squared residuals over the gap to the rest, if less (Kato-Temple).
 
         From a start near an eigenvector, what the value may still grow, if less; after
         a rehearsal not much less, as that of two close values is not foreseen.
-
-        Returns:
-            Estimates, ascending by value.
         """
         found = self._kato_temple()
         if self.near and self.k == 1:
@@ -199,12 +191,9 @@ class Space:
         return found
 
     def _growth(self) -> float:
-        """By how much the largest value grows if the recurrence goes on as it did.
+        """Return what the largest value gains if the recurrence goes on as it did.
 
         The coefficients of Lanczos settle: the matrix is continued by their means.
-
-        Returns:
-            Its largest eigenvalue, less the largest Ritz value.
         """
         n, ahead = self._filled, self._filled + _AHEAD
         steps = torch.cat((

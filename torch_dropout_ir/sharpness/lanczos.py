@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 from torch import Tensor
 
 from torch_dropout_ir.arguments import (
+    check_choice,
     check_count,
     check_real,
     check_symmetric,
@@ -189,11 +190,7 @@ def _check(
         )
     check_real("top_eigenvalues", "tol", tol, least=0)
     check_real("top_eigenvalues", "max_bytes", max_bytes, least=0, finite=False)
-    if stop not in ("residual", "value"):
-        raise ValueError(
-            "top_eigenvalues: expected `stop` to be 'residual' or 'value', got "
-            f"{stop!r}"
-        )
+    check_choice("top_eigenvalues", "stop", stop, ("residual", "value"))
 
 
 def _begin(

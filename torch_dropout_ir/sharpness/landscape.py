@@ -79,11 +79,7 @@ def used_up_slice(
 ) -> Tensor:
     """Return the loss along a line, from no more vectors than ``direction``.
 
-    Args:
-        surface: The loss.
-        alphas: Steps along the direction.
-        direction: Direction by parameter name; it is written on, and means nothing
-            afterwards.
+    That is written on, and means nothing afterwards.
     """
     at = checked_direction(surface.caller, direction, surface.params)
     reached = 0.0  # steps from the parameters to where `at` is; 0 while it points

@@ -42,17 +42,10 @@ class NotSplit(Exception):
 class Layerwise:
     """One batch, run forward once, inside ``surface.held``.
 
-    Args:
-        surface: The loss.
-        batch: The batch.
-        place: Its place.
-        seed: Seed of the masks.
-        known: ``known`` of the same batch before; None looks.
-
     Attributes:
         loss: The loss, with a kind that holds of it.
         uses: Uses of the parameters whose action is known.
-        known: Places of these among all that were seen.
+        known: Places of these among all that were seen; looked for where not given.
         others: Leaves of the other parameters, by name.
         width: Number of outputs of a sample.
         coupled: Whether the residual's blocks are of the parameters themselves, as

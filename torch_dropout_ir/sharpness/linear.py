@@ -43,13 +43,7 @@ _UNWANTED: Final[set[int]] = set()
 def added_into(
     leaves: Sequence[Tensor], sums: Sequence[Tensor], scale: float
 ) -> Iterator[None]:
-    """Add derivatives in leaves, times a factor, to sums, inside the context.
-
-    Args:
-        leaves: Leaves that layers of the graph have as weights, among others.
-        sums: A tensor of the shape of each.
-        scale: The factor.
-    """
+    """Add derivatives in leaves, times a factor, to sums, inside the context."""
     own = {id(x): (s, scale) for x, s in zip(leaves, sums, strict=True)}
     try:
         _SUMS.update(own)
@@ -61,12 +55,9 @@ def added_into(
 
 @contextlib.contextmanager
 def in_roots_alone(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Take derivatives in what is sent back, and in nothing else, inside the context.
+    """Take derivatives in what is sent back, and in no leaf, inside the context.
 
     A graph tells what its nodes have a derivative in, not which of them is asked for.
-
-    Args:
-        leaves: Leaves that layers of the graph have as weights.
     """
     own = set(map(id, leaves))
     try:
@@ -77,13 +68,10 @@ def in_roots_alone(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 
 def product(leaf: int, g: Tensor, x: Tensor, shape: torch.Size) -> Tensor | None:
-    """Return ``g' x``, or None where it has been added to the sum of its leaf.
+    """Return ``g' x``, ``[o, d]``; None where it is added to the sum of its leaf.
 
-    Args:
-        leaf: Identity of the leaf that it is a derivative in; 0 for none.
-        g: Rows of the derivative in what came out, ``[T, o]``.
-        x: Rows of what went in, ``[T, d]``.
-        shape: Shape of the leaf, of ``o d`` entries.
+    ``leaf`` is its identity, 0 for none; ``g`` (``[T, o]``) and ``x`` (``[T, d]``) are
+    rows of the derivative in what came out, and of what went in.
     """
     found = _SUMS.get(leaf) if tracing.eager() else None
     if found is None or found[0].dtype != g.dtype:
@@ -234,15 +222,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, leaf: int
 ) -> Tensor:
-    """Return ``x * W + b``.
+    """Return ``x * W + b``; ``geometry`` is what aten's convolution takes behind these.
 
-    Args:
-        x: The input, ``[N, C, ...]``.
-        weight: The weight.
-        bias: The bias.
-        geometry: What aten's convolution takes behind these.
-        leaf: The weight's identity where it is a leaf, whose gradient nobody reads
-            while the graph is built; else 0.
+    ``leaf`` is the weight's identity where it is a leaf, whose gradient nobody reads
+    while the graph is built; else 0.
     """
     found: Tensor = _Layer.apply(x, weight, bias, geometry, leaf)
     return found

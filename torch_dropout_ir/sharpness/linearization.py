@@ -27,6 +27,7 @@ from torch_dropout_ir.arrivals import (
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
+from torch_dropout_ir.sharpness.differentiability import depended_on, explained
 from torch_dropout_ir.sharpness.linear import added_into, in_roots_alone
 from torch_dropout_ir.sharpness.pullback import (
     Pieces,
@@ -38,7 +39,6 @@ from torch_dropout_ir.sharpness.pullback import (
     pullback,
     twice,
 )
-from torch_dropout_ir.sharpness.steps import depended_on, explained
 from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.tracing import unasked
 
@@ -132,19 +132,10 @@ def linearize(
     seed: int | None,
     once: bool = False,
 ) -> Linearized:
-    """Build the graph of one batch, inside ``surface.held``.
+    """Return the products of one batch, which keep its graph; inside ``surface.held``.
 
-    Args:
-        kind: Which curvature.
-        surface: The loss.
-        batch: The batch.
-        place: Its place among the batches.
-        seed: Seed of the masks.
-        once: Whether there is to be one product alone, of one vector: the graph is let
-            go of while it runs, which takes some half of the memory.
-
-    Returns:
-        The products, which keep the graph alive.
+    With ``once`` there is to be one product alone, of one vector: the graph is let go
+    of while it runs, which takes some half of the memory.
     """
     with unasked():
         leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}

@@ -162,15 +162,10 @@ def normalization(
     training: bool,
     rates: tuple[float, float],
 ) -> Tensor:
-    """Return what batch normalization does to ``x``, ``[N, C, ...]``.
+    """Return what batch normalization does to ``x``, ``[N, C, ...]``, on a CPU.
 
-    Args:
-        x: The input, on a CPU.
-        running: Mean and variance to use, or to move where it trains.
-        weight: One factor a channel.
-        bias: One constant a channel.
-        training: Whether mean and variance are the batch's.
-        rates: Momentum, and what is added to the variance.
+    ``running`` are mean and variance to use, or to move by ``rates[0]`` where it
+    trains; ``rates[1]`` is added to the variance.
     """
     found: Tensor = _Normalized.apply(x, weight, bias, running, training, rates)
     return found
@@ -195,17 +190,8 @@ def normalized_along(
         \ddot y = w (\ddot r r^{-1} h + 2 \dot r (\dot x - \dot m)
         + r (\ddot x - \ddot m))
 
-    Args:
-        x: The input, ``[N, C, ...]``, on a CPU.
-        line: Its first and second derivative; None for zero.
-        ends: Where those of what is returned go, on those of ``x`` if that is given.
-        weight: One factor a channel.
-        mean: Means of the channels.
-        r: What the deviations from them are multiplied with.
-        training: Whether those are the batch's.
-
-    Returns:
-        First and second derivative; None for zero.
+    ``line`` has the first and second derivative of ``x`` (``[N, C, ...]``), None for
+    zero; those of what is returned go to ``ends``, on those of ``x`` if that is given.
     """
     first, second = line
     w = torch.ones_like(r) if weight is None else weight

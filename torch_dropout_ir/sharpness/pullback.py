@@ -17,7 +17,7 @@ from torch_dropout_ir.arrivals import (
     last_nodes,
     parts_given,
 )
-from torch_dropout_ir.sharpness.steps import NO_DERIVATIVE, explained
+from torch_dropout_ir.sharpness.differentiability import NO_DERIVATIVE, explained
 from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.tracing import unasked
 

@@ -16,13 +16,7 @@ Group = Any  # a process group, "auto" or None
 
 
 def unwrapped(model: nn.Module, group: Group) -> tuple[nn.Module, Ranks]:
-    """Return the model inside ``DistributedDataParallel`` or a compiler, and its ranks.
-
-    Args:
-        model: The model.
-        group: A process group, None for this rank alone, or ``"auto"``: the group of
-            ``DistributedDataParallel``, else none.
-    """
+    """Return the model inside ``DistributedDataParallel`` or a compiler, and ranks."""
     model = uncompiled(model)
     if isinstance(model, DistributedDataParallel):
         return uncompiled(model.module), Ranks(
@@ -58,16 +52,10 @@ class Ranks:
     def sum(
         self, total: Tensor | None, weight: float, error: Exception | None, like: Tensor
     ) -> tuple[Tensor | None, float]:
-        """Add up over ranks; where one has failed, all raise instead of waiting.
+        """Return sum and weight of all ranks; where one has failed, all raise.
 
-        Args:
-            total: This rank's sum; None where it had no sample.
-            weight: Its weight.
-            error: What went wrong on this rank.
-            like: A tensor of the device, and of the dtype that is not float64.
-
-        Returns:
-            Sum and weight of all ranks.
+        ``total`` is None where this rank had no sample; ``error`` is what went wrong
+        here; ``like`` has the device, and the dtype that is not float64.
 
         Raises:
             RuntimeError: If another rank failed.

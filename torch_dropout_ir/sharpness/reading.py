@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,13 +63,9 @@ class Reading:
         return float(self.samples(batch) if self._weigh is None else self._weigh(batch))
 
     def shares(self, adds: bool) -> list[tuple[Batch, float]] | None:
-        """Return batches of samples with their shares in the mean, or with 1.
+        """Return batches of samples with their shares in the mean, or with 1 of a sum.
 
-        Args:
-            adds: Whether it is a sum rather than a mean.
-
-        Returns:
-            None of a loader, which would have to be read for that, and of nothing.
+        None of a loader, which would have to be read for that, and of nothing.
         """
         if not isinstance(self._batches, list):
             return None
@@ -86,8 +80,6 @@ class Reading:
         kept = [(g, g.get_state()) for g, _ in self._generators]
         try:
             with preserved_rng(self._model, 0):
-                random.seed(0)
-                np.random.seed(0)
                 for generator, state in self._generators:
                     generator.set_state(state)
                 for batch in self._batches:
@@ -113,15 +105,9 @@ def check_pair(batch: Any) -> None:
 
 
 def sliced(value: Any, size: int, places: Tensor) -> Any:
-    """Take some of ``size`` samples; None where they cannot be told apart.
+    """Return some of ``size`` samples; None where they cannot be told apart.
 
-    Args:
-        value: A tensor, or a tuple, list or dictionary of tensors, sample in front.
-        size: Number of samples.
-        places: Which of them.
-
-    Returns:
-        The like, with fewer samples.
+    Of a tensor, or of a tuple, list or dictionary of tensors, sample in front.
     """
     if isinstance(value, Tensor):
         fits = value.ndim > 0 and value.shape[0] == size

@@ -52,14 +52,8 @@ def recurrence(
     orthogonalized again: once a node has converged, it can come a second time, and the
     two share the weight. Neither the largest node nor its residual suffers from that.
 
-    Args:
-        op: An operator, or a symmetric matrix ``[P, P]``.
-        steps: Most products.
-        enough: Called after each product; ends it where it returns True.
-
-    Returns:
-        What the products said; of fewer than ``steps`` where they span all that the
-        probe reaches.
+    At most ``steps`` products: fewer where they span all that the probe reaches, or
+    ``enough``, called after each, returns True.
 
     Raises:
         ValueError: If a product is not finite.
@@ -115,11 +109,8 @@ class Settled:
     """Whether the largest node is an eigenvalue, and has stayed one.
 
     As :func:`top_eigenvalues` does from a random start: the error must be within the
-    tolerance and the residual within four of them, for three more products.
-
-    Args:
-        tol: Relative error to reach.
-        least: Products to take at least.
+    tolerance and the residual within four of them, for three more products, and
+    ``least`` in all.
     """
 
     def __init__(self, tol: float, least: int) -> None:

@@ -27,14 +27,9 @@ def rehearsed(op: Any, max_matvecs: int, room: int) -> tuple[Tensor, float]:
     the eighth comes along with a tenth of the norm: values change their order with the
     samples, and what the start lacks comes up too late.
 
-    Args:
-        op: The operator.
-        max_matvecs: Products that there are.
-        room: Vectors that there is memory for.
-
-    Returns:
-        A vector, and the products that finding it has cost, each of few samples as
-        their share; a random one, at no cost, where there are no fewer samples.
+    Beside it the products that finding it has cost, each of few samples as their share.
+    Where there are no fewer samples it is a random vector, at no cost. ``room`` is the
+    number of vectors that there is memory for.
     """
     parts = _thinned(op, max_matvecs) if hasattr(op, "thinned") else []
     vector, spent = random_vector(op), _GATHERING if parts else 0.0

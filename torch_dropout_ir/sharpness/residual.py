@@ -103,19 +103,15 @@ class Residual:
         )
 
     def variances(self, block: Block) -> tuple[float, float] | None:
-        r"""Estimate the variance of a probe of signs from one normal probe.
+        """Return the variance of a probe of signs, estimated from one normal probe.
 
         For ``z = L e`` with normal ``e``, and ``M = L' K L`` the block as the
         parameters see it, ``|M e|^2`` is ``|M|^2`` on average, the variance of signs
         at most twice that. Where ``L`` is diagonal the part of the diagonal, which
         signs do not see, is taken out: ``E sum (e M e)^2 - (M e)^2 = 2 sum M_jj^2``.
 
-        Args:
-            block: The block.
-
-        Returns:
-            The variance if positions see each other, and if they do not; None if the
-            block is zero: a normal probe would show it if it were not.
+        It is that if positions see each other, and if they do not; None if the block
+        is zero: a normal probe would show it if it were not.
         """
         probe = block.probe(True)
         found = self._product(block.targets, probe)

@@ -44,11 +44,8 @@ Key = tuple[int, int | None]
 class Rounds:
     """What is exact, once, and as many random draws of the rest as are asked for.
 
-    Args:
-        surface: The loss.
-        kind: Whether there is a residual.
-        num_matvecs: Passes that may be spent.
-        state: What :meth:`state` returned; None starts with the exact part.
+    ``kind`` tells whether there is a residual; it goes on from a ``state`` that
+    :meth:`state` returned, or starts with the exact part.
 
     Attributes:
         exact: The part that is exact.

@@ -24,11 +24,6 @@ class Search:
     An estimated error is the squared residual over a gap, and a gap is what has been
     seen: until they part, two close eigenvalues are one Ritz value, far from the next.
     Its residual is half of what they are apart, at most. So that must be small too.
-
-    Args:
-        tol: Relative error to reach.
-        stop: On residuals, or on estimated errors of the values.
-        look: Products of a look.
     """
 
     def __init__(self, tol: float, stop: str, look: int) -> None:

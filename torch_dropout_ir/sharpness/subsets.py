@@ -12,15 +12,7 @@ Subset = Collection[str] | Callable[[str], bool] | None
 def chosen_parameters(
     caller: str, params: dict[str, Tensor], subset: Subset
 ) -> dict[str, Tensor]:
-    """Read the user's `params`.
-
-    Args:
-        caller: Name of the user-facing function.
-        params: The parameters that require a gradient.
-        subset: Names, or a predicate on names; None takes all.
-
-    Returns:
-        Those that are chosen, at least one.
+    """Return those of ``params`` that the user's choice is of, at least one.
 
     Raises:
         ValueError: If a name is foreign, or none is chosen.

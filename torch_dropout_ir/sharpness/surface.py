@@ -33,6 +33,11 @@ from torch_dropout_ir.functional import (
 )
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.sharpness.differentiability import (
+    check_penalties,
+    check_risk,
+    explained,
+)
 from torch_dropout_ir.sharpness.frozen import (
     Masks,
     TwiceDifferentiable,
@@ -41,10 +46,8 @@ from torch_dropout_ir.sharpness.frozen import (
     modes,
 )
 from torch_dropout_ir.sharpness.herding import representatives
-from torch_dropout_ir.sharpness.penalties import check_penalties, check_risk
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced
-from torch_dropout_ir.sharpness.steps import explained
 from torch_dropout_ir.sharpness.subsets import Subset, chosen_parameters
 from torch_dropout_ir.substitution import call_with, substituted, unmoved_buffers
 from torch_dropout_ir.turns import alone_with, in_turn
@@ -132,12 +135,8 @@ class Surface:
     def thinned(self, every: int) -> tuple[Surface, float] | None:
         """Return the same at one in ``every`` samples, and their share.
 
-        Args:
-            every: Samples that one stands for.
-
-        Returns:
-            None where less than 16 would be left, of several batches, or where none
-            is apart.
+        None where less than 16 would be left, of several batches, or where no sample
+        is apart.
         """
         batch = self.single
         size = 0 if batch is None else self._batches.samples(batch)
@@ -192,8 +191,7 @@ class Surface:
     def backward(self, params: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Let blocks that a backward pass computes again find what they ran at.
 
-        Args:
-            params: What they ran at; the parameters of this surface if None.
+        ``params`` are those of this surface if None.
         """
         go_on("backward")
         if not self.operations.again:
@@ -223,16 +221,11 @@ class Surface:
         seed: int | None = None,
         bare: bool = False,
     ) -> Tensor:
-        """Return the mean (or sum) over samples of what ``function`` says of batches.
+        """Return the mean (or sum) over samples, of all ranks, of what a function says.
 
-        Args:
-            function: Called inside ``held`` with a batch, its place and the seed;
-                returns a new tensor of a fixed shape.
-            seed: Seed of the masks.
-            bare: Whether it runs nothing of the model's, and is called outside.
-
-        Returns:
-            The mean, over all ranks.
+        It is called inside ``held`` with a batch, its place and the seed, and returns a
+        new tensor of a fixed shape; ``bare``, it runs nothing of the model's, and is
+        called outside.
 
         Raises:
             ValueError: If there is no sample.

@@ -35,12 +35,9 @@ Draw = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One use of one parameter in a forward pass.
+    """One use of one parameter in a forward pass, which acts as ``part`` says.
 
-    Attributes:
-        name: Name of the parameter.
-        delta: A zero added to the layer's output, for derivatives in it.
-        part: How the parameter acts.
+    ``delta`` is a zero added to the layer's output, for derivatives in it.
     """
 
     name: str
@@ -104,16 +101,11 @@ def perturbation(
 ) -> Tensor:
     """Return a change of one layer's output under random parameters of that layer.
 
-    Args:
-        layer: The uses of its parameters, of one ``delta``.
-        draw: Fills a tensor with independent entries of mean 0 and variance 1.
-        columns: Which of the output features are changed.
-        apart: Whether each position may have parameters of its own.
-
-    Returns:
-        The change. Each sample has parameters of its own; where it meets them once, or
-        positions are apart, only their variance counts, and one number an output is
-        drawn.
+    Each sample has parameters of its own, and where positions are ``apart`` each of
+    those; where it meets them once, only their variance counts, and one number an
+    output is drawn. ``layer`` are the uses of its parameters, of one ``delta``;
+    ``draw`` fills a tensor with independent entries of mean 0 and variance 1.
+    ``columns`` are the output features that are changed.
     """
     if apart or all(use.once for use in layer):
         part = layer[0].part
@@ -137,12 +129,8 @@ class Uses(TorchFunctionMode):
     """Collects the uses of parameters in a forward pass inside the context.
 
     Linear maps are seen where they are called, also as functions and in attention;
-    convolutions and normalization as modules.
-
-    Args:
-        model: The model.
-        samples: Number of samples of the batch.
-        names: Names by identity of the tensors that stand for the parameters.
+    convolutions and normalization as modules. ``names`` are by identity of the tensors
+    that stand for the parameters.
 
     Attributes:
         found: The uses; several of one call where its samples may be here or there.

@@ -35,16 +35,15 @@ def start(
     port: int | None = None,
     load_fast: str = "auto",
 ) -> str:
-    """Start TensorBoard on ``log_dir`` with the tab and enough samples.
+    """Return the address of the tab, in a TensorBoard started on a directory of runs.
+
+    It may still be empty; the server runs until the process ends.
 
     Args:
-        log_dir: Directory of runs; it may still be empty.
+        log_dir: Directory of runs.
         host: Address to listen on.
         port: Port; None: 6006, or the next that is free; 0: any.
         load_fast: TensorBoard's option: ``"false"`` reads without a second process.
-
-    Returns:
-        The address of the tab; the server runs until the process ends.
 
     Raises:
         OSError: If ``log_dir`` does not exist or the port is taken.
@@ -90,17 +89,10 @@ def serve(log_dir: Path, host: str, port: int | None, browse: bool) -> None:
 
 
 def write_report(log_dir: Path, path: Path) -> str:
-    """Write the tab, with what it shows of ``log_dir``, as one HTML file.
+    """Return a line on what was written: the tab of ``log_dir`` as one HTML file.
 
     It needs no network and no server. At most 12 steps a picture are kept, fewer where
     there are many layers and runs, the first and the last always.
-
-    Args:
-        log_dir: Directory of runs.
-        path: The file.
-
-    Returns:
-        A line that says what was written.
 
     Raises:
         OSError: If ``log_dir`` does not exist or ``path`` cannot be written.

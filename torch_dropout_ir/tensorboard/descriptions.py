@@ -58,15 +58,7 @@ _DESCRIPTIONS: Final = {
 
 
 def describe_tag(tag: str, notes: Mapping[str, str]) -> str:
-    """Return the description of a tag, with what the run says of how it was obtained.
-
-    Args:
-        tag: A record tag; what follows the second slash is a name.
-        notes: Notes of the analysis by tag.
-
-    Returns:
-        A sentence or two; empty for tags that are not ours.
-    """
+    """Return what a tag is and how its number was obtained; empty if not ours."""
     if tag.startswith("uncertainty/"):
         estimate, _, end = tag.removeprefix("uncertainty/").rpartition("/")
         sign = "-" if end == "lower" else "+"

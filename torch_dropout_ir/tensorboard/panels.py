@@ -24,14 +24,11 @@ class _Waiting:
 
 
 class Panels:
-    """Pictures and histograms that wait for their turn.
+    """Pictures and histograms that wait for their turn in events of ``max_bytes``.
 
     Of a tag the newest waits. Those longest unseen go first; each picture is averaged
     down until it keeps to its share of the bytes or has 64 rows, and never grows again,
     so that the pictures of a tag compare.
-
-    Args:
-        max_bytes: Bytes of an event step.
 
     Attributes:
         waiting: Records by tag that are not written yet.
@@ -47,14 +44,8 @@ class Panels:
     def add(self, step: int, tag: str, record: Record, said: str) -> None:
         """Let a record wait; the first picture of a tag once more as the initial one.
 
-        Args:
-            step: Its step.
-            tag: Its tag.
-            record: A picture or histogram.
-            said: The description of its tag.
-
         Raises:
-            TypeError: If the record is none of these.
+            TypeError: If the record is no picture or histogram.
         """
         if not isinstance(record, (Image, Histogram)):
             raise TypeError(
@@ -68,14 +59,7 @@ class Panels:
             self.waiting[f"initial/{tag}"] = _Waiting(step, record, initial)
 
     def take(self, used: int) -> dict[int, Summary]:
-        """Return what fits beside ``used`` bytes, by step; at least one record.
-
-        Args:
-            used: Bytes that the event has already.
-
-        Returns:
-            Summaries by step.
-        """
+        """Return what fits beside ``used`` bytes, by step; at least one record."""
         self._turn += 1
         room = self._max_bytes - used - _FRAME
         share = max(_SMALLEST_SHARE, 3 * room // (4 * max(1, self._large())))

@@ -28,20 +28,13 @@ Field = npt.NDArray[np.float64]
 
 
 def draw(image: Image, side: int = MOST_ROWS) -> tuple[bytes, int, int]:
-    """Return a field as a PNG with a colour bar, its scale and its rows' names inside.
+    """Return a field as a PNG with colour bar, scale and rows' names, width and height.
 
     A field with more rows or columns than ``side`` is averaged in blocks. The picture
     has at most 256 x 256 pixels of one byte. A compressed text chunk
     ``torch-dropout-ir`` holds, as JSON, where in the picture the field is, how many
     pixels a value has, the range, and the numbers of the neurons behind each row: a
     reader gets the values back from the pixels.
-
-    Args:
-        image: The field.
-        side: Most rows and columns.
-
-    Returns:
-        The PNG, its width and its height.
     """
     field = _averaged(np.asarray(image.values, dtype=np.float64), side)
     height, width = field.shape

@@ -7,8 +7,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
 
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
@@ -130,23 +130,19 @@ class TensorBoardSink:
 
     def _work(self) -> None:
         while (taken := self._steps.get()) is not None:
-            if self._error is None:
-                self._try(*taken)
-        if self._error is None:
-            self._try(-1, time.time(), {}, {})
+            self._try(self._write, *taken)
+        self._try(self._write_waiting)
 
-    def _try(
-        self, step: int, when: float, records: Mapping[str, Record], notes: object
-    ) -> None:
-        try:
-            if step < 0:
-                while self._panels.waiting:
-                    self._add_panels(step, time.time(), Summary())
-            else:
-                assert isinstance(notes, dict)
-                self._write(step, when, records, notes)
-        except Exception as err:
-            self._error = err
+    def _try(self, write: Callable[..., None], *given: Any) -> None:
+        if self._error is None:
+            try:
+                write(*given)
+            except Exception as err:
+                self._error = err
+
+    def _write_waiting(self) -> None:
+        while self._panels.waiting:
+            self._add_panels(-1, time.time(), Summary())
 
     def _write(
         self,

@@ -115,12 +115,7 @@ def add_picture(summary: Summary, tag: str, drawn: Any, said: str) -> None:
 
 
 def add_layout(summary: Summary, sites: Collection[str] = ()) -> None:
-    """Add the layout of the Custom Scalars page: estimates with their bands.
-
-    Args:
-        summary: Where to add it; the newest of a run is drawn.
-        sites: The tags of sites' parts of R_1 that have bands.
-    """
+    """Add the layout of the Custom Scalars page: estimates and sites with bands."""
     margins = [_margins(title, [tag]) for title, tag in _MARGINS.items()]
     if sites:
         names = [tag.removeprefix("regularizer/R1/") for tag in sites]

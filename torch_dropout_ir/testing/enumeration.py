@@ -179,16 +179,9 @@ def _count(masks: list[tuple[Site, torch.Size]]) -> int:
 def uses_of_sites(
     model: nn.Module, batch: Batch, loss: Loss, coupled: bool | None = None
 ) -> Uses:
-    """Find each use of a site and the mask to enumerate there.
+    """Return each use of a site and the mask to enumerate there.
 
-    Args:
-        model: The model.
-        batch: The batch.
-        loss: The loss.
-        coupled: Whether samples meet; found out if None.
-
-    Returns:
-        The uses.
+    Whether samples meet is found out where ``coupled`` does not tell.
     """
     look, shown = coupled is None, False
     with clean_pass(model, batch[0]) as clean:

@@ -92,10 +92,8 @@ def networks(
 
     def build(draw: Any) -> nn.Sequential:
         inputs, width = draw(st.integers(1, 4)), draw(st.integers(1, max_width))
-        depth, activation = (
-            draw(st.integers(1, max_depth)),
-            draw(st.sampled_from(_ACTIVATIONS)),
-        )
+        depth = draw(st.integers(1, max_depth))
+        activation = draw(st.sampled_from(_ACTIVATIONS))
         layers: list[nn.Module] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(draw(st.integers(0, 2**16)))

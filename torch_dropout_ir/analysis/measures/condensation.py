@@ -17,13 +17,13 @@ from torch_dropout_ir.arguments import check_count, check_real
 from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.cover import check_cover
 from torch_dropout_ir.condensation.graph import norms_read, readers
+from torch_dropout_ir.condensation.layers import named_rows
 from torch_dropout_ir.condensation.rows import (
     UnitRows,
     Weights,
     row_norms,
     rows_a_block,
 )
-from torch_dropout_ir.condensation.walk import named_rows
 
 _ROWS, _COLUMNS = 32, 96
 _FAINTEST = 0.35  # the colour of a single neuron, of 1

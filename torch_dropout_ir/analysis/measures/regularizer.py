@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir import collectives
-from torch_dropout_ir.analysis.distributed import gathered, is_sharded
 from torch_dropout_ir.analysis.records import Record
+from torch_dropout_ir.analysis.sharded import gathered, is_sharded
 from torch_dropout_ir.analysis.snapshot import NO_SITE, Need, Snapshot
 from torch_dropout_ir.arguments import check_count, check_even
 from torch_dropout_ir.functional import Batch, batch_size

@@ -158,32 +158,24 @@ class Sharpness:
         if parts.finer is not None:
             surface = parts.surface(snapshot.model, snapshot.loss, used, fine=True)
             own = CurvatureOperator("hessian", surface, BLOCK_BYTES)
-        traced = self._joined_trace(op, snapshot) if met else self._trace(own, snapshot)
+        traced = self._trace(op if met else own, snapshot, met)
         return records | self._density(found) | traced
 
-    def _joined_trace(self, op: Any, snapshot: Snapshot) -> dict[str, Record]:
-        """The trace by as many products on each rank, with the same vectors."""
-        found = sharpness.trace(op, num_matvecs=self.trace_matvecs)
-        snapshot.notes["sharpness/trace"] = _KINDS[found.method]
-        return {
-            "sharpness/trace": float(found.value),
-            "sharpness/trace_standard_error": float(found.standard_error),
-        }
+    def _trace(self, op: Any, snapshot: Snapshot, met: bool) -> dict[str, Record]:
+        """Return the trace; of ranks, the mean of theirs, each from draws of its own.
 
-    def _trace(self, own: Any, snapshot: Snapshot) -> dict[str, Record]:
-        """The trace; of ranks, the mean of theirs, each from draws of its own."""
-        with snapshot.ranks.own_draws(snapshot.model):
-            found = sharpness.trace(own, num_matvecs=self.trace_matvecs)
+        Where passes meet, it is of as many products on each, with the same vectors.
+        """
+        apart = contextlib.nullcontext()
+        with apart if met else snapshot.ranks.own_draws(snapshot.model):
+            found = sharpness.trace(op, num_matvecs=self.trace_matvecs)
         snapshot.notes["sharpness/trace"] = _KINDS[found.method]
-        mean, squared = snapshot.ranks.join(
-            weight(snapshot, as_batches(snapshot.batches)),
-            {"trace": float(found.value)},
-            {"trace": float(found.standard_error) ** 2},
-        )
-        return {
-            "sharpness/trace": mean["trace"],
-            "sharpness/trace_standard_error": squared["trace"] ** 0.5,
-        }
+        value, error = float(found.value), float(found.standard_error)
+        if not met:
+            own = weight(snapshot, as_batches(snapshot.batches))
+            mean, squared = snapshot.ranks.join(own, {"": value}, {"": error**2})
+            value, error = mean[""], squared[""] ** 0.5
+        return {"sharpness/trace": value, "sharpness/trace_standard_error": error}
 
     def _used(self, snapshot: Snapshot, parts: Parts) -> list[str]:
         """Parameters that the loss depends on: by branches, others at each step."""

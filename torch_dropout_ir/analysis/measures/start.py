@@ -31,11 +31,7 @@ _ROWS: Final = 32  # that are looked at together
 
 
 class Start:
-    """Input weights and amplitudes at the first measurement, on the CPU.
-
-    Args:
-        weights: Input weights, ``[m, d]``.
-        size: Amplitudes, ``[m]``.
+    """Input weights ``[m, d]`` and amplitudes ``[m]`` of the first measurement, on CPU.
 
     Attributes:
         size: The amplitudes.

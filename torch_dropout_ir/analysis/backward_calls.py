@@ -1,4 +1,4 @@
-"""What a script goes back from to the parameters, and the factor of its scaler."""
+"""Calls by which a script goes back to the parameters: what from, and a scaler's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.analysis.distributed import is_sharded
 from torch_dropout_ir.analysis.followed_loss import inside
+from torch_dropout_ir.analysis.sharded import is_sharded
+from torch_dropout_ir.tracing import frames
 
 _BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
 _SCALER: Final = "grad_scaler"  # ends the names of torch's modules that have one
@@ -23,12 +24,6 @@ def goes_back(
     model: nn.Module,
 ) -> tuple[str, Any, float, bool] | None:
     """Return what a call goes back from, where a script may train on that.
-
-    Args:
-        func: The function.
-        args: Its arguments.
-        kwargs: Those by name.
-        model: The model.
 
     Returns:
         ``"backward"``, or ``"grad"`` where the script asks for gradients in parameters
@@ -52,14 +47,7 @@ def goes_back(
 
 
 def has_gradient(model: nn.Module) -> bool:
-    """Whether a backward pass adds to gradients that are there.
-
-    Args:
-        model: The model.
-
-    Returns:
-        False where the script has set them to zero, or to None.
-    """
+    """Whether a backward pass adds to gradients: not where they were set to zero."""
     own = [x.grad for x in model.parameters() if x.grad is not None]
     return any(is_sharded(g) or g.is_sparse or bool(g.any()) for g in own)
 
@@ -86,9 +74,5 @@ def _keeps_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def by_scaler() -> bool:
     """Whether a gradient scaler of torch's makes the call that a mode is handed."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").endswith(_SCALER):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+    names = (x.f_globals.get("__name__", "") for x in frames(sys._getframe(1)))
+    return any(name.endswith(_SCALER) for name in names)

@@ -1,10 +1,21 @@
-"""A sharded model as one that runs alone: a copy with whole tensors."""
+"""Tensors that are sharded over ranks, and a copy of their model with whole ones."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from torch_dropout_ir.analysis.distributed import gathered, is_sharded
+
+def is_sharded(x: object) -> bool:
+    """Whether a tensor is distributed over ranks."""
+    return hasattr(x, "full_tensor") and hasattr(x, "device_mesh")
+
+
+def gathered(x: Any) -> Tensor:
+    """Return the whole of a tensor that is distributed over ranks; else itself."""
+    whole: Tensor = x.full_tensor() if is_sharded(x) else x
+    return whole
 
 
 def gathered_model(model: nn.Module) -> nn.Module:
@@ -12,12 +23,6 @@ def gathered_model(model: nn.Module) -> nn.Module:
 
     A sharded model gathers its parameters in hooks of its own, which the transforms of
     ``torch.func`` cannot follow. The copy has the same classes, names and modes.
-
-    Args:
-        model: The model.
-
-    Returns:
-        ``model`` itself where nothing of it is sharded.
     """
     if any(is_sharded(x) for x in model.parameters()):
         return _Copy().module(model)
