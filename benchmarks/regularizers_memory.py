@@ -106,7 +106,7 @@ def long_texts() -> dict:
         size = count, length
         return net, torch.randint(100, size), torch.randint(100, (count * length,))
 
-    sizes = (4, 512), (8, 256), (8, 512), (16, 128), (32, 64)
+    sizes = (1, 1024), (2, 512), (4, 512), (8, 256), (8, 512), (16, 128), (32, 64)
     return {f"{n} texts of {length} symbols": model(n, length) for n, length in sizes}
 
 

@@ -1,5 +1,7 @@
 """Estimates by chunks of rows against the same by the whole batch."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -320,6 +322,11 @@ def test_chunks_have_rows_enough(rows, parts, least):
     assert min(map(len, found)) >= least
 
 
+def go_apart(monkeypatch):
+    """Let no samples be so few that they go along a line."""
+    monkeypatch.setattr(sys.modules[second_order.__module__], "_FEW", 0)
+
+
 class Short(nn.Module):
     """Texts whose symbols are classified, each read by those behind it."""
 
@@ -340,6 +347,7 @@ class Short(nn.Module):
 def test_samples_apart_run_alone(monkeypatch, count, form, num_samples):
     """But not where there is batch normalization, whose derivative torch misreads."""
     torch.manual_seed(0)
+    go_apart(monkeypatch)
     sizes = []
     for norm in (nn.Identity(), nn.BatchNorm1d(4).eval()):
         net = Short(norm).double()
@@ -413,3 +421,31 @@ def test_a_single_sample_goes_along_a_line(monkeypatch):
     along = second_order(net, batch, "cross_entropy", num_samples=None)
     torch.testing.assert_close(along.value, whole.value, rtol=1e-10, atol=1e-13)
     assert along.notes == ()
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_few_samples_go_along_a_line_together(monkeypatch, rows):
+    """A graph of one holds as much as a step: the signs alone tell the error."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (nn.Linear(4, 4), nn.Tanh())]
+    net = nn.Sequential(nn.Dropout(0.3), *layers, nn.Linear(4, 3)).double()
+    batch = torch.randn(rows, 4).double(), torch.arange(rows) % 3
+    whole = second_order(net, batch, "cross_entropy", num_samples=None)
+    take_in_parts(monkeypatch)
+    once = second_order(net, batch, "cross_entropy")
+    many = second_order(net, batch, "cross_entropy", num_samples=200)
+    assert once.standard_error.isnan() == (rows < 4)
+    assert (many.value - whole.value).abs() < 4 * many.standard_error
+    assert many.standard_error < 0.3 * whole.value.abs()
+
+
+def test_few_samples_that_no_line_goes_through_run_alone(monkeypatch):
+    """The largest number by far is one layer's: a line would hold four of it."""
+    torch.manual_seed(0)
+    ends = nn.Linear(4, 99), nn.Linear(99, 3)
+    net = nn.Sequential(nn.Dropout(0.3), *ends).double()
+    batch = torch.randn(2, 4).double(), torch.tensor([1, 2])
+    parts, whole = of_both(monkeypatch, second_order, net, batch, "cross_entropy", 1)
+    assert_equal(parts, whole)
+    assert not parts.standard_error.isnan()
+    assert parts.notes == whole.notes

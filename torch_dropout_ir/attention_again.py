@@ -16,7 +16,7 @@ Semantics:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -43,44 +43,66 @@ class AttentionAgain(TorchFunctionMode):
         kwargs = kwargs or {}
         found = None
         if func is F.scaled_dot_product_attention:
-            found = _attention(*args, **kwargs)
-        return func(*args, **kwargs) if found is None else found
+            found = Attention.of(*args, **kwargs)
+        return func(*args, **kwargs) if found is None else found.again()
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor | None:
-    """Return the attention; None of few weights, or what is left to torch's own."""
-    weights = (*query.shape[:-1], key.shape[-2])
-    samples = {x.shape[0] if x.ndim > 2 else 0 for x in (query, key, value)}
-    if samples != {len(query)} or torch.Size(weights).numel() <= _WEIGHTS:
-        return None
-    half = query.dtype.itemsize < 4 or torch.is_autocast_enabled(query.device.type)
-    if dropout_p or enable_gqa or half or not tracing.eager():
-        return None
-    if attn_mask is not None:
-        if is_causal or type(attn_mask) is not Tensor or attn_mask.requires_grad:
+class Attention(NamedTuple):
+    """Attention of many weights.
+
+    Attributes:
+        given: Queries, keys and values.
+        weights: The shape of its weights.
+        weigh: Makes those of a part.
+        factor: What products of queries and keys are multiplied with.
+    """
+
+    given: tuple[Tensor, Tensor, Tensor]
+    weights: tuple[int, ...]
+    weigh: Weigh
+    factor: float
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Attention | None:
+        """Return it; None of few weights, or what is left to torch's own."""
+        given = query, key, value
+        weights = (*query.shape[:-1], key.shape[-2])
+        samples = {x.shape[0] if x.ndim > 2 else 0 for x in given}
+        if samples != {len(query)} or torch.Size(weights).numel() <= _WEIGHTS:
             return None
-        attn_mask = attn_mask.expand(weights)
-    weigh = functools.partial(_weights, attn_mask, is_causal, scale)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    function = _Function(
-        functools.partial(_some, weigh), (True, False, False), (True,),
-        (functools.partial(_slopes, weigh, factor),
-         functools.partial(_curvatures, weigh, factor)),
-    )  # fmt: skip
-    (found,) = KeepsGiven.apply(function, weights, query, key, value)
-    return found
+        half = query.dtype.itemsize < 4 or torch.is_autocast_enabled(query.device.type)
+        if dropout_p or enable_gqa or half or not tracing.eager():
+            return None
+        if attn_mask is not None:
+            if is_causal or type(attn_mask) is not Tensor or attn_mask.requires_grad:
+                return None
+            attn_mask = attn_mask.expand(weights)
+        weigh = functools.partial(_weights, attn_mask, is_causal, scale)
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        return cls(given, weights, weigh, factor)
+
+    def again(self) -> Tensor:
+        """Return the result, whose derivatives make the weights again."""
+        function = Parted(
+            functools.partial(_some, self.weigh), (True, False, False), (True,),
+            (functools.partial(_slopes, self.weigh, self.factor),
+             functools.partial(_curvatures, self.weigh, self.factor)),
+        )  # fmt: skip
+        (found,) = KeepsGiven.apply(function, self.weights, *self.given)
+        return found
 
 
-class _Function(NamedTuple):
+class Parted(NamedTuple):
     """A function of some samples and queries.
 
     Attributes:
@@ -95,11 +117,36 @@ class _Function(NamedTuple):
     made: tuple[bool, ...]
     known: tuple[Call, ...] = ()
 
-    def pulled(self) -> _Function:
+    def pulled(self) -> Parted:
         """Return the derivative of a sum of the results, each times a tensor."""
         generic = functools.partial(_pulled, self.call, len(self.given))
         call, *more = self.known or (generic,)
-        return _Function(call, self.given + self.made, self.given, tuple(more))
+        return Parted(call, self.given + self.made, self.given, tuple(more))
+
+    def whole(self, weights: tuple[int, ...], given: Sequence[Tensor]) -> list[Tensor]:
+        """Return the results of all, a part at a time.
+
+        Args:
+            weights: The shape of the weights.
+            given: What it is given.
+        """
+        samples, queries = weights[0], weights[-2]
+        found: list[Tensor] = []
+        for part in _parts(weights):
+            pairs = zip(given, self.given, strict=True)
+            own = self.call(part, *[_of(part, x.detach(), each) for x, each in pairs])
+            if not found:
+                pairs = zip(own, self.made, strict=True)
+                found = [
+                    y.new_zeros(
+                        samples, *y.shape[1:-2], queries if each else y.shape[-2],
+                        y.shape[-1],
+                    )
+                    for y, each in pairs
+                ]  # fmt: skip
+            for whole, y, each in zip(found, own, self.made, strict=True):
+                _of(part, whole, each).add_(y)
+        return found
 
 
 def _weights(
@@ -180,30 +227,12 @@ class KeepsGiven(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, function: _Function, weights: tuple[int, ...], *given: Tensor
+        ctx: Any, function: Parted, weights: tuple[int, ...], *given: Tensor
     ) -> tuple[Tensor, ...]:
         """Return what the function returns of all, a part at a time."""
         ctx.function, ctx.weights = function, weights
         ctx.save_for_backward(*given)
-        samples, queries = weights[0], weights[-2]
-        found: list[Tensor] = []
-        for part in _parts(weights):
-            pairs = zip(given, function.given, strict=True)
-            own = function.call(
-                part, *[_of(part, x.detach(), each) for x, each in pairs]
-            )
-            if not found:
-                pairs = zip(own, function.made, strict=True)
-                found = [
-                    y.new_zeros(
-                        samples, *y.shape[1:-2], queries if each else y.shape[-2],
-                        y.shape[-1],
-                    )
-                    for y, each in pairs
-                ]  # fmt: skip
-            for whole, y, each in zip(found, own, function.made, strict=True):
-                _of(part, whole, each).add_(y)
-        return tuple(found)
+        return tuple(function.whole(weights, given))
 
     @staticmethod
     def backward(ctx: Any, *roots: Tensor) -> tuple[Any, ...]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
+from torch_dropout_ir.attention_again import Attention
 from torch_dropout_ir.dropout_calls import RECURRENT
+from torch_dropout_ir.regularizers.line_attention import along_queries
 from torch_dropout_ir.regularizers.line_calls import STILL, Line, tensors
 from torch_dropout_ir.regularizers.line_graphs import along, outside
 from torch_dropout_ir.regularizers.line_mode import Moving
@@ -25,7 +28,7 @@ _MOVING: Final[dict[int, Moving]] = {}  # by thread
 
 
 class Wholes(TorchFunctionMode):
-    """Takes recurrent layers step by step.
+    """Takes recurrent layers step by step, attention some queries at a time.
 
     Args:
         moving: What carries the lines.
@@ -40,21 +43,35 @@ class Wholes(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in RECURRENT and not kwargs and torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if name in RECURRENT and not kwargs:
             weights = next(x for x in args if isinstance(x, list))
-            own = [x for x in tensors(args) if not any([x is w for w in weights])]
+            own = _but(args, weights)
             if self._moving.moves(own) and not self._moving.moves(weights):
-                return self._recurrent(name, args)
+                run = functools.partial(along_steps, name, args)
+                return tuple(self._along(run, tensors(args)))
+        if func is F.scaled_dot_product_attention:
+            found = Attention.of(*args, **kwargs)
+            if found and not self._moving.moves(_but([args, kwargs], found.given)):
+                if not self._moving.moves(found.given):
+                    return found.again()
+                run = functools.partial(along_queries, found)
+                return self._along(run, found.given)[0]
         return func(*args, **kwargs)
 
-    def _recurrent(self, name: str, args: Any) -> Any:
-        lines = {id(x): self._moving.line(x) for x in tensors(args)}
+    def _along(self, run: Callable[..., Any], given: Sequence[Tensor]) -> list[Tensor]:
+        """Return what is run of what is given, which moves from there on."""
+        lines = {id(x): self._moving.line(x) for x in given}
         with self._moving.aside():
-            found, moved = outside(
-                lambda: along_steps(name, args, lambda x: lines[id(x)]), args[0]
-            )
+            found, moved = outside(lambda: run(lambda x: lines[id(x)]), given[0])
             _move(self._moving, found, moved)
-        return tuple(found)
+        return list(found)
+
+
+def _but(given: Any, some: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors among what is given, but some."""
+    return [x for x in tensors(given) if not any([x is y for y in some])]
 
 
 @contextlib.contextmanager

@@ -138,9 +138,10 @@ def _moved(
     with (
         torch.enable_grad(),
         kernels,
+        whole_functions(moving),  # of attention and recurrent layers without dropout
         at_sites(model, perturb, survey=survey, copies=True),
     ):
-        with moving, moving.constants, whole_functions(moving):
+        with moving, moving.constants:
             outputs = call(model, batch[0], constants(survey.model), survey=survey)
     if any([x.is_complex() for x in tensors(flatten(outputs)[0])]):
         raise NoRuleError("complex outputs")

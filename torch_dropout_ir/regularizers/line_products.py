@@ -39,16 +39,33 @@ def product(i: int, j: int, *added: int) -> Rule:
             return None
         own = [k for k in added if call.args[k] is not None]
         rest = {k: torch.zeros_like(call.args[k]) for k in own}
-        return [_both(call, i, j, lambda u, v: call.at({**rest, i: u, j: v}))]
+        more = _MORE.get(call.func.overloadpacket)
+
+        def times(u: Tensor, v: Tensor) -> Tensor:
+            found: Tensor = call.at({**rest, i: u, j: v})
+            return found
+
+        left, right = (call.args[i], call.line(i)), (call.args[j], call.line(j))
+        return [of_product(left, right, times, more)]
 
     return rule
 
 
-def _both(call: Call, i: int, j: int, times: Callable[[Any, Any], Tensor]) -> Line:
-    """Both arguments of a product move."""
-    more = _MORE.get(call.func.overloadpacket)
-    x, y = call.args[i], call.args[j]
-    a, b = call.line(i), call.line(j)
+def of_product(
+    left: tuple[Tensor, Line],
+    right: tuple[Tensor, Line],
+    times: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+    more: str | None = None,
+) -> Line:
+    """Return the line of a product of two that move.
+
+    Args:
+        left: One of them, and its line.
+        right: The other.
+        times: Multiplies.
+        more: The name of what adds a product to what is there, if anything does.
+    """
+    (x, a), (y, b) = left, right
 
     def total(*pairs: tuple[Any, Any, int]) -> Tensor | None:
         found = None

@@ -52,10 +52,7 @@ def elementwise(call: Call, moving: list[int], value: Any) -> list[Line]:
 
 
 def softened(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
-    r"""Take a softmax or its logarithm, by what was found.
-
-    With :math:`s` the softmax and :math:`\dot c = \dot x - s^\top \dot x`, the
-    logarithm has :math:`\dot c` and :math:`\ddot c - s^\top \dot c^2`.
+    """Take a softmax or its logarithm, by what was found.
 
     Args:
         call: The call.
@@ -71,21 +68,34 @@ def softened(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
     dim = call.args[1]
 
     def slab(of: Sequence[Tensor], lines: Sequence[Line]) -> Line:
-        s = of[0].exp() if log else of[0]
-        c, d = [None if u is None else u - (s * u).sum(-1, True) for u in lines[0]]
-        if c is not None:
-            square = c * c
-            less = (s * square).sum(-1, True)
-            more = -less if log else square - less
-            d = more if d is None else d + more
-        if log:
-            return c, d
-        return None if c is None else s * c, None if d is None else s * d
+        return of_softmax(of[0].exp() if log else of[0], lines[0], log)
 
     def last(x: Tensor) -> Tensor:
         return x.movedim(dim, -1) if x.ndim > 1 else x.view(1, -1)
 
     return [_in_slabs(call, value, slab, [0], rows=True, of=[value], seen=last)]
+
+
+def of_softmax(s: Tensor, line: Line, log: bool = False) -> Line:
+    r"""Return the line of a softmax of rows, or of its logarithm.
+
+    With :math:`s` the softmax and :math:`\dot c = \dot x - s^\top \dot x`, the
+    logarithm has :math:`\dot c` and :math:`\ddot c - s^\top \dot c^2`.
+
+    Args:
+        s: The softmax.
+        line: That of what it is of.
+        log: Whether the logarithm's is asked for.
+    """
+    c, d = [None if u is None else u - (s * u).sum(-1, True) for u in line]
+    if c is not None:
+        square = c * c
+        less = (s * square).sum(-1, True)
+        more = -less if log else square - less
+        d = more if d is None else d + more
+    if log:
+        return c, d
+    return None if c is None else s * c, None if d is None else s * d
 
 
 def group_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:

@@ -26,11 +26,7 @@ from torch_dropout_ir.regularizers.graph_memory import Held
 from torch_dropout_ir.regularizers.line_estimate import AlongLine, masks_of
 from torch_dropout_ir.regularizers.line_pass import LossTape, Mask, draws_along
 from torch_dropout_ir.regularizers.loss_parts import LossParts
-from torch_dropout_ir.regularizers.loss_weight import (
-    apart,
-    makes_much,
-    much,
-)
+from torch_dropout_ir.regularizers.loss_weight import apart, makes_much, much
 from torch_dropout_ir.regularizers.output_rows import count_samples
 from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,
@@ -46,6 +42,8 @@ from torch_dropout_ir.written_parameters import unwritten
 # Parts of the rows at most: a double backward keeps three times what a training step
 # does, and the outputs of all rows and signs are held beside it.
 _PARTS: Final = 8
+# Samples of which each holds more than a step in a graph of its own, by the same.
+_FEW: Final = 3
 # Values of the largest activation that are at hand where it moves along a line: that
 # which an operation read, and three that it makes.
 _ALONG: Final = 4
@@ -84,7 +82,8 @@ def second_order(
     the batch goes in parts, of an eighth of its rows at least, attention making its
     weights again for each derivative, each with the whole loss in its own rows, in one
     more forward pass. Samples that meet, as by batch normalization in training mode
-    above a site, or a single one, cannot be taken apart: there it gives way to
+    above a site, cannot be taken apart, and of three or less one holds as much: there
+    it gives way to
     :math:`\frac{d^2}{dt^2} R_S(h + t v) = v^\top A v` by forward mode, a pass for each
     use of a site and sample, in one to two times a step's time. That keeps no graph,
     but three values of each activation at hand, of four of the largest at most: no more
@@ -136,10 +135,11 @@ def second_order(
     resolved, batch = resolve_loss(loss), as_pair(batch)
     with unwritten(model):
         args = model, batch, resolved, num_samples
-        seen, found = _look(*args, line=True), None
+        look, found = functools.partial(_first_pass, *args), None
+        seen = looked_at(functools.partial(look, True))
         if isinstance(seen, AlongLine):
             found = seen.estimate(*args, linear=False)
-            seen = _look(*args, line=False) if found is None else seen
+            seen = looked_at(functools.partial(look, False)) if found is None else seen
         if isinstance(seen, _Seen):
             found = _drawn(seen, *args)
     assert found is not None
@@ -152,7 +152,7 @@ def _drawn(
 ) -> Estimate:
     """Return the estimate from draws of the first pass or of further ones."""
     draws, notes, coupled = seen.draws, seen.notes, seen.coupled
-    if draws is None and seen.chunks is not None:
+    if draws is None and seen.chunks is not None and not seen.few:
         draws = draws_by_chunks(seen.chunks, seen.masks, num_samples, coupled)
     if draws is None:
         draws, coupled, more = _together(model, batch, loss, seen, num_samples)
@@ -171,15 +171,7 @@ class _Seen(NamedTuple):
     notes: tuple[str, ...]
     draws: list[list[Form]] | None
     chunks: RowChunks | None
-
-
-def _look(
-    model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None, *, line: bool
-) -> _Seen | AlongLine:
-    """Look at a pass, and at a second one where the loss's parts have used it up."""
-    run = functools.partial(_first_pass, model, batch, loss, num_samples, line)
-    seen: _Seen | AlongLine = looked_at(run)
-    return seen
+    few: bool  # samples: chunks hold more than a step
 
 
 def _first_pass(
@@ -233,7 +225,7 @@ def _seen(
         check_risk("second_order", risk, model, batch[0])
         check_curvature(read)
         coupled |= bool(clean.uses) and alone is None and read.couples()
-    draws, chunks = None, None
+    draws, chunks, few = None, None, False
     if whole:
         coupled |= bool(clean.uses) and clean.couples_samples(read.tensors)
         curvature = SiteCurvature(clean, read, linearized=False)
@@ -243,10 +235,13 @@ def _seen(
             model, batch[0], clean, read, twice=True, parts=number, alone=alone,
             least=least,
         )  # fmt: skip
+        count = clean.count(read.tensors[0])
+        few = count <= _FEW and count < number and num_samples is not None
+        few = every(few and alone is None, "few")
     exact = is_exact(clean, loss, batch[1], num_samples)
     notes = clean.noise_left_out(model)
     like = read.tensors[0].detach().new_zeros(())
-    return _Seen(like, masks_of(clean), coupled, exact, notes, draws, chunks)
+    return _Seen(like, masks_of(clean), coupled, exact, notes, draws, chunks, few)
 
 
 def _parts_of_rows(clean: CleanPass, read: OutputsRead, num_samples: int | None) -> int:
@@ -280,21 +275,25 @@ def _together(
     meet = seen.coupled or (seen.chunks is not None and seen.chunks.coupled)
     run = functools.partial(again, model, batch, loss)
     meet = some(meet, "meet") or samples_meet(run)
-    run = functools.partial(run, twice=True, lean=True)
+    run = functools.partial(run, twice=True)
     with run() as (clean, read):
         above = Held.by([x.grad_fn for x in read.tensors])
         single = clean.count(read.tensors[0]) == 1
         tape = LossTape.of(read)
     del clean, read  # their graph
     # Of samples apart a graph tells the error of one draw.
-    line = (meet or single) and _ALONG * above.largest < 2 * above.made
+    line = (meet or single or seen.few) and _ALONG * above.largest < 2 * above.made
     if every(line, "along a line"):
         draws = draws_along(model, batch, loss, seen.masks, num_samples, tape)
         if every(draws is not None, "rules") and draws is not None:
             return draws, meet, ()
+    if seen.few and seen.chunks is not None:
+        parts = draws_by_chunks(seen.chunks, seen.masks, num_samples, seen.coupled)
+        if parts is not None:
+            return parts, seen.coupled, ()
     draws = []
     for _ in range(num_samples or 1):
-        with run() as (clean, read):
+        with run(lean=True) as (clean, read):
             curvature = SiteCurvature(clean, read, linearized=False)
             draws += curvature.draws(num_samples and 1, meet)
     return draws, meet, (_TOGETHER,)
