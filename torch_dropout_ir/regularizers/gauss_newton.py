@@ -265,7 +265,7 @@ def _forms(
         if parts.look(clean, read):
             return parts
     clean.singly = True
-    roots = PartRoots(parts, clean, read.single, num_samples or 1)
+    roots = PartRoots(parts, clean, read.single, num_samples)
     forms = RootForms(clean, read, num_samples, None, roots)
     return forms, parts.beside, parts
 
