@@ -234,8 +234,9 @@ def _softmaxes(node: Node, jets: Tensor, saved: Sequence[Tensor], width: int) ->
 
 
 def _softplus(x: Tensor, beta: float, most: float) -> tuple[Tensor, Tensor]:
-    s, straight = (beta * x).sigmoid(), beta * x > most
-    return s.masked_fill(straight, 1), (beta * s * (1 - s)).masked_fill(straight, 0)
+    z = beta * x
+    s = z.sigmoid().masked_fill_(z > most, 1)
+    return s, beta * s * (1 - s)
 
 
 def _power(x: Tensor, p: float, _: float) -> tuple[Tensor, Tensor]:

@@ -100,8 +100,9 @@ class SoftmaxRoots:
     def _signs(self) -> tuple[float, ...]:
         if self._few is not None:
             return signs_of(self._spectrum[1])
-        plain = self._bend is None
-        return signs_of(self._mass if plain else self._filled(_diagonal))
+        own = self._mass if self._bend is None else self._bend.chosen
+        both = {*signs_of(self._mass), *signs_of(own)}  # of one part there may be none
+        return tuple([sign for sign in SIGNS if sign in both])
 
     @property
     def curved(self) -> bool:
