@@ -32,7 +32,7 @@ from torch_dropout_ir.tracing import derivatives
 Slope: TypeAlias = "Tensor | float | None"
 Jet: TypeAlias = "tuple[Slope, Slope]"
 _SHIFTS: Final = ("AddBackward0", "SubBackward0")  # of what is first
-_AT_ONCE: Final = 2**16  # entries, so that what is between stays in the cache
+_AT_ONCE: Final = 2**15  # entries, so that what is between stays in the cache
 
 
 class EntryCurvature(NamedTuple):
@@ -123,23 +123,37 @@ def _curvature(
     if not made.shape:
         return None
     n, *sizes = made.shape
-    found = torch.zeros(made.shape, dtype=made.dtype, device=made.device)
+    found = _room(made, slopes)
     count = max(1, _AT_ONCE // max(1, math.prod(sizes)))
     for first in range(0, n, count):
         rows = slice(first, min(first + count, n))
         own, jets = found[rows], _jets(end, between, rows)
         if jets is None:
             return None
+        parts = []
         for node, slope in zip(tops, slopes, strict=True):
             assert slope is not None
             # A mean takes those that there are for all.
             mean = getattr(node, "_saved_reduction", 0) == 1
             slope = slope[rows] if slope.ndim else slope * (len(own) / n if mean else 1)
-            second = _times(slope, jets[node][1])
-            if second is not None:
-                many = isinstance(second, Tensor) and second.numel() > own.numel()
-                own += second.sum_to_size(own.shape) if many else second
+            parts.append(_times(slope, jets[node][1]))
+        total = _sum(*parts)
+        if isinstance(total, Tensor):
+            many = total.numel() > own.numel()
+            own.copy_(total.sum_to_size(own.shape) if many else total)
+        else:
+            own.zero_()
     return found
+
+
+def _room(made: Any, slopes: Sequence[Tensor | None]) -> Tensor:
+    """Return room for the result: a slope, whose rows go as they are used."""
+    one = slopes[0]
+    assert one is not None
+    own = len(slopes) == 1 and one.shape == tuple(made.shape) and one.is_contiguous()
+    if own and one.dtype == made.dtype:
+        return one
+    return torch.empty(made.shape, dtype=made.dtype, device=made.device)
 
 
 class _Part:
@@ -190,10 +204,15 @@ def _jets(end: Any, between: Nodes, rows: slice) -> dict[Any, Jet] | None:
             return None
         found[node] = number
     made: list[Jet] = []
-    for own in read_program(program.steps, program.numbers):
+    nodes = [*read_program(program.steps, program.numbers)]
+    last = {i: k for k, own in enumerate(nodes) for i in (own.a, own.b)}
+    for k, own in enumerate(nodes):
         a, b = (made[i] if i >= 0 else (None, None) for i in (own.a, own.b))
         saved = [program.values[i] for i in own.values]
         made.append(_jet(own, a, b, [_wide(x, kind) for x in saved]))
+        for i in {own.a, own.b}:  # what no other reads goes
+            if i >= 0 and last[i] == k:
+                made[i] = None, None
     return {node: made[number] for node, number in found.items()}
 
 

@@ -137,10 +137,12 @@ class SoftmaxRoots:
     ) -> Tensor:
         """Make a tensor of the softmax, the mass and the bend, of a part at a time."""
         logs, mass = of_rows(self._logs, rows), of_rows(self._mass, rows)
-        bend = None if self._bend is None else of_rows(self._bend.all(), rows)
-        # Written on where it is made for this alone.
-        again = bend is None or self._bend.back is None
-        found = torch.empty_like(logs) if again else bend
+        bend = found = None
+        if self._bend is not None:
+            bend = of_rows(self._bend.all(), rows)
+            if self._bend.back is not None:  # made for this alone
+                found = bend
+        found = torch.empty_like(logs) if found is None else found
         count = max(1, _DRAWN_AT_ONCE * len(logs) // max(1, logs.numel()))
         count = count if self._classes else len(logs)
         for i in range(0, len(logs), count):
