@@ -32,7 +32,9 @@ from torch_dropout_ir.tracing import derivatives
 Slope: TypeAlias = "Tensor | float | None"
 Jet: TypeAlias = "tuple[Slope, Slope]"
 _SHIFTS: Final = ("AddBackward0", "SubBackward0")  # of what is first
-_AT_ONCE: Final = 2**15  # entries, so that what is between stays in the cache
+# Entries of a part at least, below which its operations take as long; parts at most.
+_AT_ONCE: Final = 2**15
+_PARTS: Final = 32
 
 
 class EntryCurvature(NamedTuple):
@@ -124,7 +126,7 @@ def _curvature(
         return None
     n, *sizes = made.shape
     found = _room(made, slopes)
-    count = max(1, _AT_ONCE // max(1, math.prod(sizes)))
+    count = max(1, n // _PARTS, _AT_ONCE // max(1, math.prod(sizes)))
     for first in range(0, n, count):
         rows = slice(first, min(first + count, n))
         own, jets = found[rows], _jets(end, between, rows)
