@@ -82,14 +82,17 @@ def gauss_newton(
     normalization in training mode above a site, message passing) cannot be taken apart:
     each root takes a pass of its own then.
 
-    A loss without a closed form that makes much of what a step holds is called on the
+    Of many single outputs, or log-probabilities, the graph tells the diagonal
+    (:mod:`~torch_dropout_ir.entry_curvature`), in the memory of a step. Another loss
+    without a closed form that makes much of what a step holds is called on the
     rows of a part alone, where its graph shows a sum over rows and its gradient that
     one number weighs a part (:mod:`~torch_dropout_ir.regularizers.loss_parts`), for one
     to four steps more. Else, as where it couples rows or reads several outputs, it is
     :math:`\tfrac12 u^\top H u = \tfrac12 \frac{d^2}{dt^2} L(f + t u)` of outputs
     :math:`f` that move by :math:`u = J (z \circ h) \sqrt{p / (1 - p)}`, with signs
-    :math:`z`, by forward mode: a pass for each use of a site and sample. Exact sums,
-    and losses with operations that this does not go through, hold two to four steps.
+    :math:`z`, by forward mode: a pass for each use of a site and sample. Exact sums
+    of these, and losses with operations that this does not go through, hold two to four
+    steps.
 
     Whether samples meet is seen in the graph where its operations are known to keep
     them apart, else asked of an eighth of a large batch; it is assumed if that fails.
