@@ -98,7 +98,8 @@ class HessianProduct:
 
         No derivative is differentiated for them. Of few outputs one takes less time.
         """
-        if self.at.numel() <= _DRAWN_IN_ONE or self.terms is None:
+        plain = type(self.at) is Tensor and self.at.numel() > _DRAWN_IN_ONE
+        if not plain or self.terms is None:
             return None
         node = self.terms.log_softmax
         edge = get_gradient_edge(self.at) if node is None else GradientEdge(node, 0)
