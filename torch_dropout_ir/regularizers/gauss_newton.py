@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor, nn
 
 from torch_dropout_ir.arguments import check_count
+from torch_dropout_ir.collectives import every
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.losses import Loss, resolve_loss
@@ -257,7 +258,9 @@ def _forms(
         if parts is not None or not parts_pay(clean, read, product, num_samples):
             line = line and num_samples is not None and not beside
             line = line and makes_much(clean, read, product)
-            if line and not (product and one_root(product, num_samples)):
+            if line and not every(
+                product is not None and one_root(product, num_samples), "one root"
+            ):
                 del product  # its graph
                 if (found := AlongLine.of(model, clean, read)) is not None:
                     return found

@@ -45,10 +45,10 @@ def parts_pay(
     Returns:
         Whether they do, and the graph keeps rows apart.
     """
-    if num_samples is None and not blocks_fit(read.tensors[0]):
-        return False
+    fit = num_samples is not None or blocks_fit(read.tensors[0])
+    large = much(clean, read) and fit
     return every(
-        much(clean, read) and (product is None or _splits(product, num_samples)),
+        large and (product is None or _splits(product, num_samples)),
         "parts of the loss",
     )
 
