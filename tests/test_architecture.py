@@ -38,7 +38,7 @@ FLOORS = {
         "output_scales",
         "softmax_roots",
         "jet_program", "jet_rules", "jet_losses", "jet_places", "jet_products",
-        "sample_blocks",
+        "sample_blocks", "entry_curvature",
     ),
     2: ("nn", "masks", "regularizers", "condensation", "sharpness"),
     3: ("analysis",),

@@ -238,6 +238,25 @@ def test_gauss_newton_by_parts_is_the_exact_sum_on_average(
     assert bool(drawn) == meet  # where samples do not meet, chunks have their own
 
 
+@pytest.mark.parametrize("meet", [False, True])
+@pytest.mark.parametrize("name", [*SUMS, "balanced", "straight through"])
+def test_exact_sums_are_the_same_by_parts(small, monkeypatch, name, meet):
+    torch.manual_seed(1)
+    net, (x, y) = network(), batch()
+    if meet:
+        net.insert(4, nn.BatchNorm1d(6).double())
+    loss, runs, looks = (SUMS | MEET)[name], [], LossParts.look
+    monkeypatch.setattr(LossParts, "look", lambda *a: runs.append(1) or looks(*a))
+    parts = gauss_newton(net, (x, y), loss, num_samples=None)
+    assert runs
+    monkeypatch.setattr(loss_weight, "much", lambda *_: False)
+    whole = gauss_newton(net, (x, y), loss, num_samples=None)
+    assert len(runs) == 1
+    torch.testing.assert_close(parts.value, whole.value)
+    torch.testing.assert_close(parts.per_site, whole.per_site)
+    assert parts.exact == whole.exact and parts.notes == whole.notes
+
+
 @pytest.mark.parametrize("name", [*SUMS, *MEET])
 def test_second_order_is_the_same_by_parts(small, monkeypatch, name):
     torch.manual_seed(1)

@@ -369,6 +369,18 @@ def test_a_loss_without_closed_form_holds_no_more_than_a_training_step(loss, for
     assert peak(lambda: FORMS[form](net, (x, y), OTHERS[loss])) <= step
 
 
+@pytest.mark.parametrize("loss", ["focal", "labels", "length", "log cosh"])
+def test_so_does_the_exact_sum_of_few_outputs_and_very_many_rows(loss):
+    torch.manual_seed(0)
+    net, x = layers(16, 16, 8, rows=2**15)
+    y = torch.randint(8, (len(x),))
+    step = peak(lambda: OTHERS[loss](net(x), y).backward())
+    net.zero_grad()
+    gauss_newton(net, (x[:8], y[:8]), OTHERS[loss], num_samples=None)
+    found = peak(lambda: gauss_newton(net, (x, y), OTHERS[loss], num_samples=None))
+    assert found <= step + 2**20
+
+
 @pytest.mark.parametrize("form", ["gauss_newton", "second_order"])
 def test_a_loss_that_writes_into_views_holds_a_third_more(form):
     """Lines lie in a memory of their own there, which is copied where it is read."""

@@ -102,7 +102,7 @@ def loss_blocks(
     first = torch.eye(width, dtype=torch.float64, device=outputs.device)
     first = torch.cat((first, first.new_zeros(width, width**2)), 1).expand(n, -1, -1)
     made: list[Tensor] = []
-    for node in _read(program, numbers):
+    for node in read_program(program, numbers):
         saved = [values[i] for i in node.values]
         if node.kind != Kind.GATHERED:
             saved = [x.double() for x in saved]
@@ -115,7 +115,8 @@ def loss_blocks(
     return blocks.movedim(1, 0).contiguous().to(outputs.dtype)
 
 
-def _read(program: Sequence[int], numbers: Sequence[float]) -> Iterator[Node]:
+def read_program(program: Sequence[int], numbers: Sequence[float]) -> Iterator[Node]:
+    """Yield the nodes of a program."""
     left, pairs = iter(program), iter(numbers)
     for kind in left:
         a, b, dim, start, step = (next(left) for _ in range(5))
@@ -146,7 +147,7 @@ def _made(
     one, two = (
         saved
         if node.kind == Kind.GIVEN
-        else _SLOPES[node.kind](saved[0], node.alpha, node.beta)
+        else SLOPES[node.kind](saved[0], node.alpha, node.beta)
     )
     return _bent(_shaped(a, shape), one, two, width)
 
@@ -233,8 +234,9 @@ def _softmaxes(node: Node, jets: Tensor, saved: Sequence[Tensor], width: int) ->
 
 
 def _softplus(x: Tensor, beta: float, most: float) -> tuple[Tensor, Tensor]:
-    s, straight = (beta * x).sigmoid(), beta * x > most
-    return s.masked_fill(straight, 1), (beta * s * (1 - s)).masked_fill(straight, 0)
+    z = beta * x
+    s = z.sigmoid().masked_fill_(z > most, 1)
+    return s, beta * s * (1 - s)
 
 
 def _power(x: Tensor, p: float, _: float) -> tuple[Tensor, Tensor]:
@@ -244,7 +246,7 @@ def _power(x: Tensor, p: float, _: float) -> tuple[Tensor, Tensor]:
 
 
 # First and second derivative, of what has been saved: the result or what it is of.
-_SLOPES: Final[dict[int, Callable[[Tensor, float, float], tuple[Tensor, Tensor]]]] = {
+SLOPES: Final[dict[int, Callable[[Tensor, float, float], tuple[Tensor, Tensor]]]] = {
     Kind.EXP: lambda y, *_: (y, y),
     Kind.EXPM1: lambda y, *_: (y + 1, y + 1),
     Kind.LOG: lambda x, *_: (1 / x, -1 / x**2),

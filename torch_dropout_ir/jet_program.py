@@ -25,6 +25,7 @@ class Program:
 
     Args:
         shape: The shape of the outputs, which are node 0.
+        most: Entries of what a node makes of all rows, at most.
 
     Attributes:
         rows: Their number.
@@ -34,8 +35,9 @@ class Program:
         values: See there.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, most: float = _ENTRIES) -> None:
         self.rows = shape[0]
+        self._most = most
         self.sizes: list[Shape | None] = []
         self.steps: list[int] = []
         self.numbers: list[float] = []
@@ -54,7 +56,7 @@ class Program:
     ) -> int | None:  # fmt: skip
         """Add a node; return its number, None where the kernel is not to make it."""
         first, own = len(self.values), () if sizes is None else sizes
-        if a is None or b is None or self.rows * math.prod(own) > _ENTRIES:
+        if a is None or b is None or self.rows * math.prod(own) > self._most:
             return None
         self.values += values
         self.steps += (

@@ -70,6 +70,9 @@ class Terms(NamedTuple):
         direct: Whether the log-softmax is that of the outputs as they are.
         classes: The dimension in which that adds up to one.
         squares: Whether it is linear in squares of what is linear in them.
+        tops: The nodes that bend them and that the loss is linear in, if no other one
+            leads to these.
+        end: What makes the entries that are bent.
     """
 
     log_softmax: Any
@@ -77,6 +80,8 @@ class Terms(NamedTuple):
     direct: bool = True
     classes: int = -1
     squares: bool = False
+    tops: frozenset[Any] = frozenset()
+    end: Any = None
 
     @property
     def by_row(self) -> bool:
@@ -143,6 +148,8 @@ class _Walk:
         self._inside: list[Any] = []  # where chains inside the log-softmax end
         self._of: set[Any] = set()  # what makes the entries
         self._ends: set[Any] = set()  # below elementwise functions
+        self._tops: set[Any] = set()  # elementwise functions that are added up
+        self._below: set[Any] = set()  # those of which others are made
 
     def leaf(self, node: Any, how: int) -> None:
         """Note the outputs; what else has a gradient is a constant here."""
@@ -173,6 +180,7 @@ class _Walk:
         if elementwise or (
             name in LOSSES and (how == _ADDED or not node._saved_reduction)
         ):
+            (self._tops if how == _ADDED else self._below).add(node)
             return _BENT
         if how == _BENT and _chooses(name, node) and _lead(edges) == 1:
             self._ends.add(node)
@@ -183,17 +191,18 @@ class _Walk:
         """Return what has been seen, where it is of one entry at a time."""
         if len(self._of) != 1 or len(self._ends) > 1:
             return None
-        (node,) = self._of
+        (node,), end = self._of, next(iter(self._ends), None)
+        tops = frozenset(() if self._tops & self._below else self._tops)
         if type(node) is LEAF:
             squares = self._squares and not self._linear
-            return Terms(None, self._linear, squares=squares)
+            return Terms(None, self._linear, squares=squares, tops=tops, end=end)
         if not self._inside:
             return None
         direct = node.next_functions[0][0] in self._inside
         classes = node._saved_dim
         if classes >= 2**63:  # what is saved has no sign
             classes = classes - 2**64 + max(1, len(node._input_metadata[0].shape))
-        return Terms(node, self._linear, direct, classes)
+        return Terms(node, self._linear, direct, classes, tops=tops, end=end)
 
     def _entries(self, node: Any, how: int) -> None:
         self._of.add(node)

@@ -149,13 +149,12 @@ class HessianRoots:
                 root = vectors[..., c] * values[:, c, None].abs().sqrt()
                 yield root.view(f.shape), values[:, c].sign()
                 continue
-            place = torch.zeros(width, dtype=f.dtype, device=f.device)
-            place[c] = 1.0
-            column = place.expand(f.shape[0], -1).reshape(f.shape)
+            column = torch.zeros(f.shape, dtype=f.dtype, device=f.device)
+            column.view(f.shape[0], -1)[:, c] = 1.0
             if self._kind == "elementwise":
-                values = of_rows(self._spectrum[0], rows)
-                sign = values.reshape(f.shape[0], -1)[:, c].sign()
-                yield values.abs().sqrt() * column, sign
+                values = of_rows(self._spectrum[0], rows).reshape(f.shape[0], -1)[:, c]
+                column.view(f.shape[0], -1)[:, c] = values.abs().sqrt()
+                yield column, values.sign()
             elif self._kind == "squared":
                 yield column * self._factor, 1.0
             else:
@@ -210,8 +209,15 @@ class HessianRoots:
         values = of_rows(values, rows)
         roots = []
         for sign in self._signs or SIGNS[:1]:
-            root = signed(magnitudes(values, sign))
-            root = root if vectors is None else turned(of_rows(vectors, rows), root)
+            if vectors is None:
+                root = torch.empty_like(values)
+                count = max(1, _DRAWN_AT_ONCE * len(values) // max(1, values.numel()))
+                pairs = zip(root.split(count), values.split(count), strict=True)
+                for part, own in pairs:
+                    part.copy_(signed(magnitudes(own, sign)))
+            else:
+                root = signed(magnitudes(values, sign))
+                root = turned(of_rows(vectors, rows), root)
             roots.append((root.view(f.shape), sign))
         return roots
 
@@ -231,6 +237,9 @@ def _diagonal(
     if closed and alike(outputs, targets):
         return closed(outputs, targets)
     product = product or HessianProduct(loss, outputs, targets)
+    told = product.terms is not None and product.terms.log_softmax is None
+    if told and product.entries is not None:
+        return product.entries.all()
     return product(torch.ones_like(outputs), keep=False).detach()
 
 

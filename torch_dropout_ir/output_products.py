@@ -8,10 +8,11 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir import ops
 from torch_dropout_ir.arrivals import once_differentiable, root_of
+from torch_dropout_ir.entry_curvature import EntryCurvature, entry_curvature
 from torch_dropout_ir.loss_terms import Nodes, Terms, nodes_of, terms_of
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.normalization import differentiable
@@ -85,6 +86,19 @@ class HessianProduct:
     def terms(self) -> Terms | None:
         """Of what entries the graph shows the loss to be a sum of terms."""
         return None if self._trained else terms_of(self.value, self.at, self._seen)
+
+    @functools.cached_property
+    def entries(self) -> EntryCurvature | None:
+        """Second derivatives in the entries of the terms, where the graph tells.
+
+        No derivative is differentiated for them. Of few outputs one takes less time.
+        """
+        plain = type(self.at) is Tensor and self.at.numel() > _DRAWN_IN_ONE
+        if not plain or self.terms is None:
+            return None
+        node = self.terms.log_softmax
+        edge = get_gradient_edge(self.at) if node is None else GradientEdge(node, 0)
+        return entry_curvature(self.value, edge, self.terms, self.nodes)
 
     def leads_to(self, nodes: set[Any]) -> bool:
         """Whether the graph of the loss has one of some nodes."""

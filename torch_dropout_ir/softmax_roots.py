@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from torch_dropout_ir.entry_curvature import EntryCurvature
 from torch_dropout_ir.loss_terms import Terms
 from torch_dropout_ir.output_products import (
     ALL,
@@ -31,7 +33,7 @@ from torch_dropout_ir.root_kernels import (
 )
 from torch_dropout_ir.tracing import derivatives
 
-_DRAWN_AT_ONCE: Final = 2**16
+_DRAWN_AT_ONCE: Final = 2**15
 
 
 class SoftmaxRoots:
@@ -48,8 +50,8 @@ class SoftmaxRoots:
     with :math:`s = e^u`, the diagonal :math:`D = \varphi''` and the mass :math:`m =
     -\sum_c \varphi'_c`. Of a cross-entropy, with labels or soft ones, :math:`D` is 0.
     A root is :math:`J^\top` of random signs times the square root of that diagonal: no
-    derivative is taken for each output. With :math:`D = 0` the softmax and a root are
-    all that is held, and what makes roots is that of some rows at a time.
+    derivative is taken for each output. Log-probabilities and a root are all that is
+    held, and what makes roots is that of some rows at a time.
 
     Args:
         product: The loss that has been run.
@@ -64,22 +66,24 @@ class SoftmaxRoots:
 
     def __init__(self, product: HessianProduct, terms: Terms) -> None:
         node, value = terms.log_softmax, product.value
-        edge = GradientEdge(node, 0)
+        edge, entries = GradientEdge(node, 0), product.entries
+        again = not terms.linear and entries is None
         (slope,) = derivatives(
-            value, (edge,), torch.ones_like(value), True, create_graph=not terms.linear
+            value, (edge,), torch.ones_like(value), True, create_graph=again
         )
         assert slope is not None  # its graph leads there
         self.like = product.at
         self._classes, self._by_row = terms.classes, terms.by_row
-        bend = None
-        if not terms.linear:
+        if again:
             bend = derivative_again(slope, edge, torch.ones_like(slope))
-        logs, slope = node._saved_result.detach(), slope.detach()
-        self._few = (logs, slope, bend) if few(logs) else None
-        if self._few is None:
+            entries = None if bend is None else EntryCurvature(bend, None)
+        self._bend, self._few = entries, None
+        self._logs, slope = node._saved_result.detach(), slope.detach()
+        if few(self._logs):
+            bend = None if entries is None else entries.all()
+            self._few = self._logs, slope, bend
+        else:
             self._mass = slope.sum(self._classes, keepdim=True).neg_()
-            del slope  # before there is a softmax
-            self._softmax, self._bend = logs.exp(), bend
         # What makes the logits of the outputs, where they are not the same.
         child, result = node.next_functions[0]
         self._inside = [] if terms.direct else [GradientEdge(child, result)]
@@ -90,62 +94,91 @@ class SoftmaxRoots:
         """The softmax, and the diagonal."""
         if self._few is not None:
             return softmax_diagonal(*self._few, self._classes)
-        s = self._softmax
-        return s, _diagonal(s, self._mass, self._bend)
+        return self._logs.exp(), self._filled(_diagonal)
 
     @functools.cached_property
     def _signs(self) -> tuple[float, ...]:
-        plain = self._few is None and self._bend is None
-        return signs_of(self._mass if plain else self._spectrum[1])
+        if self._few is not None:
+            return signs_of(self._spectrum[1])
+        own = self._mass if self._bend is None else self._bend.chosen
+        both = {*signs_of(self._mass), *signs_of(own)}  # of one part there may be none
+        return tuple([sign for sign in SIGNS if sign in both])
 
     @property
     def curved(self) -> bool:
         """Whether the Hessian is not zero."""
         return bool(self._signs)
 
-    def sample(self, rows: Rows = ALL) -> list[Root]:
-        """Return roots for the samples ``rows``, with signs: two where there are both.
+    def sample(self, rows: Rows = ALL) -> Sequence[Root]:
+        """Draw roots for the samples ``rows``, with signs: two where there are both.
 
         Their squares with their signs are the Hessian on average.
         """
-        early, late = (rows, ALL) if self._by_row and not self._few else (ALL, rows)
         if self._few is not None:
-            logs = self._few[0]
             roots, self._signs = with_signs(
-                softmax_roots(*self._few, self._classes), logs
+                softmax_roots(*self._few, self._classes), self._logs
             )
-        else:
-            roots = [(self._of_sign(s, early), s) for s in self._signs or SIGNS[:1]]
-        if self._inside:
-            roots = [(self._pulled(root), sign) for root, sign in roots]
-        return [(of_rows(root, late), sign) for root, sign in roots]
+            return [(self._pulled(root, rows), sign) for root, sign in roots]
+        draw = functools.partial(self._root, rows)
+        return _OneByOne(draw, self._signs or SIGNS[:1])
 
-    def _of_sign(self, sign: float, rows: Rows) -> Tensor:
-        """Draw a root of the part of one sign, in the logits."""
-        s, mass = of_rows(self._softmax, rows), of_rows(self._mass, rows)
-        bend = None if self._bend is None else of_rows(self._bend, rows)
-        count = max(1, _DRAWN_AT_ONCE * len(s) // max(1, s.numel()))
-        if not self._classes or len(s) <= count:
-            return self._drawn(s, mass, bend, sign)
-        root = torch.empty_like(s)
-        for i in range(0, len(s), count):
+    def _root(self, rows: Rows, sign: float) -> Tensor:
+        own = rows if self._by_row else ALL
+        root = self._filled(functools.partial(self._drawn, sign), own)
+        return self._pulled(root, ALL if self._by_row else rows)
+
+    def _filled(
+        self, make: Callable[[Tensor, Tensor, Tensor | None], Tensor], rows: Rows = ALL
+    ) -> Tensor:
+        """Make a tensor of the softmax, the mass and the bend, of a part at a time."""
+        logs, mass = of_rows(self._logs, rows), of_rows(self._mass, rows)
+        bend = found = None
+        if self._bend is not None:
+            bend = of_rows(self._bend.all(), rows)
+            if self._bend.back is not None:  # made for this alone
+                found = bend
+        found = torch.empty_like(logs) if found is None else found
+        count = max(1, _DRAWN_AT_ONCE * len(logs) // max(1, logs.numel()))
+        count = count if self._classes else len(logs)
+        for i in range(0, len(logs), count):
             at = slice(i, i + count)
-            some = None if bend is None else bend[at]
-            root[at] = self._drawn(s[at], mass[at], some, sign)
-        return root
+            own = None if bend is None else bend[at]
+            found[at] = make(logs[at].exp(), mass[at], own)
+        return found
 
     def _drawn(
-        self, s: Tensor, mass: Tensor, bend: Tensor | None, sign: float
+        self, sign: float, s: Tensor, mass: Tensor, bend: Tensor | None
     ) -> Tensor:
         root = signed(magnitudes(_diagonal(s, mass, bend), sign))
         return in_logits(root, s, self._classes)
 
-    def _pulled(self, root: Tensor) -> Tensor:
+    def _pulled(self, root: Tensor, rows: Rows) -> Tensor:
         """Send a root on from the logits to the outputs."""
-        (found,) = torch.autograd.grad(
-            self._inside, [self._at], [root], retain_graph=True
-        )
-        return found
+        if self._inside:
+            (root,) = torch.autograd.grad(
+                self._inside, [self._at], [root], retain_graph=True
+            )
+        return of_rows(root, rows)
+
+
+class _OneByOne(Sequence[Root]):
+    """Roots that are drawn as they are asked for, so that only one is held.
+
+    Args:
+        draw: Draws a root of the part of a sign.
+        signs: The signs that there are.
+    """
+
+    def __init__(self, draw: Callable[[float], Tensor], signs: Sequence[float]) -> None:
+        self._draw = draw
+        self._signs = signs
+
+    def __len__(self) -> int:
+        return len(self._signs)
+
+    def __getitem__(self, i: Any) -> Any:
+        sign = self._signs[i]
+        return self._draw(sign), sign
 
 
 def _diagonal(s: Tensor, mass: Tensor, bend: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor, nn
 
 from torch_dropout_ir.arguments import check_count
+from torch_dropout_ir.collectives import every
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.losses import Loss, resolve_loss
@@ -82,14 +83,17 @@ def gauss_newton(
     normalization in training mode above a site, message passing) cannot be taken apart:
     each root takes a pass of its own then.
 
-    A loss without a closed form that makes much of what a step holds is called on the
+    Of many single outputs, or log-probabilities, the graph tells the diagonal
+    (:mod:`~torch_dropout_ir.entry_curvature`), in the memory of a step. Another loss
+    without a closed form that makes much of what a step holds is called on the
     rows of a part alone, where its graph shows a sum over rows and its gradient that
     one number weighs a part (:mod:`~torch_dropout_ir.regularizers.loss_parts`), for one
     to four steps more. Else, as where it couples rows or reads several outputs, it is
     :math:`\tfrac12 u^\top H u = \tfrac12 \frac{d^2}{dt^2} L(f + t u)` of outputs
     :math:`f` that move by :math:`u = J (z \circ h) \sqrt{p / (1 - p)}`, with signs
-    :math:`z`, by forward mode: a pass for each use of a site and sample. Exact sums,
-    and losses with operations that this does not go through, hold two to four steps.
+    :math:`z`, by forward mode: a pass for each use of a site and sample. Exact sums
+    of these, and losses with operations that this does not go through, hold two to four
+    steps.
 
     Whether samples meet is seen in the graph where its operations are known to keep
     them apart, else asked of an eighth of a large batch; it is assumed if that fails.
@@ -254,7 +258,9 @@ def _forms(
         if parts is not None or not parts_pay(clean, read, product, num_samples):
             line = line and num_samples is not None and not beside
             line = line and makes_much(clean, read, product)
-            if line and not (product and one_root(product, num_samples)):
+            if line and not every(
+                product is not None and one_root(product, num_samples), "one root"
+            ):
                 del product  # its graph
                 if (found := AlongLine.of(model, clean, read)) is not None:
                     return found
@@ -265,7 +271,7 @@ def _forms(
         if parts.look(clean, read):
             return parts
     clean.singly = True
-    roots = PartRoots(parts, clean, read.single, num_samples or 1)
+    roots = PartRoots(parts, clean, read.single, num_samples)
     forms = RootForms(clean, read, num_samples, None, roots)
     return forms, parts.beside, parts
 

@@ -13,6 +13,7 @@ from torch_dropout_ir.regularizers.graph_memory import Held
 from torch_dropout_ir.regularizers.loss_graph import rows_apart
 from torch_dropout_ir.regularizers.output_rows import least_of_part
 from torch_dropout_ir.regularizers.outputs import OutputsRead
+from torch_dropout_ir.regularizers.root_choice import blocks_fit
 
 # Elements of the outputs below which the memory of their loss is no matter, and their
 # share of what the network makes.
@@ -39,25 +40,25 @@ def parts_pay(
         clean: The pass.
         read: What the loss reads of it.
         product: Products with its Hessian; None where that is known.
-        num_samples: Random roots; an exact sum goes without parts.
+        num_samples: Random roots; None for an exact sum, by samples' blocks.
 
     Returns:
         Whether they do, and the graph keeps rows apart.
     """
-    if not num_samples:
-        return False
+    fit = num_samples is not None or blocks_fit(read.tensors[0])
+    large = much(clean, read) and fit
     return every(
-        much(clean, read) and (product is None or _splits(product, num_samples)),
+        large and (product is None or _splits(product, num_samples)),
         "parts of the loss",
     )
 
 
-def _splits(product: HessianProduct, num_samples: int) -> bool:
+def _splits(product: HessianProduct, num_samples: int | None) -> bool:
     return not one_root(product, num_samples) and apart(product)
 
 
 def one_root(product: HessianProduct, num_samples: int | None) -> bool:
-    """Whether one root of a softmax of each row is asked: a step holds no less.
+    """Whether a step holds no less than roots: one of a softmax, or of single outputs.
 
     Args:
         product: Products with the loss's Hessian.
@@ -67,8 +68,12 @@ def one_root(product: HessianProduct, num_samples: int | None) -> bool:
         Whether that is so.
     """
     terms = product.terms
-    softmax = terms is not None and terms.log_softmax is not None and terms.linear
-    return num_samples == 1 and softmax and apart(product)
+    if terms is None:
+        return False
+    if terms.log_softmax is None:
+        return product.entries is not None
+    told = num_samples == 1 and apart(product)
+    return told and (terms.linear or product.entries is not None)
 
 
 def makes_much(

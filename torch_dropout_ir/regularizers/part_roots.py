@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.output_hessian import HessianRoots
 from torch_dropout_ir.output_products import ALL, Root, Rows, of_rows
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.loss_parts import LossParts
@@ -14,7 +16,7 @@ from torch_dropout_ir.regularizers.root_choice import Roots, choose
 
 
 class PartRoots:
-    """Random roots for a loss that is the sum of itself on parts of the rows.
+    """Roots for a loss that is the sum of itself on parts of the rows.
 
     What a part's own roots need is there for that part alone, and made again for each
     draw: beside the outputs, a root is all that is held.
@@ -23,7 +25,7 @@ class PartRoots:
         parts: The loss of each part.
         clean: The pass over all rows.
         outputs: Its outputs, without graph.
-        num_samples: Random roots.
+        num_samples: Random roots; None for the exact ones.
 
     Attributes:
         like: The outputs.
@@ -31,13 +33,28 @@ class PartRoots:
     """
 
     def __init__(
-        self, parts: LossParts, clean: CleanPass, outputs: Tensor, num_samples: int
+        self,
+        parts: LossParts,
+        clean: CleanPass,
+        outputs: Tensor,
+        num_samples: int | None,
     ) -> None:
         self.like = outputs
         self._parts = parts
         self._num_samples = num_samples
         self._clean = clean
         self.curved = parts.curved or any(_curved(x) for _, x in self._each())
+
+    def exact(self, rows: Rows = ALL) -> Iterator[Root]:
+        """Yield what :meth:`HessianRoots.exact` does, each time made again by parts."""
+        f = self.like
+        for c in range(f.shape[1:].numel()):
+            root, signs = torch.zeros_like(f), f.new_zeros(len(f))
+            for own, roots in self._each():
+                assert isinstance(roots, HessianRoots)
+                root[own], signs[own] = next(islice(roots.exact(), c, None))
+                del roots
+            yield of_rows(root, rows), of_rows(signs, rows)
 
     def sample(self, rows: Rows = ALL) -> list[Root]:
         """Draw roots, whose squares with their signs are the Hessian on average.

@@ -64,6 +64,11 @@ def choose(
     return None, couples
 
 
+def blocks_fit(f: Tensor) -> bool:
+    """Whether the blocks of samples are few enough to be held."""
+    return bool(f.ndim) and f.numel() * f.shape[1:].numel() <= _MOST_BLOCK_ELEMENTS
+
+
 def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None, few: int) -> bool:
     """Whether to take eigenvectors of the blocks of samples: they spread less.
 
@@ -79,8 +84,8 @@ def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None, few: int) 
         Whether they pay.
     """
     width = f.shape[1:].numel()
-    if f.numel() * width > _MOST_BLOCK_ELEMENTS or num_samples is None:
-        return f.numel() * width <= _MOST_BLOCK_ELEMENTS
+    if num_samples is None or not blocks_fit(f):
+        return blocks_fit(f)
     size = sum([h.numel() for _, h, _ in clean.uses])
     large = size >= _LARGE and f.numel() * width * width <= num_samples * size
     return large or width <= max(few, num_samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -97,7 +97,7 @@ class RootForms:
         """
         assert self._roots is not None
         if self.num_samples is None:
-            assert isinstance(self._roots, HessianRoots)
+            assert isinstance(self._roots, (HessianRoots, PartRoots))
             roots = apart(self._count, coupled, self._roots.exact())
             following = next(roots, None)
             while following is not None:
@@ -106,10 +106,11 @@ class RootForms:
             return
         for draw in range(self.num_samples):
             drawn = self._drawn()
-            while drawn:
-                yield draw, drawn.pop(0), not drawn and draw + 1 == self.num_samples
+            for k in range(len(drawn)):  # the one that is made is held by who asks
+                last = k + 1 == len(drawn) and draw + 1 == self.num_samples
+                yield draw, drawn[k], last
 
-    def _drawn(self, rows: Rows = ALL) -> list[Root]:
+    def _drawn(self, rows: Rows = ALL) -> Sequence[Root]:
         """Draw roots, one of each sign that there is on any rank."""
         assert self._roots is not None
         drawn = self._roots.sample(rows)
@@ -146,9 +147,11 @@ class RootForms:
         roots = self._drawn()
         inputs, gradients, factors, rows, units, numbers = [], [], [], [], [], []
         sites: dict[str, int] = {}
-        for last, (root, sign) in enumerate(roots, 1 - len(roots)):
+        for k in range(len(roots)):
+            root, sign = roots[k]
             assert not isinstance(sign, Tensor)
-            pulled = clean.derivatives(outputs, root, keep or last < 0)
+            pulled = clean.derivatives(outputs, root, keep or k + 1 < len(roots))
+            del root
             uses = zip(clean.uses, clean.mask_shapes, pulled, strict=True)
             for (site, h, _), shape, g in uses:
                 if g is None:
@@ -196,7 +199,7 @@ class RootForms:
             return curvature.draws(self.num_samples, bool(meet)), bool(coupled)
         outputs = read.tensors[0]
         if self.num_samples is None:
-            assert isinstance(self._roots, HessianRoots)
+            assert isinstance(self._roots, (HessianRoots, PartRoots))
             roots = apart(clean.count(outputs), coupled, self._roots.exact(rows))
             pulled = (pull_root(clean, outputs, root, sign) for root, sign in roots)
             return [added_up(chain.from_iterable(pulled))], bool(coupled)
@@ -218,7 +221,8 @@ class RootForms:
             roots = self._drawn(rows)
             forms: list[Form] = []
             meet = False
-            for j, (root, sign) in enumerate(roots):
+            for j in range(len(roots)):
+                root, sign = roots[j]
                 last = k + 1 == self.num_samples and j + 1 == len(roots)
                 needed = keep or not last or coupled is None
                 plain: dict[int, Tensor] | None = {} if coupled is None else None
@@ -229,6 +233,8 @@ class RootForms:
                     scaled = by_powers(root, count=count)
                     found = row_weights(clean.pull, outputs, scaled)
                     meet |= not alike(plain, found, count)
+                    del scaled
+                del root
             coupled = coupled or meet
             draws.append(forms)
         return draws, bool(coupled)
