@@ -174,6 +174,15 @@ class Counting(nn.Module):
         return F.dropout(x, 0.5) * self.two
 
 
+@pytest.mark.parametrize("estimator", [gauss_newton, second_order, monte_carlo])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_is_a_dropout_layer_says_its_own_mode(estimator, training):
+    net, x = nn.Dropout(0.3).train(training), torch.rand(4, 3)
+    found = estimator(net, (x, torch.rand(4, 3)), "mse")
+    assert [*found.notes] == [n for n in found.notes if "evaluation mode" in n]
+    assert bool(found.notes) == (not training) and net.training == training
+
+
 def test_buffers_are_copied_for_a_call_and_given_back_after_an_error():
     net = nn.Sequential(Counting(), nn.BatchNorm1d(3))
     held = {name: (x, x.clone()) for name, x in net.named_buffers()}

@@ -54,6 +54,18 @@ _UNSEEN_DIM = tuple(
 _PACKING = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
+def unasking(act: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Return what acts on plain tensors as ``act(site, h)``, and is asked nothing."""
+
+    def acts(site: Any, h: Tensor) -> Tensor:
+        if type(h) is not Tensor:
+            return act(site, h)
+        with unasked():
+            return act(site, h)
+
+    return acts
+
+
 def checkpointed() -> bool:
     """Whether a forward pass is in a block that will be computed again."""
     packing = _PACKING(False) if _PACKING is not None else None

@@ -41,6 +41,7 @@ from torch_dropout_ir.regularizers.root_passes import again, samples_meet
 from torch_dropout_ir.regularizers.row_chunks import RowChunks, looked_at
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble
+from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.written_parameters import unwritten
 
 # Parts of the rows at most: a double backward keeps three times what a training step
@@ -134,15 +135,17 @@ def second_order(
     if num_samples is not None:
         check_count("second_order", "num_samples", num_samples, 1)
     resolved, batch = resolve_loss(loss), as_pair(batch)
-    with unwritten(model):
+    survey = Survey.of(model)
+    with unwritten(model, survey=survey):
         args = model, batch, resolved, num_samples
-        seen, found = _look(*args, line=True), None
-        if isinstance(seen, AlongLine):
-            found = seen.estimate(*args, linear=False)
-            seen = _look(*args, line=False) if found is None else seen
-        if isinstance(seen, _Seen):
-            found = _drawn(seen, *args)
-    assert found is not None
+        look = functools.partial(_first_pass, *args)
+        found = looked_at(functools.partial(look, survey, True))
+        if isinstance(found, AlongLine):
+            along = found.estimate(*args, linear=False)
+            found = along or looked_at(functools.partial(look, None, False))
+        if isinstance(found, _Seen):
+            found = _drawn(found, *args)
+    assert isinstance(found, Estimate)
     check_finite("second_order", found.value, model, batch[0])
     return found
 
@@ -173,25 +176,20 @@ class _Seen(NamedTuple):
     chunks: RowChunks | None
 
 
-def _look(
-    model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None, *, line: bool
-) -> _Seen | AlongLine:
-    """Look at a pass, and at a second one where the loss's parts have used it up."""
-    run = functools.partial(_first_pass, model, batch, loss, num_samples, line)
-    seen: _Seen | AlongLine = looked_at(run)
-    return seen
-
-
 def _first_pass(
     model: nn.Module,
     batch: Batch,
     loss: Loss,
     num_samples: int | None,
+    survey: Survey | None,
     line: bool,
     parts: LossParts | None,
 ) -> _Seen | AlongLine | LossParts:
     """Check model, batch and loss; take the forms at once where that holds no more."""
-    with clean_pass(model, batch[0], twice=True, weigh=True) as clean:
+    exact = num_samples is None  # nothing else is called exact
+    with clean_pass(
+        model, batch[0], twice=True, weigh=True, find_last=exact, survey=survey
+    ) as clean:
         check_reachable("second_order", clean.unreachable)
         read = read_outputs(clean.outputs, loss, batch[1])
         if parts is None and every(much(clean, read), "much of the loss"):
