@@ -94,18 +94,18 @@ def unpacked_by_hooks() -> bool:
 
 
 def derivatives(
-    output: Tensor,
+    output: Tensor | tuple[Tensor, ...],
     inputs: Sequence[GradientEdge] | Sequence[Tensor],
-    root: Tensor | None,
+    root: Tensor | tuple[Tensor, ...] | None,
     keep: bool,
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return what ``torch.autograd.grad`` does, of an output and a root of its shape.
 
     Args:
-        output: The output.
+        output: The output, or several.
         inputs: Where derivatives are taken; of what it does not depend on, None.
-        root: What is sent back; None for a scalar.
+        root: What is sent back, from each of several outputs; None for a scalar.
         keep: Whether the graph is kept.
         create_graph: Whether they have a graph of their own.
     """
@@ -114,8 +114,10 @@ def derivatives(
             output, inputs, root, retain_graph=keep, create_graph=create_graph,
             allow_unused=True,
         )  # fmt: skip
+    if isinstance(output, Tensor):
+        output, root = (output,), (root,)  # type: ignore[assignment]
     found: tuple[Tensor | None, ...] = _ENGINE(
-        (output,), (root,), keep, create_graph, tuple(inputs),
+        output, root, keep, create_graph, tuple(inputs),
         allow_unreachable=True, accumulate_grad=False,
     )  # fmt: skip
     return found

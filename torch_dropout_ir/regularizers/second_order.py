@@ -186,10 +186,11 @@ def _first_pass(
     parts: LossParts | None,
 ) -> _Seen | AlongLine | LossParts:
     """Check model, batch and loss; take the forms at once where that holds no more."""
-    exact = num_samples is None  # nothing else is called exact
-    with clean_pass(
-        model, batch[0], twice=True, weigh=True, find_last=exact, survey=survey
-    ) as clean:
+    exact, bare = num_samples is None, loss.kind != "general"
+    with clean_pass(  # nothing but an exact sum is called exact
+        model, batch[0], twice=True, bare=bare, find_last=exact, weigh=True,
+        survey=survey,
+    ) as clean:  # fmt: skip
         check_reachable("second_order", clean.unreachable)
         read = read_outputs(clean.outputs, loss, batch[1])
         if parts is None and every(much(clean, read), "much of the loss"):
