@@ -147,9 +147,8 @@ class CleanPass:
             for i, edge in enumerate(self.edges):
                 taken = edge.node.register_prehook(functools.partial(hook, use=i))
                 stack.callback(taken.remove)
-            torch.autograd.grad(  # one element: what is received is not held
-                outputs, self.zeros, root, retain_graph=keep, allow_unused=True
-            )
+            # Of one element each: what is received is not held.
+            derivatives(outputs, self.zeros, root, keep)
 
     def count(self, outputs: Tensor) -> int:
         """Return the number of samples, each of which may have several rows.
