@@ -26,7 +26,7 @@ FLOORS = {
         "vectors",
         "arrivals", "collectives", "weight_parts", "gradient_factors",
         "sites",
-        "survey", "turns",
+        "survey", "turns", "hooks",
         "dropout_calls",
         "module_calls",
         "attention", "attention_again",

@@ -1,6 +1,8 @@
 """Short ways of small passes give what the long ones do."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -172,6 +174,34 @@ class Counting(nn.Module):
         if self.two != self.one or x.sum() > 100:
             raise ValueError("moved apart, or a stop")
         return F.dropout(x, 0.5) * self.two
+
+
+@pytest.mark.parametrize("estimator", [gauss_newton, second_order, monte_carlo])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_is_a_dropout_layer_says_its_own_mode(estimator, training):
+    net, x = nn.Dropout(0.3).train(training), torch.rand(4, 3)
+    found = estimator(net, (x, torch.rand(4, 3)), "mse")
+    assert [*found.notes] == [n for n in found.notes if "evaluation mode" in n]
+    assert bool(found.notes) == (not training) and net.training == training
+
+
+def test_a_first_call_loads_nothing_of_torchs_compiler():
+    """Its symbols take seconds, more than a small network's training."""
+    code = """
+import sys, torch, torch_dropout_ir as tdi
+from torch import nn
+there = "sympy" in sys.modules
+for width in (8, 600):
+    layers = nn.Linear(5, width), nn.Dropout(), nn.Linear(width, 4)
+    net, batch = nn.Sequential(*layers), (torch.rand(128, 5), torch.rand(128, 4))
+    for estimator in (tdi.regularizers.gauss_newton, tdi.regularizers.second_order):
+        estimator(net, batch, "mse")
+print(there or "sympy" not in sys.modules)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "True"
 
 
 def test_buffers_are_copied_for_a_call_and_given_back_after_an_error():

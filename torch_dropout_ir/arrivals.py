@@ -110,7 +110,7 @@ def root_of(value: Tensor, nodes: Iterable[Any] | None = None) -> Tensor | None:
     """
     if nodes is None:
         nodes = graph_nodes([value.grad_fn] if value.grad_fn else [])
-    own = any(isinstance(node, BackwardCFunction) for node in nodes)
+    own = any([isinstance(node, BackwardCFunction) for node in nodes])
     return torch.ones_like(value).requires_grad_() if own else None
 
 
@@ -143,7 +143,7 @@ def once_differentiable(derivatives: Iterable[Tensor | None]) -> bool:
     nowhere is not run where derivatives in tensors are asked for.
     """
     ends = [x.grad_fn for x in derivatives if x is not None and x.grad_fn]
-    return any(node.name() == ONCE for node in graph_nodes(ends))
+    return any([node.name() == ONCE for node in graph_nodes(ends)])
 
 
 def graph_nodes(starts: Iterable[Any]) -> Iterator[Any]:
@@ -153,9 +153,10 @@ def graph_nodes(starts: Iterable[Any]) -> Iterator[Any]:
     while left:
         node = left.pop()
         yield node
-        new = {n for n, _ in node.next_functions if n is not None} - seen
-        seen |= new
-        left.extend(new)
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                left.append(child)
 
 
 def taken(node: Any) -> int:

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torch_dropout_ir.collectives import go_on
 from torch_dropout_ir.dropout_calls import DropoutCalls, SiteFunction
+from torch_dropout_ir.hooks import after_call, before_call
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.sites import Site, uncompiled
 from torch_dropout_ir.substitution import call_with, copied_buffers, keep_buffers
@@ -62,13 +63,12 @@ def _switching() -> contextlib.AbstractContextManager[Any]:
 
 
 def switch_off(
-    module: nn.Module, modes: dict[nn.Module, bool], whole: bool = False
-) -> list[Callable[[], None]]:
+    module: nn.Module, modes: dict[nn.Module, bool]
+) -> list[Callable[[], object]]:
     """Return what gives a dropout module back that is switched off in its calls.
 
     A model may ask for its mode or set it: ``modes`` is told the one that it has when
-    it is called, unless one switch for the ``whole`` pass is enough. What is returned
-    is to be called from the last to the first.
+    it is called. What is returned is to be called from the last to the first.
     """
     own = vars(module)  # to set an attribute asks what it is
     under_way = list[None]()  # calls, of several threads
@@ -86,30 +86,11 @@ def switch_off(
             if not under_way:
                 own["training"] = modes[module]
 
+    modes[module] = module.training
     restored = functools.partial(own.__setitem__, "training", module.training)
-    switch(module)
-    if whole:
-        return [restored]
-    back(module)
     # Before that of a pass around this one, which would have switched it off.
-    before = module.register_forward_pre_hook(switch, prepend=True)
-    after = module.register_forward_hook(back, always_call=True)
-    return [restored, before.remove, after.remove]
-
-
-def _act(site: Site, apply: SiteFunction, whole: bool) -> Callable[[], None]:
-    """Return what gives back a site that passes ``apply(site, h)`` on while it is off.
-
-    ``whole``: the model is of torch's layers alone, without anybody's hooks.
-    """
-    if not whole:
-        handle = site.module.register_forward_hook(  # before the model's own
-            lambda _, __, h: apply(site, h), prepend=True
-        )
-        return handle.remove
-    own = vars(site.module)  # with hooks a call takes as long as a small layer
-    own["forward"] = functools.partial(apply, site)
-    return functools.partial(own.pop, "forward")
+    before = before_call(module, switch)
+    return [restored, before, after_call(module, back, always=True)]
 
 
 @contextlib.contextmanager
@@ -151,31 +132,44 @@ def _at_sites(
     seen: Survey, apply: SiteFunction, move_buffers: bool, outlives: bool, copies: bool
 ) -> Iterator[DropoutCalls]:
     calls = DropoutCalls(seen.callers, apply, move_buffers, outlives)
-    undo: list[Callable[[], None]] = []
-    modes: dict[nn.Module, bool] = {}
-
-    def acts(site: Site) -> bool:
-        return site.p > 0 and (modes[site.module] or not seen.model.training)
-
-    def act(site: Site, h: Tensor) -> Tensor:
-        return apply(site, h) if acts(site) else h
-
+    undo: list[Callable[[], object]] = []
     try:
         # Layers of torch alone run nothing again in a backward pass.
         if seen.has_buffers and not (move_buffers or (copies and calls.absent)):
             undo.append(keep_buffers(seen.model))
-        for module in seen.noise:
-            undo += switch_off(module, modes, calls.absent)
-        for site in seen.sites:
-            if not calls.absent:
-                undo.append(_act(site, act, whole=False))
-            elif acts(site):  # which nothing changes
-                undo.append(_act(site, apply, whole=True))
+        place = _replace if calls.absent else _hook
+        place(seen, apply, undo)
         with calls:
             yield calls
     finally:
         for back in reversed(undo):
             back()
+
+
+def _replace(
+    seen: Survey, apply: SiteFunction, undo: list[Callable[[], object]]
+) -> None:
+    """Put ``apply`` in the place of each site of a model of torch's layers alone."""
+    for site in seen.sites:  # of which nobody asks the mode, and nothing changes it
+        if site.p > 0 and (site.module.training or not seen.model.training):
+            own = vars(site.module)  # a hook takes as long as a small layer
+            own["forward"] = functools.partial(apply, site)
+            undo.append(functools.partial(own.pop, "forward"))
+
+
+def _hook(seen: Survey, apply: SiteFunction, undo: list[Callable[[], object]]) -> None:
+    """Switch dropout modules off, and let each site pass on what ``apply`` returns."""
+    modes: dict[nn.Module, bool] = {}
+
+    def act(site: Site, _: nn.Module, __: Any, h: Tensor) -> Tensor:
+        acts = site.p > 0 and (modes[site.module] or not seen.model.training)
+        return apply(site, h) if acts else h
+
+    for module in seen.noise:
+        undo += switch_off(module, modes)
+    for site in seen.sites:  # before hooks of the model's own
+        hook = functools.partial(act, site)
+        undo.append(after_call(site.module, hook, first=True))
 
 
 def fresh(_: Site, h: Tensor) -> Tensor:
@@ -212,11 +206,12 @@ def call(
     model, arguments = seen.model, Inputs.of(inputs).renewed()
     if seen.in_place:
         arguments = arguments.copied()
-    own = seen.has_buffers and not move_buffers
-    with copied_buffers(seen.modules) if own else contextlib.nullcontext():
-        if params:
-            return arguments.call(functools.partial(call_with, model, params))
-        return arguments.call(lambda args, kwargs: model(*args, **kwargs))
+    own = functools.partial(call_with, model, params) if params else None
+    run = own or (lambda args, kwargs: model(*args, **kwargs))
+    if move_buffers or not seen.has_buffers:
+        return arguments.call(run)
+    with copied_buffers(seen.modules):
+        return arguments.call(run)
 
 
 def batch_size(batch: Batch) -> int:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from torch_dropout_ir.hooks import after_call, before_call
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import checkpointed
 
@@ -52,7 +53,7 @@ class ModuleCalls(TorchFunctionMode):
         self._modules = [m for _, m in named if not isinstance(m, scripted)]
         self._names = {id(m): name for name, m in named}
         self._running: list[tuple[nn.Module, dict[str, int]]] = []
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         self._on = False
         self.again = False
         self.differentiates = False
@@ -62,11 +63,8 @@ class ModuleCalls(TorchFunctionMode):
             _ABSENT.modes = (*_absent(), self)
             return self
         for module in self._modules:  # around hooks of the user's, which may call too
-            before = module.register_forward_pre_hook(self._begin, prepend=True)
-            after = module.register_forward_hook(
-                self._end, prepend=True, always_call=True
-            )
-            self._undo += [before.remove, after.remove]
+            self._undo.append(before_call(module, self._begin))
+            self._undo.append(after_call(module, self._end, first=True, always=True))
         if _any_compiled(self._modules):  # graphs have no place for masks
             stack = contextlib.ExitStack()
             stack.enter_context(warnings.catch_warnings())
@@ -156,7 +154,7 @@ def _any_compiled(modules: Sequence[nn.Module]) -> bool:
     if torch.compiler.is_compiling():
         return False
     kinds = ("_orig_mod", "_compiled_call_impl")
-    return any(vars(m).get(kinds[1]) or kinds[0] in m._modules for m in modules)
+    return any([vars(m).get(kinds[1]) or kinds[0] in m._modules for m in modules])
 
 
 @contextlib.contextmanager

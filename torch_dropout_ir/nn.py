@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch_dropout_ir import ops, tracing
 from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.functional import preserved_rng
+from torch_dropout_ir.hooks import after_call, before_call
 from torch_dropout_ir.masks import MaskStatistics, MaskTally
 from torch_dropout_ir.sites import mask_shape, num_units
 
@@ -290,8 +291,6 @@ def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
             forks.pop().__exit__(None, None, None)
 
     with contextlib.ExitStack() as stack:
-        before = model.register_forward_pre_hook(begin, prepend=True)
-        stack.callback(before.remove)
-        after = model.register_forward_hook(end, always_call=True)
-        stack.callback(after.remove)
+        stack.callback(before_call(model, begin))
+        stack.callback(after_call(model, end, always=True))
         yield model

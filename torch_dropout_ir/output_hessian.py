@@ -90,7 +90,8 @@ class HessianRoots:
     ) -> None:
         self._kind = loss.kind
         known = loss.kind == "cross_entropy"
-        self.like = outputs if known else outputs.new_empty(()).expand(outputs.shape)
+        held = known or (few(outputs) and outputs.is_contiguous())
+        self.like = outputs if held else outputs.new_empty(()).expand(outputs.shape)
         self._convex = loss.kind in ("squared", "cross_entropy") or is_convex(loss)
         self._few: Tensor | None = None
         if loss.kind == "squared":

@@ -62,6 +62,18 @@ def frames(frame: types.FrameType | None) -> Iterator[types.FrameType]:
         frame = frame.f_back
 
 
+def unasking(act: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Return what acts on plain tensors as ``act(site, h)``, and is asked nothing."""
+
+    def acts(site: Any, h: Tensor) -> Tensor:
+        if type(h) is not Tensor:
+            return act(site, h)
+        with unasked():
+            return act(site, h)
+
+    return acts
+
+
 def checkpointed() -> bool:
     """Whether a forward pass is in a block that will be computed again."""
     packing = _PACKING(False) if _PACKING is not None else None
@@ -90,23 +102,26 @@ def unpacked_by_hooks() -> bool:
 
 
 def derivatives(
-    output: Tensor,
+    output: Tensor | tuple[Tensor, ...],
     inputs: Sequence[GradientEdge] | Sequence[Tensor],
-    root: Tensor | None,
+    root: Tensor | tuple[Tensor, ...] | None,
     keep: bool,
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return what ``torch.autograd.grad`` does, of an output and a root of its shape.
 
-    The root is None for a scalar; so are derivatives in what it does not depend on.
+    The root is None for a scalar; of several outputs it is sent back from each. What
+    an output does not depend on has None.
     """
     if root is None or _ENGINE is None or _FUNCTION_MODES is None or _FUNCTION_MODES():
         return torch.autograd.grad(
             output, inputs, root, retain_graph=keep, create_graph=create_graph,
             allow_unused=True,
         )  # fmt: skip
+    if isinstance(output, Tensor):
+        output, root = (output,), (root,)  # type: ignore[assignment]
     found: tuple[Tensor | None, ...] = _ENGINE(
-        (output,), (root,), keep, create_graph, tuple(inputs),
+        output, root, keep, create_graph, tuple(inputs),
         allow_unreachable=True, accumulate_grad=False,
     )  # fmt: skip
     return found

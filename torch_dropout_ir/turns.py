@@ -26,6 +26,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from torch_dropout_ir.hooks import before_call
 from torch_dropout_ir.tracing import frames
 
 _LONGEST: Final = 300.0  # seconds of a pass of another thread's
@@ -95,20 +96,22 @@ def alone_with(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     Raises:
         RuntimeError: If a pass of another thread does not end.
     """  # noqa: DOC502 (raised by the wait)
-    if torch.compiler.is_compiling() or threading.active_count() == 1:
-        return in_turn()
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    if threading.active_count() == 1:
+        return _Turn()
     return _alone_with(model)
 
 
 @contextlib.contextmanager
 def _alone_with(model: nn.Module) -> Iterator[None]:
     with in_turn():
-        door = model.register_forward_pre_hook(_Door(model), prepend=True)
+        remove = before_call(model, _Door(model))
         try:
             _wait_for_passes(model)
             yield
         finally:
-            door.remove()
+            remove()
 
 
 class _Door:

@@ -183,10 +183,10 @@ class WeightParts(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _HOLD_INPUT and self._remake:
             return self._activated(func, args, kwargs)
-        own = _OWN.get(func) if tracing.eager() else None
+        own = _OWN.get(func)
         # A block that runs twice must save the same both times: torch's own then.
         if own and torch.is_grad_enabled() and not tracing.runs_twice():
-            found = own(self, *args, **kwargs)
+            found = own(self, *args, **kwargs) if tracing.eager() else None
             if found is not None:
                 return found
         return func(*args, **kwargs)

@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from torch_dropout_ir.hooks import after_call, before_call
 from torch_dropout_ir.module_calls import innermost
 from torch_dropout_ir.sites import uncompiled
 from torch_dropout_ir.survey import Survey
@@ -239,14 +240,13 @@ def _given_back(
         if stays == "last" or (stays == "first" and not after):
             after[:] = [kept.now()]
 
-    before = model.register_forward_pre_hook(begin, prepend=True)
-    behind = model.register_forward_hook(end, always_call=True)
+    hooks = before_call(model, begin), after_call(model, end, always=True)
 
     def over() -> None:
         while running:  # it was broken off
             end()
-        before.remove()
-        behind.remove()
+        for remove in hooks:
+            remove()
         for values in filter(None, (kept, *after)):
             values.give_back()
 

@@ -18,7 +18,7 @@ from torch_dropout_ir.output_products import HessianProduct, few
 from torch_dropout_ir.output_scales import alike
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.sites import Site, named_modules, uncompiled, unobservable
-from torch_dropout_ir.tracing import generators_moved
+from torch_dropout_ir.tracing import generators_moved, unasked
 
 _DRAWN: Final = (
     "the model draws noise besides its sites: what that adds is not in it, and it is "
@@ -94,11 +94,12 @@ def check_batch(
     tensors = [x for x in given if isinstance(x, Tensor)]
     modules = named_modules(uncompiled(model)) if modules is None else modules
     own = [x for _, m in modules for x in m._parameters.values()]
-    if any([x is not None and x.is_meta for x in (*own, *tensors)]):
-        raise ValueError(
-            "expected a model and a batch with values, got tensors on the meta device. "
-            "Use `model.to_empty(device=...)` and load weights first."
-        )
+    with unasked():
+        if any([x is not None and x.is_meta for x in (*own, *tensors)]):
+            raise ValueError(
+                "expected a model and a batch with values, got tensors on the meta "
+                "device. Use `model.to_empty(device=...)` and load weights first."
+            )
     for value in tensors:
         if value.ndim and value.shape[0] == 0:
             raise ValueError(

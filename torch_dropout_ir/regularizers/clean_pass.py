@@ -24,7 +24,7 @@ from torch_dropout_ir.regularizers.row_graph import rows_meet
 from torch_dropout_ir.regularizers.step_memory import Below, Weighed, may_hold_much
 from torch_dropout_ir.sites import out_of_sight
 from torch_dropout_ir.survey import Survey
-from torch_dropout_ir.tracing import derivatives, generators_moved
+from torch_dropout_ir.tracing import derivatives, generators_moved, unasking
 
 
 @dataclasses.dataclass
@@ -147,9 +147,8 @@ class CleanPass:
             for i, edge in enumerate(self.edges):
                 taken = edge.node.register_prehook(functools.partial(hook, use=i))
                 stack.callback(taken.remove)
-            torch.autograd.grad(  # one element: what is received is not held
-                outputs, self.zeros, root, retain_graph=keep, allow_unused=True
-            )
+            # Of one element each: what is received is not held.
+            derivatives(outputs, self.zeros, root, keep)
 
     def count(self, outputs: Tensor) -> int:
         """Return the number of samples, each of which may have several rows.
@@ -225,7 +224,7 @@ def clean_pass(
     first: Tensor | None = None,
     bare: bool = False,
     reduce: Callable[[Any], Any] | None = None,
-    find_last: bool = True,
+    find_last: bool = False,
     weigh: bool = False,
     survey: Survey | None = None,
 ) -> Iterator[CleanPass]:
@@ -264,7 +263,7 @@ def clean_pass(
     there = functools.partial(there_before, model, inputs)
     seen = Recorder(outlives, first, weigh, there, survey)
     placed = at_sites(
-        model, seen.perturb, move_buffers=move_buffers, outlives=outlives,
+        model, unasking(seen.perturb), move_buffers=move_buffers, outlives=outlives,
         survey=survey, copies=True,
     )  # fmt: skip
     reading = seen.reading(survey.modules) if find_last else contextlib.nullcontext()
@@ -272,9 +271,8 @@ def clean_pass(
         if outlives:
             calls.watch = Blocks(operations).look
         moved = None if calls.absent else generators_moved(model)
-        outputs = seen.run(
-            lambda: call(model, inputs, move_buffers=move_buffers, survey=survey)
-        )
+        options: dict[str, Any] = {"move_buffers": move_buffers, "survey": survey}
+        outputs = seen.run(functools.partial(call, model, inputs, **options))
         if reduce is not None:
             outputs = reduce(outputs)
         if bare and not calls.again:

@@ -17,6 +17,8 @@ from torch_dropout_ir.kernels import keep_scale
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_batch, check_site
 from torch_dropout_ir.sites import Site
+from torch_dropout_ir.survey import Survey
+from torch_dropout_ir.tracing import unasking
 
 Again: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -67,7 +69,8 @@ def dropout_risk(
         TypeError: If a site's input is not real.
         ValueError: If the batch is empty, or ``shared_mask`` does not fit a site.
     """  # noqa: DOC502 (raised by the checks)
-    check_batch(model, batch[0])
+    survey = Survey.of(model)
+    check_batch(model, batch[0], survey.modules)
 
     def drop(site: Site, h: Tensor) -> Tensor:
         check_site(site, h)
@@ -92,8 +95,8 @@ def dropout_risk(
             note(dropped, h, again)
         return dropped
 
-    with at_sites(model, drop) as calls:
-        yield loss(call(model, batch[0]), batch[1])
+    with at_sites(model, unasking(drop), survey=survey) as calls:
+        yield loss(call(model, batch[0], survey=survey), batch[1])
         seen.silenced |= calls.silenced
 
 
@@ -117,5 +120,6 @@ def _check_rows(site: Site, shape: tuple[int, ...], batch: Batch) -> None:
 
 def clean_risk(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
     """Return ``R_S`` of a batch: dropout off, batch normalization as in training."""
-    with at_sites(model, fresh):
-        return loss(call(model, batch[0]), batch[1])
+    survey = Survey.of(model)
+    with at_sites(model, fresh, survey=survey):
+        return loss(call(model, batch[0], survey=survey), batch[1])

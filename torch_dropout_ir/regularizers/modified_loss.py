@@ -226,6 +226,7 @@ def _with_r1(
         with clean_pass(
             model, batch[0], twice=twice, thrice=thrice, move_buffers=kind == "L1",
             lean=twice and not thrice and max_bytes is not None, outlives=True,
+            find_last=not twice,
         ) as passed:  # fmt: skip
             met = bool(passed.uses) or bool(find_sites(model))  # else p = 0
             for said in noise_left_out(model, passed.noisy, met, drawn=passed.drawn):

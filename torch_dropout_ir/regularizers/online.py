@@ -62,7 +62,9 @@ def online(
     seed = int(torch.randint(2**62, ()))
     with (
         preserved_rng(model, seed),
-        clean_pass(model, batch[0], twice=twice, bare=not twice) as clean,
+        clean_pass(
+            model, batch[0], twice=twice, bare=not twice, find_last=True
+        ) as clean,
     ):
         found, how = _second_order(model, clean, batch[1], loss)
         if batch[1] is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.collectives import every
+from torch_dropout_ir.hooks import after_call
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.regularizers import step_memory
@@ -108,12 +109,6 @@ class Recorder:
 
     def perturb(self, site: Site, h: Tensor) -> Tensor:
         """Add a zero to a site's input, and record both."""
-        if type(h) is not Tensor:
-            return self._perturb(site, h)
-        with unasked():  # nobody is asked about each property
-            return self._perturb(site, h)
-
-    def _perturb(self, site: Site, h: Tensor) -> Tensor:
         check_site(site, h)
         if site.rate is None and not self._fixed:
             site = Site(site.name, site.module, rate=site.p)
@@ -177,12 +172,12 @@ class Recorder:
         """
         layers = [layer for _, layer in named if type(layer) is nn.Linear]
         # Before hooks of the model's own, which may make something else of the output.
-        hooks = [x.register_forward_hook(self._read, prepend=True) for x in layers]
+        hooks = [after_call(x, self._read, first=True) for x in layers]
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for remove in hooks:
+                remove()
 
     def _read(self, layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
         if not self._open:

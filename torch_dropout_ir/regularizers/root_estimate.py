@@ -88,7 +88,7 @@ def known_of(
     linear = () if forms.curved or check_curvature(read) else (LINEAR,)
     notes = (*clean.noise_left_out(model), *beside, *linear)
     exact = is_exact(clean, loss, read.targets, forms.num_samples)
-    like = read.single.new_empty(())
+    like = read.tensors[0].new_empty(())
     return Known(clean.names, forms.num_samples, exact, like, notes)
 
 

@@ -37,6 +37,7 @@ from torch_dropout_ir.regularizers.root_passes import again, samples_meet
 from torch_dropout_ir.regularizers.row_chunks import RowChunks, looked_at
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, assemble
+from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.written_parameters import unwritten
 
 # Parts of the rows at most: a double backward keeps three times what a training step
@@ -133,16 +134,17 @@ def second_order(
     if num_samples is not None:
         check_count("second_order", "num_samples", num_samples, 1)
     resolved, batch = resolve_loss(loss), as_pair(batch)
-    with unwritten(model):
+    survey = Survey.of(model)
+    with unwritten(model, survey=survey):
         args = model, batch, resolved, num_samples
-        look, found = functools.partial(_first_pass, *args), None
-        seen = looked_at(functools.partial(look, True))
-        if isinstance(seen, AlongLine):
-            found = seen.estimate(*args, linear=False)
-            seen = looked_at(functools.partial(look, False)) if found is None else seen
-        if isinstance(seen, _Seen):
-            found = _drawn(seen, *args)
-    assert found is not None
+        look = functools.partial(_first_pass, *args)
+        found = looked_at(functools.partial(look, survey, True))
+        if isinstance(found, AlongLine):
+            along = found.estimate(*args, linear=False)
+            found = along or looked_at(functools.partial(look, None, False))
+        if isinstance(found, _Seen):
+            found = _drawn(found, *args)
+    assert isinstance(found, Estimate)
     check_finite("second_order", found.value, model, batch[0])
     return found
 
@@ -179,11 +181,16 @@ def _first_pass(
     batch: Batch,
     loss: Loss,
     num_samples: int | None,
+    survey: Survey | None,
     line: bool,
     parts: LossParts | None,
 ) -> _Seen | AlongLine | LossParts:
     """Check model, batch and loss; take the forms at once where that holds no more."""
-    with clean_pass(model, batch[0], twice=True, weigh=True) as clean:
+    exact, bare = num_samples is None, loss.kind != "general"
+    with clean_pass(  # nothing but an exact sum is called exact
+        model, batch[0], twice=True, bare=bare, find_last=exact, weigh=True,
+        survey=survey,
+    ) as clean:  # fmt: skip
         check_reachable("second_order", clean.unreachable)
         read = read_outputs(clean.outputs, loss, batch[1])
         if parts is None and every(much(clean, read), "much of the loss"):

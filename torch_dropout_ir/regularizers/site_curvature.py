@@ -14,6 +14,7 @@ from torch_dropout_ir.collectives import go_on
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.site_forms import Form, by_row, signs
+from torch_dropout_ir.tracing import derivatives
 
 Vectors = Sequence["Tensor | None"]
 
@@ -46,13 +47,9 @@ class SiteCurvature:
         self._create_graph = create_graph
         if not linearized:
             risk = read.risk(read.tensors)
-            root = root_of(risk)
-            self._slopes = _gradients(
-                [risk],
-                clean.edges,
-                None if root is None else [root],
-                create_graph=True,
-            )
+            own = root_of(risk)
+            root = torch.ones_like(risk) if own is None else own
+            self._slopes = _gradients([risk], clean.edges, [root], create_graph=True)
             _check_twice(self._slopes)
             return
         self._roots = [linear_root(x) for x in read.tensors]
@@ -168,28 +165,19 @@ def _check_twice(slopes: Vectors) -> None:
 def _gradients(
     outputs: Vectors,
     inputs: Sequence[Tensor] | Sequence[GradientEdge],
-    roots: Vectors | None,
+    roots: Vectors,
     create_graph: bool,
     keep: bool = True,
 ) -> list[Tensor | None]:
     """Reverse derivative of the outputs that there are, None where there is none."""
-    given = list(roots) if roots is not None else [None] * len(outputs)
     live = [
         (x, r)
-        for x, r in zip(outputs, given, strict=True)
-        if x is not None and x.requires_grad and (roots is None or r is not None)
+        for x, r in zip(outputs, roots, strict=True)
+        if x is not None and x.requires_grad and r is not None
     ]
     if not live or not inputs:
         return [None] * len(inputs)
     heads, weights = zip(*live, strict=True)
     go_on("backward")
-    return list(
-        torch.autograd.grad(
-            heads,
-            inputs,
-            None if roots is None else weights,
-            retain_graph=keep or create_graph,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    )
+    keep = keep or create_graph
+    return list(derivatives(heads, inputs, weights, keep, create_graph))

@@ -141,7 +141,7 @@ def _estimators(
     model: nn.Module, batch: Batch, loss: Loss, num_masks: int, num_samples: int
 ) -> tuple[dict[str, Estimator], tuple[str, ...]]:
     """Every estimator with what it claims, and what there is to know of the model."""
-    with clean_pass(model, batch[0]) as clean:
+    with clean_pass(model, batch[0], find_last=True) as clean:
         at_last = fits_last_layer(clean, loss)
         notes = noise_left_out(model, clean.noisy, bool(clean.uses), drawn=clean.drawn)
         closed = is_exact(clean, loss, batch[1], None) and not clean.unreachable
@@ -184,7 +184,7 @@ def _of_features(
     model: nn.Module, batch: Batch, loss: Loss, form: Callable[..., Tensor], _: int
 ) -> Estimate:
     """Take a closed form of the features before the last layer."""
-    with clean_pass(model, batch[0]) as clean, torch.no_grad():
+    with clean_pass(model, batch[0], find_last=True) as clean, torch.no_grad():
         value = last_layer_form(clean, batch[1], loss, form)
     return Estimate(value, {}, torch.zeros_like(value), False, 0)
 

@@ -1,0 +1,74 @@
+"""Hooks of ours are called where torch's would be."""
+
+import pytest
+import torch
+from torch import nn
+
+from torch_dropout_ir.hooks import after_call, before_call
+
+
+class _Failing(nn.Module):
+    def forward(self, x):
+        if x.isnan().any():
+            raise ArithmeticError
+        return -x
+
+
+def _hooked(module, ours):
+    """Return who is called, with hooks of a user's between two pairs of ours."""
+    called = []
+
+    def note(name):
+        return lambda *given: called.append((name, given[1:]))
+
+    if ours:
+        removers = [
+            before_call(module, note("inner")),
+            after_call(module, note("behind"), always=True),
+        ]
+    else:
+        removers = [
+            module.register_forward_pre_hook(note("inner"), prepend=True).remove,
+            module.register_forward_hook(note("behind"), always_call=True).remove,
+        ]
+    module.register_forward_pre_hook(note("user"))
+    module.register_forward_hook(note("user"))
+    if ours:
+        removers += [
+            before_call(module, note("outer")),
+            after_call(module, note("plain")),
+            after_call(module, note("first"), first=True, always=True),
+        ]
+    else:
+        removers += [
+            module.register_forward_pre_hook(note("outer"), prepend=True).remove,
+            module.register_forward_hook(note("plain")).remove,
+            module.register_forward_hook(
+                note("first"), prepend=True, always_call=True
+            ).remove,
+        ]
+    return called, removers
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_they_are_called_when_torchs_are_and_leave_nothing(fails):
+    x = torch.full((2,), torch.nan if fails else 1.0)
+    found = []
+    for ours in (True, False):
+        module = _Failing()
+        called, removers = _hooked(module, ours)
+        for remove in (None, *removers):
+            if remove is not None:
+                remove()
+            try:
+                module(x)
+            except ArithmeticError:
+                called.append("error")
+            called.append("next")
+        for remove in removers:  # once more does nothing
+            remove()
+        assert len(module._forward_hooks) == len(module._forward_pre_hooks) == 1
+        assert not module._forward_hooks_always_called
+        found.append(str(called))
+    assert found[0] == found[1]
+    assert ("error" in found[0]) == fails
