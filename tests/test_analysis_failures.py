@@ -234,6 +234,23 @@ def test_an_unsupported_operation_leaves_the_other_measures():
     assert len(analysis.history["condensation/effective_ratio/body.0"]) == 3
 
 
+def test_sites_without_a_part_are_said_to_lack_it():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 3))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    with tdi.attach_analysis(net, log_dir=False, every=1) as analysis:
+        nn.functional.l1_loss(net(x), y).backward()  # without a second derivative
+        sgd.step()
+        assert "regularizer/R1" in analysis.latest
+        assert "regularizer/R1/2" not in analysis.latest
+        assert "piecewise linear" in analysis.absent["regularizer/R1/<site>"]
+        sgd.zero_grad()
+        nn.functional.cross_entropy(net(x), y.argmax(1)).backward()
+        sgd.step()
+        assert "regularizer/R1/2" in analysis.latest
+        assert "regularizer/R1/<site>" not in analysis.absent
+
+
 @pytest.mark.parametrize("convert", [False, True])
 def test_an_interrupt_in_a_measure_leaves_nothing_behind(convert):
     class Stops(measures.Regularizer):

@@ -77,6 +77,8 @@ class Regularizer:
         records: dict[str, Record] = {**_told(snapshot, joined)}
         if snapshot.sites:
             snapshot.notes[_R1] = how
+            if not found.per_site:
+                snapshot.absent[f"{_R1}/<site>"] = "; ".join(found.notes)
         else:
             records = {tag: joined[tag] for tag in joined if tag == "loss/R_S"}
             snapshot.absent[_R1] = NO_SITE
