@@ -13,7 +13,7 @@ from torch_dropout_ir.arrivals import once_differentiable, root_of, uneven
 from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import TWICE, HessianProduct, explain
-from torch_dropout_ir.output_scales import alike, closed_diagonal, is_logistic
+from torch_dropout_ir.output_scales import alike, bends, closed_diagonal, is_logistic
 from torch_dropout_ir.regularizers.coupling import (
     by_powers,
     even_root,
@@ -250,18 +250,20 @@ def check_curvature(read: OutputsRead) -> bool:
     """Raise if the loss is linear where the outputs are, and not everywhere.
 
     Its second derivative is zero there, and no second-order form can see its kinks.
+    Of torch's own losses it is known whether they have one elsewhere.
 
     Args:
         read: What the loss reads.
 
     Returns:
-        Whether the loss has a second derivative; a linear one has none to miss.
+        Whether the loss has a second derivative, there or where it is known to bend; a
+        linear one has none to miss.
 
     Raises:
         ValueError: If it is piecewise linear or constant, or torch cannot
             differentiate it twice.
     """
-    if read.known:
+    if read.known or (read.loss is not None and bends(read.loss, read.targets)):
         return True
     at, slopes = read.differentiated(read.product())
     if once_differentiable(slopes):
