@@ -345,7 +345,7 @@ def test_second_derivatives_that_are_not_at_hand_are_autograds():
 def test_a_loss_that_bends_elsewhere_is_0_and_said_where_it_is_linear():
     net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
     batch = torch.randn(4, 3), torch.full((4, 2), 100.0)
-    for loss in (nn.HuberLoss(), nn.SmoothL1Loss()):
+    for loss in (nn.HuberLoss(), nn.SmoothL1Loss(), lambda f, y: F.huber_loss(f, y)):
         for form in (gauss_newton, second_order):
             found = form(net, batch, loss)
             assert found.value == 0 and "linear" in found.notes[0]

@@ -110,26 +110,6 @@ def closed_diagonal(loss: Loss) -> Callable[[Tensor, Tensor], Tensor] | None:
     return diagonal
 
 
-def bends(loss: Loss, targets: Any) -> bool:
-    """Whether a loss of torch's of single outputs is curved somewhere.
-
-    A Huber loss is, though not where residuals are large.
-
-    Args:
-        loss: The loss.
-        targets: The targets, where it is the smallest.
-
-    Returns:
-        Whether its second derivative is known there, and is not 0.
-    """
-    second = closed_diagonal(loss)
-    return (
-        second is not None
-        and isinstance(targets, Tensor)
-        and bool(second(targets, targets).any())
-    )
-
-
 def alike(outputs: Tensor, targets: Any) -> bool:
     """Whether targets are a tensor of the outputs' shape and dtype."""
     return (

@@ -13,13 +13,13 @@ from torch_dropout_ir.arrivals import once_differentiable, root_of, uneven
 from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import TWICE, HessianProduct, explain
-from torch_dropout_ir.output_scales import alike, bends, closed_diagonal, is_logistic
+from torch_dropout_ir.output_scales import alike, closed_diagonal, is_logistic
 from torch_dropout_ir.regularizers.coupling import (
     by_powers,
     even_root,
     weighs_alike,
 )
-from torch_dropout_ir.regularizers.loss_graph import rows_apart
+from torch_dropout_ir.regularizers.loss_graph import bends, rows_apart
 
 _PIECEWISE: Final = (
     "expected a loss with a second derivative, got one that is piecewise {}: its "
@@ -250,20 +250,19 @@ def check_curvature(read: OutputsRead) -> bool:
     """Raise if the loss is linear where the outputs are, and not everywhere.
 
     Its second derivative is zero there, and no second-order form can see its kinks.
-    Of torch's own losses it is known whether they have one elsewhere.
 
     Args:
         read: What the loss reads.
 
     Returns:
-        Whether the loss has a second derivative, there or where it is known to bend; a
-        linear one has none to miss.
+        Whether the loss has a second derivative, if it be 0 there; a linear one has
+        none to miss.
 
     Raises:
         ValueError: If it is piecewise linear or constant, or torch cannot
             differentiate it twice.
     """
-    if read.known or (read.loss is not None and bends(read.loss, read.targets)):
+    if read.known:
         return True
     at, slopes = read.differentiated(read.product())
     if once_differentiable(slopes):
@@ -283,8 +282,10 @@ def check_curvature(read: OutputsRead) -> bool:
         except (RuntimeError, ValueError):  # no place for outputs: nothing to learn
             continue
         if any(not torch.equal(a, b) for a, b in zip(slopes, others, strict=True)):
-            if flat:  # it fits so well that nothing is left of its derivatives
-                return True
+            with torch.enable_grad():
+                # It fits so well that no derivatives are left, or not at all.
+                if flat or bends(read.risk(at)):
+                    return True
             raise ValueError(_PIECEWISE.format("linear"))
         jumps = jumps or (flat and _differs(read.risk(far), read.risk(at)))
     if jumps:
