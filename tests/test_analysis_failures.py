@@ -597,7 +597,9 @@ def test_passes_that_nothing_can_look_at_train_on_and_say_why(what, compiled):
         if compiled:
             net.compile(backend=lambda graph, _: graph.forward)
         sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-        analysis = tdi.attach_analysis(net, log_dir=False) if watched else None
+        analysis = (
+            tdi.attach_analysis(net, log_dir=False, budget=0.9) if watched else None
+        )
         given = Uncopied(x=x) if what == "arguments" else {"x": x}
         for _ in range(2):
             net(given)[0].square().mean().backward()
