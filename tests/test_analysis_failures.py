@@ -234,6 +234,23 @@ def test_an_unsupported_operation_leaves_the_other_measures():
     assert len(analysis.history["condensation/effective_ratio/body.0"]) == 3
 
 
+def test_sites_without_a_part_are_said_to_lack_it():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 3))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    with tdi.attach_analysis(net, log_dir=False, every=1) as analysis:
+        nn.functional.l1_loss(net(x), y).backward()  # without a second derivative
+        sgd.step()
+        assert "regularizer/R1" in analysis.latest
+        assert "regularizer/R1/2" not in analysis.latest
+        assert "piecewise linear" in analysis.absent["regularizer/R1/<site>"]
+        sgd.zero_grad()
+        nn.functional.cross_entropy(net(x), y.argmax(1)).backward()
+        sgd.step()
+        assert "regularizer/R1/2" in analysis.latest
+        assert "regularizer/R1/<site>" not in analysis.absent
+
+
 @pytest.mark.parametrize("convert", [False, True])
 def test_an_interrupt_in_a_measure_leaves_nothing_behind(convert):
     class Stops(measures.Regularizer):
@@ -580,7 +597,9 @@ def test_passes_that_nothing_can_look_at_train_on_and_say_why(what, compiled):
         if compiled:
             net.compile(backend=lambda graph, _: graph.forward)
         sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-        analysis = tdi.attach_analysis(net, log_dir=False) if watched else None
+        analysis = (
+            tdi.attach_analysis(net, log_dir=False, budget=0.9) if watched else None
+        )
         given = Uncopied(x=x) if what == "arguments" else {"x": x}
         for _ in range(2):
             net(given)[0].square().mean().backward()

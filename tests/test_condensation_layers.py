@@ -297,6 +297,18 @@ def test_the_walk_names_parts_and_gives_tied_weights_once():
     assert [name for name, _ in cd.named_input_weights(net)] == ["0", "2"]
 
 
+def test_the_linear_layer_of_gpt2_is_one_with_its_weight_turned():
+    turned = pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 4)
+    same = nn.Linear(4, 6)
+    same.weight.data.copy_(turned.weight.T)
+    nn.init.normal_(turned.bias)
+    same.bias.data.copy_(turned.bias)
+    for view in ("filter", "query", "key", "value"):
+        assert torch.equal(cd.input_weights(turned, view), cd.input_weights(same, view))
+    ((name, rows),) = cd.named_input_weights(nn.Sequential(turned))
+    assert name == "0" and torch.equal(rows, cd.input_weights(same))
+
+
 def test_unknown_layers_are_refused_by_name():
     with pytest.raises(NotImplementedError, match="Supported: Linear"):
         cd.input_weights(nn.BatchNorm1d(3))

@@ -77,6 +77,62 @@ def test_the_mask_of_a_call_is_observed(name):
     assert abs(kept - 0.7) < 4 * (0.21 / 800) ** 0.5
 
 
+class OneCall(nn.Module):
+    """A branch dropped by a mask that torch's own function draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop_prob = 0.4
+
+    def forward(self, x):
+        rows = x.new_ones(len(x), *[1] * (x.ndim - 1))
+        return x * F.dropout(rows, self.drop_prob, self.training)
+
+
+OneCall.__name__ = "OneCallDropPath"
+
+
+@pytest.mark.parametrize("kind", ["row", "batch", "own", "one call"])
+def test_the_mask_of_a_branch_that_begins_at_zero_is_observed(kind):
+    """Its output is zero whether it is kept or not."""
+    net = Path() if kind in ("own", "one call") else Residual(kind)
+    if kind == "one call":
+        net.drop = OneCall()
+    for weight in net.branch.parameters():
+        nn.init.zeros_(weight)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.0)
+    x = torch.randn(400, 2)
+    kept, drawn = 0, 1 if kind == "batch" else 400
+    with tdi.attach_analysis(net, log_dir=False, every=1) as analysis:
+        for step in range(3):
+            torch.manual_seed(step)
+            kept += int((net.drop(torch.ones(400, 2)) != 0).sum()) // (800 // drawn)
+            torch.manual_seed(step)
+            F.mse_loss(net(x), x + 1).backward()
+            sgd.step()
+    assert analysis.latest["mask/keep_rate/drop"] == pytest.approx(kept / (3 * drawn))
+
+
+NOISES = {
+    "alpha dropout": lambda h: F.alpha_dropout(h, 0.4, True),
+    "randomized ReLU": lambda h: F.rrelu(h, training=True),
+    "a layer of it": nn.RReLU(),
+}
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_noise_that_is_switched_off_is_not_said_to_stay_in_the_loss(name):
+    net = Functional(lambda h, _: NOISES[name](h))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.0)
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    with tdi.attach_analysis(net, log_dir=False, every=1) as analysis:
+        F.mse_loss(net(x), y).backward()
+        sgd.step()
+    (site,) = analysis.sites
+    assert "with it off" in site.reason
+    assert "random numbers" not in analysis.notes["loss/R_S"]
+
+
 def real_mean(net, batch, loss, draws=3000):
     """The loss under the model's own noise, averaged."""
     with torch.no_grad():

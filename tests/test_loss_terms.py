@@ -15,7 +15,7 @@ from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.output_hessian import HessianRoots, hessian_columns
 from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.output_scales import closed_diagonal
-from torch_dropout_ir.regularizers import gauss_newton
+from torch_dropout_ir.regularizers import gauss_newton, modified_loss, second_order
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.regularizers.root_choice import choose
@@ -342,12 +342,19 @@ def test_second_derivatives_that_are_not_at_hand_are_autograds():
     assert closed_diagonal(resolve_loss(lambda f, y: (f - y).sum())) is None
 
 
-def test_outputs_beyond_all_curvature_are_refused_as_before():
+def test_a_loss_that_bends_elsewhere_is_0_and_said_where_it_is_linear():
     net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
     batch = torch.randn(4, 3), torch.full((4, 2), 100.0)
-    for loss in (nn.HuberLoss(), nn.SmoothL1Loss(), nn.SmoothL1Loss(beta=0.0)):
-        with pytest.raises(ValueError, match="piecewise linear"):
-            gauss_newton(net, batch, loss)
+    for loss in (nn.HuberLoss(), nn.SmoothL1Loss(), lambda f, y: F.huber_loss(f, y)):
+        for form in (gauss_newton, second_order):
+            found = form(net, batch, loss)
+            assert found.value == 0 and "linear" in found.notes[0]
+        for r1 in ("last_layer", "gauss_newton", "second_order"):
+            modified = modified_loss(net, batch, loss, kind="L1", r1=r1)
+            risk = loss(net[1](batch[0]), batch[1])
+            torch.testing.assert_close(modified, risk)
+    with pytest.raises(ValueError, match="piecewise linear"):
+        gauss_newton(net, batch, nn.SmoothL1Loss(beta=0.0))
     assert gauss_newton(net, (batch[0], torch.zeros(4, 2)), nn.HuberLoss()).value > 0
 
 

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import torch_dropout_ir as tdi
 from torch_dropout_ir.regularizers import (
     gauss_newton,
+    gradient_norm,
     last_layer,
     leave_one_out,
     modified_loss,
@@ -84,3 +86,26 @@ def test_what_is_not_finite_goes_through_what_is_trained(loss, bad):
     for kind in ("L1", "L2", "L3", "L4", "regu"):
         found = modified_loss(net, (x, y), loss, kind=kind, lr=0.1)
         assert not found.isfinite()
+
+
+@pytest.mark.parametrize("p", [1e-9, 1 - 1e-9])
+def test_masks_that_make_no_difference_show_no_error(p):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(p), nn.Linear(4, 3))
+    batch = torch.randn(5, 3), torch.randn(5, 3)
+    found = gradient_norm(net, batch, "mse", lr=0.1, num_masks=4)
+    assert found.value > 0 and found.dropout_noise == 0
+    errors = found.standard_error, found.dropout_noise_standard_error
+    assert all(error.isnan() for error in errors)
+    assert any("no two masks" in note for note in found.notes)
+    idle = gradient_norm(net, batch, "mse", lr=0.0, num_masks=4)
+    assert idle.standard_error == 0 and not idle.notes
+    net[2].p = 0.5
+    known = gradient_norm(net, batch, "mse", lr=0.1, num_masks=4)
+    assert known.dropout_noise_standard_error > 0 and not known.notes
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    with tdi.attach_analysis(net, log_dir=False, every=1) as analysis:
+        net[2].p = p
+        F.mse_loss(net(batch[0]), batch[1]).backward()
+        sgd.step()
+    error = "regularizer/R2_dropout_noise_standard_error"
+    assert error not in analysis.latest and "no two masks" in analysis.absent[error]

@@ -157,3 +157,38 @@ def test_branches_that_change_from_step_to_step_are_measured():
             optimizer.step()
             found = seen.latest["sharpness/top_eigenvalue"]
             assert found == pytest.approx(top, rel=1e-5)
+
+
+def probe():
+    """A last layer that begins at zero."""
+    net = nn.Sequential(nn.Dropout(0.2), nn.Linear(4, 3))
+    for x in net.parameters():
+        nn.init.zeros_(x)
+    return net
+
+
+def biases():
+    """Trained in their biases alone."""
+    net = Idle().net
+    for layer in (net[0], net[3]):
+        layer.weight.requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize("make", [probe, biases])
+def test_curvature_is_measured_where_no_line_has_a_direction(make):
+    analysis, sink = train(make(), steps=1)
+    assert analysis.latest["sharpness/trace"] > 0
+    assert analysis.latest["sharpness/top_eigenvalue"] > 0
+    assert "sharpness/loss_slice" not in sink.records[0]
+    assert "its direction" in analysis.absent["sharpness/loss_slice"]
+    assert "sharpness" not in analysis.absent
+
+
+def test_a_slice_of_a_negative_loss_is_said_to_be_absent():
+    net, x, y = Idle().net, torch.randn(40, 4), torch.randn(40, 3)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.05)
+    with tdi.attach_analysis(net, log_dir=False, every=1) as analysis:
+        (nn.functional.mse_loss(net(x), y) - 90).backward()
+        sgd.step()
+    assert "negative" in analysis.absent["sharpness/loss_slice"]

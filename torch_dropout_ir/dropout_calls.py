@@ -37,14 +37,16 @@ KINDS: Final[dict[str, type[nn.Module]]] = {
     "feature_dropout": nn.Dropout2d,
     "feature_dropout_": nn.Dropout2d,
 }
-_OTHER_NOISE: Final = (
+OTHER_NOISE: Final = (
     "alpha_dropout",
     "alpha_dropout_",
     "feature_alpha_dropout",
     "feature_alpha_dropout_",
+    "rrelu",
+    "rrelu_",
 )
 RECURRENT: Final = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-_SILENCED: Final = frozenset((*_OTHER_NOISE, "rrelu", "rrelu_", *RECURRENT))
+_SILENCED: Final = frozenset((*OTHER_NOISE, *RECURRENT))
 _HANDED_OVER: Final = _SILENCED | LOOKED_INTO | {
     "native_dropout", "scaled_dot_product_attention"
 }  # fmt: skip

@@ -25,6 +25,7 @@ from torch_dropout_ir.analysis.followed_loss import inside
 from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.dropout_calls import (
     KINDS,
+    OTHER_NOISE,
     RECURRENT,
     recurrent_dropout,
 )
@@ -51,6 +52,7 @@ _ALL_DROPPED: Final = "at p = 1 it drops everything, and draws no mask"
 NO_DROPOUT: Final = (
     "random numbers that no dropout function draws: they stay in R_S, drawn afresh"
 )
+_OFF: Final = "its noise is not that of dropout: R_S and R_1 are taken with it off"
 _NO_SAMPLE: Final = "no mask was drawn in the last pass looked at: its input was empty"
 OURS = (Dropout, Dropout1d, Dropout2d, Dropout3d)
 _aten = torch.ops.aten
@@ -151,7 +153,7 @@ class _Draws(TorchDispatchMode):
         self._found = found
         self.site: Site | None = None
         self.place = ""
-        self.accounted = False
+        self.reason = NO_DROPOUT  # of what is drawn now; none where it is accounted for
         self._seen = 0
 
     @contextlib.contextmanager
@@ -172,7 +174,7 @@ class _Draws(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.site is None:
-            if torch.Tag.nondeterministic_seeded in func.tags and not self.accounted:
+            if torch.Tag.nondeterministic_seeded in func.tags and self.reason:
                 return self._counted(func, args, kwargs)
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
@@ -188,7 +190,7 @@ class _Draws(TorchDispatchMode):
         before = random_state(self._model)
         out = func(*args, **kwargs)
         if own or not _alike(before, random_state(self._model)):
-            self._found.unseen[f"{self.place}:{func._schema.name[6:]}"] = NO_DROPOUT
+            self._found.unseen[f"{self.place}:{func._schema.name[6:]}"] = self.reason
         return out
 
 
@@ -208,6 +210,7 @@ class _Calls(ModuleCalls):
 
     def __init__(self, model: nn.Module, found: Replay, draws: _Draws) -> None:
         super().__init__(named_modules(model))
+        self._model = model
         self._found = found
         self._draws = draws
         self._sites = {id(site.module): site for site in find_sites(model)}
@@ -223,13 +226,18 @@ class _Calls(ModuleCalls):
         super()._begin(module, args)
         self._called.add(id(module))
         self._look()
+        if is_stochastic_depth(module) and module.training:
+            self._take_depth(self._sites[id(module)], args)
+
+    def _take_depth(self, site: Site, args: Any) -> None:
+        """Count the mask as what it does to ones: branches may begin at zero."""
+        if site.p <= 0 or not (args and isinstance(args[0], Tensor)):
+            return
+        with preserved_rng(self._model):
+            kept = site.module.forward(torch.ones_like(args[0])) != 0
+        self._found.add(site, kept.sum_to_size(site.mask_shape(kept.shape)) > 0)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        site = self._sites.get(id(module))
-        if site is not None and is_stochastic_depth(module) and site.p > 0:
-            if module.training and isinstance(output, Tensor):
-                shape = site.mask_shape(output.shape)
-                self._found.add(site, (output != 0).sum_to_size(shape) > 0)
         super()._end(module, args, output)
         self._look()
 
@@ -238,7 +246,8 @@ class _Calls(ModuleCalls):
         module = self._running[-1][0] if self._running else None
         self._draws.place = "" if module is None else self._names[id(module)]
         by_output = module is not None and is_stochastic_depth(module)
-        self._draws.accounted = by_output or isinstance(module, OURS)
+        accounted = by_output or isinstance(module, OURS)
+        self._draws.reason = "" if accounted else NO_DROPOUT
 
     def _call(
         self,
@@ -247,8 +256,13 @@ class _Calls(ModuleCalls):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        if name in OTHER_NOISE:
+            self._draws.reason = _OFF
+            output = func(*args, **kwargs)
+            self._look()
+            return output
         p = _rate(name, args, kwargs)
-        if p <= 0:
+        if p <= 0 or not self._draws.reason:
             return func(*args, **kwargs)
         module = self._running[-1][0] if self._running else None
         if id(module) in self._sites:

@@ -33,8 +33,9 @@ def input_weights(
 
     What a row is, by layer and ``view``:
 
-    * Linear: ``"filter"``, the weights of one output. ``"query"``, ``"key"`` and
-      ``"value"`` are the thirds of a fused projection, in this order.
+    * Linear, and the ``Conv1D`` of Hugging Face's GPT-2: ``"filter"``, the weights of
+      one output. ``"query"``, ``"key"`` and ``"value"`` are the thirds of a fused
+      projection, in this order.
     * Convolutions, transposed too, group by group: ``"filter"``, the kernels of one
       output channel over the input channels that it reads; ``"kernel"``, each pair of
       output and input channel by itself, without bias (the view of the paper's
@@ -119,9 +120,15 @@ def layer_parts(module: nn.Module) -> dict[str, Weights]:
 
 def _known(module: nn.Module) -> bool:
     layers = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.MultiheadAttention)
-    return isinstance(module, (*layers, *RECURRENT, nn.Embedding)) and not any(
+    kinds = (*layers, *RECURRENT, nn.Embedding)
+    return (isinstance(module, kinds) or _is_turned(module)) and not any(
         nn.parameter.is_lazy(x) for x in module.parameters(recurse=False)
     )
+
+
+def _is_turned(module: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2, whose weight is ``[in, out]``."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _views(module: nn.Module) -> dict[str, Weights]:
@@ -140,14 +147,20 @@ def _views(module: nn.Module) -> dict[str, Weights]:
         return {**recurrent_parts(module)}
     if isinstance(module, nn.Embedding):
         return {"filter": module.weight, "feature": module.weight.T}
+    if _is_turned(module):
+        return _linear(module.weight.T, module.bias)  # type: ignore[arg-type]
     if isinstance(module, nn.Linear):
-        weight, bias = affine(module)
-        views = {"filter": _with_bias(weight, bias)}
-        if len(weight) % 3 == 0:
-            views |= _projections(weight.chunk(3), bias)
-        return views
+        return _linear(*affine(module))
     assert isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
     return _convolution(module)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> dict[str, Weights]:
+    """The views of a linear layer."""
+    views = {"filter": _with_bias(weight, bias)}
+    if len(weight) % 3 == 0:
+        views |= _projections(weight.chunk(3), bias)
+    return views
 
 
 def _projections(weights: Iterable[Tensor], bias: Tensor | None) -> dict[str, Weights]:

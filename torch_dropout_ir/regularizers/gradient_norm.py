@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from torch_dropout_ir.regularizers.checks import (
 )
 from torch_dropout_ir.regularizers.gradient_pairs import GradientPairs
 from torch_dropout_ir.written_parameters import unwritten
+
+ALIKE: Final = (
+    "no standard error: no two masks made a difference to the gradient; take more"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,8 @@ class GradientNorm:
         batch_noise: :math:`\frac{\epsilon}{4} \mathrm{tr}\,\mathrm{Cov}_b(E_\eta g)`,
             the part that the choice of the mini-batch adds; 0 for one batch.
         standard_error: Standard error of ``value``; NaN with fewer than two pairs of
-            masks, or of batches where there are several.
+            masks, or of batches where there are several, and where no two masks made a
+            difference.
         mean_gradient_standard_error: The same for ``mean_gradient``.
         dropout_noise_standard_error: The same for ``dropout_noise``.
         batch_noise_standard_error: The same for ``batch_noise``.
@@ -89,7 +94,7 @@ def gradient_norm(
     Noise that is not that of sites is switched off where its kind is known, and is in
     all of it where it is not. Near ``p = 1``, where next to no unit is kept at both
     masks of a pair, the draws do not show how far the mean is off, and neither do the
-    errors.
+    errors. They are NaN where no two masks made a difference, as near ``p = 0``.
 
     Costs a forward and a backward pass a mask and batch. Memory: beside a pass, whose
     gradients go one by one as they come, one gradient, that of the pass before. Those
@@ -158,6 +163,10 @@ def gradient_norm(
     found = dict(zip((*names, *errors), (*mean, *error), strict=True))
     seen = norms.seen
     notes = noise_left_out(model, bool(seen.silenced), seen.met, cut=seen.cut)
+    alike = bool(table[:, 0].any()) and not bool(table[:, 2].any())
+    if alike and len(rows) > 1 and seen.met and not seen.cut:
+        found |= dict.fromkeys(errors[:3], mean[0] * float("nan"))
+        notes = (*notes, ALIKE)
     return GradientNorm(
         num_masks=num_masks, shared_mask=shared_mask, notes=notes, **found
     )

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.loss_terms import (
     ELEMENTWISE,
     LEAF,
@@ -37,6 +38,20 @@ from torch_dropout_ir.regularizers.row_graph import (
 _SUM: Final = Place(-1, 0)
 _ADDS: Final = frozenset(("SumBackward0", "MeanBackward0"))
 _ADDS_SOME: Final = frozenset(("SumBackward1", "MeanBackward1"))
+# Losses that are linear where residuals are large.
+_BENDS: Final = ("HuberLossBackward", "SmoothL1LossBackward")
+
+
+def bends(value: Tensor) -> bool:
+    """Whether there is one of torch's losses in it that bends at small residuals.
+
+    Args:
+        value: The loss, with its graph.
+
+    Returns:
+        Whether there is.
+    """
+    return any(n.name().startswith(_BENDS) for n in graph_nodes([value.grad_fn]))
 
 
 def rows_apart(outputs: Tensor, nodes: Nodes) -> bool:

@@ -90,7 +90,9 @@ def online(
         found = dataclasses.replace(
             found, value=value, standard_error=error, num_samples=excess.num_masks
         )
-        parts = f"by site: second-order parts (approximate), {how}"
+        if found.per_site:
+            how = f"second-order parts (approximate), {how}"
+        parts = f"by site: {how}"
         how = f"unbiased, average over {excess.num_masks} masks; {parts}"
         if not excess.knows_its_error:
             how = f"{TOO_ALIKE}; {how}"
@@ -131,7 +133,7 @@ def _parts(
         if every(True, "parts"):
             return found, how
     zero = torch.zeros((), dtype=torch.get_default_dtype())
-    return Estimate(zero, {}, zero, False, 0), f"none: {said}"
+    return Estimate(zero, {}, zero, False, 0, notes=(said,)), "none"
 
 
 def _is_linear(clean: CleanPass, loss: Loss, targets: Any) -> bool:

@@ -19,7 +19,7 @@ from torch_dropout_ir.regularizers.coupling import (
     even_root,
     weighs_alike,
 )
-from torch_dropout_ir.regularizers.loss_graph import rows_apart
+from torch_dropout_ir.regularizers.loss_graph import bends, rows_apart
 
 _PIECEWISE: Final = (
     "expected a loss with a second derivative, got one that is piecewise {}: its "
@@ -255,7 +255,8 @@ def check_curvature(read: OutputsRead) -> bool:
         read: What the loss reads.
 
     Returns:
-        Whether the loss has a second derivative; a linear one has none to miss.
+        Whether the loss has a second derivative, if it be 0 there; a linear one has
+        none to miss.
 
     Raises:
         ValueError: If it is piecewise linear or constant, or torch cannot
@@ -281,8 +282,10 @@ def check_curvature(read: OutputsRead) -> bool:
         except (RuntimeError, ValueError):  # no place for outputs: nothing to learn
             continue
         if any(not torch.equal(a, b) for a, b in zip(slopes, others, strict=True)):
-            if flat:  # it fits so well that nothing is left of its derivatives
-                return True
+            with torch.enable_grad():
+                # It fits so well that no derivatives are left, or not at all.
+                if flat or bends(read.risk(at)):
+                    return True
             raise ValueError(_PIECEWISE.format("linear"))
         jumps = jumps or (flat and _differs(read.risk(far), read.risk(at)))
     if jumps:

@@ -18,6 +18,7 @@ from torch_dropout_ir.functional import Batch, batch_size
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers import Estimate, gradient_norm
 from torch_dropout_ir.regularizers.excess import TOO_ALIKE
+from torch_dropout_ir.regularizers.gradient_norm import ALIKE
 from torch_dropout_ir.regularizers.online import online
 
 _PIECE: Final = 2**17  # entries that are taken to double precision at a time
@@ -77,6 +78,8 @@ class Regularizer:
         records: dict[str, Record] = {**_told(snapshot, joined)}
         if snapshot.sites:
             snapshot.notes[_R1] = how
+            if not found.per_site:
+                snapshot.absent[f"{_R1}/<site>"] = "; ".join(found.notes)
         else:
             records = {tag: joined[tag] for tag in joined if tag == "loss/R_S"}
             snapshot.absent[_R1] = NO_SITE
@@ -251,7 +254,8 @@ class DropoutNoise:
         )
         records: dict[str, Record] = {_NOISE: joined["noise"]}
         if math.isnan(joined["squared"]):
-            snapshot.absent[f"{_NOISE}_standard_error"] = _ONE_PAIR
+            why = _ONE_PAIR if self.num_masks == 2 else ALIKE
+            snapshot.absent[f"{_NOISE}_standard_error"] = why
         else:
             records[f"{_NOISE}_standard_error"] = joined["squared"] ** 0.5
         return records

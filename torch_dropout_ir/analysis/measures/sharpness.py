@@ -37,6 +37,13 @@ _READ_ELSEWHERE: Final = (
     "outputs do not depend on them, or its layers keep them elsewhere than torch's "
     "modules do, as those of Keras"
 )
+_NO_LINE: Final = (
+    "its direction has the norms of the weights: all that are trained are zero, or "
+    "biases and parameters of norms, which it leaves alone"
+)
+_NO_HEIGHTS: Final = (
+    "a loss on the line is negative or not finite, and cannot be drawn as a height"
+)
 
 
 class Sharpness:
@@ -204,26 +211,29 @@ class Sharpness:
         return {"sharpness/spectral_density": Histogram(shares, low, high)}
 
     def _slice(self, snapshot: Snapshot) -> dict[str, Record]:
-        """Losses as heights over the step; nothing where they overflow."""
+        """Losses as heights over the step, where there is a line and they are some."""
         if not self.slice_points:
             return {}
         device = next(snapshot.model.parameters()).device
-        losses = used_up_slice(
-            Surface(
-                "sharpness", snapshot.model, snapshot.loss, snapshot.batches,
-                copied=False,
-            ),
-            torch.linspace(-1, 1, self.slice_points).tolist(),
-            sharpness.filter_normalized_direction(
-                snapshot.model, torch.Generator(device).manual_seed(0)
-            ),
-        )  # fmt: skip
+        surface = Surface(
+            "sharpness", snapshot.model, snapshot.loss, snapshot.batches, copied=False
+        )
+        line = sharpness.filter_normalized_direction(
+            snapshot.model, torch.Generator(device).manual_seed(0)
+        )
+        named = snapshot.model.named_parameters()
+        if not any(x.requires_grad and bool(line[name].any()) for name, x in named):
+            snapshot.absent["sharpness/loss_slice"] = _NO_LINE
+            return {}
+        steps = torch.linspace(-1, 1, self.slice_points).tolist()
+        losses = used_up_slice(surface, steps, line)
         heights = {str(k): float(x) for k, x in enumerate(losses)}
         heights, _ = snapshot.ranks.join(
             weight(snapshot, as_batches(snapshot.batches)), heights
         )
         losses = torch.tensor(list(heights.values()), dtype=torch.float64)
         if not bool((losses.isfinite() & (losses >= 0)).all()):
+            snapshot.absent["sharpness/loss_slice"] = _NO_HEIGHTS
             return {}
         half = 1 / max(1, self.slice_points - 1)
         return {"sharpness/loss_slice": Histogram(losses, -1 - half, 1 + half)}
