@@ -29,7 +29,7 @@ class Straight(torch.autograd.Function):
 
 
 class Halved(torch.autograd.Function):
-    """A derivative that is one number, whatever follows."""
+    """A derivative that is not linear in that of what follows."""
 
     @staticmethod
     def forward(ctx, x):
@@ -37,7 +37,7 @@ class Halved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return g.detach() / 2
+        return g.sin() / 2
 
 
 def seen_in_part(x):
@@ -208,6 +208,7 @@ BY_GRAPH = {
     "pairs": lambda x: F.pdist(x), "pairwise": lambda x: F.pairwise_distance(x, -x[:1]),
     "spectrum": lambda x: torch.fft.fft(x).abs(), "filtered": filtered,
     "complex": lambda x: (x[:3] + 1j * x[3:]).square().real * x[:3],
+    "power": lambda x: torch.view_as_real((y := torch.fft.rfft(x)) * y * y.conj()),
     "inverse": lambda x: torch.linalg.inv(x[:4].sin() + 3 * torch.eye(4)),
     "median": lambda x: x.median(1)[0] * x.kthvalue(2, 1)[0],
     "cummax": lambda x: x.cummax(1)[0] * x, "renorm": lambda x: x.renorm(2, 0, 0.5),

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from tests.line_functions import Applied, Straight
 from tests.line_oracle import line_and_graph, linear_and_graph, noise_of
 from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.regularizers import line_rows, line_slabs
 from torch_dropout_ir.regularizers.line_calls import NoRuleError
 from torch_dropout_ir.regularizers.line_graphs import along
 from torch_dropout_ir.regularizers.line_pass import curvature_along
@@ -167,6 +168,85 @@ class Later(torch.autograd.Function):
         return 0.5 * g * ctx.saved_tensors[0].detach()  # as if of no curvature
 
 
+class Marked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x.clone())
+        return x.sin_()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].cos()
+
+
+class MarkedLater(torch.autograd.Function):
+    """Writes on two of three, and returns them the other way round."""
+
+    @staticmethod
+    def forward(x, y, scale):
+        before = x.clone(), y.clone()
+        return y.sin_(), x.mul_(before[1]), x.sum() * scale, *before
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_dirty(*inputs[:2])
+        ctx.mark_non_differentiable(*output[3:])
+        ctx.save_for_backward(*output[3:])
+        ctx.scale = inputs[2]
+
+    @staticmethod
+    def backward(ctx, gy, gx, total, *_):
+        x, y = ctx.saved_tensors
+        gx = gx + total * ctx.scale
+        return gx * y, gx * x + gy * y.cos(), None
+
+
+class Centred(torch.autograd.Function):
+    """Where rows meet."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square() - x.square().mean(0)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * (g - g.mean(0))
+
+
+class Averaged(torch.autograd.Function):
+    """Where its derivative alone tells how many rows there are, or meets others."""
+
+    @staticmethod
+    def forward(ctx, x, others):
+        ctx.save_for_backward(x)
+        ctx.others = others
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * (x + x.flip(0).sin() if ctx.others else x) / len(x), None
+
+
+class Ordered(torch.autograd.Function):
+    """Where what is no tensor tells how many rows there are."""
+
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.save_for_backward(x)
+        ctx.order = order
+        return x.square()[order]
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * torch.zeros_like(x).index_put(
+            (torch.tensor(ctx.order),), g
+        ), None
+
+
 by_name = Later.apply
 
 
@@ -178,6 +258,20 @@ def swish(x):
 def same(x):
     y = x.sin()
     return Same.apply(y) * y
+
+
+def marked(x):
+    y = x * 1.5
+    part = y[:2]
+    Marked.apply(part)
+    return Marked.apply(y) * x + part.mean()
+
+
+def marked_later(x):
+    x, y = x * 1.5, x.cos()
+    part = x[1:]
+    sin, product, total, *_ = MarkedLater.apply(x, y, 2.0)
+    return x * product + sin * y + total + part.mean()
 
 
 def constant(x):
@@ -203,16 +297,40 @@ OWN = {
     "twice": lambda x: by_name(Swish.apply(x, 0.5, x)[0]),
     "custom": lambda x: scaled(x, 0.0) * x,
     "written": lambda x: Enabled.apply(1.5 * x).mul_(x),
+    "marked": marked, "marked later": marked_later, "centred": Centred.apply,
+    "averaged": lambda x: Averaged.apply(x, False),
+    "others": lambda x: Averaged.apply(x, True),
+    "ordered": lambda x: Ordered.apply(x, [2, 0, 3, 1]),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("parts", [False, True])
 @pytest.mark.parametrize("name", OWN)
-def test_a_derivative_of_its_own_along_a_line(name):
+def test_a_derivative_of_its_own_along_a_line(monkeypatch, name, parts):
+    if parts:
+        monkeypatch.setattr(line_slabs, "_PART", 5)
     torch.manual_seed(0)
     found, expected = line_and_graph(Applied(OWN[name]), torch.randn(4, 5).double())
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert expected.abs() > 1e-6
     assert "__getattribute__" not in vars(torch.autograd.function.FunctionMeta)
+
+
+def test_rows_go_apart_where_a_function_keeps_them_so(monkeypatch):
+    monkeypatch.setattr(line_slabs, "_PART", 5)
+    seen = []
+
+    def look(*args):
+        seen.append(found := taken(*args))
+        return found
+
+    taken = line_rows._in_rows
+    monkeypatch.setattr(line_rows, "_in_rows", look)
+    for name, own in (("later", True), ("marked", True), ("centred", False),
+                      ("averaged", False), ("others", False)):  # fmt: skip
+        seen.clear()
+        line_and_graph(Applied(OWN[name]), torch.randn(4, 5).double())
+        assert seen and all((x is not None) is own for x in seen)
 
 
 LINEARIZED = {
@@ -252,22 +370,11 @@ class Cut(torch.autograd.Function):
         return g.detach()
 
 
-class Marked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.mark_dirty(x)
-        return x.mul_(2)
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * g
-
-
 def noisy(x):
     return scaled(x, 0.1)
 
 
-@pytest.mark.parametrize("function", [Clamped.apply, Cut.apply, Marked.apply, noisy])
+@pytest.mark.parametrize("function", [Clamped.apply, Cut.apply, noisy])
 def test_what_has_no_line(function):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Dropout(0.3), Applied(lambda x: function(1.0 * x)))

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.line_functions import Applied
+from tests.passes import take_in_parts
 from tests.test_regularizer_memory import peak
-from torch_dropout_ir.regularizers import second_order
+from torch_dropout_ir.regularizers import gauss_newton, second_order
 
 
 class Own(torch.autograd.Function):
@@ -68,3 +69,53 @@ def test_a_line_holds_no_more_than_a_step(name):
         peak(lambda: found.append(second_order(net, (x, y), "cross_entropy"))) <= most
     )
     assert found[0].notes == ()
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+class Heads(nn.Module):
+    """Classes of what does not tell the domain."""
+
+    def __init__(self, wide):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(32, wide), nn.BatchNorm1d(wide), nn.ReLU(), nn.Dropout(0.5)
+        )
+        self.classes = nn.Linear(wide, 3)
+        self.domains = nn.Sequential(
+            nn.Linear(wide, wide), nn.BatchNorm1d(wide), nn.Tanh(), nn.Linear(wide, 2)
+        )
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.classes(h), self.domains(Reversed.apply(h))
+
+
+def of_both(f, y):
+    return F.cross_entropy(f[0], y) + F.cross_entropy(f[1], y % 2)
+
+
+def test_a_loss_of_several_outputs_holds_little_more_than_a_step():
+    torch.manual_seed(0)
+    net, x, y = Heads(256), torch.randn(2048, 32), torch.randint(3, (2048,))
+    step = peak(lambda: of_both(net(x), y).backward())
+    net.zero_grad()
+    assert peak(lambda: gauss_newton(net, (x, y), of_both)) <= 1.1 * step
+
+
+def test_a_loss_of_several_outputs_is_the_exact_sum_on_average(monkeypatch):
+    torch.manual_seed(0)
+    net, x, y = Heads(4).double(), torch.randn(5, 32).double(), torch.randint(3, (5,))
+    expected = gauss_newton(net, (x, y), of_both, num_samples=None)
+    take_in_parts(monkeypatch)
+    found = gauss_newton(net, (x, y), of_both, num_samples=200)
+    assert found.notes == () and 0 < found.standard_error < 0.2 * expected.value
+    assert abs(found.value - expected.value) <= 4 * found.standard_error

@@ -40,36 +40,50 @@ WRITES = {
 }  # fmt: skip
 
 
-def program(seed):
+# Views of other numbers than their base.
+PAIRS = {
+    "real": lambda x: x.real, "imag": lambda x: x.imag if x.is_complex() else x[1:],
+    "conj": lambda x: x.conj(), "negative": lambda x: torch._neg_view(x),
+    "pairs": lambda x: (
+        torch.view_as_real(x).flatten(1) if x.is_complex()
+        else torch.view_as_complex(x.unflatten(1, (-1, 2)))
+    ),
+}  # fmt: skip
+
+
+def program(seed, pairs=False):
     """A function of a matrix in some steps that are drawn."""
 
     def run(x):
         draw = random.Random(seed)
-        held = [x.sin(), 0.5 * x]
+        held = [x.sin(), torch.complex(x, x.cos()) if pairs else 0.5 * x]
         for _ in range(draw.randint(3, 12)):
             x, y = draw.choice(held), draw.choice(held)
-            kind = draw.choice([VIEWS, MAKES, WRITES, WRITES])
+            kind = draw.choice([VIEWS, MAKES, WRITES, PAIRS if pairs else WRITES])
             step = kind[draw.choice(sorted(kind))]
             if kind is WRITES:
                 step(x, y)
             else:
-                held.append(step(x) if kind is VIEWS else step(x, y))
+                held.append(step(x, y) if kind is MAKES else step(x))
             if len(held) > 2 and draw.random() < 0.2:
                 held.pop(draw.randrange(len(held)))
-        return torch.cat([(x.sin() + x * x).flatten() for x in held])
+        found = [(x.sin() + x * x).flatten() for x in held]
+        return torch.cat([x.abs() if x.is_complex() else x for x in found])
 
     return run
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
 @pytest.mark.filterwarnings("ignore:Use of .* on expanded tensors is deprecated")
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("first", range(0, 400, 50))
-def test_programs_that_write_into_views(first):
+def test_programs_that_write_into_views(first, pairs):
     compared = refused = 0
     for seed in range(first, first + 50):
         torch.manual_seed(seed)
         x = torch.randn(4, 4).double()
         try:
-            found, expected = line_and_graph(Applied(program(seed)), x)
+            found, expected = line_and_graph(Applied(program(seed, pairs)), x)
         except NoRuleError:  # seen through a base that is part of another
             refused += 1
             continue
@@ -78,7 +92,7 @@ def test_programs_that_write_into_views(first):
         found = torch.zeros_like(expected) if found is None else found
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
         compared += 1
-    assert compared > 12 and refused < 2
+    assert compared > 12 and refused < (6 if pairs else 2)
 
 
 def followed(x):
@@ -117,8 +131,22 @@ def negative(x):
 
 
 @pytest.mark.parametrize("function", [real_part, conjugated, negative])
-def test_views_of_other_numbers_have_no_line(function):
-    net = nn.Sequential(nn.Dropout(0.3), Applied(function))
+def test_views_of_other_numbers(function):
+    torch.manual_seed(0)
+    found, expected = line_and_graph(Applied(function), torch.randn(4, 4).double())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert expected.abs() > 1e-6
+
+
+def seen_beyond(x):
+    y = torch.zeros(6, 4)[1:5].detach().copy_(x)  # it begins within its memory
+    other = y.as_strided((4, 4), (4, 1), 0)
+    y[:1].mul_(2)
+    return other * x
+
+
+def test_what_shows_more_than_is_written_on_has_no_line():
+    net = nn.Sequential(nn.Dropout(0.3), Applied(seen_beyond))
     x = torch.randn(4, 4)
     uses, _, z = noise_of(net, x)
     loss = resolve_loss(lambda f, _: f.square().sum())

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import torch_dropout_ir
-from torch_dropout_ir import collectives, recomputation
+from torch_dropout_ir import arrivals, collectives, recomputation
 from torch_dropout_ir.regularizers import line_calls
 
 PACKAGE = Path(torch_dropout_ir.__file__).parent
@@ -57,3 +57,13 @@ def test_blocks_of_a_torch_that_hides_how_they_run_again_are_blocks(monkeypatch)
     x = torch.ones(3, requires_grad=True)
     checkpoint(block, x, use_reentrant=False).sum().backward()
     assert seen == [True, False]  # in the block, and in the run again
+
+
+def test_without_a_number_of_the_backward_pass_there_is_one(monkeypatch):
+    x, found = torch.ones(3, requires_grad=True), []
+    for task in (arrivals._TASK, int):
+        monkeypatch.setattr(arrivals, "_TASK", task)
+        value = x.square().sum()
+        with arrivals.arrivals([x], lambda _, g: found.append(g), value):
+            torch.autograd.grad(value, x)
+    assert torch.equal(*found)

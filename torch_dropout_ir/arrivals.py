@@ -24,20 +24,31 @@ ONCE: Final = "torch::autograd::Error"  # a node in the graph of such a derivati
 _TRANSPOSE: Final = "TBackward0"  # between the weight of a linear layer and its uses
 _GOLDEN: Final = (5**0.5 - 1) / 2
 _PERIOD: Final = 2**16
+# A private name, of the backward pass that runs; without it there is but one.
+_TASK: Final = getattr(torch._C, "_current_graph_task_id", int)
 
 
 @contextlib.contextmanager
-def arrivals(leaves: Sequence[Tensor], receive: Receive) -> Iterator[None]:
+def arrivals(
+    leaves: Sequence[Tensor], receive: Receive, value: Tensor | None = None
+) -> Iterator[None]:
     """Give the gradient of each leaf away as it comes, inside the context.
 
     In its place ``torch.autograd.grad`` is left with one element, expanded; sparse
     gradients are small, and stay. A leaf's own hooks come first. ``receive`` is called
-    with the number of the leaf and its whole gradient.
+    with the number of the leaf and its whole gradient. Functions of the graph of
+    ``value``, what is differentiated, may take backward passes of their own, as those
+    do that run a layer again, whose gradients are theirs; without it all that arrives
+    is given away, whoever sends it.
     """
+    outer: list[int] = []
+
+    def begin(_: Tensor) -> None:
+        outer.append(_TASK())
 
     def take(g: Tensor | None, i: int) -> Tensor | None:
-        if g is None:  # what is given away elsewhere
-            return None
+        if g is None or (outer and outer[0] != _TASK()):  # given away elsewhere
+            return g
         receive(i, g)
         return g if g.is_sparse else g.new_zeros(()).expand(g.shape)
 
@@ -47,6 +58,8 @@ def arrivals(leaves: Sequence[Tensor], receive: Receive) -> Iterator[None]:
                 stack.callback(setattr, x, "_backward_hooks", None)
             hook = x.register_hook(functools.partial(take, i=i))
             stack.callback(hook.remove)
+        if value is not None:
+            stack.callback(value.register_hook(begin).remove)
         yield
 
 
@@ -104,14 +117,47 @@ def root_of(value: Tensor, nodes: Iterable[Any] | None = None) -> Tensor | None:
     """Return the root of a derivative that will be differentiated again.
 
     Without one that requires a gradient, torch takes a function that can be
-    differentiated once for a linear one, and says nothing. So it is ones that require a
-    gradient where a function of the graph has a derivative of its own; None, which is
-    as good, elsewhere. ``nodes`` are those of the graph, where they are at hand.
+    differentiated once for a linear one, and says nothing. Nor does it say anything of
+    one that cuts its derivative off: that raises from now on. So it is ones that
+    require a gradient where a function of the graph has a derivative of its own; None,
+    which is as good, elsewhere. ``nodes`` are those of the graph, where at hand.
     """
     if nodes is None:
         nodes = graph_nodes([value.grad_fn] if value.grad_fn else [])
-    own = any([isinstance(node, BackwardCFunction) for node in nodes])
-    return torch.ones_like(value).requires_grad_() if own else None
+    return torch.ones_like(value).requires_grad_() if _watched(nodes) else None
+
+
+def _watched(nodes: Iterable[Any]) -> bool:
+    """Watch the functions of a graph that have derivatives of their own, if any."""
+    own = [node for node in nodes if isinstance(node, BackwardCFunction)]
+    for node in own:
+        node.register_hook(functools.partial(_check_kept, type(node).__name__))
+    return bool(own)
+
+
+def _check_kept(
+    name: str, results: Sequence[Tensor | None], given: Sequence[Tensor | None]
+) -> None:
+    """Raise if a derivative that is to be differentiated again is cut off.
+
+    Raises:
+        RuntimeError: If it is not zero and depends on nothing.
+    """
+    live = torch.is_grad_enabled() and any([_learns(g) for g in given])
+    found = [g for g in results if g is not None]
+    if not live or any([_learns(g) for g in found]):
+        return
+    if any([bool(g.count_nonzero()) for g in found]):
+        raise RuntimeError(
+            f"`{name.removesuffix('Backward')}` can be differentiated once, not twice: "
+            "its `backward` cuts off what it returns from what that depends on (by "
+            "`detach`, `torch.no_grad` or a backward pass of its own). `monte_carlo` "
+            "takes no derivative"
+        )
+
+
+def _learns(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad
 
 
 def uneven(like: Tensor, first: int = 0) -> Tensor:
@@ -133,6 +179,7 @@ def linear_root(like: Tensor) -> Tensor:
     Next to zero, for hooks may clamp what is sent back; not zero, where what is sent
     back through a sum of exponentials, by its logarithm, has no derivative.
     """
+    _watched(graph_nodes([like.grad_fn] if like.grad_fn else []))
     return (uneven(like) * torch.finfo(like.dtype).eps).requires_grad_()
 
 

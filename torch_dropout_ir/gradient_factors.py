@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_dropout_ir.leaves import numbers
+
 _convolution: Final = torch.ops.aten.convolution.default
 _of_convolution: Final = torch.ops.aten.convolution_backward.default
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
@@ -102,7 +104,7 @@ class Factors:
 
 def address(x: Tensor) -> int:
     """Return where the memory begins that a tensor is in."""
-    return x.untyped_storage().data_ptr()
+    return numbers(x).untyped_storage().data_ptr()
 
 
 def row_blocks(weight: Tensor, entries: int) -> Iterator[slice]:

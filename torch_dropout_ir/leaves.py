@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
@@ -54,6 +55,13 @@ def flatten(outputs: Any) -> tuple[list[Any], PutBack]:
         return trees[0]
 
     return leaves, rebuild
+
+
+def numbers(x: Tensor) -> Tensor:
+    """Return what a tensor's numbers are in: of a sparse one, those that it has."""
+    if x.layout is torch.strided:
+        return x
+    return x._values() if x.is_sparse else x.values()
 
 
 def without_graph(outputs: Any) -> Any:

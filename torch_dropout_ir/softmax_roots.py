@@ -110,7 +110,7 @@ class SoftmaxRoots:
         return bool(self._signs)
 
     def sample(self, rows: Rows = ALL) -> Sequence[Root]:
-        """Draw roots for the samples ``rows``, with signs: two where there are both.
+        """Return random roots of the samples ``rows`` with signs, one or both.
 
         Their squares with their signs are the Hessian on average.
         """

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.leaves import numbers
 from torch_dropout_ir.sites import named_modules
 
 
@@ -90,21 +91,33 @@ def keep_buffers(model: nn.Module) -> Callable[[], None]:
     """Return what gives back the values of buffers that something moves from now on."""
     # Batch normalization writes without counting a version: values are compared.
     held = any(m._buffers for _, m in named_modules(model))
-    kept = [(x, x.detach().clone()) for x in model.buffers()] if held else []
+    kept = _copies(model) if held else []
 
     def back() -> None:
         for x, value in kept:
-            if not torch.equal(x, value):
-                with torch.no_grad():
-                    x.copy_(value)
+            rewrite(x, value)
 
     return back
 
 
+@torch.no_grad()
+def rewrite(x: Tensor, value: Tensor) -> None:
+    """Give a tensor back the numbers that it had, if it has others."""
+    x, value = numbers(x), numbers(value)
+    if not torch.equal(x, value):
+        x.copy_(value)
+
+
 def buffers_moved(model: nn.Module) -> Callable[[], bool]:
     """Return what tells whether something has moved buffers from now on."""
-    kept = [(x, x.detach().clone()) for x in model.buffers()]
+    kept = _copies(model)
     return lambda: any(not torch.equal(x, value) for x, value in kept)
+
+
+def _copies(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Return the numbers in each buffer, and a copy of them."""
+    own = [numbers(x.detach()) for x in model.buffers()]
+    return [(x, x.clone()) for x in own]
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from torch.nn.modules import module as all_modules
 from torch.utils import _python_dispatch
 
 from torch_dropout_ir.analysis.parameter_writes import ParameterWrites
+from torch_dropout_ir.substitution import rewrite
 from torch_dropout_ir.tracing import is_released
 
 # A private name; with a torch that lacks it, such modes see the measures too.
@@ -101,12 +102,6 @@ def _refill(x: Any, was: Any) -> None:
     x.extend(was) if isinstance(x, (list, deque)) else x.update(was)
 
 
-@torch.no_grad()
-def _rewrite(x: Tensor, was: Tensor) -> None:
-    if not torch.equal(x, was):
-        x.copy_(was)
-
-
 def _rewrite_array(x: np.ndarray, was: np.ndarray) -> None:
     if x.flags.writeable:
         x[...] = was
@@ -125,7 +120,7 @@ _STATE: Final[dict[type, Callable[[Any], Any]]] = {
 _RESTORE: Final[dict[type, Callable[[Any, Any], None]]] = {
     **dict.fromkeys((list, dict, set, deque), _refill),
     **dict.fromkeys((OrderedDict, defaultdict, Counter), _refill),
-    Tensor: _rewrite,
+    Tensor: rewrite,
     np.ndarray: _rewrite_array,
     torch.Generator: lambda x, was: x.set_state(was),
     random.Random: random.Random.setstate,

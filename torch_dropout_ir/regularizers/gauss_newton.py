@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from torch_dropout_ir.regularizers.checks import (
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
-from torch_dropout_ir.regularizers.line_estimate import AlongLine
+from torch_dropout_ir.regularizers.line_estimate import AlongLine, masks_of
+from torch_dropout_ir.regularizers.line_pass import Mask, draws_along
 from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.loss_weight import (
     makes_much,
@@ -159,6 +160,9 @@ def _drawn(
         forms = None if seen.chunks.alone else seen.forms
         parts = seen.chunks.each(functools.partial(_of_chunk, forms, num_samples))
         draws = None if parts is None else join(parts, num_samples)
+    if draws is None and not seen.forms.rooted and num_samples:
+        draws = draws_along(model, batch, loss, seen.uses, num_samples, linear=True)
+        draws, coupled = draws if every(draws is not None, "rules") else None, True
     if draws is None:
         run = functools.partial(_again, model, batch, loss, num_samples)
         meet = True if seen.chunks is not None and seen.chunks.coupled else None
@@ -174,6 +178,7 @@ class _Seen(NamedTuple):
     draws: list[list[Form]] | None = None
     coupled: bool = False
     chunks: RowChunks | None = None
+    uses: Sequence[Mask] = ()
 
 
 def _pass(
@@ -223,8 +228,9 @@ def _first_pass(
         if whole or forms.may_keep(clean, read):
             draws, coupled = forms.draws(clean, read, keep=False)
             return _Seen(known(), forms, draws, coupled)
+        uses = masks_of(clean)
         if not rows:
-            return _Seen(known(), forms)
+            return _Seen(known(), forms, uses=uses)
         kept, twice = without_graph(clean.outputs), loss.kind == "general"
         kept = read_outputs(kept, loss, targets)
         chunks = RowChunks(
@@ -232,7 +238,7 @@ def _first_pass(
             least=rows,
         )  # fmt: skip
         if not forms.one_pass:
-            return _Seen(known(), forms, chunks=chunks)
+            return _Seen(known(), forms, chunks=chunks, uses=uses)
         draws, _ = forms.draws(clean, read, coupled=False, keep=False)
         return _Seen(known(), forms, draws, chunks=chunks)
 

@@ -75,14 +75,15 @@ class GradientPairs:
             shared_mask=self._shared_mask,
             note=parts.note,
         )
-        with arrivals(self._targets, take), torch.enable_grad(), parts, masked as value:
+        with torch.enable_grad(), parts, masked as value:
             check_differentiable("gradient_norm", value)
             if parts.overwritten():
                 return False
             self.risk = self.risk + value.detach()
             parts.settle(value)
             go_on("backward")
-            torch.autograd.grad(value, self._targets, allow_unused=True)
+            with arrivals(self._targets, take, value):
+                torch.autograd.grad(value, self._targets, allow_unused=True)
         return True
 
     def across(self, a: Batch, b: Batch, num_masks: int) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.arrivals import graph_nodes
+from torch_dropout_ir.leaves import numbers
 
 # Whether torch tells what is saved without giving it back. One that does not keeps no
 # graph.
@@ -224,7 +225,7 @@ def saved_by(node: Any, there: Collection[int]) -> dict[int, int]:
         for one in raw if isinstance(raw, tuple) else (raw,):
             x = one.data if TOLD and one.unpack_hook is None else None
             if isinstance(x, Tensor):
-                storage = x.untyped_storage()
+                storage = numbers(x).untyped_storage()
                 place = storage.data_ptr()
                 if place not in there:
                     found[place] = storage.nbytes()
@@ -234,8 +235,3 @@ def saved_by(node: Any, there: Collection[int]) -> dict[int, int]:
 @functools.cache
 def _names(kind: Any) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_raw_saved_")]
-
-
-def storage_of(x: Tensor) -> int:
-    """Return what tells a tensor's storage from others while it lives."""
-    return x.untyped_storage().data_ptr()

@@ -18,9 +18,10 @@ from torch_dropout_ir.attention_again import Attention
 from torch_dropout_ir.dropout_calls import RECURRENT
 from torch_dropout_ir.regularizers.line_attention import along_queries
 from torch_dropout_ir.regularizers.line_calls import STILL, Line, tensors
-from torch_dropout_ir.regularizers.line_graphs import along, outside
+from torch_dropout_ir.regularizers.line_graphs import outside
 from torch_dropout_ir.regularizers.line_mode import Moving
 from torch_dropout_ir.regularizers.line_recurrent import along_steps
+from torch_dropout_ir.regularizers.line_rows import along_rows
 
 _KIND: Final[Any] = torch.autograd.function.FunctionMeta
 _LOCK: Final = threading.Lock()
@@ -106,23 +107,47 @@ def _attribute(cls: Any, name: str) -> Any:
 
 def _forward(moving: Moving, cls: Any, forward: Any, *args: Any) -> Any:
     """Run such a function forward, and take the graph of it alone."""
-    given = args[isinstance(args[0], torch.autograd.function.FunctionCtx) :]
-    leaves, spec = _pytree.tree_flatten(given)
+    told = args[: isinstance(args[0], torch.autograd.function.FunctionCtx)]
+    leaves, spec = _pytree.tree_flatten(args[len(told) :])
     read = tensors(leaves)
     constant = moving.constants.aside or moving.constants.asked
     if torch.is_grad_enabled() or constant or not moving.moves(read):
         return forward(*args)
     lines = [moving.line(x) if isinstance(x, Tensor) else STILL for x in leaves]
+    over: dict[int, Tensor] = {}  # what copies of the last call are of
+
+    def function(*new: Any) -> Any:
+        """Call it with copies, on which it may write."""
+        own = [
+            x if line is STILL else x.clone()
+            for x, line in zip(new, lines, strict=True)
+        ]
+        over.clear()
+        over.update({id(y): x for x, y in zip(leaves, own, strict=True) if y is not x})
+        return cls.apply(*_pytree.tree_unflatten(own, spec))
+
     with moving.aside(), torch.enable_grad():
-        found, moved = along(
-            lambda *new: cls.apply(*_pytree.tree_unflatten(new, spec)), leaves, lines
-        )
-        own = _pytree.tree_map_only(Tensor, Tensor.detach, found)
-        _move(moving, tensors(own), moved)
+        found, moved = along_rows(function, leaves, lines)
+        own = _pytree.tree_map_only(Tensor, lambda y: _given(y, over), found)
+        del found
+        dirty = [x for x in tensors(own) if any([x is y for y in read])]
+        _move(moving, tensors(own), moved, dirty)
+    if told and dirty:
+        told[0].mark_dirty(*dirty)
     return own
 
 
-def _move(moving: Moving, made: list[Tensor], lines: list[Line]) -> None:
+def _given(y: Tensor, over: dict[int, Tensor]) -> Tensor:
+    """Return what a function returns: what it was given, where it wrote on that."""
+    x = over.get(id(y))
+    return y.detach() if x is None else x.copy_(y.detach())
+
+
+def _move(
+    moving: Moving, made: list[Tensor], lines: list[Line], dirty: Sequence[Tensor] = ()
+) -> None:
     first, second = moving.wanted
     for x, (u, w) in zip(made, lines, strict=True):
-        moving.move(x, (u if first else None, w if second else None))
+        anew = any([x is y for y in dirty])
+        move = moving.overwrite if anew else moving.move
+        move(x, (u if first else None, w if second else None))

@@ -141,8 +141,10 @@ def _of_heads(heads: list[Tensor], pairs: Pairs) -> list[Tensor | None]:
     # Neither is one that is no number, where that of the whole may be.
     if not abs(total - again) <= eps**0.5 * size + _ROUNDED * eps * reach:
         raise NoRuleError("a derivative that is not linear in what follows")
-    # Of what changes nothing it is the tensor given, which others write on.
-    return [None if x is None else x.detach() for x in found]
+    # Of what changes nothing it is the tensor given, which others write on; of a
+    # conjugate one that is still to be made, on which nothing can be.
+    own = [None if x is None else x.detach() for x in found]
+    return [None if x is None else x.resolve_conj().resolve_neg() for x in own]
 
 
 def _spread(x: Tensor) -> float:

@@ -105,6 +105,14 @@ class Moving(TorchDispatchMode):
         if can_move(x):
             self._lines.put(x, line)
 
+    def overwrite(self, x: Tensor, line: Line) -> None:
+        """Let a tensor move otherwise, which others may show."""
+        _check_kind(x, line)
+        if shared(x):
+            self._lines.share(x)
+        self._lines.drop(x)
+        self._lines.write(x, line)
+
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """Follow nothing inside of the context: what is made there is moved by hand."""

@@ -23,7 +23,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from torch_dropout_ir.regularizers.graph_memory import storage_of
+from torch_dropout_ir.gradient_factors import address
 from torch_dropout_ir.regularizers.line_calls import (
     Line,
     NoRuleError,
@@ -100,7 +100,7 @@ class Tape:
     ) -> None:
         recorder = _Recorder()
         given = [recorder.name(x.detach(), moves=True) for x in at]
-        recorder.given = {storage_of(x) for x in given}
+        recorder.given = {address(x) for x in given}
         with torch.enable_grad(), recorder, recorder.constants:
             value = function(given)
         result = recorder.numbers.get(value)
@@ -243,8 +243,8 @@ class _Recorder(TorchDispatchMode):
         Raises:
             NoRuleError: If that is not of the loss's own making.
         """
-        storage = storage_of(x)
-        own = [n for y, n in self.numbers.items() if storage_of(y) == storage]
+        storage = address(x)
+        own = [n for y, n in self.numbers.items() if address(y) == storage]
         if storage in self.given or id(x if x._base is None else x._base) not in {
             id(y) for y in self.numbers
         }:

@@ -8,6 +8,7 @@ A copy of that is handed out, for what is made of it is not to follow later writ
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -17,15 +18,17 @@ from torch_dropout_ir.regularizers.line_calls import STILL, Line, NoRuleError
 class _Memory:
     """First and second derivatives of what a base shows, from its start on.
 
+    They lie there as real numbers, which complex ones are pairs of.
+
     Args:
         base: The base.
     """
 
     def __init__(self, base: Tensor) -> None:
         self._orders: list[Tensor | None] = [None, None]  # zero until one is written
-        self._length = _extent(base)
-        self._start = int(base.storage_offset())
-        self._dtype = base.dtype
+        self._dtype = base.dtype.to_real()
+        self._start, length = _places(base)
+        self._length = length + length % 2  # of pairs
 
     def get(self, k: int, x: Tensor) -> Tensor | None:
         """Return the derivative of some order of what a tensor shows."""
@@ -36,13 +39,19 @@ class _Memory:
         """Let it be ``u``, None for zero."""
         order = self._orders[k]
         if order is None and u is not None:
-            order = self._orders[k] = x.new_zeros(self._length)
+            order = self._orders[k] = u.new_zeros(self._length, dtype=self._dtype)
         if order is not None:
             part = self._part(order, x)
             part.zero_() if u is None else part.copy_(u)
 
     def _part(self, order: Tensor, x: Tensor) -> Tensor:
-        return order.as_strided(x.size(), x.stride(), self._place(x))
+        first, pair = -self._start, x.is_complex()
+        if pair:
+            order, first = torch.view_as_complex(order.view(-1, 2)), first // 2
+        start = int(x.storage_offset()) + first
+        found = order.as_strided(x.size(), x.stride(), start)
+        found = found.conj() if x.is_conj() else found
+        return torch._neg_view(found) if x.is_neg() else found
 
     def check(self, x: Tensor) -> None:
         """See that a tensor shows numbers of the base.
@@ -50,13 +59,10 @@ class _Memory:
         Raises:
             NoRuleError: If it shows others.
         """
-        start = self._place(x)
-        inside = start >= 0 and start + _extent(x) <= self._length
-        if x.dtype != self._dtype or x.is_conj() or x.is_neg() or not inside:
+        first, length = _places(x)
+        inside = first >= self._start and first + length <= self._start + self._length
+        if not inside:
             raise NoRuleError("a view of other numbers than what is written on")
-
-    def _place(self, x: Tensor) -> int:
-        return int(x.storage_offset()) - self._start
 
 
 class Lines:
@@ -128,9 +134,8 @@ def _base(x: Tensor) -> Tensor:
     return x if base is None else base
 
 
-def _extent(x: Tensor) -> int:
-    """Return the number of places from a tensor's first to its last."""
-    if not x.numel():
-        return 0
-    pairs = zip(x.shape, x.stride(), strict=True)
-    return 1 + sum([(n - 1) * stride for n, stride in pairs])
+def _places(x: Tensor) -> tuple[int, int]:
+    """Return where in memory a tensor begins, and how far it goes, in real numbers."""
+    each, pairs = 1 + x.is_complex(), zip(x.shape, x.stride(), strict=True)
+    last = sum([(n - 1) * stride for n, stride in pairs]) if x.numel() else -1
+    return each * int(x.storage_offset()), each * (last + 1)

@@ -20,6 +20,7 @@ from torch_dropout_ir.arrivals import (
     graph_nodes,
     last_nodes,
     parts_given,
+    root_of,
 )
 from torch_dropout_ir.functional import Batch, call, parameters
 from torch_dropout_ir.losses import Loss
@@ -193,12 +194,9 @@ def _slopes(risk: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]
     Raises:
         NotImplementedError: If torch cannot differentiate it again.
     """
-    # A root that requires a gradient: without one, torch takes a loss that can be
-    # differentiated once for a linear one, and says nothing.
-    root = torch.ones_like(risk).requires_grad_()
     try:
         found = torch.autograd.grad(
-            risk, params, root, create_graph=True, allow_unused=True
+            risk, params, root_of(risk), create_graph=True, allow_unused=True
         )
     except NotImplementedError as err:
         raise NotImplementedError(_ONCE.format(err)) from err

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.collectives import every
+from torch_dropout_ir.gradient_factors import address
 from torch_dropout_ir.hooks import after_call
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.regularizers import step_memory
 from torch_dropout_ir.regularizers.checks import check_site
 from torch_dropout_ir.regularizers.coupling import nearly_equal
-from torch_dropout_ir.regularizers.graph_memory import storage_of
 from torch_dropout_ir.regularizers.step_memory import Below
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.survey import Survey
@@ -129,7 +129,7 @@ class Recorder:
                 last
             ].settled()  # who writes does so at once
         if first and h.numel() >= (step_memory.SOME if self._weigh else _LARGE):
-            there = {storage_of(x) for x in self._given()}
+            there = {address(x) for x in self._given()}
             self.below = Below.by(h, there)
         held = h if self._outlives else h.detach()
         # Nothing below the first site is asked for: what it keeps is let go now.

@@ -16,8 +16,9 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from torch_dropout_ir.gradient_factors import address
 from torch_dropout_ir.leaves import flatten
-from torch_dropout_ir.regularizers.graph_memory import TOLD, Graph, Held, storage_of
+from torch_dropout_ir.regularizers.graph_memory import TOLD, Graph, Held
 from torch_dropout_ir.sites import Site
 
 # Tensors of the size of the outputs: what a root or the loss makes of them.
@@ -124,7 +125,7 @@ class Weighed(NamedTuple):
         masks = {x.node: _mask(s, h) for s, h, x in uses if x.node in goes}
         _, most, leaves = graph.step_back(goes, masks)
         step = max(below.saved + most, leaves + below.most) if TOLD else 0
-        inputs = {storage_of(h): h.nbytes for _, h, _ in uses}
+        inputs = {address(h): h.nbytes for _, h, _ in uses}
         saved = [inputs, *graph.saved.values()]
         held = sum({x: size for each in saved for x, size in each.items()}.values())
         held += _OF_OUTPUTS * sum(x.nbytes for x in outputs)

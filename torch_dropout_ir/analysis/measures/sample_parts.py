@@ -34,6 +34,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch_dropout_ir.analysis.measures.regularizer import terms
 from torch_dropout_ir.batches import as_batches
 from torch_dropout_ir.functional import Batch, batch_size, preserved_rng
+from torch_dropout_ir.gradient_factors import address
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.row_chunks import rows_of
@@ -213,7 +214,7 @@ def _room(surface: Surface, kept: int) -> int:
 
 def _kept(surface: Surface, batch: Batch) -> int:
     """Bytes that a pass keeps for its backward pass, besides the parameters."""
-    own = {x.untyped_storage().data_ptr() for x in surface.state().values()}
+    own = {address(x) for x in surface.state().values()}
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
