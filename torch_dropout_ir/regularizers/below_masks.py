@@ -79,7 +79,7 @@ class BelowMasks:
         below = self._numbers(value, numbers) if first or self.found else set()
         if not every(bool(below), "below masks"):
             below = set()
-        self.alike = self.found in (None, below)
+        self.alike = every(self.found in (None, below), "alike")
         self.found = below
         ends: list[Any] = [x for i, x in enumerate(self._targets) if i not in below]
         go_on("backward")
