@@ -58,6 +58,19 @@ class Texts(nn.Module):
         return self.out(self.blocks(self.drop(self.embedding(x)))).flatten(0, 1)
 
 
+class Symbols(nn.Module):
+    """Recurrent layers, whose steps are one operation on a CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.drop = nn.Embedding(100, 64), nn.Dropout(0.1)
+        self.layers = nn.LSTM(64, 64, 2, batch_first=True)
+        self.out = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.out(self.layers(self.drop(self.embedding(x)))[0][:, -1])
+
+
 class Signals(nn.Module):
     """Dropout of channels behind what keeps no result for its derivative."""
 
@@ -123,6 +136,7 @@ def texts(count, length):
 
 MODELS = {
     "patches": lambda: (Patches(), torch.randn(16, 3, 32, 32)),
+    "symbols": lambda: (Symbols(), torch.randint(100, (32, 64))),
     "signals": lambda: (Signals(), torch.randn(16, 4, 512)),
     "pictures": lambda: (Pictures(), torch.randn(32, 32)),
     "messages": lambda: (Messages(), torch.randn(2000, 32)),

@@ -197,6 +197,25 @@ def test_gradients_of_a_small_network_take_no_more_than_a_step(model, kind):
     assert peak(run) <= 1.03 * step
 
 
+@pytest.mark.parametrize("rows", [64, 128, 256, 512])
+@pytest.mark.parametrize("norm, most", [(False, 1.0), (True, 1.1)])
+def test_of_a_pair_no_gradient_below_the_first_site_is_held(norm, most, rows):
+    """But what is sent back to it at the first masks, as large as its input."""
+    torch.manual_seed(0)
+    below, x = layers(*[256] * 6, 10, norm=norm, rows=rows)
+    below = [each for each in below if not isinstance(each, nn.Dropout)]
+    net = nn.Sequential(*below[:-1], nn.Dropout(0.3), below[-1])
+    y = torch.randint(10, (rows,))
+    step = peak(lambda: F.cross_entropy(net(x), y).backward())
+    net.zero_grad()
+
+    def run():
+        gradient_norm(net, (x, y), "cross_entropy", lr=0.1)
+
+    run()
+    assert peak(run) <= most * step
+
+
 def test_of_a_pair_no_gradient_of_a_linear_layer_is_held():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(512, 512), nn.Dropout(0.2), nn.ReLU(),

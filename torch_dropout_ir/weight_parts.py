@@ -92,6 +92,10 @@ class _Convolution(torch.autograd.Function):
         return in_x, given, in_bias, None, None
 
 
+# None stands for torch's own functions.
+LINEAR: Final = frozenset((None, _Linear, _Convolution))
+
+
 class WeightParts(TorchFunctionMode):
     """Gives the gradients in weights away as factors, in a pass inside the context.
 
@@ -104,6 +108,10 @@ class WeightParts(TorchFunctionMode):
             ``torch.autograd.grad`` then returns None for it. None: nothing is given.
         remake: Whether inputs of linear layers are made again, once, where that holds
             less.
+
+    Attributes:
+        plain: Numbers of the tensors without hooks, by identity; none of them once a
+            hook has been registered in the pass, which may change what is sent back.
     """
 
     def __init__(
@@ -114,8 +122,8 @@ class WeightParts(TorchFunctionMode):
     ) -> None:
         super().__init__()
         # A hook of the user's is called with the gradient, and may change it.
-        plain = ((i, x) for i, x in enumerate(targets) if not x._backward_hooks)
-        self._numbers = {id(x): i for i, x in plain if receive}
+        self.plain = {id(x): i for i, x in enumerate(targets) if not x._backward_hooks}
+        self._numbers = self.plain if receive else {}
         self._receive = receive
         self._remake = remake
         self._given: set[int] = set()
@@ -181,6 +189,8 @@ class WeightParts(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.register_hook:
+            self.plain = {}
         if func in _HOLD_INPUT and self._remake:
             return self._activated(func, args, kwargs)
         own = _OWN.get(func)

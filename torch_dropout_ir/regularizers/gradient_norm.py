@@ -97,7 +97,8 @@ def gradient_norm(
     errors. They are NaN where no two masks made a difference, as near ``p = 0``.
 
     Costs a forward and a backward pass a mask and batch. Memory: beside a pass, whose
-    gradients go one by one as they come, one gradient, that of the pass before. Those
+    gradients go one by one as they come, one gradient, that of the pass before; of one
+    batch what is above the first site, and for the rest what was sent back there. Those
     of linear layers and convolutions are held as what they are products of, where that
     is smaller, and compared some rows at a time; what a linear layer takes in behind
     dropout is held as a bit an element, and what dropout took in, and behind GELU and

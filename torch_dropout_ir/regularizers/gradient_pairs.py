@@ -15,6 +15,7 @@ from torch_dropout_ir.functional import Batch, parameters
 from torch_dropout_ir.gradient_factors import Factors, address
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.regularizers.below_masks import BelowMasks
 from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.inner_products import (
     Gradient,
@@ -22,6 +23,7 @@ from torch_dropout_ir.regularizers.inner_products import (
     wide_dtype,
 )
 from torch_dropout_ir.regularizers.masked import NoiseSeen, dropout_risk
+from torch_dropout_ir.regularizers.step_memory import SOME
 from torch_dropout_ir.weight_parts import WeightParts
 
 # Entries of a gradient that are made at a time: a share of all, within these.
@@ -44,10 +46,12 @@ class GradientPairs:
         self._loss = loss
         self._rates = rates
         self._targets = list(parameters(model).values())
-        share = sum(x.numel() for x in self._targets) // _SHARE
-        self._entries = min(_MOST, max(_FEWEST, share))
+        count = sum(x.numel() for x in self._targets)
+        self._entries = min(_MOST, max(_FEWEST, count // _SHARE))
         self._shared_mask = shared_mask
         self._remake = True  # dropped inputs of layers, as they go backward
+        self._apart = count >= SOME  # what is below the first site, where some may be
+        self._below: BelowMasks | None = None
         self.seen = NoiseSeen()
         self.risk: Tensor | float = 0.0  # the sum of all losses
 
@@ -62,6 +66,9 @@ class GradientPairs:
 
     def _pass(self, batch: Batch, receive: Callable[[int, Gradient], None]) -> bool:
         """Return whether the pass could go backward."""
+        below = self._below
+        if below is not None:
+            below.begin()
 
         def take(i: int, g: Tensor) -> None:
             receive(i, g.to_dense() if g.is_sparse else g)
@@ -74,6 +81,7 @@ class GradientPairs:
             self.seen,
             shared_mask=self._shared_mask,
             note=parts.note,
+            look=None if below is None else below.look,
         )
         with torch.enable_grad(), parts, masked as value:
             check_differentiable("gradient_norm", value)
@@ -81,8 +89,12 @@ class GradientPairs:
                 return False
             self.risk = self.risk + value.detach()
             parts.settle(value)
+            arriving = functools.partial(arrivals, self._targets, take)
+            if below is not None:
+                below.back(value, parts.plain, arriving)
+                return True
             go_on("backward")
-            with arrivals(self._targets, take, value):
+            with arriving(value):
                 torch.autograd.grad(value, self._targets, allow_unused=True)
         return True
 
@@ -98,7 +110,13 @@ class GradientPairs:
 
     def pair(self, batch: Batch) -> Tensor:
         """Return value, mean, mask noise and batch noise, which is 0, of two masks."""
+        below = BelowMasks(self._model, self._targets) if self._apart else None
+        self._below = below
         value, inner, away = self._chain([batch, batch])
+        self._below = None
+        self._apart = below is not None and below.alike and bool(below.found)
+        if below is not None and not below.alike:  # of a model that went another way
+            value, inner, away = self._chain([batch, batch])
         return torch.stack((value, inner[0], away[0] / 2, value.new_zeros(())))
 
     def _chain(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,6 +164,10 @@ class GradientPairs:
             i: The number.
             g: The gradient; None for zero.
         """
+        if self._below is not None and self._below.shares is not None:
+            square = compared(g, None, self._targets[i], self._entries)[0]
+            found[i] += square * found[i].new_tensor(self._below.shares)
+            return
         missed.discard(i)
         if linked:
             found[i] += compared(g, held.pop(i, None), self._targets[i], self._entries)

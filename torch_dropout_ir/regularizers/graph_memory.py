@@ -9,7 +9,8 @@ Semantics:
   through a graph that is kept: nothing for products and elementwise functions, twice
   its result for convolutions, once elsewhere.
 * A graph of second derivatives makes as much again as an operation has returned, where
-  that is of a kind known to, and up to seven times that elsewhere.
+  that is of a kind known to; elsewhere up to seven times that, or twice what it has
+  saved, as of recurrent layers whose steps are one operation.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ _LEAN: Final = _PLAIN | {
 _GELU: Final = "GeluBackward0"  # whose approximation needs more
 _CONVOLUTION: Final = "ConvolutionBackward0"
 _MORE: Final = 7
+_OF_SAVED: Final = 2
 # What it needs while it runs, of those, and of others.
 _AT_HAND: Final = 8, 16
 
@@ -130,7 +132,8 @@ class Graph:
             name = node.name()
             if _makes(name):
                 lean, size = name in _LEAN, sum(self._sizes[node])
-                added += size if lean else _MORE * size
+                saved = sum(self.saved.get(node, {}).values())
+                added += size if lean else max(_MORE * size, _OF_SAVED * saved)
                 at_once = max(at_once, _AT_HAND[not lean or name == _GELU] * size)
         return added + at_once
 

@@ -48,6 +48,7 @@ def dropout_risk(
     shared_mask: bool = False,
     watch: Callable[[Site, Tensor, torch.Size], None] | None = None,
     note: Callable[[Tensor, Tensor, Again], None] | None = None,
+    look: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
     """Give ``R_drop`` of a batch at one draw of masks; differentiate it inside.
 
@@ -61,6 +62,7 @@ def dropout_risk(
         watch: Called at each use with the site, its packed mask and the mask's shape.
         note: Called at each use with what the site returns, its input, and what makes
             the one of the other again.
+        look: Called at each use with the site's input, before the mask is drawn.
 
     Yields:
         Scalar.
@@ -75,6 +77,8 @@ def dropout_risk(
     def drop(site: Site, h: Tensor) -> Tensor:
         check_site(site, h)
         seen.met = True
+        if look is not None:
+            look(h)
         if site.p >= 1:
             seen.cut[site.name] = None
         shape = site.mask_shape(h.shape)
