@@ -26,11 +26,7 @@ from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.line_estimate import AlongLine, masks_of
 from torch_dropout_ir.regularizers.line_pass import Mask, draws_along
 from torch_dropout_ir.regularizers.loss_parts import LossParts
-from torch_dropout_ir.regularizers.loss_weight import (
-    makes_much,
-    one_root,
-    parts_pay,
-)
+from torch_dropout_ir.regularizers.loss_weight import makes_much, one_root, parts_pay
 from torch_dropout_ir.regularizers.output_rows import count_samples, rows_of_samples
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.regularizers.part_roots import PartRoots
@@ -79,10 +75,9 @@ def gauss_newton(
     sum goes unit by unit there, and of losses that couple samples.
 
     Memory: no more than a training step's. What has been used goes as the derivatives
-    come. Where a second root needs the graph and that would hold more, half of
-    the rows go at a time. Samples that meet (batch
-    normalization in training mode above a site, message passing) cannot be taken apart:
-    each root takes a pass of its own then.
+    come. Where a second root needs the graph and that would hold more, half of the rows
+    go at a time. Samples that meet (batch normalization in training mode above a site,
+    message passing) cannot be taken apart: each root takes a pass of its own then.
 
     Of many single outputs, or log-probabilities, the graph tells the diagonal
     (:mod:`~torch_dropout_ir.entry_curvature`), in the memory of a step. Another loss

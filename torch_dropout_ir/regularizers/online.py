@@ -58,8 +58,7 @@ def online(
     """  # noqa: DOC502 (`check_finite` raises)
     twice = loss.kind == "general"
     risk, slopes, linear = None, [], False
-    # Another pass has to draw the same noise beside its sites, dropped layers for one.
-    seed = int(torch.randint(2**62, ()))
+    seed = int(torch.randint(2**62, ()))  # of noise beside sites, alike in all passes
     with (
         preserved_rng(model, seed),
         clean_pass(
@@ -92,8 +91,7 @@ def online(
         )
         if found.per_site:
             how = f"second-order parts (approximate), {how}"
-        parts = f"by site: {how}"
-        how = f"unbiased, average over {excess.num_masks} masks; {parts}"
+        how = f"unbiased, average over {excess.num_masks} masks; by site: {how}"
         if not excess.knows_its_error:
             how = f"{TOO_ALIKE}; {how}"
     check_finite("regularizer/R1", found.value, model, batch[0])

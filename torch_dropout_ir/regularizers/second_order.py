@@ -43,8 +43,7 @@ from torch_dropout_ir.written_parameters import unwritten
 # Parts of the rows at most: a double backward keeps three times what a training step
 # does, and the outputs of all rows and signs are held beside it.
 _PARTS: Final = 8
-# Samples of which each holds more than a step in a graph of its own, by the same.
-_FEW: Final = 3
+_FEW: Final = 3  # samples, of which one holds more than a step by the same
 # Values of the largest activation that are at hand where it moves along a line: that
 # which an operation read, and three that it makes.
 _ALONG: Final = 4
@@ -80,24 +79,20 @@ def second_order(
     element of the mask, or the pass along a line that is told of below.
 
     Memory: where the graph of a double backward would hold a mebibyte more than a step,
-    the batch goes in parts, of an eighth of its rows at least, attention making its
-    weights again for each derivative, each with the whole loss in its own rows, in one
-    more forward pass. Samples that meet, as by batch normalization in training mode
-    above a site, cannot be taken apart, and of three or less one holds as much: there
-    it gives way to
+    the batch goes in parts, of an eighth of its rows at least, each with the whole loss
+    in its own rows, in one more forward pass; attention makes its weights again for
+    each derivative. Samples that meet, as by batch normalization in training mode above
+    a site, cannot be taken apart, and one of three or less holds as much: there it is
     :math:`\frac{d^2}{dt^2} R_S(h + t v) = v^\top A v` by forward mode, a pass for each
-    use of a site and sample, in one to two times a step's time. That keeps no graph,
-    but three values of each activation at hand, of four of the largest at most: no more
-    than a step with a single convolution. Where the model has operations that this does
-    not go through (those without a second derivative, or whose derivative is not linear
-    in that of what follows) or rows of outputs are not those of the samples, it is a
-    double backward of all, which keeps every activation and its derivative, two to
-    three steps, and the notes say so. A loss without a closed form that makes much of
-    what a step holds is called on the rows of a part alone, where its graph shows a sum
-    over rows and its gradient confirms that a part is weighed by one number
-    (:mod:`~torch_dropout_ir.regularizers.loss_parts`); else, as where it couples rows
-    or reads several outputs, samples go through network and loss along a line, as
-    above. An exact sum keeps what the loss makes of all outputs.
+    use of a site and sample. That keeps no graph, but three values of each activation
+    at hand, of four of the largest at most. Where the model has operations that this
+    does not go through, or rows of outputs are not those of the samples, it is a double
+    backward of all, two to three steps, and the notes say so. A loss without a closed
+    form that makes much of what a step holds is called on the rows of a part alone,
+    where its graph shows a sum over rows and its gradient confirms that one number
+    weighs a part (:mod:`~torch_dropout_ir.regularizers.loss_parts`); else samples go
+    through network and loss along a line, as above. An exact sum keeps what the loss
+    makes of all outputs.
 
     Args:
         model: The network. Of several outputs, those count that the loss reads.
@@ -242,9 +237,8 @@ def _seen(
             model, batch[0], clean, read, twice=True, parts=number, alone=alone,
             least=least,
         )  # fmt: skip
-        count = clean.count(read.tensors[0])
-        few = count <= _FEW and count < number and num_samples is not None
-        few = every(few and alone is None, "few")
+        few = clean.count(read.tensors[0]) <= min(_FEW, number - 1)
+        few = every(few and num_samples is not None and alone is None, "few")
     exact = is_exact(clean, loss, batch[1], num_samples)
     notes = clean.noise_left_out(model)
     like = read.tensors[0].detach().new_zeros(())
