@@ -119,3 +119,30 @@ def test_a_loss_of_several_outputs_is_the_exact_sum_on_average(monkeypatch):
     found = gauss_newton(net, (x, y), of_both, num_samples=200)
     assert found.notes == () and 0 < found.standard_error < 0.2 * expected.value
     assert abs(found.value - expected.value) <= 4 * found.standard_error
+
+
+class Attends(nn.Module):
+    """Attention alone, below a head that normalizes over the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.given = nn.Dropout(0.1), nn.Linear(64, 192)
+        self.norm, self.end = nn.BatchNorm1d(64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        heads = [
+            h.unflatten(-1, (4, 16)).transpose(1, 2)
+            for h in self.given(self.drop(x)).chunk(3, -1)
+        ]
+        found = F.scaled_dot_product_attention(*heads)
+        return self.end(self.norm(found.transpose(1, 2).flatten(2).mean(1)))
+
+
+def test_weights_of_attention_are_not_all_there_at_once():
+    """A step's fused kernel keeps none; a line has three numbers for each."""
+    torch.manual_seed(0)
+    net, x, y = Attends(), torch.randn(16, 128, 64), torch.randint(10, (16,))
+    step = peak(lambda: F.cross_entropy(net(x), y).backward())
+    net.zero_grad()
+    own = peak(lambda: second_order(net, (x, y), "cross_entropy"))
+    assert own <= 1.2 * step
