@@ -364,7 +364,10 @@ def no_norm():
 # What cannot be measured, by script.
 ABSENT = {
     adapters: {traces.PARTS: "where samples meet"},
-    without_second_derivative: {"sharpness": "differentiated twice"},
+    without_second_derivative: {
+        "sharpness": "differentiated twice",
+        "regularizer/R1/<site>": "cannot differentiate again",
+    },
     per_sample_gradients: dict.fromkeys(
         ("regularizer", "dropout_noise", "masks", "sharpness"), "no call of the model"
     ),

@@ -129,6 +129,8 @@ def test_help_and_bad_flags(capsys):
         (["demo", "--stepz", "3"], 2, "unrecognized arguments"),
         ([], 2, "COMMAND"),
         (["demo", "--steps", "many"], 2, "invalid int"),
+        (["demo", "--seed", "9" * 23], 2, "expected 0 to 2^64 - 1"),
+        (["analyze", "--model", "m", "--data", "d", "--seed", "-1"], 2, "expected 0"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)

@@ -821,7 +821,9 @@ def test_ranks_whose_passes_meet_decide_together(ran, name):
 @pytest.mark.parametrize("name", ["weighed", "bent", "linear"])
 def test_the_curvature_where_passes_meet_is_that_of_all(ran, name):
     (history, absent, notes), (other, *_) = ran(2, f"curved {name}")
-    assert history == other and not absent
+    assert history == other
+    negative = {"sharpness/loss_slice"} if name == "linear" else set()
+    assert set(absent) == negative
     assert "passes of ranks meet" in notes["sharpness/trace"]
     net, (*batch, _) = UNLIKE[name][0](), unlike_batches(name)
     dense = tdi.sharpness.hessian(net, UNLIKE[name][1], tuple(batch)).dense()

@@ -107,7 +107,7 @@ def _add_demo(commands: Any) -> None:
         digits, pixels = (standard[name] for standard in (REDUCED, PIXELS))
         default = f"default: {digits} on components, {pixels} on MNIST's pixels"
         demo.add_argument(f"--{name}", type=kind, help=f"{what} ({default})")
-    demo.add_argument("--seed", type=int, default=0, help="default: 0")
+    demo.add_argument("--seed", type=seed, default=0, help="default: 0")
     demo.set_defaults(run=_run_demo)
 
 
@@ -153,15 +153,29 @@ def _add_analyze(commands: Any) -> None:
     verb.set_defaults(run=_run_analyze)
 
 
+def seed(text: str) -> int:
+    """Return a seed that torch takes; argparse says the name of this function.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is out of range.
+    """
+    value = int(text)
+    if not 0 <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"expected 0 to 2^64 - 1, got {text}")
+    return value
+
+
 def _add_budget(verb: argparse.ArgumentParser) -> None:
     for name, default, what in (
         ("batches", 8, "most batches to measure on"),
         ("masks", 16, "masks a batch where R_1 has no closed form"),
-        ("seed", 0, "seed of everything drawn"),
     ):
         verb.add_argument(
             f"--{name}", type=int, default=default, help=f"{what} (default: {default})"
         )
+    verb.add_argument(
+        "--seed", type=seed, default=0, help="seed of everything drawn (default: 0)"
+    )
     verb.add_argument("--device", default="cpu", help="default: cpu")
     verb.add_argument(
         "--no-sharpness", action="store_true", help="leave the Hessian out: it is dear"
