@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import torch
+
 from torch_dropout_ir.jet_kernels import Kind
 from torch_dropout_ir.jet_program import Program, Rule
 
@@ -52,10 +54,25 @@ def _multiplied(to: Program, node: Any, a: int, b: int, x: Any, y: Any) -> int |
     return to.add(Kind.SUMMED, shape[1:], number, dim=dim, alpha=alpha)
 
 
+def _cumulated(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """Sums up to each place, a product with a triangle of ones."""
+    if (found := to.along(inputs[0], node._saved_dim)) is None:
+        return None
+    (*own,), dim = found
+    n, rest = own[dim], own[dim + 1 :]
+    ones = torch.ones(n, n, device=node._input_metadata[0].device).triu()
+    ones = ones.view(n, n, *(1 for _ in rest))
+    left = to.reshaped((*own[: dim + 1], 1, *rest), inputs[0])
+    sizes = (*own[: dim + 1], n, *rest)
+    number = to.add(Kind.TIMES, sizes, left, -1, (ones, ones))
+    return to.add(Kind.SUMMED, own, number, dim=1 << dim, alpha=1.0)
+
+
 PRODUCTS: Final[dict[str, Rule]] = {
     "MmBackward0": _product("_saved_self", "_saved_mat2"),
     "MvBackward0": _product("_saved_self", "_saved_vec"),
     "BmmBackward0": _product("_saved_self", "_saved_mat2"),
     "AddmmBackward0": _product("_saved_mat1", "_saved_mat2"),
     "BaddbmmBackward0": _product("_saved_batch1", "_saved_batch2"),
+    "CumsumBackward0": _cumulated,
 }
