@@ -120,6 +120,9 @@ def matrices(f, y):
         torch.baddbmm(each.detach(), each, each, beta=2).cos(),
         torch.einsum("nij,njk->nki", each, each.cos()).sin(),
         torch.einsum("ni,ni->n", f, f.exp() * y).square(),
+        torch.einsum("ni,ij->nj", f.cos(), w).exp(),
+        torch.einsum("ni,ij,nj->n", f, w @ w.T, f.sin()).sin(),
+        torch.baddbmm(y[:1, None, :2], f[None], w[None]).view(N, 2).sin(),
         torch.addmm(f[:, :2], y, w, beta=2).cosh(),
         torch.baddbmm(each, y.view(N, K, 1), y.view(N, 1, K), beta=2).sin(),
         (f @ head[:3].t().contiguous().t()).cosh(),
@@ -317,6 +320,15 @@ MEETING = {
     "beside constants of unknown size": lambda f: (
         torch.cat((f.detach(), f, f.detach()), 1).exp().sum()
     ),
+    "behind another, times rows": lambda f: (
+        torch.bmm(f.view(1, 3, 3), f.exp().view(1, 3, 3)).exp().sum()
+    ),
+    "behind another, their sum": lambda f: f.view(1, 3, 3).sum(1).exp().sum(),
+    "behind another, by places": lambda f: (
+        (f.view(1, 3, 3) * f.view(3, 1, 3)).exp().sum()
+    ),
+    "behind another, turned": lambda f: (f.view(1, 3, 3).mT * f).exp().sum(),
+    "behind another, cut": lambda f: (f.view(1, 3, 3)[:, 1:] * f[1:]).exp().sum(),
     "sums up to each row": lambda f: f.cumsum(0).exp().sum(),
     "not known": lambda f: f.logcumsumexp(1).exp().sum(),
 }

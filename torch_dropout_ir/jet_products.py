@@ -38,11 +38,14 @@ def _product(first: str, second: str) -> Rule:
 def _multiplied(to: Program, node: Any, a: int, b: int, x: Any, y: Any) -> int | None:
     """Add entries in three places, of which the one between is added up."""
     shape = node._input_metadata[0].shape
+    if lift := a in to.second:
+        shape, y = shape[1:], y[0]
     by_row = len(shape) > 2
     if not by_row and (a < 0 or b >= 0):  # else it adds up over rows
         return None
     own = to.sizes[a] if a >= 0 else x.shape[1:]
     assert own is not None
+    a = to.second.get(a, a)
     more = shape[len(own) :]
     left = a if a < 0 else to.reshaped((*own, *(1 for _ in more)), a)
     right = b if b < 0 else to.reshaped((1, *(to.sizes[b] or ())), b)
@@ -51,7 +54,8 @@ def _multiplied(to: Program, node: Any, a: int, b: int, x: Any, y: Any) -> int |
     both = values[0], values[-1]
     number = to.add(Kind.TIMES, (*own, *more), left, right, both)
     dim, alpha = 1 << (len(own) - 1), float(getattr(node, "_saved_alpha", 1))
-    return to.add(Kind.SUMMED, shape[1:], number, dim=dim, alpha=alpha)
+    total = to.add(Kind.SUMMED, shape[1:], number, dim=dim, alpha=alpha)
+    return to.lifted(shape[1:], total) if lift else total
 
 
 def _cumulated(to: Program, node: Any, inputs: list[int]) -> int | None:

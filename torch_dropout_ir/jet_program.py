@@ -33,6 +33,8 @@ class Program:
         steps: See ``program`` of the op.
         numbers: See there.
         values: See there.
+        second: Nodes whose rows are in dimension 1, behind one of size 1, and those of
+            the same entries with rows in dimension 0.
     """
 
     def __init__(self, shape: Shape, most: float = _ENTRIES) -> None:
@@ -42,6 +44,7 @@ class Program:
         self.steps: list[int] = []
         self.numbers: list[float] = []
         self.values: list[Tensor] = []
+        self.second: dict[int, int] = {}
         self.add(Kind.OUTPUTS, shape[1:])
 
     @property
@@ -56,7 +59,9 @@ class Program:
     ) -> int | None:  # fmt: skip
         """Add a node; return its number, None where the kernel is not to make it."""
         first, own = len(self.values), () if sizes is None else sizes
-        if a is None or b is None or self.rows * math.prod(own) > self._most:
+        if a is None or b is None or a in self.second or b in self.second:
+            return None
+        if self.rows * math.prod(own) > self._most:
             return None
         self.values += values
         self.steps += (
@@ -70,6 +75,13 @@ class Program:
     def reshaped(self, sizes: Shape, a: int | None) -> int | None:
         """Add the same entries in a row of another shape."""
         return self.add(Kind.LINEAR, sizes, a, alpha=1.0)
+
+    def lifted(self, sizes: Shape, a: int | None) -> int | None:
+        """Add the same entries with a dimension of size 1 before that of the rows."""
+        number = self.reshaped(sizes, a)
+        if a is not None and number is not None:
+            self.second[number] = a
+        return number
 
     def along(self, a: int, saved: int) -> tuple[Shape, int] | None:
         """Return the shape of a row of a node, and a dimension of it.

@@ -48,11 +48,14 @@ def _repeated(to: Program, node: Any, inputs: list[int]) -> int | None:
 
 
 def _reshaped(to: Program, node: Any, inputs: list[int]) -> int | None:
-    """Dimensions of a row joined and split."""
-    own, shape = to.sizes[inputs[0]], node._input_metadata[0].shape
-    if own is None or math.prod(own) != math.prod(shape[1:]):
+    """Dimensions of a row joined and split, one of size 1 before that of the rows."""
+    a, shape = to.second.get(inputs[0], inputs[0]), node._input_metadata[0].shape
+    if (own := to.sizes[a]) is None:
         return None
-    return to.reshaped(shape[1:], inputs[0])
+    if math.prod(own) == math.prod(shape[1:]):
+        return to.reshaped(shape[1:], a)
+    behind = (1, to.rows) == tuple(shape[:2])
+    return to.lifted(shape[2:], a) if behind else None
 
 
 def _times(to: Program, node: Any, inputs: list[int]) -> int | None:
