@@ -113,7 +113,8 @@ class GradientPairs:
         """Return value, mean, mask noise and batch noise, which is 0, of two masks."""
         below = BelowMasks(self._model, self._targets) if self._apart else None
         self._below = below
-        states = [(g, g.get_state()) for g in generators(self._model)]
+        known = generators(self._model) if below is not None else []
+        states = [(g, g.get_state()) for g in known]
         value, inner, away = self._chain([batch, batch])
         self._below = None
         self._apart = below is not None and below.alike and bool(below.found)
