@@ -174,6 +174,22 @@ def below():
     ), torch.randn(8, 3)  # fmt: skip
 
 
+class Sized(nn.Sequential):
+    """A network that is made for so many samples."""
+
+    def forward(self, x):
+        assert len(x) == 8
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("form", [second_order, gauss_newton])
+def test_a_network_that_is_made_for_its_batch_runs_on_all_of_it(monkeypatch, form):
+    torch.manual_seed(0)
+    net = Sized(nn.Dropout(0.2), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    batch = torch.randn(8, 3).double(), torch.arange(8) % 3
+    assert_equal(*of_both(monkeypatch, form, net, batch, "cross_entropy", None))
+
+
 def masked():
     return Masked(), (torch.randn(8, 8, 3), torch.randn(8, 8))
 

@@ -111,7 +111,8 @@ class WeightParts(TorchFunctionMode):
 
     Attributes:
         plain: Numbers of the tensors without hooks, by identity; none of them once a
-            hook has been registered in the pass, which may change what is sent back.
+            hook has been registered in the pass, or a node asked for that takes them:
+            it may change what is sent back.
     """
 
     def __init__(
@@ -165,9 +166,11 @@ class WeightParts(TorchFunctionMode):
 
     def settle(self, value: Tensor) -> None:
         """Find the weights that are used once on the way to what is differentiated."""
+        with tracing.unasked():
+            last = value.grad_fn
         ends = collections.Counter(
             self._numbers.get(id(getattr(end, "variable", None)))
-            for node in graph_nodes([value.grad_fn] if value.grad_fn else [])
+            for node in graph_nodes([last] if last else [])
             for end, _ in node.next_functions
         )
         self._given = {i for i, count in ends.items() if count == 1 and i is not None}
@@ -189,7 +192,7 @@ class WeightParts(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.register_hook:
+        if func in _HOOKS:
             self.plain = {}
         if func in _HOLD_INPUT and self._remake:
             return self._activated(func, args, kwargs)
@@ -253,6 +256,9 @@ _OWN: Final[dict[Callable[..., Any], Callable[..., Tensor | None]]] = {
     F.linear: WeightParts._linear,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), WeightParts._convolved),
 }
+# Hooks are registered on tensors, and on nodes, as modules do their older ones.
+_NODE: Final[Any] = Tensor.grad_fn.__get__  # type: ignore[union-attr]
+_HOOKS: Final = frozenset((Tensor.register_hook, _NODE))
 # Functions of single elements that hold what they are given, not what they return.
 _HOLD_INPUT: Final = frozenset((
     F.celu, F.elu, F.gelu, F.hardswish, F.leaky_relu, F.mish, F.selu, F.silu,

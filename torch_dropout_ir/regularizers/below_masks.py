@@ -24,6 +24,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.collectives import every, go_on
+from torch_dropout_ir.regularizers.coupling import nearly_equal
+from torch_dropout_ir.regularizers.inner_products import wide_dtype
 from torch_dropout_ir.tracing import anything_drawn
 from torch_dropout_ir.weight_parts import LINEAR
 
@@ -42,7 +44,7 @@ class BelowMasks:
 
     Attributes:
         found: Numbers of the parameters below; None before a pass back.
-        alike: Whether the second pass had the same ones.
+        alike: Whether the second pass had the same ones, and made the same of them.
         shares: While gradients below come: how the squared norm of one enters both
             squared norms, the inner product and that of the difference.
     """
@@ -54,20 +56,23 @@ class BelowMasks:
         self.alike = True
         self.shares: tuple[float, ...] | None = None
         self._sent: list[Tensor] = []
+        self._norms: list[Tensor] = []  # of the site's input, pass by pass
 
     def begin(self) -> None:
         """Begin a pass."""
-        self._drawn = anything_drawn(self._model)
-        self._met = False
+        # Let go of at the first site: it holds the states of generators.
+        self._drawn: Callable[[], bool] | None = anything_drawn(self._model)
         self._edge: GradientEdge | None = None
 
     def look(self, h: Tensor) -> None:
         """Look at the input of a site, before its mask is drawn."""
-        if not self._met and h.requires_grad and not self._drawn():
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None and h.requires_grad and not drawn():
             self._edge = get_gradient_edge(h)
             self._zero = h.detach().new_zeros(()).expand(h.shape)
             self._size = h.nbytes
-        self._met = True
+            norm = torch.linalg.vector_norm(h.detach(), dtype=wide_dtype(h))
+            self._norms.append(norm)
 
     def back(
         self,
@@ -87,7 +92,9 @@ class BelowMasks:
         below = self._numbers(value, numbers) if first or self.found else set()
         if not every(bool(below), "below masks"):
             below = set()
-        self.alike = every(self.found in (None, below), "alike")
+        # Of a generator of the model's own, or what it counts, nothing else tells.
+        same = first or not below or nearly_equal(*self._norms[-2:])
+        self.alike = every(self.found in (None, below) and same, "alike")
         self.found = below
         ends: list[Any] = [x for i, x in enumerate(self._targets) if i not in below]
         go_on("backward")

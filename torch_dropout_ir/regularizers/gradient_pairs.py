@@ -24,6 +24,7 @@ from torch_dropout_ir.regularizers.inner_products import (
 )
 from torch_dropout_ir.regularizers.masked import NoiseSeen, dropout_risk
 from torch_dropout_ir.regularizers.step_memory import SOME
+from torch_dropout_ir.tracing import generators
 from torch_dropout_ir.weight_parts import WeightParts
 
 # Entries of a gradient that are made at a time: a share of all, within these.
@@ -112,10 +113,14 @@ class GradientPairs:
         """Return value, mean, mask noise and batch noise, which is 0, of two masks."""
         below = BelowMasks(self._model, self._targets) if self._apart else None
         self._below = below
+        known = generators(self._model) if below is not None else []
+        states = [(g, g.get_state()) for g in known]
         value, inner, away = self._chain([batch, batch])
         self._below = None
         self._apart = below is not None and below.alike and bool(below.found)
         if below is not None and not below.alike:  # of a model that went another way
+            for generator, state in states:  # by its masks perhaps: at the same ones
+                generator.set_state(state)
             value, inner, away = self._chain([batch, batch])
         return torch.stack((value, inner[0], away[0] / 2, value.new_zeros(())))
 

@@ -38,7 +38,7 @@ def along_rows(
     """
     rows, size = _rows_of(leaves, lines)
     found = None
-    with contextlib.suppress(RuntimeError, ValueError, IndexError):  # of other rows
+    with contextlib.suppress(Exception):  # of other rows: of all it raises once more
         found = _in_rows(function, leaves, lines, rows, size) if rows else None
     if found is None:
         return along(function, leaves, lines)

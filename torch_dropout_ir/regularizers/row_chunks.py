@@ -178,7 +178,7 @@ class RowChunks:
     ) -> T | None:
         try:
             return self._chunk(k, rows, take)
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        except Exception:
             return None  # a model that does not run on part of the rows
 
     def _chunk(

@@ -235,7 +235,7 @@ class CurvatureOperator:
             return None
         try:
             op = CurvatureOperator(self.kind, few[0], self._block_bytes)
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        except Exception:
             return None  # a model that takes no other number of samples
         op._work = self._work  # what it is few of
         return op, few[1]
