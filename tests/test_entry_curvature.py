@@ -27,6 +27,10 @@ def focal_of(x):
     return ((1 - (-x).exp()) ** 2 * x).mean()
 
 
+def entropy_of(u):
+    return (u * u.exp()).sum()
+
+
 def pairs(f):
     return F.softplus(-2 * (f - Y)) + (f - Y)
 
@@ -86,6 +90,7 @@ LOGS = {
     ),
     "entropy": lambda u: (u * u.exp()).sum(1).mean(),
     "all": lambda u: (-((1 - u.exp()) ** 2) * u).gather(1, LABELS[:, None]).mean(),
+    "turned": lambda u: entropy_of(u.T),
 }
 
 

@@ -135,7 +135,8 @@ class SoftmaxRoots:
         bend = found = None
         if self._bend is not None:
             bend = of_rows(self._bend.all(), rows)
-            if self._bend.back is not None:  # made for this alone
+            # Some entries are put into room of its own; all may be sent back as a view.
+            if self._bend.chosen.numel() < self._logs.numel():
                 found = bend
         found = torch.empty_like(logs) if found is None else found
         count = max(1, _DRAWN_AT_ONCE * len(logs) // max(1, logs.numel()))
