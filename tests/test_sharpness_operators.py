@@ -144,6 +144,8 @@ def test_an_operator_says_what_it_is_of():
     assert repr(op) == "<hessian of Linear, [3, 3], masks off, 2 products>"
     several = sharpness.ggn(mlp(), "mse", data(), masks=range(2))
     assert "<ggn of Sequential" in repr(several) and "masks 0, 1, 0 pr" in repr(several)
+    found = sharpness.top_eigenvalues(op), sharpness.spectral_density(op, num_steps=2)
+    assert max(len(repr(one)) for one in found) < 300  # not whole vectors and grids
 
 
 def test_mean_over_masks_and_its_standard_error():

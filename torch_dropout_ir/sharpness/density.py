@@ -39,9 +39,9 @@ class Density:
         state: All that is needed to go on, for ``state=``; it can be saved.
     """
 
-    grid: Tensor
-    density: Tensor
-    standard_error: Tensor
+    grid: Tensor = dataclasses.field(repr=False)
+    density: Tensor = dataclasses.field(repr=False)
+    standard_error: Tensor = dataclasses.field(repr=False)
     nodes: Tensor
     weights: Tensor
     bandwidth: float

@@ -58,7 +58,7 @@ class Eigen:
     """
 
     values: Tensor
-    vectors: list[Any]
+    vectors: list[Any] = dataclasses.field(repr=False)
     residuals: Tensor
     errors: Tensor
     converged: bool
