@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -210,6 +211,31 @@ def test_parts_that_can_be_traced_are_and_tracing_leaves_no_trace():
     assert found["body.0"].consumers == ("body.2",) and not found["body.0"].homogeneous
     assert torch.equal(found["body.0"].weight, model.body[2].weight)
     assert found["head"].weight is None and "traced" in found["head"].reason
+
+
+def test_other_threads_go_on_while_a_model_is_traced():
+    """Torch puts its tracing in the place of every module's call."""
+    net, seen = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), []
+    x = torch.randn(3, 4)
+    expected = net(x)
+
+    def serve():
+        seen.extend([net(x), net[0].weight])
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            thread = threading.Thread(target=serve)
+            thread.start()
+            thread.join()
+            return self.net(x)
+
+    found = cd.outgoing_weights(Slow())
+    assert found["net.0"].consumers == ("net.2",)
+    assert torch.equal(seen[0], expected) and seen[1] is net[0].weight
 
 
 def test_outgoing_weights_of_every_reader():

@@ -90,7 +90,8 @@ def test_an_estimate_holds_no_more_than_a_training_step(model, form):
     net.zero_grad()
     FORMS[form](net, (x[:8], y[:8]), "cross_entropy")
     found = peak(lambda: FORMS[form](net, (x, y), "cross_entropy"))
-    assert found <= (1.0 + BESIDE.get(form, 0.0)) * step
+    # A step in a process that has run some lacks what its first kernels allot.
+    assert found <= (1.001 + BESIDE.get(form, 0.0)) * step
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.GELU])

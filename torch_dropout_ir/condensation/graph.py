@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -121,7 +122,25 @@ def _skeleton(model: nn.Module) -> nn.Module:
 
 
 class _Tracer(fx.Tracer):
-    """Enters containers only: a module without children is one step."""
+    """Enters containers only: a module without children is one step.
+
+    Torch hands it the calls and parameters of modules in all threads meanwhile; those
+    of others go on as they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         childless = next(m.children(), None) is None
