@@ -41,6 +41,7 @@ import torch
 from estimator_page import draw, write_page
 from regularizers_costs import loss_costs, model_costs, product_costs, small_costs
 from regularizers_errors import ESTIMATORS, errors, print_errors
+from regularizers_losses import large_costs
 from regularizers_memory import memory
 
 
@@ -79,6 +80,7 @@ def main() -> int:
     if not chosen.errors:
         small_costs(chosen.turns)
         loss_costs(chosen.turns)
+        large_costs(chosen.turns)
         model_costs(chosen.turns)
         product_costs(chosen.turns)
         memory()

@@ -116,11 +116,11 @@ def divergence(f, _):
 def losses(n: int, k: int) -> dict:
     """Losses besides mean squares and cross-entropy, each with its targets.
 
-    The last five mix outputs for all that their graphs tell; of those the softplus and
+    The last seven mix outputs for all that their graphs tell; of those the softplus and
     the distance have curvature of one sign.
     """
     real, labels = torch.randn(n, k), torch.randint(k, (n,))
-    parts = real.softmax(1)
+    parts, inverse = real.softmax(1), torch.eye(k) + 0.5 / k
     return {
         "Huber": (nn.HuberLoss(), real),
         "Poisson": (nn.PoissonNLLLoss(), real.abs()),
@@ -136,6 +136,16 @@ def losses(n: int, k: int) -> dict:
         ),
         "softplus": (lambda f, _: F.softplus(f[:, :1] - f[:, 1:]).mean(), real),
         "divergence": (divergence, real),
+        "ranked": (
+            lambda f, y: (f.softmax(1).cumsum(1) - y.cumsum(1)).square().sum(1).mean(),
+            parts,
+        ),
+        "Mahalanobis": (
+            lambda f, y: torch.einsum("bi,ij,bj->b", f - y, inverse, f - y)
+            .log1p()
+            .mean(),
+            real,
+        ),
     }  # fmt: skip
 
 

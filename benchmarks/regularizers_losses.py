@@ -3,7 +3,10 @@
 import torch
 import torch.nn.functional as F
 from regularizers_costs import focal
+from regularizers_models import in_turns, step
 from torch import nn
+
+from torch_dropout_ir.regularizers import gauss_newton, second_order
 
 WORDS = 3000
 
@@ -91,3 +94,22 @@ def large_model(name: str):
         return Heads(paired_outputs()[name][1]), x, y
     body = Heads(WORDS).body
     return nn.Sequential(*body, nn.Linear(32, WORDS)), x, y
+
+
+def large_costs(turns: int) -> None:
+    """Print the time of one sample with losses of many words a row, in passes."""
+    print(f"\n1024 rows of {WORDS} outputs, one sample, in passes")
+    for name in ("labels", "squares", "log cosh", "focal"):
+        loss, (net, x, y) = large_outputs()[name], large_model(name)
+        batch = x, y
+        found = in_turns(
+            {
+                "pass": step(net, batch, loss),
+                "gauss_newton": lambda: gauss_newton(net, batch, loss),  # noqa: B023
+                "second_order": lambda: second_order(net, batch, loss),  # noqa: B023
+            },
+            turns,
+        )
+        base = found.pop("pass")
+        costs = "".join(f"{own / base:>8.2f} {form}" for form, own in found.items())
+        print(f"  {name:14}pass {1e3 * base:>6.2f} ms{costs}")

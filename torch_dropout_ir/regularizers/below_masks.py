@@ -132,10 +132,10 @@ class BelowMasks:
         hook.remove()
 
     def _numbers(self, value: Tensor, numbers: Mapping[int, int]) -> set[int]:
-        """Return those of the parameters below the first site.
+        """Return those of the parameters below the first site, by number.
 
-        None where a derivative there may not be linear, a way leads past the site's
-        input, or that is no smaller than the parameters.
+        There are none where a derivative there may not be linear, a way leads past the
+        site's input, or that is no smaller than the parameters.
         """
         if self._edge is None or value.grad_fn is None:
             return set()
