@@ -186,26 +186,72 @@ def test_the_worst_seed_decides_a_claim(claims, values, verdict):
 
 
 def test_the_worst_claim_decides_a_figure_and_its_record(claims, start):
-    exp = start("--seeds", "2")
+    exp = start("--seeds", "3")
     exp.cells(("arm",), lambda arm, seed: float(seed))
     holds = claims.Claim("first", "1", [1.0, 2.0], lambda v: v >= 1, lambda v: v > 0)
     points = claims.Claim("second", "5", [1.0, 2.0], lambda v: v >= 5, lambda v: v > 0)
     assert exp.finish([holds, points], {"more": [1]}) == "reproduced in direction"
     record = json.loads((exp.home / "results" / "fig99.json").read_text())
-    assert record["seeds"] == 2 and record["profile"] == "default"
+    assert record["seeds"] == 3 and record["profile"] == "default"
     assert [c["verdict"] for c in record["claims"]] == [holds.verdict, points.verdict]
     assert record["claims"][0]["ours"] == "1.5 ± 0.5"
     assert record["numbers"] == {"more": [1]}
 
 
-def test_a_quick_look_stays_out_of_the_results(claims, start):
-    exp = start("--quick")
-    assert list(exp.seeds) == [0] and exp.pick(1, 2, 3) == 1
+@pytest.mark.parametrize("options", [["--quick"], ["--seeds", "1"]])
+def test_a_look_stays_out_of_the_results(claims, start, options):
+    exp = start(*options)
+    assert list(exp.seeds) == [0]
     exp.finish([claims.Claim("text", "1", [1.0], lambda v: True, lambda v: True)])
     assert not (exp.home / "results").exists()
     assert (exp.folder / "fig99.json").is_file()
-    assert start("--paper").pick(1, 2, 3) == 3
-    assert start("--paper").folder != exp.folder
+
+
+def test_each_profile_has_its_size_and_its_folder(start):
+    found = [start(), start("--quick"), start("--paper")]
+    assert [exp.pick(1, 2, 3) for exp in found] == [2, 1, 3]
+    assert len({exp.folder for exp in found}) == 3
+
+
+def test_a_quick_run_does_not_say_that_something_is_not_so(claims, start):
+    def claim(bound):
+        return claims.Claim("text", "1", [1.0], lambda v: v > bound, lambda v: True)
+
+    for options, short in (
+        (["--quick"], "a quick run cannot tell"),
+        (["--seeds", "1"], "reproduced in direction"),
+    ):
+        exp = start(*options)
+        assert exp.finish([claim(0), claim(2)]) == short
+        record = json.loads((exp.folder / "fig99.json").read_text())
+        assert [c["verdict"] for c in record["claims"]] == ["reproduced", short]
+
+
+def test_what_is_no_number_is_null_and_is_said(claims, start):
+    """JSON has no NaN: most readers refuse a file with one."""
+    nan, exp = float("nan"), start("--seeds", "1")
+    some = claims.Claim("text", "1", [2.0, nan], lambda v: v > 0, lambda v: v > 0)
+    none = claims.Claim("text", "1", [nan], lambda v: v > 0, lambda v: v > 0)
+    exp.finish([some, none], {"seeds": [{"R_S": float("inf")}, (nan, 1.0)]})
+    text = (exp.folder / "fig99.json").read_text()
+    record = json.loads(text, parse_constant=pytest.fail)
+    assert [c["values"] for c in record["claims"]] == [[2.0, None], [None]]
+    assert record["numbers"] == {"seeds": [{"R_S": None}, [None, 1.0]]}
+    assert some.ours == "2 ± 0, no number in 1 of 2 seeds" and none.ours == "no number"
+
+
+def test_a_finished_cell_leaves_no_part_behind(frame, start, monkeypatch):
+    """Nor one of the trainings that it is made of, whatever they are called."""
+    every_step_saved(frame, monkeypatch)
+    exp = start()
+
+    def compute():
+        for arm in ("first", "arm"):
+            for _ in exp.steps(arm, 1, 3, []):
+                pass
+
+    exp.cell("arm", 1, compute)
+    assert [path.name for path in exp.folder.glob("*.pt")] == ["arm-seed1.pt"]
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,13 @@ class Claim:
     @property
     def ours(self):
         """Mean over the seeds, and half of the distance between the extremes."""
-        mean = statistics.fmean(self.values)
-        spread = (max(self.values) - min(self.values)) / 2
-        return f"{_short(mean)} ± {_short(spread)}{self.unit}"
+        found = [v for v in self.values if math.isfinite(v)]
+        if not found:
+            return "no number"
+        mean, spread = statistics.fmean(found), (max(found) - min(found)) / 2
+        without = len(self.values) - len(found)
+        said = f", no number in {without} of {len(self.values)} seeds" * bool(without)
+        return f"{_short(mean)} ± {_short(spread)}{self.unit}{said}"
 
     @property
     def record(self):
@@ -60,6 +64,6 @@ def worst(claims):
 
 
 def _short(value):
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
+    if value == 0:
+        return "0"
     return f"{value:.3g}" if 1e-2 <= abs(value) < 1e4 else f"{value:.2e}"

@@ -11,6 +11,7 @@ import ast
 import functools
 import hashlib
 import json
+import math
 import platform
 import sys
 import time
@@ -18,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from claims import worst
-from options import parse
+from claims import VERDICTS, worst
+from options import SEEDS, parse
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -53,6 +54,8 @@ class Experiment:
         self.home = home
         self._older = []
         self.seeds = range(self.options.seeds)
+        # A part of the experiment, or a look at it, leaves what is reported alone.
+        self.whole = self.profile != "quick" and len(self.seeds) >= SEEDS
         self.folder = self.options.out / f"{figure}-{self.profile}"
         if self.options.restart and self.folder.is_dir():
             for path in self.folder.glob("*.pt"):
@@ -77,9 +80,11 @@ class Experiment:
             return kept["result"]
         torch.manual_seed(seed)
         self._before, self._began, self._code = 0.0, time.process_time(), code
+        self._parts = []
         result = compute()
         _save({"result": result, "seconds": self._seconds(), "code": code}, path)
-        self._part(arm, seed).unlink(missing_ok=True)
+        for part in self._parts:
+            part.unlink(missing_ok=True)
         return result
 
     def cells(self, arms, compute):
@@ -107,6 +112,7 @@ class Experiment:
             The number of the step, from 0.
         """
         path, first = self._part(arm, seed), 0
+        self._parts.append(path)
         if path.exists():
             kept = torch.load(path, weights_only=False)  # our own, of this run
             self._compare(path, kept.get("code", self._code), self._code)
@@ -148,7 +154,8 @@ class Experiment:
         Returns:
             The verdict of the figure: its worst claim's.
         """
-        verdict = worst(claims)
+        verdict = self._said(worst(claims))
+        records = [{**one.record, "verdict": self._said(one.verdict)} for one in claims]
         seconds = sum(
             torch.load(path, weights_only=True)["seconds"]
             for path in self.folder.glob("*-seed*.pt")
@@ -161,18 +168,17 @@ class Experiment:
             "seeds": len(self.seeds),
             "seconds": round(seconds),
             "verdict": verdict,
-            "claims": [one.record for one in claims],
+            "claims": records,
             "numbers": numbers or {},
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
         path = self.results / f"{self.figure}.json"
-        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(_finite(record), indent=1, ensure_ascii=False)
+        path.write_text(text + "\n")
         print(f"\n{self.title} ({self.profile}, {len(self.seeds)} seeds)")
-        for one in claims:
-            print(
-                f"  {one.text}\n    paper {one.paper}, ours {one.ours}: {one.verdict}"
-            )
+        for one in records:
+            print("  {text}\n    paper {paper}, ours {ours}: {verdict}".format(**one))
         if self._older:
             print(f"of older code, see above: {', '.join(self._older)}")
         print(f"{verdict}\nnumbers: {path}")
@@ -182,8 +188,8 @@ class Experiment:
 
     @property
     def results(self):
-        """Where numbers and pictures go: a quick look stays out of this folder."""
-        if self.profile == "quick":
+        """Where numbers and pictures go."""
+        if not self.whole:
             return self.folder
         path = self.home / "results"
         path.mkdir(exist_ok=True)
@@ -193,6 +199,11 @@ class Experiment:
     def picture(self):
         """Path of the figure's PNG."""
         return self.results / f"{self.figure}.png"
+
+    def _said(self, verdict):
+        """A run that is cut short does not tell that something is not so."""
+        short = self.profile == "quick" and verdict != VERDICTS[-1]
+        return "a quick run cannot tell" if short else verdict
 
     def _path(self, arm, seed):
         return self.folder / f"{arm}-seed{seed}.pt"
@@ -250,6 +261,15 @@ def _without_words(path):
             if ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:]
     return ast.dump(tree)
+
+
+def _finite(value):
+    """``value`` as JSON can hold it: what is no number becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _save(what, path):

@@ -4,6 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
+# As many as are reported.
+SEEDS = 3
+
 
 def parse(doc, options=(), arguments=None):
     """Read the options of a script whose help is ``doc``; ends it at wrong ones.
@@ -18,7 +21,12 @@ def parse(doc, options=(), arguments=None):
     size.add_argument(
         "--paper", action="store_true", help="the paper's own setting, at its size"
     )
-    parser.add_argument("--seeds", type=int, help="default: 3; with --quick 1")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        help=f"default: {SEEDS}; with --quick 1. Results of fewer than {SEEDS} stay in "
+        "--out",
+    )
     parser.add_argument(
         "--data-root",
         type=Path,
@@ -39,7 +47,7 @@ def parse(doc, options=(), arguments=None):
         parser.add_argument(*flags, **keywords)
     chosen = parser.parse_args(arguments)
     if chosen.seeds is None:
-        chosen.seeds = 1 if chosen.quick else 3
+        chosen.seeds = 1 if chosen.quick else SEEDS
     if chosen.seeds < 1:
         parser.error(f"--seeds: expected at least 1, got {chosen.seeds}")
     try:

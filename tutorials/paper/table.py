@@ -15,8 +15,9 @@ Zhang & Xu, *Implicit Regularization of Dropout*, TPAMI 2024. This page is writt
 `table.py` from `results/*.json`, which the scripts write; reasons and captions are the
 scripts' own words, and nothing else is typed in.
 `make paper` runs all of them, cheapest first; `make paper ARGS=--quick` has a look at
-each in minutes (its numbers never enter this table). Every script takes `--help`, shows
-its progress, and goes on where it was stopped.
+each in minutes (its numbers never enter this table, nor do those of fewer than three
+seeds). Every script takes `--help`, shows its progress, and goes on where it was
+stopped.
 
 "Ours" is the mean over the seeds ± half of the distance between the extremes. A claim
 is **reproduced** when every seed meets the tolerance that its sentence states, and
