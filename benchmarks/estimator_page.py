@@ -100,11 +100,16 @@ def _summary(rows: Sequence[dict], estimators: Sequence[str]) -> str:
                 continue
             bias = max((x[0] for x in found), key=abs)
             spread = median(x[1] for x in found)
-            said = f"off by {100 * bias:+.1f}"
+            said = f"off by {_percent(bias)}"
             cells.append(said + (f", spread {100 * spread:.1f}" if spread else ""))
         costs = [row[name][2] for row in rows if name in row]
         text += _line([*cells, f"{median(costs):.1f}"])
     return text
+
+
+def _percent(bias: float) -> str:
+    """Signed, but where nothing is left of it."""
+    return f"{100 * bias:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")
 
 
 def _details(
@@ -120,7 +125,7 @@ def _details(
         for name in names:
             bias, spread, cost = (row[name][0], row[name][1], row[name][2])
             around = f" ± {100 * spread:.1f}" if spread else ""
-            cells.append(f"{100 * bias:+.1f}{around} ({cost:.1f})")
+            cells.append(f"{_percent(bias)}{around} ({cost:.1f})")
         text += _line(cells)
     return text
 

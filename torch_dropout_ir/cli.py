@@ -234,7 +234,8 @@ def _add_board(commands: Any) -> None:
             "log_dir",
             type=Path,
             metavar="LOGDIR",
-            help="a run or a folder of runs: what `log_dir=` was; without it, runs",
+            help="a run or a folder of runs: what `log_dir=` was, or `runs` where none "
+            "was given",
         )
     board.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     board.add_argument("--port", type=int, help="default: 6006, or the next free one")
