@@ -37,9 +37,6 @@ def sum_by_rows(
         rows: ``[N, D]``.
         others: Tensors with ``N`` rows.
         whole: Tensors that each block reads as they are.
-
-    Returns:
-        What ``form`` returns, summed.
     """
     count = max(1, elements // max(1, rows.shape[1]))
     if rows.shape[0] <= count or not tracing.eager():

@@ -32,11 +32,7 @@ _BESIDE: Final = (
 
 
 def as_pair(batch: Any) -> Batch:
-    """Return a batch, or raise if it is no pair of inputs and targets.
-
-    Raises:
-        TypeError: If it is none.
-    """
+    """Return a batch, or raise a TypeError if it is no pair of inputs and targets."""
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
     got = type(batch).__name__
@@ -49,15 +45,7 @@ def as_pair(batch: Any) -> Batch:
 
 
 def check_reachable(name: str, unreachable: Sequence[str]) -> None:
-    """Raise if derivatives cannot reach a site.
-
-    Args:
-        name: Who says so.
-        unreachable: Names of such sites.
-
-    Raises:
-        RuntimeError: If a site runs without autograd.
-    """
+    """Raise a RuntimeError if derivatives cannot reach a site."""
     if unreachable:
         raise RuntimeError(
             f"{name}: derivatives cannot reach the sites {list(unreachable)}, which "
@@ -73,11 +61,6 @@ def check_batch(
     modules: Iterable[tuple[str, nn.Module]] | None = None,
 ) -> None:
     """Raise if a batch has no sample, or values or derivatives are out of reach.
-
-    Args:
-        model: The model.
-        inputs: Its inputs.
-        modules: Its modules, where they have been looked at just now.
 
     Raises:
         ValueError: If a tensor among the inputs has no element in its first dimension,
@@ -109,11 +92,7 @@ def check_batch(
 
 
 def check_site(site: Site, h: Tensor) -> None:
-    """Raise if what a site drops is not real.
-
-    Raises:
-        TypeError: If it is complex or integer.
-    """
+    """Raise a TypeError if what a site drops is complex or integer."""
     if not h.is_floating_point():
         raise TypeError(
             f"dropout site `{site.name}`: expected a real floating-point input, got "
@@ -124,17 +103,7 @@ def check_site(site: Site, h: Tensor) -> None:
 def check_risk(
     name: str, value: Callable[[], Tensor], model: nn.Module, inputs: Any
 ) -> None:
-    """Raise if the loss is not finite: its derivatives may still be, or zero.
-
-    Args:
-        name: The function that is about to take them.
-        value: Gives the loss.
-        model: The model.
-        inputs: Its inputs.
-
-    Raises:
-        ValueError: If the loss is NaN or infinite, or draws random numbers.
-    """  # noqa: DOC502 (what is called raises)
+    """Raise if the loss draws or is not finite: its derivatives may still be, or 0."""
     moved = generators_moved(model)
     with torch.no_grad():
         check_finite(name, value(), model, inputs)
@@ -144,18 +113,7 @@ def check_risk(
 def checked_product(
     name: str, read: OutputsRead, model: nn.Module, inputs: Any, known: bool
 ) -> HessianProduct | None:
-    """Check the loss as :func:`check_risk` does, and keep its derivative.
-
-    Args:
-        name: The function that is about to take derivatives.
-        read: What the loss reads of the model's outputs.
-        model: The model.
-        inputs: Its inputs.
-        known: Whether the loss is one of torch's, which draw nothing.
-
-    Returns:
-        Products with its Hessian, where that has no closed form.
-    """
+    """Check the loss as :func:`check_risk` does; return its product, if not closed."""
     if read.loss is None:
         check_risk(name, functools.partial(read.risk, read.tensors), model, inputs)
         return None
@@ -177,11 +135,7 @@ def checked_product(
 
 
 def _check_drawn(name: str, moved: Callable[[], bool] | None) -> None:
-    """Raise if a loss has drawn random numbers.
-
-    Raises:
-        ValueError: If it has.
-    """
+    """Raise a ValueError if a loss has drawn random numbers."""
     if moved is not None and moved():
         raise ValueError(
             f"{name}: expected a loss that draws no random numbers, got one that does: "
@@ -191,17 +145,7 @@ def _check_drawn(name: str, moved: Callable[[], bool] | None) -> None:
 
 
 def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> None:
-    """Raise if an estimate is not finite, and say where that comes from.
-
-    Args:
-        name: The function that made the estimate.
-        value: The estimate.
-        model: The model.
-        inputs: Its inputs.
-
-    Raises:
-        ValueError: If ``value`` is NaN or infinite.
-    """
+    """Raise a ValueError if an estimate is not finite, with where that comes from."""
     if math.isfinite(value.item()):
         return
     arguments = Inputs.of(inputs)
@@ -267,16 +211,7 @@ def noise_left_out(
 def read_beside(
     read: OutputsRead, edges: Iterable[GradientEdge], product: HessianProduct | None
 ) -> tuple[str, ...]:
-    """Say whether a loss reads more of a pass than its outputs.
-
-    Args:
-        read: What it reads of the outputs.
-        edges: Where in the graph of the pass dropout acts.
-        product: What ``read.product()`` returned, where it is at hand.
-
-    Returns:
-        A note where it does, for derivatives in the outputs are without it.
-    """
+    """Return a note where a loss reads more of a pass than its outputs."""
     if read.loss is not None and read.loss.kind != "general":
         return ()
     sites = {edge.node for edge in edges}
@@ -288,11 +223,7 @@ def read_beside(
 
 
 def check_differentiable(name: str, value: Tensor) -> None:
-    """Raise if a loss does not depend on any parameter, as far as autograd sees.
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """Raise a ValueError if autograd sees no parameter that a loss depends on."""
     if not value.requires_grad:
         raise ValueError(
             f"{name}: expected a loss that can be differentiated in the parameters, "

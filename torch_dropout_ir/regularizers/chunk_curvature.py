@@ -26,14 +26,7 @@ def draws_held(num_samples: int | None) -> int:
 def draws_by_chunks(
     chunks: RowChunks, masks: Sequence[Mask], num_samples: int | None, coupled: bool
 ) -> list[list[Form]] | None:
-    """Return draws of the forms; None where samples do not run apart.
-
-    Args:
-        chunks: The chunks of rows.
-        masks: Of each use of a site, the site, a tensor like its input, and its shape.
-        num_samples: Draws of signs; None for the exact sum.
-        coupled: Whether the loss couples samples.
-    """
+    """Return draws of the forms; None where samples do not run apart."""
     noise: list[list[Tensor]] = []
 
     def take(

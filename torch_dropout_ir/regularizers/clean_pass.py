@@ -118,13 +118,10 @@ class CleanPass:
     ) -> None:
         """Send ``root`` back from a tensor of the outputs to each use of a site.
 
-        Args:
-            outputs: The tensor.
-            root: A tensor of its shape; None for a scalar.
-            receive: Called with the number of a use and its derivative as it comes, in
-                reverse order; not at all where there is none.
-            keep: Whether the graph is kept for another root; if not, the inputs of the
-                sites go with it, each as its derivative has been received.
+        ``receive`` is called with the number of a use and its derivative as it comes,
+        in reverse order, where there is one. ``root`` is None for a scalar. Unless
+        another root is to ``keep`` the graph, the inputs of sites go with it, each as
+        its derivative has been received.
         """
         if not self.uses or not outputs.requires_grad:
             return
@@ -168,7 +165,7 @@ class CleanPass:
         ])
 
     def couples_samples(self, outputs: Sequence[Tensor]) -> bool:
-        """Whether an output of one sample depends on another sample at some site.
+        """Return whether an output of one sample depends on another at some site.
 
         Batch normalization in training mode does that, and message passing, outputs
         whose first dimension is not the batch, and masks that samples share. Where the
@@ -176,24 +173,11 @@ class CleanPass:
         normalization in training mode, that tells; else two backward passes: where each
         sample's outputs weigh another power of two, so do its derivatives, to the bit,
         if they come from that sample alone.
-
-        Args:
-            outputs: The tensors of the outputs that the loss reads.
-
-        Returns:
-            Whether a derivative across samples is not zero.
         """
         return any(self._couples(x) for x in outputs)
 
     def samples_meet(self, outputs: Tensor) -> bool | None:
-        """Say what :meth:`couples_samples` would, as far as the graph shows it.
-
-        Args:
-            outputs: A tensor of the outputs that the loss reads.
-
-        Returns:
-            Whether samples meet; None where derivatives have to tell.
-        """
+        """Return that as the graph shows it; None where derivatives have to tell."""
         if outputs.ndim == 0 or not self.uses:
             return bool(self.uses)
         if self.row_wise and outputs.ndim > 1:

@@ -22,12 +22,7 @@ _TOLD: Final = 0.01  # of the curvature, up to which differences have to tell
 def last_layer_form(
     clean: CleanPass, targets: Any, loss: Loss, form: Callable[..., Tensor]
 ) -> Tensor:
-    """Return a closed form of R_1 from the features that a pass has found.
-
-    Raises:
-        ValueError: If the model has no single site straight before the last layer, or
-            cross-entropy has its classes in another dimension than that layer.
-    """
+    """Return a closed form of R_1 from the features that a pass has found, or raise."""
     layer = clean.last_layer
     if layer is None or not _by_element(*clean.uses[0][:2]):
         raise ValueError(
@@ -73,20 +68,12 @@ def is_quadratic(loss: Loss, outputs: Tensor, targets: Any) -> bool:
 
 @torch.no_grad()
 def _adds_squares(loss: Loss, outputs: Tensor, targets: Any) -> bool:
-    r"""Whether a loss without a closed form is a sum of squares of single outputs.
+    r"""Return whether a loss without closed form is a sum of single outputs' squares.
 
     Its graph tells, but for what is computed of the outputs and is a constant there, as
     a weight. So differences of the loss have to be a square's too, along steps ``d`` of
     the outputs' size and more, which they take under dropout: the second :math:`\sum_i
     H_{ii} d_i^2`, and the third 0.
-
-    Args:
-        loss: The loss.
-        outputs: The outputs.
-        targets: The targets.
-
-    Returns:
-        Whether its Hessian in the outputs is diagonal and constant.
     """
     if outputs.dtype not in (torch.float32, torch.float64):
         return False

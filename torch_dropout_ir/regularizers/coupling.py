@@ -14,25 +14,12 @@ _POWERS = 16
 
 
 def row_weight(g: Tensor) -> Tensor:
-    """Return the sum of magnitudes of each row.
-
-    Args:
-        g: The tensor.
-    """
+    """Return the sum of magnitudes of each row."""
     return g.abs().flatten(1).sum(1) if g.ndim > 1 else g.abs()
 
 
 def even_root(like: Tensor, dims: int = 1, first: int = 0) -> Tensor:
-    """Return a root without zeros that is the same for all samples.
-
-    Args:
-        like: A tensor whose first ``dims`` dimensions count the samples.
-        dims: Their number.
-        first: Where to start, for another tensor than the one before.
-
-    Returns:
-        A tensor of its shape.
-    """
+    """Return a root without zeros, the same for all samples, which ``dims`` count."""
     own = like[(0,) * dims] if like.numel() else like
     return uneven(own, first).expand(like.shape).contiguous()
 
@@ -42,16 +29,8 @@ def by_powers(root: Tensor, dims: int = 1, count: int | None = None) -> Tensor:
 
     Sixteen samples in a row have sixteen powers from ``2^-8`` to ``2^7``. Each sixteen
     have them in another order, lest samples that meet in pairs, half a batch apart,
-    have the same.
-
-    Args:
-        root: A tensor whose first ``dims`` dimensions count the rows.
-        dims: Their number.
-        count: Number of samples, which have as many rows each, one after the other;
-            None for one row.
-
-    Returns:
-        A tensor of its shape.
+    have the same. The first ``dims`` dimensions count the rows, of which each of
+    ``count`` samples has as many, one after the other; None: one.
     """
     rows = root.shape[:dims].numel()
     samples = torch.arange(rows, device=root.device) // (rows // (count or rows or 1))
@@ -69,12 +48,7 @@ def _exponents(blocks: int) -> Tensor:
 
 
 def telling_roots(outputs: Tensor, count: int) -> Iterator[Tensor]:
-    """Yield two roots, of which :func:`alike` tells whether samples meet.
-
-    Args:
-        outputs: What the roots are of.
-        count: Number of samples.
-    """
+    """Yield two roots, of which :func:`alike` tells whether samples meet."""
     even = even_root(outputs.unflatten(0, (count, -1))).flatten(0, 1)
     yield even
     yield by_powers(even, count=count)
@@ -83,17 +57,7 @@ def telling_roots(outputs: Tensor, count: int) -> Iterator[Tensor]:
 def row_weights(
     pull: Callable[..., None], outputs: Tensor, root: Tensor, keep: bool = True
 ) -> dict[int, Tensor]:
-    """Return the sum of magnitudes of each row of what a root is at each use.
-
-    Args:
-        pull: :meth:`CleanPass.pull`.
-        outputs: What the root is of.
-        root: The root.
-        keep: Whether the graph is kept.
-
-    Returns:
-        A tensor of rows for the number of each use.
-    """
+    """Return, by use, the sum of magnitudes of each row of what a root is there."""
     found: dict[int, Tensor] = {}
 
     def receive(use: int, g: Tensor) -> None:
@@ -104,16 +68,7 @@ def row_weights(
 
 
 def told_by_powers(pull: Callable[..., None], outputs: Tensor, count: int) -> bool:
-    """Whether samples meet, as two roots tell; the graph is kept.
-
-    Args:
-        pull: :meth:`CleanPass.pull`.
-        outputs: What the roots are of.
-        count: Number of samples.
-
-    Returns:
-        Whether a derivative across samples is not zero.
-    """
+    """Return whether samples meet, as two roots tell; the graph is kept."""
     roots = telling_roots(outputs, count)
     even, scaled = [row_weights(pull, outputs, root) for root in roots]
     return not alike(even, scaled, count)
@@ -122,16 +77,7 @@ def told_by_powers(pull: Callable[..., None], outputs: Tensor, count: int) -> bo
 def alike(
     plain: Mapping[int, Tensor], scaled: Mapping[int, Tensor], count: int
 ) -> bool:
-    """Whether what came of a root by powers is that of the plain root by powers.
-
-    Args:
-        plain: What came of the plain root, a tensor of samples' rows for each key.
-        scaled: What came of the root by powers.
-        count: Number of samples.
-
-    Returns:
-        Whether they are equal to the bit, which tells that samples are apart.
-    """
+    """Whether a root by powers gave, to the bit, what the plain one did by them."""
     return all(weighs_alike(x, scaled[key], 1, count) for key, x in plain.items())
 
 
@@ -155,17 +101,7 @@ def nearly_equal(found: Tensor, expected: Tensor) -> bool:
 
 
 def apart(count: int, coupled: bool | None, roots: Iterator[Root]) -> Iterator[Root]:
-    """Take roots apart: outputs that meet do not share one.
-
-    Args:
-        count: Number of samples.
-        coupled: Whether they meet; else only the rows of each do.
-        roots: The roots, of all rows of the outputs.
-
-    Yields:
-        One root for each row where samples meet; else one for the rows that have the
-        same place in all samples.
-    """
+    """Yield a root for each row where samples meet; else one for a row of each."""
     for root, sign in roots:
         rows = root.shape[0]
         parts = rows if coupled else rows // max(1, count)

@@ -212,16 +212,8 @@ def _linear_part(slope: Tensor, packed: Tensor, p: float) -> Tensor:
 def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor | None]:
     """Return ``g h`` of each use of a site, in the shape of its mask.
 
-    The pass is used up: its graph goes as the derivative comes.
-
-    Args:
-        clean: The pass without noise.
-        loss: The loss.
-        targets: The targets.
-
-    Returns:
-        A tensor a use, None where the loss does not depend on it; none at all where
-        derivatives cannot reach the sites.
+    None where the loss does not depend on a use; no tensor at all where derivatives
+    cannot reach the sites. The graph of the pass goes as the derivative comes.
     """
     if clean.unreachable or not clean.uses:
         return []

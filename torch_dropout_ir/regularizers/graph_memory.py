@@ -140,14 +140,10 @@ class Graph:
     def step_back(
         self, goes: set[Any], masks: Mapping[Any, int]
     ) -> tuple[int, int, int]:
-        """Follow a pass back of a training step, in which goes what has been used.
+        """Return what a step's pass back holds at first, at most, and for leaves.
 
-        Args:
-            goes: The nodes whose gradients are taken.
-            masks: Bytes of the masks of sites.
-
-        Returns:
-            What is held when it begins, the most that is, and gradients of leaves.
+        What has been used goes. ``goes`` are the nodes whose gradients are taken,
+        ``masks`` the bytes of the masks of sites.
         """
         kept = {n: dict(self.saved.get(n, ())) for n in self._nodes if n in goes}
         for i, (node, size) in enumerate(masks.items()):
@@ -165,9 +161,7 @@ class Graph:
     def kept_back(self, goes: set[Any], forms: Mapping[Any, int]) -> int:
         """Return the most that is under way in a pass back that ends at sites.
 
-        Args:
-            goes: The nodes whose gradients are taken.
-            forms: What the form of each use takes, which passes its gradient on.
+        ``forms`` is what the form of each use takes, which passes its gradient on.
         """
         most = 0
         for node, _, grown in self._flights(goes, forms):
@@ -212,15 +206,7 @@ def _number(node: Any) -> int:
 
 
 def saved_by(node: Any, there: Collection[int]) -> dict[int, int]:
-    """Return the bytes of what a node has saved, by storage.
-
-    Args:
-        node: The node.
-        there: Storages that do not count.
-
-    Returns:
-        Nothing of what somebody's hooks have kept.
-    """
+    """Return bytes of what a node has saved, by storage; not what hooks have kept."""
     found = {}
     kind: Any = type(node)
     for name in _names(kind):

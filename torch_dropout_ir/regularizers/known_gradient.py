@@ -41,15 +41,10 @@ class _Known(torch.autograd.Function):
 
 
 def learns_alone(risk: Tensor, params: Sequence[Tensor]) -> bool:
-    """Whether a derivative in parameters can be taken before anybody asks for it.
+    """Return whether a derivative in parameters may be taken before anybody asks.
 
-    Args:
-        risk: A scalar with its graph.
-        params: The parameters.
-
-    Returns:
-        False where something else depends on it, where its factor is to come first, as
-        of half precision, and where hooks or transforms look on.
+    Not where something else depends on it, where its factor is to come first, as of
+    half precision, and where hooks or transforms look on.
     """
     if not tracing.eager() or risk.grad_fn is None:
         return False
@@ -68,16 +63,10 @@ def learns_alone(risk: Tensor, params: Sequence[Tensor]) -> bool:
 
 
 def parts_pay(risk: Tensor, params: Sequence[Tensor], max_bytes: int) -> bool:
-    """Whether the graph of a second derivative is better made of parts of the batch.
+    """Return whether a second derivative's graph is better made of parts of the batch.
 
-    Args:
-        risk: The loss with its graph.
-        params: The parameters.
-        max_bytes: Memory up to which it is not.
-
-    Returns:
-        False too where there is more in the parameters, where a derivative is not to be
-        taken now, and where each pass may be a collective of several processes.
+    Not where there is more in the parameters, where a derivative is not to be taken
+    now, and where each pass may be a collective of several processes.
     """
     nodes = list(graph_nodes([risk.grad_fn] if risk.grad_fn else []))
     if _GRAPH * made(nodes) <= max_bytes or not learns_alone(risk, params):
@@ -91,16 +80,7 @@ def parts_pay(risk: Tensor, params: Sequence[Tensor], max_bytes: int) -> bool:
 def with_gradient(
     value: Tensor, params: Sequence[Tensor], gradient: Sequence[Tensor | None]
 ) -> Tensor:
-    """Return a value whose gradient in the parameters is known.
-
-    Args:
-        value: Scalar, without a graph.
-        params: The parameters.
-        gradient: A tensor for each, or None where there is no dependence.
-
-    Returns:
-        The value, which can be differentiated once.
-    """
+    """Return a scalar, differentiable once, whose gradient is known."""
     found: Tensor = _Known.apply(value, gradient, *params)
     return found
 
@@ -111,18 +91,10 @@ def with_gradient_beside(
     gradient: list[Tensor | None],
     beside: Callable[[], Tensor] | None,
 ) -> Tensor:
-    """Return what :func:`with_gradient` does, and another loss added to it.
+    """Return what :func:`with_gradient` does, and ``beside()`` added to it.
 
-    Its gradient is added as it comes: there is no second one.
-
-    Args:
-        value: Scalar, without a graph.
-        params: The parameters.
-        gradient: A tensor for each, or None where there is no dependence; used up.
-        beside: Gives the other loss with its graph, if there is one.
-
-    Returns:
-        The sum, which can be differentiated once.
+    The other loss's gradient is added as it comes to ``gradient``, which is used up:
+    there is no second one.
     """
     if beside is None:
         return with_gradient(value, params, gradient)

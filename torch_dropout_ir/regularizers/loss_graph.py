@@ -43,27 +43,12 @@ _BENDS: Final = ("HuberLossBackward", "SmoothL1LossBackward")
 
 
 def bends(value: Tensor) -> bool:
-    """Whether there is one of torch's losses in it that bends at small residuals.
-
-    Args:
-        value: The loss, with its graph.
-
-    Returns:
-        Whether there is.
-    """
+    """Return whether one of torch's losses that bends at small residuals is in it."""
     return any(n.name().startswith(_BENDS) for n in graph_nodes([value.grad_fn]))
 
 
 def rows_apart(outputs: Tensor, nodes: Nodes) -> bool:
-    """Whether the graph shows a sum of terms of one row each.
-
-    Args:
-        outputs: The outputs, the leaf of the graph of the loss.
-        nodes: The nodes of that.
-
-    Returns:
-        Whether it does; False where it does not tell.
-    """
+    """Return whether the graph shows a sum of terms of one row each."""
     if not nodes or not outputs.ndim:
         return False
     found: dict[Any, Place | None] = {}

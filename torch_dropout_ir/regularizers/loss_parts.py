@@ -93,12 +93,7 @@ class LossParts:
         self._onto = onto / onto.norm(dim=0)
 
     def read(self, part: int, tensors: list[Tensor]) -> OutputsRead:
-        """Return what the loss of a part reads, times its weight.
-
-        Args:
-            part: The number of the part.
-            tensors: The outputs of its samples.
-        """
+        """Return what the loss of a part reads, of its outputs, times its weight."""
         weight, loss = self.weights[part], self._loss.function
 
         def weighed(f: Any, y: Any) -> Tensor:
@@ -109,15 +104,7 @@ class LossParts:
         return OutputsRead(tensors, lambda x: own(x[0], targets), own, targets=targets)
 
     def look(self, clean: CleanPass, read: OutputsRead) -> bool:
-        """Find the weights, if there are.
-
-        Args:
-            clean: The pass.
-            read: What the loss reads of it.
-
-        Returns:
-            Whether outputs and graph of the pass have been used up.
-        """
+        """Find the weights; return whether outputs and graph are used up."""
         weights = [self._loss.option(x, None) for x in ("weight", "pos_weight")]
         plain = not any([x is not None for x in weights])
         plain = plain and alike(read.tensors[0], self._targets)
@@ -198,18 +185,10 @@ class LossParts:
         return self._of(*torch.autograd.grad(product.value, product.at))
 
     def _keeps(self, f: Tensor, samples: Tensor, moved: Tensor) -> bool:
-        """Whether rows of a part that stay keep the gradient, though others move.
+        """Return whether rows of a part that stay keep the gradient if others move.
 
         In each part: a number of rows that outputs choose, which is a factor of all,
         may be the same in some.
-
-        Args:
-            f: The outputs.
-            samples: The samples of the part.
-            moved: The gradient where others have moved.
-
-        Returns:
-            Whether they do.
         """
         rows = self._rows(samples)
         product = HessianProduct(self._loss, f[rows], self._targets_of(samples))
@@ -218,15 +197,7 @@ class LossParts:
         return _are(moved[stay], kept[stay], 1.0, self._near)
 
     def _holds(self, f: Tensor, samples: Tensor) -> bool:
-        """Whether rows of a part are apart, and its products are those of its halves.
-
-        Args:
-            f: The outputs.
-            samples: The samples of the part.
-
-        Returns:
-            Whether both hold, and the products are not zero.
-        """
+        """Whether a part's rows are apart, its products its halves', and not 0."""
         rows = self._rows(samples)
         product = HessianProduct(self._loss, f[rows], self._targets_of(samples))
         if not apart(product):
@@ -248,11 +219,7 @@ class LossParts:
         return bool(curved.any())
 
     def _whole(self, moved: list[Tensor]) -> Tensor:
-        """Return the gradient of the whole where half of the rows have moved.
-
-        Args:
-            moved: The outputs there, taken out: the loss alone holds them.
-        """
+        """Return the gradient where half of the rows, handed over, have moved."""
         with torch.enable_grad():
             at = moved.pop()
             at.add_(at.new_zeros((), requires_grad=True))

@@ -34,17 +34,7 @@ def parts_pay(
     product: HessianProduct | None,
     num_samples: int | None,
 ) -> bool:
-    """Whether roots of a loss need parts: it is much of what a step holds otherwise.
-
-    Args:
-        clean: The pass.
-        read: What the loss reads of it.
-        product: Products with its Hessian; None where that is known.
-        num_samples: Random roots; None for an exact sum, by samples' blocks.
-
-    Returns:
-        Whether they do, and the graph keeps rows apart.
-    """
+    """Return whether roots need parts: the loss is much of a step, rows are apart."""
     fit = num_samples is not None or blocks_fit(read.tensors[0])
     large = much(clean, read) and fit
     return every(
@@ -58,15 +48,7 @@ def _splits(product: HessianProduct, num_samples: int | None) -> bool:
 
 
 def one_root(product: HessianProduct, num_samples: int | None) -> bool:
-    """Whether a step holds no less than roots: one of a softmax, or of single outputs.
-
-    Args:
-        product: Products with the loss's Hessian.
-        num_samples: Random roots; None for an exact sum.
-
-    Returns:
-        Whether that is so.
-    """
+    """Return whether a step holds no less than roots: a softmax's, single outputs'."""
     terms = product.terms
     if terms is None:
         return False
@@ -79,18 +61,10 @@ def one_root(product: HessianProduct, num_samples: int | None) -> bool:
 def makes_much(
     clean: CleanPass, read: OutputsRead, product: HessianProduct | None
 ) -> bool:
-    """Whether what a loss without a closed form makes is much of what a step holds.
+    """Return whether a loss without a closed form makes much of what a step holds.
 
     A graph of its second derivatives holds several times that; along a line, no more
     than a step does.
-
-    Args:
-        clean: The pass.
-        read: What the loss reads of it.
-        product: Products with its Hessian, where it reads one tensor.
-
-    Returns:
-        Whether it is.
     """
     # A number for each output, or for each pair of rows, or of outputs of a row.
     large = not read.closed and _FEWEST <= max([

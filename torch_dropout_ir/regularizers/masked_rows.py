@@ -72,15 +72,7 @@ class MaskedRows:
         self._masks: list[tuple[Tensor, int]] = []
 
     def apart(self, outputs: Any, risk: Tensor) -> bool:
-        """Whether rows run alone as among all, as far as the first few of them tell.
-
-        Args:
-            outputs: What the model returned in the pass.
-            risk: The loss of that.
-
-        Returns:
-            False too where that is not known.
-        """
+        """Return whether the first few rows are known to run alone as among all."""
         if self._moved is not None and self._moved():
             return False  # a part would run with others
         try:
@@ -108,10 +100,7 @@ class MaskedRows:
         return alone and not self._read.couples()
 
     def parts(self) -> Iterator[Tensor | None]:
-        """Yield the loss of all as a function of each part of the rows, with its graph.
-
-        None where these are not what they were.
-        """
+        """Yield the loss by each part of the rows; None where these have changed."""
         for rows in chunks(self._count, _PARTS):
             yield self._run(rows)
 
@@ -164,10 +153,7 @@ def _drawn(site: Site, h: Tensor, shape: tuple[int, ...], each: bool) -> Tensor:
 
 
 def _ones(h: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return ones whose dimensions lie in memory in the order that those of ``h`` do.
-
-    Kernels may draw in that order.
-    """
+    """Return ones laid out in memory as ``h`` is: kernels may draw in that order."""
     strides = h.stride()
     order = sorted(range(h.ndim), key=lambda d: -strides[d])
     places = sorted(range(h.ndim), key=order.__getitem__)

@@ -23,15 +23,7 @@ _SEED: Final = 0
 
 
 def least_of_part(clean: CleanPass, read: OutputsRead) -> int:
-    """Return how many samples a part of the rows has at least.
-
-    Args:
-        clean: The pass, with its graph.
-        read: What the loss reads of it.
-
-    Returns:
-        The number; 0 where inputs of sites and outputs have no rows to take apart.
-    """
+    """Return how many samples a part has at least; 0 where none can be taken apart."""
     counts = {clean.count(x) if x.ndim else 0 for x in read.tensors}
     count = next(iter(counts))
     if len(counts) > 1 or count < 2 or not clean.by_samples(count):
@@ -56,13 +48,7 @@ def count_samples(clean: CleanPass, read: OutputsRead, inputs: Any) -> int:
 
 
 def chunks(count: int, parts: int, least: int = PAIR) -> Iterator[Tensor]:
-    """Yield the numbers of the rows of each chunk.
-
-    Args:
-        count: Rows in all.
-        parts: Chunks besides the first, small one.
-        least: Rows of a chunk at least.
-    """
+    """Yield the numbers of the rows of each chunk: a small one, then ``parts``."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
     first = min(count, max(least, count // _FIRST))
     step = max(least, -(-(count - first) // parts))
@@ -74,15 +60,7 @@ def chunks(count: int, parts: int, least: int = PAIR) -> Iterator[Tensor]:
 
 
 def rows_of_samples(samples: Tensor, each: int) -> Tensor:
-    """Return the numbers of the rows of some samples.
-
-    Args:
-        samples: Their numbers.
-        each: Rows of a sample, one after the other.
-
-    Returns:
-        The numbers.
-    """
+    """Return the numbers of the rows of some samples, which have ``each`` in a row."""
     if each == 1:
         return samples
     return (samples[:, None] * each + torch.arange(each)).flatten()
@@ -91,17 +69,7 @@ def rows_of_samples(samples: Tensor, each: int) -> Tensor:
 def replace_rows(
     read: OutputsRead, outputs: Any, samples: Tensor, count: int
 ) -> OutputsRead:
-    """Return the loss as a function of the outputs of some samples.
-
-    Args:
-        read: What the loss reads of all samples.
-        outputs: What the model returned for those.
-        samples: Their numbers.
-        count: How many there are in all.
-
-    Returns:
-        Its tensors are those of ``outputs``; the other rows are as in ``read``.
-    """
+    """Return the loss as a function of some samples' outputs, others as read."""
     leaves, _ = real_leaves(outputs)
     tensors = [leaves[i] for i in read.places]
     alone = _loss_of_rows(read, rows_of_samples(samples, len(read.tensors[0]) // count))

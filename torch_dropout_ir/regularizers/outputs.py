@@ -74,18 +74,7 @@ class OutputsRead:
         return HessianProduct(self.loss, self.single, self.targets)
 
     def couples(self, dims: int = 1, product: HessianProduct | None = None) -> bool:
-        """Whether the loss's gradient at one sample depends on another's outputs.
-
-        Args:
-            dims: Number of leading dimensions that count the samples.
-            product: What :meth:`product` returned, where it is at hand.
-
-        Returns:
-            Whether the second derivative across samples is not zero.
-
-        Raises:
-            ValueError: If the loss has no second derivative.
-        """  # noqa: DOC502 (`_curved` raises)
+        """Return whether the gradient at one sample depends on another's outputs."""
         if self.loss is not None and self.loss.kind != "general":
             return False
         product = product or self.product()
@@ -116,11 +105,7 @@ class OutputsRead:
         return at, self.slopes(at)
 
     def slopes(self, at: Sequence[Tensor], create_graph: bool = True) -> list[Tensor]:
-        """Return the gradient of the loss in each tensor, zeros where it has none.
-
-        Raises:
-            ValueError: If the loss cannot be differentiated.
-        """
+        """Return the gradient of the loss in each tensor, zeros where it has none."""
         with torch.enable_grad():
             value = self.risk(at)
             if not value.requires_grad:
@@ -137,15 +122,7 @@ class OutputsRead:
 
 
 def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
-    """Find the tensors that the loss reads.
-
-    Args:
-        outputs: A tensor, or a tuple, mapping or object with tensors in it.
-        loss: The loss.
-        targets: The targets.
-
-    Returns:
-        The tensors, and the loss as a function of them.
+    """Return the tensors that the loss reads, and the loss as a function of them.
 
     Raises:
         TypeError: If the outputs hold no floating-point tensor, or are several where
@@ -195,11 +172,7 @@ def _read_of(
     places: list[int],
     risk: Callable[[Sequence[Tensor]], Tensor],
 ) -> list[int]:
-    """Return the places of those tensors that a loss depends on.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """Return the places of those tensors that a loss depends on; raise if none."""
     with torch.enable_grad():
         found = torch.autograd.grad(risk(copies), copies, allow_unused=True)
     read = [i for i, g in zip(places, found, strict=True) if g is not None]
@@ -228,15 +201,7 @@ def real_leaves(outputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 def _curved(
     slopes: Sequence[Tensor], at: Sequence[Tensor], roots: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """Differentiate the loss's gradient once more.
-
-    Returns:
-        A tensor for each of ``at``, or None where there is no dependence.
-
-    Raises:
-        RuntimeError: What autograd raises of another kind.
-        ValueError: If torch has no derivative of it.
-    """  # noqa: DOC502 (`explain` raises)
+    """Differentiate the loss's gradient once more; None where nothing depends."""
     try:
         return torch.autograd.grad(
             slopes, at, roots, allow_unused=True, retain_graph=True
@@ -247,20 +212,11 @@ def _curved(
 
 
 def check_curvature(read: OutputsRead) -> bool:
-    """Raise if the loss is linear where the outputs are, and not everywhere.
-
-    Its second derivative is zero there, and no second-order form can see its kinks.
-
-    Args:
-        read: What the loss reads.
-
-    Returns:
-        Whether the loss has a second derivative, if it be 0 there; a linear one has
-        none to miss.
+    """Return whether a loss has a second derivative, if it be 0; a linear one has none.
 
     Raises:
-        ValueError: If it is piecewise linear or constant, or torch cannot
-            differentiate it twice.
+        ValueError: If it is piecewise linear or constant, whose kinks no second-order
+            form can see, or torch cannot differentiate it twice.
     """
     if read.known:
         return True

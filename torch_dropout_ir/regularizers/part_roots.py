@@ -57,15 +57,7 @@ class PartRoots:
             yield of_rows(root, rows), of_rows(signs, rows)
 
     def sample(self, rows: Rows = ALL) -> list[Root]:
-        """Draw roots, whose squares with their signs are the Hessian on average.
-
-        Args:
-            rows: The rows.
-
-        Returns:
-            A tensor shaped as their outputs with its sign; a second one where there are
-            both.
-        """
+        """Draw roots whose signed squares are the Hessian on average: at most two."""
         found: dict[float, Tensor] = {}
         for own, roots in self._each():
             for root, sign in roots.sample():

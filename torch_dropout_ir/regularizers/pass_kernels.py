@@ -14,10 +14,8 @@ def pass_kernels(
 ) -> contextlib.AbstractContextManager[None]:
     """Return the context of operations that can be differentiated as often as wanted.
 
-    Args:
-        needed: Whether there may be some that torch differentiates once.
-        thrice: Whether third derivatives are wanted.
-        lean: Whether second ones are ours, which hold less.
+    ``needed``: there may be some that torch differentiates once; ``lean``: second
+    derivatives are ours, which hold less.
     """
     if not needed and not lean:
         return contextlib.nullcontext()

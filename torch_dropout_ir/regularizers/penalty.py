@@ -189,11 +189,7 @@ class _Products:
 
 
 def _slopes(risk: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Return the gradient with its graph.
-
-    Raises:
-        NotImplementedError: If torch cannot differentiate it again.
-    """
+    """Return the gradient with its graph."""
     try:
         found = torch.autograd.grad(
             risk, params, root_of(risk), create_graph=True, allow_unused=True

@@ -162,14 +162,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def reading(self, named: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
-        """Record inside the context which linear layers read the first site as it is.
-
-        Args:
-            named: The modules to look at.
-
-        Yields:
-            Nothing.
-        """
+        """Record inside which of those linear layers read the first site as it is."""
         layers = [layer for _, layer in named if type(layer) is nn.Linear]
         # Before hooks of the model's own, which may make something else of the output.
         hooks = [after_call(x, self._read, first=True) for x in layers]
@@ -189,11 +182,7 @@ class Recorder:
         self.reads.append((layer, direct, weakref.ref(output), output._version))
 
     def uses(self) -> list[Use]:
-        """Return each use with its input as it was: itself, or what passed on.
-
-        Raises:
-            RuntimeError: If both were overwritten.
-        """  # noqa: DOC502 (`_use` raises)
+        """Return each use with its input as it was; raise if that is lost."""
         with unasked():
             return [_use(p) for p in self.passed]
 
@@ -244,11 +233,7 @@ def _edge(out: Tensor, zero: Tensor) -> GradientEdge:
 
 
 def _in_place_of(h: Tensor, first: Tensor) -> Tensor:
-    """Return what the first site is given, where the pass has something else.
-
-    Raises:
-        ValueError: If that is not possible.
-    """
+    """Return what the first site is given; raise where the pass has something else."""
     if h.shape != first.shape:
         raise ValueError(
             f"expected the input of the first site to have the shape "

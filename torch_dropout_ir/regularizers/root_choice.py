@@ -25,17 +25,10 @@ def choose(
     num_samples: int | None,
     product: HessianProduct | None,
 ) -> tuple[Roots | None, bool]:
-    """Return the roots, and whether the loss couples samples.
+    """Return the roots, and whether one sample's term depends on another's outputs.
 
-    Args:
-        clean: The pass over all rows.
-        read: What the loss reads of its outputs.
-        num_samples: Random roots; None for the exact sum.
-        product: Products with the loss's Hessian, where it has no closed form.
-
-    Returns:
-        Roots of what is known of the Hessian, else of products with it; None where
-        there are none. Then whether one sample's term depends on another's outputs.
+    Roots of what is known of the Hessian, else of products with it; None where there
+    are none.
     """
     loss, f = read.loss, read.tensors[0]
     if loss is not None and product is not None and loss.kind == "general":
@@ -70,18 +63,10 @@ def blocks_fit(f: Tensor) -> bool:
 
 
 def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None, few: int) -> bool:
-    """Whether to take eigenvectors of the blocks of samples: they spread less.
+    """Return whether to take eigenvectors of the blocks of samples: they spread less.
 
-    Beside a large network, with many draws or few outputs, they take little time.
-
-    Args:
-        clean: The pass over all rows.
-        f: The outputs.
-        num_samples: Random roots; None for the exact sum, which has no other way.
-        few: Outputs of a sample of which they pay in any case.
-
-    Returns:
-        Whether they pay.
+    Beside a large network, with many draws or few outputs, they take little time;
+    with ``few`` outputs of a sample they pay in any case.
     """
     width = f.shape[1:].numel()
     if num_samples is None or not blocks_fit(f):

@@ -48,15 +48,7 @@ class Known(NamedTuple):
 
 
 def read_of(clean: CleanPass, targets: Any, loss: Loss) -> OutputsRead:
-    """Find what the loss reads, and that derivatives can be had of it.
-
-    Returns:
-        What the loss reads.
-
-    Raises:
-        ValueError: If the outputs have no batch dimension that the loss needs.
-        RuntimeError: If a site runs without autograd.
-    """  # noqa: DOC502 (`check_reachable` raises)
+    """Return what the loss reads; raise if derivatives cannot be had of it."""
     check_reachable("gauss_newton", clean.unreachable)
     read = read_outputs(clean.outputs, loss, targets)
     if loss.kind == "cross_entropy" and read.tensors[0].ndim < 2:
@@ -75,16 +67,7 @@ def known_of(
     forms: RootForms,
     beside: tuple[str, ...],
 ) -> Known:
-    """Return what there is to say of an estimate by forms.
-
-    Args:
-        model: The model.
-        clean: The pass that the forms are of.
-        read: What the loss reads of it.
-        loss: The loss.
-        forms: The forms.
-        beside: What is to be said of a loss that reads more.
-    """
+    """Return what there is to say of an estimate by forms."""
     linear = () if forms.curved or check_curvature(read) else (LINEAR,)
     notes = (*clean.noise_left_out(model), *beside, *linear)
     exact = is_exact(clean, loss, read.targets, forms.num_samples)
@@ -99,21 +82,7 @@ def estimate(
     loss: Loss,
     num_samples: int | None,
 ) -> Estimate:
-    """Return the Gauss-Newton estimate from a pass that has been run already.
-
-    Args:
-        model: The model.
-        clean: The pass without noise; its graph is kept.
-        targets: The targets, or None.
-        loss: The loss.
-        num_samples: Backward passes with sampled outputs; None for the exact sum.
-
-    Returns:
-        The estimate.
-
-    Raises:
-        ValueError: If the outputs have no batch dimension that the loss needs.
-    """  # noqa: DOC502 (`read_of` raises)
+    """Return the Gauss-Newton estimate of a pass that has run; its graph is kept."""
     read = read_of(clean, targets, loss)
     product = None if read.closed else read.product()
     forms = RootForms(clean, read, num_samples, product)

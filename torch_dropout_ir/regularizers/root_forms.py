@@ -74,27 +74,12 @@ class RootForms:
         return self._roots is not None and self._roots.curved
 
     def may_keep(self, clean: CleanPass, read: OutputsRead) -> bool:
-        """Whether one graph does for all draws, in the memory of a step.
-
-        Args:
-            clean: The pass.
-            read: What the loss reads of its outputs.
-
-        Returns:
-            Whether it does.
-        """
+        """Whether one graph does for all draws, in the memory of a step."""
         may = self._may_keep and clean.weighed(read.tensors).may_keep(self.rooted)
         return every(may, "graph kept")
 
     def roots(self, coupled: bool) -> Iterator[tuple[int, Root, bool]]:
-        """Yield the roots of all rows, each with the number of its draw.
-
-        Args:
-            coupled: Whether samples meet in the network.
-
-        Yields:
-            The number, a root with its sign, and whether it is the last.
-        """
+        """Yield the number of a draw, a signed root of all rows, if it is the last."""
         assert self._roots is not None
         if self.num_samples is None:
             assert isinstance(self._roots, (HessianRoots, PartRoots))
@@ -128,16 +113,7 @@ class RootForms:
     def sums(
         self, clean: CleanPass, read: OutputsRead, *, keep: bool = True
     ) -> Sums | None:
-        """Draw one root and add its forms up at once, where a small pass can do that.
-
-        Args:
-            clean: The pass.
-            read: What the loss reads of its outputs.
-            keep: Whether its graph is kept.
-
-        Returns:
-            The sums; None, with nothing drawn, where :meth:`draws` has to be asked.
-        """
+        """Draw a root and add its forms up; None if :meth:`draws` is to be asked."""
         outputs = read.tensors[0]
         if self._roots is None or self.num_samples != 1 or clean.matters:
             return None
@@ -178,17 +154,10 @@ class RootForms:
         rows: Rows = ALL,
         keep: bool = True,
     ) -> tuple[list[list[Form]], bool]:
-        """Return draws of the forms, the exact sum as a single one.
+        """Return draws of the forms, the exact sum as one, and whether samples meet.
 
-        Args:
-            clean: The pass.
-            read: What the loss reads of its outputs.
-            coupled: Whether samples meet in the network; None to find that out.
-            rows: The rows of the batch that the pass is of.
-            keep: Whether its graph is kept.
-
-        Returns:
-            The draws, and whether samples meet in the network.
+        ``coupled`` tells that of the network; None to find it out. ``rows`` are those
+        of the batch that the pass is of.
         """
         exact = self._roots is None or self.num_samples is None
         if exact and coupled is None:

@@ -27,19 +27,11 @@ def draws_by_passes(
     run: Run,
     coupled: bool | None,
 ) -> tuple[list[list[Form]], bool]:
-    """Return the draws of the forms, of passes over all rows.
+    """Return the draws of the forms, of passes over all rows, and whether samples meet.
 
     A graph that goes as its derivatives come holds no more than a step: each root has a
     pass of its own. Where a graph that is kept holds no more either, as with sites near
     the network's end, one pass does for all.
-
-    Args:
-        forms: The forms.
-        run: Runs a pass in which what is below the first site is weighed.
-        coupled: Whether samples meet in the network; None to find that out.
-
-    Returns:
-        The draws, and whether samples meet in the network.
     """
     if not forms.rooted:
         with run() as (clean, read):
@@ -65,16 +57,7 @@ def again(
 
 
 def samples_meet(run: Run) -> bool:
-    """Say what :meth:`CleanPass.couples_samples` does, by two passes.
-
-    Neither keeps its graph.
-
-    Args:
-        run: Runs a pass.
-
-    Returns:
-        Whether they meet.
-    """
+    """Return what :meth:`CleanPass.couples_samples` does, by two passes."""
     told: list[bool | None] = []
     weights: list[list[dict[int, Tensor]]] = []
     for k in range(2):

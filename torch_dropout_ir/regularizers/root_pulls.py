@@ -25,18 +25,9 @@ def pull_root(
     keep: bool = True,
     weights: dict[int, Tensor] | None = None,
 ) -> list[Form]:
-    """Quadratic form of each use, summed over units: one entry a leading index.
+    """Return the quadratic form of each use, summed over units, by leading indices.
 
-    Args:
-        clean: The pass.
-        outputs: The outputs that the root is sent back from.
-        root: The root.
-        sign: Its sign, one for all or one a sample.
-        keep: Whether the graph is kept.
-        weights: Filled with what :func:`row_weights` gives, if there.
-
-    Returns:
-        The forms, use by use.
+    ``weights`` is filled with what :func:`row_weights` gives, if there.
     """
     squares: dict[int, Tensor] = {}
 

@@ -44,14 +44,7 @@ T = TypeVar("T")
 
 
 def looked_at(run: Callable[[LossParts | None], Any]) -> Any:
-    """Return what a pass shows, or a second one where finding parts has used it up.
-
-    Args:
-        run: Looks at a pass, given the parts of the loss where they are known.
-
-    Returns:
-        What it shows.
-    """
+    """Return what a pass shows, or a second one where finding parts has used it up."""
     seen = run(None)
     if isinstance(seen, LossParts):
         seen = run(seen)
@@ -130,14 +123,10 @@ class RowChunks:
     def each(
         self, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
     ) -> list[T] | None:
-        """Return what is taken of the pass of each chunk.
+        """Return what ``take`` does of each chunk: its pass, what is read, its rows.
 
-        Args:
-            take: Called with the pass, what the loss reads of it, and the numbers of
-                the rows; None says that samples meet.
-
-        Returns:
-            What it returns; None where the rows of a chunk are not those of the batch.
+        None where it returns None, for samples meet, or rows of a chunk are not those
+        of the batch.
         """
         found = self._each(take)
         single = found is None and self._least < PAIR and self.alone is None

@@ -67,17 +67,11 @@ _BATCH_NORM: Final = frozenset(("NativeBatchNormBackward0", "CudnnBatchNormBackw
 def rows_meet(
     outputs: Tensor, sites: Sequence[GradientEdge], count: int
 ) -> bool | None:
-    """Say whether an operation from the sites to the outputs lets samples meet.
+    """Return whether an operation from the sites to the outputs lets samples meet.
 
-    Args:
-        outputs: A tensor of the outputs, with its graph; several rows a sample may be
-            one after the other.
-        sites: Where in the graph the output of each site is, a sum.
-        count: Number of samples.
-
-    Returns:
-        False where every operation keeps samples apart; True where one below which all
-        do is batch normalization in training mode; None where the graph does not tell.
+    False where every operation keeps samples apart; True where one below which all
+    do is batch normalization in training mode; None where the graph does not tell.
+    Several rows of one of ``count`` samples may be one after the other.
     """
     if outputs.grad_fn is None or not outputs.ndim or outputs.shape[0] % count:
         return None
@@ -110,15 +104,10 @@ def rows_meet(
 def inputs_first(
     stack: list[tuple[Any, Any]], done: dict[Any, Any]
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield the nodes of a graph that are not done, each after those it leads to.
+    """Yield nodes of a graph that are not ``done``, with what they lead to, after that.
 
-    Args:
-        stack: The node to begin with; then those that are to come, and with what they
-            lead to those that have been begun.
-        done: What has been found out about nodes.
-
-    Yields:
-        A node, and what it leads to.
+    ``stack`` holds the node to begin with; then those that are to come, and with what
+    they lead to those that have been begun.
     """
     while stack:
         node, edges = stack.pop()

@@ -66,15 +66,7 @@ class SiteCurvature:
         self._loss_slopes: Vectors = read.slopes(self._at)
 
     def product(self, vectors: Vectors, keep: bool = True) -> list[Tensor | None]:
-        """Multiply.
-
-        Args:
-            vectors: A tensor for each use, or None for zero.
-            keep: Whether there are more products; else the graph may go.
-
-        Returns:
-            A tensor for each use; None where it is zero for want of a dependence.
-        """
+        """Multiply a tensor for each use, None for zero, in and out."""
         graph = self._create_graph
         if not self._linearized:
             return _gradients(self._slopes, self._clean.edges, vectors, graph, keep)
@@ -101,11 +93,8 @@ class SiteCurvature:
     ) -> list[Form]:
         r"""Return one draw of the forms: signs :math:`z` on the mask's elements.
 
-        :math:`E[(z \circ h)^\top A (z \circ h)] = \sum_j h_j^2 A_{jj}`.
-
-        Args:
-            positive: Whether a sign is plus, a tensor for each use; drawn if None.
-            keep: Whether there are more draws; else the graph may go.
+        :math:`E[(z \circ h)^\top A (z \circ h)] = \sum_j h_j^2 A_{jj}`. ``positive``
+        says whether a sign is plus, by use; drawn if None.
         """
         uses = self._clean.uses
         if positive is None:
@@ -116,12 +105,7 @@ class SiteCurvature:
         return self._forms([self._scaled(i, z) for i, z in enumerate(drawn)], keep)
 
     def exact(self, coupled: bool) -> list[Form]:
-        """Return the forms of one element of a mask at a time.
-
-        Args:
-            coupled: Whether samples depend on each other. If not, the same element of
-                all samples is taken at once.
-        """
+        """Return the forms of elements of a mask; of all samples if not coupled."""
         forms = []
         counts = [1] if coupled else [self._clean.count(x) for x in self._tensors]
         count = math.gcd(*counts)

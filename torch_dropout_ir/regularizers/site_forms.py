@@ -58,15 +58,7 @@ def total(forms: Sequence[Form], like: Tensor, name: str | None = None) -> Tenso
 def join(
     parts: Sequence[Sequence[Sequence[Form]]], num_samples: int | None
 ) -> list[list[Form]]:
-    """Return the draws of all rows from those of chunks of rows.
-
-    Args:
-        parts: The draws of each chunk.
-        num_samples: Number of random draws; None for an exact sum.
-
-    Returns:
-        The draws; of an exact sum its terms, as they are.
-    """
+    """Return the draws of all rows from those of chunks; of an exact sum its terms."""
     if num_samples is None:
         return [[form for part in parts for form in part[0]]]
     return [
@@ -107,20 +99,7 @@ def assemble(
     like: Tensor,
     notes: tuple[str, ...],
 ) -> Estimate:
-    """Return the mean of the draws, the part of each site, and the standard error.
-
-    Args:
-        uses: The site of each use in the pass without noise.
-        draws: The forms of each draw; a single one where ``num_samples`` is None.
-        num_samples: Number of random draws; None for an exact sum.
-        coupled: Whether samples depend on each other.
-        exact: Whether the value is R_1 itself.
-        like: A tensor of the dtype and device of the estimate.
-        notes: What there is to say of it.
-
-    Returns:
-        The estimate.
-    """
+    """Return the mean of the draws, the part of each site, and the standard error."""
     names = list(dict.fromkeys(uses))
     if like.dtype == torch.float16:
         lost = "in float16 parts below 6e-8 vanish: use float32 or bfloat16"
@@ -149,14 +128,7 @@ def assemble(
 def of_sums(
     uses: Sequence[str], summed: Sums, exact: bool, notes: tuple[str, ...]
 ) -> Estimate:
-    """Return the estimate of a draw that has been added up.
-
-    Args:
-        uses: The site of each use in the pass without noise.
-        summed: The sums.
-        exact: Whether the value is R_1 itself.
-        notes: What there is to say of it.
-    """
+    """Return the estimate of a draw that has been added up."""
     value, error, *parts = summed.values
     count = len(summed.names)
     if summed.coupled and parts:
@@ -191,11 +163,7 @@ def _sums(
 def _of_few(
     names: Sequence[str], draw: Sequence[Form], coupled: bool, like: Tensor
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]] | None:
-    """Return what :func:`_sums` and :func:`_standard_errors` do, of a few numbers.
-
-    Python adds those up in less time than the first of several operations takes.
-    None where they are many.
-    """
+    """Do what ``_sums`` and ``_standard_errors`` do, of few numbers; else None."""
     forms = [form for _, form in draw]
     if not draw or sum([form.numel() for form in forms]) > _FEW:
         return None
@@ -259,10 +227,7 @@ def _standard_errors(
     num_samples: int | None,
     coupled: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the standard error of the whole, and of each site that there is.
-
-    It is that over draws; by sample where each has its own independent draws.
-    """
+    """Return standard errors over draws, or by sample where each draws by itself."""
     names = list(dict.fromkeys(name for draw in draws for name, _ in draw))
     if num_samples is None or not names:
         return like.new_zeros(()), {}

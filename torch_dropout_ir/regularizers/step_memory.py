@@ -35,15 +35,10 @@ SOME: Final = 2**13
 
 
 def may_hold_much(size: int, outputs: Any, kept: bool) -> bool:
-    """Whether what a graph holds may matter, by what goes into the sites and comes out.
+    """Return whether what a graph holds may matter, by what goes in and comes out.
 
-    Args:
-        size: Elements of the sites' inputs.
-        outputs: What the model returned, with its graph.
-        kept: Whether the graph may be kept: then little may lead to much.
-
-    Returns:
-        Whether it may.
+    Of one that may be ``kept``, little in the inputs of sites, of that ``size``, may
+    lead to much.
     """
     if not kept:
         return size >= FEWEST
@@ -68,15 +63,7 @@ class Below(NamedTuple):
 
     @classmethod
     def by(cls, h: Tensor, there: Collection[int]) -> Below:
-        """Look at the graph of a tensor.
-
-        Args:
-            h: The input of the first site.
-            there: As above.
-
-        Returns:
-            What it shows.
-        """
+        """Look at the graph of the input of the first site."""
         if h.grad_fn is None:
             return cls(learns=h.requires_grad, there=there)
         graph = Graph([h.grad_fn], there)
@@ -105,17 +92,7 @@ class Weighed(NamedTuple):
         uses: Sequence[tuple[Site, Tensor, GradientEdge]],
         zeros: Sequence[Tensor],
     ) -> Weighed:
-        """Look at the graph of a pass without noise, down to the first site.
-
-        Args:
-            outputs: What the loss reads.
-            below: What is below the first site.
-            uses: Each use of a site, its input, and where its output is.
-            zeros: What was added to the inputs.
-
-        Returns:
-            What it shows.
-        """
+        """Look at the graph of a pass without noise, down to the first site."""
         starts = [x.grad_fn for x in outputs if x.grad_fn is not None]
         graph = Graph(starts, below.there)
         quiet = {id(zero) for zero in zeros}
@@ -134,23 +111,14 @@ class Weighed(NamedTuple):
         return cls(step, kept, held + 2 * sum(forms.values()) + graph.again())
 
     def may_keep(self, once: bool = True) -> bool:
-        """Whether a graph may be kept for one more pass back, in a step's memory.
-
-        Args:
-            once: Whether it is of first derivatives; else of second ones.
-
-        Returns:
-            Whether it may.
-        """
+        """Whether a graph of first, else of second derivatives, fits into a step."""
         room = SHARE * self.step + LEAST
         return (self.kept if once else self.curved) <= room
 
     def parts(self, most: int, beside: int) -> int:
-        """Return of how many parts of the rows second derivatives may have a graph.
+        """Return of how many parts of the rows, ``most`` at most, that graph may be.
 
-        Args:
-            most: Parts that are always enough.
-            beside: Bytes that are held meanwhile if those are several.
+        ``beside`` is held meanwhile if there are several.
         """
         if self.may_keep(once=False):
             return 1

@@ -34,15 +34,7 @@ def drawn_form(
     [J^\top S z]_j)^2] = h_j^2 [J^\top H J]_{jj}`, whatever the parameters: so is the
     mean of the gradient that of the form, where :math:`S` has its own. One pass
     backward and its graph, of which products with the Hessian would need three.
-
-    Args:
-        clean: The pass without noise, with its graph, or one of some rows.
-        outputs: What the loss reads of it.
-        signs: What :func:`weighted_signs` returned, of those rows.
-        kind: The kind of the loss, one of ``ROOTED``.
-
-    Returns:
-        The forms of the sites that the outputs depend on.
+    ``signs`` are those of :func:`weighted_signs`, of the rows of the pass.
     """
     root = signs if kind == "squared" else _softmax_root(outputs, signs)
     if root_of(outputs) is not None and not root.requires_grad:
@@ -93,20 +85,7 @@ def parted(
     weight: float,
     max_bytes: int,
 ) -> RootsByChunks | None:
-    """Return the loss with its form by parts, where that pays and is the same.
-
-    Args:
-        model: The model.
-        batch: The batch.
-        loss: The loss.
-        clean: The pass without noise.
-        risk: The loss of that.
-        weight: Factor of the loss itself.
-        max_bytes: Memory up to which a graph is that of all.
-
-    Returns:
-        None elsewhere, as far as the first rows tell.
-    """
+    """Return the loss with its form by parts, where that pays and is the same."""
     read = read_outputs(clean.outputs, loss, batch[1])
     known = read.loss is not None and read.loss.kind in ROOTED
     if not (known and RowChunks.least(clean, read)) or clean.unreachable:
@@ -120,16 +99,7 @@ def parted(
 
 
 class RootsByChunks:
-    """The loss with its Gauss-Newton form, made of parts of the batch.
-
-    Args:
-        model: The model.
-        batch: The batch.
-        loss: The loss.
-        clean: The pass without noise, none of which is held.
-        read: What the loss reads of it.
-        weight: Factor of the loss itself.
-    """
+    """The loss with its Gauss-Newton form, made of parts of the batch."""
 
     def __init__(
         self,
@@ -151,11 +121,7 @@ class RootsByChunks:
         )
 
     def value(self, risk: Tensor) -> Tensor:
-        """Return the loss times its factor, and the form.
-
-        Args:
-            risk: The loss, without its graph.
-        """
+        """Return the loss, given without its graph, times its factor, and the form."""
         assert self._read.loss is not None
         kind = self._read.loss.kind
         signs = weighted_signs(self._read.loss, self._read.single, self._batch[1])
