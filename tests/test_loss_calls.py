@@ -563,6 +563,24 @@ def test_metrics_that_are_written_on_are_no_part_of_the_loss():
     assert not analysis.notes["loss/R_S"]
 
 
+def test_another_network_may_be_trained_before_the_loss_is_taken():
+    """Clipping and optimizers write on lists of tensors."""
+    other = mlp()
+    sgd = torch.optim.SGD(other.parameters(), lr=0.1, foreach=True)
+
+    def script(model):
+        out = model(X)
+        with torch.enable_grad():
+            F.mse_loss(other(X), Y).backward()
+        nn.utils.clip_grad_norm_(other.parameters(), 1e-3)
+        sgd.step()
+        return F.mse_loss(out, Y)
+
+    analysis, clean = measured(mlp(), script)
+    assert not set(analysis.absent) - {traces.PARTS}
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -1058,7 +1076,11 @@ def by_argument(out):
         torch.mul(out, 2.0, out=out)
 
 
-@pytest.mark.parametrize("write", [by_view, by_argument])
+def by_list(out):
+    torch._foreach_mul_([torch.ones(3), out], 2.0)
+
+
+@pytest.mark.parametrize("write", [by_view, by_argument, by_list])
 def test_outputs_are_not_the_models_where_writing_is_not_followed(write):
     def script(model):
         out = model(X)

@@ -8,25 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_dropout_ir.leaves import flatten
 
-_TORCHS: Final = ("input", "weight", "bias", "running_mean", "running_var")
-_FUNCTIONALS: Final = ("input", "running_mean", "running_var", "weight", "bias")
-# Normalizations, their arguments, and whether they take a batch's own statistics.
-_NORMALIZES: Final[dict[Any, tuple[tuple[str, ...], str, bool]]] = {
-    F.batch_norm: (_FUNCTIONALS, "training", False),
-    F.instance_norm: (_FUNCTIONALS, "use_input_stats", True),
-    torch.batch_norm: (_TORCHS, "training", False),
-    torch.instance_norm: (_TORCHS, "use_input_stats", True),
-}
 _HALF: Final = (torch.bfloat16, torch.float16)
-_OPTIONS: Final = ("momentum", "eps", "cudnn_enabled")
 TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
-_WRITES: Final = ("add_", "sub_", "mul_", "div_", "masked_fill_")
 
 
 class At(NamedTuple):
@@ -186,41 +174,6 @@ def passes_of(result: At, steps: list[Step]) -> list[int]:
     return sorted({at.place for at in read if at.of == "outputs"})
 
 
-def unwritten(
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    known: At | None,
-) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
-    """Return a call that makes what another is about to write, as ``loss += ...``.
-
-    ``known`` is where what is written on comes from; None where it is none of the
-    outputs', and its value is kept. None of a call that writes otherwise.
-    """
-    name = getattr(func, "__name__", "")
-    if not args or kwargs.get("out") is not None or not writes(name, kwargs):
-        return None
-    x = args[0]
-    if known is None and (x.requires_grad or x.numel() != 1):
-        return None  # a sum over several passes, or what may be large
-    x = x if known is not None else x.detach().clone()
-    if name in _WRITES:
-        return getattr(Tensor, name[:-1]), (x, *args[1:])
-    return functools.update_wrapper(functools.partial(_on_a_copy, func), func), (
-        x,
-        *args[1:],
-    )
-
-
-def _on_a_copy(
-    func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    """Let a function write on a copy."""
-    x = x.clone()
-    func(x, *args, **kwargs)
-    return x
-
-
 def inside(x: Any, kind: type) -> Iterator[Any]:
     """Yield what is of a type among arguments."""
     if isinstance(x, kind):
@@ -258,29 +211,3 @@ def memory(x: Tensor) -> int | None:
     with contextlib.suppress(NotImplementedError, RuntimeError):
         return x.untyped_storage().data_ptr()
     return None
-
-
-def without_statistics(
-    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return arguments with which a call gives the same and writes on no statistics.
-
-    Normalization by a batch's own mean and variance reads no running ones, but moves
-    those it is given.
-    """
-    if function not in _NORMALIZES:
-        return args, kwargs
-    names, own, default = _NORMALIZES[function]
-    given = dict(zip((*names, own, *_OPTIONS), args, strict=False)) | kwargs
-    if given.get(own, default):
-        given |= dict.fromkeys(("running_mean", "running_var"))
-    return (), given
-
-
-def writes(name: str, kwargs: dict[str, Any]) -> bool:
-    """Whether a call of that name writes on a tensor that is there."""
-    in_place = name.endswith("_") and not name.endswith("__")
-    # `__iadd__` is the writing form of `__add__`; `__invert__` is of nothing.
-    by_operator = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
-    written = in_place or by_operator or name == "__setitem__"
-    return written or bool(kwargs.get("inplace")) or kwargs.get("out") is not None

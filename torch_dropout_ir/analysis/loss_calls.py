@@ -19,7 +19,6 @@ Semantics:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -43,12 +42,14 @@ from torch_dropout_ir.analysis.followed_loss import (
     leading_to,
     memory,
     passes_of,
-    unwritten,
-    without_statistics,
-    writes,
 )
 from torch_dropout_ir.analysis.function_modes import called, lay_under, take_away
 from torch_dropout_ir.analysis.own_graph import OwnGraph, copied_from
+from torch_dropout_ir.analysis.writing_calls import (
+    without_statistics,
+    without_writing,
+    writes,
+)
 from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import TORCH_LOSSES
 from torch_dropout_ir.tracing import generators, recorded
@@ -62,11 +63,6 @@ _UNKNOWN: Final = (None, _LOST)
 class LossCalls(TorchFunctionMode):
     """Looks on while a script computes its loss.
 
-    Args:
-        outputs: What the model returned.
-        accumulation: How many passes there are for a step.
-        model: The model.
-
     Attributes:
         steps: The calls that are listed.
         beside: What they read beside the outputs.
@@ -78,19 +74,20 @@ class LossCalls(TorchFunctionMode):
         self, outputs: Any, accumulation: Accumulation, model: nn.Module
     ) -> None:
         super().__init__()
-        self._accumulation, self._own = accumulation, OwnGraph(model)
         self._model, self._generators = model, generators(model)
-        self.one = list[bool]()
-        self._known: Any = WeakIdKeyDictionary()
-        self._nodes: dict[tuple[Any, int], At] = {}
-        self.steps: list[Step] = []
-        self.beside = Beside()
-        self._first: At | None = None
-        self._roots, self._scales = dict[str, At](), set[int]()
+        self._accumulation, self._own = accumulation, OwnGraph(model)
+        self.one, self.steps, self.beside = list[bool](), list[Step](), Beside()
         self.of_module: weakref.ref[Tensor] | None = None
+        self._known: Any = WeakIdKeyDictionary()  # where tensors come from
+        self._nodes: dict[tuple[Any, int], At] = {}  # and what has made the outputs
+        self._scales = set[int]()  # the steps that are a gradient scaler's
+        self._first: At | None = None  # what a loss function of torch's returned first
+        self._roots = dict[str, At]()  # what the script goes back from, by how it does
+        # Whether it went back from what is not followed; None where it was not seen to
+        # go back at all, as by `autograd.backward` in torch 2.10.
+        self._missed: bool | None = None
         self.add(outputs)
         self._looking = bool(self._known)
-        self._missed: bool | None = None  # if none is seen: `autograd.backward` in 2.10
 
     def add(self, outputs: Any) -> None:
         """Follow another pass too: the loss may compare several."""
@@ -184,17 +181,23 @@ class LossCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._looking or recorded():
             return func(*args, **kwargs)
-        if (back := goes_back(func, args, kwargs, self._model)) is not None:
-            *root, keeps = back
-            if self._learns_by(root):
-                self._note(*root)
-                if not keeps and self._all_led():
-                    self._rest()
+        back = goes_back(func, args, kwargs, self._model)
+        if back is not None:
+            self._go_back(*back)
             return func(*args, **kwargs)
-        number = unwritten(func, args, kwargs, self.at(args[0] if args else None))
+        call = Step(func, args, kwargs, torch.is_grad_enabled())
+        instead = without_writing(call, self.at(args[0]) if args else None)
         out, drawn = called(func, args, kwargs, self._generators)
-        self._follow(func, args, kwargs, out, number, drawn)
+        self._follow(call, instead, out, drawn)
         return out
+
+    def _go_back(self, how: str, root: Any, factor: float, keeps: bool) -> None:
+        """Take note of where the script goes back from, if the model may learn."""
+        if not self._learns_by(root):
+            return
+        self._train_on(how, root, factor)
+        if not keeps and self._all_led():
+            self._rest()
 
     def _all_led(self) -> bool:
         """Whether no other pass is left to go back from."""
@@ -205,8 +208,8 @@ class LossCalls(TorchFunctionMode):
         """Whether the model may learn where a script goes back from there."""
         return self._own.learns_by(root, self._nodes, lambda x: self.at(x) in _UNKNOWN)
 
-    def _note(self, how: str, root: Any, factor: float) -> None:
-        """The script goes back from here: this is what it trains on."""
+    def _train_on(self, how: str, root: Any, factor: float) -> None:
+        """Add what the script goes back from to what it trains on."""
         if self._accumulation.passes > 1 and not has_gradient(self._model):
             self._accumulation.passes = 1  # what those before added is gone
         at, before = self.at(root), self._roots.get(how)
@@ -217,76 +220,79 @@ class LossCalls(TorchFunctionMode):
                 self._rest()
             return
         if factor != 1:
-            self.steps.append(Step(torch.mul, (at, factor), {}, True))
-            at = At("steps", len(self.steps) - 1)
+            at = self._list(Step(torch.mul, (at, factor), {}, True))
         at = self._accumulation.taken_off(at, self.steps, self._scales)
         if before is not None:
-            self.steps.append(Step(torch.add, (before, at), {}, True))
-            at = At("steps", len(self.steps) - 1)
+            at = self._list(Step(torch.add, (before, at), {}, True))
         self._roots[how] = at
 
-    def _follow(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        out: Any,
-        number: tuple[Callable[..., Any], tuple[Any, ...]] | None,
-        drawn: bool,
-    ) -> None:
+    def _follow(self, call: Step, instead: Step | None, out: Any, drawn: bool) -> None:
         """List a call, if something of the outputs goes in and tensors come out.
 
-        One that writes is followed by ``number``, the call that does not, if any.
+        Of one that writes it is the call ``instead`` of it, if any, which does not.
         """
-        results = out if isinstance(out, (tuple, list)) else (out,)
-        into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
+        into = self._origins(call)
         if all(at is None for _, at in into):
             return
         lost, written = any(at == _LOST for _, at in into), None
-        if writes(getattr(func, "__name__", ""), kwargs):
-            written = args[0] if args else kwargs.get("out")
-            if number is None or lost:
+        if writes(call):
+            written = call.args[0] if call.args else call.kwargs.get("out")
+            if lost or instead is None:
                 self._lose(written)
                 return
-            func, args = number
-            out, results = written, (written,)
-            into = [(x, self.at(x)) for x in inside((args, kwargs), Tensor)]
-        elif not any(isinstance(x, Tensor) for x in results):
-            return
-        if lost:
-            self._known.update((x, _LOST) for x in results if isinstance(x, Tensor))
-            return
-        free = (x for x, at in into if at is None and x.requires_grad)
-        grad = func is torch.autograd.grad  # in tensors of this pass alone
-        if drawn or grad or any(map(self._own.leads_to, free)):
+            call, out, into = instead, written, self._origins(instead)
+        made = [x for x in _each(out) if isinstance(x, Tensor)]
+        if lost or not made:
+            self._known.update((x, _LOST) for x in made)
+        elif drawn or not self._same_again(call, into):
             self._lose(written)
-            return
-        if len(self.steps) == _MOST_STEPS:
+        elif len(self.steps) == _MOST_STEPS:
             self._missed = True
             self._rest()
-            return
-        place = len(self.steps)
-        read, named = filled(
-            without_statistics(func, args, kwargs), Tensor, self._stand_in
-        )
+        else:
+            self._add(call, out, written)
+
+    def _origins(self, call: Step) -> list[tuple[Tensor, At | None]]:
+        """Return the tensors that a call is given, and where they come from."""
+        return [(x, self.at(x)) for x in inside((call.args, call.kwargs), Tensor)]
+
+    def _same_again(self, call: Step, into: list[tuple[Tensor, At | None]]) -> bool:
+        """Whether what is not of the outputs would be the same in another call."""
+        free = (x for x, at in into if at is None and x.requires_grad)
+        grad = call.function is torch.autograd.grad  # in tensors of this pass alone
+        return not grad and not any(map(self._own.leads_to, free))
+
+    def _add(self, call: Step, out: Any, written: Any) -> None:
+        """List a call; what it returns, or has ``written``, comes from there."""
+        func, given, named, differentiated = without_statistics(call)
+        args, kwargs = filled((given, named), Tensor, self._stand_in)
         self._lose(written)
-        self.steps.append(Step(func, read, named, torch.is_grad_enabled()))
+        at = self._list(Step(func, args, kwargs, differentiated))
         if getattr(func, "__name__", "") in TIMES and by_scaler():
-            self._scales.add(place)
-        for element, x in enumerate(results):
+            self._scales.add(at.place)
+        for element, x in enumerate(_each(out)):
             if isinstance(x, Tensor):
-                self._known[x] = At("steps", place, None if x is out else element)
+                self._known[x] = at._replace(element=None if x is out else element)
         if self._first is None and func in TORCH_LOSSES and out.numel() == 1:
-            self._first = At("steps", place) if self._learns_by(out) else None
+            self._first = at if self._learns_by(out) else None
+
+    def _list(self, step: Step) -> At:
+        self.steps.append(step)
+        return At("steps", len(self.steps) - 1)
 
     def _lose(self, written: Any) -> None:
         """What shares the memory that was written on is no longer what it was."""
-        if self.at(written) is not None:
-            place = memory(written)
-            self._known.update((x, _LOST) for x in [*self._known] if memory(x) == place)
+        lost = {memory(x) for x in inside(written, Tensor) if self.at(x) is not None}
+        if lost:
+            self._known.update((x, _LOST) for x in [*self._known] if memory(x) in lost)
 
     def _stand_in(self, x: Tensor) -> At:
         return self.at(x) or self.beside.keep(x)
+
+
+def _each(out: Any) -> Any:
+    """Return the results of a call, of which there may be one."""
+    return out if isinstance(out, (tuple, list)) else (out,)
 
 
 def sweep() -> None:
