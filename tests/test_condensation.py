@@ -161,6 +161,8 @@ def test_closest_and_movement_by_hand():
     assert places[3] == -1 and cosines[3] == 0
     places[3] = table[3].argmax()
     assert torch.equal(places, table.argmax(1))
+    away = cd.closest(torch.tensor([[-2.0, 0.0]]), torch.tensor([[3.0, 0.0]]))
+    assert [x.item() for x in away] == [-1.0, 0]
     for bad in (torch.zeros(1, 4), torch.zeros(0, 4), torch.ones(2, 3)):
         with pytest.raises(ValueError, match="`other`"):
             cd.closest(weights, bad)

@@ -6,7 +6,6 @@ import contextlib
 import functools
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.analysis.accumulation import Accumulation
@@ -44,7 +43,6 @@ class ScriptLoss:
         self._calls: LossCalls | None = None
         self._module: LossModule | None = None
         self._made = list[tuple[Inputs | None, list[int]]]()
-        self._with_graph = False
         self._looks = contextlib.ExitStack()
 
     @property
@@ -54,7 +52,7 @@ class ScriptLoss:
 
     def begin(self) -> None:
         """Let go of earlier passes, unless a loss of them may still come."""
-        if not self._with_graph or self._calls is None or not self._calls.waits():
+        if self._calls is None or not self._calls.waits():
             self.stop()
 
     def follow(
@@ -77,7 +75,6 @@ class ScriptLoss:
         else:
             self._calls.add(outputs)
         self._made.append((inputs, versions))
-        self._with_graph = torch.is_grad_enabled()  # without, a pass is a constant
         self._module = LossModule(outputs, self._calls)
         self._looks.callback(self._module.look())
 
