@@ -140,10 +140,14 @@ class Graph:
     def step_back(
         self, goes: set[Any], masks: Mapping[Any, int]
     ) -> tuple[int, int, int]:
-        """Return what a step's pass back holds at first, at most, and for leaves.
+        """Follow a pass back of a training step, in which goes what has been used.
 
-        What has been used goes. ``goes`` are the nodes whose gradients are taken,
-        ``masks`` the bytes of the masks of sites.
+        Args:
+            goes: The nodes whose gradients are taken.
+            masks: Bytes of the masks of sites.
+
+        Returns:
+            What is held when it begins, the most that is, and gradients of leaves.
         """
         kept = {n: dict(self.saved.get(n, ())) for n in self._nodes if n in goes}
         for i, (node, size) in enumerate(masks.items()):

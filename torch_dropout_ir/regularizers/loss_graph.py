@@ -48,7 +48,15 @@ def bends(value: Tensor) -> bool:
 
 
 def rows_apart(outputs: Tensor, nodes: Nodes) -> bool:
-    """Return whether the graph shows a sum of terms of one row each."""
+    """Whether the graph shows a sum of terms of one row each.
+
+    Args:
+        outputs: The outputs, the leaf of the graph of the loss.
+        nodes: The nodes of that.
+
+    Returns:
+        Whether it does; False where it does not tell.
+    """
     if not nodes or not outputs.ndim:
         return False
     found: dict[Any, Place | None] = {}

@@ -63,7 +63,15 @@ class Below(NamedTuple):
 
     @classmethod
     def by(cls, h: Tensor, there: Collection[int]) -> Below:
-        """Look at the graph of the input of the first site."""
+        """Look at the graph of a tensor.
+
+        Args:
+            h: The input of the first site.
+            there: As above.
+
+        Returns:
+            What it shows.
+        """
         if h.grad_fn is None:
             return cls(learns=h.requires_grad, there=there)
         graph = Graph([h.grad_fn], there)
