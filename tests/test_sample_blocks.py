@@ -561,8 +561,6 @@ def test_products_of_many_entries_are_not_told(width):
 def test_what_the_kernel_cannot_read_is_not_told():
     f, y = torch.randn(2, N, K)
     assert told(lambda f, y: (f.exp() * y.half()).sum(), f, y) is None
-    places = torch.tensor([1, 0], dtype=torch.int32)
-    assert told(lambda f, _: f.index_select(1, places).exp().sum(), f, y) is None
 
 
 def test_where_all_labels_are_ignored_there_are_zeros():

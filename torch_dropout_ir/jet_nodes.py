@@ -82,7 +82,7 @@ def chosen(to: Program, node: Any, inputs: list[int]) -> int | None:
         for x in (numbers, numbers.square())
     )
     width, count = math.prod(own), math.prod(made.shape[1:])
-    index = numbers.long().view(to.rows, count) - 1
+    index = numbers.long().reshape(to.rows, count) - 1
     rows = torch.arange(to.rows, device=made.device)[:, None]
     there = (index < 0) | (index // max(1, width) == rows)
     # Of several entries, added up or averaged, the squares are others.
@@ -104,7 +104,7 @@ def _sent(node: Any, g: Tensor) -> Sequence[Tensor]:
 _BEND: Final = (
     "Acos Addcmul Asin Atan Atan2 BinaryCrossEntropy Digamma Elu Erf Erfc Gelu "
     "Hardtanh LeakyRelu Lerp Lgamma Logaddexp Mish Polygamma Silu SoftMarginLoss "
-    "SpecialI0E SpecialLogNdtr Tan Xlogy"
+    "SpecialI0E SpecialLogNdtr Tan"
 )
 _CHOOSE: Final = (
     "Amax Amin ConstantPadNd Cummax Diagonal DiagEmbed Flip Index IndexSelect Kthvalue "

@@ -194,6 +194,16 @@ def _of_maximum(node: Any) -> tuple[Tensor, Tensor]:
     return first, 1 - first
 
 
+def _x_log_y(to: Program, node: Any, inputs: list[int]) -> int | None:
+    a, b = inputs
+    sizes, x, y = to.elementwise(node, a, b, False), node._saved_self, node._saved_other
+    if sizes is False:
+        return None
+    log = -1 if b < 0 else to.add(Kind.LOG, to.sizes[b], b, -1, (y,))
+    values = (y.double().log() if b < 0 else x, x if a < 0 else y.double().log())
+    return to.add(Kind.TIMES, sizes, a, log, values)
+
+
 def _least(node: Any) -> float:
     return -math.inf if node._saved_min is None else float(node._saved_min)
 
@@ -227,8 +237,8 @@ def _rules() -> dict[str, Rule]:
         "Rsub": _linear(lambda x: -x._saved_alpha, lambda _: 1.0),
 
         "LogSoftmax": _softmax, "Softmax": _softmax, "Logsumexp": _log_sum_exp,
-        "Sum": _all_added(False), "Mean": _all_added(True),
-        "MaskedFill": _masked,
+        "Sum": _all_added(False), "Mean": _all_added(True), "MaskedFill": _masked,
+        "Xlogy": _x_log_y,
         "Where": _weighed(lambda x: (x._saved_condition, ~x._saved_condition)),
         "Maximum": _weighed(_of_maximum),
         "Minimum": _weighed(lambda x: _of_maximum(x)[::-1]),
@@ -241,10 +251,9 @@ def _rules() -> dict[str, Rule]:
     }  # fmt: skip
     found = {f"{name}Backward0": rule for name, rule in rules.items()}
     found |= {"SumBackward1": _added(False), "MeanBackward1": _added(True)}
-    found |= {"RsubBackward1": rules["Rsub"]}
+    found |= {"RsubBackward1": rules["Rsub"], "ClampBackward1": rules["ClampMin"]}
     found |= dict.fromkeys(("SqueezeBackward1", "SqueezeBackward4"), _reshaped)
-    found |= {"ClampBackward1": rules["ClampMin"], "AddBackward1": _scaled(1.0)}
-    found |= {"SubBackward1": _scaled(1.0)}
+    found |= dict.fromkeys(("AddBackward1", "SubBackward1"), _scaled(1.0))
     found |= dict.fromkeys(("LinalgVectorNormBackward0", "NormBackward1"), _length)
     found |= {"MulBackward1": _linear(_factor, _factor)}
     found |= LOSSES | NODES | PLACES | PRODUCTS
