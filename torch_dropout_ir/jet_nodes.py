@@ -70,28 +70,45 @@ def _slopes(of: Tensor, edges: list[Any]) -> Sequence[Tensor | None]:
 def chosen(to: Program, node: Any, inputs: list[int]) -> int | None:
     """Entries in other places of their rows: each is one of them, or a constant."""
     made, own = node._input_metadata[0], to.sizes[inputs[0]]
-    if own is None or tuple(made.shape[:1]) != (to.rows,):
+    if own is None:
         return None
     g = torch.zeros(made.shape, dtype=made.dtype, device=made.device)
     sent = _sent(node, g.requires_grad_())[0]
-    if len(sent) != to.rows:
-        return None
-    numbers = torch.arange(1, sent.numel() + 1, device=made.device).view_as(sent)
+    numbers = torch.arange(1, sent.numel() + 1, device=g.device).view_as(sent)
     numbers, squares = (
         torch.autograd.grad(sent, g, x.to(sent), retain_graph=True)[0].double()
         for x in (numbers, numbers.square())
     )
-    width, count = math.prod(own), math.prod(made.shape[1:])
-    index = numbers.long().reshape(to.rows, count) - 1
-    rows = torch.arange(to.rows, device=made.device)[:, None]
-    there = (index < 0) | (index // max(1, width) == rows)
     # Of several entries, added up or averaged, the squares are others.
-    if not torch.equal(numbers.square(), squares) or not there.all():
+    alone = torch.equal(numbers.square(), squares)
+    return _by_number(to, inputs[0], numbers.long()) if alone else None
+
+
+def _indexed(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """The same of entries by number, which are at hand."""
+    if (own := to.sizes[inputs[0]]) is None:
         return None
-    index = torch.where(index < 0, -1, index - rows * width)
-    flat = to.reshaped((width,), inputs[0])
+    device = node._input_metadata[0].device
+    numbers = torch.arange(1, to.rows * math.prod(own) + 1, device=device)
+    at = [slice(None) if x is None else x for x in node._saved_indices]
+    return _by_number(to, inputs[0], numbers.view(to.rows, *own)[tuple(at)])
+
+
+def _by_number(to: Program, a: int, numbers: Tensor) -> int | None:
+    """Add entries of a node, by their numbers among those of all rows; 0 for none."""
+    own, sizes = to.sizes[a], numbers.shape[1:]
+    if not numbers.ndim or len(numbers) != to.rows or own is None:
+        return None
+    width, count = math.prod(own), math.prod(sizes)
+    first = torch.arange(to.rows, device=numbers.device)[:, None] * width
+    numbers = numbers.reshape(to.rows, count)
+    index, none = numbers - 1 - first, numbers == 0
+    if not (none | ((index >= 0) & (index < width))).all():  # of other rows
+        return None
+    index = index.masked_fill(none, -1)
+    flat = to.reshaped((width,), a)
     number = to.add(Kind.GATHERED, (count,), flat, -1, (index,), start=-1, step=1)
-    return to.reshaped(made.shape[1:], number)
+    return to.reshaped(sizes, number)
 
 
 def _sent(node: Any, g: Tensor) -> Sequence[Tensor]:
@@ -107,12 +124,13 @@ _BEND: Final = (
     "SpecialI0E SpecialLogNdtr Tan"
 )
 _CHOOSE: Final = (
-    "Amax Amin ConstantPadNd Cummax Diagonal DiagEmbed Flip Index IndexSelect Kthvalue "
+    "Amax Amin ConstantPadNd Cummax Diagonal DiagEmbed Flip IndexSelect Kthvalue "
     "Max MaxPool2DWithIndices Min Repeat Roll Sort Topk Tril Triu Unfold"
 )
 NODES: Final[dict[str, Rule]] = {
     **{f"{name}Backward0": _bent for name in _BEND.split()},
     **{f"{name}Backward0": chosen for name in _CHOOSE.split()},
+    "IndexBackward0": _indexed,
     "LerpBackward1": _bent,
     "MedianBackward1": chosen,
 }
