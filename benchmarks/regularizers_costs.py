@@ -117,7 +117,7 @@ def losses(n: int, k: int) -> dict:
     """Losses besides mean squares and cross-entropy, each with its targets.
 
     All but the first seven mix outputs for all that their graphs tell; of those the
-    softplus and the distance have curvature of one sign. The last three couple rows.
+    softplus and the distance have curvature of one sign. The last two couple rows.
     """
     real, labels = torch.randn(n, k), torch.randint(k, (n,))
     parts, inverse = real.softmax(1), torch.eye(k) + 0.5 / k
@@ -150,7 +150,6 @@ def losses(n: int, k: int) -> dict:
         "survival": (survival, labels),
         "at risk": (at_risk, real[:, 0]),
         "overlap": (overlap, (real > 0).to(real)),
-        "contrast": (contrast, torch.arange(n).view(2, -1).flip(0).flatten()),
     }  # fmt: skip
 
 
@@ -171,13 +170,6 @@ def at_risk(f, times):
     """Return minus Cox's partial log-likelihood."""
     risk = f.mean(1)[times.argsort(descending=True)]
     return (risk.logcumsumexp(0) - risk).mean()
-
-
-def contrast(f, other):
-    """Return the cross-entropy of cosines between rows, of which two are a pair."""
-    unit = F.normalize(f)
-    cosines = (unit @ unit.T / 0.5).masked_fill(torch.eye(len(f)).bool(), -1e9)
-    return F.cross_entropy(cosines, other)
 
 
 def overlap(f, y):
