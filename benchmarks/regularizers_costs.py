@@ -116,8 +116,8 @@ def divergence(f, _):
 def losses(n: int, k: int) -> dict:
     """Losses besides mean squares and cross-entropy, each with its targets.
 
-    The last seven mix outputs for all that their graphs tell; of those the softplus and
-    the distance have curvature of one sign.
+    All but the first seven mix outputs for all that their graphs tell; of those the
+    softplus and the distance have curvature of one sign. The last two couple rows.
     """
     real, labels = torch.randn(n, k), torch.randint(k, (n,))
     parts, inverse = real.softmax(1), torch.eye(k) + 0.5 / k
@@ -146,7 +146,36 @@ def losses(n: int, k: int) -> dict:
             .mean(),
             real,
         ),
+        "listwise": (listwise, real.argsort(1)),
+        "survival": (survival, labels),
+        "at risk": (at_risk, real[:, 0]),
+        "overlap": (overlap, (real > 0).to(real)),
     }  # fmt: skip
+
+
+def listwise(f, order):
+    """Return minus the log-likelihood of an order by the Plackett-Luce model."""
+    scores = f.gather(1, order).flip(1)
+    return (scores.logcumsumexp(1) - scores).sum(1).mean()
+
+
+def survival(f, y):
+    """Return minus the log-likelihood of the interval in which each survival ends."""
+    hazard = f.sigmoid()
+    before = torch.cat((torch.ones_like(f[:, :1]), (1 - hazard).cumprod(1)[:, :-1]), 1)
+    return -(hazard * before).gather(1, y[:, None]).log().mean()
+
+
+def at_risk(f, times):
+    """Return minus Cox's partial log-likelihood."""
+    risk = f.mean(1)[times.argsort(descending=True)]
+    return (risk.logcumsumexp(0) - risk).mean()
+
+
+def overlap(f, y):
+    """Return one minus the Dice coefficient of the batch."""
+    p = f.sigmoid()
+    return 1 - 2 * (p * y).sum() / (p.sum() + y.sum())
 
 
 def loss_costs(turns: int) -> None:

@@ -145,6 +145,50 @@ def moved(f, y):
     return sum((x * (x + i)).sin().sum() for i, x in enumerate(rows))
 
 
+def single(f, y):
+    """Functions without a rule of their own, some of several entries of a row."""
+    a, b = F.softplus(f) + 0.5, F.softplus(y) + 0.5
+    each = (
+        f.tanh().acos(), f.tanh().asin(), f.atan(), f.tan(), f.erf(), f.erfc(),
+        F.elu(f, 0.5), F.gelu(f), F.silu(f), F.mish(f), F.leaky_relu(f) * f,
+        F.hardtanh(f) * f, a.digamma(), a.polygamma(1), torch.special.i0e(f),
+        torch.special.log_ndtr(f), (f[:, :K] - 1) ** 3,
+        torch.atan2(a, f.sin()), torch.atan2(y, a), torch.logaddexp(f.sin(), f * y),
+        torch.lerp(f.sin(), f.cos(), 0.3).exp(), torch.lerp(f.cos(), y, b).exp(),
+        torch.lerp(f.cos(), f.sin(), b), torch.addcmul(y, a, f.sin(), value=2).exp(),
+        torch.addcmul(f.cos(), a, y).exp(),
+    )  # fmt: skip
+    added = F.binary_cross_entropy(f.sigmoid(), b.tanh()) / 3
+    added = added + F.soft_margin_loss(f, y.sign(), reduction="sum")
+    return added + sum((x * (i + 1)).sum() for i, x in enumerate(each))
+
+
+def elsewhere(f, y):
+    """Entries in other places of their rows."""
+    cube, ar = f.view(N, K, 1) * y[:, None], torch.arange(N)
+    each = (
+        f.flip(1), f.roll(1, 1), f.repeat(1, 2).view(N, 2, K), f.unfold(1, 2, 1),
+        F.pad(f, (1, 2), value=3.0), cube.tril(1), cube.triu(), cube.diagonal(0, 1, 2),
+        f.diag_embed(), f.sort(1)[0], f.topk(2, 1)[0], f.kthvalue(2, 1)[0],
+        f.median(1, keepdim=True)[0], f.quantile(0.3, 1), f.max(1)[0], f.min(1)[0],
+        f.amax(1), cube.amin((1, 2)), f.cummax(1)[0], f[ar, LABELS], f[:, [2, 0]],
+        cube[..., [1]], F.max_pool1d(f[:, None], 2, 1),
+    )  # fmt: skip
+    return sum((x * x * (x + i)).sin().sum() for i, x in enumerate(each))
+
+
+def multiplied(f, y):
+    zeros = torch.cat((f[:, :1], f[:, 1:] * (y[:, 1:] > 0), f.sin()), 1)
+    cube = f.view(N, K, 1) * y[:, None]
+    each = (
+        f.cumprod(1), zeros.cumprod(1), cube.cumprod(1), cube.cumprod(-1), f.prod(1),
+        zeros.prod(1), cube.prod(2, keepdim=True), f.logcumsumexp(1),
+        zeros.logcumsumexp(-1), cube.logcumsumexp(1), cube.logcumsumexp(2),
+        f.flip(1).logcumsumexp(1), f[:, :1].cumprod(1),
+    )  # fmt: skip
+    return sum((x * (x + i)).sin().sum() for i, x in enumerate(each))
+
+
 LOSSES = {
     "Gaussian": lambda f, y: F.gaussian_nll_loss(f[:, :1], y[:, :1], f[:, 1:2].exp()),
     "divergence": divergence,
@@ -176,6 +220,7 @@ LOSSES = {
         (f - y).norm(dim=1).mean() + (f * y).norm(dim=-1, keepdim=True).exp().sum()
         + F.cosine_similarity(f, y).square().sum() + F.normalize(f)[:, 0].sum()
         + F.pairwise_distance(f[:, :2], y[:, :2]).mean()
+        + F.cosine_embedding_loss(f, y, (LABELS - 1).sign(), margin=-0.5)
         + f.view(N, K, 1).expand(N, K, 2).exp().norm(dim=(1, 2)).sum()
     ),
     "parts": parts,
@@ -187,6 +232,9 @@ LOSSES = {
     "joined": joined,
     "matrices": matrices,
     "moved": moved,
+    "single": single,
+    "elsewhere": elsewhere,
+    "multiplied": multiplied,
     "ranked probabilities": lambda f, y: (
         (f.softmax(1).cumsum(1) - y.softmax(1).cumsum(-1)).square().sum(1).mean()
         + (f.view(N, 1, K, 1) * y[0, :2]).cumsum(-2).sin().sum()
@@ -330,7 +378,20 @@ MEETING = {
     "behind another, turned": lambda f: (f.view(1, 3, 3).mT * f).exp().sum(),
     "behind another, cut": lambda f: (f.view(1, 3, 3)[:, 1:] * f[1:]).exp().sum(),
     "sums up to each row": lambda f: f.cumsum(0).exp().sum(),
-    "not known": lambda f: f.logcumsumexp(1).exp().sum(),
+    "a row of single outputs": lambda f: (f[:, 0].exp() @ f.detach()).exp().sum(),
+    "up to each row": lambda f: f.logcumsumexp(0).exp().sum() + f.cumprod(0).sum(),
+    "a product of rows": lambda f: f.prod(0).exp().sum(),
+    "the other way round": lambda f: (f.flip(0) * f).exp().sum(),
+    "sorted rows": lambda f: (f.sort(0)[0] * f).exp().sum(),
+    "the greatest row": lambda f: (f.amax(0) + f.max(0)[0]).exp().sum(),
+    "ties": lambda f: (f.clamp(max=-0.1).amax(1) * f.sum(1)).exp().sum(),
+    "the mean of two": lambda f: (f[:, [0]] + f.expand(2, 3, 3)).exp().sum(),
+    "rows by numbers": lambda f: (f[[1, 0, 2]] * f).exp().sum(),
+    "some rows": lambda f: f[f[:, 0] > f[:, 0].min()].exp().sum(),
+    "of what it is made of": lambda f: torch.logaddexp(f, -f).sum(),
+    "of itself twice": lambda f: torch.logaddexp(*[f.exp()] * 2).sin().sum(),
+    "of repeated entries": lambda f: torch.logaddexp(f[:, :1], f.sin()).sum(),
+    "not known": lambda f: F.avg_pool1d(f[:, None], 2, 1).exp().sum(),
 }
 
 
@@ -500,8 +561,6 @@ def test_products_of_many_entries_are_not_told(width):
 def test_what_the_kernel_cannot_read_is_not_told():
     f, y = torch.randn(2, N, K)
     assert told(lambda f, y: (f.exp() * y.half()).sum(), f, y) is None
-    places = torch.tensor([1, 0], dtype=torch.int32)
-    assert told(lambda f, _: f.index_select(1, places).exp().sum(), f, y) is None
 
 
 def test_where_all_labels_are_ignored_there_are_zeros():

@@ -17,7 +17,8 @@ OF_ONE = (
     lambda x: (x * x + 1).log(), lambda x: 1 / (x * x + 1), lambda x: x**3,
     lambda x: x.tanh().exp(), lambda x: x.tanh().cosh(), lambda x: 1 - x,
     lambda x: x / 3, lambda x: x.clamp(-1, 1), lambda x: (x.tanh() + 2).lgamma(),
-    lambda x: x.masked_fill(x > 0.3, 0.2), lambda x: x * 0.5,
+    lambda x: x.masked_fill(x > 0.3, 0.2), lambda x: x * 0.5, F.silu, F.gelu, torch.erf,
+    lambda x: F.elu(x, 0.5), torch.atan, lambda x: x[[0] * len(x)], lambda x: x - 1,
 )  # fmt: skip
 ALONG = (
     torch.sum, torch.mean, torch.logsumexp, torch.softmax, torch.log_softmax,
@@ -30,12 +31,16 @@ ALONG = (
     lambda x, d: x.transpose(0, d), lambda x, _: x.expand(2, *x.shape),
     lambda x, d: x.transpose(-1, d), lambda x, d: torch.cat((x, x.sin()), d),
     lambda x, d: torch.stack((x, x.cos()), d), lambda x, _: torch.hstack((x, x)),
-    lambda x, d: x.index_select(d, torch.zeros(2).long()),
+    lambda x, d: x.index_select(d, torch.zeros(2).long()), torch.cumprod, torch.prod,
+    torch.logcumsumexp, lambda x, d: x.flip(d), lambda x, d: x.sort(d)[0], torch.amax,
+    lambda x, d: x.max(d)[0], lambda x, d: x.cummax(d)[0], lambda x, d: x.roll(1, d),
+    lambda x, _: x[torch.arange(len(x)), -1], lambda x, d: x.unfold(d, 1, 2),
 )  # fmt: skip
 OF_TWO = (
     torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum, torch.rsub,
     lambda x, y: x / (y * y + 1), lambda x, y: torch.where(x > y, x, y * 2),
     lambda x, y: torch.add(x, y, alpha=0.5), lambda x, y: torch.xlogy(x, y * y + 1),
+    torch.atan2, torch.logaddexp, lambda x, y: torch.lerp(x, y, 0.3),
     torch.matmul, lambda x, y: x @ y.mT, lambda x, y: x.mT @ y,
     lambda x, y: torch.cat((y, x), -1), lambda x, y: torch.baddbmm(x, y, x.mT @ y),
     lambda x, y: torch.addmm(y, x, y.mT @ y),
@@ -58,7 +63,7 @@ def program(seed, f):
                 x = draw.choice(ALONG)(x, draw.randrange(-x.ndim, x.ndim))
             else:
                 x = draw.choice(OF_TWO)(x, other)
-        except (RuntimeError, IndexError):  # shapes that do not fit
+        except (RuntimeError, IndexError, TypeError, UserWarning):  # do not fit
             continue
         made += [x] if 0 < x.numel() <= 200 else []
     value = sum(draw.choice((torch.sum, torch.mean))(x) for x in made[-2:])

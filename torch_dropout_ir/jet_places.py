@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Final
 
-import torch
-
 from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_nodes import chosen
 from torch_dropout_ir.jet_program import Program, Rule, signed
 
 
@@ -103,21 +101,7 @@ def _turned(to: Program, node: Any, inputs: list[int]) -> int | None:
     moved = [d for d in dims[1:] if own[d - 1] > 1]
     if moved == sorted(moved):
         return to.reshaped(sizes, inputs[0])
-    places = torch.arange(math.prod(own), device="cpu").view(*own)
-    index = places.permute([d - 1 for d in dims[1:]]).reshape(1, -1)
-    flat = to.reshaped(index.shape[1:], inputs[0])
-    number = to.add(Kind.GATHERED, index.shape[1:], flat, -1, (index,))
-    return to.reshaped(sizes, number)
-
-
-def _indexed(to: Program, node: Any, inputs: list[int]) -> int | None:
-    """Entries along a dimension by number: of all rows the same ones."""
-    if (place := to.along(inputs[0], node._saved_dim)) is None:
-        return None
-    (own, dim), index = place, node._saved_index
-    sizes = *own[:dim], index.numel(), *own[dim + 1 :]
-    index = index.view(*(1,) * (dim + 1), -1, *(1,) * (len(own) - dim - 1))
-    return to.add(Kind.GATHERED, sizes, inputs[0], -1, (index,), dim=dim)
+    return chosen(to, node, inputs)
 
 
 # Those that have more than one result.
@@ -126,7 +110,6 @@ PLACES: Final[dict[str, Rule]] = {
     "SliceBackward0": _sliced,
     "SelectBackward0": _selected,
     "GatherBackward0": _gathered,
-    "IndexSelectBackward0": _indexed,
     **dict.fromkeys(SEVERAL, _parted),
     **dict.fromkeys(("CatBackward0", "StackBackward0"), _joined),
     **dict.fromkeys(("PermuteBackward0", "TransposeBackward0", "TBackward0"), _turned),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import torch
@@ -40,10 +41,9 @@ def _multiplied(to: Program, node: Any, a: int, b: int, x: Any, y: Any) -> int |
     shape = node._input_metadata[0].shape
     if lift := a in to.second:
         shape, y = shape[1:], y[0]
-    by_row = len(shape) > 2
-    if not by_row and (a < 0 or b >= 0):  # else it adds up over rows
+    by_row, own = len(shape) > 2, to.sizes[a] if a >= 0 else x.shape[1:]
+    if not by_row and (a < 0 or b >= 0 or not own):  # it adds up over rows
         return None
-    own = to.sizes[a] if a >= 0 else x.shape[1:]
     assert own is not None
     a = to.second.get(a, a)
     more = shape[len(own) :]
@@ -72,6 +72,44 @@ def _cumulated(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.add(Kind.SUMMED, own, number, dim=1 << dim, alpha=1.0)
 
 
+def _log_cumulated(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """Logarithms of sums of exponentials up to each place: of all, some of them 0."""
+    if (found := to.along(inputs[0], node._saved_dim)) is None:
+        return None
+    (*own,), dim = found
+    n, rest = own[dim], own[dim + 1 :]
+    x, top = node._saved_self, node._saved_result
+    later = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)
+    x = x.unsqueeze(dim + 1).expand(to.rows, *own[: dim + 1], n, *rest)
+    x = x.masked_fill(later.view(n, n, *(1 for _ in rest)), -math.inf)
+    flat = to.reshaped((*own[:dim], 1, n, *rest), inputs[0])
+    number = to.reshaped((*own[: dim + 1], n, *rest), flat)
+    return to.add(Kind.LOG_SUM_EXP, own, number, -1, (x, top), dim=dim + 1)
+
+
+def _multiplied_up(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """Products up to each place, or all the way: of twice as many in each round."""
+    if (found := to.along(inputs[0], node._saved_dim)) is None:
+        return None
+    own, dim = found
+    x, n = node._saved_self, own[dim]
+    number: int | None = inputs[0]
+    places = torch.arange(n, device=x.device)
+    by = 1
+    while by < n:
+        index = (places - by).clamp_min(-1).view(-1, *(1 for _ in own[dim + 1 :]))
+        index = index.expand(1, *own)
+        before = to.add(Kind.GATHERED, own, number, -1, (index,), dim, -1, 1)
+        ones = torch.ones_like(x.narrow(dim + 1, 0, by))
+        other = torch.cat((ones, x.narrow(dim + 1, 0, n - by)), dim + 1)
+        number = to.add(Kind.TIMES, own, number, before, (x, other))
+        x, by = x * other, 2 * by
+    if "Prod" not in node.name():
+        return number
+    sizes = node._input_metadata[0].shape[1:]
+    return to.add(Kind.CHOSEN, sizes, number, dim=dim, start=n - 1, step=1)
+
+
 PRODUCTS: Final[dict[str, Rule]] = {
     "MmBackward0": _product("_saved_self", "_saved_mat2"),
     "MvBackward0": _product("_saved_self", "_saved_vec"),
@@ -79,4 +117,7 @@ PRODUCTS: Final[dict[str, Rule]] = {
     "AddmmBackward0": _product("_saved_mat1", "_saved_mat2"),
     "BaddbmmBackward0": _product("_saved_batch1", "_saved_batch2"),
     "CumsumBackward0": _cumulated,
+    "LogcumsumexpBackward0": _log_cumulated,
+    "CumprodBackward0": _multiplied_up,
+    "ProdBackward1": _multiplied_up,
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_dropout_ir.jet_kernels import Kind
 from torch_dropout_ir.jet_losses import LOSSES
+from torch_dropout_ir.jet_nodes import NODES
 from torch_dropout_ir.jet_places import PLACES
 from torch_dropout_ir.jet_products import PRODUCTS
 from torch_dropout_ir.jet_program import Program, Rule, signed
@@ -203,14 +204,6 @@ def _x_log_y(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.add(Kind.TIMES, sizes, a, log, values)
 
 
-def _log_gamma(to: Program, node: Any, inputs: list[int]) -> int | None:
-    sizes, x = to.sizes[inputs[0]], node._saved_self
-    if sizes is None:
-        return None
-    slopes = x.digamma(), x.polygamma(1)
-    return to.add(Kind.GIVEN, sizes, inputs[0], -1, slopes)
-
-
 def _least(node: Any) -> float:
     return -math.inf if node._saved_min is None else float(node._saved_min)
 
@@ -233,7 +226,7 @@ def _rules() -> dict[str, Rule]:
         for names, saved in ((of_self, "self"), (of_result, "result"))
         for name in names.split()
     }
-    rules |= dict.fromkeys(("Clone", "ToCopy"), _scaled(1.0))
+    rules |= dict.fromkeys(("Alias", "Clone", "ToCopy"), _scaled(1.0))
     rules |= dict.fromkeys(
         ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"), _reshaped
     )
@@ -244,8 +237,8 @@ def _rules() -> dict[str, Rule]:
         "Rsub": _linear(lambda x: -x._saved_alpha, lambda _: 1.0),
 
         "LogSoftmax": _softmax, "Softmax": _softmax, "Logsumexp": _log_sum_exp,
-        "Sum": _all_added(False), "Mean": _all_added(True),
-        "MaskedFill": _masked, "Xlogy": _x_log_y, "Lgamma": _log_gamma,
+        "Sum": _all_added(False), "Mean": _all_added(True), "MaskedFill": _masked,
+        "Xlogy": _x_log_y,
         "Where": _weighed(lambda x: (x._saved_condition, ~x._saved_condition)),
         "Maximum": _weighed(_of_maximum),
         "Minimum": _weighed(lambda x: _of_maximum(x)[::-1]),
@@ -258,11 +251,12 @@ def _rules() -> dict[str, Rule]:
     }  # fmt: skip
     found = {f"{name}Backward0": rule for name, rule in rules.items()}
     found |= {"SumBackward1": _added(False), "MeanBackward1": _added(True)}
-    found |= {"RsubBackward1": rules["Rsub"], "SqueezeBackward1": _reshaped}
-    found |= {"ClampBackward1": rules["ClampMin"], "AddBackward1": _scaled(1.0)}
+    found |= {"RsubBackward1": rules["Rsub"], "ClampBackward1": rules["ClampMin"]}
+    found |= dict.fromkeys(("SqueezeBackward1", "SqueezeBackward4"), _reshaped)
+    found |= dict.fromkeys(("AddBackward1", "SubBackward1"), _scaled(1.0))
     found |= dict.fromkeys(("LinalgVectorNormBackward0", "NormBackward1"), _length)
     found |= {"MulBackward1": _linear(_factor, _factor)}
-    found |= LOSSES | PLACES | PRODUCTS
+    found |= LOSSES | NODES | PLACES | PRODUCTS
     return found | {"torch::autograd::AccumulateGrad": _scaled(1.0)}
 
 

@@ -33,11 +33,12 @@ def _named(*names: str) -> frozenset[str]:
 UNARY: Final = _named(
     "Add Sub Mul Div Neg Abs Exp Log Sqrt Rsqrt Pow Sin Cos Relu LeakyRelu Elu Gelu "
     "Silu Mish Tanh Sigmoid LogSigmoid Softplus Hardtanh Hardswish Hardsigmoid "
-    "Softshrink Hardshrink Threshold Clamp ClampMin Clone ToCopy"
+    "Softshrink Hardshrink Threshold Clamp ClampMin Clone ToCopy Alias Erf Erfc Lgamma "
+    "Digamma Polygamma Acos Asin Atan Tan SpecialI0E SpecialLogNdtr"
 )
 ELEMENTWISE: Final = UNARY | _named(
-    "Cosh Erf Expm1 Log1P Logaddexp Maximum Minimum Reciprocal Rsub Sinh Square Where "
-    "Xlogy"
+    "Addcmul Atan2 Cosh Expm1 Lerp Log1P Logaddexp Maximum Minimum Reciprocal Rsub "
+    "Sinh Square Where Xlogy"
 )
 LOSSES: Final = frozenset(
     f"{name}Backward0"

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from torch_dropout_ir.arrivals import graph_nodes
@@ -34,10 +35,29 @@ from torch_dropout_ir.regularizers.row_graph import (
     within,
 )
 
-# A sum over rows, which have no place any more.
-_SUM: Final = Place(-1, 0)
+# Of several rows, which have no place any more: a sum of terms of one each, sums beside
+# rows, what is more than such sums, and what is not known.
+_SUM, _MIXED, _BENT, _UNKNOWN = (Place(-k, 0) for k in range(1, 5))
+_SEVERAL: Final = frozenset((_SUM, _MIXED, _UNKNOWN))
 _ADDS: Final = frozenset(("SumBackward0", "MeanBackward0"))
 _ADDS_SOME: Final = frozenset(("SumBackward1", "MeanBackward1"))
+_PRODUCTS: Final = frozenset(f"{x}Backward0" for x in ("Mul", "Div", "Mm", "Bmm"))
+_DIFFERS: Final = frozenset(f"{x}Backward0" for x in ("Add", "Sub", "Rsub"))
+# They bend all that they take, or join it along a dimension.
+_JOINS: Final = frozenset(
+    f"{x}Backward0"
+    for x in (
+        "LinalgVectorNorm", "Logcumsumexp", "LogSoftmax", "Logsumexp", "Softmax", "Std",
+        "Var",
+    )
+)  # fmt: skip
+_BENDS_ALL: Final = _JOINS | {
+    f"{x}Backward0"
+    for x in (
+        "Exp", "Log", "Log1P", "LogSigmoid", "MseLoss", "Pow", "Reciprocal", "Rsqrt",
+        "Sigmoid", "Softplus", "Sqrt", "Tanh",
+    )
+}  # fmt: skip
 # Losses that are linear where residuals are large.
 _BENDS: Final = ("HuberLossBackward", "SmoothL1LossBackward")
 
@@ -48,17 +68,24 @@ def bends(value: Tensor) -> bool:
 
 
 def rows_apart(outputs: Tensor, nodes: Nodes) -> bool:
-    """Whether the graph shows a sum of terms of one row each.
+    """Whether the graph shows a sum of terms of one row each, see :func:`rows_meet`."""
+    return rows_meet(outputs, nodes) is False
+
+
+def rows_meet(outputs: Tensor, nodes: Nodes) -> bool | None:
+    """Say whether a loss is more than a sum of terms of one row each.
 
     Args:
         outputs: The outputs, the leaf of the graph of the loss.
         nodes: The nodes of that.
 
     Returns:
-        Whether it does; False where it does not tell.
+        False where the graph shows such a sum; True where something bends what is made
+        of several rows, whose second derivative may be 0 where they are all the same;
+        None where it does not tell.
     """
     if not nodes or not outputs.ndim:
-        return False
+        return None
     found: dict[Any, Place | None] = {}
     rows, place = outputs.shape[0], None  # to ask a tensor for its length takes longer
     for node, (name, edges) in nodes.items():
@@ -66,40 +93,70 @@ def rows_apart(outputs: Tensor, nodes: Nodes) -> bool:
         if not any(places):
             own = type(node) is LEAF and getattr(node, "variable", None) is outputs
             place = START if own else None
-        elif len(edges) == 1 and name in ELEMENTWISE and places[0] is not _SUM:
+        elif len(edges) == 1 and name in ELEMENTWISE and places[0] not in _SEVERAL:
             place = places[0]
         else:
             place = _place(name, Op(node, edges, places, rows))
-            if place is None:
-                return False
+            if place is _BENT:
+                return True if rows > 1 else None
         found[node] = place
-    return place is _SUM
+    return False if place is _SUM else None
 
 
-def _place(name: str, op: Op) -> Place | None:
-    """Return where the rows are in what a node makes; None where it is not known."""
-    if any([place is _SUM for place in op.places]):
-        sums = all([place is None or place is _SUM for place in op.places])
-        linear = sums and is_linear(name, [(place, 0) for place in op.places])
-        return _SUM if linear else None
+def _place(name: str, op: Op) -> Place:
+    """Return where the rows are in what a node makes."""
+    if any([place is not None and not place.turns for place in op.places]):
+        return _of_several(name, op)
     if name in _ADDS:
         return _SUM
     if name in LOSSES and op.node._saved_reduction:
-        return (
-            _SUM if len({(place, *own) for place, own in op.leading()}) == 1 else None
-        )
+        places = {(place, *own) for place, own in op.leading()}
+        return _SUM if len(places) == 1 else _UNKNOWN
     if name in OF_LABELS and not any(op.places[1:]):
         place = op.places[0]
         if place is None or place.dim == 1:  # the classes
-            return None
-        return _SUM if op.node._saved_reduction else place if not place.dim else None
+            return _UNKNOWN
+        summed = op.node._saved_reduction
+        return _SUM if summed else _UNKNOWN if place.dim else place
     if name in _ADDS_SOME:
         ((place, own),) = op.leading()
         dims = op.node._saved_dim
         if dims is None or place.dim in op.dims(dims, len(own)):
             return _SUM
     rule = _RULES.get(name)
-    return None if rule is None else rule(op)
+    return (rule and rule(op)) or _across(name, op)
+
+
+def _of_several(name: str, op: Op) -> Place:
+    """Of what is made of several rows: added up further, or bent."""
+    if _UNKNOWN in op.places:
+        return _UNKNOWN
+    places, rule = {place for place in op.places if place is not None}, _RULES.get(name)
+    if not any([place in _SEVERAL for place in places]):  # in an order of their own
+        alone = len(op.leading()) == 1 and rule in (broadcast, within, less)
+        return (rule and rule(op)) or _across(name, op) if alone else _UNKNOWN
+    if is_linear(name, [(place, 0) for place in op.places]):
+        return _SUM if places == {_SUM} else _MIXED
+    bends = name in _BENDS_ALL or (name in _PRODUCTS and len(op.leading()) > 1)
+    return _BENT if bends else _UNKNOWN
+
+
+def _across(name: str, op: Op) -> Place:
+    """Where an operation goes from row to row."""
+    leading = op.leading()
+    dims = [place.dim for place, _ in leading]
+    if len(leading) == 1:
+        if name == "CumsumBackward0":
+            return _MIXED
+        return _BENT if name in _JOINS else _UNKNOWN
+    if name == "MmBackward0" and dims == [0, 1]:
+        return _BENT
+    if name == "MmBackward0" and len({place.turns for place, _ in leading}) == 1:
+        return _SUM if dims == [1, 0] else _UNKNOWN
+    apart = {place.dim + len(op.shape) - len(own) for place, own in leading}
+    if len(apart) < 2:
+        return _UNKNOWN
+    return _BENT if name in _PRODUCTS else _MIXED if name in _DIFFERS else _UNKNOWN
 
 
 def _gathered(op: Op) -> Place | None:
@@ -108,10 +165,28 @@ def _gathered(op: Op) -> Place | None:
     return place if place and own[place.dim] == op.shape[place.dim] else None
 
 
+def _indexed(op: Op) -> Place | None:
+    """Entries of each row, or rows by number, which are then in another order."""
+    place, (first, *rest) = op.places[0], op.node._saved_indices
+    if place is None or any(op.places[1:]) or place.dim:
+        return None
+    if first is None:
+        return place if len(rest) - sum([x is None for x in rest]) == 1 else None
+    if first.ndim != 1:
+        return None
+    own = place == START and len(first) == op.samples and first.dtype == torch.int64
+    numbers = torch.arange(op.samples, device=first.device)
+    return START if own and torch.equal(first, numbers) else Place(0, 0)
+
+
 def _rules() -> dict[str, Callable[[Op], Place | None]]:
     named = dict.fromkeys(ELEMENTWISE | LOSSES, broadcast)
-    named |= {f"{x}Backward0": less for x in ("LinalgVectorNorm", "Logsumexp", "Var")}
-    named |= {"CumsumBackward0": within, "GatherBackward0": _gathered}
+    keep = "Cummax Cumprod Cumsum Flip Logcumsumexp Roll Sort Topk"
+    join = "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Min Std Var"
+    for rule, names in ((within, keep), (less, join)):
+        named |= {f"{x}Backward0": rule for x in names.split()}
+    named |= {"MedianBackward1": less, "ProdBackward1": less}
+    named |= {"GatherBackward0": _gathered, "IndexBackward0": _indexed}
     return named | RULES
 
 

@@ -19,7 +19,7 @@ from torch_dropout_ir.regularizers.coupling import (
     even_root,
     weighs_alike,
 )
-from torch_dropout_ir.regularizers.loss_graph import bends, rows_apart
+from torch_dropout_ir.regularizers.loss_graph import bends, rows_meet
 
 _PIECEWISE: Final = (
     "expected a loss with a second derivative, got one that is piecewise {}: its "
@@ -78,8 +78,9 @@ class OutputsRead:
         if self.loss is not None and self.loss.kind != "general":
             return False
         product = product or self.product()
-        if product and dims == 1 and rows_apart(product.at, product.nodes):
-            return False
+        told = product and dims == 1 and rows_meet(product.at, product.nodes)
+        if product and dims == 1 and told is not None:
+            return bool(told)
         counts = {x.shape[:dims].numel() for x in self.tensors if x.ndim >= dims}
         if len(counts) != 1 or any(x.ndim < dims for x in self.tensors):
             return True

@@ -222,7 +222,9 @@ def within(op: Op) -> Place | None:
     """Along dimensions that a node has saved, which stay."""
     places = {place for place in op.places if place is not None}
     place = places.pop()
-    dims = op.dims(op.node._saved_dim, len(op.shape))
+    several = hasattr(op.node, "_saved_dims")
+    saved = op.node._saved_dims if several else op.node._saved_dim
+    dims = op.dims(saved, len(op.shape))
     return None if places or place.dim in dims else place
 
 
@@ -260,7 +262,7 @@ def _rules() -> dict[str, Callable[[Op], Place | None]]:
         _view: "View UnsafeView ReshapeAlias Unsqueeze Squeeze",
         _reordered: "Transpose Permute T",
         _first(0): "Mm Convolution MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D "
-        "PreluKernel NativeGroupNorm",
+        "PreluKernel NativeGroupNorm Cdist EuclideanDist",
         _first(0, 1): "UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D "
         "UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D",
         _linear: "Addmm",

@@ -1,0 +1,136 @@
+"""Floor 1: rules of nodes that tell by themselves what they do, in a program.
+
+Called, a node gives what it sends back. Of ones that is the slope of a function of
+single numbers. Of a node that chooses entries it is differentiated in what was sent,
+which leads forward again: numbers of all entries go where those have gone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from torch_dropout_ir.arrivals import graph_nodes
+from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_program import Program, Rule
+
+
+def _bent(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """A function of entries in the same place, or a loss that adds such up."""
+    made, leads = node._input_metadata[0], [k for k, i in enumerate(inputs) if i >= 0]
+    own, edges = to.sizes[inputs[leads[0]]], [node.next_functions[k] for k in leads]
+    if own is None or tuple(made.shape) not in ((to.rows, *own), ()):
+        return None
+    sizes = [to.sizes[inputs[k]] for k in leads]
+    if any([x is None or [*x] != [*own] for x in sizes]) or _meet(edges):
+        return None
+    ones = torch.ones(made.shape, dtype=made.dtype, device=made.device)
+    slopes, left = _sent(node, ones), list(leads)
+    number: int | None = -1
+    while left:
+        k = left[0]
+        seconds = _slopes(slopes[k], [node.next_functions[i] for i in left])
+        zero = torch.zeros_like(slopes[k])
+        one, two, *mixed = [zero if x is None else x for x in (slopes[k], *seconds)]
+        parts = [to.add(Kind.GIVEN, own, inputs[k], -1, (one.detach(), two))]
+        left.remove(k)
+        for i, both in zip(left, mixed, strict=True):
+            # Second derivatives of a product whose factors are zero.
+            a = to.add(Kind.TIMES, own, inputs[k], -1, (both, both))
+            parts.append(to.add(Kind.TIMES, own, a, inputs[i], (zero, zero)))
+        for part in parts:
+            number = to.add(Kind.LINEAR, own, part, number, alpha=1.0, beta=1.0)
+    return number if made.shape else to.total(number, 1.0)
+
+
+def _meet(edges: list[Any]) -> bool:
+    """Whether an input is made of another: derivatives in that go through both."""
+    if len(edges) == 1:
+        return False
+    below = [child for top, _ in edges for child, _ in top.next_functions if child]
+    twice = len(set(edges)) < len(edges)
+    return twice or not {top for top, _ in edges}.isdisjoint(graph_nodes(below))
+
+
+def _slopes(of: Tensor, edges: list[Any]) -> Sequence[Tensor | None]:
+    """Return the derivatives of what a node has sent back, in its inputs."""
+    if not of.requires_grad:
+        return [None] * len(edges)
+    ends: Any = [GradientEdge(*edge) for edge in edges]
+    return torch.autograd.grad(
+        of, ends, torch.ones_like(of), retain_graph=True, allow_unused=True
+    )
+
+
+def chosen(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """Entries in other places of their rows: each is one of them, or a constant."""
+    made, own = node._input_metadata[0], to.sizes[inputs[0]]
+    if own is None:
+        return None
+    g = torch.zeros(made.shape, dtype=made.dtype, device=made.device)
+    sent = _sent(node, g.requires_grad_())[0]
+    numbers = torch.arange(1, sent.numel() + 1, device=g.device).view_as(sent)
+    numbers, squares = (
+        torch.autograd.grad(sent, g, x.to(sent), retain_graph=True)[0].double()
+        for x in (numbers, numbers.square())
+    )
+    # Of several entries, added up or averaged, the squares are others.
+    alone = torch.equal(numbers.square(), squares)
+    return _by_number(to, inputs[0], numbers.long()) if alone else None
+
+
+def _indexed(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """The same of entries by number, which are at hand."""
+    if (own := to.sizes[inputs[0]]) is None:
+        return None
+    device = node._input_metadata[0].device
+    numbers = torch.arange(1, to.rows * math.prod(own) + 1, device=device)
+    at = [slice(None) if x is None else x for x in node._saved_indices]
+    return _by_number(to, inputs[0], numbers.view(to.rows, *own)[tuple(at)])
+
+
+def _by_number(to: Program, a: int, numbers: Tensor) -> int | None:
+    """Add entries of a node, by their numbers among those of all rows; 0 for none."""
+    own, sizes = to.sizes[a], numbers.shape[1:]
+    if not numbers.ndim or len(numbers) != to.rows or own is None:
+        return None
+    width, count = math.prod(own), math.prod(sizes)
+    first = torch.arange(to.rows, device=numbers.device)[:, None] * width
+    numbers = numbers.reshape(to.rows, count)
+    index, none = numbers - 1 - first, numbers == 0
+    if not (none | ((index >= 0) & (index < width))).all():  # of other rows
+        return None
+    index = index.masked_fill(none, -1)
+    flat = to.reshaped((width,), a)
+    number = to.add(Kind.GATHERED, (count,), flat, -1, (index,), start=-1, step=1)
+    return to.reshaped(sizes, number)
+
+
+def _sent(node: Any, g: Tensor) -> Sequence[Tensor]:
+    """Return what a node sends back to each input, with its graph."""
+    with torch.enable_grad():
+        found = node(g, *[None] * (len(node._input_metadata) - 1))
+    return (found,) if isinstance(found, Tensor) else found
+
+
+_BEND: Final = (
+    "Acos Addcmul Asin Atan Atan2 BinaryCrossEntropy Digamma Elu Erf Erfc Gelu "
+    "Hardtanh LeakyRelu Lerp Lgamma Logaddexp Mish Polygamma Silu SoftMarginLoss "
+    "SpecialI0E SpecialLogNdtr Tan"
+)
+_CHOOSE: Final = (
+    "Amax Amin ConstantPadNd Cummax Diagonal DiagEmbed Flip IndexSelect Kthvalue "
+    "Max MaxPool2DWithIndices Min Repeat Roll Sort Topk Tril Triu Unfold"
+)
+NODES: Final[dict[str, Rule]] = {
+    **{f"{name}Backward0": _bent for name in _BEND.split()},
+    **{f"{name}Backward0": chosen for name in _CHOOSE.split()},
+    "IndexBackward0": _indexed,
+    "LerpBackward1": _bent,
+    "MedianBackward1": chosen,
+}
