@@ -167,9 +167,9 @@ def apart(count: int, coupled: bool | None, roots: Iterator[Root]) -> Iterator[R
         same place in all samples.
     """
     for root, sign in roots:
-        rows = root.shape[0]
+        rows = root.shape[0] if root.ndim else 1
         parts = rows if coupled else rows // max(1, count)
-        if parts < 2 and not coupled:
+        if parts < 2:
             yield root, sign
             continue
         for i in range(parts):
