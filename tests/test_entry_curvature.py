@@ -20,6 +20,7 @@ N, K = 9, 4
 Y = torch.linspace(-2, 2, N * K).view(N, K).double().sin()
 ROWS, COLUMNS = Y[:, :1].exp(), Y[0].exp()
 SOME = Y > 0
+PARAMETER = nn.Parameter(Y[:3].clone())
 LABELS = torch.arange(N) % K
 
 
@@ -46,6 +47,7 @@ TOLD = {
     "quotient": lambda f: ((f - Y) / (1 + f**2)).sum(),
     "reciprocal": lambda f: (COLUMNS / (1 + f**2)).mean(),
     "several": lambda f: f.exp().mean() + 2 * (f**3).sum() - f.sum(),
+    "a penalty beside": lambda f: f.exp().mean() + PARAMETER.square().sum(),
     "choice": lambda f: torch.where(SOME, f**2, f.exp()).mean(),
     "larger": lambda f: torch.maximum(f**2, f.exp()).mean(),
     "xlogy": lambda f: torch.xlogy(f.sigmoid(), f.sigmoid()).sum(),
@@ -81,6 +83,7 @@ UNTOLD = {
     "no rule": lambda f: F.gelu(f).sum(),
     "rows": lambda f: (1 + (f - Y).square().sum(1)).sqrt().mean(),
     "linear": lambda f: (f * Y).mean(),
+    "linear, a penalty beside": lambda f: (f * Y).mean() + PARAMETER.square().sum(),
 }
 LOGS = {
     "focal": lambda u: focal_of(-u.gather(1, LABELS[:, None])),

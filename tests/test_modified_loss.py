@@ -413,7 +413,7 @@ def test_penalties_of_half_precision_do_not_vanish(kind):
 
 
 class Parts(nn.Module):
-    """A residual block, weights that are tied, and two heads."""
+    """A residual block, which is an output too, weights that are tied, two heads."""
 
     def __init__(self):
         super().__init__()
@@ -422,11 +422,13 @@ class Parts(nn.Module):
 
     def forward(self, x):
         h = x + self.drop(torch.tanh(self.inner(x)))
-        return self.one(h), {"two": self.two(torch.sigmoid(h @ self.inner.weight))}
+        two = self.two(torch.sigmoid(h @ self.inner.weight))
+        return self.one(h), {"two": two, "h": h}
 
 
 def of_parts(f, t):
-    return F.mse_loss(f[0], t[:, :2]) + 2 * (f[1]["two"] - t[:, 2:]).pow(4).sum()
+    heads = F.mse_loss(f[0], t[:, :2]) + 2 * (f[1]["two"] - t[:, 2:]).pow(4).sum()
+    return heads + f[1]["h"].square().mean()
 
 
 def unlike_models():

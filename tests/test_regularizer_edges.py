@@ -1272,3 +1272,18 @@ def test_reductions_of_old_are_the_losss_own():
     loss = functools.partial(F.mse_loss, size_average=False)
     found = gauss_newton(net, batch, loss, num_samples=None)
     assert found.value.item() == pytest.approx(truth(net, batch, loss), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "loss", [F.mse_loss, F.binary_cross_entropy_with_logits, F.huber_loss]
+)
+def test_outputs_may_be_a_single_number(loss):
+    class Squeezed(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).squeeze()
+
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 1))
+    x, y = torch.randn(1, 3), torch.rand(1, 1)
+    expected = gauss_newton(net, (x, y), loss, num_samples=None)
+    found = gauss_newton(Squeezed(*net), (x, y.squeeze()), loss, num_samples=None)
+    torch.testing.assert_close(found.value, expected.value)

@@ -724,6 +724,19 @@ def test_noise_of_mini_batches_is_kept_apart():
     assert many.dropout_noise == 0 and many.batch_noise > 0
 
 
+def test_masks_of_all_batches_count_alike():
+    """One batch of the two has all the noise: -2 h (1 + eta) of variance 4 h^2."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 1, bias=False)).double()
+    nn.init.zeros_(net[1].weight)
+    noisy, quiet = ((torch.full((1, 1), h).double(), torch.ones(1, 1).double())
+                    for h in (1.0, 0.0))  # fmt: skip
+    for batches in ([noisy, quiet], [quiet, noisy]):
+        found = [gradient_norm(net, batches, "mse", lr=4.0) for _ in range(200)]
+        draws = torch.stack([r2.dropout_noise for r2 in found])
+        assert (draws.mean() - 2).abs() < 4 * draws.std() / 200**0.5
+
+
 def test_the_mean_iterate_follows_the_drift_form():
     """Every sequence of masks of three steps: third order against second."""
     torch.manual_seed(3)

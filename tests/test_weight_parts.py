@@ -168,7 +168,7 @@ def test_of_two_batches_neighbours_are_compared_whatever_their_form(
     inner = [(x * y).sum() for (x, y), (one, other) in both if one != other]
     away = [(x - y).square().sum() / 2 for (x, y), (one, other) in both if one == other]
     assert (len(seen), len(inner), len(away)) == (
-        2 * num_masks, num_masks, num_masks - 1,
+        2 * num_masks, num_masks - 1, num_masks,
     )  # fmt: skip
     squares = torch.stack([x.square().sum() for x in scaled]).mean()
     torch.testing.assert_close(value, squares)

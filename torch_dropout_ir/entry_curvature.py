@@ -71,7 +71,9 @@ def entry_curvature(
         RuntimeError: If what the graph has saved was written on since.
     """  # noqa: DOC502 (torch raises)
     end, tops = terms.end, [*terms.tops]
-    sign = _sign(end, at.node, nodes) if tops else 0.0
+    if end is None or not tops:  # only a penalty on parameters bends, or nothing does
+        return None
+    sign = _sign(end, at.node, nodes)
     if not sign:
         return None
     edges = [GradientEdge(node, 0) for node in tops]
@@ -134,6 +136,8 @@ def _curvature(
             return None
         parts = []
         for node, slope in zip(tops, slopes, strict=True):
+            if node not in jets:  # of a penalty on parameters
+                continue
             assert slope is not None
             # A mean takes those that there are for all.
             mean = getattr(node, "_saved_reduction", 0) == 1

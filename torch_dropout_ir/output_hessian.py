@@ -142,6 +142,7 @@ class HessianRoots:
         """
         f = of_rows(self.like, rows)
         width = f.shape[1:].numel()
+        flat = -1, width  # a single number has a row too
         for c in range(width):
             if self._kind == "general":
                 values, vectors = of_rows(self._spectrum[0], rows), self._spectrum[1]
@@ -151,10 +152,10 @@ class HessianRoots:
                 yield root.view(f.shape), values[:, c].sign()
                 continue
             column = torch.zeros(f.shape, dtype=f.dtype, device=f.device)
-            column.view(f.shape[0], -1)[:, c] = 1.0
+            column.view(flat)[:, c] = 1.0
             if self._kind == "elementwise":
-                values = of_rows(self._spectrum[0], rows).reshape(f.shape[0], -1)[:, c]
-                column.view(f.shape[0], -1)[:, c] = values.abs().sqrt()
+                values = of_rows(self._spectrum[0], rows).reshape(flat)[:, c]
+                column.view(flat)[:, c] = values.abs().sqrt()
                 yield column, values.sign()
             elif self._kind == "squared":
                 yield column * self._factor, 1.0

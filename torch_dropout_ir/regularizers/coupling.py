@@ -103,9 +103,9 @@ def nearly_equal(found: Tensor, expected: Tensor) -> bool:
 def apart(count: int, coupled: bool | None, roots: Iterator[Root]) -> Iterator[Root]:
     """Yield a root for each row where samples meet; else one for a row of each."""
     for root, sign in roots:
-        rows = root.shape[0]
+        rows = root.shape[0] if root.ndim else 1
         parts = rows if coupled else rows // max(1, count)
-        if parts < 2 and not coupled:
+        if parts < 2:
             yield root, sign
             continue
         for i in range(parts):

@@ -85,7 +85,7 @@ def gradient_norm(
     A pair ``g, g'`` of gradients at independent masks on one batch gives
     :math:`(\lVert g \rVert^2 + \lVert g' \rVert^2)/2` and the noise of the masks,
     :math:`\lVert g - g' \rVert^2 / 2`, without bias; their inner product is the rest.
-    Of several batches the passes of two take turns, ``b a a b``, and each is held
+    Of several batches the passes of two take turns, ``a a b b``, and each is held
     against the next: inner products across the two give the squared mean gradient,
     differences within one the noise of the masks, and what is left is the noise of the
     mini-batches, which plain SGD has too. Steps count alike, whatever the sizes of

@@ -102,11 +102,11 @@ class GradientPairs:
     def across(self, a: Batch, b: Batch, num_masks: int) -> Tensor:
         """Return value, mean, mask noise and batch noise of two batches.
 
-        Their passes take turns such that each has a link to the next: between the two
-        for the mean, within one for the noise of masks, which of two masks is ``a``.
+        Their passes take turns such that each has a link to the next: within one for
+        the noise of masks, as often in either, between the two for the mean.
         """
-        value, inner, away = self._chain([b, a, a, b] * (num_masks // 2))
-        mean, noise = inner[::2].mean(), away[1::2].mean() / 2
+        value, inner, away = self._chain([a, a, b, b] * (num_masks // 2))
+        mean, noise = inner[1::2].mean(), away[::2].mean() / 2
         return torch.stack((value, mean, noise, value - noise - mean))
 
     def pair(self, batch: Batch) -> Tensor:

@@ -58,11 +58,10 @@ class SiteCurvature:
             read.tensors, clean.edges, self._roots, create_graph=True
         )
         _check_twice(self._slopes)
-        self._at = (
-            read.tensors
-            if create_graph
-            else [x.detach().requires_grad_() for x in read.tensors]
-        )
+        self._at = [  # each for itself: one may have been made of another
+            x.view_as(x) if create_graph else x.detach().requires_grad_()
+            for x in read.tensors
+        ]
         self._loss_slopes: Vectors = read.slopes(self._at)
 
     def product(self, vectors: Vectors, keep: bool = True) -> list[Tensor | None]:
