@@ -96,7 +96,7 @@ class MeasuredBatch:
         last = _LAST.format(capture.passes + 1) if capture.passes else ""
         counted = inputs is not None and inputs.kwargs.get(_COUNT) is not None
         share = _SHARE if counted and last else ""
-        noisy = _NOISY if NO_DROPOUT in capture.unseen.values() else ""
+        noisy = _NOISY if NO_DROPOUT in capture.masks.unseen.values() else ""
         said = filter(None, (self._part, last, share, capture.unlike, noisy))
         self.note["loss/R_S"] = "; ".join(said)
         return (inputs, targets), "this step's batch"
