@@ -102,9 +102,8 @@ class Capture:
                 self._hook, with_kwargs=True, prepend=True
             )  # before hooks of the script's that change the inputs
             self._root.callback(hook.remove)
-        self._hook.call = (
-            call  # now: torch hands another thread's no `kwargs` till then
-        )
+        # Not before: till then torch may call it in another thread without `kwargs`.
+        self._hook.call = call
 
     def follow(self) -> None:
         """Watch the compiled model, where the script has compiled it since."""
@@ -212,7 +211,7 @@ class Capture:
         self._listen()  # to hooks that are there since
         if self.want_masks and self.model is not None and not replaced():
             self.masks.begins(self.model)
-        self._open = self._open or self.want_masks or self.want_targets
+        self._open = self.want_masks or self.want_targets
         self.bystanders.writes.begin()
         if self._open and not self._outside:
             self._after_once.callback(after_call(self.watched, self._then, always=True))
