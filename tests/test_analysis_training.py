@@ -586,7 +586,7 @@ def test_what_is_in_evaluation_mode_draws_no_mask_and_is_not_said_to_be_hidden()
     assert {tag for tag in analysis.latest if tag.startswith("mask/keep")} == {
         "mask/keep_rate/drop"
     }
-    assert [name for name in analysis._capture.calls] == []
+    assert [name for name in analysis._capture.masks.calls] == []
 
 
 @pytest.mark.parametrize("convert", [False, True])

@@ -285,7 +285,9 @@ def test_bands_layout_facts_and_initial_state(run, tmp_path):
     series = charts[1].margin.series[0]
     assert series.value == "sharpness/trace"
     assert {series.lower, series.upper} <= set(tensors)
-    assert [x.value for x in charts[-1].margin.series] == ["regularizer/R1/2"]
+    assert charts[-1].margin.series[0].value == "loss/modified"
+    (sites,) = layout.category[1].chart
+    assert [x.value for x in sites.margin.series] == ["regularizer/R1/2"]
     assert "uncertainty/regularizer/R1/2/upper" in tensors
     assert sum(v.tag == "custom_scalars__config__" for _, v in values) == 1
     facts = tensors["run/facts"].item().decode()
@@ -328,8 +330,9 @@ def test_the_layout_grows_with_the_sites(tmp_path):
     shown = [
         (step, [x.value for x in chart.margin.series])
         for step, layout in found
-        for chart in layout.category[0].chart
-        if "each site" in chart.title
+        for category in layout.category
+        for chart in category.chart
+        if "each site and" in chart.title
     ]
     b, a = "regularizer/R1/b", "regularizer/R1/a"
     assert [step for step, _ in found] == [0, 1, 2] and shown == [(1, [b]), (2, [b, a])]

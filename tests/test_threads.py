@@ -269,6 +269,57 @@ def test_what_is_served_beside_training_is_not_measured(model, batch):
     assert not torch.overrides._get_current_function_mode_stack()
 
 
+class DrawnBeside(torch.Tensor):
+    """Targets: while a loss reads them, another thread draws random numbers."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.mse_loss:
+            other = Other(lambda: torch.rand(3))
+            other.begins()
+            other.join()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def test_a_loss_is_known_where_another_thread_draws_meanwhile(model, batch):
+    targets = batch[1].as_subclass(DrawnBeside)
+    analysis = trained(model, (batch[0], targets), 1, measures=[measured.Regularizer()])
+    clean = F.mse_loss(model.eval()(batch[0]), batch[1])
+    assert not analysis.absent and not analysis.notes["loss/R_S"]
+    assert clean.isfinite() and analysis.latest["loss/R_S"] > 0
+
+
+def test_what_serves_the_model_before_the_first_step_only_looks(model, batch):
+    """Without a graph in a thread that did not attach, which keeps no mode of ours."""
+    modes = torch.overrides._get_current_function_mode_stack
+    left, sgd = [], torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def serve():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(batch[0])
+            left.extend(modes())
+
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        for _ in range(2):
+            other = Other(serve)
+            other.begins()
+            other.join()
+            assert analysis._capture.inputs is None
+        F.mse_loss(model(batch[0]), batch[1]).backward()
+        sgd.step()
+    assert analysis.latest["regularizer/R1"] > 0 and not left
+
+
+def test_a_pass_that_ends_an_analysis_in_another_thread_is_none_of_its(model, batch):
+    """Torch forgets that a hook takes arguments by name before the hook is gone."""
+    analysis = tdi.attach_analysis(model, log_dir=False)
+    hook = next(iter(model._forward_pre_hooks.values()))
+    analysis.detach()
+    hook(model, (batch[0],))  # as another thread calls it that has seen it before
+    assert hook.call is None
+
+
 def test_a_thread_may_ask_for_a_measurement(model, batch):
     found = []
 

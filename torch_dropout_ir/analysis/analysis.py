@@ -98,7 +98,7 @@ class Analysis:
     @property
     def sites(self) -> tuple[SiteReport, ...]:
         """The dropout sites found so far, and other noise with why it is not seen."""
-        return report_sites(self.model, self._capture.calls, self._capture.unseen)
+        return report_sites(self.model, self._capture.masks)
 
     def attach(self) -> None:
         """Put the hooks in place; :func:`attach_analysis` has done it."""
@@ -153,9 +153,8 @@ class Analysis:
         self._due = self._schedule.due(self.step)
         wanted = self._due if not self._alone or processes() == 1 else self._names()
         self._steps.announced = bool(wanted)
-        needed = [m.needs for m in self._attempts.measures if m.name in wanted]
-        look = any(n & {"targets", "batches", "loss"} for n in needed)
-        self._capture.want(bool(wanted), "masks" in wanted, look)
+        each = (m.needs for m in self._attempts.measures if m.name in wanted)
+        self._capture.want(bool(wanted), set[str]().union(*each))
 
     def measure(self) -> dict[str, float]:
         """Take all measures now, off cadence, on the last batch with targets seen.
@@ -209,7 +208,7 @@ class Analysis:
         with self._capture.bystanders.aside(snapshot.model):
             records, seconds = self._attempts.take(snapshot, names, seed)
         if "masks" in seconds:
-            seconds["masks"] += self._capture.spent()
+            seconds["masks"] += self._capture.masks.spent()
         found = {n: s for n, s in seconds.items() if n not in self.absent}
         cost = {f"cost/seconds/{name}": own for name, own in found.items()}
         cost |= {"cost/share": share} if (share := self._cadence.share) else {}

@@ -11,14 +11,13 @@ Semantics:
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torch_dropout_ir.analysis.accumulation import Accumulation
 from torch_dropout_ir.analysis.bystanders import Bystanders
@@ -27,20 +26,17 @@ from torch_dropout_ir.analysis.compiled_calls import (
     compiled,
     compiled_in_place,
 )
-from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.followed_loss import versions
-from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.analysis.loss_calls import sweep
 from torch_dropout_ir.analysis.meetings import calling_wrapper
+from torch_dropout_ir.analysis.observed_masks import ObservedMasks
 from torch_dropout_ir.analysis.own_pass import OTHER_PASS, TRAINS, OwnPass, not_again
-from torch_dropout_ir.analysis.replay import OtherDraws, replay
 from torch_dropout_ir.analysis.root_hook import RootHook
 from torch_dropout_ir.analysis.script_loss import ScriptLoss
+from torch_dropout_ir.analysis.training_passes import TrainingPasses
+from torch_dropout_ir.hooks import after_call
 from torch_dropout_ir.inputs import Inputs
-from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import measuring, replaced
-from torch_dropout_ir.sites import Site
-from torch_dropout_ir.tracing import random_state, recomputes
 from torch_dropout_ir.turns import in_turn, inside
 
 
@@ -55,11 +51,8 @@ class Capture:
     Attributes:
         inputs: Arguments of the last training pass that was looked at.
         passes: Passes before that one that went backward for the same optimizer step.
-        statistics: Mask statistics of the foreign sites observed.
-        calls: The calls of dropout functions that were found, by name.
-        unseen: Noise that cannot be seen, by place, with the reason.
+        masks: What was seen of its masks.
         trains: Why the model is never to be run again, where that would be training.
-        failure: Why the masks of the last pass are not in the statistics.
         missed: Why the last pass cannot be measured, where there was one.
         unlike: How the measures' passes differ from the script's.
         bystanders: What the measures' own passes leave aside.
@@ -76,24 +69,22 @@ class Capture:
         self.watched = watched
         self.model = model
         self.inputs: Inputs | None = None
-        self.passes = 0
-        self.wrapper: Callable[[], nn.Module | None] = lambda: None
-        self.statistics: dict[str, MaskStatistics] = {}
-        self.calls: dict[str, Site] = {}
-        self.unseen: dict[str, str] = {}
-        self.want_masks = self.want_targets = self._new_step = True
-        self.failure = self.missed = self.unlike = ""
-        self._own: OwnPass | None = None
-        self.paused = self.cast = self._open = self._with_graph = self._outside = False
-        self.started, self._seconds = float("-inf"), 0.0
-        self._thread = self._passing = 0  # of the steps; of the last pass
-        self._within, self.trains = False, ""
-        self._versions, self.accumulation = list[int](), Accumulation()
+        self._versions = list[int]()  # of their tensors, before the pass
         self._outputs: Any = None
-        self.script = ScriptLoss()
-        self._start: Generators | None = None
-        self._end: list[Tensor] | None = None
+        self._own: OwnPass | None = None
+        self.passes = 0
+        self.missed = self.unlike = self.trains = ""
+        self.started, self.cast = float("-inf"), False
+        self.masks, self.script = ObservedMasks(), ScriptLoss()
+        self.accumulation = Accumulation()
         self.bystanders = Bystanders(watched)
+        self.wrapper: Callable[[], nn.Module | None] = lambda: None
+        self.want_masks = self.want_targets = self._new_step = True
+        self.paused = False
+        self._trained = TrainingPasses()
+        self._open = False  # whether the step is looked at
+        self._within = False  # whether a pass that is looked at has not ended
+        self._outside = False  # whether the call is watched, and not by hooks
         stacks = (contextlib.ExitStack() for _ in range(4))
         self._told, self._step, self._after_once, self._root = stacks
         self._hook = RootHook()
@@ -101,16 +92,18 @@ class Capture:
 
     def attach(self, owner: object) -> None:
         """Put a hook on the root module; ``owner`` lives as long as it does."""
-        self._hook = RootHook(self._hook.call, owner, self._miss)
+        call, self._hook = self._hook.call, RootHook(None, owner, self._miss)
         if compiled_in_place(self.watched):
-            call = CompiledCall(self.watched, self._hook, self._then, owner)
-            self._root.callback(call.leave)
+            stand_in = CompiledCall(self.watched, self._hook, self._then, owner)
+            self._root.callback(stand_in.leave)
             self._outside = True
-            return
-        hook = self.watched.register_forward_pre_hook(
-            self._hook, with_kwargs=True, prepend=True
-        )  # before hooks of the script's that change the inputs
-        self._root.callback(hook.remove)
+        else:
+            hook = self.watched.register_forward_pre_hook(
+                self._hook, with_kwargs=True, prepend=True
+            )  # before hooks of the script's that change the inputs
+            self._root.callback(hook.remove)
+        # Not before: till then torch may call it in another thread without `kwargs`.
+        self._hook.call = call
 
     def follow(self) -> None:
         """Watch the compiled model, where the script has compiled it since."""
@@ -126,6 +119,7 @@ class Capture:
 
     def detach(self) -> None:
         """Remove every hook and let go of what was seen."""
+        self._hook.call = None  # before torch forgets that it takes `kwargs`
         for stack in (self._told, self._step, self._root):
             stack.close()
         sweep()
@@ -145,7 +139,7 @@ class Capture:
 
     def end_step(self) -> None:
         """Stop looking at what the step does; the batch stays until the next one."""
-        self._thread = self._passing if self._passing == threading.get_ident() else 0
+        self._trained.stepped()
         self._told.close()
         self._stop_looking()
         self.script.stop()
@@ -164,19 +158,14 @@ class Capture:
         self.inputs, self._versions = found, versions(found.leaves())
         return True
 
-    def spent(self) -> float:
-        """Return the seconds spent on observing masks since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
     def _before(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        sweep()  # in this thread, whose passes may train no more
         aside = self.paused or not self.watched.training or measuring()
-        if aside or self._only_looks():
+        if aside or self._trained.only_looks():
             return
-        self._passing = threading.get_ident()
-        sweep()
+        self._trained.begins()
         if self._new_step:
             self.passes, self.accumulation.idle, self._new_step = 0, 0, False
         if self.accumulation.tired():  # what was seen of the pass before stays
@@ -185,8 +174,8 @@ class Capture:
             return self._step.close()
         if (parallel := calling_wrapper()) is not None:
             self.wrapper = weakref.ref(parallel)
-        self.started, self._start, self._end = time.perf_counter(), None, None
-        self._with_graph = torch.is_grad_enabled()
+        self.started = time.perf_counter()
+        self.masks.forget()
         self.cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         self.inputs = Inputs(args, kwargs).renewed().cut_off()
         self._versions, self.missed = versions(self.inputs.leaves()), ""
@@ -196,15 +185,15 @@ class Capture:
     def _miss(self, reason: str) -> None:
         self.missed, self.inputs = reason, None
 
-    def _only_looks(self) -> bool:
-        """Whether nothing trains on a pass: without graph, or in another thread."""
-        again = recomputes()  # checkpointing makes a pass once more to go backward
-        beside = self._thread not in (0, threading.get_ident())
-        return again or beside or (self._with_graph and not torch.is_grad_enabled())
+    def want(self, anything: bool, needed: set[str]) -> None:
+        """Say what the coming step must show; without anything, no pass is seen.
 
-    def want(self, anything: bool, masks: bool, targets: bool) -> None:
-        """Say what the coming step must show; without anything, no pass is seen."""
-        self.want_masks, self.want_targets, self._new_step = masks, targets, True
+        ``needed`` is what measures need. R_1 is of the calls of dropout functions too,
+        which show in their masks.
+        """
+        self.want_targets = not needed.isdisjoint({"targets", "batches", "loss"})
+        first = self.want_targets and not self.masks.known
+        self.want_masks, self._new_step = "masks" in needed or first, True
         self._hook.call = self._before if anything else None
         if anything:
             self._listen()
@@ -221,31 +210,27 @@ class Capture:
         self.script.begin()
         self._listen()  # to hooks that are there since
         if self.want_masks and self.model is not None and not replaced():
-            self._start = Generators(self.model)
-        self._open = self._open or self.want_masks or self.want_targets
+            self.masks.begins(self.model)
+        self._open = self.want_masks or self.want_targets
         self.bystanders.writes.begin()
         if self._open and not self._outside:
-            after = self.watched.register_forward_hook(
-                self._then, with_kwargs=True, always_call=True
-            )
-            self._after_once.callback(after.remove)
+            self._after_once.callback(after_call(self.watched, self._then, always=True))
             self._within = True
             self._step.callback(self._after_once.close)
 
-    def _after(
-        self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any
-    ) -> None:
-        looked_at = self._open and self._passing == threading.get_ident()
-        if self.paused or measuring() or self._only_looks() or not looked_at:
+    def _after(self, _: nn.Module, __: tuple[Any, ...], outputs: Any) -> None:
+        looked_at = self._open and self._trained.own
+        if self.paused or measuring() or not looked_at or self._trained.only_looks():
             return
         self._within = False
         self._after_once.close()  # not for a call around it, as of a trainer's own step
         self._check_inputs()
         self.bystanders.writes.end()
         self._own = OwnPass(self.watched, outputs)
-        if self.watched.training and self._start is not None:
-            self._end = random_state(self.watched)
-        if self.watched.training and self.want_targets and outputs is not None:
+        if not self.watched.training:
+            return
+        self.masks.ends(self.watched)
+        if self.want_targets and outputs is not None:
             self._outputs = outputs
             self.accumulation.passes = self.passes + 1
             given = self.inputs, self._versions
@@ -269,24 +254,10 @@ class Capture:
             self.trains = TRAINS
             self._miss(TRAINS)
         self.unlike = self._own.unlike(self.watched) if self._own else ""
-        start, self._start = self._start, None
-        if start is None or self.inputs is None or self.model is None:
+        if self.model is None:
             return
-        started = time.perf_counter()
-        try:
-            with self.bystanders.aside(model):
-                found = replay(model, self.inputs, start, self._end)
-        except Exception as err:  # a measure of its own: training goes on
-            self.failure = f"the masks of the last step were not observed: {err}"
-            if isinstance(err, OtherDraws):
-                self.unlike = self.unlike or OTHER_PASS
-            warn(self.failure)
-        else:
-            self.failure = ""
-            if self._own and not self.unlike:
-                self.unlike = self._own.differs(self._outputs, found.outputs)
-            for name, drawn in found.statistics.items():
-                seen = self.statistics.get(name, MaskStatistics())
-                self.statistics[name] = seen + drawn
-            self.calls, self.unseen = found.calls, found.unseen
-        self._seconds += time.perf_counter() - started
+        found = self.masks.observe(model, self.inputs, self.bystanders)
+        if self.masks.other_draws:
+            self.unlike = self.unlike or OTHER_PASS
+        if found and self._own and not self.unlike:
+            self.unlike = self._own.differs(self._outputs, found.outputs)

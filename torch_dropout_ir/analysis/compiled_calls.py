@@ -42,8 +42,9 @@ class CompiledCall:
     """Stands in the place of a compiled call, and tells before and after each.
 
     ``before`` is called with the model, arguments and those by name; ``after`` with
-    the outputs too, None where the call has failed. ``owner`` has to live as long as
-    the model does. Copies and pickles of the model are not compiled, and have none.
+    model, arguments and outputs, None where the call has failed. ``owner`` has to live
+    as long as the model does. Copies and pickles of the model are not compiled, and
+    have none.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class CompiledCall:
         try:
             outputs = self._call(*args, **kwargs)
         finally:
-            self._after(self._model, args, kwargs, outputs)
+            self._after(self._model, args, outputs)
         return outputs
 
     def leave(self) -> None:

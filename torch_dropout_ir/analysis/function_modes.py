@@ -9,6 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir.analysis.followed_loss import inside
+from torch_dropout_ir.losses import TORCH_LOSSES
 from torch_dropout_ir.tracing import any_moved
 
 # Private names; with a torch that lacks them, loss modules alone are found.
@@ -48,10 +49,23 @@ def called(
 ) -> tuple[Any, bool]:
     """Return the result of a call, and whether it has drawn random numbers.
 
-    ``generators`` are those that it may draw from where it is given none.
+    ``generators`` are those that it may draw from where it is given none. Another
+    thread may draw from them meanwhile.
     """
     own, moved = any(inside((args, kwargs), torch.Generator)), any_moved(generators)
-    return func(*args, **kwargs), own or moved()
+    return func(*args, **kwargs), own or (moved() and _may_draw(func))
+
+
+def _may_draw(func: Callable[..., Any]) -> bool:
+    """Whether a function is not known for one that draws no random numbers."""
+    name = getattr(func, "__name__", "")
+    if func in TORCH_LOSSES or name.startswith("__"):  # an operator
+        return False
+    kernels = getattr(torch.ops.aten, name, None)
+    if kernels is None:
+        return True
+    tags = (getattr(kernels, each).tags for each in kernels.overloads())
+    return any(torch.Tag.nondeterministic_seeded in found for found in tags)
 
 
 def _popped() -> list[TorchFunctionMode]:

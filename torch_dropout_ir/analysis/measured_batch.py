@@ -22,8 +22,9 @@ _LAST: Final = (
 _IN_PART: Final = (
     "of the first loss function that the outputs went through, and R_1 too: the number "
     "on which the script calls `backward()` was not followed, and may hold more "
-    "(penalties on parameters, what `modified_loss` adds, outputs of many "
-    "passes). Pass `loss=` for another one"
+    "(penalties on parameters, losses weighed by some of the model's, reversed "
+    "gradients, what `modified_loss` adds, outputs of many passes). Pass `loss=` for "
+    "another one"
 )
 _NOISY: Final = (
     "the model draws other random numbers than those of dropout (`analysis.sites` "
@@ -96,7 +97,7 @@ class MeasuredBatch:
         last = _LAST.format(capture.passes + 1) if capture.passes else ""
         counted = inputs is not None and inputs.kwargs.get(_COUNT) is not None
         share = _SHARE if counted and last else ""
-        noisy = _NOISY if NO_DROPOUT in capture.unseen.values() else ""
+        noisy = _NOISY if NO_DROPOUT in capture.masks.unseen.values() else ""
         said = filter(None, (self._part, last, share, capture.unlike, noisy))
         self.note["loss/R_S"] = "; ".join(said)
         return (inputs, targets), "this step's batch"

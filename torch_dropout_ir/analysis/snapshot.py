@@ -124,8 +124,10 @@ _LACKING: Final[dict[Need, str]] = {
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "
         "number on which the script calls `backward()`. What cuts it: random numbers "
-        "drawn behind the model (dropout there), tensors that change in place before "
-        "the optimizer steps, and comparing many passes, unless one `forward` "
+        "drawn behind the model (dropout there), a gradient as part of the loss "
+        "(`torch.autograd.grad`), parameters of this model used once more, functions "
+        "with a derivative of their own (compiled code), tensors that change in place "
+        "before the optimizer steps, and comparing many passes, unless one `forward` "
         "makes them all. Pass `loss=`, and `data=` where targets are needed"
     ),
     "targets": (
@@ -140,7 +142,7 @@ _LACKING: Final[dict[Need, str]] = {
         "cleared, or the optimizer is gone; `analysis.measure()` sees them between "
         "`backward()` and `zero_grad()`"
     ),
-    "masks": "no mask was observed yet",
+    "masks": "no mask was observed yet; those of a compiled model are not seen",
 }
 
 

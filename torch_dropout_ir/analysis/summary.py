@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from torch import nn
 
 from torch_dropout_ir.analysis.facts import RUN
+from torch_dropout_ir.analysis.observed_masks import ObservedMasks
 from torch_dropout_ir.analysis.tables import in_short, section, tables
-from torch_dropout_ir.sites import Site, find_sites, unobservable
+from torch_dropout_ir.sites import find_sites, unobservable
 
 if TYPE_CHECKING:
     from torch_dropout_ir.analysis.analysis import Analysis
@@ -41,14 +41,9 @@ class SiteReport:
         return not self.reason
 
 
-def report_sites(
-    model: nn.Module, calls: Mapping[str, Site], unseen: Mapping[str, str]
-) -> tuple[SiteReport, ...]:
-    """Return the sites of ``model``, observed ones first.
-
-    ``calls`` are those of dropout functions that a pass has shown, ``unseen`` what it
-    has shown of other noise, and of sites that draw out of sight, with the reason.
-    """
+def report_sites(model: nn.Module, masks: ObservedMasks) -> tuple[SiteReport, ...]:
+    """Return the sites of ``model``, and of what passes have shown; observed first."""
+    calls, unseen = masks.calls, masks.unseen
     modules = dict(model.named_modules())
     sites = {s.name: (type(s.module).__name__, s.p) for s in find_sites(model)}
     sites |= {name: ("call", site.p) for name, site in calls.items()}

@@ -75,7 +75,7 @@ class View:
         return Snapshot(
             model=model,
             step=step,
-            sites=(*active_sites(model), *capture.calls.values()),
+            sites=(*active_sites(model), *capture.masks.calls.values()),
             loss=batch.loss,
             inputs=inputs,
             targets=targets,
@@ -86,13 +86,13 @@ class View:
             lr=lr,
             gradients=gradients,
             statistics=self.statistics(),
-            notes=notes | {"masks": capture.failure, "ranks": self._ranks.note},
+            notes=notes | {"masks": capture.masks.failure, "ranks": self._ranks.note},
             ranks=self._ranks,
         )
 
     def statistics(self) -> dict[str, MaskStatistics]:
         """Return mask statistics by site, with those of the run before."""
-        seen = self._capture.statistics | own_statistics(self._model)
+        seen = self._capture.masks.statistics | own_statistics(self._model)
         empty = MaskStatistics()
         return {n: self.counted.get(n, empty) + s for n, s in seen.items()}
 

@@ -117,26 +117,21 @@ def add_picture(summary: Summary, tag: str, drawn: Any, said: str) -> None:
 def add_layout(summary: Summary, sites: Collection[str] = ()) -> None:
     """Add the layout of the Custom Scalars page: estimates and sites with bands."""
     margins = [_margins(title, [tag]) for title, tag in _MARGINS.items()]
-    if sites:
+    # The page draws charts of this kind from the last to the first.
+    shown = {"Estimates with their error": margins[::-1]}
+    if sites:  # apart: of runs with other sites the page adds their charts in front
         names = [tag.removeprefix("regularizer/R1/") for tag in sites]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         title = f"R_1 of each site and its standard error: {', '.join(names[:3])}{more}"
-        margins.append(_margins(title, sites))
-    curves = [
+        shown["Sites with their error"] = [_margins(title, sites)]
+    shown["What dropout does"] = [
         layout_pb2.Chart(
             title=title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{regex}$"])
         )
         for title, regex in _CURVES.items()
     ]
-    layout = layout_pb2.Layout(
-        category=[
-            # The page draws charts of this kind from the last to the first.
-            layout_pb2.Category(
-                title="Estimates with their error", chart=margins[::-1]
-            ),
-            layout_pb2.Category(title="What dropout does", chart=curves),
-        ]
-    )
+    categories = [layout_pb2.Category(title=t, chart=x) for t, x in shown.items()]
+    layout = layout_pb2.Layout(category=categories)
     summary.value.add(
         tag=layout_metadata.CONFIG_SUMMARY_TAG,
         metadata=layout_metadata.create_summary_metadata(),
