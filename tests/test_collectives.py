@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch_dropout_ir import collectives
 from torch_dropout_ir.analysis import distributed
 from torch_dropout_ir.collectives import released
-from torch_dropout_ir.sharpness.ranks import Ranks
+from torch_dropout_ir.sharpness.ranks import RankSums
 
 
 class Late:
@@ -56,7 +56,7 @@ def test_the_round_in_which_ranks_meet_leaves_nothing_to_a_thread(late, monkeypa
 
 @pytest.mark.parametrize("what", ["sum", "broadcast"])
 def test_products_leave_nothing_to_a_thread(late, what):
-    ranks = Ranks("group")
+    ranks = RankSums("group")
     if what == "broadcast":
         ranks.broadcast(torch.ones(3))
     else:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from torch_dropout_ir import condensation as cd
 
@@ -399,6 +400,11 @@ def test_lazy_choices_are_the_naive_ones(monkeypatch, dims, pairs):
         lambda: cd.principal_plane(torch.ones(3)),
         lambda: cd.principal_plane(torch.ones(3, 1)),
         lambda: cd.effective_neurons(torch.ones(3)),
+        lambda: cd.closest(nn.Linear(2, 2), torch.ones(2, 2)),
+        lambda: cd.movement(torch.ones(2, 2), nn.Linear(2, 2)),
+        lambda: cd.cosine_statistics(nn.Linear(2, 2)),
+        lambda: cd.orientation_angles(nn.Linear(2, 2)),
+        lambda: cd.cluster_order(np.ones((2, 2))),
     ],
 )
 def test_weights_of_another_shape_are_said(call):

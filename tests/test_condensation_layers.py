@@ -82,6 +82,8 @@ def test_attention_by_hand(separate, bias):
             cd.input_weights(module)
     else:
         assert cd.input_weights(module).shape == (24, 8 + bias)
+        whole = cd.input_weights(module, "filter", head=1)
+        assert torch.equal(whole, torch.cat(rows))
 
 
 def test_fused_and_separate_projections_by_head():

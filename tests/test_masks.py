@@ -294,7 +294,7 @@ def test_layers_inside_transforms_drop_but_remember_nothing():
 
 @pytest.mark.filterwarnings("ignore:dropout:UserWarning")
 @pytest.mark.parametrize("kind", ["Dropout1d", "Dropout2d", "Dropout3d"])
-@pytest.mark.parametrize("rank", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 6])
 def test_channels_are_torchs_at_every_rank(kind, rank):
     x = torch.ones((40, 30, 3, 2, 2, 2)[:rank])
     try:
@@ -309,6 +309,17 @@ def test_channels_are_torchs_at_every_rank(kind, rank):
            for y in (theirs,) for d, n in enumerate(x.shape)]  # fmt: skip
     assert tuple(layer.last_mask.shape) == tuple(own)
     torch.testing.assert_close(ours, (2.0 * layer.last_mask).expand_as(x))
+
+
+@pytest.mark.parametrize("kind", ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d"])
+def test_what_a_layer_does_not_take_is_named(kind):
+    layer = getattr(tdi, kind)
+    for p in (-0.1, float("nan"), torch.tensor(2.0)):
+        with pytest.raises(ValueError, match="has to be between 0 and 1"):
+            layer(p)
+    for x in (None, [1.0], torch.ones(3, 4, dtype=torch.int64)):
+        with pytest.raises(TypeError, match="floating-point"):
+            layer()(x)
 
 
 def test_inference_mode_and_training_share_their_statistics():

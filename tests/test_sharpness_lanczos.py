@@ -459,3 +459,16 @@ def test_residuals_bound_those_of_vectors_that_mix_after_a_look():
         rest = vectors * values - found.values[:, None] * vectors
         assert found.converged
         assert bool((rest.norm(dim=1) <= 1.001 * found.residuals + 1e-12).all())
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-24, 1.0, 1e30])
+def test_the_unit_of_the_loss_does_not_matter(unit):
+    """Also where squares of its curvatures are none of single precision."""
+    matrix = unit * torch.diag(torch.arange(1.0, 41.0))
+    for start in (None, unit * torch.ones(40)):
+        found = sharpness.top_eigenvalues(matrix, start=start)
+        assert found.converged and 0 < float(found.residuals[0]) < 0.2 * unit
+        assert float(found.values[0]) == pytest.approx(40 * unit, rel=1e-3)
+    for max_bytes in (0, 2**20):
+        density = sharpness.spectral_density(matrix, 20, 3, max_bytes=max_bytes)
+        assert float(density.nodes.max()) == pytest.approx(40 * unit, rel=1e-3)

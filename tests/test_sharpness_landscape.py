@@ -221,6 +221,15 @@ def test_sam_is_one_step_along_the_gradient():
     assert sharpness.sam_sharpness(at_rest, loss, BATCH).value == 0
 
 
+def test_a_gradient_whose_square_underflows_is_a_direction():
+    net, loss = bowl(torch.ones(2), torch.full((2,), 1e-200, dtype=torch.float64))
+    found = sharpness.sam_sharpness(net, loss, BATCH, rho=2**0.5)
+    assert found.value == pytest.approx(3e-200, abs=0)  # from 1 to 2
+    along = {"theta": torch.full((2,), 1e-200, dtype=torch.float64)}
+    wide = sharpness.interval_flatness(net, loss, BATCH, along, floor=1e-300)
+    assert wide.right == pytest.approx(2 - 2**0.5, rel=1e-3)
+
+
 def test_adaptive_sharpness_does_not_see_rescaling():
     """Weights of a ReLU network rescaled, its function unchanged."""
     net = nn.Sequential(

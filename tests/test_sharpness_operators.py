@@ -285,6 +285,22 @@ def test_blocks_are_columns_whatever_the_budget(kind, budget):
     assert (op @ block[:, :0]).shape == (32, 0)
 
 
+class Distances(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(6, 4).double())
+
+    def forward(self, x):
+        return torch.cdist(x, self.centres)
+
+
+@pytest.mark.parametrize("kind", [sharpness.hessian, sharpness.ggn])
+def test_what_torch_batches_wrongly_is_taken_column_by_column(kind):
+    op = kind(Distances(), "mse", (torch.randn(5, 4).double(), torch.rand(5, 6)))
+    eye = torch.eye(24).double()
+    torch.testing.assert_close(op.dense(), torch.stack([op @ v for v in eye], 1))
+
+
 def test_a_budget_bounds_the_columns_at_once():
     net, batch = mlp(), data()
     seen = []

@@ -36,6 +36,10 @@ class _Remembers(nn.modules.dropout._DropoutNd):
     _last: tuple[Tensor, tuple[int, ...]] | None = None
     _tally: MaskTally | None = None
 
+    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
+        super().__init__(p, inplace)
+        ops.check_rate(p, tracing.eager())
+
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements of ``input`` in training mode; return it untouched else.
 
@@ -48,6 +52,8 @@ class _Remembers(nn.modules.dropout._DropoutNd):
         if not self.training:
             ops.check_rate(self.p, tracing.eager())
             return input
+        if not isinstance(input, Tensor):
+            ops.refuse(input)
         if input.is_nested:  # its mask has no shape to show
             self.__dict__.pop("_last", None)
             return super().forward(input)
@@ -123,9 +129,6 @@ class Dropout(_Remembers, nn.Dropout):
     Attributes:
         track: Set to False to stop gathering statistics.
 
-    Shape:
-        Any; the output has the shape of the input.
-
     References:
         Srivastava et al., *Dropout*, JMLR 2014.
 
@@ -141,10 +144,11 @@ class Dropout(_Remembers, nn.Dropout):
 
 class _ChannelDropout(_Remembers):
     def _drop(self, x: Tensor, units: int | None = None) -> Tensor:
-        if x.ndim < 2 or (isinstance(self, nn.Dropout1d) and x.ndim > 3):
+        few = x.ndim < (1 if isinstance(self, nn.Dropout3d) else 2)  # as torch has it
+        if few or (isinstance(self, nn.Dropout1d) and x.ndim > 3):
             raise RuntimeError(
-                f"{type(self).__name__}: expected a tensor with channels, got shape "
-                f"{list(x.shape)}"
+                f"{type(self).__name__}: expected a tensor with channels, [N, C, ...] "
+                f"(Dropout1d: of at most 3 dimensions), got shape {list(x.shape)}"
             )
         shape = mask_shape(self, x.shape)
         noise = super()._drop(x.new_ones(shape), num_units(self, x.shape))

@@ -158,7 +158,7 @@ def draw(
         ValueError: If ``p`` is out of range, or a tensor with dimensions.
     """  # noqa: DOC502 (raised by the checks)
     if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
-        _refuse(x)
+        refuse(x)
     fused = eager() if fused is None else fused
     if type(p) is not float or not 0.0 <= p <= 1.0:
         p = check_rate(p, fused)
@@ -185,7 +185,8 @@ def _draw_fused(
     return op(x, *rest)
 
 
-def _refuse(x: Any) -> NoReturn:
+def refuse(x: Any) -> NoReturn:
+    """Raise TypeError for what is no floating-point tensor."""
     kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
     raise TypeError(
         "dropout: expected `x` to be a floating-point tensor (float16, bfloat16, "

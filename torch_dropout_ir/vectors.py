@@ -6,7 +6,9 @@ the bridge. Order is the order of the dictionary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch_dropout_ir.arguments import check_choice
 
 Params = Mapping[str, Tensor]
+_SAFE: Final = 1e-12  # the squares that make up a norm above it are no denormal numbers
 
 
 def to_vector(params: Params) -> Tensor:
@@ -35,9 +38,18 @@ def dot(a: Params, b: Params) -> Tensor:
     return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
 
 
-def norm(a: Params) -> Tensor:
-    """Return the Euclidean norm of all entries together, 0-d."""
-    return dot(a, a).sqrt()
+def norm(a: Params) -> float:
+    """Return the Euclidean norm of all entries together."""
+    return math.hypot(*map(length, a.values()))
+
+
+def length(x: Tensor) -> float:
+    """Return the norm of a tensor, also where squares under- or overflow."""
+    found = float(torch.linalg.vector_norm(x))
+    if not _SAFE < found < 1 / _SAFE:
+        largest = float(torch.linalg.vector_norm(x, torch.inf)) if x.numel() else 0.0
+        found = largest and largest * float(torch.linalg.vector_norm(x / largest))
+    return found
 
 
 def random_like(params: Params, distribution: str = "rademacher") -> dict[str, Tensor]:

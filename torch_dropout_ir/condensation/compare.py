@@ -49,7 +49,8 @@ def closest(weights: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         >>> cosines, places
         (tensor([0.8000, 1.0000]), tensor([0, 1]))
     """
-    if weights.ndim != 2 or other.ndim != 2 or weights.shape[1] != other.shape[1]:
+    check_rows("closest", weights, other)
+    if weights.shape[1] != other.shape[1]:
         raise ValueError(
             "closest: expected `weights` [m, d] and `other` [n, d], got "
             f"{list(weights.shape)} and {list(other.shape)}"
@@ -112,7 +113,8 @@ def movement(weights: Tensor, start: Tensor) -> Movement:
         >>> round(moved.relative, 4), moved.cosines
         (1.4142, tensor([0.]))
     """
-    if weights.ndim != 2 or weights.shape != start.shape:
+    check_rows("movement", weights, start)
+    if weights.shape != start.shape:
         raise ValueError(
             "movement: expected `weights` and `start` of one shape [m, d], got "
             f"{list(weights.shape)} and {list(start.shape)}"
@@ -205,12 +207,9 @@ def project_orientations(weights: Weights, plane: Tensor | None = None) -> Tenso
         >>> project_orientations(torch.tensor([[3.0, 4.0]]))
         tensor([[0.6000, 0.8000]])
     """
-    dims = weights.shape[-1]
-    if (
-        weights.ndim != 2
-        or dims < 2
-        or (plane is not None and plane.shape != (dims, 2))
-    ):
+    check_rows("project_orientations", weights)
+    dims = weights.shape[1]
+    if dims < 2 or (plane is not None and plane.shape != (dims, 2)):
         raise ValueError(
             "expected `weights` [m, d] with d >= 2 and `plane` [d, 2], got "
             f"{list(weights.shape)} and {None if plane is None else list(plane.shape)}"

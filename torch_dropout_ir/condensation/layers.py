@@ -57,7 +57,8 @@ def input_weights(
         view: What counts as a neuron, as above.
         num_heads: Heads into which the rows of a projection fall, for ``head`` of a
             linear layer; attention modules know theirs.
-        head: Return the rows of this head alone.
+        head: Return the rows of this head alone: in the ``"filter"`` of attention those
+            of its query, its key and its value.
 
     Returns:
         Matrix ``[neurons, d]`` in the graph of the module's parameters.
@@ -90,9 +91,12 @@ def input_weights(
                 f"of {tuple(views)}, got {view!r}"
             )
         rows = whole(views[view])
-    if isinstance(module, nn.MultiheadAttention):
-        num_heads = module.num_heads
-    return rows if head is None else _head(rows, head, num_heads, view)
+    if head is None:
+        return rows
+    if not isinstance(module, nn.MultiheadAttention):
+        return _head(rows, head, num_heads, view)
+    parts = rows.chunk(3 if view == "filter" else 1)
+    return torch.cat([_head(x, head, module.num_heads, view) for x in parts])
 
 
 def whole(rows: Weights) -> Tensor:

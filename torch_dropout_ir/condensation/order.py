@@ -8,7 +8,7 @@ from torch import Tensor
 from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.compare import leading_plane
 from torch_dropout_ir.condensation.cover import effective_neurons
-from torch_dropout_ir.condensation.rows import UnitRows, Weights
+from torch_dropout_ir.condensation.rows import UnitRows, Weights, check_rows
 
 
 @torch.no_grad()
@@ -28,11 +28,15 @@ def cluster_order(weights: Weights, labels: Tensor | None = None) -> Tensor:
     Returns:
         A permutation of the neurons, int64 ``[m]``.
 
+    Raises:
+        ValueError: If ``weights`` are no matrix.
+
     Example:
         >>> w = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.01], [0.0, 2.0]])
         >>> cluster_order(w).tolist()
         [0, 2, 1, 3]
-    """
+    """  # noqa: DOC502 (`check_rows` raises)
+    check_rows("cluster_order", weights)
     if labels is None:
         labels = effective_neurons(weights).labels
     rows = UnitRows(weights).at(alive := labels >= 0)

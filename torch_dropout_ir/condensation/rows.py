@@ -99,15 +99,17 @@ def check_real(weights: Weights) -> None:
     )
 
 
-def check_rows(function: str, weights: Weights) -> None:
-    """Raise unless weights are a matrix.
+def check_rows(function: str, *given: Weights) -> None:
+    """Raise unless weights are matrices.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If one is none.
     """
-    shape = getattr(weights, "shape", None)
-    if shape is None or len(shape) != 2:
-        got = type(weights).__name__ if shape is None else f"shape {list(shape)}"
+    for weights in given:
+        known = isinstance(weights, (Tensor, Rows))
+        if known and len(weights.shape) == 2:
+            continue
+        got = f"shape {list(weights.shape)}" if known else type(weights).__name__
         raise ValueError(
             f"{function}: expected weights [neurons, d], got {got}. "
             "`input_weights(module)` gives them for a layer."

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.condensation.acting import full_precision
-from torch_dropout_ir.condensation.rows import UnitRows, Weights
+from torch_dropout_ir.condensation.rows import UnitRows, Weights, check_rows
 from torch_dropout_ir.condensation.tiles import cosine_tiles
 
 _BINS: Final = 80
@@ -114,8 +114,10 @@ def _sound(weights: Weights) -> UnitRows:
 
 
 def _check(weights: Weights, other: Weights | None, bins: int) -> None:
-    shapes = [list(w.shape) for w in (weights, other) if w is not None]
-    if any(len(s) != 2 for s in shapes) or len({s[-1] for s in shapes}) != 1:
+    given = [w for w in (weights, other) if w is not None]
+    check_rows("cosine_statistics", *given)
+    shapes = [list(w.shape) for w in given]
+    if len({s[1] for s in shapes}) != 1:
         raise ValueError(
             "cosine_statistics: expected `weights` [m, d] and `other` [n, d], got "
             f"{' and '.join(map(str, shapes))}"

@@ -101,14 +101,14 @@ def interval_flatness(
         check_real("interval_flatness", name, value, above=0)
     surface = Surface("interval_flatness", model, loss, batches, masks=masks)
     d = checked_direction("interval_flatness", direction, surface.params)
-    length = float(norm(d))
+    length = norm(d)
     here = surface.value(surface.params)
     if not math.isfinite(here) or here < 0:
         raise ValueError(
             f"interval_flatness: expected a finite loss from 0 on, got {here}"
         )
     level = factor * max(here, floor)
-    scale = float(norm(surface.params)) or 1.0
+    scale = norm(surface.params) or 1.0
 
     def above(t: float) -> bool:
         found = surface.value(moved(surface, (t / length, d)))
@@ -265,11 +265,11 @@ def _ascend(surface: Surface, rho: float, num_steps: int, *, adaptive: bool) -> 
     for _ in range(num_steps):
         slope = _mean_gradient(surface, _plus(start, scales, scaled))
         slope = {n: g * scales[n] for n, g in slope.items()}
-        steepness = float(norm(slope))
+        steepness = norm(slope)
         if not steepness:
             break
         scaled = {n: x + slope[n] * (length / steepness) for n, x in scaled.items()}
-        shrink = min(1.0, rho / float(norm(scaled)))
+        shrink = min(1.0, rho / norm(scaled))
         scaled = {n: x * shrink for n, x in scaled.items()}
         reached = surface.value(_plus(start, scales, scaled))
         if reached > highest or num_steps == 1:

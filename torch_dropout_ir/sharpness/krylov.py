@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.vectors import random_like
+from torch_dropout_ir.vectors import length, random_like
 
 NOT_FINITE: Final = (
     "expected an operator with finite products, got one that is not. Look for what "
@@ -58,7 +58,7 @@ class Space:
         self._rows = start.new_empty(capacity, start.numel(), dtype=dtype)
         given = torch.finfo(getattr(op, "dtype", start.dtype)).eps
         self._rounding = max(16 * torch.finfo(dtype).eps, given)
-        torch.div(start, start.norm(), out=self._rows[0])
+        torch.div(start, length(start), out=self._rows[0])
         self._filled = 1
         self._projected = torch.zeros(capacity, capacity, dtype=torch.float64)
         self._rest, self._left = self._rows[0], 0.0  # of the last image, and its norm
@@ -90,7 +90,7 @@ class Space:
         n = rows.shape[0]
         space = cls(op, rest, max(capacity, n), state["k"])
         space._rows[:n] = rows.to(space._rows)
-        space._rest, space._left = rest.to(space._rows), float(rest.norm())
+        space._rest, space._left = rest.to(space._rows), length(rest)
         space._projected[:n, :n] = state["projected"]
         space._filled, space._left_out = n, state["left_out"]
         space.spent, space.informed = state["spent"], state["informed"]
@@ -155,7 +155,7 @@ class Space:
             image.detach().to(newest.dtype), self._rows[first:n]
         )
         del image
-        self._left = float(self._rest.norm())
+        self._left = length(self._rest)
         if not math.isfinite(self._left):  # as soon as one entry of the image is not
             raise ValueError(NOT_FINITE)
         self._projected[n - 1, first:n] = self._projected[first:n, n - 1] = column
@@ -264,7 +264,7 @@ class Space:
         if vector is None or self._left <= 1e-12 * max(self.scale, 1e-300):
             _, vector = orthogonalize(random_vector(self._op).to(rows), rows)
         newest = self._rows[self._filled]
-        torch.div(vector, vector.norm(), out=newest)
+        torch.div(vector, length(vector), out=newest)
         self._rest = newest  # one vector less while the next product is computed
         self._filled += 1
 
@@ -284,6 +284,6 @@ def orthogonalize(image: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         coordinates = rows @ rest
         rest.addmv_(rows.T, coordinates, alpha=-1)
         column += coordinates.double().cpu()
-        if float(coordinates.norm()) <= 0.1 * float(rest.norm()):
+        if length(coordinates) <= 0.1 * length(rest):
             break
     return column, rest

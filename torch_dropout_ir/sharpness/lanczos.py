@@ -23,7 +23,7 @@ from torch_dropout_ir.sharpness.krylov import (
 )
 from torch_dropout_ir.sharpness.rehearsal import rehearsed
 from torch_dropout_ir.sharpness.search import Search
-from torch_dropout_ir.vectors import Params, to_params, to_vector
+from torch_dropout_ir.vectors import Params, length, to_params, to_vector
 
 _BASIS: Final = 32
 _FORESEEN: Final = 6.0  # times that a foreseen error may be less than a certain one
@@ -250,7 +250,7 @@ def _joined(op: Any, start: Any) -> Tensor:
 def _mixed(op: Any, vector: Tensor) -> Tensor:
     """Add a random vector, so that the start is orthogonal to nothing."""
     other = random_vector(op)
-    return other.mul_(_MIXED * vector.norm() / other.norm()).add_(vector)
+    return other.mul_(_MIXED * length(vector) / other.norm()).add_(vector)
 
 
 def _capacity(op: Any, k: int, max_bytes: int) -> int:

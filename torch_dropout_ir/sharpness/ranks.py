@@ -15,17 +15,17 @@ from torch_dropout_ir.sites import uncompiled
 Group = Any  # a process group, "auto" or None
 
 
-def unwrapped(model: nn.Module, group: Group) -> tuple[nn.Module, Ranks]:
+def unwrapped(model: nn.Module, group: Group) -> tuple[nn.Module, RankSums]:
     """Return the model inside ``DistributedDataParallel`` or a compiler, and ranks."""
     model = uncompiled(model)
     if isinstance(model, DistributedDataParallel):
-        return uncompiled(model.module), Ranks(
+        return uncompiled(model.module), RankSums(
             model.process_group if group == "auto" else group
         )
-    return model, Ranks(None if group == "auto" else group)
+    return model, RankSums(None if group == "auto" else group)
 
 
-class Ranks:
+class RankSums:
     """The ranks of a process group; one where there is no group.
 
     Attributes:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.sharpness.krylov import NOT_FINITE, random_vector, working_dtype
+from torch_dropout_ir.vectors import length
 
 HOLD: Final = 3  # products for which what is claimed from a random start must hold
 CLOSE: Final = 4.0  # tolerances that a residual may be, whatever the error is
@@ -74,7 +75,7 @@ def recurrence(
         rest = _plus_product(last.mul_(-left), op, v)
         matrix[k, k] = along = float(rest @ v)
         rest.add_(v, alpha=-along)
-        left = float(rest.norm())
+        left = length(rest)
         if not math.isfinite(left):
             raise ValueError(NOT_FINITE)
         nodes, vectors = torch.linalg.eigh(matrix[: k + 1, : k + 1])
