@@ -197,20 +197,6 @@ def anything_drawn(model: nn.Module) -> Callable[[], bool]:
     return drawn
 
 
-def rewinding(model: nn.Module) -> Callable[[], None]:
-    """Return what sets generators that a pass may draw from to where they are now."""
-    states = [(g, g.get_state()) for g in generators(model)]
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-
-    def rewind() -> None:
-        for generator, state in states:
-            generator.set_state(state)
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-
-    return rewind
-
-
 def mapped(x: object) -> bool:
     """Whether ``x`` is a tensor inside a transform, and means nothing outside of it."""
     if _WRAPPED is None or not isinstance(x, Tensor):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import go_on
-from torch_dropout_ir.functional import Batch, parameters
+from torch_dropout_ir.functional import Batch, parameters, rewinding
 from torch_dropout_ir.gradient_factors import Factors, address
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
@@ -25,7 +25,6 @@ from torch_dropout_ir.regularizers.inner_products import (
 from torch_dropout_ir.regularizers.masked import NoiseSeen, dropout_risk
 from torch_dropout_ir.regularizers.pass_parts import PassParts
 from torch_dropout_ir.regularizers.step_memory import LEAST
-from torch_dropout_ir.tracing import rewinding
 from torch_dropout_ir.weight_parts import WeightParts
 
 # Entries of a gradient that are made at a time: a share of all, within these.

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, saved_tensors_hooks
 
 from torch_dropout_ir import tracing
-from torch_dropout_ir.arrivals import arrivals, graph_nodes
+from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import every, go_on, most
+from torch_dropout_ir.functional import rewinding
 from torch_dropout_ir.leaves import numbers
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.graph_memory import (
@@ -29,6 +30,7 @@ from torch_dropout_ir.regularizers.graph_memory import (
     saved_objects,
     sizes_of,
 )
+from torch_dropout_ir.regularizers.pass_nodes import PassNodes
 from torch_dropout_ir.regularizers.step_memory import mask_bytes
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.weight_parts import FACTORED
@@ -59,52 +61,6 @@ class _Left(NamedTuple):
     value: Tensor
     sent: Tensor | None
     rewind: Callable[[], None]
-
-
-class _Nodes:
-    """The nodes of a pass as they were made, and which of them read parameters.
-
-    Args:
-        value: What is differentiated.
-        own: Numbers of the parameters, by identity.
-
-    Attributes:
-        nodes: The nodes; a part is that from one number on, below another.
-        readers: Of each parameter the nodes that read it.
-        narrow: Where the nodes may be cut, by the one result that leads on from there.
-    """
-
-    def __init__(self, value: Tensor, own: Mapping[int, int]) -> None:
-        with tracing.unasked():
-            found = list(graph_nodes([value.grad_fn]))
-        inner = [n for n in found if not hasattr(n, "variable")]
-        self.nodes = sorted(inner, key=lambda n: n._sequence_nr())
-        place = {n: k for k, n in enumerate(self.nodes)}
-        self.readers: dict[int, list[int]] = {}
-        leads: dict[tuple[int, int], int] = {}  # to the last node that was given it
-        for k, node in enumerate(self.nodes):
-            for child, output in node.next_functions:
-                if child in place:
-                    leads[place[child], output] = k
-                elif (i := own.get(id(getattr(child, "variable", None)))) is not None:
-                    self.readers.setdefault(i, []).append(k)
-        spans = [(k, last) for (k, _), last in leads.items()]
-        spans += [(own[0], own[-1]) for own in self.readers.values()]
-        self.narrow: dict[int, GradientEdge] = {}
-        ways = [0] * (len(self.nodes) + 1)
-        for first, last in spans:
-            ways[first + 1] += 1
-            ways[last + 1] -= 1
-        for cut in range(1, len(ways)):
-            ways[cut] += ways[cut - 1]
-        for (k, output), last in sorted(leads.items()):
-            edge = GradientEdge(self.nodes[k], output)
-            cuts = range(k + 1, last + 1)
-            self.narrow.update((cut, edge) for cut in cuts if ways[cut] == 1)
-
-    def read_in(self, first: int, stop: int) -> set[int]:
-        """Return the numbers of the parameters that the nodes of a part read."""
-        return {i for i, x in self.readers.items() if first <= x[0] < stop}
 
 
 class PassParts:
@@ -148,7 +104,7 @@ class PassParts:
     def saving(self) -> Iterator[None]:
         """Save what the part needs of the pass inside, at the masks that it had."""
         if self._first:
-            self._rewind = tracing.rewinding(self._model)
+            self._rewind = rewinding(self._model)
         else:
             self._left[self._pass].rewind()
         self._places = 0
@@ -177,7 +133,7 @@ class PassParts:
             receive: Is called with the number of a parameter and its gradient.
             plain: Whether nobody's hooks see what is sent back.
         """
-        found = _Nodes(value, self._own)
+        found = PassNodes(value, self._own)
         like = len(found.nodes), self._places
         if self._like is None:
             self._like = like
@@ -193,7 +149,7 @@ class PassParts:
             self._go(value, found, receive)
         self._pass += 1
 
-    def _go(self, value: Tensor, found: _Nodes, receive: Receive) -> None:
+    def _go(self, value: Tensor, found: PassNodes, receive: Receive) -> None:
         first, stop = self._cuts[-2:]
         read = found.read_in(first, stop)
         used = {*found.readers}
@@ -221,7 +177,7 @@ class PassParts:
         else:
             self._left[self._pass] = self._left[self._pass]._replace(sent=sent)
 
-    def _choose(self, value: Tensor, found: _Nodes, plain: bool) -> None:
+    def _choose(self, value: Tensor, found: PassNodes, plain: bool) -> None:
         """Choose the parts, the same ones on all ranks."""
         count = len(found.nodes)
         room = self._room(value, found) if plain and TOLD else None
@@ -235,17 +191,21 @@ class PassParts:
         self.parted = every(fits and inner == sorted(set(inner)) != [], "fits")
         self._cuts = [0, *(inner if self.parted else []), count]
 
-    def _room(self, value: Tensor, found: _Nodes) -> int | None:
-        """Return the bytes that a part may hold; None where a whole pass may go."""
+    def _room(self, value: Tensor, found: PassNodes) -> int | None:
+        """Return the bytes that a part may hold; None where a whole pass may go.
+
+        Gradients that the parameters have are there beside, which a step lets go of.
+        """
         self._saved = [self._saved_by(k, node) for k, node in enumerate(found.nodes)]
         self._sizes = {i: self._held(i, x, found) for i, x in found.readers.items()}
         both = {a: size for each in self._saved for a, size in each.items()}
         whole = sum(both.values()) + sum(self._sizes.values())
         largest = max([size for node in found.nodes for size in sizes_of(node)])
-        room = self._step(value, found) - _AT_HAND * largest
-        return None if whole <= room else room
+        beside = sum([x.grad.nbytes for x in self._targets if x.grad is not None])
+        room = self._step(value, found) - _AT_HAND * largest - beside
+        return None if whole <= room else max(room, whole // _MOST)
 
-    def _inner(self, found: _Nodes, room: int) -> list[int]:
+    def _inner(self, found: PassNodes, room: int) -> list[int]:
         """Return where to cut: few parts, in as little more room as they take."""
         reads: dict[int, int] = {}  # bytes of the gradients that a node completes
         for i, readers in found.readers.items():
@@ -256,7 +216,9 @@ class PassParts:
             cuts = self._within(found, room, reads)
         return cuts
 
-    def _within(self, found: _Nodes, room: int, reads: Mapping[int, int]) -> list[int]:
+    def _within(
+        self, found: PassNodes, room: int, reads: Mapping[int, int]
+    ) -> list[int]:
         """Return where to cut such that each part has room, if cuts allow."""
         cuts: list[int] = []
         stop = len(found.nodes)
@@ -293,14 +255,14 @@ class PassParts:
                     sizes[storage.data_ptr()] = storage.nbytes()
         return sizes
 
-    def _held(self, i: int, readers: list[int], found: _Nodes) -> int:
+    def _held(self, i: int, readers: list[int], found: PassNodes) -> int:
         """Return the bytes of a gradient, as a tensor or as its factors."""
         whole, node = self._targets[i].nbytes, found.nodes[readers[0]]
         if len(readers) > 1 or getattr(node, "_forward_cls", None) not in FACTORED:
             return whole
         return min(whole, sum(sizes_of(node)) + sum(self._saved[readers[0]].values()))
 
-    def _step(self, value: Tensor, found: _Nodes) -> int:
+    def _step(self, value: Tensor, found: PassNodes) -> int:
         """Return the bytes that a step holds, whose masks are kept another way."""
         masks = self._masks
         for node in found.nodes:  # what a linear layer takes in is made again here
