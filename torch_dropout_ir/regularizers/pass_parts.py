@@ -35,8 +35,8 @@ from torch_dropout_ir.regularizers.step_memory import mask_bytes
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.weight_parts import FACTORED
 
-# Results, as large as the largest, that are there beside what is kept.
-_AT_HAND: Final = 3
+# As much as a node returns, that is there while it runs and is not kept.
+_AT_HAND: Final = 2
 # Parts at most: each takes all passes forward once more.
 _MOST: Final = 4
 Receive = Callable[[int, Any], None]
@@ -198,12 +198,20 @@ class PassParts:
         """
         self._saved = [self._saved_by(k, node) for k, node in enumerate(found.nodes)]
         self._sizes = {i: self._held(i, x, found) for i, x in found.readers.items()}
-        both = {a: size for each in self._saved for a, size in each.items()}
-        whole = sum(both.values()) + sum(self._sizes.values())
-        largest = max([size for node in found.nodes for size in sizes_of(node)])
         beside = sum([x.grad.nbytes for x in self._targets if x.grad is not None])
-        room = self._step(value, found) - _AT_HAND * largest - beside
+        room = self._step(value, found) - beside
+        forward = self._forward(found, self._saved)
+        whole = forward + sum(self._sizes.values())
         return None if whole <= room else max(room, whole // _MOST)
+
+    def _forward(self, found: PassNodes, saved: Sequence[Mapping[int, int]]) -> int:
+        """Return the most bytes that a pass holds on its way forward."""
+        held, seen, highest = 0, set[int](), 0
+        for node, own in zip(found.nodes, saved, strict=True):
+            held += sum([size for x, size in own.items() if x not in seen])
+            seen |= own.keys()
+            highest = max(highest, held + _AT_HAND * sum(sizes_of(node)))
+        return highest
 
     def _inner(self, found: PassNodes, room: int) -> list[int]:
         """Return where to cut: few parts, in as little more room as they take."""
@@ -223,15 +231,18 @@ class PassParts:
         cuts: list[int] = []
         stop = len(found.nodes)
         while stop:
-            held, seen, cut = 0, set[int](), 0
+            held, forward, seen, cut = 0, 0, set[int](), 0
             sent = self._sent(found.narrow[stop]) if cuts else 0
             for k in reversed(range(stop)):
-                held += sum([n for x, n in self._saved[k].items() if x not in seen])
+                own = self._saved[k]
+                new = sum([size for x, size in own.items() if x not in seen])
+                at_hand = _AT_HAND * sum(sizes_of(found.nodes[k]))
+                forward = new + max(forward, at_hand)
                 held += reads.get(k, 0)
-                seen |= self._saved[k].keys()
+                seen |= own.keys()
                 ahead = self._sent(found.narrow[k]) if k in found.narrow else 0
                 # What is sent on comes in the place of what was sent.
-                if held + max(sent, ahead) > room and cut:
+                if held + forward + max(sent, ahead) > room and cut:
                     break
                 cut = k if ahead else cut
             else:
@@ -264,18 +275,17 @@ class PassParts:
 
     def _step(self, value: Tensor, found: PassNodes) -> int:
         """Return the bytes that a step holds, whose masks are kept another way."""
-        masks = self._masks
-        for node in found.nodes:  # what a linear layer takes in is made again here
-            if getattr(node, "drawn", None) is not None:
-                rows, weight = (
-                    node._input_metadata[0].shape[0],
-                    node.next_functions[1][0],
-                )
-                x = weight.variable
-                masks[node] = rows * x.shape[1] * x.itemsize
+        saved = [dict(own) for own in self._saved]
+        for k, node in enumerate(found.nodes):
+            saved[k][-1 - k] = self._masks.get(node, 0)
+            if getattr(node, "drawn", None) is not None:  # what is made again here
+                rows, weight = node._input_metadata[0].shape[0], node.next_functions[1]
+                x = weight[0].variable
+                saved[k][-1 - k] = rows * x.shape[1] * x.itemsize
         graph = Graph([value.grad_fn], self._there)
-        graph.saved = dict(zip(found.nodes, self._saved, strict=True))
-        return graph.step_back(graph.leading_to(graph.leaves), masks)[1]
+        graph.saved = dict(zip(found.nodes, saved, strict=True))
+        back = graph.step_back(graph.leading_to(graph.leaves), {})[1]
+        return max(back, self._forward(found, saved))
 
 
 def _given(saved: _Saved) -> Tensor:
