@@ -203,10 +203,7 @@ def test_gradients_of_a_small_network_take_no_more_than_a_step(model, kind):
 @pytest.mark.parametrize("place", ["input", "middle", "end"])
 @pytest.mark.parametrize("batches", [1, 2])
 def test_one_site_takes_no_more_than_a_step(batches, place, norm, rows):
-    """Where a gradient held and a pass beside it would be up to 1.7.
-
-    Of two batches each part holds what four passes have sent to where it ends.
-    """
+    """Where a gradient held and a pass beside it would be up to 1.7."""
     torch.manual_seed(0)
     body, x = layers(*[256] * 6, 10, norm=norm, rows=rows)
     body = [each for each in body if not isinstance(each, nn.Dropout)]
@@ -221,7 +218,8 @@ def test_one_site_takes_no_more_than_a_step(batches, place, norm, rows):
         gradient_norm(net, batch, "cross_entropy", lr=0.1)
 
     run()
-    assert peak(run) <= (1.03 if batches == 1 else 1.1) * step
+    most = 1.14 if place == "middle" else 1.03  # what a ReLU makes of it is there too
+    assert peak(run) <= most * step
 
 
 def test_of_a_pair_no_gradient_of_a_linear_layer_is_held():
