@@ -41,7 +41,7 @@ def test_the_received_gradient_is_not_copied():
     assert found == pytest.approx(0.025 * float(g.double().square().sum()), rel=1e-12)
     assert received_r2({"w": g.T}, {"w": 0.1}) == pytest.approx(found, rel=1e-12)
     assert received_r2({"w": g[:0]}, {"w": 0.1}) == 0
-    assert 0 < seen.bytes <= 2**20
+    assert 0 < seen.bytes <= 2**18
 
 
 def test_the_received_gradient_is_not_written_on():
@@ -172,6 +172,28 @@ def test_curvature_of_parts_is_that_of_the_batch(loss):
         cut = CurvatureOperator("hessian", surface, 2**20)
         torch.testing.assert_close(cut.dense(), whole)
     assert fitting(net, resolved, batch, 2**20).batches is batch
+
+
+def test_flattened_targets_are_cut_with_their_texts():
+    """A batch that could not be cut would be in memory as a whole."""
+    net = nn.Sequential(
+        nn.Embedding(7, 4), nn.Tanh(), nn.Linear(4, 7), nn.Flatten(0, 1)
+    )
+    loss = resolve_loss("cross_entropy")
+    batch = torch.randint(7, (6, 9)), torch.randint(7, (54,))
+    found = fitting(net.double(), loss, batch, 0)
+    assert [len(y) for _, y in found.batches] == [9] * 6
+    cut = CurvatureOperator("hessian", found.surface(net, loss), 2**20)
+    whole = tdi.sharpness.hessian(net, loss, batch)
+    torch.testing.assert_close(cut.dense(), whole.dense())
+    transposed = batch[0], batch[1].view(6, 9).T.flatten()  # of no text by itself
+    crossed = nn.Sequential(*net[:-1], Turned())
+    assert "see each other" in fitting(crossed, loss, transposed, 0).lacking
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.transpose(0, 1).flatten(0, 1)
 
 
 class Model(nn.Module):
@@ -323,7 +345,7 @@ def test_the_batch_is_cut_so_that_the_peak_is_what_was_said():
     for tanhs, samples in ((1, 4), (9, 64), (30, 256)):
         kept = (tanhs + 1) * samples * 300 * 4  # outputs; what the loss keeps of them
         training = 2 * own + kept
-        room = max(2**20, training / 8, 1.2 * training - 4.25 * own)
+        room = max(2**20, training / 8, training - 4.25 * own)
         expected = 1 if 5 * kept <= room else 2.75 * kept / room
         assert pieces(tanhs, samples) == pytest.approx(expected, abs=1)
     assert pieces(1, 4) == 1 < pieces(9, 64)
@@ -361,7 +383,7 @@ def test_what_each_measure_holds_beside_parameters_and_gradient(training, measur
         taken = take(measure, snapshot, 0)
     assert taken or measure.name == "masks"
     # A product with the Hessian is of a vector and makes another: no peak is below.
-    floor = max(1.3 * peak, 4.4 * own) if measure.name == "sharpness" else 1.3 * peak
+    floor = max(1.2 * peak, 4.2 * own) if measure.name == "sharpness" else 1.2 * peak
     # Pictures are of one size whatever the layer.
     pictures = [x.values for x in taken.values() if isinstance(x, Image)]
     assert 2 * own + seen.most <= floor + sum(x.nbytes for x in pictures)

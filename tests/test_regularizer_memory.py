@@ -199,21 +199,26 @@ def test_gradients_of_a_small_network_take_no_more_than_a_step(model, kind):
 
 
 @pytest.mark.parametrize("rows", [64, 128, 256, 512])
-@pytest.mark.parametrize("norm, most", [(False, 1.0), (True, 1.1)])
-def test_of_a_pair_no_gradient_below_the_first_site_is_held(norm, most, rows):
-    """But what is sent back to it at the first masks, as large as its input."""
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("place", ["input", "middle", "end"])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_one_site_takes_no_more_than_a_step(batches, place, norm, rows):
+    """Where a gradient held and a pass beside it would be up to 1.7."""
     torch.manual_seed(0)
-    below, x = layers(*[256] * 6, 10, norm=norm, rows=rows)
-    below = [each for each in below if not isinstance(each, nn.Dropout)]
-    net = nn.Sequential(*below[:-1], nn.Dropout(0.3), below[-1])
+    body, x = layers(*[256] * 6, 10, norm=norm, rows=rows)
+    body = [each for each in body if not isinstance(each, nn.Dropout)]
+    at = {"input": 0, "middle": len(body) // 2, "end": len(body) - 1}[place]
+    net = nn.Sequential(*body[:at], nn.Dropout(0.3), *body[at:])
     y = torch.randint(10, (rows,))
     step = peak(lambda: F.cross_entropy(net(x), y).backward())
     net.zero_grad()
+    batch = (x, y) if batches == 1 else [(x, y)] * batches
 
     def run():
-        gradient_norm(net, (x, y), "cross_entropy", lr=0.1)
+        gradient_norm(net, batch, "cross_entropy", lr=0.1)
 
     run()
+    most = 1.14 if place == "middle" else 1.03  # what a ReLU makes of it is there too
     assert peak(run) <= most * step
 
 

@@ -30,20 +30,20 @@ _TASK: Final = getattr(torch._C, "_current_graph_task_id", int)
 
 @contextlib.contextmanager
 def arrivals(
-    leaves: Sequence[Tensor], receive: Receive, value: Tensor | None = None
+    leaves: Sequence[Tensor], receive: Receive, starts: Iterable[Any] = ()
 ) -> Iterator[None]:
     """Give the gradient of each leaf away as it comes, inside the context.
 
     In its place ``torch.autograd.grad`` is left with one element, expanded; sparse
     gradients are small, and stay. A leaf's own hooks come first. ``receive`` is called
-    with the number of the leaf and its whole gradient. Functions of the graph of
-    ``value``, what is differentiated, may take backward passes of their own, as those
-    do that run a layer again, whose gradients are theirs; without it all that arrives
-    is given away, whoever sends it.
+    with the number of the leaf and its whole gradient. Functions of the graph may take
+    backward passes of their own, as those do that run a layer again, whose gradients
+    are theirs: ``starts`` are the tensor, or the nodes, that the pass begins with.
+    Without them all that arrives is given away, whoever sends it.
     """
     outer: list[int] = []
 
-    def begin(_: Tensor) -> None:
+    def begin(_: Any) -> None:
         outer.append(_TASK())
 
     def take(g: Tensor | None, i: int) -> Tensor | None:
@@ -58,8 +58,9 @@ def arrivals(
                 stack.callback(setattr, x, "_backward_hooks", None)
             hook = x.register_hook(functools.partial(take, i=i))
             stack.callback(hook.remove)
-        if value is not None:
-            stack.callback(value.register_hook(begin).remove)
+        for each in starts:
+            register = getattr(each, "register_prehook", None) or each.register_hook
+            stack.callback(register(begin).remove)
         yield
 
 

@@ -30,6 +30,7 @@ from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.sites import Site, uncompiled
 from torch_dropout_ir.substitution import call_with, copied_buffers, keep_buffers
 from torch_dropout_ir.survey import Survey
+from torch_dropout_ir.tracing import generators
 from torch_dropout_ir.turns import alone_with, in_turn
 
 Batch = tuple[Any, Any]
@@ -221,6 +222,20 @@ def batch_size(batch: Batch) -> int:
         return int(packed.batch_sizes[0])
     first = inputs.first_tensor()
     return first.shape[0] if first.ndim else 1
+
+
+def rewinding(model: nn.Module) -> Callable[[], None]:
+    """Return what sets generators that a pass may draw from to where they are now."""
+    states = [(g, g.get_state()) for g in generators(model)]
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+
+    def rewind() -> None:
+        for generator, state in states:
+            generator.set_state(state)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+    return rewind
 
 
 @contextlib.contextmanager

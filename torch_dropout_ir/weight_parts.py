@@ -92,8 +92,8 @@ class _Convolution(torch.autograd.Function):
         return in_x, given, in_bias, None, None
 
 
-# None stands for torch's own functions.
-LINEAR: Final = frozenset((None, _Linear, _Convolution))
+# Whose gradients in weights are given away as factors.
+FACTORED: Final = frozenset((_Linear, _Convolution))
 
 
 class WeightParts(TorchFunctionMode):
@@ -108,6 +108,7 @@ class WeightParts(TorchFunctionMode):
             ``torch.autograd.grad`` then returns None for it. None: nothing is given.
         remake: Whether inputs of linear layers are made again, once, where that holds
             less.
+        watch: Whether what they are made of is held, to see if it was written on.
 
     Attributes:
         plain: Numbers of the tensors without hooks, by identity; none of them once a
@@ -120,6 +121,7 @@ class WeightParts(TorchFunctionMode):
         targets: Sequence[Tensor],
         receive: Callable[[int, Factors], None] | None,
         remake: bool = False,
+        watch: bool = True,
     ) -> None:
         super().__init__()
         # A hook of the user's is called with the gradient, and may change it.
@@ -127,6 +129,7 @@ class WeightParts(TorchFunctionMode):
         self._numbers = self.plain if receive else {}
         self._receive = receive
         self._remake = remake
+        self._watch = watch
         self._given: set[int] = set()
         self._taken: list[Drawn] = []
 
@@ -160,7 +163,7 @@ class WeightParts(TorchFunctionMode):
     def _taken_of(self, input: Tensor) -> Drawn | None:
         """Return the same for a layer's input."""
         drawn = self._drawn(input)
-        if drawn is not None:
+        if drawn is not None and self._watch:
             self._taken.append(drawn)
         return drawn
 

@@ -97,13 +97,14 @@ def gradient_norm(
     errors. They are NaN where no two masks made a difference, as near ``p = 0``.
 
     Costs a forward and a backward pass a mask and batch. Memory: beside a pass, whose
-    gradients go one by one as they come, one gradient, that of the pass before; of one
-    batch what is above the first site, and for the rest what was sent back there. Those
+    gradients go one by one as they come, one gradient, that of the pass before. Those
     of linear layers and convolutions are held as what they are products of, where that
     is smaller, and compared some rows at a time; what a linear layer takes in behind
     dropout is held as a bit an element, and what dropout took in, and behind GELU and
-    the like as what that took in. For optimizers other than gradient descent R_2 is a
-    diagnostic, not the theory. For a gradient that the script has anyway, ``(lr / 4) *
+    the like as what that took in. Where both together are more than a step's, passes
+    go by parts (:mod:`~torch_dropout_ir.regularizers.pass_parts`), of one more forward
+    pass a mask each. For optimizers other than gradient descent R_2 is a diagnostic,
+    not the theory. For a gradient that the script has anyway, ``(lr / 4) *
     g.square().sum()`` is one unbiased sample of the first form, free of extra passes.
 
     Args:

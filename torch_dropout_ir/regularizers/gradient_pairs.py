@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence, Set
 from typing import Final
@@ -11,11 +12,10 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import go_on
-from torch_dropout_ir.functional import Batch, parameters
+from torch_dropout_ir.functional import Batch, parameters, rewinding
 from torch_dropout_ir.gradient_factors import Factors, address
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.regularizers.below_masks import BelowMasks
 from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.inner_products import (
     Gradient,
@@ -23,8 +23,8 @@ from torch_dropout_ir.regularizers.inner_products import (
     wide_dtype,
 )
 from torch_dropout_ir.regularizers.masked import NoiseSeen, dropout_risk
-from torch_dropout_ir.regularizers.step_memory import SOME
-from torch_dropout_ir.tracing import generators
+from torch_dropout_ir.regularizers.pass_parts import PassParts
+from torch_dropout_ir.regularizers.step_memory import LEAST
 from torch_dropout_ir.weight_parts import WeightParts
 
 # Entries of a gradient that are made at a time: a share of all, within these.
@@ -51,8 +51,8 @@ class GradientPairs:
         self._entries = min(_MOST, max(_FEWEST, count // _SHARE))
         self._shared_mask = shared_mask
         self._remake = True  # dropped inputs of layers, as they go backward
-        self._apart = count >= SOME  # what is below the first site, where some may be
-        self._below: BelowMasks | None = None
+        self._large = sum(x.nbytes for x in self._targets) > LEAST
+        self._passes: PassParts | None = None
         self.seen = NoiseSeen()
         self.risk: Tensor | float = 0.0  # the sum of all losses
 
@@ -67,14 +67,13 @@ class GradientPairs:
 
     def _pass(self, batch: Batch, receive: Callable[[int, Gradient], None]) -> bool:
         """Return whether the pass could go backward."""
-        below = self._below
-        if below is not None:
-            below.begin()
+        passes = self._passes
 
         def take(i: int, g: Tensor) -> None:
             receive(i, g.to_dense() if g.is_sparse else g)
 
-        parts = WeightParts(self._targets, receive, self._remake)
+        watch = passes is None or not passes.parted
+        parts = WeightParts(self._targets, receive, self._remake, watch)
         masked = dropout_risk(
             self._model,
             batch,
@@ -82,20 +81,22 @@ class GradientPairs:
             self.seen,
             shared_mask=self._shared_mask,
             note=parts.note,
-            look=None if below is None else below.look,
+            look=None if passes is None else passes.look,
         )
-        with torch.enable_grad(), parts, masked as value:
+        saving = contextlib.nullcontext() if passes is None else passes.saving()
+        with torch.enable_grad(), parts, contextlib.ExitStack() as stack:
+            with saving:
+                value = stack.enter_context(masked)
             check_differentiable("gradient_norm", value)
             if parts.overwritten():
                 return False
             self.risk = self.risk + value.detach()
             parts.settle(value)
-            arriving = functools.partial(arrivals, self._targets, take)
-            if below is not None:
-                below.back(value, parts.plain, arriving)
+            if passes is not None:
+                passes.back(value, take, bool(parts.plain))
                 return True
             go_on("backward")
-            with arriving(value):
+            with arrivals(self._targets, take, [value]):
                 torch.autograd.grad(value, self._targets, allow_unused=True)
         return True
 
@@ -111,17 +112,7 @@ class GradientPairs:
 
     def pair(self, batch: Batch) -> Tensor:
         """Return value, mean, mask noise and batch noise, which is 0, of two masks."""
-        below = BelowMasks(self._model, self._targets) if self._apart else None
-        self._below = below
-        known = generators(self._model) if below is not None else []
-        states = [(g, g.get_state()) for g in known]
         value, inner, away = self._chain([batch, batch])
-        self._below = None
-        self._apart = below is not None and below.alike and bool(below.found)
-        if below is not None and not below.alike:  # of a model that went another way
-            for generator, state in states:  # by its masks perhaps: at the same ones
-                generator.set_state(state)
-            value, inner, away = self._chain([batch, batch])
         return torch.stack((value, inner[0], away[0] / 2, value.new_zeros(())))
 
     def _chain(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,6 +122,31 @@ class GradientPairs:
             The mean squared norm; the inner product of each with the next, and the
             squared norm of their difference.
         """
+        links = self._by_parts(batches) if self._large else self._links(batches)
+        own, before, inner, away = links[1:].unbind(1)
+        return (own.sum() + before[0]) / len(batches), inner, away
+
+    def _by_parts(self, batches: Sequence[Batch]) -> Tensor:
+        """Return the links, by parts where whole passes hold more than a step."""
+        there = {
+            address(x) for x in (*self._model.parameters(), *self._model.buffers())
+        }
+        there |= {x for batch in batches for x in _addresses(batch)}
+        rewind = rewinding(self._model)
+        passes = PassParts(self._model, self._targets, there, len(batches))
+        self._passes = passes
+        links = self._links(batches)
+        while passes.next():
+            links = links + self._links(batches)
+        self._passes = None
+        if passes.parted and not passes.alike:  # of a model that went another way
+            rewind()  # by its masks perhaps: at the same ones
+            links = self._links(batches)
+        self._large = passes.parted and passes.alike
+        return links
+
+    def _links(self, batches: Sequence[Batch]) -> Tensor:
+        """Return what each gradient and the one before say: ``[K, 4]``."""
         held: dict[int, Gradient] = {}
         links: list[Tensor] = []
         for k, batch in enumerate(batches):
@@ -145,8 +161,9 @@ class GradientPairs:
                 take(i, None)
             pairs = zip(self._rates, found, strict=True)
             links.append(torch.stack([rate / 4 * x for rate, x in pairs]).sum(0))
-        own, before, inner, away = torch.stack(links[1:]).unbind(1)
-        return (own.sum() + before[0]) / len(batches), inner, away
+            if self._passes is not None and not self._passes.parted:
+                self._passes = None
+        return torch.stack(links)
 
     def _take(
         self,
@@ -169,10 +186,6 @@ class GradientPairs:
             i: The number.
             g: The gradient; None for zero.
         """
-        if self._below is not None and self._below.shares is not None:
-            square = compared(g, None, self._targets[i], self._entries)[0]
-            found[i] += square * found[i].new_tensor(self._below.shares)
-            return
         missed.discard(i)
         if linked:
             found[i] += compared(g, held.pop(i, None), self._targets[i], self._entries)

@@ -87,10 +87,11 @@ def _makes(name: str) -> bool:
 
 def made(nodes: Iterable[Any]) -> int:
     """Return the bytes of what the nodes of a graph have returned."""
-    return sum(sum(_sizes(node)) for node in nodes)
+    return sum(sum(sizes_of(node)) for node in nodes)
 
 
-def _sizes(node: Any) -> list[int]:
+def sizes_of(node: Any) -> list[int]:
+    """Return the bytes of each result of a node."""
     return [math.prod(x.shape) * x.dtype.itemsize for x in node._input_metadata]
 
 
@@ -111,7 +112,7 @@ class Graph:
         self.leaves = {n: n.variable for n in found if hasattr(n, "variable")}
         inner = [n for n in found if n not in self.leaves]
         self._nodes = sorted(inner, key=_number, reverse=True)
-        self._sizes = {n: _sizes(n) for n in found}
+        self._sizes = {n: sizes_of(n) for n in found}
         self._children = {n: n.next_functions for n in inner}
         self.saved = {n: x for n in inner if (x := saved_by(n, there))}
 
@@ -212,17 +213,22 @@ def _number(node: Any) -> int:
 def saved_by(node: Any, there: Collection[int]) -> dict[int, int]:
     """Return bytes of what a node has saved, by storage; not what hooks have kept."""
     found = {}
+    for one in saved_objects(node):
+        x = one.data if TOLD and one.unpack_hook is None else None
+        if isinstance(x, Tensor):
+            storage = numbers(x).untyped_storage()
+            place = storage.data_ptr()
+            if place not in there:
+                found[place] = storage.nbytes()
+    return found
+
+
+def saved_objects(node: Any) -> Iterator[Any]:
+    """Yield each ``SavedTensor`` of a node."""
     kind: Any = type(node)
     for name in _names(kind):
         raw = getattr(node, name)
-        for one in raw if isinstance(raw, tuple) else (raw,):
-            x = one.data if TOLD and one.unpack_hook is None else None
-            if isinstance(x, Tensor):
-                storage = numbers(x).untyped_storage()
-                place = storage.data_ptr()
-                if place not in there:
-                    found[place] = storage.nbytes()
-    return found
+        yield from raw if isinstance(raw, tuple) else (raw,)
 
 
 @functools.cache

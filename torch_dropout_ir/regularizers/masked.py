@@ -48,7 +48,7 @@ def dropout_risk(
     shared_mask: bool = False,
     watch: Callable[[Site, Tensor, torch.Size], None] | None = None,
     note: Callable[[Tensor, Tensor, Again], None] | None = None,
-    look: Callable[[Tensor], None] | None = None,
+    look: Callable[[Site, Tensor, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
     """Give ``R_drop`` of a batch at one draw of masks; differentiate it inside.
 
@@ -62,7 +62,7 @@ def dropout_risk(
         watch: Called at each use with the site, its packed mask and the mask's shape.
         note: Called at each use with what the site returns, its input, and what makes
             the one of the other again.
-        look: Called at each use with the site's input, before the mask is drawn.
+        look: Called at each use with the site, its input and what it returns.
 
     Yields:
         Scalar.
@@ -77,8 +77,6 @@ def dropout_risk(
     def drop(site: Site, h: Tensor) -> Tensor:
         check_site(site, h)
         seen.met = True
-        if look is not None:
-            look(h)
         if site.p >= 1:
             seen.cut[site.name] = None
         shape = site.mask_shape(h.shape)
@@ -97,6 +95,8 @@ def dropout_risk(
             dropped = again(h)
         if note is not None:
             note(dropped, h, again)
+        if look is not None:
+            look(site, h, dropped)
         return dropped
 
     with at_sites(model, unasking(drop), survey=survey) as calls:

@@ -107,7 +107,7 @@ class Weighed(NamedTuple):
         learning = [n for n, x in graph.leaves.items() if id(x) not in quiet]
         first = [edge.node for _, _, edge in uses[:1] if below.learns]
         goes = graph.leading_to([*learning, *first])
-        masks = {x.node: _mask(s, h) for s, h, x in uses if x.node in goes}
+        masks = {x.node: mask_bytes(s, h) for s, h, x in uses if x.node in goes}
         _, most, leaves = graph.step_back(goes, masks)
         step = max(below.saved + most, leaves + below.most) if TOLD else 0
         inputs = {address(h): h.nbytes for _, h, _ in uses}
@@ -134,7 +134,7 @@ class Weighed(NamedTuple):
         return min(most, math.ceil(self.curved / left)) if left > 0 else most
 
 
-def _mask(site: Site, h: Tensor) -> int:
+def mask_bytes(site: Site, h: Tensor) -> int:
     """Return the bytes of the mask that a step keeps: none where it may be of bits."""
     if type(site.module).__module__ != nn.Dropout.__module__:
         return 0

@@ -21,7 +21,7 @@ from torch_dropout_ir.regularizers.excess import TOO_ALIKE
 from torch_dropout_ir.regularizers.gradient_norm import ALIKE
 from torch_dropout_ir.regularizers.online import online
 
-_PIECE: Final = 2**17  # entries that are taken to double precision at a time
+_PIECE: Final = 2**15  # entries that are taken to double precision at a time
 _R1: Final = "regularizer/R1"
 _ERROR: Final = "regularizer/R1_standard_error"
 _NOISE: Final = "regularizer/R2_dropout_noise"
@@ -172,8 +172,8 @@ def squared_norm(x: Tensor) -> Tensor:
     """Return the squared norm in double precision, 0-d, without a copy in it."""
     if is_sharded(x) or not x.is_contiguous():
         return x.double().square().sum()
-    pieces = x.view(-1).split(_PIECE)
-    return torch.stack([p.double().square().sum() for p in pieces]).sum()
+    pieces = (p.double() for p in x.view(-1).split(_PIECE))
+    return torch.stack([torch.dot(p, p) for p in pieces]).sum()
 
 
 class ReceivedGradient:

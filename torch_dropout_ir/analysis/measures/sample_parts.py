@@ -49,7 +49,6 @@ from torch_dropout_ir.sharpness.surface import Surface
 # What a pass keeps, times: a second derivative's graph for many products, one that is
 # let go of, and the graph of the trace.
 _OVER, _ONCE, _TRACED = 5.0, 2.75, 4.5
-_PEAK: Final = 1.2  # of what training takes: 1.3, less what is on nobody's account
 _HELD: Final = (
     4.25  # of the parameters: gradient, two vectors, and condensation's start
 )
@@ -117,9 +116,9 @@ def fitting(
         batches: Batches of the loss surface. Several are taken as they are: one of
             them is in memory at a time.
         max_bytes: Memory of a graph below which nothing is cut; None: what is left of
-            1.2 times the memory of plain gradient descent, beside parameters, their
-            gradient, two vectors of that size, and what condensation keeps; an eighth
-            of that memory at least. Batches that cannot be cut without a change have
+            the memory of plain gradient descent, beside parameters, their gradient, two
+            vectors of that size, and what condensation keeps; an eighth of that memory
+            at least. Batches that cannot be cut without a change have
             64 MB at least.
         coupling: What becomes of batch normalization in training mode: ``"batch"``
             takes the curvature of the loss as it is trained, the whole batch at once
@@ -209,7 +208,7 @@ def _room(surface: Surface, kept: int) -> int:
     """Bytes for a graph, such that no more is taken than the peak allows."""
     own = sum(x.nbytes for x in surface.params.values())
     training = 2 * own + kept
-    return int(max(_TINY, _LEAST * training, _PEAK * training - _HELD * own))
+    return int(max(_TINY, _LEAST * training, training - _HELD * own))
 
 
 def _kept(surface: Surface, batch: Batch) -> int:
@@ -242,7 +241,11 @@ def _rows(batch: Batch, count: int, start: int, stop: int) -> Batch:
     inputs = rows_of(Inputs.of(batch[0]), rows, count)
     if batch[1] is batch[0]:  # a model that computes its loss has its targets there
         return inputs, inputs
-    return inputs, rows_of(Inputs((batch[1],), {}), rows, count).args[0]
+    y = batch[1]
+    if isinstance(y, Tensor) and y.ndim and not len(y) % count:  # of symbols, flattened
+        each = len(y) // count
+        return inputs, y[start * each : stop * each]
+    return inputs, rows_of(Inputs((y,), {}), rows, count).args[0]
 
 
 def _same(whole: Surface, parts: Surface) -> bool:

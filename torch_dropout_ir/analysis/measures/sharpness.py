@@ -66,8 +66,8 @@ class Sharpness:
         slice_points: Points of the slice; 0 leaves it out.
         max_parameters: Larger models are left out.
         max_bytes: Memory for the graph of the second derivative, beyond which the batch
-            is cut into parts; None: such that the peak is 1.3 times that of training by
-            plain gradient descent, or nearly, where parameters are most of it. Where a
+            is cut into parts; None: such that the peak is that of training by plain
+            gradient descent, or nearly, where activations are most of it. Where a
             pass is itself a collective (synchronized batch normalization) the batch of
             a rank stays whole, and the trace is sampled.
         coupling: With batch normalization in training mode samples see each other, and

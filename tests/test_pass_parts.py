@@ -1,5 +1,6 @@
-"""Gradients below the first site at two masks are those of autograd at these masks."""
+"""Gradients that are taken by parts are those of autograd at the same masks."""
 
+import itertools
 import random
 
 import pytest
@@ -10,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_dropout_ir import ops
 from torch_dropout_ir.kernels import keep_scale
-from torch_dropout_ir.regularizers import gradient_norm
-from torch_dropout_ir.regularizers.below_masks import BelowMasks
+from torch_dropout_ir.regularizers import gradient_norm, gradient_pairs
+from torch_dropout_ir.regularizers.pass_parts import PassParts
 
 WIDE = 64
 
@@ -109,17 +110,16 @@ def clamped_weights():
     return net
 
 
-BELOW = {"first.weight", "first.bias", "norm.weight", "norm.bias", "second.weight",
-         "second.bias"}  # fmt: skip
+PARTED = (
+    "plain", "residual", "branches", "again", "halves", "past", "clamping", "random",
+    "counted", "tied",
+)  # fmt: skip
 CASES = {
-    **{how: (lambda how=how: Net(how), BELOW)
-       for how in ("plain", "residual", "branches", "again")},
-    **{how: (lambda how=how: Net(how), set())
-       for how in ("tied", "halves", "past", "clamped", "clamped_node", "clamping",
-                   "random")},
-    **{how: (lambda how=how: Net(how), None) for how in ("another", "counted")},
-    "convolutions": (convolutional, {"1.weight", "1.bias", "3.weight", "3.bias"}),
-    "clamped weights": (clamped_weights, set()),
+    **{how: (lambda how=how: Net(how), 3) for how in PARTED},
+    **{how: (lambda how=how: Net(how), 1) for how in ("clamped", "clamped_node")},
+    "another": (lambda: Net("another"), 2),
+    "convolutions": (convolutional, 3),
+    "clamped weights": (clamped_weights, 3),
 }  # fmt: skip
 
 
@@ -136,39 +136,69 @@ def at_masks(net, batch, noise):
     return torch.cat([(p * 0 if g is None else g).flatten() for g, p in both])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_pairs_are_of_the_gradients_at_their_masks(monkeypatch, case):
-    torch.manual_seed(0)
-    make, expected = CASES[case]
-    net = make().double()
-    batch = torch.randn(8, WIDE).double(), torch.randint(3, (8,))
-    plain, noise, below = make().double(), [], []
-    plain.load_state_dict(net.state_dict())
-    draw, back = ops.draw, BelowMasks.back
+def in_three(self, found, _):
+    """Cut a pass at each third of where it may be."""
+    cuts = [c for c in found.narrow if found.read_in(0, c)]
+    return sorted({cuts[len(cuts) // 3], cuts[2 * len(cuts) // 3]})
+
+
+def made_by_parts(monkeypatch):
+    """Let passes of any size go by parts; return the times that they have gone."""
+    seen, links = [], gradient_pairs.GradientPairs._links
+
+    def noted(self, *args):
+        seen.append(1)
+        return links(self, *args)
+
+    monkeypatch.setattr(gradient_pairs.GradientPairs, "_links", noted)
+    monkeypatch.setattr(gradient_pairs, "LEAST", 0)
+    monkeypatch.setattr(PassParts, "_step", lambda *_: 0)
+    monkeypatch.setattr(PassParts, "_inner", in_three)
+    return seen
+
+
+def drawn_masks(monkeypatch):
+    """Return what is told each mask that is drawn."""
+    noise, draw = [], ops.draw
 
     def drawn(h, p, *rest):
         dropped, packed = draw(h, p, *rest)
         noise.append(ops.mask_apply(torch.ones_like(h), packed, keep_scale(p)))
         return dropped, packed
 
-    def gone_back(self, *args):
-        back(self, *args)
-        below.append({list(dict(net.named_parameters()))[i] for i in self.found})
-
     monkeypatch.setattr(ops, "draw", drawn)
-    monkeypatch.setattr(BelowMasks, "back", gone_back)
+    return noise
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_by_parts_are_those_at_their_masks(monkeypatch, case, batches):
+    torch.manual_seed(0)
+    make, expected = CASES[case]
+    net, plain = make().double(), make().double()
+    plain.load_state_dict(net.state_dict())
+    given = [
+        (torch.randn(8, WIDE).double(), torch.randint(3, (8,))) for _ in range(batches)
+    ]
+    times, noise = made_by_parts(monkeypatch), drawn_masks(monkeypatch)
     random.seed(0)
-    found = gradient_norm(net, batch, "cross_entropy", lr=4.0)
+    found = gradient_norm(
+        net, given if batches > 1 else given[0], "cross_entropy", lr=4.0
+    )
     random.seed(0)
-    if expected is None:  # it has gone again, at the same masks
-        again = noise[len(noise) // 2 :]
-        torch.testing.assert_close(noise[: len(again)], again)
-        noise = again
-    a, b = (at_masks(plain, batch, noise) for _ in range(2))
+    order = [given[0]] * 2 if batches == 1 else [given[i] for i in (1, 0, 0, 1)]
+    assert len(times) == expected
+    once = len(noise) // len(times)
+    for again in range(1, len(times)):  # parts, or all of it, at the same masks
+        torch.testing.assert_close(noise[:once], noise[again * once :][:once])
+    del noise[once:]
+    g = [at_masks(plain, each, noise) for each in order]
     assert not noise
-    assert all(each == expected for each in below) or expected is None
+    value = sum(x @ x for x in g) / len(g)
+    pairs = [a @ b for a, b in itertools.pairwise(g)][::2]
+    mean = sum(pairs) / len(pairs)
+    inner = (g[-2] - g[-1]) if batches == 1 else (g[1] - g[2])
     for name, truth in (
-        ("value", (a @ a + b @ b) / 2), ("mean_gradient", a @ b),
-        ("dropout_noise", (a - b) @ (a - b) / 2),
+        ("value", value), ("mean_gradient", mean), ("dropout_noise", inner @ inner / 2),
     ):  # fmt: skip
-        torch.testing.assert_close(getattr(found, name), truth, rtol=1e-10, atol=0)
+        torch.testing.assert_close(getattr(found, name), truth, rtol=1e-10, atol=1e-14)

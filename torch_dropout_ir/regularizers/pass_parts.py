@@ -1,0 +1,293 @@
+"""Passes under dropout that are taken by parts, each of all passes before the next.
+
+Two gradients are compared, and of the first its parameters are held while the second
+pass goes forward, which holds its activations: together up to two steps' memory. So
+passes go forward with what the last layers need alone, and back to a tensor that all
+goes through. What was sent there is held, and no gradient of those layers any more when
+all go forward once more, at the same masks, with what the layers before need, and on
+from there. That is as many passes back as before, and one forward for each part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, saved_tensors_hooks
+
+from torch_dropout_ir import tracing
+from torch_dropout_ir.arrivals import arrivals
+from torch_dropout_ir.collectives import every, go_on, most
+from torch_dropout_ir.functional import rewinding
+from torch_dropout_ir.leaves import numbers
+from torch_dropout_ir.regularizers.coupling import nearly_equal
+from torch_dropout_ir.regularizers.graph_memory import (
+    TOLD,
+    Graph,
+    saved_objects,
+    sizes_of,
+)
+from torch_dropout_ir.regularizers.pass_nodes import PassNodes
+from torch_dropout_ir.regularizers.step_memory import mask_bytes
+from torch_dropout_ir.sites import Site
+from torch_dropout_ir.weight_parts import FACTORED
+
+# As much as a node returns, that is there while it runs and is not kept.
+_AT_HAND: Final = 2
+# Parts at most: each takes all passes forward once more.
+_MOST: Final = 4
+Receive = Callable[[int, Any], None]
+
+
+class _Saved:
+    """What a node has saved, the ``place``-th of a pass; None where it was let go."""
+
+    def __init__(self, place: int, x: Tensor | None) -> None:
+        self.place, self.x = place, x
+
+
+class _Left(NamedTuple):
+    """What a part of a pass has left.
+
+    Attributes:
+        value: What is differentiated.
+        sent: What was sent to where the part ends; None for zero.
+        rewind: Sets generators to where they were before the pass.
+    """
+
+    value: Tensor
+    sent: Tensor | None
+    rewind: Callable[[], None]
+
+
+class PassParts:
+    """Goes back through passes, by parts where that holds less than all of one.
+
+    Args:
+        model: The model.
+        targets: Its parameters.
+        there: Where memory is that is there anyway.
+        count: Number of passes.
+
+    Attributes:
+        parted: Whether there are several parts; the first pass tells.
+        alike: Whether all passes were alike, and those of one part as those before.
+    """
+
+    def __init__(
+        self, model: nn.Module, targets: Sequence[Tensor], there: set[int], count: int
+    ) -> None:
+        self._model = model
+        self._targets = targets
+        self._own = {id(x): i for i, x in enumerate(targets)}
+        self._there = there
+        self._count = count
+        self._cuts = [0, 0]  # where parts end and begin, from the first to the last
+        self._node_of: dict[int, int] = {}  # which has saved what, by its place
+        self._like: tuple[int, int] | None = None  # numbers of nodes, of places
+        self._left: list[_Left] = []
+        self._pass = 0
+        self._first = True  # whether it is the last layers' turn
+        self.parted = False
+        self.alike = True
+
+    def next(self) -> bool:
+        """Go on with the part before, if there is one."""
+        self._cuts.pop()
+        self._pass, self._first = 0, False
+        return self.alike and len(self._cuts) > 1
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Save what the part needs of the pass inside, at the masks that it had."""
+        if self._first:
+            self._rewind = rewinding(self._model)
+        else:
+            self._left[self._pass].rewind()
+        self._places = 0
+        self._masks: dict[Any, int] = {}
+        with saved_tensors_hooks(self._save, _given):
+            yield
+
+    def look(self, site: Site, h: Tensor, y: Tensor) -> None:
+        """Look at what a site was given and has made of it."""
+        if self._like is None:
+            with tracing.unasked():
+                self._masks[y.grad_fn] = mask_bytes(site, h)
+
+    def _save(self, x: Tensor) -> _Saved:
+        place, self._places = self._places, self._places + 1
+        node = self._node_of.get(place) if self.parted else None
+        # What no node is known to have saved is kept.
+        kept = node is None or self._cuts[-2] <= node < self._cuts[-1]
+        return _Saved(place, x.detach() if kept else None)
+
+    def back(self, value: Tensor, receive: Receive, plain: bool) -> None:
+        """Go back through the part, giving gradients away as they come.
+
+        Args:
+            value: What is differentiated.
+            receive: Is called with the number of a parameter and its gradient.
+            plain: Whether nobody's hooks see what is sent back.
+        """
+        found = PassNodes(value, self._own)
+        like = len(found.nodes), self._places
+        if self._like is None:
+            self._like = like
+            self._choose(value, found, plain)
+        same = like == self._like and all(c in found.narrow for c in self._cuts[1:-1])
+        if not self._first:
+            left = self._left[self._pass]
+            same = same and self._cuts[-1] in found.narrow
+            same = same and nearly_equal(value, left.value)
+        if self.parted:
+            self.alike = every(self.alike and same, "alike")
+        if self.alike:
+            self._go(value, found, receive)
+        self._pass += 1
+
+    def _go(self, value: Tensor, found: PassNodes, receive: Receive) -> None:
+        first, stop = self._cuts[-2:]
+        read = found.read_in(first, stop)
+        used = {*found.readers}
+        ends: list[Any] = [
+            x for i, x in enumerate(self._targets) if i in read or i not in used
+        ]
+        if first:
+            ends.append(found.narrow[first])
+        start: Any = value
+        root = None
+        if not self._first:
+            root = self._left[self._pass].sent
+            start = found.narrow[stop]
+            # It is let go of as it is used up.
+            self._left[self._pass] = self._left[self._pass]._replace(sent=None)
+        go_on("backward")
+        sent = None
+        if ends and (self._first or root is not None):
+            begin = start if self._first else start.node
+            with arrivals(self._targets, receive, [begin]):
+                got = torch.autograd.grad([start], ends, [root], allow_unused=True)
+            sent = got[-1] if first else None
+        if self._first:
+            self._left.append(_Left(value.detach(), sent, self._rewind))
+        else:
+            self._left[self._pass] = self._left[self._pass]._replace(sent=sent)
+
+    def _choose(self, value: Tensor, found: PassNodes, plain: bool) -> None:
+        """Choose the parts, the same ones on all ranks."""
+        count = len(found.nodes)
+        room = self._room(value, found) if plain and TOLD else None
+        inner = [] if room is None else self._inner(found, room)
+        for k in range(most(len(inner), "parts")):
+            inner[k:] = [
+                most(inner[k] if k < len(inner) else 0, "cut"),
+                *inner[k + 1 :],
+            ]
+        fits = plain and TOLD and all(cut in found.narrow for cut in inner)
+        self.parted = every(fits and inner == sorted(set(inner)) != [], "fits")
+        self._cuts = [0, *(inner if self.parted else []), count]
+
+    def _room(self, value: Tensor, found: PassNodes) -> int | None:
+        """Return the bytes that a part may hold; None where a whole pass may go.
+
+        Gradients that the parameters have are there beside, which a step lets go of.
+        """
+        self._saved = [self._saved_by(k, node) for k, node in enumerate(found.nodes)]
+        self._sizes = {i: self._held(i, x, found) for i, x in found.readers.items()}
+        beside = sum([x.grad.nbytes for x in self._targets if x.grad is not None])
+        room = self._step(value, found) - beside
+        forward = self._forward(found, self._saved)
+        whole = forward + sum(self._sizes.values())
+        return None if whole <= room else max(room, whole // _MOST)
+
+    def _forward(self, found: PassNodes, saved: Sequence[Mapping[int, int]]) -> int:
+        """Return the most bytes that a pass holds on its way forward."""
+        held, seen, highest = 0, set[int](), 0
+        for node, own in zip(found.nodes, saved, strict=True):
+            held += sum([size for x, size in own.items() if x not in seen])
+            seen |= own.keys()
+            highest = max(highest, held + _AT_HAND * sum(sizes_of(node)))
+        return highest
+
+    def _inner(self, found: PassNodes, room: int) -> list[int]:
+        """Return where to cut: few parts, in as little more room as they take."""
+        reads: dict[int, int] = {}  # bytes of the gradients that a node completes
+        for i, readers in found.readers.items():
+            reads[readers[0]] = reads.get(readers[0], 0) + self._sizes[i]
+        cuts = self._within(found, room, reads)
+        while len(cuts) >= _MOST:
+            room += room // 16 + 1
+            cuts = self._within(found, room, reads)
+        return cuts
+
+    def _within(
+        self, found: PassNodes, room: int, reads: Mapping[int, int]
+    ) -> list[int]:
+        """Return where to cut such that each part has room, if cuts allow."""
+        cuts: list[int] = []
+        stop = len(found.nodes)
+        while stop:
+            held, forward, seen, cut = 0, 0, set[int](), 0
+            sent = self._sent(found.narrow[stop]) if cuts else 0
+            for k in reversed(range(stop)):
+                own = self._saved[k]
+                new = sum([size for x, size in own.items() if x not in seen])
+                at_hand = _AT_HAND * sum(sizes_of(found.nodes[k]))
+                forward = new + max(forward, at_hand)
+                held += reads.get(k, 0)
+                seen |= own.keys()
+                ahead = self._sent(found.narrow[k]) if k in found.narrow else 0
+                # What is sent on comes in the place of what was sent.
+                if held + forward + max(sent, ahead) > room and cut:
+                    break
+                cut = k if ahead else cut
+            else:
+                cut = 0
+            stop = cut
+            cuts += [cut] if cut else []
+        return cuts[::-1]
+
+    def _sent(self, edge: GradientEdge) -> int:
+        """Return the bytes of what all passes send there."""
+        return self._count * sizes_of(edge.node)[edge.output_nr]
+
+    def _saved_by(self, k: int, node: Any) -> dict[int, int]:
+        """Return the bytes that a node has saved, by storage; note by which places."""
+        sizes = {}
+        for one in saved_objects(node):
+            if isinstance(one.data, _Saved) and one.data.x is not None:
+                self._node_of[one.data.place] = k
+                storage = numbers(one.data.x).untyped_storage()
+                if storage.data_ptr() not in self._there:
+                    sizes[storage.data_ptr()] = storage.nbytes()
+        return sizes
+
+    def _held(self, i: int, readers: list[int], found: PassNodes) -> int:
+        """Return the bytes of a gradient, as a tensor or as its factors."""
+        whole, node = self._targets[i].nbytes, found.nodes[readers[0]]
+        if len(readers) > 1 or getattr(node, "_forward_cls", None) not in FACTORED:
+            return whole
+        return min(whole, sum(sizes_of(node)) + sum(self._saved[readers[0]].values()))
+
+    def _step(self, value: Tensor, found: PassNodes) -> int:
+        """Return the bytes that a step holds, whose masks are kept another way."""
+        saved = [dict(own) for own in self._saved]
+        for k, node in enumerate(found.nodes):
+            saved[k][-1 - k] = self._masks.get(node, 0)
+            if getattr(node, "drawn", None) is not None:  # what is made again here
+                rows, weight = node._input_metadata[0].shape[0], node.next_functions[1]
+                x = weight[0].variable
+                saved[k][-1 - k] = rows * x.shape[1] * x.itemsize
+        graph = Graph([value.grad_fn], self._there)
+        graph.saved = dict(zip(found.nodes, saved, strict=True))
+        back = graph.step_back(graph.leading_to(graph.leaves), {})[1]
+        return max(back, self._forward(found, saved))
+
+
+def _given(saved: _Saved) -> Tensor:
+    assert saved.x is not None  # what the part needs is kept
+    return saved.x
