@@ -13,6 +13,7 @@ from torch_dropout_ir.regularizers import gauss_newton
 from torch_dropout_ir.regularizers.loss_graph import rows_meet
 
 N, K = 5, 3
+SQUARE = torch.eye(K).double() + 0.5
 
 
 def focal(f, y):
@@ -73,6 +74,10 @@ BY_ROW = {
         F.cross_entropy(f, y.argmax(1), reduction="none").square().mean()
     ),
     "of sums": lambda f, y: F.mse_loss(f.sum(1), y[:, 0], reduction="none").mean(),
+    "Mahalanobis": lambda f, y: (
+        torch.einsum("bi,ij,bj->b", f - y, SQUARE, f - y).log1p().mean()
+    ),
+    "of columns": lambda f, y: (SQUARE @ (f - y).T).square().sum(0).sqrt().sum(),
     "left out": lambda f, y: (F.log_softmax(f, 1) * y)[:2].sum(),
 }  # fmt: skip
 COUPLED = {
@@ -83,6 +88,8 @@ COUPLED = {
         F.batch_norm(f, None, None, training=True) - y
     ).square().mean(),
     "columns": lambda f, y: (F.log_softmax(f, 0) * y).sum(),
+    "products of rows": lambda f, y: (torch.ones(N, N).double() @ f - y).cosh().sum(),
+    "products of many": lambda f, y: (f.T[:, None] @ y.T[..., None]).square().sum(),
 }  # fmt: skip
 ALL = ONE_BY_ONE | BY_ROW | COUPLED
 TOLD_BY_ROW = {

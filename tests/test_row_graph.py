@@ -62,6 +62,8 @@ APART = {
     "attention": [nn.Dropout(0.3), Attention(True)],
     "attention, positions first": [nn.Dropout(0.3), Attention(False)],
     "turned and back": square(lambda x: (x.T.exp() * 2).T),
+    "columns of a product": square(lambda x: (torch.ones(N, N).tril() @ x.T).T),
+    "rows of many": square(lambda x: (x[None] @ torch.ones(2, N, N).tril()).sum(0)),
     "joined": square(lambda x: torch.cat([x, x.exp()], 1).chunk(2, -1)[1]),
     "softmax": [nn.Dropout(0.3), Lambda(lambda x: x.softmax(-1).select(-1, 0))],
     "softmax in attention": [nn.Dropout(0.3), Lambda(lambda x: safe_softmax(x, -1))],

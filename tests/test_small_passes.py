@@ -226,6 +226,28 @@ def test_layers_of_torch_alone_keep_their_running_statistics():
         assert torch.equal(x, before[name])
 
 
+def test_running_statistics_move_for_who_may_read_them():
+    """Torch's layers alone leave theirs; hooks on every module see copies that move."""
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)
+    )
+    x, seen = torch.randn(5, 3), []
+
+    def look(module, *_):
+        if isinstance(module, nn.BatchNorm1d):
+            seen.append(bool(module.running_mean.any()))
+
+    with clean_pass(net, x) as clean:
+        alone = clean.outputs.detach()
+    hook = nn.modules.module.register_module_forward_hook(look)
+    with clean_pass(net, x) as clean:
+        hook.remove()
+        assert seen == [True]
+        assert torch.equal(clean.outputs, alone)
+    net[2].p = 0.0
+    assert torch.equal(net(x), alone)
+
+
 @pytest.mark.parametrize("form", [gauss_newton, second_order, monte_carlo])
 def test_blocks_that_a_backward_pass_runs_again_keep_theirs(form):
     class Again(nn.Module):

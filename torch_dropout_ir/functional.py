@@ -211,7 +211,7 @@ def call(
     run = own or (lambda args, kwargs: model(*args, **kwargs))
     if move_buffers or not seen.has_buffers:
         return arguments.call(run)
-    with copied_buffers(seen.modules):
+    with copied_buffers(seen.modules, seen.alone):
         return arguments.call(run)
 
 

@@ -73,12 +73,15 @@ class Program:
         return len(self.sizes) - 1
 
     def reshaped(self, sizes: Shape, a: int | None) -> int | None:
-        """Add the same entries in a row of another shape."""
+        """Add the same entries in a row of another shape, if it is another."""
+        own = None if a is None or a in self.second else self.sizes[a]
+        if own is not None and tuple(own) == tuple(sizes):
+            return a
         return self.add(Kind.LINEAR, sizes, a, alpha=1.0)
 
     def lifted(self, sizes: Shape, a: int | None) -> int | None:
         """Add the same entries with a dimension of size 1 before that of the rows."""
-        number = self.reshaped(sizes, a)
+        number = self.add(Kind.LINEAR, sizes, a, alpha=1.0)
         if a is not None and number is not None:
             self.second[number] = a
         return number

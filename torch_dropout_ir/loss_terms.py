@@ -93,20 +93,20 @@ class Terms(NamedTuple):
 def nodes_of(value: Tensor) -> Nodes:
     """Return the nodes of the graph of a loss, each after those it leads to."""
     found: Nodes = {}
-    stack: list[tuple[Any, Any]] = [(value.grad_fn, None)] if value.grad_fn else []
-    begun = set()
+    begun: dict[Any, Edges] = {}
+    stack: list[Any] = [value.grad_fn] if value.grad_fn else []
     while stack:
-        node, edges = stack.pop()
-        if edges is not None:
+        node = stack[-1]
+        edges = begun.get(node)
+        if edges is None:
+            begun[node] = edges = node.next_functions
+            more = [x for x, _ in edges if x is not None and x not in begun]
+            if more:
+                stack += more
+                continue
+        stack.pop()
+        if node not in found:
             found[node] = node.name(), edges
-        elif node not in begun:
-            begun.add(node)
-            edges = node.next_functions
-            if edges:
-                stack.append((node, edges))
-                stack += [(child, None) for child, _ in edges if child is not None]
-            else:
-                found[node] = node.name(), edges
     return found
 
 

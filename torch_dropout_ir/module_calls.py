@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # Modes of such models are on no stack: to look on would cost more than the pass.
 _ABSENT: Final = threading.local()
 _BACKWARD: Final = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+# Private names; a torch without them has no innermost mode.
+_COUNT: Final = getattr(torch._C, "_len_torch_function_stack", None)
+_AT: Final = getattr(torch._C, "_get_function_stack_at", None)
 LOOKED_INTO: Final = frozenset(("grad", "backward", "multi_head_attention_forward"))
 
 
@@ -174,8 +177,9 @@ def measuring() -> bool:
 
 def innermost() -> ModuleCalls | None:
     """Return the mode that sees a call first, if it is one of these."""
-    stack = _stack()
-    return stack[-1] if stack and isinstance(stack[-1], ModuleCalls) else None
+    count = _COUNT() if _COUNT and _AT else 0
+    mode = _AT(count - 1) if count and _AT else None
+    return mode if isinstance(mode, ModuleCalls) else None
 
 
 def replaced() -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.leaves import numbers
 from torch_dropout_ir.sites import named_modules
+
+_BATCH_NORM: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def places(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -47,22 +49,30 @@ def call_with(
 
 
 @contextlib.contextmanager
-def copied_buffers(named: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
-    """Put copies in the place of the buffers of some modules inside the context."""
-    held = [
-        (m._buffers, name, x)
-        for _, m in named
-        for name, x in m._buffers.items()
-        if x is not None
-    ]
-    copies = {id(x): x.clone() for _, _, x in held}
+def copied_buffers(
+    named: Iterable[tuple[str, nn.Module]], alone: bool = False
+) -> Iterator[None]:
+    """Put copies in the place of the buffers of some modules inside the context.
+
+    Where torch's layers are ``alone``, batch normalization in training mode keeps its
+    own, which it does not read, and does not move them.
+    """
+    held: list[tuple[dict[str, Any], str, Any]] = []
+    for _, m in named:
+        if not m._buffers:
+            continue
+        if alone and m.training and type(m) in _BATCH_NORM:
+            held.append((vars(m), "track_running_stats", m.track_running_stats))
+        else:
+            held += [(m._buffers, k, x) for k, x in m._buffers.items() if x is not None]
+    copies = {id(x): x.clone() for _, _, x in held if isinstance(x, Tensor)}
     try:
-        for buffers, name, x in held:
-            buffers[name] = copies[id(x)]
+        for place, name, x in held:
+            place[name] = copies.get(id(x), False)
         yield
     finally:
-        for buffers, name, x in held:
-            buffers[name] = x
+        for place, name, x in held:
+            place[name] = x
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ class Survey:
         foreign: Whether one of them may run code that does more than draw noise.
         may_write: Whether a pass may write on parameters.
         row_wise: Whether rows stay apart in all of them, with nobody's hooks.
+        alone: Whether no code runs in it but that of torch's layers.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Survey:
     foreign: bool = False
     may_write: bool = False
     row_wise: bool = True
+    alone: bool = True
 
     @classmethod
     def of(cls, model: nn.Module) -> Survey:
@@ -81,7 +83,7 @@ class Survey:
                 seen.in_place = True
         seen.may_write = seen.may_write or seen.foreign
         if seen.callers or _hooks_on_all():
-            seen.row_wise = False
+            seen.row_wise = seen.alone = False
         return seen
 
     def _add_noise(self, name: str, module: nn.Module) -> bool:

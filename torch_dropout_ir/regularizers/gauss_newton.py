@@ -214,7 +214,7 @@ def _first_pass(
         forms, beside, parts = found
         known = functools.partial(known_of, model, clean, read, loss, forms, beside)
         if (summed := forms.sums(clean, read, keep=False)) is not None:
-            return known().of(summed)
+            return known(summed.values[0]).of(summed)
         told = forms.one_pass and clean.samples_meet(read.tensors[0]) is not None
         if forms.one_pass and not told:
             clean.weigh, clean.singly = True, None  # a graph may be kept to ask it

@@ -68,7 +68,7 @@ def makes_much(
     """
     # A number for each output, or for each pair of rows, or of outputs of a row.
     large = not read.closed and _FEWEST <= max([
-        max(x.numel(), *[n * n for n in x.shape], 0) for x in read.tensors
+        max(x.numel(), max(x.shape, default=0) ** 2) for x in read.tensors
     ])
     large = large and all([x.dtype in WIDE for x in read.tensors])
     return every(

@@ -66,6 +66,7 @@ def known_of(
     loss: Loss,
     forms: RootForms,
     beside: tuple[str, ...],
+    like: Tensor | None = None,
 ) -> Known:
     """Return what there is to say of an estimate by forms.
 
@@ -76,11 +77,12 @@ def known_of(
         loss: The loss.
         forms: The forms.
         beside: What is to be said of a loss that reads more.
+        like: A tensor of the outputs' dtype and device, of one element, if at hand.
     """
     linear = () if forms.curved or check_curvature(read) else (LINEAR,)
     notes = (*clean.noise_left_out(model), *beside, *linear)
     exact = is_exact(clean, loss, read.targets, forms.num_samples)
-    like = read.tensors[0].new_empty(())
+    like = read.tensors[0].new_empty(()) if like is None else like
     return Known(clean.names, forms.num_samples, exact, like, notes)
 
 
@@ -98,6 +100,6 @@ def estimate(
     beside = read_beside(read, clean.edges, product)
     known = functools.partial(known_of, model, clean, read, loss, forms, beside)
     if (summed := forms.sums(clean, read)) is not None:
-        return known().of(summed)
+        return known(summed.values[0]).of(summed)
     draws, coupled = forms.draws(clean, read)
     return known().estimate(draws, coupled or forms.loss_couples)

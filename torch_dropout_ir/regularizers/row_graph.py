@@ -136,7 +136,7 @@ def _passes(node: Any) -> bool:
         return True
     # A scale of zero, with which residual branches begin, lets none pass.
     scale = getattr(node.next_functions[1][0], "variable", None)
-    return scale is not None and bool(scale.any())
+    return scale is not None and any(scale.tolist())
 
 
 def _unknown(_: Op) -> None:
@@ -199,19 +199,24 @@ def _first(*dims: int) -> Callable[[Op], Place | None]:
     return rule
 
 
-def _linear(op: Op) -> Place | None:
-    """A bias, rows, and a weight."""
-    bias, rows, weight = op.places
-    if bias is not None or weight is not None or rows is None or rows.dim:
-        return None
-    return rows
-
-
 def _one_by_one(op: Op) -> Place | None:
     """The same for each place in the first dimension: products of many matrices."""
     found = {place for place in op.places if place is not None}
     place = found.pop()
     return place if not found and place.dim == 0 else None
+
+
+def _matrices(op: Op) -> Place | None:
+    """Rows of the first, or columns of the second; of many, the same one in both."""
+    *added, left, right = op.places
+    if any(added):
+        return None
+    if left and not (right or left.dim):
+        return left  # as of a linear layer; to ask for shapes takes longer
+    if left and right:
+        return _one_by_one(op) if len(op.shape) > 2 else None
+    place, summed = (left, -1) if left else (right, -2)
+    return place if place and place.dim != len(op.shape) + summed else None
 
 
 def _attention(op: Op) -> Place | None:
@@ -261,12 +266,11 @@ def _rules() -> dict[str, Callable[[Op], Place | None]]:
         broadcast: "Expand MaskedFill Where",
         _view: "View UnsafeView ReshapeAlias Unsqueeze Squeeze",
         _reordered: "Transpose Permute T",
-        _first(0): "Mm Convolution MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D "
+        _matrices: "Mm Bmm Addmm",
+        _first(0): "Convolution MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D "
         "PreluKernel NativeGroupNorm Cdist EuclideanDist",
         _first(0, 1): "UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D "
         "UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D",
-        _linear: "Addmm",
-        _one_by_one: "Bmm",
         _attention: "ScaledDotProductFlashAttentionForCpu "
         "ScaledDotProductFlashAttention ScaledDotProductEfficientAttention "
         "ScaledDotProductCudnnAttention",

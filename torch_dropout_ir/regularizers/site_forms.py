@@ -84,7 +84,7 @@ def _told(
     uses: Sequence[str], per_site: Mapping[str, Tensor], notes: tuple[str, ...]
 ) -> tuple[str, ...]:
     """Return what is to be said, of sites whose part is 0 too unless all are."""
-    reached = [name for name, x in per_site.items() if x]
+    reached = [name for name, x in per_site.items() if x.item()]
     if LINEAR in notes or len(reached) == len(set(uses)):
         return notes
     return *not_reached(uses, reached), *notes
