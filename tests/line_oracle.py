@@ -26,7 +26,7 @@ def line_and_graph(layer, x):
     def loss(f, _):
         return (c * f * f).sum()
 
-    found = curvature_along(net, (x, None), resolve_loss(loss), uses, 0, z)
+    found = curvature_along(net, (x, None), resolve_loss(loss), uses, 0, z.clone)
     t = torch.zeros((), dtype=x.dtype, requires_grad=True)
     risk = loss(layer(h + t * uses[0][0].variance ** 0.5 * z * h), None)
     (slope,) = torch.autograd.grad(risk, t, create_graph=True)
@@ -40,7 +40,7 @@ def linear_and_graph(layer, x):
     uses, h, z = noise_of(net, x)
     c = torch.rand_like(net(x)) + 0.5
     loss = resolve_loss(lambda f, _: (c * f * f).sum())
-    found = curvature_along(net, (x, None), loss, uses, 0, z, linear=True)
+    found = curvature_along(net, (x, None), loss, uses, 0, z.clone, linear=True)
     v = uses[0][0].variance ** 0.5 * z * h
     moved = torch.autograd.functional.jvp(layer, h, v)[1]
     return found, 2 * (c * moved * moved).sum()

@@ -120,7 +120,7 @@ def test_along_a_line_is_what_a_double_backward_gives(monkeypatch, name, loss):
     net, x, y = net.double(), x.double(), torch.randint(3, (6,))
     uses, h, z = noise_of(net, x)
     site = uses[0][0]
-    found = curvature_along(net, (x, y), resolve_loss(loss), uses, 0, z)
+    found = curvature_along(net, (x, y), resolve_loss(loss), uses, 0, z.clone)
     place = [m is site.module for m in net].index(True)
     t = torch.zeros((), dtype=torch.float64, requires_grad=True)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has one derivative
@@ -208,9 +208,9 @@ def test_a_step_of_straight_pieces_has_a_rule_where_torch_has_no_second_derivati
     x, y = 3 * torch.randn(6, 4).double(), torch.randint(3, (6,))
     uses, _, z = noise_of(net, x)
     loss = resolve_loss("cross_entropy")
-    found = curvature_along(net, (x, y), loss, uses, 0, z)
+    found = curvature_along(net, (x, y), loss, uses, 0, z.clone)
     net[3] = Applied(lambda x: (x + 3).clamp(0, 6) / 6, plain=True)
-    expected = curvature_along(net, (x, y), loss, uses, 0, z)
+    expected = curvature_along(net, (x, y), loss, uses, 0, z.clone)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # torch's 1 / 6
 
 
@@ -258,7 +258,7 @@ def test_what_is_detached_does_not_move(layer):
     net, x = vectors(layer(), nn.BatchNorm1d(5), nn.Linear(5, 3))
     net, batch = net.double(), (x.double(), torch.randint(3, (6,)))
     uses, h, z = noise_of(net, batch[0])
-    found = curvature_along(net, batch, resolve_loss("cross_entropy"), uses, 0, z)
+    found = curvature_along(net, batch, resolve_loss("cross_entropy"), uses, 0, z.clone)
     v = uses[0][0].variance ** 0.5 * z * h
     at = h.clone().requires_grad_()
     risk = F.cross_entropy(net[2:](at), batch[1])
@@ -358,7 +358,7 @@ def test_a_model_that_catches_what_is_raised_inside_has_no_line(first):
     uses, _, z = noise_of(net, x)
     batch = x, torch.randint(3, (6,))
     with pytest.raises(NoRuleError):
-        curvature_along(net, batch, resolve_loss("cross_entropy"), uses, 0, z)
+        curvature_along(net, batch, resolve_loss("cross_entropy"), uses, 0, z.clone)
 
 
 def test_complex_outputs_have_no_line():
@@ -367,4 +367,4 @@ def test_complex_outputs_have_no_line():
     uses, _, z = noise_of(net, x)
     loss = resolve_loss(lambda f, _: f.abs().square().sum())
     with pytest.raises(NoRuleError, match="complex outputs"):
-        curvature_along(net, (x, None), loss, uses, 0, z)
+        curvature_along(net, (x, None), loss, uses, 0, z.clone)

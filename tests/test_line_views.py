@@ -151,4 +151,4 @@ def test_what_shows_more_than_is_written_on_has_no_line():
     uses, _, z = noise_of(net, x)
     loss = resolve_loss(lambda f, _: f.square().sum())
     with pytest.raises(NoRuleError, match="of other numbers"):
-        curvature_along(net, (x, None), loss, uses, 0, z)
+        curvature_along(net, (x, None), loss, uses, 0, z.clone)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.test_regularizer_memory import peak
+from torch_dropout_ir.nn import convert_dropout_
 from torch_dropout_ir.regularizers import gauss_newton, monte_carlo, second_order
 
 
@@ -130,8 +131,47 @@ def enlarged():
     )  # fmt: skip
 
 
-def texts(count, length):
-    return Texts(), torch.randint(100, (count, length))
+class Mixes(nn.Module):
+    """Layers along patches and along channels in turn."""
+
+    def __init__(self):
+        super().__init__()
+
+        def layers(wide, inner):
+            return nn.Sequential(
+                nn.Linear(wide, inner), nn.GELU(), nn.Dropout(0.1),
+                nn.Linear(inner, wide), nn.Dropout(0.1),
+            )  # fmt: skip
+
+        self.norms = nn.ModuleList(nn.LayerNorm(64) for _ in range(8))
+        self.along = nn.ModuleList(layers(64, 128) for _ in range(4))
+        self.within = nn.ModuleList(layers(64, 256) for _ in range(4))
+        self.patches, self.out = nn.Conv2d(3, 64, 4, stride=4), nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).mT
+        for i in range(4):
+            x = x + self.along[i](self.norms[2 * i](x).mT).mT
+            x = x + self.within[i](self.norms[2 * i + 1](x))
+        return self.out(x.mean(1))
+
+
+class Translates(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.given, self.made = nn.Embedding(100, 64), nn.Embedding(100, 64)
+        self.body = nn.Transformer(64, 4, 1, 1, 256, dropout=0.1, batch_first=True)
+        self.drop, self.out = nn.Dropout(0.1), nn.Linear(64, 100)
+
+    def forward(self, x):
+        given, made = self.drop(self.given(x)), self.drop(self.made(x.flip(1)))
+        return self.out(self.body(given, made)).flatten(0, 1)
+
+
+def texts(count, length, words=10):
+    net = Texts()
+    net.out = nn.Linear(64, words)
+    return net, torch.randint(100, (count, length))
 
 
 MODELS = {
@@ -146,6 +186,12 @@ MODELS = {
     "three long texts": lambda: texts(3, 384),
     "four long texts": lambda: texts(4, 384),
     "eight texts": lambda: texts(8, 256),
+    "texts of 100 words": lambda: texts(4, 512, 100),
+    "a long text of 100 words": lambda: texts(1, 1024, 100),
+    "texts of 20,000 words": lambda: texts(4, 64, 20000),
+    "pairs of texts": lambda: (Translates(), torch.randint(100, (16, 64))),
+    "patches, ours": lambda: (convert_dropout_(Patches()), torch.randn(16, 3, 32, 32)),
+    "mixes, ours": lambda: (convert_dropout_(Mixes()), torch.randn(16, 3, 32, 32)),
 }
 FORMS = {
     "gauss_newton": lambda *a: gauss_newton(*a),

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.gradient_factors import address
 from torch_dropout_ir.leaves import numbers
 from torch_dropout_ir.sites import named_modules
 
@@ -73,6 +74,48 @@ def copied_buffers(
     finally:
         for place, name, x in held:
             place[name] = x
+
+
+class ConstantMatrices(contextlib.AbstractContextManager[Any]):
+    """The matrices of a model, which may be constant inside the context.
+
+    What multiplies one is held for the derivative in it alone.
+
+    Args:
+        named: The model's modules.
+
+    Attributes:
+        sizes: Bytes of each that is constant, by its place in memory.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Module]]) -> None:
+        self.sizes: dict[int, int] = {}
+        self._named = named
+        self._held: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+
+    def begin(self) -> None:
+        """Put constants in their place from now on."""
+        found: list[tuple[dict[str, Any], str, Tensor]] = [
+            (m._parameters, name, x)
+            for _, m in self._named
+            for name, x in m._parameters.items()
+            if type(x) is nn.Parameter and x.ndim == 2 and x.requires_grad
+        ]
+        for place, name, x in found:
+            place[name] = constant = x.detach()
+            self._held.append((place, name, x, constant))
+            self.sizes[address(x)] = x.nbytes
+
+    def end(self) -> bool:
+        """Give them back; whether there are any."""
+        held, self._held, self._named = self._held, [], ()
+        for place, name, x, constant in held:
+            if place.get(name) is constant:  # else the model has put another there
+                place[name] = x
+        return bool(held)
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from torch_dropout_ir.regularizers.recorder import Recorder, Use, shape_of, ther
 from torch_dropout_ir.regularizers.row_graph import rows_meet
 from torch_dropout_ir.regularizers.step_memory import Below, Weighed, may_hold_much
 from torch_dropout_ir.sites import out_of_sight
+from torch_dropout_ir.substitution import ConstantMatrices
 from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.tracing import derivatives, generators_moved, unasking
 
@@ -245,13 +246,14 @@ def clean_pass(
     called = thrice or (twice and survey.callers)
     operations = functools.partial(pass_kernels, bool(called), thrice, lean)
     there = functools.partial(there_before, model, inputs)
-    seen = Recorder(outlives, first, weigh, there, survey)
+    matrices = ConstantMatrices(() if outlives else survey.modules)
+    seen = Recorder(outlives, first, weigh, there, survey, matrices)
     placed = at_sites(
         model, unasking(seen.perturb), move_buffers=move_buffers, outlives=outlives,
         survey=survey, copies=True,
     )  # fmt: skip
     reading = seen.reading(survey.modules) if find_last else contextlib.nullcontext()
-    with torch.enable_grad(), operations(), placed as calls, reading:
+    with torch.enable_grad(), operations(), placed as calls, reading, matrices:
         if outlives:
             calls.watch = Blocks(operations).look
         moved = None if calls.absent else generators_moved(model)

@@ -219,7 +219,8 @@ def _first_pass(
         if forms.one_pass and not told:
             clean.weigh, clean.singly = True, None  # a graph may be kept to ask it
         rows = 0 if told else RowChunks.least(clean, read)
-        whole = told or not clean.matters or not (rows or forms.rooted)
+        parted = bool(rows or forms.rooted or num_samples)  # or along a line
+        whole = told or not clean.matters or not parted
         if whole or forms.may_keep(clean, read):
             draws, coupled = forms.draws(clean, read, keep=False)
             return _Seen(known(), forms, draws, coupled)

@@ -95,6 +95,22 @@ def sizes_of(node: Any) -> list[int]:
     return [math.prod(x.shape) * x.dtype.itemsize for x in node._input_metadata]
 
 
+class Rows(NamedTuple):
+    """What a step holds for the derivative in a matrix that a pass takes as constant.
+
+    Attributes:
+        made: What tells the rows that are multiplied by it from others.
+        held: Their bytes; 0 where they may be held for something else too.
+        matrix: Its place in memory.
+        size: Its bytes.
+    """
+
+    made: int
+    held: int
+    matrix: int
+    size: int
+
+
 class Graph:
     """The nodes of a graph in the order of a pass back, and what each has made.
 
@@ -104,6 +120,7 @@ class Graph:
 
     Attributes:
         leaves: Those at its ends, with what is differentiated in them.
+        nodes: The others, in their order.
         saved: What nodes have saved, by storage.
     """
 
@@ -111,7 +128,7 @@ class Graph:
         found: list[Any] = list(graph_nodes(starts))
         self.leaves = {n: n.variable for n in found if hasattr(n, "variable")}
         inner = [n for n in found if n not in self.leaves]
-        self._nodes = sorted(inner, key=_number, reverse=True)
+        self.nodes = sorted(inner, key=_number, reverse=True)
         self._sizes = {n: sizes_of(n) for n in found}
         self._children = {n: n.next_functions for n in inner}
         self.saved = {n: x for n in inner if (x := saved_by(n, there))}
@@ -119,7 +136,7 @@ class Graph:
     def leading_to(self, ends: Iterable[Any]) -> set[Any]:
         """Return the nodes that lead to one of some, and those."""
         found = set(ends)
-        for node in reversed(self._nodes):
+        for node in reversed(self.nodes):
             for child, _ in self._children[node]:
                 if child in found:
                     found.add(node)
@@ -129,7 +146,7 @@ class Graph:
     def again(self) -> int:
         """Return the bytes that second derivatives add, and need at once."""
         added, at_once = 0, 0
-        for node in self._nodes:
+        for node in self.nodes:
             name = node.name()
             if _makes(name):
                 lean, size = name in _LEAN, sum(self._sizes[node])
@@ -139,26 +156,33 @@ class Graph:
         return added + at_once
 
     def step_back(
-        self, goes: set[Any], masks: Mapping[Any, int]
+        self, goes: set[Any], masks: Mapping[Any, int], rows: Mapping[Any, Rows]
     ) -> tuple[int, int, int]:
         """Follow a pass back of a training step, in which goes what has been used.
 
         Args:
             goes: The nodes whose gradients are taken.
             masks: Bytes of the masks of sites.
+            rows: What nodes would have saved for derivatives in constants.
 
         Returns:
             What is held when it begins, the most that is, and gradients of leaves.
         """
-        kept = {n: dict(self.saved.get(n, ())) for n in self._nodes if n in goes}
+        kept = {n: dict(self.saved.get(n, ())) for n in self.nodes if n in goes}
         for i, (node, size) in enumerate(masks.items()):
             kept.setdefault(node, {})[-1 - i] = size
+        for node, own in rows.items():
+            kept[node][own.made] = own.held
+        matrices = set[int]()
         held = {x: size for each in kept.values() for x, size in each.items()}
         last = {x: n for n, each in kept.items() for x in each}
         at_first = now = most = sum(held.values())
         leaves = 0
         for node, beside, grown in self._flights(goes, ()):
             leaves += beside
+            if node in rows and rows[node].matrix not in matrices:
+                matrices.add(rows[node].matrix)
+                leaves += rows[node].size
             most = max(most, now + grown + leaves)
             now -= sum([held[x] for x in kept[node] if last[x] is node])
         return at_first, most, leaves
@@ -179,7 +203,7 @@ class Graph:
     ) -> Iterator[tuple[Any, int, int]]:
         """Yield each node, what it adds to leaves, and the gradients under way then."""
         now, flying = 0, dict[tuple[Any, int], int]()
-        for node in self._nodes:
+        for node in self.nodes:
             if node not in goes:
                 continue
             own = sum([flying.pop((node, k), 0) for k in range(len(self._sizes[node]))])
@@ -226,11 +250,12 @@ def saved_by(node: Any, there: Collection[int]) -> dict[int, int]:
 def saved_objects(node: Any) -> Iterator[Any]:
     """Yield each ``SavedTensor`` of a node."""
     kind: Any = type(node)
-    for name in _names(kind):
+    for name in names_of_saved(kind):
         raw = getattr(node, name)
         yield from raw if isinstance(raw, tuple) else (raw,)
 
 
 @functools.cache
-def _names(kind: Any) -> list[str]:
+def names_of_saved(kind: Any) -> list[str]:
+    """Return the attributes of what nodes of a kind save."""
     return [name for name in dir(kind) if name.startswith("_raw_saved_")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ from torch_dropout_ir.sites import Site
 from torch_dropout_ir.survey import Survey
 
 Mask = tuple[Site, Tensor, torch.Size]
+# Made when its site is met: nothing is held before, or after.
+Noise = Callable[[], Tensor]
 
 
 class LossTape(NamedTuple):
@@ -67,7 +70,7 @@ def curvature_along(
     loss: Loss,
     uses: Sequence[Mask],
     use: int,
-    noise: Tensor,
+    noise: Noise,
     tape: LossTape | None = None,
     linear: bool = False,
 ) -> Tensor | None:
@@ -85,7 +88,7 @@ def curvature_along(
         loss: The loss.
         uses: Each use of a site: the site, a tensor like its input, and its shape.
         use: The number of that which moves.
-        noise: :math:`z`, shaped as the mask, to multiply ``h``.
+        noise: Makes :math:`z`, shaped as the mask, to multiply ``h``.
         tape: The loss as it ran; None to take its derivatives by a graph.
         linear: Whether to leave out the curvature of the network.
 
@@ -114,7 +117,7 @@ def _moved(
     batch: Batch,
     uses: Sequence[Mask],
     use: int,
-    noise: Tensor,
+    noise: Noise,
     linear: bool,
 ) -> tuple[Any, Moving]:
     """Return the outputs where a use of a site moves, and how they do."""
@@ -128,7 +131,7 @@ def _moved(
             raise NoRuleError("other uses of sites than in the pass before")
         out = h.clone()
         if now == use:
-            v = noise.to(h.dtype, copy=True).mul_(site.variance**0.5)
+            v = noise().mul_(site.variance**0.5)
             own = v.shape == h.shape
             moving.move(out, (v.mul_(h.detach()) if own else v * h.detach(), None))
         return out
@@ -173,7 +176,7 @@ def draws_along(
         The draws; None where derivatives do not go through an operation.
     """
 
-    def forms(noise: Iterable[tuple[int, Tensor]]) -> list[Form]:
+    def forms(noise: Iterable[tuple[int, Noise]]) -> list[Form]:
         found = []
         for use, z in noise:
             curved = curvature_along(model, batch, loss, uses, use, z, tape, linear)
@@ -186,9 +189,8 @@ def draws_along(
             return [forms(_elements(uses))]
         draws = []
         for _ in range(num_samples):
-            drawn = [signs(s, x.expand(n)) > 0 for s, x, n in uses]
-            noise = ((i, z.to(torch.int8) * 2 - 1) for i, z in enumerate(drawn))
-            draws.append(forms(noise))
+            drawn = [functools.partial(signs, s, x.expand(n)) for s, x, n in uses]
+            draws.append(forms(enumerate(drawn)))
         return draws
     except (RuntimeError, ValueError, TypeError):  # ours, and torch's and the model's
         if tape is None:
@@ -196,14 +198,18 @@ def draws_along(
         return draws_along(model, batch, loss, uses, num_samples, None, linear)
 
 
-def _elements(uses: Sequence[Mask]) -> Iterator[tuple[int, Tensor]]:
+def _elements(uses: Sequence[Mask]) -> Iterator[tuple[int, Noise]]:
     """Yield each element of each mask, as a tensor of zeros with a one."""
+
+    def one(x: Tensor, shape: torch.Size, place: int) -> Tensor:
+        found = x.new_zeros(shape.numel())
+        found[place] = 1.0
+        return found.view(shape)
+
     for use, (site, x, shape) in enumerate(uses):
         own = torch.Size(site.mask_shape(shape))
         for place in range(own.numel()):
-            one = x.new_zeros(own.numel())
-            one[place] = 1.0
-            yield use, one.view(own)
+            yield use, functools.partial(one, x, own, place)
 
 
 def _of_loss(

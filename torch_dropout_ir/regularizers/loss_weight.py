@@ -93,7 +93,8 @@ def _most(clean: CleanPass, read: OutputsRead) -> float:
     """
     held = Held.by([x.grad_fn for x in read.tensors])
     inputs = sum([h.nbytes for _, h, _ in clean.uses])
-    share = _SHARE * max(held.made + held.leaves, inputs)
+    learns = held.leaves + sum(clean.below.constants.values())
+    share = _SHARE * max(held.made + learns, inputs)
     return max(_FEWEST * read.tensors[0].itemsize, share)
 
 
@@ -105,5 +106,6 @@ def much(clean: CleanPass, read: OutputsRead) -> bool:
     if f.numel() < _FEWEST or f.dtype not in WIDE:
         return False
     held = Held.by([f.grad_fn])
-    most = f.nbytes >= _SHARE * (held.made + held.leaves)
+    learns = held.leaves + sum(clean.below.constants.values())
+    most = f.nbytes >= _SHARE * (held.made + learns)
     return most and least_of_part(clean, read) > 0

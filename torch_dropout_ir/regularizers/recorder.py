@@ -21,11 +21,15 @@ from torch_dropout_ir.regularizers.checks import check_site
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.step_memory import Below
 from torch_dropout_ir.sites import Site
+from torch_dropout_ir.substitution import ConstantMatrices
 from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.tracing import checkpointed, mapped, unasked
 
 # Elements of the first site's input beside which a look at the graph takes no time.
 _LARGE: Final = 2**16
+# Elements of it from which on matrices above are constant; so they are of part of a
+# batch. A smaller pass takes little longer than that.
+CONSTANT: Final = 2**13
 # Added to the inputs of sites: a graph begins there.
 _ZERO: Final = torch.zeros((), device="cpu", requires_grad=True)
 Use = tuple[Site, Tensor, GradientEdge]
@@ -76,6 +80,7 @@ class Recorder:
         weigh: Whether to weigh what a step would hold below the first site.
         given: Tensors that are there without the pass.
         survey: The modules of the model.
+        matrices: Those that may be constant from the first site on.
     """
 
     def __init__(
@@ -85,8 +90,10 @@ class Recorder:
         weigh: bool,
         given: Callable[[], Iterable[Tensor]],
         survey: Survey,
+        matrices: ConstantMatrices,
     ) -> None:
-        self.below = Below()
+        self.below = Below(constants=matrices.sizes)
+        self._matrices = matrices
         self.passed: list[_Passed] = []
         # Outputs of layers that nothing else holds are let go of.
         self.reads: list[tuple[nn.Linear, bool, weakref.ref[Tensor], int]] = []
@@ -130,7 +137,10 @@ class Recorder:
             ].settled()  # who writes does so at once
         if first and h.numel() >= (step_memory.SOME if self._weigh else _LARGE):
             there = {address(x) for x in self._given()}
-            self.below = Below.by(h, there)
+            self.below = Below.by(h, there, self.below.constants)
+        large = h.numel() >= CONSTANT or self._first is not None
+        if first and large and not checkpointed():  # which runs all of a block again
+            self._matrices.begin()
         held = h if self._outlives else h.detach()
         # Nothing below the first site is asked for: what it keeps is let go now.
         out = (held if first else h) + zero
@@ -147,7 +157,13 @@ class Recorder:
 
     def run(self, forward: Callable[[], Any]) -> Any:
         """Return what a forward pass does, run again where an input was lost in it."""
-        outputs = forward()
+        try:
+            outputs = forward()
+        except RuntimeError:
+            if not self._matrices.end():
+                raise
+            self._clear()  # a model may differentiate in a matrix itself
+            outputs = forward()
         if not (self._writes and self._settles):
             return outputs
         with unasked():
@@ -155,10 +171,13 @@ class Recorder:
         if not every(known, "inputs of sites"):
             del outputs
             self._settles = False
-            self.passed.clear()
-            self.reads.clear()
+            self._clear()
             outputs = forward()
         return outputs
+
+    def _clear(self) -> None:
+        self.passed.clear()
+        self.reads.clear()
 
     @contextlib.contextmanager
     def reading(self, named: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
@@ -201,8 +220,7 @@ class Recorder:
     def close(self) -> None:
         """Let go of what was recorded, lest tensors outlive their use in the graph."""
         self._open = False
-        self.passed.clear()
-        self.reads.clear()
+        self._clear()
 
 
 def there_before(model: nn.Module, inputs: Any) -> Iterator[Tensor]:

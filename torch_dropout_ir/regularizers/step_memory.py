@@ -10,7 +10,8 @@ Of a kept graph it is one from above, as far as operations hold what
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir.gradient_factors import address
 from torch_dropout_ir.leaves import flatten
+from torch_dropout_ir.regularizers.constant_rows import constant_rows
 from torch_dropout_ir.regularizers.graph_memory import TOLD, Graph, Held
 from torch_dropout_ir.sites import Site
 
@@ -54,29 +56,35 @@ class Below(NamedTuple):
         most: The most that a pass back through it holds.
         learns: Whether there is one.
         there: Storages of tensors that are there without a pass.
+        constants: Bytes of matrices that the pass has held constant, by storage.
     """
 
     saved: int = 0
     most: int = 0
     learns: bool = False
     there: Collection[int] = frozenset()
+    constants: Mapping[int, int] = MappingProxyType({})
 
     @classmethod
-    def by(cls, h: Tensor, there: Collection[int]) -> Below:
+    def by(
+        cls, h: Tensor, there: Collection[int], constants: Mapping[int, int]
+    ) -> Below:
         """Look at the graph of a tensor.
 
         Args:
             h: The input of the first site.
             there: As above.
+            constants: As above.
 
         Returns:
             What it shows.
         """
         if h.grad_fn is None:
-            return cls(learns=h.requires_grad, there=there)
+            learns = h.requires_grad
+            return cls(learns=learns, there=there, constants=constants)
         graph = Graph([h.grad_fn], there)
-        held, most, _ = graph.step_back(graph.leading_to(graph.leaves), {})
-        return cls(held, most, True, there)
+        held, most, _ = graph.step_back(graph.leading_to(graph.leaves), {}, {})
+        return cls(held, most, True, there, constants)
 
 
 class Weighed(NamedTuple):
@@ -103,12 +111,13 @@ class Weighed(NamedTuple):
         """Look at the graph of a pass without noise, down to the first site."""
         starts = [x.grad_fn for x in outputs if x.grad_fn is not None]
         graph = Graph(starts, below.there)
+        rows = constant_rows(graph, below.constants)
         quiet = {id(zero) for zero in zeros}
         learning = [n for n, x in graph.leaves.items() if id(x) not in quiet]
         first = [edge.node for _, _, edge in uses[:1] if below.learns]
-        goes = graph.leading_to([*learning, *first])
+        goes = graph.leading_to([*learning, *rows, *first])
         masks = {x.node: mask_bytes(s, h) for s, h, x in uses if x.node in goes}
-        _, most, leaves = graph.step_back(goes, masks)
+        _, most, leaves = graph.step_back(goes, masks, rows)
         step = max(below.saved + most, leaves + below.most) if TOLD else 0
         inputs = {address(h): h.nbytes for _, h, _ in uses}
         saved = [inputs, *graph.saved.values()]
