@@ -284,7 +284,7 @@ class PassParts:
                 saved[k][-1 - k] = rows * x.shape[1] * x.itemsize
         graph = Graph([value.grad_fn], self._there)
         graph.saved = dict(zip(found.nodes, saved, strict=True))
-        back = graph.step_back(graph.leading_to(graph.leaves), {})[1]
+        back = graph.step_back(graph.leading_to(graph.leaves), {}, {})[1]
         return max(back, self._forward(found, saved))
 
 
