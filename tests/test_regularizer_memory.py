@@ -218,7 +218,7 @@ def test_one_site_takes_no_more_than_a_step(batches, place, norm, rows):
         gradient_norm(net, batch, "cross_entropy", lr=0.1)
 
     run()
-    most = 1.14 if place == "middle" else 1.03  # what a ReLU makes of it is there too
+    most = 1.14 if place == "middle" else 1.04  # what a ReLU makes of it is there too
     assert peak(run) <= most * step
 
 
