@@ -78,9 +78,10 @@ class OutputsRead:
         if self.loss is not None and self.loss.kind != "general":
             return False
         product = product or self.product()
-        told = product and dims == 1 and rows_meet(product.at, product.nodes)
-        if product and dims == 1 and told is not None:
-            return bool(told)
+        if product and dims == 1:
+            told = rows_meet(product.at, product.nodes)
+            if told is not None:
+                return told
         counts = {x.shape[:dims].numel() for x in self.tensors if x.ndim >= dims}
         if len(counts) != 1 or any(x.ndim < dims for x in self.tensors):
             return True
