@@ -179,6 +179,8 @@ def test_sites_inside_a_transform():
     for form in (gauss_newton, second_order):
         with pytest.raises(RuntimeError, match=r"net\.2.*torch\.func"):
             form(mapped, batch, "mse")
+    with pytest.raises(ValueError, match=r"vmap.*got \['net\.2'\]"):
+        expected_dropout_loss(mapped, batch, lambda f, y: (f - y).mean(0).norm())
 
 
 def test_an_average_over_masks_tells_of_other_noise():

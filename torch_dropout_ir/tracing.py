@@ -23,8 +23,9 @@ from torch.autograd.graph import GradientEdge
 # traced is counted too; without the fourth, keys are drawn in Python.
 _BACKWARD_RUNNING = getattr(torch._C, "_current_graph_task_id", None)
 _TRANSFORMS_ACTIVE = getattr(torch._C, "_are_functorch_transforms_active", None)
-_WRAPPED = getattr(
-    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None
+_WRAPPED, _BATCHED, _INNER = (
+    getattr(getattr(torch._C, "_functorch", None), name, None)
+    for name in ("is_functorch_wrapped_tensor", "is_batchedtensor", "get_unwrapped")
 )
 _MODE = getattr(torch._C, "_get_dispatch_mode", None)
 _PROXY_MODE = _MODE and functools.partial(_MODE, torch._C._TorchDispatchModeKey.PROXY)
@@ -49,7 +50,6 @@ _UNSEEN_DIM = tuple(
         (torch, "_remove_batch_dim"), (torch._C, "_vmapmode_decrement_nesting"),
     )
 )  # fmt: skip
-
 
 # What packs the tensors that autograd saves, if anything does.
 _PACKING = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -204,6 +204,15 @@ def mapped(x: object) -> bool:
     return transformed() and bool(_WRAPPED(x))
 
 
+def batched(x: Tensor) -> bool:
+    """Whether a tensor is, or was, one of those that ``vmap`` takes at once."""
+    while _WRAPPED and _BATCHED and _INNER and _WRAPPED(x):
+        if _BATCHED(x):
+            return True
+        x = _INNER(x)
+    return False
+
+
 def transformed() -> bool:
     """Whether a ``torch.func`` transform is active; True where torch does not tell."""
     return _TRANSFORMS_ACTIVE is None or _TRANSFORMS_ACTIVE()
@@ -211,9 +220,8 @@ def transformed() -> bool:
 
 def eager() -> bool:
     """Whether no transform, forward-mode AD, compiler or tracer is looking on."""
-    if _TRANSFORMS_ACTIVE is None or torch.compiler.is_compiling():
-        return False
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if _TRANSFORMS_ACTIVE is None or traced:
         return False
     return not _TRANSFORMS_ACTIVE() and getattr(forward_ad, "_current_level", 0) < 0
 

@@ -25,6 +25,7 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.loss_graph import rows_apart
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.sites import Site
+from torch_dropout_ir.tracing import batched
 from torch_dropout_ir.written_parameters import unwritten
 
 MAX_MASKS: Final = 2**20
@@ -102,8 +103,8 @@ def expected_dropout_loss(
     Raises:
         TypeError: If ``batch`` is no pair, or ``coupled`` no bool.
         ValueError: If there are more masks than ``max_masks``, the model draws random
-            numbers besides its sites, the loss is not finite, or which sites are used
-            depends on the masks.
+            numbers besides its sites, the loss is not finite, which sites are used
+            depends on the masks, or one is inside ``torch.func.vmap``.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, Lemma 1.
@@ -182,6 +183,9 @@ def uses_of_sites(
     """Return each use of a site and the mask to enumerate there.
 
     Whether samples meet is found out where ``coupled`` does not tell.
+
+    Raises:
+        ValueError: If a site is inside ``torch.func.vmap``.
     """
     look, shown = coupled is None, False
     with clean_pass(model, batch[0]) as clean:
@@ -196,6 +200,11 @@ def uses_of_sites(
                 or _meet_in_loss(read)
             )
             shown = not coupled and _shown_apart(clean, read)
+        if inside := [s.name for s, h, _ in clean.uses if batched(h)]:
+            raise ValueError(
+                "expected_dropout_loss: expected sites outside of `torch.func.vmap`, "
+                f"which hides masks, got {inside}. Use `regularizers.monte_carlo`."
+            )
         each = [(s, torch.Size(s.mask_shape(h.shape))) for s, h, _ in clean.uses]
         drawn, other = clean.drawn, clean.noisy or bool(clean.out_of_sight)
         left_out = noise_left_out(model, clean.noisy, True) if other else ()
@@ -235,10 +244,9 @@ def _meet_at_masks(
         torch.randint, 2, generator=torch.Generator().manual_seed(0), dtype=torch.bool
     )
     risk = functools.partial(_risk_at, model, batch, loss)
-    (rows,) = counts
     with torch.no_grad():
         for _ in range(_PAIRS):
-            own = draw(size=(rows,))
+            own = draw(size=(*counts,))
             pairs = [(draw(size=shape), draw(size=shape)) for _, shape in uses]
             exchanged = [_exchanged(own, a, b) for a, b in pairs]
             a, b, c, d = (
