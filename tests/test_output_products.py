@@ -25,7 +25,7 @@ ORDER = torch.randperm(N, generator=torch.Generator().manual_seed(0))
 # Rows in another order, or of a function that is not known.
 NOT_TOLD = (
     "turned", "flipped", "normalized", "pooled", "others", "others, cubed", "left out",
-    "by row and column", "some of them", "products of rows", "products of many",
+    "products of rows", "products of many", "by row and column", "some of them",
 )  # fmt: skip
 
 
