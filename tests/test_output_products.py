@@ -25,7 +25,7 @@ ORDER = torch.randperm(N, generator=torch.Generator().manual_seed(0))
 # Rows in another order, or of a function that is not known.
 NOT_TOLD = (
     "turned", "flipped", "normalized", "pooled", "others", "others, cubed", "left out",
-    "products of rows", "products of many",
+    "products of rows", "products of many", "by row and column", "some of them",
 )  # fmt: skip
 
 
@@ -105,11 +105,23 @@ TOLD_BY_ROW = {
     ).sum(),
     "of products": lambda f, y: (f.T @ f * y[0]).sum(),
     "distances": lambda f, y: torch.cdist(f, y).exp().sum(),
+    "a product of all": lambda f, y: torch.einsum("ni,ni->", f.sigmoid(), f * y),
+    "of one label": lambda f, y: (
+        F.nll_loss(f[:, 0], torch.tensor(1), reduction="none") * y[0, 0]
+        + f.prod(1).sum()
+    ),
+    "some of them": lambda f, y: F.mse_loss(f[ORDER[:2]].softmax(1), y[:2]),
     "angles": lambda f, y: (
         torch.atan2(f[:, 0], f[:, 1]) * torch.lerp(f[:, 2], y[:, 0], 0.2).erf()
     ).sum(),
 }  # fmt: skip
 TOLD_COUPLED = {
+    "distances, in batches": lambda f, y: (
+        torch.cdist(f, y.expand(N, N, K), p=1.0).sum((1, 2)).square().sum()
+    ),
+    "by row and column": lambda f, y: (
+        f[torch.arange(N), ORDER[:, None].expand(N, N) % K].exp().sum(1).square().sum()
+    ),
     "at risk": lambda f, y: (f.mean(1)[ORDER].logcumsumexp(0) * y[:, 0]).sum(),
     "at risk, by sums": lambda f, y: f.mean(1)[ORDER].exp().cumsum(0).log().sum(),
     "contrast": lambda f, y: F.cross_entropy(f @ f.T, torch.arange(N)),

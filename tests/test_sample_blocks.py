@@ -14,6 +14,7 @@ from torch_dropout_ir.jet_program import Program
 from torch_dropout_ir.jet_rules import RULES
 from torch_dropout_ir.loss_terms import nodes_of
 from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.output_hessian import hessian_columns
 from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.regularizers import gauss_newton
 
@@ -276,6 +277,63 @@ def test_blocks_are_those_of_the_dense_hessian(name, dtype, kernel, monkeypatch)
     torch.testing.assert_close(
         found.double(), blocks.movedim(0, 1), atol=rest * scale, rtol=rest
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_clamp_is_bent_at_its_bounds_as_by_torch(dtype):
+    """Whose versions differ in whether derivatives pass there."""
+    f = torch.tensor([[-1.0, 0.1], [0.1, 1.0], [0.0, 0.5]], dtype=dtype)
+
+    def loss(f, _):
+        each = f.clamp(-1, 1), f.clamp(min=0.1), f.clamp_min(0), f.clamp(0.1, 0.5)
+        return sum((x * (x + i)).exp().sum() for i, x in enumerate(each))
+
+    rows = torch.arange(len(f))
+    expected = dense(loss, f, None)[rows, :, rows].movedim(0, 1)
+    torch.testing.assert_close(told(loss, f, None), expected)
+    many = f.repeat(2**13, 1)
+    product = HessianProduct(resolve_loss(loss), many, None)
+    found = product.entries.all().double()[: len(f)]
+    torch.testing.assert_close(
+        found, expected.diagonal(0, 0, 2).double(), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda f, y: torch.cat((f.exp(), 0 * y), 1).sqrt().sum(),
+        lambda f, y: torch.xlogy(f.relu(), y * 0).sum() + f.prod(1).sum(),
+    ],
+)
+def test_what_autograd_does_not_multiply_is_no_nan(loss):
+    torch.manual_seed(0)
+    f, y = -torch.rand(2, N, K, dtype=torch.float64)
+    rows, product = torch.arange(N), HessianProduct(resolve_loss(loss), f, y)
+    expected = dense(loss, f, y)[rows, :, rows].movedim(0, 1)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(hessian_columns(product), expected)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda f: f.cumsum(2), lambda f: f.cumprod(2), lambda f: f.flip(2).cumsum(2),
+        lambda f: torch.cat((f, f.sin()), 2), lambda f: f[:, :, 1],
+        lambda f: f.softmax(2).sum(2), lambda f: f.logsumexp(2), lambda f: f.prod(2),
+        lambda f: f.unbind(2)[1], lambda f: f.cumsum(1), lambda f: f.norm(dim=2),
+    ],
+)  # fmt: skip
+def test_rows_in_the_second_dimension_are_told_rightly_or_not_at_all(behind):
+    torch.manual_seed(0)
+    f = torch.randn(N, K, dtype=torch.float64)
+
+    def loss(f, _):
+        return behind(f.exp()[None]).square().sum()
+
+    rows, found = torch.arange(N), told(loss, f, None)
+    expected = dense(loss, f, None)[rows, :, rows].movedim(0, 1)
+    assert found is None or torch.allclose(found, expected)
 
 
 def test_each_rule_is_of_one_of_these_losses():

@@ -175,7 +175,8 @@ class _Part:
         self._node, self._rows, self._like = node, rows, like
         count = rows.stop - rows.start
         self._input_metadata = [
-            _Made((count, *x.shape[1:])) for x in node._input_metadata if x.shape
+            _Made((count, *x.shape[1:]) if x.shape else ())
+            for x in node._input_metadata
         ]
 
     def __getattr__(self, name: str) -> Any:

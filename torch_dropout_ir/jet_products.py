@@ -41,11 +41,11 @@ def _multiplied(to: Program, node: Any, a: int, b: int, x: Any, y: Any) -> int |
     shape = node._input_metadata[0].shape
     if lift := a in to.second:
         shape, y = shape[1:], y[0]
+    a = to.second.get(a, a)
     by_row, own = len(shape) > 2, to.sizes[a] if a >= 0 else x.shape[1:]
     if not by_row and (a < 0 or b >= 0 or not own):  # it adds up over rows
         return None
     assert own is not None
-    a = to.second.get(a, a)
     more = shape[len(own) :]
     left = a if a < 0 else to.reshaped((*own, *(1 for _ in more)), a)
     right = b if b < 0 else to.reshaped((1, *(to.sizes[b] or ())), b)

@@ -29,7 +29,8 @@ class Program:
 
     Attributes:
         rows: Their number.
-        sizes: The shape of a row of what each node makes; None of a sum over rows.
+        sizes: The shape of a row of what each node makes; None of a sum over rows, and
+            where rows are in dimension 1.
         steps: See ``program`` of the op.
         numbers: See there.
         values: See there.
@@ -81,9 +82,10 @@ class Program:
 
     def lifted(self, sizes: Shape, a: int | None) -> int | None:
         """Add the same entries with a dimension of size 1 before that of the rows."""
+        a = self.reshaped(sizes, a)
         number = self.add(Kind.LINEAR, sizes, a, alpha=1.0)
         if a is not None and number is not None:
-            self.second[number] = a
+            self.second[number], self.sizes[number] = a, None
         return number
 
     def along(self, a: int, saved: int) -> tuple[Shape, int] | None:

@@ -5,10 +5,12 @@ A rule reads what its node has saved, by torch's private names for that.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from torch_dropout_ir.jet_kernels import Kind
@@ -204,13 +206,35 @@ def _x_log_y(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.add(Kind.TIMES, sizes, a, log, values)
 
 
-def _least(node: Any) -> float:
-    return -math.inf if node._saved_min is None else float(node._saved_min)
+def _bound(name: str, most: float) -> Callable[[Any], float]:
+    """Return what reads a bound of a clamp, where there is none ``most``.
+
+    As far as derivatives pass: not at the bound itself in newer versions of torch.
+    """
+
+    def bound(node: Any) -> float:
+        if (given := getattr(node, name, None)) is None:
+            return most
+        x = node._saved_self.new_tensor(given)
+        return float(x if _passes_at_bounds() else x.nextafter(x.new_tensor(-most)))
+
+    return bound
 
 
-def _greatest(node: Any) -> float:
-    most = getattr(node, "_saved_max", None)
-    return math.inf if most is None else float(most)
+@functools.cache
+def _passes_at_bounds() -> bool:
+    with torch.enable_grad():
+        x = torch.zeros((), requires_grad=True)
+        (slope,) = torch.autograd.grad(x.clamp(min=0), x)
+    return bool(slope)
+
+
+_CLAMPED: Final = _bent(
+    Kind.CLAMP,
+    "_saved_self",
+    _bound("_saved_min", -math.inf),
+    _bound("_saved_max", math.inf),
+)
 
 
 def _factor(node: Any) -> float:
@@ -242,7 +266,7 @@ def _rules() -> dict[str, Rule]:
         "Where": _weighed(lambda x: (x._saved_condition, ~x._saved_condition)),
         "Maximum": _weighed(_of_maximum),
         "Minimum": _weighed(lambda x: _of_maximum(x)[::-1]),
-        "ClampMin": _bent(Kind.CLAMP, "_saved_self", _least, _greatest),
+        "ClampMin": _CLAMPED,
         "Pow": _bent(Kind.POWER, "_saved_self", lambda x: float(x._saved_exponent)),
         "Softplus": _bent(
             Kind.SOFTPLUS, "_saved_self",

@@ -10,6 +10,7 @@ Semantics:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ def blocks_of(outputs: Tensor, nodes: Nodes) -> Tensor | None:
             return None
         if program is None or not program.readable:
             return None
-        return loss_blocks(outputs, program.steps, program.numbers, program.values)
+        found = loss_blocks(outputs, program.steps, program.numbers, program.values)
+        # 0 times infinity: where constants lead on autograd does not multiply.
+        return found if math.isfinite(found.sum()) else None
 
 
 def program_of(outputs: Tensor, nodes: Nodes) -> Program | None:

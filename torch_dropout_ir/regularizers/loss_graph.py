@@ -41,7 +41,8 @@ _SUM, _MIXED, _BENT, _UNKNOWN = (Place(-k, 0) for k in range(1, 5))
 _SEVERAL: Final = frozenset((_SUM, _MIXED, _UNKNOWN))
 _ADDS: Final = frozenset(("SumBackward0", "MeanBackward0"))
 _ADDS_SOME: Final = frozenset(("SumBackward1", "MeanBackward1"))
-_PRODUCTS: Final = frozenset(f"{x}Backward0" for x in ("Mul", "Div", "Mm", "Bmm"))
+_MATRICES: Final = frozenset(("MmBackward0", "BmmBackward0"))
+_PRODUCTS: Final = _MATRICES | {"MulBackward0", "DivBackward0"}
 _DIFFERS: Final = frozenset(f"{x}Backward0" for x in ("Add", "Sub", "Rsub"))
 # They bend all that they take, or join it along a dimension.
 _JOINS: Final = frozenset(
@@ -116,7 +117,7 @@ def _place(name: str, op: Op) -> Place:
         place = op.places[0]
         if place is None or place.dim == 1:  # the classes
             return _UNKNOWN
-        summed = op.node._saved_reduction
+        summed = op.node._saved_reduction or not op.shape
         return _SUM if summed else _UNKNOWN if place.dim else place
     if name in _ADDS_SOME:
         ((place, own),) = op.leading()
@@ -134,6 +135,7 @@ def _of_several(name: str, op: Op) -> Place:
     places, rule = {place for place in op.places if place is not None}, _RULES.get(name)
     if not any([place in _SEVERAL for place in places]):  # in an order of their own
         alone = len(op.leading()) == 1 and rule in (broadcast, within, less)
+        alone = alone and len(op.shape) > 0  # else a loss has added them up
         return (rule and rule(op)) or _across(name, op) if alone else _UNKNOWN
     if is_linear(name, [(place, 0) for place in op.places]):
         return _SUM if places == {_SUM} else _MIXED
@@ -149,10 +151,9 @@ def _across(name: str, op: Op) -> Place:
         if name == "CumsumBackward0":
             return _MIXED
         return _BENT if name in _JOINS else _UNKNOWN
-    if name == "MmBackward0" and dims == [0, 1]:
-        return _BENT
-    if name == "MmBackward0" and len({place.turns for place, _ in leading}) == 1:
-        return _SUM if dims == [1, 0] else _UNKNOWN
+    summed = [len(op.shape) - 1, len(op.shape) - 2]
+    if name in _MATRICES and dims == summed:
+        return _SUM if len({place.turns for place, _ in leading}) == 1 else _UNKNOWN
     apart = {place.dim + len(op.shape) - len(own) for place, own in leading}
     if len(apart) < 2:
         return _UNKNOWN
@@ -172,7 +173,7 @@ def _indexed(op: Op) -> Place | None:
         return None
     if first is None:
         return place if len(rest) - sum([x is None for x in rest]) == 1 else None
-    if first.ndim != 1:
+    if first.ndim != 1 or any([x is not None and x.ndim > 1 for x in rest]):
         return None
     own = place == START and len(first) == op.samples and first.dtype == torch.int64
     numbers = torch.arange(op.samples, device=first.device)
