@@ -50,6 +50,7 @@ _SILENCED: Final = frozenset((*OTHER_NOISE, *RECURRENT))
 _HANDED_OVER: Final = _SILENCED | LOOKED_INTO | {
     "native_dropout", "scaled_dot_product_attention"
 }  # fmt: skip
+_LINEAR: Final = frozenset(("linear", "multi_head_attention_forward"))
 
 
 class DropoutCalls(ModuleCalls):
@@ -64,7 +65,10 @@ class DropoutCalls(ModuleCalls):
 
     Attributes:
         silenced: Functions of other noise that were switched off.
+        given: Returns what linear layers, and attention, are given for arguments.
     """
+
+    given: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
 
     def __init__(
         self,
@@ -89,6 +93,9 @@ class DropoutCalls(ModuleCalls):
         name = getattr(func, "__name__", "")
         if name in KINDS:
             return self._dropout(name, *args, **(kwargs or {}))
+        if name in _LINEAR and self.given is not None:
+            args = self.given(args)
+            self._runs_again()  # with constants then, as now
         if name in _HANDED_OVER:
             return super().__torch_function__(func, types, args, kwargs)
         if self.watch is not None:
