@@ -1,5 +1,6 @@
 """Gradients that are taken by parts are those of autograd at the same masks."""
 
+import concurrent.futures
 import itertools
 import random
 
@@ -79,6 +80,39 @@ class Net(nn.Module):
         """Goes another way each second time."""
         return self.past(x) if self.calls % 2 == 0 else self.plain(x)
 
+    def permuted(self, x):
+        """Turns two layers around each second time."""
+        a, b = (self.second, self.above)[:: -1 if self.calls % 2 else 1]
+        return self.out(b(self.drop(torch.tanh(a(self.first(x).relu())))))
+
+    def transformed(self, x):
+        """Differentiates below dropout where no saved tensor may be seen."""
+        h = self.first(x).relu()
+        g = torch.func.grad(lambda h: self.second(h).tanh().square().sum())(h)
+        return self.rest(h + g)
+
+    def inner(self, x):
+        h = self.first(x).relu()
+        own = self.second(h).tanh().square().sum()
+        (g,) = torch.autograd.grad(own, h, create_graph=True)
+        return self.rest(h + g)
+
+    def tangent(self, x):
+        h = self.first(x)
+        own = lambda h: self.second(h).tanh()  # noqa: E731
+        return self.rest(torch.func.jvp(own, (h,), (torch.ones_like(h),))[1])
+
+    def threaded(self, x):
+        """Runs a layer in a thread, whose nodes have numbers of their own."""
+        h, found = self.first(x).relu(), []
+
+        def run():
+            found.append(self.second(h).relu())
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(run).result()
+        return self.rest(found[0])
+
     def counted(self, x):
         return self.rest(self.below(x * (1 + self.calls % 2)))
 
@@ -117,7 +151,12 @@ PARTED = (
 CASES = {
     **{how: (lambda how=how: Net(how), 3) for how in PARTED},
     **{how: (lambda how=how: Net(how), 1) for how in ("clamped", "clamped_node")},
-    "another": (lambda: Net("another"), 2),
+    **{
+        how: (lambda how=how: Net(how), 2)
+        for how in ("another", "permuted", "transformed", "tangent")
+    },
+    "inner": (lambda: Net("inner"), 3),
+    "threaded": (lambda: Net("threaded"), 1),
     "convolutions": (convolutional, 3),
     "clamped weights": (clamped_weights, 3),
 }  # fmt: skip

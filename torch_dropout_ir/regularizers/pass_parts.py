@@ -87,7 +87,7 @@ class PassParts:
         self._count = count
         self._cuts = [0, 0]  # where parts end and begin, from the first to the last
         self._node_of: dict[int, int] = {}  # which has saved what, by its place
-        self._like: tuple[int, int] | None = None  # numbers of nodes, of places
+        self._like: Any = None  # nodes, who reads parameters, number of places
         self._left: list[_Left] = []
         self._pass = 0
         self._first = True  # whether it is the last layers' turn
@@ -134,7 +134,8 @@ class PassParts:
             plain: Whether nobody's hooks see what is sent back.
         """
         found = PassNodes(value, self._own)
-        like = len(found.nodes), self._places
+        names = [node.name() for node in found.nodes]
+        like = names, found.readers, self._places
         if self._like is None:
             self._like = like
             self._choose(value, found, plain)
