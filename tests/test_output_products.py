@@ -24,7 +24,8 @@ def focal(f, y):
 ORDER = torch.randperm(N, generator=torch.Generator().manual_seed(0))
 # Rows in another order, or of a function that is not known.
 NOT_TOLD = (
-    "turned", "flipped", "normalized", "pooled", "others", "others, cubed", "left out"
+    "turned", "flipped", "normalized", "pooled", "others", "others, cubed", "left out",
+    "products of rows", "products of many",
 )  # fmt: skip
 
 

@@ -64,6 +64,6 @@ def test_without_a_number_of_the_backward_pass_there_is_one(monkeypatch):
     for task in (arrivals._TASK, int):
         monkeypatch.setattr(arrivals, "_TASK", task)
         value = x.square().sum()
-        with arrivals.arrivals([x], lambda _, g: found.append(g), value):
+        with arrivals.arrivals([x], lambda _, g: found.append(g), [value]):
             torch.autograd.grad(value, x)
     assert torch.equal(*found)
