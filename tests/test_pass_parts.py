@@ -101,6 +101,13 @@ class Net(nn.Module):
         own = lambda h: self.second(h).tanh()  # noqa: E731
         return self.rest(torch.func.jvp(own, (h,), (torch.ones_like(h),))[1])
 
+    def overwrites(self, x):
+        """What tanh needs for its derivative."""
+        h = torch.tanh(self.first(x))
+        y = self.second(h)
+        h.mul_(3.0)
+        return self.rest(y)
+
     def threaded(self, x):
         """Runs a layer in a thread, whose nodes have numbers of their own."""
         h, found = self.first(x).relu(), []
@@ -255,3 +262,10 @@ def test_passes_whose_saved_tensors_nobody_may_see_go_whole(monkeypatch, how):
     for name in ("value", "mean_gradient", "dropout_noise", "standard_error"):
         whole, ours = (getattr(x, name) for x in found)
         torch.testing.assert_close(ours, whole, rtol=1e-10, atol=1e-14)
+
+
+def test_what_is_written_over_is_told(monkeypatch):
+    net, batch = Net("overwrites"), (torch.randn(8, WIDE), torch.randint(3, (8,)))
+    made_by_parts(monkeypatch)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient_norm(net, batch, "cross_entropy", lr=4.0)

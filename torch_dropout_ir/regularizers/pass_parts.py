@@ -47,6 +47,7 @@ class _Saved:
 
     def __init__(self, place: int, x: Tensor | None) -> None:
         self.place, self.x = place, x
+        self.version = 0 if x is None else x._version
 
 
 class _Left(NamedTuple):
@@ -291,4 +292,5 @@ class PassParts:
 
 def _given(saved: _Saved) -> Tensor:
     assert saved.x is not None  # what the part needs is kept
+    assert saved.x._version == saved.version  # which torch asks of its own alone
     return saved.x
