@@ -265,6 +265,39 @@ def test_a_loss_may_differentiate_in_a_matrix(monkeypatch):
     monte_carlo(net, batch, loss, num_masks=2)
 
 
+class RunAgain(torch.autograd.Function):
+    """Runs a layer again in its derivative, and differentiates in its matrix."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        with torch.enable_grad():
+            x, weight = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+            own = nn.Parameter(weight)
+            return torch.autograd.grad(F.linear(x, own), (x, own), g)
+
+
+class Runs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop, self.layer = nn.Dropout(0.3), nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = RunAgain.apply(self.drop(x), self.layer.weight)
+        return checkpoint(self.layer, torch.tanh(h), use_reentrant=False)
+
+
+def test_a_layer_may_run_again_in_its_derivative(monkeypatch):
+    monkeypatch.setattr(recorder, "CONSTANT", 1)
+    torch.manual_seed(0)
+    batch = torch.randn(5, 4), torch.randn(5, 4)
+    assert gauss_newton(Runs(), batch, "mse").value != 0
+
+
 class Adapts(nn.Module):
     """Takes a step in a matrix of its own in its forward pass."""
 

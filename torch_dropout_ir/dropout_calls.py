@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch_dropout_ir.attention import attention_weights
 from torch_dropout_ir.module_calls import LOOKED_INTO, ModuleCalls
 from torch_dropout_ir.sites import Site
+from torch_dropout_ir.tracing import runs_twice
 
 SiteFunction = Callable[[Site, Tensor], Tensor]
 
@@ -93,9 +94,9 @@ class DropoutCalls(ModuleCalls):
         name = getattr(func, "__name__", "")
         if name in KINDS:
             return self._dropout(name, *args, **(kwargs or {}))
-        if name in _LINEAR and self.given is not None:
+        # A block that runs twice saves the same both times, and may ask for more.
+        if name in _LINEAR and self.given is not None and not runs_twice():
             args = self.given(args)
-            self._runs_again()  # with constants then, as now
         if name in _HANDED_OVER:
             return super().__torch_function__(func, types, args, kwargs)
         if self.watch is not None:

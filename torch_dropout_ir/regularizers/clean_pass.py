@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.collectives import every, go_on, some
-from torch_dropout_ir.dropout_calls import DropoutCalls
 from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.recomputation import Blocks
@@ -260,7 +259,7 @@ def clean_pass(
         moved = None if calls.absent else generators_moved(model)
         calls.given = matrices.given
         options = {"move_buffers": move_buffers, "survey": survey}
-        run = functools.partial(_run, model, inputs, calls, matrices, reduce, options)
+        run = functools.partial(_run, model, inputs, matrices, reduce, options)
         outputs = seen.run(run, lambda: calls.differentiates)
         if bare and not calls.again:
             calls.rest()  # before anything is asked of a tensor
@@ -283,12 +282,10 @@ def clean_pass(
 def _run(
     model: nn.Module,
     inputs: Any,
-    calls: DropoutCalls,
     matrices: ConstantMatrices,
     reduce: Callable[[Any], Any] | None,
     options: Mapping[str, Any],
 ) -> Any:
     outputs = call(model, inputs, **options)
-    if not calls.again:
-        matrices.end()  # before anybody's loss
+    matrices.end()  # before anybody's loss
     return outputs if reduce is None else reduce(outputs)

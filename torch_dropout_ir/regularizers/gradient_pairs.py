@@ -135,16 +135,16 @@ class GradientPairs:
         rewind = rewinding(self._model)
         passes = PassParts(self._model, self._targets, there, len(batches))
         self._passes = passes
-        links, again = None, False
+        links = None
         try:
             links = self._links(batches)
             while passes.next():
                 links = links + self._links(batches)
         except Exception:  # of a model that lets nobody see what it saves, or reads it
-            again = True
+            links = None
         self._passes = None
         # Of a model that went another way, by its masks perhaps: at the same ones.
-        if links is None or again or (passes.parted and not passes.alike):
+        if links is None or (passes.parted and not passes.alike):
             passes.alike = False
             rewind()
             links = self._links(batches)
