@@ -134,19 +134,21 @@ def test_numbers_are_the_same(name, form, monkeypatch):
     assert found[0].per_site == found[1].per_site
 
 
-def test_parameters_are_given_back(monkeypatch):
+@pytest.mark.parametrize("alone", [True, False])
+def test_nobody_sees_a_constant(alone, monkeypatch):
+    """But torch's layers, whose code compares and keeps none."""
     monkeypatch.setattr(recorder, "CONSTANT", 1)
-    net, x, y = tied()
+    net, x, y = (
+        (wide(), torch.randn(4, 512), torch.randint(6, (4,))) if alone else tied()
+    )
     own = dict(net.named_parameters())
 
     def loss(f, y):
-        assert net.own is not own["own"] and not net.own.requires_grad
+        assert all(p is own[n] for n, p in net.named_parameters())
         return F.cross_entropy(f, y)
 
     gauss_newton(net, (x, y), loss)
-    assert {n: id(p) for n, p in net.named_parameters()} == {
-        n: id(p) for n, p in own.items()
-    }
+    monte_carlo(net, (x, y), loss, num_masks=2)
 
     def fails(f, y):
         raise OSError
@@ -154,6 +156,146 @@ def test_parameters_are_given_back(monkeypatch):
     with pytest.raises(OSError):
         gauss_newton(net, (x, y), fails)
     assert all(p is own[n] for n, p in net.named_parameters())
+
+
+class Looks(nn.Module):
+    """Has dropout, and two layers of one matrix, above it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.kept = how, None
+        self.drop, self.layer = nn.Dropout(0.3), nn.Linear(4, 4, bias=False)
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.inner[2].weight = self.inner[0].weight
+        self.beside = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.2), nn.Linear(4, 4))
+        self.fast = {n: nn.Parameter(2 * x) for n, x in self.beside.named_parameters()}
+
+    def forward(self, x):
+        return getattr(self, self.how)(x)
+
+    def tied(self, x):
+        given = {"0.weight": self.layer.weight}
+        return torch.func.functional_call(self.inner, given, (self.drop(x),))
+
+    def same(self, x):
+        h = self.inner(self.drop(x))
+        return h if self.inner[0].weight is self.inner[2].weight else 2 * h
+
+    def learns(self, x):
+        h = self.layer(self.drop(x))
+        return h if self.layer.weight.requires_grad else 2 * h
+
+    def caches(self, x):
+        h = self.drop(x)
+        if self.kept is None:
+            self.kept = self.layer.weight @ self.inner[0].weight
+        return F.linear(h, self.kept)
+
+    def puts(self, x):
+        h, own = self.drop(x), self.layer.weight
+        self.layer.weight = nn.Parameter(2 * own.detach())
+        h = self.layer(h)
+        self.layer.weight = own
+        return h
+
+    def lends(self, x):
+        return torch.func.functional_call(self.beside, self.fast, (x,))
+
+    def trains(self, x):
+        h = self.drop(x)
+        self.layer(h).square().sum().backward()
+        g, self.layer.weight.grad = self.layer.weight.grad, None
+        return h if g is None else F.linear(h, self.layer.weight - 0.1 * g)
+
+
+LOOKS = "tied", "same", "learns", "caches", "puts", "lends"
+
+
+@pytest.mark.parametrize("how", LOOKS)
+def test_a_model_may_look_at_its_matrices(how, monkeypatch):
+    found = []
+    for least in (1, 2**62):
+        torch.manual_seed(0)
+        net, batch = Looks(how), (torch.randn(5, 4), torch.randn(5, 4))
+        own = [*net.named_parameters(), *net.fast.items()]
+        monkeypatch.setattr(recorder, "CONSTANT", least)
+        found.append(gauss_newton(net, batch, "mse").value)
+        now = [*net.named_parameters(), *net.fast.items()]
+        pairs = zip(now, own, strict=True)
+        assert all(a is b and a.requires_grad for (_, a), (_, b) in pairs)
+        net(batch[0]).sum().backward()
+        assert how != "caches" or net.layer.weight.grad is not None
+    assert found[0] == found[1] != 0
+
+
+def test_a_model_may_take_a_step_in_its_forward_pass(monkeypatch):
+    found = []
+    for least in (1, 2**62):
+        torch.manual_seed(0)
+        net, batch = Looks("trains"), torch.randn(5, 4)
+        monkeypatch.setattr(recorder, "CONSTANT", least)
+        with clean_pass(net, batch) as clean:
+            found.append(clean.outputs.detach())
+        assert all(x.grad is None for x in net.parameters())
+    assert torch.equal(*found)
+
+
+def test_recurrent_layers_keep_no_constant(monkeypatch):
+    """They hold their parameters in a list besides."""
+    monkeypatch.setattr(recorder, "CONSTANT", 1)
+    layer = nn.LSTM(3, 3, batch_first=True)
+    with clean_pass(nn.Sequential(nn.Dropout(0.3), layer), torch.randn(2, 3, 3)):
+        pass
+    names = layer._flat_weights_names
+    pairs = zip(layer._flat_weights, names, strict=True)
+    assert all(x is getattr(layer, n) for x, n in pairs)
+
+
+def test_a_loss_may_differentiate_in_a_matrix(monkeypatch):
+    monkeypatch.setattr(recorder, "CONSTANT", 1)
+    torch.manual_seed(0)
+    net, batch = Looks("learns"), (torch.randn(5, 4), torch.randn(5, 4))
+
+    def loss(f, y):
+        if not f.requires_grad:
+            return F.mse_loss(f, y)
+        torch.autograd.grad(f.sum(), net.layer.weight, retain_graph=True)
+        return F.mse_loss(f, y)
+
+    monte_carlo(net, batch, loss, num_masks=2)
+
+
+class RunAgain(torch.autograd.Function):
+    """Runs a layer again in its derivative, and differentiates in its matrix."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        with torch.enable_grad():
+            x, weight = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+            own = nn.Parameter(weight)
+            return torch.autograd.grad(F.linear(x, own), (x, own), g)
+
+
+class Runs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop, self.layer = nn.Dropout(0.3), nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = RunAgain.apply(self.drop(x), self.layer.weight)
+        return checkpoint(self.layer, torch.tanh(h), use_reentrant=False)
+
+
+def test_a_layer_may_run_again_in_its_derivative(monkeypatch):
+    monkeypatch.setattr(recorder, "CONSTANT", 1)
+    torch.manual_seed(0)
+    batch = torch.randn(5, 4), torch.randn(5, 4)
+    assert gauss_newton(Runs(), batch, "mse").value != 0
 
 
 class Adapts(nn.Module):

@@ -1,5 +1,6 @@
 """Gradients that are taken by parts are those of autograd at the same masks."""
 
+import concurrent.futures
 import random
 
 import pytest
@@ -78,6 +79,46 @@ class Net(nn.Module):
         """Goes another way each second time."""
         return self.past(x) if self.calls % 2 == 0 else self.plain(x)
 
+    def permuted(self, x):
+        """Turns two layers around each second time."""
+        a, b = (self.second, self.above)[:: -1 if self.calls % 2 else 1]
+        return self.out(b(self.drop(torch.tanh(a(self.first(x).relu())))))
+
+    def transformed(self, x):
+        """Differentiates below dropout where no saved tensor may be seen."""
+        h = self.first(x).relu()
+        g = torch.func.grad(lambda h: self.second(h).tanh().square().sum())(h)
+        return self.rest(h + g)
+
+    def inner(self, x):
+        h = self.first(x).relu()
+        own = self.second(h).tanh().square().sum()
+        (g,) = torch.autograd.grad(own, h, create_graph=True)
+        return self.rest(h + g)
+
+    def tangent(self, x):
+        h = self.first(x)
+        own = lambda h: self.second(h).tanh()  # noqa: E731
+        return self.rest(torch.func.jvp(own, (h,), (torch.ones_like(h),))[1])
+
+    def overwrites(self, x):
+        """What tanh needs for its derivative."""
+        h = torch.tanh(self.first(x))
+        y = self.second(h)
+        h.mul_(3.0)
+        return self.rest(y)
+
+    def threaded(self, x):
+        """Runs a layer in a thread, whose nodes have numbers of their own."""
+        h, found = self.first(x).relu(), []
+
+        def run():
+            found.append(self.second(h).relu())
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(run).result()
+        return self.rest(found[0])
+
     def counted(self, x):
         return self.rest(self.below(x * (1 + self.calls % 2)))
 
@@ -116,7 +157,11 @@ PARTED = (
 CASES = {
     **{how: (lambda how=how: Net(how), 3) for how in PARTED},
     **{how: (lambda how=how: Net(how), 1) for how in ("clamped", "clamped_node")},
-    "another": (lambda: Net("another"), 2),
+    **{
+        how: (lambda how=how: Net(how), 2)
+        for how in ("another", "permuted")
+    },
+    "threaded": (lambda: Net("threaded"), 1),
     "convolutions": (convolutional, 3),
     "clamped weights": (clamped_weights, 3),
 }  # fmt: skip
@@ -138,7 +183,7 @@ def at_masks(net, batch, noise):
 def in_three(self, found, _):
     """Cut a pass at each third of where it may be."""
     cuts = [c for c in found.narrow if found.read_in(0, c)]
-    return sorted({cuts[len(cuts) // 3], cuts[2 * len(cuts) // 3]})
+    return sorted({cuts[k * len(cuts) // 3] for k in (1, 2) if cuts})
 
 
 def made_by_parts(monkeypatch):
@@ -201,3 +246,26 @@ def test_gradients_by_parts_are_those_at_their_masks(monkeypatch, case, batches)
         ("value", value), ("mean_gradient", mean), ("dropout_noise", noise),
     ):  # fmt: skip
         torch.testing.assert_close(getattr(found, name), truth, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("how", ["transformed", "tangent", "inner"])
+def test_passes_whose_saved_tensors_nobody_may_see_go_whole(monkeypatch, how):
+    torch.manual_seed(0)
+    net, batch = Net(how).double(), (torch.randn(8, WIDE), torch.randint(3, (8,)))
+    batch = batch[0].double(), batch[1]
+    found = []
+    for parted in (False, True):
+        times = made_by_parts(monkeypatch) if parted else []
+        torch.manual_seed(1)
+        found.append(gradient_norm(net, batch, "cross_entropy", lr=4.0, num_masks=4))
+    assert len(times) == 3  # one of parts, and two whole ones
+    for name in ("value", "mean_gradient", "dropout_noise", "standard_error"):
+        whole, ours = (getattr(x, name) for x in found)
+        torch.testing.assert_close(ours, whole, rtol=1e-10, atol=1e-14)
+
+
+def test_what_is_written_over_is_told(monkeypatch):
+    net, batch = Net("overwrites"), (torch.randn(8, WIDE), torch.randint(3, (8,)))
+    made_by_parts(monkeypatch)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient_norm(net, batch, "cross_entropy", lr=4.0)

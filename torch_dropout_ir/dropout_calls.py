@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch_dropout_ir.attention import attention_weights
 from torch_dropout_ir.module_calls import LOOKED_INTO, ModuleCalls
 from torch_dropout_ir.sites import Site
+from torch_dropout_ir.tracing import runs_twice
 
 SiteFunction = Callable[[Site, Tensor], Tensor]
 
@@ -50,6 +51,7 @@ _SILENCED: Final = frozenset((*OTHER_NOISE, *RECURRENT))
 _HANDED_OVER: Final = _SILENCED | LOOKED_INTO | {
     "native_dropout", "scaled_dot_product_attention"
 }  # fmt: skip
+_LINEAR: Final = frozenset(("linear", "multi_head_attention_forward"))
 
 
 class DropoutCalls(ModuleCalls):
@@ -64,7 +66,10 @@ class DropoutCalls(ModuleCalls):
 
     Attributes:
         silenced: Functions of other noise that were switched off.
+        given: Returns what linear layers, and attention, are given for arguments.
     """
+
+    given: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
 
     def __init__(
         self,
@@ -89,6 +94,9 @@ class DropoutCalls(ModuleCalls):
         name = getattr(func, "__name__", "")
         if name in KINDS:
             return self._dropout(name, *args, **(kwargs or {}))
+        # A block that runs twice saves the same both times, and may ask for more.
+        if name in _LINEAR and self.given is not None and not runs_twice():
+            args = self.given(args)
         if name in _HANDED_OVER:
             return super().__torch_function__(func, types, args, kwargs)
         if self.watch is not None:

@@ -77,12 +77,14 @@ def copied_buffers(
 
 
 class ConstantMatrices(contextlib.AbstractContextManager[Any]):
-    """The matrices of a model, which may be constant inside the context.
+    """The matrices of linear layers, which may be constant inside the context.
 
-    What multiplies one is held for the derivative in it alone.
+    What multiplies one is held for the derivative in it alone. In a model of torch's
+    layers alone constants take the place of parameters. Code of others, which may keep,
+    compare or ask one, sees its own: there a function is given the constant.
 
     Args:
-        named: The model's modules.
+        named: The model's modules, if they are torch's layers alone; else none.
 
     Attributes:
         sizes: Bytes of each that is constant, by its place in memory.
@@ -91,28 +93,44 @@ class ConstantMatrices(contextlib.AbstractContextManager[Any]):
     def __init__(self, named: Iterable[tuple[str, nn.Module]]) -> None:
         self.sizes: dict[int, int] = {}
         self._named = named
-        self._held: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+        self._may = True
+        self._on = False
+        self._held: list[tuple[dict[str, Any], Tensor]] = []
 
     def begin(self) -> None:
-        """Put constants in their place from now on."""
-        found: list[tuple[dict[str, Any], str, Tensor]] = [
-            (m._parameters, name, x)
-            for _, m in self._named
-            for name, x in m._parameters.items()
-            if type(x) is nn.Parameter and x.ndim == 2 and x.requires_grad
-        ]
-        for place, name, x in found:
-            place[name] = constant = x.detach()
-            self._held.append((place, name, x, constant))
-            self.sizes[address(x)] = x.nbytes
+        """Take them for constants from now on."""
+        self._on = self._may
+        for _, m in self._named if self._may else ():
+            x: Any = m._parameters.get("weight")
+            if type(m) is nn.Linear and type(x) is nn.Parameter and x.requires_grad:
+                self._held.append((m._parameters, x))
+                m._parameters["weight"] = x.detach()  # type: ignore[assignment]
+                self.sizes[address(x)] = x.nbytes
+
+    def given(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return what a linear layer, or attention, is given in place of ``args``."""
+        h = args[0] if args and self._on else None
+        if type(h) is not Tensor or not h.requires_grad:
+            return args
+        return h, *[self._constant(x) for x in args[1:]]
+
+    def _constant(self, x: Any) -> Any:
+        """Return a matrix that is a parameter, or part of one, as a constant."""
+        if not isinstance(x, Tensor) or x.ndim != 2:
+            return x
+        own = x if x._base is None else x._base
+        if type(own) is not nn.Parameter or not own.requires_grad:
+            return x
+        self.sizes[address(own)] = own.nbytes
+        return x.detach()
 
     def end(self) -> bool:
-        """Give them back; whether there are any."""
-        held, self._held, self._named = self._held, [], ()
-        for place, name, x, constant in held:
-            if place.get(name) is constant:  # else the model has put another there
-                place[name] = x
-        return bool(held)
+        """Take none for constant any more; return whether one was."""
+        self._on = self._may = False
+        for place, x in self._held:
+            place["weight"] = x
+        self._held.clear()
+        return bool(self.sizes)
 
     def __exit__(self, *_: object) -> None:
         self.end()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -246,7 +246,7 @@ def clean_pass(
     called = thrice or (twice and survey.callers)
     operations = functools.partial(pass_kernels, bool(called), thrice, lean)
     there = functools.partial(there_before, model, inputs)
-    matrices = ConstantMatrices(() if outlives else survey.modules)
+    matrices = ConstantMatrices(() if survey.callers else survey.modules)
     seen = Recorder(outlives, first, weigh, there, survey, matrices)
     placed = at_sites(
         model, unasking(seen.perturb), move_buffers=move_buffers, outlives=outlives,
@@ -257,10 +257,10 @@ def clean_pass(
         if outlives:
             calls.watch = Blocks(operations).look
         moved = None if calls.absent else generators_moved(model)
-        options: dict[str, Any] = {"move_buffers": move_buffers, "survey": survey}
-        outputs = seen.run(functools.partial(call, model, inputs, **options))
-        if reduce is not None:
-            outputs = reduce(outputs)
+        calls.given = matrices.given
+        options = {"move_buffers": move_buffers, "survey": survey}
+        run = functools.partial(_run, model, inputs, matrices, reduce, options)
+        outputs = seen.run(run, lambda: calls.differentiates)
         if bare and not calls.again:
             calls.rest()  # before anything is asked of a tensor
         drawn = moved is not None and moved()
@@ -277,3 +277,15 @@ def clean_pass(
         found = CleanPass(outputs, uses, masks, zeros, last, *said, survey.row_wise)
         del outputs  # what the pass lets go of
         yield found
+
+
+def _run(
+    model: nn.Module,
+    inputs: Any,
+    matrices: ConstantMatrices,
+    reduce: Callable[[Any], Any] | None,
+    options: Mapping[str, Any],
+) -> Any:
+    outputs = call(model, inputs, **options)
+    matrices.end()  # before anybody's loss
+    return outputs if reduce is None else reduce(outputs)

@@ -135,12 +135,18 @@ class GradientPairs:
         rewind = rewinding(self._model)
         passes = PassParts(self._model, self._targets, there, len(batches))
         self._passes = passes
-        links = self._links(batches)
-        while passes.next():
-            links = links + self._links(batches)
+        links = None
+        try:
+            links = self._links(batches)
+            while passes.next():
+                links = links + self._links(batches)
+        except Exception:  # of a model that lets nobody see what it saves, or reads it
+            links = None
         self._passes = None
-        if passes.parted and not passes.alike:  # of a model that went another way
-            rewind()  # by its masks perhaps: at the same ones
+        # Of a model that went another way, by its masks perhaps: at the same ones.
+        if links is None or (passes.parted and not passes.alike):
+            passes.alike = False
+            rewind()
             links = self._links(batches)
         self._large = passes.parted and passes.alike
         return links

@@ -41,6 +41,8 @@ class PassNodes:
         spans = [(k, last) for (k, _), last in leads.items()]
         spans += [(own[0], own[-1]) for own in self.readers.values()]
         self.narrow: dict[int, GradientEdge] = {}
+        if any(first > last for first, last in spans):  # another thread's count
+            return
         ways = [0] * (len(self.nodes) + 1)
         for first, last in spans:
             ways[first + 1] += 1

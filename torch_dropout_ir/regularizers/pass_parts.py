@@ -47,6 +47,7 @@ class _Saved:
 
     def __init__(self, place: int, x: Tensor | None) -> None:
         self.place, self.x = place, x
+        self.version = 0 if x is None else x._version
 
 
 class _Left(NamedTuple):
@@ -87,7 +88,7 @@ class PassParts:
         self._count = count
         self._cuts = [0, 0]  # where parts end and begin, from the first to the last
         self._node_of: dict[int, int] = {}  # which has saved what, by its place
-        self._like: tuple[int, int] | None = None  # numbers of nodes, of places
+        self._like: Any = None  # nodes, who reads parameters, number of places
         self._left: list[_Left] = []
         self._pass = 0
         self._first = True  # whether it is the last layers' turn
@@ -134,7 +135,8 @@ class PassParts:
             plain: Whether nobody's hooks see what is sent back.
         """
         found = PassNodes(value, self._own)
-        like = len(found.nodes), self._places
+        names = [node.name() for node in found.nodes]
+        like = names, found.readers, self._places
         if self._like is None:
             self._like = like
             self._choose(value, found, plain)
@@ -290,4 +292,5 @@ class PassParts:
 
 def _given(saved: _Saved) -> Tensor:
     assert saved.x is not None  # what the part needs is kept
+    assert saved.x._version == saved.version  # which torch asks of its own alone
     return saved.x

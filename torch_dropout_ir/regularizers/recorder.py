@@ -139,6 +139,7 @@ class Recorder:
             there = {address(x) for x in self._given()}
             self.below = Below.by(h, there, self.below.constants)
         large = h.numel() >= CONSTANT or self._first is not None
+        large = large and not self._outlives
         if first and large and not checkpointed():  # which runs all of a block again
             self._matrices.begin()
         held = h if self._outlives else h.detach()
@@ -155,14 +156,24 @@ class Recorder:
         self.passed.append(passed)
         return out
 
-    def run(self, forward: Callable[[], Any]) -> Any:
-        """Return what a forward pass does, run again where an input was lost in it."""
+    def run(
+        self, forward: Callable[[], Any], differentiates: Callable[[], bool]
+    ) -> Any:
+        """Return what a forward pass does, run again where an input was lost in it.
+
+        So it is without constants where ``differentiates`` says that a model takes
+        derivatives itself, perhaps in one.
+        """
+        outputs, wrong = None, False
         try:
             outputs = forward()
-        except RuntimeError:
+        except Exception:
             if not self._matrices.end():
                 raise
-            self._clear()  # a model may differentiate in a matrix itself
+            wrong = True
+        if wrong or (differentiates() and self._matrices.end()):
+            del outputs
+            self._clear()
             outputs = forward()
         if not (self._writes and self._settles):
             return outputs
