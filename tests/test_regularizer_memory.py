@@ -88,9 +88,8 @@ def test_an_estimate_holds_no_more_than_a_training_step(model, form):
     y = torch.randint(10, (len(x),))
     step = peak(lambda: F.cross_entropy(net(x), y).backward())
     net.zero_grad()
-    FORMS[form](net, (x[:8], y[:8]), "cross_entropy")
-    found = peak(lambda: FORMS[form](net, (x, y), "cross_entropy"))
-    # A step in a process that has run some lacks what its first kernels allot.
+    # The least of two: what kernels allot at their first run in a process is no one's.
+    found = min(peak(lambda: FORMS[form](net, (x, y), "cross_entropy")) for _ in "12")
     assert found <= (1.001 + BESIDE.get(form, 0.0)) * step
 
 
