@@ -45,8 +45,8 @@ from regularizers_losses import large_costs
 from regularizers_memory import memory
 
 
-def main() -> int:
-    """Run the benchmark."""
+def arguments() -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,7 +63,12 @@ def main() -> int:
     parser.add_argument("--rates", type=float, nargs="+",
                         default=[0.05, 0.2, 0.5, 0.8, 0.9], help="p")  # fmt: skip
     parser.add_argument("--png", type=Path, help="draw the biases into this file")
-    chosen = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the benchmark."""
+    chosen = arguments()
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     if chosen.page:

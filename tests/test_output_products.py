@@ -10,7 +10,7 @@ from torch import nn
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.output_products import HessianProduct, ProductRoots
 from torch_dropout_ir.regularizers import gauss_newton
-from torch_dropout_ir.regularizers.loss_graph import rows_meet
+from torch_dropout_ir.regularizers.loss_graph import joins_rows
 
 N, K = 5, 3
 SQUARE = torch.eye(K).double() + 0.5
@@ -148,7 +148,7 @@ def test_what_the_graph_tells_is_true_of_the_dense_hessian(name):
     f, y, dense = hessian(TOLD[name])
     product = HessianProduct(resolve_loss(TOLD[name]), f, y)
     alone = product.terms is not None and product.terms.log_softmax is None
-    told = alone, rows_meet(product.at, product.nodes) is False
+    told = alone, joins_rows(product.at, product.nodes) is False
     diagonal = torch.diag(dense.view(N * K, N * K).diagonal()).view_as(dense)
     blocks = torch.einsum("iaib,ij->iajb", dense, torch.eye(N).double())
     assert not told[0] or torch.equal(dense, diagonal)
@@ -157,7 +157,7 @@ def test_what_the_graph_tells_is_true_of_the_dense_hessian(name):
     coupled = name in COUPLED | TOLD_COUPLED
     assert torch.allclose(dense, blocks) is not coupled
     expected = None if name in NOT_TOLD else coupled
-    assert rows_meet(product.at, product.nodes) is expected
+    assert joins_rows(product.at, product.nodes) is expected
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from torch_dropout_ir import ops
+from torch_dropout_ir import collectives, ops
 from torch_dropout_ir.kernels import keep_scale
 from torch_dropout_ir.regularizers import gradient_norm, gradient_pairs
 from torch_dropout_ir.regularizers.pass_parts import PassParts
@@ -269,3 +269,22 @@ def test_what_is_written_over_is_told(monkeypatch):
     made_by_parts(monkeypatch)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradient_norm(net, batch, "cross_entropy", lr=4.0)
+
+
+def test_a_rank_whose_loss_raises_says_why(monkeypatch):
+    """The others ask something else by then: that is not the reason."""
+    net, batch = Net(), (torch.randn(8, WIDE), torch.randint(3, (8,)))
+    raised = []
+    made_by_parts(monkeypatch)
+
+    def loss(f, y):
+        raised.append(1)
+        raise ValueError("of its own")
+
+    def ask(number, _):
+        if raised:
+            raise RuntimeError("ranks ask unlike questions")
+        return number
+
+    with collectives.together(ask), pytest.raises(ValueError, match="of its own"):
+        gradient_norm(net, batch, loss, lr=4.0)

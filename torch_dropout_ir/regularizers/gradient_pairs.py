@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.arrivals import arrivals
-from torch_dropout_ir.collectives import go_on
+from torch_dropout_ir.collectives import alone, go_on
 from torch_dropout_ir.functional import Batch, parameters, rewinding
 from torch_dropout_ir.gradient_factors import Factors, address
 from torch_dropout_ir.inputs import Inputs
@@ -135,19 +135,26 @@ class GradientPairs:
         rewind = rewinding(self._model)
         passes = PassParts(self._model, self._targets, there, len(batches))
         self._passes = passes
-        links = None
+        failed: Exception | None = None
         try:
             links = self._links(batches)
             while passes.next():
                 links = links + self._links(batches)
-        except Exception:  # of a model that lets nobody see what it saves, or reads it
-            links = None
+        except (
+            Exception
+        ) as err:  # of a model that does not let others see what it saves
+            failed = err
         self._passes = None
         # Of a model that went another way, by its masks perhaps: at the same ones.
-        if links is None or (passes.parted and not passes.alike):
+        if failed or (passes.parted and not passes.alike):
             passes.alike = False
             rewind()
-            links = self._links(batches)
+            try:
+                links = self._links(batches)
+            except Exception:
+                if failed and not alone():  # other ranks ask something else by now
+                    raise failed from failed.__cause__
+                raise
         self._large = passes.parted and passes.alike
         return links
 

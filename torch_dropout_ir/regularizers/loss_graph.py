@@ -69,11 +69,11 @@ def bends(value: Tensor) -> bool:
 
 
 def rows_apart(outputs: Tensor, nodes: Nodes) -> bool:
-    """Whether the graph shows a sum of terms of one row each, see :func:`rows_meet`."""
-    return rows_meet(outputs, nodes) is False
+    """Whether the graph shows a sum of terms of one row each: :func:`joins_rows`."""
+    return joins_rows(outputs, nodes) is False
 
 
-def rows_meet(outputs: Tensor, nodes: Nodes) -> bool | None:
+def joins_rows(outputs: Tensor, nodes: Nodes) -> bool | None:
     """Say whether a loss is more than a sum of terms of one row each.
 
     Args:

@@ -19,7 +19,7 @@ from torch_dropout_ir.regularizers.coupling import (
     even_root,
     weighs_alike,
 )
-from torch_dropout_ir.regularizers.loss_graph import bends, rows_meet
+from torch_dropout_ir.regularizers.loss_graph import bends, joins_rows
 
 _PIECEWISE: Final = (
     "expected a loss with a second derivative, got one that is piecewise {}: its "
@@ -79,7 +79,7 @@ class OutputsRead:
             return False
         product = product or self.product()
         if product and dims == 1:
-            told = rows_meet(product.at, product.nodes)
+            told = joins_rows(product.at, product.nodes)
             if told is not None:
                 return told
         counts = {x.shape[:dims].numel() for x in self.tensors if x.ndim >= dims}

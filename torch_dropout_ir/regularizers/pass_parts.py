@@ -184,13 +184,11 @@ class PassParts:
         count = len(found.nodes)
         room = self._room(value, found) if plain and TOLD else None
         inner = [] if room is None else self._inner(found, room)
-        for k in range(most(len(inner), "parts")):
-            inner[k:] = [
-                most(inner[k] if k < len(inner) else 0, "cut"),
-                *inner[k + 1 :],
-            ]
+        inner += [0] * (most(len(inner), "parts") - len(inner))
+        inner = [most(cut, "cut") for cut in inner]
         fits = plain and TOLD and all(cut in found.narrow for cut in inner)
-        self.parted = every(fits and inner == sorted(set(inner)) != [], "fits")
+        fits = fits and inner == sorted(set(inner))
+        self.parted = every(bool(inner) and fits, "fits")
         self._cuts = [0, *(inner if self.parted else []), count]
 
     def _room(self, value: Tensor, found: PassNodes) -> int | None:
@@ -292,5 +290,6 @@ class PassParts:
 
 def _given(saved: _Saved) -> Tensor:
     assert saved.x is not None  # what the part needs is kept
-    assert saved.x._version == saved.version  # which torch asks of its own alone
+    if saved.x._version != saved.version:  # torch asks that of what it keeps itself
+        raise RuntimeError("what a derivative needs was written on in place")
     return saved.x
