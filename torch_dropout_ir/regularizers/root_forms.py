@@ -26,7 +26,7 @@ from torch_dropout_ir.regularizers.part_roots import PartRoots
 from torch_dropout_ir.regularizers.root_choice import Roots, choose
 from torch_dropout_ir.regularizers.root_pulls import added_up, plain, pull_root
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
-from torch_dropout_ir.regularizers.site_forms import Form, Sums
+from torch_dropout_ir.regularizers.site_forms import Form, Sums, rows_of_form
 
 
 class RootForms:
@@ -120,7 +120,7 @@ class RootForms:
         meet = clean.samples_meet(outputs) if _alike(clean, outputs) else None
         if meet is None or not clean.uses:
             return None
-        roots = self._drawn()
+        roots, count = self._drawn(), clean.count(outputs)
         inputs, gradients, factors, rows, units, numbers = [], [], [], [], [], []
         sites: dict[str, int] = {}
         for k in range(len(roots)):
@@ -135,8 +135,8 @@ class RootForms:
                 inputs.append(plain(h))
                 gradients.append(g)
                 factors.append(site.variance / 2 * sign)
-                rows.append(shape[0] if shape else 1)
-                units.append(math.prod(shape[1:]))
+                rows.append(rows_of_form(shape, count))
+                units.append(math.prod(shape) // max(1, rows[-1]))
                 numbers.append(sites.setdefault(site.name, len(sites)))
         meet = meet or self.loss_couples
         if not inputs:

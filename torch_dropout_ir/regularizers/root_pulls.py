@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.coupling import row_weight
-from torch_dropout_ir.regularizers.site_forms import Form, by_row
+from torch_dropout_ir.regularizers.site_forms import Form, by_sample
 
 
 def plain(h: Tensor) -> Tensor:
@@ -25,11 +25,12 @@ def pull_root(
     keep: bool = True,
     weights: dict[int, Tensor] | None = None,
 ) -> list[Form]:
-    """Return the quadratic form of each use, summed over units, by leading indices.
+    """Return the quadratic form of each use, summed over units, by sample.
 
     ``weights`` is filled with what :func:`row_weights` gives, if there.
     """
     squares: dict[int, Tensor] = {}
+    count = clean.count(outputs)
 
     def receive(use: int, g: Tensor) -> None:
         (site, h, _), shape = clean.uses[use], clean.mask_shapes[use]
@@ -38,7 +39,7 @@ def pull_root(
             shared = shared.sum_to_size(shape)
         # In place where memory matters; else by what has just been done.
         shared = shared.square_() if clean.matters else shared * shared
-        _, squares[use] = by_row(site, shared)
+        _, squares[use] = by_sample(site, shared, count)
         if weights is not None:
             weights[use] = row_weight(g)
 

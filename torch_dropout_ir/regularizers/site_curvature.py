@@ -13,7 +13,7 @@ from torch_dropout_ir.arrivals import linear_root, once_differentiable, root_of
 from torch_dropout_ir.collectives import go_on
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead
-from torch_dropout_ir.regularizers.site_forms import Form, by_row, signs
+from torch_dropout_ir.regularizers.site_forms import Form, by_sample, signs
 from torch_dropout_ir.tracing import derivatives
 
 Vectors = Sequence["Tensor | None"]
@@ -43,6 +43,7 @@ class SiteCurvature:
     ) -> None:
         self._clean = clean
         self._tensors = read.tensors
+        self._count = math.gcd(*[clean.count(x) for x in read.tensors])
         self._linearized = linearized
         self._create_graph = create_graph
         if not linearized:
@@ -106,8 +107,7 @@ class SiteCurvature:
     def exact(self, coupled: bool) -> list[Form]:
         """Return the forms of elements of a mask; of all samples if not coupled."""
         forms = []
-        counts = [1] if coupled else [self._clean.count(x) for x in self._tensors]
-        count = math.gcd(*counts)
+        count = 1 if coupled else self._count
         for i, (site, h, _) in enumerate(self._clean.uses):
             shape = site.mask_shape(h.shape)
             own = shape if count < 2 else (shape[0] // count, *shape[1:])
@@ -128,7 +128,7 @@ class SiteCurvature:
     def _forms(self, vectors: Vectors, keep: bool = True) -> list[Form]:
         products = self.product(vectors, keep)
         return [
-            by_row(site, v * found / 2)
+            by_sample(site, v * found / 2, self._count)
             for (site, _, _), v, found in zip(
                 self._clean.uses, vectors, products, strict=True
             )

@@ -33,11 +33,18 @@ class Sums(NamedTuple):
     coupled: bool
 
 
-def by_row(site: Site, form: Tensor) -> Form:
-    """Sum a form over all but the first dimension."""
-    if form.ndim != 2:
-        form = form.reshape(form.shape[0] if form.ndim else 1, -1)
+def by_sample(site: Site, form: Tensor, count: int) -> Form:
+    """Sum a form over what is of a sample, of ``count``; else of a row."""
+    rows = rows_of_form(form.shape, count)
+    if form.ndim != 2 or form.shape[0] != rows:
+        form = form.reshape(rows, form.numel() // rows if rows else 0)
     return site.name, form.sum(1)
+
+
+def rows_of_form(shape: Sequence[int], count: int) -> int:
+    """Return into how many a form goes: samples, which may have several rows each."""
+    rows = shape[0] if shape else 1
+    return count if count and not rows % count else rows
 
 
 def signs(site: Site, h: Tensor) -> Tensor:
@@ -189,17 +196,10 @@ def _of_few(
 
 
 def _by_sample(rows: list[list[float]], samples: int) -> list[float]:
-    """Return what each sample adds, of which each form may have several rows."""
+    """Return what each sample adds."""
     if samples == 1:
         return [sum([sum(row) for row in rows])]
-    each = [
-        row[i :: len(row) // samples]
-        for row in rows
-        for i in range(len(row) // samples)
-    ]
-    return (
-        each[0] if len(each) == 1 else [sum(forms) for forms in zip(*each, strict=True)]
-    )
+    return rows[0] if len(rows) == 1 else [sum(own) for own in zip(*rows, strict=True)]
 
 
 def _spread(own: Sequence[float]) -> float:
@@ -214,11 +214,8 @@ def _spread(own: Sequence[float]) -> float:
 
 def _samples(draw: Sequence[Form], coupled: bool) -> int:
     """Return the number of samples with draws of their own; 1 where they have none."""
-    counts = [form.shape[0] for _, form in draw]
-    samples = min(counts)
-    if coupled or samples < 2 or any([count % samples for count in counts]):
-        return 1
-    return samples
+    counts = {form.shape[0] for _, form in draw}
+    return 1 if coupled or len(counts) != 1 else max(1, *counts)
 
 
 def _standard_errors(
@@ -247,9 +244,9 @@ def _standard_errors(
 
 
 def _rows(draw: Sequence[Form], samples: int, name: str) -> Tensor:
-    """Return the forms of a site by sample, which may have several rows at it."""
+    """Return the forms of a site by sample."""
     forms = [
-        f if len(f) == samples else f.view(samples, len(f) // samples).sum(1)
+        f if len(f) == samples else f.sum().unsqueeze(0)
         for site, f in draw
         if site == name
     ]

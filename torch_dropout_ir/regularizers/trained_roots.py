@@ -17,7 +17,7 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.known_gradient import parts_pay, with_gradient
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
-from torch_dropout_ir.regularizers.site_forms import Form, by_row, not_reached, total
+from torch_dropout_ir.regularizers.site_forms import Form, by_sample, not_reached, total
 
 # Losses whose Hessian has a root that is a function of the outputs.
 ROOTED: Final = ("squared", "cross_entropy")
@@ -49,7 +49,7 @@ def drawn_form(
             "(`once_differentiable`). Use `r1='monte_carlo'`."
         )
     return [
-        by_row(site, site.variance / 2 * (h * g).sum_to_size(shape).square())
+        by_sample(site, site.variance / 2 * (h * g).sum_to_size(shape).square(), 0)
         for (site, h, _), g in zip(clean.uses, found, strict=True)
         if g is not None
         for shape in [site.mask_shape(h.shape)]
