@@ -1,14 +1,19 @@
 """Models and losses of other people's: errors and claims against plain torch."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
-from torch_dropout_ir.regularizers import gauss_newton, second_order
+from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.regularizers import gauss_newton, monte_carlo, second_order
+from torch_dropout_ir.regularizers.online import online
+from torch_dropout_ir.testing import expected_dropout_loss
 
 
 class Folded(nn.Module):
-    """Rows of all samples in one dimension at the site, put together for the outputs."""
+    """Rows of all samples in one dimension at the site, put together behind it."""
 
     def __init__(self):
         super().__init__()
@@ -59,3 +64,110 @@ def test_channels_of_an_image_without_batch_are_no_samples(form):
     assert found.standard_error.isnan()
     assert all(x.isnan() for x in found.per_site_standard_error.values())
     assert 0.7 < spread(form, net, batch, 3) < 1.4
+
+
+def small():
+    torch.manual_seed(1)
+    layers = nn.Linear(2, 3), nn.Tanh(), nn.Dropout(0.3), nn.Linear(3, 2)
+    return nn.Sequential(*layers).double()
+
+
+def twice(net, x, evaluated=False):
+    """A loss that runs the model again, in evaluation mode or with dropout."""
+
+    def loss(f, y):
+        net.train(not evaluated)
+        other = net(x)
+        net.train()
+        return nn.functional.mse_loss(f, y) + nn.functional.mse_loss(other, f)
+
+    return loss
+
+
+def mean_over_masks(x, y, evaluated):
+    """``E[R_drop] - R_S`` of that, by plain products of masks in its own words."""
+    net = small()
+    h, keep = net[1](net[0](x)), 0.7
+    bits = list(itertools.product((0.0, 1.0), repeat=h.numel()))
+    masks = torch.tensor(bits, dtype=torch.float64).view(-1, *h.shape)
+    chance = torch.where(masks > 0, keep, 1 - keep).flatten(1).prod(1)
+    f, clean = net[3](h * masks / keep), net[3](h)
+    own = (f - y).square().mean((1, 2))
+    if evaluated:
+        other = (clean - f).square().mean((1, 2))
+        return (chance * (own + other)).sum() - (clean - y).square().mean()
+    # Of two independent passes the mean square of the difference is two variances.
+    mean = (chance[:, None, None] * f).sum(0)
+    variance = (chance[:, None, None] * (f - mean).square()).sum(0)
+    return (chance * own).sum() + 2 * variance.mean() - (clean - y).square().mean()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_loss_that_runs_the_model_again(evaluated, hooked):
+    """Masks see what drops in it, and it alone; derivatives of the outputs do not."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 2).double(), torch.randn(2, 2).double()
+    net = small()
+    if hooked:
+        net.add_module("4", Passes())
+    loss, truth = twice(net, x, evaluated), mean_over_masks(x, y, evaluated)
+    found = monte_carlo(net, (x, y), loss, num_masks=600)
+    assert (found.value - truth).abs() < 4 * found.standard_error < truth
+    mean = expected_dropout_loss(net, (x, y), loss)
+    clean = nn.functional.mse_loss(small()[3](small()[:2](x)), y)
+    torch.testing.assert_close(mean - clean, truth)
+    for form in (gauss_newton, second_order):
+        if evaluated:
+            torch.testing.assert_close(
+                form(net, (x, y), loss, num_samples=None).value, truth
+            )
+            continue
+        for num_samples in (None, 1):
+            with pytest.raises(ValueError, match=r"runs the model again.*'2'"):
+                form(net, (x, y), loss, num_samples=num_samples)
+
+
+class Passes(nn.Module):
+    """A layer that is none of torch's."""
+
+    def forward(self, x):
+        return x * 1.0
+
+
+def test_squares_of_a_second_run_make_nothing_exact():
+    """In training the loss is averaged over masks, and the sites' parts say so."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 2).double(), torch.randn(2, 2).double()
+    net, truth = small(), mean_over_masks(x, y, False)
+    found, how, _ = online(net, (x, y), resolve_loss(twice(net, x)), num_masks=400)
+    assert (found.value - truth).abs() < 4 * found.standard_error < truth
+    assert "runs the model again" in how and not found.exact
+
+
+class Switches(nn.Module):
+    """A model that sets its own mode for a second pass of a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = small()
+
+    def forward(self, x):
+        f = self.part(x)
+        self.eval()
+        other = self.part(x)
+        self.train()
+        return f - other
+
+
+def test_a_model_that_evaluates_itself_has_no_noise_there():
+    torch.manual_seed(0)
+    x, zero = torch.randn(2, 2).double(), torch.zeros(2, 2).double()
+    net, part = Switches(), small()
+    f = part[3](part[:2](x))
+    truth = mean_over_masks(x, f.detach(), False) / 3  # thrice the variance
+    for form in (gauss_newton, second_order):
+        torch.testing.assert_close(
+            form(net, (x, zero), "mse", num_samples=None).value, truth
+        )
+    torch.testing.assert_close(expected_dropout_loss(net, (x, zero), "mse"), truth)

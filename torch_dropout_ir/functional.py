@@ -113,7 +113,7 @@ def at_sites(
     Args:
         model: The model.
         apply: Called with the site and its input where it draws noise in training (or
-            the whole model is in evaluation mode); returns what passes on.
+            the whole model is in evaluation mode before); returns what passes on.
         move_buffers: Whether running statistics move, as in a step of training.
         outlives: Whether the graph of the pass is used after the context.
         survey: The modules of the model, where they have been looked at just now.
@@ -151,19 +151,26 @@ def _replace(
     seen: Survey, apply: SiteFunction, undo: list[Callable[[], object]]
 ) -> None:
     """Put ``apply`` in the place of each site of a model of torch's layers alone."""
-    for site in seen.sites:  # of which nobody asks the mode, and nothing changes it
-        if site.p > 0 and (site.module.training or not seen.model.training):
+    evaluated = not seen.model.training
+    for site in seen.sites:  # of which nobody asks the mode
+        if site.p > 0 and (site.module.training or evaluated):
             own = vars(site.module)  # a hook takes as long as a small layer
-            own["forward"] = functools.partial(apply, site)
+            own["forward"] = functools.partial(_act, site, apply, evaluated)
             undo.append(functools.partial(own.pop, "forward"))
+
+
+def _act(site: Site, apply: SiteFunction, evaluated: bool, h: Tensor) -> Tensor:
+    # A loss that runs the model may set its mode.
+    return apply(site, h) if evaluated or site.module.training else h
 
 
 def _hook(seen: Survey, apply: SiteFunction, undo: list[Callable[[], object]]) -> None:
     """Switch dropout modules off, and let each site pass on what ``apply`` returns."""
     modes: dict[nn.Module, bool] = {}
+    evaluated = not seen.model.training  # now: a model may set its mode
 
     def act(site: Site, _: nn.Module, __: Any, h: Tensor) -> Tensor:
-        acts = site.p > 0 and (modes[site.module] or not seen.model.training)
+        acts = site.p > 0 and (modes[site.module] or evaluated)
         return apply(site, h) if acts else h
 
     for module in seen.noise:

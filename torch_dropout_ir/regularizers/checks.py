@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.sites import Site, named_modules, uncompiled, unobservable
 from torch_dropout_ir.tracing import generators_moved, unasked
 
+Later: TypeAlias = Sequence[tuple[Site, torch.Size]]
 _DRAWN: Final = (
     "the model draws noise besides its sites: what that adds is not in it, and it is "
     "at that noise as it was drawn"
@@ -28,6 +28,10 @@ _BESIDE: Final = (
     "the loss also reads what the model keeps beside its outputs (in an attribute or a "
     "closure): what dropout adds by way of that is left out. Return it with the "
     "outputs, or use `second_order` or `monte_carlo`"
+)
+_CALLED: Final = (
+    "the loss runs the model again, whose sites {} drop in it: what that adds is left "
+    "out. Return both with the outputs, or use `monte_carlo`"
 )
 
 
@@ -101,21 +105,28 @@ def check_site(site: Site, h: Tensor) -> None:
 
 
 def check_risk(
-    name: str, value: Callable[[], Tensor], model: nn.Module, inputs: Any
+    name: str, read: OutputsRead, model: nn.Module, inputs: Any, later: Later
 ) -> None:
-    """Raise if the loss draws or is not finite: its derivatives may still be, or 0."""
+    """Raise if the loss draws or is not finite: its derivatives may still be, or 0.
+
+    ``later`` are the sites that have acted when the pass was over, as it runs.
+    """
     moved = generators_moved(model)
     with torch.no_grad():
-        check_finite(name, value(), model, inputs)
-    _check_drawn(name, moved)
+        check_finite(name, read.risk(read.tensors), model, inputs)
+    _check_drawn(name, moved, later)
 
 
 def checked_product(
-    name: str, read: OutputsRead, model: nn.Module, inputs: Any, known: bool
+    name: str,
+    read: OutputsRead,
+    model: nn.Module,
+    inputs: Any,
+    later: Later,
 ) -> HessianProduct | None:
     """Check the loss as :func:`check_risk` does; return its product, if not closed."""
     if read.loss is None:
-        check_risk(name, functools.partial(read.risk, read.tensors), model, inputs)
+        check_risk(name, read, model, inputs, later)
         return None
     if read.closed:
         f, y = read.single, read.targets
@@ -126,16 +137,19 @@ def checked_product(
             value = torch.dist(f, y) if plain else read.loss(f, y)
             check_finite(name, value, model, inputs)
         return None
-    moved = None if known else generators_moved(model)
+    general = read.loss.kind == "general"
+    moved = generators_moved(model) if general else None
     product = read.product()
     assert product is not None
     check_finite(name, product.value, model, inputs)
-    _check_drawn(name, moved)
+    _check_drawn(name, moved, later)
     return product
 
 
-def _check_drawn(name: str, moved: Callable[[], bool] | None) -> None:
-    """Raise a ValueError if a loss has drawn random numbers."""
+def _check_drawn(name: str, moved: Callable[[], bool] | None, later: Later) -> None:
+    """Raise a ValueError if a loss has drawn random numbers, or does in training."""
+    if later:
+        raise ValueError(f"{name}: " + _CALLED.format(_names(later)))
     if moved is not None and moved():
         raise ValueError(
             f"{name}: expected a loss that draws no random numbers, got one that does: "
@@ -209,17 +223,30 @@ def noise_left_out(
 
 
 def read_beside(
-    read: OutputsRead, edges: Iterable[GradientEdge], product: HessianProduct | None
+    read: OutputsRead,
+    edges: Iterable[GradientEdge],
+    product: HessianProduct | None,
+    later: Later,
 ) -> tuple[str, ...]:
-    """Return a note where a loss reads more of a pass than its outputs."""
+    """Return what is to be said of a loss that reads more of a pass than its outputs.
+
+    ``later`` are the sites that have acted when the pass was over, as it runs.
+    """
     if read.loss is not None and read.loss.kind != "general":
         return ()
     sites = {edge.node for edge in edges}
     if product is not None:
-        return (_BESIDE,) if product.leads_to(sites) else ()
-    with torch.enable_grad():
-        value = read.risk([x.detach() for x in read.tensors])
-    return () if sites.isdisjoint(nodes_of(value)) else (_BESIDE,)
+        found = product.leads_to(sites)
+    else:
+        with torch.enable_grad():
+            value = read.risk([x.detach() for x in read.tensors])
+        found = not sites.isdisjoint(nodes_of(value))
+    called = (_CALLED.format(_names(later)),) if later else ()
+    return (*called, _BESIDE) if found else called
+
+
+def _names(later: Later) -> list[str]:
+    return sorted({site.name for site, _ in later})
 
 
 def check_differentiable(name: str, value: Tensor) -> None:

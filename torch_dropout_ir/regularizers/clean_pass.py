@@ -22,7 +22,7 @@ from torch_dropout_ir.regularizers.pass_kernels import pass_kernels
 from torch_dropout_ir.regularizers.recorder import Recorder, Use, shape_of, there_before
 from torch_dropout_ir.regularizers.row_graph import rows_meet
 from torch_dropout_ir.regularizers.step_memory import Below, Weighed, may_hold_much
-from torch_dropout_ir.sites import out_of_sight
+from torch_dropout_ir.sites import Site, out_of_sight
 from torch_dropout_ir.substitution import ConstantMatrices
 from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.tracing import derivatives, generators_moved, unasking
@@ -46,6 +46,8 @@ class CleanPass:
             autograd (``torch.no_grad`` or reentrant checkpointing), in a transform of
             ``torch.func``, or in a model that takes derivatives of its own.
         out_of_sight: What :func:`torch_dropout_ir.sites.unobservable` says.
+        later: Sites that have acted since, in a loss that runs the model, with the
+            shapes of their inputs.
         below: What a step holds below the first site, where that was to be weighed.
         weigh: Whether graphs may be kept.
         row_wise: Whether the model's layers keep rows apart, of matrices and more.
@@ -61,6 +63,7 @@ class CleanPass:
     noisy: bool
     unreachable: tuple[str, ...]
     out_of_sight: dict[str, str]
+    later: list[tuple[Site, torch.Size]]
     below: Below
     weigh: bool = False
     row_wise: bool = False
@@ -271,10 +274,12 @@ def clean_pass(
         alone = len(uses) == 1 and not hidden and not noisy
         last = seen.maker(outputs) if find_last and alone else None
         seen.close()
-        said = drawn, noisy, tuple(seen.unreachable), hidden, seen.below, weigh
+        said = drawn, noisy, tuple(seen.unreachable), hidden, seen.later
         masks = [site.mask_shape(h.shape) for site, h, _ in uses]
         zeros = [*seen.zeros.values()]
-        found = CleanPass(outputs, uses, masks, zeros, last, *said, survey.row_wise)
+        found = CleanPass(
+            outputs, uses, masks, zeros, last, *said, seen.below, weigh, survey.row_wise
+        )
         del outputs  # what the pass lets go of
         yield found
 

@@ -61,5 +61,5 @@ def of_squares(clean: CleanPass, loss: Loss, targets: Any) -> bool:
     if not is_quadratic(loss, clean.outputs.detach(), targets):
         return False
     return not read_beside(
-        read_outputs(clean.outputs, loss, targets), clean.edges, None
+        read_outputs(clean.outputs, loss, targets), clean.edges, None, clean.later
     )

@@ -254,9 +254,8 @@ def _forms(
     its second derivative is to be taken along lines.
     """
     if parts is None or not parts.weights:
-        known = read.loss is not None and read.loss.kind != "general"
-        product = checked_product("gauss_newton", read, model, inputs, known)
-        beside = read_beside(read, clean.edges, product)
+        product = checked_product("gauss_newton", read, model, inputs, clean.later)
+        beside = read_beside(read, clean.edges, product, clean.later)
         if parts is not None or not parts_pay(clean, read, product, num_samples):
             line = line and num_samples is not None and not beside
             line = line and makes_much(clean, read, product)

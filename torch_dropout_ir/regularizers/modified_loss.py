@@ -258,7 +258,7 @@ def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
         return torch.zeros(())
     if r1 != "second_order":
         read = read_outputs(clean.outputs, loss, targets)
-        for note in read_beside(read, clean.edges, None):
+        for note in read_beside(read, clean.edges, None, clean.later):
             warnings.warn(f"modified_loss: R_1: {note}", stacklevel=4)
     if r1 in ("gauss_newton", "second_order"):
         return _sampled_form(clean, targets, loss, r1)

@@ -23,7 +23,7 @@ from torch_dropout_ir.regularizers.step_memory import Below
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.substitution import ConstantMatrices
 from torch_dropout_ir.survey import Survey
-from torch_dropout_ir.tracing import checkpointed, mapped, unasked
+from torch_dropout_ir.tracing import checkpointed, mapped, recomputes, unasked
 
 # Elements of the first site's input beside which a look at the graph takes no time.
 _LARGE: Final = 2**16
@@ -98,6 +98,7 @@ class Recorder:
         # Outputs of layers that nothing else holds are let go of.
         self.reads: list[tuple[nn.Linear, bool, weakref.ref[Tensor], int]] = []
         self.unreachable: list[str] = []
+        self.later: list[tuple[Site, torch.Size]] = []
         self._outlives = outlives
         self._first = first
         self._weigh = weigh
@@ -128,13 +129,14 @@ class Recorder:
         if zero is None:
             zero = torch.zeros((), device=h.device, requires_grad=True)
             self.zeros[h.device] = zero
-        if not self._open:  # computed again under checkpointing
+        if not self._open:
+            if not recomputes():  # as a block under checkpointing; it is the loss
+                self.later.append((site, h.shape))
             return h + zero
         if self._writes and self._settles and self.passed:
             last = len(self.passed) - 1  # another thread may add one meanwhile
-            self.passed[last] = self.passed[
-                last
-            ].settled()  # who writes does so at once
+            # Who writes does so at once.
+            self.passed[last] = self.passed[last].settled()
         if first and h.numel() >= (step_memory.SOME if self._weigh else _LARGE):
             there = {address(x) for x in self._given()}
             self.below = Below.by(h, there, self.below.constants)

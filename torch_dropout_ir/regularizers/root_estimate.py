@@ -97,7 +97,7 @@ def estimate(
     read = read_of(clean, targets, loss)
     product = None if read.closed else read.product()
     forms = RootForms(clean, read, num_samples, product)
-    beside = read_beside(read, clean.edges, product)
+    beside = read_beside(read, clean.edges, product, clean.later)
     known = functools.partial(known_of, model, clean, read, loss, forms, beside)
     if (summed := forms.sums(clean, read)) is not None:
         return known(summed.values[0]).of(summed)

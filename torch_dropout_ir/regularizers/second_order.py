@@ -196,8 +196,7 @@ def _first_pass(
         alone = parts if parts is not None and parts.weights else None
         line = line and alone is None and num_samples is not None
         if line and makes_much(clean, read, None):
-            risk = functools.partial(read.risk, read.tensors)
-            check_risk("second_order", risk, model, batch[0])
+            check_risk("second_order", read, model, batch[0], clean.later)
             if (found := AlongLine.of(model, clean, read)) is not None:
                 return found
         return _seen(model, batch, loss, num_samples, clean, read, alone)
@@ -223,8 +222,7 @@ def _seen(
         read = read_outputs(clean.outputs, loss, batch[1])
     meet = coupled
     if alone is None or not alone.curved:
-        risk = functools.partial(read.risk, read.tensors)
-        check_risk("second_order", risk, model, batch[0])
+        check_risk("second_order", read, model, batch[0], clean.later)
         check_curvature(read)
         coupled |= bool(clean.uses) and alone is None and read.couples()
     draws, chunks, few = None, None, False
@@ -257,9 +255,7 @@ def _parts(
     model: nn.Module, batch: Batch, clean: CleanPass, read: OutputsRead
 ) -> LossParts | None:
     """Return the loss as parts to be looked at, if its graph keeps rows apart."""
-    assert read.loss is not None
-    known = read.loss.kind != "general"
-    product = checked_product("second_order", read, model, batch[0], known)
+    product = checked_product("second_order", read, model, batch[0], clean.later)
     if product is not None and not apart(product):
         return None
     return LossParts(read, count_samples(clean, read, batch[0]))

@@ -191,21 +191,19 @@ def uses_of_sites(
     with clean_pass(model, batch[0]) as clean:
         with torch.no_grad():
             loss(clean.outputs, batch[1])  # raises, where it is none
+        acted = [(s, h.shape) for s, h, _ in clean.uses] + clean.later
+        coupled = True if clean.later else coupled  # in a loss that runs the model
         if coupled is None:
             read = read_outputs(clean.outputs, loss, batch[1])
-            coupled = (
-                bool(clean.unreachable)
-                or clean.couples_samples(read.tensors)
-                or not _a_row_each(clean, read)
-                or _meet_in_loss(read)
-            )
+            coupled = bool(clean.unreachable) or clean.couples_samples(read.tensors)
+            coupled = coupled or not _a_row_each(clean, read) or _meet_in_loss(read)
             shown = not coupled and _shown_apart(clean, read)
         if inside := [s.name for s, h, _ in clean.uses if batched(h)]:
             raise ValueError(
                 "expected_dropout_loss: expected sites outside of `torch.func.vmap`, "
                 f"which hides masks, got {inside}. Use `regularizers.monte_carlo`."
             )
-        each = [(s, torch.Size(s.mask_shape(h.shape))) for s, h, _ in clean.uses]
+        each = [(s, torch.Size(s.mask_shape(shape))) for s, shape in acted]
         drawn, other = clean.drawn, clean.noisy or bool(clean.out_of_sight)
         left_out = noise_left_out(model, clean.noisy, True) if other else ()
     one = [(s, torch.Size((1, *shape[1:])) if shape else shape) for s, shape in each]
