@@ -31,7 +31,7 @@ from torch_dropout_ir.regularizers.root_forms import RootForms
 
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize(
-    "shapes", [{"a": 6}, {"a": 6, "b": 12}, {"a": 4, "b": 6}, {"a": 1}, {}]
+    "shapes", [{"a": 6}, {"a": 6, "b": 6}, {"a": 6, "b": 12}, {"a": 1}, {}]
 )
 def test_few_numbers_are_added_up_as_many_are(shapes, coupled, monkeypatch):
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def test_few_numbers_are_added_up_as_many_are(shapes, coupled, monkeypatch):
     for a, b in pairs:
         assert a.dtype == b.dtype and a.shape == b.shape == ()
         torch.testing.assert_close(a, b, rtol=1e-13, atol=0, equal_nan=True)
-    apart = shapes and not coupled and shapes not in ({"a": 4, "b": 6}, {"a": 1})
+    apart = shapes and not coupled and shapes not in ({"a": 6, "b": 12}, {"a": 1})
     assert math.isfinite(long.standard_error) == bool(apart or not shapes)
 
 
