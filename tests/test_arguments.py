@@ -184,7 +184,7 @@ def test_nothing_is_not_the_default():
         sharpness.spectral_density(MATRIX, 3, state={})
     with pytest.raises(ValueError, match="`masks`"):
         sharpness.hessian(*LOSS, masks=b"7")
-    with pytest.raises(TypeError, match="learning rate `lr`"):
+    with pytest.raises(TypeError, match="`lr` to be a real number"):
         regularizers.gradient_norm(*DROPS, lr=True)
     with pytest.raises(ValueError, match="an even `num_masks`, got 3"):
         measures.DropoutNoise(3)

@@ -172,12 +172,10 @@ def at_masks(net, batch, noise):
     for each in net.modules():
         if isinstance(each, nn.Dropout):
             each.forward = lambda h: h * noise.pop(0)
-    found = torch.autograd.grad(
-        F.cross_entropy(net(batch[0]), batch[1]), list(net.parameters()),
-        allow_unused=True,
-    )  # fmt: skip
-    both = zip(found, net.parameters(), strict=True)
-    return torch.cat([(p * 0 if g is None else g).flatten() for g, p in both])
+    F.cross_entropy(net(batch[0]), batch[1]).backward()
+    found = [(p * 0 if p.grad is None else p.grad).flatten() for p in net.parameters()]
+    net.zero_grad()
+    return torch.cat(found).detach()
 
 
 def in_three(self, found, _):
@@ -214,6 +212,18 @@ def drawn_masks(monkeypatch):
     return noise
 
 
+def compare(found, g):
+    """Compare with gradients at four masks of two batches, or two of one."""
+    value = sum(x @ x for x in g) / len(g)
+    mean = g[0] @ g[1] if len(g) == 2 else g[1] @ g[2]
+    away = [a - b for a, b in zip(g[::2], g[1::2], strict=True)]
+    noise = sum(x @ x for x in away) / len(away) / 2
+    for name, truth in (
+        ("value", value), ("mean_gradient", mean), ("dropout_noise", noise),
+    ):  # fmt: skip
+        torch.testing.assert_close(getattr(found, name), truth, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_by_parts_are_those_at_their_masks(monkeypatch, case, batches):
@@ -236,16 +246,8 @@ def test_gradients_by_parts_are_those_at_their_masks(monkeypatch, case, batches)
     for again in range(1, len(times)):  # parts, or all of it, at the same masks
         torch.testing.assert_close(noise[:once], noise[again * once :][:once])
     del noise[once:]
-    g = [at_masks(plain, each, noise) for each in order]
+    compare(found, [at_masks(plain, each, noise) for each in order])
     assert not noise
-    value = sum(x @ x for x in g) / len(g)
-    mean = g[0] @ g[1] if batches == 1 else g[1] @ g[2]
-    away = [a - b for a, b in zip(g[::2], g[1::2], strict=True)]
-    noise = sum(x @ x for x in away) / len(away) / 2
-    for name, truth in (
-        ("value", value), ("mean_gradient", mean), ("dropout_noise", noise),
-    ):  # fmt: skip
-        torch.testing.assert_close(getattr(found, name), truth, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("how", ["transformed", "tangent", "inner"])
@@ -288,3 +290,103 @@ def test_a_rank_whose_loss_raises_says_why(monkeypatch):
 
     with collectives.together(ask), pytest.raises(ValueError, match="of its own"):
         gradient_norm(net, batch, loss, lr=4.0)
+
+
+# ---- gradients that are written over while they are held
+
+
+class InBuffer(torch.autograd.Function):
+    """A product whose derivatives come in the same memory at each pass."""
+
+    buffers: dict = {}  # noqa: RUF012
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        pairs = {"x": (g, weight.T), "weight": (x.T, g)}
+        found = []
+        for name, (a, b) in pairs.items():
+            buffer = InBuffer.buffers.setdefault(name, a.new_empty(len(a), b.shape[1]))
+            found.append(torch.mm(a, b, out=buffer))
+        return tuple(found)
+
+
+class Unversioned(InBuffer):
+    """The same, by a kernel that tells nobody of what it writes."""
+
+    @staticmethod
+    def backward(ctx, g):
+        in_x, in_weight = InBuffer.backward(ctx, g)
+        return in_x, torch.from_numpy(in_weight.numpy())
+
+
+class WritesOnGiven(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.mul_(0.1)
+
+
+class Overwritten(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.first, self.second = nn.Linear(WIDE, WIDE), nn.Linear(WIDE, WIDE)
+        self.drop, self.out = nn.Dropout(0.4), nn.Linear(WIDE, 3)
+
+    def forward(self, x):
+        return self.out(getattr(self, self.how)(self.drop(x)))
+
+    def buffer(self, x):
+        """Of a weight."""
+        return InBuffer.apply(self.first(x).tanh(), self.second.weight)
+
+    def unseen(self, x):
+        return Unversioned.apply(self.first(x).tanh(), self.second.weight)
+
+    def below(self, x):
+        """Of what comes out of a linear layer."""
+        return InBuffer.apply(self.first(x), self.second.weight.detach())
+
+    def workspace(self, x):
+        """Of two weights."""
+        h = InBuffer.apply(x, self.first.weight)
+        return InBuffer.apply(h.tanh(), self.second.weight)
+
+    def hook(self, x):
+        """That a linear layer shares, whose gradient is made before."""
+        h = self.first(x)
+        h.register_hook(lambda g: g.mul_(0.1))
+        return h + self.second(x)
+
+    def node(self, x):
+        h = WritesOnGiven.apply(self.first(x))
+        return h + self.second(x)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize(
+    "how", ["buffer", "unseen", "below", "workspace", "hook", "node"]
+)
+def test_gradients_that_are_written_over_while_they_are_held(monkeypatch, how, batches):
+    torch.manual_seed(0)
+    InBuffer.buffers.clear()
+    net = Overwritten(how).double()
+    given = [
+        (torch.randn(8, WIDE).double(), torch.randint(3, (8,))) for _ in range(batches)
+    ]
+    noise = drawn_masks(monkeypatch)
+    found = gradient_norm(
+        net, given if batches > 1 else given[0], "cross_entropy", lr=4.0
+    )
+    order = [given[0]] * 2 if batches == 1 else [given[i] for i in (0, 0, 1, 1)]
+    del noise[: -len(order)]  # of passes that are taken again
+    compare(found, [at_masks(net, each, noise) for each in order])

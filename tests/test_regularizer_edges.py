@@ -32,7 +32,11 @@ from torch_dropout_ir.regularizers import (
 )
 from torch_dropout_ir.regularizers.masked import clean_risk
 from torch_dropout_ir.regularizers.online import online
-from torch_dropout_ir.testing import check_regularizer, expected_dropout_loss
+from torch_dropout_ir.testing import (
+    check_regularizer,
+    enumerate_masks,
+    expected_dropout_loss,
+)
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -1287,3 +1291,40 @@ def test_outputs_may_be_a_single_number(loss):
     expected = gauss_newton(net, (x, y), loss, num_samples=None)
     found = gauss_newton(Squeezed(*net), (x, y.squeeze()), loss, num_samples=None)
     torch.testing.assert_close(found.value, expected.value)
+
+
+class Generated(nn.Module):
+    """Its layers run with other weights than they keep."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale = last_dropped()[0], nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        own = {name: self.scale * w for name, w in self.net.named_parameters()}
+        return torch.func.functional_call(self.net, own, (x,))
+
+
+@pytest.mark.parametrize("p", [0.2, 0.7])
+def test_the_last_weight_is_that_which_the_pass_had(p):
+    torch.manual_seed(0)
+    net, batch = Generated().double(), last_dropped()[1]
+    batch = tuple(x.double() for x in batch)
+    net.net[2].p = p
+    r1 = truth(net, batch, "mse")
+    found, how, _ = online(net, batch, resolve_loss("mse"))
+    assert found.exact and "closed form" in how
+    assert float(found.value) == pytest.approx(r1, rel=1e-9)
+    check_regularizer(net, batch, "mse").assert_holds()
+    params = list(net.parameters())
+    own = net.scale * net.net[0].weight, net.scale * net.net[0].bias
+    h = F.linear(batch[0], *own).tanh()
+    w, b = net.scale * net.net[3].weight, net.scale * net.net[3].bias
+    expected = sum(
+        chance * F.mse_loss(F.linear(h * mask / (1 - p), w, b), batch[1])
+        for mask, chance in enumerate_masks(4, p)
+    )
+    value = modified_loss(net, batch, "mse", kind="L1")
+    torch.testing.assert_close(value, expected)
+    pair = (torch.autograd.grad(x, params) for x in (value, expected))
+    torch.testing.assert_close(*pair)

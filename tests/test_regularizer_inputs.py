@@ -1,7 +1,9 @@
 """What is given to the regularizers, and is none of what they take."""
 
 import functools
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -42,11 +44,24 @@ def test_a_function_is_no_model():
             run()
 
 
-@pytest.mark.parametrize("lr", [None, "0.1"])
+@pytest.mark.parametrize("lr", [None, "0.1", torch.ones(2), torch.tensor(1j)])
 def test_a_learning_rate_is_a_number(lr):
     net, batch = last_dropped()
-    with pytest.raises(TypeError, match="learning rate `lr`: a number"):
+    with pytest.raises(TypeError, match="`lr` to be a real number"):
         gradient_norm(net, batch, "mse", lr=lr)
+    rates = {name: 0.1 for name, _ in net.named_parameters()} | {"3.bias": lr}
+    with pytest.raises(TypeError, match=r"`lr\['3.bias'\]` to be a real number"):
+        modified_loss(net, batch, "mse", kind="regu", lr=rates)
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor, Fraction])
+def test_a_number_of_any_kind_is_a_learning_rate(kind):
+    net, batch = last_dropped()
+    found = []
+    for lr in (0.25, kind(0.25)):
+        torch.manual_seed(0)
+        found.append(gradient_norm(net, batch, "mse", lr=lr).value)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("change, error, match", [

@@ -96,6 +96,11 @@ class Factors:
         assert found is not None
         return found
 
+    @property
+    def _version(self) -> int:
+        """Grows as what it is made of is written on."""
+        return self._g._version + self._x._version
+
     def held(self, beside: Set[int]) -> int:
         """Return the bytes that it holds, but for memory at addresses ``beside``."""
         both = self._g, self._x

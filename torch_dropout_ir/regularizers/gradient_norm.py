@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.arguments import check_even, check_flag
+from torch_dropout_ir.arguments import check_even, check_flag, check_real
 from torch_dropout_ir.batches import as_batches
 from torch_dropout_ir.functional import parameters
 from torch_dropout_ir.losses import resolve_loss
@@ -140,7 +140,7 @@ def gradient_norm(
     """  # noqa: DOC502 (raised by the checks)
     check_even("gradient_norm", "num_masks", num_masks)
     check_flag("gradient_norm", "shared_mask", shared_mask)
-    rates = learning_rates(lr, list(parameters(model)))
+    rates = learning_rates("gradient_norm", lr, list(parameters(model)))
     norms = GradientPairs(model, resolve_loss(loss), rates, shared_mask)
     batches = [as_pair(each) for each in as_batches(batch)]
     if not batches or (len(batches) > 1 and len(batches) % 2):
@@ -174,28 +174,24 @@ def gradient_norm(
     )
 
 
-def learning_rates(lr: float | Mapping[str, float], names: list[str]) -> list[float]:
+def learning_rates(
+    function: str, lr: float | Mapping[str, float], names: list[str]
+) -> list[float]:
     """Return the learning rate of each parameter.
 
     Raises:
         TypeError: If one is no number.
         ValueError: If a mapping lacks one, or one is negative or not finite.
-    """
+    """  # noqa: DOC502 (`check_real` raises too)
     rates = lr if isinstance(lr, Mapping) else dict.fromkeys(names, lr)
     missing = [name for name in names if name not in rates]
     if missing:
         raise ValueError(
-            f"expected a learning rate `lr` for every parameter, got none for {missing}"
+            f"{function}: expected a learning rate `lr` for every parameter, got none "
+            f"for {missing}"
         )
+    for name in names if rates is lr else names[:1]:
+        own = f"lr[{name!r}]" if rates is lr else "lr"
+        check_real(function, own, rates[name], least=0)
     found = [rates[name] for name in names]
-    numbers = (int, float, Tensor)
-    odd = [x for x in found if isinstance(x, bool) or not isinstance(x, numbers)]
-    if odd:
-        raise TypeError(
-            "expected a learning rate `lr`: a number, or one for each parameter's "
-            f"name, got {odd[0]!r}"
-        )
-    wrong = [rate for rate in found if not 0 <= rate < float("inf")]
-    if wrong:
-        raise ValueError(f"expected a finite learning rate `lr` >= 0, got {wrong[0]}")
-    return found
+    return [x if isinstance(x, Tensor) else float(x) for x in found]

@@ -51,6 +51,8 @@ class GradientPairs:
         self._entries = min(_MOST, max(_FEWEST, count // _SHARE))
         self._shared_mask = shared_mask
         self._remake = True  # dropped inputs of layers, as they go backward
+        self._copies = False  # whether what is held may be written over
+        self._overwritten = False  # whether it has been
         self._large = sum(x.nbytes for x in self._targets) > LEAST
         self._passes: PassParts | None = None
         self.seen = NoiseSeen()
@@ -122,9 +124,15 @@ class GradientPairs:
             The mean squared norm; the inner product of each with the next, and the
             squared norm of their difference.
         """
-        links = self._by_parts(batches) if self._large else self._links(batches)
+        links = self._taken(batches)
+        if self._overwritten and not self._copies:  # by a model that keeps buffers
+            self._copies = True
+            links = self._taken(batches)
         own, before, inner, away = links[1:].unbind(1)
         return (own.sum() + before[0]) / len(batches), inner, away
+
+    def _taken(self, batches: Sequence[Batch]) -> Tensor:
+        return self._by_parts(batches) if self._large else self._links(batches)
 
     def _by_parts(self, batches: Sequence[Batch]) -> Tensor:
         """Return the links, by parts where whole passes hold more than a step."""
@@ -160,7 +168,7 @@ class GradientPairs:
 
     def _links(self, batches: Sequence[Batch]) -> Tensor:
         """Return what each gradient and the one before say: ``[K, 4]``."""
-        held: dict[int, Gradient] = {}
+        held: dict[int, tuple[Gradient, int]] = {}
         links: list[Tensor] = []
         for k, batch in enumerate(batches):
             found = [
@@ -181,7 +189,7 @@ class GradientPairs:
     def _take(
         self,
         found: list[Tensor],
-        held: dict[int, Gradient],
+        held: dict[int, tuple[Gradient, int]],
         missed: set[int],
         linked: bool,
         beside: Set[int] | None,
@@ -192,7 +200,7 @@ class GradientPairs:
 
         Args:
             found: Is added what the two say.
-            held: That of the pass before, by number.
+            held: That of the pass before and its version, by number.
             missed: Which of those have none in this pass so far.
             linked: Whether there is a pass before.
             beside: Where memory is that is there anyway; None if nothing is held.
@@ -201,15 +209,33 @@ class GradientPairs:
         """
         missed.discard(i)
         if linked:
-            found[i] += compared(g, held.pop(i, None), self._targets[i], self._entries)
+            found[i] += self._compared(i, g, *held.pop(i, (None, 0)))
         if g is not None and beside is not None:
-            held[i] = self._smaller(i, g, beside)
+            kept = self._smaller(i, g, beside)
+            held[i] = kept, kept._version
+
+    def _compared(
+        self, i: int, g: Gradient | None, before: Gradient | None, version: int
+    ) -> Tensor:
+        """Compare with the gradient held, unless that has been written over."""
+        if before is not None:
+            there = before._version == version and not _one_memory(before, g)
+            self._overwritten |= not there
+        return compared(g, before, self._targets[i], self._entries)
 
     def _smaller(self, i: int, g: Gradient, beside: Set[int]) -> Gradient:
         """Return a gradient as what takes less memory, its factors or itself."""
-        if isinstance(g, Factors) and g.held(beside) >= self._targets[i].nbytes:
+        if not isinstance(g, Factors):
+            return g.clone() if self._copies else g
+        if self._copies or g.held(beside) >= self._targets[i].nbytes:
             return g[:]
         return g
+
+
+def _one_memory(a: Gradient, b: Gradient | None) -> bool:
+    """Whether a gradient has come in the memory of the one that is held."""
+    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return tensors and address(a) == address(b)  # type: ignore[arg-type]
 
 
 def _addresses(batch: Batch) -> set[int]:

@@ -96,7 +96,8 @@ def with_penalty(
         NotImplementedError: If torch cannot differentiate the gradient again.
     """  # noqa: DOC502 (raised by the checks)
     named = parameters(model)
-    params, rates = list(named.values()), learning_rates(lr, list(named))
+    params = list(named.values())
+    rates = learning_rates("modified_loss", lr, list(named))
     rows = MaskedRows(model, batch, loss, move_buffers)
     # With None, a third derivative may be asked for.
     lean = None if max_bytes is None else lean_derivatives()

@@ -96,7 +96,7 @@ class Recorder:
         self._matrices = matrices
         self.passed: list[_Passed] = []
         # Outputs of layers that nothing else holds are let go of.
-        self.reads: list[tuple[nn.Linear, bool, weakref.ref[Tensor], int]] = []
+        self.reads: list[tuple[Tensor, bool, weakref.ref[Tensor], int]] = []
         self.unreachable: list[str] = []
         self.later: list[tuple[Site, torch.Size]] = []
         self._outlives = outlives
@@ -211,21 +211,23 @@ class Recorder:
         first = self._first_out and self._first_out()
         direct = bool(args) and first is not None and args[0] is first
         direct = direct and args[0]._version == self._first_version
-        self.reads.append((layer, direct, weakref.ref(output), output._version))
+        # Of a functional call, it is not the one that the layer keeps.
+        made = layer.weight, direct, weakref.ref(output), output._version
+        self.reads.append(made)
 
     def uses(self) -> list[Use]:
         """Return each use with its input as it was; raise if that is lost."""
         with unasked():
             return [_use(p) for p in self.passed]
 
-    def maker(self, outputs: Any) -> nn.Linear | None:
-        """Return the linear layer that read a site directly and made the outputs."""
+    def maker(self, outputs: Any) -> Tensor | None:
+        """Return the weight by which a layer made the outputs of a site directly."""
         if not isinstance(outputs, Tensor):
             return None
         now = outputs._version
         made = [
-            layer
-            for layer, direct, output, version in self.reads
+            weight
+            for weight, direct, output, version in self.reads
             if direct and output() is outputs and now == version
         ]
         return made[0] if len(made) == 1 else None
