@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import torch_dropout_ir as tdi
 from tests import traces
-from torch_dropout_ir.analysis.measures import Masks, Regularizer
+from torch_dropout_ir.analysis.measures import DropoutNoise, Masks, Regularizer
 
 criterion = nn.CrossEntropyLoss()
 
@@ -118,6 +118,7 @@ class Collects(nn.Module):
         self.counts.update(["all", "odd"] if self.calls % 2 else ["all"])
         self.order[f"call {self.calls}"] = float(h.detach().sum())
         self.sums += h.detach().sum(0).numpy()
+        self.layer.weight.calls = self.calls
         return self.head(h) + self.mean.mean() + 0.01 * self.calls
 
 
@@ -132,6 +133,7 @@ def collected(attach):
         model.calls, model.norms, model.seen, model.shapes, model.latest,
         model.by_size, model.counts, model.order, model.sums.tolist(),
         [name for name in vars(model) if name.startswith("call_")],
+        model.layer.weight.calls,
     )  # fmt: skip
     return (digest, *counted), analysis
 
@@ -211,6 +213,54 @@ def test_hooks_that_act_are_part_of_the_model():
         nn.MSELoss()(model(x), y).backward()
         sgd.step()
     assert analysis.latest["regularizer/R1"] == pytest.approx(float(expected.detach()))
+
+
+def keeps_input(layer, args, _):
+    layer.kept = [*getattr(layer, "kept", []), args[0].detach()]
+
+
+def of_each_sample(layer, _, outputs):
+    """Gradients of samples, added to a parameter's attribute; an input serves once."""
+    own = torch.einsum("ni,nj->nij", outputs[0], layer.kept.pop())
+    before = getattr(layer.weight, "of_samples", None)
+    layer.weight.of_samples = own if before is None else before + own
+    if not layer.kept:
+        del layer.kept
+
+
+def private(attach):
+    """A script that clips gradients of samples, which hooks collect."""
+    torch.manual_seed(0)
+    model, trail = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.Linear(6, 3)), []
+    layer = model[2]
+    layer.register_forward_hook(keeps_input)
+    layer.register_full_backward_hook(of_each_sample)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    measures = [Regularizer(), DropoutNoise()]
+    analysis = attach and tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=measures
+    )
+    for _ in range(4):
+        x, y = torch.randn(8, 6), torch.randint(3, (8,))
+        sgd.zero_grad()
+        criterion(model(x), y).backward()
+        of_samples = layer.weight.of_samples
+        norms = of_samples.flatten(1).norm(dim=1)
+        layer.weight.grad = ((1 / norms).clamp(max=1) @ of_samples.flatten(1)).view(
+            3, 6
+        )
+        sgd.step()  # what hooks have collected stays, and the next pass adds to it
+        trail.append(traces.digest(*model.parameters(), layer.weight.of_samples))
+    if attach:
+        analysis.detach()
+    return trail, analysis
+
+
+def test_hooks_that_collect_gradients_of_samples_are_not_called_by_measures():
+    trail, analysis = private(True)
+    assert trail == private(False)[0]
+    assert set(analysis.absent) <= {traces.PARTS}
+    assert "regularizer/R1/1" in analysis.latest
 
 
 class Gain(nn.Module):

@@ -1135,3 +1135,86 @@ def test_a_formula_that_does_not_is_averaged_over_masks(name):
     analysis, _ = measured(mlp(), lambda m: NO_SQUARES[name](m(X)))
     assert "average over" in analysis.notes["regularizer/R1"]
     assert analysis.latest["regularizer/R1_standard_error"] > 0
+
+
+def powers(out):
+    return (out - Y).abs().pow(1.5).mean()
+
+
+def decayed(model):
+    return 0.1 * sum(p.square().sum() for p in model.parameters())
+
+
+def steep(model):
+    x = X.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return slope.square().mean()
+
+
+def both(model):
+    out = model(X)
+    return F.mse_loss(out, Y) + 0.5 * F.cross_entropy(out, LABELS)
+
+
+def added_in_place(model):
+    loss = both(model)
+    loss += decayed(model)
+    return loss
+
+
+# What a script goes back from, and what of it is measured.
+IN_PART = {
+    "formula": (lambda m: powers(m(X)) + decayed(m), lambda m: powers(m(X))),
+    "taken off": (lambda m: decayed(m) - powers(m(X)), lambda m: -powers(m(X))),
+    "in place": (added_in_place, both),
+    "scaled": (lambda m: 2 * (both(m) + decayed(m)).mean() / 4, lambda m: both(m) / 2),
+    "twice": (lambda m: both(m) - decayed(m) + decayed(m), both),
+    "slope": (lambda m: m(X).mean() - m(-X).mean() + steep(m),
+              lambda m: m(X).mean() - m(-X).mean()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_PART)
+def test_a_loss_with_a_penalty_is_measured_without_it(name):
+    """All terms but the penalty count, whatever they are made of."""
+    script, part = IN_PART[name]
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer(num_masks=64)]
+    ) as analysis:
+        script(model).backward()
+        sgd.step()
+    with torch.no_grad():
+        dropped = torch.stack([part(model) for _ in range(2000)])
+        clean = float(part(model.eval()))
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+    assert "of the terms that were followed" in analysis.notes["loss/R_S"]
+    own = analysis.latest["regularizer/R1_standard_error"]
+    error = math.hypot(float(dropped.std()) / 2000**0.5, own)
+    off = analysis.latest["regularizer/R1"] - (float(dropped.mean()) - clean)
+    assert abs(off) < 4.5 * error
+
+
+def test_a_penalty_that_goes_back_by_itself_is_said_to_lack():
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer()]
+    ) as analysis:
+        loss = both(model)
+        decayed(model).backward()
+        loss.backward()
+        sgd.step()
+    assert "penalties on parameters" in analysis.notes["loss/R_S"]
+    with torch.no_grad():
+        clean = float(both(model.eval()))
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-5)
+
+
+@pytest.mark.parametrize("bend", [torch.exp, lambda x: 1 / x, lambda x: x * x])
+def test_what_bends_a_loss_with_a_penalty_is_not_measured_without_it(bend):
+    script = lambda m: bend(powers(m(X)) + decayed(m))  # noqa: E731
+    analysis, _ = measured(mlp(), script)
+    assert "loss" in analysis.absent["regularizer"]
+    assert "loss/R_S" not in analysis.latest

@@ -54,7 +54,7 @@ class Accumulation:
                 break
             if len(step.args) != 2 or not isinstance(step.args[0], At):
                 break
-            inner, factor = step.args
+            inner, factor = step.args[0]._replace(part=at.part), step.args[1]
             groups = (1, self.passes, max(self.passes, self.whole))
             mean = next((n for n in groups if factor == (1 / n if times else n)), 0)
             if not mean and at.place not in scales:

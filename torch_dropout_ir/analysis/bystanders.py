@@ -2,14 +2,15 @@
 
 Semantics:
 
-* The analysis runs the model again. What a module counts or collects in plain
-  attributes is given back afterwards; a list, dict (ordered, of defaults or counts
-  too), set, tensor, array of NumPy's or random generator with its contents.
+* The analysis runs the model again. What a module or parameter counts or collects in
+  plain attributes is given back afterwards; a list, dict (ordered, of defaults or
+  counts too), set, tensor, array of NumPy's or random generator with its contents.
 * A hook that looks on (counts calls, collects activations), of a module or of all, is
   not called in such passes. One that acts (returns something, writes on tensors or on
-  the module) belongs to the model and is. The script's own pass at a step that measures
-  tells which is which: what the model itself keeps by a hook, it may read. Hooks of
-  torch and of Hugging Face's models act.
+  the module) belongs to the model and is; of the backward pass, one that changes a
+  gradient. The script's own pass at a step that measures tells which is which: what the
+  model itself keeps by a hook, it may read. Hooks of torch and of Hugging Face's models
+  act.
 * Modes at dispatch level around the step (counters of operations, logs) are set aside.
 """
 
@@ -40,18 +41,15 @@ _NO_MODES: Final[Callable[[], Any]] = getattr(
 # Torch's own that look on: whoever counts operations asks them where it is.
 _TRACKERS: Final = ("module_tracker", "mod_tracker")
 _OF_TORCH: Final = frozenset(vars(nn.Module()))
-_HOOKS: Final = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+_FORWARD: Final = ("_forward_hooks", "_forward_pre_hooks")
+_BACKWARD: Final = ("_backward_hooks", "_backward_pre_hooks")
 
 
 @contextlib.contextmanager
 def unmoved_attributes(model: nn.Module) -> Iterator[None]:
-    """Give back the plain attributes of all modules as they were."""
-    kept = [(vars(m), dict(vars(m))) for m in model.modules()]
+    """Give back the plain attributes of modules and parameters as they were."""
+    plain = [x for x in model.parameters() if type(x) is nn.Parameter]
+    kept = [(vars(x), dict(vars(x))) for x in (*model.modules(), *plain)]
     contents = [(x, _contents(x)) for x in _held(own for _, own in kept)]
     try:
         yield
@@ -140,17 +138,17 @@ class Bystanders:
     def told(self) -> Iterator[None]:
         """Learn which hooks act, from what they do inside the context."""
         changed = []
-        for hooks in _hook_dicts(self._model):
+        for back, hooks in _hook_dicts(self._model):
             for key, hook in hooks.items():
                 if key not in self._acting and not _of_torch(hook):
-                    changed.append((hooks, key, hook))
-        for hooks, key, hook in changed:
-            kept = _reached(hook, self._model)
+                    changed.append((hooks, key, hook, back))
+        for hooks, key, hook, back in changed:
+            kept = None if back else _reached(hook, self._model)
             hooks[key] = _Told(hook, key, self._looking, self._acting, kept)
         try:
             yield
         finally:
-            for hooks, key, hook in changed:
+            for hooks, key, hook, _ in changed:
                 if isinstance(hooks.get(key), _Told):  # else the script removed it
                     hooks[key] = hook
 
@@ -161,7 +159,7 @@ class Bystanders:
         ``model`` is the one that runs: the own one, or its copy.
         """
         still = self._looking - self._acting
-        kept = [(hooks, dict(hooks)) for hooks in _hook_dicts(model)] if still else []
+        kept = [(x, dict(x)) for _, x in _hook_dicts(model)] if still else []
         parameters = self.writes.kept(model)
         with unmoved_attributes(model), parameters, _unprofiled(model), _NO_MODES():
             try:
@@ -203,7 +201,10 @@ def _unprofiled(model: nn.Module) -> Iterator[None]:
 
 
 class _Told:
-    """A hook of the script's, and what it did; copies and pickles are the hook."""
+    """A hook of the script's, and what it did; copies and pickles are the hook.
+
+    ``reached`` is None of the backward pass: a gradient reads nothing of modules.
+    """
 
     def __init__(
         self,
@@ -211,7 +212,7 @@ class _Told:
         key: int,
         looking: set[int],
         acting: set[int],
-        reached: Sequence[nn.Module],
+        reached: Sequence[nn.Module] | None,
     ) -> None:
         self._hook = hook
         self._reached = reached
@@ -219,11 +220,16 @@ class _Told:
         self._looking, self._acting = looking, acting
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = _state(args), _kept(self._reached)
+        before = self._around(args)
         result = self._hook(*args, **kwargs)
-        acts = result is not None or (_state(args), _kept(self._reached)) != before
+        acts = result is not None or self._around(args) != before
         (self._acting if acts else self._looking).add(self._key)
         return result
+
+    def _around(self, args: tuple[Any, ...]) -> list[Any]:
+        if self._reached is None:
+            return _state([x for x in args if not isinstance(x, nn.Module)])
+        return _state(args) + _kept(self._reached)
 
     def __reduce__(self) -> Any:
         return _itself, (self._hook,)
@@ -233,12 +239,13 @@ def _itself(hook: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def _hook_dicts(model: nn.Module) -> Iterator[dict[int, Callable[..., Any]]]:
-    yield from (vars(all_modules).get(f"_global{name}") or {} for name in _HOOKS)
-    for module in model.modules():
-        yield from (vars(module).get(name) or {} for name in _HOOKS)
-    for x in model.parameters():
-        yield x._backward_hooks or {}
+def _hook_dicts(model: nn.Module) -> Iterator[tuple[bool, Any]]:
+    """Yield where hooks are, and whether they are of the backward pass."""
+    for back, names in ((False, _FORWARD), (True, _BACKWARD)):
+        yield from ((back, vars(all_modules).get(f"_global{n}") or {}) for n in names)
+        for module in model.modules():
+            yield from ((back, vars(module).get(name) or {}) for name in names)
+    yield from ((True, x._backward_hooks or {}) for x in model.parameters())
 
 
 def _reached(hook: Any, model: nn.Module) -> list[nn.Module]:
@@ -277,7 +284,7 @@ def _of_torch(hook: Any) -> bool:
     return own and not place.endswith(_TRACKERS)
 
 
-def _state(args: tuple[Any, ...]) -> list[Any]:
+def _state(args: Sequence[Any]) -> list[Any]:
     """What a hook that acts would change: tensors by version, members by identity."""
     seen: list[Any] = []
     for x in args:

@@ -26,11 +26,17 @@ class At(NamedTuple):
             for what came of a call.
         place: Its number; of outputs, that of the pass.
         element: Which one, where a call or a pass has returned several.
+        part: Whether it stands for a sum of which other terms are not followed.
     """
 
     of: str
     place: int
     element: int | None = None
+    part: bool = False
+
+
+LOST: Final = At("lost", 0)  # what was written on, or comes of that
+UNKNOWN: Final = (None, LOST)
 
 
 class Step(NamedTuple):

@@ -27,13 +27,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_dropout_ir.analysis.accumulation import Accumulation
-from torch_dropout_ir.analysis.backward_calls import (
-    by_scaler,
-    goes_back,
-    has_gradient,
-)
+from torch_dropout_ir.analysis.backward_calls import by_scaler, goes_back, has_gradient
 from torch_dropout_ir.analysis.followed_loss import (
+    LOST,
     TIMES,
+    UNKNOWN,
     At,
     Beside,
     Step,
@@ -44,7 +42,8 @@ from torch_dropout_ir.analysis.followed_loss import (
     passes_of,
 )
 from torch_dropout_ir.analysis.function_modes import called, lay_under, take_away
-from torch_dropout_ir.analysis.own_graph import OwnGraph, copied_from
+from torch_dropout_ir.analysis.own_graph import OwnGraph, comes_of, copied_from
+from torch_dropout_ir.analysis.summands import Origins, bends, followed_term
 from torch_dropout_ir.analysis.writing_calls import (
     without_statistics,
     without_writing,
@@ -56,8 +55,6 @@ from torch_dropout_ir.tracing import generators, recorded
 
 _MOST_STEPS: Final = 1000
 _MOST_PASSES: Final = 8  # that are waited for together
-_LOST: Final = At("lost", 0)  # what was written on, or comes of that
-_UNKNOWN: Final = (None, _LOST)
 
 
 class LossCalls(TorchFunctionMode):
@@ -135,7 +132,7 @@ class LossCalls(TorchFunctionMode):
         if not isinstance(x, Tensor):
             return None
         found: At | None = self._known.get(x)
-        if found == _LOST:
+        if found == LOST:
             return found
         if found is not None and found.of == "steps" and x.requires_grad:
             if not self.steps[found.place].differentiated:
@@ -171,9 +168,10 @@ class LossCalls(TorchFunctionMode):
 
     @property
     def in_part(self) -> bool:
-        """Whether what the script goes back from was not seen, or not followed."""
-        missed = self._first is not None if self._missed is None else self._missed
-        return missed and self.trained is None
+        """Whether what the script goes back from was not seen, or not all followed."""
+        if self.trained is not None:
+            return self.trained.part or bool(self._missed)
+        return self._first is not None if self._missed is None else self._missed
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -196,7 +194,7 @@ class LossCalls(TorchFunctionMode):
         if not self._learns_by(root):
             return
         self._train_on(how, root, factor)
-        if not keeps and self._all_led():
+        if not keeps and self._all_led() and comes_of(root, self._nodes):
             self._rest()
 
     def _all_led(self) -> bool:
@@ -206,14 +204,14 @@ class LossCalls(TorchFunctionMode):
 
     def _learns_by(self, root: Any) -> bool:
         """Whether the model may learn where a script goes back from there."""
-        return self._own.learns_by(root, self._nodes, lambda x: self.at(x) in _UNKNOWN)
+        return self._own.learns_by(root, self._nodes, lambda x: self.at(x) in UNKNOWN)
 
     def _train_on(self, how: str, root: Any, factor: float) -> None:
         """Add what the script goes back from to what it trains on."""
         if self._accumulation.passes > 1 and not has_gradient(self._model):
             self._accumulation.passes = 1  # what those before added is gone
         at, before = self.at(root), self._roots.get(how)
-        if at in _UNKNOWN or root.numel() != 1:
+        if at in UNKNOWN or root.numel() != 1:
             self._missed = self.of_module is None or self.of_module() is not root
             if before is not None:  # a part of the loss is not known
                 self._roots, self._first = {}, None
@@ -227,36 +225,35 @@ class LossCalls(TorchFunctionMode):
         self._roots[how] = at
 
     def _follow(self, call: Step, instead: Step | None, out: Any, drawn: bool) -> None:
-        """List a call, if something of the outputs goes in and tensors come out.
-
-        Of one that writes it is the call ``instead`` of it, if any, which does not.
-        """
-        into = self._origins(call)
+        """List a call on what is of the outputs; of one that writes, ``instead``."""
+        into, written = self._origins(call), None
         if all(at is None for _, at in into):
             return
-        lost, written = any(at == _LOST for _, at in into), None
         if writes(call):
             written = call.args[0] if call.args else call.kwargs.get("out")
-            if lost or instead is None:
+            if instead is None:
                 self._lose(written)
                 return
             call, out, into = instead, written, self._origins(instead)
         made = [x for x in _each(out) if isinstance(x, Tensor)]
-        if lost or not made:
-            self._known.update((x, _LOST) for x in made)
-        elif drawn or not self._same_again(call, into):
+        lost = any(at == LOST for _, at in into) or bends(call, into)
+        if made and (lost or drawn or not self._same_again(call, into)):
             self._lose(written)
+            if (term := followed_term(call, into)) is not None:
+                self._known[out] = self._list(term) if isinstance(term, Step) else term
+            elif lost:
+                self._known.update((x, LOST) for x in made)
         elif len(self.steps) == _MOST_STEPS:
             self._missed = True
             self._rest()
-        else:
+        elif made:
             self._add(call, out, written)
 
-    def _origins(self, call: Step) -> list[tuple[Tensor, At | None]]:
+    def _origins(self, call: Step) -> Origins:
         """Return the tensors that a call is given, and where they come from."""
         return [(x, self.at(x)) for x in inside((call.args, call.kwargs), Tensor)]
 
-    def _same_again(self, call: Step, into: list[tuple[Tensor, At | None]]) -> bool:
+    def _same_again(self, call: Step, into: Origins) -> bool:
         """Whether what is not of the outputs would be the same in another call."""
         free = (x for x, at in into if at is None and x.requires_grad)
         grad = call.function is torch.autograd.grad  # in tensors of this pass alone
@@ -278,13 +275,14 @@ class LossCalls(TorchFunctionMode):
 
     def _list(self, step: Step) -> At:
         self.steps.append(step)
-        return At("steps", len(self.steps) - 1)
+        part = any(at.part for at in inside(step[1:3], At))
+        return At("steps", len(self.steps) - 1, part=part)
 
     def _lose(self, written: Any) -> None:
         """What shares the memory that was written on is no longer what it was."""
         lost = {memory(x) for x in inside(written, Tensor) if self.at(x) is not None}
         if lost:
-            self._known.update((x, _LOST) for x in [*self._known] if memory(x) in lost)
+            self._known.update((x, LOST) for x in [*self._known] if memory(x) in lost)
 
     def _stand_in(self, x: Tensor) -> At:
         return self.at(x) or self.beside.keep(x)

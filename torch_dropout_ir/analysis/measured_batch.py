@@ -20,11 +20,11 @@ _LAST: Final = (
     "of the last of {} passes that went backward since the optimizer stepped before"
 )
 _IN_PART: Final = (
-    "of the first loss function that the outputs went through, and R_1 too: the number "
-    "on which the script calls `backward()` was not followed, and may hold more "
-    "(penalties on parameters, losses weighed by some of the model's, reversed "
-    "gradients, what `modified_loss` adds, outputs of many passes). Pass `loss=` for "
-    "another one"
+    "of a part of the loss, and R_1 too: of the terms that were followed, or else of "
+    "the first loss function that the outputs went through. What else is in the number "
+    "on which the script calls `backward()` was not followed (penalties on parameters, "
+    "losses weighed by some of the model's, reversed gradients, what `modified_loss` "
+    "adds, outputs of many passes). Pass `loss=` for another one"
 )
 _NOISY: Final = (
     "the model draws other random numbers than those of dropout (`analysis.sites` "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -57,9 +57,8 @@ class OwnGraph:
         is another model's. ``outputs`` are nodes; where there are none, all that is
         made of the outputs counts. ``unknown`` tells what is not followed from them.
         """
-        nodes = {node for node, _ in outputs if node is not None}
-        return not nodes or any(
-            self.leads_to(x) if unknown(x) else _comes_of(x, nodes)
+        return any(
+            self.leads_to(x) if unknown(x) else comes_of(x, outputs)
             for x in inside(root, Tensor)
         )
 
@@ -83,9 +82,11 @@ class OwnGraph:
         return leaf and self._own is not None and id(node.variable) in self._own
 
 
-def _comes_of(x: Tensor, nodes: Set[Any]) -> bool:
-    """Whether the graph of a tensor leads back to one of some nodes; no leaf's does."""
-    return not nodes.isdisjoint(graph_nodes([x.grad_fn] if x.grad_fn else []))
+def comes_of(root: Any, outputs: Collection[tuple[Any, int]]) -> bool:
+    """Whether the graph of a root leads back to nodes; no leaf's does, any to none."""
+    nodes = {node for node, _ in outputs if node is not None}
+    roots = [x.grad_fn for x in inside(root, Tensor) if x.grad_fn]
+    return not nodes or not nodes.isdisjoint(graph_nodes(roots))
 
 
 def copied_from(x: Tensor, nodes: Mapping[tuple[Any, int], At]) -> At | None:
