@@ -172,6 +172,40 @@ def test_a_scalar_beside_rows_gives_the_exact_sum_on_average(monkeypatch):
     assert abs(found.value - expected.value) <= 4 * found.standard_error
 
 
+class Coded(nn.Module):
+    """A variational autoencoder: what it makes of a code, its mean and its width."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = nn.Sequential(nn.Linear(784, 400), nn.ReLU(), nn.Dropout(0.2))
+        self.code = nn.Linear(400, 40)
+        self.made = nn.Sequential(
+            nn.Linear(20, 400), nn.ReLU(), nn.Dropout(0.2), nn.Linear(400, 784)
+        )
+
+    def forward(self, x):
+        mean, log = self.code(self.given(x)).chunk(2, 1)
+        z = mean + torch.randn_like(mean) * (log / 2).exp()
+        return self.made(z), mean, log
+
+
+def bound(f, x):
+    made, mean, log = f
+    own = F.binary_cross_entropy_with_logits(made, x, reduction="sum") / len(x)
+    return own - (1 + log - mean**2 - log.exp()).sum(1).mean() / 2
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order])
+def test_a_loss_that_is_one_operation_is_held_within_a_step(form):
+    """Nothing of the outputs' size is made of them, but for derivatives."""
+    torch.manual_seed(0)
+    net, x = Coded(), torch.rand(512, 784)
+    step = peak(lambda: bound(net(x), x).backward())
+    net.zero_grad()
+    form(net, (x, x), bound)
+    assert peak(lambda: form(net, (x, x), bound)) <= step
+
+
 class Attends(nn.Module):
     """Attention alone, below a head that normalizes over the batch."""
 

@@ -168,6 +168,24 @@ class Translates(nn.Module):
         return self.out(self.body(given, made)).flatten(0, 1)
 
 
+class Noisy(nn.Module):
+    """Noise of its own on what it is given, and on the code that it makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.given, self.out = nn.Linear(64, 128), nn.Linear(64, 10)
+        self.drop, self.body = nn.Dropout(0.1), nn.ModuleList(
+            nn.Linear(64, 64) for _ in range(4)
+        )  # fmt: skip
+
+    def forward(self, x):
+        mean, log = self.given(self.drop(x + 0.1 * torch.randn_like(x))).chunk(2, 1)
+        z = mean + torch.randn_like(mean) * log.exp()
+        for layer in self.body:
+            z = self.drop(F.softplus(layer(z)))
+        return self.out(z)
+
+
 def texts(count, length, words=10):
     net = Texts()
     net.out = nn.Linear(64, words)
@@ -181,6 +199,7 @@ MODELS = {
     "pictures": lambda: (Pictures(), torch.randn(32, 32)),
     "messages": lambda: (Messages(), torch.randn(2000, 32)),
     "enlarged": lambda: (enlarged(), torch.randn(64, 8)),
+    "noisy": lambda: (Noisy(), torch.randn(2048, 64)),
     "a long text": lambda: texts(1, 768),
     "two long texts": lambda: texts(2, 384),
     "three long texts": lambda: texts(3, 384),

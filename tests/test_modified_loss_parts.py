@@ -147,7 +147,7 @@ MODELS = {
         images, False,
     ),
     "noise": (lambda: convolutional(nn.RReLU(0.1, 0.9)), images, False),
-    "other noise": (lambda: nn.Sequential(Noise(), *convolutional()), images, False),
+    "other noise": (lambda: nn.Sequential(Noise(), *convolutional()), images, True),
     "buffers that move": (
         lambda: nn.Sequential(Drifts(), nn.Dropout(0.3), nn.Linear(6, 3)), rows(), False
     ),

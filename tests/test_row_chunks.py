@@ -19,7 +19,9 @@ from torch_dropout_ir.regularizers import (
     second_order,
 )
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
+from torch_dropout_ir.regularizers.output_rows import rows_of_samples
 from torch_dropout_ir.regularizers.root_forms import RootForms
+from torch_dropout_ir.regularizers.row_noise import RowNoise
 from torch_dropout_ir.softmax_roots import SoftmaxRoots
 
 
@@ -147,6 +149,65 @@ def test_chunks_of_rows_give_what_the_whole_batch_gives(
         assert len(seen) >= 3 and max(seen) <= -(-count // 2)
     assert not parts.notes and not whole.notes
     assert_equal(parts, whole)
+
+
+class Coded(nn.Module):
+    """Draws a code of each sample, and drops samples and channels by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.given, self.made = nn.Linear(6, 10), nn.Linear(5, 3)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x):
+        mean, log = self.given(self.drop(x)).chunk(2, 1)
+        z = mean + torch.randn_like(mean) * log.exp()
+        z = z * torch.empty(len(x), 1).bernoulli_(0.7) + torch.rand(len(x), 5)
+        return self.made(self.drop(torch.tanh(z)) + torch.normal(mean.detach(), 0.1))
+
+
+@pytest.mark.parametrize("num_samples", [1, 6, None])
+@pytest.mark.parametrize("form", [second_order, gauss_newton])
+def test_noise_of_rows_is_what_the_whole_batch_drew(monkeypatch, form, num_samples):
+    torch.manual_seed(0)
+    batch = torch.randn(40, 6).double(), torch.arange(40) % 3
+    tried, parts_of = [], row_chunks.RowChunks.each
+    monkeypatch.setattr(
+        row_chunks.RowChunks,
+        "each",
+        lambda *args: tried.append(parts_of(*args)) or tried[-1],
+    )
+    parts, whole = of_both(
+        monkeypatch, form, Coded().double(), batch, weighted, num_samples
+    )
+    assert None not in tried and (tried or (form, num_samples) == (gauss_newton, 1))
+    assert_equal(parts, whole)
+
+
+def drawn(x):
+    """Numbers of many kinds, of the rows of a tensor and of nothing else."""
+    n = len(x)
+    turned = x.new_empty(n, 3, 4).transpose(1, 2)
+    return [
+        torch.rand_like(x), torch.randn(n, 20), torch.randint(9, (2 * n, 3)),
+        torch.empty(n, 17).exponential_(), turned.bernoulli_(0.3), torch.bernoulli(x),
+        torch.normal(x, 2.0), F.dropout(x.new_ones(n, 4, 8), 0.4),
+        F.gumbel_softmax(x.new_zeros(n, 5)), torch.multinomial(x, 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("samples", [[1, 4], [0, 2, 5, 6, 11], [7, 8, 9]])
+def test_random_numbers_of_rows_are_rows_of_those_of_all(samples):
+    x, samples = torch.rand(12, 18), torch.tensor(samples)
+    torch.manual_seed(3)
+    whole, after = drawn(x), torch.get_rng_state()
+    torch.manual_seed(3)
+    with RowNoise(samples, 12):
+        found = drawn(x[samples])
+    assert torch.equal(torch.get_rng_state(), after)
+    for own, all_of_it in zip(found, whole, strict=True):
+        rows = rows_of_samples(samples, len(all_of_it) // 12)
+        assert torch.equal(own, all_of_it[rows])
 
 
 class Masked(nn.Module):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from torch_dropout_ir.regularizers.step_memory import Below, Weighed, may_hold_m
 from torch_dropout_ir.sites import Site, out_of_sight
 from torch_dropout_ir.substitution import ConstantMatrices
 from torch_dropout_ir.survey import Survey
-from torch_dropout_ir.tracing import derivatives, generators_moved, unasking
+from torch_dropout_ir.tracing import derivatives, random_state, unasking
+
+_NONE: Final = contextlib.nullcontext()
 
 
 @dataclasses.dataclass
@@ -50,6 +52,7 @@ class CleanPass:
             shapes of their inputs.
         below: What a step holds below the first site, where that was to be weighed.
         weigh: Whether graphs may be kept.
+        states: Those of torch's generators before it.
         row_wise: Whether the model's layers keep rows apart, of matrices and more.
         singly: Whether derivatives go one by one; None until that is asked.
     """
@@ -66,6 +69,7 @@ class CleanPass:
     later: list[tuple[Site, torch.Size]]
     below: Below
     weigh: bool = False
+    states: Sequence[Tensor] = ()
     row_wise: bool = False
     singly: bool | None = None
 
@@ -215,6 +219,7 @@ def clean_pass(
     find_last: bool = False,
     weigh: bool = False,
     survey: Survey | None = None,
+    around: contextlib.AbstractContextManager[Any] = _NONE,
 ) -> Iterator[CleanPass]:
     """Run ``model`` without noise; take derivatives inside the context.
 
@@ -234,6 +239,7 @@ def clean_pass(
         weigh: Whether to weigh what a step holds below the first site.
         reduce: Makes the pass's outputs of the model's, of which it then holds none.
         survey: The modules of the model, where they have been looked at just now.
+        around: A context of the model's own run.
 
     Yields:
         The pass.
@@ -259,14 +265,14 @@ def clean_pass(
     with torch.enable_grad(), operations(), placed as calls, reading, matrices:
         if outlives:
             calls.watch = Blocks(operations).look
-        moved = None if calls.absent else generators_moved(model)
+        states = [] if calls.absent else random_state(model)
         calls.given = matrices.given
         options = {"move_buffers": move_buffers, "survey": survey}
-        run = functools.partial(_run, model, inputs, matrices, reduce, options)
+        run = functools.partial(_run, model, inputs, matrices, reduce, around, options)
         outputs = seen.run(run, lambda: calls.differentiates)
         if bare and not calls.again:
             calls.rest()  # before anything is asked of a tensor
-        drawn = moved is not None and moved()
+        drawn = not all(map(torch.equal, states, random_state(model)))
         noisy, uses = drawn or bool(calls.silenced), seen.uses()
         if calls.differentiates:  # to its inputs a zero that is added is a constant
             seen.unreachable += [site.name for site, _, _ in uses]
@@ -277,9 +283,8 @@ def clean_pass(
         said = drawn, noisy, tuple(seen.unreachable), hidden, seen.later
         masks = [site.mask_shape(h.shape) for site, h, _ in uses]
         zeros = [*seen.zeros.values()]
-        found = CleanPass(
-            outputs, uses, masks, zeros, last, *said, seen.below, weigh, survey.row_wise
-        )
+        how = seen.below, weigh, states, survey.row_wise
+        found = CleanPass(outputs, uses, masks, zeros, last, *said, *how)
         del outputs  # what the pass lets go of
         yield found
 
@@ -289,8 +294,10 @@ def _run(
     inputs: Any,
     matrices: ConstantMatrices,
     reduce: Callable[[Any], Any] | None,
+    around: contextlib.AbstractContextManager[Any],
     options: Mapping[str, Any],
 ) -> Any:
-    outputs = call(model, inputs, **options)
+    with around:
+        outputs = call(model, inputs, **options)
     matrices.end()  # before anybody's loss
     return outputs if reduce is None else reduce(outputs)

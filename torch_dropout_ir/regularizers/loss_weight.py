@@ -78,12 +78,13 @@ def makes_much(
 
 
 def _made(read: OutputsRead, product: HessianProduct | None) -> int:
-    """Return the bytes of what the loss makes of the outputs."""
+    """Return the bytes of what the loss makes of the outputs, and of its gradient."""
+    slopes = sum([x.nbytes for x in read.tensors])
     if product is not None:
-        return Held.by([product.value.grad_fn]).made
+        return slopes + Held.by([product.value.grad_fn]).made
     with torch.enable_grad():
         value = read.risk([x.detach().requires_grad_() for x in read.tensors])
-    return Held.by([value.grad_fn]).made
+    return slopes + Held.by([value.grad_fn]).made
 
 
 def _most(clean: CleanPass, read: OutputsRead) -> float:

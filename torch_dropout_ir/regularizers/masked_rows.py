@@ -40,6 +40,7 @@ from torch_dropout_ir.regularizers.output_rows import (
 )
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.regularizers.row_chunks import rows_of
+from torch_dropout_ir.regularizers.row_noise import RowNoise, laid_out
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sharpness.frozen import twice_differentiable
 from torch_dropout_ir.sites import Site
@@ -116,6 +117,7 @@ class MaskedRows:
         inputs = rows_of(Inputs.of(self._batch[0]), rows, self._count)
         known = iter(self._masks[:])
         new = not self._masks
+        noise = RowNoise(rows, self._count)
 
         def drop(site: Site, h: Tensor) -> Tensor:
             if new:
@@ -123,7 +125,9 @@ class MaskedRows:
                 own = shape and shape[0] == h.shape[0] and not shape[0] % len(rows)
                 each = shape[0] // len(rows) if own else 0
                 whole = (each * self._count, *shape[1:]) if each else shape
+                noise.aside = True
                 drawn = _drawn(site, h, whole, shape == tuple(h.shape))
+                noise.aside = False
                 self._masks.append((drawn, each))
             kept, each = self._masks[-1] if new else next(known)
             if each:
@@ -131,7 +135,7 @@ class MaskedRows:
             return h * kept.to(h.dtype).mul_(1 / (1 - site.p) if site.p < 1 else 0.0)
 
         with self.again(), twice_differentiable(), LeanDerivatives():
-            with at_sites(self._model, drop):
+            with at_sites(self._model, drop), noise:
                 found = call(self._model, inputs)
             part = replace_rows(self._read, found, rows, self._count)
             pairs = zip(part.tensors, self._read.tensors, strict=True)
@@ -145,16 +149,8 @@ class MaskedRows:
 def _drawn(site: Site, h: Tensor, shape: tuple[int, ...], each: bool) -> Tensor:
     """Draw a mask as the site's own module does, for an input like ``h``."""
     if site.kind is None and hasattr(type(site.module).forward, "draws_as_torch"):
-        return ops.draw(_ones(h, shape), site.p, None)[0] != 0
+        return ops.draw(laid_out(h, shape).fill_(1), site.p, None)[0] != 0
     with unasked():  # a call of dropout is a site elsewhere
         if each:
-            return F.dropout(_ones(h, shape), site.p) != 0
+            return F.dropout(laid_out(h, shape).fill_(1), site.p) != 0
         return h.new_empty(shape).bernoulli_(1 - site.p) != 0
-
-
-def _ones(h: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return ones laid out in memory as ``h`` is: kernels may draw in that order."""
-    strides = h.stride()
-    order = sorted(range(h.ndim), key=lambda d: -strides[d])
-    places = sorted(range(h.ndim), key=order.__getitem__)
-    return h.new_ones([shape[d] for d in order]).permute(places)

@@ -17,8 +17,9 @@ Semantics:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from torch_dropout_ir.collectives import every, most, some
+from torch_dropout_ir.functional import preserved_rng
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import nearly_equal
@@ -39,6 +41,8 @@ from torch_dropout_ir.regularizers.output_rows import (
     rows_of_samples,
 )
 from torch_dropout_ir.regularizers.outputs import OutputsRead
+from torch_dropout_ir.regularizers.row_noise import RowNoise
+from torch_dropout_ir.tracing import generators
 
 T = TypeVar("T")
 
@@ -94,7 +98,8 @@ class RowChunks:
         self._read = read
         self._twice = twice
         self._parts = parts
-        self._least = least
+        self._states = clean.states if clean.drawn else ()
+        self._least = max(least, PAIR) if clean.drawn else least
         self._count = count_samples(clean, read, inputs)
 
     @staticmethod
@@ -132,6 +137,9 @@ class RowChunks:
         single = found is None and self._least < PAIR and self.alone is None
         if single and every(self._count >= 2 * PAIR, "pairs"):
             self._least = PAIR  # below the first site one may not run by itself
+            found = self._each(take)
+        if found is None and self._states:  # what is drawn may have no rows
+            self._states = ()
             found = self._each(take)
         if found is None:  # no more is asked
             self._first = None
@@ -180,8 +188,9 @@ class RowChunks:
         inputs = rows_of(self._inputs, rows, self._count)
         first = None if self._first is None else self.take(self._first, rows)
         with clean_pass(
-            self._model, inputs, twice=self._twice, first=first, outlives=self._trained
-        ) as clean:
+            self._model, inputs, twice=self._twice, first=first, outlives=self._trained,
+            around=self._drawing(rows),
+        ) as clean:  # fmt: skip
             chunk = replace_rows(read, clean.outputs, rows, self._count)
             if self.alone is not None:
                 chunk = self.alone.read(k, chunk.tensors)
@@ -191,6 +200,19 @@ class RowChunks:
                 return part
             self.coupled = clean.couples_samples(chunk.tensors)
             return None
+
+    @contextlib.contextmanager
+    def _drawing(self, rows: Tensor) -> Iterator[None]:
+        """Let the model draw for some rows what it drew in the pass over all."""
+        if not self._states:
+            yield
+            return
+        with preserved_rng(self._model):
+            of = generators(self._model)
+            for generator, state in zip(of, self._states, strict=True):
+                generator.set_state(state)
+            with RowNoise(rows, self._count):
+                yield
 
     def _are_rows(self, clean: CleanPass, chunk: OutputsRead, rows: Tensor) -> bool:
         """Whether a chunk's pass is what the pass over all rows is in those."""
