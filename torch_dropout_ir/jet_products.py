@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import torch
 
+from torch_dropout_ir.jet_derivatives import mapped
 from torch_dropout_ir.jet_kernels import Kind
 from torch_dropout_ir.jet_program import Program, Rule
 
@@ -110,12 +111,29 @@ def _multiplied_up(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.add(Kind.CHOSEN, sizes, number, dim=dim, start=n - 1, step=1)
 
 
+def _convolved(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """A convolution with a constant kernel: of one entry of a row after the other."""
+    own = to.sizes[inputs[0]]
+    if own is None or max(inputs[1:]) >= 0:
+        return None
+    kernel, sizes = node._saved_weight, node._input_metadata[0].shape[1:]
+    width, count = math.prod(own), math.prod(sizes)
+    if width * count > to.most:
+        return None
+    each = torch.eye(width, dtype=kernel.dtype, device=kernel.device).view(-1, *own)
+    names = "stride padding dilation transposed output_padding groups".split()
+    how = [getattr(node, f"_saved_{name}") for name in names]
+    by = torch.ops.aten.convolution(each, kernel, None, *how).view(width, count).T
+    return mapped(to, inputs[0], by, sizes)
+
+
 PRODUCTS: Final[dict[str, Rule]] = {
     "MmBackward0": _product("_saved_self", "_saved_mat2"),
     "MvBackward0": _product("_saved_self", "_saved_vec"),
     "BmmBackward0": _product("_saved_self", "_saved_mat2"),
     "AddmmBackward0": _product("_saved_mat1", "_saved_mat2"),
     "BaddbmmBackward0": _product("_saved_batch1", "_saved_batch2"),
+    "ConvolutionBackward0": _convolved,
     "CumsumBackward0": _cumulated,
     "LogcumsumexpBackward0": _log_cumulated,
     "CumprodBackward0": _multiplied_up,
