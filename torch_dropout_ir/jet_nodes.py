@@ -135,8 +135,8 @@ _BEND: Final = (
     "SpecialI0E SpecialLogNdtr Tan"
 )
 _CHOOSE: Final = (
-    "Amax Amin ConstantPadNd Cummax Diagonal DiagEmbed Flip Kthvalue "
-    "Max MaxPool2DWithIndices Min Repeat Roll Sort Topk Tril Triu Unfold"
+    "Amax Amin ConstantPadNd Diagonal DiagEmbed MaxPool2DWithIndices Repeat Roll Tril "
+    "Triu Unfold"
 )
 NODES: Final[dict[str, Rule]] = {
     **{f"{name}Backward0": _bent for name in _BEND.split()},
@@ -144,5 +144,4 @@ NODES: Final[dict[str, Rule]] = {
     "IndexBackward0": _indexed,
     "IndexSelectBackward0": _selected,
     "LerpBackward1": _bent,
-    "MedianBackward1": chosen,
 }

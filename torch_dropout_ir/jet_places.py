@@ -50,6 +50,29 @@ def _gathered(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.add(Kind.GATHERED, sizes, a, -1, (index,), dim=dim)
 
 
+def _at_indices(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """Entries along a dimension that a node has found, by its own numbers."""
+    if (place := to.along(inputs[0], node._saved_dim)) is None:
+        return None
+    own, dim = place
+    index = node._saved_indices
+    index = index if index.ndim > len(own) else index.unsqueeze(dim + 1)
+    values, sizes = (index,), index.shape[1:]
+    number = to.add(Kind.GATHERED, sizes, inputs[0], -1, values, dim=dim)
+    return to.reshaped(node._input_metadata[0].shape[1:], number)
+
+
+def _flipped(to: Program, node: Any, inputs: list[int]) -> int | None:
+    number: int | None = inputs[0]
+    for saved in node._saved_dims:
+        if number is None or (place := to.along(number, saved)) is None:
+            return None
+        own, dim = place
+        last = own[dim] - 1
+        number = to.add(Kind.CHOSEN, own, number, dim=dim, start=last, step=-1)
+    return number
+
+
 def _parted(to: Program, node: Any, inputs: list[int]) -> int | None:
     """Parts along a dimension of a row, one after the other."""
     if (place := to.along(inputs[0], node._saved_dim)) is None:
@@ -117,6 +140,9 @@ PLACES: Final[dict[str, Rule]] = {
     "SliceBackward0": _sliced,
     "SelectBackward0": _selected,
     "GatherBackward0": _gathered,
+    "FlipBackward0": _flipped,
+    **{f"{x}Backward0": _at_indices for x in "Cummax Kthvalue Max Min Sort Topk".split()},
+    "MedianBackward1": _at_indices,
     **dict.fromkeys(_PARTED, _parted),
     **dict.fromkeys(("CatBackward0", "StackBackward0"), _joined),
     **dict.fromkeys(("PermuteBackward0", "TransposeBackward0", "TBackward0"), _turned),

@@ -57,6 +57,7 @@ class Program:
         self._whole = self.rows = shape[0]
         self.order: Order | None = None
         self.orders: list[Order | None] = []
+        self._picks = False  # whether there is one
         self.most = most
         self.sizes: list[Shape | None] = []
         self.steps: list[int] = []
@@ -97,6 +98,8 @@ class Program:
 
     def begin(self, inputs: Sequence[int]) -> bool:
         """Read nodes in the order that their rows are in; whether it is one."""
+        if not self._picks:
+            return True
         live = [i for i in inputs if i >= 0 and self.sizes[i] is not None]
         found = {id(self.orders[i]): self.orders[i] for i in live}
         self.order = next(iter(found.values()), None)
@@ -117,6 +120,7 @@ class Program:
         there = there.view(-1, *(1 for _ in own))
         number = self.add(Kind.TIMES, own, a, -1, (there, there))
         if number is not None:
+            self._picks = True
             found = [x for x in self.orders if x and torch.equal(x.rows, rows)]
             self.orders[number] = (found or [Order(rows, places.clamp_(min=0))])[0]
         return number

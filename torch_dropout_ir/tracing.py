@@ -138,8 +138,7 @@ def derivatives_of_each(
 def of_each(act: Callable[[Tensor], Any], roots: Tensor) -> Any:
     """Return what ``act`` makes of each of several roots, at once; None where it does.
 
-    So does ``torch.autograd.grad`` with ``is_grads_batched=True``: roots and result
-    have a leading index.
+    Roots and result have a leading index, as for ``is_grads_batched`` of torch's own.
     """
     start, add, remove, end = _UNSEEN_DIM
     if not (start and add and remove and end):
