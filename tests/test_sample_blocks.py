@@ -307,7 +307,9 @@ def told(loss, f, y, kernel=registration.loss_blocks, *, watch=None):
     nodes = nodes_of(loss(f, y))
     if watch is not None:
         watch.setattr(sample_blocks, "loss_blocks", kernel)
-    return sample_blocks.blocks_of(f, nodes)
+    found = sample_blocks.blocks_of(f, nodes)
+    assert found is None or not found.couples
+    return found and found.columns
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -429,11 +431,7 @@ class _Cubed(torch.autograd.Function):
 MEETING = {
     "a mean over rows": lambda f: ((f - f.mean(0)) ** 2).sum(),
     "a sum over rows": lambda f: (f.sum(0) ** 2).sum(),
-    "a function of a sum": lambda f: f.square().sum().sqrt(),
-    "a product of sums": lambda f: f.exp().sum() * f.sin().sum(),
-    "a ratio of sums": lambda f: f.exp().sum() / f.cosh().sum(),
     "a ratio with a sum": lambda f: (f.exp() / f.cosh().sum()).sum(),
-    "one over a sum": lambda f: 1 / f.exp().sum(),
     "a sum beside rows": lambda f: (f + f.sum()).exp().sum(),
     "all pairs": lambda f: (f[:, None] * f[None]).exp().sum(),
     "rows as columns": lambda f: (f.sum(1) * f).exp().sum(),
@@ -550,6 +548,63 @@ def test_where_rows_may_meet_nothing_is_told(name):
     )
     expected = 0.5 * per_mask.reshape(9, 9).trace()
     torch.testing.assert_close(found.value, expected)
+
+
+def overlap(f):
+    p, y = f.sigmoid(), (torch.arange(9).view(3, 3) % 2).double()
+    return 1 - 2 * (p * y).sum() / (p.sum() + y.sum())
+
+
+SUMS_BENT = {
+    "a function of a sum": lambda f: f.square().sum().sqrt(),
+    "a product of sums": lambda f: f.exp().sum() * f.sin().sum(),
+    "a ratio of sums": lambda f: f.exp().sum() / f.cosh().sum(),
+    "one over a sum": lambda f: 1 / f.exp().sum(),
+    "an overlap": overlap,
+    "a spread of sums": lambda f: (f[:, 0].square().mean() - f[1:].mean() ** 2).sqrt(),
+    "the greater of two": lambda f: torch.maximum(f.exp().sum(), f.cosh().sum()) ** 2,
+    "a mean and rows": lambda f: (
+        f[:2].exp().mean().log() + f.square().sum(1).sin().sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", SUMS_BENT)
+def test_of_sums_that_are_bent_the_blocks_are_told(name, kernel, monkeypatch):
+    torch.manual_seed(0)
+    f, rows = torch.randn(3, 3, dtype=torch.float64), torch.arange(3)
+    monkeypatch.setattr(sample_blocks, "loss_blocks", KERNELS[kernel])
+    found = sample_blocks.blocks_of(f.requires_grad_(), nodes_of(SUMS_BENT[name](f)))
+    expected = dense(lambda f, _: SUMS_BENT[name](f), f, None)
+    assert found.couples
+    torch.testing.assert_close(found.columns, expected[rows, :, rows].movedim(0, 1))
+
+
+@pytest.mark.parametrize("meet", [False, True])
+def test_of_sums_that_are_bent_one_sample_is_unbiased(meet):
+    """Where the network joins samples what is between them counts."""
+    net, x = network()
+    net.insert(1, nn.BatchNorm1d(8, affine=False).double() if meet else nn.Tanh())
+    if meet:
+        net.insert(4, nn.BatchNorm1d(8, affine=False).double())
+    y = (torch.randn(6, K) > 0).double()
+
+    def loss(f, y):
+        return 1 - 2 * (f.sigmoid() * y).sum() / (f.sigmoid().sum() + y.sum())
+
+    expected = dense_form(net, x, y, loss, modes=meet)
+    exact = gauss_newton(net, (x, y), loss, num_samples=None)
+    torch.testing.assert_close(exact.value, expected)
+    draws = [gauss_newton(net, (x, y), loss) for _ in range(400)]
+    values = torch.stack([found.value for found in draws])
+    error = values.std() / math.sqrt(len(values))
+    assert (values.mean() - expected).abs() <= 4 * error + 1e-12
+    errors = torch.stack([found.standard_error for found in draws])
+    if meet:
+        assert errors.isnan().all()
+    else:
+        assert errors.square().mean() >= values.var() * 0.9
 
 
 @pytest.mark.parametrize("dims", [0, (0, 2)])
@@ -706,7 +761,7 @@ def test_what_the_kernel_cannot_read_is_not_told():
 def test_where_all_labels_are_ignored_there_are_zeros():
     f = torch.rand(N, K, dtype=torch.float64, requires_grad=True)
     value = F.cross_entropy(f * f, torch.full((N,), -100))
-    assert not sample_blocks.blocks_of(f, nodes_of(value)).any()
+    assert not sample_blocks.blocks_of(f, nodes_of(value)).columns.any()
 
 
 def test_opcheck():
@@ -752,9 +807,10 @@ def focal_of(f):
     return -((1 - log.exp()) ** 2 * log).mean()
 
 
-def dense_form(net, x, y, loss):
+def dense_form(net, x, y, loss, modes=False):
     """``sum_sites p / (2 (1 - p)) tr(diag(h)^2 J' H J)`` by dense derivatives."""
-    net.eval()
+    for layer in net:
+        layer.train(modes and not isinstance(layer, nn.Dropout))
     total, h = 0.0, x
     for i, layer in enumerate(net):
         h = layer(h)

@@ -44,6 +44,7 @@ class Program:
         most: As given.
         order: What rows those are; None where they are all, as they were.
         orders: The order of what each node makes.
+        couples: Whether what is bent is a sum over rows.
         sizes: The shape of a row of what each node makes; None of a sum over rows, and
             where rows are in dimension 1.
         steps: See ``program`` of the op.
@@ -58,6 +59,7 @@ class Program:
         self.order: Order | None = None
         self.orders: list[Order | None] = []
         self._picks = False  # whether there is one
+        self.couples = False
         self.most = most
         self.sizes: list[Shape | None] = []
         self.steps: list[int] = []
@@ -170,7 +172,8 @@ class Program:
             node: The node.
             a: Its first input by number, -1 where that is a constant.
             b: Its second.
-            sums: Whether these may be sums over rows.
+            sums: Whether it is linear in sums over rows. What bends them couples rows,
+                and their derivatives in one row are those of its own part.
 
         Returns:
             The shape; None of a sum, False where rows may meet.
@@ -178,7 +181,10 @@ class Program:
         own = [self.sizes[i] for i in (a, b) if i >= 0]
         shape: Shape = node._input_metadata[0].shape
         if None in own:
-            return None if sums and not shape else False
+            if shape or set(own) != {None}:
+                return None if sums and not shape else False
+            self.couples |= not sums
+            return None
         dims = {len(x) + 1 for x in own if x is not None}
         return shape[1:] if dims == {len(shape)} and shape[0] == self.rows else False
 

@@ -90,8 +90,8 @@ def _bent(
     """Return the rule of a function of one number, by what its node has saved."""
 
     def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
-        sizes = to.sizes[inputs[0]]
-        if sizes is None:
+        sizes = to.elementwise(node, inputs[0], -1, False)
+        if sizes is False:
             return None
         value = (getattr(node, saved),)
         return to.add(

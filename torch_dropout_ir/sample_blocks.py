@@ -5,6 +5,8 @@ Semantics:
 * Where each operation of the graph keeps the rows of the outputs apart until all are
   added up, the Hessian is a block for each row, made by the chain rule of what the
   graph has saved: no derivative of the loss is taken by autograd.
+* So it is where sums over all rows are bent, and no row read beside them. There is more
+  of the Hessian then, between rows.
 * An operation without a rule is asked for its own derivatives.
 * A graph with an operation that joins rows otherwise is not told.
 """
@@ -12,7 +14,7 @@ Semantics:
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,11 +28,23 @@ from torch_dropout_ir.loss_terms import LEAF, Nodes
 from torch_dropout_ir.registration import loss_blocks
 
 
-def blocks_of(outputs: Tensor, nodes: Nodes) -> Tensor | None:
+class Blocks(NamedTuple):
+    """The Hessian of a loss in the outputs of each sample.
+
+    Attributes:
+        columns: Column ``c`` of each block at the index ``c``, ``[K, n, K]``.
+        couples: Whether there is more of it, between samples.
+    """
+
+    columns: Tensor
+    couples: bool
+
+
+def blocks_of(outputs: Tensor, nodes: Nodes) -> Blocks | None:
     """Return the Hessian of a loss in each sample's outputs, where its graph tells.
 
-    Column ``c`` of each block at the index ``c``, ``[K, n, K]``. ``nodes`` are those
-    of the graph, each after those it leads to; the outputs ``[n, ...]`` its leaf.
+    ``nodes`` are those of the graph, each after those it leads to; the outputs
+    ``[n, ...]`` its leaf.
 
     Raises:
         RuntimeError: If what the graph has saved was written on since.
@@ -49,7 +63,7 @@ def blocks_of(outputs: Tensor, nodes: Nodes) -> Tensor | None:
             return None
         found = loss_blocks(outputs, program.steps, program.numbers, program.values)
         # 0 times infinity: where constants lead on autograd does not multiply.
-        return found if math.isfinite(found.sum()) else None
+        return Blocks(found, program.couples) if math.isfinite(found.sum()) else None
 
 
 def program_of(outputs: Tensor, nodes: Nodes) -> Program | None:
