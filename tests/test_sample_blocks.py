@@ -607,6 +607,25 @@ def test_of_sums_that_are_bent_one_sample_is_unbiased(meet):
         assert errors.square().mean() >= values.var() * 0.9
 
 
+def test_of_sums_that_are_bent_rows_of_a_sample_are_taken_together():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Dropout(0.5), nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Flatten(0, 1)
+    )
+    x = torch.randn(3, 4)
+    net, x = net.double(), x.double()
+
+    def loss(f, _):
+        return f.exp().sum().log()
+
+    def moved(by):
+        return loss(net[1:](x * (1 + by)), None)
+
+    curved = torch.autograd.functional.hessian(moved, torch.zeros_like(x))
+    found = gauss_newton(net, (x, None), loss, num_samples=None)
+    torch.testing.assert_close(found.value, 0.5 * curved.view(12, 12).trace())
+
+
 @pytest.mark.parametrize("dims", [0, (0, 2)])
 def test_a_sum_over_rows_and_not_all_is_none_over_all(dims):
     f = torch.ones(4, 3, 2).requires_grad_()
