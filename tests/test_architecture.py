@@ -38,7 +38,7 @@ FLOORS = {
         "output_scales",
         "softmax_roots",
         "jet_program", "jet_rules", "jet_losses", "jet_nodes", "jet_places",
-        "jet_products",
+        "jet_products", "jet_derivatives", "jet_moments", "row_powers",
         "sample_blocks", "entry_curvature",
     ),
     2: ("nn", "masks", "regularizers", "condensation", "sharpness"),

@@ -190,7 +190,59 @@ def multiplied(f, y):
     return sum((x * (x + i)).sin().sum() for i, x in enumerate(each))
 
 
+def moments(f, y):
+    cube = f.view(N, K, 1) * (y[:, None].exp() + 1)
+    each = (
+        f.var(1), f.std(1, keepdim=True), cube.var((1, 2), correction=0), cube.std(-1),
+        torch.var(f, 1, correction=0.5), f.norm(3, dim=1), cube.norm(1, dim=(1, 2)),
+        (f * y).norm(0.5, dim=1, keepdim=True), torch.linalg.norm(cube, 2.5, dim=-1),
+    )  # fmt: skip
+    outer = f[:, None] * f[:, :, None] / 4 + torch.diag_embed(f.tanh() + 2)
+    signs, logs = torch.linalg.slogdet(f[:, :1, None] * outer)
+    more = torch.logdet(outer) * f[:, 0] + torch.det(outer[:, :2, :2]).sin()
+    rest = (more + logs.square() + signs * f[:, 1] ** 3).sum()
+    return rest + sum((x * (i + 1)).sin().sum() for i, x in enumerate(each))
+
+
+def linear(f, y):
+    """Without a rule: they are asked for their derivatives."""
+    places, cube = torch.tensor([1, 0, 1]), f.view(N, 1, K) * y[:, :, None]
+    turned, spectrum = torch.fft.fft(f.sin()), torch.fft.rfft(cube, dim=1)
+    each = (
+        torch.zeros_like(y).index_add(1, places, f.exp()), turned.abs(),
+        f.sin().scatter_add(1, places.expand(N, K), f * y), turned.real * y,
+        torch.zeros_like(y).scatter_reduce(1, LABELS[:, None], f[:, :1], "sum"),
+        torch.view_as_real(spectrum), turned.imag.exp(), (turned * 1j).real,
+        F.avg_pool1d(cube, 2, 1), F.interpolate(cube, 5, mode="linear"),
+        f.index_copy(1, places[1:], f[:, :2].sin()), torch.fft.irfft(turned).sin(),
+        F.conv1d(cube, y[:2, :, None].expand(2, K, 2), y[0, :2], 1, 1),
+        F.conv_transpose1d(cube, y[:, :, None].expand(N, K, 2)[:K], stride=2),
+        F.conv1d(f[:, None], y[:2, None, :2], dilation=2), F.fold(cube, (1, 3), (1, 1)),
+        torch.trapezoid(f, dim=1),
+    )  # fmt: skip
+    return sum((x * (x + i)).sin().sum() for i, x in enumerate(each))
+
+
+def some_rows(f, y):
+    keep, order = y[:, 0] > 0, torch.tensor([3, 0, 4, 1, 2])
+    at, labels = f[keep].sin(), LABELS[keep]
+    other = f.exp()[order[:3]] * y[order[:3]]
+    each = (
+        at * y[keep], f[keep] * at, other.logsumexp(1), (f @ y[:K])[order].softmax(1),
+        f[::2] * y[::2], f[-2:].exp().cumsum(1), f.index_select(0, order[1:]).tanh(),
+        f[order].logcumsumexp(1), torch.fft.fft(f[order]).abs(), f[[-1]].square(),
+        (f[1:, None] * y[1:, :, None]).norm(dim=(1, 2)), at[:, 1] / at[:, 0].exp(),
+        torch.cat((at, y[keep]), 1).var(1), at.gather(1, labels[:, None]),
+    )  # fmt: skip
+    more = F.cross_entropy(f[keep], labels) + F.huber_loss(f[order], y[order])
+    more = more + F.mse_loss(at, y[keep], reduction="sum") * 0.1
+    return more + sum((x * (x + i)).sin().mean() for i, x in enumerate(each))
+
+
 LOSSES = {
+    "moments": moments,
+    "linear": linear,
+    "some rows": some_rows,
     "Gaussian": lambda f, y: F.gaussian_nll_loss(f[:, :1], y[:, :1], f[:, 1:2].exp()),
     "divergence": divergence,
     "focal": focal,
@@ -255,7 +307,9 @@ def told(loss, f, y, kernel=registration.loss_blocks, *, watch=None):
     nodes = nodes_of(loss(f, y))
     if watch is not None:
         watch.setattr(sample_blocks, "loss_blocks", kernel)
-    return sample_blocks.blocks_of(f, nodes)
+    found = sample_blocks.blocks_of(f, nodes)
+    assert found is None or not found.couples
+    return found and found.columns
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -361,21 +415,29 @@ def test_rows_of_any_shape(shape):
     torch.testing.assert_close(told(loss, f, y), expected)
 
 
+class _Cubed(torch.autograd.Function):
+    """A function of a user's own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
 MEETING = {
     "a mean over rows": lambda f: ((f - f.mean(0)) ** 2).sum(),
     "a sum over rows": lambda f: (f.sum(0) ** 2).sum(),
-    "a function of a sum": lambda f: f.square().sum().sqrt(),
-    "a product of sums": lambda f: f.exp().sum() * f.sin().sum(),
-    "a ratio of sums": lambda f: f.exp().sum() / f.cosh().sum(),
     "a ratio with a sum": lambda f: (f.exp() / f.cosh().sum()).sum(),
-    "one over a sum": lambda f: 1 / f.exp().sum(),
     "a sum beside rows": lambda f: (f + f.sum()).exp().sum(),
     "all pairs": lambda f: (f[:, None] * f[None]).exp().sum(),
     "rows as columns": lambda f: (f.sum(1) * f).exp().sum(),
     "a column and a row": lambda f: (f.sum(1, keepdim=True) * f[:, 0]).exp().sum(),
     "repeated rows": lambda f: (f[:1] * f).exp().sum(),
     "another row": lambda f: (f[1:] * f[:-1]).exp().sum(),
-    "half of the rows": lambda f: (f[::2].exp()).sum(),
     "a row": lambda f: f[0].exp().sum() + f.exp().sum(),
     "a softmax over rows": lambda f: f.softmax(0).square().sum(),
     "a log-softmax over rows": lambda f: f.log_softmax(0).square().sum(),
@@ -404,7 +466,6 @@ MEETING = {
     ),
     "turned": lambda f: (f.t() * f).exp().sum(),
     "a length of all": lambda f: (f - 1).norm() ** 2 + f.norm(dim=0).exp().sum(),
-    "other lengths": lambda f: f.norm(3, dim=1).exp().sum(),
     "views of all": lambda f: (f.view(-1)[1:] * f.view(-1)[:-1]).exp().sum(),
     "rows joined": lambda f: (f.view(1, 9) * f.view(1, 9)).exp().sum(),
     "repeated further": lambda f: (f[:, 0].expand(3, 3) * f).exp().sum(),
@@ -445,11 +506,30 @@ MEETING = {
     "ties": lambda f: (f.clamp(max=-0.1).amax(1) * f.sum(1)).exp().sum(),
     "the mean of two": lambda f: (f[:, [0]] + f.expand(2, 3, 3)).exp().sum(),
     "rows by numbers": lambda f: (f[[1, 0, 2]] * f).exp().sum(),
-    "some rows": lambda f: f[f[:, 0] > f[:, 0].min()].exp().sum(),
+    "a transform of rows": lambda f: torch.fft.fft(f, dim=0).abs().sum(),
+    "rows added by number": lambda f: f.index_add(0, LABELS[:3], f.sin()).exp().sum(),
+    "rows put by number": lambda f: (
+        f.scatter_add(0, torch.tensor([[1, 0, 2]] * 3), f.sin()).exp().sum()
+    ),
+    "rows averaged": lambda f: F.avg_pool1d(f.t()[None], 2, 1).exp().sum(),
+    "rows convolved": lambda f: F.conv1d(f[None], f[:, :, None].detach()).exp().sum(),
+    "a spread of rows": lambda f: (f.var(0) + f.std(0)).exp().sum() + f.var(),
+    "a volume": lambda f: torch.logdet(f.t() @ f + torch.eye(3)).exp(),
+    "rows twice": lambda f: f[[0, 1, 1]].exp().prod(1).sum(),
+    "rows with others": lambda f: (f[[1, 0, 2]] * f[[2, 0, 1]]).exp().sum(),
+    "rows beside others": lambda f: (f[1:] * f[:2]).exp().sum(),
+    "rows of rows": lambda f: (f[[1, 0, 2]][[1, 0, 2]] * f).exp().prod(1).sum(),
+    "behind another, in order": lambda f: (
+        (f[[1, 0, 2]][None] @ f.detach()).view(3, 3).exp().prod(1).sum()
+    ),
+    "not known": lambda f: (
+        torch.linalg.inv(f[:, None] * f[:, :, None] + torch.eye(3)).exp().sum()
+    ),
+    "not known, of pairs": lambda f: torch.fft.fft(f).exp().abs().sum(),
+    "nobody's function": lambda f: _Cubed.apply(f).prod(1).sum(),
     "of what it is made of": lambda f: torch.logaddexp(f, -f).sum(),
     "of itself twice": lambda f: torch.logaddexp(*[f.exp()] * 2).sin().sum(),
     "of repeated entries": lambda f: torch.logaddexp(f[:, :1], f.sin()).sum(),
-    "not known": lambda f: F.avg_pool1d(f[:, None], 2, 1).exp().sum(),
 }
 
 
@@ -468,6 +548,82 @@ def test_where_rows_may_meet_nothing_is_told(name):
     )
     expected = 0.5 * per_mask.reshape(9, 9).trace()
     torch.testing.assert_close(found.value, expected)
+
+
+def overlap(f):
+    p, y = f.sigmoid(), (torch.arange(9).view(3, 3) % 2).double()
+    return 1 - 2 * (p * y).sum() / (p.sum() + y.sum())
+
+
+SUMS_BENT = {
+    "a function of a sum": lambda f: f.square().sum().sqrt(),
+    "a product of sums": lambda f: f.exp().sum() * f.sin().sum(),
+    "a ratio of sums": lambda f: f.exp().sum() / f.cosh().sum(),
+    "one over a sum": lambda f: 1 / f.exp().sum(),
+    "an overlap": overlap,
+    "a spread of sums": lambda f: (f[:, 0].square().mean() - f[1:].mean() ** 2).sqrt(),
+    "the greater of two": lambda f: torch.maximum(f.exp().sum(), f.cosh().sum()) ** 2,
+    "a mean and rows": lambda f: (
+        f[:2].exp().mean().log() + f.square().sum(1).sin().sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", SUMS_BENT)
+def test_of_sums_that_are_bent_the_blocks_are_told(name, kernel, monkeypatch):
+    torch.manual_seed(0)
+    f, rows = torch.randn(3, 3, dtype=torch.float64), torch.arange(3)
+    monkeypatch.setattr(sample_blocks, "loss_blocks", KERNELS[kernel])
+    found = sample_blocks.blocks_of(f.requires_grad_(), nodes_of(SUMS_BENT[name](f)))
+    expected = dense(lambda f, _: SUMS_BENT[name](f), f, None)
+    assert found.couples
+    torch.testing.assert_close(found.columns, expected[rows, :, rows].movedim(0, 1))
+
+
+@pytest.mark.parametrize("meet", [False, True])
+def test_of_sums_that_are_bent_one_sample_is_unbiased(meet):
+    """Where the network joins samples what is between them counts."""
+    net, x = network()
+    net.insert(1, nn.BatchNorm1d(8, affine=False).double() if meet else nn.Tanh())
+    if meet:
+        net.insert(4, nn.BatchNorm1d(8, affine=False).double())
+    y = (torch.randn(6, K) > 0).double()
+
+    def loss(f, y):
+        return 1 - 2 * (f.sigmoid() * y).sum() / (f.sigmoid().sum() + y.sum())
+
+    expected = dense_form(net, x, y, loss, modes=meet)
+    exact = gauss_newton(net, (x, y), loss, num_samples=None)
+    torch.testing.assert_close(exact.value, expected)
+    draws = [gauss_newton(net, (x, y), loss) for _ in range(400)]
+    values = torch.stack([found.value for found in draws])
+    error = values.std() / math.sqrt(len(values))
+    assert (values.mean() - expected).abs() <= 4 * error + 1e-12
+    errors = torch.stack([found.standard_error for found in draws])
+    if meet:
+        assert errors.isnan().all()
+    else:
+        assert errors.square().mean() >= values.var() * 0.9
+
+
+def test_of_sums_that_are_bent_rows_of_a_sample_are_taken_together():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Dropout(0.5), nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Flatten(0, 1)
+    )
+    x = torch.randn(3, 4)
+    net, x = net.double(), x.double()
+
+    def loss(f, _):
+        return f.exp().sum().log()
+
+    def moved(by):
+        return loss(net[1:](x * (1 + by)), None)
+
+    curved = torch.autograd.functional.hessian(moved, torch.zeros_like(x))
+    found = gauss_newton(net, (x, None), loss, num_samples=None)
+    torch.testing.assert_close(found.value, 0.5 * curved.view(12, 12).trace())
 
 
 @pytest.mark.parametrize("dims", [0, (0, 2)])
@@ -624,7 +780,7 @@ def test_what_the_kernel_cannot_read_is_not_told():
 def test_where_all_labels_are_ignored_there_are_zeros():
     f = torch.rand(N, K, dtype=torch.float64, requires_grad=True)
     value = F.cross_entropy(f * f, torch.full((N,), -100))
-    assert not sample_blocks.blocks_of(f, nodes_of(value)).any()
+    assert not sample_blocks.blocks_of(f, nodes_of(value)).columns.any()
 
 
 def test_opcheck():
@@ -670,9 +826,10 @@ def focal_of(f):
     return -((1 - log.exp()) ** 2 * log).mean()
 
 
-def dense_form(net, x, y, loss):
+def dense_form(net, x, y, loss, modes=False):
     """``sum_sites p / (2 (1 - p)) tr(diag(h)^2 J' H J)`` by dense derivatives."""
-    net.eval()
+    for layer in net:
+        layer.train(modes and not isinstance(layer, nn.Dropout))
     total, h = 0.0, x
     for i, layer in enumerate(net):
         h = layer(h)

@@ -90,6 +90,6 @@ def test_blocks_of_random_programs(start):
             )
         blocks = expected[rows, :, rows].movedim(0, 1).clone()
         expected[rows, :, rows] = 0
-        assert not expected.any(), f"rows meet in program {seed}"
-        torch.testing.assert_close(found, blocks, rtol=1e-8, atol=1e-9)
+        assert found.couples or not expected.any(), f"rows meet in program {seed}"
+        torch.testing.assert_close(found.columns, blocks, rtol=1e-8, atol=1e-9)
     assert told > 30

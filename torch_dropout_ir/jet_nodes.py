@@ -88,10 +88,21 @@ def _indexed(to: Program, node: Any, inputs: list[int]) -> int | None:
     """The same of entries by number, which are at hand."""
     if (own := to.sizes[inputs[0]]) is None:
         return None
+    first, *rest = node._saved_indices
+    if first is not None and first.ndim == 1 and not any([x is not None for x in rest]):
+        rows = first.nonzero().flatten() if first.dtype == torch.bool else first
+        return to.picked(inputs[0], rows)
     device = node._input_metadata[0].device
     numbers = torch.arange(1, to.rows * math.prod(own) + 1, device=device)
     at = [slice(None) if x is None else x for x in node._saved_indices]
     return _by_number(to, inputs[0], numbers.view(to.rows, *own)[tuple(at)])
+
+
+def _selected(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """Entries along a dimension by number, or rows."""
+    if node._saved_dim or node._saved_index.ndim != 1:
+        return chosen(to, node, inputs)
+    return to.picked(inputs[0], node._saved_index)
 
 
 def _by_number(to: Program, a: int, numbers: Tensor) -> int | None:
@@ -124,13 +135,13 @@ _BEND: Final = (
     "SpecialI0E SpecialLogNdtr Tan"
 )
 _CHOOSE: Final = (
-    "Amax Amin ConstantPadNd Cummax Diagonal DiagEmbed Flip IndexSelect Kthvalue "
-    "Max MaxPool2DWithIndices Min Repeat Roll Sort Topk Tril Triu Unfold"
+    "Amax Amin ConstantPadNd Diagonal DiagEmbed MaxPool2DWithIndices Repeat Roll Tril "
+    "Triu Unfold"
 )
 NODES: Final[dict[str, Rule]] = {
     **{f"{name}Backward0": _bent for name in _BEND.split()},
     **{f"{name}Backward0": chosen for name in _CHOOSE.split()},
     "IndexBackward0": _indexed,
+    "IndexSelectBackward0": _selected,
     "LerpBackward1": _bent,
-    "MedianBackward1": chosen,
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import torch
+
 from torch_dropout_ir.jet_kernels import Kind
 from torch_dropout_ir.jet_nodes import chosen
 from torch_dropout_ir.jet_program import Program, Rule, signed
@@ -15,8 +17,12 @@ def _sliced(to: Program, node: Any, inputs: list[int]) -> int | None:
         return None
     dim, shape = signed(node._saved_dim, len(own) + 1), node._input_metadata[0].shape
     if not dim:
-        whole = shape[0] == to.rows and node._saved_step == 1
-        return to.reshaped(own, inputs[0]) if whole else None
+        if shape[0] == to.rows and node._saved_step == 1:
+            return to.reshaped(own, inputs[0])
+        device = node._input_metadata[0].device
+        rows = torch.arange(shape[0], device=device) * node._saved_step
+        first = max(0, signed(node._saved_start, to.rows))
+        return to.picked(inputs[0], rows + first)
     start = max(0, signed(node._saved_start, own[dim - 1]))
     step = node._saved_step
     return to.add(
@@ -42,6 +48,29 @@ def _gathered(to: Program, node: Any, inputs: list[int]) -> int | None:
     if sized != tuple(own):
         return None
     return to.add(Kind.GATHERED, sizes, a, -1, (index,), dim=dim)
+
+
+def _at_indices(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """Entries along a dimension that a node has found, by its own numbers."""
+    if (place := to.along(inputs[0], node._saved_dim)) is None:
+        return None
+    own, dim = place
+    index = node._saved_indices
+    index = index if index.ndim > len(own) else index.unsqueeze(dim + 1)
+    values, sizes = (index,), index.shape[1:]
+    number = to.add(Kind.GATHERED, sizes, inputs[0], -1, values, dim=dim)
+    return to.reshaped(node._input_metadata[0].shape[1:], number)
+
+
+def _flipped(to: Program, node: Any, inputs: list[int]) -> int | None:
+    number: int | None = inputs[0]
+    for saved in node._saved_dims:
+        if number is None or (place := to.along(number, saved)) is None:
+            return None
+        own, dim = place
+        last = own[dim] - 1
+        number = to.add(Kind.CHOSEN, own, number, dim=dim, start=last, step=-1)
+    return number
 
 
 def _parted(to: Program, node: Any, inputs: list[int]) -> int | None:
@@ -105,12 +134,16 @@ def _turned(to: Program, node: Any, inputs: list[int]) -> int | None:
 
 
 # Those that have more than one result.
-SEVERAL: Final = ("SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0")
+_PARTED: Final = ("SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0")
+SEVERAL: Final = (*_PARTED, "LinalgSlogdetBackward0")
 PLACES: Final[dict[str, Rule]] = {
     "SliceBackward0": _sliced,
     "SelectBackward0": _selected,
     "GatherBackward0": _gathered,
-    **dict.fromkeys(SEVERAL, _parted),
+    "FlipBackward0": _flipped,
+    **{f"{x}Backward0": _at_indices for x in "Cummax Kthvalue Max Min Sort Topk".split()},
+    "MedianBackward1": _at_indices,
+    **dict.fromkeys(_PARTED, _parted),
     **dict.fromkeys(("CatBackward0", "StackBackward0"), _joined),
     **dict.fromkeys(("PermuteBackward0", "TransposeBackward0", "TBackward0"), _turned),
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
+from torch_dropout_ir.jet_derivatives import mapped
 from torch_dropout_ir.jet_kernels import Kind
 from torch_dropout_ir.jet_program import Program, Rule
 
@@ -63,28 +66,38 @@ def _cumulated(to: Program, node: Any, inputs: list[int]) -> int | None:
     if (found := to.along(inputs[0], node._saved_dim)) is None:
         return None
     (*own,), dim = found
+    return _added_up(to, inputs[0], own, dim, node._input_metadata[0].device)
+
+
+def _added_up(
+    to: Program, a: int | None, own: list[int], dim: int, device: torch.device
+) -> int | None:
     n, rest = own[dim], own[dim + 1 :]
-    ones = torch.ones(n, n, device=node._input_metadata[0].device).triu()
-    ones = ones.view(n, n, *(1 for _ in rest))
-    left = to.reshaped((*own[: dim + 1], 1, *rest), inputs[0])
+    ones = _triangle(n).to(device).view(n, n, *(1 for _ in rest))
+    left = to.reshaped((*own[: dim + 1], 1, *rest), a)
     sizes = (*own[: dim + 1], n, *rest)
     number = to.add(Kind.TIMES, sizes, left, -1, (ones, ones))
     return to.add(Kind.SUMMED, own, number, dim=1 << dim, alpha=1.0)
 
 
+@functools.lru_cache(maxsize=8)
+def _triangle(n: int) -> Tensor:
+    return torch.ones(n, n).triu()
+
+
 def _log_cumulated(to: Program, node: Any, inputs: list[int]) -> int | None:
-    """Logarithms of sums of exponentials up to each place: of all, some of them 0."""
+    """Logarithms of sums of exponentials up to each place.
+
+    In double precision, next to the largest: should one of them be 0, others tell.
+    """
     if (found := to.along(inputs[0], node._saved_dim)) is None:
         return None
     (*own,), dim = found
-    n, rest = own[dim], own[dim + 1 :]
-    x, top = node._saved_self, node._saved_result
-    later = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)
-    x = x.unsqueeze(dim + 1).expand(to.rows, *own[: dim + 1], n, *rest)
-    x = x.masked_fill(later.view(n, n, *(1 for _ in rest)), -math.inf)
-    flat = to.reshaped((*own[:dim], 1, n, *rest), inputs[0])
-    number = to.reshaped((*own[: dim + 1], n, *rest), flat)
-    return to.add(Kind.LOG_SUM_EXP, own, number, -1, (x, top), dim=dim + 1)
+    x, top = node._saved_self.double(), node._saved_result.double()
+    most = x.amax(dim + 1, keepdim=True)
+    number = to.add(Kind.EXP, own, inputs[0], -1, ((x - most).exp_(),))
+    number = _added_up(to, number, own, dim, x.device)
+    return to.add(Kind.LOG, own, number, -1, ((top - most).exp_(),))
 
 
 def _multiplied_up(to: Program, node: Any, inputs: list[int]) -> int | None:
@@ -94,10 +107,9 @@ def _multiplied_up(to: Program, node: Any, inputs: list[int]) -> int | None:
     own, dim = found
     x, n = node._saved_self, own[dim]
     number: int | None = inputs[0]
-    places = torch.arange(n, device=x.device)
     by = 1
     while by < n:
-        index = (places - by).clamp_min(-1).view(-1, *(1 for _ in own[dim + 1 :]))
+        index = _before(n, by).to(x.device).view(-1, *(1 for _ in own[dim + 1 :]))
         index = index.expand(1, *own)
         before = to.add(Kind.GATHERED, own, number, -1, (index,), dim, -1, 1)
         ones = torch.ones_like(x.narrow(dim + 1, 0, by))
@@ -110,12 +122,35 @@ def _multiplied_up(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.add(Kind.CHOSEN, sizes, number, dim=dim, start=n - 1, step=1)
 
 
+@functools.lru_cache(maxsize=64)
+def _before(n: int, by: int) -> Tensor:
+    """Return the place that is so far before each; -1 for none."""
+    return (torch.arange(n) - by).clamp_min_(-1)
+
+
+def _convolved(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """A convolution with a constant kernel: of one entry of a row after the other."""
+    own = to.sizes[inputs[0]]
+    if own is None or max(inputs[1:]) >= 0:
+        return None
+    kernel, sizes = node._saved_weight, node._input_metadata[0].shape[1:]
+    width, count = math.prod(own), math.prod(sizes)
+    if width * count > to.most:
+        return None
+    each = torch.eye(width, dtype=kernel.dtype, device=kernel.device).view(-1, *own)
+    names = "stride padding dilation transposed output_padding groups".split()
+    how = [getattr(node, f"_saved_{name}") for name in names]
+    by = torch.ops.aten.convolution(each, kernel, None, *how).view(width, count).T
+    return mapped(to, inputs[0], by, sizes)
+
+
 PRODUCTS: Final[dict[str, Rule]] = {
     "MmBackward0": _product("_saved_self", "_saved_mat2"),
     "MvBackward0": _product("_saved_self", "_saved_vec"),
     "BmmBackward0": _product("_saved_self", "_saved_mat2"),
     "AddmmBackward0": _product("_saved_mat1", "_saved_mat2"),
     "BaddbmmBackward0": _product("_saved_batch1", "_saved_batch2"),
+    "ConvolutionBackward0": _convolved,
     "CumsumBackward0": _cumulated,
     "LogcumsumexpBackward0": _log_cumulated,
     "CumprodBackward0": _multiplied_up,

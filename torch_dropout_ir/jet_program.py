@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,18 @@ _ENTRIES: Final = 2**12  # of all rows: above that products take less time, and 
 _MOST: Final = 2**63  # dimensions and places are saved without a sign
 
 
+class Order(NamedTuple):
+    """Rows that have been chosen by number, each at most once.
+
+    Attributes:
+        rows: Their numbers.
+        places: By row of the outputs, which of them it is; 0 where it is none.
+    """
+
+    rows: Tensor
+    places: Tensor
+
+
 class Program:
     """What :func:`~torch_dropout_ir.registration.loss_blocks` is given.
 
@@ -28,7 +40,11 @@ class Program:
         most: Entries of what a node makes of all rows, at most.
 
     Attributes:
-        rows: Their number.
+        rows: Their number; of what has been chosen of them while that is read.
+        most: As given.
+        order: What rows those are; None where they are all, as they were.
+        orders: The order of what each node makes.
+        couples: Whether what is bent is a sum over rows.
         sizes: The shape of a row of what each node makes; None of a sum over rows, and
             where rows are in dimension 1.
         steps: See ``program`` of the op.
@@ -39,8 +55,12 @@ class Program:
     """
 
     def __init__(self, shape: Shape, most: float = _ENTRIES) -> None:
-        self.rows = shape[0]
-        self._most = most
+        self._whole = self.rows = shape[0]
+        self.order: Order | None = None
+        self.orders: list[Order | None] = []
+        self._picks = False  # whether there is one
+        self.couples = False
+        self.most = most
         self.sizes: list[Shape | None] = []
         self.steps: list[int] = []
         self.numbers: list[float] = []
@@ -62,8 +82,12 @@ class Program:
         first, own = len(self.values), () if sizes is None else sizes
         if a is None or b is None or a in self.second or b in self.second:
             return None
-        if self.rows * math.prod(own) > self._most:
+        if self._whole * math.prod(own) > self.most:
             return None
+        if self.order is not None:
+            joined = self.sizes[a] if kind == Kind.LOG_SUM_EXP else own
+            shapes = zip(values, (joined or (), own), strict=False)
+            values = [self._by_row(x, len(shape) + 1) for x, shape in shapes]
         self.values += values
         self.steps += (
             kind, a, b, dim, start, step,
@@ -71,7 +95,42 @@ class Program:
         )  # fmt: skip
         self.numbers += (alpha, beta)
         self.sizes.append(sizes)
+        self.orders.append(None if sizes is None else self.order)
         return len(self.sizes) - 1
+
+    def begin(self, inputs: Sequence[int]) -> bool:
+        """Read nodes in the order that their rows are in; whether it is one."""
+        if not self._picks:
+            return True
+        live = [i for i in inputs if i >= 0 and self.sizes[i] is not None]
+        found = {id(self.orders[i]): self.orders[i] for i in live}
+        self.order = next(iter(found.values()), None)
+        self.rows = self._whole if self.order is None else len(self.order.rows)
+        return len(found) < 2
+
+    def picked(self, a: int, rows: Tensor) -> int | None:
+        """Add rows of a node by number; None where one is chosen twice."""
+        own, count = self.sizes[a], len(rows)
+        if own is None or self.order is not None or not count:
+            return None
+        rows = torch.where(rows < 0, rows + self.rows, rows)
+        places = torch.full((self.rows,), -1, device=rows.device)
+        places[rows] = torch.arange(count, device=rows.device)
+        there = places >= 0
+        if int(there.sum()) < count:
+            return None
+        there = there.view(-1, *(1 for _ in own))
+        number = self.add(Kind.TIMES, own, a, -1, (there, there))
+        if number is not None:
+            self._picks = True
+            found = [x for x in self.orders if x and torch.equal(x.rows, rows)]
+            self.orders[number] = (found or [Order(rows, places.clamp_(min=0))])[0]
+        return number
+
+    def _by_row(self, x: Tensor, dims: int) -> Tensor:
+        """Return what has been saved of chosen rows in the places of all."""
+        assert self.order is not None
+        return x[self.order.places] if x.ndim == dims and len(x) > 1 else x
 
     def reshaped(self, sizes: Shape, a: int | None) -> int | None:
         """Add the same entries in a row of another shape, if it is another."""
@@ -82,7 +141,7 @@ class Program:
 
     def lifted(self, sizes: Shape, a: int | None) -> int | None:
         """Add the same entries with a dimension of size 1 before that of the rows."""
-        a = self.reshaped(sizes, a)
+        a = self.reshaped(sizes, a) if self.order is None else None
         number = self.add(Kind.LINEAR, sizes, a, alpha=1.0)
         if a is not None and number is not None:
             self.second[number], self.sizes[number] = a, None
@@ -113,7 +172,8 @@ class Program:
             node: The node.
             a: Its first input by number, -1 where that is a constant.
             b: Its second.
-            sums: Whether these may be sums over rows.
+            sums: Whether it is linear in sums over rows. What bends them couples rows,
+                and their derivatives in one row are those of its own part.
 
         Returns:
             The shape; None of a sum, False where rows may meet.
@@ -121,7 +181,10 @@ class Program:
         own = [self.sizes[i] for i in (a, b) if i >= 0]
         shape: Shape = node._input_metadata[0].shape
         if None in own:
-            return None if sums and not shape else False
+            if shape or set(own) != {None}:
+                return None if sums and not shape else False
+            self.couples |= not sums
+            return None
         dims = {len(x) + 1 for x in own if x is not None}
         return shape[1:] if dims == {len(shape)} and shape[0] == self.rows else False
 

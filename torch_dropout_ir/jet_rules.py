@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torch_dropout_ir.jet_kernels import Kind
 from torch_dropout_ir.jet_losses import LOSSES
+from torch_dropout_ir.jet_moments import MOMENTS
 from torch_dropout_ir.jet_nodes import NODES
 from torch_dropout_ir.jet_places import PLACES
 from torch_dropout_ir.jet_products import PRODUCTS
@@ -89,8 +90,8 @@ def _bent(
     """Return the rule of a function of one number, by what its node has saved."""
 
     def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
-        sizes = to.sizes[inputs[0]]
-        if sizes is None:
+        sizes = to.elementwise(node, inputs[0], -1, False)
+        if sizes is False:
             return None
         value = (getattr(node, saved),)
         return to.add(
@@ -147,22 +148,6 @@ def _added(mean: bool) -> Rule:
         return to.add(Kind.SUMMED, sizes, inputs[0], dim=bits, alpha=alpha)
 
     return rule
-
-
-def _length(to: Program, node: Any, inputs: list[int]) -> int | None:
-    """The root of a sum of squares; at zero torch has its own derivatives."""
-    a, x, y = inputs[0], node._saved_self, node._saved_result
-    order = node._saved_ord if hasattr(node, "_saved_ord") else node._saved_p
-    own = to.sizes[a]
-    if own is None or order != 2 or not y.all():
-        return None
-    dims = [signed(d, len(own) + 1) for d in node._saved_dim or ()]
-    squares = to.add(Kind.TIMES, own, a, a, (x, x))
-    if not dims or 0 in dims:
-        return None
-    bits, sizes = sum([1 << (d - 1) for d in dims]), node._input_metadata[0].shape[1:]
-    total = to.add(Kind.SUMMED, sizes, squares, dim=bits, alpha=1.0)
-    return to.add(Kind.SQRT, sizes, total, -1, (y,))
 
 
 def _masked(to: Program, node: Any, inputs: list[int]) -> int | None:
@@ -278,9 +263,8 @@ def _rules() -> dict[str, Rule]:
     found |= {"RsubBackward1": rules["Rsub"], "ClampBackward1": rules["ClampMin"]}
     found |= dict.fromkeys(("SqueezeBackward1", "SqueezeBackward4"), _reshaped)
     found |= dict.fromkeys(("AddBackward1", "SubBackward1"), _scaled(1.0))
-    found |= dict.fromkeys(("LinalgVectorNormBackward0", "NormBackward1"), _length)
     found |= {"MulBackward1": _linear(_factor, _factor)}
-    found |= LOSSES | NODES | PLACES | PRODUCTS
+    found |= LOSSES | MOMENTS | NODES | PLACES | PRODUCTS
     return found | {"torch::autograd::AccumulateGrad": _scaled(1.0)}
 
 

@@ -59,7 +59,7 @@ def hessian_columns(product: HessianProduct) -> Tensor:
     of the network, or none where its graph tells.
     """
     if product.blocks is not None:
-        return product.blocks
+        return product.blocks.columns
     outputs = product.at
     samples, width = outputs.shape[0], outputs.shape[1:].numel()
     places = torch.eye(width, dtype=outputs.dtype, device=outputs.device)

@@ -17,7 +17,7 @@ from torch_dropout_ir.loss_terms import Nodes, Terms, nodes_of, terms_of
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.root_kernels import SIGNS
-from torch_dropout_ir.sample_blocks import blocks_of
+from torch_dropout_ir.sample_blocks import Blocks, blocks_of
 from torch_dropout_ir.tracing import derivatives, derivatives_of_each
 
 Root = tuple[Tensor, "Tensor | float"]
@@ -71,8 +71,8 @@ class HessianProduct:
         return self._seen
 
     @functools.cached_property
-    def blocks(self) -> Tensor | None:
-        """Each sample's Hessian, ``[K, n, K]``, of few outputs where the graph tells.
+    def blocks(self) -> Blocks | None:
+        """Each sample's Hessian, of few outputs where the graph tells.
 
         No derivative is taken for it.
         """

@@ -130,23 +130,23 @@ def derivatives(
 def derivatives_of_each(
     output: Tensor, at: GradientEdge | Tensor, roots: Tensor
 ) -> Tensor | None:
-    """Return the derivative at each of several roots at once, the graph kept.
-
-    It is what ``torch.autograd.grad`` does with ``is_grads_batched=True``: roots and
-    result have a leading index. None where there is no dependence.
-    """
+    """Return the derivative at each of several roots at once, the graph kept."""
     places: list[Any] = [at]
+    return of_each(lambda root: derivatives(output, places, root, keep=True)[0], roots)
+
+
+def of_each(act: Callable[[Tensor], Any], roots: Tensor) -> Any:
+    """Return what ``act`` makes of each of several roots, at once; None where it does.
+
+    Roots and result have a leading index, as for ``is_grads_batched`` of torch's own.
+    """
     start, add, remove, end = _UNSEEN_DIM
-    found: Tensor | None
     if not (start and add and remove and end):
-        (found,) = torch.autograd.grad(
-            output, places, roots, retain_graph=True, allow_unused=True,
-            is_grads_batched=True,
-        )  # fmt: skip
-        return found
+        made = [act(root) for root in roots]
+        return None if any([x is None for x in made]) else torch.stack(made)
     level = start()
     try:
-        (found,) = derivatives(output, places, add(roots, 0, level), keep=True)
+        found = act(add(roots, 0, level))
         return None if found is None else remove(found, level, roots.shape[0], 0)
     finally:
         end()

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from torch_dropout_ir.arrivals import uneven
 from torch_dropout_ir.output_products import Root
-
-_POWERS = 16
+from torch_dropout_ir.row_powers import by_powers, weighs_alike
 
 
 def row_weight(g: Tensor) -> Tensor:
@@ -22,29 +21,6 @@ def even_root(like: Tensor, dims: int = 1, first: int = 0) -> Tensor:
     """Return a root without zeros, the same for all samples, which ``dims`` count."""
     own = like[(0,) * dims] if like.numel() else like
     return uneven(own, first).expand(like.shape).contiguous()
-
-
-def by_powers(root: Tensor, dims: int = 1, count: int | None = None) -> Tensor:
-    """Return a tensor with each sample times a power of two, which is exact.
-
-    Sixteen samples in a row have sixteen powers from ``2^-8`` to ``2^7``. Each sixteen
-    have them in another order, lest samples that meet in pairs, half a batch apart,
-    have the same. The first ``dims`` dimensions count the rows, of which each of
-    ``count`` samples has as many, one after the other; None: one.
-    """
-    rows = root.shape[:dims].numel()
-    samples = torch.arange(rows, device=root.device) // (rows // (count or rows or 1))
-    exponents = _exponents(-(-(count or rows) // _POWERS)).to(root.device)[samples]
-    weights = torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents)
-    shape = (*root.shape[:dims], *(1,) * (root.ndim - dims))
-    return root * weights.to(root.dtype).view(shape)
-
-
-def _exponents(blocks: int) -> Tensor:
-    """Return exponents for so many times sixteen samples."""
-    generator = torch.Generator().manual_seed(0)
-    order = torch.rand(blocks, _POWERS, generator=generator).argsort(1)
-    return order.flatten() - _POWERS // 2
 
 
 def telling_roots(outputs: Tensor, count: int) -> Iterator[Tensor]:
@@ -79,17 +55,6 @@ def alike(
 ) -> bool:
     """Whether a root by powers gave, to the bit, what the plain one did by them."""
     return all(weighs_alike(x, scaled[key], 1, count) for key, x in plain.items())
-
-
-def weighs_alike(
-    plain: Tensor, weighed: Tensor, dims: int = 1, count: int | None = None
-) -> bool:
-    """Return whether a derivative at weighed roots is the plain one, weighed."""
-    expected = by_powers(plain, dims, count)
-    if torch.equal(expected, weighed):
-        return True
-    # Not-a-number stays where it is: that is no coupling.
-    return torch.equal(expected.nan_to_num(), weighed.nan_to_num())
 
 
 def nearly_equal(found: Tensor, expected: Tensor) -> bool:

@@ -14,12 +14,9 @@ from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import TWICE, HessianProduct, explain
 from torch_dropout_ir.output_scales import alike, closed_diagonal, is_logistic
-from torch_dropout_ir.regularizers.coupling import (
-    by_powers,
-    even_root,
-    weighs_alike,
-)
+from torch_dropout_ir.regularizers.coupling import even_root
 from torch_dropout_ir.regularizers.loss_graph import bends, joins_rows
+from torch_dropout_ir.row_powers import by_powers, weighs_alike
 
 _PIECEWISE: Final = (
     "expected a loss with a second derivative, got one that is piecewise {}: its "

@@ -6,11 +6,13 @@ from typing import Final, TypeAlias
 
 from torch import Tensor
 
+from torch_dropout_ir.collectives import alone
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_hessian import HessianRoots
 from torch_dropout_ir.output_products import HessianProduct, ProductRoots
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead
+from torch_dropout_ir.sample_blocks import Blocks
 from torch_dropout_ir.softmax_roots import SoftmaxRoots
 
 Roots: TypeAlias = "HessianRoots | SoftmaxRoots | ProductRoots"
@@ -32,7 +34,7 @@ def choose(
     """
     loss, f = read.loss, read.tensors[0]
     if loss is not None and product is not None and loss.kind == "general":
-        if product.blocks is not None:
+        if product.blocks is not None and _enough(clean, f, product.blocks):
             return HessianRoots(loss, read.single, read.targets, product), False
     if loss is None or product is None or not f.ndim:
         couples, terms = read.couples(product=product), None
@@ -55,6 +57,16 @@ def choose(
     if product is not None and f.ndim and num_samples:
         return ProductRoots(product, num_samples > 1 or clean.matters), couples
     return None, couples
+
+
+def _enough(clean: CleanPass, f: Tensor, blocks: Blocks) -> bool:
+    """Whether what a loss has between samples is of no matter: at sites they are apart.
+
+    Samples draw by themselves then, as with a loss that is a sum over them.
+    """
+    if not blocks.couples:
+        return True
+    return alone() and clean.count(f) == len(f) and clean.samples_meet(f) is False
 
 
 def blocks_fit(f: Tensor) -> bool:

@@ -20,13 +20,14 @@ from torch_dropout_ir.output_products import (
 )
 from torch_dropout_ir.registration import form_sums
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
-from torch_dropout_ir.regularizers.coupling import alike, apart, by_powers, row_weights
+from torch_dropout_ir.regularizers.coupling import alike, apart, row_weights
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.part_roots import PartRoots
 from torch_dropout_ir.regularizers.root_choice import Roots, choose
 from torch_dropout_ir.regularizers.root_pulls import added_up, plain, pull_root
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, Sums, rows_of_form
+from torch_dropout_ir.row_powers import by_powers
 
 
 class RootForms:

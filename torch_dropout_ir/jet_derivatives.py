@@ -1,0 +1,128 @@
+"""Floor 1: the rule of linear nodes in a program, by their own derivatives.
+
+Called, a node gives what it sends back. Where that does not change with its inputs, it
+is linear in them, and what it sends of each entry that it makes are the numbers by
+which it multiplies. Rows stay apart where a root of which each row weighs another power
+of two gives, to the bit, what the plain one does by them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from torch_dropout_ir.arrivals import uneven
+from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_program import Program, Shape
+from torch_dropout_ir.row_powers import by_powers, weighs_alike
+from torch_dropout_ir.tracing import derivatives, of_each
+
+
+def by_derivatives(
+    to: Program, node: Any, inputs: list[int], result: int = 0
+) -> int | None:
+    """Add what a linear node makes; None where rows may meet in it, or it bends.
+
+    Complex numbers are pairs of real ones, in a last dimension of the row.
+
+    Args:
+        to: The program.
+        node: The node.
+        inputs: Its inputs by number, -1 for constants.
+        result: Which of its results.
+
+    Returns:
+        Its number.
+    """
+    made, live = node._input_metadata[result], [i for i in inputs if i >= 0]
+    own = [to.sizes[i] for i in live]
+    by_row = list(made.shape[:1]) == [to.rows] and None not in own
+    if not by_row:
+        return None
+    sizes: Shape = (*made.shape[1:], *(2,) * made.dtype.is_complex)
+    count, width = math.prod(sizes), sum([math.prod(x or ()) for x in own])
+    if not 0 < to.rows * count * width <= to.most:
+        return None
+    pull, roots = functools.partial(_sent, node, inputs, result), _roots(made, count)
+    found = of_each(pull, roots)
+    apart = found.shape[1:] == (to.rows, width) and weighs_alike(*found.detach()[-2:])
+    if not apart or _bends(node, inputs, pull(roots[-2])):
+        return None
+    found = found.detach()
+    return mapped(to, _joint(to, live, width), found[:count].movedim(0, 1), sizes)
+
+
+def _bends(node: Any, inputs: list[int], sent: Tensor) -> bool:
+    """Whether what a node has sent back changes with its inputs, which it has saved."""
+    if not sent.requires_grad:
+        return False
+    pairs = zip(node.next_functions, inputs, strict=True)
+    ends = [GradientEdge(*edge) for edge, i in pairs if i >= 0]
+    slopes = derivatives(sent, ends, uneven(sent.detach()), True)
+    return any([x is not None and bool(x.any()) for x in slopes])
+
+
+def mapped(to: Program, a: int | None, by: Tensor, sizes: Shape) -> int | None:
+    """Add sums of the entries of a row times numbers.
+
+    Args:
+        to: The program.
+        a: What has those entries, by number.
+        by: The numbers, ``[rows, made, entries]`` or the same of all rows.
+        sizes: The shape of a row of what is made.
+
+    Returns:
+        Its number.
+    """
+    count, width = by.shape[-2:]
+    row = to.reshaped((1, width), a)
+    number = to.add(Kind.TIMES, (count, width), row, -1, (by, by))
+    number = to.add(Kind.SUMMED, (count,), number, dim=2, alpha=1.0)
+    return to.reshaped(sizes, number)
+
+
+def _sent(node: Any, inputs: list[int], result: int, root: Tensor) -> Tensor:
+    """Return what a node sends back to inputs that are no constants, a vector a row."""
+    behind = len(node._input_metadata) - result - 1
+    with torch.enable_grad():
+        found = node(*[None] * result, root, *[None] * behind)
+        found = (found,) if isinstance(found, Tensor) else found
+        sent = [x for x, i in zip(found, inputs, strict=True) if i >= 0]
+        flat = [torch.view_as_real(x) if x.is_complex() else x for x in sent]
+        flat = [x.reshape(len(x), -1) for x in flat]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+
+
+def _roots(made: Any, count: int) -> Tensor:
+    """Return a root for each entry of a row, the same in all rows, and two of all."""
+    n, *sizes = made.shape
+    places = _places(count).to(made.device)
+    if made.dtype.is_complex:
+        places = torch.view_as_complex(places.view(count + 1, -1, 2))
+    roots = places.to(made.dtype).view(count + 1, 1, *sizes).expand(-1, n, *sizes)
+    return torch.cat((roots, by_powers(roots[count])[None]))
+
+
+@functools.lru_cache(maxsize=64)
+def _places(count: int) -> Tensor:
+    return torch.cat((torch.eye(count), uneven(torch.ones(1, count))))
+
+
+def _joint(to: Program, live: list[int], width: int) -> int | None:
+    """Add the entries of all inputs side by side."""
+    number, start = -1, 0
+    for i in live:
+        count = math.prod(to.sizes[i] or ())
+        flat = to.reshaped((count,), i)
+        if flat is None or len(live) == 1:
+            return flat
+        added = to.add(Kind.PLACED, (width,), flat, number, start=start, step=1)
+        if added is None:
+            return None
+        number, start = added, start + count
+    return number

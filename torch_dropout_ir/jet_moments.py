@@ -1,0 +1,136 @@
+"""Floor 1: variances, lengths, determinants in a program: of what they are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+
+from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_program import Program, Rule, Shape, signed
+
+
+def _joined(to: Program, a: int, saved: Any) -> tuple[Shape, list[int]] | None:
+    """Return a row's shape, and dimensions that are joined in it; None where rows are.
+
+    Args:
+        to: The program.
+        a: What is joined, by number.
+        saved: The dimensions, as a node has saved them.
+    """
+    if (own := to.sizes[a]) is None:
+        return None
+    dims = [signed(d, len(own) + 1) - 1 for d in saved or ()]
+    return (own, dims) if dims and min(dims) >= 0 else None
+
+
+def _bits(dims: Sequence[int]) -> int:
+    return sum([1 << d for d in dims])
+
+
+def _variance(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """The mean of squares of what is off the mean, or the root of it."""
+    a, x = inputs[0], node._saved_self
+    if (found := _joined(to, a, node._saved_dim)) is None:
+        return None
+    own, dims = found
+    count = math.prod([own[d] for d in dims])
+    kept = [1 if d in dims else size for d, size in enumerate(own)]
+    mean = to.add(Kind.SUMMED, kept, a, dim=_bits(dims), alpha=1 / max(1, count))
+    off = to.add(Kind.LINEAR, own, a, mean, alpha=1.0, beta=-1.0)
+    away = x - x.mean([d + 1 for d in dims], keepdim=True)
+    squares = to.add(Kind.TIMES, own, off, off, (away, away))
+    less = node._saved_correction
+    less = count - (1.0 if less is None else float(less))
+    if less <= 0:
+        return None
+    sizes = node._input_metadata[0].shape[1:]
+    total = to.add(Kind.SUMMED, sizes, squares, dim=_bits(dims), alpha=1 / less)
+    if "Std" not in node.name():
+        return total
+    return to.add(Kind.SQRT, sizes, total, -1, (node._saved_result,))
+
+
+def _length(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """The root of a sum of powers; at zero torch has its own derivatives."""
+    a, x, y = inputs[0], node._saved_self, node._saved_result
+    order = float(node._saved_ord if hasattr(node, "_saved_ord") else node._saved_p)
+    found = _joined(to, a, node._saved_dim)
+    if found is None or not 0 < order < math.inf or not y.all():
+        return None
+    own, dims = found
+    sizes = node._input_metadata[0].shape[1:]
+    if order == 2:
+        powers = to.add(Kind.TIMES, own, a, a, (x, x))
+    else:
+        powers = to.add(Kind.ABS, own, a, -1, (x,))
+        powers = to.add(Kind.POWER, own, powers, -1, (x.abs(),), alpha=order)
+    total = to.add(Kind.SUMMED, sizes, powers, dim=_bits(dims), alpha=1.0)
+    if order == 2:
+        return to.add(Kind.SQRT, sizes, total, -1, (y,))
+    return to.add(Kind.POWER, sizes, total, -1, (y.double() ** order,), alpha=1 / order)
+
+
+def _modulus(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """The length of a complex number, which is a pair; at zero as above."""
+    own, y = to.sizes[inputs[0]], node._saved_self.abs()
+    if own is None or not y.all():
+        return None
+    x = torch.view_as_real(node._saved_self)
+    squares = to.add(Kind.TIMES, own, inputs[0], inputs[0], (x, x))
+    bits = 1 << (len(own) - 1)
+    total = to.add(Kind.SUMMED, own[:-1], squares, dim=bits, alpha=1.0)
+    return to.add(Kind.SQRT, own[:-1], total, -1, (y,))
+
+
+def _logarithm(to: Program, node: Any, a: int) -> int | None:
+    """Return the number of the logarithm of the determinant of a matrix ``A`` a row.
+
+    With ``M = B A`` and ``B`` the inverse at its value, which is a constant, its
+    derivatives are those of ``tr M - tr(M M) / 2`` where the factors of that product
+    are zero.
+    """
+    own, inverse = to.sizes[a], torch.linalg.inv(node._saved_A)
+    if own is None or len(own) != 2 or len(inverse) != to.rows:
+        return None
+    cube, square, m = (own[0],) * 3, own, own[0]
+    turned = to.reshaped((m, m, 1), a)
+    by = inverse.mT.unsqueeze(2)  # [n, k, 1, i]
+    turned = to.add(Kind.TIMES, cube, turned, -1, (by, by))
+    turned = to.add(Kind.SUMMED, square, turned, dim=1, alpha=1.0)
+    by = inverse.unsqueeze(3)  # [n, i, k, 1]
+    made = to.add(Kind.TIMES, cube, to.reshaped((1, m, m), a), -1, (by, by))
+    made = to.add(Kind.SUMMED, square, made, dim=2, alpha=1.0)
+    zero = inverse.new_zeros(())
+    both = to.add(Kind.TIMES, square, made, turned, (zero, zero))
+    places = torch.eye(m, device=inverse.device)
+    trace = to.add(Kind.TIMES, square, made, -1, (places, places))
+    each = to.add(Kind.LINEAR, square, trace, both, alpha=1.0, beta=-0.5)
+    return to.add(Kind.SUMMED, (), each, dim=3, alpha=1.0)
+
+
+def _sign_and_logarithm(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """Both results, of which the sign is a constant."""
+    number = _logarithm(to, node, inputs[0])
+    to.add(Kind.LINEAR, (), number, alpha=0.0)
+    return to.add(Kind.LINEAR, (), number, alpha=1.0)
+
+
+def _determinant(to: Program, node: Any, inputs: list[int]) -> int | None:
+    y = node._saved_result
+    return to.add(Kind.GIVEN, (), _logarithm(to, node, inputs[0]), -1, (y, y))
+
+
+# Of what is complex: a rule whose input are pairs.
+OF_PAIRS: Final[dict[str, Rule]] = {
+    "AbsBackward0": _modulus,
+    "ViewAsRealBackward0": lambda _, __, inputs: inputs[0],
+}
+MOMENTS: Final[dict[str, Rule]] = {
+    **dict.fromkeys(("VarBackward0", "StdBackward0"), _variance),
+    **dict.fromkeys(("LinalgVectorNormBackward0", "NormBackward1"), _length),
+    "LinalgSlogdetBackward0": _sign_and_logarithm,
+    "LinalgDetBackward0": _determinant,
+}
