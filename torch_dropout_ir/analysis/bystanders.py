@@ -40,6 +40,7 @@ _NO_MODES: Final[Callable[[], Any]] = getattr(
 # Torch's own that look on: whoever counts operations asks them where it is.
 _TRACKERS: Final = ("module_tracker", "mod_tracker")
 _OF_TORCH: Final = frozenset(vars(nn.Module()))
+_MEMBERS: Final = ("_parameters", "_buffers", "_modules")
 _HOOKS: Final = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -50,9 +51,9 @@ _HOOKS: Final = (
 
 @contextlib.contextmanager
 def unmoved_attributes(model: nn.Module) -> Iterator[None]:
-    """Give back the plain attributes of all modules as they were."""
-    kept = [(vars(m), dict(vars(m))) for m in model.modules()]
-    contents = [(x, _contents(x)) for x in _held(own for _, own in kept)]
+    """Give back the attributes of all modules as they were, parameters by identity."""
+    kept = [(x, dict(x)) for m in model.modules() for x in _places(m)]
+    contents = [(x, _contents(x)) for x in _held(map(vars, model.modules()))]
     try:
         yield
     finally:
@@ -62,6 +63,13 @@ def unmoved_attributes(model: nn.Module) -> Iterator[None]:
             now.update({n: x for n, x in own.items() if now.get(n, now) is not x})
         for x, was in contents:
             _RESTORE[type(x)](x, was)
+
+
+def _places(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield where a module holds its attributes."""
+    own = vars(module)
+    yield own
+    yield from (own[x] for x in _MEMBERS if isinstance(own.get(x), dict))
 
 
 def _held(attributes: Iterable[dict[str, Any]]) -> Iterator[Any]:
