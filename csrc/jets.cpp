@@ -145,7 +145,7 @@ std::pair<double, double> slopes(const Node& node, double x) {
     case kSoftplus: {
       const double z = x * node.alpha, s = sigmoid(z);
       if (z > node.beta) return {1, 0};
-      return {s, node.alpha * s * (1 - s)};
+      return {s, z == node.beta ? 0 : node.alpha * s * (1 - s)};  // as by torch
     }
     default: {  // kPower
       const double p = node.alpha;

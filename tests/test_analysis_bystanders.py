@@ -563,10 +563,14 @@ class Follows(nn.Module):
                 self.slow.mul_(0.9)
         elif self.how == "trained":
             self.one.weight.data = nn.functional.normalize(self.one.weight.data)
+        elif self.how == "replaced":
+            self.slow = nn.Parameter(0.9 * self.slow, requires_grad=False)
         return self.two(self.drop(self.one(x))) * self.slow
 
 
-@pytest.mark.parametrize("how", ["data", "another tensor", "in place", "trained"])
+@pytest.mark.parametrize(
+    "how", ["data", "another tensor", "in place", "trained", "replaced"]
+)
 def test_parameters_that_the_pass_itself_writes_on_do_not_move(how):
     ended, analysis, clean = [], None, []
     for attached in (False, True):

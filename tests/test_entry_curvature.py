@@ -86,6 +86,16 @@ UNTOLD = {
     "rows": lambda f: (1 + (f - Y).square().sum(1)).sqrt().mean(),
     "linear": lambda f: (f * Y).mean(),
     "linear, a penalty beside": lambda f: (f * Y).mean() + PARAMETER.square().sum(),
+    "infinite times zero": lambda f: f.relu().sqrt().sum(),
+}
+# A single row meets several.
+REPEATED = {
+    "differences": lambda f: (f - Y).cosh().sum(),
+    "in the end": lambda f: (f.exp() * Y[:, :1]).cosh().mean(),
+    "more dimensions": lambda f: (f - Y.view(3, 3, K)).cosh().sum(),
+    "logits": lambda f: torch.binary_cross_entropy_with_logits(f, Y, reduction=2),
+    "choice": lambda f: torch.where(Y > 0, f, f**2).sum() + (f - 2 * Y).exp().sum(),
+    "one of several": lambda f: f.exp().sum() + (f[:1] * Y[:2]).exp().sum(),
 }
 LOGS = {
     "focal": lambda u: focal_of(-u.gather(1, LABELS[:, None])),
@@ -158,6 +168,15 @@ def test_roots_of_a_softmax_multiply_to_the_hessian(monkeypatch, parts, name, ro
 @pytest.mark.parametrize("name", UNTOLD)
 def test_what_the_graph_does_not_tell_is_left_to_derivatives(parts, name):
     assert product_of(UNTOLD[name], outputs()).entries is None
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_a_row_that_is_repeated_is_told_rightly_or_not_at_all(parts, name):
+    f, loss = outputs()[:1], REPEATED[name]
+    found, expected = product_of(loss, f).entries, diagonal(loss, f)
+    assert expected.any()
+    if found is not None:
+        torch.testing.assert_close(found.all().flatten(), expected)
 
 
 def test_weights_of_labels_are_left_to_derivatives(parts):

@@ -20,9 +20,9 @@ FORMS = (second_order, gauss_newton)
 class Language(nn.Module):
     """Tokens that attend to those before them, a site on flattened rows if asked."""
 
-    def __init__(self, tokens=3, flat_site=False, norm=False):
+    def __init__(self, tokens=3, flat_site=False, norm=False, early=0.2):
         super().__init__()
-        self.embed, self.drop = nn.Embedding(5, 2), nn.Dropout(0.2)
+        self.embed, self.drop = nn.Embedding(5, 2), nn.Dropout(early)
         self.mix = nn.Parameter(torch.randn(tokens, tokens).tril())
         self.norm = nn.BatchNorm1d(tokens) if norm else nn.Identity()
         self.late = nn.Dropout(0.4 if flat_site else 0.0)
@@ -65,11 +65,11 @@ def test_the_exact_sum_is_the_dense_form(monkeypatch, form, flat_site, norm, lea
         torch.testing.assert_close(found, expected.detach())
 
 
-@pytest.mark.parametrize("flat_site", [False, True])
+@pytest.mark.parametrize(("flat_site", "early"), [(False, 0.2), (True, 0.2), (True, 0)])
 @pytest.mark.parametrize("num_samples", [1, 5, None])
 @pytest.mark.parametrize("form", FORMS)
 def test_chunks_of_samples_take_all_of_their_rows(
-    monkeypatch, form, num_samples, flat_site
+    monkeypatch, form, num_samples, flat_site, early
 ):
     monkeypatch.setattr(
         HessianRoots, "sample", lambda self, rows=ALL: [next(self.exact(rows))]
@@ -82,7 +82,7 @@ def test_chunks_of_samples_take_all_of_their_rows(
             sizes.append(len(rows)) or chunk(self, k, rows, take)
         ),
     )
-    net, batch = language(7, 3, flat_site=flat_site)
+    net, batch = language(7, 3, flat_site=flat_site, early=early)
     found = []
     for least in (0, 2**62):
         take_in_parts(monkeypatch, not least)

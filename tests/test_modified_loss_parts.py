@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -385,6 +386,19 @@ def test_roots_by_parts_are_those_of_the_whole_batch(chunked, name, kind, loss):
     asked = kind == "L4" or name not in ("batch norm", "buffers that move")
     asked &= name != "dropped weight"  # samples share its mask
     assert chunked == ([apart or name == "noise"] if asked else [])
+
+
+@pytest.mark.parametrize("kind", ["L1", "L4"])
+def test_forward_mode_sees_the_whole_batch(chunked, kind):
+    net, (x, y) = batch_of(convolutional, images)
+    tangents = []
+    for most in (None, 0):
+        with forward_ad.dual_level():
+            moved = forward_ad.make_dual(x, torch.ones_like(x))
+            value, *_ = drawn(net, (moved, y), F.cross_entropy, kind, most)
+            tangents.append(forward_ad.unpack_dual(value).tangent)
+    torch.testing.assert_close(*tangents)
+    assert tangents[0] and not chunked
 
 
 @pytest.mark.parametrize("max_bytes", [0, 2**26])

@@ -450,6 +450,28 @@ def squares(f, y):
     return (f - y).square().mean()
 
 
+class Gated(nn.Module):
+    """Stochastic depth: one element a sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.body = nn.Dropout(0.2), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return x + self.drop(x.new_ones(len(x), 1)) * torch.tanh(self.body(x))
+
+
+@pytest.mark.parametrize(("most", "tells"), [(8, False), (49, False), (64, True)])
+def test_where_few_elements_are_dropped_as_many_masks_as_tell_an_error(most, tells):
+    """Of two elements 0.4 are dropped, of 50 masks 20."""
+    torch.manual_seed(0)
+    batch, loss = (torch.randn(2, 3), torch.randn(2, 3)), resolve_loss("mse")
+    found, how, _ = online(Gated(), batch, loss, num_masks=8, most_masks=most)
+    assert 50 <= found.num_samples <= 51 if tells else found.num_samples == 8
+    assert bool(found.standard_error.isfinite()) == tells
+    assert ("no standard error" in how) != tells
+
+
 def test_closed_forms_online_are_taken_where_they_hold():
     """Of squares the truth; of a cross-entropy a form without an error of its own."""
     torch.manual_seed(0)

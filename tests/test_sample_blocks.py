@@ -334,12 +334,13 @@ def test_blocks_are_those_of_the_dense_hessian(name, dtype, kernel, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_clamp_is_bent_at_its_bounds_as_by_torch(dtype):
+def test_at_bounds_functions_are_bent_as_by_torch(dtype):
     """Whose versions differ in whether derivatives pass there."""
     f = torch.tensor([[-1.0, 0.1], [0.1, 1.0], [0.0, 0.5]], dtype=dtype)
 
     def loss(f, _):
         each = f.clamp(-1, 1), f.clamp(min=0.1), f.clamp_min(0), f.clamp(0.1, 0.5)
+        each = *each, F.softplus(f, threshold=0.5)
         return sum((x * (x + i)).exp().sum() for i, x in enumerate(each))
 
     rows = torch.arange(len(f))
@@ -358,9 +359,12 @@ def test_a_clamp_is_bent_at_its_bounds_as_by_torch(dtype):
     [
         lambda f, y: torch.cat((f.exp(), 0 * y), 1).sqrt().sum(),
         lambda f, y: torch.xlogy(f.relu(), y * 0).sum() + f.prod(1).sum(),
+        lambda f, y: torch.binary_cross_entropy_with_logits(
+            f, y.repeat(2, 1, 1), reduction=1
+        ),
     ],
 )
-def test_what_autograd_does_not_multiply_is_no_nan(loss):
+def test_what_autograd_does_not_multiply_or_repeats_is_right(loss):
     torch.manual_seed(0)
     f, y = -torch.rand(2, N, K, dtype=torch.float64)
     rows, product = torch.arange(N), HessianProduct(resolve_loss(loss), f, y)

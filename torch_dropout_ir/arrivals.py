@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -194,10 +194,10 @@ def once_differentiable(derivatives: Iterable[Tensor | None]) -> bool:
     return any([node.name() == ONCE for node in graph_nodes(ends)])
 
 
-def graph_nodes(starts: Iterable[Any], but: Collection[Any] = ()) -> Iterator[Any]:
-    """Yield each node of the graph that begins at some nodes once, ``but`` for some."""
-    left = list(set(starts).difference(but))
-    seen: set[Any] = {*left, *but}
+def graph_nodes(starts: Iterable[Any]) -> Iterator[Any]:
+    """Yield each node of the graph that begins at some nodes once."""
+    left = list(set(starts))
+    seen: set[Any] = {*left}
     while left:
         node = left.pop()
         yield node

@@ -84,7 +84,8 @@ def entry_curvature(
         # A torch that names otherwise what a node has saved; a complex number in it.
         except (AttributeError, TypeError):
             return None
-    if found is None:
+    # 0 times infinity: where constants lead on autograd does not multiply.
+    if found is None or not math.isfinite(found.sum()):
         return None
     back = functools.partial(_back, GradientEdge(end, 0), at)
     return EntryCurvature(found.mul_(sign), None if end is at.node else back)
@@ -173,10 +174,9 @@ class _Part:
 
     def __init__(self, node: Any, rows: slice, like: Sequence[int]) -> None:
         self._node, self._rows, self._like = node, rows, like
-        count = rows.stop - rows.start
-        self._input_metadata = [
-            _Made((count, *x.shape[1:]) if x.shape else ())
-            for x in node._input_metadata
+        count, shapes = rows.stop - rows.start, [x.shape for x in node._input_metadata]
+        self._input_metadata = [  # a single row may have been repeated for several
+            _Made((count, *x[1:]) if x[:1] == like[:1] else tuple(x)) for x in shapes
         ]
 
     def __getattr__(self, name: str) -> Any:

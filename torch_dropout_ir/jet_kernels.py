@@ -236,7 +236,7 @@ def _softmaxes(node: Node, jets: Tensor, saved: Sequence[Tensor], width: int) ->
 def _softplus(x: Tensor, beta: float, most: float) -> tuple[Tensor, Tensor]:
     z = beta * x
     s = z.sigmoid().masked_fill_(z > most, 1)
-    return s, beta * s * (1 - s)
+    return s, (beta * s * (1 - s)).masked_fill_(z == most, 0)  # as by torch
 
 
 def _power(x: Tensor, p: float, _: float) -> tuple[Tensor, Tensor]:

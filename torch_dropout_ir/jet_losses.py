@@ -25,7 +25,10 @@ def _by_slopes(slopes: Slopes) -> Rule:
         own, x, y = to.sizes[inputs[0]], node._saved_self, node._saved_target
         if inputs[1] >= 0 or own is None:
             return None
-        number = to.add(Kind.GIVEN, own, inputs[0], -1, slopes(node, x, y))
+        saved = slopes(node, x, y)
+        if saved[1].shape != x.shape:  # outputs that have been repeated
+            return None
+        number = to.add(Kind.GIVEN, own, inputs[0], -1, saved)
         return _reduced(to, number, node, x.numel())
 
     return rule

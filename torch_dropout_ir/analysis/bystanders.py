@@ -43,14 +43,16 @@ _TRACKERS: Final = ("module_tracker", "mod_tracker")
 _OF_TORCH: Final = frozenset(vars(nn.Module()))
 _FORWARD: Final = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD: Final = ("_backward_hooks", "_backward_pre_hooks")
+_MEMBERS: Final = ("_parameters", "_buffers", "_modules")
 
 
 @contextlib.contextmanager
 def unmoved_attributes(model: nn.Module) -> Iterator[None]:
-    """Give back the plain attributes of modules and parameters as they were."""
-    plain = [x for x in model.parameters() if type(x) is nn.Parameter]
-    kept = [(vars(x), dict(vars(x))) for x in (*model.modules(), *plain)]
-    contents = [(x, _contents(x)) for x in _held(own for _, own in kept)]
+    """Give back the attributes of modules, parameters by identity, and those of these."""
+    plain = [vars(x) for x in model.parameters() if type(x) is nn.Parameter]
+    modules = [*model.modules()]
+    kept = [(x, dict(x)) for x in [*plain, *(y for m in modules for y in _places(m))]]
+    contents = [(x, _contents(x)) for x in _held([*plain, *map(vars, modules)])]
     try:
         yield
     finally:
@@ -60,6 +62,13 @@ def unmoved_attributes(model: nn.Module) -> Iterator[None]:
             now.update({n: x for n, x in own.items() if now.get(n, now) is not x})
         for x, was in contents:
             _RESTORE[type(x)](x, was)
+
+
+def _places(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield where a module holds its attributes."""
+    own = vars(module)
+    yield own
+    yield from (own[x] for x in _MEMBERS if isinstance(own.get(x), dict))
 
 
 def _held(attributes: Iterable[dict[str, Any]]) -> Iterator[Any]:
