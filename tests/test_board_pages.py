@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis import Image
 from torch_dropout_ir.tensorboard import TensorBoardSink
+from torch_dropout_ir.tensorboard.board import write_report
 
 from .browser import Browser
 from .test_board import MODEL, served, wait_for, write_run
@@ -245,6 +247,20 @@ def test_all_is_in_1280_by_800_and_ten_runs_take_no_more(page, address, tmp_path
     assert page.run(f"{lefts}.size") >= 4
 
 
+def test_alone_the_page_follows_the_system(page, address, tmp_path):
+    write_report(Path(write_run(tmp_path / "run").log_dir), tmp_path / "report.html")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    for url in (address + TAB, (tmp_path / "report.html").as_uri()):
+        page.open("about:blank")
+        page.open(url)
+        page.until("document.querySelectorAll('canvas').length > 0")
+        for theme, colour in (("dark", "rgb(48, 48, 48)"), ("light", "rgb(255, 255, 255)")):  # fmt: skip # noqa: E501
+            wanted = {"name": "prefers-color-scheme", "value": theme}
+            page.call("Emulation.setEmulatedMedia", features=[wanted])
+            page.until(f"{paper} === '{colour}'")
+    page.call("Emulation.setEmulatedMedia", features=[])
+
+
 def test_the_theme_follows_tensorboards_own_switch(page, address):
     page.open("about:blank")
     page.open(address + "?darkMode=false#dropout_ir")
@@ -255,8 +271,7 @@ def test_the_theme_follows_tensorboards_own_switch(page, address):
     dark = "[...document.querySelectorAll('[role=menuitem]')].find((e) => /Dark/.test(e.textContent))"  # noqa: E501
     page.until(f"{dark} !== undefined")
     page.run(f"{dark}.click()")
-    page.until(f"{FRAME}.documentElement.dataset.theme === 'dark'")
-    assert page.run(paper) == "rgb(48, 48, 48)"
+    page.until(f"{paper} === 'rgb(48, 48, 48)'")
 
 
 def test_a_run_in_progress_grows_in_the_open_tab(page, tmp_path):

@@ -355,7 +355,7 @@ def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--checkpoint", "none.pt"], "no file"),
+        (["--checkpoint", "none.pt"], "--checkpoint: there is no file none.pt"),
         (["--model", "nets_of_test"], "expected module:factory"),
         (["--model", "nets_of_test:other"], "cannot find"),
         (["--model", "nets_of_test.py:make"], "nets:make for make() in nets.py"),
@@ -366,7 +366,7 @@ def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
         (["--model", "no_such_module:make"], "cannot find"),
         (["--model", "nets_of_test:number"], "expected an nn.Module, got int"),
         (["--model", "unreadable:make"], "'unreadable:make' raised SyntaxError"),
-        (["--data", "nets_of_test:number"], "expected a batch"),
+        (["--data", "nets_of_test:number"], "--data: expected a batch"),
         (["--data", "nets_of_test:fails"], "raised KeyError: 'rows' ("),
         (["--data", "nets_of_test:leaves"], "raised SystemExit: 0 ("),
         (["--data", "nets_of_test:weighted"], "got a tuple of 3. Make pairs"),
@@ -375,6 +375,8 @@ def test_no_code_of_the_file_runs(nets, capsys, tmp_path):
         (["--data", "nets_of_test:asks"], "--data: 'nets_of_test:asks' raised TypeE"),
         (["--loss", "l3"], "'mse'"),
         (["--batches", "0"], "at least 1"),
+        (["--masks", "1"], "--masks: expected at least 2, got 1"),
+        (["--key", "a.b"], "give `--checkpoint` with it"),
         (["--checkpoint", "other.pt"], "does not fit"),
         (["--checkpoint", "."], "expected a file of weights, got the folder ."),
         (["--checkpoint", "list.pt"], "--key"),

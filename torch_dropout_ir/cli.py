@@ -20,6 +20,8 @@ from torch_dropout_ir.loading import (
     load_factory,
     load_loss,
     load_weights,
+    seed,
+    told_as,
 )
 from torch_dropout_ir.offline import analyze, on_device
 
@@ -107,7 +109,9 @@ def _add_demo(commands: Any) -> None:
         digits, pixels = (standard[name] for standard in (REDUCED, PIXELS))
         default = f"default: {digits} on components, {pixels} on MNIST's pixels"
         demo.add_argument(f"--{name}", type=kind, help=f"{what} ({default})")
-    demo.add_argument("--seed", type=seed, default=0, help="default: 0")
+    demo.add_argument(
+        "--seed", type=seed, default=0, help="seed of start and masks (default: 0)"
+    )
     demo.set_defaults(run=_run_demo)
 
 
@@ -153,18 +157,6 @@ def _add_analyze(commands: Any) -> None:
     verb.set_defaults(run=_run_analyze)
 
 
-def seed(text: str) -> int:
-    """Return a seed that torch takes; argparse says the name of this function.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is out of range.
-    """
-    value = int(text)
-    if not 0 <= value < 2**64:
-        raise argparse.ArgumentTypeError(f"expected 0 to 2^64 - 1, got {text}")
-    return value
-
-
 def _add_budget(verb: argparse.ArgumentParser) -> None:
     for name, default, what in (
         ("batches", 8, "most batches to measure on"),
@@ -176,16 +168,20 @@ def _add_budget(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--seed", type=seed, default=0, help="seed of everything drawn (default: 0)"
     )
-    verb.add_argument("--device", default="cpu", help="default: cpu")
+    verb.add_argument(
+        "--device", default="cpu", help="device to measure on (default: cpu)"
+    )
     verb.add_argument(
         "--no-sharpness", action="store_true", help="leave the Hessian out: it is dear"
     )
 
 
 def _run_analyze(chosen: dict[str, Any]) -> int:
-    for name in ("batches", "masks"):
-        if chosen[name] < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {chosen[name]}")
+    for name, least in (("batches", 1), ("masks", 2)):  # of one there is no error
+        if chosen[name] < least:
+            raise ValueError(f"--{name}: expected at least {least}, got {chosen[name]}")
+    if chosen["key"] is not None and chosen["checkpoint"] is None:
+        raise ValueError("--key: it says where in a file; give `--checkpoint` with it")
     out, device = chosen["json"], load_device(chosen["device"])
     if out is not None and not (out.parent.is_dir() and not out.is_dir()):
         where = out if out.is_dir() else out.parent
@@ -197,12 +193,15 @@ def _run_analyze(chosen: dict[str, Any]) -> int:
         raise ValueError(f"--model: expected an nn.Module, got {type(model).__name__}")
     check_data(model, "--model")
     if chosen["checkpoint"] is not None:
-        load_weights(model, chosen["checkpoint"], chosen["key"])
+        with told_as("--checkpoint"):
+            load_weights(model, chosen["checkpoint"], chosen["key"])
     data = load_factory(chosen["data"], "--data")
+    with told_as("--data"):
+        batches = on_device(data, device, chosen["batches"])
     loss = load_loss(chosen["loss"])
     report = analyze(
         model.to(device),
-        on_device(data, device, chosen["batches"]),
+        batches,
         loss,
         most_batches=chosen["batches"],
         num_masks=chosen["masks"],
@@ -237,8 +236,14 @@ def _add_board(commands: Any) -> None:
             help="a run or a folder of runs: what `log_dir=` was, or `runs` where none "
             "was given",
         )
-    board.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
-    board.add_argument("--port", type=int, help="default: 6006, or the next free one")
+    board.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: %(default)s)",
+    )
+    board.add_argument(
+        "--port", type=int, help="0: any (default: 6006, or the next free one)"
+    )
     board.add_argument(
         "--no-browser", action="store_true", help="only print the address"
     )

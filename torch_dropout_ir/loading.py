@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +21,27 @@ _MOST_NAMED: Final = 8
 _KEYS: Final = ("state_dict", "model_state_dict", "model", "module")
 _COMPILED: Final = "_orig_mod."  # what `torch.compile` puts into the names
 _FORMATS: Final = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
+
+
+def seed(text: str) -> int:
+    """Return a seed that torch takes; argparse says the name of this function.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is out of range.
+    """
+    value = int(text)
+    if not 0 <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"expected 0 to 2^64 - 1, got {text}")
+    return value
+
+
+@contextlib.contextmanager
+def told_as(option: str) -> Iterator[None]:
+    """Put the option before what is wrong with what it names."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as err:
+        raise type(err)(f"{option}: {err}") from err
 
 
 def load_factory(spec: str, what: str) -> Any:

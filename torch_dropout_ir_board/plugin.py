@@ -1,20 +1,20 @@
 """Routes of the tab: static files, and records as JSON."""
 
 import functools
-import json
 from pathlib import Path
 
 from tensorboard import plugin_util
-from tensorboard.plugins import base_plugin
+from tensorboard.backend import http_util
+from tensorboard.plugins.base_plugin import FrontendMetadata, TBPlugin
 from werkzeug import wrappers
 
 from torch_dropout_ir_board.reading import ROUTES, answer
 
 STATIC = Path(__file__).parent / "static"
-_TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
+_TYPES = {".js": "text/javascript", ".css": "text/css", "": "application/json"}
 
 
-class BoardPlugin(base_plugin.TBPlugin):
+class BoardPlugin(TBPlugin):
     """Serves the tab."""
 
     plugin_name = "dropout_ir"
@@ -24,11 +24,8 @@ class BoardPlugin(base_plugin.TBPlugin):
 
     def get_plugin_apps(self):
         """Return the routes."""
-        makes = {r: functools.partial(self._answer, route=r) for r in ROUTES}
-        for file in STATIC.iterdir():
-            kind = _TYPES[file.suffix]
-            makes[file.name] = lambda _, f=file, k=kind: (f.read_bytes(), k)
-        return {f"/{name}": _served(make) for name, make in makes.items()}
+        names = [*ROUTES, *(file.name for file in STATIC.iterdir())]
+        return {f"/{name}": functools.partial(self._serve, name) for name in names}
 
     def is_active(self):
         """Return False: TensorBoard looks for data of `data_plugin_names` itself."""
@@ -40,26 +37,19 @@ class BoardPlugin(base_plugin.TBPlugin):
 
     def frontend_metadata(self):
         """Return name and module of the tab."""
-        return base_plugin.FrontendMetadata(
-            es_module_path="/index.js", tab_name="Dropout IR"
-        )
+        return FrontendMetadata(es_module_path="/index.js", tab_name="Dropout IR")
 
-    def _answer(self, request, route):
-        env = request.environ
-        about = plugin_util.context(env), plugin_util.experiment_id(env)
-        found = answer(self._provider, *about, route, *request.args.getlist("of"))
-        return json.dumps(found), "application/json"
-
-
-def _served(make):
     @wrappers.Request.application
-    def serve(request):
+    def _serve(self, name, request):
+        env, of = request.environ, request.args.getlist("of")
+        about = plugin_util.context(env), plugin_util.experiment_id(env)
+        kind, status = _TYPES[Path(name).suffix], 200
         try:
-            (content, kind), status = make(request), 200
+            if name in ROUTES:
+                content = answer(self._provider, *about, name, *of)
+            else:
+                content = (STATIC / name).read_bytes()
         except Exception as err:
-            content = json.dumps({"error": f"{type(err).__name__}: {err}"})
-            kind, status = "application/json", 404
-        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-        return wrappers.Response(content, status, headers, content_type=kind)
-
-    return serve
+            content = {"error": f"{type(err).__name__}: {err}"}
+            kind, status = _TYPES[""], 404
+        return http_util.Respond(request, content, kind, status)

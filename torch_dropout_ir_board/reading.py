@@ -8,10 +8,10 @@ import math
 from tensorboard.data.provider import RunTagFilter
 
 _OURS = tuple("condensation/ cost/ demo/ loss/ mask/ regularizer/ sharpness/".split())
-_CALLS = {  # kind -> how to list, how to read, most points of a tag
-    "scalars": ("list_scalars", "read_scalars", 500),
-    "histograms": ("list_tensors", "read_tensors", 100),
-    "images": ("list_blob_sequences", "read_blob_sequences", 500),
+_CALLS = {  # kind -> the provider's name of it, most points of a tag
+    "scalars": ("scalars", 500),
+    "histograms": ("tensors", 100),
+    "images": ("blob_sequences", 500),
 }
 ROUTES = ("index", "picture", *_CALLS)
 
@@ -24,18 +24,16 @@ def answer(provider, context, experiment, route, *of):
     if route == "index":
         runs = sorted(run.run_name for run in provider.list_runs(**about))
         found, said = {kind: {} for kind in _CALLS}, {}  # said of tags, for all layers
-        for kind, (listing, _, _) in _CALLS.items():
-            listed = getattr(provider, listing)(plugin_name=kind, **about)
+        for kind, (name, _) in _CALLS.items():
+            listed = getattr(provider, f"list_{name}")(plugin_name=kind, **about)
             for run, tags in listed.items():
                 for tag in (tag for tag in tags if tag.startswith(_OURS)):
                     found[kind].setdefault(tag, []).append(run)
                     said.setdefault("/".join(tag.split("/")[:2]), tags[tag].description)
         return {"runs": runs, "said": said, **found}
-    _, reading, most = _CALLS[route]
-    chosen = RunTagFilter(tags=[of[0]])
-    read = getattr(provider, reading)(
-        plugin_name=route, downsample=most, run_tag_filter=chosen, **about
-    )
+    (name, most), chosen = _CALLS[route], RunTagFilter(tags=[of[0]])
+    about |= {"plugin_name": route, "downsample": most, "run_tag_filter": chosen}
+    read = getattr(provider, f"read_{name}")(**about)
     return {
         run: [[datum.step, _value(route, datum)] for datum in _made_last(series)]
         for run, tags in read.items()
@@ -58,10 +56,8 @@ def _value(route, datum):
     if route == "images":
         return datum.values[2].blob_key if len(datum.values) > 2 else None
     bins = datum.numpy
-    if bins.ndim != 2 or bins.shape[1] != 3 or not len(bins):
-        return None
-    ends = [float(bins[0, 0]), float(bins[-1, 1])]
-    return [*ends, bins[:, 2].tolist()] if math.isfinite(bins.sum()) else None
+    sound = bins.shape[1:] == (3,) and bins.size and math.isfinite(bins.sum())
+    return [*bins[[0, -1], [0, 1]].tolist(), bins[:, 2].tolist()] if sound else None
 
 
 def picture(png):
@@ -76,13 +72,12 @@ def picture(png):
             said, pixels = json.loads(file.text["torch-dropout-ir"]), np.asarray(file)
         rows, columns, grow = (int(said[key]) for key in ("rows", "columns", "grow"))
         cells = pixels[: rows * grow : grow, : columns * grow : grow]
-        if not cells.size or cells.shape != (rows, columns):
-            raise ValueError("the field is not where the picture says")
-        cells = base64.b64encode(cells.tobytes()).decode()
+        scale = {key: float(said[key]) for key in ("low", "high", "levels")}
+        sound = cells.size and cells.shape == (rows, columns)
+        if not (sound and all(map(math.isfinite, scale.values()))):
+            raise ValueError("the field or its scale is not what the picture says")
         names = [str(name) for name in said["names"]]
-        ends = {key: float(said[key]) for key in ("low", "high", "levels")}
-        if not all(map(math.isfinite, ends.values())):
-            raise ValueError("a scale without ends")
-        return {"rows": rows, "columns": columns, "names": names, "cells": cells} | ends
+        field = {"cells": base64.b64encode(cells.tobytes()).decode(), "names": names}
+        return {"rows": rows, "columns": columns} | field | scale
     except Exception as err:
         return {"error": f"Not a picture of ours ({type(err).__name__})."}

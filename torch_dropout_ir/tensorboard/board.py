@@ -46,7 +46,8 @@ def start(
         load_fast: TensorBoard's option: ``"false"`` reads without a second process.
 
     Raises:
-        OSError: If ``log_dir`` does not exist or the port is taken.
+        OSError: If ``log_dir`` does not exist, ``host`` is no address of this machine
+            or the port is taken.
     """
     _check_directory(log_dir)
     samples = ",".join(f"{kind}={count}" for kind, count in SAMPLES.items())
@@ -61,8 +62,11 @@ def start(
     board.configure(["tensorboard", *options])
     try:
         address = board.launch()
-    except program.TensorBoardServerException as err:
-        raise OSError(f"--port: TensorBoard cannot listen ({err})") from err
+    except (program.TensorBoardServerException, SystemExit) as err:
+        why = "it has said why" if isinstance(err, SystemExit) else err
+        raise OSError(
+            f"--host, --port: TensorBoard cannot listen on {host} ({why})"
+        ) from err
     return f"{address}#{BoardPlugin.plugin_name}"
 
 

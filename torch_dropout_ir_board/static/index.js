@@ -5,6 +5,7 @@ const NUMBERS = {
   "R_2 of the masks": "regularizer/R2_dropout_noise", R_S: "loss/R_S", "modified loss": "loss/modified", "effective ratio": "condensation/effective_ratio/",
   "effective neurons": "condensation/effective_neurons/", "top eigenvalue": "sharpness/top_eigenvalue", trace: "sharpness/trace", "share of the time": "cost/share",
 };
+const STEM = /^[^/]*\/[^/]*/; // of a tag: what it is; then comes a site's or a layer's name
 const S = { off: new Set(), log: new Set(["density", "slice", "curve"]), step: Infinity, curve: "regularizer/R1" };
 const held = new Map(), CHARTS = ["places", "density", "slice", "curve"]; let steps = [0], turn = 0, later = 0, sizing = 0, embedded = null;
 const at = (id) => document.getElementById(id); const runs = () => S.index.runs.filter((run) => !S.off.has(run));
@@ -33,18 +34,6 @@ async function get(route, of = "") {
   }
   return held.get(key);
 }
-function page() {
-  if (!embedded) put(document.head, "link", "", { rel: "stylesheet", href: "style.css" });
-  const top = put(document.body, "header");
-  put(put(top, "label", "layer "), "select", "", { id: "layer", onchange: (e) => draw({ layer: e.target.value }) });
-  put(top, "button", "▶ play", { id: "play", onclick: play }); const slide = (e) => draw({ step: steps[e.target.value] });
-  put(top, "input", "", { id: "slider", type: "range", min: 0, "aria-label": "step", oninput: slide });
-  put(top, "output", "", { id: "step" }); put(document.body, "div", "", { id: "runs" });
-  const main = put(document.body, "main"), [upper, lower] = ["top", "charts"].map((id) => put(main, "div", "", { id }));
-  for (const id of ["numbers", "maps", ...CHARTS]) put(CHARTS.includes(id) ? lower : upper, "section", "", { id });
-  put(document.body, "footer", "← → step · Home End · space plays · [ ] layer · 1–9 shows or hides a run · l log scales");
-  put(document.body, "div", "", { id: "hint", hidden: "" }); document.addEventListener("keydown", key);
-}
 const place = () => steps.findLastIndex((step) => step <= S.step), move = (by) => draw({ step: steps[Math.max(0, Math.min(steps.length - 1, place() + by))] }), flip = (set, name) => (set.delete(name) || set.add(name), draw());
 function play() {
   clearInterval(S.playing); const start = !S.playing && steps.length > 1;
@@ -52,23 +41,20 @@ function play() {
   at("play").textContent = start ? "❚❚ pause" : "▶ play";
   if (start && S.step >= steps.at(-1)) draw({ step: steps[0] });
 }
+const beside = (by) => draw({ layer: S.layers.at((S.layers.indexOf(S.layer) + by) % S.layers.length) ?? "" });
+const KEYS = {
+  ArrowLeft: () => move(-1), ArrowRight: () => move(1), Home: () => move(-1e9), End: () => move(1e9), " ": play,
+  "[": () => beside(-1), "]": () => beside(1), l: () => draw({ log: new Set(S.log.size ? [] : ["density", "slice", "curve"]) }),
+};
 function key(event) {
-  const { key, target } = event, by = { ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9 }[key];
-  if (event.ctrlKey || event.metaKey || event.altKey || target.tagName === "SELECT") return;
-  if (by) move(by);
-  else if (key === " " && target.tagName !== "BUTTON") play();
-  else if ((key === "[" || key === "]") && S.layers.length) {
-    const next = S.layers.indexOf(S.layer) + (key === "]" ? 1 : -1) + S.layers.length; draw({ layer: S.layers[next % S.layers.length] });
-  } else if (key === "l") draw({ log: new Set(S.log.size ? [] : ["density", "slice", "curve"]) });
-  else if (S.index.runs[key - 1] !== undefined) flip(S.off, S.index.runs[key - 1]);
-  else return;
-  event.preventDefault();
+  const { key, target } = event, run = S.index.runs[key - 1], act = KEYS[key] ?? (run !== undefined && (() => flip(S.off, run)));
+  if (!act || event.ctrlKey || event.metaKey || event.altKey || target.tagName === "SELECT" || (key === " " && target.tagName === "BUTTON")) return;
+  act(), event.preventDefault();
 }
 async function draw(changes = {}) {
   const own = ++turn, atEnd = S.step >= steps.at(-1); Object.assign(S, changes);
   const tags = Object.values(NUMBERS).map((tag) => (tag.endsWith("/") ? tag + S.layer : tag));
-  const named = (tag, end) => tag.replace(/^[^/]*\/[^/]*/, (head) => head + end), ends = ["_standard_error", "_residual"]; // then comes a site's name
-  const error = (tag) => ends.map((end) => named(tag, end)).find((t) => S.index.scalars[t]);
+  const error = (tag) => ["_standard_error", "_residual"].map((end) => tag.replace(STEM, `$&${end}`)).find((t) => S.index.scalars[t]);
   const series = (of) => Promise.all(of.map((tag) => (S.index.scalars[tag] ? get("scalars", tag) : {})));
   const [values, errors, [curve, around], maps, places, density, slice] = await Promise.all([
     series(tags), series(tags.map(error)), series([S.curve, error(S.curve)]),
@@ -111,17 +97,16 @@ function table(tags, values, errors) {
   put(head, "th", "at this step", { title: "each as last measured: the step is under the pointer; italic: from long before the run's newest" }); for (const run of runs()) put(head, "th", "■", { title: run }).style.color = colour(run);
   Object.keys(NUMBERS).forEach((name, i) => {
     if (!runs().some((run) => last(values[i][run]))) return; const row = put(body, "tr");
-    put(put(row, "th"), "button", name, { title: `${S.index.said[/^[^/]*\/[^/]*/.exec(tags[i])] ?? ""}\ndraw ${tags[i]}`, onclick: () => draw({ curve: tags[i] }) });
+    put(put(row, "th"), "button", name, { title: `${S.index.said[STEM.exec(tags[i])] ?? ""}\ndraw ${tags[i]}`, onclick: () => draw({ curve: tags[i] }) });
     for (const run of runs()) {
       const [step, value] = last(values[i][run]) ?? [], error = last(errors[i][run])?.[1], kind = /eigenvalue/.test(tags[i]) ? "residual" : "standard error";
       put(row, "td", measured(value, error), step === undefined ? {} : { class: newest(run) > 2 * step + 1 ? "faint" : "", title: `measured at step ${step}${error ? `; ± the ${kind}` : ""}` });
     }
   });
 }
-const bytes = (found) => Uint8Array.from(atob(found.cells), (c) => c.charCodeAt(0));
-function cells(found) {
-  // The upper half of the picture is now: each cell above the middle colour is a dot.
-  const { rows, columns, levels } = found, half = columns * Math.floor(rows / 2);
+const chartHeight = () => Math.max(250, Math.min(360, innerHeight * 0.32)), bytes = (found) => Uint8Array.from(atob(found.cells), (c) => c.charCodeAt(0));
+function cells({ rows, columns, levels, ...found }) { // the upper half is now: each cell above the middle colour is a dot
+  const half = columns * Math.floor(rows / 2);
   const dot = (level, i) => [(2 * (i % columns) + 1) / columns - 1, 1 - (2 * Math.floor(i / columns) + 1) / rows, (2 * level) / (levels - 1) - 1];
   return [...bytes(found).subarray(0, half)].map(dot).filter(([, , weight]) => weight > 0 && weight <= 1);
 }
@@ -130,11 +115,11 @@ function rgb(level, levels) {
   return level >= levels ? [150, 150, 150, 255] : [...end.map((x) => 247 + Math.abs(t) * (x - 247)), 255];
 }
 function heat(pictures) {
-  const beside = innerWidth - at("numbers").offsetWidth - 60, below = beside < 420, room = below ? innerWidth - 28 : beside; // a wide table
-  const left = innerHeight - chartSize()[1] - 172 - (below ? at("numbers").offsetHeight + 8 : 0); // by the charts and bars
-  const side = Math.max(150, Math.min(420, Math.max(268, left - 46), room / pictures.length - 14));
-  const style = { flexBasis: below ? "100%" : "0", maxHeight: innerWidth < 1100 ? "none" : `${Math.max(left, side + 46)}px` };
-  Object.assign(at("maps").style, style), at("hint").hidden = true, at("maps").replaceChildren(); for (const [run, step, found] of pictures) {
+  at("hint").hidden = true, at("maps").replaceChildren(); const below = at("maps").offsetTop > at("numbers").offsetTop; // of a wide table
+  const left = innerHeight - chartHeight() - 172 - (below ? at("numbers").offsetHeight + 8 : 0); // by the charts and bars
+  const side = Math.max(150, Math.min(420, Math.max(268, left - 46), at("maps").clientWidth / pictures.length - 14));
+  at("maps").style.maxHeight = innerWidth < 1100 ? "none" : `${Math.max(left, side + 46)}px`;
+  for (const [run, step, found] of pictures) {
     const figure = put(at("maps"), "figure"), caption = put(figure, "figcaption"), { rows, columns, levels } = found;
     figure.style.width = `${side}px`; put(caption, "span", "■ ").style.color = colour(run);
     put(caption, "span", `step ${step} · ${run}`, { title: run });
@@ -165,14 +150,10 @@ function ticks(low, high, log) {
   const by = log ? Math.max(1, nice) : nice, first = Math.ceil(low / by - 1e-9), count = Math.floor(high / by + 1e-9) - first + 1;
   return Array.from({ length: count }, (_, i) => (first + i) * by);
 }
-function chartSize() {
-  const columns = innerWidth >= 1100 ? 4 : innerWidth >= 560 ? 2 : 1;
-  return [(innerWidth - 44 - 16 * (columns - 1)) / columns, Math.max(250, Math.min(360, innerHeight * 0.32))];
-}
 function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
-  const host = at(id), [W, H] = chartSize(), L = 48, R = 14, T = 18, B = 36; host.replaceChildren();
+  const host = at(id), W = host.clientWidth, H = chartHeight(), L = 48, R = 14, T = 18, B = 36; host.replaceChildren();
   const head = put(host, "h2", title), dots = id === "places", log = S.log.has(id), f = log ? Math.log10 : (v) => v;
-  if (!dots) put(head, "button", log ? "log" : "linear", { title: "scale", onclick: () => flip(S.log, id) }); head.style.width = `${W}px`;
+  if (!dots) put(head, "button", log ? "log" : "linear", { title: "scale", onclick: () => flip(S.log, id) });
   const sound = ([u, v]) => v !== null && Number.isFinite(u) && Number.isFinite(f(v));
   const good = series.map(([run, points]) => [run, points.filter(sound)]), all = good.flatMap(([, points]) => points);
   const below = log && id !== "density" ? series.flatMap(([, points]) => points).filter(([, v]) => v !== null && v <= 0).length : 0;
@@ -197,16 +178,12 @@ function chart(id, title, [xname, yname], series, { x, y, mark } = {}) {
     const side = (by) => points.map(([u, v, w = 0]) => `${px(u)},${py(v + by * w)}`), band = [...side(1), ...side(-1).reverse()].join(" ");
     if (!dots && points.some((p) => p[2])) put(svg, "polygon", "", { points: band, fill: own, opacity: 0.2 });
     if (!dots) put(svg, "polyline", "", { points: line, fill: "none", stroke: own, "stroke-width": 1.8 });
-    const few = id === "curve" && points.length < 40 ? points : []; // single measurements are seen, with their errors
-    for (const [u, v, w = 0] of few) {
-      put(svg, "line", "", { x1: px(u), x2: px(u), y1: py(v + w), y2: py(v - w), stroke: own }), put(svg, "circle", "", { cx: px(u), cy: py(v), r: 2.5, fill: own });
+    const few = id === "curve" && points.length < 40; // single measurements are seen, with their errors
+    for (const [u, v, w = 0] of dots || few ? points : []) {
+      put(svg, "circle", "", { cx: px(u), cy: py(v), r: dots ? 2 + 2 * w : 2.5, fill: own, opacity: dots ? 0.55 : 1 });
+      if (few) put(svg, "line", "", { x1: px(u), x2: px(u), y1: py(v + w), y2: py(v - w), stroke: own });
     }
-    if (dots) for (const [u, v, w] of points) put(svg, "circle", "", { cx: px(u), cy: py(v), r: 2 + 2 * w, fill: own, opacity: 0.55 });
   }
-}
-function theme() {
-  const own = parent === window || embedded, dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  document.documentElement.dataset.theme = (own ? dark : parent.document.body.classList.contains("dark-mode")) ? "dark" : "light";
 }
 async function reload() {
   for (const key of held.keys()) if (!key.startsWith('["picture"')) held.delete(key);
@@ -218,9 +195,17 @@ async function reload() {
   return draw();
 }
 export async function render(records = null) {
-  embedded = records; page(), theme(); matchMedia("(prefers-color-scheme: dark)").onchange = theme;
+  embedded = records; document.body.insertAdjacentHTML("beforeend", `${embedded ? "" : '<link rel="stylesheet" href="style.css">'}
+    <header><label>layer <select id="layer"></select></label><button id="play">▶ play</button>
+    <input id="slider" type="range" min="0" aria-label="step"><output id="step"></output></header>
+    <div id="runs"></div><main><div id="top"><section id="numbers"></section><section id="maps"></section></div>
+    <div id="charts">${CHARTS.map((id) => `<section id="${id}"></section>`).join("")}</div></main>
+    <footer>← → step · Home End · space plays · [ ] layer · 1–9 shows or hides a run · l log scales</footer><div id="hint" hidden></div>`);
+  document.addEventListener("keydown", key), at("play").onclick = play, at("layer").onchange = (e) => draw({ layer: e.target.value });
+  at("slider").oninput = (e) => draw({ step: steps[e.target.value] });
   if (parent !== window && !embedded) {
-    new MutationObserver(theme).observe(parent.document.body, { attributeFilter: ["class"] });
+    const around = parent.document.body, theme = () => (document.documentElement.style.colorScheme = around.matches(".dark-mode") ? "dark" : "light");
+    new MutationObserver(theme).observe(around, { attributeFilter: ["class"] }), theme();
     const { port1, port2 } = new MessageChannel(); port1.onmessage = () => { clearTimeout(later); later = setTimeout(reload, 100); };
     parent.postMessage("experimental.bootstrap", "*", [port2]);
   }

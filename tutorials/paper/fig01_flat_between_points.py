@@ -15,8 +15,9 @@ here); the number of steps, which the paper does not state, is 100 000.
 (Zhang & Xu, Implicit regularization of dropout, TPAMI 2024, Fig. 1 and Appendix A.)
 
 Picture: the outputs of the first seed's networks (points: the data; dashed: straight
-lines between them), and R_S along ten random directions: lines are means, shades the
-extremes, dotted the level 0.1 at which the width is taken.
+lines between them), and R_S along ten random directions d, scaled to the norms of the
+layers: lines are means, shades the extremes, dotted the level 0.1 at which the width is
+taken.
 """
 
 # %% What is run
@@ -105,10 +106,15 @@ def draw(numbers, drawn, path):
         right.fill_between(
             ALPHAS, slices.amin(0), slices.amax(0), color=COLOURS[arm], alpha=0.15, lw=0
         )
+    fits[0].set(ylabel="output")
     fits[0].legend(frameon=False)
     right.axhline(LEVEL, color="black", lw=0.5, ls=":")
-    right.set(title="R_S along ten directions", xlabel="distance", ylim=(0, 1))
-    right.legend(framealpha=1, loc="upper center")
+    right.set(
+        xlabel=r"$\alpha$ (1: the norm of each layer's weights)",
+        ylabel=r"$R_S(\theta + \alpha d)$ (units of the loss)",
+        ylim=(0, 1),
+    )
+    right.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
     figure.savefig(path)
 
 

@@ -71,8 +71,9 @@ def draw(result, numbers, path):
         middle.plot(line, last.eval()(line), color=COLOURS["without"])
     middle.plot(X, Y, "o", color="black", ms=4)
     middle.set(xlabel="input", title="output")
-    right.semilogy(*result["rows"].T, color=COLOURS["without"], lw=0.8)
-    right.set(xlabel="steps", title="R_S")
+    steps, risk = result["rows"].T
+    right.semilogy(steps / 1000, risk, color=COLOURS["without"], lw=0.8)
+    right.set(xlabel="thousand steps", title="R_S")
     figure.savefig(path)
 
 

@@ -95,9 +95,13 @@ def draw(result, numbers, path):
             condensation.cosine_similarity(large[order]), cmap="RdBu_r", vmin=-1, vmax=1
         )
         count = numbers[arm]["orientations"]
-        panel.set_title(f"{name}:\n{count} orientations of {len(large)} neurons")
+        panel.set(
+            title=f"{name}:\n{count} orientations of {len(large)} neurons",
+            xlabel="neuron, sorted by orientation",
+        )
         cosines = condensation.cosine_similarity(weights, TEACHER[:1])[:, 0]
         right.scatter(cosines, size, s=12, color=COLOURS[arm], label=name)
+    maps[0].set(ylabel="neuron")
     figure.colorbar(shown, ax=maps, label="cosine", shrink=0.8)
     right.set(
         xlabel="cosine to the target's neuron", ylabel="amplitude / largest",
