@@ -171,3 +171,31 @@ def test_a_model_that_evaluates_itself_has_no_noise_there():
             form(net, (x, zero), "mse", num_samples=None).value, truth
         )
     torch.testing.assert_close(expected_dropout_loss(net, (x, zero), "mse"), truth)
+
+
+class Accumulates(nn.Module):
+    """Sums of exponentials, of which padding is masked.
+
+    What is sent back to them is 0 there, where torch takes its logarithm.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+        self.heads = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 1)])
+
+    def forward(self, x):
+        h = self.drop(x).logcumsumexp(1) * torch.tensor([1.0, 0.0, 1.0])
+        return [head(h) for head in self.heads]
+
+
+def test_derivatives_that_torch_has_not_are_no_number():
+    """They were lost on the way back, and the form was a part of itself."""
+    torch.manual_seed(0)
+    net, x = Accumulates().double(), torch.randn(4, 3).double()
+
+    def loss(outputs, _):
+        return sum(x.square().mean() for x in outputs)
+
+    with pytest.raises(ValueError, match="finite"):
+        gauss_newton(net, (x, None), loss, num_samples=None)
