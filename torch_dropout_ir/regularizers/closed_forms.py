@@ -23,8 +23,8 @@ def last_layer_form(
     clean: CleanPass, targets: Any, loss: Loss, form: Callable[..., Tensor]
 ) -> Tensor:
     """Return a closed form of R_1 from the features that a pass has found, or raise."""
-    layer = clean.last_layer
-    if layer is None or not _by_element(*clean.uses[0][:2]):
+    weight = clean.last_weight
+    if weight is None or not _by_element(*clean.uses[0][:2]):
         raise ValueError(
             f"{form.__name__}: expected a single site, an `nn.Dropout` whose output "
             "goes straight into the last `nn.Linear`, which makes all that the model "
@@ -41,7 +41,7 @@ def last_layer_form(
     _ = site.variance  # names the site where it drops everything
     return form(
         features,
-        layer.weight,
+        weight,
         site.p,
         loss=loss,
         outputs=clean.outputs,
@@ -51,7 +51,7 @@ def last_layer_form(
 
 def fits_last_layer(clean: CleanPass, loss: Loss) -> bool:
     """Whether a pass has features of which the closed forms can be taken."""
-    if clean.last_layer is None or not _by_element(*clean.uses[0][:2]):
+    if clean.last_weight is None or not _by_element(*clean.uses[0][:2]):
         return False
     return loss.kind != "cross_entropy" or clean.outputs.ndim <= 2
 

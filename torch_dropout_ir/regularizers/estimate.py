@@ -51,7 +51,7 @@ def is_exact(
     """Whether a second-order form is R_1 itself: Lemma 1, or no noise at all."""
     if not clean.uses:
         return not clean.out_of_sight and not clean.noisy
-    if num_samples is not None or clean.last_layer is None:
+    if num_samples is not None or clean.last_weight is None:
         return False
     return of_squares(clean, loss, targets)
 

@@ -146,7 +146,7 @@ def _is_linear(clean: CleanPass, loss: Loss, targets: Any) -> bool:
 
 @torch.no_grad()
 def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
-    if clean.last_layer is None:
+    if clean.last_weight is None:
         return None
     site, features, _ = clean.uses[0]
     outputs: Tensor = clean.outputs.detach()
@@ -162,9 +162,8 @@ def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
     # Cross-entropy has its classes in dimension 1, the linear layer in the last.
     if not elementwise or (loss.kind == "cross_entropy" and outputs.ndim > 2):
         return None
-    weight = clean.last_layer.weight
     value = last_layer(
-        features, weight, site.p, loss=loss, outputs=outputs, targets=targets
+        features, clean.last_weight, site.p, loss=loss, outputs=outputs, targets=targets
     )
     error, name = torch.zeros_like(value), site.name
     return Estimate(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.collectives import every
 from torch_dropout_ir.gradient_factors import address
 from torch_dropout_ir.hooks import after_call
@@ -96,7 +97,7 @@ class Recorder:
         self._matrices = matrices
         self.passed: list[_Passed] = []
         # Outputs of layers that nothing else holds are let go of.
-        self.reads: list[tuple[nn.Linear, bool, weakref.ref[Tensor], int]] = []
+        self.reads: list[tuple[Tensor, bool, weakref.ref[Tensor], int]] = []
         self.unreachable: list[str] = []
         self.later: list[tuple[Site, torch.Size]] = []
         self._outlives = outlives
@@ -211,21 +212,26 @@ class Recorder:
         first = self._first_out and self._first_out()
         direct = bool(args) and first is not None and args[0] is first
         direct = direct and args[0]._version == self._first_version
-        self.reads.append((layer, direct, weakref.ref(output), output._version))
+        # As it is in this call, of `torch.func.functional_call` perhaps.
+        own = [x for x in (layer.weight, layer.bias) if x is not None and x.grad_fn]
+        if direct and own and args[0].grad_fn in graph_nodes([x.grad_fn for x in own]):
+            direct = False
+        made = weakref.ref(output)
+        self.reads.append((layer.weight, direct, made, output._version))
 
     def uses(self) -> list[Use]:
         """Return each use with its input as it was; raise if that is lost."""
         with unasked():
             return [_use(p) for p in self.passed]
 
-    def maker(self, outputs: Any) -> nn.Linear | None:
-        """Return the linear layer that read a site directly and made the outputs."""
+    def maker(self, outputs: Any) -> Tensor | None:
+        """Return the weight of what read a site directly and made the outputs."""
         if not isinstance(outputs, Tensor):
             return None
         now = outputs._version
         made = [
-            layer
-            for layer, direct, output, version in self.reads
+            weight
+            for weight, direct, output, version in self.reads
             if direct and output() is outputs and now == version
         ]
         return made[0] if len(made) == 1 else None
