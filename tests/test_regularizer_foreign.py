@@ -9,7 +9,7 @@ from torch import nn
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import gauss_newton, monte_carlo, second_order
 from torch_dropout_ir.regularizers.online import online
-from torch_dropout_ir.testing import expected_dropout_loss
+from torch_dropout_ir.testing import check_regularizer, expected_dropout_loss
 
 
 class Folded(nn.Module):
@@ -171,3 +171,73 @@ def test_a_model_that_evaluates_itself_has_no_noise_there():
             form(net, (x, zero), "mse", num_samples=None).value, truth
         )
     torch.testing.assert_close(expected_dropout_loss(net, (x, zero), "mse"), truth)
+
+
+class Accumulates(nn.Module):
+    """Sums of exponentials, of which padding is masked.
+
+    What is sent back to them is 0 there, where torch takes its logarithm.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+        self.heads = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 1)])
+
+    def forward(self, x):
+        h = self.drop(x).logcumsumexp(1) * torch.tensor([1.0, 0.0, 1.0])
+        return [head(h) for head in self.heads]
+
+
+def test_derivatives_that_torch_has_not_are_no_number():
+    """They were lost on the way back, and the form was a part of itself."""
+    torch.manual_seed(0)
+    net, x = Accumulates().double(), torch.randn(4, 3).double()
+
+    def loss(outputs, _):
+        return sum(x.square().mean() for x in outputs)
+
+    with pytest.raises(ValueError, match="finite"):
+        gauss_newton(net, (x, None), loss, num_samples=None)
+
+
+class Called(nn.Module):
+    """Layers with weights that are none of their own, made of the noise or not."""
+
+    def __init__(self, noisy):
+        super().__init__()
+        self.noisy, self.drop = noisy, nn.Dropout(0.3)
+        self.out = nn.Linear(3, 2)
+
+    def forward(self, x):
+        h = self.drop(x)
+        weight = 1.5 * self.out.weight
+        if self.noisy:
+            weight = weight * (1 + h.mean())
+        return torch.func.functional_call(self.out, {"weight": weight}, h)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_the_last_weight_is_that_of_the_call(noisy):
+    """Closed forms took the layer's own, and called what they made of it exact."""
+    torch.manual_seed(0)
+    net = Called(noisy).double()
+    batch = torch.randn(2, 3).double(), torch.randn(2, 2).double()
+    masks = list(itertools.product((0.0, 1.0), repeat=6))
+    with torch.no_grad():
+        net.eval()
+        at = [
+            (0.3 ** (6 - sum(mask)) * 0.7 ** sum(mask))
+            * nn.functional.mse_loss(
+                net(batch[0] * torch.tensor(mask).double().view(2, 3) / 0.7), batch[1]
+            )
+            for mask in masks
+        ]
+        truth = sum(at) - nn.functional.mse_loss(net(batch[0]), batch[1])
+        net.train()
+    found, how, _ = online(net, batch, resolve_loss("mse"), num_masks=400)
+    assert found.exact != noisy and ("closed form" in how) != noisy
+    assert (found.value - truth).abs() < 5 * found.standard_error + 1e-12
+    check_regularizer(net, batch, "mse", num_masks=400, num_samples=16).assert_holds()
+    for form in (gauss_newton, second_order):
+        assert form(net, batch, "mse", num_samples=None).exact != noisy

@@ -40,8 +40,8 @@ class CleanPass:
             outlives its context), and where in the graph its output is.
         mask_shapes: The shape of the mask of each use.
         zeros: What was added to their inputs, 0-d, one for each device.
-        last_weight: That of the linear layer that makes the outputs, where the only
-            source of noise is one site that feeds it directly; else None.
+        last_weight: That of the linear layer that makes the outputs, as it was, where
+            the only source of noise is one site that feeds it directly; else None.
         drawn: Whether it drew random numbers: another pass is another.
         noisy: Whether it did, or other noise was switched off in it.
         unreachable: Names of sites that derivatives cannot reach: they ran without

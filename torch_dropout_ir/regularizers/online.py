@@ -163,9 +163,8 @@ def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
     if not elementwise or (loss.kind == "cross_entropy" and outputs.ndim > 2):
         return None
     value = last_layer(
-        features, clean.last_weight, site.p,
-        loss=loss, outputs=outputs, targets=targets,
-    )  # fmt: skip
+        features, clean.last_weight, site.p, loss=loss, outputs=outputs, targets=targets
+    )
     error, name = torch.zeros_like(value), site.name
     return Estimate(
         value, {name: value}, error, exact, 0,

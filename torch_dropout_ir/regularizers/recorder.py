@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.collectives import every
 from torch_dropout_ir.gradient_factors import address
 from torch_dropout_ir.hooks import after_call
@@ -211,9 +212,12 @@ class Recorder:
         first = self._first_out and self._first_out()
         direct = bool(args) and first is not None and args[0] is first
         direct = direct and args[0]._version == self._first_version
-        # Of a functional call, it is not the one that the layer keeps.
-        made = layer.weight, direct, weakref.ref(output), output._version
-        self.reads.append(made)
+        # As it is in this call, of `torch.func.functional_call` perhaps.
+        own = [x for x in (layer.weight, layer.bias) if x is not None and x.grad_fn]
+        if direct and own and args[0].grad_fn in graph_nodes([x.grad_fn for x in own]):
+            direct = False
+        made = weakref.ref(output)
+        self.reads.append((layer.weight, direct, made, output._version))
 
     def uses(self) -> list[Use]:
         """Return each use with its input as it was; raise if that is lost."""
@@ -221,7 +225,7 @@ class Recorder:
             return [_use(p) for p in self.passed]
 
     def maker(self, outputs: Any) -> Tensor | None:
-        """Return the weight by which a layer made the outputs of a site directly."""
+        """Return the weight of what read a site directly and made the outputs."""
         if not isinstance(outputs, Tensor):
             return None
         now = outputs._version

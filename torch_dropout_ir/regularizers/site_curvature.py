@@ -46,6 +46,7 @@ class SiteCurvature:
         self._count = math.gcd(*[clean.count(x) for x in read.tensors])
         self._linearized = linearized
         self._create_graph = create_graph
+        self._zeros: list[Tensor] = []  # not-a-number where a product is none
         if not linearized:
             risk = read.risk(read.tensors)
             own = root_of(risk)
@@ -79,6 +80,8 @@ class SiteCurvature:
                 strict=True,
             )
         ]
+        # What is not finite may be lost on the way back, where logarithms are summed.
+        self._zeros = [x.detach().mul(0).sum() for x in pushed if x is not None]
         return _gradients(self._tensors, self._clean.edges, curved, graph)
 
     def draws(self, num_samples: int | None, coupled: bool) -> list[list[Form]]:
@@ -127,13 +130,16 @@ class SiteCurvature:
 
     def _forms(self, vectors: Vectors, keep: bool = True) -> list[Form]:
         products = self.product(vectors, keep)
-        return [
+        forms = [
             by_sample(site, v * found / 2, self._count)
             for (site, _, _), v, found in zip(
                 self._clean.uses, vectors, products, strict=True
             )
             if v is not None and found is not None
         ]
+        for zero in self._zeros:
+            forms = [(name, rows + zero.to(rows.device)) for name, rows in forms]
+        return forms
 
 
 def _check_twice(slopes: Vectors) -> None:
