@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import torch_dropout_ir as tdi
 from tests.traces import PARTS
 from torch_dropout_ir.analysis.compiled_calls import CompiledCall, compiled
-from torch_dropout_ir.analysis.measures import Condensation, DropoutNoise
+from torch_dropout_ir.analysis.measures import Condensation, DropoutNoise, Regularizer
 
 
 def mlp(p=0.5):
@@ -245,6 +245,28 @@ def test_a_pass_on_what_an_earlier_one_has_made_is_measured_on_that():
     assert not analysis.absent
     assert analysis.latest["loss/R_S"] == pytest.approx(clean[-1])
     assert analysis.latest["regularizer/R2_dropout_noise"] > 0
+    assert "have made for later ones" in analysis.notes["loss/R_S"]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_passes_that_are_given_what_others_have_made_are_said(cut):
+    """Not where a script cuts it off, which makes it a number like any other."""
+    model, x, y = mlp(), torch.randn(8, 6), torch.randn(8, 3)
+    widen = nn.Linear(3, 6)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer()]
+    ) as analysis:
+        for _ in range(2):
+            sgd.zero_grad()
+            once = model(x)
+            again = widen(once.detach() if cut else once)
+            (F.mse_loss(once, y) + F.mse_loss(model(again), y)).backward()
+            sgd.step()
+    assert ("have made for later ones" in analysis.notes["loss/R_S"]) is not cut
+    with torch.no_grad():
+        clean = float(F.mse_loss(model.eval()(x), y) + F.mse_loss(model(again), y))
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean, rel=1e-6)
 
 
 class WritesOnInputs(nn.Module):

@@ -177,10 +177,11 @@ class Capture:
         self.started = time.perf_counter()
         self.masks.forget()
         self.cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        self.inputs = Inputs(args, kwargs).renewed().cut_off()
+        given = Inputs(args, kwargs)
+        self.inputs = given.renewed().cut_off()
         self._versions, self.missed = versions(self.inputs.leaves()), ""
         if self._open or self.want_masks or self.want_targets:
-            self._open_step()
+            self._open_step(given)
 
     def _miss(self, reason: str) -> None:
         self.missed, self.inputs = reason, None
@@ -202,12 +203,12 @@ class Capture:
         if self.model is not None:  # a compiled one has its hooks in the graph
             self._told.enter_context(self.bystanders.told())
 
-    def _open_step(self) -> None:
+    def _open_step(self, given: Inputs) -> None:
         """Look at the coming pass in full, where something of it is wanted."""
         if self.script.went_back:
             self.passes = self.accumulation.without_step()
         self._stop_looking()
-        self.script.begin()
+        self.script.begin(given.leaves())
         self._listen()  # to hooks that are there since
         if self.want_masks and self.model is not None and not replaced():
             self.masks.begins(self.model)

@@ -65,6 +65,7 @@ class LossCalls(TorchFunctionMode):
         beside: What they read beside the outputs.
         one: Of each pass, whether it has returned a single tensor.
         of_module: What the loss module has returned, where there is one.
+        nodes: What has made the outputs in the graph, and where they come from.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class LossCalls(TorchFunctionMode):
         self.one, self.steps, self.beside = list[bool](), list[Step](), Beside()
         self.of_module: weakref.ref[Tensor] | None = None
         self._known: Any = WeakIdKeyDictionary()  # where tensors come from
-        self._nodes: dict[tuple[Any, int], At] = {}  # and what has made the outputs
+        self.nodes: dict[tuple[Any, int], At] = {}
         self._scales = set[int]()  # the steps that are a gradient scaler's
         self._first: At | None = None  # what a loss function of torch's returned first
         self._roots = dict[str, At]()  # what the script goes back from, by how it does
@@ -91,7 +92,7 @@ class LossCalls(TorchFunctionMode):
         for place, leaf in enumerate(flatten(outputs)[0]):
             if isinstance(leaf, Tensor):
                 at = self._known[leaf] = At("outputs", len(self.one), place)
-                self._nodes[leaf.grad_fn, leaf.output_nr] = at
+                self.nodes[leaf.grad_fn, leaf.output_nr] = at
         self.one.append(isinstance(outputs, Tensor))
 
     def waits(self) -> bool:
@@ -122,7 +123,7 @@ class LossCalls(TorchFunctionMode):
     def _rest(self) -> None:
         self._looking = False
         self._known.clear()
-        self._nodes.clear()
+        self.nodes.clear()
 
     def at(self, x: Any) -> At | None:
         """Return where ``x`` comes from, if it is a tensor, and from the outputs.
@@ -137,7 +138,7 @@ class LossCalls(TorchFunctionMode):
         if found is not None and found.of == "steps" and x.requires_grad:
             if not self.steps[found.place].differentiated:
                 found = None  # of a function with a derivative of its own
-        return copied_from(x, self._nodes) if found is None else found
+        return copied_from(x, self.nodes) if found is None else found
 
     def lost(self, outputs: Any) -> bool:
         """Whether some of the outputs were written on since the pass."""
@@ -194,7 +195,7 @@ class LossCalls(TorchFunctionMode):
         if not self._learns_by(root):
             return
         self._train_on(how, root, factor)
-        if not keeps and self._all_led() and comes_of(root, self._nodes):
+        if not keeps and self._all_led() and comes_of(root, self.nodes):
             self._rest()
 
     def _all_led(self) -> bool:
@@ -204,7 +205,7 @@ class LossCalls(TorchFunctionMode):
 
     def _learns_by(self, root: Any) -> bool:
         """Whether the model may learn where a script goes back from there."""
-        return self._own.learns_by(root, self._nodes, lambda x: self.at(x) in UNKNOWN)
+        return self._own.learns_by(root, self.nodes, lambda x: self.at(x) in UNKNOWN)
 
     def _train_on(self, how: str, root: Any, factor: float) -> None:
         """Add what the script goes back from to what it trains on."""

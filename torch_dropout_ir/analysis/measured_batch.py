@@ -26,6 +26,10 @@ _IN_PART: Final = (
     "losses weighed by some of the model's, reversed gradients, what `modified_loss` "
     "adds, outputs of many passes). Pass `loss=` for another one"
 )
+_CHAINED: Final = (
+    "what passes of the script have made for later ones (a state, a text so far) is "
+    "held as it was, dropout and all: R_1 and derivatives are of what each makes of it"
+)
 _NOISY: Final = (
     "the model draws other random numbers than those of dropout (`analysis.sites` "
     "lists them): this is at one draw of them, the loss surface at another"
@@ -98,7 +102,8 @@ class MeasuredBatch:
         counted = inputs is not None and inputs.kwargs.get(_COUNT) is not None
         share = _SHARE if counted and last else ""
         noisy = _NOISY if NO_DROPOUT in capture.masks.unseen.values() else ""
-        said = filter(None, (self._part, last, share, capture.unlike, noisy))
+        chained = _CHAINED if capture.script.chained else ""
+        said = filter(None, (self._part, last, share, chained, capture.unlike, noisy))
         self.note["loss/R_S"] = "; ".join(said)
         return (inputs, targets), "this step's batch"
 

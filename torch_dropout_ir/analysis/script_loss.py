@@ -12,6 +12,7 @@ from torch_dropout_ir.analysis.accumulation import Accumulation
 from torch_dropout_ir.analysis.followed_loss import At, FollowedLoss, passes_of
 from torch_dropout_ir.analysis.loss_calls import LossCalls
 from torch_dropout_ir.analysis.loss_module import LossModule
+from torch_dropout_ir.analysis.own_graph import comes_of
 from torch_dropout_ir.analysis.own_pass import not_again
 from torch_dropout_ir.inputs import Inputs, SeveralInputs
 from torch_dropout_ir.losses import TORCH_LOSSES, LossFunction
@@ -37,9 +38,14 @@ class Seen(NamedTuple):
 
 
 class ScriptLoss:
-    """Follows what a script makes of the outputs of a pass, or of several."""
+    """Follows what a script makes of the outputs of a pass, or of several.
+
+    Attributes:
+        chained: Whether one of the passes was given what an earlier one has made.
+    """
 
     def __init__(self) -> None:
+        self.chained = False
         self._calls: LossCalls | None = None
         self._module: LossModule | None = None
         self._made = list[tuple[Inputs | None, list[int]]]()
@@ -50,10 +56,15 @@ class ScriptLoss:
         """Whether the script has gone back from what it has made of them."""
         return self._calls is not None and self._calls.went_back
 
-    def begin(self) -> None:
-        """Let go of earlier passes, unless a loss of them may still come."""
+    def begin(self, given: list[Any]) -> None:
+        """Let go of earlier passes, unless a loss of them may still come.
+
+        ``given`` are the leaves of the coming pass's arguments.
+        """
         if self._calls is None or not self._calls.waits():
             self.stop()
+        elif any(node is not None for node, _ in self._calls.nodes):
+            self.chained = self.chained or comes_of(given, self._calls.nodes)
 
     def follow(
         self,
@@ -87,7 +98,7 @@ class ScriptLoss:
         """Look no more, and let go of what was seen."""
         self._looks.close()
         self._calls = self._module = None
-        self._made = []
+        self._made, self.chained = [], False
 
     def found(self) -> Seen | None:
         """Return the loss; None where none was seen, or what it read has changed."""
