@@ -180,8 +180,6 @@ def test_nothing_is_not_the_default():
     for directions in ((), ALONG):
         with pytest.raises(TypeError, match="a pair of dictionaries"):
             sharpness.loss_plane(*LOSS, [0.0], directions=directions)
-    with pytest.raises((TypeError, KeyError)):
-        sharpness.spectral_density(MATRIX, 3, state={})
     with pytest.raises(ValueError, match="`masks`"):
         sharpness.hessian(*LOSS, masks=b"7")
     with pytest.raises(TypeError, match="`lr` to be a real number"):

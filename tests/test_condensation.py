@@ -318,6 +318,35 @@ def test_amplitudes_and_cosines_by_hand():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("unit", [1e-36, 1e-30, 1.0, 1e30])
+def test_amplitudes_are_those_of_weights_of_any_size(unit, dtype):
+    rows = torch.randn(6, 4).double()
+    rows[2] = 0
+    outgoing = torch.randn(3, 6).to(dtype)
+    weights = (unit * rows).to(dtype).requires_grad_()
+    exact = weights.detach().double() / unit
+    wanted = exact.norm(dim=1), exact.norm(dim=1) * outgoing.double().norm(dim=0)
+    for given_, expected in zip((None, outgoing), wanted, strict=True):
+        found = cd.amplitudes(weights, given_)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double() / unit, expected, rtol=8e-3, atol=0)
+    (slope,) = torch.autograd.grad(cd.amplitudes(weights).sum(), weights)
+    torch.testing.assert_close(slope, cd.orientations(weights).detach())
+
+
+def test_rows_without_entries_and_what_is_not_finite():
+    for shape in ((3, 0), (0, 0), (0, 4)):
+        empty = torch.zeros(shape)
+        assert cd.orientations(empty).shape == shape
+        assert cd.amplitudes(empty).tolist() == [0.0] * shape[0]
+        assert cd.cosine_similarity(empty).shape == (shape[0],) * 2
+    odd = torch.tensor([[torch.nan, 3.0, 4.0], [torch.inf, 1.0, 0.0], [0.0, 3.0, 4.0]])
+    assert cd.amplitudes(odd).isfinite().tolist() == [False, False, True]
+    assert cd.orientations(odd).isnan().all(1).tolist()[::2] == [True, False]
+    assert cd.orientations(odd).isnan().any(1).tolist() == [True, True, False]
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="neurons, d"):
         cd.effective_neurons(torch.ones(3))

@@ -463,3 +463,5 @@ def test_a_mask_without_elements_and_one_without_a_rate():
     assert (found.num_calls, found.num_elements, len(found.unit_kept)) == (1, 0, 0)
     with pytest.raises(ValueError, match="between 0 and 1"):
         MaskStatistics.of_mask(torch.ones(3, dtype=torch.bool), 5.0)
+    with pytest.raises(TypeError, match="of booleans, got "):
+        MaskStatistics.of_mask(2 * torch.ones(3), 0.5)  # twice what was kept

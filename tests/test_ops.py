@@ -339,3 +339,15 @@ def test_what_needs_a_mask_says_so(packed):
     if packed is None or packed.numel():
         with pytest.raises(ValueError, match=r"^fingerprint: expected `packed`"):
             ops.fingerprint(packed)
+
+
+def test_the_threshold_is_the_nearest_word():
+    """At a rate between two words, by half of the way and less."""
+    key = torch.tensor([3, 4])
+    words = kernels.philox4x32_10(key, torch.arange(16)).flatten().tolist()
+    x = torch.ones(len(words))
+    for i, word in enumerate(words):
+        for part, kept in ((-0.5, True), (0.25, True), (0.5, False), (1.0, False)):
+            p = (word + part) / 2**32
+            for forward in (kernels.dropout_forward, registration.dropout_forward):
+                assert bool(forward(x, key, p)[0][i] != 0) is kept

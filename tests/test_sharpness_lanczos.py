@@ -10,7 +10,7 @@ from torch import nn
 from torch_dropout_ir import sharpness
 from torch_dropout_ir.sharpness import curvature
 from torch_dropout_ir.sharpness.herding import herded, representatives
-from torch_dropout_ir.sharpness.krylov import Space
+from torch_dropout_ir.sharpness.krylov import Space, random_vector
 from torch_dropout_ir.sharpness.recurrence import Settled, recurrence
 from torch_dropout_ir.sharpness.rehearsal import rehearsed
 
@@ -472,3 +472,28 @@ def test_the_unit_of_the_loss_does_not_matter(unit):
     for max_bytes in (0, 2**20):
         density = sharpness.spectral_density(matrix, 20, 3, max_bytes=max_bytes)
         assert float(density.nodes.max()) == pytest.approx(40 * unit, rel=1e-3)
+
+
+def test_no_gap_is_counted_on_that_the_next_value_may_still_fill():
+    """Kato-Temple of a Krylov space that is orthogonalized by other code."""
+    matrix = torch.diag(torch.cat((torch.rand(40), torch.tensor([3.0, 3.6]))).double())
+    told = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        columns = [random_vector(matrix)]
+        for _ in range(5):
+            columns.append(matrix @ columns[-1])
+        basis = torch.linalg.qr(torch.stack(columns, 1)).Q
+        values, inner = torch.linalg.eigh(basis.T @ matrix @ basis)
+        vectors = basis @ inner
+        *_, second, first = (matrix @ vectors - vectors * values).norm(dim=0).tolist()
+        gap = float(values[-1] - values[-2]) - second
+        expected = min(first, first**2 / gap) if gap > 0 else first
+        told += expected < first
+        torch.manual_seed(seed)
+        found = sharpness.top_eigenvalues(matrix, max_matvecs=6, tol=0.0)
+        torch.manual_seed(seed)
+        short = recurrence(matrix, 6)
+        assert float(found.errors[0]) == pytest.approx(expected, rel=1e-4)
+        assert short.error == pytest.approx(expected, rel=1e-4)
+    assert told > 2

@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -128,6 +129,31 @@ def check_real(
     raise ValueError(f"{function}: expected {kind} `{name}`{range_}, got {value}")
 
 
+def check_state(function: str, state: Any, keys: tuple[str, ...]) -> None:
+    """Refuse what no earlier run has left to go on from.
+
+    Raises:
+        TypeError: If it is no dictionary.
+        ValueError: If one of the ``keys`` is not in it.
+
+    Example:
+        >>> check_state("trace", {}, ("method",))
+        Traceback (most recent call last):
+        ValueError: trace: expected the `state` of an earlier result of trace, got a
+            dictionary without ['method']. Without one it starts anew.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"{function}: expected the `state` of an earlier result of {function}, got "
+            f"{type(state).__name__}"
+        )
+    if missing := [key for key in keys if key not in state]:
+        raise ValueError(
+            f"{function}: expected the `state` of an earlier result of {function}, got "
+            f"a dictionary without {missing}. Without one it starts anew."
+        )
+
+
 def check_operator(function: str, op: Any) -> None:
     """Refuse what multiplies no tensor.
 
@@ -170,11 +196,11 @@ def check_symmetric(function: str, op: Any) -> None:
     check_square(function, op)
     if not isinstance(op, Tensor):
         return
-    apart = float((op - op.T).norm()) if op.numel() else 0.0
-    if apart > 0.01 * float(op.norm()):
+    apart, whole = (float(x.norm(dtype=torch.float64)) for x in (op - op.T, op))
+    if apart > 0.01 * whole:
         raise ValueError(
             f"{function}: expected a symmetric matrix, got one that differs from its "
-            f"transpose by {apart:.2g} of {float(op.norm()):.2g} in norm"
+            f"transpose by {apart:.2g} of {whole:.2g} in norm"
         )
 
 

@@ -99,8 +99,14 @@ class MaskStatistics:
 
         Raises:
             ValueError: If ``p`` is outside ``[0, 1]``.
+            TypeError: If ``mask`` is not of booleans.
         """  # noqa: DOC502 (`check_rate` raises)
         p = float(ops.check_rate(p, True))
+        if mask.dtype != torch.bool:
+            raise TypeError(
+                f"MaskStatistics: expected `mask` to be of booleans, got {mask.dtype}. "
+                "What was kept of a scaled one is `mask != 0`."
+            )
         units = mask.movedim(unit_dim, -1) if mask.ndim else mask.view(1)
         counts = units[None].flatten(0, -2).sum(0)
         return cls.of_units(counts, mask.numel(), p)

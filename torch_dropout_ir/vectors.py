@@ -52,6 +52,20 @@ def length(x: Tensor) -> float:
     return found
 
 
+def balanced(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return ``x`` over its largest magnitudes along dimensions, and these.
+
+    Squares of the quotient neither over- nor underflow. Both are of single precision at
+    least and in the graph of ``x``; what is zero or not finite is left as it is.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not x.numel():
+        return wide, torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
+    largest = wide.detach().abs().amax(dim, keepdim=True)
+    largest = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
+    return wide / largest, largest
+
+
 def random_like(params: Params, distribution: str = "rademacher") -> dict[str, Tensor]:
     """Draw independent entries of mean 0 and variance 1, shaped as ``params``.
 

@@ -7,10 +7,13 @@ from torch import Tensor
 
 from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.rows import check_rows
+from torch_dropout_ir.vectors import balanced
 
 
 def orientations(weights: Tensor) -> Tensor:
     r"""Return the rows over their norms; a row of norm zero stays zero.
+
+    A row with an infinite entry or NaN has NaN too.
 
     Args:
         weights: Input weights, ``[m, d]``.
@@ -30,11 +33,9 @@ def orientations(weights: Tensor) -> Tensor:
                 [0.0000, 0.0000]])
     """  # noqa: DOC502 (`check_rows` raises)
     check_rows("orientations", weights)
-    # Largest entry first: the square of a small float16 or float32 underflows.
-    largest = weights.detach().abs().amax(1, keepdim=True)
-    scaled = weights / torch.where(largest > 0, largest, 1.0)
+    scaled, _ = balanced(weights, 1)
     norms = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    return scaled / torch.where(norms > 0, norms, 1.0)
+    return (scaled / torch.where(norms == 0, 1.0, norms)).to(weights.dtype)
 
 
 def amplitudes(weights: Tensor, outgoing: Tensor | None = None) -> Tensor:
@@ -62,7 +63,7 @@ def amplitudes(weights: Tensor, outgoing: Tensor | None = None) -> Tensor:
         tensor([10.])
     """
     check_rows("amplitudes", weights)
-    norms = torch.linalg.vector_norm(weights, dim=1)
+    norms = _norms(weights, 1)
     if outgoing is None:
         return norms
     if outgoing.shape[-1:] != norms.shape:
@@ -71,7 +72,14 @@ def amplitudes(weights: Tensor, outgoing: Tensor | None = None) -> Tensor:
             f"{list(outgoing.shape)}"
         )
     columns = outgoing.reshape(-1, len(norms))
-    return norms * torch.linalg.vector_norm(columns, dim=0)
+    return norms * _norms(columns, 0)
+
+
+def _norms(weights: Tensor, dim: int) -> Tensor:
+    """Norms along a dimension, of numbers of any size."""
+    scaled, largest = balanced(weights, dim)
+    norms = torch.linalg.vector_norm(scaled, dim=dim) * largest.squeeze(dim)
+    return norms.to(weights.dtype)
 
 
 @full_precision()

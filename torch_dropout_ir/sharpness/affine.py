@@ -85,7 +85,7 @@ def _linear(
 
     def split(a: Tensor) -> Tensor:
         apart = a.reshape(*sizes, a.shape[-1]).movedim(place, 0)
-        return apart.reshape(samples, 1, -1, a.shape[-1])
+        return apart.reshape(samples, 1, apart.shape[1:-1].numel(), a.shape[-1])
 
     def join(a: Tensor) -> Tensor:
         return a.reshape(moved).movedim(0, place).reshape(shape)

@@ -72,10 +72,19 @@ class Covariance:
         for piece in self.rows.split(_WIDE, dim=1):
             wide = piece.double()
             found.addmm_(wide, wide.T)
-        return found
+        if bool(found.isfinite().all()):
+            return found
+        raise ValueError(
+            "Covariance: expected vectors whose squares are finite, got some that are "
+            "not. Look for NaN, infinity and overflow in what varies."
+        )
 
     def trace(self) -> Tensor:
-        """Return the total variance, 0-d float64."""
+        """Return the total variance, 0-d float64.
+
+        Raises:
+            ValueError: If it is not finite.
+        """  # noqa: DOC502 (`_gram` raises)
         return self._gram().trace()
 
     def frobenius_norm(self) -> Tensor:
@@ -91,7 +100,10 @@ class Covariance:
         Returns:
             Variances, largest first, float64 ``[k]``, and unit directions ``[k, P]``;
             components without variance are left out.
-        """
+
+        Raises:
+            ValueError: If the total variance is not finite.
+        """  # noqa: DOC502 (`_gram` raises)
         if k is not None:
             check_count("Covariance.principal", "k", k, 1)
         values, vectors = torch.linalg.eigh(self._gram())
@@ -100,7 +112,9 @@ class Covariance:
         rank = int((values > least * values[:1].clamp(min=1e-300)).sum())
         keep = rank if k is None else min(k, rank)
         directions = vectors[:, :keep].T.to(self.rows) @ self.rows
-        return values[:keep], directions.div_(directions.norm(dim=1, keepdim=True))
+        for order in (torch.inf, 2) if keep else ():  # small squares underflow
+            directions /= directions.norm(order, dim=1, keepdim=True)
+        return values[:keep], directions
 
     def dense(self) -> Tensor:
         """Return the matrix ``[P, P]``; for small models."""
@@ -241,7 +255,8 @@ def trajectory_covariance(snapshots: Iterable[Mapping[str, Tensor]]) -> Covarian
         The covariance in low-rank form.
 
     Raises:
-        ValueError: If there are fewer than two, or they differ in names or shapes.
+        ValueError: If there are fewer than two, they differ in names or shapes, or one
+            has no such tensor.
         TypeError: If one is no dictionary.
 
     References:
@@ -267,6 +282,11 @@ def trajectory_covariance(snapshots: Iterable[Mapping[str, Tensor]]) -> Covarian
             params: Params = {
                 n: x.detach() for n, x in snapshot.items() if x.is_floating_point()
             }
+            if not params:
+                raise ValueError(
+                    "trajectory_covariance: expected snapshots with floating-point "
+                    f"tensors, got none in {list(snapshot)}"
+                )
             if not like:
                 like.update({n: torch.empty_like(x) for n, x in params.items()})
             shapes = {n: x.shape for n, x in params.items()}

@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.arguments import check_count, check_real, check_symmetric
+from torch_dropout_ir.arguments import (
+    check_count,
+    check_real,
+    check_state,
+    check_symmetric,
+)
 from torch_dropout_ir.sharpness.krylov import (
     Space,
+    dtype_of,
     random_vector,
     working_dtype,
 )
@@ -90,9 +96,10 @@ def spectral_density(
 
     Raises:
         ValueError: If a number is below 1, ``bandwidth`` is not positive and finite,
-            ``rtol`` negative, ``grid`` is not one row of finite numbers, or a matrix is
-            not symmetric.
-        TypeError: If a number is none, or of steps or probes no integer.
+            ``rtol`` negative, ``grid`` is not one row of finite numbers, a matrix is
+            not symmetric, or ``state`` that of something else.
+        TypeError: If a number is none, of steps or probes no integer, or ``state`` no
+            dictionary.
 
     References:
         Ghorbani, Krishnan & Xiao, *An investigation into neural net optimization via
@@ -108,6 +115,8 @@ def spectral_density(
     """  # noqa: DOC502 (the checks raise)
     check_symmetric("spectral_density", op)
     _check(op, num_steps, num_probes, grid, bandwidth, rtol, max_bytes)
+    if state is not None:
+        check_state("spectral_density", state, ("probes", "spent"))
     probes = [] if state is None else list(state["probes"])
     spent = 0 if state is None else state["spent"]
     for _ in range(num_probes):
@@ -153,7 +162,7 @@ def _check(
 def _quadrature(op: Any, num_steps: int, max_bytes: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights of one probe: fewer than steps where it spans less."""
     steps = min(num_steps, op.shape[0])
-    dtype = working_dtype(getattr(op, "dtype", torch.float32))
+    dtype = working_dtype(dtype_of(op))
     if steps * op.shape[0] * dtype.itemsize > max_bytes:
         found = recurrence(op, steps)
         return found.nodes, found.weights
@@ -180,12 +189,11 @@ def smoothed(
     weights = torch.stack([_padded(tau, longest, False) for _, tau in probes])
     low, high = float(nodes.min()), float(nodes.max())
     least = 1e-6 * max(abs(low), abs(high)) or 1.0  # of what is one point to rounding
-    width = bandwidth or max(0.01 * (high - low), least)
+    width = bandwidth or max(0.01 * high - 0.01 * low, least)
     if grid is None:
-        reach = _MARGIN * width
-        points = max(_POINTS, math.ceil(4 * (high - low + 2 * reach) / width))
-        points = min(points, 2**16)
-        grid = torch.linspace(low - reach, high + reach, points, dtype=torch.float64)
+        first, last = low / width - _MARGIN, high / width + _MARGIN
+        points = min(max(_POINTS, math.ceil(4 * (last - first))), 2**16)
+        grid = torch.linspace(first, last, points, dtype=torch.float64) * width
     t = grid.double().cpu()
     each = torch.zeros(len(probes), t.numel(), dtype=torch.float64)
     for theta, tau in zip(nodes.T, weights.T, strict=True):

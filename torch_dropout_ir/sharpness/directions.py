@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from torch_dropout_ir.arguments import check_choice, in_order
-from torch_dropout_ir.vectors import Params
+from torch_dropout_ir.vectors import Params, balanced
 
 Part = Literal["filter", "neuron", "layer"]
 Vectors = Literal["fixed", "scaled"]
@@ -106,8 +106,10 @@ def _filters(
 
 def _scaled(d: Tensor, x: Tensor, dims: tuple[int, ...]) -> Tensor:
     length = torch.linalg.vector_norm(d, dim=dims, keepdim=True)
-    wanted = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
-    return d * wanted / torch.where(length > 0, length, 1.0)
+    scaled, largest = balanced(x, dims)
+    wanted = torch.linalg.vector_norm(scaled, dim=dims, keepdim=True)
+    unit = d / torch.where(length > 0, length, 1.0)
+    return (unit * wanted * largest).to(d)
 
 
 def checked_direction(

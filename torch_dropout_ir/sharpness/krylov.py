@@ -24,11 +24,16 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def dtype_of(op: Any) -> torch.dtype:
+    """Return the dtype of what an operator multiplies."""
+    return getattr(op, "dtype", torch.float32)
+
+
 def random_vector(op: Any, distribution: str = "normal") -> Tensor:
     """Draw a vector for ``op``: the same on all ranks that it is spread over."""
     like = torch.empty(
         op.shape[0],
-        dtype=getattr(op, "dtype", torch.float32),
+        dtype=dtype_of(op),
         device=getattr(op, "device", "cpu"),
     )
     drawn = random_like({"": like}, distribution)[""]
@@ -56,7 +61,7 @@ class Space:
         self._op = op
         dtype = working_dtype(start.dtype)
         self._rows = start.new_empty(capacity, start.numel(), dtype=dtype)
-        given = torch.finfo(getattr(op, "dtype", start.dtype)).eps
+        given = torch.finfo(dtype_of(op)).eps
         self._rounding = max(16 * torch.finfo(dtype).eps, given)
         torch.div(start, length(start), out=self._rows[0])
         self._filled = 1
@@ -148,7 +153,7 @@ class Space:
         """Take the image of the newest vector."""
         n = self._filled
         newest = self._rows[n - 1]
-        image: Tensor = self._op @ newest.to(getattr(self._op, "dtype", newest.dtype))
+        image: Tensor = self._op @ newest.to(dtype_of(self._op))
         self.spent += 1
         first = max(0, n - self._span)
         column, self._rest = orthogonalize(
@@ -219,7 +224,8 @@ class Space:
         gap = float(self.leading[0]) - below
         if gap <= 0.0:
             return residuals
-        return torch.minimum(residuals, residuals.square().sum() / gap)
+        whole = length(residuals)
+        return residuals.clamp(max=whole * (whole / gap))
 
     def vectors(self, count: int | None = None) -> Tensor:
         """Leading Ritz vectors, largest value first: all that are wanted if None."""

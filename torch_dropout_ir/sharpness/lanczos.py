@@ -13,11 +13,13 @@ from torch_dropout_ir.arguments import (
     check_choice,
     check_count,
     check_real,
+    check_state,
     check_symmetric,
     in_order,
 )
 from torch_dropout_ir.sharpness.krylov import (
     Space,
+    dtype_of,
     random_vector,
     working_dtype,
 )
@@ -125,9 +127,10 @@ def top_eigenvalues(
 
     Raises:
         ValueError: If ``k`` is out of range, ``max_matvecs`` below ``k``, ``tol``
-            negative, a matrix not symmetric, ``start`` of another size or zero, or a
-            product is not finite.
-        TypeError: If a number is none, or ``k`` or ``max_matvecs`` no integer.
+            negative, a matrix not symmetric, ``start`` of another size, zero or not
+            finite, ``state`` that of something else, or a product is not finite.
+        TypeError: If a number is none, ``k`` or ``max_matvecs`` no integer, or
+            ``state`` no dictionary.
 
     References:
         Wu & Simon, *Thick-restart Lanczos method*, SIAM J. Matrix Anal. 22 (2000).
@@ -143,6 +146,7 @@ def top_eigenvalues(
         stop = "residual"
     search = Search(tol, stop, _look(k, stop, start is not None))
     if state is not None:
+        _check_state(op, state)
         room = _capacity(op, state["k"], max_bytes)
         space = Space.resumed(op, state, room)
         if space.loosely_locked(tol):  # the tolerance is tighter now
@@ -193,6 +197,15 @@ def _check(
     check_choice("top_eigenvalues", "stop", stop, ("residual", "value"))
 
 
+def _check_state(op: Any, state: dict[str, Any]) -> None:
+    check_state("top_eigenvalues", state, ("k", "rows", "rest", "look"))
+    if len(state["rest"]) != op.shape[0]:
+        raise ValueError(
+            f"top_eigenvalues: expected a `state` of the same operator, {op.shape[0]} "
+            f"numbers a vector, got one of {len(state['rest'])}"
+        )
+
+
 def _begin(
     op: Any,
     k: int,
@@ -228,12 +241,14 @@ def _start(
     if start is None:
         return rehearsed(op, max_matvecs, room)
     vector = start if isinstance(start, Tensor) else _joined(op, start)
-    if vector.shape != (op.shape[0],) or not bool(vector.any()):
+    sound = not vector.is_complex() and bool(vector.isfinite().all() & vector.any())
+    if vector.shape != (op.shape[0],) or not sound:
         raise ValueError(
-            f"top_eigenvalues: expected a `start` of {op.shape[0]} numbers that are "
-            f"not all zero, got shape {list(vector.shape)}. Without one it is random."
+            f"top_eigenvalues: expected a `start` of {op.shape[0]} real numbers, "
+            f"finite and not all zero, got {vector.dtype} {list(vector.shape)}. "
+            "Without one it is random."
         )
-    return vector.detach().to(op.device, op.dtype), 0.0
+    return vector.detach().to(getattr(op, "device", "cpu"), dtype_of(op)), 0.0
 
 
 def _joined(op: Any, start: Any) -> Tensor:
@@ -255,7 +270,7 @@ def _mixed(op: Any, vector: Tensor) -> Tensor:
 
 def _capacity(op: Any, k: int, max_bytes: int) -> int:
     """Vectors to hold: no more than memory allows, and enough for a restart."""
-    bytes_each = op.shape[0] * working_dtype(op.dtype).itemsize
+    bytes_each = op.shape[0] * working_dtype(dtype_of(op)).itemsize
     room = max(2 * k + 3, min(max(_BASIS, 2 * k + 8), max_bytes // bytes_each))
     return int(min(op.shape[0], room))
 
@@ -263,4 +278,4 @@ def _capacity(op: Any, k: int, max_bytes: int) -> int:
 def _as_given(op: Any, vector: Tensor) -> Any:
     if hasattr(op, "params"):
         return to_params(vector, op.params)
-    return vector.to(getattr(op, "dtype", vector.dtype))
+    return vector.to(dtype_of(op))

@@ -214,7 +214,7 @@ def _outweighs(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> bool
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x W' + b`` for ``x`` of two dimensions and more."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     found: Tensor = _Layer.apply(rows, weight, bias, None, leaf_of(weight))
     return found if x.ndim == 2 else found.view(*x.shape[:-1], len(weight))
 

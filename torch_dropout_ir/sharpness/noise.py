@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_dropout_ir.arguments import check_count, check_real, check_symmetric
 from torch_dropout_ir.sharpness.covariance import Covariance
 from torch_dropout_ir.sharpness.flatness import interval_flatness
-from torch_dropout_ir.sharpness.krylov import random_vector
+from torch_dropout_ir.sharpness.krylov import dtype_of, random_vector, working_dtype
 from torch_dropout_ir.sharpness.ranks import unwrapped
 from torch_dropout_ir.sharpness.trace import trace
 from torch_dropout_ir.vectors import to_params
@@ -195,7 +195,8 @@ def hessian_variance_alignment(
     size = op.shape[0]
     sigma, other = float(noise.frobenius_norm()), float(noise.trace())
     variances, directions = noise.principal()
-    seen = [float((op @ v).double() @ v.double()) for v in directions]
+    given = directions.to(dtype_of(op))
+    seen = [float((op @ v).double() @ v.double()) for v in given]
     curvatures = torch.tensor(seen, dtype=torch.float64)
     squares, error, spent = _squared_norm(op, num_probes)
     if not squares or not sigma:
@@ -225,7 +226,8 @@ def hessian_variance_alignment(
 
 def _as_covariance(op: Any, covariance: Any) -> Covariance:
     if isinstance(covariance, Tensor):
-        values, vectors = torch.linalg.eigh(covariance)
+        wide = covariance.to(working_dtype(covariance.dtype))
+        values, vectors = torch.linalg.eigh(wide)
         rows = (vectors * values.clamp(min=0).sqrt()).T
         covariance = Covariance(rows, rows.new_zeros(rows.shape[1]), {})
     names = getattr(op, "params", None)

@@ -10,7 +10,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.sharpness.krylov import NOT_FINITE, random_vector, working_dtype
+from torch_dropout_ir.sharpness.krylov import (
+    NOT_FINITE,
+    dtype_of,
+    random_vector,
+    working_dtype,
+)
 from torch_dropout_ir.vectors import length
 
 HOLD: Final = 3  # products for which what is claimed from a random start must hold
@@ -94,7 +99,7 @@ def _quadrature(nodes: Tensor, vectors: Tensor, left: float) -> Quadrature:
     if len(nodes) > 1:
         # What the next node may still hide is no part of the gap.
         gap = float(nodes[-1] - nodes[-2]) - residuals[-2]
-        error = min(residual, residual**2 / gap) if gap > 0 else residual
+        error = min(residual, residual * (residual / gap)) if gap > 0 else residual
     return Quadrature(nodes, vectors[0].square(), residual, error)
 
 
@@ -103,7 +108,7 @@ def _plus_product(total: Tensor, op: Any, v: Tensor) -> Tensor:
     if hasattr(op, "add_product"):
         op.add_product(v, total)
         return total
-    return total.add_(op @ v.to(getattr(op, "dtype", v.dtype)))
+    return total.add_(op @ v.to(dtype_of(op)))
 
 
 class Settled:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.sharpness.krylov import random_vector
+from torch_dropout_ir.sharpness.krylov import NOT_FINITE, dtype_of, random_vector
 
 Estimate = tuple[float, float]
 _EPS: Final = torch.finfo(torch.float64).eps
@@ -30,8 +30,28 @@ def _probes(op: Any, count: int) -> Tensor:
     return drawn.to(torch.promote_types(drawn.dtype, torch.float32))
 
 
-def _images(op: Any, columns: Tensor) -> Tensor:
-    return (op @ columns.to(getattr(op, "dtype", columns.dtype))).to(columns)
+class _Images:
+    """Images under an operator, over the largest entry of the first ones.
+
+    So nothing that is made of them over- or underflows; estimates are times ``unit``.
+    """
+
+    def __init__(self, op: Any) -> None:
+        self._op, self.unit = op, 0.0
+
+    def __call__(self, columns: Tensor) -> Tensor:
+        found: Tensor = (self._op @ columns.to(dtype_of(self._op))).to(columns)
+        largest = float(torch.linalg.vector_norm(found, torch.inf))
+        if not math.isfinite(largest):
+            raise ValueError(f"trace: {NOT_FINITE}")
+        self.unit = self.unit or largest or 1.0
+        return found / self.unit
+
+    def estimate(self, value: Tensor, error: float, inner: Tensor) -> Estimate:
+        """Add what rounding alone makes of an estimate that is exact otherwise."""
+        eps = torch.finfo(dtype_of(self._op)).eps
+        error = math.hypot(error, eps * float(inner.diagonal().abs().sum()))
+        return float(value) * self.unit, error * self.unit
 
 
 def hutchpp(op: Any, num_matvecs: int) -> Estimate:
@@ -41,14 +61,14 @@ def hutchpp(op: Any, num_matvecs: int) -> Estimate:
         Meyer, Musco, Musco & Woodruff, *Hutch++: optimal stochastic trace estimation*,
         SOSA 2021.
     """
-    sketch = num_matvecs // 3
-    basis = torch.linalg.qr(_images(op, _probes(op, sketch))).Q
-    inner = (basis.T @ _images(op, basis)).double()
+    sketch, images = num_matvecs // 3, _Images(op)
+    basis = torch.linalg.qr(images(_probes(op, sketch))).Q
+    inner = (basis.T @ images(basis)).double()
     probes = _probes(op, num_matvecs - 2 * sketch)
     probes = probes - basis @ (basis.T @ probes)
-    forms = (probes * _images(op, probes)).double().sum(0)
+    forms = (probes * images(probes)).double().sum(0)
     error = float(forms.std()) / len(forms) ** 0.5
-    return float(inner.trace() + forms.mean()), _with_rounding(op, error, inner)
+    return images.estimate(inner.trace() + forms.mean(), error, inner)
 
 
 def xtrace(op: Any, num_matvecs: int) -> Estimate:
@@ -61,18 +81,16 @@ def xtrace(op: Any, num_matvecs: int) -> Estimate:
         Epperly, Tropp & Webber, *XTrace: making the most of every sample in stochastic
         trace estimation*, SIAM J. Matrix Anal. 45 (2024).
     """
-    probes = _probes(op, num_matvecs // 2)
-    images = _images(op, probes)
-    basis, upper = torch.linalg.qr(images)
+    probes, images = _probes(op, num_matvecs // 2), _Images(op)
+    seen = images(probes)
+    basis, upper = torch.linalg.qr(seen)
     sketch = _Sketch(
         upper.double(),
-        (basis.T @ _images(op, basis)).double(),
+        (basis.T @ images(basis)).double(),
         (basis.T @ probes).double(),
-        (probes * images).double().sum(0),
+        (probes * seen).double().sum(0),
     )
-    return float(sketch.forms().mean()), _with_rounding(
-        op, sketch.error(), sketch.inner
-    )
+    return images.estimate(sketch.forms().mean(), sketch.error(), sketch.inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +133,6 @@ class _Sketch:
         groups = torch.arange(len(self.own)).chunk(_GROUPS)
         means = torch.stack([self.without(group).forms().mean() for group in groups])
         return float(means.std(correction=0)) * (len(groups) - 1) ** 0.5
-
-
-def _with_rounding(op: Any, error: float, inner: Tensor) -> float:
-    """Add what rounding alone makes of an estimate that is exact otherwise."""
-    eps = torch.finfo(getattr(op, "dtype", inner.dtype)).eps
-    return math.hypot(error, eps * float(inner.diagonal().abs().sum()))
 
 
 SKETCHES: dict[str, Callable[[Any, int], Estimate]] = {

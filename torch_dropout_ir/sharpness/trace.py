@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Final, Literal
 
 import torch
@@ -12,15 +13,23 @@ from torch_dropout_ir.arguments import (
     check_count,
     check_real,
     check_square,
+    check_state,
     check_symmetric,
 )
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
+from torch_dropout_ir.sharpness.krylov import NOT_FINITE
 from torch_dropout_ir.sharpness.layerwise import NotSplit
 from torch_dropout_ir.sharpness.rounds import OVERHEAD, Rounds
 from torch_dropout_ir.sharpness.sketches import SKETCHES, form
+from torch_dropout_ir.vectors import length
 
 _LEAST: Final = 16  # draws before an error is believed
 _AT_ONCE: Final = 8  # rounds between two looks at it
+_KEPT: Final = {  # in a state
+    "layerwise": ("exact", "draws", "spent"),
+    "hutchinson": ("forms",),
+    **dict.fromkeys(SKETCHES, ("runs",)),
+}
 Method = Literal["auto", "layerwise", "hutchinson", "hutchpp", "xtrace"]
 
 
@@ -93,7 +102,8 @@ def trace(
             magnitude of the estimate, after 16 draws a group at least, on average:
             fewer would be stopped where they happen to agree.
         method: How; ``"auto"``: column by column, else layer by layer, else Hutchinson.
-        state: ``TraceEstimate.state`` of an earlier run on the same operator.
+        state: ``TraceEstimate.state`` of an earlier run on the same operator; goes on
+            by its method.
 
     Returns:
         The estimate with its standard error, and which method gave it.
@@ -101,9 +111,10 @@ def trace(
     Raises:
         ValueError: If ``num_matvecs`` is below 2 (6 for ``"hutchpp"``, 4 for
             ``"xtrace"``), ``rtol`` is negative, a matrix is not square, for these
-            two not symmetric, or ``method`` is unknown or cannot take ``op``.
-        TypeError: If a number is none, ``num_matvecs`` is no integer, or ``op`` no
-            operator.
+            two not symmetric, ``method`` is unknown or cannot take ``op``, ``state`` is
+            that of something else, or a product is not finite.
+        TypeError: If a number is none, ``num_matvecs`` is no integer, ``op`` no
+            operator or ``state`` no dictionary.
 
     References:
         Hutchinson, *A stochastic estimator of the trace of the influence matrix*,
@@ -117,13 +128,17 @@ def trace(
         >>> trace(tdi.sharpness.hessian(net, "mse", batch)).method
         'exact'
     """  # noqa: DOC502 (the checks raise)
+    if state is not None:
+        method = _method_of(state)
     check = check_symmetric if method in ("hutchpp", "xtrace") else check_square
     check("trace", op)
     least = {"hutchpp": 6, "xtrace": 4}.get(method, 2)
     check_count("trace", "num_matvecs", num_matvecs, least)
     if rtol is not None:
         check_real("trace", "rtol", rtol, least=0)
-    chosen = state["method"] if state is not None else _chosen(op, num_matvecs, method)
+    chosen = "columns"
+    if op.shape[0] and (state is None or method != chosen):
+        chosen = _chosen(op, num_matvecs, method)
     if chosen == "layerwise":
         try:
             return _layerwise(op, num_matvecs, rtol, state)
@@ -136,6 +151,13 @@ def trace(
     if chosen == "hutchinson":
         return _hutchinson(op, num_matvecs, rtol, state)
     return _sketched(op, num_matvecs, rtol, chosen, state)
+
+
+def _method_of(state: dict[str, Any]) -> Any:
+    """Return how an earlier run went, whose state is checked."""
+    check_state("trace", state, ("method",))
+    check_state("trace", state, _KEPT.get(state["method"], ()))
+    return state["method"]
 
 
 def _chosen(op: Any, num_matvecs: int, method: str) -> str:
@@ -160,8 +182,10 @@ def _columns(op: Any) -> TraceEstimate:
         place = torch.zeros(size, **like)
         place[i] = 1
         total += (op @ place)[i].double().cpu()
-    return TraceEstimate(
-        total, torch.zeros_like(total), size, True, "exact", {"method": "columns"}
+    return _finite(
+        TraceEstimate(
+            total, torch.zeros_like(total), size, True, "exact", {"method": "columns"}
+        )
     )
 
 
@@ -171,11 +195,18 @@ def _estimate(
     """The sum of the means of what was drawn apart."""
     seen = [torch.tensor(x, dtype=torch.float64) for x in draws]
     value = torch.tensor(exact, dtype=torch.float64) + sum(x.mean() for x in seen)
-    variance = sum(x.var() / len(x) for x in seen)
-    error = torch.as_tensor(variance, dtype=torch.float64).sqrt()
+    parts = [length(x - x.mean()) / (len(x) * (len(x) - 1)) ** 0.5 for x in seen]
+    error = torch.tensor(math.hypot(*parts), dtype=torch.float64)
     count = sum(map(len, seen)) // max(1, len(seen))
     reached = not seen or _reached(float(value), float(error), count, rtol)
-    return TraceEstimate(value, error, spent, reached or rtol is None, method, {})
+    found = TraceEstimate(value, error, spent, reached or rtol is None, method, {})
+    return _finite(found)
+
+
+def _finite(found: TraceEstimate) -> TraceEstimate:
+    if bool(found.value.isfinite()):
+        return found
+    raise ValueError(f"trace: {NOT_FINITE}")
 
 
 def _reached(value: float, error: float, count: int, rtol: float | None) -> bool:
