@@ -87,7 +87,7 @@ def with_penalty(
         sign: :math:`s`.
         move_buffers: Whether running statistics move, as in a step of training.
         max_bytes: Memory of a graph of second derivatives, beyond which it is made of
-            parts of the batch, if samples do not meet; None keeps the graph of all.
+            parts of the batch, or of the pass if samples meet; None keeps that of all.
         beside: Gives :math:`b`, a loss of another pass, which comes last.
 
     Returns:
