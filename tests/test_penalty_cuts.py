@@ -68,6 +68,20 @@ class Counts(nn.Module):
         return self.body(x) * (1 + (self.count == 4))
 
 
+class Moves(nn.Module):
+    """Moves a buffer that it reads, by its own count perhaps."""
+
+    def __init__(self, counts=False):
+        super().__init__()
+        self.body, self.count, self.counts = layers(), 0, counts
+        self.register_buffer("factor", torch.ones(()))
+
+    def forward(self, x):
+        self.count += self.counts
+        self.factor.add_(0.1 * (1 + (self.count == 5)))
+        return self.body(x * self.factor)
+
+
 def rows():
     return torch.randn(9, 6).double()
 
@@ -136,6 +150,15 @@ def test_passes_that_turn_out_to_differ_are_taken_whole(cuts):
     value = modified_loss(net, (x, y), F.cross_entropy, kind="L3", lr=0.1, max_bytes=0)
     assert cuts == [] and value.isfinite()
     value.backward()
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_buffers_that_are_read_are_what_they_were(cuts, counts):
+    torch.manual_seed(3)
+    net, x = Moves(counts).double(), rows()
+    check(net, (x, torch.arange(9) % 3), F.cross_entropy, "regu")
+    assert len(cuts) == (not counts)
+    torch.testing.assert_close(net.factor, torch.tensor(1.1).double())
 
 
 @pytest.mark.parametrize("kind", KINDS)

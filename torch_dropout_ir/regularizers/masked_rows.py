@@ -114,12 +114,16 @@ class MaskedRows:
                 generator.set_state(state)
             yield
 
+    def rewind_buffers(self) -> None:
+        """Give buffers back as the first pass found them."""
+        if self._back is not None:
+            self._back()
+
     @contextlib.contextmanager
     def unmoved(self) -> Iterator[None]:
         """Let passes inside begin with buffers as the first pass found them."""
         forth = keep_buffers(self._model)
-        if self._back is not None:
-            self._back()
+        self.rewind_buffers()
         try:
             yield
         finally:

@@ -118,8 +118,10 @@ def with_penalty(
             found = _by_cuts(model, batch, loss, rows, params, rates, weight, sign)
         if found is not None:
             return with_gradient_beside(found[0], params, found[1], beside)
+        rows.rewind_buffers()  # which this pass moves as the first did
         with rows.again(), twice_differentiable(lean):
-            risk = loss(call(model, batch[0]), batch[1])
+            outputs = call(model, batch[0], move_buffers=move_buffers)
+            risk = loss(outputs, batch[1])
     penalty = sign * _penalty(_slopes(risk, params), rates)
     if weight:
         penalty = penalty + weight * risk
