@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.test_line_memory import Heads, of_both
 from tests.test_model_memory import Mixes, Patches, Texts, Translates
 from tests.test_regularizer_memory import peak
+from torch_dropout_ir.nn import Dropout
 from torch_dropout_ir.regularizers import (
     gauss_newton,
     monte_carlo,
@@ -37,12 +38,33 @@ def wide():
     )
 
 
+class Bare(nn.Module):
+    """Parameters that its own code multiplies by, each in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = nn.Linear(32, 64)
+        self.own = nn.ParameterList(torch.randn(64, 64) / 8 for _ in range(8))
+        self.drops = nn.ModuleList(Dropout(0.1) for _ in range(8))
+        self.out = nn.Parameter(torch.randn(10, 64) / 8)
+
+    def forward(self, x):
+        ways = [
+            lambda h, w: h @ w, torch.matmul, torch.mm, lambda h, w: h.matmul(w.T)
+        ]  # fmt: skip
+        h = self.given(x)
+        for i, (drop, w) in enumerate(zip(self.drops, self.own, strict=True)):
+            h = F.gelu(ways[i % 4](drop(h), w))
+        return h @ self.out.mT
+
+
 MODELS = {
     "patches": lambda: (Patches(), torch.randn(16, 3, 32, 32)),
     "mixes": lambda: (Mixes(), torch.randn(16, 3, 32, 32)),
     "texts": lambda: texts(500),
     "pairs": lambda: (Translates(), torch.randint(100, (16, 64))),
     "wide": lambda: (wide(), torch.randn(16, 512)),
+    "bare": lambda: (Bare(), torch.randn(512, 32)),
 }
 
 
@@ -59,6 +81,17 @@ def test_what_a_step_holds_is_told_as_if_none_were_constant(name, twice, monkeyp
     ours, plain = told
     assert 0.93 * plain.step < ours.step <= plain.step
     assert ours.kept <= plain.kept
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_that_code_multiplies_by_are_constant(form):
+    """Behind what keeps no result: the input of each site is there beside its own."""
+    torch.manual_seed(0)
+    net, x, y = Bare(), torch.randn(4096, 32), torch.arange(4096) % 10
+    step = peak(lambda: F.cross_entropy(net(x), y).backward())
+    net.zero_grad()
+    FORMS[form](net, (x, y), "cross_entropy")
+    assert peak(lambda: FORMS[form](net, (x, y), "cross_entropy")) <= 1.005 * step
 
 
 def test_rows_that_two_layers_read_are_told_once():

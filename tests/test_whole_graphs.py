@@ -180,8 +180,10 @@ def test_estimates_where_saved_tensors_are_elsewhere(
 @pytest.mark.parametrize("name", ["batch norm", "held", "blocks"])
 def test_losses_where_saved_tensors_are_elsewhere(name, most, elsewhere, lean):
     net, batch = made(name)
+    # A graph of all is elsewhere, where else parts of passes take its place.
+    off = 0 if most != 0 or name == "blocks" else 1e-12
     for options in LOSSES:
         expected = trained(net, batch, max_bytes=most, **options)
         with elsewhere():
             found = trained(net, batch, max_bytes=most, **options)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(found, expected, rtol=off, atol=off)

@@ -51,7 +51,9 @@ _SILENCED: Final = frozenset((*OTHER_NOISE, *RECURRENT))
 _HANDED_OVER: Final = _SILENCED | LOOKED_INTO | {
     "native_dropout", "scaled_dot_product_attention"
 }  # fmt: skip
-_LINEAR: Final = frozenset(("linear", "multi_head_attention_forward"))
+_LINEAR: Final = frozenset((
+    "linear", "matmul", "__matmul__", "mm", "multi_head_attention_forward"
+))  # fmt: skip
 
 
 class DropoutCalls(ModuleCalls):
@@ -66,7 +68,7 @@ class DropoutCalls(ModuleCalls):
 
     Attributes:
         silenced: Functions of other noise that were switched off.
-        given: Returns what linear layers, and attention, are given for arguments.
+        given: Returns what products and attention are given for arguments.
     """
 
     given: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None

@@ -108,7 +108,7 @@ class ConstantMatrices(contextlib.AbstractContextManager[Any]):
                 self.sizes[address(x)] = x.nbytes
 
     def given(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return what a linear layer, or attention, is given in place of ``args``."""
+        """Return what a product, linear layer or attention is given for ``args``."""
         h = args[0] if args and self._on else None
         if type(h) is not Tensor or not h.requires_grad:
             return args

@@ -44,7 +44,7 @@ from torch_dropout_ir.regularizers.row_noise import RowNoise, laid_out
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sharpness.frozen import twice_differentiable
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.substitution import buffers_moved
+from torch_dropout_ir.substitution import buffers_moved, keep_buffers
 from torch_dropout_ir.tracing import generators, unasked
 
 # Besides a first, small one; a double backward holds three times what a step does.
@@ -69,6 +69,7 @@ class MaskedRows:
         self._loss = loss
         self._states = [(g, g.get_state()) for g in generators(model)]
         self._moved = buffers_moved(model) if move_buffers else None
+        self._back = keep_buffers(model) if move_buffers else None
         # Of each use its mask, and its rows for a sample: 0 where samples share it.
         self._masks: list[tuple[Tensor, int]] = []
 
@@ -112,6 +113,21 @@ class MaskedRows:
             for generator, state in self._states:
                 generator.set_state(state)
             yield
+
+    def rewind_buffers(self) -> None:
+        """Give buffers back as the first pass found them."""
+        if self._back is not None:
+            self._back()
+
+    @contextlib.contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """Let passes inside begin with buffers as the first pass found them."""
+        forth = keep_buffers(self._model)
+        self.rewind_buffers()
+        try:
+            yield
+        finally:
+            forth()
 
     def _run(self, rows: Tensor) -> Tensor | None:
         inputs = rows_of(Inputs.of(self._batch[0]), rows, self._count)

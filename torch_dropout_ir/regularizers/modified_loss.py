@@ -83,10 +83,10 @@ def modified_loss(
     took 3.3, for it puts that derivative together from parts.
     Beyond ``max_bytes`` the graph is that of parts of the batch, one after the other,
     which run again at their masks: a step's memory, and of a penalty the gradient once
-    more, at 1.4 times the time (``"gauss_newton"``: 1.2). That needs samples that do
-    not meet, full precision, one process, no activation checkpointing, and nothing but
-    parameters that learns.
-    The gradient is then taken with the value, as that of the penalty in ``L2`` is.
+    more, at 1.4 times the time (``"gauss_newton"``: 1.2). Where samples meet, a penalty
+    goes by parts of the pass, at some three times the time, if a single tensor cuts it.
+    Both need full precision, one process, no activation checkpointing, and nothing but
+    parameters that learns. The gradient, that of ``L2`` too, is taken with the value.
     ``L1`` by ``"monte_carlo"`` is one pass. Sites under activation checkpointing cannot
     be trained with ``L2``, ``L4`` and any other ``L1``: they would run again with
     dropout on. Not-a-number in gives not-a-number out.
@@ -108,7 +108,7 @@ def modified_loss(
             ``"monte_carlo"`` draws one mask and is unbiased for every model; ``L1`` is
             then ``R_drop`` itself.
         max_bytes: Memory of the graph of a second derivative, of a penalty or of
-            ``"gauss_newton"``, beyond which it is made of parts of the batch. None
+            ``"gauss_newton"``, beyond which it is made of parts of batch or pass. None
             keeps the graph of all, for a derivative of the loss's gradient too.
 
     Returns:

@@ -3,12 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.arrivals import graph_nodes
+from torch_dropout_ir.leaves import numbers
+from torch_dropout_ir.regularizers.graph_memory import saved_objects, sizes_of
+
+
+class Kept:
+    """What a node has saved, the ``place``-th of a pass; None where it was let go."""
+
+    def __init__(self, place: int, x: Tensor | None) -> None:
+        self.place, self.x = place, x
+        self.version = 0 if x is None else x._version
+
+
+def given(saved: Kept) -> Tensor:
+    """Give a node back what it has saved; raise if that was written on."""
+    assert saved.x is not None  # what the part needs is kept
+    if saved.x._version != saved.version:  # torch asks that of what it keeps itself
+        raise RuntimeError("what a derivative needs was written on in place")
+    return saved.x
+
+
+class KeptBy(NamedTuple):
+    """What a node has saved: bytes by storage, and the places in the pass."""
+
+    storages: dict[int, int]
+    places: list[int]
+
+
+def kept_by(node: Any) -> KeptBy:
+    """Return what a node has saved that was not let go of."""
+    found = [one.data for one in saved_objects(node) if isinstance(one.data, Kept)]
+    own = [numbers(x.x).untyped_storage() for x in found if x.x is not None]
+    places = [x.place for x in found if x.x is not None]
+    return KeptBy({x.data_ptr(): x.nbytes() for x in own}, places)
+
+
+def size_at(edge: GradientEdge) -> int:
+    """Return the bytes of what is sent to a place in a graph."""
+    return sizes_of(edge.node)[edge.output_nr]
 
 
 class PassNodes:

@@ -22,15 +22,19 @@ from torch_dropout_ir import tracing
 from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import every, go_on, most
 from torch_dropout_ir.functional import rewinding
-from torch_dropout_ir.leaves import numbers
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.graph_memory import (
     TOLD,
     Graph,
-    saved_objects,
     sizes_of,
 )
-from torch_dropout_ir.regularizers.pass_nodes import PassNodes
+from torch_dropout_ir.regularizers.pass_nodes import (
+    Kept,
+    PassNodes,
+    given,
+    kept_by,
+    size_at,
+)
 from torch_dropout_ir.regularizers.step_memory import mask_bytes
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.weight_parts import FACTORED
@@ -40,14 +44,6 @@ _AT_HAND: Final = 2
 # Parts at most: each takes all passes forward once more.
 _MOST: Final = 4
 Receive = Callable[[int, Any], None]
-
-
-class _Saved:
-    """What a node has saved, the ``place``-th of a pass; None where it was let go."""
-
-    def __init__(self, place: int, x: Tensor | None) -> None:
-        self.place, self.x = place, x
-        self.version = 0 if x is None else x._version
 
 
 class _Left(NamedTuple):
@@ -110,7 +106,7 @@ class PassParts:
             self._left[self._pass].rewind()
         self._places = 0
         self._masks: dict[Any, int] = {}
-        with saved_tensors_hooks(self._save, _given):
+        with saved_tensors_hooks(self._save, given):
             yield
 
     def look(self, site: Site, h: Tensor, y: Tensor) -> None:
@@ -119,12 +115,12 @@ class PassParts:
             with tracing.unasked():
                 self._masks[y.grad_fn] = mask_bytes(site, h)
 
-    def _save(self, x: Tensor) -> _Saved:
+    def _save(self, x: Tensor) -> Kept:
         place, self._places = self._places, self._places + 1
         node = self._node_of.get(place) if self.parted else None
         # What no node is known to have saved is kept.
         kept = node is None or self._cuts[-2] <= node < self._cuts[-1]
-        return _Saved(place, x.detach() if kept else None)
+        return Kept(place, x.detach() if kept else None)
 
     def back(self, value: Tensor, receive: Receive, plain: bool) -> None:
         """Go back through the part, giving gradients away as they come.
@@ -253,18 +249,13 @@ class PassParts:
 
     def _sent(self, edge: GradientEdge) -> int:
         """Return the bytes of what all passes send there."""
-        return self._count * sizes_of(edge.node)[edge.output_nr]
+        return self._count * size_at(edge)
 
     def _saved_by(self, k: int, node: Any) -> dict[int, int]:
         """Return the bytes that a node has saved, by storage; note by which places."""
-        sizes = {}
-        for one in saved_objects(node):
-            if isinstance(one.data, _Saved) and one.data.x is not None:
-                self._node_of[one.data.place] = k
-                storage = numbers(one.data.x).untyped_storage()
-                if storage.data_ptr() not in self._there:
-                    sizes[storage.data_ptr()] = storage.nbytes()
-        return sizes
+        sizes, places = kept_by(node)
+        self._node_of.update(dict.fromkeys(places, k))
+        return {x: size for x, size in sizes.items() if x not in self._there}
 
     def _held(self, i: int, readers: list[int], found: PassNodes) -> int:
         """Return the bytes of a gradient, as a tensor or as its factors."""
@@ -286,10 +277,3 @@ class PassParts:
         graph.saved = dict(zip(found.nodes, saved, strict=True))
         back = graph.step_back(graph.leading_to(graph.leaves), {}, {})[1]
         return max(back, self._forward(found, saved))
-
-
-def _given(saved: _Saved) -> Tensor:
-    assert saved.x is not None  # what the part needs is kept
-    if saved.x._version != saved.version:  # torch asks that of what it keeps itself
-        raise RuntimeError("what a derivative needs was written on in place")
-    return saved.x

@@ -8,7 +8,7 @@ with the value, a part at a time: the graph of both derivatives is that of a par
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,11 @@ from torch_dropout_ir.regularizers.known_gradient import (
     with_gradient_beside,
 )
 from torch_dropout_ir.regularizers.masked_rows import MaskedRows
+from torch_dropout_ir.regularizers.penalty_cuts import CutPasses
 from torch_dropout_ir.sharpness.derivatives import lean_derivatives
 from torch_dropout_ir.sharpness.frozen import twice_differentiable
 from torch_dropout_ir.sharpness.linear import added_into
+from torch_dropout_ir.tracing import unpacked_by_hooks
 
 _ONCE: Final = (
     "modified_loss: expected a model and a loss that torch can differentiate twice, "
@@ -85,7 +87,7 @@ def with_penalty(
         sign: :math:`s`.
         move_buffers: Whether running statistics move, as in a step of training.
         max_bytes: Memory of a graph of second derivatives, beyond which it is made of
-            parts of the batch, if samples do not meet; None keeps the graph of all.
+            parts of the batch, or of the pass if samples meet; None keeps that of all.
         beside: Gives :math:`b`, a loss of another pass, which comes last.
 
     Returns:
@@ -106,21 +108,21 @@ def with_penalty(
         risk = loss(outputs, batch[1])
     check_differentiable("modified_loss", risk)
     large = max_bytes is not None and parts_pay(risk, params, max_bytes)
-    if large and not operations.again and rows.apart(outputs, risk):
-        slopes = torch.autograd.grad(risk, params, allow_unused=True)
-        value = sign * _penalty(slopes, rates) + weight * risk.detach()
-        gradient: list[Tensor | None]
-        gradient = [None if g is None else g * weight for g in slopes]
-        products = _Products(params, slopes, rates, sign, gradient)
-        for part in rows.parts():
-            if part is None:
-                break
-            products.add(part)
-            del part  # its graph
+    if large and not operations.again:
+        found: Known | None
+        if rows.apart(outputs, risk):
+            found = _by_rows(rows, risk, params, rates, weight, sign)
+        elif unpacked_by_hooks():  # what is saved is somebody's to keep
+            found = None
         else:
-            return with_gradient_beside(value, params, gradient, beside)
+            del outputs, risk  # their graph
+            found = _by_cuts(model, batch, loss, rows, params, rates, weight, sign)
+        if found is not None:
+            return with_gradient_beside(found[0], params, found[1], beside)
+        rows.rewind_buffers()  # which this pass moves as the first did
         with rows.again(), twice_differentiable(lean):
-            risk = loss(call(model, batch[0]), batch[1])
+            outputs = call(model, batch[0], move_buffers=move_buffers)
+            risk = loss(outputs, batch[1])
     penalty = sign * _penalty(_slopes(risk, params), rates)
     if weight:
         penalty = penalty + weight * risk
@@ -132,6 +134,63 @@ def with_penalty(
     own: list[Tensor | None] = []
     own += torch.autograd.grad(penalty, params, allow_unused=True)
     return with_gradient_beside(penalty.detach(), params, own, beside)
+
+
+Known: TypeAlias = "tuple[Tensor, list[Tensor | None]]"
+
+
+def _by_rows(
+    rows: MaskedRows,
+    risk: Tensor,
+    params: Sequence[Tensor],
+    rates: Sequence[float],
+    weight: float,
+    sign: float,
+) -> Known | None:
+    """Return the value and its gradient by parts of the batch; None if those meet."""
+    slopes = torch.autograd.grad(risk, params, allow_unused=True)
+    value = sign * _penalty(slopes, rates) + weight * risk.detach()
+    gradient: list[Tensor | None]
+    gradient = [None if g is None else g * weight for g in slopes]
+    products = _Products(params, slopes, rates, sign, gradient)
+    for part in rows.parts():
+        if part is None:
+            return None
+        products.add(part)
+        del part  # its graph
+    return value, gradient
+
+
+def _by_cuts(
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    rows: MaskedRows,
+    params: Sequence[Tensor],
+    rates: Sequence[float],
+    weight: float,
+    sign: float,
+) -> Known | None:
+    """Return them by parts of passes; None where those cannot be cut, or differ."""
+
+    def run() -> Tensor:
+        with rows.again(), twice_differentiable(lean_derivatives()):
+            return loss(call(model, batch[0]), batch[1])
+
+    passes = CutPasses(run, params)
+    try:
+        with rows.unmoved():
+            slopes = passes.slopes()
+            if slopes is None:
+                return None
+            value = sign * _penalty(slopes, rates) + weight * passes.value
+            gradient = [None if g is None else g * weight for g in slopes]
+            products = _Products(params, slopes, rates, sign, gradient)
+            del slopes
+            passes.products(products.at, products.receive)
+    except Exception:  # of a model that is another in each pass
+        return None
+    return value, gradient
 
 
 class _Products:
@@ -157,7 +216,7 @@ class _Products:
         most = max(rates)
         self._scale = sign * most / 2
         # At one rate for all, the gradient itself: nothing else of its size.
-        self._at = {
+        self.at = {
             i: g if r == most else g * (r / most)
             for i, (g, r) in enumerate(zip(slopes, rates, strict=True))
             if g is not None and r
@@ -165,22 +224,23 @@ class _Products:
         pairs = enumerate(zip(params, total, strict=True))
         self._sums = {i: (x, s) for i, (x, s) in pairs if s is not None}
 
+    def receive(self, i: int, g: Tensor) -> None:
+        """Add a part of the product of parameter ``i``."""
+        self._sums[i][1].add_(g.detach(), alpha=self._scale)
+
     def add(self, risk: Tensor) -> None:
         """Add the product with the Hessian of a part's risk."""
         starts = {}
 
         def note(i: int, g: Tensor) -> None:  # its value is let go of
-            if i in self._at and g.requires_grad:
+            if i in self.at and g.requires_grad:
                 starts[i] = get_gradient_edge(g)
 
         with arrivals(self._params, note):
             _slopes(risk, self._params)
-        edges, at = list(starts.values()), [self._at[i] for i in starts]
+        edges, at = list(starts.values()), [self.at[i] for i in starts]
         last = last_nodes(graph_nodes([edge.node for edge in edges]), self._params)
-
-        def receive(i: int, g: Tensor) -> None:
-            self._sums[i][1].add_(g.detach(), alpha=self._scale)
-
+        receive = self.receive
         own, sums = zip(*self._sums.values(), strict=True)
         with parts_given(last, receive), added_into(own, sums, self._scale):
             rest = torch.autograd.grad(edges, self._params, at, allow_unused=True)

@@ -1,0 +1,182 @@
+"""Penalties by parts of passes whose samples meet, against those of a whole graph."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torch_dropout_ir as tdi
+from tests.test_modified_loss_parts import KINDS, check
+from tests.test_regularizer_memory import peak
+from torch_dropout_ir.regularizers import modified_loss, penalty_cuts
+
+
+class Residual(nn.Module):
+    """Two convolutions, added to what comes in."""
+
+    def __init__(self, few, many, stride=1, act=F.relu):
+        super().__init__()
+        self.first = nn.Conv2d(few, many, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(many, many, 3, 1, 1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(many) for _ in range(2))
+        self.drop, self.act = nn.Dropout(0.1), act
+        self.beside = nn.Identity() if few == many else nn.Conv2d(few, many, 1, stride)
+
+    def forward(self, x):
+        h = self.drop(self.act(self.norms[0](self.first(x))))
+        return self.act(self.norms[1](self.second(h)) + self.beside(x))
+
+
+def residual(wide=4, act=F.relu, depth=1):
+    sizes = [(wide, wide)] * depth + [(wide, 2 * wide, 2)]
+    sizes += [(2 * wide, 2 * wide)] * depth
+    body = [Residual(*size, act=act) for size in sizes]
+    return nn.Sequential(
+        nn.Conv2d(2, wide, 3, padding=1), *body, nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(2 * wide, 3),
+    )  # fmt: skip
+
+
+def layers(act=nn.Tanh, site=nn.Dropout):
+    body = []
+    for _ in range(4):
+        body += [nn.Linear(6, 6), nn.BatchNorm1d(6), act(), site(0.2)]
+    return nn.Sequential(*body, nn.Linear(6, 3))
+
+
+class Shares(nn.Module):
+    """A weight that first and last layers share, and layers between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.body = nn.Linear(6, 6), layers()[:-1]
+        self.end = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.end(self.own(self.body(self.own(x))))
+
+
+class Counts(nn.Module):
+    """Is another in each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.count = layers(), 0
+
+    def forward(self, x):
+        self.count += 1
+        return self.body(x) * (1 + (self.count == 4))
+
+
+class Moves(nn.Module):
+    """Moves a buffer that it reads, by its own count perhaps."""
+
+    def __init__(self, counts=False):
+        super().__init__()
+        self.body, self.count, self.counts = layers(), 0, counts
+        self.register_buffer("factor", torch.ones(()))
+
+    def forward(self, x):
+        self.count += self.counts
+        self.factor.add_(0.1 * (1 + (self.count == 5)))
+        return self.body(x * self.factor)
+
+
+def rows():
+    return torch.randn(9, 6).double()
+
+
+def images():
+    return torch.randn(5, 2, 8, 8).double()
+
+
+NETS = {
+    "residual": (residual, images), "smooth": (lambda: residual(act=F.gelu), images),
+    "layers": (layers, rows), "ours": (lambda: layers(nn.ReLU, tdi.Dropout), rows),
+    "in place": (lambda: layers(lambda: nn.ReLU(inplace=True)), rows),
+    "attention": (
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (3, 2)), nn.Linear(2, 4),
+            nn.TransformerEncoderLayer(4, 2, 8, 0.2, batch_first=True), nn.Flatten(),
+            nn.Linear(12, 6), *layers(),
+        ), rows,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def cuts(monkeypatch):
+    """How many parts were taken to their end."""
+    seen = []
+    products = penalty_cuts.CutPasses.products
+
+    def look(self, *args):
+        products(self, *args)
+        seen.append(len(self._cuts) + 1)
+
+    monkeypatch.setattr(penalty_cuts.CutPasses, "products", look)
+    return seen
+
+
+def taken(name):
+    torch.manual_seed(3)
+    make, data = NETS[name]
+    net, x = make().double(), data()
+    return net, (x, torch.arange(len(x)) % 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NETS)
+def test_it_is_what_a_graph_of_all_gives(cuts, name, kind):
+    net, batch = taken(name)
+    if kind == "L2" and name == "attention":
+        kind = "regu"  # by hand, dropout cannot be switched off in all of it
+    rates = [0.3 * (k % 3) for k in range(40)] if kind == "regu" else None
+    check(net, batch, F.cross_entropy, kind, rates)
+    assert len(cuts) == 1 and cuts[0] > 2
+
+
+def test_what_no_tensor_cuts_is_taken_whole(cuts):
+    torch.manual_seed(3)
+    net, x = Shares().double(), rows()
+    check(net, (x, torch.arange(9) % 3), F.cross_entropy, "regu")
+    assert len(cuts) < 2 and all(n < 4 for n in cuts)
+
+
+def test_passes_that_turn_out_to_differ_are_taken_whole(cuts):
+    torch.manual_seed(3)
+    net, x = Counts().double(), rows()
+    y = torch.arange(9) % 3
+    value = modified_loss(net, (x, y), F.cross_entropy, kind="L3", lr=0.1, max_bytes=0)
+    assert cuts == [] and value.isfinite()
+    value.backward()
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_buffers_that_are_read_are_what_they_were(cuts, counts):
+    torch.manual_seed(3)
+    net, x = Moves(counts).double(), rows()
+    check(net, (x, torch.arange(9) % 3), F.cross_entropy, "regu")
+    assert len(cuts) == (not counts)
+    torch.testing.assert_close(net.factor, torch.tensor(1.1).double())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_penalty_where_samples_meet_holds_little_more_than_a_step(kind):
+    """Of a graph of all two steps."""
+    torch.manual_seed(0)
+    net, x = residual(16, depth=3), torch.randn(8, 2, 32, 32)
+    y = torch.arange(8) % 3
+    step = peak(lambda: F.cross_entropy(net(x), y).backward())
+    net.zero_grad()
+
+    def run(max_bytes):
+        net.zero_grad()
+        loss = modified_loss(
+            net, (x, y), "cross_entropy", kind=kind, lr=0.1, max_bytes=max_bytes
+        )
+        loss.backward()
+
+    run(0)
+    assert peak(lambda: run(2**40)) > 1.7 * step
+    assert peak(lambda: run(0)) < 1.15 * step
