@@ -94,6 +94,8 @@ def test_the_change_is_measured():
     assert cd.merge_condensed(net, x, 0.9, layers=["2"]).layers["0"].after == 40
     with pytest.raises(ValueError, match="`layers`"):
         cd.merge_condensed(net, x, layers=["1"])
+    with pytest.raises(TypeError, match="got int"):
+        cd.merge_condensed(3, x)
 
 
 @pytest.mark.parametrize("bias", [True, False])

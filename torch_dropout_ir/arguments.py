@@ -8,7 +8,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def check_module(function: str, model: Any) -> None:
+    """Raise if what is to be a model is none.
+
+    Raises:
+        TypeError: If it is no module.
+
+    Example:
+        >>> check_module("merge_condensed", 3)
+        Traceback (most recent call last):
+        TypeError: merge_condensed: expected `model` to be an nn.Module, got int
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{function}: expected `model` to be an nn.Module, got "
+            f"{type(model).__name__}"
+        )
 
 
 def check_count(function: str, name: str, value: Any, least: int) -> None:

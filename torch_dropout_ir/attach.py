@@ -18,7 +18,7 @@ from torch_dropout_ir.analysis.delivery import Postponed, warn
 from torch_dropout_ir.analysis.distributed import ranks_of
 from torch_dropout_ir.analysis.measures import default_measures
 from torch_dropout_ir.analysis.root_hook import RootHook
-from torch_dropout_ir.arguments import check_flag
+from torch_dropout_ir.arguments import check_flag, check_module
 from torch_dropout_ir.batches import fixed_batches
 from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import resolve_loss
@@ -254,11 +254,7 @@ def attach_analysis(
         >>> analysis.latest["regularizer/R1"] > 0
         True
     """  # noqa: DOC502 (raised by the parts that check)
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"attach_analysis: expected `model` to be an nn.Module, got "
-            f"{type(model).__name__}"
-        )
+    check_module("attach_analysis", model)
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(
             "attach_analysis: expected `optimizer` to be a torch.optim.Optimizer, got "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torch_dropout_ir.arguments import check_flag, check_real
+from torch_dropout_ir.arguments import check_flag, check_module, check_real
 from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.cover import check_cover, effective_neurons
 from torch_dropout_ir.condensation.folding import folded, narrow_both
@@ -119,6 +119,7 @@ def merge_condensed(
         The new model, its change, and what became of each layer.
 
     Raises:
+        TypeError: If ``model`` is no module.
         ValueError: If a share or threshold is out of range, a name in ``layers`` is not
             one of a linear layer or convolution, the model returns no floating-point
             tensor, or one that is empty or not finite.
@@ -135,6 +136,7 @@ def merge_condensed(
         >>> merged.model[0].out_features, merged.relative_change < 1e-6
         (2, True)
     """  # noqa: DOC502 (raised by the checks)
+    check_module("merge_condensed", model)
     bounds = threshold, min_amplitude
     check_cover("merge_condensed", *bounds)
     graph = outgoing_weights(model)
