@@ -559,3 +559,35 @@ def test_one_sample_without_a_batch_is_a_batch_of_one(loss, max_bytes):
         )
         found.append((value.detach(), gradient(value, net)))
     torch.testing.assert_close(*found)
+
+
+class Taught(nn.Module):
+    """Returns what it is taught by, which learns nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small()[0]
+
+    def forward(self, x):
+        f = self.net(x)
+        return f, (f.detach() * 2 - f.detach().mean(0)).softmax(-1)
+
+
+def taught(outputs, _):
+    f, target = outputs
+    return -(target * f.log_softmax(-1)).sum(-1).mean()
+
+
+def test_outputs_that_learn_nothing_are_constants_of_the_form():
+    net, (x, _) = Taught(), small()[1]
+    net.eval()
+    target = net(x)[1]
+    net.train()
+    pair = []
+    for model, loss in (
+        (net, taught), (net.net, lambda f, _: taught((f, target), None)),
+    ):  # fmt: skip
+        torch.manual_seed(3)
+        value = modified_loss(model, (x, None), loss, kind="L1", r1="gauss_newton")
+        pair.append((value, gradient(value, model)))
+    torch.testing.assert_close(*pair)

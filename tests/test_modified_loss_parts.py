@@ -245,6 +245,50 @@ def test_rows_that_turn_out_to_meet_are_taken_together(taken):
     assert taken == [True]
 
 
+class Centred(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g - g.mean(0)
+
+
+class Derived(nn.Module):
+    """Rows that meet in derivatives, and in no value."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.drop, self.out = (
+            nn.Linear(4, 4),
+            nn.Dropout(0.3),
+            nn.Linear(4, 3),
+        )
+        self.how = how
+
+    def forward(self, x):
+        h = self.drop(self.first(x)).tanh()
+        if self.how == "straight through":
+            h = h + (h.mean(0) - h.mean(0).detach())
+        elif self.how == "of all rows":
+            share = len(x) ** -0.5
+            h = h * share + (h * (1 - share)).detach()
+        elif self.how == "function":
+            h = Centred.apply(h)
+        elif h.requires_grad:
+            h.register_hook(lambda g: g / g.norm())
+        return self.out(h)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["straight through", "of all rows", "function", "hook"])
+def test_rows_that_meet_in_derivatives_alone_are_taken_together(taken, how, kind):
+    net, batch = batch_of(lambda: Derived(how), rows())
+    check(net, batch, F.cross_entropy, kind)
+    assert taken == [True]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_penalty_of_no_weight_is_none(taken, kind):
     net, batch = batch_of(convolutional, images)

@@ -218,8 +218,10 @@ def compare(found, g):
     mean = g[0] @ g[1] if len(g) == 2 else g[1] @ g[2]
     away = [a - b for a, b in zip(g[::2], g[1::2], strict=True)]
     noise = sum(x @ x for x in away) / len(away) / 2
+    rest = value - mean - noise if len(g) > 2 else 0 * value
     for name, truth in (
         ("value", value), ("mean_gradient", mean), ("dropout_noise", noise),
+        ("batch_noise", rest),
     ):  # fmt: skip
         torch.testing.assert_close(getattr(found, name), truth, rtol=1e-10, atol=1e-14)
 

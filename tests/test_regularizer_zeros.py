@@ -99,6 +99,11 @@ def test_masks_that_make_no_difference_show_no_error(p):
     assert any("no two masks" in note for note in found.notes)
     idle = gradient_norm(net, batch, "mse", lr=0.0, num_masks=4)
     assert idle.standard_error == 0 and not idle.notes
+    for none, said in ((0.0, "no dropout site"), (1.0, "drops everything")):
+        net[2].p = none
+        same = gradient_norm(net, batch, "mse", lr=0.1, num_masks=4)
+        assert same.value > 0 and same.standard_error == 0  # there are no other masks
+        assert len(same.notes) == 1 and said in same.notes[0]
     net[2].p = 0.5
     known = gradient_norm(net, batch, "mse", lr=0.1, num_masks=4)
     assert known.dropout_noise_standard_error > 0 and not known.notes

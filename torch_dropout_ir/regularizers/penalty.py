@@ -26,7 +26,7 @@ from torch_dropout_ir.functional import Batch, call, parameters
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.gradient_norm import learning_rates
-from torch_dropout_ir.regularizers.inner_products import weighted_squares
+from torch_dropout_ir.regularizers.inner_products import compared, weighted_squares
 from torch_dropout_ir.regularizers.known_gradient import (
     learns_alone,
     parts_pay,
@@ -48,6 +48,7 @@ _ONCE: Final = (
 # Nodes of a gradient's graph that raise when the penalty is differentiated, if they are
 # reached: a derivative in the parameters alone goes past them.
 _ABSENT: Final = ("NotImplemented", "EmbeddingBagBackwardBackward", ONCE)
+_ENTRIES: Final = 2**16  # of a gradient that are compared at a time
 _KNOWN: Final = ("EmbeddingBag", "Ctc", "Margin")
 
 
@@ -158,7 +159,8 @@ def _by_rows(
             return None
         products.add(part)
         del part  # its graph
-    return value, gradient
+    # Else rows meet in derivatives alone.
+    return (value, gradient) if products.whole() else None
 
 
 def _by_cuts(
@@ -221,6 +223,8 @@ class _Products:
             for i, (g, r) in enumerate(zip(slopes, rates, strict=True))
             if g is not None and r
         }
+        self._slopes = slopes
+        self._parts: dict[int, list[Tensor]] = {i: [] for i in self.at}
         pairs = enumerate(zip(params, total, strict=True))
         self._sums = {i: (x, s) for i, (x, s) in pairs if s is not None}
 
@@ -233,8 +237,10 @@ class _Products:
         starts = {}
 
         def note(i: int, g: Tensor) -> None:  # its value is let go of
-            if i in self.at and g.requires_grad:
-                starts[i] = get_gradient_edge(g)
+            if i in self.at:
+                self._note(i, g)
+                if g.requires_grad:
+                    starts[i] = get_gradient_edge(g)
 
         with arrivals(self._params, note):
             _slopes(risk, self._params)
@@ -247,6 +253,34 @@ class _Products:
         for i, g in enumerate(rest):
             if g is not None:
                 receive(i, g)
+
+    def _note(self, i: int, g: Tensor) -> None:
+        """Note a part's gradient in the direction of that of the whole."""
+        made = g.is_sparse or g.numel() < 2 or any(g.stride())
+        if not made:  # of a matrix
+            self._parts.pop(i, None)
+        elif i in self._parts:
+            self._parts[i].append(self._inner(i, g))
+
+    def _inner(self, i: int, g: Tensor) -> Tensor:
+        pair = (x.detach() for x in (g, self.at[i]))
+        a, b = (x.to_dense() if x.is_sparse else x for x in pair)
+        return compared(a, b, self._params[i].detach(), _ENTRIES)[2].double()
+
+    def whole(self) -> bool:
+        """Return whether gradients of the parts that were made add up to the whole's.
+
+        Hooks and straight-through derivatives may look at all rows that come.
+        """
+        made = {i: torch.stack(x) for i, x in self._parts.items() if x}
+        if not made:
+            return True
+        slopes = {i: self._slopes[i] for i in made}
+        along = [self._inner(i, g) for i, g in slopes.items() if g is not None]
+        parts = torch.cat([*made.values()])
+        eps = max(torch.finfo(x.dtype).eps for x in self._params)
+        off = (parts.sum() - torch.stack(along).sum()).abs()
+        return bool(off <= eps ** (2 / 3) * parts.abs().sum())
 
 
 def _slopes(risk: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -61,7 +61,9 @@ class SiteCurvature:
         )
         _check_twice(self._slopes)
         self._at = [  # each for itself: one may have been made of another
-            x.view_as(x) if create_graph else x.detach().requires_grad_()
+            x.view_as(x)
+            if create_graph and x.requires_grad
+            else x.detach().requires_grad_()
             for x in read.tensors
         ]
         self._loss_slopes: Vectors = read.slopes(self._at)
