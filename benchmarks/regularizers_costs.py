@@ -117,10 +117,12 @@ def losses(n: int, k: int) -> dict:
     """Losses besides mean squares and cross-entropy, each with its targets.
 
     All but the first seven mix outputs for all that their graphs tell; of those the
-    softplus and the distance have curvature of one sign. The last two couple rows.
+    softplus and the distance have curvature of one sign. Cox's and Dice's couple rows;
+    those behind have an operation whose rule is its own derivatives, or rows by number.
     """
     real, labels = torch.randn(n, k), torch.randint(k, (n,))
     parts, inverse = real.softmax(1), torch.eye(k) + 0.5 / k
+    turns, kept = torch.arange(k) % 2, torch.arange(n) % 3 > 0
     return {
         "Huber": (nn.HuberLoss(), real),
         "Poisson": (nn.PoissonNLLLoss(), real.abs()),
@@ -150,6 +152,23 @@ def losses(n: int, k: int) -> dict:
         "survival": (survival, labels),
         "at risk": (at_risk, real[:, 0]),
         "overlap": (overlap, (real > 0).to(real)),
+        "determinant": (
+            lambda f, _: torch.logdet(f[:, None] * f[:, :, None] + inverse).mean(), real
+        ),
+        "spectrum": (
+            lambda f, y: torch.fft.fft(f - y).abs().square().log1p().mean(), real
+        ),
+        "convolved": (
+            lambda f, y: F.conv1d((f - y)[:, None], real[:2, None, :2]).cosh().mean(),
+            real,
+        ),
+        "by number": (
+            lambda f, y: torch.zeros(n, 2).index_add(1, turns, f - y).cosh().mean(),
+            real,
+        ),
+        "deviation": (lambda f, y: (f - y).std(1).mean(), real),
+        "cubes": (lambda f, y: (f - y).norm(3, dim=1).mean(), real),
+        "some rows": (lambda f, y: F.cross_entropy(f[kept], y[kept]), labels),
     }  # fmt: skip
 
 

@@ -46,12 +46,14 @@ def by_derivatives(
         return None
     sizes: Shape = (*made.shape[1:], *(2,) * made.dtype.is_complex)
     count, width = math.prod(sizes), sum([math.prod(x or ()) for x in own])
-    if not 0 < to.rows * count * width <= to.most:
+    if not 0 < to.rows * count * max(count, width) <= to.most:
         return None
-    pull, roots = functools.partial(_sent, node, inputs, result), _roots(made, count)
-    found = of_each(pull, roots)
+    pull = functools.partial(_sent, node, inputs, result)
+    roots = _roots(tuple(made.shape), made.dtype, made.device, count)
+    with torch.enable_grad():
+        found = of_each(pull, roots)
     apart = found.shape[1:] == (to.rows, width) and weighs_alike(*found.detach()[-2:])
-    if not apart or _bends(node, inputs, pull(roots[-2])):
+    if not apart or (found.requires_grad and _bends(node, inputs, pull(roots[-2]))):
         return None
     found = found.detach()
     return mapped(to, _joint(to, live, width), found[:count].movedim(0, 1), sizes)
@@ -98,19 +100,17 @@ def _sent(node: Any, inputs: list[int], result: int, root: Tensor) -> Tensor:
         return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
 
-def _roots(made: Any, count: int) -> Tensor:
+@functools.lru_cache(maxsize=16)
+def _roots(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, count: int
+) -> Tensor:
     """Return a root for each entry of a row, the same in all rows, and two of all."""
-    n, *sizes = made.shape
-    places = _places(count).to(made.device)
-    if made.dtype.is_complex:
+    n, *sizes = shape
+    places = torch.cat((torch.eye(count), uneven(torch.ones(1, count)))).to(device)
+    if dtype.is_complex:
         places = torch.view_as_complex(places.view(count + 1, -1, 2))
-    roots = places.to(made.dtype).view(count + 1, 1, *sizes).expand(-1, n, *sizes)
+    roots = places.to(dtype).view(count + 1, 1, *sizes).expand(-1, n, *sizes)
     return torch.cat((roots, by_powers(roots[count])[None]))
-
-
-@functools.lru_cache(maxsize=64)
-def _places(count: int) -> Tensor:
-    return torch.cat((torch.eye(count), uneven(torch.ones(1, count))))
 
 
 def _joint(to: Program, live: list[int], width: int) -> int | None:

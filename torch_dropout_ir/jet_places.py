@@ -141,7 +141,10 @@ PLACES: Final[dict[str, Rule]] = {
     "SelectBackward0": _selected,
     "GatherBackward0": _gathered,
     "FlipBackward0": _flipped,
-    **{f"{x}Backward0": _at_indices for x in "Cummax Kthvalue Max Min Sort Topk".split()},
+    **{
+        f"{x}Backward0": _at_indices
+        for x in "Cummax Kthvalue Max Min Sort Topk".split()
+    },
     "MedianBackward1": _at_indices,
     **dict.fromkeys(_PARTED, _parted),
     **dict.fromkeys(("CatBackward0", "StackBackward0"), _joined),

@@ -86,10 +86,7 @@ def _triangle(n: int) -> Tensor:
 
 
 def _log_cumulated(to: Program, node: Any, inputs: list[int]) -> int | None:
-    """Logarithms of sums of exponentials up to each place.
-
-    In double precision, next to the largest: should one of them be 0, others tell.
-    """
+    """Logarithms of sums of exponentials up to each place, in double precision."""
     if (found := to.along(inputs[0], node._saved_dim)) is None:
         return None
     (*own,), dim = found

@@ -39,6 +39,7 @@ from torch_dropout_ir.regularizers.row_graph import (
 # rows, what is more than such sums, and what is not known.
 _SUM, _MIXED, _BENT, _UNKNOWN = (Place(-k, 0) for k in range(1, 5))
 _SEVERAL: Final = frozenset((_SUM, _MIXED, _UNKNOWN))
+_ORDERS: Final = 2**62  # as many turns and more are rows in an order of their own
 _ADDS: Final = frozenset(("SumBackward0", "MeanBackward0"))
 _ADDS_SOME: Final = frozenset(("SumBackward1", "MeanBackward1"))
 _MATRICES: Final = frozenset(("MmBackward0", "BmmBackward0"))
@@ -175,20 +176,66 @@ def _indexed(op: Op) -> Place | None:
         return place if len(rest) - sum([x is None for x in rest]) == 1 else None
     if first.ndim != 1 or any([x is not None and x.ndim > 1 for x in rest]):
         return None
-    own = place == START and len(first) == op.samples and first.dtype == torch.int64
-    numbers = torch.arange(op.samples, device=first.device)
-    return START if own and torch.equal(first, numbers) else Place(0, 0)
+    return _picked(op, first)
+
+
+def _picked(op: Op, rows: Tensor) -> Place:
+    """Rows by number, or by what they are: in an order of their own if each is once."""
+    if op.places[0] != START:
+        return Place(0, 0)
+    if rows.dtype != torch.bool:
+        numbers = torch.arange(op.samples, device=rows.device)
+        if torch.equal(rows, numbers):
+            return START
+        if len(rows.unique()) < len(rows):
+            return Place(0, 0)
+    return Place(0, _ORDERS + hash(op.node) % _ORDERS)
+
+
+def _selected(op: Op) -> Place | None:
+    place = within(op)
+    if place is None and op.places[0] and op.node._saved_dim % 2**63 == 0:
+        return _picked(op, op.node._saved_index)
+    return place
+
+
+def _cut(op: Op) -> Place | None:
+    ((place, own),) = op.leading()
+    if own[place.dim] == op.shape[place.dim]:
+        return place
+    first, step = op.node._saved_start, op.node._saved_step
+    rows = torch.arange(op.shape[0]) * step + first
+    return _picked(op, rows) if place == START else None
+
+
+def _each(op: Op) -> Place | None:
+    """What makes something of each of many matrices."""
+    ((place, own),) = op.leading()
+    return place if place.dim < len(own) - 2 else None
+
+
+def _as_it_was(op: Op) -> Place | None:
+    return op.places[0]
 
 
 def _rules() -> dict[str, Callable[[Op], Place | None]]:
     named = dict.fromkeys(ELEMENTWISE | LOSSES, broadcast)
-    keep = "Cummax Cumprod Cumsum Flip Logcumsumexp Roll Sort Topk"
+    keep = "Cummax Cumprod Cumsum FftC2C FftC2R FftR2C Flip IndexAdd IndexCopy "
+    keep += "Logcumsumexp Roll Scatter ScatterAdd ScatterReduce Sort Topk"
     join = "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Min Std Var"
-    for rule, names in ((within, keep), (less, join)):
+    each = "LinalgCholeskyEx LinalgDet LinalgInvEx LinalgMatrixExp LinalgSlogdet"
+    pairs = "ViewAsComplex ViewAsReal"
+    for rule, names in (
+        (within, keep),
+        (less, join),
+        (_each, each),
+        (_as_it_was, pairs),
+    ):
         named |= {f"{x}Backward0": rule for x in names.split()}
     named |= {"MedianBackward1": less, "ProdBackward1": less}
     named |= {"GatherBackward0": _gathered, "IndexBackward0": _indexed}
-    return named | RULES
+    named |= RULES
+    return named | {"SliceBackward0": _cut, "IndexSelectBackward0": _selected}
 
 
 _RULES: Final = _rules()

@@ -60,12 +60,10 @@ def choose(
 
 
 def _enough(clean: CleanPass, f: Tensor, blocks: Blocks) -> bool:
-    """Whether what a loss has between samples is of no matter: at sites they are apart.
-
-    Samples draw by themselves then, as with a loss that is a sum over them.
-    """
+    """Whether what a loss has between samples is no matter: at sites they are apart."""
     if not blocks.couples:
         return True
+    # Samples draw by themselves then, as with a loss that is a sum over them.
     return alone() and clean.count(f) == len(f) and clean.samples_meet(f) is False
 
 
