@@ -179,6 +179,11 @@ def test_a_row_that_is_repeated_is_told_rightly_or_not_at_all(parts, name):
         torch.testing.assert_close(found.all().flatten(), expected)
 
 
+def test_a_loss_in_pieces_that_are_linear_has_none(parts):
+    found = product_of(lambda f: torch.maximum(f, Y).mean(), outputs()).entries
+    assert found is not None and not found.all().any()
+
+
 def test_weights_of_labels_are_left_to_derivatives(parts):
     def loss(f):
         u = f.log_softmax(1)

@@ -83,8 +83,8 @@ def joins_rows(outputs: Tensor, nodes: Nodes) -> bool | None:
 
     Returns:
         False where the graph shows such a sum; True where something bends what is made
-        of several rows, whose second derivative may be 0 where they are all the same;
-        None where it does not tell.
+        of several rows, whose second derivative may be 0 where they are all the same,
+        or where what is of one row each is chosen of it; None where it does not tell.
     """
     if not nodes or not outputs.ndim:
         return None
