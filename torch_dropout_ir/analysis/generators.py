@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from torch_dropout_ir.analysis.bystanders import own_generators, set_back
+from torch_dropout_ir.analysis.attributes import own_generators, set_back
 
 
 class Generators:

@@ -44,12 +44,10 @@ class CleanPass:
             the only source of noise is one site that feeds it directly; else None.
         drawn: Whether it drew random numbers: another pass is another.
         noisy: Whether it did, or other noise was switched off in it.
-        unreachable: Names of sites that derivatives cannot reach: they ran without
-            autograd (``torch.no_grad`` or reentrant checkpointing), in a transform of
-            ``torch.func``, or in a model that takes derivatives of its own.
+        unreachable: Names of sites that derivatives cannot reach (in ``torch.no_grad``,
+            reentrant checkpoints, ``torch.func``, or derivatives of the model's own).
         out_of_sight: What :func:`torch_dropout_ir.sites.unobservable` says.
-        later: Sites that have acted since, in a loss that runs the model, with the
-            shapes of their inputs.
+        later: Sites at which a loss that runs the model has acted since, and shapes.
         below: What a step holds below the first site, where that was to be weighed.
         weigh: Whether graphs may be kept.
         states: Those of torch's generators before it.
@@ -282,10 +280,9 @@ def clean_pass(
         seen.close()
         said = drawn, noisy, tuple(seen.unreachable), hidden, seen.later
         masks = [site.mask_shape(h.shape) for site, h, _ in uses]
-        zeros = [*seen.zeros.values()]
-        how = seen.below, weigh, states, survey.row_wise
-        found = CleanPass(outputs, uses, masks, zeros, last, *said, *how)
-        del outputs  # what the pass lets go of
+        met = outputs, uses, masks, [*seen.zeros.values()], last
+        found = CleanPass(*met, *said, seen.below, weigh, states, survey.row_wise)
+        del met, outputs  # what the pass lets go of
         yield found
 
 

@@ -1,0 +1,110 @@
+"""Plain attributes of modules and parameters, which runs of a measure give back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torch_dropout_ir.substitution import rewrite
+from torch_dropout_ir.tracing import is_released
+
+OF_TORCH: Final = frozenset(vars(nn.Module()))
+_MEMBERS: Final = ("_parameters", "_buffers", "_modules")
+
+
+@contextlib.contextmanager
+def unmoved_attributes(model: nn.Module) -> Iterator[None]:
+    """Give back what modules hold, parameters by identity, and attributes of these."""
+    plain = [vars(x) for x in model.parameters() if type(x) is nn.Parameter]
+    modules = [*model.modules()]
+    kept = [(x, dict(x)) for x in [*plain, *(y for m in modules for y in _places(m))]]
+    contents = [(x, _contents(x)) for x in _held([*plain, *map(vars, modules)])]
+    try:
+        yield
+    finally:
+        for now, own in kept:
+            for name in [n for n in now if n not in own]:
+                del now[name]
+            now.update({n: x for n, x in own.items() if now.get(n, now) is not x})
+        for x, was in contents:
+            _RESTORE[type(x)](x, was)
+
+
+def _places(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield where a module holds its attributes."""
+    own = vars(module)
+    yield own
+    yield from (own[x] for x in _MEMBERS if isinstance(own.get(x), dict))
+
+
+def _held(attributes: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    """Yield what modules hold in plain attributes, and what is in it, once each."""
+    seen: set[int] = set()
+    plain = (own.items() for own in attributes)
+    left = [x for items in plain for name, x in items if name not in OF_TORCH]
+    while left:
+        x = left.pop()
+        if type(x) not in _RESTORE or id(x) in seen or is_released(x):
+            continue
+        seen.add(id(x))
+        yield x
+        if isinstance(x, (list, deque, dict)):
+            left += x.values() if isinstance(x, dict) else x
+
+
+def _contents(x: Any) -> Any:
+    if type(x) in _STATE:
+        return _STATE[type(x)](x)
+    return x.detach().clone() if isinstance(x, Tensor) else x.copy()
+
+
+def own_generators(model: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the random generators that modules hold, with their states."""
+    held = _held(vars(m) for m in model.modules())
+    return [(x, _contents(x)) for x in held if type(x) in _STATE]
+
+
+def set_back(generators: list[tuple[Any, Any]]) -> None:
+    """Give generators the states of :func:`own_generators`."""
+    for x, was in generators:
+        _RESTORE[type(x)](x, was)
+
+
+def _refill(x: Any, was: Any) -> None:
+    x.clear()
+    x.extend(was) if isinstance(x, (list, deque)) else x.update(was)
+
+
+def _rewrite_array(x: np.ndarray, was: np.ndarray) -> None:
+    if x.flags.writeable:
+        x[...] = was
+
+
+def _resume(x: np.random.Generator, was: Any) -> None:
+    x.bit_generator.state = was
+
+
+_STATE: Final[dict[type, Callable[[Any], Any]]] = {
+    torch.Generator: torch.Generator.get_state,
+    random.Random: random.Random.getstate,
+    np.random.RandomState: np.random.RandomState.get_state,
+    np.random.Generator: lambda x: copy.deepcopy(x.bit_generator.state),
+}
+_RESTORE: Final[dict[type, Callable[[Any, Any], None]]] = {
+    **dict.fromkeys((list, dict, set, deque), _refill),
+    **dict.fromkeys((OrderedDict, defaultdict, Counter), _refill),
+    Tensor: rewrite,
+    np.ndarray: _rewrite_array,
+    torch.Generator: lambda x, was: x.set_state(was),
+    random.Random: random.Random.setstate,
+    np.random.RandomState: np.random.RandomState.set_state,
+    np.random.Generator: _resume,
+}
