@@ -135,8 +135,8 @@ def test_of_two_batches_neighbours_are_compared_whatever_their_form(
 ):
     shared = torch.randn(5, 6)
     rows = (  # of each parameter its gradient at each pass
-        [shared, factors(1, 5, 6), None, shared],
-        [shared] * 4,
+        [shared, factors(1, 5, 6), None, shared.clone()],
+        [shared.clone() for _ in range(4)],
         [factors(1, 5, 6), factors(9, 5, 6), shared, factors(1, 5, 6)],
         [None, factors(1, 5, 6), None, None],
         [None] * 4,

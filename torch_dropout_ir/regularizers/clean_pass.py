@@ -50,7 +50,7 @@ class CleanPass:
         later: Sites at which a loss that runs the model has acted since, and shapes.
         below: What a step holds below the first site, where that was to be weighed.
         weigh: Whether graphs may be kept.
-        states: Those of torch's generators before it.
+        states: Those of torch's generators before it, if it drew.
         row_wise: Whether the model's layers keep rows apart, of matrices and more.
         singly: Whether derivatives go one by one; None until that is asked.
     """
@@ -177,8 +177,7 @@ class CleanPass:
         whose first dimension is not the batch, and masks that samples share. Where the
         graph has none but operations known to keep samples apart, or has batch
         normalization in training mode, that tells; else two backward passes: where each
-        sample's outputs weigh another power of two, so do its derivatives, to the bit,
-        if they come from that sample alone.
+        sample's outputs weigh another power of two, its derivatives do if its alone.
         """
         return any(self._couples(x) for x in outputs)
 
@@ -271,6 +270,7 @@ def clean_pass(
         if bare and not calls.again:
             calls.rest()  # before anything is asked of a tensor
         drawn = not all(map(torch.equal, states, random_state(model)))
+        states = states if drawn else []
         noisy, uses = drawn or bool(calls.silenced), seen.uses()
         if calls.differentiates:  # to its inputs a zero that is added is a constant
             seen.unreachable += [site.name for site, _, _ in uses]

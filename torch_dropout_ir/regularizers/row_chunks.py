@@ -98,7 +98,7 @@ class RowChunks:
         self._read = read
         self._twice = twice
         self._parts = parts
-        self._states = clean.states if clean.drawn else ()
+        self._states = clean.states
         self._least = max(least, PAIR) if clean.drawn else least
         self._count = count_samples(clean, read, inputs)
 

@@ -107,9 +107,9 @@ def _filters(
 def _scaled(d: Tensor, x: Tensor, dims: tuple[int, ...]) -> Tensor:
     length = torch.linalg.vector_norm(d, dim=dims, keepdim=True)
     scaled, largest = balanced(x, dims)
-    wanted = torch.linalg.vector_norm(scaled, dim=dims, keepdim=True)
-    unit = d / torch.where(length > 0, length, 1.0)
-    return (unit * wanted * largest).to(d)
+    wanted = torch.linalg.vector_norm(scaled, dim=dims, keepdim=True) * largest
+    del scaled  # as large as the weight
+    return (d / torch.where(length > 0, length, 1.0) * wanted).to(d)
 
 
 def checked_direction(
