@@ -182,5 +182,31 @@ class _OneByOne(Sequence[Root]):
         return self._draw(sign), sign
 
 
+def softmax_root(f: Tensor) -> Tensor:
+    r"""Return a draw of ``v``, :math:`E[v v^\top] = \operatorname{diag} q - q q^\top`.
+
+    With :math:`q` the softmax of ``f`` over its classes, and random signs :math:`z`,
+
+    .. math:: v = r \circ z - q \, r^\top z, \qquad r_c = \sqrt{q_c}.
+
+    A square :math:`(a^\top v)^2` has a standard deviation of at most :math:`\sqrt 2`
+    times its mean, whatever :math:`q` is. The gradient at a label drawn from :math:`q`
+    has the same mean square, but as labels get rare its spread grows without a bound,
+    and draws that miss them show nothing of it.
+    """
+    if f.ndim == 1:
+        return softmax_root(f.unsqueeze(0)).squeeze(0)
+    if few(f):
+        return softmax_roots(f.log_softmax(1), None, None, 1)[0]
+    root = torch.empty_like(f)
+    wide = torch.promote_types(f.dtype, torch.float32)  # for the difference
+    # Some samples at a time, lest the signs take as much space as the outputs.
+    count = max(1, _DRAWN_AT_ONCE * len(f) // max(1, f.numel()))
+    for part, own in zip(root.split(count), f.split(count), strict=True):
+        q = own.softmax(1, dtype=wide)
+        part.copy_(in_logits(signed(q.sqrt()), q, 1))
+    return root
+
+
 def _diagonal(s: Tensor, mass: Tensor, bend: Tensor | None) -> Tensor:
     return s * mass if bend is None else (s * mass).add_(bend)
