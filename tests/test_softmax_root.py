@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from torch_dropout_ir import output_products, softmax_roots
-from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.output_hessian import HessianRoots
+from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.regularizers import gauss_newton
 from torch_dropout_ir.sharpness import ggn, trace
+from torch_dropout_ir.softmax_roots import SoftmaxRoots
 
 K = 5
 WEIGHT = torch.tensor([0.3, 2.0, 1.0, 0.5, 4.0]).double()
@@ -80,15 +82,23 @@ def test_a_square_is_off_by_no_more_than_a_share(margin, way):
     assert abs(each.mean() - exact) < 4.5 * each.std() / 1000**0.5
 
 
+def soft(f, y):
+    return -(y * f.log_softmax(1)).sum(1).mean()
+
+
+@pytest.mark.parametrize("by_graph", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_does_not_lose_the_difference(dtype):
+def test_half_precision_does_not_lose_the_difference(dtype, by_graph):
     torch.manual_seed(0)
-    f = torch.zeros(4096, K, dtype=dtype)
-    f[:, 0] = 12.0
+    f, y = torch.zeros(2, 4096, K, dtype=dtype)
+    f[:, 0], y[:, 1] = 12.0, 1.0
     q = f[0].double().softmax(0)
-    ((root, mass),) = HessianRoots(
-        resolve_loss("cross_entropy"), f, torch.zeros(4096, dtype=torch.long)
-    ).sample()
+    if by_graph:
+        product = HessianProduct(Loss(soft), f, y)
+        roots = SoftmaxRoots(product, product.terms)
+    else:
+        roots = HessianRoots(resolve_loss("cross_entropy"), f, y)
+    ((root, mass),) = roots.sample()
     assert root.dtype == dtype
     squares = 4096 * mass * root.double().square()
     mean, error = squares.mean(0), squares.std(0) / 64

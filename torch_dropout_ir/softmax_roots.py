@@ -144,7 +144,7 @@ class SoftmaxRoots:
         for i in range(0, len(logs), count):
             at = slice(i, i + count)
             own = None if bend is None else bend[at]
-            found[at] = make(logs[at].exp(), mass[at], own)
+            found[at] = make(_wide(logs[at]).exp(), mass[at], own)
         return found
 
     def _drawn(
@@ -199,13 +199,17 @@ def softmax_root(f: Tensor) -> Tensor:
     if few(f):
         return softmax_roots(f.log_softmax(1), None, None, 1)[0]
     root = torch.empty_like(f)
-    wide = torch.promote_types(f.dtype, torch.float32)  # for the difference
     # Some samples at a time, lest the signs take as much space as the outputs.
     count = max(1, _DRAWN_AT_ONCE * len(f) // max(1, f.numel()))
     for part, own in zip(root.split(count), f.split(count), strict=True):
-        q = own.softmax(1, dtype=wide)
+        q = _wide(own).softmax(1)
         part.copy_(in_logits(signed(q.sqrt()), q, 1))
     return root
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return what a root is the difference of, for which half precision has no room."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _diagonal(s: Tensor, mass: Tensor, bend: Tensor | None) -> Tensor:
