@@ -49,8 +49,8 @@ def least(net, x):
     def run():
         held, h = with_sites(net, x)
         softmax = h.detach().softmax(1)
-        label = torch.multinomial(softmax, 1)
-        root = softmax.scatter_add_(1, label, -torch.ones_like(label, dtype=h.dtype))
+        root = softmax.sqrt().copysign_(torch.randn_like(softmax))
+        root = root.addcmul_(softmax, root.sum(1, keepdim=True), value=-1)
         return form(held, h, root / len(x) ** 0.5)
 
     return run

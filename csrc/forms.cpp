@@ -1,5 +1,5 @@
-// Two ops of small passes, on the CPU: there a dozen of torch's own, each on a few
-// thousand numbers, take longer than the passes do.
+// The sums of small passes, on the CPU: there a dozen of torch's own operations, each
+// on a few thousand numbers, take longer than the passes do.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -11,8 +11,6 @@
 
 namespace dropout {
 namespace {
-
-// ---- form_sums
 
 // `[rows, units, shared]`, one after the other; several lanes, for the vector units.
 template <class T>
@@ -168,53 +166,9 @@ void form_sums(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = bit_cast<StableIValue>(sums);
 }
 
-// ---- label_root
-
-// Softmax over the classes of each row, less one at the label that comes first.
-template <class T>
-void rows_less_a_label(const T* f, T* root, const T* times, int64_t rows,
-                       int64_t classes) {
-  for (int64_t i = 0; i < rows; ++i, f += classes, root += classes, times += classes) {
-    const T top = *std::max_element(f, f + classes);
-    T sum = 0;
-    for (int64_t c = 0; c < classes; ++c) sum += root[c] = std::exp(f[c] - top);
-    int64_t label = 0;
-    for (int64_t c = 0; c < classes; ++c) {
-      root[c] /= sum;
-      if (root[c] / times[c] > root[label] / times[label]) label = c;
-    }
-    root[label] -= 1;
-  }
-}
-
-void label_root(StableIValue* stack, uint64_t, uint64_t) {
-  constexpr const char* op = "label_root";
-  Tensor f(from_stack<AtenTensorHandle>(stack[0]));
-  const bool wide = is_double(op, f);
-  DROPOUT_CHECK(f.dim() == 2, op, ": expected `f` of shape [rows, classes], got ",
-                f.dim(), " dimensions");
-  const int64_t rows = f.sizes()[0], classes = f.sizes()[1];
-  f.make_contiguous();
-  Tensor root = Tensor::empty(2, f.sizes(), f.dtype(), f.device());
-  AtenTensorHandle drawn;  // as `exponential_` draws them, from torch's generator
-  DROPOUT_TORCH(aoti_torch_cpu_exponential(root.get(), 1.0, nullptr, &drawn));
-  const Tensor times(drawn);
-  if (rows * classes > 0 && wide) {
-    rows_less_a_label(static_cast<const double*>(f.data()),
-                      static_cast<double*>(root.data()),
-                      static_cast<const double*>(times.data()), rows, classes);
-  } else if (rows * classes > 0) {
-    rows_less_a_label(static_cast<const float*>(f.data()),
-                      static_cast<float*>(root.data()),
-                      static_cast<const float*>(times.data()), rows, classes);
-  }
-  stack[0] = to_stack(std::move(root));
-}
-
 }  // namespace
 }  // namespace dropout
 
 STABLE_TORCH_LIBRARY_IMPL(torch_dropout_ir, CPU, library) {
   library.impl("form_sums", &dropout::form_sums);
-  library.impl("label_root", &dropout::label_root);
 }

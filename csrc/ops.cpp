@@ -265,6 +265,6 @@ PyMODINIT_FUNC PyInit__C() {
                                    nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   // What `registration.py` makes of the schemas that these kernels were written for.
-  if (module != nullptr) PyModule_AddIntConstant(module, "SCHEMAS", 222872038);
+  if (module != nullptr) PyModule_AddIntConstant(module, "SCHEMAS", 1625736529);
   return module;
 }

@@ -96,18 +96,19 @@ void diagonal_roots(StableIValue* stack, uint64_t, uint64_t) {
 void softmax_roots(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "softmax_roots";
   Tensor logs(from_stack<AtenTensorHandle>(stack[0]));
-  Tensor slope(from_stack<AtenTensorHandle>(stack[1]));
+  Tensor slope(from_optional(stack[1]));
   Tensor bend(from_optional(stack[2]));
   const int64_t classes = from_stack<int64_t>(stack[3]);
   const int64_t dim = logs.dim(), numel = logs.numel();
   DROPOUT_CHECK(classes >= 0 && classes < dim, op, ": expected a dimension below ", dim,
                 ", got ", classes);
-  const bool bent = bend.get() != nullptr;
-  DROPOUT_CHECK(slope.numel() == numel && (!bent || bend.numel() == numel), op,
+  const bool sloped = slope.get() != nullptr, bent = bend.get() != nullptr;
+  const int64_t slopes = sloped ? slope.numel() : numel;
+  DROPOUT_CHECK(slopes == numel && (!bent || bend.numel() == numel), op,
                 ": expected as many slopes and bends as log-probabilities, ", numel,
-                ", got ", slope.numel(), bent ? " and " : "",
+                ", got ", slopes, bent ? " and " : "",
                 bent ? std::to_string(bend.numel()) : "");
-  Numbers s = numbers(op, logs), values = numbers(op, slope);
+  Numbers s = numbers(op, logs), values = sloped ? numbers(op, slope) : Numbers();
   const Numbers more = bent ? numbers(op, bend) : Numbers();
   const size_t count = static_cast<size_t>(logs.sizes()[classes]);
   size_t inner = 1;
@@ -125,9 +126,9 @@ void softmax_roots(StableIValue* stack, uint64_t, uint64_t) {
     }
   };
   for (double& x : s) x = std::exp(x);
-  by_row(values, [&](size_t i, double sum) {
-    return -sum * s[i] + (bent ? more[i] : 0);
-  });
+  by_row(values, [&](size_t i, double sum) { return -sum * s[i]; });
+  if (!sloped) values = s;  // of mass one
+  for (size_t i = 0; i < more.size(); ++i) values[i] += more[i];
   give_roots(op, stack, values, dim, logs.sizes(), logs.dtype(), [&](Numbers& root) {
     by_row(root, [&](size_t i, double sum) { return root[i] - s[i] * sum; });
   });

@@ -1,4 +1,4 @@
-"""The ops of small passes against plain sums, and their kernels against each other."""
+"""The op of small passes against plain sums, and its kernels against each other."""
 
 import math
 
@@ -8,7 +8,6 @@ import torch
 from torch_dropout_ir import kernels, registration
 
 FORM_SUMS = (kernels.form_sums, registration.form_sums)
-LABEL_ROOTS = (kernels.label_root, registration.label_root)
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -121,43 +120,9 @@ def test_what_the_compiled_sums_cannot_read_is_named():
     ):
         with pytest.raises(RuntimeError, match=message):
             registration.form_sums(*given)
-    with pytest.raises(RuntimeError, match=r"shape \[rows, classes\], got 1"):
-        registration.label_root(torch.ones(3))
-    with pytest.raises(RuntimeError, match=r"shape \[rows, classes\], got 3"):
-        registration.label_root(torch.ones(2, 3, 4))
-    with pytest.raises(RuntimeError, match="float32 or float64, got int64"):
-        registration.label_root(torch.ones(3, 3, dtype=torch.int64))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(7, 3), (1, 1), (40, 10), (0, 4), (5, 1)])
-def test_labels_are_those_of_pythons_kernel(shape, dtype):
-    (f,) = tensors([shape], dtype)
-    strided = tensors([(shape[1], shape[0])], dtype)[0].mul_(30).T
-    for logits in (f, strided, f + 1e4):
-        found = []
-        for draw in LABEL_ROOTS:
-            torch.manual_seed(3)
-            found.append(draw(logits))
-        torch.testing.assert_close(*found)
-        assert torch.rand(()) == (torch.manual_seed(3), draw(logits), torch.rand(()))[2]
-
-
-@pytest.mark.parametrize("draw", LABEL_ROOTS)
-def test_labels_come_as_often_as_the_softmax_says(draw):
-    torch.manual_seed(0)
-    f = torch.tensor([2.0, 0.5, -1.0, 0.0]).double()
-    n, s = 20000, f.softmax(0)
-    root = draw(f.expand(n, 4))
-    kept = root - s  # minus one at the label
-    assert ((kept + 1).abs() < 1e-9).sum() == n and kept.abs().sum() == pytest.approx(n)
-    scores = (-kept.sum(0) - n * s) / (n * s * (1 - s)).sqrt()
-    assert scores.abs().max() < 4
 
 
 def test_opcheck():
     h = tensors([(4, 6), (4, 2, 3)], torch.float32)
     given = h, h, [1.0, 2.0], [4, 4], [6, 2], [0, 1]
     torch.library.opcheck(registration.form_sums, given)
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(registration.label_root, (h[0],), test_utils=tests)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.profiler import profile
 
-from torch_dropout_ir import ops, output_hessian
+from torch_dropout_ir import ops, softmax_roots
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.output_hessian import HessianRoots
 from torch_dropout_ir.regularizers import (
@@ -232,11 +232,11 @@ def test_of_a_pair_no_gradient_of_a_linear_layer_is_held():
     assert peak(lambda: gradient_norm(net, (x, y), "cross_entropy", lr=0.1)) < step
 
 
-def test_labels_are_drawn_some_samples_at_a_time(monkeypatch):
+def test_signs_are_drawn_some_samples_at_a_time(monkeypatch):
     f = torch.randn(64, 50, 8)
     roots = HessianRoots(resolve_loss("cross_entropy"), f, None)
     held = peak(roots.sample)
-    monkeypatch.setattr(output_hessian, "_DRAWN_AT_ONCE", 2**10)
+    monkeypatch.setattr(softmax_roots, "_DRAWN_AT_ONCE", 2**10)
     assert peak(roots.sample) < 1.6 * 4 * f.numel() < held
     drawn = sum(roots.sample()[0][0] for _ in range(400)) / 400
     assert drawn.abs().max() < 0.15 * roots.sample()[0][0].abs().max()

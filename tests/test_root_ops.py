@@ -67,6 +67,17 @@ def test_softmaxes_have_the_roots_of_pythons_kernel(classes, bent, dtype):
             torch.testing.assert_close(root.sum(classes), 0 * root.sum(classes))
 
 
+@pytest.mark.parametrize("bent", [None, *SIGNED])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_without_a_slope_the_mass_is_one(kernels, bent):
+    torch.manual_seed(0)
+    logs = torch.randn(2, 3, 4).double().log_softmax(1)
+    bend = None if bent is None else SIGNED[bent](torch.randn_like(logs))
+    slope = torch.full_like(logs, -1 / 3)
+    found = [drawn(kernels.softmax_roots, logs, x, bend, 1) for x in (None, slope)]
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("bent", [None, "of both signs"])
 def test_roots_of_a_softmax_multiply_to_its_hessian(bent, kernels):
@@ -175,6 +186,7 @@ def test_what_the_compiled_kernels_cannot_read_is_named():
         (registration.softmax_roots, (one, one, None, -1), "below 2, got -1"),
         (registration.softmax_roots, (one, one[0], None, 1), "6, got 3"),
         (registration.softmax_roots, (one, one, one[0], 1), "6, got 6 and 3"),
+        (registration.softmax_roots, (one, None, one[0], 1), "6, got 6 and 3"),
     ):
         with pytest.raises(RuntimeError, match=message):
             draw(*given)
@@ -185,6 +197,7 @@ def test_opcheck():
     for draw, given in (
         (registration.diagonal_roots, (one,)),
         (registration.softmax_roots, (one, one, one, 1)),
+        (registration.softmax_roots, (one, None, None, 1)),
         (registration.block_roots, (torch.eye(3)[:, None].expand(3, 4, 3),)),
     ):
         torch.library.opcheck(draw, given, test_utils="test_schema")

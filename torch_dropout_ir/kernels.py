@@ -183,20 +183,3 @@ def form_sums(
         errors = samples**0.5 * torch.cat((table.sum(0, keepdim=True), table)).std(1)
     error, *parts = errors.unbind()
     return [own.sum(), error, *own.unbind(), *parts]
-
-
-def label_root(f: Tensor) -> Tensor:
-    """Return the softmax of each row of ``f``, less one at a label drawn from it."""
-    return less_a_label_(f.softmax(1), 1)
-
-
-def less_a_label_(softmax: Tensor, classes: int) -> Tensor:
-    """Return a softmax over dimension ``classes`` less one at labels drawn from it.
-
-    It is written on. Of independent exponential times the first is that of a class with
-    the probability of its rate. Torch draws none of zero, which would beat all.
-    """
-    wide = torch.promote_types(softmax.dtype, torch.float32)
-    times = torch.empty_like(softmax, dtype=wide).exponential_()
-    label = torch.div(softmax, times, out=times).argmax(classes, keepdim=True)
-    return softmax.scatter_(classes, label, -1.0, reduce="add")

@@ -15,7 +15,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.kernels import less_a_label_
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import (
     ALL,
@@ -38,7 +37,7 @@ from torch_dropout_ir.output_scales import (
     logistic_diagonal,
     squared_scale,
 )
-from torch_dropout_ir.registration import block_roots, diagonal_roots, label_root
+from torch_dropout_ir.registration import block_roots, diagonal_roots
 from torch_dropout_ir.root_kernels import (
     SIGNS,
     eigen,
@@ -46,6 +45,7 @@ from torch_dropout_ir.root_kernels import (
     signs_of,
     turned,
 )
+from torch_dropout_ir.softmax_roots import softmax_root
 
 _DRAWN_AT_ONCE: Final = 2**18
 _SMALL_BLOCK: Final = 8  # outputs of a sample
@@ -181,9 +181,9 @@ class HessianRoots:
         r"""Draw ``v`` with :math:`E[v_i v_i^\top] = H_i`.
 
         Samples draw independently, and so do the outputs of one sample, so that cross
-        terms vanish. For cross-entropy ``v`` is the gradient at a label drawn from the
-        model's own softmax; for squared losses it is normal; else a random combination
-        of the eigenvectors of the block.
+        terms vanish. For cross-entropy ``v`` is made of random signs
+        (:func:`~torch_dropout_ir.softmax_roots.softmax_root`); for squared losses it is
+        normal; else a random combination of the eigenvectors of the block.
 
         Args:
             rows: The samples.
@@ -199,7 +199,7 @@ class HessianRoots:
                 return [(drawn, self._factor**2)]
             return [(drawn.mul_(self._factor), 1.0)]
         if self._kind == "cross_entropy":
-            mass, root = self._of_mass(rows), less_a_label(f, 1 if f.ndim > 1 else 0)
+            mass, root = self._of_mass(rows), softmax_root(f)
             if not isinstance(mass, Tensor):
                 return [(root, mass)]
             return [(root.mul_(mass.sqrt()), 1.0)]
@@ -243,18 +243,6 @@ def _diagonal(
     if told and product.entries is not None:
         return product.entries.all()
     return product(torch.ones_like(outputs), keep=False).detach()
-
-
-def less_a_label(f: Tensor, classes: int) -> Tensor:
-    """Return the softmax over a dimension, less one at a label drawn from it."""
-    if few(f) and f.ndim == 2 and classes == 1:
-        return label_root(f)
-    softmax = f.softmax(classes)
-    # Some samples at a time, lest the times take twice the space of the outputs.
-    count = max(1, _DRAWN_AT_ONCE * f.shape[0] // max(1, f.numel()))
-    for block in softmax.split(count) if classes and len(f) > count else (softmax,):
-        less_a_label_(block, classes)
-    return softmax
 
 
 def holding(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:

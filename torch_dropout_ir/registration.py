@@ -26,12 +26,11 @@ _SCHEMAS = (
     "unit_counts(Tensor packed, int rows, int units) -> Tensor",
     "form_sums(Tensor[] inputs, Tensor[] gradients, float[] factors, int[] rows,"
     " int[] units, int[] sites) -> Tensor[]",
-    "label_root(Tensor f) -> Tensor",
 )
 # What they return depends on the values: no graph can hold them.
 _ROOTS = (
     "diagonal_roots(Tensor diagonal) -> Tensor[]",
-    "softmax_roots(Tensor log_softmax, Tensor slope, Tensor? bend, int classes)"
+    "softmax_roots(Tensor log_softmax, Tensor? slope, Tensor? bend, int classes)"
     " -> Tensor[]",
     "block_roots(Tensor columns) -> Tensor[]",
 )
@@ -81,7 +80,6 @@ mask_apply = _ops.mask_apply.default
 mask_draw = _ops.mask_draw.default
 unit_counts = _ops.unit_counts.default
 form_sums = _ops.form_sums.default
-label_root = _ops.label_root.default
 diagonal_roots = _ops.diagonal_roots.default
 softmax_roots = _ops.softmax_roots.default
 block_roots = _ops.block_roots.default
@@ -125,11 +123,6 @@ def _(
     sites: list[int],
 ) -> list[Tensor]:
     return [inputs[0].new_empty(()) for _ in range(2 * max(sites) + 4)]
-
-
-@torch.library.register_fake("torch_dropout_ir::label_root")
-def _(f: Tensor) -> Tensor:
-    return torch.empty_like(f, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("torch_dropout_ir::loss_blocks")

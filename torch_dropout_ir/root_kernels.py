@@ -44,25 +44,26 @@ def diagonal_roots(diagonal: Tensor) -> list[Tensor]:
 
 
 def softmax_roots(
-    log_softmax: Tensor, slope: Tensor, bend: Tensor | None, classes: int
+    log_softmax: Tensor, slope: Tensor | None, bend: Tensor | None, classes: int
 ) -> list[Tensor]:
     """Return two roots in the logits, for a loss of log-probabilities ``u``.
 
     With ``s = e^u`` they are those of ``J' (D + m diag(s)) J``, ``J = 1 - 1 s'``.
     ``slope`` is the gradient of the loss in ``u``, whose sum over the dimension
-    ``classes`` is ``-m``; ``bend`` is ``D``, its second derivatives, None for zero.
+    ``classes`` is ``-m``, None for ``m`` of one; ``bend`` is ``D``, its second
+    derivatives, None for zero.
     """
     s, diagonal = softmax_diagonal(log_softmax, slope, bend, classes)
     return _roots(diagonal, lambda root: in_logits(root, s, classes))
 
 
 def softmax_diagonal(
-    log_softmax: Tensor, slope: Tensor, bend: Tensor | None, classes: int
+    log_softmax: Tensor, slope: Tensor | None, bend: Tensor | None, classes: int
 ) -> tuple[Tensor, Tensor]:
     """Return ``s``, and ``D + m diag(s)`` for what :func:`softmax_roots` is given."""
     s = log_softmax.exp()
-    diagonal = s * slope.sum(classes, keepdim=True).neg_()
-    return s, diagonal if bend is None else diagonal.add_(bend)
+    diagonal = s if slope is None else s * slope.sum(classes, keepdim=True).neg_()
+    return s, diagonal if bend is None else diagonal + bend
 
 
 def in_logits(root: Tensor, softmax: Tensor, classes: int) -> Tensor:

@@ -144,7 +144,7 @@ class SoftmaxRoots:
         for i in range(0, len(logs), count):
             at = slice(i, i + count)
             own = None if bend is None else bend[at]
-            found[at] = make(logs[at].exp(), mass[at], own)
+            found[at] = make(_wide(logs[at]).exp(), mass[at], own)
         return found
 
     def _drawn(
@@ -180,6 +180,36 @@ class _OneByOne(Sequence[Root]):
     def __getitem__(self, i: Any) -> Any:
         sign = self._signs[i]
         return self._draw(sign), sign
+
+
+def softmax_root(f: Tensor) -> Tensor:
+    r"""Return a draw of ``v``, :math:`E[v v^\top] = \operatorname{diag} q - q q^\top`.
+
+    With :math:`q` the softmax of ``f`` over its classes, and random signs :math:`z`,
+
+    .. math:: v = r \circ z - q \, r^\top z, \qquad r_c = \sqrt{q_c}.
+
+    A square :math:`(a^\top v)^2` has a standard deviation of at most :math:`\sqrt 2`
+    times its mean, whatever :math:`q` is. The gradient at a label drawn from :math:`q`
+    has the same mean square, but as labels get rare its spread grows without a bound,
+    and draws that miss them show nothing of it.
+    """
+    if f.ndim == 1:
+        return softmax_root(f.unsqueeze(0)).squeeze(0)
+    if few(f):
+        return softmax_roots(f.log_softmax(1), None, None, 1)[0]
+    root = torch.empty_like(f)
+    # Some samples at a time, lest the signs take as much space as the outputs.
+    count = max(1, _DRAWN_AT_ONCE * len(f) // max(1, f.numel()))
+    for part, own in zip(root.split(count), f.split(count), strict=True):
+        q = _wide(own).softmax(1)
+        part.copy_(in_logits(signed(q.sqrt()), q, 1))
+    return root
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return what a root is the difference of, for which half precision has no room."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _diagonal(s: Tensor, mass: Tensor, bend: Tensor | None) -> Tensor:
