@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from torch_dropout_ir.arrivals import uneven
+from torch_dropout_ir.arrivals import once_differentiable, uneven
 from torch_dropout_ir.jet_kernels import Kind
 from torch_dropout_ir.jet_program import Program, Shape
 from torch_dropout_ir.row_powers import by_powers, weighs_alike
@@ -50,12 +50,12 @@ def by_derivatives(
         return None
     pull = functools.partial(_sent, node, inputs, result)
     roots = _roots(tuple(made.shape), made.dtype, made.device, count)
-    with torch.enable_grad():
-        found = of_each(pull, roots)
-    apart = found.shape[1:] == (to.rows, width) and weighs_alike(*found.detach()[-2:])
-    if not apart or (found.requires_grad and _bends(node, inputs, pull(roots[-2]))):
+    # One alone first: what torch says is once differentiable ends the process if many.
+    if _bends(node, inputs, pull(roots[-2])):
         return None
-    found = found.detach()
+    found = of_each(pull, roots).detach()
+    if found.shape[1:] != (to.rows, width) or not weighs_alike(*found[-2:]):
+        return None
     return mapped(to, _joint(to, live, width), found[:count].movedim(0, 1), sizes)
 
 
@@ -63,6 +63,8 @@ def _bends(node: Any, inputs: list[int], sent: Tensor) -> bool:
     """Whether what a node has sent back changes with its inputs, which it has saved."""
     if not sent.requires_grad:
         return False
+    if once_differentiable([sent]):
+        return True
     pairs = zip(node.next_functions, inputs, strict=True)
     ends = [GradientEdge(*edge) for edge, i in pairs if i >= 0]
     slopes = derivatives(sent, ends, uneven(sent.detach()), True)
