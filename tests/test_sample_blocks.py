@@ -894,6 +894,16 @@ def test_of_a_length_that_is_zero_nothing_is_told():
         assert (found is not None) == known
 
 
+def test_means_of_nothing_have_no_derivatives():
+    def loss(f, _):
+        return f[:, :0].mean(1).sum() + f[:, :0].mean() + f.prod(1).sum()
+
+    f = torch.rand(N, K, dtype=torch.float64)
+    torch.testing.assert_close(
+        told(loss, f, None), told(lambda f, _: f.prod(1).sum(), f, None)
+    )
+
+
 @pytest.mark.parametrize("include_self", [True, False])
 def test_a_product_of_several_zeros_is_not_told(include_self):
     """Of it torch has one derivative, and no process that asks for many at once."""
