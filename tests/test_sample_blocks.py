@@ -936,3 +936,17 @@ def test_next_to_singular_matrices_determinants_are_right_or_not_told(dtype, awa
         if each is not None:
             torch.testing.assert_close(each[:, 0], whole, rtol=1e-6, atol=1e-6)
     assert away < 1e-3 or None not in found
+
+
+@pytest.mark.parametrize("other", range(16, 33))
+def test_no_row_is_added_to_another_unseen(other):
+    """Of rows sixteen apart and more the first powers of two may be the same."""
+    f = torch.rand(33, 1, dtype=torch.float64)
+    for row in range(16):
+        index = torch.arange(33)
+        index[row] = other
+
+        def loss(f, _, index=index):
+            return torch.zeros_like(f).index_add(0, index, f).exp().sum()
+
+        assert told(loss, f, None) is None
