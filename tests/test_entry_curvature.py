@@ -87,6 +87,8 @@ UNTOLD = {
     "linear": lambda f: (f * Y).mean(),
     "linear, a penalty beside": lambda f: (f * Y).mean() + PARAMETER.square().sum(),
     "infinite times zero": lambda f: f.relu().sqrt().sum(),
+    "complex": lambda f: (f.to(torch.complex128) * (1 + 2j)).abs().square().sum(),
+    "of one number": lambda f: (f * torch.tensor(1 + 2j)).abs().square().sum(),
 }
 # A single row meets several.
 REPEATED = {

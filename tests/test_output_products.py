@@ -27,6 +27,7 @@ NOT_TOLD = (
     "flipped", "normalized", "pooled", "others", "others, cubed", "products of rows",
     "products of many", "by row and column", "a row twice", "rows of rows",
     "spectra of rows", "one matrix", "volumes of columns", "others beside them",
+    "a number of it",
 )  # fmt: skip
 
 
@@ -110,6 +111,9 @@ TOLD_BY_ROW = {
     "of one label": lambda f, y: (
         F.nll_loss(f[:, 0], torch.tensor(1), reduction="none") * y[0, 0]
         + f.prod(1).sum()
+    ),
+    "a number of it": lambda f, y: (
+        f[:, 0].gather(0, torch.tensor(2)).exp() * y[0, 0] + f.prod(1).sum()
     ),
     "some of them": lambda f, y: F.mse_loss(f[ORDER[:2]].softmax(1), y[:2]),
     "spectra": lambda f, y: (

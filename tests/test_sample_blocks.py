@@ -892,3 +892,61 @@ def test_of_a_length_that_is_zero_nothing_is_told():
     for y, known in ((torch.zeros_like(f), True), (f * torch.eye(4, 1), False)):
         found = told(lambda f, y: (f - y).norm(dim=1).sum(), f, y)
         assert (found is not None) == known
+
+
+def test_means_of_nothing_have_no_derivatives():
+    def loss(f, _):
+        return f[:, :0].mean(1).sum() + f[:, :0].mean() + f.prod(1).sum()
+
+    f = torch.rand(N, K, dtype=torch.float64)
+    torch.testing.assert_close(
+        told(loss, f, None), told(lambda f, _: f.prod(1).sum(), f, None)
+    )
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+def test_a_product_of_several_zeros_is_not_told(include_self):
+    """Of it torch has one derivative, and no process that asks for many at once."""
+    f = torch.rand(N, K, dtype=torch.float64)
+    f[0] = 0
+    index = torch.zeros(N, K, dtype=torch.int64)
+
+    def loss(f, _):
+        start = torch.ones_like(f)
+        return start.scatter_reduce(
+            1, index, f, "prod", include_self=include_self
+        ).sum()
+
+    assert told(loss, f, None) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("away", [0.0, 1e-12, 1e-6, 1e-3])
+def test_next_to_singular_matrices_determinants_are_right_or_not_told(dtype, away):
+    """They are polynomials: of four numbers ``ad - bc``."""
+    draws = torch.Generator().manual_seed(0)
+    first = torch.randint(1, 10, (50, 1, 2), generator=draws).to(dtype) / 10
+    second = first * torch.randint(2, 9, (50, 1, 1), generator=draws)
+    second[..., 1] += away
+    f = torch.cat((first, second), 1)
+    expected = torch.zeros(4, 50, 4, dtype=dtype)
+    expected[[0, 3], :, [3, 0]], expected[[1, 2], :, [2, 1]] = 1, -1
+    found = [told(lambda f, _: torch.linalg.det(f).sum(), x[None], None) for x in f]
+    for each, whole in zip(found, expected.unbind(1), strict=True):
+        if each is not None:
+            torch.testing.assert_close(each[:, 0], whole, rtol=1e-6, atol=1e-6)
+    assert away < 1e-3 or None not in found
+
+
+@pytest.mark.parametrize("other", range(16, 33))
+def test_no_row_is_added_to_another_unseen(other):
+    """Of rows sixteen apart and more the first powers of two may be the same."""
+    f = torch.rand(33, 1, dtype=torch.float64)
+    for row in range(16):
+        index = torch.arange(33)
+        index[row] = other
+
+        def loss(f, _, index=index):
+            return torch.zeros_like(f).index_add(0, index, f).exp().sum()
+
+        assert told(loss, f, None) is None

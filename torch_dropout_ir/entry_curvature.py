@@ -81,7 +81,7 @@ def entry_curvature(
     with torch.no_grad():
         try:
             found = _curvature(end, _between(terms, nodes), tops, slopes)
-        # A torch that names otherwise what a node has saved; a complex number in it.
+        # A torch that names otherwise what a node has saved; a complex exponent.
         except (AttributeError, TypeError):
             return None
     # 0 times infinity: where constants lead on autograd does not multiply.
@@ -210,6 +210,8 @@ def _jets(end: Any, between: Nodes, rows: slice) -> dict[Any, Jet] | None:
         if number is None:
             return None
         found[node] = number
+    if any([x.is_complex() for x in program.values]):
+        return None
     made: list[Jet] = []
     nodes = [*read_program(program.steps, program.numbers)]
     last = {i: k for k, own in enumerate(nodes) for i in (own.a, own.b)}

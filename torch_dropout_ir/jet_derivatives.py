@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from torch_dropout_ir.arrivals import uneven
+from torch_dropout_ir.arrivals import once_differentiable, uneven
 from torch_dropout_ir.jet_kernels import Kind
 from torch_dropout_ir.jet_program import Program, Shape
-from torch_dropout_ir.row_powers import by_powers, weighs_alike
+from torch_dropout_ir.row_powers import POWERS, by_powers
 from torch_dropout_ir.tracing import derivatives, of_each
 
 
@@ -50,12 +50,12 @@ def by_derivatives(
         return None
     pull = functools.partial(_sent, node, inputs, result)
     roots = _roots(tuple(made.shape), made.dtype, made.device, count)
-    with torch.enable_grad():
-        found = of_each(pull, roots)
-    apart = found.shape[1:] == (to.rows, width) and weighs_alike(*found.detach()[-2:])
-    if not apart or (found.requires_grad and _bends(node, inputs, pull(roots[-2]))):
+    # One alone first: what torch says is once differentiable ends the process if many.
+    if _bends(node, inputs, pull(roots[count])):
         return None
-    found = found.detach()
+    found = of_each(pull, roots).detach()
+    if found.shape[1:] != (to.rows, width) or not _apart(*found[count:]):
+        return None
     return mapped(to, _joint(to, live, width), found[:count].movedim(0, 1), sizes)
 
 
@@ -63,6 +63,8 @@ def _bends(node: Any, inputs: list[int], sent: Tensor) -> bool:
     """Whether what a node has sent back changes with its inputs, which it has saved."""
     if not sent.requires_grad:
         return False
+    if once_differentiable([sent]):
+        return True
     pairs = zip(node.next_functions, inputs, strict=True)
     ends = [GradientEdge(*edge) for edge, i in pairs if i >= 0]
     slopes = derivatives(sent, ends, uneven(sent.detach()), True)
@@ -104,13 +106,30 @@ def _sent(node: Any, inputs: list[int], result: int, root: Tensor) -> Tensor:
 def _roots(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, count: int
 ) -> Tensor:
-    """Return a root for each entry of a row, the same in all rows, and two of all."""
+    """Return a root for each entry of a row, the same in all rows; of all, weighed."""
     n, *sizes = shape
     places = torch.cat((torch.eye(count), uneven(torch.ones(1, count)))).to(device)
     if dtype.is_complex:
         places = torch.view_as_complex(places.view(count + 1, -1, 2))
     roots = places.to(dtype).view(count + 1, 1, *sizes).expand(-1, n, *sizes)
-    return torch.cat((roots, by_powers(roots[count])[None]))
+    return torch.cat((roots, torch.stack(_weighed(roots[count]))))
+
+
+def _weighed(plain: Tensor) -> list[Tensor]:
+    """Return rows by the power of each, of its sixteen, and of sixteen of those."""
+    found, size = [by_powers(plain)], POWERS
+    while size < len(plain):
+        blocks = by_powers(torch.ones(-(-len(plain) // size), device=plain.device))
+        each = blocks.repeat_interleave(size)[: len(plain)].to(plain)
+        found.append(plain * each.view(-1, *(1 for _ in plain.shape[1:])))
+        size *= POWERS
+    return found
+
+
+def _apart(plain: Tensor, *weighed: Tensor) -> bool:
+    """Whether what has been sent back of weighed roots is that of plain ones."""
+    pairs = zip(_weighed(plain), weighed, strict=True)
+    return all([torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in pairs])
 
 
 def _joint(to: Program, live: list[int], width: int) -> int | None:

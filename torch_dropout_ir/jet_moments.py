@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from torch_dropout_ir.jet_kernels import Kind
 from torch_dropout_ir.jet_program import Program, Rule, Shape, signed
+
+_SINGULAR: Final = 1e8  # a condition number, which loses half of the digits
 
 
 def _joined(to: Program, a: int, saved: Any) -> tuple[Shape, list[int]] | None:
@@ -85,15 +88,17 @@ def _modulus(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.add(Kind.SQRT, own[:-1], total, -1, (y,))
 
 
-def _logarithm(to: Program, node: Any, a: int) -> int | None:
+def _logarithm(to: Program, matrix: Tensor, a: int) -> int | None:
     """Return the number of the logarithm of the determinant of a matrix ``A`` a row.
 
     With ``M = B A`` and ``B`` the inverse at its value, which is a constant, its
     derivatives are those of ``tr M - tr(M M) / 2`` where the factors of that product
-    are zero.
+    are zero. None next to a singular matrix, where terms of determinants cancel.
     """
-    own, inverse = to.sizes[a], torch.linalg.inv(node._saved_A)
+    own, inverse = to.sizes[a], torch.linalg.inv(matrix)
     if own is None or len(own) != 2 or len(inverse) != to.rows:
+        return None
+    if (matrix.norm(dim=(1, 2)) * inverse.norm(dim=(1, 2)) > _SINGULAR).any():
         return None
     cube, square, m = (own[0],) * 3, own, own[0]
     turned = to.reshaped((m, m, 1), a)
@@ -113,14 +118,15 @@ def _logarithm(to: Program, node: Any, a: int) -> int | None:
 
 def _sign_and_logarithm(to: Program, node: Any, inputs: list[int]) -> int | None:
     """Both results, of which the sign is a constant."""
-    number = _logarithm(to, node, inputs[0])
+    number = _logarithm(to, node._saved_A.double(), inputs[0])
     to.add(Kind.LINEAR, (), number, alpha=0.0)
     return to.add(Kind.LINEAR, (), number, alpha=1.0)
 
 
 def _determinant(to: Program, node: Any, inputs: list[int]) -> int | None:
-    y = node._saved_result
-    return to.add(Kind.GIVEN, (), _logarithm(to, node, inputs[0]), -1, (y, y))
+    matrix = node._saved_A.double()
+    y = torch.linalg.det(matrix)
+    return to.add(Kind.GIVEN, (), _logarithm(to, matrix, inputs[0]), -1, (y, y))
 
 
 # Of what is complex: a rule whose input are pairs.

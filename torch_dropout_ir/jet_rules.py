@@ -125,7 +125,7 @@ def _all_added(mean: bool) -> Rule:
     def rule(to: Program, _: Any, inputs: list[int]) -> int | None:
         own = to.sizes[inputs[0]]
         count = 1 if own is None or not mean else to.rows * math.prod(own)
-        return to.total(inputs[0], 1 / count)
+        return to.total(inputs[0], 1 / max(1, count))
 
     return rule
 
@@ -143,7 +143,8 @@ def _added(mean: bool) -> Rule:
             whole = not dims or len(dims) == len(own) + 1
             return of_all(to, node, inputs) if whole else None
         bits = sum([1 << (d - 1) for d in dims])
-        alpha = 1 / math.prod([own[d - 1] for d in dims]) if mean else 1.0
+        count = math.prod([own[d - 1] for d in dims]) if mean else 1
+        alpha = 1 / max(1, count)  # of none there are no derivatives
         sizes = node._input_metadata[0].shape[1:]
         return to.add(Kind.SUMMED, sizes, inputs[0], dim=bits, alpha=alpha)
 

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-_POWERS = 16
+POWERS = 16  # that there are
 _HELD = 2**10  # rows whose powers are kept for the next call, at most
 
 
@@ -27,11 +27,11 @@ def by_powers(root: Tensor, dims: int = 1, count: int | None = None) -> Tensor:
 
 def _weights(rows: int, count: int) -> Tensor:
     """Return the power of two of each row."""
-    blocks = -(-count // _POWERS)
+    blocks = -(-count // POWERS)
     generator = torch.Generator().manual_seed(0)
-    order = torch.rand(blocks, _POWERS, generator=generator).argsort(1)
+    order = torch.rand(blocks, POWERS, generator=generator).argsort(1)
     samples = torch.arange(rows) // (rows // (count or 1))
-    exponents = (order.flatten() - _POWERS // 2)[samples]
+    exponents = (order.flatten() - POWERS // 2)[samples]
     return torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents)
 
 

@@ -57,7 +57,7 @@ class Op(NamedTuple):
     def dims(self, saved: Any, ndim: int) -> list[int]:
         """Return dimensions that a node has saved, counted from the first."""
         given = saved if isinstance(saved, tuple) else (saved,)
-        return [(d - 2**64 if d >= 2**63 else d) % ndim for d in given]
+        return [(d - 2**64 if d >= 2**63 else d) % max(1, ndim) for d in given]
 
 
 START: Final = Place(0, 1)
