@@ -520,6 +520,36 @@ def test_an_attribute_whose_memory_is_released_is_left():
     assert analysis.latest["loss/R_S"] > 0
 
 
+class Unusual(nn.Module):
+    """Holds tensors that grow, are written on in inference mode, or have no numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.bank = nn.Linear(3, 2), torch.zeros(0)
+        with torch.inference_mode():
+            self.count = torch.zeros(())
+        self.shape_of = torch.zeros(3, device="meta")
+        self.lengths = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+    def forward(self, x):
+        self.bank.resize_(len(self.bank) + 1).fill_(1)
+        with torch.inference_mode():
+            self.count += 1
+        return self.net(x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_attributes_of_unusual_tensors_are_given_back():
+    model = Unusual()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        for _ in range(2):
+            nn.MSELoss()(model(torch.randn(4, 3)), torch.zeros(4, 2)).backward()
+            sgd.step()
+    assert "capture" not in analysis.absent and analysis.latest["loss/R_S"] > 0
+    assert model.bank.tolist() == [1, 1] and float(model.count) == 2
+
+
 def test_attributes_that_no_pass_changes_are_not_written_on():
     class Model(nn.Module):
         def __init__(self):
