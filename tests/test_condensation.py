@@ -335,6 +335,17 @@ def test_amplitudes_are_those_of_weights_of_any_size(unit, dtype):
     torch.testing.assert_close(slope, cd.orientations(weights).detach())
 
 
+def test_orientations_and_amplitudes_of_integers_and_complex_numbers():
+    whole = torch.tensor([[3, 4], [1, 1], [0, 0]])
+    for found, exact in (
+        (cd.orientations(whole), cd.orientations(whole.float())),
+        (cd.amplitudes(whole), torch.tensor([5.0, 2**0.5, 0.0])),
+        (cd.amplitudes(torch.tensor([[3 + 4j, 0j]])), torch.tensor([5.0])),
+        (cd.orientations(torch.tensor([[3j, 4]])), torch.tensor([[0.6j, 0.8]])),
+    ):
+        torch.testing.assert_close(found, exact)
+
+
 def test_rows_without_entries_and_what_is_not_finite():
     for shape in ((3, 0), (0, 0), (0, 4)):
         empty = torch.zeros(shape)
