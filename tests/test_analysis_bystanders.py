@@ -350,8 +350,16 @@ def test_scripted_code_is_told_and_trains_alike():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_model_that_is_scripted_as_a_whole_is_refused():
     model = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
-    with pytest.raises(TypeError, match="scripted"):
-        tdi.attach_analysis(model, log_dir=False)
+    batch = torch.ones(1, 2), torch.ones(1, 2)
+    for ask in (
+        lambda: tdi.attach_analysis(model, log_dir=False),
+        lambda: tdi.regularizers.monte_carlo(model, batch, "mse"),
+        lambda: tdi.regularizers.modified_loss(model, batch, "mse", kind="L1"),
+        lambda: tdi.sharpness.hessian(model, "mse", batch),
+        lambda: tdi.condensation.merge_condensed(model, batch[0]),
+    ):
+        with pytest.raises(TypeError, match="scripted"):
+            ask()
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
