@@ -89,7 +89,8 @@ def _refill(x: Any, was: Any) -> None:
 
 
 def _rewrite_tensor(x: Tensor, was: Tensor) -> None:
-    with torch.inference_mode(x.is_inference()):
+    inference = x.is_inference()
+    with torch.inference_mode() if inference else contextlib.nullcontext():
         if x.shape != was.shape:
             x.resize_(was.shape)
         rewrite(x, was)
