@@ -350,8 +350,16 @@ def test_scripted_code_is_told_and_trains_alike():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_model_that_is_scripted_as_a_whole_is_refused():
     model = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
-    with pytest.raises(TypeError, match="scripted"):
-        tdi.attach_analysis(model, log_dir=False)
+    batch = torch.ones(1, 2), torch.ones(1, 2)
+    for ask in (
+        lambda: tdi.attach_analysis(model, log_dir=False),
+        lambda: tdi.regularizers.monte_carlo(model, batch, "mse"),
+        lambda: tdi.regularizers.modified_loss(model, batch, "mse", kind="L1"),
+        lambda: tdi.sharpness.hessian(model, "mse", batch),
+        lambda: tdi.condensation.merge_condensed(model, batch[0]),
+    ):
+        with pytest.raises(TypeError, match="scripted"):
+            ask()
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
@@ -518,6 +526,36 @@ def test_an_attribute_whose_memory_is_released_is_left():
         nn.MSELoss()(model(torch.randn(4, 3)), torch.zeros(4, 2)).backward()
         sgd.step()
     assert analysis.latest["loss/R_S"] > 0
+
+
+class Unusual(nn.Module):
+    """Holds tensors that grow, are written on in inference mode, or have no numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.bank = nn.Linear(3, 2), torch.zeros(0)
+        with torch.inference_mode():
+            self.count = torch.zeros(())
+        self.shape_of = torch.zeros(3, device="meta")
+        self.lengths = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+    def forward(self, x):
+        self.bank.resize_(len(self.bank) + 1).fill_(1)
+        with torch.inference_mode():
+            self.count += 1
+        return self.net(x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_attributes_of_unusual_tensors_are_given_back():
+    model = Unusual()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        for _ in range(2):
+            nn.MSELoss()(model(torch.randn(4, 3)), torch.zeros(4, 2)).backward()
+            sgd.step()
+    assert "capture" not in analysis.absent and analysis.latest["loss/R_S"] > 0
+    assert model.bank.tolist() == [1, 1] and float(model.count) == 2
 
 
 def test_attributes_that_no_pass_changes_are_not_written_on():

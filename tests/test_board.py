@@ -282,7 +282,9 @@ def test_names_of_the_plugin():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("asked", [{"host": "no such host"}, {"port": 2**20}])
+@pytest.mark.parametrize(
+    "asked", [{"host": "no such host"}, {"port": 2**20}, {"port": -1}]
+)
 def test_an_address_that_cannot_be_had_gets_a_sentence(tmp_path, asked):
     with pytest.raises(OSError, match="--host, --port: TensorBoard cannot listen on"):
         start(tmp_path, load_fast="false", **{"port": 0, **asked})

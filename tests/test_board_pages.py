@@ -60,6 +60,25 @@ def centre_of(page, element, right=0.5, down=0.5):
     return box[0] + right * box[2], box[1] + down * box[3]
 
 
+def test_a_browser_without_two_schemes_of_colours_shows_the_light_one(tab):
+    schemes = [{"name": "prefers-color-scheme", "value": "dark"}]
+    tab.call("Emulation.setEmulatedMedia", features=schemes)
+    shown = """(() => { const of = (e) => getComputedStyle(document.querySelector(e));
+      return [of('body').backgroundColor, of('body').color, of('svg text').fill,
+              of('.grid').stroke, of('#hint').backgroundColor]; })()"""
+    try:
+        dark = tab.run(shown)
+        tab.run("""(async () => { const link = document.querySelector('link'),
+          text = await (await fetch(link.href)).text(); link.remove();
+          const plain = document.head.appendChild(document.createElement('style'));
+          plain.textContent = text.replaceAll('light-dark(', 'unknown('); })()""")
+        light = tab.run(shown)
+    finally:
+        tab.call("Emulation.setEmulatedMedia", features=[])
+    grey = [f"rgb({level}, {level}, {level})" for level in (255, 33, 102, 221, 33)]
+    assert light == grey and not set(dark) & {*grey}
+
+
 def test_neurons_and_their_cosine_under_the_pointer(tab):
     weights = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
     order = tdi.condensation.cluster_order(weights)

@@ -335,6 +335,17 @@ def test_amplitudes_are_those_of_weights_of_any_size(unit, dtype):
     torch.testing.assert_close(slope, cd.orientations(weights).detach())
 
 
+def test_orientations_and_amplitudes_of_integers_and_complex_numbers():
+    whole = torch.tensor([[3, 4], [1, 1], [0, 0]])
+    for found, exact in (
+        (cd.orientations(whole), cd.orientations(whole.float())),
+        (cd.amplitudes(whole), torch.tensor([5.0, 2**0.5, 0.0])),
+        (cd.amplitudes(torch.tensor([[3 + 4j, 0j]])), torch.tensor([5.0])),
+        (cd.orientations(torch.tensor([[3j, 4]])), torch.tensor([[0.6j, 0.8]])),
+    ):
+        torch.testing.assert_close(found, exact)
+
+
 def test_rows_without_entries_and_what_is_not_finite():
     for shape in ((3, 0), (0, 0), (0, 4)):
         empty = torch.zeros(shape)
@@ -468,3 +479,22 @@ def test_autocast_changes_nothing(dims):
     with torch.autocast("cpu", torch.bfloat16):
         for got, wanted in zip(found(), expected, strict=True):
             assert torch.equal(got, wanted)
+
+
+def test_two_rows_that_just_fit_into_one_cap_are_not_told_apart():
+    """Of twice the cap's angle and no more: the bound is on caps around anything."""
+    threshold = 0.95
+    for excess, least in ((5e-4, 1), (-5e-4, 2)):
+        angle = np.arccos(2 * threshold**2 - 1 + excess)
+        rows = torch.tensor([[1.0, 0.0], [np.cos(angle), np.sin(angle)]])
+        found = cd.effective_neurons(rows, threshold)
+        assert (found.count, found.lower_bound) == (2, least)
+
+
+def test_many_long_rows_of_small_norm_condense_alike():
+    """Too large to be held as unit rows: products of these underflow."""
+    torch.manual_seed(0)
+    rows = torch.randn(7, 80).repeat(150, 1) * (0.5 + torch.rand(1050, 1))
+    found, wanted = (cd.effective_neurons(x, 0.9) for x in (1e-30 * rows, rows))
+    assert wanted.count == found.count == found.lower_bound == 7
+    assert torch.equal(found.labels, wanted.labels)

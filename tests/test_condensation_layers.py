@@ -316,3 +316,8 @@ def test_unknown_layers_are_refused_by_name():
         cd.input_weights(nn.BatchNorm1d(3))
     with pytest.raises(NotImplementedError, match="before its first call"):
         cd.input_weights(nn.LazyLinear(3))
+
+
+def test_a_weight_in_the_place_of_its_layer_is_told():
+    with pytest.raises(TypeError, match=r"expected `module` .* got Parameter"):
+        cd.input_weights(nn.Linear(2, 2).weight)

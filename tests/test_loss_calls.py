@@ -1169,6 +1169,8 @@ IN_PART = {
     "in place": (added_in_place, both),
     "scaled": (lambda m: 2 * (both(m) + decayed(m)).mean() / 4, lambda m: both(m) / 2),
     "twice": (lambda m: both(m) - decayed(m) + decayed(m), both),
+    "by name": (lambda m: torch.div(other=2, input=both(m) + decayed(m)),
+                lambda m: both(m) / 2),
     "slope": (lambda m: m(X).mean() - m(-X).mean() + steep(m),
               lambda m: m(X).mean() - m(-X).mean()),
 }  # fmt: skip

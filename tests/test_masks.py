@@ -465,3 +465,25 @@ def test_a_mask_without_elements_and_one_without_a_rate():
         MaskStatistics.of_mask(torch.ones(3, dtype=torch.bool), 5.0)
     with pytest.raises(TypeError, match="of booleans, got "):
         MaskStatistics.of_mask(2 * torch.ones(3), 0.5)  # twice what was kept
+    with pytest.raises(TypeError, match="tensor of booleans, got list"):
+        MaskStatistics.of_mask([True, False], 0.5)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_dropped_channel_is_zero_whatever_was_in_it(value):
+    layer = tdi.Dropout2d(0.5)
+    found = layer(torch.full((4, 8, 2, 2), value))
+    kept = layer.last_mask.expand_as(found)
+    assert 0 < int(kept.sum()) < kept.numel()
+    assert bool((found[~kept] == 0).all()) and not bool(found[kept].isfinite().any())
+
+
+@pytest.mark.parametrize("name", ["convert_dropout_", "restore_dropout_"])
+def test_what_is_no_model_is_told(name):
+    with pytest.raises(TypeError, match=f"{name}: expected `model` .* got int"):
+        getattr(tdi, name)(3)
+    with (
+        pytest.raises(TypeError, match=r"frozen_masks: .* nn.Module, got list"),
+        tdi.frozen_masks([nn.Dropout()]),
+    ):
+        pass

@@ -85,6 +85,41 @@ def test_plane_and_slice_agree_and_leave_the_model():
     assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
 
 
+def test_no_steps_and_no_model_are_told():
+    net = nn.Linear(2, 1)
+    for ask in (
+        lambda: sharpness.loss_slice(net, "mse", BATCH, []),
+        lambda: sharpness.loss_plane(net, "mse", BATCH, [0.0], torch.zeros(0)),
+        lambda: sharpness.interpolate(net, net, "mse", BATCH, ()),
+    ):
+        with pytest.raises(ValueError, match="to have a number, got none"):
+            ask()
+    with pytest.raises(TypeError, match=r"direction: expected `model` .* got int"):
+        sharpness.filter_normalized_direction(3)
+
+
+def test_buffers_lie_between_two_models_and_not_beyond():
+    """A variance that goes on along the line would be negative."""
+
+    def net(variance):
+        found = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)).eval()
+        found[0].running_var.fill_(variance)
+        return found
+
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 2), torch.randn(8, 1)
+    a, b, at = net(1.0), net(3.0), [-0.5, 0.25, 1.5]
+    found = sharpness.interpolate(a, b, "mse", (x, y), at)
+    for alpha, variance, value in zip(at, [1.0, 1.5, 3.0], found, strict=True):
+        between = net(variance)
+        for own, first, last in zip(
+            between.parameters(), a.parameters(), b.parameters(), strict=True
+        ):
+            own.data = (1 - alpha) * first.data + alpha * last.data
+        wanted = F.mse_loss(between(x), y).double()
+        torch.testing.assert_close(value, wanted.detach(), rtol=1e-6, atol=0)
+
+
 def test_slices_at_frozen_masks():
     net, (x, y) = network().train(), images()
     d = sharpness.filter_normalized_direction(net)

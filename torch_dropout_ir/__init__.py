@@ -11,6 +11,7 @@ from torch_dropout_ir import condensation, regularizers, sharpness, sinks, testi
 # One call for any model
 from torch_dropout_ir.analysis import Analysis
 from torch_dropout_ir.attach import attach_analysis
+from torch_dropout_ir.frozen import frozen_masks
 from torch_dropout_ir.losses import half_squared_error
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.nn import (
@@ -19,7 +20,6 @@ from torch_dropout_ir.nn import (
     Dropout2d,
     Dropout3d,
     convert_dropout_,
-    frozen_masks,
     restore_dropout_,
 )
 from torch_dropout_ir.ops import dropout

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-def check_module(function: str, model: Any) -> None:
+def check_module(function: str, model: Any, name: str = "model") -> None:
     """Raise if what is to be a model is none.
 
     Raises:
@@ -24,7 +24,7 @@ def check_module(function: str, model: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"{function}: expected `model` to be an nn.Module, got "
+            f"{function}: expected `{name}` to be an nn.Module, got "
             f"{type(model).__name__}"
         )
 

@@ -92,7 +92,7 @@ def load_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as err:
         raise ValueError(
             f"--device: expected a device of this machine, got {name!r} "
-            f"({str(err).splitlines()[0]})"
+            f"({str(err).splitlines()[0].split('. ')[0]})"
         ) from err
 
 

@@ -99,13 +99,14 @@ class MaskStatistics:
 
         Raises:
             ValueError: If ``p`` is outside ``[0, 1]``.
-            TypeError: If ``mask`` is not of booleans.
+            TypeError: If ``mask`` is no tensor of booleans.
         """  # noqa: DOC502 (`check_rate` raises)
         p = float(ops.check_rate(p, True))
-        if mask.dtype != torch.bool:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(
-                f"MaskStatistics: expected `mask` to be of booleans, got {mask.dtype}. "
-                "What was kept of a scaled one is `mask != 0`."
+                "MaskStatistics: expected `mask` to be a tensor of booleans, got "
+                f"{got}. What was kept of numbers, 0 and 1 or scaled, is `mask != 0`."
             )
         units = mask.movedim(unit_dim, -1) if mask.ndim else mask.view(1)
         counts = units[None].flatten(0, -2).sum(0)

@@ -13,16 +13,12 @@ Semantics:
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, Final
 
 from torch import Tensor, nn
 
 from torch_dropout_ir import ops, tracing
-from torch_dropout_ir.arguments import check_count
-from torch_dropout_ir.functional import preserved_rng
-from torch_dropout_ir.hooks import after_call, before_call
+from torch_dropout_ir.arguments import check_module
 from torch_dropout_ir.masks import MaskStatistics, MaskTally
 from torch_dropout_ir.sites import mask_shape, num_units
 
@@ -226,11 +222,15 @@ def convert_dropout_(model: nn.Module) -> nn.Module:
     Returns:
         ``model``.
 
+    Raises:
+        TypeError: If it is no module.
+
     Example:
         >>> model = convert_dropout_(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
         >>> type(model[1]) is Dropout
         True
-    """
+    """  # noqa: DOC502 (`check_module` raises)
+    check_module("convert_dropout_", model)
     for module in model.modules():
         if is_convertible(module):
             module.__class__ = _OURS[type(module)]
@@ -246,55 +246,18 @@ def restore_dropout_(model: nn.Module) -> nn.Module:
     Returns:
         ``model``.
 
+    Raises:
+        TypeError: If it is no module.
+
     Example:
         >>> model = restore_dropout_(nn.Sequential(Dropout(0.1)))
         >>> type(model[0]) is nn.Dropout
         True
-    """
+    """  # noqa: DOC502 (`check_module` raises)
+    check_module("restore_dropout_", model)
     for module in model.modules():
         if type(module) in _TORCHS:
             module.__class__ = _TORCHS[type(module)]
             for name in (*_MEMORY, "track"):
                 module.__dict__.pop(name, None)
     return model
-
-
-@contextlib.contextmanager
-def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
-    """Make every forward pass of ``model`` inside the context see the same masks.
-
-    Before each forward pass the generators of torch, Python and NumPy are seeded, after
-    it they are given back, so any kind of dropout in the model is frozen (torch's
-    modules and functions too) and the random streams outside do not move. Masks are the
-    same for inputs of the same shape. Calls of a submodule alone are not frozen, nor
-    are those of what ``torch.compile(model)`` returned: give that instead.
-
-    Args:
-        model: The model.
-        seed: Chooses the masks.
-
-    Yields:
-        ``model``.
-
-    Example:
-        >>> layer = nn.Dropout(0.5)
-        >>> with frozen_masks(layer):
-        ...     torch.equal(layer(torch.ones(99)), layer(torch.ones(99)))
-        True
-    """
-    check_count("frozen_masks", "seed", seed, 0)
-    forks: list[contextlib.AbstractContextManager[None]] = []
-
-    def begin(_: nn.Module, __: Any) -> None:
-        fork = preserved_rng(model, seed)
-        fork.__enter__()  # when passes of other threads have ended
-        forks.append(fork)
-
-    def end(_: nn.Module, __: Any, ___: Any) -> None:
-        if forks:
-            forks.pop().__exit__(None, None, None)
-
-    with contextlib.ExitStack() as stack:
-        stack.callback(before_call(model, begin))
-        stack.callback(after_call(model, end, always=True))
-        yield model

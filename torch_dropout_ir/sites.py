@@ -205,11 +205,16 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """Return the model inside a wrapper of :func:`torch.compile`, or the model.
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If it is no module, or its code is scripted.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"expected a model that is an nn.Module, got {type(model).__name__}"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "expected a model that runs in Python, got a scripted one (nothing sees "
+            "its calls, nor changes its parameters). Give the model that was scripted."
         )
     # What a module lacks is slow to ask for.
     inner = vars(model).get("_modules", {}).get("_orig_mod", model)

@@ -52,12 +52,17 @@ def _held(attributes: Iterable[dict[str, Any]]) -> Iterator[Any]:
     left = [x for items in plain for name, x in items if name not in OF_TORCH]
     while left:
         x = left.pop()
-        if type(x) not in _RESTORE or id(x) in seen or is_released(x):
+        if type(x) not in _RESTORE or id(x) in seen or _no_numbers(x):
             continue
         seen.add(id(x))
         yield x
         if isinstance(x, (list, deque, dict)):
             left += x.values() if isinstance(x, dict) else x
+
+
+def _no_numbers(x: Any) -> bool:
+    """Whether it is a tensor whose numbers cannot be compared: it is left alone."""
+    return isinstance(x, Tensor) and (x.is_meta or x.is_nested or is_released(x))
 
 
 def _contents(x: Any) -> Any:
@@ -83,6 +88,14 @@ def _refill(x: Any, was: Any) -> None:
     x.extend(was) if isinstance(x, (list, deque)) else x.update(was)
 
 
+def _rewrite_tensor(x: Tensor, was: Tensor) -> None:
+    inference = x.is_inference()
+    with torch.inference_mode() if inference else contextlib.nullcontext():
+        if x.shape != was.shape:
+            x.resize_(was.shape)
+        rewrite(x, was)
+
+
 def _rewrite_array(x: np.ndarray, was: np.ndarray) -> None:
     if x.flags.writeable:
         x[...] = was
@@ -101,7 +114,7 @@ _STATE: Final[dict[type, Callable[[Any], Any]]] = {
 _RESTORE: Final[dict[type, Callable[[Any, Any], None]]] = {
     **dict.fromkeys((list, dict, set, deque), _refill),
     **dict.fromkeys((OrderedDict, defaultdict, Counter), _refill),
-    Tensor: rewrite,
+    Tensor: _rewrite_tensor,
     np.ndarray: _rewrite_array,
     torch.Generator: lambda x, was: x.set_state(was),
     random.Random: random.Random.setstate,

@@ -48,7 +48,8 @@ def bends(call: Step, into: Origins) -> bool:
     if name in _SUMS:
         return not _two_numbers(into) and len(into) > 1
     followed = [x for x, at in into if at is not None]
-    above = name not in _DIVIDES or call.args[0] is followed[0]
+    first = call.args[0] if call.args else call.kwargs.get("input")
+    above = name not in _DIVIDES or first is followed[0]
     return name not in _ALIKE or len(followed) > 1 or not above
 
 

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.arguments import check_count
+from torch_dropout_ir.arguments import check_count, check_module
 from torch_dropout_ir.condensation.acting import acting, affine
 from torch_dropout_ir.condensation.recurrent import RECURRENT, recurrent_parts
 from torch_dropout_ir.condensation.rows import Rows, Weights
@@ -65,7 +65,7 @@ def input_weights(
 
     Raises:
         NotImplementedError: If the layer is of another kind.
-        TypeError: If ``num_heads`` or ``head`` is no integer.
+        TypeError: If it is no module, or ``num_heads`` or ``head`` no integer.
         ValueError: If the layer has no such view or head.
 
     References:
@@ -80,6 +80,7 @@ def input_weights(
         >>> input_weights(attention, "query", head=1).shape
         torch.Size([4, 9])
     """  # noqa: DOC502 (raised by `_views`)
+    check_module("input_weights", module, "module")
     for name, count in (("num_heads", num_heads), ("head", head)):
         if count is not None:
             check_count("input_weights", name, count, 0)

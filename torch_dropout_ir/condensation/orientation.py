@@ -35,7 +35,7 @@ def orientations(weights: Tensor) -> Tensor:
     check_rows("orientations", weights)
     scaled, _ = balanced(weights, 1)
     norms = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    return (scaled / torch.where(norms == 0, 1.0, norms)).to(weights.dtype)
+    return _as_given(scaled / torch.where(norms == 0, 1.0, norms), weights)
 
 
 def amplitudes(weights: Tensor, outgoing: Tensor | None = None) -> Tensor:
@@ -79,7 +79,12 @@ def _norms(weights: Tensor, dim: int) -> Tensor:
     """Norms along a dimension, of numbers of any size."""
     scaled, largest = balanced(weights, dim)
     norms = torch.linalg.vector_norm(scaled, dim=dim) * largest.squeeze(dim)
-    return norms.to(weights.dtype)
+    return _as_given(norms, weights)
+
+
+def _as_given(x: Tensor, weights: Tensor) -> Tensor:
+    """Of integers stays single precision, of complex numbers what is real or is not."""
+    return x.to(weights.dtype) if weights.is_floating_point() else x
 
 
 @full_precision()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from torch_dropout_ir.arguments import check_choice, in_order
+from torch_dropout_ir.arguments import check_choice, check_module, in_order
 from torch_dropout_ir.vectors import Params, balanced
 
 Part = Literal["filter", "neuron", "layer"]
@@ -52,6 +52,7 @@ def filter_normalized_direction(
 
     Raises:
         ValueError: If an argument is none of those words.
+        TypeError: If ``model`` is no module.
 
     References:
         Li et al., *Visualizing the loss landscape of neural nets*, NeurIPS 2018; Zhang
@@ -61,7 +62,8 @@ def filter_normalized_direction(
         >>> direction = filter_normalized_direction(nn.Linear(3, 2))
         >>> sorted(direction), direction["bias"].tolist()
         (['bias', 'weight'], [0.0, 0.0])
-    """  # noqa: DOC502 (`check_choice` raises)
+    """  # noqa: DOC502 (the checks raise)
+    check_module("filter_normalized_direction", model)
     check = functools.partial(check_choice, "filter_normalized_direction")
     check("per", per, ("filter", "neuron", "layer"))
     check("biases", biases, ("fixed", "scaled"))

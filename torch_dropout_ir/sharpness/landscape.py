@@ -53,8 +53,8 @@ def loss_slice(
         Losses, float64 ``[A]``.
 
     Raises:
-        ValueError: If ``direction`` lacks a parameter or is zero, or a step is not
-            finite.
+        ValueError: If ``direction`` lacks a parameter or is zero, there is no step, or
+            one is not finite.
         TypeError: If a step is no number.
 
     References:
@@ -125,8 +125,8 @@ def loss_plane(
         Losses, float64 ``[A, B]``.
 
     Raises:
-        ValueError: If a direction lacks a parameter or is zero, or a step is not
-            finite.
+        ValueError: If a direction lacks a parameter or is zero, there is no step, or
+            one is not finite.
         TypeError: If a step is no number, or ``directions`` are not two.
 
     References:
@@ -183,7 +183,8 @@ def interpolate(
         Losses, float64 ``[A]``.
 
     Raises:
-        ValueError: If the models differ in names or shapes, or a place is not finite.
+        ValueError: If the models differ in names or shapes, there is no place, or one
+            is not finite.
         TypeError: If a place is no number.
 
     References:
@@ -226,6 +227,8 @@ def _read(caller: str, name: str, steps: Steps) -> list[float]:
             "number goes into a list."
         )
     given = list(steps)
+    if not given:
+        raise ValueError(f"{caller}: expected `{name}` to have a number, got none")
     for place, step in enumerate(given):
         check_real(caller, f"{name}[{place}]", step)
     return [float(step) for step in given]

@@ -62,7 +62,7 @@ def start(
     board.configure(["tensorboard", *options])
     try:
         address = board.launch()
-    except (program.TensorBoardServerException, SystemExit) as err:
+    except (program.TensorBoardServerException, OverflowError, SystemExit) as err:
         why = "it has said why" if isinstance(err, SystemExit) else err
         raise OSError(
             f"--host, --port: TensorBoard cannot listen on {host} ({why})"
