@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import torch_dropout_ir as tdi
 from tests.passes import take_in_parts
 from tests.test_regularizer_memory import peak
-from torch_dropout_ir.regularizers import modified_loss
+from torch_dropout_ir.regularizers import modified_loss, penalty
 from torch_dropout_ir.regularizers.masked_rows import MaskedRows
 from torch_dropout_ir.regularizers.output_rows import chunks
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
@@ -258,14 +258,10 @@ class Centred(torch.autograd.Function):
 class Derived(nn.Module):
     """Rows that meet in derivatives, and in no value."""
 
-    def __init__(self, how):
+    def __init__(self, how, bias=True):
         super().__init__()
-        self.first, self.drop, self.out = (
-            nn.Linear(4, 4),
-            nn.Dropout(0.3),
-            nn.Linear(4, 3),
-        )
-        self.how = how
+        self.first, self.drop = nn.Linear(4, 4, bias), nn.Dropout(0.3)
+        self.out, self.how = nn.Linear(4, 3, bias), how
 
     def forward(self, x):
         h = self.drop(self.first(x)).tanh()
@@ -282,11 +278,34 @@ class Derived(nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("how", ["straight through", "of all rows", "function", "hook"])
-def test_rows_that_meet_in_derivatives_alone_are_taken_together(taken, how, kind):
-    net, batch = batch_of(lambda: Derived(how), rows())
+def test_rows_that_meet_in_derivatives_alone_are_taken_together(taken, how, bias, kind):
+    net, batch = batch_of(lambda: Derived(how, bias), rows())
     check(net, batch, F.cross_entropy, kind)
+    assert taken == [True] * (how != "hook")
+
+
+@pytest.mark.parametrize("how", ["straight through", "of all rows", "function"])
+def test_so_are_those_that_meet_below_what_is_penalized(taken, how):
+    net, batch = batch_of(lambda: Derived(how), rows())
+    check(net, batch, F.cross_entropy, "regu", [0.0, 0.0, 0.3, 0.3])
     assert taken == [True]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_of_which_nobody_makes_the_gradient_tell_too(monkeypatch, bias):
+    kept = []
+    by_rows = penalty._by_rows
+    monkeypatch.setattr(
+        penalty, "_by_rows", lambda *x: kept.append(by_rows(*x)) or kept[-1]
+    )
+    net, batch = batch_of(lambda: Derived("hook", bias), rows())
+    net.how = "function"
+    check(net, batch, F.cross_entropy, "regu")
+    net.forward = lambda x: net.out(net.drop(net.first(x)).tanh())
+    check(net, batch, F.cross_entropy, "regu")
+    assert [x is None for x in kept] == [True, False]
 
 
 @pytest.mark.parametrize("kind", KINDS)

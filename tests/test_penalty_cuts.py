@@ -82,6 +82,54 @@ class Moves(nn.Module):
         return self.body(x * self.factor)
 
 
+class Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clamp(-1e-2, 1e-2)
+
+
+class Weighs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.factor, None
+
+
+class Changes(nn.Module):
+    """Changes what is sent back between layers."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.body, self.how, self.calls = layers(), how, 0
+
+    def forward(self, x):
+        self.calls += 1
+        for layer in self.body:
+            x = self.between(layer(x))
+        return x
+
+    def between(self, h):
+        if self.how == "function":
+            return Clamp.apply(h)
+        if self.how == "counts":
+            return Weighs.apply(h, 1.0 + 0.5 * (self.calls in (2, 3)))
+        if self.how == "node":
+            h.grad_fn.register_prehook(lambda g: (g[0].clamp(-1e-2, 1e-2),))
+        elif self.how == "halved":
+            h.register_hook(lambda g: g / 2)
+        else:
+            h.register_hook(lambda g: g.clamp(-1e-2, 1e-2))
+        return h
+
+
 def rows():
     return torch.randn(9, 6).double()
 
@@ -150,6 +198,16 @@ def test_passes_that_turn_out_to_differ_are_taken_whole(cuts):
     value = modified_loss(net, (x, y), F.cross_entropy, kind="L3", lr=0.1, max_bytes=0)
     assert cuts == [] and value.isfinite()
     value.backward()
+
+
+HOW = "function", "counts", "node", "halved", "clamped"
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_what_is_sent_back_may_be_changed_on_its_way(how):
+    torch.manual_seed(3)
+    net, x = Changes(how).double(), rows()
+    check(net, (x, torch.arange(9) % 3), F.cross_entropy, "regu")
 
 
 @pytest.mark.parametrize("counts", [False, True])

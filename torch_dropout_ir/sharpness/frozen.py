@@ -18,6 +18,7 @@ from torch_dropout_ir.module_calls import on_again, unchecked
 from torch_dropout_ir.recomputation import Blocks
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.tracing import unpacked_by_hooks
+from torch_dropout_ir.weight_parts import HOOKS
 
 Masks = Literal["off"] | int | Sequence[int]
 _SPARSE: Final = 6  # place of that argument of an embedding
@@ -74,6 +75,7 @@ class TwiceDifferentiable(TorchFunctionMode):
     Attributes:
         again: Whether a block has been seen that backward passes compute again.
         hooked: Whether backward passes run somebody's code where they need a tensor.
+        plain: Whether nobody has asked to see, or change, what is sent back.
     """
 
     def __init__(self, lean: LeanDerivatives | None = None) -> None:
@@ -82,6 +84,7 @@ class TwiceDifferentiable(TorchFunctionMode):
         self._blocks = Blocks(functools.partial(twice_differentiable, lean))
         self.again = False
         self.hooked = False
+        self.plain = True
 
     def __torch_function__(
         self,
@@ -96,6 +99,7 @@ class TwiceDifferentiable(TorchFunctionMode):
                 return unchecked(torch.autograd.grad, {})(*args, **kwargs)
         self.again = self._blocks.look() or self.again
         self.hooked = self.hooked or unpacked_by_hooks()
+        self.plain = self.plain and func not in HOOKS
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         if func is F.embedding:
