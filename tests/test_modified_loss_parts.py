@@ -451,6 +451,20 @@ def test_roots_by_parts_are_those_of_the_whole_batch(chunked, name, kind, loss):
     assert chunked == ([apart or name == "noise"] if asked else [])
 
 
+@pytest.mark.parametrize("below", [True, False])
+@pytest.mark.parametrize("kind", ["L1", "L4"])
+@pytest.mark.parametrize("how", ["straight through", "of all rows", "function", "hook"])
+def test_roots_of_rows_that_meet_in_derivatives_alone(chunked, how, kind, below):
+    net, batch = batch_of(lambda: Derived(how), rows())
+    if below:
+        net.drop = nn.Identity()
+        net = nn.Sequential(net, nn.Dropout(0.2), nn.Linear(3, 3)).double()
+    expected = drawn(net, batch, F.cross_entropy, kind, None)
+    found = drawn(net, batch, F.cross_entropy, kind, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    assert len(chunked) == 1
+
+
 @pytest.mark.parametrize("kind", ["L1", "L4"])
 def test_forward_mode_sees_the_whole_batch(chunked, kind):
     net, (x, y) = batch_of(convolutional, images)
