@@ -82,6 +82,14 @@ class Moves(nn.Module):
         return self.body(x * self.factor)
 
 
+class Replaces(Moves):
+    """Puts another buffer in the place of its own."""
+
+    def forward(self, x):
+        self.factor = self.factor + 0.1 * x.detach().std()
+        return self.body(x * self.factor)
+
+
 class Clamp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -217,6 +225,27 @@ def test_buffers_that_are_read_are_what_they_were(cuts, counts):
     check(net, (x, torch.arange(9) % 3), F.cross_entropy, "regu")
     assert len(cuts) == (not counts)
     torch.testing.assert_close(net.factor, torch.tensor(1.1).double())
+
+
+@pytest.mark.parametrize("kind", ["L3", "regu"])
+def test_buffers_that_are_replaced_are_what_they_were(cuts, kind):
+    torch.manual_seed(3)
+    net, x = Replaces().double(), rows()
+    check(net, (x, torch.arange(9) % 3), F.cross_entropy, kind)
+    assert len(cuts) == 1
+    torch.testing.assert_close(net.factor, 1 + 0.1 * x.std())
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_has_no_second_derivative_is_named(kind, norm):
+    norms = [nn.BatchNorm1d(6)] if norm else []
+    net = nn.Sequential(
+        nn.EmbeddingBag(5, 6), *norms, nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)
+    )
+    batch = torch.randint(5, (40, 3)), torch.arange(40) % 3
+    with pytest.raises(NotImplementedError, match="EmbeddingBag"):
+        modified_loss(net, batch, "cross_entropy", kind=kind, lr=0.1, max_bytes=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

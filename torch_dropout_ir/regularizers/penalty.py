@@ -124,11 +124,14 @@ def _by_rows(
     gradient: list[Tensor | None]
     gradient = [None if g is None else g * weight for g in slopes]
     products = Products(params, slopes, rates, sign, gradient)
-    for part in rows.parts():
-        if part is None:
-            return None
-        products.add(part)
-        del part  # its graph
+    try:
+        for part in rows.parts():
+            if part is None:
+                return None
+            products.add(part)
+            del part  # its graph
+    except NotImplementedError:  # of what has no second derivative: said of the whole
+        return None
     # Else rows meet in derivatives alone.
     return (value, gradient) if products.whole() else None
 
