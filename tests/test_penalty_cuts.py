@@ -227,6 +227,21 @@ def test_buffers_that_are_read_are_what_they_were(cuts, counts):
     torch.testing.assert_close(net.factor, torch.tensor(1.1).double())
 
 
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_are_counted_once(cuts, kind, alike):
+    torch.manual_seed(3)
+    net, x = Counts().double(), rows()
+    tdi.convert_dropout_(net)
+    net.count = -100 if alike else 0
+    y = torch.arange(9) % 3
+    modified_loss(net, (x, y), F.cross_entropy, kind=kind, lr=0.1, max_bytes=0)
+    assert len(cuts) == alike
+    for site in (m for m in net.modules() if isinstance(m, tdi.Dropout)):
+        assert site.statistics.num_calls == 1
+        assert site.statistics.num_kept == site.last_mask.sum()
+
+
 @pytest.mark.parametrize("kind", ["L3", "regu"])
 def test_buffers_that_are_replaced_are_what_they_were(cuts, kind):
     torch.manual_seed(3)

@@ -42,7 +42,7 @@ from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.regularizers.row_chunks import rows_of
 from torch_dropout_ir.regularizers.row_noise import RowNoise, laid_out
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
-from torch_dropout_ir.sharpness.frozen import twice_differentiable
+from torch_dropout_ir.sharpness.frozen import twice_differentiable, unrecorded
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.substitution import buffers_moved, keep_buffers
 from torch_dropout_ir.tracing import generators, unasked
@@ -108,8 +108,11 @@ class MaskedRows:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Let torch's generators start from where they were; give them back after."""
-        with preserved_rng(self._model):
+        """Let torch's generators start from where they were; give them back after.
+
+        Layers that count what they draw have counted it.
+        """
+        with preserved_rng(self._model), unrecorded(self._model):
             for generator, state in self._states:
                 generator.set_state(state)
             yield

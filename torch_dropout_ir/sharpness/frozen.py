@@ -49,13 +49,19 @@ def dropout_on(model: nn.Module) -> Iterator[None]:
         m: m.training if trained else not isinstance(m, _NormBase)
         for m in model.modules()
     }
-    ours = [m for m in wanted if hasattr(type(m).forward, "draws_as_torch")]
+    with unrecorded(model), modes(wanted):
+        yield
+
+
+@contextlib.contextmanager
+def unrecorded(model: nn.Module) -> Iterator[None]:
+    """Let our layers remember nothing of what they draw inside the context."""
+    ours = [m for m in model.modules() if hasattr(type(m).forward, "draws_as_torch")]
     kept = [(module, dict(module.__dict__)) for module in ours]
     try:
-        with modes(wanted):
-            for module in ours:
-                module.__dict__["track"] = False
-            yield
+        for module in ours:
+            module.__dict__["track"] = False
+        yield
     finally:
         for module, state in kept:
             module.__dict__.clear()
