@@ -293,19 +293,37 @@ def test_so_are_those_that_meet_below_what_is_penalized(taken, how):
     assert taken == [True]
 
 
+@pytest.fixture
+def kept(monkeypatch):
+    """Whether parts of the batch were what the whole is."""
+    seen, own = [], penalty._by_rows
+
+    def look(*args):
+        found = own(*args)
+        seen.append(found is not None)
+        return found
+
+    monkeypatch.setattr(penalty, "_by_rows", look)
+    return seen
+
+
+@pytest.mark.parametrize("site", [nn.Dropout, tdi.Dropout])
+@pytest.mark.parametrize("kind", ["L3", "regu"])
+def test_noise_behind_a_site_is_drawn_again(kept, kind, site):
+    layers = nn.Linear(4, 4), site(0.3), Noise(), nn.Tanh(), site(0.2), Noise()
+    net, batch = batch_of(lambda: nn.Sequential(*layers, nn.Linear(4, 3)), rows())
+    check(net, batch, F.cross_entropy, kind)
+    assert kept == [True]
+
+
 @pytest.mark.parametrize("bias", [True, False])
-def test_weights_of_which_nobody_makes_the_gradient_tell_too(monkeypatch, bias):
-    kept = []
-    by_rows = penalty._by_rows
-    monkeypatch.setattr(
-        penalty, "_by_rows", lambda *x: kept.append(by_rows(*x)) or kept[-1]
-    )
+def test_weights_of_which_nobody_makes_the_gradient_tell_too(kept, bias):
     net, batch = batch_of(lambda: Derived("hook", bias), rows())
     net.how = "function"
     check(net, batch, F.cross_entropy, "regu")
     net.forward = lambda x: net.out(net.drop(net.first(x)).tanh())
     check(net, batch, F.cross_entropy, "regu")
-    assert [x is None for x in kept] == [True, False]
+    assert kept == [False, True]
 
 
 @pytest.mark.parametrize("kind", KINDS)
