@@ -27,8 +27,10 @@ _ONCE: Final = (
 )
 # Nodes of a gradient's graph that raise when the penalty is differentiated, if they are
 # reached: a derivative in the parameters alone goes past them.
-_ABSENT: Final = ("NotImplemented", "EmbeddingBagBackwardBackward", ONCE)
-_KNOWN: Final = ("EmbeddingBag", "Ctc", "Margin")
+_ABSENT: Final = (
+    "NotImplemented", "EmbeddingBagBackwardBackward", "StandardGammaGrad", ONCE
+)  # fmt: skip
+_KNOWN: Final = ("EmbeddingBag", "Ctc", "Margin", "StandardGamma", "Dirichlet")
 
 
 def _lacking(risk: Tensor) -> str:
