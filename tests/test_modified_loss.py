@@ -506,12 +506,22 @@ def test_operators_without_a_second_derivative_are_named():
         steps = f.view(5, 1, -1).log_softmax(-1)
         return torch.nn.functional.ctc_loss(steps, y[None, :2], (5,), (2,))
 
+    class Gamma(torch.nn.Linear):
+        def forward(self, x):
+            return torch.distributions.Gamma(super().forward(x).exp(), 1.0).rsample()
+
+    class Dirichlet(torch.nn.Linear):
+        def forward(self, x):
+            return torch.distributions.Dirichlet(super().forward(x).exp()).rsample()
+
     linear = torch.nn.Linear(3, 4)
     margin, labels = torch.nn.MultiMarginLoss(), torch.tensor([1, 2, 3, 0, 1])
     for first, loss, name in (
         (Bag(3, 4), "mse", "EmbeddingBag"),
         (linear, ctc, "Ctc"),
         (linear, margin, "MultiMargin"),
+        (Gamma(3, 4), "mse", "StandardGamma"),
+        (Dirichlet(3, 4), "mse", "Dirichlet"),
     ):
         named = rf"none \(\w*{name}\w*\)"  # and no other operator
         net = torch.nn.Sequential(first, torch.nn.Dropout(0.5), torch.nn.Linear(4, 4))

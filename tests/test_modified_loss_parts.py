@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import torch_dropout_ir as tdi
 from tests.passes import take_in_parts
 from tests.test_regularizer_memory import peak
-from torch_dropout_ir.regularizers import modified_loss
+from torch_dropout_ir.regularizers import modified_loss, penalty
 from torch_dropout_ir.regularizers.masked_rows import MaskedRows
 from torch_dropout_ir.regularizers.output_rows import chunks
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
@@ -258,14 +258,10 @@ class Centred(torch.autograd.Function):
 class Derived(nn.Module):
     """Rows that meet in derivatives, and in no value."""
 
-    def __init__(self, how):
+    def __init__(self, how, bias=True):
         super().__init__()
-        self.first, self.drop, self.out = (
-            nn.Linear(4, 4),
-            nn.Dropout(0.3),
-            nn.Linear(4, 3),
-        )
-        self.how = how
+        self.first, self.drop = nn.Linear(4, 4, bias), nn.Dropout(0.3)
+        self.out, self.how = nn.Linear(4, 3, bias), how
 
     def forward(self, x):
         h = self.drop(self.first(x)).tanh()
@@ -282,11 +278,52 @@ class Derived(nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("how", ["straight through", "of all rows", "function", "hook"])
-def test_rows_that_meet_in_derivatives_alone_are_taken_together(taken, how, kind):
-    net, batch = batch_of(lambda: Derived(how), rows())
+def test_rows_that_meet_in_derivatives_alone_are_taken_together(taken, how, bias, kind):
+    net, batch = batch_of(lambda: Derived(how, bias), rows())
     check(net, batch, F.cross_entropy, kind)
+    assert taken == [True] * (how != "hook")
+
+
+@pytest.mark.parametrize("how", ["straight through", "of all rows", "function"])
+def test_so_are_those_that_meet_below_what_is_penalized(taken, how):
+    net, batch = batch_of(lambda: Derived(how), rows())
+    check(net, batch, F.cross_entropy, "regu", [0.0, 0.0, 0.3, 0.3])
     assert taken == [True]
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Whether parts of the batch were what the whole is."""
+    seen, own = [], penalty._by_rows
+
+    def look(*args):
+        found = own(*args)
+        seen.append(found is not None)
+        return found
+
+    monkeypatch.setattr(penalty, "_by_rows", look)
+    return seen
+
+
+@pytest.mark.parametrize("site", [nn.Dropout, tdi.Dropout])
+@pytest.mark.parametrize("kind", ["L3", "regu"])
+def test_noise_behind_a_site_is_drawn_again(kept, kind, site):
+    layers = nn.Linear(4, 4), site(0.3), Noise(), nn.Tanh(), site(0.2), Noise()
+    net, batch = batch_of(lambda: nn.Sequential(*layers, nn.Linear(4, 3)), rows())
+    check(net, batch, F.cross_entropy, kind)
+    assert kept == [True]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_of_which_nobody_makes_the_gradient_tell_too(kept, bias):
+    net, batch = batch_of(lambda: Derived("hook", bias), rows())
+    net.how = "function"
+    check(net, batch, F.cross_entropy, "regu")
+    net.forward = lambda x: net.out(net.drop(net.first(x)).tanh())
+    check(net, batch, F.cross_entropy, "regu")
+    assert kept == [False, True]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -430,6 +467,20 @@ def test_roots_by_parts_are_those_of_the_whole_batch(chunked, name, kind, loss):
     asked = kind == "L4" or name not in ("batch norm", "buffers that move")
     asked &= name != "dropped weight"  # samples share its mask
     assert chunked == ([apart or name == "noise"] if asked else [])
+
+
+@pytest.mark.parametrize("below", [True, False])
+@pytest.mark.parametrize("kind", ["L1", "L4"])
+@pytest.mark.parametrize("how", ["straight through", "of all rows", "function", "hook"])
+def test_roots_of_rows_that_meet_in_derivatives_alone(chunked, how, kind, below):
+    net, batch = batch_of(lambda: Derived(how), rows())
+    if below:
+        net.drop = nn.Identity()
+        net = nn.Sequential(net, nn.Dropout(0.2), nn.Linear(3, 3)).double()
+    expected = drawn(net, batch, F.cross_entropy, kind, None)
+    found = drawn(net, batch, F.cross_entropy, kind, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    assert len(chunked) == 1
 
 
 @pytest.mark.parametrize("kind", ["L1", "L4"])

@@ -82,6 +82,62 @@ class Moves(nn.Module):
         return self.body(x * self.factor)
 
 
+class Replaces(Moves):
+    """Puts another buffer in the place of its own."""
+
+    def forward(self, x):
+        self.factor = self.factor + 0.1 * x.detach().std()
+        return self.body(x * self.factor)
+
+
+class Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clamp(-1e-2, 1e-2)
+
+
+class Weighs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.factor, None
+
+
+class Changes(nn.Module):
+    """Changes what is sent back between layers."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.body, self.how, self.calls = layers(), how, 0
+
+    def forward(self, x):
+        self.calls += 1
+        for layer in self.body:
+            x = self.between(layer(x))
+        return x
+
+    def between(self, h):
+        if self.how == "function":
+            return Clamp.apply(h)
+        if self.how == "counts":
+            return Weighs.apply(h, 1.0 + 0.5 * (self.calls in (2, 3)))
+        if self.how == "node":
+            h.grad_fn.register_prehook(lambda g: (g[0].clamp(-1e-2, 1e-2),))
+        elif self.how == "halved":
+            h.register_hook(lambda g: g / 2)
+        else:
+            h.register_hook(lambda g: g.clamp(-1e-2, 1e-2))
+        return h
+
+
 def rows():
     return torch.randn(9, 6).double()
 
@@ -152,6 +208,16 @@ def test_passes_that_turn_out_to_differ_are_taken_whole(cuts):
     value.backward()
 
 
+HOW = "function", "counts", "node", "halved", "clamped"
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_what_is_sent_back_may_be_changed_on_its_way(how):
+    torch.manual_seed(3)
+    net, x = Changes(how).double(), rows()
+    check(net, (x, torch.arange(9) % 3), F.cross_entropy, "regu")
+
+
 @pytest.mark.parametrize("counts", [False, True])
 def test_buffers_that_are_read_are_what_they_were(cuts, counts):
     torch.manual_seed(3)
@@ -159,6 +225,42 @@ def test_buffers_that_are_read_are_what_they_were(cuts, counts):
     check(net, (x, torch.arange(9) % 3), F.cross_entropy, "regu")
     assert len(cuts) == (not counts)
     torch.testing.assert_close(net.factor, torch.tensor(1.1).double())
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_are_counted_once(cuts, kind, alike):
+    torch.manual_seed(3)
+    net, x = Counts().double(), rows()
+    tdi.convert_dropout_(net)
+    net.count = -100 if alike else 0
+    y = torch.arange(9) % 3
+    modified_loss(net, (x, y), F.cross_entropy, kind=kind, lr=0.1, max_bytes=0)
+    assert len(cuts) == alike
+    for site in (m for m in net.modules() if isinstance(m, tdi.Dropout)):
+        assert site.statistics.num_calls == 1
+        assert site.statistics.num_kept == site.last_mask.sum()
+
+
+@pytest.mark.parametrize("kind", ["L3", "regu"])
+def test_buffers_that_are_replaced_are_what_they_were(cuts, kind):
+    torch.manual_seed(3)
+    net, x = Replaces().double(), rows()
+    check(net, (x, torch.arange(9) % 3), F.cross_entropy, kind)
+    assert len(cuts) == 1
+    torch.testing.assert_close(net.factor, 1 + 0.1 * x.std())
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_has_no_second_derivative_is_named(kind, norm):
+    norms = [nn.BatchNorm1d(6)] if norm else []
+    net = nn.Sequential(
+        nn.EmbeddingBag(5, 6), *norms, nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)
+    )
+    batch = torch.randint(5, (40, 3)), torch.arange(40) % 3
+    with pytest.raises(NotImplementedError, match="EmbeddingBag"):
+        modified_loss(net, batch, "cross_entropy", kind=kind, lr=0.1, max_bytes=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

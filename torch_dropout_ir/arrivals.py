@@ -114,18 +114,22 @@ def last_nodes(nodes: Iterable[Any], leaves: Sequence[Tensor]) -> list[Last]:
     return found
 
 
-def root_of(value: Tensor, nodes: Iterable[Any] | None = None) -> Tensor | None:
+def root_of(
+    value: Tensor, nodes: Iterable[Any] | None = None, learns: bool = False
+) -> Tensor | None:
     """Return the root of a derivative that will be differentiated again.
 
     Without one that requires a gradient, torch takes a function that can be
     differentiated once for a linear one, and says nothing. Nor does it say anything of
     one that cuts its derivative off: that raises from now on. So it is ones that
-    require a gradient where a function of the graph has a derivative of its own; None,
-    which is as good, elsewhere. ``nodes`` are those of the graph, where at hand.
+    require a gradient where a function of the graph has a derivative of its own, or the
+    root ``learns``; None, which is as good, elsewhere. ``nodes`` are those of the
+    graph, where at hand.
     """
     if nodes is None:
         nodes = graph_nodes([value.grad_fn] if value.grad_fn else [])
-    return torch.ones_like(value).requires_grad_() if _watched(nodes) else None
+    learns = _watched(nodes) or learns
+    return torch.ones_like(value).requires_grad_() if learns else None
 
 
 def _watched(nodes: Iterable[Any]) -> bool:

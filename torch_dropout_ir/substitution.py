@@ -159,13 +159,13 @@ def substituted(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
 
 
 def keep_buffers(model: nn.Module) -> Callable[[], None]:
-    """Return what gives back the values of buffers that something moves from now on."""
+    """Return what gives back buffers that something moves, or replaces, from now on."""
     # Batch normalization writes without counting a version: values are compared.
-    held = any(m._buffers for _, m in named_modules(model))
-    kept = _copies(model) if held else []
+    kept = _copies(model)
 
     def back() -> None:
-        for x, value in kept:
+        for place, name, x, value in kept:
+            place[name] = x
             rewrite(x, value)
 
     return back
@@ -182,13 +182,20 @@ def rewrite(x: Tensor, value: Tensor) -> None:
 def buffers_moved(model: nn.Module) -> Callable[[], bool]:
     """Return what tells whether something has moved buffers from now on."""
     kept = _copies(model)
-    return lambda: any(not torch.equal(x, value) for x, value in kept)
+    return lambda: any(
+        place.get(name) is not x or not torch.equal(numbers(x.detach()), value)
+        for place, name, x, value in kept
+    )
 
 
-def _copies(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Return the numbers in each buffer, and a copy of them."""
-    own = [numbers(x.detach()) for x in model.buffers()]
-    return [(x, x.clone()) for x in own]
+def _copies(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
+    """Return the place of each buffer, the buffer, and a copy of it."""
+    return [
+        (m._buffers, name, x, numbers(x.detach()).clone())
+        for _, m in named_modules(model)
+        for name, x in m._buffers.items()
+        if x is not None
+    ]
 
 
 @contextlib.contextmanager

@@ -195,7 +195,7 @@ class WeightParts(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _HOOKS:
+        if func in HOOKS:
             self.plain = {}
         if func in _HOLD_INPUT and self._remake:
             return self._activated(func, args, kwargs)
@@ -261,7 +261,7 @@ _OWN: Final[dict[Callable[..., Any], Callable[..., Tensor | None]]] = {
 }
 # Hooks are registered on tensors, and on nodes, as modules do their older ones.
 _NODE: Final[Any] = Tensor.grad_fn.__get__  # type: ignore[union-attr]
-_HOOKS: Final = frozenset((Tensor.register_hook, _NODE))
+HOOKS: Final = frozenset((Tensor.register_hook, _NODE))
 # Functions of single elements that hold what they are given, not what they return.
 _HOLD_INPUT: Final = frozenset((
     F.celu, F.elu, F.gelu, F.hardswish, F.leaky_relu, F.mish, F.selu, F.silu,

@@ -42,7 +42,7 @@ from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.regularizers.row_chunks import rows_of
 from torch_dropout_ir.regularizers.row_noise import RowNoise, laid_out
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
-from torch_dropout_ir.sharpness.frozen import twice_differentiable
+from torch_dropout_ir.sharpness.frozen import twice_differentiable, unrecorded
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.substitution import buffers_moved, keep_buffers
 from torch_dropout_ir.tracing import generators, unasked
@@ -70,8 +70,9 @@ class MaskedRows:
         self._states = [(g, g.get_state()) for g in generators(model)]
         self._moved = buffers_moved(model) if move_buffers else None
         self._back = keep_buffers(model) if move_buffers else None
-        # Of each use its mask, and its rows for a sample: 0 where samples share it.
-        self._masks: list[tuple[Tensor, int]] = []
+        # Of each use its mask, its rows for a sample, 0 where samples share it, and
+        # where generators are when it has been drawn.
+        self._masks: list[tuple[Tensor, int, list[Tensor]]] = []
 
     def apart(self, outputs: Any, risk: Tensor) -> bool:
         """Return whether the first few rows are known to run alone as among all."""
@@ -108,8 +109,11 @@ class MaskedRows:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Let torch's generators start from where they were; give them back after."""
-        with preserved_rng(self._model):
+        """Let torch's generators start from where they were; give them back after.
+
+        Layers that count what they draw have counted it.
+        """
+        with preserved_rng(self._model), unrecorded(self._model):
             for generator, state in self._states:
                 generator.set_state(state)
             yield
@@ -134,6 +138,7 @@ class MaskedRows:
         known = iter(self._masks[:])
         new = not self._masks
         noise = RowNoise(rows, self._count)
+        of = [generator for generator, _ in self._states]
 
         def drop(site: Site, h: Tensor) -> Tensor:
             if new:
@@ -144,8 +149,10 @@ class MaskedRows:
                 noise.aside = True
                 drawn = _drawn(site, h, whole, shape == tuple(h.shape))
                 noise.aside = False
-                self._masks.append((drawn, each))
-            kept, each = self._masks[-1] if new else next(known)
+                self._masks.append((drawn, each, [g.get_state() for g in of]))
+            kept, each, states = self._masks[-1] if new else next(known)
+            for generator, state in zip(of, states, strict=True):
+                generator.set_state(state)
             if each:
                 kept = kept[rows_of_samples(rows, each).to(h.device)]
             return h * kept.to(h.dtype).mul_(1 / (1 - site.p) if site.p < 1 else 0.0)

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arrivals import root_of
 from torch_dropout_ir.functional import Batch, call, parameters
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
@@ -78,7 +79,7 @@ def with_penalty(
         risk = loss(outputs, batch[1])
     check_differentiable("modified_loss", risk)
     large = max_bytes is not None and parts_pay(risk, params, max_bytes)
-    if large and not operations.again:
+    if large and operations.plain and not operations.again:
         found: Known | None
         if rows.apart(outputs, risk):
             found = _by_rows(rows, risk, params, rates, weight, sign)
@@ -93,7 +94,7 @@ def with_penalty(
         with rows.again(), twice_differentiable(lean):
             outputs = call(model, batch[0], move_buffers=move_buffers)
             risk = loss(outputs, batch[1])
-    penalty = sign * _penalty(slopes_of(risk, params), rates)
+    penalty = sign * _penalty(slopes_of(risk, params, root_of(risk)), rates)
     if weight:
         penalty = penalty + weight * risk
     if beside is None:
@@ -123,11 +124,14 @@ def _by_rows(
     gradient: list[Tensor | None]
     gradient = [None if g is None else g * weight for g in slopes]
     products = Products(params, slopes, rates, sign, gradient)
-    for part in rows.parts():
-        if part is None:
-            return None
-        products.add(part)
-        del part  # its graph
+    try:
+        for part in rows.parts():
+            if part is None:
+                return None
+            products.add(part)
+            del part  # its graph
+    except NotImplementedError:  # of what has no second derivative: said of the whole
+        return None
     # Else rows meet in derivatives alone.
     return (value, gradient) if products.whole() else None
 
@@ -158,10 +162,10 @@ def _by_cuts(
             gradient = [None if g is None else g * weight for g in slopes]
             products = Products(params, slopes, rates, sign, gradient)
             del slopes
-            passes.products(products.at, products.receive)
+            products.note(passes.products(products.at, products.receive))
     except Exception:  # of a model that is another in each pass
         return None
-    return value, gradient
+    return (value, gradient) if products.whole() else None
 
 
 def _penalty(slopes: Sequence[Tensor | None], rates: Sequence[float]) -> Tensor:

@@ -84,12 +84,15 @@ class CutPasses:
         self._sent = [*got[len(self._params) :]]
         return [*got[: len(self._params)]]
 
-    def products(self, at: Mapping[int, Tensor], add: Add) -> None:
+    def products(self, at: Mapping[int, Tensor], add: Add) -> Tensor | None:
         """Add the Hessian's product with a vector, as its parts come.
 
         Args:
             at: The vector, by the number of a parameter.
             add: Is called with such a number and a part of the product.
+
+        Returns:
+            The derivative of the gradient along the vector in what was sent back.
 
         Raises:
             OtherPassError: If a pass is not what the first was.
@@ -113,6 +116,7 @@ class CutPasses:
                 edges, self._params, [*roots.values()], allow_unused=True
             )
             _add_all(range(len(got)), got, add)
+        return moved
 
     def _part(
         self,
@@ -128,7 +132,8 @@ class CutPasses:
         last = stop == len(found.nodes)
         if sent is None and not last:
             return None, None
-        root = root_of(value) if sent is None else sent.detach().requires_grad_()
+        root = None if sent is None else sent.detach().requires_grad_()
+        root = root_of(value, learns=True) if root is None else root
         start: Any = value if last else found.narrow[stop]
         read = sorted(found.read_in(first, stop))
         own: list[Any] = [self._params[i] for i in read]
@@ -146,10 +151,10 @@ class CutPasses:
         if not live:
             return None, None
         heads, along = zip(*live, strict=True)
-        ends = [*own, *below, *([] if last else [root])]
+        ends = [*own, *below, root]
         got = torch.autograd.grad(heads, ends, along, allow_unused=True)
         _add_all(read, got, add)
-        return got[len(own)] if first else None, None if last else got[-1]
+        return got[len(own)] if first else None, got[-1]
 
     def _again(self, first: int, stop: int) -> tuple[Tensor, PassNodes]:
         """Run the pass with what a part of it needs."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.arrivals import (
     ONCE,
@@ -17,8 +17,7 @@ from torch_dropout_ir.arrivals import (
     parts_given,
     root_of,
 )
-from torch_dropout_ir.regularizers.inner_products import compared
-from torch_dropout_ir.sharpness.linear import added_into
+from torch_dropout_ir.sharpness.linear import added_into, in_roots_alone
 
 _ONCE: Final = (
     "modified_loss: expected a model and a loss that torch can differentiate twice, "
@@ -28,9 +27,10 @@ _ONCE: Final = (
 )
 # Nodes of a gradient's graph that raise when the penalty is differentiated, if they are
 # reached: a derivative in the parameters alone goes past them.
-_ABSENT: Final = ("NotImplemented", "EmbeddingBagBackwardBackward", ONCE)
-_ENTRIES: Final = 2**16  # of a gradient that are compared at a time
-_KNOWN: Final = ("EmbeddingBag", "Ctc", "Margin")
+_ABSENT: Final = (
+    "NotImplemented", "EmbeddingBagBackwardBackward", "StandardGammaGrad", ONCE
+)  # fmt: skip
+_KNOWN: Final = ("EmbeddingBag", "Ctc", "Margin", "StandardGamma", "Dirichlet")
 
 
 def _lacking(risk: Tensor) -> str:
@@ -44,7 +44,11 @@ def _lacking(risk: Tensor) -> str:
 
 
 class Products:
-    r"""Adds :math:`s \frac{\epsilon}{2} H g` to a gradient, part by part of the batch.
+    r"""Adds :math:`s \frac{\epsilon}{2} H g` to a gradient, part by part.
+
+    A gradient is linear in the root :math:`r` that is sent back, :math:`u^\top g = r
+    \frac{d}{dr} u^\top g`: so do parts tell, at next to no cost, what theirs are, of
+    weights too whose gradient nobody makes.
 
     Args:
         params: The parameters.
@@ -71,8 +75,18 @@ class Products:
             for i, (g, r) in enumerate(zip(slopes, rates, strict=True))
             if g is not None and r
         }
-        self._slopes = slopes
-        self._parts: dict[int, list[Tensor]] = {i: [] for i in self.at}
+        self._beside = {
+            i: g for i, g in enumerate(slopes) if g is not None and i not in self.at
+        }
+        # What each adds to the product of both, or, where its rate is 0, with itself.
+        self._expected = {
+            i: torch.linalg.vector_norm(g.detach()).double().square() * share
+            for i, g in enumerate(slopes)
+            if g is not None
+            for share in [rates[i] / most if i in self.at else 1.0]
+        }
+        self._asked = {*self.at}
+        self._along: list[Tensor] = []
         pairs = enumerate(zip(params, total, strict=True))
         self._sums = {i: (x, s) for i, (x, s) in pairs if s is not None}
 
@@ -82,60 +96,73 @@ class Products:
 
     def add(self, risk: Tensor) -> None:
         """Add the product with the Hessian of a part's risk."""
-        starts = {}
+        found: dict[int, GradientEdge] = {}
 
         def note(i: int, g: Tensor) -> None:  # its value is let go of
-            if i in self.at:
-                self._note(i, g)
-                if g.requires_grad:
-                    starts[i] = get_gradient_edge(g)
+            if g.requires_grad:
+                found[i] = get_gradient_edge(g)
 
+        root = root_of(risk, learns=True)
+        assert root is not None
         with arrivals(self._params, note):
-            slopes_of(risk, self._params)
-        edges, at = list(starts.values()), [self.at[i] for i in starts]
+            slopes_of(risk, self._params, root)
+        self._asked |= self._beside.keys()
+        with in_roots_alone(self._params):
+            self._back(found, self._beside, [root], keep=True)
+        edges = [found[i] for i in self.at if i in found]
         last = last_nodes(graph_nodes([edge.node for edge in edges]), self._params)
-        receive = self.receive
         own, sums = zip(*self._sums.values(), strict=True)
-        with parts_given(last, receive), added_into(own, sums, self._scale):
-            rest = torch.autograd.grad(edges, self._params, at, allow_unused=True)
+        with parts_given(last, self.receive), added_into(own, sums, self._scale):
+            rest = self._back(found, self.at, [root, *self._params])
         for i, g in enumerate(rest):
             if g is not None:
-                receive(i, g)
+                self.receive(i, g)
 
-    def _note(self, i: int, g: Tensor) -> None:
-        """Note a part's gradient in the direction of that of the whole."""
-        made = g.is_sparse or g.numel() < 2 or any(g.stride())
-        if not made:  # of a matrix
-            self._parts.pop(i, None)
-        elif i in self._parts:
-            self._parts[i].append(self._inner(i, g))
+    def _back(
+        self,
+        found: Mapping[int, GradientEdge],
+        at: Mapping[int, Tensor],
+        ends: Sequence[Tensor],
+        keep: bool = False,
+    ) -> Sequence[Tensor | None]:
+        """Differentiate a part's gradient along a vector, first in its root."""
+        edges = {i: edge for i, edge in found.items() if i in at}
+        if not edges:
+            return ()
+        own, *rest = torch.autograd.grad(
+            [*edges.values()], ends, [at[i] for i in edges], retain_graph=keep,
+            allow_unused=True,
+        )  # fmt: skip
+        self.note(own)
+        return rest
 
-    def _inner(self, i: int, g: Tensor) -> Tensor:
-        pair = (x.detach() for x in (g, self.at[i]))
-        a, b = (x.to_dense() if x.is_sparse else x for x in pair)
-        return compared(a, b, self._params[i].detach(), _ENTRIES)[2].double()
+    def note(self, along: Tensor | None) -> None:
+        r"""Take note of the derivative of :math:`u^\top g` in what a part sent back."""
+        if along is not None:
+            self._along.append(along.detach().double().sum())
 
     def whole(self) -> bool:
-        """Return whether gradients of the parts that were made add up to the whole's.
+        """Return whether gradients of the parts add up to that of the whole.
 
         Hooks and straight-through derivatives may look at all rows that come.
         """
-        made = {i: torch.stack(x) for i, x in self._parts.items() if x}
-        if not made:
+        known = [self._expected[i] for i in self._asked]
+        if not known:
             return True
-        slopes = {i: self._slopes[i] for i in made}
-        along = [self._inner(i, g) for i, g in slopes.items() if g is not None]
-        parts = torch.cat([*made.values()])
+        expected = torch.stack(known).sum()
+        parts = torch.stack([expected.new_zeros(()), *self._along])
         eps = max(torch.finfo(x.dtype).eps for x in self._params)
-        off = (parts.sum() - torch.stack(along).sum()).abs()
+        off = (parts.sum() - expected).abs()
         return bool(off <= eps ** (2 / 3) * parts.abs().sum())
 
 
-def slopes_of(risk: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+def slopes_of(
+    risk: Tensor, params: Sequence[Tensor], root: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Return the gradient with its graph."""
     try:
         found = torch.autograd.grad(
-            risk, params, root_of(risk), create_graph=True, allow_unused=True
+            risk, params, root, create_graph=True, allow_unused=True
         )
     except NotImplementedError as err:
         raise NotImplementedError(_ONCE.format(err)) from err

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -125,6 +126,25 @@ class RowChunks:
 
         return bool(self._try(0, next(iter(self._samples())), take))
 
+    def add_up(self, params: Sequence[Tensor]) -> bool:
+        """Return whether a few rows' gradient is the sum of those of two halves."""
+
+        def take(_: CleanPass, read: OutputsRead, __: Tensor) -> list[Tensor]:
+            risk = read.risk(read.tensors)
+            return [*torch.autograd.grad(risk, params, materialize_grads=True)]
+
+        rows = torch.arange(2 * self._least)
+        left, size = self._try(0, rows, take), 0.0
+        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+            own = self._try(0, half, take)
+            if left is None or own is None:
+                return False
+            size += _length(own)
+            for i, g in enumerate(own):
+                left[i] = left[i] - g
+        eps = max(torch.finfo(x.dtype).eps for x in params)
+        return left is not None and _length(left) <= eps ** (2 / 3) * size
+
     def each(
         self, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
     ) -> list[T] | None:
@@ -225,6 +245,10 @@ class RowChunks:
         return used == expected and all(
             nearly_equal(x, self.take(f, rows)) for x, f in pairs
         )
+
+
+def _length(vectors: Sequence[Tensor]) -> float:
+    return math.hypot(*[float(torch.linalg.vector_norm(x)) for x in vectors])
 
 
 def rows_of(inputs: Inputs, rows: Tensor | slice, count: int) -> Inputs:

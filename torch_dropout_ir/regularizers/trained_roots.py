@@ -144,8 +144,9 @@ class RootsByChunks:
             return form.detach()
 
         with preserved_rng(self._model):
-            forms = self.chunks.each(take)
-            if forms is None:  # other rows than the first meet
+            add_up = self.chunks.add_up(self._params)
+            forms = self.chunks.each(take) if add_up else None
+            if forms is None:  # other rows than the first meet, or in derivatives alone
                 return self._whole(signs, kind)
         for said in not_reached(self._names, {name for name, _ in reached}):
             warnings.warn(f"modified_loss: R_1: {said}", stacklevel=4)

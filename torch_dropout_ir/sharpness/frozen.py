@@ -18,6 +18,7 @@ from torch_dropout_ir.module_calls import on_again, unchecked
 from torch_dropout_ir.recomputation import Blocks
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.tracing import unpacked_by_hooks
+from torch_dropout_ir.weight_parts import HOOKS
 
 Masks = Literal["off"] | int | Sequence[int]
 _SPARSE: Final = 6  # place of that argument of an embedding
@@ -48,13 +49,19 @@ def dropout_on(model: nn.Module) -> Iterator[None]:
         m: m.training if trained else not isinstance(m, _NormBase)
         for m in model.modules()
     }
-    ours = [m for m in wanted if hasattr(type(m).forward, "draws_as_torch")]
+    with unrecorded(model), modes(wanted):
+        yield
+
+
+@contextlib.contextmanager
+def unrecorded(model: nn.Module) -> Iterator[None]:
+    """Let our layers remember nothing of what they draw inside the context."""
+    ours = [m for m in model.modules() if hasattr(type(m).forward, "draws_as_torch")]
     kept = [(module, dict(module.__dict__)) for module in ours]
     try:
-        with modes(wanted):
-            for module in ours:
-                module.__dict__["track"] = False
-            yield
+        for module in ours:
+            module.__dict__["track"] = False
+        yield
     finally:
         for module, state in kept:
             module.__dict__.clear()
@@ -74,6 +81,7 @@ class TwiceDifferentiable(TorchFunctionMode):
     Attributes:
         again: Whether a block has been seen that backward passes compute again.
         hooked: Whether backward passes run somebody's code where they need a tensor.
+        plain: Whether nobody has asked to see, or change, what is sent back.
     """
 
     def __init__(self, lean: LeanDerivatives | None = None) -> None:
@@ -82,6 +90,7 @@ class TwiceDifferentiable(TorchFunctionMode):
         self._blocks = Blocks(functools.partial(twice_differentiable, lean))
         self.again = False
         self.hooked = False
+        self.plain = True
 
     def __torch_function__(
         self,
@@ -96,6 +105,7 @@ class TwiceDifferentiable(TorchFunctionMode):
                 return unchecked(torch.autograd.grad, {})(*args, **kwargs)
         self.again = self._blocks.look() or self.again
         self.hooked = self.hooked or unpacked_by_hooks()
+        self.plain = self.plain and func not in HOOKS
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         if func is F.embedding:
