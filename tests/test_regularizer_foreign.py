@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers import gauss_newton, monte_carlo, second_order
+from torch_dropout_ir.regularizers import (
+    gauss_newton,
+    modified_loss,
+    monte_carlo,
+    second_order,
+)
 from torch_dropout_ir.regularizers.online import online
 from torch_dropout_ir.testing import check_regularizer, expected_dropout_loss
 
@@ -126,6 +131,10 @@ def test_a_loss_that_runs_the_model_again(evaluated, hooked):
         for num_samples in (None, 1):
             with pytest.raises(ValueError, match=r"runs the model again.*'2'"):
                 form(net, (x, y), loss, num_samples=num_samples)
+    for r1 in () if evaluated else ("last_layer", "gauss_newton", "second_order"):
+        if r1 != "last_layer" or not hooked:
+            with pytest.warns(UserWarning, match=r"runs the model again.*'2'"):
+                modified_loss(net, (x, y), loss, kind="L1", r1=r1)
 
 
 class Passes(nn.Module):

@@ -230,14 +230,15 @@ def read_beside(
 ) -> tuple[str, ...]:
     """Return what is to be said of a loss that reads more of a pass than its outputs.
 
-    ``later`` are the sites that have acted when the pass was over, as it runs.
+    ``edges`` are those by way of which that is not seen, ``later`` the sites that have
+    acted when the pass was over, as it runs.
     """
     if read.loss is not None and read.loss.kind != "general":
         return ()
-    sites = {edge.node for edge in edges}
+    sites, found = {edge.node for edge in edges}, False
     if product is not None:
         found = product.leads_to(sites)
-    else:
+    elif sites:
         with torch.enable_grad():
             value = read.risk([x.detach() for x in read.tensors])
         found = not sites.isdisjoint(nodes_of(value))
