@@ -206,8 +206,11 @@ def test_derivatives_that_torch_has_not_are_no_number():
     def loss(outputs, _):
         return sum(x.square().mean() for x in outputs)
 
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match=r"not finite: .*set_detect_anomaly"):
         gauss_newton(net, (x, None), loss, num_samples=None)
+    with torch.autograd.set_detect_anomaly(True):
+        with pytest.raises(RuntimeError, match="LogBackward0"):
+            gauss_newton(net, (x, None), loss, num_samples=None)
 
 
 class Called(nn.Module):

@@ -179,7 +179,9 @@ def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> Non
     where = (
         ", ".join(wrong)
         if wrong
-        else "the outputs or the loss (overflow, targets, or a mean over none)"
+        else "the outputs or the loss (overflow, targets, or a mean over none), or a "
+        "derivative of theirs, of which `with torch.autograd.set_detect_anomaly(True)` "
+        "around this call names the operation"
     )
     raise ValueError(
         f"{name}: expected a finite estimate, got {value.item()}; not finite: {where}"
