@@ -92,7 +92,8 @@ class LastWeight:
 
     def see(self, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Look at a call that is about to be made in the pass."""
-        if self._first is None:
+        gone = self._first is None or self._first() is None
+        if gone and not self._reads:
             return
         self._more = self._more or name in _NUMBERS or _chooses(name, args)
         if given := written_by(name, args, named):
@@ -101,8 +102,8 @@ class LastWeight:
 
     def _note(self, places: set[int]) -> None:
         """Note what is written on, of what is in memory at some places."""
-        assert self._first is not None
-        seen = [self._first(), *[read.output() for read in self._reads]]
+        first = self._first and self._first()
+        seen = [first, *[read.output() for read in self._reads]]
         if any([x is not None and address(x) in places for x in seen]):
             self._more = True
         own = [x for layer in self._layers for x in layer.parameters()]
