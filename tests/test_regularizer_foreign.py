@@ -253,3 +253,22 @@ def test_the_last_weight_is_that_of_the_call(noisy):
     check_regularizer(net, batch, "mse", num_masks=400, num_samples=16).assert_holds()
     for form in (gauss_newton, second_order):
         assert form(net, batch, "mse", num_samples=None).exact != noisy
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order])
+def test_errors_of_several_draws_do_not_vanish_in_float16(form):
+    """Their squares did: an error of 0 was claimed of a sample."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 16), nn.Tanh(),
+        nn.Dropout(0.2), nn.Linear(16, 3),
+    )  # fmt: skip
+    x, y = torch.randn(512, 6), torch.randint(3, (512,))
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(1)
+        one = form(net.to(dtype), (x.to(dtype), y), "cross_entropy", num_samples=4)
+        errors = [one.standard_error, *one.per_site_standard_error.values()]
+        assert all(error.dtype == dtype for error in errors)
+        found[dtype] = torch.stack(errors).float()
+    torch.testing.assert_close(*found.values(), rtol=0.2, atol=0)
