@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -58,6 +59,9 @@ class LastWeight:
         """Look for what reads a tensor: the first site has passed it on."""
         self._first, self._version = weakref.ref(out), out._version
 
+    def _site_out(self) -> Tensor | None:
+        return None if self._first is None else self._first()
+
     def clear(self) -> None:
         """Forget a pass."""
         self._first, self._more = None, False
@@ -80,7 +84,7 @@ class LastWeight:
 
     def _read(self, layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
         # Identity is not enough: an operation in place leaves the tensor the same.
-        first = self._first and self._first()
+        first = self._site_out()
         if first is None or not args or args[0] is not first:
             return
         # As it is in this call, of `torch.func.functional_call` perhaps.
@@ -92,8 +96,7 @@ class LastWeight:
 
     def see(self, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Look at a call that is about to be made in the pass."""
-        gone = self._first is None or self._first() is None
-        if gone and not self._reads:
+        if self._site_out() is None and not self._reads:
             return
         self._more = self._more or name in _NUMBERS or _chooses(name, args)
         if given := written_by(name, args, named):
@@ -102,12 +105,13 @@ class LastWeight:
 
     def _note(self, places: set[int]) -> None:
         """Note what is written on, of what is in memory at some places."""
-        first = self._first and self._first()
-        seen = [first, *[read.output() for read in self._reads]]
+        seen = [self._site_out(), *[read.output() for read in self._reads]]
         if any([x is not None and address(x) in places for x in seen]):
             self._more = True
-        own = [x for layer in self._layers for x in layer.parameters()]
-        own += [x for read in self._reads for x in read.own]
+        own = chain(
+            *[layer.parameters() for layer in self._layers],
+            *[read.own for read in self._reads],
+        )
         self._written |= {id(x) for x in own if address(x) in places}
 
     def found(self, outputs: Any) -> Tensor | None:
