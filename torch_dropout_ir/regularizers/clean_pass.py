@@ -266,9 +266,8 @@ def clean_pass(
         states = [] if calls.absent else random_state(model)
         calls.given = matrices.given
         own = {"move_buffers": move_buffers, "survey": survey}
-        run = functools.partial(_run, model, inputs, matrices, reduce, around, own)
+        run = functools.partial(_run, model, inputs, seen.end, reduce, around, own)
         outputs = seen.run(run, lambda: calls.differentiates)
-        last = seen.last.found(outputs)
         if bare and not calls.again:
             calls.rest()  # before anything is asked of a tensor
         drawn = not all(map(torch.equal, states, random_state(model)))
@@ -277,10 +276,11 @@ def clean_pass(
             seen.unreachable += [site.name for site, _, _ in uses]
         hidden = out_of_sight(survey.others)
         alone = len(uses) == 1 and not hidden and not noisy
+        last = seen.last.weight if alone else None
         seen.close()
         said = drawn, noisy, tuple(seen.unreachable), hidden, seen.later
         masks = [site.mask_shape(h.shape) for site, h, _ in uses]
-        met = outputs, uses, masks, [*seen.zeros.values()], last if alone else None
+        met = outputs, uses, masks, [*seen.zeros.values()], last
         found = CleanPass(*met, *said, seen.below, weigh, states, survey.row_wise)
         del met, outputs  # what the pass lets go of
         yield found
@@ -289,12 +289,12 @@ def clean_pass(
 def _run(
     model: nn.Module,
     inputs: Any,
-    matrices: ConstantMatrices,
+    end: Callable[[Any], None],
     reduce: Callable[[Any], Any] | None,
     around: contextlib.AbstractContextManager[Any],
     options: Mapping[str, Any],
 ) -> Any:
     with around:
         outputs = call(model, inputs, **options)
-    matrices.end()  # before anybody's loss
+    end(outputs)  # before anybody's loss
     return outputs if reduce is None else reduce(outputs)

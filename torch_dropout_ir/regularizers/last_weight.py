@@ -45,9 +45,14 @@ class LastWeight:
     then: its outputs are no linear layer's, whatever this pass has shown. Nor are they
     where it writes on what the layer reads or makes, by ``data`` too. Not seen are
     scripted code, and hooks on all modules.
+
+    Attributes:
+        weight: That of the layer which read the site directly and made the outputs of
+            the pass that has ended, if there is one.
     """
 
     def __init__(self) -> None:
+        self.weight: Tensor | None = None
         self._layers: list[nn.Linear] = []
         self._first: weakref.ref[Tensor] | None = None
         self._version = 0
@@ -64,7 +69,7 @@ class LastWeight:
 
     def clear(self) -> None:
         """Forget a pass."""
-        self._first, self._more = None, False
+        self._first, self._more, self.weight = None, False, None
         self._written.clear()
         self._reads.clear()
 
@@ -114,8 +119,13 @@ class LastWeight:
         )
         self._written |= {id(x) for x in own if address(x) in places}
 
-    def found(self, outputs: Any) -> Tensor | None:
-        """Return the weight of what read a site directly and made the outputs."""
+    def end(self, outputs: Any) -> None:
+        """Settle which layer made the outputs: what is asked from now on is ours."""
+        self.weight = self._found(outputs)
+        self._first = None
+        self._reads.clear()
+
+    def _found(self, outputs: Any) -> Tensor | None:
         if self._more or not isinstance(outputs, Tensor):
             return None
         made = [

@@ -183,6 +183,11 @@ class Recorder:
             outputs = forward()
         return outputs
 
+    def end(self, outputs: Any) -> None:
+        """The model has run: what comes now is the loss, or ours."""
+        self._matrices.end()
+        self.last.end(outputs)
+
     def _clear(self) -> None:
         self.passed.clear()
         self.last.clear()
