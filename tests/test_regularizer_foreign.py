@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers import gauss_newton, monte_carlo, second_order
+from torch_dropout_ir.regularizers import (
+    gauss_newton,
+    modified_loss,
+    monte_carlo,
+    second_order,
+)
 from torch_dropout_ir.regularizers.online import online
 from torch_dropout_ir.testing import check_regularizer, expected_dropout_loss
 
@@ -126,6 +131,10 @@ def test_a_loss_that_runs_the_model_again(evaluated, hooked):
         for num_samples in (None, 1):
             with pytest.raises(ValueError, match=r"runs the model again.*'2'"):
                 form(net, (x, y), loss, num_samples=num_samples)
+    for r1 in () if evaluated else ("last_layer", "gauss_newton", "second_order"):
+        if r1 != "last_layer" or not hooked:
+            with pytest.warns(UserWarning, match=r"runs the model again.*'2'"):
+                modified_loss(net, (x, y), loss, kind="L1", r1=r1)
 
 
 class Passes(nn.Module):
@@ -197,8 +206,11 @@ def test_derivatives_that_torch_has_not_are_no_number():
     def loss(outputs, _):
         return sum(x.square().mean() for x in outputs)
 
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match=r"not finite: .*set_detect_anomaly"):
         gauss_newton(net, (x, None), loss, num_samples=None)
+    with torch.autograd.set_detect_anomaly(True):
+        with pytest.raises(RuntimeError, match="LogBackward0"):
+            gauss_newton(net, (x, None), loss, num_samples=None)
 
 
 class Called(nn.Module):
@@ -241,3 +253,22 @@ def test_the_last_weight_is_that_of_the_call(noisy):
     check_regularizer(net, batch, "mse", num_masks=400, num_samples=16).assert_holds()
     for form in (gauss_newton, second_order):
         assert form(net, batch, "mse", num_samples=None).exact != noisy
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order])
+def test_errors_of_several_draws_do_not_vanish_in_float16(form):
+    """Their squares did: an error of 0 was claimed of a sample."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 16), nn.Tanh(),
+        nn.Dropout(0.2), nn.Linear(16, 3),
+    )  # fmt: skip
+    x, y = torch.randn(512, 6), torch.randint(3, (512,))
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(1)
+        one = form(net.to(dtype), (x.to(dtype), y), "cross_entropy", num_samples=4)
+        errors = [one.standard_error, *one.per_site_standard_error.values()]
+        assert all(error.dtype == dtype for error in errors)
+        found[dtype] = torch.stack(errors).float()
+    torch.testing.assert_close(*found.values(), rtol=0.2, atol=0)

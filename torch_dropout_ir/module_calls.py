@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ _BACKWARD: Final = (torch.autograd.grad, torch.autograd.backward, Tensor.backwar
 # Private names; a torch without them has no innermost mode.
 _COUNT: Final = getattr(torch._C, "_len_torch_function_stack", None)
 _AT: Final = getattr(torch._C, "_get_function_stack_at", None)
+Watch: TypeAlias = Callable[[str, tuple[Any, ...], dict[str, Any]], object]
 LOOKED_INTO: Final = frozenset(("grad", "backward", "multi_head_attention_forward"))
 
 
@@ -47,7 +49,7 @@ class ModuleCalls(TorchFunctionMode):
     """
 
     trains = False
-    watch: Callable[[str, tuple[Any, ...], dict[str, Any]], object] | None = None
+    watch: Watch | None = None
 
     def __init__(self, named: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__()
@@ -96,6 +98,18 @@ class ModuleCalls(TorchFunctionMode):
         if self._on:
             self._on = False
             super().__exit__(None, None, None)
+
+    def look_on(self, watch: Watch) -> Callable[[], None]:
+        """Tell one more of each call before it is made; return what ends that."""
+        others = self.watch
+
+        def both(*call: Any) -> None:
+            assert others is not None
+            others(*call)
+            watch(*call)
+
+        self.watch = watch if others is None else both
+        return functools.partial(setattr, self, "watch", others)
 
     def _begin(self, module: nn.Module, _: Any) -> None:
         self._running.append((module, {}))

@@ -95,14 +95,9 @@ class _Writes(TorchFunctionMode):
 
     def see(self, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Look at a call that is about to be made."""
-        if name in _EMBED:
-            norm = named.get("max_norm", (*args, None, None, None, None)[3])
-            writes = norm is not None
-        else:
-            writes = _by_name(name) or "out" in named or bool(named.get("inplace"))
-        if writes:
+        if given := written_by(name, args, named):
             with unasked():
-                self._look((args, named))
+                self._look(given)
 
     def begin(self) -> Callable[[], None]:
         """See calls from now on, by a mode that is there if it may; return the end."""
@@ -110,22 +105,25 @@ class _Writes(TorchFunctionMode):
         if mode is None:
             self.__enter__()
             return functools.partial(self.__exit__, None, None, None)
-        others = mode.watch
+        return mode.look_on(self.see)
 
-        def watch(*call: Any) -> None:
-            assert others is not None
-            others(*call)
-            self.see(*call)
-
-        mode.watch = self.see if others is None else watch
-        return functools.partial(setattr, mode, "watch", others)
-
-    def _look(self, given: Any) -> None:
-        for x in tree_leaves(given):
-            if isinstance(x, Tensor) and not mapped(x) and is_plain(x):
+    def _look(self, given: list[Tensor]) -> None:
+        for x in given:
+            if not mapped(x) and is_plain(x):
                 place = x.untyped_storage().data_ptr()
                 for written in self._in_memory.get(place, ()):
                     self._keep(written)
+
+
+def written_by(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that a call is given, if it writes on one of them."""
+    if name in _EMBED:
+        norm = named.get("max_norm", (*args, None, None, None, None)[3])
+        writes = norm is not None
+    else:
+        writes = _by_name(name) or "out" in named or bool(named.get("inplace"))
+    given = tree_leaves((args, named)) if writes else ()
+    return [x for x in given if isinstance(x, Tensor)]
 
 
 @functools.lru_cache

@@ -179,7 +179,9 @@ def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> Non
     where = (
         ", ".join(wrong)
         if wrong
-        else "the outputs or the loss (overflow, targets, or a mean over none)"
+        else "the outputs or the loss (overflow, targets, or a mean over none), or a "
+        "derivative of theirs, of which `with torch.autograd.set_detect_anomaly(True)` "
+        "around this call names the operation"
     )
     raise ValueError(
         f"{name}: expected a finite estimate, got {value.item()}; not finite: {where}"
@@ -230,14 +232,15 @@ def read_beside(
 ) -> tuple[str, ...]:
     """Return what is to be said of a loss that reads more of a pass than its outputs.
 
-    ``later`` are the sites that have acted when the pass was over, as it runs.
+    ``edges`` are those by way of which that is not seen, ``later`` the sites that have
+    acted when the pass was over, as it runs.
     """
     if read.loss is not None and read.loss.kind != "general":
         return ()
-    sites = {edge.node for edge in edges}
+    sites, found = {edge.node for edge in edges}, False
     if product is not None:
         found = product.leads_to(sites)
-    else:
+    elif sites:
         with torch.enable_grad():
             value = read.risk([x.detach() for x in read.tensors])
         found = not sites.isdisjoint(nodes_of(value))

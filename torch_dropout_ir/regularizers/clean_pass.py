@@ -40,8 +40,7 @@ class CleanPass:
             outlives its context), and where in the graph its output is.
         mask_shapes: The shape of the mask of each use.
         zeros: What was added to their inputs, 0-d, one for each device.
-        last_weight: That of the linear layer that makes the outputs, as it was, where
-            the only source of noise is one site that feeds it directly; else None.
+        last_weight: Of the linear layer that is all between one site and outputs.
         drawn: Whether it drew random numbers: another pass is another.
         noisy: Whether it did, or other noise was switched off in it.
         unreachable: Names of sites that derivatives cannot reach (in ``torch.no_grad``,
@@ -247,9 +246,8 @@ def clean_pass(
     """  # noqa: DOC502 (raised by the checks)
     survey = Survey.of(model) if survey is None else survey
     check_batch(model, inputs, survey.modules)
-    model = survey.model
     # Nothing but other code than torch's layers runs attention.
-    called = thrice or (twice and survey.callers)
+    model, called = survey.model, thrice or (twice and survey.callers)
     operations = functools.partial(pass_kernels, bool(called), thrice, lean)
     there = functools.partial(there_before, model, inputs)
     matrices = ConstantMatrices(() if survey.callers else survey.modules)
@@ -258,14 +256,16 @@ def clean_pass(
         model, unasking(seen.perturb), move_buffers=move_buffers, outlives=outlives,
         survey=survey, copies=True,
     )  # fmt: skip
-    reading = seen.reading(survey.modules) if find_last else contextlib.nullcontext()
+    reading = seen.last.reading(survey.modules) if find_last else _NONE
     with torch.enable_grad(), operations(), placed as calls, reading, matrices:
         if outlives:
             calls.watch = Blocks(operations).look
+        if find_last:
+            calls.look_on(seen.last.see)
         states = [] if calls.absent else random_state(model)
         calls.given = matrices.given
-        options = {"move_buffers": move_buffers, "survey": survey}
-        run = functools.partial(_run, model, inputs, matrices, reduce, around, options)
+        own = {"move_buffers": move_buffers, "survey": survey}
+        run = functools.partial(_run, model, inputs, seen.end, reduce, around, own)
         outputs = seen.run(run, lambda: calls.differentiates)
         if bare and not calls.again:
             calls.rest()  # before anything is asked of a tensor
@@ -276,7 +276,7 @@ def clean_pass(
             seen.unreachable += [site.name for site, _, _ in uses]
         hidden = out_of_sight(survey.others)
         alone = len(uses) == 1 and not hidden and not noisy
-        last = seen.maker(outputs) if find_last and alone else None
+        last = seen.last.weight if alone else None
         seen.close()
         said = drawn, noisy, tuple(seen.unreachable), hidden, seen.later
         masks = [site.mask_shape(h.shape) for site, h, _ in uses]
@@ -289,12 +289,12 @@ def clean_pass(
 def _run(
     model: nn.Module,
     inputs: Any,
-    matrices: ConstantMatrices,
+    end: Callable[[Any], None],
     reduce: Callable[[Any], Any] | None,
     around: contextlib.AbstractContextManager[Any],
     options: Mapping[str, Any],
 ) -> Any:
     with around:
         outputs = call(model, inputs, **options)
-    matrices.end()  # before anybody's loss
+    end(outputs)  # before anybody's loss
     return outputs if reduce is None else reduce(outputs)

@@ -28,8 +28,9 @@ def last_layer_form(
         raise ValueError(
             f"{form.__name__}: expected a single site, an `nn.Dropout` whose output "
             "goes straight into the last `nn.Linear`, which makes all that the model "
-            f"returns, got the sites {[site.name for site, _, _ in clean.uses]}. Use "
-            "'gauss_newton', 'second_order' or 'monte_carlo'."
+            "returns, with no number asked of it on the way (a branch) and no writing "
+            f"on the weight, got the sites {[site.name for site, _, _ in clean.uses]}. "
+            "Use 'gauss_newton', 'second_order' or 'monte_carlo'."
         )
     if loss.kind == "cross_entropy" and clean.outputs.ndim > 2:
         raise ValueError(

@@ -256,10 +256,10 @@ def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
     check_reachable("modified_loss", clean.unreachable)
     if not clean.uses:  # p = 0 everywhere
         return torch.zeros(())
-    if r1 != "second_order":
-        read = read_outputs(clean.outputs, loss, targets)
-        for note in read_beside(read, clean.edges, None, clean.later):
-            warnings.warn(f"modified_loss: R_1: {note}", stacklevel=4)
+    read = read_outputs(clean.outputs, loss, targets)
+    unseen = [] if r1 == "second_order" else clean.edges
+    for note in read_beside(read, unseen, None, clean.later):
+        warnings.warn(f"modified_loss: R_1: {note}", stacklevel=4)
     if r1 in ("gauss_newton", "second_order"):
         return _sampled_form(clean, targets, loss, r1)
     form = last_layer if r1 == "last_layer" else leave_one_out

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
@@ -11,15 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.collectives import every
 from torch_dropout_ir.gradient_factors import address
-from torch_dropout_ir.hooks import after_call
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.regularizers import step_memory
 from torch_dropout_ir.regularizers.checks import check_site
 from torch_dropout_ir.regularizers.coupling import nearly_equal
+from torch_dropout_ir.regularizers.last_weight import LastWeight
 from torch_dropout_ir.regularizers.step_memory import Below
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.substitution import ConstantMatrices
@@ -96,8 +93,6 @@ class Recorder:
         self.below = Below(constants=matrices.sizes)
         self._matrices = matrices
         self.passed: list[_Passed] = []
-        # Outputs of layers that nothing else holds are let go of.
-        self.reads: list[tuple[Tensor, bool, weakref.ref[Tensor], int]] = []
         self.unreachable: list[str] = []
         self.later: list[tuple[Site, torch.Size]] = []
         self._outlives = outlives
@@ -108,8 +103,7 @@ class Recorder:
         # Whether something may write on the inputs or outputs of sites.
         self._writes = outlives or survey.in_place or survey.foreign
         self._settles = not outlives
-        self._first_out: weakref.ref[Tensor] | None = None
-        self._first_version = 0
+        self.last = LastWeight()
         self._open = True
         # By device; what outlives the pass may be given a gradient.
         self.zeros: dict[torch.device, Tensor] = {}
@@ -150,7 +144,7 @@ class Recorder:
         out = (held if first else h) + zero
         edge = _edge(out, zero)
         if first:
-            self._first_out, self._first_version = weakref.ref(out), out._version
+            self.last.begin(out)
         kept, spare = _is_kept(h, first), out if self._writes else None
         if not (self._writes or kept):
             held = out.detach()
@@ -189,52 +183,19 @@ class Recorder:
             outputs = forward()
         return outputs
 
+    def end(self, outputs: Any) -> None:
+        """The model has run: what comes now is the loss, or ours."""
+        self._matrices.end()
+        self.last.end(outputs)
+
     def _clear(self) -> None:
         self.passed.clear()
-        self.reads.clear()
-
-    @contextlib.contextmanager
-    def reading(self, named: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
-        """Record inside which of those linear layers read the first site as it is."""
-        layers = [layer for _, layer in named if type(layer) is nn.Linear]
-        # Before hooks of the model's own, which may make something else of the output.
-        hooks = [after_call(x, self._read, first=True) for x in layers]
-        try:
-            yield
-        finally:
-            for remove in hooks:
-                remove()
-
-    def _read(self, layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
-        if not self._open:
-            return
-        # Identity is not enough: an operation in place leaves the tensor the same.
-        first = self._first_out and self._first_out()
-        direct = bool(args) and first is not None and args[0] is first
-        direct = direct and args[0]._version == self._first_version
-        # As it is in this call, of `torch.func.functional_call` perhaps.
-        own = [x for x in (layer.weight, layer.bias) if x is not None and x.grad_fn]
-        if direct and own and args[0].grad_fn in graph_nodes([x.grad_fn for x in own]):
-            direct = False
-        made = weakref.ref(output)
-        self.reads.append((layer.weight, direct, made, output._version))
+        self.last.clear()
 
     def uses(self) -> list[Use]:
         """Return each use with its input as it was; raise if that is lost."""
         with unasked():
             return [_use(p) for p in self.passed]
-
-    def maker(self, outputs: Any) -> Tensor | None:
-        """Return the weight of what read a site directly and made the outputs."""
-        if not isinstance(outputs, Tensor):
-            return None
-        now = outputs._version
-        made = [
-            weight
-            for weight, direct, output, version in self.reads
-            if direct and output() is outputs and now == version
-        ]
-        return made[0] if len(made) == 1 else None
 
     def close(self) -> None:
         """Let go of what was recorded, lest tensors outlive their use in the graph."""

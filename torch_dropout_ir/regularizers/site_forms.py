@@ -232,14 +232,16 @@ def _standard_errors(
     table = torch.stack([
         torch.stack([_rows(draw, samples, name) for name in names]) for draw in draws
     ])
-    table = torch.cat((table.sum(1, keepdim=True), table), 1)
+    table, kind = torch.cat((table.sum(1, keepdim=True), table), 1), table.dtype
+    # Squares of what float16 just holds are 0 in it.
+    table = table.to(torch.promote_types(kind, torch.float32))
     if num_samples > 1:
         errors = (table.var(0).sum(1) / num_samples).sqrt()
     elif samples > 1:
         errors = samples**0.5 * table[0].std(1)
     else:
         errors = table.new_full((len(names) + 1,), _NAN)
-    whole, *parts = errors.unbind()
+    whole, *parts = errors.to(kind).unbind()
     return whole, dict(zip(names, parts, strict=True))
 
 
