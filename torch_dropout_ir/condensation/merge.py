@@ -143,7 +143,8 @@ def merge_condensed(
     _check(graph, max_change, least_squares, layers)
     new = copy.deepcopy(model).eval()
     report: dict[str, LayerMerge] = {}
-    with preserved_rng(model), at_sites(new, lambda _, h: h):
+    # Passes move copies of buffers; merging replaces the buffers themselves.
+    with preserved_rng(model), at_sites(new, lambda _, h: h, move_buffers=True):
         expected = _finite(_outputs(new, example_inputs))
         change = (0.0, 0.0)
         for name, found in graph.items():
