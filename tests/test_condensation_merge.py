@@ -215,6 +215,30 @@ def test_parts_that_can_be_traced_are_and_tracing_leaves_no_trace():
     assert found["head"].weight is None and "traced" in found["head"].reason
 
 
+class Counting(nn.Module):
+    """Counts its passes in a buffer, which tracing calls it with."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU())
+        self.last = nn.Linear(6, 2)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        h = F.dropout(self.net(x), 0.3, self.training)
+        return self.last(h)
+
+
+def test_what_a_model_counts_in_buffers_stays_and_what_is_merged_is_narrow():
+    net = Counting()
+    condense(net.net[0], 2)
+    merged = cd.merge_condensed(net, torch.randn(9, 4)).model
+    assert len(merged.net[1].running_mean) == merged.net[0].out_features == 3
+    cd.outgoing_weights(net)
+    assert not net.passes and not merged.passes
+
+
 def test_other_threads_go_on_while_a_model_is_traced():
     """Torch puts its tracing in the place of every module's call."""
     net, seen = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), []

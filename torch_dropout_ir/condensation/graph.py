@@ -17,6 +17,7 @@ from torch_dropout_ir.condensation.folding import is_foldable, scale_of
 from torch_dropout_ir.condensation.layers import CONVOLUTIONS, TRANSPOSED, by_group
 from torch_dropout_ir.condensation.passing import Passing, passing
 from torch_dropout_ir.functional import preserved_rng
+from torch_dropout_ir.substitution import unmoved_buffers
 
 _SOURCES = (nn.Linear, *CONVOLUTIONS)
 _CONSUMERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
@@ -92,7 +93,7 @@ def readers(model: nn.Module, *, run_own_code: bool = True) -> dict[str, Outgoin
         unseen += " without running a `forward` that is not torch's"
     found = {name: Outgoing((), False, unseen) for name in names}
     nodes: dict[str, list[tuple[str, fx.Node]]] = {}
-    with preserved_rng(model):
+    with preserved_rng(model), unmoved_buffers(model):
         for prefix, graph in _graphs(_skeleton(model), "", run_own_code):
             for node in graph.nodes:
                 if node.op == "call_module":
