@@ -133,7 +133,7 @@ class RowChunks:
             risk = read.risk(read.tensors)
             return [*torch.autograd.grad(risk, params, materialize_grads=True)]
 
-        rows = torch.arange(2 * self._least)
+        rows = torch.arange(2 * self._least, device="cpu")
         left, size = self._try(0, rows, take), 0.0
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             own = self._try(0, half, take)
