@@ -273,8 +273,20 @@ class Derived(nn.Module):
         elif self.how == "function":
             h = Centred.apply(h)
         elif h.requires_grad:
-            h.register_hook(lambda g: g / g.norm())
+            h.register_hook(HOOKS[self.how])
         return self.out(h)
+
+
+def in_pairs(g):
+    return g + g.view(-1, 2, g.shape[1]).flip(1).view(g.shape) if not len(g) % 2 else g
+
+
+HOOKS = {
+    "hook": lambda g: g / g.norm(),
+    "next": in_pairs,
+    "half a batch": lambda g: g if len(g) % 2 else g + g.roll(len(g) // 2, 0),
+    "mirrored": lambda g: g + g.flip(0),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -471,7 +483,7 @@ def test_roots_by_parts_are_those_of_the_whole_batch(chunked, name, kind, loss):
 
 @pytest.mark.parametrize("below", [True, False])
 @pytest.mark.parametrize("kind", ["L1", "L4"])
-@pytest.mark.parametrize("how", ["straight through", "of all rows", "function", "hook"])
+@pytest.mark.parametrize("how", ["straight through", "of all rows", "function", *HOOKS])
 def test_roots_of_rows_that_meet_in_derivatives_alone(chunked, how, kind, below):
     net, batch = batch_of(lambda: Derived(how), rows())
     if below:

@@ -5,11 +5,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.passes import take_in_parts
 from torch_dropout_ir.inputs import Inputs
+from torch_dropout_ir.jet_derivatives import _roots
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.output_hessian import ALL, HessianRoots
 from torch_dropout_ir.regularizers import (
@@ -19,9 +21,10 @@ from torch_dropout_ir.regularizers import (
     second_order,
 )
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
-from torch_dropout_ir.regularizers.output_rows import rows_of_samples
+from torch_dropout_ir.regularizers.output_rows import chunks, rows_of_samples
 from torch_dropout_ir.regularizers.root_forms import RootForms
 from torch_dropout_ir.regularizers.row_noise import RowNoise
+from torch_dropout_ir.row_powers import _kept, by_powers
 from torch_dropout_ir.softmax_roots import SoftmaxRoots
 
 
@@ -208,6 +211,46 @@ def test_random_numbers_of_rows_are_rows_of_those_of_all(samples):
     for own, all_of_it in zip(found, whole, strict=True):
         rows = rows_of_samples(samples, len(all_of_it) // 12)
         assert torch.equal(own, all_of_it[rows])
+
+
+DRAWS = [
+    torch.bernoulli, torch.randn_like, Tensor.bernoulli_, F.dropout,
+    lambda x: torch.randn(x.shape, device=x.device),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_noise_of_rows_is_drawn_on_the_device_of_the_model(draw):
+    """Rows had numbers on the CPU: no part of a model with noise ran on a GPU."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(4, 3, device="cuda")
+        with RowNoise(torch.tensor([1, 4, 7, 9]), 12):
+            found = draw(x)
+    assert found.shape == (4, 3) and found.device.type == "cuda"
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), torch.inference_mode])
+def test_numbers_of_rows_know_of_no_mode_around_them(mode):
+    """A generator of the CPU's draws nothing for a default device; caches kept modes.
+
+    What was made under inference mode could not be saved for a backward pass later.
+    """
+    root, cpu = torch.ones(7, 2, dtype=torch.float64), torch.device("cpu")
+    _kept.cache_clear()
+    _roots.cache_clear()
+    with mode():
+        by_powers(root)
+        if not torch.is_inference_mode_enabled():
+            assert {rows.device for rows in chunks(40, 3)} == {cpu}
+            assert rows_of_samples(root[:1, 0], 2).tolist() == [2, 3]
+        else:
+            _roots((7, 3), torch.float64, cpu, 3)
+    slope = root.clone().requires_grad_()
+    (by_powers(slope) * by_powers(root)).sum().backward()
+    powers = slope.grad[:, 0].sqrt().log2()
+    assert torch.equal(powers, powers.round()) and len(powers.unique()) == 7
+    roots = _roots((7, 3), torch.float64, cpu, 3)
+    (torch.ones_like(roots).requires_grad_() * roots).sum().backward()
 
 
 class Masked(nn.Module):

@@ -103,6 +103,7 @@ def _sent(node: Any, inputs: list[int], result: int, root: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is saved for backward is none of its tensors
 def _roots(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, count: int
 ) -> Tensor:

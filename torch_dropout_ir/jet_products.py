@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from torch_dropout_ir.jet_derivatives import mapped
 from torch_dropout_ir.jet_kernels import Kind
@@ -73,16 +71,11 @@ def _added_up(
     to: Program, a: int | None, own: list[int], dim: int, device: torch.device
 ) -> int | None:
     n, rest = own[dim], own[dim + 1 :]
-    ones = _triangle(n).to(device).view(n, n, *(1 for _ in rest))
+    ones = torch.ones(n, n, device=device).triu().view(n, n, *(1 for _ in rest))
     left = to.reshaped((*own[: dim + 1], 1, *rest), a)
     sizes = (*own[: dim + 1], n, *rest)
     number = to.add(Kind.TIMES, sizes, left, -1, (ones, ones))
     return to.add(Kind.SUMMED, own, number, dim=1 << dim, alpha=1.0)
-
-
-@functools.lru_cache(maxsize=8)
-def _triangle(n: int) -> Tensor:
-    return torch.ones(n, n).triu()
 
 
 def _log_cumulated(to: Program, node: Any, inputs: list[int]) -> int | None:
@@ -106,7 +99,8 @@ def _multiplied_up(to: Program, node: Any, inputs: list[int]) -> int | None:
     number: int | None = inputs[0]
     by = 1
     while by < n:
-        index = _before(n, by).to(x.device).view(-1, *(1 for _ in own[dim + 1 :]))
+        index = (torch.arange(n, device=x.device) - by).clamp_min_(-1)  # -1 for none
+        index = index.view(-1, *(1 for _ in own[dim + 1 :]))
         index = index.expand(1, *own)
         before = to.add(Kind.GATHERED, own, number, -1, (index,), dim, -1, 1)
         ones = torch.ones_like(x.narrow(dim + 1, 0, by))
@@ -117,12 +111,6 @@ def _multiplied_up(to: Program, node: Any, inputs: list[int]) -> int | None:
         return number
     sizes = node._input_metadata[0].shape[1:]
     return to.add(Kind.CHOSEN, sizes, number, dim=dim, start=n - 1, step=1)
-
-
-@functools.lru_cache(maxsize=64)
-def _before(n: int, by: int) -> Tensor:
-    """Return the place that is so far before each; -1 for none."""
-    return (torch.arange(n) - by).clamp_min_(-1)
 
 
 def _convolved(to: Program, node: Any, inputs: list[int]) -> int | None:

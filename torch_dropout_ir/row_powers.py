@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,17 +24,15 @@ def by_powers(root: Tensor, dims: int = 1, count: int | None = None) -> Tensor:
     rows = root.shape[:dims].numel()
     weights = (_kept if rows <= _HELD else _weights)(rows, count or rows)
     shape = (*root.shape[:dims], *(1,) * (root.ndim - dims))
-    return root * weights.to(root).view(shape)
+    return root * torch.from_numpy(weights).to(root).view(shape)
 
 
-def _weights(rows: int, count: int) -> Tensor:
-    """Return the power of two of each row."""
+def _weights(rows: int, count: int) -> np.ndarray[Any, Any]:
+    """Return the power of two of each row, free of torch's modes and devices."""
     blocks = -(-count // POWERS)
-    generator = torch.Generator().manual_seed(0)
-    order = torch.rand(blocks, POWERS, generator=generator).argsort(1)
-    samples = torch.arange(rows) // (rows // (count or 1))
-    exponents = (order.flatten() - POWERS // 2)[samples]
-    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents)
+    order = np.random.default_rng(0).random((blocks, POWERS)).argsort(1).ravel()
+    samples = np.arange(rows) // (rows // (count or 1))
+    return np.ldexp(1.0, order[samples] - POWERS // 2)
 
 
 _kept = functools.lru_cache(maxsize=8)(_weights)

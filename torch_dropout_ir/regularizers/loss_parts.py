@@ -206,7 +206,7 @@ class LossParts:
         v = uneven(product.at.detach()) - 1.5
         curved = self._of(product(v, keep=False))
         del product  # its graph
-        for half in torch.arange(len(samples)).chunk(2):
+        for half in torch.arange(len(samples), device="cpu").chunk(2):
             at, own = rows_of_samples(half, self._each).to(f.device), samples[half]
             again = HessianProduct(self._loss, f[rows[at]], self._targets_of(own))
             part = self._gradient(f, rows[at], own)

@@ -49,7 +49,8 @@ def count_samples(clean: CleanPass, read: OutputsRead, inputs: Any) -> int:
 
 def chunks(count: int, parts: int, least: int = PAIR) -> Iterator[Tensor]:
     """Yield the numbers of the rows of each chunk: a small one, then ``parts``."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
+    alike = torch.Generator("cpu").manual_seed(_SEED)
+    order = torch.randperm(count, generator=alike, device="cpu")
     first = min(count, max(least, count // _FIRST))
     step = max(least, -(-(count - first) // parts))
     ends = [*range(first, count - least + 1, step), count]
@@ -63,7 +64,8 @@ def rows_of_samples(samples: Tensor, each: int) -> Tensor:
     """Return the numbers of the rows of some samples, which have ``each`` in a row."""
     if each == 1:
         return samples
-    return (samples[:, None] * each + torch.arange(each)).flatten()
+    places = torch.arange(each, device=samples.device)
+    return (samples[:, None] * each + places).flatten()
 
 
 def replace_rows(

@@ -127,16 +127,20 @@ class RowChunks:
         return bool(self._try(0, next(iter(self._samples())), take))
 
     def add_up(self, params: Sequence[Tensor]) -> bool:
-        """Return whether a few rows' gradient is the sum of those of two halves."""
+        """Return whether a few rows' gradient is the sum of those of two parts.
+
+        Parts are in no order, one of an odd number: rows may meet next to each other,
+        or half a batch apart. However they meet in pairs, one pair is parted.
+        """
 
         def take(_: CleanPass, read: OutputsRead, __: Tensor) -> list[Tensor]:
             risk = read.risk(read.tensors)
             return [*torch.autograd.grad(risk, params, materialize_grads=True)]
 
-        rows = torch.arange(2 * self._least)
-        left, size = self._try(0, rows, take), 0.0
-        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-            own = self._try(0, half, take)
+        count = min(6 * self._least, self._count)
+        left, size = self._try(0, torch.arange(count, device="cpu"), take), 0.0
+        for part in chunks(count, 1, (count // 2 - 1) | 1):
+            own = self._try(0, part, take)
             if left is None or own is None:
                 return False
             size += _length(own)

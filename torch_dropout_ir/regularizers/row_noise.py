@@ -64,8 +64,9 @@ class RowNoise(TorchDispatchMode):
         if not isinstance(x, Tensor) or not self._has_rows(x.shape):
             return x
         found = laid_out(x, self._sizes(x.shape))
-        torch.index_select(x, 0, torch.arange(len(found)) % len(x), out=found)
-        return found.index_copy_(0, self._rows(len(x)), x)
+        again = torch.arange(len(found), device=x.device) % len(x)
+        torch.index_select(x, 0, again, out=found)
+        return found.index_copy_(0, self._rows(len(x)).to(x.device), x)
 
     def _part(self, x: Any) -> Any:
         """Return the rows of the samples."""
