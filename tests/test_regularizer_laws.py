@@ -23,6 +23,7 @@ from torch_dropout_ir.regularizers import (
     gradient_norm,
     last_layer,
     leave_one_out,
+    modified_loss,
     monte_carlo,
     second_order,
 )
@@ -968,3 +969,27 @@ def test_class_weights_need_targets():
     loss = nn.CrossEntropyLoss(weight=torch.ones(2))
     with pytest.raises(ValueError, match="class weights"):
         gauss_newton(net, (torch.randn(4, 3), None), loss)
+
+
+BELOW = torch.tensor([-0.1, 2.0, -3.0, 0.5, 1.0]).double()
+
+
+@pytest.mark.parametrize("num_samples", [None, 200])
+@pytest.mark.parametrize("soft", [True, False])
+def test_cross_entropy_that_weighs_below_zero_has_its_form(soft, num_samples):
+    """Its closed form was a root of numbers below zero: not a number, in training."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Dropout(0.1), nn.Linear(6, 5))
+    batch = torch.randn(3, 3).double(), torch.tensor([0, 4, 2])
+    loss = nn.CrossEntropyLoss(None if soft else BELOW)
+    batch = (batch[0], -BELOW.expand(3, -1)) if soft else batch
+    net = net.double()
+    found = gauss_newton(net, batch, loss, num_samples=num_samples)
+    with torch.no_grad():
+        h = net[1](net[0](batch[0]))
+        f, varied = net[3](h), h**2 * 0.1 / 0.9
+    dense = torch.autograd.functional.hessian(lambda f: loss(f, batch[1]), f)
+    w = net[3].weight.detach()
+    expected = torch.einsum("iu,cu,icid,du->", varied, w, dense, w) / 2
+    assert (found.value - expected).abs() <= 5 * found.standard_error + 1e-12
+    assert modified_loss(net, batch, loss, kind="L1", r1="gauss_newton").isfinite()

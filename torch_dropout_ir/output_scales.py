@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -68,6 +69,18 @@ def cross_entropy_scale(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     mass = (1 - smoothing) * weighted + smoothing * weight.mean() * known
     mass = mass.unsqueeze(classes)
     return mass / count if loss.reduction == "mean" else mass
+
+
+def with_root(loss: Loss, targets: Any) -> Loss:
+    """Return a loss, a general one where a cross-entropy may weigh below zero.
+
+    Torch takes such class weights and soft targets; the Hessian then has no real root.
+    """
+    if loss.kind != "cross_entropy":
+        return loss
+    given = [x for x in (loss.option("weight", None), targets) if isinstance(x, Tensor)]
+    below = any([x.is_floating_point() and bool((x < 0).any()) for x in given])
+    return dataclasses.replace(loss, kind="general") if below else loss
 
 
 def is_logistic(loss: Loss) -> bool:

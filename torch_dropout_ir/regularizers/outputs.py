@@ -13,7 +13,12 @@ from torch_dropout_ir.arrivals import once_differentiable, root_of, uneven
 from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import TWICE, HessianProduct, explain
-from torch_dropout_ir.output_scales import alike, closed_diagonal, is_logistic
+from torch_dropout_ir.output_scales import (
+    alike,
+    closed_diagonal,
+    is_logistic,
+    with_root,
+)
 from torch_dropout_ir.regularizers.coupling import even_root
 from torch_dropout_ir.regularizers.loss_graph import bends, joins_rows
 from torch_dropout_ir.row_powers import by_powers, weighs_alike
@@ -132,7 +137,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
         return OutputsRead(
             [outputs],
             lambda x: loss(x[0], targets),
-            loss.at(outputs),
+            with_root(loss.at(outputs), targets),
             targets=targets,
         )
     loss.check_outputs(outputs)
