@@ -15,6 +15,7 @@ Semantics:
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import threading
@@ -147,8 +148,14 @@ def _wait_for_passes(model: nn.Module) -> None:
 def _runs(model: nn.Module) -> bool:
     """Whether another thread is in a pass of a model, and goes on."""
     idle = {threading.get_ident(), *_waiting}
-    now = sys._current_frames().items()
-    return any(_calls(frame, model) for thread, frame in now if thread not in idle)
+    collects = gc.isenabled()
+    gc.disable()  # a finalizer lets other threads go on, whose frames would be gone
+    try:
+        now = sys._current_frames().items()
+        return any(_calls(frame, model) for thread, frame in now if thread not in idle)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def inside(model: nn.Module) -> bool:
