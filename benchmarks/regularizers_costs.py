@@ -117,12 +117,11 @@ def losses(n: int, k: int) -> dict:
     """Losses besides mean squares and cross-entropy, each with its targets.
 
     All but the first seven mix outputs for all that their graphs tell; of those the
-    softplus and the distance have curvature of one sign. Cox's and Dice's couple rows;
-    those behind have an operation whose rule is its own derivatives, or rows by number.
+    softplus and the distance have curvature of one sign. Cox's and Dice's couple rows.
     """
     real, labels = torch.randn(n, k), torch.randint(k, (n,))
     parts, inverse = real.softmax(1), torch.eye(k) + 0.5 / k
-    turns, kept = torch.arange(k) % 2, torch.arange(n) % 3 > 0
+    kept = torch.arange(n) % 3 > 0
     return {
         "Huber": (nn.HuberLoss(), real),
         "Poisson": (nn.PoissonNLLLoss(), real.abs()),
@@ -152,6 +151,15 @@ def losses(n: int, k: int) -> dict:
         "survival": (survival, labels),
         "at risk": (at_risk, real[:, 0]),
         "overlap": (overlap, (real > 0).to(real)),
+        **by_operations(n, k, real, inverse),
+        "some rows": (lambda f, y: F.cross_entropy(f[kept], y[kept]), labels),
+    }  # fmt: skip
+
+
+def by_operations(n: int, k: int, real: torch.Tensor, inverse: torch.Tensor) -> dict:
+    """Those whose operations are asked for derivatives, or made of others."""
+    turns = torch.arange(k) % 2
+    return {
         "determinant": (
             lambda f, _: torch.logdet(f[:, None] * f[:, :, None] + inverse).mean(), real
         ),
@@ -168,7 +176,6 @@ def losses(n: int, k: int) -> dict:
         ),
         "deviation": (lambda f, y: (f - y).std(1).mean(), real),
         "cubes": (lambda f, y: (f - y).norm(3, dim=1).mean(), real),
-        "some rows": (lambda f, y: F.cross_entropy(f[kept], y[kept]), labels),
     }  # fmt: skip
 
 

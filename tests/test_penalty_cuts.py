@@ -7,6 +7,7 @@ from torch import nn
 
 import torch_dropout_ir as tdi
 from tests.test_modified_loss_parts import KINDS, check
+from tests.test_pass_parts import Clamp
 from tests.test_regularizer_memory import peak
 from torch_dropout_ir.regularizers import modified_loss, penalty_cuts
 
@@ -88,16 +89,6 @@ class Replaces(Moves):
     def forward(self, x):
         self.factor = self.factor + 0.1 * x.detach().std()
         return self.body(x * self.factor)
-
-
-class Clamp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g.clamp(-1e-2, 1e-2)
 
 
 class Weighs(torch.autograd.Function):

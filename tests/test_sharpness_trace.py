@@ -546,3 +546,17 @@ def test_bad_input():
             sharpness.trace(matrix)
     with pytest.raises(ValueError, match="expected a symmetric"):
         sharpness.trace(torch.ones(9, 9).triu(), 6, method="xtrace")
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_cross_entropy_that_weighs_below_zero_goes_layer_by_layer(soft):
+    """Roots of its closed form were no numbers."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    below = torch.tensor([1.0, -0.5, 2.0]).double()
+    x, y = torch.randn(9, 4).double(), torch.randint(3, (9,))
+    y = below.expand(9, -1) if soft else y
+    op = sharpness.hessian(net, nn.CrossEntropyLoss(None if soft else below), (x, y))
+    found = sharpness.trace(op, 40, method="layerwise")
+    assert found.method == "exact"
+    torch.testing.assert_close(found.value, op.dense().trace())

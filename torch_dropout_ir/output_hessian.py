@@ -36,6 +36,7 @@ from torch_dropout_ir.output_scales import (
     is_logistic,
     logistic_diagonal,
     squared_scale,
+    with_root,
 )
 from torch_dropout_ir.registration import block_roots, diagonal_roots
 from torch_dropout_ir.root_kernels import (
@@ -257,7 +258,7 @@ def holding(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
         The loss; None where no form by sample holds, or it is not known and a sample
         has more than 256 outputs.
     """
-    v = torch.randn_like(outputs)
+    loss, v = with_root(loss, outputs, targets), torch.randn_like(outputs)
     expected = HessianProduct(loss, outputs, targets)(v)
     tolerance = torch.finfo(outputs.dtype).eps ** 0.5
     for kind in dict.fromkeys((loss.kind, "general")):

@@ -176,7 +176,7 @@ class CleanPass:
         whose first dimension is not the batch, and masks that samples share. Where the
         graph has none but operations known to keep samples apart, or has batch
         normalization in training mode, that tells; else two backward passes: where each
-        sample's outputs weigh another power of two, its derivatives do if its alone.
+        sample's outputs weigh another power of two, so do derivatives of that alone.
         """
         return any(self._couples(x) for x in outputs)
 

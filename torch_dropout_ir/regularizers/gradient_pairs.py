@@ -148,9 +148,7 @@ class GradientPairs:
             links = self._links(batches)
             while passes.next():
                 links = links + self._links(batches)
-        except (
-            Exception
-        ) as err:  # of a model that does not let others see what it saves
+        except Exception as err:  # of a model that lets nobody see what it saves
             failed = err
         self._passes = None
         # Of a model that went another way, by its masks perhaps: at the same ones.
