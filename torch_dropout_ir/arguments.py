@@ -12,16 +12,7 @@ from torch import Tensor, nn
 
 
 def check_module(function: str, model: Any, name: str = "model") -> None:
-    """Raise if what is to be a model is none.
-
-    Raises:
-        TypeError: If it is no module.
-
-    Example:
-        >>> check_module("merge_condensed", 3)
-        Traceback (most recent call last):
-        TypeError: merge_condensed: expected `model` to be an nn.Module, got int
-    """
+    """Raise a TypeError if what is to be a model is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"{function}: expected `{name}` to be an nn.Module, got "
@@ -55,33 +46,14 @@ def check_count(function: str, name: str, value: Any, least: int) -> None:
 
 
 def check_even(function: str, name: str, value: Any) -> None:
-    """Raise if a number of draws cannot be taken in pairs.
-
-    Raises:
-        TypeError: If it is no integer.
-        ValueError: If it is odd, or below 2.
-
-    Example:
-        >>> check_even("gradient_norm", "num_masks", 3)
-        Traceback (most recent call last):
-        ValueError: gradient_norm: expected an even `num_masks`, got 3
-    """  # noqa: DOC502 (`check_count` raises)
+    """Raise if a number of draws cannot be taken in pairs."""
     check_count(function, name, value, 2)
     if value % 2:
         raise ValueError(f"{function}: expected an even `{name}`, got {value}")
 
 
 def check_flag(function: str, name: str, value: Any) -> None:
-    """Raise if what switches something on or off does neither.
-
-    Raises:
-        TypeError: If it is no bool.
-
-    Example:
-        >>> check_flag("gradient_norm", "shared_mask", "no")
-        Traceback (most recent call last):
-        TypeError: gradient_norm: expected `shared_mask` to be True or False, got 'no'
-    """
+    """Raise a TypeError if what switches something on or off is no bool."""
     if not isinstance(value, bool):
         raise TypeError(
             f"{function}: expected `{name}` to be True or False, got {value!r}"
@@ -91,16 +63,7 @@ def check_flag(function: str, name: str, value: Any) -> None:
 def check_choice(
     function: str, name: str, value: Any, choices: tuple[str, ...]
 ) -> None:
-    """Raise if a word is none of those that are known.
-
-    Raises:
-        ValueError: If it is none of them.
-
-    Example:
-        >>> check_choice("networks", "sites", "all", ("last", "everywhere"))
-        Traceback (most recent call last):
-        ValueError: networks: expected `sites` to be 'last' or 'everywhere', got 'all'
-    """
+    """Raise a ValueError if a word is none of those that are known."""
     if not isinstance(value, str) or value not in choices:
         *others, last = map(repr, choices)
         known = f"{', '.join(others)} or {last}"
@@ -120,16 +83,7 @@ def check_real(
 
     A tensor of one element counts as its number; infinity may be in range where
     ``finite`` is False.
-
-    Raises:
-        TypeError: If it is no real number.
-        ValueError: If it is out of range.
-
-    Example:
-        >>> check_real("top_eigenvalues", "tol", -1.0, least=0)
-        Traceback (most recent call last):
-        ValueError: top_eigenvalues: expected a finite `tol` >= 0, got -1.0
-    """
+    """  # noqa: DOC501
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -173,11 +127,7 @@ def check_state(function: str, state: Any, keys: tuple[str, ...]) -> None:
 
 
 def check_operator(function: str, op: Any) -> None:
-    """Refuse what multiplies no tensor.
-
-    Raises:
-        TypeError: If it is an array, or has no ``shape``.
-    """
+    """Raise a TypeError of what multiplies no tensor."""
     array = hasattr(op, "__array__") and not isinstance(op, Tensor)
     if array or not hasattr(op, "shape"):
         raise TypeError(
@@ -187,12 +137,7 @@ def check_operator(function: str, op: Any) -> None:
 
 
 def check_square(function: str, op: Any) -> None:
-    """Refuse matrices that are not square, or not of real numbers; believe operators.
-
-    Raises:
-        ValueError: If a matrix given as such is one of these.
-        TypeError: If it is no operator.
-    """  # noqa: DOC502 (`check_operator` raises)
+    """Refuse matrices not square, or not of real numbers; believe operators."""
     check_operator(function, op)
     if not isinstance(op, Tensor):
         return
@@ -205,12 +150,7 @@ def check_square(function: str, op: Any) -> None:
 
 
 def check_symmetric(function: str, op: Any) -> None:
-    """Refuse what :func:`check_square` refuses, and matrices that are not symmetric.
-
-    Raises:
-        ValueError: If a matrix given as such is one of these.
-        TypeError: If it is no operator.
-    """  # noqa: DOC502 (`check_square` raises the other)
+    """Refuse what :func:`check_square` refuses, and what is not symmetric."""
     check_square(function, op)
     if not isinstance(op, Tensor):
         return

@@ -43,11 +43,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def check_data(model: nn.Module, who: str) -> None:
-    """Refuse a model without data, as one made on the meta device is.
-
-    Raises:
-        ValueError: If a parameter or buffer has none.
-    """
+    """Raise a ValueError if a model has no data, as one made on the meta device."""
     tensors = (*model.named_parameters(), *model.named_buffers())
     empty = [name for name, x in tensors if x.is_meta]
     if empty:
@@ -59,13 +55,7 @@ def check_data(model: nn.Module, who: str) -> None:
 
 
 def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) -> None:
-    """Say clearly what cannot be watched.
-
-    Raises:
-        TypeError: If the whole model is scripted, or sharded by FSDP1.
-        ValueError: If tensors have no data, or the optimizer steps others.
-        RuntimeError: If the model has an analysis already.
-    """
+    """Say clearly what cannot be watched."""
     hooks = watched._forward_pre_hooks.values()
     own = any(isinstance(hook, RootHook) and hook.owner is not None for hook in hooks)
     if own or isinstance(getattr(watched, "_compiled_call_impl", None), CompiledCall):
@@ -127,11 +117,7 @@ def _torchs_own(optimizer: Any) -> Any:
 
 
 def _first_batches(data: Any, model: nn.Module) -> list[Batch]:
-    """Return batches that stay as they are.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """Return batches that stay as they are; raise a ValueError if there are none."""
     with preserved_rng(model):
         batches = fixed_batches(data)
     if not batches:
@@ -143,11 +129,7 @@ def _first_batches(data: Any, model: nn.Module) -> list[Batch]:
 
 
 def _instances(given: Any, what: str, needed: tuple[str, ...]) -> list[Any]:
-    """Return measures or sinks as a list.
-
-    Raises:
-        TypeError: If something else is given.
-    """
+    """Return measures or sinks as a list; raise a TypeError of something else."""
     one = not isinstance(given, Iterable)
     found = [given] if one else list(given)
     for x in found:

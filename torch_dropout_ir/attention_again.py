@@ -124,12 +124,7 @@ class Parted(NamedTuple):
         return Parted(call, self.given + self.made, self.given, tuple(more))
 
     def whole(self, weights: tuple[int, ...], given: Sequence[Tensor]) -> list[Tensor]:
-        """Return the results of all, a part at a time.
-
-        Args:
-            weights: The shape of the weights.
-            given: What it is given.
-        """
+        """Return the results of all, a part at a time, of weights of a shape."""
         samples, queries = weights[0], weights[-2]
         found: list[Tensor] = []
         for part in _parts(weights):

@@ -44,12 +44,7 @@ def as_batches(batches: Any) -> Iterable[Batch]:
 
 
 def fixed_batches(data: Any, most: int = 8) -> list[Batch]:
-    """Return the user's ``data`` read once, as a list; of a loader at most 8 batches.
-
-    Raises:
-        TypeError: If ``data`` is nothing that :func:`as_batches` takes, or its batches
-            are no pairs.
-    """
+    """Return ``data`` read once, as a list; of a loader at most 8 batches."""
     batches = as_batches(data)
     if not isinstance(batches, (list, tuple)):
         batches = list(itertools.islice(batches, most))

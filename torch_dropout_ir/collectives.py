@@ -57,11 +57,7 @@ def most(count: int, of: str) -> int:
 
 
 def go_on(way: Literal["forward", "backward"]) -> None:
-    """Begin a pass of the model, on all ranks that measure together or on none.
-
-    Raises:
-        RuntimeError: If another rank has left.
-    """  # noqa: DOC502 (what asks raises)
+    """Begin a pass of the model, on all ranks that measure together or on none."""
     most(0, way)
 
 

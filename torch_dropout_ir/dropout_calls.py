@@ -59,12 +59,9 @@ _LINEAR: Final = frozenset((
 class DropoutCalls(ModuleCalls):
     """Hands calls of dropout functions over to ``apply(site, h)``.
 
-    Args:
-        callers: The modules that make the calls, by name.
-        apply: Called with the site and what would be dropped; returns what passes on.
-        trains: Whether the pass is a step of training, not a measurement.
-        outlives: Whether its graph is used when the context has ended; then nothing in
-            it may be computed again.
+    That returns what passes on. ``callers`` are the modules that make the calls, by
+    name. In training (``trains``) the pass is no measurement; where its graph
+    ``outlives`` the context, nothing in it may be computed again.
 
     Attributes:
         silenced: Functions of other noise that were switched off.

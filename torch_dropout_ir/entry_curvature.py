@@ -58,18 +58,9 @@ def entry_curvature(
 ) -> EntryCurvature | None:
     """Return the second derivatives of a loss in the entries of which it has terms.
 
-    Args:
-        value: The loss, with its graph, which is kept.
-        at: Where in the graph those entries are.
-        terms: What the graph shows.
-        nodes: Its nodes, each after those it leads to.
-
-    Returns:
-        The derivatives; None where the graph does not tell.
-
-    Raises:
-        RuntimeError: If what the graph has saved was written on since.
-    """  # noqa: DOC502 (torch raises)
+    ``at`` is where those are in its graph, which is kept, and whose ``nodes`` come each
+    after those it leads to. None where the graph does not tell.
+    """
     end, tops = terms.end, [*terms.tops]
     if end is None or not tops:  # only a penalty on parameters bends, or nothing does
         return None
@@ -164,13 +155,7 @@ def _room(made: Any, slopes: Sequence[Tensor | None]) -> Tensor:
 
 
 class _Part:
-    """A node as it would be of some rows alone.
-
-    Args:
-        node: The node.
-        rows: The rows.
-        like: The shape of the entries, of all rows.
-    """
+    """A node as it would be of some rows; ``like`` is the shape of all entries."""
 
     def __init__(self, node: Any, rows: slice, like: Sequence[int]) -> None:
         self._node, self._rows, self._like = node, rows, like
@@ -193,10 +178,8 @@ class _Made(NamedTuple):
 def _jets(end: Any, between: Nodes, rows: slice) -> dict[Any, Jet] | None:
     """Return the derivatives of what nodes make of some rows, None if not told.
 
-    Args:
-        end: The node that makes the entries, each of which has the derivative 1.
-        between: Nodes that lead to it, each after those that they are made of.
-        rows: The rows.
+    The entries that ``end`` makes have the derivative 1; ``between`` lead to it, each
+    after those that they are made of.
     """
     like, kind = end._input_metadata[0].shape, end._input_metadata[0].dtype
     program = Program((rows.stop - rows.start, *like[1:]), math.inf)

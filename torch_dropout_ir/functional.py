@@ -38,11 +38,7 @@ _MODES: Final = threading.Lock()
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of ``model`` that require a gradient, by name.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Return the parameters of ``model`` that require a gradient, one at least."""
     named = uncompiled(model).named_parameters()
     params = {n: x for n, x in named if x.requires_grad}
     if not params:

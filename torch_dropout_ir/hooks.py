@@ -14,11 +14,7 @@ from torch import nn
 
 
 def before_call(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], object]:
-    """Register ``hook(module, args)``, called before all others.
-
-    Returns:
-        What removes it.
-    """
+    """Register ``hook(module, args)`` before all others; return what removes it."""
     hooks: Any = module._forward_pre_hooks
     key = object()
     hooks[key] = hook
@@ -33,16 +29,10 @@ def after_call(
     first: bool = False,
     always: bool = False,
 ) -> Callable[[], object]:
-    """Register ``hook(module, args, output)``.
+    """Return what removes ``hook(module, args, output)``, which it registers.
 
-    Args:
-        module: The module.
-        hook: The hook.
-        first: Whether it is called before all others; else behind those that are there.
-        always: Whether it is called after an error too, with an output of None.
-
-    Returns:
-        What removes it.
+    ``first`` calls it before all others, else it is behind those that are there;
+    ``always`` after an error too, with an output of None.
     """
     hooks: Any = module._forward_hooks
     called: Any = module._forward_hooks_always_called

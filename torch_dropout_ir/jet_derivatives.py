@@ -26,18 +26,9 @@ from torch_dropout_ir.tracing import derivatives, of_each
 def by_derivatives(
     to: Program, node: Any, inputs: list[int], result: int = 0
 ) -> int | None:
-    """Add what a linear node makes; None where rows may meet in it, or it bends.
+    """Return the number of what a linear node makes; None if rows meet, or it bends.
 
     Complex numbers are pairs of real ones, in a last dimension of the row.
-
-    Args:
-        to: The program.
-        node: The node.
-        inputs: Its inputs by number, -1 for constants.
-        result: Which of its results.
-
-    Returns:
-        Its number.
     """
     made, live = node._input_metadata[result], [i for i in inputs if i >= 0]
     own = [to.sizes[i] for i in live]
@@ -72,16 +63,10 @@ def _bends(node: Any, inputs: list[int], sent: Tensor) -> bool:
 
 
 def mapped(to: Program, a: int | None, by: Tensor, sizes: Shape) -> int | None:
-    """Add sums of the entries of a row times numbers.
+    """Return the number of sums of entries of ``a`` times numbers, which it adds.
 
-    Args:
-        to: The program.
-        a: What has those entries, by number.
-        by: The numbers, ``[rows, made, entries]`` or the same of all rows.
-        sizes: The shape of a row of what is made.
-
-    Returns:
-        Its number.
+    Those are ``[rows, made, entries]`` or the same of all rows; a row of what is made
+    has the shape ``sizes``.
     """
     count, width = by.shape[-2:]
     row = to.reshaped((1, width), a)

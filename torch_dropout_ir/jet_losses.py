@@ -15,11 +15,7 @@ Slopes = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _by_slopes(slopes: Slopes) -> Rule:
-    """Return the rule of a loss of single outputs.
-
-    Args:
-        slopes: Its first and second derivatives, given its node, outputs and targets.
-    """
+    """Return the rule of a loss of single outputs, by its two derivatives."""
 
     def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
         own, x, y = to.sizes[inputs[0]], node._saved_self, node._saved_target

@@ -16,13 +16,7 @@ _SINGULAR: Final = 1e8  # a condition number, which loses half of the digits
 
 
 def _joined(to: Program, a: int, saved: Any) -> tuple[Shape, list[int]] | None:
-    """Return a row's shape, and dimensions that are joined in it; None where rows are.
-
-    Args:
-        to: The program.
-        a: What is joined, by number.
-        saved: The dimensions, as a node has saved them.
-    """
+    """Return a row's shape, and dimensions joined in it; None where rows are."""
     if (own := to.sizes[a]) is None:
         return None
     dims = [signed(d, len(own) + 1) - 1 for d in saved or ()]

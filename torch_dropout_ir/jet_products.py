@@ -15,9 +15,8 @@ from torch_dropout_ir.jet_program import Program, Rule
 def _product(first: str, second: str) -> Rule:
     """Return the rule of a product of matrices, to which something may be added.
 
-    Args:
-        first: What its node calls the first matrix, of rows of outputs or one a row.
-        second: The second, a constant or one a row.
+    Its node calls them ``first``, of rows of outputs or one a row, and ``second``, a
+    constant or one a row.
     """
 
     def rule(to: Program, node: Any, inputs: list[int]) -> int | None:

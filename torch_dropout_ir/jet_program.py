@@ -148,14 +148,9 @@ class Program:
         return number
 
     def along(self, a: int, saved: int) -> tuple[Shape, int] | None:
-        """Return the shape of a row of a node, and a dimension of it.
+        """Return the shape of a row of a node, and a dimension of it that was saved.
 
-        Args:
-            a: The node, by number.
-            saved: The dimension of a tensor that has been saved.
-
-        Returns:
-            Both; None of the dimension of the rows themselves, and of a sum over rows.
+        None of the dimension of the rows themselves, and of a sum over rows.
         """
         own = self.sizes[a]
         if own is None:
@@ -168,15 +163,9 @@ class Program:
     ) -> Shape | Literal[False] | None:
         """Return the shape of a row of what is made of entries in the same place.
 
-        Args:
-            node: The node.
-            a: Its first input by number, -1 where that is a constant.
-            b: Its second.
-            sums: Whether it is linear in sums over rows. What bends them couples rows,
-                and their derivatives in one row are those of its own part.
-
-        Returns:
-            The shape; None of a sum, False where rows may meet.
+        None of a sum, False where rows may meet. With ``sums`` it is linear in sums
+        over rows: what bends them couples rows, and their derivatives in one row are
+        those of its own part.
         """
         own = [self.sizes[i] for i in (a, b) if i >= 0]
         shape: Shape = node._input_metadata[0].shape

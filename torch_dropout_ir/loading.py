@@ -24,11 +24,7 @@ _FORMATS: Final = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 
 
 def seed(text: str) -> int:
-    """Return a seed that torch takes; argparse says the name of this function.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is out of range.
-    """
+    """Return a seed that torch takes; argparse says the name of this function."""
     value = int(text)
     if not 0 <= value < 2**64:
         raise argparse.ArgumentTypeError(f"expected 0 to 2^64 - 1, got {text}")
@@ -63,11 +59,7 @@ def load_factory(spec: str, what: str) -> Any:
 
 
 def load_loss(spec: str) -> Any:
-    """Return a loss by its name, ``module:function`` or ``module:LossModule``.
-
-    Raises:
-        ValueError: If there is no such thing.
-    """
+    """Return a loss by its name, ``module:function`` or ``module:LossModule``."""
     if spec in ("mse", "cross_entropy"):
         return spec
     if ":" not in spec:
@@ -80,11 +72,7 @@ def load_loss(spec: str) -> Any:
 
 
 def load_device(name: str) -> torch.device:
-    """Return a device by its name.
-
-    Raises:
-        ValueError: If there is no such device here.
-    """
+    """Return a device by its name; raise a ValueError if there is no such one here."""
     try:
         found = torch.empty(0, device=name)
         found.cpu()  # of the meta device there is no data
@@ -97,12 +85,7 @@ def load_device(name: str) -> torch.device:
 
 
 def _named(spec: str, what: str) -> Any:
-    """Return what ``module:name`` names.
-
-    Raises:
-        ValueError: If ``spec`` has another form, there is no such thing, or importing
-            it fails.
-    """
+    """Return what ``module:name`` names; raise a ValueError if nothing is."""
     name, colon, attribute = spec.partition(":")
     named = all(map(str.isidentifier, f"{name}.{attribute}".split(".")))
     if not (colon and named) or name.endswith(".py"):
@@ -197,11 +180,7 @@ def _prefixes(weights: Iterable[str], tied: list[list[str]]) -> list[str]:
 
 
 def _read(path: Path) -> Any:
-    """Return what is in a file of weights.
-
-    Raises:
-        ValueError: If that cannot be read without running code.
-    """
+    """Return what is in a file of weights; raise if reading it would run code."""
     if path.is_dir():
         found = sorted(x.name for x in path.iterdir() if x.suffix in _FORMATS)
         said = f"; in it are {', '.join(found)}" if found else ""

@@ -116,14 +116,7 @@ class Loss:
     reduction: Literal["mean", "sum"] = "mean"
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the scalar loss.
-
-        Raises:
-            RuntimeError: If a loss that is known by name takes no such tensors, or one
-                takes a derivative in something else than the outputs.
-            TypeError: If the outputs are several where the loss takes one.
-            ValueError: If the result is no scalar, or there are no targets.
-        """  # noqa: DOC502 (`check_outputs` raises)
+        """Return the scalar loss; raise of other tensors than it takes."""
         self.check_outputs(outputs)
         if targets is None and self.kind != "general":
             raise ValueError("expected `targets` for this loss, got None")
@@ -144,11 +137,7 @@ class Loss:
         return value.reshape(()) if value.ndim else value
 
     def check_outputs(self, outputs: Any) -> None:
-        """Raise if a loss of one tensor is given something else.
-
-        Raises:
-            TypeError: If it is.
-        """
+        """Raise a TypeError if a loss of one tensor is given something else."""
         if self.kind != "general" and not isinstance(outputs, Tensor):
             raise TypeError(
                 "expected the model to return one tensor for this loss, got "

@@ -235,9 +235,7 @@ def _inside(func: Any, mode: TorchFunctionMode) -> Callable[..., Any]:
 def unchecked(func: Any, own: dict[str, Any]) -> Callable[..., Any]:
     """Return a Python function of torch's that asks no mode whether to run.
 
-    Args:
-        func: The function.
-        own: What some of its global names mean in it instead.
+    ``own`` is what some of its global names mean in it instead.
     """
     own = {
         "has_torch_function": lambda _: False,

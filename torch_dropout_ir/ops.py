@@ -208,11 +208,7 @@ def _draw_composed(x: Tensor, p: float | Tensor, rng: Tensor) -> tuple[Tensor, T
 
 
 def check_rate(p: float | Tensor, readable: bool) -> float | Tensor:
-    """Return ``p`` checked and as a float, where its value may and can be looked at.
-
-    Raises:
-        ValueError: If it is outside ``[0, 1]`` or NaN, or a tensor with dimensions.
-    """
+    """Return ``p`` checked and as a float, where its value may and can be looked at."""
     if isinstance(p, Tensor):
         if p.ndim:
             raise ValueError(

@@ -133,13 +133,9 @@ class HessianRoots:
         return self._convex or bool(self._signs)
 
     def exact(self, rows: Rows = ALL) -> Iterator[Root]:
-        """Yield ``(s_c, sign_c)`` with ``sum_c sign_c s_c s_c' = H_i`` a sample.
+        """Yield ``(s_c, sign_c)`` with ``sum_c sign_c s_c s_c' = H_i`` of some rows.
 
-        Args:
-            rows: The samples.
-
-        Yields:
-            A tensor shaped as their outputs and a sign, a float or one a sample.
+        A tensor shaped as their outputs and a sign, a float or one a sample.
         """
         f = of_rows(self.like, rows)
         width = f.shape[1:].numel()
@@ -186,11 +182,8 @@ class HessianRoots:
         (:func:`~torch_dropout_ir.softmax_roots.softmax_root`); for squared losses it is
         normal; else a random combination of the eigenvectors of the block.
 
-        Args:
-            rows: The samples.
-
         Returns:
-            A tensor shaped as their outputs with its sign or weight; where blocks are
+            A tensor shaped as the outputs with its sign or weight; where blocks are
             indefinite a second one for their negative part.
         """
         f = of_rows(self.like, rows)
@@ -249,14 +242,8 @@ def _diagonal(
 def holding(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
     """Return the loss with a kind whose closed form is its Hessian, found by a probe.
 
-    Args:
-        loss: The loss.
-        outputs: Network outputs, ``[n, ...]``, without graph.
-        targets: The targets.
-
-    Returns:
-        The loss; None where no form by sample holds, or it is not known and a sample
-        has more than 256 outputs.
+    None where no form by sample holds, or it is not known and a sample has more than
+    256 outputs.
     """
     loss, v = with_root(loss, outputs, targets), torch.randn_like(outputs)
     expected = HessianProduct(loss, outputs, targets)(v)

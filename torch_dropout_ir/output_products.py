@@ -107,11 +107,7 @@ class HessianProduct:
 
     @property
     def gradient(self) -> Tensor:
-        """The gradient of the loss in the outputs, with its graph.
-
-        Raises:
-            ValueError: If that has no derivative.
-        """  # noqa: DOC502 (`_differentiate` raises)
+        """The gradient of the loss in the outputs, with its graph."""
         if self._slope is None:
             self._slope = self._differentiate()
         return self._slope
@@ -130,13 +126,7 @@ class HessianProduct:
         return torch.zeros_like(self.at) if slope is None else slope
 
     def __call__(self, v: Tensor, keep: bool = True) -> Tensor:
-        """Return the product with a tensor shaped as the outputs.
-
-        Where there are no more products, ``keep=False`` lets the graph go.
-
-        Raises:
-            ValueError: If torch has no derivative of the gradient.
-        """  # noqa: DOC502 (`derivative_again` raises)
+        """Return the product with a tensor; ``keep=False`` lets the graph go."""
         graph = self._trained
         found = derivative_again(self.gradient, self.at, v, keep or graph, graph)
         return torch.zeros_like(v) if found is None else found
@@ -160,14 +150,7 @@ def derivative_again(
     keep: bool = True,
     create_graph: bool = False,
 ) -> Tensor | None:
-    """Return the derivative of a gradient along ``v``; None where it has none.
-
-    ``at`` is where the derivative is taken; ``keep`` keeps the graph.
-
-    Raises:
-        RuntimeError: What autograd raises of another kind.
-        ValueError: If torch has no derivative of the gradient.
-    """  # noqa: DOC502 (`explain` raises)
+    """Return the derivative of a gradient along ``v``; None where it has none."""
     if not slope.requires_grad:  # the loss is linear
         return None
     ends: Any = [at]
@@ -180,11 +163,7 @@ def derivative_again(
 
 
 def explain(err: RuntimeError) -> None:
-    """Raise where an error says that torch has no second derivative of a loss.
-
-    Raises:
-        ValueError: If it does.
-    """
+    """Raise a ValueError where an error says that a loss has no second derivative."""
     if "derivative" in str(err) or "differentiate twice" in str(err):
         raise ValueError(TWICE.format(err)) from err
 

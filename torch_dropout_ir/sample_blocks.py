@@ -41,14 +41,7 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(outputs: Tensor, nodes: Nodes) -> Blocks | None:
-    """Return the Hessian of a loss in each sample's outputs, where its graph tells.
-
-    ``nodes`` are those of the graph, each after those it leads to; the outputs
-    ``[n, ...]`` its leaf.
-
-    Raises:
-        RuntimeError: If what the graph has saved was written on since.
-    """
+    """Return the Hessian of a loss in each sample's outputs, where its graph tells."""
     with torch.no_grad():
         try:
             program = program_of(outputs, nodes)

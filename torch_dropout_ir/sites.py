@@ -82,11 +82,7 @@ class Site:
 
     @property
     def variance(self) -> float:
-        """Variance of the noise, ``p / (1 - p)``.
-
-        Raises:
-            ValueError: If the site drops everything.
-        """
+        """Variance of the noise, ``p / (1 - p)``; raises if it drops everything."""
         p = self.p
         if not 0.0 <= p < 1.0:
             raise ValueError(
@@ -202,11 +198,7 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the model inside a wrapper of :func:`torch.compile`, or the model.
-
-    Raises:
-        TypeError: If it is no module, or its code is scripted.
-    """
+    """Return the model inside a wrapper of :func:`torch.compile`, or the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"expected a model that is an nn.Module, got {type(model).__name__}"
@@ -253,11 +245,7 @@ def out_of_sight(named: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
 
 
 def noise_variance(p: float) -> float:
-    """Return ``p / (1 - p)``.
-
-    Raises:
-        ValueError: If ``p`` is outside ``[0, 1)``.
-    """
+    """Return ``p / (1 - p)``; raise a ValueError if ``p`` is outside ``[0, 1)``."""
     if math.isnan(p) or not 0.0 <= p < 1.0:
         raise ValueError(f"expected `p` (probability of dropping) in [0, 1), got {p}")
     return p / (1.0 - p)

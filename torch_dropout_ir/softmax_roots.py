@@ -53,15 +53,8 @@ class SoftmaxRoots:
     derivative is taken for each output. Log-probabilities and a root are all that is
     held, and what makes roots is that of some rows at a time.
 
-    Args:
-        product: The loss that has been run.
-        terms: What its graph tells, of a log-softmax.
-
     Attributes:
         like: The outputs.
-
-    Raises:
-        ValueError: If the loss cannot be differentiated twice.
     """
 
     def __init__(self, product: HessianProduct, terms: Terms) -> None:
@@ -163,12 +156,7 @@ class SoftmaxRoots:
 
 
 class _OneByOne(Sequence[Root]):
-    """Roots that are drawn as they are asked for, so that only one is held.
-
-    Args:
-        draw: Draws a root of the part of a sign.
-        signs: The signs that there are.
-    """
+    """Roots that are drawn as they are asked for, so that only one is held."""
 
     def __init__(self, draw: Callable[[float], Tensor], signs: Sequence[float]) -> None:
         self._draw = draw

@@ -92,11 +92,7 @@ if hasattr(os, "register_at_fork"):  # where there is a fork
 
 
 def alone_with(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Return the context of a change of a model, which no other thread runs meanwhile.
-
-    Raises:
-        RuntimeError: If a pass of another thread does not end.
-    """  # noqa: DOC502 (raised by the wait)
+    """Return the context of a change that no other thread runs a pass in."""
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
     if threading.active_count() == 1:

@@ -67,13 +67,7 @@ def balanced(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def random_like(params: Params, distribution: str = "rademacher") -> dict[str, Tensor]:
-    """Draw independent entries of mean 0 and variance 1, shaped as ``params``.
-
-    They are signs (``"rademacher"``) or ``"normal"``.
-
-    Raises:
-        ValueError: If ``distribution`` is neither of the two.
-    """  # noqa: DOC201, DOC502 (`check_choice` raises)
+    """Draw independent entries of mean 0 and variance 1, shaped as ``params``."""
     known = "rademacher", "normal"
     check_choice("random_like", "distribution", distribution, known)
 

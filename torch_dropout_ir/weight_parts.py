@@ -134,13 +134,7 @@ class WeightParts(TorchFunctionMode):
         self._taken: list[Drawn] = []
 
     def note(self, y: Tensor, h: Tensor, again: Callable[[Tensor], Tensor]) -> None:
-        """Take note of what a site has made of its input, both in rows.
-
-        Args:
-            y: What it returns.
-            h: Its input.
-            again: Makes the one of the other.
-        """
+        """Take note of what a site has made of its input, in rows, and how."""
         if self._remake and h.is_contiguous():
             self._noted(y, h, again)
 

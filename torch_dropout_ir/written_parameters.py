@@ -150,10 +150,7 @@ def unwritten(
     They are given back at the end. No other thread measures inside. ``known`` are those
     that passes write on: it is not asked whether one writes. ``stays`` tells which pass
     is one of training, whose writing stays.
-
-    Raises:
-        RuntimeError: If another thread has written on parameters inside.
-    """  # noqa: DOC502 (raised at the end)
+    """
     looks = known is None and (survey or Survey.of(model)).may_write
     others = known is None and threading.active_count() > 1
     if not (looks or known or others):
@@ -196,11 +193,7 @@ def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
 def _check_still(
     model: nn.Module, before: dict[str, tuple[Tensor, int]], kept: _Kept
 ) -> None:
-    """Refuse what was measured while another thread trained.
-
-    Raises:
-        RuntimeError: If a parameter was written on, and by no pass of ours.
-    """
+    """Refuse what was measured while another thread trained."""
     for name, (x, version) in before.items():
         if x._version != version and x not in kept:
             raise RuntimeError(

@@ -23,14 +23,12 @@ def goes_back(
     kwargs: dict[str, Any],
     model: nn.Module,
 ) -> tuple[str, Any, float, bool] | None:
-    """Return what a call goes back from, where a script may train on that.
+    """Return what a call goes back from, where a script may train on that; else None.
 
-    Returns:
-        ``"backward"``, or ``"grad"`` where the script asks for gradients in parameters
-        of the model without a graph, which it may hand to the optimizer itself; the
-        root; the number that its derivative begins with; and whether another call can
-        follow. None for any other call, and for one that asks for gradients of others
-        alone (``backward(inputs=...)``).
+    That is ``"backward"``, or ``"grad"`` where gradients in parameters of the model are
+    asked for without a graph, which a script may hand to the optimizer itself; the
+    root; the number that its derivative begins with; and whether another call can
+    follow. None is of gradients of others alone (``backward(inputs=...)``), too.
     """
     own = {id(x) for x in model.parameters()}
     if func in _BACKWARD:

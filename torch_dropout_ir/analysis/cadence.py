@@ -31,18 +31,8 @@ class Cadence:
     Where the step's own passes are slower than those at the last look, so are
     measurements.
 
-    Args:
-        every: Optimizer steps between measurements, or ``"auto"``.
-        budget: Share of the whole time that measuring may take, in ``(0, 1)``.
-        names: Names of the measures.
-        passes: About how many forward and backward passes a measurement takes, by
-            name; one that is left out is made at once.
-
     Attributes:
         first: Measures that were not taken yet, and their passes.
-
-    Raises:
-        ValueError: If ``every`` or ``budget`` is out of range.
     """
 
     def __init__(

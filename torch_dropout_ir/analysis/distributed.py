@@ -106,11 +106,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Do what is inside on all ranks or on none: where one raises, all do.
-
-        Raises:
-            RuntimeError: If another rank has raised.
-        """  # noqa: DOC502 (raised by the round)
+        """Do what is inside on all ranks or on none: where one raises, all do."""
         try:
             yield
             self._meet("end")
@@ -123,11 +119,7 @@ class Ranks:
             self._left = False
 
     def wait_for_all(self, call: str) -> None:
-        """Wait until all ranks have made this ``call``.
-
-        Raises:
-            RuntimeError: If one has not after five minutes.
-        """
+        """Wait until all ranks have made this ``call``; raise after five minutes."""
         if self.size == 1:
             return
         meeting = Meeting(self.group, "all")
@@ -140,11 +132,7 @@ class Ranks:
             )
 
     def check_alike(self, call: str, setting: str) -> None:
-        """Refuse a ``setting`` that would part the ranks' ways.
-
-        Raises:
-            ValueError: If ranks came with different ones.
-        """
+        """Raise a ValueError if ranks came with different values of a ``setting``."""
         least, most = self._meet("setting", _hash(setting))
         if least != most:
             raise ValueError(
@@ -153,11 +141,7 @@ class Ranks:
             )
 
     def check_shards(self, model: nn.Module) -> None:
-        """Refuse a model whose shards other processes hold, who are not asked for them.
-
-        Raises:
-            RuntimeError: If it is one.
-        """
+        """Refuse a model whose shards others hold, who are not asked for them."""
         shards: list[Any] = [x for x in model.parameters() if is_sharded(x)]
         if self.size == 1 and any(x.device_mesh.size() > 1 for x in shards):
             raise RuntimeError(
@@ -231,14 +215,8 @@ class Ranks:
         .. math:: \sum_r w_r x_r, \qquad \sum_r w_r^2 v_r, \qquad
             w_r = n_r / \sum_s n_s
 
-        Args:
-            weight: Number of terms :math:`n_r` that this rank's means are over; None
-                where they are sums: then all :math:`w_r` are 1.
-            means: Means over this rank's batch.
-            variances: Variances of such, independent between ranks.
-
-        Returns:
-            Both, of the joined batch.
+        ``weight`` is the number of terms :math:`n_r` that this rank's means are over;
+        None where they are sums: then all :math:`w_r` are 1.
         """
         given = dict(variances or {})
         if self.size == 1:

@@ -119,13 +119,11 @@ class FollowedLoss:
         self.keywords = options  # where those of a functools.partial are
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        """Evaluate the loss of other outputs.
+        """Return the loss of other outputs; of several passes they are a tuple.
 
-        Args:
-            outputs: What the model returned; of several passes a tuple.
-            targets: The tensor that the script read beside the outputs; a tuple where
-                these are several or none.
-        """  # noqa: DOC201
+        ``targets`` is the tensor that the script read beside them; a tuple where these
+        are several or none.
+        """
         results: dict[int, Any] = {}
         each = outputs if len(self.passes) > 1 else (outputs,)
         leaves = (flatten(x)[0] for x in each)

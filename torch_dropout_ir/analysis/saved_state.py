@@ -12,11 +12,7 @@ _SAVED: Final = ("step", "history", "statistics", "cadence")
 
 
 def check_state(state: Any) -> None:
-    """Raise unless ``state`` is what :meth:`Analysis.state_dict` returns.
-
-    Raises:
-        ValueError: If it is something else.
-    """
+    """Raise a ValueError unless it is what :meth:`Analysis.state_dict` returns."""
     if isinstance(state, dict) and all(name in state for name in _SAVED):
         return
     got = f"keys {sorted(map(str, state))[:4]}" if isinstance(state, dict) else state

@@ -113,11 +113,7 @@ def effective_neurons(
 
 
 def check_cover(function: str, threshold: float, min_amplitude: float) -> None:
-    """Raise if a threshold or a share is none.
-
-    Raises:
-        ValueError: If one is out of range.
-    """
+    """Raise a ValueError if a threshold or a share is out of range."""
     named = (("threshold", threshold, -1), ("min_amplitude", min_amplitude, 0))
     for name, value, least in named:
         check_real(function, name, value, least=least)

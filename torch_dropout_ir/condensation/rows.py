@@ -100,11 +100,7 @@ def check_real(weights: Weights) -> None:
 
 
 def check_rows(function: str, *given: Weights) -> None:
-    """Raise unless weights are matrices.
-
-    Raises:
-        ValueError: If one is none.
-    """
+    """Raise a ValueError unless weights are matrices."""
     for weights in given:
         known = isinstance(weights, (Tensor, Rows))
         if known and len(weights.shape) == 2:
@@ -170,9 +166,6 @@ class UnitRows:
 
     Where they are many nothing of their size is made: products are taken of the weights
     as they are, and blocks of rows are copied and scaled where only some count.
-
-    Args:
-        weights: Rows, ``[m, d]``.
 
     Attributes:
         shape: ``(m, d)``.

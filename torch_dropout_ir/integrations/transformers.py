@@ -24,11 +24,7 @@ _FILE = "torch_dropout_ir.pt"
 
 
 def models_own_loss(outputs: Any, targets: Any) -> Tensor:
-    """Return the loss that the model computes of the ``labels`` it is called with.
-
-    Raises:
-        ValueError: If it computes none.
-    """
+    """Return the loss that the model computes of the ``labels`` it is called with."""
     del targets  # the model has them
     named = isinstance(outputs, dict)
     loss: Tensor | None = (

@@ -26,17 +26,11 @@ def sum_by_rows(
 ) -> Tensor:
     """Return the sum of ``form`` over blocks of rows.
 
+    It is a function of blocks of ``rows``, of ``elements`` at most, and of ``others``
+    with as many rows, and of ``whole`` as it is, to a scalar or a tensor of one shape.
     Where a gradient will be asked for, a block is computed again in the backward pass
     rather than kept. Where a ``torch.func`` transform or a compiler looks on, all rows
     are one block.
-
-    Args:
-        form: Function of blocks of ``rows`` and ``others``, and of ``whole``, to a
-            scalar or a tensor of the same shape for all blocks.
-        elements: Elements of ``rows`` that a block may have.
-        rows: ``[N, D]``.
-        others: Tensors with ``N`` rows.
-        whole: Tensors that each block reads as they are.
     """
     count = max(1, elements // max(1, rows.shape[1]))
     if rows.shape[0] <= count or not tracing.eager():

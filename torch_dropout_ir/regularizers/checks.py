@@ -64,13 +64,7 @@ def check_batch(
     inputs: Any,
     modules: Iterable[tuple[str, nn.Module]] | None = None,
 ) -> None:
-    """Raise if a batch has no sample, or values or derivatives are out of reach.
-
-    Raises:
-        ValueError: If a tensor among the inputs has no element in its first dimension,
-            or something is on the meta device.
-        RuntimeError: Under ``torch.inference_mode``.
-    """
+    """Raise if a batch has no sample, or values or derivatives are out of reach."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "expected autograd to be at hand, got torch.inference_mode, whose tensors "
@@ -199,13 +193,9 @@ def noise_left_out(
 ) -> tuple[str, ...]:
     """Return what is to be said of noise that an estimate does not hold.
 
-    Args:
-        model: The model.
-        noisy: Whether a pass drew random numbers, or had noise switched off in it.
-        met: Whether a site acted in a pass.
-        known: What :func:`unobservable` says of the model, where it has been asked.
-        drawn: Whether a pass drew random numbers.
-        cut: The sites that drop everything.
+    A pass was ``noisy`` if it has ``drawn`` random numbers, or noise was switched off
+    in it; sites were ``met``, or ``cut`` if they drop everything. ``known`` is what
+    :func:`unobservable` says of the model, where it has been asked.
     """
     known = unobservable(model) if known is None else known
     said = [f"`{name}` is not in it: {why}" for name, why in known.items()]

@@ -239,11 +239,7 @@ def clean_pass(
 
     Yields:
         The pass.
-
-    Raises:
-        TypeError: If a site's input is not real.
-        ValueError: If the batch is empty.
-    """  # noqa: DOC502 (raised by the checks)
+    """
     survey = Survey.of(model) if survey is None else survey
     check_batch(model, inputs, survey.modules)
     # Nothing but other code than torch's layers runs attention.

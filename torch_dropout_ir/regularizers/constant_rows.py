@@ -21,16 +21,10 @@ _RESULTS: Final = {f"_raw_saved_{name}" for name in ("result", "out", "output")}
 
 
 def constant_rows(graph: Graph, constants: Mapping[int, int]) -> dict[Any, Rows]:
-    """Return what nodes would have saved, were no matrix constant.
+    """Return the rows of products with constant matrices that nodes would have saved.
 
     A bound from below: what might be held for something else too is not counted.
-
-    Args:
-        graph: The graph.
-        constants: Bytes of the matrices, by storage.
-
-    Returns:
-        The rows of each product with one of them.
+    ``constants`` are bytes of the matrices, by storage.
     """
     if not constants:
         return {}

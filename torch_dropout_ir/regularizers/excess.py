@@ -48,14 +48,7 @@ _BITS: Final = 2**18
 
 
 class ExcessRisk:
-    """Draws of ``R_drop - R_S`` on one batch.
-
-    Args:
-        model: The model; left as it is.
-        batch: ``(inputs, targets)``.
-        loss: The loss.
-        slopes: The linear parts of :func:`linear_parts`; None takes them itself.
-    """
+    """Draws of ``R_drop - R_S`` on one batch; ``slopes`` are :func:`linear_parts`."""
 
     def __init__(
         self,

@@ -158,15 +158,11 @@ class Graph:
     def step_back(
         self, goes: set[Any], masks: Mapping[Any, int], rows: Mapping[Any, Rows]
     ) -> tuple[int, int, int]:
-        """Follow a pass back of a training step, in which goes what has been used.
+        """Return what a training step's pass back holds: at first, at most, leaves.
 
-        Args:
-            goes: The nodes whose gradients are taken.
-            masks: Bytes of the masks of sites.
-            rows: What nodes would have saved for derivatives in constants.
-
-        Returns:
-            What is held when it begins, the most that is, and gradients of leaves.
+        In it goes what has been used. Gradients of the nodes ``goes`` are taken;
+        ``masks`` are bytes of those of sites, ``rows`` what nodes would have saved for
+        derivatives in constants.
         """
         kept = {n: dict(self.saved.get(n, ())) for n in self.nodes if n in goes}
         for i, (node, size) in enumerate(masks.items()):

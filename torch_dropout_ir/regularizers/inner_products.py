@@ -23,15 +23,8 @@ def compared(
 ) -> Tensor:
     r"""Return what two gradients of one parameter say, some rows at a time.
 
-    Args:
-        a: The first gradient; None for zero.
-        b: The second.
-        like: The parameter.
-        entries: About how many entries are made at a time.
-
-    Returns:
-        :math:`\lVert a \rVert^2`, :math:`\lVert b \rVert^2`, :math:`\langle a, b
-        \rangle` and :math:`\lVert a - b \rVert^2`.
+    That is :math:`\lVert a \rVert^2`, :math:`\lVert b \rVert^2`, :math:`\langle a, b
+    \rangle` and :math:`\lVert a - b \rVert^2`; None is zero.
     """
     wide = wide_dtype(like)
     total = torch.zeros(4, dtype=wide.to_real(), device=like.device)

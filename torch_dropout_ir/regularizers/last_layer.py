@@ -115,12 +115,7 @@ def last_layer(
 def check_layer(
     name: str, features: Tensor, weight: Tensor, outputs: Tensor | None
 ) -> None:
-    """Raise if a layer's features, weight and outputs are none, or do not fit.
-
-    Raises:
-        TypeError: If one is no real tensor, or they are of several dtypes.
-        ValueError: If their shapes disagree, or there is no sample or output.
-    """
+    """Raise if a layer's features, weight and outputs are none, or do not fit."""
     given = {"features": features, "weight": weight, "outputs": outputs}
     for argument, x in given.items():
         real = isinstance(x, Tensor) and x.is_floating_point()
@@ -169,11 +164,7 @@ def _check_targets(shape: torch.Size, targets: Any) -> None:
 
 
 def check_rows(read: OutputsRead) -> None:
-    """Raise if the loss is no sum (or mean) of terms of one row of the outputs each.
-
-    Raises:
-        ValueError: If it couples rows.
-    """
+    """Raise unless the loss is a sum (or mean) of terms of one row each."""
     if read.couples(read.tensors[0].ndim - 1):
         raise ValueError(ROWS_MEET)
 

@@ -165,11 +165,7 @@ def _general_form(
 
 @torch.no_grad()
 def _check_rows_apart(loss: Loss, a: Tensor, b: Tensor, targets: Any) -> None:
-    """Raise where rows meet between two outputs, as in a hinge that is not met at one.
-
-    Raises:
-        ValueError: If exchanging rows changes the sum of their losses.
-    """
+    """Raise where rows meet between two outputs, as in a hinge not met at one."""
     rows = torch.arange(a.shape[:-1].numel(), device=a.device)
     plain = loss(a, targets) + loss(b, targets)
     for digit in range(max(1, (len(rows) - 1).bit_length())):  # one of two rows each

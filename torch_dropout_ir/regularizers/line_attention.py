@@ -22,15 +22,7 @@ from torch_dropout_ir.regularizers.line_slabs import of_softmax
 def along_queries(
     attention: Attention, line_of: Callable[[Tensor], Line]
 ) -> tuple[list[Tensor], list[Line]]:
-    """Run attention.
-
-    Args:
-        attention: The attention.
-        line_of: Returns how a tensor moves.
-
-    Returns:
-        What it returns, and how that moves.
-    """
+    """Return what attention makes of what it is given, and how that moves."""
     lines = [(x, line_of(x)) for x in attention.given]
     given = [*attention.given, *(_order(*line, k) for k in range(2) for line in lines)]
 

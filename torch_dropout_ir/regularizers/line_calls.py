@@ -41,21 +41,11 @@ class Call:
     """A call of an operation whose derivatives are to be taken when it is over.
 
     It holds the values of what it was given, not the tensors: when those are gone,
-    nobody else reads their derivatives, and they may be written on.
-
-    Args:
-        func: The operation.
-        args: Its arguments.
-        kwargs: Those by keyword.
-        line_of: Returns how a tensor moves.
-        over: A tensor that the operation writes on.
-        wanted: Whether first and second derivatives are asked for.
+    nobody else reads their derivatives, and they may be written on. ``over`` is a
+    tensor that the operation writes on; ``wanted`` says whether first and second
+    derivatives are asked for.
 
     Attributes:
-        func: As given.
-        args: The values of what it was given.
-        kwargs: Those by keyword.
-        wanted: As given.
         written: Whether the operation has still to write its result.
     """
 
@@ -106,14 +96,9 @@ class Call:
         return sorted({i for mover in self._movers.values() for i in mover.places})
 
     def take(self, i: int, value: bool = False) -> tuple[list[Tensor | None], bool]:
-        """Give away the line of an argument, and its value unless that is needed.
+        """Return the line of an argument, given away, and whether nobody else reads it.
 
-        Args:
-            i: The number of the argument.
-            value: Whether its value is needed.
-
-        Returns:
-            First and second derivative, and whether nobody else reads them.
+        Its value goes too, unless that is needed.
         """
         x = self.args[i]
         mover = self._movers.get(id(x))
@@ -135,15 +120,9 @@ class Call:
 
 
 def each(call: Call, i: int, function: Callable[[Tensor], Any]) -> list[Line]:
-    """Do the same to both derivatives, the first of which goes when that is done.
+    """Return the lines of what a function makes of the derivatives of an argument.
 
-    Args:
-        call: The call.
-        i: The number of the argument whose they are.
-        function: What is done.
-
-    Returns:
-        The line of each tensor that it returns.
+    The first of them goes when that is done.
     """
     orders, _ = call.take(i)
     found = []
@@ -159,9 +138,7 @@ def each(call: Call, i: int, function: Callable[[Tensor], Any]) -> list[Line]:
 def room(u: Tensor, alone: bool) -> Tensor:
     """Return where to write what is like a derivative: on it, if nobody else reads it.
 
-    Args:
-        u: The derivative.
-        alone: Whether nobody reads it as such; as part of another somebody may.
+    ``alone`` says that nobody does as such; as part of another somebody may.
     """
     return u if alone and not shared(u) and dense(u) else torch.empty_like(u)
 
@@ -193,14 +170,7 @@ def can_move(x: Tensor) -> bool:
 
 
 def out_of_place(func: Any) -> Any:
-    """Return the operation that another does in place.
-
-    Args:
-        func: The operation.
-
-    Raises:
-        NoRuleError: If there is no such operation.
-    """
+    """Return the operation that another does in place; raise if there is none."""
     name = func.overloadpacket.__name__
     plain = getattr(aten, name.removesuffix("_"), None)
     instead = getattr(plain, func._overloadname, None)
@@ -210,11 +180,7 @@ def out_of_place(func: Any) -> Any:
 
 
 def in_place(func: Any) -> Any:
-    """Return the operation that does in place what another does; None if none pays.
-
-    Args:
-        func: The operation.
-    """
+    """Return the operation that does in place what another does; None if none pays."""
     if func.is_view or func.namespace != "aten" or func.overloadpacket is aten.div:
         return None
     written = getattr(aten, f"{func.overloadpacket.__name__}_", None)

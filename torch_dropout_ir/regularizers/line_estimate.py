@@ -35,16 +35,7 @@ class AlongLine(NamedTuple):
     def of(
         cls, model: nn.Module, clean: CleanPass, read: OutputsRead
     ) -> AlongLine | None:
-        """Record the loss.
-
-        Args:
-            model: The model.
-            clean: The pass.
-            read: What the loss reads of it.
-
-        Returns:
-            What there is; None where lines do not go through the loss.
-        """
+        """Record the loss of a pass; None where lines do not go through it."""
         tape = LossTape.of(read)
         if not every(tape is not None, "tape") or tape is None:
             return None
@@ -62,16 +53,8 @@ class AlongLine(NamedTuple):
     ) -> Estimate | None:
         """Return the estimate, of all rows at once, which meet in the loss.
 
-        Args:
-            model: The model.
-            batch: The batch.
-            loss: The loss.
-            num_samples: Draws of signs; None for the exact sum.
-            linear: Whether to leave out the curvature of the network.
-
-        Returns:
-            The estimate; None where derivatives do not go through an operation, and
-            where all are zero: a graph may tell why.
+        ``linear`` leaves out the curvature of the network. None where derivatives do
+        not go through an operation, and where all are zero: a graph may tell why.
         """
         draws = draws_along(
             model, batch, loss, self.uses, num_samples, self.tape, linear

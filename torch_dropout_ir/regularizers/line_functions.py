@@ -29,11 +29,7 @@ _MOVING: Final[dict[int, Moving]] = {}  # by thread
 
 
 class Wholes(TorchFunctionMode):
-    """Takes recurrent layers step by step, attention some queries at a time.
-
-    Args:
-        moving: What carries the lines.
-    """
+    """Takes recurrent layers step by step, attention some queries at a time."""
 
     def __init__(self, moving: Moving) -> None:
         super().__init__()
@@ -77,11 +73,7 @@ def _but(given: Any, some: Sequence[Tensor]) -> list[Tensor]:
 
 @contextlib.contextmanager
 def whole_functions(moving: Moving) -> Iterator[None]:
-    """Let lines go through such functions as a whole inside the context.
-
-    Args:
-        moving: What carries the lines.
-    """
+    """Let lines go through such functions as a whole inside the context."""
     here = threading.get_ident()
     with _LOCK:
         _MOVING[here] = moving

@@ -63,16 +63,7 @@ def outside(run: Callable[[], T], x: Tensor) -> T:
 def along(
     function: Callable[..., Any], leaves: Sequence[Any], lines: Sequence[Line]
 ) -> tuple[Any, list[Line]]:
-    """Return what a function makes of what moves, and the line of each tensor of it.
-
-    Args:
-        function: The function.
-        leaves: What it is given.
-        lines: The line of each of these.
-
-    Raises:
-        NoRuleError: If its derivative is not linear in that of what follows.
-    """  # noqa: DOC502 (raised by what is called)
+    """Return what a function makes of what moves, and the line of each tensor of it."""
     live = [i for i, line in enumerate(lines) if any([u is not None for u in line])]
     at = {i: leaves[i].detach().requires_grad_() for i in live}
     value = function(*[at.get(i, x) for i, x in enumerate(leaves)])
@@ -89,14 +80,7 @@ def along(
 def _derivatives(
     ends: list[Tensor], heads: list[Tensor], at: list[Tensor], roots: list[Line]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Return first and second derivatives of some results.
-
-    Args:
-        ends: The results.
-        heads: What stands for their derivatives.
-        at: What they were made of.
-        roots: How that moves.
-    """
+    """Return first and second derivatives of results, linear in their heads."""
     slopes = _gradients(ends, heads, at)
     moved = [(g, u) for g, (u, _) in zip(slopes, roots, strict=True)]
     bent = [(g, w) for g, (_, w) in zip(slopes, roots, strict=True)]

@@ -111,14 +111,11 @@ def reduced(call: Call, moving: list[int], value: Any) -> list[Line] | None:
 
 
 def distances(call: Call, _: list[int], value: Tensor) -> list[Line] | None:
-    r"""Take distances between the rows of two tensors, by products of these.
+    r"""Return the line of distances between rows; None where one is zero.
 
     Of :math:`d^2 = \lVert x - y \rVert^2` the derivatives are :math:`\dot d d = \langle
     x - y, \dot x - \dot y \rangle` and :math:`\ddot d d = \lVert \dot x - \dot y
     \rVert^2 + \langle x - y, \ddot x - \ddot y \rangle - \dot d^2`.
-
-    Returns:
-        The line of them; None where one is zero.
     """
     x, y = call.args
     if not bool(value.all()):

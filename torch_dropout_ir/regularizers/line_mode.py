@@ -73,9 +73,6 @@ class Moving(TorchDispatchMode):
     its caller holds what it was given, whose derivatives theirs may then replace. Where
     they cannot be taken, nothing that follows is known, should the model go on.
 
-    Args:
-        wanted: Whether first and second derivatives are asked for.
-
     Attributes:
         constants: The mode that knows what does not move.
         wanted: As given; of each operation it may be another.

@@ -50,14 +50,7 @@ class LossTape(NamedTuple):
 
     @classmethod
     def of(cls, read: OutputsRead) -> LossTape | None:
-        """Run a loss and record it.
-
-        Args:
-            read: What it reads of the outputs.
-
-        Returns:
-            The record; None where lines do not go through it.
-        """
+        """Run a loss and record it; None where lines do not go through it."""
         try:
             return cls(Tape(read.risk, read.tensors), read.places)
         except (RuntimeError, ValueError, TypeError):  # ours, torch's and the loss's
@@ -78,26 +71,12 @@ def curvature_along(
 
     .. math:: \frac{d^2}{dt^2} R_S(h + t v) = v^\top A v
 
-    with :math:`v = \sqrt{p / (1 - p)}\, z \circ h`. Three values of each activation at
-    hand take the place of a graph: its own and its derivatives. Linearized, it is
-    :math:`v^\top J^\top H J v`: second derivatives begin at the loss.
-
-    Args:
-        model: The model.
-        batch: The batch.
-        loss: The loss.
-        uses: Each use of a site: the site, a tensor like its input, and its shape.
-        use: The number of that which moves.
-        noise: Makes :math:`z`, shaped as the mask, to multiply ``h``.
-        tape: The loss as it ran; None to take its derivatives by a graph.
-        linear: Whether to leave out the curvature of the network.
-
-    Returns:
-        Scalar; None where the outputs do not depend on the use.
-
-    Raises:
-        NoRuleError: If derivatives do not go through an operation.
-    """  # noqa: DOC502 (the mode raises)
+    with :math:`v = \sqrt{p / (1 - p)}\, z \circ h`, of which ``noise`` makes :math:`z`,
+    shaped as the mask. Three values of each activation at hand take the place of a
+    graph: its own and its derivatives. ``linear``, it is :math:`v^\top J^\top H J v`:
+    second derivatives begin at the loss. ``tape`` is the loss as it ran; None takes its
+    derivatives by a graph. None where the outputs do not depend on the use.
+    """
     outputs, moving = _moved(model, batch, uses, use, noise, linear)
     if tape is None:
         read = read_outputs(outputs, loss, batch[1])
@@ -162,18 +141,10 @@ def draws_along(
 ) -> list[list[Form]] | None:
     """Return draws of the second-order forms, a pass a use: of one, or of an element.
 
-    Args:
-        model: The model.
-        batch: The batch, whose samples meet.
-        loss: The loss.
-        uses: Each use of a site: the site, a tensor like its input, and its shape.
-        num_samples: Draws of signs; None for the exact sum, as a single draw.
-        tape: The loss as it ran; None to take its derivatives by a graph, as where
-            lines do not go through it after all.
-        linear: Whether to leave out the curvature of the network.
-
-    Returns:
-        The draws; None where derivatives do not go through an operation.
+    The exact sum is a single draw. ``tape`` is the loss as it ran; None takes its
+    derivatives by a graph, as where lines do not go through it after all. ``linear``
+    leaves out the curvature of the network. None where derivatives do not go through an
+    operation.
     """
 
     def forms(noise: Iterable[tuple[int, Noise]]) -> list[Form]:

@@ -26,12 +26,9 @@ _MORE: Final = {aten.mm: "addmm_", aten.bmm: "baddbmm_"}
 
 
 def product(i: int, j: int, *added: int) -> Rule:
-    """Return the rule of what is linear in each of two arguments, where both move.
+    """Return the rule of what is linear in arguments ``i`` and ``j``, where both move.
 
-    Args:
-        i: The number of one.
-        j: That of the other.
-        added: That of what is added, which does not move.
+    Those that are ``added`` do not.
     """
 
     def rule(call: Call, moving: list[int], _: Any) -> list[Line] | None:
@@ -57,13 +54,9 @@ def of_product(
     times: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
     more: str | None = None,
 ) -> Line:
-    """Return the line of a product of two that move.
+    """Return the line of a product of two that move, each given with its line.
 
-    Args:
-        left: One of them, and its line.
-        right: The other.
-        times: Multiplies.
-        more: The name of what adds a product to what is there, if anything does.
+    ``more`` names what adds a product to what is there, if anything does.
     """
     (x, a), (y, b) = left, right
 

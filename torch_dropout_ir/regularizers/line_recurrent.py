@@ -24,15 +24,9 @@ Cell = Callable[[Tensor, Sequence[Tensor], Sequence["Tensor | None"]], list[Tens
 def along_steps(
     name: str, args: Sequence[Any], line_of: Callable[[Tensor], Line]
 ) -> tuple[list[Tensor], list[Line]]:
-    """Run recurrent layers, without dropout between them.
+    """Return what recurrent layers make, without dropout between, and how that moves.
 
-    Args:
-        name: The name of torch's function.
-        args: What that is given, parameters that do not move among them.
-        line_of: Returns how a tensor moves.
-
-    Returns:
-        What it returns, the new state one after the other, and how that moves.
+    ``args`` are those of torch's function ``name``, with parameters that do not move.
     """
     x, *rest = args
     packed = isinstance(rest[0], Tensor) and not rest[0].is_floating_point()

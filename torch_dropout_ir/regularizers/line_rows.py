@@ -26,16 +26,7 @@ Function: TypeAlias = "Callable[..., Any]"
 def along_rows(
     function: Function, leaves: Sequence[Any], lines: Sequence[Line]
 ) -> tuple[Any, list[Line]]:
-    """Do what :func:`along` does, from a graph of some rows at a time where that is it.
-
-    Args:
-        function: The function.
-        leaves: What it is given.
-        lines: The line of each of these.
-
-    Returns:
-        What it makes of all, in its last call, and the line of each tensor of that.
-    """
+    """Do what :func:`along` does, of some rows at a time where that is it."""
     rows, size = _rows_of(leaves, lines)
     found = None
     with contextlib.suppress(Exception):  # of other rows: of all it raises once more

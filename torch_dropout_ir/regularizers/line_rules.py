@@ -54,18 +54,7 @@ from torch_dropout_ir.sharpness.normalization import normalized_along
 
 
 def through(call: Call, value: Any) -> list[Line]:
-    """Take derivatives through an operation that has run.
-
-    Args:
-        call: The call.
-        value: What it returned.
-
-    Returns:
-        The line of each tensor of that.
-
-    Raises:
-        NoRuleError: If they are not known.
-    """  # noqa: DOC502 (a graph of it may be none)
+    """Return the lines of what an operation made; raise if they are not known."""
     moving, packet = call.moving(), call.func.overloadpacket
     if packet in _CONSTANT or not any([can_move(x) for x in tensors(value)]):
         found: list[Line] | None = [STILL] * len(tensors(value))
@@ -82,16 +71,7 @@ def through(call: Call, value: Any) -> list[Line]:
 
 
 def bends(func: Any, moving: list[int], given: Any) -> bool:
-    """Whether second derivatives of what an operation returns take first ones.
-
-    Args:
-        func: The operation.
-        moving: Which arguments move.
-        given: The arguments.
-
-    Returns:
-        Whether they do, as far as its name tells.
-    """
+    """Whether second derivatives take first ones, as far as its name tells."""
     real = not any([x.is_complex() for x in tensors(given)])
     straight = func.overloadpacket in _STRAIGHT and real
     return not straight and not _together(func, moving)
@@ -184,11 +164,7 @@ def _rectified(call: Call, _: list[int], value: Tensor) -> list[Line]:
 
 
 def _pooled(dims: int) -> Rule:
-    """Return the rule of what takes of each window the entry that was largest.
-
-    Args:
-        dims: Dimensions of a window, among which places count.
-    """
+    """Return the rule of what takes the largest entry of each window."""
 
     def rule(call: Call, _: list[int], found: Any) -> list[Line]:
         value, places = found

@@ -52,16 +52,7 @@ def elementwise(call: Call, moving: list[int], value: Any) -> list[Line]:
 
 
 def softened(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
-    """Take a softmax or its logarithm, by what was found.
-
-    Args:
-        call: The call.
-        moving: Which arguments move.
-        value: What it returned.
-
-    Returns:
-        The line of that.
-    """
+    """Take a softmax or its logarithm, by what was found."""
     if moving != [0]:
         return None
     log = call.func.overloadpacket is aten._log_softmax
@@ -77,15 +68,10 @@ def softened(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
 
 
 def of_softmax(s: Tensor, line: Line, log: bool = False) -> Line:
-    r"""Return the line of a softmax of rows, or of its logarithm.
+    r"""Return the line of a softmax ``s`` of rows, or of its logarithm.
 
-    With :math:`s` the softmax and :math:`\dot c = \dot x - s^\top \dot x`, the
-    logarithm has :math:`\dot c` and :math:`\ddot c - s^\top \dot c^2`.
-
-    Args:
-        s: The softmax.
-        line: That of what it is of.
-        log: Whether the logarithm's is asked for.
+    With :math:`\dot c = \dot x - s^\top \dot x`, the logarithm has :math:`\dot c` and
+    :math:`\ddot c - s^\top \dot c^2`.
     """
     c, d = [None if u is None else u - (s * u).sum(-1, True) for u in line]
     if c is not None:
@@ -136,19 +122,11 @@ def _in_slabs(
     of: Sequence[Tensor] | None = None,
     seen: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> Line:
-    """Take a function part by part.
+    """Return the line of a result, taken part by part.
 
-    Args:
-        call: The call.
-        value: Its result.
-        slab: Makes the line of a part of what it reads and of the arguments' lines.
-        places: The numbers of the arguments.
-        rows: Whether a part is of whole rows.
-        of: What it reads, the arguments if None.
-        seen: How tensors are to be seen, that parts are of their first dimension.
-
-    Returns:
-        The line of the result.
+    ``slab`` makes that of a part of what it reads (``of``; None: the arguments at
+    ``places``) and of the arguments' lines. Parts, of whole ``rows`` or not, are of the
+    first dimension of tensors as they are ``seen``.
     """
     if of is None:
         of, taken = [call.args[i] for i in places], [call.take(i, True) for i in places]
@@ -184,12 +162,7 @@ def _end(value: Tensor, spare: list[tuple[Tensor | None, bool]]) -> Tensor:
 
 
 def parts(of: Sequence[Tensor | None], rows: bool) -> Iterator[list[Any]]:
-    """Yield parts of tensors of one shape, some rows or some elements of each.
-
-    Args:
-        of: The tensors; None has none.
-        rows: Whether a part is of whole rows.
-    """
+    """Yield parts of tensors of one shape, some rows or elements; None has none."""
     x = next(x for x in of if x is not None)
     if not rows and all([u is None or u.is_contiguous() for u in of]):
         of, length = [None if u is None else u.view(-1) for u in of], 1

@@ -86,13 +86,7 @@ class _Step:
 class Tape:
     """A function of some tensors to a scalar, as the operations that it ran.
 
-    Args:
-        function: The function.
-        at: The tensors.
-
-    Raises:
-        NoRuleError: If lines do not go through one of the operations, or none of them
-            has a second derivative.
+    Raises where lines do not go through one of them, or none has a second derivative.
     """
 
     def __init__(
@@ -114,16 +108,8 @@ class Tape:
     def curvature(self, at: list[Tensor], lines: list[Line]) -> Tensor:
         r"""Return :math:`\frac{d^2}{dt^2} L` where the tensors move along lines.
 
-        Args:
-            at: The tensors, which it empties: what nobody else holds is written on.
-            lines: The line of each, likewise.
-
-        Returns:
-            Scalar.
-
-        Raises:
-            NoRuleError: If an operation has no rule for what moves in it.
-        """  # noqa: DOC502 (the mode raises)
+        Both lists are emptied: what nobody else holds is written on.
+        """
         zero = at[0].new_zeros(())
         moving = Moving()
         moving.constants.asked = True
@@ -238,11 +224,7 @@ class _Recorder(TorchDispatchMode):
         return found
 
     def _move_with(self, x: Tensor) -> None:
-        """Let all move that shows what is written on.
-
-        Raises:
-            NoRuleError: If that is not of the loss's own making.
-        """
+        """Let all move that shows what is written on; raise if it was given."""
         storage = address(x)
         own = [n for y, n in self.numbers.items() if address(y) == storage]
         if storage in self.given or id(x if x._base is None else x._base) not in {

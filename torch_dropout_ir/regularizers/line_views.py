@@ -19,9 +19,6 @@ class _Memory:
     """First and second derivatives of what a base shows, from its start on.
 
     They lie there as real numbers, which complex ones are pairs of.
-
-    Args:
-        base: The base.
     """
 
     def __init__(self, base: Tensor) -> None:
@@ -54,11 +51,7 @@ class _Memory:
         return torch._neg_view(found) if x.is_neg() else found
 
     def check(self, x: Tensor) -> None:
-        """See that a tensor shows numbers of the base.
-
-        Raises:
-            NoRuleError: If it shows others.
-        """
+        """Raise if a tensor shows other numbers than the base."""
         first, length = _places(x)
         inside = first >= self._start and first + length <= self._start + self._length
         if not inside:

@@ -75,16 +75,11 @@ def rows_apart(outputs: Tensor, nodes: Nodes) -> bool:
 
 
 def joins_rows(outputs: Tensor, nodes: Nodes) -> bool | None:
-    """Say whether a loss is more than a sum of terms of one row each.
+    """Return whether a loss is more than a sum of terms of one row each, by its graph.
 
-    Args:
-        outputs: The outputs, the leaf of the graph of the loss.
-        nodes: The nodes of that.
-
-    Returns:
-        False where the graph shows such a sum; True where something bends what is made
-        of several rows, whose second derivative may be 0 where they are all the same,
-        or where what is of one row each is chosen of it; None where it does not tell.
+    False where that shows such a sum; True where something bends what is made of
+    several rows, whose second derivative may be 0 where they are all the same, or where
+    what is of one row each is chosen of it; None where it does not tell.
     """
     if not nodes or not outputs.ndim:
         return None

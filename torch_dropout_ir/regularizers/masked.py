@@ -50,27 +50,14 @@ def dropout_risk(
     note: Callable[[Tensor, Tensor, Again], None] | None = None,
     look: Callable[[Site, Tensor, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Give ``R_drop`` of a batch at one draw of masks; differentiate it inside.
+    """Yield ``R_drop`` of a batch at one draw of masks; differentiate it inside.
 
-    Args:
-        model: The model.
-        batch: ``(inputs, targets)``.
-        loss: The loss.
-        seen: Is told what noise there is.
-        shared_mask: If True, one mask serves all samples (the paper's ``eta``); else
-            each sample draws its own, as ``nn.Dropout`` does.
-        watch: Called at each use with the site, its packed mask and the mask's shape.
-        note: Called at each use with what the site returns, its input, and what makes
-            the one of the other again.
-        look: Called at each use with the site, its input and what it returns.
-
-    Yields:
-        Scalar.
-
-    Raises:
-        TypeError: If a site's input is not real.
-        ValueError: If the batch is empty, or ``shared_mask`` does not fit a site.
-    """  # noqa: DOC502 (raised by the checks)
+    ``seen`` is told what noise there is. With ``shared_mask`` one mask serves all
+    samples (the paper's ``eta``); else each sample draws its own, as ``nn.Dropout``
+    does. At each use of a site ``watch`` is called with it, its packed mask and the
+    mask's shape, ``note`` with what it returns, its input, and what makes the one of
+    the other again, ``look`` with it, its input and what it returns.
+    """
     survey = Survey.of(model)
     check_batch(model, batch[0], survey.modules)
 

@@ -52,14 +52,7 @@ _PARTS: Final = 3
 
 
 class MaskedRows:
-    """Parts of a pass under dropout; made before the pass.
-
-    Args:
-        model: The model.
-        batch: The batch.
-        loss: The loss.
-        move_buffers: Whether the pass moves running statistics.
-    """
+    """Parts of a pass under dropout; made before the pass."""
 
     def __init__(
         self, model: nn.Module, batch: Batch, loss: Loss, move_buffers: bool

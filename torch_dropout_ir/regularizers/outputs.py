@@ -126,13 +126,7 @@ class OutputsRead:
 
 
 def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
-    """Return the tensors that the loss reads, and the loss as a function of them.
-
-    Raises:
-        TypeError: If the outputs hold no floating-point tensor, or are several where
-            the loss takes one.
-        ValueError: If the loss reads none of them.
-    """  # noqa: DOC502 (`_read_of` raises)
+    """Return the tensors that the loss reads, and the loss as a function of them."""
     if isinstance(outputs, Tensor) and not outputs.is_complex():
         return OutputsRead(
             [outputs],
@@ -216,12 +210,7 @@ def _curved(
 
 
 def check_curvature(read: OutputsRead) -> bool:
-    """Return whether a loss has a second derivative, if it be 0; a linear one has none.
-
-    Raises:
-        ValueError: If it is piecewise linear or constant, whose kinks no second-order
-            form can see, or torch cannot differentiate it twice.
-    """
+    """Return whether a loss has a second derivative, if it be 0; or raise."""
     if read.known:
         return True
     at, slopes = read.differentiated(read.product())

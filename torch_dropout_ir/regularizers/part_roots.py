@@ -21,12 +21,6 @@ class PartRoots:
     What a part's own roots need is there for that part alone, and made again for each
     draw: beside the outputs, a root is all that is held.
 
-    Args:
-        parts: The loss of each part.
-        clean: The pass over all rows.
-        outputs: Its outputs, without graph.
-        num_samples: Random roots; None for the exact ones.
-
     Attributes:
         like: The outputs.
         curved: Whether the Hessian is not zero.

@@ -49,25 +49,11 @@ def with_penalty(
     .. math::
         w R_{drop} + s \frac{\epsilon}{4} \lVert \nabla R_{drop} \rVert^2 + b
 
-    Args:
-        model: The model.
-        batch: The batch.
-        loss: The loss.
-        lr: One coefficient, or one a parameter name.
-        weight: :math:`w`.
-        sign: :math:`s`.
-        move_buffers: Whether running statistics move, as in a step of training.
-        max_bytes: Memory of a graph of second derivatives, beyond which it is made of
-            parts of the batch, or of the pass if samples meet; None keeps that of all.
-        beside: Gives :math:`b`, a loss of another pass, which comes last.
-
-    Returns:
-        Scalar, to be differentiated in the parameters.
-
-    Raises:
-        ValueError: If ``lr`` lacks a parameter, or the loss depends on none.
-        NotImplementedError: If torch cannot differentiate the gradient again.
-    """  # noqa: DOC502 (raised by the checks)
+    with :math:`\epsilon` the ``lr``, one or one a parameter name; ``beside`` gives
+    :math:`b`, a loss of another pass, which comes last. A graph of second derivatives
+    beyond ``max_bytes`` is made of parts of the batch, or of the pass if samples meet;
+    None keeps that of all.
+    """
     named = parameters(model)
     params = list(named.values())
     rates = learning_rates("modified_loss", lr, list(named))

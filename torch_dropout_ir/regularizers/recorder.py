@@ -72,13 +72,8 @@ class _Passed(NamedTuple):
 class Recorder:
     """What a pass shows while it runs.
 
-    Args:
-        outlives: Whether the graph of the pass is used after it.
-        first: What the first site is given in the place of its input, if anything.
-        weigh: Whether to weigh what a step would hold below the first site.
-        given: Tensors that are there without the pass.
-        survey: The modules of the model.
-        matrices: Those that may be constant from the first site on.
+    ``given`` returns tensors that are there without it; ``matrices`` may be constant
+    from the first site on. The rest is as in ``clean_pass``.
     """
 
     def __init__(

@@ -68,17 +68,7 @@ def known_of(
     beside: tuple[str, ...],
     like: Tensor | None = None,
 ) -> Known:
-    """Return what there is to say of an estimate by forms.
-
-    Args:
-        model: The model.
-        clean: The pass that the forms are of.
-        read: What the loss reads of it.
-        loss: The loss.
-        forms: The forms.
-        beside: What is to be said of a loss that reads more.
-        like: A tensor of the outputs' dtype and device, of one element, if at hand.
-    """
+    """Return what there is to say of an estimate by forms of a pass."""
     linear = () if forms.curved or check_curvature(read) else (LINEAR,)
     notes = (*clean.noise_left_out(model), *beside, *linear)
     exact = is_exact(clean, loss, read.targets, forms.num_samples)

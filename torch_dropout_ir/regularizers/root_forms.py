@@ -33,14 +33,8 @@ from torch_dropout_ir.row_powers import by_powers
 class RootForms:
     """The Gauss-Newton forms of a loss, in a pass over all rows or some of them.
 
-    Without a root, products with the Hessian take its place.
-
-    Args:
-        clean: The pass over all rows.
-        read: What the loss reads of its outputs.
-        num_samples: Random roots; None for the exact sum.
-        product: Products with the loss's Hessian, where it has no closed form.
-        roots: Roots that are known; None to choose them.
+    They are made of ``roots``, chosen where None are given. Without a root, products
+    with the Hessian take its place.
 
     Attributes:
         num_samples: Random roots; None for the exact sum.

@@ -24,13 +24,8 @@ class SiteCurvature:
 
     Linearized, with the Gauss-Newton matrix :math:`J^\top H J` in its place: the
     network taken as linear after the sites, the loss as it is. A product costs two or
-    three backward passes, whatever the number of outputs and of sites.
-
-    Args:
-        clean: The pass without noise.
-        read: What the loss reads of its outputs.
-        linearized: Whether to leave out the curvature of the network.
-        create_graph: Whether products can be differentiated in the parameters.
+    three backward passes, whatever the number of outputs and of sites; with
+    ``create_graph`` it can be differentiated in the parameters.
     """
 
     def __init__(

@@ -69,16 +69,7 @@ class Below(NamedTuple):
     def by(
         cls, h: Tensor, there: Collection[int], constants: Mapping[int, int]
     ) -> Below:
-        """Look at the graph of a tensor.
-
-        Args:
-            h: The input of the first site.
-            there: As above.
-            constants: As above.
-
-        Returns:
-            What it shows.
-        """
+        """Look at the graph of the input of the first site."""
         if h.grad_fn is None:
             learns = h.requires_grad
             return cls(learns=learns, there=there, constants=constants)

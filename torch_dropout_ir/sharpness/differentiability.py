@@ -53,11 +53,7 @@ def check_penalties(
 
 
 def check_risk(caller: str, risk: Tensor, place: int) -> None:
-    """Raise if derivatives of the loss of the batch at a place mean nothing.
-
-    Raises:
-        ValueError: If it is not finite or does not depend on the parameters.
-    """
+    """Raise if a loss is not finite or does not depend on the parameters."""
     if not bool(risk.detach().isfinite()):
         raise ValueError(
             f"{caller}: expected a finite loss, got {risk.item()} on batch "

@@ -117,12 +117,7 @@ def _scaled(d: Tensor, x: Tensor, dims: tuple[int, ...]) -> Tensor:
 def checked_direction(
     caller: str, direction: Mapping[str, Tensor], params: Params
 ) -> dict[str, Tensor]:
-    """Return the user's direction in the order and dtypes of ``params``.
-
-    Raises:
-        ValueError: If it lacks a parameter, has another shape, is not finite or zero.
-        TypeError: If it is no dictionary of real tensors.
-    """  # noqa: DOC502 (`in_order` raises)
+    """Return the user's direction in the order and dtypes of ``params``."""
     # One drawn of a wrapped model has its names.
     if isinstance(direction, Mapping):
         direction = {

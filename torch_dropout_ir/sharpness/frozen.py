@@ -135,11 +135,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def mask_seeds(caller: str, masks: Masks) -> tuple[int | None, ...]:
-    """Return the seeds that the user's ``masks`` are; None alone where dropout is off.
-
-    Raises:
-        ValueError: If ``masks`` is neither ``"off"`` nor seeds.
-    """
+    """Return the seeds that ``masks`` are; None alone where dropout is off."""
     if isinstance(masks, (str, bytes)):
         seeds: tuple[Any, ...] = (None,) if masks == "off" else ()
     else:

@@ -46,11 +46,7 @@ class Reading:
         self._generators = [(g, g.get_state()) for g in _generators(self._batches)]
 
     def samples(self, batch: Batch) -> int:
-        """Return the number of samples of one of the batches.
-
-        Raises:
-            TypeError: If it is not to be told, and there are others to weigh it with.
-        """
+        """Return the number of samples of a batch; raise if it is not to be told."""
         try:
             return batch_size(batch)
         except TypeError:  # inputs that are objects of the script's own
@@ -91,11 +87,7 @@ class Reading:
 
 
 def check_pair(batch: Any) -> None:
-    """Refuse what is no ``(inputs, targets)``; more than two may come of a loader.
-
-    Raises:
-        TypeError: If it is a dictionary, or of less than two parts.
-    """
+    """Refuse what is no ``(inputs, targets)``; more than two may come of a loader."""
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise TypeError(
             "expected batches of the form `(inputs, targets)`, got one of "

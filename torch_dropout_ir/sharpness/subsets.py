@@ -12,12 +12,7 @@ Subset = Collection[str] | Callable[[str], bool] | None
 def chosen_parameters(
     caller: str, params: dict[str, Tensor], subset: Subset
 ) -> dict[str, Tensor]:
-    """Return those of ``params`` that the user's choice is of, at least one.
-
-    Raises:
-        ValueError: If a name is foreign, or none is chosen.
-        NotImplementedError: If one of them is complex.
-    """
+    """Return those of ``params`` that the user's choice is of, at least one."""
     kept = params
     if callable(subset):
         kept = {name: x for name, x in params.items() if subset(name)}

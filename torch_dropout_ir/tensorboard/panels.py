@@ -42,11 +42,7 @@ class Panels:
         self._turn = 0
 
     def add(self, step: int, tag: str, record: Record, said: str) -> None:
-        """Let a record wait; the first picture of a tag once more as the initial one.
-
-        Raises:
-            TypeError: If the record is no picture or histogram.
-        """
+        """Let a record wait; a tag's first picture once more as the initial one."""
         if not isinstance(record, (Image, Histogram)):
             raise TypeError(
                 f"TensorBoardSink: expected the record {tag!r} to be a float, a "

@@ -119,11 +119,7 @@ class Condensation:
         return ((), ""), f"amplitudes are norms of the input weights alone: {reason}"
 
     def _layers(self, snapshot: Snapshot) -> Iterator[tuple[str, Weights]]:
-        """The layers to measure, from the one where the last measurement stopped.
-
-        Yields:
-            Name and input weights.
-        """
+        """Yield name and input weights of layers, from where the last one stopped."""
         names = []
         for name, weights in named_rows(snapshot.model):
             if _operations(weights) > self.max_operations:

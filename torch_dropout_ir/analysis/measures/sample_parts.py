@@ -110,23 +110,15 @@ def fitting(
 ) -> Parts:
     """Return batches whose graphs of second derivatives fit, and what they are of.
 
-    Args:
-        model: The model; left as it is.
-        loss: The loss.
-        batches: Batches of the loss surface. Several are taken as they are: one of
-            them is in memory at a time.
-        max_bytes: Memory of a graph below which nothing is cut; None: what is left of
-            the memory of plain gradient descent, beside parameters, their gradient, two
-            vectors of that size, and what condensation keeps; an eighth of that memory
-            at least. Batches that cannot be cut without a change have
-            64 MB at least.
-        coupling: What becomes of batch normalization in training mode: ``"batch"``
-            takes the curvature of the loss as it is trained, the whole batch at once
-            whatever memory that takes; ``"fixed"`` holds means and variances; and
-            ``"auto"`` does so where the whole batch does not fit.
-
-    Returns:
-        The parts.
+    Several are taken as they are: one of them is in memory at a time. ``max_bytes`` is
+    the memory of a graph below which nothing is cut; None: what is left of the memory
+    of plain gradient descent, beside parameters, their gradient, two vectors of that
+    size, and what condensation keeps; an eighth of that memory at least. Batches that
+    cannot be cut without a change have 64 MB at least. ``coupling`` says what becomes
+    of batch normalization in training mode: ``"batch"`` takes the curvature of the loss
+    as it is trained, the whole batch at once whatever memory that takes; ``"fixed"``
+    holds means and variances; and ``"auto"`` does so where the whole batch does not
+    fit.
     """
     given = as_batches(batches)
     if not isinstance(given, list) or len(given) != 1 or coupling == "batch":
