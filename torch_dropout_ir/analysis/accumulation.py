@@ -27,11 +27,6 @@ class Accumulation:
         self.idle = self._others = 0
         self.stride = 1
 
-    def without_step(self) -> int:
-        """Count a pass that went backward before another one; return how many have."""
-        self.idle += 1
-        return self.passes
-
     def tired(self) -> bool:
         """Whether not to look at a pass, since no optimizer steps."""
         self._others += self.idle >= PATIENCE

@@ -36,7 +36,8 @@ def goes_back(
         if asked and all(x.is_leaf and id(x) not in own for x in asked):
             return None
         first = _first_gradient(args[1:2], kwargs, ("gradient", "grad_tensors"))
-        return "backward", _alone(args), first, _keeps_graph(args, kwargs)
+        named = kwargs.get("retain_graph") or kwargs.get("create_graph")
+        return "backward", _alone(args), first, bool(named or any(args[2:4]))
     if func is not torch.autograd.grad or kwargs.get("create_graph"):
         return None
     trained = any(id(x) in own for x in inside(args[1:2], Tensor))
@@ -62,12 +63,6 @@ def _first_gradient(
     """What one number's derivative is multiplied by: -1 where a script goes up."""
     given = inside((placed, [kwargs.get(name) for name in names]), Tensor)
     return next((x.item() for x in given if x.numel() == 1), 1.0)
-
-
-def _keeps_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of ``backward`` leaves the graph for another one."""
-    named = kwargs.get("retain_graph") or kwargs.get("create_graph")
-    return bool(named or any(args[2:4]))
 
 
 def by_scaler() -> bool:

@@ -206,7 +206,8 @@ class Capture:
     def _open_step(self, given: Inputs) -> None:
         """Look at the coming pass in full, where something of it is wanted."""
         if self.script.went_back:
-            self.passes = self.accumulation.without_step()
+            self.accumulation.idle += 1
+            self.passes = self.accumulation.passes
         self._stop_looking()
         self.script.begin(given.leaves())
         self._listen()  # to hooks that are there since

@@ -195,13 +195,10 @@ class LossCalls(TorchFunctionMode):
         if not self._learns_by(root):
             return
         self._train_on(how, root, factor)
-        if not keeps and self._all_led() and comes_of(root, self.nodes):
-            self._rest()
-
-    def _all_led(self) -> bool:
-        """Whether no other pass is left to go back from."""
         at = self.trained
-        return at is None or len(passes_of(at, self.steps)) == len(self.one)
+        led = at is None or len(passes_of(at, self.steps)) == len(self.one)
+        if not keeps and led and comes_of(root, self.nodes):  # no other pass is left
+            self._rest()
 
     def _learns_by(self, root: Any) -> bool:
         """Whether the model may learn where a script goes back from there."""
@@ -263,7 +260,9 @@ class LossCalls(TorchFunctionMode):
     def _add(self, call: Step, out: Any, written: Any) -> None:
         """List a call; what it returns, or has ``written``, comes from there."""
         func, given, named, differentiated = without_statistics(call)
-        args, kwargs = filled((given, named), Tensor, self._stand_in)
+        args, kwargs = filled(
+            (given, named), Tensor, lambda x: self.at(x) or self.beside.keep(x)
+        )
         self._lose(written)
         at = self._list(Step(func, args, kwargs, differentiated))
         if getattr(func, "__name__", "") in TIMES and by_scaler():
@@ -284,9 +283,6 @@ class LossCalls(TorchFunctionMode):
         lost = {memory(x) for x in inside(written, Tensor) if self.at(x) is not None}
         if lost:
             self._known.update((x, LOST) for x in [*self._known] if memory(x) in lost)
-
-    def _stand_in(self, x: Tensor) -> At:
-        return self.at(x) or self.beside.keep(x)
 
 
 def _each(out: Any) -> Any:

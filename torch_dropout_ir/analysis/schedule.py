@@ -30,18 +30,14 @@ class Schedule:
             if step < self._review:
                 return set()
             try:
-                self._agree(step)
+                self._cadence.load_numbers(self._ranks.first(self._cadence.numbers()))
+                self._review = step + self._cadence.wait(step)
             except Exception as err:
                 self._attempts.fail("schedule", err, step)
                 self._review = sys.maxsize
                 return set()
         names = self._cadence.due(step)
         return self._attempts.willing(names, step) if names else set()
-
-    def _agree(self, step: int) -> None:
-        numbers = self._ranks.first(self._cadence.numbers())
-        self._cadence.load_numbers(numbers)
-        self._review = step + self._cadence.wait(step)
 
     def afford(self, names: Set[str], step: int, seconds: float) -> set[str]:
         """Return those of ``names`` for which there is a budget, of all ranks alike.

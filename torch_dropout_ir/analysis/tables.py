@@ -38,7 +38,11 @@ def tables(
     whole = last.keys() - {tag for found in named.values() for tag in found}
     # What the analysis costs is not what it is asked for: it comes last.
     order = sorted(whole, key=lambda tag: (tag.startswith("cost/"), tag))
-    lines = _of_the_run({tag: last[tag] for tag in order}, steps)
+    table = [["", "last value", "+- error", "at step"]]
+    for tag in order:
+        x = last[tag]
+        table.append([tag, f"{x.value:.5g}", x.error, str(x.step)])
+    lines = _aligned(table, steps)
     for title, found in named.items():
         lines += _by_name(title, found, steps)
     return lines
@@ -95,13 +99,6 @@ def _added(last: Mapping[str, _Last], steps: bool) -> list[str]:
     elif loss.value > 0:
         said += f": {100 * r1.value / loss.value:.3g} % of it"
     return [said + (f" (step {r1.step})" if steps else "")]
-
-
-def _of_the_run(found: Mapping[str, _Last], steps: bool) -> list[str]:
-    """A row a number."""
-    table = [["", "last value", "+- error", "at step"]]
-    table += [[t, f"{x.value:.5g}", x.error, str(x.step)] for t, x in found.items()]
-    return _aligned(table, steps)
 
 
 def _by_name(title: str, found: Mapping[str, _Last], steps: bool) -> list[str]:
