@@ -12,7 +12,7 @@ from torch_dropout_ir import output_products, softmax_roots
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import ALL, HessianProduct
 from torch_dropout_ir.regularizers import gauss_newton, loss_weight
-from torch_dropout_ir.regularizers.line_estimate import AlongLine
+from torch_dropout_ir.regularizers.line_pass import AlongLine
 from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.softmax_roots import SoftmaxRoots
 

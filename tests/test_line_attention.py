@@ -11,7 +11,7 @@ from tests.test_attention_again import WAYS, given
 from torch_dropout_ir import attention_again
 from torch_dropout_ir.attention_again import Attention
 from torch_dropout_ir.regularizers import line_functions
-from torch_dropout_ir.regularizers.line_attention import along_queries
+from torch_dropout_ir.regularizers.line_functions import along_queries
 
 
 @pytest.fixture

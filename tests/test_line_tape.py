@@ -15,8 +15,12 @@ from torch_dropout_ir.regularizers import (
 )
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.line_calls import NoRuleError
-from torch_dropout_ir.regularizers.line_estimate import AlongLine, masks_of
-from torch_dropout_ir.regularizers.line_pass import LossTape, curvature_along
+from torch_dropout_ir.regularizers.line_pass import (
+    AlongLine,
+    LossTape,
+    curvature_along,
+    masks_of,
+)
 from torch_dropout_ir.regularizers.line_tape import Tape
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.regularizers.site_forms import signs

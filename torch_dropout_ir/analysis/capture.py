@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_dropout_ir.analysis.accumulation import Accumulation
+from torch_dropout_ir.analysis.accumulation import Accumulation, TrainingPasses
 from torch_dropout_ir.analysis.bystanders import Bystanders
 from torch_dropout_ir.analysis.compiled_calls import (
     CompiledCall,
@@ -33,7 +33,6 @@ from torch_dropout_ir.analysis.observed_masks import ObservedMasks
 from torch_dropout_ir.analysis.own_pass import OTHER_PASS, TRAINS, OwnPass, not_again
 from torch_dropout_ir.analysis.root_hook import RootHook
 from torch_dropout_ir.analysis.script_loss import ScriptLoss
-from torch_dropout_ir.analysis.training_passes import TrainingPasses
 from torch_dropout_ir.hooks import after_call
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.module_calls import measuring, replaced

@@ -34,8 +34,11 @@ from torch_dropout_ir.analysis.followed_loss import (
     UNKNOWN,
     At,
     Beside,
+    Origins,
     Step,
+    bends,
     filled,
+    followed_term,
     inside,
     leading_to,
     memory,
@@ -43,7 +46,6 @@ from torch_dropout_ir.analysis.followed_loss import (
 )
 from torch_dropout_ir.analysis.function_modes import called, lay_under, take_away
 from torch_dropout_ir.analysis.own_graph import OwnGraph, comes_of, copied_from
-from torch_dropout_ir.analysis.summands import Origins, bends, followed_term
 from torch_dropout_ir.analysis.writing_calls import (
     without_statistics,
     without_writing,

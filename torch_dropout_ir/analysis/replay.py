@@ -35,6 +35,7 @@ from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import ModuleCalls
 from torch_dropout_ir.nn import Dropout, Dropout1d, Dropout2d, Dropout3d
 from torch_dropout_ir.ops import mask_unpack
+from torch_dropout_ir.sharpness.frozen import unrecorded
 from torch_dropout_ir.sites import (
     Site,
     find_sites,
@@ -105,7 +106,7 @@ def replay(
         preserved_rng(model),
         alone_with(model),
         torch.no_grad(),
-        _uncounted(model),
+        unrecorded(model),  # our own layers have counted the pass itself
         unmoved_gradients(model),
         start.autocast(),
     ):
@@ -129,19 +130,6 @@ def own_statistics(model: nn.Module) -> dict[str, MaskStatistics]:
     ours = {s.name: s.module for s in find_sites(model) if isinstance(s.module, OURS)}
     found = {name: module.statistics for name, module in ours.items()}
     return {name: seen for name, seen in found.items() if seen.num_calls}
-
-
-@contextlib.contextmanager
-def _uncounted(model: nn.Module) -> Iterator[None]:
-    """Let our own layers draw without counting: they have counted the pass itself."""
-    ours = [m for m in model.modules() if isinstance(m, OURS) and m.track]
-    try:
-        for module in ours:
-            module.track = False
-        yield
-    finally:
-        for module in ours:
-            module.track = True
 
 
 class _Draws(TorchDispatchMode):

@@ -9,22 +9,23 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
-from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.collectives import every
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.leaves import without_graph
-from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import ALL, Rows
 from torch_dropout_ir.regularizers.checks import (
-    as_pair,
-    check_finite,
     checked_product,
     read_beside,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
-from torch_dropout_ir.regularizers.line_estimate import AlongLine, masks_of
-from torch_dropout_ir.regularizers.line_pass import Mask, draws_along
+from torch_dropout_ir.regularizers.line_pass import (
+    AlongLine,
+    Mask,
+    draws_along,
+    masks_of,
+)
 from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.loss_weight import makes_much, one_root, parts_pay
 from torch_dropout_ir.regularizers.output_rows import count_samples, rows_of_samples
@@ -32,11 +33,10 @@ from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.regularizers.part_roots import PartRoots
 from torch_dropout_ir.regularizers.root_estimate import Known, known_of, read_of
 from torch_dropout_ir.regularizers.root_forms import RootForms
-from torch_dropout_ir.regularizers.root_passes import draws_by_passes
-from torch_dropout_ir.regularizers.row_chunks import RowChunks, looked_at
+from torch_dropout_ir.regularizers.root_passes import draws_by_passes, estimated
+from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_forms import Form, join
 from torch_dropout_ir.survey import Survey
-from torch_dropout_ir.written_parameters import unwritten
 
 # A backward pass that may be repeated holds under twice what a training step does.
 _CHUNKS: Final = 2
@@ -126,22 +126,8 @@ def gauss_newton(
         >>> round(gauss_newton(net, (x, y), "mse", num_samples=None).value.item(), 4)
         3.0
     """  # noqa: DOC502 (a site's `p` is checked by `Site.variance`)
-    if num_samples is not None:
-        check_count("gauss_newton", "num_samples", num_samples, 1)
-    resolved, batch = resolve_loss(loss), as_pair(batch)
-    survey = Survey.of(model)
-    with unwritten(model, survey=survey):
-        args = model, batch, resolved, num_samples
-        look = functools.partial(_first_pass, *args)
-        found = looked_at(functools.partial(look, survey, True))
-        if isinstance(found, AlongLine):
-            along = found.estimate(*args, linear=True)
-            found = along or looked_at(functools.partial(look, None, False))
-        if isinstance(found, _Seen):
-            found = _drawn(found, *args)
-    assert isinstance(found, Estimate)
-    check_finite("gauss_newton", found.value, model, batch[0])
-    return found
+    given = model, batch, loss, num_samples
+    return estimated("gauss_newton", _first_pass, _drawn, *given, linear=True)
 
 
 def _drawn(

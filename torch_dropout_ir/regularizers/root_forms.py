@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -20,13 +20,12 @@ from torch_dropout_ir.output_products import (
 )
 from torch_dropout_ir.registration import form_sums
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
-from torch_dropout_ir.regularizers.coupling import alike, apart, row_weights
+from torch_dropout_ir.regularizers.coupling import alike, apart, row_weight, row_weights
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.regularizers.part_roots import PartRoots
 from torch_dropout_ir.regularizers.root_choice import Roots, choose
-from torch_dropout_ir.regularizers.root_pulls import added_up, plain, pull_root
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
-from torch_dropout_ir.regularizers.site_forms import Form, Sums, rows_of_form
+from torch_dropout_ir.regularizers.site_forms import Form, Sums, by_sample, rows_of_form
 from torch_dropout_ir.row_powers import by_powers
 
 
@@ -217,3 +216,59 @@ def _alike(clean: CleanPass, outputs: Tensor) -> bool:
         type(h) is Tensor and h.dtype == dtype and h.device == device
         for _, h, _ in clean.uses
     ])
+
+
+def plain(h: Tensor) -> Tensor:
+    """Return a tensor without its graph."""
+    return h.detach() if h.requires_grad else h
+
+
+def pull_root(
+    clean: CleanPass,
+    outputs: Tensor,
+    root: Tensor,
+    sign: Tensor | float,
+    keep: bool = True,
+    weights: dict[int, Tensor] | None = None,
+) -> list[Form]:
+    """Return the quadratic form of each use, summed over units, by sample.
+
+    ``weights`` is filled with what :func:`row_weights` gives, if there.
+    """
+    squares: dict[int, Tensor] = {}
+    count = clean.count(outputs)
+
+    def receive(use: int, g: Tensor) -> None:
+        (site, h, _), shape = clean.uses[use], clean.mask_shapes[use]
+        shared = plain(h) * g
+        if shared.shape != shape:
+            shared = shared.sum_to_size(shape)
+        # In place where memory matters; else by what has just been done.
+        shared = shared.square_() if clean.matters else shared * shared
+        _, squares[use] = by_sample(site, shared, count)
+        if weights is not None:
+            weights[use] = row_weight(g)
+
+    clean.pull(outputs, root, receive, keep=keep)
+    return [
+        (site.name, site.variance / 2 * _each(sign, squares[use]) * squares[use])
+        for use, (site, _, _) in enumerate(clean.uses)
+        if use in squares
+    ]
+
+
+def added_up(forms: Iterable[Form]) -> list[Form]:
+    """Return the sum of each site's forms: of an exact sum they are very many."""
+    sums: dict[str, Tensor] = {}
+    for name, form in forms:
+        part = form.sum(dtype=torch.float64)
+        sums[name] = sums[name] + part if name in sums else part
+        dtype = form.dtype
+    return [(name, whole.to(dtype)) for name, whole in sums.items()]
+
+
+def _each(sign: Tensor | float, rows: Tensor) -> Tensor | float:
+    """Return the sign of each row of a use, of which a sample may have several."""
+    if not isinstance(sign, Tensor) or sign.numel() == rows.numel():
+        return sign
+    return sign.repeat_interleave(rows.numel() // sign.numel())

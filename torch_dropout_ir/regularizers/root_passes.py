@@ -1,4 +1,4 @@
-"""Roots sent back through passes of their own, in the memory of a training step."""
+"""The passes of an estimate: the first, and those through which single roots go."""
 
 from __future__ import annotations
 
@@ -9,17 +9,60 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.collectives import some
 from torch_dropout_ir.functional import Batch
-from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.regularizers.checks import as_pair, check_finite
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import alike, row_weights, telling_roots
+from torch_dropout_ir.regularizers.estimate import Estimate
+from torch_dropout_ir.regularizers.line_pass import AlongLine
+from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
-from torch_dropout_ir.regularizers.root_forms import RootForms
-from torch_dropout_ir.regularizers.root_pulls import added_up, pull_root
+from torch_dropout_ir.regularizers.root_forms import RootForms, added_up, pull_root
 from torch_dropout_ir.regularizers.site_forms import Form
+from torch_dropout_ir.survey import Survey
+from torch_dropout_ir.written_parameters import unwritten
 
 Run: TypeAlias = Callable[[], AbstractContextManager[tuple[CleanPass, OutputsRead]]]
+
+
+def estimated(
+    name: str,
+    first_pass: Callable[..., Any],
+    drawn: Callable[..., Estimate],
+    model: nn.Module,
+    batch: Batch,
+    loss: Any,
+    num_samples: int | None,
+    *,
+    linear: bool,
+) -> Estimate:
+    """Return the estimate that a first pass shows, or what is drawn of what it does.
+
+    ``linear`` leaves out the curvature of the network.
+    """
+    if num_samples is not None:
+        check_count(name, "num_samples", num_samples, 1)
+    resolved = resolve_loss(loss)
+    args = model, as_pair(batch), resolved, num_samples
+
+    def look(survey: Survey | None, line: bool) -> Any:
+        seen = first_pass(*args, survey, line, None)
+        if isinstance(seen, LossParts):  # finding them has used the pass up
+            seen = first_pass(*args, survey, line, seen)
+        return seen
+
+    survey = Survey.of(model)
+    with unwritten(model, survey=survey):
+        found = look(survey, True)
+        if isinstance(found, AlongLine):
+            found = found.estimate(*args, linear=linear) or look(None, False)
+        if not isinstance(found, Estimate):
+            found = drawn(found, *args)
+    check_finite(name, found.value, model, batch[0])
+    return found
 
 
 def draws_by_passes(

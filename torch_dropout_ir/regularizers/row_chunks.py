@@ -48,15 +48,6 @@ from torch_dropout_ir.tracing import generators
 T = TypeVar("T")
 
 
-def looked_at(run: Callable[[LossParts | None], Any]) -> Any:
-    """Return what a pass shows, or a second one where finding parts has used it up."""
-    seen = run(None)
-    if isinstance(seen, LossParts):
-        seen = run(seen)
-    assert not isinstance(seen, LossParts)
-    return seen
-
-
 class RowChunks:
     """Chunks of the rows of a batch, for what is a sum or a list over rows.
 

@@ -8,23 +8,24 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
-from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.collectives import every, most, some
 from torch_dropout_ir.functional import Batch
-from torch_dropout_ir.losses import Loss, resolve_loss
+from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import (
-    as_pair,
-    check_finite,
     check_reachable,
     check_risk,
     checked_product,
 )
-from torch_dropout_ir.regularizers.chunk_curvature import draws_by_chunks, draws_held
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate, is_exact
 from torch_dropout_ir.regularizers.graph_memory import Held
-from torch_dropout_ir.regularizers.line_estimate import AlongLine, masks_of
-from torch_dropout_ir.regularizers.line_pass import LossTape, Mask, draws_along
+from torch_dropout_ir.regularizers.line_pass import (
+    AlongLine,
+    LossTape,
+    Mask,
+    draws_along,
+    masks_of,
+)
 from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.loss_weight import apart, makes_much, much
 from torch_dropout_ir.regularizers.output_rows import count_samples
@@ -33,12 +34,15 @@ from torch_dropout_ir.regularizers.outputs import (
     check_curvature,
     read_outputs,
 )
-from torch_dropout_ir.regularizers.root_passes import again, samples_meet
-from torch_dropout_ir.regularizers.row_chunks import RowChunks, looked_at
-from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
+from torch_dropout_ir.regularizers.root_passes import again, estimated, samples_meet
+from torch_dropout_ir.regularizers.row_chunks import RowChunks
+from torch_dropout_ir.regularizers.site_curvature import (
+    SiteCurvature,
+    draws_by_chunks,
+    draws_held,
+)
 from torch_dropout_ir.regularizers.site_forms import Form, assemble
 from torch_dropout_ir.survey import Survey
-from torch_dropout_ir.written_parameters import unwritten
 
 # Parts of the rows at most: a double backward keeps three times what a training step
 # does, and the outputs of all rows and signs are held beside it.
@@ -126,22 +130,8 @@ def second_order(
         >>> round(second_order(net, (x, y), "mse", num_samples=None).value.item(), 4)
         3.0
     """  # noqa: DOC502 (raised by what is called)
-    if num_samples is not None:
-        check_count("second_order", "num_samples", num_samples, 1)
-    resolved, batch = resolve_loss(loss), as_pair(batch)
-    survey = Survey.of(model)
-    with unwritten(model, survey=survey):
-        args = model, batch, resolved, num_samples
-        look = functools.partial(_first_pass, *args)
-        found = looked_at(functools.partial(look, survey, True))
-        if isinstance(found, AlongLine):
-            along = found.estimate(*args, linear=False)
-            found = along or looked_at(functools.partial(look, None, False))
-        if isinstance(found, _Seen):
-            found = _drawn(found, *args)
-    assert isinstance(found, Estimate)
-    check_finite("second_order", found.value, model, batch[0])
-    return found
+    given = model, batch, loss, num_samples
+    return estimated("second_order", _first_pass, _drawn, *given, linear=False)
 
 
 def _drawn(
