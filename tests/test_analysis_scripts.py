@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torch_dropout_ir as tdi
 from tests.traces import PARTS
-from torch_dropout_ir.analysis.compiled_calls import CompiledCall, compiled
 from torch_dropout_ir.analysis.measures import Condensation, DropoutNoise, Regularizer
+from torch_dropout_ir.analysis.root_hook import CompiledCall, compiled
 
 
 def mlp(p=0.5):

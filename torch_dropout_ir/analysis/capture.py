@@ -21,17 +21,17 @@ from torch import nn
 
 from torch_dropout_ir.analysis.accumulation import Accumulation, TrainingPasses
 from torch_dropout_ir.analysis.bystanders import Bystanders
-from torch_dropout_ir.analysis.compiled_calls import (
-    CompiledCall,
-    compiled,
-    compiled_in_place,
-)
 from torch_dropout_ir.analysis.followed_loss import versions
 from torch_dropout_ir.analysis.loss_calls import sweep
 from torch_dropout_ir.analysis.meetings import calling_wrapper
 from torch_dropout_ir.analysis.observed_masks import ObservedMasks
 from torch_dropout_ir.analysis.own_pass import OTHER_PASS, TRAINS, OwnPass, not_again
-from torch_dropout_ir.analysis.root_hook import RootHook
+from torch_dropout_ir.analysis.root_hook import (
+    CompiledCall,
+    RootHook,
+    compiled,
+    compiled_in_place,
+)
 from torch_dropout_ir.analysis.script_loss import ScriptLoss
 from torch_dropout_ir.hooks import after_call
 from torch_dropout_ir.inputs import Inputs

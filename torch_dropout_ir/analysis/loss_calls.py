@@ -27,7 +27,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_dropout_ir.analysis.accumulation import Accumulation
-from torch_dropout_ir.analysis.backward_calls import by_scaler, goes_back, has_gradient
 from torch_dropout_ir.analysis.followed_loss import (
     LOST,
     TIMES,
@@ -45,7 +44,14 @@ from torch_dropout_ir.analysis.followed_loss import (
     passes_of,
 )
 from torch_dropout_ir.analysis.function_modes import called, lay_under, take_away
-from torch_dropout_ir.analysis.own_graph import OwnGraph, comes_of, copied_from
+from torch_dropout_ir.analysis.own_graph import (
+    OwnGraph,
+    by_scaler,
+    comes_of,
+    copied_from,
+    goes_back,
+    has_gradient,
+)
 from torch_dropout_ir.analysis.writing_calls import (
     without_statistics,
     without_writing,

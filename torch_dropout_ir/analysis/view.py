@@ -1,10 +1,10 @@
-"""What measures are given to look at, of what a step has shown."""
+"""What measures are given to look at, of what a step has shown, and what is saved."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -109,3 +109,21 @@ class View:
         """Leave the statistics of before to the first rank: they add over ranks."""
         if self._ranks.rank:
             self.counted = {}
+
+
+NOT_PICKLED: Final = (
+    "an Analysis holds hooks and open files and cannot be pickled: save "
+    "`analysis.state_dict()`, attach again, and `load_state_dict` it there"
+)
+_SAVED: Final = ("step", "history", "statistics", "cadence")
+
+
+def check_state(state: Any) -> None:
+    """Raise a ValueError unless it is what :meth:`Analysis.state_dict` returns."""
+    if isinstance(state, dict) and all(name in state for name in _SAVED):
+        return
+    got = f"keys {sorted(map(str, state))[:4]}" if isinstance(state, dict) else state
+    raise ValueError(
+        "load_state_dict: expected what `analysis.state_dict()` returned, with "
+        f"{', '.join(_SAVED)}, got {got}"
+    )

@@ -194,8 +194,7 @@ def run_demo(settings: Settings) -> str:
         ValueError: If the settings do not fit the data, or training diverges.
         OSError: If data cannot be read or results not written.
     """  # noqa: DOC502 (raised by what it calls)
-    from torch_dropout_ir.demo.picture import draw  # needs an extra
-    from torch_dropout_ir.demo.report import table
+    from torch_dropout_ir.demo.report import draw, table
 
     _check_writable(settings.log_dir)
     data = load(settings.data_root, settings.components)
