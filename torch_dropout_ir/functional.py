@@ -104,16 +104,11 @@ def at_sites(
 
     Every noise that an estimator needs is a choice of ``apply``: :func:`fresh` gives
     ``R_S``, multiplication by a mask gives ``R_drop``, ``h + delta`` the derivatives.
-    Backward passes belong inside too: a checkpointed block runs forward again in them.
-
-    Args:
-        model: The model.
-        apply: Called with the site and its input where it draws noise in training (or
-            the whole model is in evaluation mode before); returns what passes on.
-        move_buffers: Whether running statistics move, as in a step of training.
-        outlives: Whether the graph of the pass is used after the context.
-        survey: The modules of the model, where they have been looked at just now.
-        copies: Whether each pass is one of :func:`call`: that moves copies of buffers.
+    It is called where a site draws noise in training (or the whole model is in
+    evaluation mode before). Backward passes belong inside too: a checkpointed block
+    runs forward again in them. With ``move_buffers`` running statistics move, as in a
+    step of training; with ``copies`` each pass is one of :func:`call`, which moves
+    copies of buffers; the graph of one that ``outlives`` is used after the context.
 
     Yields:
         What acts on the calls.
@@ -189,21 +184,13 @@ def call(
     move_buffers: bool = False,
     survey: Survey | None = None,
 ) -> Any:
-    """Run ``model`` on ``inputs`` with cloned buffers.
+    """Return what ``model`` makes of ``inputs``, run with cloned buffers.
 
     Of a model with modules that write in place, on a copy of the inputs: another pass
     may read them. So it may lists and dictionaries, which any model may write on.
-
-    Args:
-        model: The model.
-        inputs: A tensor; a tuple or list of positional arguments; a mapping of
-            keyword arguments; or an :class:`Inputs` with both.
-        params: Tensors to use in place of the model's parameters.
-        move_buffers: Whether to run it with its own buffers instead.
-        survey: The modules of the model, where they have been looked at just now.
-
-    Returns:
-        What the model returns.
+    Inputs are a tensor; a tuple or list of positional arguments; a mapping of keyword
+    arguments; or an :class:`Inputs` with both. Tensors of ``params`` take the place of
+    the model's parameters; with ``move_buffers`` it is run with its own buffers.
     """
     go_on("forward")
     seen = Survey.of(model) if survey is None else survey

@@ -57,17 +57,9 @@ class Kind(enum.IntEnum):
 class Node(NamedTuple):
     """A node of a program: a kind, its inputs and what else it is told.
 
-    Attributes:
-        kind: The kind.
-        a: The first input by number, -1 where that is a constant.
-        b: The second.
-        dim: A dimension of a row.
-        start: See the kinds.
-        step: See the kinds.
-        values: What it has saved, by number.
-        sizes: The shape of a row of what it makes.
-        alpha: See the kinds.
-        beta: See the kinds.
+    ``a`` and ``b`` are inputs by number, -1 for constants, ``dim`` is a dimension of a
+    row, ``values`` are what it has saved, by number, and ``sizes`` the shape of a row
+    of what it makes. For the rest see the kinds.
     """
 
     kind: int

@@ -37,10 +37,6 @@ class ModuleCalls(TorchFunctionMode):
 
     Blocks of the model that are compiled run uncompiled in it.
 
-    Args:
-        named: The modules that make the calls, by name. Without any the mode is on no
-            stack.
-
     Attributes:
         again: Whether something ran that may be computed again in a backward pass.
         absent: Whether it is on no stack, and sees no call.

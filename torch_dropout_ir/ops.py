@@ -152,11 +152,7 @@ def draw(
 
     Returns:
         The output, of the shape and memory layout of ``x``, and its packed mask.
-
-    Raises:
-        TypeError: If ``x`` is no floating-point tensor.
-        ValueError: If ``p`` is out of range, or a tensor with dimensions.
-    """  # noqa: DOC502 (raised by the checks)
+    """
     if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
         refuse(x)
     fused = eager() if fused is None else fused

@@ -70,13 +70,10 @@ def hessian_columns(product: HessianProduct) -> Tensor:
 
 
 class HessianRoots:
-    r"""Roots of the loss's Hessian in the outputs of all samples, or of some.
+    """Roots of the loss's Hessian in the outputs of all samples, or of some.
 
-    Args:
-        loss: The loss, a sum (or mean) of terms of one sample each.
-        outputs: Network outputs, ``[n, ...]``, without graph.
-        targets: The targets; None where the Hessian does not depend on them.
-        product: Products with the Hessian, where they are at hand.
+    The loss is a sum (or mean) of terms of one sample each; ``product`` are products
+    with the Hessian, where they are at hand.
 
     Attributes:
         like: The outputs that it was made of, or what has their shape.

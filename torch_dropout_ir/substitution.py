@@ -83,9 +83,6 @@ class ConstantMatrices(contextlib.AbstractContextManager[Any]):
     layers alone constants take the place of parameters. Code of others, which may keep,
     compare or ask one, sees its own: there a function is given the constant.
 
-    Args:
-        named: The model's modules, if they are torch's layers alone; else none.
-
     Attributes:
         sizes: Bytes of each that is constant, by its place in memory.
     """

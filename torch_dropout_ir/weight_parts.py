@@ -101,14 +101,10 @@ class WeightParts(TorchFunctionMode):
 
     Weights that a pass uses once, in a linear layer or an ungrouped convolution, are
     given so; for others, and until :meth:`settle` is called, all is as it is.
-
-    Args:
-        targets: The tensors in which derivatives are taken.
-        receive: Called with the number of a tensor and the factors of its gradient;
-            ``torch.autograd.grad`` then returns None for it. None: nothing is given.
-        remake: Whether inputs of linear layers are made again, once, where that holds
-            less.
-        watch: Whether what they are made of is held, to see if it was written on.
+    ``receive`` is called with the number of a target and the factors of its gradient,
+    and ``torch.autograd.grad`` then returns None for it; None gives nothing. Inputs of
+    linear layers may be made again, once, where that holds less (``remake``); what they
+    are made of is held, to see if it was written on (``watch``).
 
     Attributes:
         plain: Numbers of the tensors without hooks, by identity; none of them once a

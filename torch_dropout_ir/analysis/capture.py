@@ -42,10 +42,8 @@ from torch_dropout_ir.turns import in_turn, inside
 class Capture:
     """Watches the forward passes of a model in training mode.
 
-    Args:
-        watched: The module that the script calls.
-        model: The module to run again for its masks; None where that would not draw
-            the same, as in a compiled wrapper.
+    Where ``model``, which is run again for its masks, is None it would not draw the
+    same, as in a compiled wrapper.
 
     Attributes:
         inputs: Arguments of the last training pass that was looked at.

@@ -45,15 +45,9 @@ LATE: Final = datetime.timedelta(seconds=30)  # a backward pass has brought all 
 
 
 class Ranks:
-    """The processes that train one model; one process alone is the trivial case.
+    """The processes that train one model; one process alone has no ``group``.
 
-    Args:
-        group: Their process group; None for a process alone.
-        device: Where numbers are exchanged.
-        wrapper: The model in ``DistributedDataParallel``, where it is in one.
-
-    Attributes:
-        rank: Number of this process in the group.
+    Numbers are exchanged on ``device``; ``wrapper`` is the model where it is in DDP.
     """
 
     def __init__(

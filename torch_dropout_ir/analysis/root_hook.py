@@ -1,4 +1,4 @@
-"""The hook that stays on the module which the script calls.
+"""The hook that stays on the module which the script calls, compiled or not.
 
 Semantics:
 

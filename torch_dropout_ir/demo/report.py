@@ -1,4 +1,4 @@
-"""The table that closes the demonstration."""
+"""The table and the picture that close the demonstration."""
 
 from __future__ import annotations
 

@@ -41,12 +41,7 @@ Noise = Callable[[], Tensor]
 
 
 class LossTape(NamedTuple):
-    """A loss as the operations that it ran on some tensors of the outputs.
-
-    Attributes:
-        tape: The operations.
-        places: Where the tensors are among the leaves of the outputs.
-    """
+    """A loss as the operations that it ran on some leaves of the outputs."""
 
     tape: Tape
     places: Sequence[int]
@@ -213,14 +208,7 @@ def _of_loss(
 
 
 class AlongLine(NamedTuple):
-    """What a pass shows, without its graph, for an estimate along lines.
-
-    Attributes:
-        uses: Each use of a site.
-        tape: The loss as it ran.
-        like: A scalar of its kind.
-        notes: What there is to say of it.
-    """
+    """What a pass shows, without its graph, for an estimate along lines."""
 
     uses: list[Mask]
     tape: LossTape

@@ -51,11 +51,6 @@ _SEED: Final = 0
 class LossParts:
     """The loss of each part, whose derivatives are those of the whole in its rows.
 
-    Args:
-        read: What the loss reads of a pass.
-        count: The number of samples.
-        beside: What is to be said of a loss that reads more than outputs.
-
     Attributes:
         weights: What the loss of each part is multiplied by; none where it is no sum of
             them.

@@ -48,14 +48,9 @@ class Products:
 
     A gradient is linear in the root :math:`r` that is sent back, :math:`u^\top g = r
     \frac{d}{dr} u^\top g`: so do parts tell, at next to no cost, what theirs are, of
-    weights too whose gradient nobody makes.
-
-    Args:
-        params: The parameters.
-        slopes: Their gradient :math:`g`, None where there is none.
-        rates: :math:`\epsilon` of each.
-        sign: :math:`s`.
-        total: What is added to.
+    weights too whose gradient nobody makes. Of each parameter there are the ``slopes``
+    :math:`g`, the ``rates`` :math:`\epsilon` and the ``total`` that is added to;
+    ``sign`` is :math:`s`.
     """
 
     def __init__(

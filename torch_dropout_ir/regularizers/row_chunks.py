@@ -51,19 +51,12 @@ T = TypeVar("T")
 class RowChunks:
     """Chunks of the rows of a batch, for what is a sum or a list over rows.
 
-    Args:
-        model: The model.
-        inputs: Its inputs.
-        clean: The pass over all rows; of it the input of the first site is held.
-        read: What the loss reads of its outputs, without their graph.
-        twice: Whether second derivatives will be taken.
-        parts: Chunks besides the first, small one.
-        trained: Whether parameters learn by them: then nothing of the pass is held.
-        alone: The loss of each chunk, where it has its own: they are the chunks.
-        least: Samples of a chunk at least.
+    Of the pass over all rows the input of the first site is held, and what the loss
+    reads, without graph; nothing where parameters learn by the chunks (``trained``).
+    They are a first, small one and so many ``parts`` besides, of ``least`` samples at
+    least, or those of which the loss is known to be a sum (``alone``).
 
     Attributes:
-        alone: As given.
         coupled: Whether a chunk has shown that samples meet above the first site.
     """
 

@@ -16,13 +16,9 @@ class Reading:
     """Batches in the same order, with the same random transforms, every time.
 
     What is read twice must be one function: a loader that shuffles, drops its last
-    batch or augments would give another one each time. All generators are given back
-    as they were.
-
-    Args:
-        data: What :func:`torch_dropout_ir.batches.as_batches` takes.
-        model: The model, whose devices' generators count.
-        weigh: What a batch counts for in a mean; None: its number of samples.
+    batch or augments would give another one each time. All generators, those of the
+    model's devices too, are given back as they were. ``weigh`` tells what a batch
+    counts for in a mean; None: its number of samples.
 
     Attributes:
         single: The only batch, where there is just one.

@@ -60,18 +60,12 @@ _STRIDE: Final = 2**31 + 11  # between the seeds of one pass's batches
 class Surface:
     """The loss of a model on batches, as a function of some of its parameters.
 
-    Args:
-        caller: Name of the user-facing function, for errors.
-        model: The model; one inside ``DistributedDataParallel`` is unwrapped.
-        loss: What :func:`torch_dropout_ir.losses.resolve_loss` takes.
-        batches: What :func:`torch_dropout_ir.batches.as_batches` takes.
-        masks: ``"off"``, a seed, or several.
-        params: Names of the parameters, or a predicate on names; None: all that
-            require a gradient.
-        group: Process group over which batches are spread; ``"auto"``: that of
-            ``DistributedDataParallel``, else none.
-        copied: False holds the model's own tensors, while nobody writes on them.
-        weigh: What a batch counts for in a mean; None: its number of samples.
+    Errors name the ``caller``. A model inside ``DistributedDataParallel`` is unwrapped;
+    batches are spread over ``group``, ``"auto"`` for that of DDP, if any. Masks are
+    ``"off"``, a seed, or several; ``params`` are names or a predicate on names; None:
+    all that require a gradient. Without copies the model's own tensors are held, while
+    nobody writes on them. ``weigh`` tells what a batch counts for in a mean; None: its
+    samples.
 
     Attributes:
         params: Copies of the chosen parameters.
