@@ -93,7 +93,7 @@ class LossCalls(TorchFunctionMode):
         # go back at all, as by `autograd.backward` in torch 2.10.
         self._missed: bool | None = None
         self.add(outputs)
-        self._looking = bool(self._known)
+        self.rests = not self._known  # it looks no more
 
     def add(self, outputs: Any) -> None:
         """Follow another pass too: the loss may compare several."""
@@ -123,13 +123,8 @@ class LossCalls(TorchFunctionMode):
         self._rest()
         sweep()
 
-    @property
-    def rests(self) -> bool:
-        """Whether it looks no more."""
-        return not self._looking
-
     def _rest(self) -> None:
-        self._looking = False
+        self.rests = True
         self._known.clear()
         self.nodes.clear()
 
@@ -186,7 +181,7 @@ class LossCalls(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._looking or recorded():
+        if self.rests or recorded():
             return func(*args, **kwargs)
         back = goes_back(func, args, kwargs, self._model)
         if back is not None:
@@ -209,8 +204,11 @@ class LossCalls(TorchFunctionMode):
             self._rest()
 
     def _learns_by(self, root: Any) -> bool:
-        """Whether the model may learn where a script goes back from there."""
-        return self._own.learns_by(root, self.nodes, lambda x: self.at(x) in UNKNOWN)
+        """Whether the model may learn by a root: not by what was cut off from it."""
+        return any(
+            self._own.leads_to(x) if self.at(x) in UNKNOWN else comes_of(x, self.nodes)
+            for x in inside(root, Tensor)
+        )
 
     def _train_on(self, how: str, root: Any, factor: float) -> None:
         """Add what the script goes back from to what it trains on."""
@@ -243,7 +241,9 @@ class LossCalls(TorchFunctionMode):
             call, out, into = instead, written, self._origins(instead)
         made = [x for x in _each(out) if isinstance(x, Tensor)]
         lost = any(at == LOST for _, at in into) or bends(call, into)
-        if made and (lost or drawn or not self._same_again(call, into)):
+        free = (x for x, at in into if at is None and x.requires_grad)
+        other = drawn or call.function is torch.autograd.grad  # in another pass
+        if made and (lost or other or any(map(self._own.leads_to, free))):
             self._lose(written)
             if (term := followed_term(call, into)) is not None:
                 self._known[out] = self._list(term) if isinstance(term, Step) else term
@@ -258,12 +258,6 @@ class LossCalls(TorchFunctionMode):
     def _origins(self, call: Step) -> Origins:
         """Return the tensors that a call is given, and where they come from."""
         return [(x, self.at(x)) for x in inside((call.args, call.kwargs), Tensor)]
-
-    def _same_again(self, call: Step, into: Origins) -> bool:
-        """Whether what is not of the outputs would be the same in another call."""
-        free = (x for x, at in into if at is None and x.requires_grad)
-        grad = call.function is torch.autograd.grad  # in tensors of this pass alone
-        return not grad and not any(map(self._own.leads_to, free))
 
     def _add(self, call: Step, out: Any, written: Any) -> None:
         """List a call; what it returns, or has ``written``, comes from there."""

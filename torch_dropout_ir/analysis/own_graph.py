@@ -48,23 +48,6 @@ class OwnGraph:
             return True
         return id(x) in self._own if x.is_leaf else self._reached(x.grad_fn)
 
-    def learns_by(
-        self,
-        root: Any,
-        outputs: Collection[tuple[Any, int]],
-        unknown: Callable[[Tensor], bool],
-    ) -> bool:
-        """Return whether the model may learn where a script goes back from here.
-
-        A loss of the outputs after `detach`, as of a discriminator or a second network,
-        is another model's. ``outputs`` are nodes; where there are none, all that is
-        made of the outputs counts. ``unknown`` tells what is not followed from them.
-        """
-        return any(
-            self.leads_to(x) if unknown(x) else comes_of(x, outputs)
-            for x in inside(root, Tensor)
-        )
-
     def _reached(self, root: Any) -> bool:
         seen, waiting = {root}, [root]
         while waiting:
