@@ -90,7 +90,8 @@ def _frozen(model: nn.Module) -> str:
     """Why a model does not train, or not as a whole; empty where it does."""
     packed = (torch.int8, torch.uint8)
     kinds = {str(x.dtype) for x in model.parameters() if x.dtype in packed}
-    kinds |= {type(m).__name__ for m in model.modules() if _is_quantized(m)}
+    types = {type(m) for m in model.modules()}
+    kinds |= {x.__name__ for x in types if ".quantized" in x.__module__}
     if any(x.requires_grad for x in model.parameters()):
         if not kinds:
             return ""
@@ -102,10 +103,6 @@ def _frozen(model: nn.Module) -> str:
     if kinds:
         said += f"; it is quantized ({', '.join(sorted(kinds))})"
     return f"{said}: there is no training to watch, and no sharpness to measure"
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    return ".quantized" in type(module).__module__
 
 
 def _torchs_own(optimizer: Any) -> Any:

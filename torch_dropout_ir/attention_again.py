@@ -94,7 +94,7 @@ class Attention(NamedTuple):
     def again(self) -> Tensor:
         """Return the result, whose derivatives make the weights again."""
         function = Parted(
-            functools.partial(_some, self.weigh), (True, False, False), (True,),
+            lambda part, q, k, v: (self.weigh(part, q, k) @ v,), (True, False, False), (True,),
             (functools.partial(_slopes, self.weigh, self.factor),
              functools.partial(_curvatures, self.weigh, self.factor)),
         )  # fmt: skip
@@ -159,13 +159,6 @@ def _weights(
         mask = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
         mask = mask.tril(part[1].start)
     return attention_weights(q, k, mask, False, scale)
-
-
-def _some(
-    weigh: Weigh, part: Part, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, ...]:
-    """Return the attention of a part."""
-    return (weigh(part, q, k) @ v,)
 
 
 def _slopes(

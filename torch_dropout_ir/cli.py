@@ -112,11 +112,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument(
         "--seed", type=seed, default=0, help="seed of start and masks (default: 0)"
     )
-    demo.set_defaults(run=_run_demo)
-
-
-def _run_demo(chosen: dict[str, Any]) -> None:
-    print(run_demo(Settings.of(**chosen)))
+    demo.set_defaults(run=lambda x: print(run_demo(Settings.of(**x))))
 
 
 def _add_analyze(commands: Any) -> None:

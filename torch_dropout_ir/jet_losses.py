@@ -25,15 +25,11 @@ def _by_slopes(slopes: Slopes) -> Rule:
         if saved[1].shape != x.shape:  # outputs that have been repeated
             return None
         number = to.add(Kind.GIVEN, own, inputs[0], -1, saved)
-        return _reduced(to, number, node, x.numel())
+        if number is None or not node._saved_reduction:
+            return number
+        return to.total(number, 1 / x.numel() if node._saved_reduction == 1 else 1.0)
 
     return rule
-
-
-def _reduced(to: Program, number: int | None, node: Any, count: float) -> int | None:
-    if number is None or not node._saved_reduction:
-        return number
-    return to.total(number, 1 / count if node._saved_reduction == 1 else 1.0)
 
 
 def _squared(_: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -146,16 +146,11 @@ def load_weights(model: nn.Module, path: Path, key: str | None = None) -> None:
         for names in tied:  # of tied weights some formats keep one
             kept = next(weights[n] for n in names if n in weights)
             weights |= {n: kept for n in names if n not in weights}
+    names = {name.replace(_COMPILED, ""): name for name in inner.state_dict()}
     try:
-        inner.load_state_dict(_named_as(inner, weights))
+        inner.load_state_dict({names.get(n, n): x for n, x in weights.items()})
     except RuntimeError as err:
         raise ValueError(f"{path} does not fit the model: {err}") from err
-
-
-def _named_as(model: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Return weights under the model's names, parts of which may be compiled."""
-    names = {name.replace(_COMPILED, ""): name for name in model.state_dict()}
-    return {names.get(name, name): x for name, x in weights.items()}
 
 
 def _tied(model: nn.Module) -> list[list[str]]:

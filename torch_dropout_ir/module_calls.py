@@ -198,12 +198,8 @@ def replaced() -> bool:
 
 
 def _modes() -> list[TorchFunctionMode]:
-    return [*_absent(), *_stack()]
-
-
-def _stack() -> list[TorchFunctionMode]:
-    stack = getattr(torch.overrides, "_get_current_function_mode_stack", None)
-    return [] if stack is None else stack()
+    stack = getattr(torch.overrides, "_get_current_function_mode_stack", list)
+    return [*_absent(), *stack()]
 
 
 def _absent() -> tuple[TorchFunctionMode, ...]:

@@ -82,7 +82,9 @@ class Survey:
             if own.get("inplace"):
                 seen.in_place = True
         seen.may_write = seen.may_write or seen.foreign
-        if seen.callers or _hooks_on_all():
+        place = nn.modules.module  # where hooks on every module are
+        hooked = place._global_forward_hooks or place._global_forward_pre_hooks
+        if seen.callers or hooked:  # they may do anything
             seen.row_wise = seen.alone = False
         return seen
 
@@ -95,9 +97,3 @@ class Survey:
             if plain or is_site(module):
                 self.sites.append(Site(name, module))
         return noise
-
-
-def _hooks_on_all() -> bool:
-    """Whether there are hooks on every module, which may do anything."""
-    place = nn.modules.module
-    return bool(place._global_forward_hooks or place._global_forward_pre_hooks)

@@ -113,16 +113,11 @@ def replay(
         start.restore()
         with _Draws(model, found) as draws, _Calls(model, found, draws) as calls:
             found.outputs = call(model, inputs)
-        if end is not None and not _alike(end, random_state(model)):
+        if end and not all(map(torch.equal, end, random_state(model))):
             raise OtherDraws("a second pass draws other random numbers")
         calls.idle()
         found.unseen.update({f":{name}": NO_DROPOUT for name in start.moved()})
     return found
-
-
-def _alike(states: list[Tensor], others: list[Tensor]) -> bool:
-    pairs = zip(states, others, strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def own_statistics(model: nn.Module) -> dict[str, MaskStatistics]:
@@ -177,7 +172,7 @@ class _Draws(TorchDispatchMode):
         own = any(isinstance(x, torch.Generator) for x in (*args, *kwargs.values()))
         before = random_state(self._model)
         out = func(*args, **kwargs)
-        if own or not _alike(before, random_state(self._model)):
+        if own or not all(map(torch.equal, before, random_state(self._model))):
             self._found.unseen[f"{self.place}:{func._schema.name[6:]}"] = self.reason
         return out
 

@@ -127,7 +127,10 @@ def run_facts(analysis: Analysis, optimizer: Optimizer | None) -> dict[str, str]
     """Return model, sites, ``p``, loss, optimizer, seed and versions as ``run/...``."""
     model, sites = analysis.model, analysis.sites
     count = sum(x.numel() for x in model.parameters())
-    names = [f"{_quoted(site.name)} ({site.kind})" for site in sites]
+    # "2" alone reads as a number.
+    names = [
+        f"{repr(x.name) if x.name else 'the model itself'} ({x.kind})" for x in sites
+    ]
     if len(names) > _MOST_SITES:
         names[_MOST_SITES:] = [f"and {len(names) - _MOST_SITES} more"]
     rates = sorted({f"{site.p:g}" for site in sites if not math.isnan(site.p)})
@@ -145,10 +148,6 @@ def run_facts(analysis: Analysis, optimizer: Optimizer | None) -> dict[str, str]
         facts["optimizer"] = type(optimizer).__name__
         facts["lr"] = f"{float(rate):g}" if rate != "?" else rate
     return {RUN + name: said for name, said in facts.items()}
-
-
-def _quoted(name: str) -> str:
-    return repr(name) if name else "the model itself"  # "2" alone reads as a number
 
 
 def _name(loss: object) -> str:

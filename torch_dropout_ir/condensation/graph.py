@@ -184,7 +184,8 @@ def _follow(
     pending = [(user, node, channels, False) for user in node.users]
     while pending:
         user, came_from, channels, flat = pending.pop(0)
-        module = modules.get(f"{prefix}{user.target}") if _is_call(user) else None
+        called = user.op == "call_module"
+        module = modules.get(f"{prefix}{user.target}") if called else None
         if isinstance(module, _CONSUMERS) and user.all_input_nodes == [came_from]:
             reason = _misread(module, num_neurons(source), channels, flat)
             if reason or _times(user) > 1:
@@ -213,7 +214,9 @@ def _normalized(
 ) -> tuple[str, fx.Node]:
     """A batch normalization of neurons that alone reads them, and where it ends."""
     (user, *others) = (*node.users, None)
-    if user is None or others != [None] or not _is_call(user) or _times(user) > 1:
+    if user is None or others != [None] or user.op != "call_module":
+        return "", node
+    if _times(user) > 1:
         return "", node
     name = f"{prefix}{user.target}"
     norm = modules.get(name)
@@ -262,10 +265,6 @@ def norms_read(
     ])
     found = torch.linalg.vector_norm(norms, dim=0)
     return found * scale_of(modules[norm]).abs().to(found) if norm else found
-
-
-def _is_call(node: fx.Node) -> bool:
-    return node.op == "call_module"
 
 
 def num_neurons(source: nn.Module) -> int:

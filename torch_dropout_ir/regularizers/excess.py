@@ -19,7 +19,6 @@ Semantics:
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Final
 
@@ -71,7 +70,10 @@ class ExcessRisk:
         # Other noise than dropout's is drawn afresh for each mask, on both sides.
         self.noisy = some(drawn(), "noise")
         if slopes is None:
-            risk = functools.partial(_risk, loss, batch[1])
+
+            def risk(outputs: object) -> Tensor:
+                return loss(outputs, batch[1])
+
             with clean_pass(model, batch[0], reduce=risk) as clean:
                 slopes = _of_risk(clean, clean.outputs)
         self._slopes = slopes
@@ -212,10 +214,6 @@ def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor |
         return []
     read = read_outputs(clean.outputs, loss, targets)
     return _of_risk(clean, read.risk(read.tensors))
-
-
-def _risk(loss: Loss, targets: object, outputs: object) -> Tensor:
-    return loss(outputs, targets)
 
 
 def _of_risk(clean: CleanPass, risk: Tensor) -> list[Tensor | None]:

@@ -128,7 +128,7 @@ class Graph:
         found: list[Any] = list(graph_nodes(starts))
         self.leaves = {n: n.variable for n in found if hasattr(n, "variable")}
         inner = [n for n in found if n not in self.leaves]
-        self.nodes = sorted(inner, key=_number, reverse=True)
+        self.nodes = sorted(inner, key=lambda n: -n._sequence_nr())
         self._sizes = {n: sizes_of(n) for n in found}
         self._children = {n: n.next_functions for n in inner}
         self.saved = {n: x for n in inner if (x := saved_by(n, there))}
@@ -223,11 +223,6 @@ class Graph:
         if name in _PLAIN or not _makes(name):
             return 0
         return (1 + (name == _CONVOLUTION)) * sum(self._sizes[node])
-
-
-def _number(node: Any) -> int:
-    number: int = node._sequence_nr()
-    return number
 
 
 def saved_by(node: Any, there: Collection[int]) -> dict[int, int]:

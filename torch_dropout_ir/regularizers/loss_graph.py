@@ -209,10 +209,6 @@ def _each(op: Op) -> Place | None:
     return place if place.dim < len(own) - 2 else None
 
 
-def _as_it_was(op: Op) -> Place | None:
-    return op.places[0]
-
-
 def _rules() -> dict[str, Callable[[Op], Place | None]]:
     named = dict.fromkeys(ELEMENTWISE | LOSSES, broadcast)
     keep = "Cummax Cumprod Cumsum FftC2C FftC2R FftR2C Flip IndexAdd IndexCopy "
@@ -224,7 +220,7 @@ def _rules() -> dict[str, Callable[[Op], Place | None]]:
         (within, keep),
         (less, join),
         (_each, each),
-        (_as_it_was, pairs),
+        (lambda op: op.places[0], pairs),
     ):
         named |= {f"{x}Backward0": rule for x in names.split()}
     named |= {"MedianBackward1": less, "ProdBackward1": less}

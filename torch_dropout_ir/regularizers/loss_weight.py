@@ -36,15 +36,10 @@ def parts_pay(
 ) -> bool:
     """Return whether roots need parts: the loss is much of a step, rows are apart."""
     fit = num_samples is not None or blocks_fit(read.tensors[0])
-    large = much(clean, read) and fit
-    return every(
-        large and (product is None or _splits(product, num_samples)),
-        "parts of the loss",
-    )
-
-
-def _splits(product: HessianProduct, num_samples: int | None) -> bool:
-    return not one_root(product, num_samples) and apart(product)
+    pays = much(clean, read) and fit
+    if pays and product is not None:
+        pays = not one_root(product, num_samples) and apart(product)
+    return every(pays, "parts of the loss")
 
 
 def one_root(product: HessianProduct, num_samples: int | None) -> bool:

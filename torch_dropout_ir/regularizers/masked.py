@@ -76,7 +76,7 @@ def dropout_risk(
             watch(site, packed, torch.Size(shape))
         scale = keep_scale(site.p)
         if own:
-            again = functools.partial(_applied, packed=packed, scale=scale)
+            again = functools.partial(ops.mask_apply, packed=packed, scale=scale)
         else:
             again = functools.partial(_multiplied, noise=dropped.detach())
             dropped = again(h)
@@ -89,10 +89,6 @@ def dropout_risk(
     with at_sites(model, unasking(drop), survey=survey) as calls:
         yield loss(call(model, batch[0], survey=survey), batch[1])
         seen.silenced |= calls.silenced
-
-
-def _applied(h: Tensor, packed: Tensor, scale: float) -> Tensor:
-    return ops.mask_apply(h, packed, scale)
 
 
 def _multiplied(h: Tensor, noise: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def rows_meet(
             if name in _BATCH_NORM and _meets(op):
                 above = [x for x, begun in stack if begun is not None]
                 return True if all(map(_passes, (node, *above))) else None
-            found[node] = RULES.get(name, _unknown)(op)
+            found[node] = RULES.get(name, lambda _: None)(op)
             if found[node] is None:
                 return None
     return False if found[outputs.grad_fn] in (None, START) else None
@@ -137,10 +137,6 @@ def _passes(node: Any) -> bool:
     # A scale of zero, with which residual branches begin, lets none pass.
     scale = getattr(node.next_functions[1][0], "variable", None)
     return scale is not None and any(scale.tolist())
-
-
-def _unknown(_: Op) -> None:
-    return None
 
 
 def broadcast(op: Op) -> Place | None:

@@ -47,12 +47,9 @@ def parts(module: nn.Module, x: Tensor, output: Any, samples: int) -> Found:
         return
     if type(module) in CONVOLUTIONS and x.ndim == module.weight.ndim:
         yield from _convolution(cast("nn.Conv2d", module), x, output)
-    elif isinstance(module, NORMS) and _is_torchs(module):
-        yield from _norm(module, x, output)
-
-
-def _is_torchs(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.modules")
+    elif isinstance(module, NORMS):
+        if type(module).__module__.startswith("torch.nn.modules"):
+            yield from _norm(module, x, output)
 
 
 def linear_parts(

@@ -49,9 +49,11 @@ class CurvatureOperator:
         self._checked = False
         self._work = 0  # of a product, where there is one batch
         if surface.single is not None:
-            self._cached = self._linearize(surface.single, 0, surface.seeds[0])
-            self._work = self._cached.work
-            self._check_used(set(self._cached.used))
+            seed = surface.seeds[0]
+            with surface.held(seed):
+                found = self._linearized(surface.single, 0, seed, False)
+            self._work = found.work
+            self._check_used(set(found.used))
 
     def __repr__(self) -> str:
         of, seeds = type(self.surface.model).__name__, self.surface.seeds
@@ -60,10 +62,6 @@ class CurvatureOperator:
             f"<{self.kind} of {of}, {list(self.shape)}, masks {masks}, "
             f"{self.num_matvecs} products>"
         )
-
-    def _linearize(self, batch: Batch, place: int, seed: int | None) -> Linearized:
-        with self.surface.held(seed):
-            return linearize(self.kind, self.surface, batch, place, seed)
 
     def _columns(self, columns: Tensor, seed: int | None) -> Tensor:
         """Products with rows ``[K, P]``, averaged over batches and ranks."""

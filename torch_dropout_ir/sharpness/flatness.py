@@ -263,8 +263,9 @@ def _ascend(surface: Surface, rho: float, num_steps: int, *, adaptive: bool) -> 
     best, highest = {n: torch.zeros_like(x) for n, x in start.items()}, here
     scaled = dict(best)  # the perturbation in units of the scales
     for _ in range(num_steps):
-        slope = _mean_gradient(surface, _plus(start, scales, scaled))
-        slope = {n: g * scales[n] for n, g in slope.items()}
+        at = _plus(start, scales, scaled)
+        mean = torch.stack([surface.gradient(s, at) for s in surface.seeds]).mean(0)
+        slope = {n: g * scales[n] for n, g in to_params(mean, start).items()}
         steepness = norm(slope)
         if not steepness:
             break
@@ -279,9 +280,3 @@ def _ascend(surface: Surface, rho: float, num_steps: int, *, adaptive: bool) -> 
 
 def _plus(start: Params, scales: Params, scaled: Params) -> dict[str, Tensor]:
     return {n: x + scales[n] * scaled[n] for n, x in start.items()}
-
-
-def _mean_gradient(surface: Surface, params: Params) -> dict[str, Tensor]:
-    """The gradient at some parameters, averaged over batches and masks."""
-    each = [surface.gradient(seed, params) for seed in surface.seeds]
-    return to_params(torch.stack(each).mean(0), surface.params)

@@ -98,7 +98,9 @@ class Rounds:
         self.exact, sampled = float(found[0]), bool(found[3] > 0)
         moved, variances = found[_HEAD:].chunk(2)
         places = [i for i, x in enumerate(moved.tolist()) if x > 0]
-        groups = merged(places, self._affordable(sampled))
+        # Each can be drawn often enough to tell its own error.
+        left = (self._most - self.spent - OVERHEAD) // _DRAWS - sampled
+        groups = merged(places, max(1, min(self._most // 8, left)))
         noise = torch.stack(
             [variances[x].sum() for x in groups] or [moved.sum()]
         ).sqrt()
@@ -111,11 +113,6 @@ class Rounds:
         ]
         self._groups = [_SAMPLED] * sampled + groups
         self.draws = [[] for _ in self._groups]
-
-    def _affordable(self, sampled: bool) -> int:
-        """Groups of which each can be drawn often enough to tell its own error."""
-        left = self._most - self.spent - OVERHEAD
-        return max(1, min(self._most // 8, left // _DRAWS - sampled))
 
     def more(self, products: int) -> None:
         """Take so many more draws, and at least two of each group in all."""
