@@ -93,10 +93,11 @@ class Attention(NamedTuple):
 
     def again(self) -> Tensor:
         """Return the result, whose derivatives make the weights again."""
+        weigh = self.weigh  # what is given is saved by autograd alone
         function = Parted(
-            lambda part, q, k, v: (self.weigh(part, q, k) @ v,), (True, False, False), (True,),
-            (functools.partial(_slopes, self.weigh, self.factor),
-             functools.partial(_curvatures, self.weigh, self.factor)),
+            lambda part, q, k, v: (weigh(part, q, k) @ v,), (True, False, False), (True,),
+            (functools.partial(_slopes, weigh, self.factor),
+             functools.partial(_curvatures, weigh, self.factor)),
         )  # fmt: skip
         (found,) = KeepsGiven.apply(function, self.weights, *self.given)
         return found

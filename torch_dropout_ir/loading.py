@@ -146,9 +146,9 @@ def load_weights(model: nn.Module, path: Path, key: str | None = None) -> None:
         for names in tied:  # of tied weights some formats keep one
             kept = next(weights[n] for n in names if n in weights)
             weights |= {n: kept for n in names if n not in weights}
-    names = {name.replace(_COMPILED, ""): name for name in inner.state_dict()}
+    own_names = {name.replace(_COMPILED, ""): name for name in inner.state_dict()}
     try:
-        inner.load_state_dict({names.get(n, n): x for n, x in weights.items()})
+        inner.load_state_dict({own_names.get(n, n): x for n, x in weights.items()})
     except RuntimeError as err:
         raise ValueError(f"{path} does not fit the model: {err}") from err
 

@@ -128,9 +128,8 @@ def run_facts(analysis: Analysis, optimizer: Optimizer | None) -> dict[str, str]
     model, sites = analysis.model, analysis.sites
     count = sum(x.numel() for x in model.parameters())
     # "2" alone reads as a number.
-    names = [
-        f"{repr(x.name) if x.name else 'the model itself'} ({x.kind})" for x in sites
-    ]
+    quoted = {x.name: repr(x.name) if x.name else "the model itself" for x in sites}
+    names = [f"{quoted[x.name]} ({x.kind})" for x in sites]
     if len(names) > _MOST_SITES:
         names[_MOST_SITES:] = [f"and {len(names) - _MOST_SITES} more"]
     rates = sorted({f"{site.p:g}" for site in sites if not math.isnan(site.p)})
