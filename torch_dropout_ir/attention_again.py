@@ -95,7 +95,8 @@ class Attention(NamedTuple):
         """Return the result, whose derivatives make the weights again."""
         weigh = self.weigh  # what is given is saved by autograd alone
         function = Parted(
-            lambda part, q, k, v: (weigh(part, q, k) @ v,), (True, False, False), (True,),
+            lambda part, q, k, v: (weigh(part, q, k) @ v,),
+            (True, False, False), (True,),
             (functools.partial(_slopes, weigh, self.factor),
              functools.partial(_curvatures, weigh, self.factor)),
         )  # fmt: skip
