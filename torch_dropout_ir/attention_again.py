@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir import tracing
-from torch_dropout_ir.attention import attention_weights
 
 # Weights that are there at once, of at least one query.
 _WEIGHTS: Final = 2**16
@@ -246,3 +245,33 @@ def _parts(weights: tuple[int, ...]) -> Iterator[Part]:
     for sample in range(0, samples, some):
         for query in range(0, queries, step):
             yield slice(sample, sample + some), slice(query, query + step)
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Return ``softmax(q k' scale + mask)``; 0 in rows that attend to nothing."""
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    # Before the product, or half precision overflows.
+    scores = (query * factor) @ key.transpose(-2, -1)
+    if mask is not None and type(mask) is not Tensor:
+        # Dynamo comes with it, which takes as long to import as all else together.
+        from torch.nn.attention.bias import CausalBias
+
+        if isinstance(mask, CausalBias):
+            mask = mask._materialize(query.device)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
+        mask = mask.tril()
+    if mask is None:
+        return scores.softmax(-1)
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    else:
+        scores = scores + mask
+    empty = (scores == float("-inf")).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)

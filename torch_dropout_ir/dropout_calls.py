@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_dropout_ir.attention import attention_weights
+from torch_dropout_ir.attention_again import attention_weights
 from torch_dropout_ir.module_calls import LOOKED_INTO, ModuleCalls
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import runs_twice

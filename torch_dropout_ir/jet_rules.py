@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.jet_kernels import Kind
-from torch_dropout_ir.jet_losses import LOSSES
-from torch_dropout_ir.jet_moments import MOMENTS
+from torch_dropout_ir.jet_moments import LOSSES, MOMENTS
 from torch_dropout_ir.jet_nodes import NODES
 from torch_dropout_ir.jet_places import PLACES
 from torch_dropout_ir.jet_products import PRODUCTS
