@@ -12,23 +12,20 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from torch_dropout_ir.analysis.attempts import Attempts, Schedule
+from torch_dropout_ir.analysis.attempts import Attempts
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import Capture
 from torch_dropout_ir.analysis.delivery import Delivery
 from torch_dropout_ir.analysis.distributed import Ranks
+from torch_dropout_ir.analysis.facts import run_facts
 from torch_dropout_ir.analysis.measured_batch import MeasuredBatch, by_itself
 from torch_dropout_ir.analysis.meetings import processes
 from torch_dropout_ir.analysis.records import Sink, remember
 from torch_dropout_ir.analysis.root_hook import compiled_in_place
+from torch_dropout_ir.analysis.schedule import Schedule
 from torch_dropout_ir.analysis.snapshot import Measure, Snapshot, labels, runs_model
 from torch_dropout_ir.analysis.steps import NO_STEP, STEPS, OptimizerSteps
-from torch_dropout_ir.analysis.summary import (
-    SiteReport,
-    describe,
-    report_sites,
-    run_facts,
-)
+from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
 from torch_dropout_ir.analysis.view import NOT_PICKLED, View, check_state
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.inputs import Inputs

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import platform
 from typing import TYPE_CHECKING, Final
 
-import torch
 from torch import nn
-from torch.optim import Optimizer
 
+from torch_dropout_ir.analysis.facts import RUN
 from torch_dropout_ir.analysis.observed_masks import ObservedMasks
 from torch_dropout_ir.analysis.tables import in_short, section, tables
 from torch_dropout_ir.sites import find_sites, unobservable
@@ -117,52 +114,3 @@ def _site_line(site: SiteReport) -> str:
     kind = site.kind if math.isnan(site.p) else f"{site.kind}(p={site.p:g})"
     own = site.name[:1] in {"", ":"}  # the model, or a call in its own forward pass
     return f"{'(the model itself)' if own else ''}{site.name}  {kind}  {seen}"
-
-
-RUN: Final = "run/"
-_MOST_SITES: Final = 20
-
-
-def run_facts(analysis: Analysis, optimizer: Optimizer | None) -> dict[str, str]:
-    """Return model, sites, ``p``, loss, optimizer, seed and versions as ``run/...``."""
-    model, sites = analysis.model, analysis.sites
-    count = sum(x.numel() for x in model.parameters())
-    # "2" alone reads as a number.
-    quoted = {x.name: repr(x.name) if x.name else "the model itself" for x in sites}
-    names = [f"{quoted[x.name]} ({x.kind})" for x in sites]
-    if len(names) > _MOST_SITES:
-        names[_MOST_SITES:] = [f"and {len(names) - _MOST_SITES} more"]
-    rates = sorted({f"{site.p:g}" for site in sites if not math.isnan(site.p)})
-    facts = {
-        "model": f"{type(model).__name__}, {count} parameters",
-        "sites": ", ".join(names) or "no dropout module",
-        "p": ", ".join(rates) or "0",
-        "loss": _name(analysis.loss and analysis.loss.function),
-        "optimizer": "not known yet",
-        "seed": str(torch.initial_seed()),
-        "versions": _versions(),
-    }
-    if optimizer is not None:
-        rate = optimizer.param_groups[0].get("lr", "?")
-        facts["optimizer"] = type(optimizer).__name__
-        facts["lr"] = f"{float(rate):g}" if rate != "?" else rate
-    return {RUN + name: said for name, said in facts.items()}
-
-
-def _name(loss: object) -> str:
-    if loss is None:
-        return "not known"
-    function = getattr(loss, "func", loss)  # of a functools.partial
-    return getattr(function, "__name__", "") or type(function).__name__
-
-
-@functools.cache
-def _versions() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        own = version("torch-dropout-ir")
-    except PackageNotFoundError:
-        own = "not installed"
-    python = platform.python_version()
-    return f"torch-dropout-ir {own}, torch {torch.__version__}, Python {python}"
