@@ -83,7 +83,7 @@ def check_real(
 
     A tensor of one element counts as its number; infinity may be in range where
     ``finite`` is False.
-    """  # noqa: DOC501
+    """  # noqa: DOC501 (the first line says it)
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

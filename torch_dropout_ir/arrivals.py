@@ -143,7 +143,7 @@ def _watched(nodes: Iterable[Any]) -> bool:
 def _check_kept(
     name: str, results: Sequence[Tensor | None], given: Sequence[Tensor | None]
 ) -> None:
-    """Raise if what is to be differentiated again is not 0 and of nothing."""
+    """Raise if what is to be differentiated again is cut off: not 0, of nothing."""
     live = torch.is_grad_enabled() and any([_learns(g) for g in given])
     found = [g for g in results if g is not None]
     if not live or any([_learns(g) for g in found]):

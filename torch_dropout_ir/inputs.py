@@ -68,7 +68,7 @@ class Inputs:
         return run(self.args, self.kwargs)
 
     def first_tensor(self) -> Tensor:
-        """Return the first tensor among the arguments; its first dimension counts."""
+        """Return the first tensor; its first dimension is the batch."""
         leaves = _pytree.tree_leaves((self.args, dict(self.kwargs)))
         if not (tensors := [x for x in leaves if isinstance(x, Tensor)]):
             raise TypeError("expected a batch whose inputs hold a tensor, got none")
