@@ -119,7 +119,7 @@ class Condensation:
         return ((), ""), f"amplitudes are norms of the input weights alone: {reason}"
 
     def _layers(self, snapshot: Snapshot) -> Iterator[tuple[str, Weights]]:
-        """Yield names and weights of layers, from where the last measurement stopped."""
+        """Yield names and weights of layers, from where the last measurement ended."""
         names = []
         for name, weights in named_rows(snapshot.model):
             if _operations(weights) > self.max_operations:
