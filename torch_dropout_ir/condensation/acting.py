@@ -68,7 +68,7 @@ def affine(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
             part.training = False
         size = module.in_features
         units = torch.eye(size, dtype=module.weight.dtype, device=module.weight.device)
-        probe = torch.linspace(-2.0, 3.0, size).to(units)[None]
+        probe = torch.linspace(-2.0, 3.0, size, device="cpu").to(units)[None]
         try:
             offset = module.forward(torch.zeros_like(units[:1]))
             columns, image = module.forward(units) - offset, module.forward(probe)

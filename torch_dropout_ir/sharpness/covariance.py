@@ -125,7 +125,8 @@ def _covariance(
     caller: str, vectors: Iterator[Tensor], expected: int, params: dict[str, Tensor]
 ) -> Covariance:
     """The covariance of so many vectors (0: unknown), each written as it comes."""
-    rows, first, count = torch.empty(0, 0), torch.empty(0), 0
+    rows = first = torch.empty(0, device="cpu")
+    count = 0
     for count, vector in enumerate(vectors, 1):
         if count == 1:  # from which equal vectors deviate by exactly nothing
             rows, first = vector.new_empty(expected or 2, vector.numel()), vector

@@ -193,9 +193,10 @@ def smoothed(
     if grid is None:
         first, last = low / width - _MARGIN, high / width + _MARGIN
         points = min(max(_POINTS, math.ceil(4 * (last - first))), 2**16)
-        grid = torch.linspace(first, last, points, dtype=torch.float64) * width
+        grid = torch.linspace(first, last, points, dtype=torch.float64, device="cpu")
+        grid *= width
     t = grid.double().cpu()
-    each = torch.zeros(len(probes), t.numel(), dtype=torch.float64)
+    each = torch.zeros(len(probes), t.numel(), dtype=torch.float64, device="cpu")
     for theta, tau in zip(nodes.T, weights.T, strict=True):
         kernel = torch.exp(-0.5 * ((t - theta[:, None]) / width).square())
         each += tau[:, None] * kernel / (width * (2 * math.pi) ** 0.5)

@@ -167,7 +167,7 @@ class Residual:
         """One probe of the trace of some blocks, 0-d."""
         targets = [x for block in blocks for x in block.targets]
         probe = [z for block in blocks for z in block.probe(False)]
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for z, g in zip(probe, self._product(targets, probe), strict=True):
             if g is not None:
                 total += (z.double() * g.double()).sum().cpu()

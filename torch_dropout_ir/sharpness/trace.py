@@ -176,7 +176,7 @@ def _chosen(op: Any, num_matvecs: int, method: str) -> str:
 
 def _columns(op: Any) -> TraceEstimate:
     size = op.shape[0]
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     like = {"dtype": getattr(op, "dtype", None), "device": getattr(op, "device", None)}
     for i in range(size):
         place = torch.zeros(size, **like)
@@ -193,10 +193,11 @@ def _estimate(
     exact: float, draws: list[list[float]], spent: int, rtol: float | None, method: str
 ) -> TraceEstimate:
     """The sum of the means of what was drawn apart."""
-    seen = [torch.tensor(x, dtype=torch.float64) for x in draws]
-    value = torch.tensor(exact, dtype=torch.float64) + sum(x.mean() for x in seen)
+    seen = [torch.tensor(x, dtype=torch.float64, device="cpu") for x in draws]
+    value = torch.tensor(exact, dtype=torch.float64, device="cpu")
+    value += sum(x.mean() for x in seen)
     parts = [length(x - x.mean()) / (len(x) * (len(x) - 1)) ** 0.5 for x in seen]
-    error = torch.tensor(math.hypot(*parts), dtype=torch.float64)
+    error = torch.tensor(math.hypot(*parts), dtype=torch.float64, device="cpu")
     count = sum(map(len, seen)) // max(1, len(seen))
     reached = not seen or _reached(float(value), float(error), count, rtol)
     found = TraceEstimate(value, error, spent, reached or rtol is None, method, {})
@@ -237,7 +238,7 @@ def _sketched(
     """One estimate, averaged with those of earlier runs by the products spent."""
     value, error = SKETCHES[method](op, num_matvecs)
     runs = [*(state["runs"] if state else []), (value, error, num_matvecs)]
-    values, errors, weights = torch.tensor(runs, dtype=torch.float64).T
+    values, errors, weights = torch.tensor(runs, dtype=torch.float64, device="cpu").T
     weights = weights / weights.sum()
     mean, deviation = (weights * values).sum(), (weights * errors).norm()
     reached = _reached(float(mean), float(deviation), _LEAST, rtol)
