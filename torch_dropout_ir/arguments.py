@@ -263,3 +263,12 @@ def in_order(
                 f"got {list(given[n].shape)} for {n!r}, which has {list(x.shape)}"
             )
     return {n: given[n] for n in params}
+
+
+def check_derivatives() -> None:
+    """Raise a RuntimeError under ``torch.inference_mode``."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "expected autograd to be at hand, got torch.inference_mode, whose tensors "
+            "have no derivatives. Leave it, or use torch.no_grad."
+        )

@@ -11,12 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Multiply as the weights are, where a user's autocast would in half precision."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
+from torch_dropout_ir.vectors import full_precision
 
 
 @contextlib.contextmanager

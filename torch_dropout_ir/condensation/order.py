@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.compare import leading_plane
 from torch_dropout_ir.condensation.cover import effective_neurons
 from torch_dropout_ir.condensation.rows import UnitRows, Weights, check_rows
+from torch_dropout_ir.vectors import full_precision
 
 
 @torch.no_grad()

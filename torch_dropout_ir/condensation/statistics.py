@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.arguments import check_count
-from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.rows import UnitRows, Weights, check_rows
 from torch_dropout_ir.condensation.tiles import cosine_tiles
+from torch_dropout_ir.vectors import full_precision
 
 _BINS: Final = 80
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from torch_dropout_ir.arguments import check_derivatives
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.loss_terms import nodes_of
@@ -70,12 +71,8 @@ def check_batch(
         ValueError: If a tensor among the inputs has no element in its first dimension,
             or something is on the meta device.
         RuntimeError: Under ``torch.inference_mode``.
-    """
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "expected autograd to be at hand, got torch.inference_mode, whose tensors "
-            "have no derivatives. Leave it, or use torch.no_grad."
-        )
+    """  # noqa: DOC502 (`check_derivatives` raises)
+    check_derivatives()
     arguments = Inputs.of(inputs)
     given = (*arguments.args, *arguments.kwargs.values())
     tensors = [x for x in given if isinstance(x, Tensor)]

@@ -58,8 +58,7 @@ def online(
     """  # noqa: DOC502 (`check_finite` raises)
     twice = loss.kind == "general"
     risk, slopes, linear = None, [], False
-    # Of noise beside sites, alike in all passes.
-    seed = int(torch.randint(2**62, (), device="cpu"))
+    seed = int(torch.randint(2**62, (), device="cpu"))  # of noise beside sites
     with (
         preserved_rng(model, seed),
         clean_pass(

@@ -22,6 +22,7 @@ from torch_dropout_ir.sharpness.krylov import (
     working_dtype,
 )
 from torch_dropout_ir.sharpness.recurrence import recurrence
+from torch_dropout_ir.vectors import full_precision
 
 _POINTS = 512
 _BASIS_BYTES = 2**29
@@ -56,6 +57,7 @@ class Density:
     state: dict[str, Any] = dataclasses.field(repr=False)
 
 
+@full_precision()
 def spectral_density(
     op: Any,
     num_steps: int = 20,

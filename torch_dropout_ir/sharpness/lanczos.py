@@ -25,7 +25,13 @@ from torch_dropout_ir.sharpness.krylov import (
 )
 from torch_dropout_ir.sharpness.rehearsal import rehearsed
 from torch_dropout_ir.sharpness.search import Search
-from torch_dropout_ir.vectors import Params, length, to_params, to_vector
+from torch_dropout_ir.vectors import (
+    Params,
+    full_precision,
+    length,
+    to_params,
+    to_vector,
+)
 
 _BASIS: Final = 32
 _FORESEEN: Final = 6.0  # times that a foreseen error may be less than a certain one
@@ -69,6 +75,7 @@ class Eigen:
     rehearsal: float = 0.0
 
 
+@full_precision()
 def top_eigenvalues(
     op: Any,
     k: int = 1,

@@ -15,7 +15,7 @@ from torch_dropout_ir.sharpness.flatness import interval_flatness
 from torch_dropout_ir.sharpness.krylov import dtype_of, random_vector, working_dtype
 from torch_dropout_ir.sharpness.ranks import unwrapped
 from torch_dropout_ir.sharpness.trace import trace
-from torch_dropout_ir.vectors import to_params
+from torch_dropout_ir.vectors import full_precision, to_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +151,7 @@ class Alignment:
     num_matvecs: int
 
 
+@full_precision()
 def hessian_variance_alignment(
     op: Any, covariance: Any, *, num_probes: int = 16, trace_matvecs: int = 100
 ) -> Alignment:

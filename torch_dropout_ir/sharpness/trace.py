@@ -21,7 +21,7 @@ from torch_dropout_ir.sharpness.krylov import NOT_FINITE
 from torch_dropout_ir.sharpness.layerwise import NotSplit
 from torch_dropout_ir.sharpness.rounds import OVERHEAD, Rounds
 from torch_dropout_ir.sharpness.sketches import SKETCHES, form
-from torch_dropout_ir.vectors import length
+from torch_dropout_ir.vectors import full_precision, length
 
 _LEAST: Final = 16  # draws before an error is believed
 _AT_ONCE: Final = 8  # rounds between two looks at it
@@ -62,6 +62,7 @@ class TraceEstimate:
     state: dict[str, Any] = dataclasses.field(repr=False)
 
 
+@full_precision()
 def trace(
     op: Any,
     num_matvecs: int = 100,

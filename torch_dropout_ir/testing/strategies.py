@@ -95,7 +95,7 @@ def networks(
         depth = draw(st.integers(1, max_depth))
         activation = draw(st.sampled_from(_ACTIVATIONS))
         layers: list[nn.Module] = []
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(draw(st.integers(0, 2**16)))
             for i in range(depth):
                 layers += [nn.Linear(width if i else inputs, width), activation()]

@@ -225,8 +225,10 @@ class Sharpness:
         if not any(x.requires_grad and bool(line[name].any()) for name, x in named):
             snapshot.absent["sharpness/loss_slice"] = _NO_LINE
             return {}
-        steps = torch.linspace(-1, 1, self.slice_points, device="cpu").tolist()
-        losses = used_up_slice(surface, steps, line)
+        steps = torch.linspace(
+            -1, 1, self.slice_points, dtype=torch.float64, device="cpu"
+        )
+        losses = used_up_slice(surface, steps.tolist(), line)
         heights = {str(k): float(x) for k, x in enumerate(losses)}
         heights, _ = snapshot.ranks.join(
             weight(snapshot, as_batches(snapshot.batches)), heights
