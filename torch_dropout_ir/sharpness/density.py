@@ -118,13 +118,14 @@ def spectral_density(
     check_symmetric("spectral_density", op)
     _check(op, num_steps, num_probes, grid, bandwidth, rtol, max_bytes)
     if state is not None:
-        check_state("spectral_density", state, ("probes", "spent"))
+        check_state("spectral_density", state, ("probes", "spent"), op)
     probes = [] if state is None else list(state["probes"])
     spent = 0 if state is None else state["spent"]
     for _ in range(num_probes):
         probes.append(_quadrature(op, num_steps, max_bytes))
         spent += probes[-1][0].numel()
         found = smoothed(probes, spent, grid, bandwidth)
+        found.state["size"] = op.shape[0]
         if rtol is not None and len(probes) >= 3 and _within(found, rtol):
             return found
     return dataclasses.replace(found, converged=rtol is None)

@@ -153,7 +153,7 @@ def top_eigenvalues(
         stop = "residual"
     search = Search(tol, stop, _look(k, stop, start is not None))
     if state is not None:
-        _check_state(op, state)
+        check_state("top_eigenvalues", state, ("k", "rows", "rest", "look"), op)
         room = _capacity(op, state["k"], max_bytes)
         space = Space.resumed(op, state, room)
         if space.loosely_locked(tol):  # the tolerance is tighter now
@@ -202,15 +202,6 @@ def _check(
     check_real("top_eigenvalues", "tol", tol, least=0)
     check_real("top_eigenvalues", "max_bytes", max_bytes, least=0, finite=False)
     check_choice("top_eigenvalues", "stop", stop, ("residual", "value"))
-
-
-def _check_state(op: Any, state: dict[str, Any]) -> None:
-    check_state("top_eigenvalues", state, ("k", "rows", "rest", "look"))
-    if len(state["rest"]) != op.shape[0]:
-        raise ValueError(
-            f"top_eigenvalues: expected a `state` of the same operator, {op.shape[0]} "
-            f"numbers a vector, got one of {len(state['rest'])}"
-        )
 
 
 def _begin(

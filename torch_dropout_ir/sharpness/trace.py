@@ -129,14 +129,27 @@ def trace(
         >>> trace(tdi.sharpness.hessian(net, "mse", batch)).method
         'exact'
     """  # noqa: DOC502 (the checks raise)
+    check_square("trace", op)
     if state is not None:
-        method = _method_of(state)
-    check = check_symmetric if method in ("hutchpp", "xtrace") else check_square
-    check("trace", op)
+        method = _method_of(state, op)
+    if method in ("hutchpp", "xtrace"):
+        check_symmetric("trace", op)
     least = {"hutchpp": 6, "xtrace": 4}.get(method, 2)
     check_count("trace", "num_matvecs", num_matvecs, least)
     if rtol is not None:
         check_real("trace", "rtol", rtol, least=0)
+    found = _trace(op, num_matvecs, rtol, method, state)
+    found.state["size"] = op.shape[0]
+    return found
+
+
+def _trace(
+    op: Any,
+    num_matvecs: int,
+    rtol: float | None,
+    method: str,
+    state: dict[str, Any] | None,
+) -> TraceEstimate:
     chosen = "columns"
     if op.shape[0] and (state is None or method != chosen):
         chosen = _chosen(op, num_matvecs, method)
@@ -154,10 +167,10 @@ def trace(
     return _sketched(op, num_matvecs, rtol, chosen, state)
 
 
-def _method_of(state: dict[str, Any]) -> Any:
+def _method_of(state: dict[str, Any], op: Any) -> Any:
     """Return how an earlier run went, whose state is checked."""
-    check_state("trace", state, ("method",))
-    check_state("trace", state, _KEPT.get(state["method"], ()))
+    check_state("trace", state, ("method",), op)
+    check_state("trace", state, _KEPT.get(state["method"], ()), op)
     return state["method"]
 
 
