@@ -172,3 +172,19 @@ def test_the_import_takes_little_beside_torchs():
         "assert not {'torch._dynamo', 'torch.distributed.tensor'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+MAKERS = {"zeros", "ones", "empty", "full", "tensor", "arange", "linspace", "eye",
+          "rand", "randn", "randint", "randperm"}  # fmt: skip
+
+
+def test_tensors_are_made_where_it_says():
+    # Else they are where a script's `set_default_device` puts them.
+    found = []
+    for path in FILES:
+        for call in ast.walk(ast.parse(path.read_text())):
+            made = isinstance(call, ast.Call) and ast.unparse(call.func)
+            if made and made.removeprefix("torch.") in MAKERS and "torch." in made:
+                if {"device", None}.isdisjoint(k.arg for k in call.keywords):
+                    found.append(f"{path.relative_to(ROOT)}:{call.lineno}: {made}")
+    assert not found

@@ -192,14 +192,24 @@ def test_a_state_is_that_of_an_earlier_result(name):
     assert call(matrix, call(matrix, None).state).num_matvecs > 8
 
 
-def test_a_state_of_another_operator_is_refused():
-    found = sharpness.top_eigenvalues(symmetric(), max_matvecs=4)
+@pytest.mark.parametrize(
+    "call",
+    [*CALLS.values(), lambda m, x: sharpness.trace(m, 8, method="xtrace", state=x)],
+)
+def test_a_state_of_another_size_is_refused(call):
+    found = call(symmetric(), None)
     with pytest.raises(ValueError, match="the same operator, 7 numbers"):
-        sharpness.top_eigenvalues(symmetric(size=7), state=found.state)
+        call(symmetric(size=7), found.state)
+
+
+def test_a_state_of_another_operator_is_refused():
     net, batch = nn.Linear(4, 3), (torch.randn(5, 4), torch.zeros(5, 3))
     layered = sharpness.trace(sharpness.hessian(net, "mse", batch), 8)
     with pytest.raises(ValueError, match="'layerwise' for an operator of"):
-        sharpness.trace(symmetric(), 8, state=layered.state)
+        sharpness.trace(symmetric(size=15), 8, state=layered.state)
+    other = sharpness.hessian(nn.Linear(4, 4), "mse", (batch[0], torch.zeros(5, 4)))
+    with pytest.raises(ValueError, match="the same operator, 20 numbers"):
+        sharpness.trace(other, 8, state=layered.state)
 
 
 def test_sketches_ask_for_what_they_need_where_they_go_on():

@@ -101,15 +101,15 @@ def check_real(
     raise ValueError(f"{function}: expected {kind} `{name}`{range_}, got {value}")
 
 
-def check_state(function: str, state: Any, keys: tuple[str, ...]) -> None:
-    """Refuse what no earlier run has left to go on from.
+def check_state(function: str, state: Any, keys: tuple[str, ...], op: Any) -> None:
+    """Refuse what no earlier run on an operator has left to go on from.
 
     Raises:
         TypeError: If it is no dictionary.
-        ValueError: If one of the ``keys`` is not in it.
+        ValueError: If one of the ``keys`` is not in it, or it is of another size.
 
     Example:
-        >>> check_state("trace", {}, ("method",))
+        >>> check_state("trace", {}, ("method",), torch.eye(2))
         Traceback (most recent call last):
         ValueError: trace: expected the `state` of an earlier result of trace, got a
             dictionary without ['method']. Without one it starts anew.
@@ -123,6 +123,12 @@ def check_state(function: str, state: Any, keys: tuple[str, ...]) -> None:
         raise ValueError(
             f"{function}: expected the `state` of an earlier result of {function}, got "
             f"a dictionary without {missing}. Without one it starts anew."
+        )
+    size = len(state["rest"]) if "rest" in state else state.get("size")
+    if size not in (None, op.shape[0]):  # None: of an older version
+        raise ValueError(
+            f"{function}: expected a `state` of the same operator, {op.shape[0]} "
+            f"numbers a vector, got one of {size}"
         )
 
 
@@ -203,3 +209,12 @@ def in_order(
                 f"got {list(given[n].shape)} for {n!r}, which has {list(x.shape)}"
             )
     return {n: given[n] for n in params}
+
+
+def check_derivatives() -> None:
+    """Raise a RuntimeError under ``torch.inference_mode``."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "expected autograd to be at hand, got torch.inference_mode, whose tensors "
+            "have no derivatives. Leave it, or use torch.no_grad."
+        )

@@ -94,7 +94,8 @@ def _roots(
 ) -> Tensor:
     """Return a root for each entry of a row, the same in all rows; of all, weighed."""
     n, *sizes = shape
-    places = torch.cat((torch.eye(count), uneven(torch.ones(1, count)))).to(device)
+    units = torch.eye(count, dtype=torch.float32, device=device)
+    places = torch.cat((units, uneven(units[:1])))
     if dtype.is_complex:
         places = torch.view_as_complex(places.view(count + 1, -1, 2))
     roots = places.to(dtype).view(count + 1, 1, *sizes).expand(-1, n, *sizes)

@@ -209,7 +209,7 @@ def _bound(name: str, most: float) -> Callable[[Any], float]:
 @functools.cache
 def _passes_at_bounds() -> bool:
     with torch.enable_grad():
-        x = torch.zeros((), requires_grad=True)
+        x = torch.zeros((), device="cpu", requires_grad=True)
         (slope,) = torch.autograd.grad(x.clamp(min=0), x)
     return bool(slope)
 

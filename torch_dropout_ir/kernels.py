@@ -101,13 +101,15 @@ def mask_draw(rng: Tensor, p: Tensor, numel: int) -> Tensor:
 def mask_apply(x: Tensor, packed: Tensor, scale: float) -> Tensor:
     """Return ``where(kept, x * scale, 0)``, contiguous."""
     kept = unpack(packed, x.shape)
-    return torch.where(kept, x * scale, torch.zeros((), dtype=x.dtype)).contiguous()
+    return torch.where(kept, x * scale, x.new_zeros(())).contiguous()
 
 
 def dropout_forward(x: Tensor, rng: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
     """Draw a mask for ``x``, and a key if ``rng`` is None; return output and mask."""
     rng = draw_key(x.device) if rng is None else rng
-    packed = mask_draw(rng, torch.tensor(p, dtype=torch.float64), x.numel())
+    packed = mask_draw(
+        rng, torch.tensor(p, dtype=torch.float64, device="cpu"), x.numel()
+    )
     return mask_apply(x, packed, keep_scale(p)), packed
 
 

@@ -22,7 +22,9 @@ from torch.autograd.graph import get_gradient_edge
 Edges: TypeAlias = Sequence[tuple[Any, int]]
 # By node: its name, and what leads to it.
 Nodes: TypeAlias = dict[Any, tuple[str, Edges]]
-LEAF: Final = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+LEAF: Final = type(
+    get_gradient_edge(torch.zeros((), requires_grad=True, device="cpu")).node
+)
 
 
 def _named(*names: str) -> frozenset[str]:

@@ -56,12 +56,12 @@ class MaskStatistics:
     num_calls: int = 0
     num_elements: int = 0
     num_kept: Tensor = dataclasses.field(
-        default_factory=lambda: torch.zeros((), dtype=torch.int64)
+        default_factory=lambda: torch.zeros((), dtype=torch.int64, device="cpu")
     )
     expected_kept: float = 0.0
     variance: float = 0.0
     unit_kept: Tensor = dataclasses.field(
-        default_factory=lambda: torch.zeros(0, dtype=torch.int64)
+        default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu")
     )
 
     @classmethod

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir import ops
+from torch_dropout_ir.arguments import check_derivatives
 from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.entry_curvature import EntryCurvature, entry_curvature
 from torch_dropout_ir.loss_terms import Nodes, Terms, nodes_of, terms_of
@@ -51,6 +52,7 @@ class HessianProduct:
     """
 
     def __init__(self, loss: Loss, outputs: Tensor, targets: Any) -> None:
+        check_derivatives()
         self._trained = outputs.requires_grad
         self._seen: Nodes = {}
         self._slope: Tensor | None = None

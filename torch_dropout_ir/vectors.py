@@ -6,8 +6,9 @@ the bridge. Order is the order of the dictionary.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import torch
@@ -17,6 +18,13 @@ from torch_dropout_ir.arguments import check_choice
 
 Params = Mapping[str, Tensor]
 _SAFE: Final = 1e-12  # the squares that make up a norm above it are no denormal numbers
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply tensors as they are, where a user's autocast would in half precision."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def to_vector(params: Params) -> Tensor:

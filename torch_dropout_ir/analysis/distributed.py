@@ -180,7 +180,7 @@ class Ranks:
             dist.all_gather_object(every, names, group=self.group)
             names = sorted(set().union(*every))
         values = [numbers.get(name, 0.0) for name in names]
-        total = self.sum_of(torch.tensor(values, dtype=torch.float64))
+        total = self.sum_of(torch.tensor(values, dtype=torch.float64, device="cpu"))
         return dict(zip(names, total.tolist(), strict=True))
 
     def first(self, numbers: Mapping[str, float]) -> dict[str, float]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, Literal, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.substitution import unmoved_buffers, unmoved_gradients
+from torch_dropout_ir.vectors import full_precision
 
 Need = Literal[
     "sites", "inputs", "loss", "targets", "lr", "gradients", "masks", "batches"
@@ -243,16 +243,6 @@ def runs_model(measure: Measure) -> bool:
     return not measure.needs or measure.needs - {"gradients", "sites"} != frozenset()
 
 
-@contextlib.contextmanager
-def _uncast() -> Iterator[None]:
-    """Measure in the parameters' precision, whatever surrounds the optimizer's step."""
-    with contextlib.ExitStack() as stack:
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
 def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
     """Take a measure, and give back generators, buffers and gradients that it moved."""
     model = snapshot.model
@@ -261,6 +251,6 @@ def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
         preserved_rng(model, seed),
         unmoved_buffers(model),
         unmoved_gradients(model),
-        _uncast(),
+        full_precision(),
     ):
         return {tag: plain(record) for tag, record in measure(snapshot).items()}

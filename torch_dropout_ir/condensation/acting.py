@@ -11,12 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Multiply as the weights are, where a user's autocast would in half precision."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
+from torch_dropout_ir.vectors import full_precision
 
 
 @contextlib.contextmanager
@@ -68,7 +63,7 @@ def affine(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
             part.training = False
         size = module.in_features
         units = torch.eye(size, dtype=module.weight.dtype, device=module.weight.device)
-        probe = torch.linspace(-2.0, 3.0, size).to(units)[None]
+        probe = torch.linspace(-2.0, 3.0, size, device="cpu").to(units)[None]
         try:
             offset = module.forward(torch.zeros_like(units[:1]))
             columns, image = module.forward(units) - offset, module.forward(probe)

@@ -8,7 +8,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.rows import (
     UnitRows,
     Weights,
@@ -19,6 +18,7 @@ from torch_dropout_ir.condensation.rows import (
     work_dtype,
 )
 from torch_dropout_ir.condensation.tiles import cosine_tiles
+from torch_dropout_ir.vectors import full_precision
 
 _STEPS: Final = 30  # of subspace iteration
 

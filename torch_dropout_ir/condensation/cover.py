@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.arguments import check_real
-from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.greedy import greedy_cover, num_far_apart
 from torch_dropout_ir.condensation.rows import UnitRows, Weights, check_rows
 from torch_dropout_ir.condensation.tiles import with_orientation
+from torch_dropout_ir.vectors import full_precision
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from torch_dropout_ir.arguments import check_flag, check_module, check_real
-from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.cover import check_cover, effective_neurons
 from torch_dropout_ir.condensation.folding import folded, narrow_both
 from torch_dropout_ir.condensation.graph import (
@@ -35,6 +34,7 @@ from torch_dropout_ir.condensation.rewire import (
     with_one,
 )
 from torch_dropout_ir.functional import at_sites, call, preserved_rng
+from torch_dropout_ir.vectors import full_precision
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.rows import check_rows
-from torch_dropout_ir.vectors import balanced
+from torch_dropout_ir.vectors import balanced, full_precision
 
 
 def orientations(weights: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.arguments import check_count
-from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.compare import leading_plane
 from torch_dropout_ir.condensation.cover import effective_neurons
 from torch_dropout_ir.condensation.rows import UnitRows, Weights, check_rows
 from torch_dropout_ir.condensation.tiles import cosine_tiles
+from torch_dropout_ir.vectors import full_precision
 
 _BINS: Final = 80
 

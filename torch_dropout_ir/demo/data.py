@@ -60,9 +60,11 @@ def _digits() -> tuple[str, Tensor, Tensor, Tensor, Tensor]:
     from sklearn.datasets import load_digits  # an extra
 
     bunch = load_digits()
-    x = torch.tensor(bunch.data, dtype=torch.float32) / 16
-    y = torch.tensor(bunch.target)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x = torch.tensor(bunch.data, dtype=torch.float32, device="cpu") / 16
+    y = torch.tensor(bunch.target, device="cpu")
+    order = torch.randperm(
+        len(x), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+    )
     train, test = order[:_DIGITS_TRAIN], order[_DIGITS_TRAIN:]
     return f"digits, {len(train)} images", x[train], y[train], x[test], y[test]
 

@@ -21,7 +21,7 @@ from torch_dropout_ir.demo.settings import Settings
 from torch_dropout_ir.losses import half_squared_error
 
 _SMALL = 10**7
-SLICE_ALPHAS = torch.linspace(-1, 1, 41)
+SLICE_ALPHAS = torch.linspace(-1, 1, 41, device="cpu")
 
 
 @dataclasses.dataclass

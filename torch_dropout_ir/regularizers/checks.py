@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from torch_dropout_ir.arguments import check_derivatives
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.loss_terms import nodes_of
@@ -65,11 +66,7 @@ def check_batch(
     modules: Iterable[tuple[str, nn.Module]] | None = None,
 ) -> None:
     """Raise if a batch has no sample, or values or derivatives are out of reach."""
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "expected autograd to be at hand, got torch.inference_mode, whose tensors "
-            "have no derivatives. Leave it, or use torch.no_grad."
-        )
+    check_derivatives()
     arguments = Inputs.of(inputs)
     given = (*arguments.args, *arguments.kwargs.values())
     tensors = [x for x in given if isinstance(x, Tensor)]

@@ -156,7 +156,7 @@ def gradient_norm(
             rows = [norms.across(a, b, num_masks) for a, b in pairs]
     table = torch.stack(rows)
     # A loss that is not finite can have a gradient that is, or is 0.
-    finite = table.sum() + 0 * torch.as_tensor(norms.risk).to(table)
+    finite = table.sum() + 0 * torch.as_tensor(norms.risk, device=table.device)
     check_finite("gradient_norm", finite, model, batches[0][0])
     mean = table.mean(0)
     error = table.std(0) / len(rows) ** 0.5 if len(rows) > 1 else mean * float("nan")

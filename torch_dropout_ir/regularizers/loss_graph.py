@@ -199,7 +199,7 @@ def _cut(op: Op) -> Place | None:
     if own[place.dim] == op.shape[place.dim]:
         return place
     first, step = op.node._saved_start, op.node._saved_step
-    rows = torch.arange(op.shape[0]) * step + first
+    rows = torch.arange(op.shape[0], device="cpu") * step + first
     return _picked(op, rows) if place == START else None
 
 

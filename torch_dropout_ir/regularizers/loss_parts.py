@@ -70,7 +70,7 @@ class LossParts:
         self._targets = read.targets
         self.samples = [*chunks(count, _PARTS)]
         self._count = count
-        stay = torch.zeros(count, dtype=torch.bool)
+        stay = torch.zeros(count, dtype=torch.bool, device="cpu")
         for own in self.samples:
             stay[own[::_STAYS]] = len(own) > 1
         f = read.single

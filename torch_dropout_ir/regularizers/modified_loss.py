@@ -255,7 +255,7 @@ def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
     """Return R_1 with its graph in the parameters."""
     check_reachable("modified_loss", clean.unreachable)
     if not clean.uses:  # p = 0 everywhere
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     read = read_outputs(clean.outputs, loss, targets)
     unseen = [] if r1 == "second_order" else clean.edges
     for note in read_beside(read, unseen, None, clean.later):

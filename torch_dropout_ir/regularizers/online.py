@@ -58,7 +58,7 @@ def online(
     """  # noqa: DOC502 (`check_finite` raises)
     twice = loss.kind == "general"
     risk, slopes, linear = None, [], False
-    seed = int(torch.randint(2**62, ()))  # of noise beside sites, alike in all passes
+    seed = int(torch.randint(2**62, (), device="cpu"))  # of noise beside sites
     with (
         preserved_rng(model, seed),
         clean_pass(
@@ -130,7 +130,7 @@ def _parts(
     else:
         if every(True, "parts"):
             return found, how
-    zero = torch.zeros((), dtype=torch.get_default_dtype())
+    zero = torch.zeros((), dtype=torch.get_default_dtype(), device="cpu")
     return Estimate(zero, {}, zero, False, 0, notes=(said,)), "none"
 
 

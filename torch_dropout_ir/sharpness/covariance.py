@@ -21,7 +21,7 @@ from torch_dropout_ir.functional import batch_size
 from torch_dropout_ir.sharpness.ranks import Group
 from torch_dropout_ir.sharpness.subsets import Subset
 from torch_dropout_ir.sharpness.surface import Surface
-from torch_dropout_ir.vectors import Params, to_params, to_vector
+from torch_dropout_ir.vectors import Params, full_precision, to_params, to_vector
 
 _MAX_BYTES: Final = 2**31
 _WIDE: Final = 2**14  # columns that are squared at once in float64
@@ -59,6 +59,7 @@ class Covariance:
         """Device of the vectors."""
         return self.rows.device
 
+    @full_precision()
     def __matmul__(self, v: Any) -> Any:
         if isinstance(v, Tensor):
             return self.rows.T @ (self.rows @ v.to(self.rows))
@@ -91,6 +92,7 @@ class Covariance:
         """Return the root of the sum of squared entries, 0-d float64."""
         return self._gram().norm()
 
+    @full_precision()
     def principal(self, k: int | None = None) -> tuple[Tensor, Tensor]:
         """Return variances and directions of the principal components.
 
@@ -116,6 +118,7 @@ class Covariance:
             directions /= directions.norm(order, dim=1, keepdim=True)
         return values[:keep], directions
 
+    @full_precision()
     def dense(self) -> Tensor:
         """Return the matrix ``[P, P]``; for small models."""
         return self.rows.T @ self.rows
@@ -125,7 +128,8 @@ def _covariance(
     caller: str, vectors: Iterator[Tensor], expected: int, params: dict[str, Tensor]
 ) -> Covariance:
     """The covariance of so many vectors (0: unknown), each written as it comes."""
-    rows, first, count = torch.empty(0, 0), torch.empty(0), 0
+    rows = first = torch.empty(0, device="cpu")
+    count = 0
     for count, vector in enumerate(vectors, 1):
         if count == 1:  # from which equal vectors deviate by exactly nothing
             rows, first = vector.new_empty(expected or 2, vector.numel()), vector
@@ -201,14 +205,9 @@ def gradient_covariance(
     check_count("gradient_covariance", "num_masks", num_masks, 2)
     check_count("gradient_covariance", "seed", seed, 0)
     surface = Surface(
-        "gradient_covariance",
-        model,
-        loss,
-        batch,
+        "gradient_covariance", model, loss, batch, params=params, group=group,
         masks=range(seed, seed + num_masks),
-        params=params,
-        group=group,
-    )
+    )  # fmt: skip
     _check_bytes(surface, num_masks, max_bytes)
     found = map(surface.gradient, surface.seeds)
     return _covariance("gradient_covariance", found, num_masks, surface.params)

@@ -14,7 +14,7 @@ from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.sharpness.linearization import Kind, Linearized, linearize
 from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.turns import in_turn
-from torch_dropout_ir.vectors import Params, to_params, to_vector
+from torch_dropout_ir.vectors import Params, full_precision, to_params, to_vector
 
 Vector = TypeVar("Vector", Tensor, Params)
 
@@ -87,6 +87,7 @@ class CurvatureOperator:
             self._cached = linearize(self.kind, self.surface, batch, place, seed)
         return self._cached
 
+    @full_precision()
     def add_product(self, v: Tensor, total: Tensor) -> None:
         """Add ``op @ v`` to ``total`` in place, both ``[P]``.
 
@@ -129,6 +130,7 @@ class CurvatureOperator:
             total.add_(self._columns(columns, seed))
         return total / len(seeds) if len(seeds) > 1 else total
 
+    @full_precision()
     def __matmul__(self, v: Vector) -> Vector:
         flat = self._flat(v)
         with in_turn():

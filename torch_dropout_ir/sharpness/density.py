@@ -22,6 +22,7 @@ from torch_dropout_ir.sharpness.krylov import (
     working_dtype,
 )
 from torch_dropout_ir.sharpness.recurrence import recurrence
+from torch_dropout_ir.vectors import full_precision
 
 _POINTS = 512
 _BASIS_BYTES = 2**29
@@ -56,6 +57,7 @@ class Density:
     state: dict[str, Any] = dataclasses.field(repr=False)
 
 
+@full_precision()
 def spectral_density(
     op: Any,
     num_steps: int = 20,
@@ -116,13 +118,14 @@ def spectral_density(
     check_symmetric("spectral_density", op)
     _check(op, num_steps, num_probes, grid, bandwidth, rtol, max_bytes)
     if state is not None:
-        check_state("spectral_density", state, ("probes", "spent"))
+        check_state("spectral_density", state, ("probes", "spent"), op)
     probes = [] if state is None else list(state["probes"])
     spent = 0 if state is None else state["spent"]
     for _ in range(num_probes):
         probes.append(_quadrature(op, num_steps, max_bytes))
         spent += probes[-1][0].numel()
         found = smoothed(probes, spent, grid, bandwidth)
+        found.state["size"] = op.shape[0]
         if rtol is not None and len(probes) >= 3 and _within(found, rtol):
             return found
     return dataclasses.replace(found, converged=rtol is None)
@@ -193,9 +196,10 @@ def smoothed(
     if grid is None:
         first, last = low / width - _MARGIN, high / width + _MARGIN
         points = min(max(_POINTS, math.ceil(4 * (last - first))), 2**16)
-        grid = torch.linspace(first, last, points, dtype=torch.float64) * width
+        grid = torch.linspace(first, last, points, dtype=torch.float64, device="cpu")
+        grid *= width
     t = grid.double().cpu()
-    each = torch.zeros(len(probes), t.numel(), dtype=torch.float64)
+    each = torch.zeros(len(probes), t.numel(), dtype=torch.float64, device="cpu")
     for theta, tau in zip(nodes.T, weights.T, strict=True):
         kernel = torch.exp(-0.5 * ((t - theta[:, None]) / width).square())
         each += tau[:, None] * kernel / (width * (2 * math.pi) ** 0.5)

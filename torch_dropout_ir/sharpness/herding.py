@@ -38,9 +38,13 @@ def representatives(surface: Surface, batch: Batch, size: int, every: int) -> Te
     """
     features = _features(surface, batch, size)
     if features is None:
-        return torch.arange(0, size, every)
+        return torch.arange(0, size, every, device="cpu")
     step = -(-size // _POOL)
-    found = herded(features, torch.arange(0, size, step), -(-min(size, _POOL) // every))
+    found = herded(
+        features,
+        torch.arange(0, size, step, device="cpu"),
+        -(-min(size, _POOL) // every),
+    )
     return found.sort().values
 
 
@@ -89,7 +93,9 @@ def herded(features: Tensor, places: Tensor, count: int) -> Tensor:
     for piece in features.split(_POOL):
         wanted += (1 + pool @ piece.T).square().sum(1)
     wanted /= len(features)
-    return places[torch.tensor(_nearest(kernel.numpy(), wanted.numpy(), count))]
+    return places[
+        torch.tensor(_nearest(kernel.numpy(), wanted.numpy(), count), device="cpu")
+    ]
 
 
 def _nearest(kernel: Any, wanted: Any, count: int) -> list[int]:

@@ -65,15 +65,17 @@ class Space:
         self._rounding = max(16 * torch.finfo(dtype).eps, given)
         torch.div(start, length(start), out=self._rows[0])
         self._filled = 1
-        self._projected = torch.zeros(capacity, capacity, dtype=torch.float64)
+        self._projected = torch.zeros(
+            capacity, capacity, dtype=torch.float64, device="cpu"
+        )
         self._rest, self._left = self._rows[0], 0.0  # of the last image, and its norm
         # From a start near an eigenvector: times that an error may be foreseen to be
         # less than it is sure to be; 0 from others.
         self.informed = 0.0
         # By lock, what it left out of the images of the first vectors of the basis.
-        self._left_out = torch.zeros(0, 0, dtype=torch.float64)
-        self.values = torch.zeros(0, dtype=torch.float64)
-        self._coordinates = torch.zeros(0, 0, dtype=torch.float64)
+        self._left_out = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+        self.values = torch.zeros(0, dtype=torch.float64, device="cpu")
+        self._coordinates = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
 
     def state(self) -> dict[str, Any]:
         """Return all that is needed to go on, for :meth:`resumed`."""
@@ -203,10 +205,10 @@ class Space:
         n, ahead = self._filled, self._filled + _AHEAD
         steps = torch.cat((
             self._projected[:n, :n].diagonal(1),
-            torch.tensor([self._left]),
+            torch.tensor([self._left], dtype=torch.float64, device="cpu"),
         ))
         recent = max(1, min(n - 1, _RECENT))
-        matrix = torch.zeros(ahead, ahead, dtype=torch.float64)
+        matrix = torch.zeros(ahead, ahead, dtype=torch.float64, device="cpu")
         matrix.diagonal()[:] = self._projected.diagonal()[n - recent : n].mean()
         for side in (1, -1):
             matrix.diagonal(side)[:] = steps[-recent:].mean()
@@ -284,7 +286,7 @@ def orthogonalize(image: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     near = rows[-2:]
     coordinates = near @ image
     rest = torch.addmv(image, near.T, coordinates, alpha=-1)
-    column = torch.zeros(len(rows), dtype=torch.float64)
+    column = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     column[-2:] = coordinates.double().cpu()
     for _ in range(3):
         coordinates = rows @ rest

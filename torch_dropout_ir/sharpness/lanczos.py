@@ -24,7 +24,13 @@ from torch_dropout_ir.sharpness.krylov import (
     working_dtype,
 )
 from torch_dropout_ir.sharpness.search import Search, rehearsed
-from torch_dropout_ir.vectors import Params, length, to_params, to_vector
+from torch_dropout_ir.vectors import (
+    Params,
+    full_precision,
+    length,
+    to_params,
+    to_vector,
+)
 
 _BASIS: Final = 32
 _FORESEEN: Final = 6.0  # times that a foreseen error may be less than a certain one
@@ -68,6 +74,7 @@ class Eigen:
     rehearsal: float = 0.0
 
 
+@full_precision()
 def top_eigenvalues(
     op: Any,
     k: int = 1,
@@ -145,7 +152,7 @@ def top_eigenvalues(
         stop = "residual"
     search = Search(tol, stop, _look(k, stop, start is not None))
     if state is not None:
-        _check_state(op, state)
+        check_state("top_eigenvalues", state, ("k", "rows", "rest", "look"), op)
         room = _capacity(op, state["k"], max_bytes)
         space = Space.resumed(op, state, room)
         if space.loosely_locked(tol):  # the tolerance is tighter now
@@ -194,15 +201,6 @@ def _check(
     check_real("top_eigenvalues", "tol", tol, least=0)
     check_real("top_eigenvalues", "max_bytes", max_bytes, least=0, finite=False)
     check_choice("top_eigenvalues", "stop", stop, ("residual", "value"))
-
-
-def _check_state(op: Any, state: dict[str, Any]) -> None:
-    check_state("top_eigenvalues", state, ("k", "rows", "rest", "look"))
-    if len(state["rest"]) != op.shape[0]:
-        raise ValueError(
-            f"top_eigenvalues: expected a `state` of the same operator, {op.shape[0]} "
-            f"numbers a vector, got one of {len(state['rest'])}"
-        )
 
 
 def _begin(

@@ -196,8 +196,9 @@ def interpolate(
         >>> interpolate(a, b, "mse", (torch.ones(3, 2), torch.zeros(3, 1))).shape
         torch.Size([41])
     """  # noqa: DOC502 (`_read` raises)
-    places = torch.linspace(-0.5, 1.5, 41) if alphas is None else alphas
-    steps = _read("interpolate", "alphas", places)
+    if alphas is None:
+        alphas = torch.linspace(-0.5, 1.5, 41, dtype=torch.float64, device="cpu")
+    steps = _read("interpolate", "alphas", alphas)
     surface = Surface("interpolate", model_a, loss, batches, masks=masks)
     ends = surface.state(), Surface("interpolate", model_b, loss, batches).state()
     shapes = [{n: x.shape for n, x in end.items()} for end in ends]
@@ -241,4 +242,6 @@ def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 
 def _values(surface: Surface, places: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    return torch.tensor([surface.value(x) for x in places], dtype=torch.float64)
+    return torch.tensor(
+        [surface.value(x) for x in places], dtype=torch.float64, device="cpu"
+    )

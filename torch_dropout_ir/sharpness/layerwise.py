@@ -128,7 +128,7 @@ class Layerwise:
 
     def gauss_newton(self, roots: Iterable[Root]) -> Tensor:
         """``sum_i |J_i' s_i|^2`` over the known uses, for each root in turn, 0-d."""
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         deltas = list({id(use.delta): use.delta for use in self.uses}.values())
         for root, sign in roots if deltas else ():
             found = dict(zip(map(id, deltas), self._pull(root, deltas), strict=True))
@@ -139,7 +139,7 @@ class Layerwise:
 
     def sampled_elsewhere(self, roots: Iterable[Root]) -> Tensor:
         """``|J' v|^2`` over the other parameters, 0-d."""
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         targets = list(self.others.values())
         for root, sign in roots if targets else ():
             # A sign by sample does not survive the sum over samples.

@@ -88,7 +88,7 @@ class Linearized:
     def _batched(self, rows: Tensor, at_once: int) -> Tensor:
         found: Tensor = torch.func.vmap(self._one, chunk_size=at_once)(rows)
         # Torch's rule for many at once can be wrong, as that of `cdist` is.
-        mix = torch.linspace(1.0, 2.0, len(rows)).to(rows)
+        mix = torch.linspace(1.0, 2.0, len(rows), device="cpu").to(rows)
         error = (self._alone(mix @ rows) - mix @ found).norm()
         if error > torch.finfo(rows.dtype).eps ** 0.5 * found.norm():
             raise RuntimeError("an operation is batched wrongly")

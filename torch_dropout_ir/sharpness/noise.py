@@ -15,7 +15,7 @@ from torch_dropout_ir.sharpness.flatness import interval_flatness
 from torch_dropout_ir.sharpness.krylov import dtype_of, random_vector, working_dtype
 from torch_dropout_ir.sharpness.ranks import unwrapped
 from torch_dropout_ir.sharpness.trace import trace
-from torch_dropout_ir.vectors import to_params
+from torch_dropout_ir.vectors import full_precision, to_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def variance_flatness(
             model, loss, batches, whole, factor=factor, floor=floor
         )
         widths.append(found.width)
-    seen = torch.tensor(widths, dtype=torch.float64)
+    seen = torch.tensor(widths, dtype=torch.float64, device="cpu")
     return VarianceFlatness(variances, seen, *_slope(seen, variances))
 
 
@@ -151,6 +151,7 @@ class Alignment:
     num_matvecs: int
 
 
+@full_precision()
 def hessian_variance_alignment(
     op: Any, covariance: Any, *, num_probes: int = 16, trace_matvecs: int = 100
 ) -> Alignment:
@@ -197,7 +198,7 @@ def hessian_variance_alignment(
     variances, directions = noise.principal()
     given = directions.to(dtype_of(op))
     seen = [float((op @ v).double() @ v.double()) for v in given]
-    curvatures = torch.tensor(seen, dtype=torch.float64)
+    curvatures = torch.tensor(seen, dtype=torch.float64, device="cpu")
     squares, error, spent = _squared_norm(op, num_probes)
     if not squares or not sigma:
         raise ValueError(
@@ -251,6 +252,6 @@ def _squared_norm(op: Any, num_probes: int) -> tuple[float, float, int]:
         return float((op @ eye).double().square().sum()), 0.0, size
     found = torch.tensor(
         [float((op @ random_vector(op, "rademacher")).double().square().sum())
-         for _ in range(num_probes)], dtype=torch.float64
+         for _ in range(num_probes)], dtype=torch.float64, device="cpu"
     )  # fmt: skip
     return float(found.mean()), float(found.std()) / num_probes**0.5, num_probes

@@ -174,7 +174,7 @@ def used_by(surface: Surface) -> list[str]:
             with explained(), surface.backward(), arrivals(targets, lambda *_: None):
                 found = torch.autograd.grad(risk, targets, allow_unused=True)
         smooth = depended_on(risk, leaves, found)
-        return torch.tensor([float(n in smooth) for n in leaves]).to(targets[0])
+        return targets[0].new_tensor([float(n in smooth) for n in leaves])
 
     depends = surface.average(one).tolist()
     return [n for n, x in zip(surface.params, depends, strict=True) if x > 0]

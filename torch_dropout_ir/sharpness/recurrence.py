@@ -74,7 +74,7 @@ def recurrence(
     v /= v.norm()
     rounding = max(_ROUNDING * torch.finfo(v.dtype).eps, given)
     last = torch.zeros_like(v)
-    matrix = torch.zeros(steps, steps, dtype=torch.float64)
+    matrix = torch.zeros(steps, steps, dtype=torch.float64, device="cpu")
     left = 0.0
     for k in range(steps):
         rest = _plus_product(last.mul_(-left), op, v)

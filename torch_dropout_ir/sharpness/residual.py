@@ -158,7 +158,8 @@ class Residual:
         if samples * positions < _FEW_ROWS:
             return False
         # Other halves for other samples: those that see each other show too.
-        order = torch.rand(samples, positions, device=rows.device).argsort(1)
+        order = torch.rand(samples, positions, dtype=torch.float32, device=rows.device)
+        order = order.argsort(1)
         still = (order < positions // 2)[:, None, :, None]
         (found,) = self._product(block.targets, [part.join(rows * ~still)])
         return found is None or not bool((part.split(found) * still).any())
@@ -167,7 +168,7 @@ class Residual:
         """One probe of the trace of some blocks, 0-d."""
         targets = [x for block in blocks for x in block.targets]
         probe = [z for block in blocks for z in block.probe(False)]
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for z, g in zip(probe, self._product(targets, probe), strict=True):
             if g is not None:
                 total += (z.double() * g.double()).sum().cpu()

@@ -148,7 +148,7 @@ class Rounds:
     def _first(self, net: Layerwise, key: Key) -> Tensor:
         """Take what is exact, and look which blocks are not zero."""
         sampled = net.width > self._most // 2
-        head = torch.zeros(_HEAD, dtype=torch.float64)
+        head = torch.zeros(_HEAD, dtype=torch.float64, device="cpu")
         spent = _CHECKS
         if net.uses and not sampled:
             head[0] = net.gauss_newton(net.roots())
@@ -161,7 +161,7 @@ class Rounds:
     def _look(self, net: Layerwise, key: Key) -> tuple[Tensor, Tensor, int]:
         """Places of the blocks that are not zero, variances, and what it has cost."""
         moved, variances = torch.zeros(
-            2, _PIECES * len(self._places), dtype=torch.float64
+            2, _PIECES * len(self._places), dtype=torch.float64, device="cpu"
         )
         if self._kind == "ggn":
             return moved, variances, 0
@@ -230,7 +230,7 @@ class Rounds:
         for group, count in zip(self._groups, counts, strict=True):
             mine = [block for block in own if self._place(block) in group]
             for _ in range(count):
-                found = torch.zeros((), dtype=torch.float64)
+                found = torch.zeros((), dtype=torch.float64, device="cpu")
                 if group == _SAMPLED and draw is not None:
                     roots = draw()
                     found += net.gauss_newton(roots) if sampled else 0.0
@@ -239,7 +239,7 @@ class Rounds:
                     found += residual.form(mine)
                 drawn.append(found)
             spent += count * int(bool(mine) or group == _SAMPLED)
-        head = torch.tensor([0.0, spent, 1.0, 0.0], dtype=torch.float64)
+        head = torch.tensor([0.0, spent, 1.0, 0.0], dtype=torch.float64, device="cpu")
         return torch.cat((head, torch.stack(drawn)))
 
 

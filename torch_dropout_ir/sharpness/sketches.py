@@ -122,7 +122,7 @@ class _Sketch:
         )
 
     def without(self, left_out: Tensor) -> _Sketch:
-        keep = torch.ones(len(self.own), dtype=torch.bool)
+        keep = torch.ones(len(self.own), dtype=torch.bool, device="cpu")
         keep[left_out] = False
         turn, upper = torch.linalg.qr(self.upper[:, keep])
         inner = turn.T @ self.inner @ turn
@@ -130,7 +130,7 @@ class _Sketch:
 
     def error(self) -> float:
         """Standard error by the jackknife: the estimates share most of their sketch."""
-        groups = torch.arange(len(self.own)).chunk(_GROUPS)
+        groups = torch.arange(len(self.own), device="cpu").chunk(_GROUPS)
         means = torch.stack([self.without(group).forms().mean() for group in groups])
         return float(means.std(correction=0)) * (len(groups) - 1) ** 0.5
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_dropout_ir import tracing
+from torch_dropout_ir.arguments import check_derivatives
 from torch_dropout_ir.collectives import go_on
 from torch_dropout_ir.functional import (
     Batch,
@@ -51,7 +52,7 @@ from torch_dropout_ir.sharpness.reading import Reading, sliced
 from torch_dropout_ir.sharpness.subsets import Subset, chosen_parameters
 from torch_dropout_ir.substitution import call_with, substituted, unmoved_buffers
 from torch_dropout_ir.turns import alone_with, in_turn
-from torch_dropout_ir.vectors import to_vector
+from torch_dropout_ir.vectors import full_precision, to_vector
 
 _FEW: Final = 16  # samples that are left at least where they are thinned
 _STRIDE: Final = 2**31 + 11  # between the seeds of one pass's batches
@@ -148,6 +149,7 @@ class Surface:
     def held(self, seed: int | None) -> Iterator[None]:
         """Put modes and kernels in place: forward and backward passes go inside."""
         with alone_with(self.model), contextlib.ExitStack() as stack:
+            stack.enter_context(full_precision())
             stack.enter_context(modes(self._modes))
             if seed is None:
                 stack.enter_context(at_sites(self.model, fresh))
@@ -168,6 +170,8 @@ class Surface:
     ) -> Any:
         """Run the model at ``params`` on the batch of that place, inside ``held``."""
         go_on("forward")
+        if torch.is_grad_enabled():  # derivatives are asked for
+            check_derivatives()
         state, arguments = self._at(params), Inputs.of(batch[0]).renewed()
         # The first batch has the masks of `frozen_masks(model, seed)`.
         place = place * self.ranks.size + self.ranks.rank

@@ -21,7 +21,7 @@ from torch_dropout_ir.sharpness.krylov import NOT_FINITE
 from torch_dropout_ir.sharpness.layerwise import NotSplit
 from torch_dropout_ir.sharpness.rounds import OVERHEAD, Rounds
 from torch_dropout_ir.sharpness.sketches import SKETCHES, form
-from torch_dropout_ir.vectors import length
+from torch_dropout_ir.vectors import full_precision, length
 
 _LEAST: Final = 16  # draws before an error is believed
 _AT_ONCE: Final = 8  # rounds between two looks at it
@@ -62,6 +62,7 @@ class TraceEstimate:
     state: dict[str, Any] = dataclasses.field(repr=False)
 
 
+@full_precision()
 def trace(
     op: Any,
     num_matvecs: int = 100,
@@ -128,14 +129,27 @@ def trace(
         >>> trace(tdi.sharpness.hessian(net, "mse", batch)).method
         'exact'
     """  # noqa: DOC502 (the checks raise)
+    check_square("trace", op)
     if state is not None:
-        method = _method_of(state)
-    check = check_symmetric if method in ("hutchpp", "xtrace") else check_square
-    check("trace", op)
+        method = _method_of(state, op)
+    if method in ("hutchpp", "xtrace"):
+        check_symmetric("trace", op)
     least = {"hutchpp": 6, "xtrace": 4}.get(method, 2)
     check_count("trace", "num_matvecs", num_matvecs, least)
     if rtol is not None:
         check_real("trace", "rtol", rtol, least=0)
+    found = _trace(op, num_matvecs, rtol, method, state)
+    found.state["size"] = op.shape[0]
+    return found
+
+
+def _trace(
+    op: Any,
+    num_matvecs: int,
+    rtol: float | None,
+    method: str,
+    state: dict[str, Any] | None,
+) -> TraceEstimate:
     chosen = "columns"
     if op.shape[0] and (state is None or method != chosen):
         chosen = _chosen(op, num_matvecs, method)
@@ -153,10 +167,10 @@ def trace(
     return _sketched(op, num_matvecs, rtol, chosen, state)
 
 
-def _method_of(state: dict[str, Any]) -> Any:
+def _method_of(state: dict[str, Any], op: Any) -> Any:
     """Return how an earlier run went, whose state is checked."""
-    check_state("trace", state, ("method",))
-    check_state("trace", state, _KEPT.get(state["method"], ()))
+    check_state("trace", state, ("method",), op)
+    check_state("trace", state, _KEPT.get(state["method"], ()), op)
     return state["method"]
 
 
@@ -176,7 +190,7 @@ def _chosen(op: Any, num_matvecs: int, method: str) -> str:
 
 def _columns(op: Any) -> TraceEstimate:
     size = op.shape[0]
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     like = {"dtype": getattr(op, "dtype", None), "device": getattr(op, "device", None)}
     for i in range(size):
         place = torch.zeros(size, **like)
@@ -193,10 +207,11 @@ def _estimate(
     exact: float, draws: list[list[float]], spent: int, rtol: float | None, method: str
 ) -> TraceEstimate:
     """The sum of the means of what was drawn apart."""
-    seen = [torch.tensor(x, dtype=torch.float64) for x in draws]
-    value = torch.tensor(exact, dtype=torch.float64) + sum(x.mean() for x in seen)
+    seen = [torch.tensor(x, dtype=torch.float64, device="cpu") for x in draws]
+    value = torch.tensor(exact, dtype=torch.float64, device="cpu")
+    value += sum(x.mean() for x in seen)
     parts = [length(x - x.mean()) / (len(x) * (len(x) - 1)) ** 0.5 for x in seen]
-    error = torch.tensor(math.hypot(*parts), dtype=torch.float64)
+    error = torch.tensor(math.hypot(*parts), dtype=torch.float64, device="cpu")
     count = sum(map(len, seen)) // max(1, len(seen))
     reached = not seen or _reached(float(value), float(error), count, rtol)
     found = TraceEstimate(value, error, spent, reached or rtol is None, method, {})
@@ -237,7 +252,7 @@ def _sketched(
     """One estimate, averaged with those of earlier runs by the products spent."""
     value, error = SKETCHES[method](op, num_matvecs)
     runs = [*(state["runs"] if state else []), (value, error, num_matvecs)]
-    values, errors, weights = torch.tensor(runs, dtype=torch.float64).T
+    values, errors, weights = torch.tensor(runs, dtype=torch.float64, device="cpu").T
     weights = weights / weights.sum()
     mean, deviation = (weights * values).sum(), (weights * errors).norm()
     reached = _reached(float(mean), float(deviation), _LEAST, rtol)

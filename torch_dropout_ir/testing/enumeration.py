@@ -64,7 +64,7 @@ def enumerate_masks(
     for bits in itertools.product(choices, repeat=size.numel()):
         kept = sum(bits)
         chance = (1 - p) ** kept * p ** (len(bits) - kept)
-        yield torch.tensor(bits, dtype=torch.bool).view(size), chance
+        yield torch.tensor(bits, dtype=torch.bool, device="cpu").view(size), chance
 
 
 def expected_dropout_loss(
@@ -163,7 +163,7 @@ class Uses:
 def average(model: nn.Module, batch: Batch, loss: Loss, uses: Uses) -> Tensor:
     """Return the mean loss over every set of masks, 0-d float64."""
     choices = [list(enumerate_masks(shape, site.p)) for site, shape in uses.masks]
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for combination in itertools.product(*choices):
             chance = math.prod(c for _, c in combination)
@@ -238,8 +238,9 @@ def _meet_at_masks(
     counts = {shape[0] if shape else 0 for _, shape in uses}
     if len(counts) != 1 or counts <= {0, 1}:
         return False
+    same = torch.Generator("cpu").manual_seed(0)
     draw = functools.partial(
-        torch.randint, 2, generator=torch.Generator().manual_seed(0), dtype=torch.bool
+        torch.randint, 2, generator=same, dtype=torch.bool, device="cpu"
     )
     risk = functools.partial(_risk_at, model, batch, loss)
     with torch.no_grad():

@@ -95,7 +95,7 @@ def networks(
         depth = draw(st.integers(1, max_depth))
         activation = draw(st.sampled_from(_ACTIVATIONS))
         layers: list[nn.Module] = []
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(draw(st.integers(0, 2**16)))
             for i in range(depth):
                 layers += [nn.Linear(width if i else inputs, width), activation()]
@@ -144,11 +144,13 @@ def batches(
     inputs, outputs = first.in_features, last.out_features
 
     def build(samples: int, seed: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(samples, inputs, generator=generator).double()
+        generator = torch.Generator("cpu").manual_seed(seed)
+        x = torch.randn(samples, inputs, generator=generator, device="cpu").double()
         if loss == "mse":
-            return x, torch.randn(samples, outputs, generator=generator).double()
-        return x, torch.randint(outputs, (samples,), generator=generator)
+            return x, torch.randn(
+                samples, outputs, generator=generator, device="cpu"
+            ).double()
+        return x, torch.randint(outputs, (samples,), generator=generator, device="cpu")
 
     found: SearchStrategy[tuple[Tensor, Tensor]] = st.builds(
         build, st.integers(1, max_samples), st.integers(0, 2**16)

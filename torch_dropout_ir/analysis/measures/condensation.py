@@ -14,7 +14,6 @@ from torch_dropout_ir.analysis.measures.start import Start
 from torch_dropout_ir.analysis.records import Histogram, Image, Record
 from torch_dropout_ir.analysis.snapshot import Need, Snapshot
 from torch_dropout_ir.arguments import check_count, check_real
-from torch_dropout_ir.condensation.acting import full_precision
 from torch_dropout_ir.condensation.cover import check_cover
 from torch_dropout_ir.condensation.graph import norms_read, readers
 from torch_dropout_ir.condensation.layers import named_rows
@@ -24,6 +23,7 @@ from torch_dropout_ir.condensation.rows import (
     row_norms,
     rows_a_block,
 )
+from torch_dropout_ir.vectors import full_precision
 
 _ROWS, _COLUMNS = 32, 96
 _FAINTEST = 0.35  # the colour of a single neuron, of 1

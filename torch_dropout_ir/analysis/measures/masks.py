@@ -52,7 +52,7 @@ def _merged(snapshot: Snapshot) -> dict[str, MaskStatistics]:
     return {
         site: MaskStatistics(
             num_elements=int(total[f"num_elements {site}"]),
-            num_kept=torch.tensor(int(total[f"num_kept {site}"])),
+            num_kept=torch.tensor(int(total[f"num_kept {site}"]), device="cpu"),
             expected_kept=total[f"expected_kept {site}"],
             variance=total[f"variance {site}"],
         )

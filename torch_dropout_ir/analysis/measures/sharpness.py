@@ -206,7 +206,7 @@ class Sharpness:
         low, high = float(found.grid[0]), float(found.grid[-1])
         step = found.grid[1] - found.grid[0]
         places = (found.grid - low) / (high - low) * _BINS
-        shares = torch.zeros(_BINS, dtype=torch.float64)
+        shares = torch.zeros(_BINS, dtype=torch.float64, device="cpu")
         shares.index_add_(0, places.long().clamp(max=_BINS - 1), found.density * step)
         return {"sharpness/spectral_density": Histogram(shares, low, high)}
 
@@ -225,13 +225,15 @@ class Sharpness:
         if not any(x.requires_grad and bool(line[name].any()) for name, x in named):
             snapshot.absent["sharpness/loss_slice"] = _NO_LINE
             return {}
-        steps = torch.linspace(-1, 1, self.slice_points).tolist()
-        losses = used_up_slice(surface, steps, line)
+        steps = torch.linspace(
+            -1, 1, self.slice_points, dtype=torch.float64, device="cpu"
+        )
+        losses = used_up_slice(surface, steps.tolist(), line)
         heights = {str(k): float(x) for k, x in enumerate(losses)}
         heights, _ = snapshot.ranks.join(
             weight(snapshot, as_batches(snapshot.batches)), heights
         )
-        losses = torch.tensor(list(heights.values()), dtype=torch.float64)
+        losses = torch.tensor(list(heights.values()), dtype=torch.float64, device="cpu")
         if not bool((losses.isfinite() & (losses >= 0)).all()):
             snapshot.absent["sharpness/loss_slice"] = _NO_HEIGHTS
             return {}

@@ -49,7 +49,7 @@ class Start:
             self._rows = weights[:].cpu().clone()
         self.nbytes = self._rows.nbytes
         # Cosines of rows with what is kept of them.
-        self._own = torch.ones(len(weights), device="cpu")
+        self._own = torch.ones(len(weights), dtype=torch.float32, device="cpu")
         if self._scale is not None:
             self._own = self._cosines(weights)
             self._own.masked_fill_(self._own == 0, 1.0)
@@ -73,7 +73,7 @@ class Start:
         short = weights.numel() >= _LARGEST
         dtype, steps = (torch.int8, _STEPS) if short else (torch.float16, 1.0)
         self._rows = torch.empty(weights.shape, dtype=dtype, device="cpu")
-        self._scale = torch.empty(len(weights), 1, device="cpu")
+        self._scale = torch.empty(len(weights), 1, dtype=torch.float32, device="cpu")
         for part in _parts(weights):
             rows = weights[part]
             scale = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True)
@@ -124,7 +124,7 @@ class Start:
 
     def _cosines(self, weights: Weights) -> Tensor:
         """Cosines of rows with what is kept, on the CPU, ``[m]``."""
-        found = [torch.zeros(0, device="cpu")]
+        found = [torch.zeros(0, dtype=torch.float32, device="cpu")]
         for part in _parts(weights):
             before = unit_rows(self._directions(part).to(weights.device))
             now = unit_rows(weights[part])
