@@ -201,6 +201,20 @@ def taken(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def kept(monkeypatch):
+    """Whether parts of the batch were what the whole is."""
+    seen, own = [], penalty._by_rows
+
+    def look(*args):
+        found = own(*args)
+        seen.append(found is not None)
+        return found
+
+    monkeypatch.setattr(penalty, "_by_rows", look)
+    return seen
+
+
 def check(net, batch, loss, kind, rates=None, max_bytes=0):
     named = [n for n, p in net.named_parameters() if p.requires_grad]
     rates = [0.3] * len(named) if rates is None else rates[: len(named)]
@@ -220,7 +234,7 @@ def check(net, batch, loss, kind, rates=None, max_bytes=0):
 @pytest.mark.parametrize("max_bytes", [0, 2**26])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
-def test_it_is_what_the_whole_batch_gives_by_hand(taken, name, kind, max_bytes):
+def test_it_is_what_the_whole_batch_gives_by_hand(taken, kept, name, kind, max_bytes):
     make, data, apart = MODELS[name]
     if kind == "L2" and name in (
         "again",
@@ -235,6 +249,7 @@ def test_it_is_what_the_whole_batch_gives_by_hand(taken, name, kind, max_bytes):
     rates = [0.3 * k for k in range(40)] if kind == "regu" else None
     check(net, batch, F.cross_entropy, kind, rates, max_bytes)
     assert taken == ([] if max_bytes or apart is None else [apart])
+    assert kept == [True] * any(taken)
 
 
 def test_rows_that_turn_out_to_meet_are_taken_together(taken):
@@ -303,20 +318,6 @@ def test_so_are_those_that_meet_below_what_is_penalized(taken, how):
     net, batch = batch_of(lambda: Derived(how), rows())
     check(net, batch, F.cross_entropy, "regu", [0.0, 0.0, 0.3, 0.3])
     assert taken == [True]
-
-
-@pytest.fixture
-def kept(monkeypatch):
-    """Whether parts of the batch were what the whole is."""
-    seen, own = [], penalty._by_rows
-
-    def look(*args):
-        found = own(*args)
-        seen.append(found is not None)
-        return found
-
-    monkeypatch.setattr(penalty, "_by_rows", look)
-    return seen
 
 
 @pytest.mark.parametrize("site", [nn.Dropout, tdi.Dropout])

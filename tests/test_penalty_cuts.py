@@ -10,6 +10,7 @@ from tests.test_modified_loss_parts import KINDS, check
 from tests.test_pass_parts import Clamp
 from tests.test_regularizer_memory import peak
 from torch_dropout_ir.regularizers import modified_loss, penalty_cuts
+from torch_dropout_ir.regularizers.penalty_products import Products
 
 
 class Residual(nn.Module):
@@ -154,15 +155,18 @@ NETS = {
 @pytest.fixture
 def cuts(monkeypatch):
     """How many parts were taken to their end."""
-    seen = []
-    products = penalty_cuts.CutPasses.products
+    seen, kept = [], []
+    products, whole = penalty_cuts.CutPasses.products, Products.whole
 
     def look(self, *args):
-        products(self, *args)
+        found = products(self, *args)
         seen.append(len(self._cuts) + 1)
+        return found
 
     monkeypatch.setattr(penalty_cuts.CutPasses, "products", look)
-    return seen
+    monkeypatch.setattr(Products, "whole", lambda x: kept.append(whole(x)) or kept[-1])
+    yield seen
+    assert len(kept) == len(seen) and all(kept)
 
 
 def taken(name):
