@@ -1350,3 +1350,21 @@ def test_the_last_weight_is_that_which_the_pass_had(p):
     torch.testing.assert_close(value, expected)
     pair = (torch.autograd.grad(x, params) for x in (value, expected))
     torch.testing.assert_close(*pair)
+
+
+def test_scores_of_one_list_meet_in_a_cross_entropy():
+    """Outputs without a batch dimension: the rows of the model are the classes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(2, 3), nn.Tanh(), nn.Dropout(0.3), nn.Linear(3, 1), nn.Flatten(0)
+    ).double()
+    batch = torch.randn(3, 2).double(), torch.tensor(1)
+    assert second_order(net, batch, "cross_entropy").standard_error.isnan()
+    found = second_order(net, batch, "cross_entropy", num_samples=None).value
+    h = net[:2](batch[0]).detach()
+
+    def shifted(eta):
+        return F.cross_entropy(net[3:](h * (1 + eta)), batch[1])
+
+    dense = torch.autograd.functional.hessian(shifted, torch.zeros(3, 3).double())
+    torch.testing.assert_close(found, dense.reshape(9, 9).trace() * 0.3 / 0.7 / 2)

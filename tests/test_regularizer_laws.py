@@ -993,3 +993,28 @@ def test_cross_entropy_that_weighs_below_zero_has_its_form(soft, num_samples):
     expected = torch.einsum("iu,cu,icid,du->", varied, w, dense, w) / 2
     assert (found.value - expected).abs() <= 5 * found.standard_error + 1e-12
     assert modified_loss(net, batch, loss, kind="L1", r1="gauss_newton").isfinite()
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+def test_cross_entropy_that_weighs_below_zero_is_trained_through_norms(norm):
+    """Its form takes third derivatives, of which torch has none that is right."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Dropout(0.3), nn.Linear(3, 4), norm(4), nn.Tanh(), nn.Linear(4, 5)
+    ).double()
+    batch = torch.randn(3, 3).double(), torch.tensor([0, 4, 2])
+    weight, step = net[1].weight, torch.randn(4, 3).double() * 1e-5
+
+    def value():
+        torch.manual_seed(1)
+        loss = nn.CrossEntropyLoss(BELOW)
+        return modified_loss(net, batch, loss, kind="L1", r1="gauss_newton")
+
+    (slope,) = torch.autograd.grad(value(), weight)
+    with torch.no_grad():
+        weight += step
+    ahead = value()
+    with torch.no_grad():
+        weight -= 2 * step
+    difference = (ahead - value()).detach()
+    torch.testing.assert_close(difference, 2 * (slope * step).sum(), rtol=1e-5, atol=0)

@@ -242,7 +242,7 @@ def holding(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
     None where no form by sample holds, or it is not known and a sample has more than
     256 outputs.
     """
-    loss, v = with_root(loss, outputs, targets), torch.randn_like(outputs)
+    loss, v = with_root(loss, targets), torch.randn_like(outputs)
     expected = HessianProduct(loss, outputs, targets)(v)
     tolerance = torch.finfo(outputs.dtype).eps ** 0.5
     for kind in dict.fromkeys((loss.kind, "general")):

@@ -71,18 +71,16 @@ def cross_entropy_scale(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     return mass / count if loss.reduction == "mean" else mass
 
 
-def with_root(loss: Loss, outputs: Tensor, targets: Any) -> Loss:
+def with_root(loss: Loss, targets: Any) -> Loss:
     """Return a loss, a general one where a cross-entropy may weigh below zero.
 
     Torch takes such class weights and soft targets; the Hessian then has no real root.
     """
     if loss.kind != "cross_entropy":
         return loss
-    weight = loss.option("weight", None)
-    soft = isinstance(targets, Tensor) and targets.shape == outputs.shape
     below = any([
         isinstance(x, Tensor) and x.is_floating_point() and bool((x < 0).any())
-        for x in (weight, targets if soft else None)  # labels are of fewer dimensions
+        for x in (loss.option("weight", None), targets)  # labels are integers
     ])
     return dataclasses.replace(loss, kind="general") if below else loss
 

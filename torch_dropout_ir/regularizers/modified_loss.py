@@ -31,9 +31,9 @@ from torch_dropout_ir.regularizers.penalty import with_penalty
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import LINEAR, not_reached, total
 from torch_dropout_ir.regularizers.trained_roots import (
-    ROOTED,
     drawn_form,
     parted,
+    rooted,
     weighted_signs,
 )
 from torch_dropout_ir.sites import find_sites, uncompiled
@@ -221,7 +221,7 @@ def _with_r1(
         excess = _dropout_risk(model, batch, loss, move_buffers=False) - clean
     else:
         twice = r1 in ("gauss_newton", "second_order")
-        thrice = twice and (r1 == "second_order" or loss.kind not in ROOTED)
+        thrice = twice and (r1 == "second_order" or not rooted(loss, batch[1]))
         moved = buffers_moved(model) if r1 == "gauss_newton" else None
         with clean_pass(
             model, batch[0], twice=twice, thrice=thrice, move_buffers=kind == "L1",
@@ -271,7 +271,7 @@ def _sampled_form(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor
     read = read_outputs(clean.outputs, loss, targets)
     linear = not check_curvature(read) and r1 == "gauss_newton"
     known = read.loss
-    if r1 == "gauss_newton" and known is not None and known.kind in ROOTED:
+    if r1 == "gauss_newton" and known is not None and rooted(known, targets):
         signs = weighted_signs(known, read.single, targets)
         forms = drawn_form(clean, read.tensors[0], signs, known.kind)
     else:

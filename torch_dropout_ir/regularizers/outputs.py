@@ -78,7 +78,8 @@ class OutputsRead:
     def couples(self, dims: int = 1, product: HessianProduct | None = None) -> bool:
         """Return whether the gradient at one sample depends on another's outputs."""
         if self.loss is not None and self.loss.kind != "general":
-            return False
+            # Without a batch dimension rows are the classes of one sample.
+            return self.loss.kind == "cross_entropy" and self.tensors[0].ndim < 2
         product = product or self.product()
         if product and dims == 1:
             told = joins_rows(product.at, product.nodes)
@@ -131,7 +132,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
         return OutputsRead(
             [outputs],
             lambda x: loss(x[0], targets),
-            with_root(loss.at(outputs), outputs, targets),
+            with_root(loss.at(outputs), targets),
             targets=targets,
         )
     loss.check_outputs(outputs)

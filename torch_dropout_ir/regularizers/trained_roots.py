@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.output_scales import cross_entropy_scale, squared_scale
+from torch_dropout_ir.output_scales import (
+    cross_entropy_scale,
+    squared_scale,
+    with_root,
+)
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.known_gradient import parts_pay, with_gradient
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
@@ -20,9 +24,14 @@ from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_forms import Form, by_sample, not_reached, total
 
 # Losses whose Hessian has a root that is a function of the outputs.
-ROOTED: Final = ("squared", "cross_entropy")
+_ROOTED: Final = ("squared", "cross_entropy")
 # Besides a first, small one; a double backward holds three times what a step does.
 _PARTS: Final = 3
+
+
+def rooted(loss: Loss, targets: Any) -> bool:
+    """Whether a loss is one of those, at outputs that it takes."""
+    return with_root(loss, targets).kind in _ROOTED
 
 
 def drawn_form(
@@ -87,7 +96,7 @@ def parted(
 ) -> RootsByChunks | None:
     """Return the loss with its form by parts, where that pays and is the same."""
     read = read_outputs(clean.outputs, loss, batch[1])
-    known = read.loss is not None and read.loss.kind in ROOTED
+    known = read.loss is not None and read.loss.kind in _ROOTED
     if not (known and RowChunks.least(clean, read)) or clean.unreachable:
         return None
     own = [x for x in model.parameters() if x.requires_grad]
