@@ -35,10 +35,10 @@ class _Carrying:
 @contextlib.contextmanager
 def handlers_raise() -> Iterator[None]:
     """Let what handlers raise inside, as a time limit does, get out as it is."""
-    put = {n: _Carrying(handler) for n, handler in _handlers()}
+    put = _stand_ins()
     error = None
     try:
-        for number, carrying in put.items():
+        for number, carrying in put:
             signal.signal(number, carrying)
         yield
     except _Raised as raised:
@@ -46,21 +46,25 @@ def handlers_raise() -> Iterator[None]:
             raise
         error = raised.error
     finally:
-        for number, carrying in put.items():
-            if signal.getsignal(number) is carrying:  # else it was set anew meanwhile
+        for number, carrying in put:
+            now: Any = signal.getsignal(number)
+            if now is carrying:  # else the handler has put another in its place
                 signal.signal(number, carrying.handler)
     if error is not None:
         raise error from error.__cause__
 
 
-def _handlers() -> list[tuple[int, Handler]]:
-    """Return the script's handlers, in the one thread in which Python calls them."""
+def _stand_ins() -> list[tuple[int, _Carrying]]:
+    """Return what stands in for handlers, in the one thread in which they are called.
+
+    Python's own of an interrupt raises what gets out by itself.
+    """
     if threading.current_thread() is not threading.main_thread():
         return []
-    given = [(n, signal.getsignal(n)) for n in range(1, signal.NSIG)]
-    return [(n, x) for n, x in given if callable(x) and not _passes(x)]
-
-
-def _passes(handler: Handler) -> bool:
-    """Whether what it raises gets out by itself."""
-    return handler is signal.default_int_handler or isinstance(handler, _Carrying)
+    own = ((n, signal.getsignal(n)) for n in range(1, signal.NSIG))
+    return [
+        (n, _Carrying(x)) for n, x in own
+        if callable(x)
+        and x is not signal.default_int_handler
+        and not isinstance(x, _Carrying)
+    ]  # fmt: skip
