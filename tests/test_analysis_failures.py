@@ -23,6 +23,7 @@ from torch_dropout_ir import sinks
 from torch_dropout_ir.analysis import attempts, delivery, measures
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.distributed import Ranks
+from torch_dropout_ir.analysis.root_hook import RootHook
 from torch_dropout_ir.analysis.snapshot import Snapshot
 from torch_dropout_ir.tensorboard import sink
 
@@ -290,6 +291,115 @@ def test_an_interrupt_in_a_measure_leaves_nothing_behind(convert):
     analysis.detach()
     assert anatomy(model) == before
     assert not nn.modules.module._global_forward_hooks
+
+
+class OverTime(Exception):
+    pass
+
+
+@pytest.fixture
+def time_limit():
+    """A handler that raises, as of a limit of time."""
+
+    def over(*_):
+        raise OverTime from ValueError("cause")
+
+    before = signal.signal(signal.SIGTERM, over)
+    yield over
+    signal.signal(signal.SIGTERM, before)
+
+
+class Interrupted(nn.Module):
+    armed = False
+
+    def forward(self, x):
+        if self.armed:
+            signal.raise_signal(signal.SIGTERM)
+        return x
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_what_a_signal_handler_raises_in_a_measure_is_the_scripts(time_limit, by_hand):
+    model = nn.Sequential(*mlp(), Interrupted())
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        model(torch.randn(8, 6)).square().mean().backward()
+        kept = [x.clone() for x in model.state_dict().values()]
+        model[-1].armed = True
+        with pytest.raises(OverTime) as raised:
+            analysis.measure() if by_hand else sgd.step()
+        assert isinstance(raised.value.__cause__, ValueError)
+        assert signal.getsignal(signal.SIGTERM) is time_limit
+        assert all(map(torch.equal, kept, model.state_dict().values()))
+        assert all(m.training for m in model.modules())
+        model[-1].armed = False
+        model(torch.randn(8, 6)).square().mean().backward()
+        sgd.step()
+        assert "regularizer/R1" in analysis.latest
+
+
+def test_what_a_signal_handler_raises_while_a_pass_is_looked_at(time_limit):
+    hook = RootHook(lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(OverTime):
+        hook()
+
+
+def test_a_signal_handler_that_puts_another_in_its_place(time_limit):
+    def again(*_):
+        signal.signal(signal.SIGTERM, time_limit)
+
+    signal.signal(signal.SIGTERM, again)
+    train(mlp(), 1, measures=[Says(lambda _: signal.raise_signal(signal.SIGTERM))])
+    assert signal.getsignal(signal.SIGTERM) is time_limit
+
+
+def test_after_an_interrupt_costs_are_of_the_measurement_alone():
+    class Slow(nn.Module):
+        seconds = 0.0
+
+        def forward(self, x):
+            time.sleep(self.seconds)
+            return x
+
+    def interrupted(step):
+        if model[-1].seconds:
+            raise KeyboardInterrupt
+        return 1.0
+
+    model = nn.Sequential(*mlp(), Slow())
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    chosen = [measures.Masks(), Says(interrupted)]
+    with tdi.attach_analysis(model, log_dir=False, measures=chosen) as analysis:
+        model(torch.randn(8, 6)).square().mean().backward()
+        model[-1].seconds = 0.3
+        with pytest.raises(KeyboardInterrupt):
+            sgd.step()
+        model[-1].seconds = 0.0
+        sgd.step()
+    assert analysis.latest["cost/seconds/masks"] < 0.3
+
+
+class ChoosesItsRate(torch.optim.Optimizer):
+    def __init__(self, params, **given):
+        super().__init__(params, given)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for x in self.param_groups[0]["params"]:
+            x -= 0.01 * x.grad
+
+
+@pytest.mark.parametrize("given", [{"lr": None}, {}])
+def test_without_a_rate_there_is_no_r2_and_all_else(given):
+    model = mlp()
+    optimizer = ChoosesItsRate(model.parameters(), **given)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        nn.MSELoss()(model(torch.randn(8, 6)), torch.randn(8, 3)).backward()
+        optimizer.step()
+    assert {"regularizer/R1", "sharpness/trace"} <= analysis.latest.keys()
+    assert "regularizer/R2" not in analysis.latest
+    assert analysis.absent.keys() == {"gradient", "dropout_noise"}
+    assert all("no number `lr`" in why for why in analysis.absent.values())
 
 
 SCRIPT = """

@@ -230,6 +230,18 @@ def test_default_directory_is_summary_writers(tmp_path, monkeypatch):
     assert os.uname().nodename in found.name
 
 
+@pytest.mark.parametrize("log_dir", [None, "runs/a"])
+def test_a_script_may_go_to_another_directory(tmp_path, monkeypatch, log_dir):
+    monkeypatch.chdir(tmp_path)
+    with tdi.attach_analysis(nn.Linear(2, 2), log_dir=log_dir) as analysis:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir("elsewhere")
+        analysis.measure()
+    assert not analysis.absent.keys() & {"TensorBoardSink"}
+    (found,) = (tmp_path / "runs").iterdir()
+    assert "condensation/movement/" in read(found).Tags()["scalars"]
+
+
 def test_unwritable_directory_attaches_nothing(tmp_path):
     (tmp_path / "file").touch()
     model = nn.Sequential(nn.Dropout())

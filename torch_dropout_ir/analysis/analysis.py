@@ -23,6 +23,7 @@ from torch_dropout_ir.analysis.meetings import processes
 from torch_dropout_ir.analysis.records import Sink, remember
 from torch_dropout_ir.analysis.root_hook import compiled_in_place
 from torch_dropout_ir.analysis.schedule import Schedule
+from torch_dropout_ir.analysis.signal_handlers import handlers_raise
 from torch_dropout_ir.analysis.snapshot import Measure, Snapshot, labels, runs_model
 from torch_dropout_ir.analysis.steps import NO_STEP, STEPS, OptimizerSteps
 from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
@@ -110,6 +111,7 @@ class Analysis:
         self.absent[STEPS] = NO_STEP
         self._plan()
 
+    @handlers_raise()
     def _before_step(self) -> None:
         self.absent.pop(STEPS, None)
         if self._alone:
@@ -169,7 +171,7 @@ class Analysis:
         if not self._attached:
             raise RuntimeError("measure: this analysis is detached; attach a new one")
         self._ranks.wait_for_all("measure")
-        with in_turn():
+        with handlers_raise(), in_turn():
             had = {tag: len(values) for tag, values in self.history.items()}
             self._measure_safely(self._names())
             return {

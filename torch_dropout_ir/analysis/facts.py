@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.optim import Optimizer
 
+from torch_dropout_ir.analysis.snapshot import rate_of
+
 if TYPE_CHECKING:
     from torch_dropout_ir.analysis.analysis import Analysis
 
@@ -35,9 +37,9 @@ def run_facts(analysis: Analysis, optimizer: Optimizer | None) -> dict[str, str]
         "versions": _versions(),
     }
     if optimizer is not None:
-        rate = optimizer.param_groups[0].get("lr", "?")
+        rate = rate_of(optimizer.param_groups[0])
         facts["optimizer"] = type(optimizer).__name__
-        facts["lr"] = f"{float(rate):g}" if rate != "?" else rate
+        facts["lr"] = "?" if rate is None else f"{rate:g}"
     return {RUN + name: said for name, said in facts.items()}
 
 

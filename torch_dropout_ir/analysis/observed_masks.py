@@ -58,6 +58,7 @@ class ObservedMasks:
     ) -> Replay | None:
         """Run the last pass again and count its masks, if it was one to look at."""
         start, end, self.other_draws = self._start, self._end, False
+        self._seconds = 0.0  # of a measurement that broke off before it was asked for
         self.forget()
         if start is None or inputs is None:
             return None
@@ -71,7 +72,7 @@ class ObservedMasks:
             warn(self.failure)
             return None
         finally:
-            self._seconds += time.perf_counter() - started
+            self._seconds = time.perf_counter() - started
         self.failure, self.known = "", True
         for name, drawn in found.statistics.items():
             seen = self.statistics.get(name, MaskStatistics())
@@ -80,6 +81,6 @@ class ObservedMasks:
         return found
 
     def spent(self) -> float:
-        """Return the seconds spent on observing since the last call."""
+        """Return the seconds of the last observation, once."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds

@@ -63,7 +63,7 @@ class Schedule:
 
         What is nobody's own (capture, records, writing) is shared out.
         """
-        rest = (whole - sum(seconds.values())) / max(1, len(seconds))
+        rest = max(0.0, whole - sum(seconds.values())) / max(1, len(seconds))
         for name, own in seconds.items():
             if self._attempts.lacks(name):
                 self._cadence.put_off(name, step, own + rest)

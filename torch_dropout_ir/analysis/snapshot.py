@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, Final, Literal, Protocol
 
 import torch
@@ -136,11 +137,15 @@ _LACKING: Final[dict[Need, str]] = {
         "`data=`"
     ),
     "batches": "no batch with targets was seen: pass `data=`",
-    "lr": "no optimizer step of this model was seen yet, or the optimizer is gone",
+    "lr": (
+        "no optimizer step of this model was seen yet, or the optimizer is gone, or "
+        "has no number `lr` in a group of parameters"
+    ),
     "gradients": (
         "no optimizer step with gradients of this model was seen yet, or they are "
-        "cleared, or the optimizer is gone; `analysis.measure()` sees them between "
-        "`backward()` and `zero_grad()`"
+        "cleared, or the optimizer is gone, or has no number `lr` in a group of "
+        "parameters; `analysis.measure()` sees them between `backward()` and "
+        "`zero_grad()`"
     ),
     "masks": "no mask was observed yet; those of a compiled model are not seen",
 }
@@ -151,12 +156,22 @@ def labels(inputs: Inputs) -> Any:
     return inputs.kwargs.get("labels")
 
 
+def rate_of(group: dict[str, Any]) -> float | None:
+    """Return the learning rate of a group of parameters.
+
+    None where there is no number: some optimizers find the size of their steps.
+    """
+    rate = group.get("lr")
+    return float(rate) if isinstance(rate, (Real, Tensor)) else None
+
+
 def received_gradients(
     model: nn.Module, optimizer: Optimizer | None
 ) -> tuple[dict[str, float] | None, dict[str, Tensor] | None]:
     """Return learning rates and gradients by parameter name, as the optimizer has them.
 
-    Rates are 0 for parameters that it does not step; each is None where there is none.
+    Rates are 0 for parameters that it does not step. Both are None where there is no
+    optimizer, or one that has no rate; gradients where there are none.
     """
     if optimizer is None:
         return None, None
@@ -167,7 +182,9 @@ def received_gradients(
         for x in group["params"]:
             if id(x) not in names:
                 continue
-            rates[names[id(x)]] = float(group.get("lr", 0.0))
+            if (rate := rate_of(group)) is None:
+                return None, None
+            rates[names[id(x)]] = rate
             if x.grad is not None:
                 found[names[id(x)]] = x.grad.detach()
     # A fused optimizer unscales by itself, in its step.

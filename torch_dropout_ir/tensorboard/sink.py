@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +26,14 @@ _PATIENCE: Final = 10.0  # seconds that training waits for a disk that takes not
 _Step = tuple[int, float, Mapping[str, Record], Mapping[str, str]]
 
 
+def _lasting(log_dir: str | os.PathLike[str] | None) -> str:
+    """Return a path that is the same where the script goes to another directory."""
+    if log_dir is None:  # as SummaryWriter names it
+        log_dir = f"runs/{time.strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}"
+    path = os.fspath(log_dir)
+    return path if "://" in path else os.path.abspath(path)
+
+
 class TensorBoardSink:
     """Writes records of an analysis as one event a step.
 
@@ -43,7 +52,7 @@ class TensorBoardSink:
         max_bytes: Most bytes of an event step.
 
     Attributes:
-        log_dir: The directory written to.
+        log_dir: The directory written to, an absolute path.
 
     Raises:
         TypeError: If ``log_dir`` is no path.
@@ -72,7 +81,7 @@ class TensorBoardSink:
                 "`runs/<time>_<host>`) or False (for no files), got "
                 f"{type(log_dir).__name__}"
             )
-        path = None if log_dir is None else os.fspath(log_dir)
+        path = _lasting(log_dir)
         try:
             self._writer = SummaryWriter(log_dir=path, flush_secs=5)
         except OSError as err:

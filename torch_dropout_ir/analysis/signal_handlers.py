@@ -1,0 +1,70 @@
+"""What a script's signal handlers raise meanwhile is the script's, not a measure's."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Handler = Callable[[int, Any], Any]
+
+
+class _Raised(BaseException):
+    """Carries what a handler has raised past every ``except Exception``."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class _Carrying:
+    """Stands in the place of a handler."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+
+    def __call__(self, number: int, frame: Any) -> None:
+        try:
+            self.handler(number, frame)
+        except Exception as err:
+            raise _Raised(err) from None
+
+
+@contextlib.contextmanager
+def handlers_raise() -> Iterator[None]:
+    """Let what handlers raise inside, as a time limit does, get out as it is."""
+    put = _stand_ins()
+    error = None
+    try:
+        for number, carrying in put:
+            signal.signal(number, carrying)
+        yield
+    except _Raised as raised:
+        if not put:  # it is for whoever has put others in place
+            raise
+        error = raised.error
+    finally:
+        for number, carrying in put:
+            now: Any = signal.getsignal(number)
+            if now is carrying:  # else the handler has put another in its place
+                signal.signal(number, carrying.handler)
+    if error is not None:
+        raise error from error.__cause__
+
+
+def _stand_ins() -> list[tuple[int, _Carrying]]:
+    """Return what stands in for handlers, in the one thread in which they are called.
+
+    Python's own of an interrupt raises what gets out by itself.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    own = ((n, signal.getsignal(n)) for n in range(1, signal.NSIG))
+    return [
+        (n, _Carrying(x)) for n, x in own
+        if callable(x)
+        and x is not signal.default_int_handler
+        and not isinstance(x, _Carrying)
+    ]  # fmt: skip
