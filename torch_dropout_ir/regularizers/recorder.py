@@ -131,8 +131,7 @@ class Recorder:
             # Who writes does so at once.
             self.passed[last] = self.passed[last].settled()
         if first and h.numel() >= (step_memory.SOME if self._weigh else _LARGE):
-            given = _there_before(self._model, self._inputs)
-            there = {address(x) for x in given}
+            there = _there_before(self._model, self._inputs)
             self.below = Below.by(h, there, self.below.constants)
         large = h.numel() >= CONSTANT or self._first is not None
         large = large and not self._outlives
@@ -217,12 +216,11 @@ def pass_kernels(needed: bool, thrice: bool, lean: bool) -> Iterator[None]:
         yield
 
 
-def _there_before(model: nn.Module, inputs: Any) -> Iterator[Tensor]:
-    """Yield the tensors that are there without a pass."""
-    yield from model.parameters()
-    yield from model.buffers()
+def _there_before(model: nn.Module, inputs: Any) -> set[int]:
+    """Return where in memory tensors are that are there without a pass."""
     own = Inputs.of(inputs)
-    yield from [x for x in flatten([own.args, own.kwargs])[0] if isinstance(x, Tensor)]
+    given = [x for x in flatten([own.args, own.kwargs])[0] if isinstance(x, Tensor)]
+    return {address(x) for x in (*model.parameters(), *model.buffers(), *given)}
 
 
 def shape_of(h: Tensor) -> Tensor:
