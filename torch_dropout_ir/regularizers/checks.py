@@ -64,7 +64,13 @@ def check_batch(
     inputs: Any,
     modules: Iterable[tuple[str, nn.Module]] | None = None,
 ) -> None:
-    """Raise if a batch has no sample, or values or derivatives are out of reach."""
+    """Raise if a batch has no sample, or values or derivatives are out of reach.
+
+    Raises:
+        ValueError: If a tensor among the inputs has no element in its first dimension,
+            or something is on the meta device.
+        RuntimeError: Under ``torch.inference_mode``.
+    """
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "expected autograd to be at hand, got torch.inference_mode, whose tensors "
