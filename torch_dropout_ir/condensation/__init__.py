@@ -24,6 +24,7 @@ from torch_dropout_ir.condensation.cover import EffectiveNeurons, effective_neur
 from torch_dropout_ir.condensation.graph import Outgoing, outgoing_weights
 from torch_dropout_ir.condensation.layers import input_weights, named_input_weights
 from torch_dropout_ir.condensation.merge import LayerMerge, Merged, merge_condensed
+from torch_dropout_ir.condensation.order import cluster_order
 from torch_dropout_ir.condensation.orientation import (
     amplitudes,
     cosine_similarity,
@@ -31,7 +32,6 @@ from torch_dropout_ir.condensation.orientation import (
 )
 from torch_dropout_ir.condensation.statistics import (
     CosineStatistics,
-    cluster_order,
     cosine_statistics,
 )
 

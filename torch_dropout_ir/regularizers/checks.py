@@ -65,7 +65,13 @@ def check_batch(
     inputs: Any,
     modules: Iterable[tuple[str, nn.Module]] | None = None,
 ) -> None:
-    """Raise if a batch has no sample, or values or derivatives are out of reach."""
+    """Raise if a batch has no sample, or values or derivatives are out of reach.
+
+    Raises:
+        ValueError: If a tensor among the inputs has no element in its first dimension,
+            or something is on the meta device.
+        RuntimeError: Under ``torch.inference_mode``.
+    """  # noqa: DOC502 (`check_derivatives` raises)
     check_derivatives()
     arguments = Inputs.of(inputs)
     given = (*arguments.args, *arguments.kwargs.values())

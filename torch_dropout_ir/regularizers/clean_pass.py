@@ -15,11 +15,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch_dropout_ir.collectives import every, go_on, some
 from torch_dropout_ir.functional import at_sites, call
 from torch_dropout_ir.leaves import without_graph
-from torch_dropout_ir.recomputation import Blocks
+from torch_dropout_ir.recomputation import Blocks, Context
 from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
 from torch_dropout_ir.regularizers.coupling import told_by_powers
-from torch_dropout_ir.regularizers.pass_kernels import pass_kernels
-from torch_dropout_ir.regularizers.recorder import Recorder, Use, shape_of, there_before
+from torch_dropout_ir.regularizers.recorder import Recorder, Use, pass_kernels, shape_of
 from torch_dropout_ir.regularizers.row_graph import rows_meet
 from torch_dropout_ir.regularizers.step_memory import Below, Weighed, may_hold_much
 from torch_dropout_ir.sites import Site, out_of_sight
@@ -244,10 +243,10 @@ def clean_pass(
     check_batch(model, inputs, survey.modules)
     # Nothing but other code than torch's layers runs attention.
     model, called = survey.model, thrice or (twice and survey.callers)
-    operations = functools.partial(pass_kernels, bool(called), thrice, lean)
-    there = functools.partial(there_before, model, inputs)
+    kernels = functools.partial(pass_kernels, bool(called), thrice, lean)
+    operations: Context = kernels if called or lean else contextlib.nullcontext
     matrices = ConstantMatrices(() if survey.callers else survey.modules)
-    seen = Recorder(outlives, first, weigh, there, survey, matrices)
+    seen = Recorder(outlives, first, weigh, inputs, survey, matrices)
     placed = at_sites(
         model, unasking(seen.perturb), move_buffers=move_buffers, outlives=outlives,
         survey=survey, copies=True,

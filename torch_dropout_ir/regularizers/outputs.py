@@ -127,7 +127,13 @@ class OutputsRead:
 
 
 def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
-    """Return the tensors that the loss reads, and the loss as a function of them."""
+    """Return the tensors that the loss reads, and the loss as a function of them.
+
+    Raises:
+        TypeError: If the outputs hold no floating-point tensor, or are several where
+            the loss takes one.
+        ValueError: If the loss reads none of them.
+    """  # noqa: DOC502 (`_read_of` raises)
     if isinstance(outputs, Tensor) and not outputs.is_complex():
         return OutputsRead(
             [outputs],

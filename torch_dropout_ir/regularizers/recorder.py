@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -13,11 +14,13 @@ from torch_dropout_ir.collectives import every
 from torch_dropout_ir.gradient_factors import address
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.leaves import flatten
+from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.regularizers import step_memory
 from torch_dropout_ir.regularizers.checks import check_site
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.last_weight import LastWeight
 from torch_dropout_ir.regularizers.step_memory import Below
+from torch_dropout_ir.sharpness.derivatives import lean_derivatives
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.substitution import ConstantMatrices
 from torch_dropout_ir.survey import Survey
@@ -72,7 +75,7 @@ class _Passed(NamedTuple):
 class Recorder:
     """What a pass shows while it runs.
 
-    ``given`` returns tensors that are there without it; ``matrices`` may be constant
+    Tensors of the ``inputs`` are there without it; ``matrices`` may be constant
     from the first site on. The rest is as in ``clean_pass``.
     """
 
@@ -81,7 +84,7 @@ class Recorder:
         outlives: bool,
         first: Tensor | None,
         weigh: bool,
-        given: Callable[[], Iterable[Tensor]],
+        inputs: Any,
         survey: Survey,
         matrices: ConstantMatrices,
     ) -> None:
@@ -93,7 +96,7 @@ class Recorder:
         self._outlives = outlives
         self._first = first
         self._weigh = weigh
-        self._given = given
+        self._model, self._inputs = survey.model, inputs
         self._fixed = not survey.callers  # no site has another ``p`` in another call
         # Whether something may write on the inputs or outputs of sites.
         self._writes = outlives or survey.in_place or survey.foreign
@@ -128,7 +131,7 @@ class Recorder:
             # Who writes does so at once.
             self.passed[last] = self.passed[last].settled()
         if first and h.numel() >= (step_memory.SOME if self._weigh else _LARGE):
-            there = {address(x) for x in self._given()}
+            there = _there_before(self._model, self._inputs)
             self.below = Below.by(h, there, self.below.constants)
         large = h.numel() >= CONSTANT or self._first is not None
         large = large and not self._outlives
@@ -198,12 +201,26 @@ class Recorder:
         self._clear()
 
 
-def there_before(model: nn.Module, inputs: Any) -> Iterator[Tensor]:
-    """Yield the tensors that are there without a pass."""
-    yield from model.parameters()
-    yield from model.buffers()
+@contextlib.contextmanager
+def pass_kernels(needed: bool, thrice: bool, lean: bool) -> Iterator[None]:
+    """Let operations be differentiated as often as wanted inside the context.
+
+    ``needed``: there may be some that torch differentiates once; ``lean``: second
+    derivatives are ours, which hold less.
+    """
+    with contextlib.ExitStack() as stack:
+        if needed:
+            stack.enter_context(differentiable(thrice, again=not lean))
+        if lean:
+            stack.enter_context(lean_derivatives())
+        yield
+
+
+def _there_before(model: nn.Module, inputs: Any) -> set[int]:
+    """Return where in memory tensors are that are there without a pass."""
     own = Inputs.of(inputs)
-    yield from [x for x in flatten([own.args, own.kwargs])[0] if isinstance(x, Tensor)]
+    given = [x for x in flatten([own.args, own.kwargs])[0] if isinstance(x, Tensor)]
+    return {address(x) for x in (*model.parameters(), *model.buffers(), *given)}
 
 
 def shape_of(h: Tensor) -> Tensor:
