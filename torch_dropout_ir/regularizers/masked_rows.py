@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_dropout_ir import ops
+from torch_dropout_ir.exhaustion import raise_if_exhausted
 from torch_dropout_ir.functional import (
     Batch,
     at_sites,
@@ -86,7 +87,8 @@ class MaskedRows:
             first = next(chunks(self._count, _PARTS))
             with torch.no_grad():
                 return self._run(first) is not None
-        except Exception:
+        except Exception as err:
+            raise_if_exhausted(err)
             return False  # a model that does not run on part of the rows
 
     def _by_rows(self, outputs: Any, risk: Tensor) -> bool:
