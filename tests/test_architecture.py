@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     0: ("kernels", "root_kernels", "jet_kernels", "_C"),
     1: (
-        "arguments",
+        "arguments", "exhaustion",
         "registration",
         "tracing", "recomputation",
         "ops",

@@ -1,5 +1,8 @@
 """Modified losses by parts of the batch, against those of all of it."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -215,15 +218,21 @@ def kept(monkeypatch):
     return seen
 
 
+def seed_all(seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
 def check(net, batch, loss, kind, rates=None, max_bytes=0):
     named = [n for n, p in net.named_parameters() if p.requires_grad]
     rates = [0.3] * len(named) if rates is None else rates[: len(named)]
     state = {n: x.clone() for n, x in net.state_dict().items()}
-    torch.manual_seed(8)
+    seed_all(8)
     expected = by_hand(net, batch, loss, kind, rates)
     after, gradient = torch.get_rng_state(), slopes(expected, net)
     net.load_state_dict(state)
-    torch.manual_seed(8)
+    seed_all(8)
     lr = dict(zip(named, rates, strict=True))
     value = modified_loss(net, batch, loss, kind=kind, lr=lr, max_bytes=max_bytes)
     assert torch.equal(torch.get_rng_state(), after)
@@ -325,6 +334,27 @@ def test_so_are_those_that_meet_below_what_is_penalized(taken, how):
 def test_noise_behind_a_site_is_drawn_again(kept, kind, site):
     layers = nn.Linear(4, 4), site(0.3), Noise(), nn.Tanh(), site(0.2), Noise()
     net, batch = batch_of(lambda: nn.Sequential(*layers, nn.Linear(4, 3)), rows())
+    check(net, batch, F.cross_entropy, kind)
+    assert kept == [True]
+
+
+class Skips(nn.Module):
+    """Skips a layer, and weighs, by numbers that are none of torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.drop, self.out = nn.Dropout(0.3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.drop(torch.tanh(self.first(x)))
+        h = self.second(h) if random.random() < 0.5 else h
+        return self.out(h * np.random.uniform(0.5, 2))
+
+
+@pytest.mark.parametrize("kind", ["L3", "regu"])
+def test_so_is_what_generators_of_python_and_numpy_draw(kept, kind):
+    net, batch = batch_of(Skips, rows())
     check(net, batch, F.cross_entropy, kind)
     assert kept == [True]
 

@@ -122,6 +122,10 @@ class Net(nn.Module):
     def counted(self, x):
         return self.rest(self.below(x * (1 + self.calls % 2)))
 
+    def settles(self, x):
+        """Is another in its first pass, by the same operations."""
+        return self.rest(self.below(x * (1 + (self.calls == 1))))
+
     def again(self, x):
         return self.rest(checkpoint(self.below, x, use_reentrant=False))
 
@@ -250,6 +254,19 @@ def test_gradients_by_parts_are_those_at_their_masks(monkeypatch, case, batches)
     del noise[once:]
     compare(found, [at_masks(plain, each, noise) for each in order])
     assert not noise
+
+
+def test_passes_of_another_value_are_told_and_go_whole(monkeypatch):
+    torch.manual_seed(0)
+    net, plain = Net("settles").double(), Net("settles").double()
+    plain.load_state_dict(net.state_dict())
+    plain.calls = 9
+    batch = torch.randn(8, WIDE).double(), torch.randint(3, (8,))
+    times, noise = made_by_parts(monkeypatch), drawn_masks(monkeypatch)
+    found = gradient_norm(net, batch, "cross_entropy", lr=4.0)
+    assert len(times) == 3  # two parts, of which the second differs, and all
+    del noise[len(noise) // 3 :]
+    compare(found, [at_masks(plain, batch, noise) for _ in range(2)])
 
 
 @pytest.mark.parametrize("how", ["transformed", "tangent", "inner"])

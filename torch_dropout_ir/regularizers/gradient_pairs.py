@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import alone, go_on
+from torch_dropout_ir.exhaustion import raise_if_exhausted
 from torch_dropout_ir.functional import Batch, parameters, rewinding
 from torch_dropout_ir.gradient_factors import Factors, address
 from torch_dropout_ir.inputs import Inputs
@@ -149,6 +150,7 @@ class GradientPairs:
             while passes.next():
                 links = links + self._links(batches)
         except Exception as err:  # of a model that lets nobody see what it saves
+            raise_if_exhausted(err)
             failed = err
         self._passes = None
         # Of a model that went another way, by its masks perhaps: at the same ones.

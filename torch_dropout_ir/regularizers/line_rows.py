@@ -7,7 +7,6 @@ against those in a part twice as large.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.arrivals import uneven
+from torch_dropout_ir.exhaustion import raise_if_exhausted
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.line_calls import STILL, Line, can_move, tensors
 from torch_dropout_ir.regularizers.line_graphs import along
@@ -38,8 +38,10 @@ def along_rows(
     """
     rows, size = _rows_of(leaves, lines)
     found = None
-    with contextlib.suppress(Exception):  # of other rows: of all it raises once more
+    try:
         found = _in_rows(function, leaves, lines, rows, size) if rows else None
+    except Exception as err:  # of other rows: of all it raises once more
+        raise_if_exhausted(err)
     if found is None:
         return along(function, leaves, lines)
     with torch.no_grad():

@@ -27,6 +27,7 @@ from torch.utils import _pytree
 
 from torch_dropout_ir.arrivals import uneven
 from torch_dropout_ir.collectives import every
+from torch_dropout_ir.exhaustion import raise_if_exhausted
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.output_scales import alike
@@ -139,7 +140,8 @@ class LossParts:
             read.tensors.clear()
             del f
             whole = self._whole(moved)
-        except Exception:
+        except Exception as err:
+            raise_if_exhausted(err)
             return  # a loss that does not run on a part, or where outputs have moved
         weights = []
         for samples, part in zip(self.samples, parts, strict=True):

@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_dropout_ir import ops
+from torch_dropout_ir.exhaustion import raise_if_exhausted
 from torch_dropout_ir.functional import (
     Batch,
     at_sites,
     batch_size,
     call,
     preserved_rng,
+    rewinding,
 )
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.leaves import without_graph
@@ -60,7 +62,7 @@ class MaskedRows:
         self._model = model
         self._batch = batch
         self._loss = loss
-        self._states = [(g, g.get_state()) for g in generators(model)]
+        self._rewind = rewinding(model)
         self._moved = buffers_moved(model) if move_buffers else None
         self._back = keep_buffers(model) if move_buffers else None
         # Of each use its mask, its rows for a sample, 0 where samples share it, and
@@ -78,7 +80,8 @@ class MaskedRows:
             first = next(chunks(self._count, _PARTS))
             with torch.no_grad():
                 return self._run(first) is not None
-        except Exception:
+        except Exception as err:
+            raise_if_exhausted(err)
             return False  # a model that does not run on part of the rows
 
     def _by_rows(self, outputs: Any, risk: Tensor) -> bool:
@@ -102,13 +105,12 @@ class MaskedRows:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Let torch's generators start from where they were; give them back after.
+        """Let generators start from where they were; give them back after.
 
         Layers that count what they draw have counted it.
         """
         with preserved_rng(self._model), unrecorded(self._model):
-            for generator, state in self._states:
-                generator.set_state(state)
+            self._rewind()
             yield
 
     def rewind_buffers(self) -> None:
@@ -131,7 +133,7 @@ class MaskedRows:
         known = iter(self._masks[:])
         new = not self._masks
         noise = RowNoise(rows, self._count)
-        of = [generator for generator, _ in self._states]
+        of = generators(self._model)
 
         def drop(site: Site, h: Tensor) -> Tensor:
             if new:

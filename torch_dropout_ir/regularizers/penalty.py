@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.arrivals import root_of
+from torch_dropout_ir.exhaustion import raise_if_exhausted
 from torch_dropout_ir.functional import Batch, call, parameters
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
@@ -149,7 +150,8 @@ def _by_cuts(
             products = Products(params, slopes, rates, sign, gradient)
             del slopes
             products.note(passes.products(products.at, products.receive))
-    except Exception:  # of a model that is another in each pass
+    except Exception as err:  # of a model that is another in each pass
+        raise_if_exhausted(err)
         return None
     return (value, gradient) if products.whole() else None
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.collectives import every
+from torch_dropout_ir.exhaustion import raise_if_exhausted
 from torch_dropout_ir.gradient_factors import address
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.leaves import flatten
@@ -162,7 +163,8 @@ class Recorder:
         outputs, wrong = None, False
         try:
             outputs = forward()
-        except Exception:
+        except Exception as err:
+            raise_if_exhausted(err)
             if not self._matrices.end():
                 raise
             wrong = True

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from torch_dropout_ir.collectives import every, most, some
+from torch_dropout_ir.exhaustion import raise_if_exhausted
 from torch_dropout_ir.functional import preserved_rng
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
@@ -183,7 +184,8 @@ class RowChunks:
     ) -> T | None:
         try:
             return self._chunk(k, rows, take)
-        except Exception:
+        except Exception as err:
+            raise_if_exhausted(err)
             return None  # a model that does not run on part of the rows
 
     def _chunk(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.arguments import check_real, in_order
+from torch_dropout_ir.exhaustion import raise_if_exhausted
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.sharpness.linearization import Kind, Linearized, linearize
 from torch_dropout_ir.sharpness.surface import Surface
@@ -235,7 +236,8 @@ class CurvatureOperator:
             return None
         try:
             op = CurvatureOperator(self.kind, few[0], self._block_bytes)
-        except Exception:
+        except Exception as err:
+            raise_if_exhausted(err)
             return None  # a model that takes no other number of samples
         op._work = self._work  # what it is few of
         return op, few[1]
