@@ -122,6 +122,9 @@ class Net(nn.Module):
     def counted(self, x):
         return self.rest(self.below(x * (1 + self.calls % 2)))
 
+    def drifts(self, x):
+        return self.rest(self.below(x * (1 + self.calls / 10)))
+
     def again(self, x):
         return self.rest(checkpoint(self.below, x, use_reentrant=False))
 
@@ -252,6 +255,19 @@ def test_gradients_by_parts_are_those_at_their_masks(monkeypatch, case, batches)
     assert not noise
 
 
+def test_passes_that_differ_in_their_values_alone_go_whole(monkeypatch):
+    torch.manual_seed(0)
+    net, plain = Net("drifts").double(), Net("drifts").double()
+    plain.load_state_dict(net.state_dict())
+    batch = torch.randn(8, WIDE).double(), torch.randint(3, (8,))
+    times, noise = made_by_parts(monkeypatch), drawn_masks(monkeypatch)
+    found = gradient_norm(net, batch, "cross_entropy", lr=4.0)
+    assert len(times) == 3  # two of parts, and of all
+    plain.calls = net.calls - 2
+    del noise[: -len(noise) // 3]
+    compare(found, [at_masks(plain, batch, noise) for _ in range(2)])
+
+
 @pytest.mark.parametrize("how", ["transformed", "tangent", "inner"])
 def test_passes_whose_saved_tensors_nobody_may_see_go_whole(monkeypatch, how):
     torch.manual_seed(0)
@@ -343,6 +359,7 @@ class Overwritten(nn.Module):
         self.how = how
         self.first, self.second = nn.Linear(WIDE, WIDE), nn.Linear(WIDE, WIDE)
         self.drop, self.out = nn.Dropout(0.4), nn.Linear(WIDE, 3)
+        self.given = torch.empty(8, WIDE).double()
 
     def forward(self, x):
         return self.out(getattr(self, self.how)(self.drop(x)))
@@ -363,6 +380,12 @@ class Overwritten(nn.Module):
         h = InBuffer.apply(x, self.first.weight)
         return InBuffer.apply(h.tanh(), self.second.weight)
 
+    def static(self, x):
+        """Of what goes into a linear layer."""
+        with torch.no_grad():
+            self.given.copy_(x)
+        return self.second(self.first(self.given).tanh())
+
     def hook(self, x):
         """That a linear layer shares, whose gradient is made before."""
         h = self.first(x)
@@ -376,7 +399,7 @@ class Overwritten(nn.Module):
 
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize(
-    "how", ["buffer", "unseen", "below", "workspace", "hook", "node"]
+    "how", ["buffer", "unseen", "below", "workspace", "static", "hook", "node"]
 )
 def test_gradients_that_are_written_over_while_they_are_held(monkeypatch, how, batches):
     torch.manual_seed(0)

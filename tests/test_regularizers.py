@@ -115,6 +115,26 @@ def test_roots_multiply_to_the_hessian():
         torch.testing.assert_close(multiplied, blocks)
 
 
+def test_random_roots_of_wide_blocks_square_to_the_hessian():
+    """Of more outputs than are taken at once, and curved both ways."""
+    n, mix = 1500, torch.randn(10, 10).double()
+
+    def loss(f, _):
+        return (f @ mix).sin().sum()
+
+    row = torch.randn(1, 10).double()
+    block = torch.autograd.functional.hessian(lambda f: loss(f, None), row)[0, :, 0]
+    outputs = row.expand(n, 10).contiguous()
+    roots = output_hessian.HessianRoots(losses.resolve_loss(loss), outputs, None)
+    found = [(root[:n], sign) for root, sign in roots.sample()]
+    assert {sign for _, sign in found} == {1.0, -1.0}
+    squares = sum(sign * root.T @ root / n for root, sign in found)
+    size = block.diagonal().abs().max()
+    assert (squares - block).abs().max() < 0.3 * size
+    own = torch.tensor([3, 0])
+    assert all(root.shape == (2, 10) for root, _ in roots.sample(own))
+
+
 def test_cross_entropy_of_images_reads_classes_in_dimension_one():
     net = nn.Sequential(nn.Dropout(0.4), nn.Conv2d(2, 3, 1)).double()
     x, y = torch.randn(2, 2, 2, 2).double(), torch.randint(3, (2, 2, 2))
