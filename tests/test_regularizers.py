@@ -19,6 +19,7 @@ from torch_dropout_ir.regularizers import (
     second_order,
 )
 from torch_dropout_ir.regularizers.masked import clean_risk
+from torch_dropout_ir.regularizers.online import online
 
 MSE = (F.mse_loss, nn.MSELoss(), nn.MSELoss(reduction="sum"), tdi.half_squared_error)
 
@@ -113,6 +114,21 @@ def test_roots_multiply_to_the_hessian():
             for s, sign in output_hessian.hessian_roots(resolved, outputs, few)
         )
         torch.testing.assert_close(multiplied, blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_samples_that_meet_in_the_loss_tell_no_error_of_a_site(dtype, coupled):
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 4), nn.Tanh(),
+        nn.Linear(4, 2),
+    ).to(dtype)  # fmt: skip
+    batch = torch.randn(5, 3, dtype=dtype), torch.randn(5, 2, dtype=dtype)
+    pairs = lambda f, t: F.mse_loss(f - f.flip(0).tanh(), t)  # noqa: E731
+    loss = losses.resolve_loss(pairs if coupled else "mse")
+    found, *_ = online(net, batch, loss)
+    (error,) = found.per_site_standard_error.values()
+    assert error.isnan() if coupled else error > 0
 
 
 def test_random_roots_of_wide_blocks_square_to_the_hessian():
@@ -465,8 +481,6 @@ def test_operations_in_place_do_not_pass_for_a_last_layer(where):
     assert not found.exact
     truth = monte_carlo(net, batch, "mse", num_masks=4000)
     assert (found.value - truth.value).abs() < 5 * truth.standard_error
-    from torch_dropout_ir.regularizers.online import online
-
     best, how, _ = online(net, batch, losses.resolve_loss("mse"), num_masks=500)
     assert "unbiased" in how
     assert (best.value - truth.value).abs() < 5 * best.standard_error
