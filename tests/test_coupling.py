@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.reference.second_order import second_order_form
 from torch_dropout_ir.regularizers import gauss_newton, second_order
+from torch_dropout_ir.regularizers.coupling import told_by_powers
 
 
 class Pairs(nn.Module):
@@ -72,3 +73,17 @@ def test_what_has_no_derivative_of_a_zero_root(loss):
     )
     found = gauss_newton(net, batch, loss, num_samples=None)
     torch.testing.assert_close(found.value, expected.detach())
+
+
+@pytest.mark.parametrize("meet", [False, True])
+def test_samples_whose_rows_cancel_are_told_apart_by_their_magnitudes(meet):
+    """Of two rows each, which meet in any case."""
+    h = torch.randn(8, 2, requires_grad=True)
+    away = (h[:, :1] - h[:, 1:]).view(4, 2)  # whose derivatives are opposite
+    made = away - away.flip(1) ** 2 - meet * away.mean(0) ** 2
+
+    def pull(outputs, root, receive, keep):
+        (found,) = torch.autograd.grad(outputs, h, root, retain_graph=keep)
+        receive(0, found.view(4, -1))
+
+    assert told_by_powers(pull, made.view(8, 1), 4) == meet

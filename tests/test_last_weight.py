@@ -7,6 +7,7 @@ from torch import nn
 
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import gauss_newton, modified_loss
+from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.online import online
 from torch_dropout_ir.testing import expected_dropout_loss
 from torch_dropout_ir.written_parameters import unwritten
@@ -143,3 +144,29 @@ def test_a_layer_with_a_way_of_its_own_is_not_exact():
     layer = net[1]
     layer.forward = lambda h: nn.functional.linear(h, 2 * layer.weight, layer.bias)
     holds_without_claim(net)
+
+
+NUMBERS = {
+    "allclose": lambda h: torch.allclose(h, h), "equal": lambda h: torch.equal(h, h),
+    "argwhere": torch.argwhere, "unique": torch.unique,
+    "unique_consecutive": torch.unique_consecutive, "is_nonzero": torch.is_nonzero,
+    "masked_select": lambda h: torch.masked_select(h, h > 0),
+    "bincount": lambda h: torch.bincount((h > 0).flatten().long()),
+    "repeat_interleave": lambda h: torch.repeat_interleave((h > 0).flatten().long()),
+    "numpy": lambda h: h.numpy(), "tolist": lambda h: h.tolist(),
+    "__array__": np.asarray, "__dlpack__": np.from_dlpack,
+    "__contains__": lambda h: 0.0 in h, "__format__": "{:.1f}".format,
+    "__index__": lambda h: range(h.long()), "__repr__": repr,
+    "__int__": int, "__float__": float, "__complex__": complex,
+}  # fmt: skip
+OF_ONE = "is_nonzero", "__format__", "__index__", "__int__", "__float__", "__complex__"
+
+
+@pytest.mark.parametrize("name", [None, *NUMBERS])
+def test_each_call_that_gives_numbers_is_seen(name):
+    def way(_, h, __):
+        h = h.detach().sum() if name in OF_ONE else h.detach()
+        return (h.sum() if name is None else NUMBERS[name](h)) is not None
+
+    with clean_pass(Branches(way), torch.randn(2, 3), find_last=True) as clean:
+        assert (clean.last_weight is None) == (name is not None)

@@ -199,6 +199,24 @@ def test_roots_of_parts_multiply_to_the_hessian_on_average(name):
     assert roots.curved
 
 
+def test_parts_that_are_curved_one_way_have_no_other_root():
+    torch.manual_seed(1)
+    x, y = torch.randn(N, 4).double(), torch.ones(N, 1).double()
+
+    def loss(f, y):
+        return (y * f.cosh()).sum()
+
+    with clean_pass(network(), x) as clean:
+        read = read_outputs(clean.outputs, resolve_loss(loss), y)
+        y[LossParts(read, N).samples[0]] = -1.0
+        f, parts = read.single, LossParts(read, N)
+        parts.look(clean, read)
+        roots = PartRoots(parts, clean, f, 1).sample()
+    assert {sign for _, sign in roots} == {1.0, -1.0}
+    total = sum(sign * root.square() for root, sign in roots)
+    torch.testing.assert_close(total, y * f.cosh())
+
+
 def test_a_first_part_without_curvature_is_not_taken_for_all(small, monkeypatch):
     torch.manual_seed(1)
     net, (x, _) = network(), batch()

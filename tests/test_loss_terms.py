@@ -17,6 +17,7 @@ from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.output_scales import closed_diagonal
 from torch_dropout_ir.regularizers import gauss_newton, modified_loss, second_order
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
+from torch_dropout_ir.regularizers.closed_forms import is_quadratic
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.regularizers.root_choice import choose
 from torch_dropout_ir.root_kernels import root_of_sign, signs_of
@@ -396,3 +397,29 @@ def test_blocks_take_the_place_of_the_softmax_where_they_pay(num_samples, kind):
         read = read_outputs(clean.outputs, loss, None)
         roots, couples = choose(clean, read, num_samples, read.product())
     assert type(roots) is kind and not couples
+
+
+WEIGHTS = {  # of the square of an output, and where that is; which a graph tells not
+    "constant": (lambda f: 3.0, 1.0),
+    "own": (lambda f: 1 + f.abs(), 1.0),
+    "odd, at zero": (lambda f: 1 + torch.tanh(f), 0.0),
+    "own, at zero": (lambda f: 1 + f.abs(), 0.0),
+    "far away": (lambda f: 1.0 + (f.abs() > 30), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_squares_that_weigh_by_what_they_are_of_are_no_squares(name):
+    weight, size = WEIGHTS[name]
+    f = size * torch.randn(20, 3).double()
+    loss = resolve_loss(lambda f, _: (weight(f.detach()) * f.square()).sum())
+    assert is_quadratic(loss, f, None) == (name == "constant")
+
+
+def test_squares_that_cannot_be_told_are_not_taken_for_such():
+    f = torch.randn(20, 3)
+    whole = lambda f, _: (f - f.detach() + 0.1).square().sum()  # noqa: E731
+    beside = lambda f, _: f.square().sum() + 1e8  # noqa: E731
+    assert is_quadratic(resolve_loss("mse"), f, f)
+    for loss in (whole, beside):
+        assert not is_quadratic(resolve_loss(loss), f, None)

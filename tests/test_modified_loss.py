@@ -448,22 +448,31 @@ def unlike_models():
     pair = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 3.0]).double())
     smooth = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum")
     long = x[:, None, :].repeat(1, 1, 2)[..., :3]
+    pixels = nn.Sequential(nn.Conv1d(1, 2, 1), nn.Dropout(0.3), nn.Conv1d(2, 3, 2))
     return {
         "two sites": (two, [(2, 2), (2, 2)], (x, labels), smooth),
         "channels": (channels, [(2, 2, 1)], (long, torch.rand(2, 2)), pair),
         "labels": (channels, [(2, 2, 1)], (long, labels), F.cross_entropy),
+        "pixels": (pixels, [(1, 2, 3)], (long[:1], labels[None]), F.cross_entropy),
         "frozen": (frozen, [(2, 2)], (x, labels), F.cross_entropy),
         "parts": (Parts(), [(2, 2)], (x, torch.randn(2, 3)), of_parts),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["two sites", "channels", "labels", "frozen", "parts"])
+@pytest.mark.parametrize(
+    "name", ["two sites", "channels", "labels", "pixels", "frozen", "parts"]
+)
 @pytest.mark.parametrize("form", ["gauss_newton", "second_order"])
 def test_over_all_signs_it_is_the_dense_form_with_its_gradient(form, name, monkeypatch):
     net, shapes, batch, loss = unlike_models()[name]
     net.double()
     batch = tuple(x.double() if x.is_floating_point() else x for x in batch)
-    rooted = form == "gauss_newton" and name in ("two sites", "labels", "frozen")
+    rooted = form == "gauss_newton" and name in (
+        "two sites",
+        "labels",
+        "pixels",
+        "frozen",
+    )
     outputs = net(batch[0])
     drawn = [outputs.shape] if rooted else shapes  # on outputs, or on units
     sizes = [torch.Size(shape).numel() for shape in drawn]

@@ -360,6 +360,7 @@ class Overwritten(nn.Module):
         self.how = how
         self.first, self.second = nn.Linear(WIDE, WIDE), nn.Linear(WIDE, WIDE)
         self.drop, self.out = nn.Dropout(0.4), nn.Linear(WIDE, 3)
+        self.given = torch.empty(8, WIDE).double()
 
     def forward(self, x):
         return self.out(getattr(self, self.how)(self.drop(x)))
@@ -380,6 +381,12 @@ class Overwritten(nn.Module):
         h = InBuffer.apply(x, self.first.weight)
         return InBuffer.apply(h.tanh(), self.second.weight)
 
+    def static(self, x):
+        """Of what goes into a linear layer."""
+        with torch.no_grad():
+            self.given.copy_(x)
+        return self.second(self.first(self.given).tanh())
+
     def hook(self, x):
         """That a linear layer shares, whose gradient is made before."""
         h = self.first(x)
@@ -393,7 +400,7 @@ class Overwritten(nn.Module):
 
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize(
-    "how", ["buffer", "unseen", "below", "workspace", "hook", "node"]
+    "how", ["buffer", "unseen", "below", "workspace", "static", "hook", "node"]
 )
 def test_gradients_that_are_written_over_while_they_are_held(monkeypatch, how, batches):
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ import functools
 import itertools
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -267,10 +268,16 @@ def test_a_loss_that_couples_samples():
         assert float(exact.value) == pytest.approx(r1, rel=0.02)
         drawn = form(net, batch, rmse, num_samples=400)
         assert abs(drawn.value - exact.value) < 5 * drawn.standard_error
-    f = net[1](batch[0])
+    rows = batch[0], net[1](batch[0]), batch[1]
+    tokens = [x[None] for x in rows]
+
+    def by_sample(f, t):
+        return (f - t).square().sum((1, 2)).sqrt().sum()
+
     for form in (last_layer, leave_one_out):
-        with pytest.raises(ValueError, match="couples rows"):
-            form(batch[0], net[1].weight, 0.01, loss=rmse, outputs=f, targets=batch[1])
+        for loss, (h, f, y) in ((rmse, rows), (by_sample, tokens)):
+            with pytest.raises(ValueError, match="couples rows"):
+                form(h, net[1].weight, 0.01, loss=loss, outputs=f, targets=y)
 
 
 # ---- Monte Carlo
@@ -285,6 +292,34 @@ def test_monte_carlo_is_unbiased_and_its_error_honest_at_few_masks():
     assert (values.mean() - r1).abs() < 4 * spread / 400**0.5
     claimed = torch.stack([d.standard_error for d in draws]).square().mean().sqrt()
     assert 0.8 < claimed / spread < 1.25
+
+
+@pytest.mark.parametrize("name", ["normal", "exponential"])
+def test_the_bias_of_draws_that_stop_on_their_error_is_told(name):
+    from torch_dropout_ir.regularizers.excess import ExcessRisk
+
+    runs, most, rtol = 3000, 400, 0.1
+    draws = torch.from_numpy(
+        1 + np.random.default_rng(0).normal(size=(runs, most))
+        if name == "normal"
+        else np.random.default_rng(0).exponential(size=(runs, most))
+    )
+    count = torch.arange(1, most + 1)
+    mean = draws.cumsum(1) / count
+    variance = (draws.square().cumsum(1) / count - mean.square()) * count / (count - 1)
+    small = (variance / count).sqrt() <= rtol * mean.abs()
+    small[:, :24] = False
+    assert small.any(1).all()
+    values = []
+    for own, stop in zip(draws, small.int().argmax(1) + 1, strict=True):
+        excess = object.__new__(ExcessRisk)
+        excess._clean, excess.corrected = own[0], lambda own=own[:stop]: own
+        values.append(own[:stop].mean() - excess.stopping_bias())
+    values = torch.stack(values)
+    stopped = mean.gather(1, small.int().argmax(1, keepdim=True))
+    error = values.std() / runs**0.5
+    assert (values.mean() - 1).abs() < 3 * error
+    assert ((stopped.mean() - 1).abs() > 5 * error) == (name == "normal")
 
 
 @pytest.mark.parametrize("p", [0.02, 0.5, 0.9])

@@ -19,6 +19,7 @@ from torch_dropout_ir.regularizers import (
     second_order,
 )
 from torch_dropout_ir.regularizers.masked import clean_risk
+from torch_dropout_ir.regularizers.online import online
 
 MSE = (F.mse_loss, nn.MSELoss(), nn.MSELoss(reduction="sum"), tdi.half_squared_error)
 
@@ -113,6 +114,41 @@ def test_roots_multiply_to_the_hessian():
             for s, sign in output_hessian.hessian_roots(resolved, outputs, few)
         )
         torch.testing.assert_close(multiplied, blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_samples_that_meet_in_the_loss_tell_no_error_of_a_site(dtype, coupled):
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 4), nn.Tanh(),
+        nn.Linear(4, 2),
+    ).to(dtype)  # fmt: skip
+    batch = torch.randn(5, 3, dtype=dtype), torch.randn(5, 2, dtype=dtype)
+    pairs = lambda f, t: F.mse_loss(f - f.flip(0).tanh(), t)  # noqa: E731
+    loss = losses.resolve_loss(pairs if coupled else "mse")
+    found, *_ = online(net, batch, loss)
+    (error,) = found.per_site_standard_error.values()
+    assert error.isnan() if coupled else error > 0
+
+
+def test_random_roots_of_wide_blocks_square_to_the_hessian():
+    """Of more outputs than are taken at once, and curved both ways."""
+    n, mix = 1500, torch.randn(10, 10).double()
+
+    def loss(f, _):
+        return (f @ mix).sin().sum()
+
+    row = torch.randn(1, 10).double()
+    block = torch.autograd.functional.hessian(lambda f: loss(f, None), row)[0, :, 0]
+    outputs = row.expand(n, 10).contiguous()
+    roots = output_hessian.HessianRoots(losses.resolve_loss(loss), outputs, None)
+    found = [(root[:n], sign) for root, sign in roots.sample()]
+    assert {sign for _, sign in found} == {1.0, -1.0}
+    squares = sum(sign * root.T @ root / n for root, sign in found)
+    size = block.diagonal().abs().max()
+    assert (squares - block).abs().max() < 0.3 * size
+    own = torch.tensor([3, 0])
+    assert all(root.shape == (2, 10) for root, _ in roots.sample(own))
 
 
 def test_cross_entropy_of_images_reads_classes_in_dimension_one():
@@ -445,8 +481,6 @@ def test_operations_in_place_do_not_pass_for_a_last_layer(where):
     assert not found.exact
     truth = monte_carlo(net, batch, "mse", num_masks=4000)
     assert (found.value - truth.value).abs() < 5 * truth.standard_error
-    from torch_dropout_ir.regularizers.online import online
-
     best, how, _ = online(net, batch, losses.resolve_loss("mse"), num_masks=500)
     assert "unbiased" in how
     assert (best.value - truth.value).abs() < 5 * best.standard_error

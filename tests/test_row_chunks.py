@@ -249,6 +249,8 @@ def test_numbers_of_rows_know_of_no_mode_around_them(mode):
     (by_powers(slope) * by_powers(root)).sum().backward()
     powers = slope.grad[:, 0].sqrt().log2()
     assert torch.equal(powers, powers.round()) and len(powers.unique()) == 7
+    of_two = by_powers(torch.ones(14), count=7)  # two rows a sample, one after another
+    assert torch.equal(of_two, by_powers(torch.ones(7)).repeat_interleave(2))
     roots = _roots((7, 3), torch.float64, cpu, 3)
     (torch.ones_like(roots).requires_grad_() * roots).sum().backward()
 

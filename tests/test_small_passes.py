@@ -80,6 +80,35 @@ def test_labels_that_weigh_alike_have_the_scale_of_each(reduction, shape):
     assert even_scale(loss, f, y) is None
 
 
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 2), (3,)])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("weigh", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_cross_entropy_has_its_closed_form(reduction, weigh, smoothing, soft, shape):
+    classes = 1 if len(shape) > 1 else 0
+    f, v = torch.randn(shape).double(), torch.randn(shape).double()
+    if soft:
+        y = torch.rand(shape).double()  # of any sum
+    else:
+        y = torch.randint(3, shape[:classes] + shape[classes + 1 :])
+        if y.ndim:
+            y.view(-1)[1] = 7
+    weight = torch.rand(3).double() if weigh else None
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    options |= {} if soft else {"ignore_index": 7}
+    loss = resolve_loss(nn.CrossEntropyLoss(weight, **options))
+    s = f.softmax(classes)
+    found = s * (v - (s * v).sum(classes, keepdim=True))
+    found = cross_entropy_scale(loss, f, y) * found
+    expected = output_products.HessianProduct(loss, f, y)(v).detach()
+    torch.testing.assert_close(found, expected)
+    if not soft and not weigh:  # of targets that are not known none is ignored
+        some = torch.zeros_like(y)
+        unknown = cross_entropy_scale(loss, f, None)
+        torch.testing.assert_close(unknown, cross_entropy_scale(loss, f, some))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("weight", [None, torch.rand(3), torch.rand(6, 1)])
 @pytest.mark.parametrize("positive", [None, torch.tensor(3.0), torch.rand(3)])

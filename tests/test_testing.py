@@ -459,6 +459,16 @@ def test_a_site_that_drops_everything_breaks_no_claim():
     assert all("site `1`" in f.reason for f in lacking)
 
 
+def test_a_closed_form_that_channels_do_not_have_breaks_no_claim():
+    net = nn.Sequential(nn.Dropout1d(0.3), nn.Linear(2, 2)).double()
+    batch = torch.randn(2, 3, 2).double(), torch.randn(2, 3, 2).double()
+    report = testing.check_regularizer(net, batch, "mse", num_masks=50)
+    report.assert_holds()
+    claims = {f.name: f.claim for f in report.findings}
+    assert claims["last_layer"] == claims["leave_one_out"] == "not applicable"
+    assert claims["gauss_newton"] == "exact"
+
+
 def test_few_masks_of_a_loss_that_seldom_is_large_break_no_claim():
     """Fifty are six of their own errors off here, and are drawn again."""
     torch.manual_seed(2)

@@ -50,11 +50,9 @@ def last_layer_form(
     )
 
 
-def fits_last_layer(clean: CleanPass, loss: Loss) -> bool:
+def fits_last_layer(clean: CleanPass) -> bool:
     """Whether a pass has features of which the closed forms can be taken."""
-    if clean.last_weight is None or not _by_element(*clean.uses[0][:2]):
-        return False
-    return loss.kind != "cross_entropy" or clean.outputs.ndim <= 2
+    return clean.last_weight is not None and _by_element(*clean.uses[0][:2])
 
 
 def _by_element(site: Site, features: Tensor) -> bool:

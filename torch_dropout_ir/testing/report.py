@@ -142,7 +142,7 @@ def _estimators(
 ) -> tuple[dict[str, Estimator], tuple[str, ...]]:
     """Every estimator with what it claims, and what there is to know of the model."""
     with clean_pass(model, batch[0], find_last=True) as clean:
-        at_last = fits_last_layer(clean, loss)
+        at_last = fits_last_layer(clean)
         notes = noise_left_out(model, clean.noisy, bool(clean.uses), drawn=clean.drawn)
         closed = is_exact(clean, loss, batch[1], None) and not clean.unreachable
         closed = closed and all(site.p < 1 for site, _, _ in clean.uses)
