@@ -514,3 +514,47 @@ def test_strategies_keep_to_what_they_are_given(data):
     assert net[3].in_features <= 2 and net[3].out_features <= 2
     x, _ = data.draw(testing.batches(net, max_samples=2))
     assert 1 <= len(x) <= 2
+
+
+class Whole(nn.Sequential):
+    """Goes another way where nothing was dropped, of all samples together."""
+
+    def forward(self, x):
+        h = super().forward(x)
+        return h if bool((h == 0).any()) else 2 * h
+
+
+def test_samples_that_meet_in_a_branch_have_masks_of_their_own():
+    """No derivative tells, and at half of the units that branch is not taken."""
+    net = Whole(nn.Dropout(0.1)).double()
+    batch = torch.ones(3, 5).double(), torch.zeros(3, 5).double()
+    found = float(testing.expected_dropout_loss(net, batch, "mse"))
+    chance = 0.9**15
+    assert found == pytest.approx(1 / 0.9 + 3 * chance / 0.81, rel=1e-12)
+
+
+class Labels(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).argmax(1)
+
+
+def test_outputs_without_derivatives_have_a_mean():
+    torch.manual_seed(0)
+    net = Labels(nn.Linear(2, 3), nn.Dropout(0.4), nn.Linear(3, 3)).double()
+    batch = torch.randn(2, 2).double(), torch.zeros(2).double()
+    found = testing.check_regularizer(net, batch, risk_of_labels)
+    h, w, b = net[0](batch[0]).detach(), net[2].weight, net[2].bias
+    means = [
+        sum(
+            chance * float((h[i] * mask / 0.6 @ w.T + b).argmax() ** 2)
+            for mask, chance in testing.enumerate_masks(3, 0.4)
+        )
+        for i in range(2)
+    ]
+    assert found.truth + found.risk == pytest.approx(sum(means) / 2, rel=1e-12)
+    with pytest.raises(TypeError, match=r"floating-point tensor.*torch\.int64"):
+        tdi.regularizers.gauss_newton(net, batch, risk_of_labels)
+
+
+def risk_of_labels(labels, targets):
+    return (labels - targets).square().mean()

@@ -128,11 +128,12 @@ class Loss:
             if not lacks_graph(err):
                 raise
             value = with_graph(self.function, outputs, targets)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = list(value.shape) if isinstance(value, Tensor) else type(value)
+        known = isinstance(value, Tensor)
+        if not known or value.numel() != 1 or value.is_complex():
+            got = f"{list(value.shape)} ({value.dtype})" if known else type(value)
             raise ValueError(
-                f"expected `loss(outputs, targets)` to return a scalar, got {got}. "
-                "Use a reduction of 'mean' or 'sum'."
+                f"expected `loss(outputs, targets)` to return a real number, got {got}"
+                ". Use a reduction of 'mean' or 'sum'."
             )
         return value.reshape(()) if value.ndim else value
 

@@ -134,7 +134,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
             the loss takes one.
         ValueError: If the loss reads none of them.
     """  # noqa: DOC502 (`_read_of` raises)
-    if isinstance(outputs, Tensor) and not outputs.is_complex():
+    if isinstance(outputs, Tensor) and outputs.is_floating_point():
         return OutputsRead(
             [outputs],
             lambda x: loss(x[0], targets),
@@ -159,9 +159,10 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
         return risk
 
     if not places:
+        got = getattr(outputs, "dtype", type(outputs).__name__)
         raise TypeError(
-            "expected the model to return a tensor, or a tuple, mapping or object "
-            f"with tensors, got {type(outputs).__name__}. Wrap the model in one that "
+            "expected the model to return a floating-point tensor, or a tuple, mapping "
+            f"or object with some, got {got}. Wrap the model in one that "
             "returns its logits."
         )
     copies = [leaves[i].detach().requires_grad_() for i in places]

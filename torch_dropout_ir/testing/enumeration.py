@@ -23,16 +23,16 @@ from torch_dropout_ir.regularizers.checks import (
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.loss_graph import rows_apart
-from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
+from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs, real_leaves
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import batched
 from torch_dropout_ir.written_parameters import unwritten
 
 MAX_MASKS: Final = 2**20
 # Masks of all samples up to which those are taken where no graph shows samples apart;
-# and pairs of sets of masks at which they are held apart where there are more.
+# and times that they are held apart where there are more.
 _FEW: Final = 2**12
-_PAIRS: Final = 8
+_ROUNDS: Final = 6
 
 
 def enumerate_masks(
@@ -193,6 +193,9 @@ def uses_of_sites(
             loss(clean.outputs, batch[1])  # raises, where it is none
         acted = [(s, h.shape) for s, h, _ in clean.uses] + clean.later
         coupled = True if clean.later else coupled  # in a loss that runs the model
+        leaves = real_leaves(clean.outputs)[0]
+        if not any(torch.is_tensor(x) and x.is_floating_point() for x in leaves):
+            coupled = coupled is not False  # no derivative can tell
         if coupled is None:
             read = read_outputs(clean.outputs, loss, batch[1])
             coupled = bool(clean.unreachable) or clean.couples_samples(read.tensors)
@@ -239,14 +242,13 @@ def _meet_at_masks(
     if len(counts) != 1 or counts <= {0, 1}:
         return False
     same = torch.Generator("cpu").manual_seed(0)
-    draw = functools.partial(
-        torch.randint, 2, generator=same, dtype=torch.bool, device="cpu"
-    )
+    uniform = functools.partial(torch.rand, generator=same, device="cpu")
     risk = functools.partial(_risk_at, model, batch, loss)
+    one = 1 / max(1, *[shape.numel() for _, shape in uses])
     with torch.no_grad():
-        for _ in range(_PAIRS):
-            own = draw(size=(*counts,))
-            pairs = [(draw(size=shape), draw(size=shape)) for _, shape in uses]
+        for kept in (0.5, 1 - one, one) * _ROUNDS:  # a branch may ask for all, or none
+            own = uniform([*counts]) < 0.5
+            pairs = [(uniform((2, *shape)) < kept).unbind() for _, shape in uses]
             exchanged = [_exchanged(own, a, b) for a, b in pairs]
             a, b, c, d = (
                 risk([pair[i] for pair in found])
