@@ -23,8 +23,8 @@ from torch_dropout_ir import sinks
 from torch_dropout_ir.analysis import attempts, delivery, measures
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.distributed import Ranks
-from torch_dropout_ir.analysis.root_hook import RootHook
 from torch_dropout_ir.analysis.snapshot import Snapshot
+from torch_dropout_ir.dropout_calls import DropoutCalls
 from torch_dropout_ir.tensorboard import sink
 
 
@@ -293,6 +293,28 @@ def test_an_interrupt_in_a_measure_leaves_nothing_behind(convert):
     assert not nn.modules.module._global_forward_hooks
 
 
+def test_an_interrupt_in_the_end_of_a_context_leaves_nothing_behind():
+    class LeavesOpen:
+        name, needs = "open", frozenset()
+
+        def __call__(self, snapshot):
+            named = [*snapshot.model.named_modules()]
+            DropoutCalls(named, lambda site, h: h).__enter__()
+            raise KeyboardInterrupt
+
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    with tdi.attach_analysis(model, log_dir=False, measures=[LeavesOpen()]):
+        model(torch.randn(8, 6)).square().mean().backward()
+        with pytest.raises(KeyboardInterrupt):
+            sgd.step()
+        assert not torch._C._len_torch_function_stack()
+        assert (model[3](torch.ones(99)) == 0).any()
+        hooked = [m for m in model[1:] if m._forward_hooks or m._forward_pre_hooks]
+        assert not hooked
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
 class OverTime(Exception):
     pass
 
@@ -336,12 +358,6 @@ def test_what_a_signal_handler_raises_in_a_measure_is_the_scripts(time_limit, by
         model(torch.randn(8, 6)).square().mean().backward()
         sgd.step()
         assert "regularizer/R1" in analysis.latest
-
-
-def test_what_a_signal_handler_raises_while_a_pass_is_looked_at(time_limit):
-    hook = RootHook(lambda *_: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(OverTime):
-        hook()
 
 
 def test_a_signal_handler_that_puts_another_in_its_place(time_limit):

@@ -28,6 +28,7 @@ from torch.nn.modules import module as all_modules
 from torch.utils import _python_dispatch
 
 from torch_dropout_ir.analysis.attributes import OF_TORCH, unmoved_attributes
+from torch_dropout_ir.analysis.function_modes import unmoved_modes
 from torch_dropout_ir.analysis.parameter_writes import ParameterWrites
 
 # A private name; with a torch that lacks it, such modes see the measures too.
@@ -72,9 +73,12 @@ class Bystanders:
         ``model`` is the one that runs: the own one, or its copy.
         """
         still = self._looking - self._acting
-        kept = [(x, dict(x)) for _, x in _hook_dicts(model)] if still else []
+        kept = [(x, dict(x)) for _, x in _hook_dicts(model)]
         parameters = self.writes.kept(model)
-        with unmoved_attributes(model), parameters, _unprofiled(model), _NO_MODES():
+        with (
+            unmoved_attributes(model), parameters, _unprofiled(model), _NO_MODES(),
+            unmoved_modes(),
+        ):  # fmt: skip
             try:
                 _hush(model)
                 for hooks, _ in kept:
@@ -155,9 +159,9 @@ def _itself(hook: Callable[..., Any]) -> Callable[..., Any]:
 def _hook_dicts(model: nn.Module) -> Iterator[tuple[bool, Any]]:
     """Yield where hooks are, and whether they are of the backward pass."""
     for back, names in ((False, _FORWARD), (True, _BACKWARD)):
-        yield from ((back, vars(all_modules).get(f"_global{n}") or {}) for n in names)
+        yield from ((back, vars(all_modules).get(f"_global{n}", {})) for n in names)
         for module in model.modules():
-            yield from ((back, vars(module).get(name) or {}) for name in names)
+            yield from ((back, vars(module).get(name, {})) for name in names)
     yield from ((True, x._backward_hooks or {}) for x in model.parameters())
 
 

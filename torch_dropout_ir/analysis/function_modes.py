@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -39,6 +40,17 @@ def take_away(done: Callable[[TorchFunctionMode], bool]) -> None:
     if _POP is None or _PUSH is None or _LENGTH is None or not _LENGTH():
         return
     _pushed([mode for mode in _popped() if not done(mode)])
+
+
+@contextlib.contextmanager
+def unmoved_modes() -> Iterator[None]:
+    """Take away what is left inside: an interrupt may fall into the end of a mode."""
+    before = _LENGTH() if _LENGTH else 0
+    try:
+        yield
+    finally:
+        while _LENGTH and _POP and _LENGTH() > before:
+            _POP()
 
 
 def called(
