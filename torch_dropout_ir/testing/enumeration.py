@@ -29,8 +29,7 @@ from torch_dropout_ir.tracing import batched
 from torch_dropout_ir.written_parameters import unwritten
 
 MAX_MASKS: Final = 2**20
-# Masks of all samples up to which those are taken where no graph shows samples apart;
-# and times that they are held apart where there are more.
+# Masks of all samples that are taken where no graph shows samples apart; times else.
 _FEW: Final = 2**12
 _ROUNDS: Final = 6
 
