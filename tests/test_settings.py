@@ -7,6 +7,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torch_dropout_ir as tdi
@@ -183,3 +185,11 @@ def test_closed_forms_in_inference_mode_are_named():
     given = {"outputs": features @ weight.T, "targets": torch.randn(4, 2)}
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         R.last_layer(features, weight, 0.3, loss=nn.HuberLoss(), **given)
+
+
+@settings(max_examples=3)
+@given(st.data())
+def test_examples_of_strategies_are_on_the_cpu(data):
+    with torch.device("meta"):
+        model, batch = data.draw(T.problems())
+    assert {x.device.type for x in (*model.parameters(), *batch)} == {"cpu"}

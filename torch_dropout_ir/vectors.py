@@ -23,7 +23,10 @@ _SAFE: Final = 1e-12  # the squares that make up a norm above it are no denormal
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Multiply tensors as they are, where a user's autocast would in half precision."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
