@@ -137,7 +137,7 @@ def test_what_testing_is_given_is_checked():
         drop_probabilities(0.1, 1.0)
     with pytest.raises(ValueError, match="to return a real number"):
         expected_dropout_loss(net, batch, nn.MSELoss(reduction="none").forward)
-    with pytest.raises(ValueError, match="real number, got .*complex"):
+    with pytest.raises(ValueError, match=r"real number, got .*complex"):
         expected_dropout_loss(net, batch, lambda f, _: 1j * f.mean())
 
 
