@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any, Final, Literal, Protocol
 
 import torch
@@ -124,7 +123,8 @@ _LACKING: Final[dict[Need, str]] = {
     ),
     "loss": (
         "the loss is not known: no path was found from the model's outputs to the "
-        "number on which the script calls `backward()`. What cuts it: random numbers "
+        "number on which the script calls `backward()`. What cuts it: outputs that the "
+        "model keeps and does not return, random numbers "
         "drawn behind the model (dropout there), a gradient as part of the loss "
         "(`torch.autograd.grad`), parameters of this model used once more, functions "
         "with a derivative of their own (compiled code), tensors that change in place "
@@ -161,8 +161,10 @@ def rate_of(group: dict[str, Any]) -> float | None:
 
     None where there is no number: some optimizers find the size of their steps.
     """
-    rate = group.get("lr")
-    return float(rate) if isinstance(rate, (Real, Tensor)) else None
+    try:
+        return float(group["lr"])
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        return None
 
 
 def received_gradients(
