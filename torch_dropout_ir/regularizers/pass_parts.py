@@ -150,10 +150,7 @@ class PassParts:
     def _go(self, value: Tensor, found: PassNodes, receive: Receive) -> None:
         first, stop = self._cuts[-2:]
         read = found.read_in(first, stop)
-        used = {*found.readers}
-        ends: list[Any] = [
-            x for i, x in enumerate(self._targets) if i in read or i not in used
-        ]
+        ends: list[Any] = [x for i, x in enumerate(self._targets) if i in read]
         if first:
             ends.append(found.narrow[first])
         start: Any = value
