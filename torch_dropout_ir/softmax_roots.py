@@ -89,10 +89,17 @@ class SoftmaxRoots:
         self._inside = [] if terms.direct else [GradientEdge(child, result)]
         self._at = product.at
 
+    @property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        """The softmax, and the diagonal."""
+        if self._few is not None:
+            return softmax_diagonal(*self._few, self._classes)
+        return self._logs.exp(), self._filled(_diagonal)
+
     @functools.cached_property
     def _signs(self) -> tuple[float, ...]:
         if self._few is not None:
-            return signs_of(softmax_diagonal(*self._few, self._classes)[1])
+            return signs_of(self._spectrum[1])
         own = self._mass if self._bend is None else self._bend.chosen
         both = {*signs_of(self._mass), *signs_of(own)}  # of one part there may be none
         return tuple([sign for sign in SIGNS if sign in both])
