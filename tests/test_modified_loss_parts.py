@@ -15,6 +15,7 @@ import torch_dropout_ir as tdi
 from tests.passes import take_in_parts
 from tests.test_regularizer_memory import peak
 from torch_dropout_ir.regularizers import modified_loss, penalty
+from torch_dropout_ir.regularizers.known_gradient import learns_alone
 from torch_dropout_ir.regularizers.masked_rows import MaskedRows
 from torch_dropout_ir.regularizers.output_rows import chunks
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
@@ -452,13 +453,46 @@ def test_backward_adds_to_gradients_and_can_be_scaled_and_repeated(max_bytes):
         assert torch.equal(g, before)
 
 
-def test_a_derivative_of_the_gradient_needs_its_graph():
+def test_a_gradient_is_taken_early_where_nothing_else_looks_on():
+    given, plain, half = torch.randn(4, 6), nn.Linear(6, 3), nn.Linear(6, 3).half()
+    hooked = nn.Linear(6, 3)
+    hooked.weight.register_hook(lambda g: 2 * g)
+
+    def alone(net, x):
+        return learns_alone(net(x).square().sum(), list(net.parameters()))
+
+    assert alone(plain, given)
+    assert not alone(hooked, given) and not alone(half, given.half())
+    assert not alone(plain, given.clone().requires_grad_())
+    assert not learns_alone(plain(given).half().sum(), list(plain.parameters()))
+    risk = plain(given).square().sum()
+    with torch.autocast("cpu"):
+        assert not learns_alone(risk, list(plain.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["L2", "L3", "regu"])
+def test_hooks_on_parameters_see_a_gradient_once(kind):
+    net, batch = batch_of(convolutional, images)
+    found = []
+    for most in (None, 0):
+        torch.manual_seed(1)
+        handle = net[-1].weight.register_hook(lambda g: 2 * g)
+        net.zero_grad()
+        options = {"kind": kind, "lr": 0.3, "max_bytes": most}
+        modified_loss(net, batch, "cross_entropy", **options).backward()
+        handle.remove()
+        found.append([p.grad for p in net.parameters()])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_derivative_of_the_gradient_needs_its_graph(kind):
     net, batch = batch_of(*MODELS["ours"][:2])
     params, found = list(net.parameters()), []
-    options = {"kind": "regu", "lr": 0.3}
+    options = {"kind": kind, "lr": 0.3}
     for form in (
         lambda: modified_loss(net, batch, "cross_entropy", max_bytes=None, **options),
-        lambda: by_hand(net, batch, F.cross_entropy, "regu", [0.3] * len(params)),
+        lambda: by_hand(net, batch, F.cross_entropy, kind, [0.3] * len(params)),
     ):
         torch.manual_seed(2)
         first = torch.autograd.grad(form(), params, create_graph=True)

@@ -322,6 +322,30 @@ def test_the_bias_of_draws_that_stop_on_their_error_is_told(name):
     assert ((stopped.mean() - 1).abs() > 5 * error) == (name == "normal")
 
 
+def test_a_slope_without_bounds_leaves_the_mean_as_it_is():
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(40, 3)).double()
+    x = torch.randn(8, 40).double()
+    found = monte_carlo(net, (x, net[1](x).detach()), steep, num_masks=30)
+    assert found.value > 0 and found.standard_error > 0
+
+
+def steep(f, t):
+    """Whose slope is infinite where both are the same."""
+    return (f - t).abs().sqrt().mean()
+
+
+def test_the_linear_part_of_a_large_mask_is_that_of_its_parts(monkeypatch):
+    from torch_dropout_ir.regularizers import excess
+
+    slope, kept = torch.randn(20, 10).double(), torch.rand(200) > 0.3
+    expected = (slope.flatten() * (kept / 0.7 - 1)).sum()
+    for bits in (excess._BITS, 64):
+        monkeypatch.setattr(excess, "_BITS", bits)
+        torch.testing.assert_close(
+            excess._linear_part(slope, pack(kept), 0.3), expected
+        )
+
+
 @pytest.mark.parametrize("p", [0.02, 0.5, 0.9])
 def test_the_linear_part_is_taken_away(p):
     """Against plain averaging: far better where noise is small, never much worse."""

@@ -131,6 +131,34 @@ def test_samples_that_meet_in_the_loss_tell_no_error_of_a_site(dtype, coupled):
     assert error.isnan() if coupled else error > 0
 
 
+@pytest.mark.parametrize("kind", ["mse", "cross_entropy"])
+def test_without_targets_it_is_the_form_which_squares_alone_make_exact(kind):
+    last = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2))
+    deep = nn.Sequential(*last, nn.Tanh(), nn.Linear(2, 2))
+    x, loss = torch.randn(5, 3), losses.resolve_loss(kind)
+    found, how, risk = online(last, (x, None), loss)
+    assert risk is None and found.exact == (kind == "mse")
+    assert how.startswith("exact" if found.exact else "second order (approximate")
+    found, how, _ = online(deep, (x, None), loss)
+    assert "approximate" in how and not found.exact
+    assert found.num_samples == 2 and found.standard_error > 0
+    with pytest.raises(ValueError, match="finite"):
+        online(deep, (x * float("nan"), None), loss)
+
+
+def test_channels_and_sites_that_drop_everything_have_no_closed_form_online():
+    net = nn.Sequential(nn.Dropout1d(0.3), nn.Linear(2, 2)).double()
+    batch = torch.randn(3, 3, 2).double(), torch.randn(3, 3, 2).double()
+    mse = losses.resolve_loss("mse")
+    found, how, _ = online(net, batch, mse)
+    assert "closed form" not in how and not found.exact
+    net[0] = nn.Dropout(1.0)
+    found, how, risk = online(net, batch, mse)
+    assert "closed form" not in how
+    nothing = F.mse_loss(net[1](0 * batch[0]), batch[1]).detach()
+    torch.testing.assert_close(found.value, nothing - risk)
+
+
 def test_random_roots_of_wide_blocks_square_to_the_hessian():
     """Of more outputs than are taken at once, and curved both ways."""
     n, mix = 1500, torch.randn(10, 10).double()

@@ -155,3 +155,29 @@ def test_a_seed_gives_the_same_roots(way):
     first, second, after, *again = found
     assert not torch.equal(first, second)
     torch.testing.assert_close([first, second, after], again, rtol=0, atol=0)
+
+
+def product_of(loss, f):
+    return HessianProduct(resolve_loss(loss), f, None)
+
+
+def test_terms_of_both_signs_have_roots_of_both():
+    """Of many rows, whose mass is of one sign and whose terms bend the other way."""
+
+    def loss(f, _):
+        return -(f.log_softmax(1) + 10).square().sum()
+
+    n, row = 6000, torch.tensor([[2.0, 0.0, -3.0]]).double()
+    block = torch.autograd.functional.hessian(lambda f: loss(f, None), row)[0, :, 0]
+    product = product_of(loss, row.expand(n, 3).contiguous())
+    roots = SoftmaxRoots(product, product.terms).sample()
+    assert {sign for _, sign in roots} == {1.0, -1.0}
+    squares = sum(sign * root.T @ root / n for root, sign in roots)
+    assert (squares - block).abs().max() < 0.05 * block.abs().max()
+
+
+def test_classes_in_rows_have_one_softmax():
+    f = torch.randn(40000).double()
+    product = product_of(lambda f, _: -f.log_softmax(0)[:2].sum(), f)
+    ((root, _),) = SoftmaxRoots(product, product.terms).sample()
+    assert root.sum().abs() < 1e-9 * root.abs().sum()

@@ -162,8 +162,7 @@ class HessianRoots:
         softmax = f.softmax(classes)
         weighted = column * softmax.sqrt()
         centred = weighted - softmax * weighted.sum(classes, keepdim=True)
-        here = column.sum(classes, keepdim=True) != 0
-        return centred * here * self._of_mass(rows) ** 0.5
+        return centred * self._of_mass(rows) ** 0.5
 
     def _of_mass(self, rows: Rows) -> Tensor | float:
         """Return what the terms of samples weigh, one number where they do alike."""

@@ -76,10 +76,10 @@ def online(
     if linear:
         with preserved_rng(model, seed):
             found, how = _whole_loss(model, batch, loss)
-    if risk is None:
-        how = f"second order (approximate; targets unknown), {how}"
-    elif found.exact:
+    if found.exact:
         how = f"exact, {how}"
+    elif risk is None:
+        how = f"second order (approximate; targets unknown), {how}"
     else:
         excess = ExcessRisk(model, batch, loss, slopes)
         excess.draw(num_masks)
