@@ -63,11 +63,15 @@ def test_little_runs_at_a_step_that_measures_nothing():
             assert analysis.latest["loss/R_S"] > 0
             before = analysis._capture.inputs
             for _ in range(3):
+                records = [*map(len, analysis.history.values())]
                 seen = calls_of_ours(lambda: step(model, sgd, 5))
+                if records != [*map(len, analysis.history.values())]:
+                    assert every == "auto"  # slow steps have paid for what waited
+                    before = analysis._capture.inputs
+                    continue
                 assert len(seen) <= 7, seen  # their code is in no cache any more
-            # No batch is held but the one that was measured.
-            assert analysis._capture.inputs is before
-            assert before.first_tensor().shape == (8, 6)
+                # No batch is held but the one that was measured.
+                assert analysis._capture.inputs is before
             assert analysis.step == 4
 
 
