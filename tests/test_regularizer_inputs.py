@@ -135,9 +135,9 @@ def test_what_testing_is_given_is_checked():
         check_regularizer(net, batch, "mse", rtol=-1.0)
     with pytest.raises(ValueError, match="`max_value` < 1"):
         drop_probabilities(0.1, 1.0)
-    with pytest.raises(ValueError, match="to return a real number"):
+    with pytest.raises(ValueError, match="to return a real scalar"):
         expected_dropout_loss(net, batch, nn.MSELoss(reduction="none").forward)
-    with pytest.raises(ValueError, match=r"real number, got .*complex"):
+    with pytest.raises(ValueError, match=r"real scalar, got .*complex"):
         expected_dropout_loss(net, batch, lambda f, _: 1j * f.mean())
 
 

@@ -132,7 +132,7 @@ class Loss:
         if not known or value.numel() != 1 or value.is_complex():
             got = f"{list(value.shape)} ({value.dtype})" if known else type(value)
             raise ValueError(
-                f"expected `loss(outputs, targets)` to return a real number, got {got}"
+                f"expected `loss(outputs, targets)` to return a real scalar, got {got}"
                 ". Use a reduction of 'mean' or 'sum'."
             )
         return value.reshape(()) if value.ndim else value

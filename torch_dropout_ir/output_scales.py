@@ -71,16 +71,17 @@ def cross_entropy_scale(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     return mass / count if loss.reduction == "mean" else mass
 
 
-def with_root(loss: Loss, targets: Any) -> Loss:
+def with_root(loss: Loss, targets: Any, outputs: Tensor | None = None) -> Loss:
     """Return a loss, a general one where a cross-entropy may weigh below zero.
 
     Torch takes such class weights and soft targets; the Hessian then has no real root.
     """
     if loss.kind != "cross_entropy":
         return loss
+    told = outputs is None or getattr(targets, "shape", None) == outputs.shape
     below = any([
         isinstance(x, Tensor) and x.is_floating_point() and bool((x < 0).any())
-        for x in (loss.option("weight", None), targets)  # labels are integers
+        for x in (loss.option("weight", None), targets if told else None)
     ])
     return dataclasses.replace(loss, kind="general") if below else loss
 

@@ -138,7 +138,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
         return OutputsRead(
             [outputs],
             lambda x: loss(x[0], targets),
-            with_root(loss.at(outputs), targets),
+            with_root(loss.at(outputs), targets, outputs),
             targets=targets,
         )
     loss.check_outputs(outputs)
