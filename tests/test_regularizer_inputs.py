@@ -44,6 +44,17 @@ def test_a_function_is_no_model():
             run()
 
 
+@pytest.mark.parametrize("p", [float("nan"), -0.5, 1.5])
+def test_a_probability_that_is_none_is_not_taken_for_off(p):
+    net, batch = last_dropped()
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+    for run in every_estimator(net, batch, "mse"):
+        with pytest.raises((ValueError, RuntimeError), match=f"got {p}"):
+            run()
+
+
 @pytest.mark.parametrize("lr", [None, "0.1", torch.ones(2), torch.tensor(1j)])
 def test_a_learning_rate_is_a_number(lr):
     net, batch = last_dropped()

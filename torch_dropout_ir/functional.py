@@ -144,7 +144,7 @@ def _replace(
     """Put ``apply`` in the place of each site of a model of torch's layers alone."""
     evaluated = not seen.model.training
     for site in seen.sites:  # of which nobody asks the mode
-        if site.p > 0 and (site.module.training or evaluated):
+        if site.p != 0 and (site.module.training or evaluated):
             own = vars(site.module)  # a hook takes as long as a small layer
             own["forward"] = functools.partial(_act, site, apply, evaluated)
             undo.append(functools.partial(own.pop, "forward"))
@@ -161,7 +161,7 @@ def _hook(seen: Survey, apply: SiteFunction, undo: list[Callable[[], object]]) -
     evaluated = not seen.model.training  # now: a model may set its mode
 
     def act(site: Site, _: nn.Module, __: Any, h: Tensor) -> Tensor:
-        acts = site.p > 0 and (modes[site.module] or evaluated)
+        acts = site.p != 0 and (modes[site.module] or evaluated)
         return apply(site, h) if acts else h
 
     for module in seen.noise:

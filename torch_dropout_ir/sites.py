@@ -153,7 +153,7 @@ def active_sites(model: nn.Module) -> tuple[Site, ...]:
     return tuple(
         site
         for site in find_sites(model)
-        if site.p > 0 and (site.module.training or not model.training)
+        if site.p != 0 and (site.module.training or not model.training)
     )
 
 

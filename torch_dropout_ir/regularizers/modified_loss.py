@@ -177,7 +177,7 @@ def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:
             "mode, whose dropout is off. Call `model.train()` first."
         )
     for site in find_sites(model):
-        if site.p >= 1:
+        if site.p == 1:
             said = f"modified_loss: site `{site.name}` drops everything (p = 1)"
             warnings.warn(said, stacklevel=3)
 
