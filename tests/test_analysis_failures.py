@@ -740,3 +740,26 @@ def test_passes_that_nothing_can_look_at_train_on_and_say_why(what, compiled):
     for name in ("regularizer", "masks", "sharpness"):
         assert f"torch_dropout_ir: {analysis.absent[name]}; training" in said
     assert "RecursionError" in said or "not to be copied" in said
+
+
+def test_a_hook_that_measures_is_told_where_what_it_measures_calls_it():
+    model, batch = mlp(), (torch.randn(8, 6), torch.randn(8, 3))
+    sgd, said = torch.optim.SGD(model.parameters(), lr=0.1), []
+    only = [measures.DropoutNoise()]
+    with tdi.attach_analysis(model, log_dir=False, every=9, measures=only) as analysis:
+        nn.functional.mse_loss(model(batch[0]), batch[1]).backward()
+        sgd.step()
+
+        def measure(gradient):
+            assert len(said) < 9
+            try:
+                said.append(analysis.measure())
+            except RuntimeError as err:
+                said.append(str(err))
+            return 1 * gradient  # a hook that looks on is not called
+
+        model[0].weight.register_hook(measure)
+        nn.functional.mse_loss(model(batch[0]), batch[1]).backward()
+    *inside, found = said
+    assert inside and set(inside) == {"measure: called inside a measurement"}
+    assert found["regularizer/R2_dropout_noise"] > 0

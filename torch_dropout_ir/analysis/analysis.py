@@ -158,20 +158,21 @@ class Analysis:
         self._capture.want(bool(wanted), set[str]().union(*each))
 
     def measure(self) -> dict[str, float]:
-        """Take all measures now, off cadence, on the last batch with targets seen.
-
-        Of ranks that train together, all have to call it.
+        """Take all measures now, on the last batch with targets seen; on all ranks.
 
         Returns:
             The numbers recorded, by tag.
 
         Raises:
-            RuntimeError: If the analysis is detached, or a rank does not call.
+            RuntimeError: If the analysis is detached, or measures already (a hook that
+                calls this is called by what it does), or a rank does not call.
         """
         if not self._attached:
             raise RuntimeError("measure: this analysis is detached; attach a new one")
         self._ranks.wait_for_all("measure")
         with handlers_raise(), in_turn():
+            if self._capture.paused:
+                raise RuntimeError("measure: called inside a measurement")
             had = {tag: len(values) for tag, values in self.history.items()}
             self._measure_safely(self._names())
             return {
