@@ -23,6 +23,7 @@ from torch_dropout_ir import sinks
 from torch_dropout_ir.analysis import attempts, delivery, measures
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.distributed import Ranks
+from torch_dropout_ir.analysis.signal_handlers import handlers_raise
 from torch_dropout_ir.analysis.snapshot import Snapshot
 from torch_dropout_ir.dropout_calls import DropoutCalls
 from torch_dropout_ir.tensorboard import sink
@@ -367,6 +368,42 @@ def test_a_signal_handler_that_puts_another_in_its_place(time_limit):
     signal.signal(signal.SIGTERM, again)
     train(mlp(), 1, measures=[Says(lambda _: signal.raise_signal(signal.SIGTERM))])
     assert signal.getsignal(signal.SIGTERM) is time_limit
+
+
+def test_a_signal_handler_that_goes_on_to_the_one_it_found(time_limit):
+    def chains(_):
+        found = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *call: found(*call))
+
+    train(mlp(), 1, measures=[Says(chains)])
+    with pytest.raises(OverTime):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_that_arrives_while_handlers_are_put_back(time_limit, monkeypatch):
+    def late(number, handler):
+        if handler is time_limit:
+            signal.raise_signal(number)
+        return put(number, handler)
+
+    put = signal.signal
+    with pytest.raises(OverTime), handlers_raise():
+        monkeypatch.setattr(signal, "signal", late)
+    monkeypatch.undo()
+    with pytest.raises(OverTime), handlers_raise():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:
+            pytest.fail("a measure's own `except` has it")
+
+
+def test_where_the_scripts_directory_is_gone_a_relative_log_dir_is_named(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(FileNotFoundError, match="log_dir=False"):
+        tdi.attach_analysis(mlp(), log_dir="runs")
 
 
 def test_after_an_interrupt_costs_are_of_the_measurement_alone():

@@ -20,15 +20,22 @@ class _Raised(BaseException):
 
 
 class _Carrying:
-    """Stands in the place of a handler."""
+    """Stands in the place of a handler; once it is over, calls it as it is.
+
+    What a script puts in its place meanwhile may go on to call it, as torch's handler
+    for the workers of a loader does.
+    """
 
     def __init__(self, handler: Handler) -> None:
         self.handler = handler
+        self.over = False
 
     def __call__(self, number: int, frame: Any) -> None:
         try:
             self.handler(number, frame)
         except Exception as err:
+            if self.over:
+                raise
             raise _Raised(err) from None
 
 
@@ -46,6 +53,8 @@ def handlers_raise() -> Iterator[None]:
             raise
         error = raised.error
     finally:
+        for _, carrying in put:  # first, for a signal may arrive in between
+            carrying.over = True
         for number, carrying in put:
             now: Any = signal.getsignal(number)
             if now is carrying:  # else the handler has put another in its place
@@ -66,5 +75,5 @@ def _stand_ins() -> list[tuple[int, _Carrying]]:
         (n, _Carrying(x)) for n, x in own
         if callable(x)
         and x is not signal.default_int_handler
-        and not isinstance(x, _Carrying)
+        and (not isinstance(x, _Carrying) or x.over)
     ]  # fmt: skip

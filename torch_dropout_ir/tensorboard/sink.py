@@ -81,8 +81,9 @@ class TensorBoardSink:
                 "`runs/<time>_<host>`) or False (for no files), got "
                 f"{type(log_dir).__name__}"
             )
-        path = _lasting(log_dir)
+        path = log_dir
         try:
+            path = _lasting(log_dir)  # raises where the script's directory is gone
             self._writer = SummaryWriter(log_dir=path, flush_secs=5)
         except OSError as err:
             raise type(err)(
