@@ -1368,3 +1368,33 @@ def test_scores_of_one_list_meet_in_a_cross_entropy():
 
     dense = torch.autograd.functional.hessian(shifted, torch.zeros(3, 3).double())
     torch.testing.assert_close(found, dense.reshape(9, 9).trace() * 0.3 / 0.7 / 2)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_parts_of_one_list_are_no_lists(soft, monkeypatch):
+    """A part of the classes has another softmax."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 1), nn.Flatten(0)
+    ).double()
+    x = torch.randn(16, 3).double()
+    y = torch.randn(16).double().softmax(0) if soft else torch.tensor(3)
+    h, params = net[:2](x).detach(), list(net.parameters())
+
+    def shifted(eta):
+        return F.cross_entropy(net[3:](h * (1 + eta)), y)
+
+    dense = torch.autograd.functional.hessian(shifted, torch.zeros(16, 4).double())
+    dense = dense.reshape(64, 64).trace() / 2
+    found = []
+    for max_bytes in (None, 0):
+        torch.manual_seed(1)
+        value = modified_loss(
+            net, (x, y), "cross_entropy", kind="L1", r1="gauss_newton",
+            max_bytes=max_bytes,
+        )  # fmt: skip
+        found.append((value, torch.autograd.grad(value, params)))
+        take_in_parts(monkeypatch)
+    torch.testing.assert_close(*found)
+    whole = second_order(net, (x, y), "cross_entropy", num_samples=None)
+    torch.testing.assert_close(whole.value, dense)

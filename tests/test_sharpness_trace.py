@@ -412,6 +412,19 @@ def test_losses_whose_form_is_not_what_it_looks_like():
     assert sharpness.trace(op, 20).method == "hutchinson"
 
 
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_scores_of_one_list_are_no_samples_of_a_trace(kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0))
+    batch = torch.randn(16, 3).double(), torch.tensor(3)
+    op = getattr(sharpness, kind)(net.double(), "cross_entropy", batch)
+    with pytest.raises(ValueError, match="couples samples"):
+        sharpness.trace(op, 20, method="layerwise")
+    found = sharpness.trace(op, 20)
+    assert found.method == "hutchinson"
+    assert abs(found.value - op.dense().trace()) < 5 * found.standard_error
+
+
 @given(
     st.lists(st.integers(1, 5), min_size=1, max_size=3),
     st.sampled_from([nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Identity]),

@@ -533,6 +533,23 @@ def test_samples_that_meet_in_a_branch_have_masks_of_their_own():
     assert found == pytest.approx(1 / 0.9 + 3 * chance / 0.81, rel=1e-12)
 
 
+class Empty(nn.Sequential):
+    """Goes another way where all was dropped, of all samples together."""
+
+    def forward(self, x):
+        h = super().forward(x)
+        return h if bool(h.any()) else h + 1
+
+
+@pytest.mark.parametrize("units", [2, 3, 4])
+def test_samples_that_meet_where_nothing_is_left_do_so(units):
+    """Two such sets of masks make others: rows of one among any tell."""
+    net = Empty(nn.Dropout(0.5)).double()
+    batch = torch.ones(3, units).double(), torch.zeros(3, units).double()
+    found = float(testing.expected_dropout_loss(net, batch, "mse"))
+    assert found == pytest.approx(2 + 0.5 ** (3 * units), rel=1e-12)
+
+
 class Labels(nn.Sequential):
     def forward(self, x):
         return super().forward(x).argmax(1)

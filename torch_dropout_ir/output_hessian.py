@@ -241,6 +241,8 @@ def holding(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
     None where no form by sample holds, or it is not known and a sample has more than
     256 outputs.
     """
+    if loss.kind == "cross_entropy" and outputs.ndim < 2:  # rows are its classes
+        return None
     loss, v = with_root(loss, targets), torch.randn_like(outputs)
     expected = HessianProduct(loss, outputs, targets)(v)
     tolerance = torch.finfo(outputs.dtype).eps ** 0.5
@@ -259,9 +261,8 @@ def _hessian_times(loss: Loss, outputs: Tensor, targets: Any, v: Tensor) -> Tens
     if loss.kind == "squared":
         return v * squared_scale(loss, outputs.shape, targets)
     if loss.kind == "cross_entropy":
-        classes = 1 if outputs.ndim > 1 else 0
-        s = outputs.softmax(classes)
-        centred = v - (s * v).sum(classes, keepdim=True)
+        s = outputs.softmax(1)
+        centred = v - (s * v).sum(1, keepdim=True)
         return cross_entropy_scale(loss, outputs, targets) * s * centred
     total = torch.zeros_like(v)
     for root, sign in hessian_roots(loss, outputs, targets):

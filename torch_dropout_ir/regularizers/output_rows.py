@@ -102,7 +102,8 @@ def _loss_of_rows(
     if not known or not isinstance(targets, Tensor) or targets.shape[:1] != f.shape[:1]:
         return None
     assert loss is not None
-    if loss.kind == "squared" and targets.shape != f.shape:  # torch pairs all rows
+    # Torch pairs all rows; those of one sample are its classes.
+    if (loss.kind == "squared" and targets.shape != f.shape) or read.couples():
         return None
     some = targets[rows.to(targets.device)]
     if loss.reduction == "sum":

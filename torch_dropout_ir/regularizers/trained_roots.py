@@ -99,6 +99,8 @@ def parted(
     known = read.loss is not None and read.loss.kind in _ROOTED
     if not (known and RowChunks.least(clean, read)) or clean.unreachable:
         return None
+    if read.couples():  # a part's root would be of a softmax of its own
+        return None
     own = [x for x in model.parameters() if x.requires_grad]
     if not own or not parts_pay(risk, [*own, *clean.zeros], max_bytes):
         return None

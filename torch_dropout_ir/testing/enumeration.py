@@ -31,7 +31,7 @@ from torch_dropout_ir.written_parameters import unwritten
 MAX_MASKS: Final = 2**20
 # Masks of all samples that are taken where no graph shows samples apart; times else.
 _FEW: Final = 2**12
-_ROUNDS: Final = 6
+_ROUNDS: Final = 4
 
 
 def enumerate_masks(
@@ -245,9 +245,11 @@ def _meet_at_masks(
     risk = functools.partial(_risk_at, model, batch, loss)
     one = 1 / max(1, *[shape.numel() for _, shape in uses])
     with torch.no_grad():
-        for kept in (0.5, 1 - one, one) * _ROUNDS:  # a branch may ask for all, or none
-            own = uniform([*counts]) < 0.5
-            pairs = [(uniform((2, *shape)) < kept).unbind() for _, shape in uses]
+        # A branch may ask for all, or none, or for all but one.
+        for kept in (0.5, 1 - one, one, 1, 0) * _ROUNDS:
+            own = uniform([*counts]).argsort() < min(counts) / 2
+            # One of each pair: of two such ones rows make others of that kind.
+            pairs = [(uniform(n) < kept, uniform(n) < 0.5) for _, n in uses]
             exchanged = [_exchanged(own, a, b) for a, b in pairs]
             a, b, c, d = (
                 risk([pair[i] for pair in found])
