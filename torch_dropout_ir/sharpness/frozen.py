@@ -64,8 +64,9 @@ def unrecorded(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, state in kept:
-            module.__dict__.clear()
-            module.__dict__.update(state)
+            module.__dict__.update(state)  # a module that others see is never empty
+            for name in module.__dict__.keys() - state.keys():
+                del module.__dict__[name]
 
 
 class TwiceDifferentiable(TorchFunctionMode):
