@@ -245,10 +245,8 @@ def _meet_at_masks(
     risk = functools.partial(_risk_at, model, batch, loss)
     one = 1 / max(1, *[shape.numel() for _, shape in uses])
     with torch.no_grad():
-        # A branch may ask for all, or none, or for all but one.
-        for kept in (0.5, 1 - one, one, 1, 0) * _ROUNDS:
+        for kept in (0.5, 1 - one, one, 1, 0) * _ROUNDS:  # a branch may ask for one
             own = uniform([*counts]).argsort() < min(counts) / 2
-            # One of each pair: of two such ones rows make others of that kind.
             pairs = [(uniform(n) < kept, uniform(n) < 0.5) for _, n in uses]
             exchanged = [_exchanged(own, a, b) for a, b in pairs]
             a, b, c, d = (
