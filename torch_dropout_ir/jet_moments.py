@@ -15,6 +15,7 @@ from torch import Tensor
 from torch_dropout_ir.jet_kernels import Kind
 from torch_dropout_ir.jet_program import Program, Rule, Shape, signed
 
+Slopes = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
 _SINGULAR: Final = 1e8  # a condition number, which loses half of the digits
 
 
@@ -137,9 +138,6 @@ MOMENTS: Final[dict[str, Rule]] = {
     "LinalgSlogdetBackward0": _sign_and_logarithm,
     "LinalgDetBackward0": _determinant,
 }
-
-
-Slopes = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _by_slopes(slopes: Slopes) -> Rule:

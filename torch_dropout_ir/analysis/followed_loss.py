@@ -22,6 +22,9 @@ from torch_dropout_ir.leaves import flatten
 
 _HALF: Final = (torch.bfloat16, torch.float16)
 TIMES: Final = ("mul", "multiply", "__mul__", "__rmul__")
+_SUMS: Final = ("add", "sub", "subtract")
+_DIVIDES: Final = ("div", "divide", "true_divide")
+_ALIKE: Final = (*TIMES, *_DIVIDES, "neg", "sum", "mean", "clone", "to", "float")
 
 
 class At(NamedTuple):
@@ -44,6 +47,7 @@ class At(NamedTuple):
 
 LOST: Final = At("lost", 0)  # what was written on, or comes of that
 UNKNOWN: Final = (None, LOST)
+Origins = list[tuple[Tensor, At | None]]  # what a call is given, and where it is from
 
 
 class Step(NamedTuple):
@@ -222,12 +226,6 @@ def memory(x: Tensor) -> int | None:
     with contextlib.suppress(NotImplementedError, RuntimeError):
         return x.untyped_storage().data_ptr()
     return None
-
-
-Origins = list[tuple[Tensor, At | None]]  # what a call is given, and where it is from
-_SUMS: Final = ("add", "sub", "subtract")
-_DIVIDES: Final = ("div", "divide", "true_divide")
-_ALIKE: Final = (*TIMES, *_DIVIDES, "neg", "sum", "mean", "clone", "to", "float")
 
 
 def followed_term(call: Step, into: Origins) -> At | Step | None:

@@ -19,6 +19,8 @@ from torch_dropout_ir.tracing import frames
 # starts (`find_unused_parameters`, `static_graph`), one calls hooks of that pass.
 _COPYING: Final = ("_DDPSinkBackward", "BackwardHookFunctionBackward")
 _LEAF: Final = "torch::autograd::AccumulateGrad"
+_BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
+_SCALER: Final = "grad_scaler"  # ends the names of torch's modules that have one
 
 
 class OwnGraph:
@@ -84,10 +86,6 @@ def copied_from(x: Tensor, nodes: Mapping[tuple[Any, int], At]) -> At | None:
         node, place = node.next_functions[place]
         found = nodes.get((node, place))
     return found
-
-
-_BACKWARD: Final = (Tensor.backward, torch.autograd.backward)
-_SCALER: Final = "grad_scaler"  # ends the names of torch's modules that have one
 
 
 def goes_back(

@@ -24,6 +24,7 @@ _NOT_SCRIPTED: Final = (
     "a model with an analysis cannot be scripted: `analysis.detach()` first, or take "
     "`torch.export.export` or `torch.jit.trace`"
 )
+_CALL: Final = "_compiled_call_impl"
 
 
 class RootHook:
@@ -66,9 +67,6 @@ class RootHook:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-_CALL = "_compiled_call_impl"
 
 
 def compiled_in_place(model: nn.Module) -> bool:

@@ -23,6 +23,12 @@ from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.sites import active_sites
 
+NOT_PICKLED: Final = (
+    "an Analysis holds hooks and open files and cannot be pickled: save "
+    "`analysis.state_dict()`, attach again, and `load_state_dict` it there"
+)
+_SAVED: Final = ("step", "history", "statistics", "cadence")
+
 
 class View:
     """Makes snapshots of a model that trains.
@@ -109,13 +115,6 @@ class View:
         """Leave the statistics of before to the first rank: they add over ranks."""
         if self._ranks.rank:
             self.counted = {}
-
-
-NOT_PICKLED: Final = (
-    "an Analysis holds hooks and open files and cannot be pickled: save "
-    "`analysis.state_dict()`, attach again, and `load_state_dict` it there"
-)
-_SAVED: Final = ("step", "history", "statistics", "cadence")
 
 
 def check_state(state: Any) -> None:

@@ -23,6 +23,8 @@ _DIRECTIONS = {
     "effective ratio": -1,
     "trace of the Hessian": -1,
 }
+_MOST_PIXELS: Final = 250
+_COLOURS: Final = ("#4d4d4d", "#b2182b")
 
 
 def table(
@@ -73,10 +75,6 @@ def _verdict(name: str, without: dict[str, float], with_: dict[str, float]) -> s
     if direction is None:  # the paper says nothing of it
         return found
     return f"{found}, {'as in' if moved * direction > 0 else 'unlike'} the paper"
-
-
-_MOST_PIXELS: Final = 250
-_COLOURS: Final = ("#4d4d4d", "#b2182b")
 
 
 def draw(

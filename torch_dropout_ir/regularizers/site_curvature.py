@@ -20,6 +20,8 @@ from torch_dropout_ir.regularizers.site_forms import Form, by_sample, join, sign
 from torch_dropout_ir.tracing import derivatives
 
 Vectors = Sequence["Tensor | None"]
+# Draws whose signs are held at once, a byte each.
+_DRAWS_HELD: Final = 3
 
 
 class SiteCurvature:
@@ -170,10 +172,6 @@ def _gradients(
     go_on("backward")
     keep = keep or create_graph
     return list(derivatives(heads, inputs, weights, keep, create_graph))
-
-
-# Draws whose signs are held at once, a byte each.
-_DRAWS_HELD: Final = 3
 
 
 def draws_held(num_samples: int | None) -> int:

@@ -31,6 +31,8 @@ from torch_dropout_ir.regularizers.graph_memory import (
 )
 from torch_dropout_ir.sites import Site
 
+_PRODUCTS: Final = "AddmmBackward0", "MmBackward0"
+_RESULTS: Final = {f"_raw_saved_{name}" for name in ("result", "out", "output")}
 # Tensors of the size of the outputs: what a root or the loss makes of them.
 _OF_OUTPUTS: Final = 4
 # Steps whose memory a kept graph may hold: what it holds is told to some 5 %.
@@ -147,10 +149,6 @@ def mask_bytes(site: Site, h: Tensor) -> int:
     if type(site.module).__module__ != nn.Dropout.__module__:
         return 0
     return math.prod(site.mask_shape(h.shape)) * (h.itemsize if h.is_cpu else 1)
-
-
-_PRODUCTS: Final = "AddmmBackward0", "MmBackward0"
-_RESULTS: Final = {f"_raw_saved_{name}" for name in ("result", "out", "output")}
 
 
 def constant_rows(graph: Graph, constants: Mapping[int, int]) -> dict[Any, Rows]:
