@@ -13,26 +13,44 @@
 namespace dropout {
 namespace {
 
+// Of one entry, or of what is made of several.
+struct Jet {
+  Lanes* values;
+  Span span;
+};
+
+Jet jet(Jets& of, size_t entry) { return {of.at(entry), of.span(entry)}; }
+
 // f(u) with the first and second derivatives of f.
-void bend(const Jets& of, const Lanes* u, const Lanes& first, const Lanes& second,
+void bend(const Jets& of, const Jet& u, const Lanes& first, const Lanes& second,
           Lanes* made) {
-  const size_t k = of.width();
-  for (size_t i = 0; i < of.size(); ++i) made[i] += first * u[i];
-  for (size_t i = 0, p = k; i < k; ++i) {
-    for (size_t j = i; j < k; ++j) made[p++] += second * u[i] * u[j];
+  const Lanes* x = u.values;
+  for (size_t i = u.span.first; i < u.span.last; ++i) {
+    made[i] += first * x[i];
+    const Lanes bent = second * x[i];
+    for (size_t j = i, p = of.second(i); j < u.span.last; ++j, ++p) {
+      made[p] += first * x[p] + bent * x[j];
+    }
   }
 }
 
-void add(const Jets& of, const Lanes* u, const Lanes& factor, Lanes* made) {
-  for (size_t i = 0; i < of.size(); ++i) made[i] += factor * u[i];
+void add(const Jets& of, const Jet& u, const Lanes& factor, Lanes* made) {
+  for (size_t i = u.span.first; i < u.span.last; ++i) {
+    made[i] += factor * u.values[i];
+    const size_t start = of.second(i), end = start + u.span.last - i;
+    for (size_t p = start; p < end; ++p) made[p] += factor * u.values[p];
+  }
 }
 
 // Second derivatives of a product besides those of its factors.
-void cross(const Jets& of, const Lanes* u, const Lanes* v, const Lanes& factor,
+void cross(const Jets& of, const Jet& u, const Jet& v, const Lanes& factor,
            Lanes* made) {
-  const size_t k = of.width();
-  for (size_t i = 0, p = k; i < k; ++i) {
-    for (size_t j = i; j < k; ++j) made[p++] += factor * (u[i] * v[j] + u[j] * v[i]);
+  for (size_t i = u.span.first; i < u.span.last; ++i) {
+    const Lanes x = factor * u.values[i];
+    for (size_t j = v.span.first; j < v.span.last; ++j) {
+      const size_t low = std::min(i, j), high = std::max(i, j);
+      made[of.second(low) + high - low] += i == j ? 2 * x * v.values[j] : x * v.values[j];
+    }
   }
 }
 
@@ -45,11 +63,12 @@ struct Step {
 // Log-softmax, softmax and its logarithm: the mean and the covariance, under the
 // softmax, of the jets of a fibre.
 void softmaxes(const Step& step, int64_t first, Jets& from, Jets& made) {
-  const size_t size = made.size(), k = made.width();
+  const size_t size = made.size();
   const int64_t kind = step.node.kind;
   const Fibres of(step.node.inside, step.node.dim);
   std::vector<Lanes> both(2 * size);
   Lanes *mean = both.data(), *logs = mean + size, s, top;
+  const Lanes one = Lanes{} + 1.0;
   for (int64_t fibre = 0; fibre < of.outer * of.inner; ++fibre) {
     const int64_t start = fibre / of.inner * of.length * of.inner + fibre % of.inner;
     const auto entry = [&](int64_t c) {
@@ -64,59 +83,61 @@ void softmaxes(const Step& step, int64_t first, Jets& from, Jets& made) {
       }
       for (size_t r = 0; r < kRows; ++r) s[r] = std::exp(s[r]);
     };
+    const bool alone = kind == kLogSumExp;
+    const Span span = made.span(alone ? static_cast<size_t>(fibre) : entry(0));
     std::fill(mean, mean + size, Lanes{});
     for (int64_t c = 0; c < of.length; ++c) {
       softmax(c);
-      bend(made, from.at(entry(c)), s, s, mean);
+      bend(made, jet(from, entry(c)), s, s, mean);
     }
-    for (size_t i = 0, p = k; i < k; ++i) {
-      for (size_t j = i; j < k; ++j) mean[p++] -= mean[i] * mean[j];
+    for (size_t i = span.first; i < span.last; ++i) {
+      Lanes* bent = mean + made.second(i) - i;
+      for (size_t j = i; j < span.last; ++j) bent[j] -= mean[i] * mean[j];
     }
-    if (kind == kLogSumExp) {
+    if (alone) {
       std::copy(mean, mean + size, made.at(static_cast<size_t>(fibre)));
       continue;
     }
     for (int64_t c = 0; c < of.length; ++c) {
-      Lanes *u = from.at(entry(c)), *out = made.at(entry(c));
-      Lanes* less = kind == kSoftmax ? logs : out;
-      for (size_t i = 0; i < size; ++i) less[i] = u[i] - mean[i];
+      Lanes *out = made.at(entry(c)), *less = kind == kSoftmax ? logs : out;
+      for (size_t i = 0; i < size; ++i) less[i] = -mean[i];
+      add(made, jet(from, entry(c)), one, less);
       if (kind == kLogSoftmax) continue;
       softmax(c);
-      bend(made, logs, s, s, out);
+      bend(made, {logs, span}, s, s, out);
     }
   }
 }
 
 void binary(const Step& step, int64_t first, size_t e, Jets* a, Jets* b, Jets& made) {
   Lanes* out = made.at(e);
-  const Lanes* u = a ? a->at(step.a[e]) : nullptr;
-  const Lanes* v = b ? b->at(step.b[e]) : nullptr;
+  const Jet u = a ? jet(*a, step.a[e]) : Jet{}, v = b ? jet(*b, step.b[e]) : Jet{};
   const Lanes one = Lanes{} + 1.0;
   Lanes x{}, y{};
   switch (step.node.kind) {
     case kChosen:
       return add(made, u, one, out);
     case kLinear:
-      if (u) add(made, u, step.node.alpha * one, out);
-      if (v) add(made, v, step.node.beta * one, out);
+      if (a) add(made, u, step.node.alpha * one, out);
+      if (b) add(made, v, step.node.beta * one, out);
       return;
     case kTimes: {
       step.saved[0].read(first, e, x);
       step.saved[1].read(first, e, y);
-      if (u) add(made, u, y, out);
-      if (v) add(made, v, x, out);
-      if (u && v) cross(made, u, v, one, out);
+      if (a) add(made, u, y, out);
+      if (b) add(made, v, x, out);
+      if (a && b) cross(made, u, v, one, out);
       return;
     }
     default: {  // kOver
       step.saved[0].read(first, e, x);
       y = 1 / x;
-      if (u) add(made, u, y, out);
-      if (!v) return;
+      if (a) add(made, u, y, out);
+      if (!b) return;
       step.saved[1].read(first, e, x);
       x = x * y * y;
       bend(made, v, -x, 2 * x * y, out);
-      if (u) cross(made, u, v, -y * y, out);
+      if (a) cross(made, u, v, -y * y, out);
     }
   }
 }
@@ -188,7 +209,25 @@ void unary(const Step& step, int64_t first, size_t e, Jets& a, Jets& made) {
       two[r] = y;
     }
   }
-  bend(made, a.at(step.a[e]), one, two, made.at(e));
+  bend(made, jet(a, step.a[e]), one, two, made.at(e));
+}
+
+// What each entry of a node depends on, of any row.
+void span(const Step& step, std::vector<Jets>& jets, Jets& made) {
+  const Node& node = step.node;
+  Jets* a = node.a < 0 ? nullptr : &jets[static_cast<size_t>(node.a)];
+  Jets* b = node.b < 0 ? nullptr : &jets[static_cast<size_t>(node.b)];
+  Span all{};
+  for (size_t e = 0; joins(node) && e < a->entries(); ++e) all.join(a->span(e));
+  for (size_t e = 0; e < made.entries(); ++e) {
+    const bool sums = node.kind == kSummed || node.kind == kPlaced;
+    if (node.kind == kOutputs) all = {e, e + 1};
+    if (node.kind == kOutputs || joins(node)) made.span(e) = all;
+    else if (a && !sums) made.span(e).join(a->span(step.a[e]));
+    if (b) made.span(e).join(b->span(step.b[e]));
+  }
+  if (node.kind != kSummed && node.kind != kPlaced) return;
+  for (size_t e = 0; e < a->entries(); ++e) made.span(step.a[e]).join(a->span(e));
 }
 
 // Makes the jets of a node, of the rows from `first` on.
@@ -203,10 +242,10 @@ void run(const Step& step, int64_t first, std::vector<Jets>& jets, Jets& made) {
   } else if (node.kind == kSummed || node.kind == kPlaced) {
     const Lanes factor = node.kind == kSummed ? node.alpha * one : one;
     for (size_t e = 0; e < a->entries(); ++e) {
-      add(made, a->at(e), factor, made.at(step.a[e]));
+      add(made, jet(*a, e), factor, made.at(step.a[e]));
     }
     for (size_t e = 0; b && e < made.entries(); ++e) {
-      add(made, b->at(step.b[e]), one, made.at(e));
+      add(made, jet(*b, step.b[e]), one, made.at(e));
     }
   } else if (node.kind >= kLogSoftmax && node.kind <= kLogSumExp) {
     softmaxes(step, first, *a, made);
@@ -270,6 +309,7 @@ void loss_blocks(StableIValue* stack, uint64_t, uint64_t) {
       step.b = repeated(nodes[static_cast<size_t>(node.b)].sizes, node.sizes);
     }
     jets.emplace_back(static_cast<size_t>(node.count), static_cast<size_t>(k));
+    span(step, jets, jets.back());
     steps.push_back(std::move(step));
   }
   const int64_t sizes[] = {k, n, k};

@@ -249,21 +249,36 @@ class Saved {
   Places at_;
 };
 
+// Outputs that an entry depends on, from the first to behind the last.
+struct Span {
+  size_t first, last;
+  void join(const Span& other) {
+    if (other.first >= other.last) return;
+    *this = first >= last ? other
+                          : Span{std::min(first, other.first), std::max(last, other.last)};
+  }
+};
+
 // Of some rows, so that what is between stays in the cache: for each entry of a row its
-// first derivatives, then the second ones, a triangle row by row.
+// first derivatives, then the second ones, a triangle row by row. Outside an entry's
+// span they are 0.
 class Jets {
  public:
   Jets(size_t entries, size_t width)
-      : entries_(entries), width_(width), size_(width + width * (width + 1) / 2),
+      : width_(width), size_(width + width * (width + 1) / 2), spans_(entries),
         values_(entries * size_) {}
   Lanes* at(size_t entry) { return &values_[entry * size_]; }
-  size_t entries() const { return entries_; }
+  Span& span(size_t entry) { return spans_[entry]; }
+  // Where the second derivatives in output `i` begin, first that in itself.
+  size_t second(size_t i) const { return width_ + i * (2 * width_ + 1 - i) / 2; }
+  size_t entries() const { return spans_.size(); }
   size_t width() const { return width_; }
   size_t size() const { return size_; }
   void clear() { std::fill(values_.begin(), values_.end(), Lanes{}); }
 
  private:
-  size_t entries_, width_, size_;
+  size_t width_, size_;
+  std::vector<Span> spans_;
   std::vector<Lanes> values_;
 };
 

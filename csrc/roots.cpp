@@ -9,7 +9,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "arguments.h"
-#include "lanes.h"
+#include "eigenvectors.h"
 
 namespace dropout {
 namespace {
@@ -134,46 +134,6 @@ void softmax_roots(StableIValue* stack, uint64_t, uint64_t) {
   });
 }
 
-// Turns symmetric matrices `a` into their eigenvalues, on the diagonal, and `v` into the
-// eigenvectors, its columns: rotations of two axes at a time, cyclically (Jacobi 1846),
-// until the squares beside each diagonal are below `rest` of all.
-void diagonalize(Lanes* a, Lanes* v, size_t k, double rest) {
-  constexpr int kTurns = 50;
-  for (size_t i = 0; i < k * k; ++i) v[i] = Lanes{} + (i % (k + 1) ? 0.0 : 1.0);
-  for (int turn = 0; turn < kTurns; ++turn) {
-    Lanes off{}, all{};
-    for (size_t i = 0; i < k * k; ++i) {
-      all += a[i] * a[i];
-      if (i % (k + 1)) off += a[i] * a[i];
-    }
-    bool done = true;
-    for (size_t r = 0; r < kRows; ++r) done = done && !(off[r] > rest * all[r]);
-    if (done) return;
-    for (size_t p = 0; p < k; ++p) {
-      for (size_t q = p + 1; q < k; ++q) {
-        Lanes c, s;
-        for (size_t r = 0; r < kRows; ++r) {
-          const double between = a[p * k + q][r];
-          const double theta =
-              (a[q * k + q][r] - a[p * k + p][r]) / (2 * between);
-          const double tangent = 1 / (std::abs(theta) + std::sqrt(theta * theta + 1));
-          const double t = between == 0 ? 0 : std::copysign(tangent, theta);
-          c[r] = 1 / std::sqrt(t * t + 1);
-          s[r] = t * c[r];
-        }
-        const auto rotate = [&](Lanes& x, Lanes& y) {
-          const Lanes old = x;
-          x = c * old - s * y;
-          y = s * old + c * y;
-        };
-        for (size_t i = 0; i < k; ++i) rotate(a[i * k + p], a[i * k + q]);
-        for (size_t i = 0; i < k; ++i) rotate(a[p * k + i], a[q * k + i]);
-        for (size_t i = 0; i < k; ++i) rotate(v[i * k + p], v[i * k + q]);
-      }
-    }
-  }
-}
-
 void block_roots(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "block_roots";
   Tensor columns(from_stack<AtenTensorHandle>(stack[0]));
@@ -183,9 +143,10 @@ void block_roots(StableIValue* stack, uint64_t, uint64_t) {
   const Numbers given = numbers(op, columns);
   const int64_t* sizes = columns.sizes() + 1;
   const size_t n = static_cast<size_t>(sizes[0]), k = static_cast<size_t>(sizes[1]);
+  const double rounding = is_double(op, columns) ? 0x1p-52 : 0x1p-23;
   Numbers values(n * k);
-  std::vector<Lanes> vectors((n + kRows - 1) / kRows * k * k), block(k * k);
-  const double rest = is_double(op, columns) ? 1e-30 : 1e-16;  // under its rounding
+  std::vector<Lanes> vectors((n + kRows - 1) / kRows * k * k), block((k + 2) * k);
+  Lanes *own = block.data() + k * k, *beside = own + k;
   for (size_t first = 0; first < n; first += kRows) {
     const size_t rows = std::min(kRows, n - first);
     Lanes whole{};  // 0 where all is finite
@@ -199,20 +160,20 @@ void block_roots(StableIValue* stack, uint64_t, uint64_t) {
         whole += entry - entry;
       }
     }
-    diagonalize(block.data(), &vectors[first / kRows * k * k], k, rest);
+    Lanes* axes = &vectors[first / kRows * k * k];
+    if (!factorize(block.data(), axes, own, k, rounding)) {
+      diagonalize(block.data(), axes, own, beside, k);
+    }
     for (size_t c = 0; c < k; ++c) {
-      for (size_t r = 0; r < rows; ++r) {
-        const double none = std::numeric_limits<double>::quiet_NaN();
-        values[(first + r) * k + c] = whole[r] == 0 ? block[c * (k + 1)][r] : none;
-      }
+      for (size_t r = 0; r < rows; ++r) values[(first + r) * k + c] = own[c][r] + whole[r];
     }
   }
   give_roots(op, stack, values, 2, sizes, columns.dtype(), [&](Numbers& root) {
     Numbers turned(root.size());
     for (size_t e = 0; e < root.size(); ++e) {
       const size_t i = e / k;
-      const Lanes* own = &vectors[(i / kRows * k + e % k) * k];
-      for (size_t c = 0; c < k; ++c) turned[e] += own[c][i % kRows] * root[i * k + c];
+      const Lanes* axis = &vectors[(i / kRows * k + e % k) * k];
+      for (size_t c = 0; c < k; ++c) turned[i * k + c] += axis[c][i % kRows] * root[e];
     }
     root.swap(turned);
   });

@@ -49,7 +49,7 @@ from torch_dropout_ir.root_kernels import (
 from torch_dropout_ir.softmax_roots import softmax_root
 
 _DRAWN_AT_ONCE: Final = 2**18
-_SMALL_BLOCK: Final = 8  # outputs of a sample
+_SMALL_BLOCK: Final = 16  # outputs of a sample
 
 
 def hessian_columns(product: HessianProduct) -> Tensor:

@@ -28,7 +28,7 @@ WIDE: Final = (torch.float32, torch.float64)
 _DRAWN_IN_ONE: Final = 2**14  # above that torch's own kernels have threads
 _FEW: Final = 2**14  # numbers of which normal ones take no longer than a mask
 # Outputs of a sample, and of all, of which blocks take less time than products.
-_NARROW: Final = 4
+_NARROW: Final = 16
 _SMALL: Final = 2**10
 _ATTENTION: Final = "ScaledDotProduct"  # of whose kernels most have one derivative
 TWICE: Final = (
