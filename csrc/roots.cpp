@@ -136,6 +136,7 @@ void softmax_roots(StableIValue* stack, uint64_t, uint64_t) {
 
 void block_roots(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "block_roots";
+  constexpr size_t kFew = 4;
   Tensor columns(from_stack<AtenTensorHandle>(stack[0]));
   DROPOUT_CHECK(columns.dim() == 3 && columns.sizes()[0] == columns.sizes()[2], op,
                 ": expected `columns` of shape [K, n, K], got ", columns.dim(),
@@ -161,7 +162,9 @@ void block_roots(StableIValue* stack, uint64_t, uint64_t) {
       }
     }
     Lanes* axes = &vectors[first / kRows * k * k];
-    if (!factorize(block.data(), axes, own, k, rounding)) {
+    // Of few outputs eigenvectors spread less, and take no longer.
+    const bool apart = k > kFew && factorize(block.data(), axes, own, k, rounding);
+    if (!apart) {
       diagonalize(block.data(), axes, own, beside, k);
     }
     for (size_t c = 0; c < k; ++c) {

@@ -48,6 +48,22 @@ def _bent(to: Program, node: Any, inputs: list[int]) -> int | None:
     return number if made.shape else to.total(number, 1.0)
 
 
+def _of_gamma(order: int) -> Rule:
+    """Return the rule of a derivative of the logarithm of the gamma function.
+
+    Asked, its node takes longer than the rest of a likelihood.
+    """
+
+    def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
+        sizes = to.elementwise(node, inputs[0], -1, False)
+        if sizes is False:
+            return None
+        slopes = [torch.polygamma(k, node._saved_self) for k in (order, order + 1)]
+        return to.add(Kind.GIVEN, sizes, inputs[0], -1, slopes)
+
+    return rule
+
+
 def _meet(edges: list[Any]) -> bool:
     """Whether an input is made of another: derivatives in that go through both."""
     if len(edges) == 1:
@@ -130,8 +146,8 @@ def _sent(node: Any, g: Tensor) -> Sequence[Tensor]:
 
 
 _BEND: Final = (
-    "Acos Addcmul Asin Atan Atan2 BinaryCrossEntropy Digamma Elu Erf Erfc Gelu "
-    "Hardtanh LeakyRelu Lerp Lgamma Logaddexp Mish Polygamma Silu SoftMarginLoss "
+    "Acos Addcmul Asin Atan Atan2 BinaryCrossEntropy Elu Erf Erfc Gelu "
+    "Hardtanh LeakyRelu Lerp Logaddexp Mish Polygamma Silu SoftMarginLoss "
     "SpecialI0E SpecialLogNdtr Tan"
 )
 _CHOOSE: Final = (
@@ -141,7 +157,8 @@ _CHOOSE: Final = (
 NODES: Final[dict[str, Rule]] = {
     **{f"{name}Backward0": _bent for name in _BEND.split()},
     **{f"{name}Backward0": chosen for name in _CHOOSE.split()},
+    "DigammaBackward0": _of_gamma(1), "LgammaBackward0": _of_gamma(0),
     "IndexBackward0": _indexed,
     "IndexSelectBackward0": _selected,
-    "LerpBackward1": _bent,
+    **dict.fromkeys(("LerpBackward1", "PowBackward1", "PowBackward2"), _bent),
 }

@@ -27,9 +27,10 @@ ALL: Final = slice(None)
 WIDE: Final = (torch.float32, torch.float64)
 _DRAWN_IN_ONE: Final = 2**14  # above that torch's own kernels have threads
 _FEW: Final = 2**14  # numbers of which normal ones take no longer than a mask
-# Outputs of a sample, and of all, of which blocks take less time than products.
-_NARROW: Final = 16
-_SMALL: Final = 2**10
+# Numbers in the jets of all samples of which blocks take no more time than a product and
+# two passes back, and outputs of which they take less than log-probabilities.
+_NARROW: Final = 4
+_SMALL: Final = 2**12
 _ATTENTION: Final = "ScaledDotProduct"  # of whose kernels most have one derivative
 TWICE: Final = (
     "expected a loss with a second derivative, got one whose derivative torch cannot "
@@ -79,8 +80,12 @@ class HessianProduct:
         No derivative is taken for it.
         """
         f = self.at
-        small = few(f) and f.ndim and f.numel() <= _SMALL and type(f) is Tensor
-        if self._trained or not small or f.shape[1:].numel() > _NARROW:
+        if self._trained or not f.ndim or not few(f) or type(f) is not Tensor:
+            return None
+        width = f.shape[1:].numel()
+        if len(f) * (width + 1) * (width + 2) > 2 * _SMALL:
+            return None
+        if width > _NARROW and self.terms and self.terms.log_softmax is not None:
             return None
         return blocks_of(f, self.nodes)
 
