@@ -55,7 +55,8 @@ inline void make_tridiagonal(Lanes* a, Lanes* v, Lanes* d, Lanes* e, size_t k) {
 }
 
 // Takes matrices `a` without a part below zero apart into the squares of rows of `v`, of
-// length one, times `d` (Cholesky); whether they are, but for what is `rounding`.
+// length one, times `d` (Cholesky); whether they are, but for what is `rounding`. Before,
+// `v` is zero.
 inline bool factorize(const Lanes* a, Lanes* v, Lanes* d, size_t k, double rounding) {
   constexpr double kSlack = 64;
   Lanes least{}, inverse;
@@ -82,7 +83,6 @@ inline bool factorize(const Lanes* a, Lanes* v, Lanes* d, size_t k, double round
         return false;
       }
     }
-    std::fill(row, row + c, Lanes{});
     for (size_t j = c; j < k; ++j) row[j] *= inverse;
   }
   return true;

@@ -119,6 +119,42 @@ def test_roots_of_a_block_multiply_to_it(size, kernels, dtype):
             torch.testing.assert_close(curved, squares.sum(1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("size", [5, 10, 16])
+def test_roots_of_blocks_of_all_kinds(size, kernels, dtype):
+    """Eight that are positive, some of low rank, of zeros; negative; of both signs."""
+    torch.manual_seed(size)
+    half = torch.randn(19, size, size, dtype=torch.float64)
+    half[1, :, 2:], half[2, 1:], half[3] = 0, 0, 0
+    half[4] = torch.eye(size) - 1 / size  # as of softmaxes
+    half *= torch.logspace(-2, 2, len(half))[:, None, None]
+    blocks = half @ half.mT
+    blocks[8:11] *= -1
+    blocks[11:16] = half[11:16] + half[11:16].mT
+    columns = blocks.to(dtype).movedim(-1, 0)
+    total, count = torch.zeros(2, *blocks.shape).double(), 600
+    for _ in range(count):
+        each = torch.zeros_like(blocks)
+        roots = zip(kernels.block_roots(columns), root_kernels.SIGNS, strict=True)
+        for root, sign in roots:
+            if root.numel():
+                each += sign * root.double()[:, :, None] * root.double()[:, None]
+        total += torch.stack((each, each.square()))
+    mean, square = total / count
+    error = ((square - mean.square()).clamp(min=0) / count).sqrt()
+    least = blocks.abs().amax((1, 2), keepdim=True) * torch.finfo(dtype).eps * 100
+    assert ((mean - blocks).abs() <= 5 * error + least).all()
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_zero_on_the_diagonal_beside_which_there_is_more_is_of_both_signs(kernels):
+    block = torch.eye(6)
+    block[0, 0], block[0, 1], block[1, 0] = 0, 0.5, 0.5
+    _, negative = kernels.block_roots(block[:, None])
+    assert negative.numel()
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_roots_of_a_block_are_it_on_average(kernels):
     torch.manual_seed(0)
