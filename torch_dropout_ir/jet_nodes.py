@@ -157,7 +157,8 @@ _CHOOSE: Final = (
 NODES: Final[dict[str, Rule]] = {
     **{f"{name}Backward0": _bent for name in _BEND.split()},
     **{f"{name}Backward0": chosen for name in _CHOOSE.split()},
-    "DigammaBackward0": _of_gamma(1), "LgammaBackward0": _of_gamma(0),
+    "DigammaBackward0": _of_gamma(1),
+    "LgammaBackward0": _of_gamma(0),
     "IndexBackward0": _indexed,
     "IndexSelectBackward0": _selected,
     **dict.fromkeys(("LerpBackward1", "PowBackward1", "PowBackward2"), _bent),

@@ -27,8 +27,8 @@ ALL: Final = slice(None)
 WIDE: Final = (torch.float32, torch.float64)
 _DRAWN_IN_ONE: Final = 2**14  # above that torch's own kernels have threads
 _FEW: Final = 2**14  # numbers of which normal ones take no longer than a mask
-# Numbers in the jets of all samples of which blocks take no more time than a product and
-# two passes back, and outputs of which they take less than log-probabilities.
+# Numbers in jets of all samples of which blocks take no more time than a product and
+# two passes back; outputs of which they take less than a softmax and a diagonal.
 _NARROW: Final = 4
 _SMALL: Final = 2**12
 _ATTENTION: Final = "ScaledDotProduct"  # of whose kernels most have one derivative

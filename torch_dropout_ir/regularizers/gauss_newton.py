@@ -64,8 +64,8 @@ def gauss_newton(
     straight into the last linear layer (``exact``); else its second-order part without
     the curvature above, off by a factor of two and more in deep networks.
 
-    Of a loss without a closed form its graph tells what the outputs' Hessian is: of up
-    to four outputs the block of each sample, without a derivative of it; of
+    Of a loss without a closed form its graph tells what the outputs' Hessian is: of few
+    outputs the block of each sample, without a derivative of it; of
     log-probabilities that of a softmax, with a diagonal; a diagonal where it is
     elementwise, by one product. Else it is taken by samples' blocks if those pay (a
     large network, few outputs, many samples), or by signs :math:`z` on the outputs,
