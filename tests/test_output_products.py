@@ -24,10 +24,9 @@ def focal(f, y):
 ORDER = torch.randperm(N, generator=torch.Generator().manual_seed(0))
 # Rows in another order, or of a function that is not known.
 NOT_TOLD = (
-    "flipped", "normalized", "pooled", "others", "others, cubed", "products of rows",
+    "flipped", "normalized", "pooled", "others", "products of rows",
     "products of many", "by row and column", "a row twice", "rows of rows",
-    "spectra of rows", "one matrix", "volumes of columns", "others beside them",
-    "a number of it",
+    "spectra of rows", "one matrix", "volumes of columns", "a number of it",
 )  # fmt: skip
 
 
@@ -133,6 +132,10 @@ TOLD_BY_ROW = {
         (f[ORDER] * y).logsumexp(1).sum() + F.cross_entropy(f[ORDER < 3], ORDER[:3] % K)
         + f.index_select(0, ORDER[1:]).prod(1).mean() + f[1:].prod(1).exp().sum()
     ),
+    "the same rows": lambda f, y: (f[ORDER] * f[ORDER - N].exp()).sum(),
+    "parts of the rows": lambda f, y: sum(
+        (x * z.exp()).prod(1).sum() for x, z in zip(f.split(2), f.split(2), strict=True)
+    ),
     "a row twice": lambda f, y: f[[0, 1, 1]].prod(1).exp().sum(),
     "rows of rows": lambda f, y: f[[1, 0]][[1, 0]].prod(1).exp().sum(),
     "angles": lambda f, y: (
@@ -159,6 +162,9 @@ TOLD_COUPLED = {
     "differences": lambda f, y: F.softplus(f[:, None] - f[None]).mean(),
     "covariance": lambda f, y: (f.T @ f).square().sum(),
     "spread": lambda f, y: f.var(0).sum() * 2 + f.std(0).sum(),
+    "halves": lambda f, y: F.cross_entropy(
+        f.split([2, N - 2])[0].exp() @ f.split([2, N - 2])[1].sin().T, torch.arange(2)
+    ),
     "others": lambda f, y: (f[ORDER] * f * y).sum() + f.square().sum(),
     "others, cubed": lambda f, y: (f[ORDER] * f[ORDER.flip(0)] * y).sum(),
 }  # fmt: skip

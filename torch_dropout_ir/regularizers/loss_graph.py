@@ -10,7 +10,9 @@ Semantics:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -45,6 +47,7 @@ _ADDS_SOME: Final = frozenset(("SumBackward1", "MeanBackward1"))
 _MATRICES: Final = frozenset(("MmBackward0", "BmmBackward0"))
 _PRODUCTS: Final = _MATRICES | {"MulBackward0", "DivBackward0"}
 _DIFFERS: Final = frozenset(f"{x}Backward0" for x in ("Add", "Sub", "Rsub"))
+_SPLITS: Final = frozenset(("SplitBackward0", "SplitWithSizesBackward0"))
 # They bend all that they take, or join it along a dimension.
 _JOINS: Final = frozenset(
     f"{x}Backward0"
@@ -84,9 +87,13 @@ def joins_rows(outputs: Tensor, nodes: Nodes) -> bool | None:
     if not nodes or not outputs.ndim:
         return None
     found: dict[Any, Place | None] = {}
+    split: dict[tuple[Any, int], Place] = {}  # of rows, by result
     rows, place = outputs.shape[0], None  # to ask a tensor for its length takes longer
     for node, (name, edges) in nodes.items():
         places = [found.get(child) for child, _ in edges]
+        if split:
+            pairs = zip(edges, places, strict=True)
+            places = [split.get(edge, place) for edge, place in pairs]
         if not any(places):
             own = type(node) is LEAF and getattr(node, "variable", None) is outputs
             place = START if own else None
@@ -97,6 +104,8 @@ def joins_rows(outputs: Tensor, nodes: Nodes) -> bool | None:
             if place is _BENT:
                 return True if rows > 1 else None
         found[node] = place
+        if name in _SPLITS and places[0] == START and place is _UNKNOWN:
+            split |= {(node, k): x for k, x in enumerate(_parted(node, rows))}
     return False if place is _SUM else None
 
 
@@ -151,7 +160,8 @@ def _across(name: str, op: Op) -> Place:
     if name in _MATRICES and dims == summed:
         return _SUM if len({place.turns for place, _ in leading}) == 1 else _UNKNOWN
     apart = {place.dim + len(op.shape) - len(own) for place, own in leading}
-    if len(apart) < 2:
+    orders = {place.turns for place, _ in leading if place.turns >= _ORDERS}
+    if len(apart) < 2 and len(orders) < 2:
         return _UNKNOWN
     return _BENT if name in _PRODUCTS else _MIXED if name in _DIFFERS else _UNKNOWN
 
@@ -178,13 +188,26 @@ def _picked(op: Op, rows: Tensor) -> Place:
     """Rows by number, or by what they are: in an order of their own if each is once."""
     if op.places[0] != START:
         return Place(0, 0)
-    if rows.dtype != torch.bool:
-        numbers = torch.arange(op.samples, device=rows.device)
-        if torch.equal(rows, numbers):
-            return START
-        if len(rows.unique()) < len(rows):
-            return Place(0, 0)
-    return Place(0, _ORDERS + hash(op.node) % _ORDERS)
+    numbers = (
+        rows.nonzero().flatten() if rows.dtype == torch.bool else rows % op.samples
+    )
+    return _ordered(numbers.tolist(), op.samples)
+
+
+def _parted(node: Any, samples: int) -> list[Place]:
+    """Return the places of rows in what a node splits them into."""
+    sizes = [made.shape[0] for made in node._input_metadata]
+    pairs = zip(itertools.accumulate(sizes), sizes, strict=True)
+    return [_ordered(range(end - size, end), samples) for end, size in pairs]
+
+
+def _ordered(numbers: Sequence[int], samples: int) -> Place:
+    """Return the place of rows that have been chosen by number."""
+    if len(numbers) == samples and all(map(operator.eq, numbers, range(samples))):
+        return START
+    if len(set(numbers)) < len(numbers):
+        return Place(0, 0)
+    return Place(0, _ORDERS + hash(tuple(numbers)) % _ORDERS)
 
 
 def _selected(op: Op) -> Place | None:
