@@ -255,6 +255,12 @@ LOSSES = {
         + F.mse_loss(f[:, :2], y[:, :2], reduction="sum")
         + F.mse_loss(f, y, reduction="none").exp().sum()
     ),
+    "crossed": lambda f, y: (
+        torch.linalg.cross(f.sin(), f.exp()).square().sum()
+        + torch.linalg.cross(y, f * f).exp().mean() + torch.linalg.cross(f, y[:1]).sin()
+        + torch.linalg.cross(torch.stack((f, f**2), 2), torch.stack((y, y), 2), dim=-2)
+        .sum(2).prod(1, keepdim=True)
+    ).sum(),
     "ratios": lambda f, y: (
         (f[:, 0] / (f[:, 1] ** 2 + 1) + 1 / (f[:, 2].exp() + 1) + y[:, 0] / f[:, 0])
         / (y[:, 1].square() + 1)

@@ -6,10 +6,11 @@ import math
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from torch_dropout_ir.jet_derivatives import mapped
 from torch_dropout_ir.jet_kernels import Kind
-from torch_dropout_ir.jet_program import Program, Rule
+from torch_dropout_ir.jet_program import Program, Rule, signed
 
 
 def _product(first: str, second: str) -> Rule:
@@ -112,6 +113,34 @@ def _multiplied_up(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.add(Kind.CHOSEN, sizes, number, dim=dim, start=n - 1, step=1)
 
 
+def _crossed(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """Cross products: of the next entry with the one after, less the other way."""
+    a, b = inputs
+    sizes = to.elementwise(node, a, b, False)
+    dim = signed(node._saved_dim, len(sizes or ()) + 1)
+    live = [tuple(to.sizes[i] or ()) for i in inputs if i >= 0]
+    if not sizes or not dim or {tuple(sizes)} != {*live}:
+        return None
+    index = torch.arange(3, device=node._input_metadata[0].device)
+    index = index.view(-1, *(1 for _ in sizes[dim:])).expand(1, *sizes)
+
+    def turned(i: int, x: Tensor | None, turn: int) -> tuple[int | None, Tensor | None]:
+        if x is not None:
+            x = x.expand(to.rows, *sizes).roll(-turn, dim)
+        at = (index + turn) % 3
+        i_turned = to.add(Kind.GATHERED, sizes, i, -1, (at,), dim - 1) if i >= 0 else i
+        return i_turned, x
+
+    def product(one: int, other: int) -> int | None:
+        (first, x), (second, y) = turned(a, self, one), turned(b, more, other)
+        values: Any = (y if b < 0 else x, x if a < 0 else y)
+        return to.add(Kind.TIMES, sizes, first, second, values)
+
+    self, more = node._saved_self, node._saved_other
+    this, less = product(1, 2), product(2, 1)
+    return to.add(Kind.LINEAR, sizes, this, less, alpha=1.0, beta=-1.0)
+
+
 def _convolved(to: Program, node: Any, inputs: list[int]) -> int | None:
     """A convolution with a constant kernel: of one entry of a row after the other."""
     own = to.sizes[inputs[0]]
@@ -135,6 +164,7 @@ PRODUCTS: Final[dict[str, Rule]] = {
     "AddmmBackward0": _product("_saved_mat1", "_saved_mat2"),
     "BaddbmmBackward0": _product("_saved_batch1", "_saved_batch2"),
     "ConvolutionBackward0": _convolved,
+    "LinalgCrossBackward0": _crossed,
     "CumsumBackward0": _cumulated,
     "LogcumsumexpBackward0": _log_cumulated,
     "CumprodBackward0": _multiplied_up,
