@@ -256,8 +256,8 @@ LOSSES = {
         + F.mse_loss(f, y, reduction="none").exp().sum()
     ),
     "crossed": lambda f, y: (
-        torch.linalg.cross(f.sin(), f.exp()).square().sum()
-        + torch.linalg.cross(y, f * f).exp().mean() + torch.linalg.cross(f, y[:1]).sin()
+        torch.linalg.cross(f.sin(), f.exp()).square()
+        + torch.linalg.cross(y, f * f).exp() + torch.linalg.cross(f, y[:1]).sin()
         + torch.linalg.cross(torch.stack((f, f**2), 2), torch.stack((y, y), 2), dim=-2)
         .sum(2).prod(1, keepdim=True)
     ).sum(),
