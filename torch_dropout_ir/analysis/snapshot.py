@@ -196,8 +196,13 @@ def received_gradients(
     return rates, found or None
 
 
-def theory_note(model: nn.Module, optimizer: Optimizer | None) -> dict[str, str]:
-    """Say what R_2 leaves out, and where it is a diagnostic rather than the theory."""
+def theory_note(
+    model: nn.Module, optimizer: Optimizer | None, moved: bool
+) -> dict[str, str]:
+    """Say what R_2 leaves out, and where it is a diagnostic rather than the theory.
+
+    ``moved`` tells that the optimizer calls its closure elsewhere than it began.
+    """
     if optimizer is None:
         return {}
     kind, groups = type(optimizer).__name__, optimizer.param_groups
@@ -216,6 +221,11 @@ def theory_note(model: nn.Module, optimizer: Optimizer | None) -> dict[str, str]
         said += [
             f"R_2 is of the parameters that this {kind} steps, {count} of "
             f"{len(trained)} tensors"
+        ]
+    if moved:
+        said += [
+            f"this {kind} calls its closure with parameters that it has moved: all is "
+            "measured there"
         ]
     return {"optimizer": "; ".join(said)}
 
