@@ -102,7 +102,9 @@ class Snapshot:
             if need in needs and missing:
                 # Calls of dropout functions, masks and the loss are seen in a pass.
                 unseen = need not in {"lr", "gradients"} and self.inputs is None
-                return self.missed or _LACKING["inputs"] if unseen else reason
+                if unseen:
+                    return self.missed or _LACKING["inputs"]
+                return self.notes.get(need) or reason  # why masks were not observed
         return None
 
 
