@@ -117,7 +117,8 @@ _LACKING: Final[dict[Need, str]] = {
     "inputs": (
         "no call of the model as `model(...)` in training mode was seen yet: call "
         "`model.train()` where it is in evaluation mode, and attach to the module that "
-        "the script calls so. Where it calls a method of another name, "
+        "the script calls so (of Lightning: `DropoutAnalysis(module=...)`). Where it "
+        "calls a method of another name, "
         "as `model.encode(...)`, attach to the part of the model that drops: what "
         "follows that counts as loss. A model that was compiled since is measured from "
         "the next time on; one that runs inside `torch.func` transforms or a compiled "
