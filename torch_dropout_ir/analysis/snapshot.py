@@ -202,10 +202,7 @@ def received_gradients(
 def theory_note(
     model: nn.Module, optimizer: Optimizer | None, moved: bool
 ) -> dict[str, str]:
-    """Say what R_2 leaves out, and where it is a diagnostic rather than the theory.
-
-    ``moved`` tells that the optimizer calls its closure elsewhere than it began.
-    """
+    """Say what R_2 leaves out, where it is a diagnostic, or all is ``moved`` before."""
     if optimizer is None:
         return {}
     kind, groups = type(optimizer).__name__, optimizer.param_groups
