@@ -589,6 +589,52 @@ def test_what_is_in_evaluation_mode_draws_no_mask_and_is_not_said_to_be_hidden()
     assert [name for name in analysis._capture.masks.calls] == []
 
 
+class Ascends(torch.optim.SGD):
+    """SAM: goes up by its first gradient, and down by that of its closure there."""
+
+    def step(self, closure):
+        own = [p for group in self.param_groups for p in group["params"]]
+        with torch.no_grad():
+            for p in own:
+                p.add_(p.grad, alpha=self.rise)
+        with torch.enable_grad():
+            closure()
+        with torch.no_grad():
+            for p in own:
+                p.sub_(p.grad, alpha=0.1)
+
+
+@pytest.mark.parametrize("rise", [0.5, None])
+def test_a_closure_that_is_called_at_moved_parameters_is_said(rise):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+    if rise is None:  # a closure that comes first
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    else:
+        optimizer = Ascends(model.parameters(), lr=0.1)
+        optimizer.rise = rise
+    x, y, clean = torch.randn(8, 6), torch.randn(8, 3), []
+
+    def closure():
+        optimizer.zero_grad()
+        with torch.no_grad():
+            outputs = nn.Sequential(*model[:2], model[3])(x)
+            clean.append(float(nn.functional.mse_loss(outputs, y)))
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    with tdi.attach_analysis(
+        model, log_dir=False, every=1, measures=[Regularizer()]
+    ) as analysis:
+        closure()
+        clean.clear()
+        optimizer.step(closure)
+    assert analysis.latest["loss/R_S"] == pytest.approx(clean[0], rel=1e-5)
+    said = "that it has moved" in analysis.notes["optimizer"]
+    assert said is (rise is not None)
+
+
 @pytest.mark.parametrize("convert", [False, True])
 def test_a_mask_counts_once_whoever_observes_it(convert):
     model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 3))

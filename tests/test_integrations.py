@@ -164,6 +164,26 @@ def lightning_module(lightning):
     return Module
 
 
+def test_a_lightning_module_that_calls_its_parts_is_told_how_to_name_one(
+    lightning, lightning_module
+):
+    from torch_dropout_ir.integrations.lightning import DropoutAnalysis
+
+    class Parts(lightning_module):
+        def training_step(self, batch, _):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    callback = DropoutAnalysis(every=1, log_dir=False)
+    with their_warnings():
+        trainer = lightning.Trainer(
+            max_steps=1, accelerator="cpu", logger=False, devices=1,
+            enable_checkpointing=False, enable_model_summary=False,
+            enable_progress_bar=False, callbacks=[callback],
+        )  # fmt: skip
+        trainer.fit(Parts(), DataLoader(data(), batch_size=16))
+    assert "DropoutAnalysis(module=" in callback.analysis.absent["regularizer"]
+
+
 def test_lightning_is_watched_where_one_child_alone_is_trained(lightning):
     from torch_dropout_ir.integrations.lightning import DropoutAnalysis
 

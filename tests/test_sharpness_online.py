@@ -126,6 +126,52 @@ def test_records_notes_and_idle_parameters():
     assert "Gauss-Newton" in smooth.notes["sharpness/trace"]
 
 
+@pytest.mark.parametrize("points", [1, 4, 11])
+def test_a_slice_has_a_bin_around_each_step(points):
+    torch.manual_seed(0)
+    model, x, y = Idle().double(), torch.randn(9, 4).double(), torch.arange(9) % 3
+    sink, sgd = Sink(), torch.optim.SGD(model.parameters(), lr=0.0)
+    own = [Sharpness(max_matvecs=1, density_steps=0, slice_points=points)]
+    with tdi.attach_analysis(model, log_dir=False, every=1, sinks=[sink], measures=own):
+        nn.functional.cross_entropy(model(x), y).backward()
+        sgd.step()
+    found = sink.records[0]["sharpness/loss_slice"]
+    width = (found.high - found.low) / len(found.counts)
+    line = tdi.sharpness.filter_normalized_direction(
+        model, torch.Generator().manual_seed(0)
+    )
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.eval()
+    assert len(found.counts) == points
+    for k, height in enumerate(found.counts):
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                p.copy_(start[n] + (found.low + (k + 0.5) * width) * line[n])
+            loss = nn.functional.cross_entropy(model(x), y)
+        torch.testing.assert_close(height, loss, rtol=1e-6, atol=0)
+    assert points == 1 or width == pytest.approx(2 / (points - 1))
+
+
+def test_the_error_of_the_trace_is_the_spread_of_its_values():
+    torch.manual_seed(0)
+    model = nn.Sequential(Idle(nn.Tanh).net[:2], nn.Linear(12, 12), nn.Tanh(),
+                          nn.Linear(12, 3)).double()  # fmt: skip
+    x, y = torch.randn(9, 4).double(), torch.arange(9) % 3
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    own = [Sharpness(max_matvecs=1, density_steps=0, slice_points=0)]
+    with tdi.attach_analysis(model, log_dir=False, every=1, measures=own) as analysis:
+        for _ in range(30):
+            nn.functional.cross_entropy(model(x), y).backward()
+            sgd.step()
+    values, errors = (
+        torch.tensor([x for _, x in analysis.history[f"sharpness/trace{end}"]])
+        for end in ("", "_standard_error")
+    )
+    op = tdi.sharpness.hessian(model, "cross_entropy", (x, y))
+    scores = (values - float(op.dense().trace())) / errors
+    assert len(scores) == 30 and 0.5 < float(scores.square().mean()) < 2.0
+
+
 def test_used_parameters():
     batch = torch.randn(5, 4), torch.randint(3, (5,))
     used = tdi.sharpness.used_parameters(Idle(), "cross_entropy", batch)

@@ -230,6 +230,23 @@ def test_default_directory_is_summary_writers(tmp_path, monkeypatch):
     assert os.uname().nodename in found.name
 
 
+def test_two_models_of_one_script_are_two_runs(tmp_path, monkeypatch):
+    """Which begin in the same second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "now")
+    models = [nn.Sequential(nn.Linear(2, 2), nn.Dropout()) for _ in range(3)]
+    measured = [tdi.attach_analysis(model) for model in models]
+    for analysis in measured:
+        analysis.measure()
+        analysis.detach()
+    name = f"now_{os.uname().nodename}"
+    found = sorted(x.name for x in (tmp_path / "runs").iterdir())
+    assert found == [name, f"{name}_2", f"{name}_3"]
+    for run in found:
+        movement = read(tmp_path / "runs" / run).Scalars("condensation/movement/0")
+        assert [event.step for event in movement] == [0]
+
+
 @pytest.mark.parametrize("log_dir", [None, "runs/a"])
 def test_a_script_may_go_to_another_directory(tmp_path, monkeypatch, log_dir):
     monkeypatch.chdir(tmp_path)

@@ -77,7 +77,7 @@ class Survey:
                     seen.foreign = True
             if own.get("max_norm") is not None:
                 seen.may_write = True
-            if own["_buffers"]:
+            if module._buffers:  # which a traced one holds elsewhere
                 seen.has_buffers = True
             if own.get("inplace"):
                 seen.in_place = True

@@ -39,7 +39,7 @@ class OwnPass:
     """What the script's pass was made with, as the model is at its end."""
 
     def __init__(self, model: nn.Module, outputs: Any) -> None:
-        self._parameters, self._written = _identities(model), _written(model)
+        self._parameters, self._written = _identities(model), written(model)
         self._modes = [m.training for m in model.modules()]
         self._outputs = _states(flatten(outputs)[0])
 
@@ -48,7 +48,7 @@ class OwnPass:
         now = _identities(model)
         if self._parameters and now and self._parameters != now:
             return _OTHER_PARAMETERS
-        if now and _written(model) != self._written:
+        if now and written(model) != self._written:
             return _WRITTEN
         if [m.training for m in model.modules()] != self._modes:
             return _OTHER_MODE
@@ -89,7 +89,7 @@ def _identities(model: nn.Module) -> list[int]:
     return [] if any(map(is_sharded, own)) else [id(x) for x in own]
 
 
-def _written(model: nn.Module) -> list[Any]:
+def written(model: nn.Module) -> list[Any]:
     """What tells that a parameter was written on, or is elsewhere (``x.data = ``)."""
     own = list(model.parameters())
     return [versions(own), *map(memory, own)]

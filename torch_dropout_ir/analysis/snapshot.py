@@ -102,7 +102,9 @@ class Snapshot:
             if need in needs and missing:
                 # Calls of dropout functions, masks and the loss are seen in a pass.
                 unseen = need not in {"lr", "gradients"} and self.inputs is None
-                return self.missed or _LACKING["inputs"] if unseen else reason
+                if unseen:
+                    return self.missed or _LACKING["inputs"]
+                return self.notes.get(need) or reason  # why masks were not observed
         return None
 
 
@@ -115,7 +117,8 @@ _LACKING: Final[dict[Need, str]] = {
     "inputs": (
         "no call of the model as `model(...)` in training mode was seen yet: call "
         "`model.train()` where it is in evaluation mode, and attach to the module that "
-        "the script calls so. Where it calls a method of another name, "
+        "the script calls so (of Lightning: `DropoutAnalysis(module=...)`). Where it "
+        "calls a method of another name, "
         "as `model.encode(...)`, attach to the part of the model that drops: what "
         "follows that counts as loss. A model that was compiled since is measured from "
         "the next time on; one that runs inside `torch.func` transforms or a compiled "
@@ -196,8 +199,10 @@ def received_gradients(
     return rates, found or None
 
 
-def theory_note(model: nn.Module, optimizer: Optimizer | None) -> dict[str, str]:
-    """Say what R_2 leaves out, and where it is a diagnostic rather than the theory."""
+def theory_note(
+    model: nn.Module, optimizer: Optimizer | None, moved: bool
+) -> dict[str, str]:
+    """Say what R_2 leaves out, where it is a diagnostic, or all is ``moved`` before."""
     if optimizer is None:
         return {}
     kind, groups = type(optimizer).__name__, optimizer.param_groups
@@ -216,6 +221,11 @@ def theory_note(model: nn.Module, optimizer: Optimizer | None) -> dict[str, str]
         said += [
             f"R_2 is of the parameters that this {kind} steps, {count} of "
             f"{len(trained)} tensors"
+        ]
+    if moved:
+        said += [
+            f"this {kind} calls its closure with parameters that it has moved: all is "
+            "measured there"
         ]
     return {"optimizer": "; ".join(said)}
 

@@ -25,6 +25,7 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from torch_dropout_ir.analysis.accumulation import PATIENCE
+from torch_dropout_ir.analysis.own_pass import written
 from torch_dropout_ir.tracing import frames
 
 Before = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Any]
@@ -53,6 +54,7 @@ class OptimizerSteps:
 
     Attributes:
         announced: Whether to call before the coming step too.
+        moved: Whether it had moved the parameters when it called its closure.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
@@ -60,7 +62,7 @@ class OptimizerSteps:
         self._given = optimizer is not None
         self._found = None if optimizer is None else weakref.ref(optimizer)
         self._strangers: dict[int, int] = {}  # steps of others since its last one
-        self.announced = False
+        self.announced = self.moved = False
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -98,15 +100,18 @@ class OptimizerSteps:
         ) -> Any:
             if not self.announced or torch.compiler.is_compiling():
                 return None
+            self.moved = False
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
             if closure is None:
                 return plain(optimizer)
             # Forward and backward passes are in the closure: the step comes after it.
-            first = iter((True,))
+            first, start = iter((True,)), self._written()
 
             def watched() -> Any:
+                if once := next(first, False):
+                    self.moved = self._written() != start
                 loss = closure()
-                if next(first, False):
+                if once:
                     plain(optimizer)
                 return loss
 
@@ -115,6 +120,10 @@ class OptimizerSteps:
             return args, {**kwargs, "closure": watched}
 
         return hook
+
+    def _written(self) -> list[Any]:
+        model = self._own()
+        return [] if model is None else written(model)
 
     def _counts(self, optimizer: Optimizer, made: bool) -> bool:
         """Whether its step counts; ``made`` once it is."""

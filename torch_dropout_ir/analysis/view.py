@@ -76,7 +76,7 @@ class View:
         if capture.trains:
             inputs = targets = batches = None
         optimizer = self._steps.optimizer
-        notes = theory_note(self._model, optimizer) | batch.note
+        notes = theory_note(self._model, optimizer, self._steps.moved) | batch.note
         lr, gradients = received_gradients(self._model, optimizer)
         return Snapshot(
             model=model,

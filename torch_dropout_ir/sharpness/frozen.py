@@ -56,7 +56,9 @@ def dropout_on(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def unrecorded(model: nn.Module) -> Iterator[None]:
     """Let our layers remember nothing of what they draw inside the context."""
-    ours = [m for m in model.modules() if hasattr(type(m).forward, "draws_as_torch")]
+    scripted = torch.jit.ScriptModule  # has no `forward` of its class
+    python = (m for m in model.modules() if not isinstance(m, scripted))
+    ours = [m for m in python if hasattr(type(m).forward, "draws_as_torch")]
     kept = [(module, dict(module.__dict__)) for module in ours]
     try:
         for module in ours:

@@ -79,7 +79,8 @@ def used_up_slice(
 ) -> Tensor:
     """Return the loss along a line, from no more vectors than ``direction``.
 
-    That is written on, and means nothing afterwards.
+    That is written on, and means nothing afterwards. No step but 0 may be so small that
+    rounding loses it beside the parameters.
     """
     at = checked_direction(surface.caller, direction, surface.params)
     reached = 0.0  # steps from the parameters to where `at` is; 0 while it points

@@ -30,8 +30,22 @@ def _lasting(log_dir: str | os.PathLike[str] | None) -> str:
     """Return a path that is the same where the script goes to another directory."""
     if log_dir is None:  # as SummaryWriter names it
         log_dir = f"runs/{time.strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}"
+        return _new(os.path.abspath(log_dir))
     path = os.fspath(log_dir)
     return path if "://" in path else os.path.abspath(path)
+
+
+def _new(path: str) -> str:
+    """Make a directory, by another name where a run of this second has it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    name, number = path, 1
+    while True:
+        try:
+            os.mkdir(name)
+            return name
+        except FileExistsError:
+            number += 1
+            name = f"{path}_{number}"
 
 
 class TensorBoardSink:
@@ -48,7 +62,7 @@ class TensorBoardSink:
     hyperparameters of the run itself, and the page of Custom Scalars has its charts.
 
     Args:
-        log_dir: Run directory; None: ``runs/<time>_<host>``.
+        log_dir: Run directory; None: a new one, ``runs/<time>_<host>``.
         max_bytes: Most bytes of an event step.
 
     Attributes:
@@ -90,7 +104,7 @@ class TensorBoardSink:
                 err.errno,
                 f"attach_analysis: cannot write TensorBoard events to `log_dir` "
                 f"({err.strerror}); choose another, or pass `log_dir=False`",
-                path,
+                err.filename if log_dir is None else path,
             ) from err
         self.log_dir = self._writer.log_dir
         self._events = self._writer._get_file_writer()

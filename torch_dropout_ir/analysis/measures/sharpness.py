@@ -225,10 +225,11 @@ class Sharpness:
         if not any(x.requires_grad and bool(line[name].any()) for name, x in named):
             snapshot.absent["sharpness/loss_slice"] = _NO_LINE
             return {}
-        steps = torch.linspace(
-            -1, 1, self.slice_points, dtype=torch.float64, device="cpu"
-        )
-        losses = used_up_slice(surface, steps.tolist(), line)
+        last = self.slice_points - 1
+        half = 1 / max(1, last)
+        # Not `linspace`, which misses 0 in the middle by rounding.
+        steps = [(2 * k - last) * half for k in range(self.slice_points)]
+        losses = used_up_slice(surface, steps, line)
         heights = {str(k): float(x) for k, x in enumerate(losses)}
         heights, _ = snapshot.ranks.join(
             weight(snapshot, as_batches(snapshot.batches)), heights
@@ -237,7 +238,6 @@ class Sharpness:
         if not bool((losses.isfinite() & (losses >= 0)).all()):
             snapshot.absent["sharpness/loss_slice"] = _NO_HEIGHTS
             return {}
-        half = 1 / max(1, self.slice_points - 1)
         return {"sharpness/loss_slice": Histogram(losses, -1 - half, 1 + half)}
 
 
