@@ -43,7 +43,6 @@ TOO_ALIKE: Final = (
     "no standard error: next to no mask element differs from the rest; take more masks,"
     " outside of `frozen_masks`, of a model that does not seed the generators"
 )
-_ROUNDED: Final = 64  # units of the last place of a loss, which is a sum of many
 # Elements of a mask that are looked at together, eight to a byte.
 _BITS: Final = 2**18
 
@@ -141,9 +140,8 @@ class ExcessRisk:
         """
         if self._minority is None or self._minority < _FEWEST_FOR_AN_ERROR:
             return self._minority is None
-        draws, clean = torch.stack(self._excess), self._clean.abs()
-        rounding = _ROUNDED * torch.finfo(clean.dtype).eps * clean
-        return bool((draws[0].abs() <= rounding) | (draws != draws[0]).any())
+        linear = torch.stack(self._linear)
+        return not bool(linear[0]) or bool((linear != linear[0]).any())
 
     def lacking(self) -> int:
         """Return how many more masks it takes to tell how far the mean is off.
