@@ -330,7 +330,16 @@ def test_so_are_those_that_meet_below_what_is_penalized(taken, how):
     assert taken == [True]
 
 
-@pytest.mark.parametrize("site", [nn.Dropout, tdi.Dropout])
+class Calls(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return tdi.dropout(x, self.p, self.training)
+
+
+@pytest.mark.parametrize("site", [nn.Dropout, tdi.Dropout, Calls])
 @pytest.mark.parametrize("kind", ["L3", "regu"])
 def test_noise_behind_a_site_is_drawn_again(kept, kind, site):
     layers = nn.Linear(4, 4), site(0.3), Noise(), nn.Tanh(), site(0.2), Noise()

@@ -1,5 +1,6 @@
 """Where a form of R_1 could be wrong without a word: each against every mask."""
 
+import contextlib
 import copy
 import functools
 import math
@@ -16,7 +17,7 @@ from torch.nn.attention.bias import causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
 from tests.passes import take_in_parts
-from torch_dropout_ir import attach_analysis, sharpness
+from torch_dropout_ir import attach_analysis, frozen_masks, sharpness
 from torch_dropout_ir.analysis.measures import Regularizer, received_r2
 from torch_dropout_ir.functional import at_sites, call, fresh
 from torch_dropout_ir.inputs import Inputs
@@ -387,6 +388,19 @@ def test_a_pass_keeps_nothing_from_below_the_first_site(outlives):
     with clean_pass(net, torch.randn(5, 3), outlives=outlives) as clean:
         found = torch.autograd.grad(clean.outputs.sum(), weights, allow_unused=True)
     assert [g is not None for g in found] == [outlives, True, True]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_masks_that_are_the_same_in_each_pass_have_no_standard_error(frozen):
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    batch = torch.randn(6, 3), torch.randn(6, 2)
+    seeds = net.register_forward_pre_hook(lambda *_: torch.manual_seed(0) and None)
+    if frozen:
+        seeds.remove()
+    with frozen_masks(net) if frozen else contextlib.nullcontext():
+        found = monte_carlo(net, batch, "mse", num_masks=100)
+    assert found.standard_error.isnan()
+    assert "frozen_masks" in found.notes[-1]
 
 
 @pytest.mark.parametrize("p, num_masks", [(1e-9, 64), (0.999, 64), (0.99, 8)])

@@ -459,6 +459,15 @@ def test_a_site_that_drops_everything_breaks_no_claim():
     assert all("site `1`" in f.reason for f in lacking)
 
 
+@pytest.mark.parametrize("loss", [nn.L1Loss(), lambda f, y: (f - y).abs().mean()])
+def test_where_no_site_drops_a_loss_without_curvature_breaks_no_claim(loss):
+    net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.0), nn.Linear(3, 2)).double()
+    batch = torch.randn(3, 2).double(), torch.randn(3, 2).double()
+    report = testing.check_regularizer(net, batch, loss)
+    report.assert_holds()
+    assert {"gauss_newton", "second_order", "monte_carlo"} <= set(report.agreeing)
+
+
 def test_a_closed_form_that_channels_do_not_have_breaks_no_claim():
     net = nn.Sequential(nn.Dropout1d(0.3), nn.Linear(2, 2)).double()
     batch = torch.randn(2, 3, 2).double(), torch.randn(2, 3, 2).double()

@@ -15,6 +15,7 @@ Semantics:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -153,7 +154,10 @@ class DropoutCalls(ModuleCalls):
         training = others.get("train", training)
         if not training or float(p) <= 0:
             return input
-        output = self._apply(self._site(name.rstrip("_"), float(p), KINDS[name]), input)
+        site = self._site(name.rstrip("_"), float(p), KINDS[name])
+        if others.get("rng", site) is None:
+            site = dataclasses.replace(site, keyed=True)
+        output = self._apply(site, input)
         return input.copy_(output) if inplace or name.endswith("_") else output
 
     def _attention(

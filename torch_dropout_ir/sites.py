@@ -65,12 +65,14 @@ class Site:
         module: The module itself, or the one that makes the call.
         kind: For a call, the module class whose masks have its shape.
         rate: For a call, or a use of a module, its probability of dropping.
+        keyed: Whether it is a call of our function, whose masks are made of a key.
     """
 
     name: str
     module: nn.Module
     kind: type[nn.Module] | None = None
     rate: float | None = None
+    keyed: bool = False
 
     @property
     def p(self) -> float:

@@ -40,7 +40,8 @@ from torch_dropout_ir.tracing import anything_drawn
 _FEWEST_FOR_AN_ERROR: Final = 20
 _FEWEST_FOR_A_FIT: Final = 100
 TOO_ALIKE: Final = (
-    "no standard error: next to no mask element differs from the rest; take more masks"
+    "no standard error: next to no mask element differs from the rest; take more masks,"
+    " outside of `frozen_masks`, of a model that does not seed the generators"
 )
 # Elements of a mask that are looked at together, eight to a byte.
 _BITS: Final = 2**18
@@ -133,15 +134,21 @@ class ExcessRisk:
 
     @property
     def knows_its_error(self) -> bool:
-        """Whether the masks differ often enough to tell how far the mean is off."""
-        return self._minority is None or self._minority >= _FEWEST_FOR_AN_ERROR
+        """Whether the masks differ often enough to tell how far the mean is off.
+
+        Where each pass seeds the generators they are the same.
+        """
+        if self._minority is None or self._minority < _FEWEST_FOR_AN_ERROR:
+            return self._minority is None
+        linear = torch.stack(self._linear)
+        return not bool(linear[0]) or bool((linear != linear[0]).any())
 
     def lacking(self) -> int:
         """Return how many more masks it takes to tell how far the mean is off.
 
         It depends on ``p`` and shapes alone, so that the mean stays unbiased.
         """
-        if self.knows_its_error or not self._minority:
+        if not self._minority or self._minority >= _FEWEST_FOR_AN_ERROR:
             return 0
         drawn = len(self._excess)
         return math.ceil(_FEWEST_FOR_AN_ERROR * drawn / self._minority) - drawn

@@ -166,7 +166,8 @@ class MaskedRows:
 
 def _drawn(site: Site, h: Tensor, shape: tuple[int, ...], each: bool) -> Tensor:
     """Draw a mask as the site's own module does, for an input like ``h``."""
-    if site.kind is None and hasattr(type(site.module).forward, "draws_as_torch"):
+    ours = site.kind is None and hasattr(type(site.module).forward, "draws_as_torch")
+    if ours or site.keyed:
         return ops.draw(laid_out(h, shape).fill_(1), site.p, None)[0] != 0
     with unasked():  # a call of dropout is a site elsewhere
         if each:

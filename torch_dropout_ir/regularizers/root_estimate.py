@@ -69,7 +69,8 @@ def known_of(
     like: Tensor | None = None,
 ) -> Known:
     """Return what there is to say of an estimate by forms of a pass."""
-    linear = () if forms.curved or check_curvature(read) else (LINEAR,)
+    told = forms.curved or not clean.uses or check_curvature(read)
+    linear = () if told else (LINEAR,)
     notes = (*clean.noise_left_out(model), *beside, *linear)
     exact = is_exact(clean, loss, read.targets, forms.num_samples)
     like = read.tensors[0].new_empty(()) if like is None else like

@@ -213,7 +213,8 @@ def _seen(
     meet = coupled
     if alone is None or not alone.curved:
         check_risk("second_order", read, model, batch[0], clean.later)
-        check_curvature(read)
+        if clean.uses:
+            check_curvature(read)
         coupled |= bool(clean.uses) and alone is None and read.couples()
     draws, chunks, few = None, None, False
     if whole:
