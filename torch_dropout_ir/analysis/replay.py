@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torch_dropout_ir.analysis.attributes import Generators
 from torch_dropout_ir.analysis.followed_loss import inside
-from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.dropout_calls import (
     KINDS,
     OTHER_NOISE,
