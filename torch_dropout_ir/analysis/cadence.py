@@ -127,7 +127,8 @@ class Cadence:
 
     def stepped(self, seconds: float, step: int) -> bool:
         """Pay off debts with the time of a step; whether anything may now be due."""
-        self.trained(seconds)
+        self.training_seconds += seconds
+        self._unsettled += seconds
         if self._steps:
             return step % self._steps == 0
         return self._unsettled >= self._rest or step >= self._look

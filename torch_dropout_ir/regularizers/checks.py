@@ -115,11 +115,7 @@ def check_risk(
 
 
 def checked_product(
-    name: str,
-    read: OutputsRead,
-    model: nn.Module,
-    inputs: Any,
-    later: Later,
+    name: str, read: OutputsRead, model: nn.Module, inputs: Any, later: Later
 ) -> HessianProduct | None:
     """Check the loss as :func:`check_risk` does; return its product, if not closed."""
     if read.loss is None:

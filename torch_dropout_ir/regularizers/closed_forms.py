@@ -41,12 +41,7 @@ def last_layer_form(
     site, features, _ = clean.uses[0]
     _ = site.variance  # names the site where it drops everything
     return form(
-        features,
-        weight,
-        site.p,
-        loss=loss,
-        outputs=clean.outputs,
-        targets=targets,
+        features, weight, site.p, loss=loss, outputs=clean.outputs, targets=targets
     )
 
 

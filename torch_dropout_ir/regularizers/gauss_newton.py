@@ -14,10 +14,7 @@ from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import ALL, Rows
-from torch_dropout_ir.regularizers.checks import (
-    checked_product,
-    read_beside,
-)
+from torch_dropout_ir.regularizers.checks import checked_product, read_beside
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.line_pass import (
@@ -31,9 +28,14 @@ from torch_dropout_ir.regularizers.loss_weight import makes_much, one_root, part
 from torch_dropout_ir.regularizers.output_rows import count_samples, rows_of_samples
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
 from torch_dropout_ir.regularizers.part_roots import PartRoots
-from torch_dropout_ir.regularizers.root_estimate import Known, known_of, read_of
 from torch_dropout_ir.regularizers.root_forms import RootForms
-from torch_dropout_ir.regularizers.root_passes import draws_by_passes, estimated
+from torch_dropout_ir.regularizers.root_passes import (
+    Known,
+    draws_by_passes,
+    estimated,
+    known_of,
+    read_of,
+)
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_forms import Form, join
 from torch_dropout_ir.survey import Survey

@@ -18,11 +18,7 @@ from torch_dropout_ir.gradient_factors import Factors, address
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
-from torch_dropout_ir.regularizers.inner_products import (
-    Gradient,
-    compared,
-    wide_dtype,
-)
+from torch_dropout_ir.regularizers.inner_products import Gradient, compared, wide_dtype
 from torch_dropout_ir.regularizers.masked import NoiseSeen, dropout_risk
 from torch_dropout_ir.regularizers.pass_parts import PassParts
 from torch_dropout_ir.regularizers.step_memory import LEAST
@@ -38,11 +34,7 @@ class GradientPairs:
     """Squared norms of the gradients of one model, weighted by learning rates."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        rates: Sequence[float],
-        shared_mask: bool,
+        self, model: nn.Module, loss: Loss, rates: Sequence[float], shared_mask: bool
     ) -> None:
         self._model = model
         self._loss = loss

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.regularizers.by_rows import sum_by_rows
 from torch_dropout_ir.regularizers.closed_forms import is_quadratic
 from torch_dropout_ir.regularizers.last_layer import (
     ROWS_MEET,
@@ -20,6 +19,7 @@ from torch_dropout_ir.regularizers.last_layer import (
     check_rows,
     last_layer,
     softmax_and_scale,
+    sum_by_rows,
 )
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import noise_variance

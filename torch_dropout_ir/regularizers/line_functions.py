@@ -26,8 +26,7 @@ from torch_dropout_ir.regularizers.line_graphs import outside
 from torch_dropout_ir.regularizers.line_mode import Moving
 from torch_dropout_ir.regularizers.line_products import of_product
 from torch_dropout_ir.regularizers.line_recurrent import along_steps
-from torch_dropout_ir.regularizers.line_rows import along_rows
-from torch_dropout_ir.regularizers.line_slabs import of_softmax
+from torch_dropout_ir.regularizers.line_slabs import along_rows, of_softmax
 
 _KIND: Final[Any] = torch.autograd.function.FunctionMeta
 _LOCK: Final = threading.Lock()

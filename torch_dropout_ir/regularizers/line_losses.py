@@ -13,13 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.regularizers.line_calls import (
-    STILL,
-    Call,
-    Line,
-    aten,
-    each,
-)
+from torch_dropout_ir.regularizers.line_calls import STILL, Call, Line, aten, each
 from torch_dropout_ir.regularizers.line_graphs import along, by_graph, outside
 from torch_dropout_ir.regularizers.line_slabs import by_slopes, part_size, parts
 

@@ -17,20 +17,11 @@ from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.estimate import Estimate
-from torch_dropout_ir.regularizers.line_calls import (
-    STILL,
-    Line,
-    NoRuleError,
-    tensors,
-)
+from torch_dropout_ir.regularizers.line_calls import STILL, Line, NoRuleError, tensors
 from torch_dropout_ir.regularizers.line_functions import whole_functions
 from torch_dropout_ir.regularizers.line_mode import Moving
 from torch_dropout_ir.regularizers.line_tape import Tape
-from torch_dropout_ir.regularizers.outputs import (
-    OutputsRead,
-    read_outputs,
-    real_leaves,
-)
+from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs, real_leaves
 from torch_dropout_ir.regularizers.site_forms import Form, assemble, signs
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.survey import Survey

@@ -12,14 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.regularizers.line_calls import (
-    Call,
-    Line,
-    Rule,
-    alike,
-    aten,
-    room,
-)
+from torch_dropout_ir.regularizers.line_calls import Call, Line, Rule, alike, aten, room
 
 # What adds a product to what is there.
 _MORE: Final = {aten.mm: "addmm_", aten.bmm: "baddbmm_"}

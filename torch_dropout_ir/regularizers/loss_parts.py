@@ -33,10 +33,7 @@ from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.output_scales import alike
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.loss_weight import apart
-from torch_dropout_ir.regularizers.output_rows import (
-    chunks,
-    rows_of_samples,
-)
+from torch_dropout_ir.regularizers.output_rows import chunks, rows_of_samples
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 
 # Parts besides a first, small one: of one a double backward holds less than a step.

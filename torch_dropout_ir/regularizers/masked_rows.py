@@ -36,13 +36,14 @@ from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.output_rows import (
     PAIR,
+    RowNoise,
     chunks,
+    laid_out,
     replace_rows,
     rows_of_samples,
 )
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.regularizers.row_chunks import rows_of
-from torch_dropout_ir.regularizers.row_noise import RowNoise, laid_out
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
 from torch_dropout_ir.sharpness.frozen import twice_differentiable, unrecorded
 from torch_dropout_ir.sites import Site

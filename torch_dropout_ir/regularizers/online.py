@@ -19,7 +19,7 @@ from torch_dropout_ir.regularizers.estimate import Estimate, of_squares
 from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk, linear_parts
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
-from torch_dropout_ir.regularizers.root_estimate import estimate
+from torch_dropout_ir.regularizers.root_passes import estimate
 from torch_dropout_ir.regularizers.second_order import second_order
 
 

@@ -174,9 +174,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
 
 
 def _read_of(
-    copies: list[Tensor],
-    places: list[int],
-    risk: Callable[[Sequence[Tensor]], Tensor],
+    copies: list[Tensor], places: list[int], risk: Callable[[Sequence[Tensor]], Tensor]
 ) -> list[int]:
     """Return the places of those tensors that a loss depends on; raise if none."""
     with torch.enable_grad():

@@ -23,11 +23,7 @@ from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import every, go_on, most
 from torch_dropout_ir.functional import rewinding
 from torch_dropout_ir.regularizers.coupling import nearly_equal
-from torch_dropout_ir.regularizers.graph_memory import (
-    TOLD,
-    Graph,
-    sizes_of,
-)
+from torch_dropout_ir.regularizers.graph_memory import TOLD, Graph, sizes_of
 from torch_dropout_ir.regularizers.pass_nodes import (
     Kept,
     PassNodes,

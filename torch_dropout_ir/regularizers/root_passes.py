@@ -1,11 +1,12 @@
-"""The passes of an estimate: the first, and those through which single roots go."""
+"""The passes of an estimate, those through which single roots go, and what is said."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
@@ -13,15 +14,30 @@ from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.collectives import some
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.regularizers.checks import as_pair, check_finite
+from torch_dropout_ir.regularizers.checks import (
+    as_pair,
+    check_finite,
+    check_reachable,
+    read_beside,
+)
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import alike, row_weights, telling_roots
-from torch_dropout_ir.regularizers.estimate import Estimate
+from torch_dropout_ir.regularizers.estimate import Estimate, is_exact
 from torch_dropout_ir.regularizers.line_pass import AlongLine
 from torch_dropout_ir.regularizers.loss_parts import LossParts
-from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
+from torch_dropout_ir.regularizers.outputs import (
+    OutputsRead,
+    check_curvature,
+    read_outputs,
+)
 from torch_dropout_ir.regularizers.root_forms import RootForms, added_up, pull_root
-from torch_dropout_ir.regularizers.site_forms import Form
+from torch_dropout_ir.regularizers.site_forms import (
+    LINEAR,
+    Form,
+    Sums,
+    assemble,
+    of_sums,
+)
 from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.written_parameters import unwritten
 
@@ -66,9 +82,7 @@ def estimated(
 
 
 def draws_by_passes(
-    forms: RootForms,
-    run: Run,
-    coupled: bool | None,
+    forms: RootForms, run: Run, coupled: bool | None
 ) -> tuple[list[list[Form]], bool]:
     """Return the draws of the forms, of passes over all rows, and whether samples meet.
 
@@ -137,3 +151,72 @@ def _pulled(forms: RootForms, run: Run, coupled: bool) -> Iterator[tuple[int, Fo
             else:
                 last = True  # a draw without roots
         del clean, read
+
+
+class Known(NamedTuple):
+    """What there is to say of an estimate besides its draws."""
+
+    names: list[str]
+    num_samples: int | None
+    exact: bool
+    like: Tensor
+    notes: tuple[str, ...]
+
+    def of(self, summed: Sums) -> Estimate:
+        """Return the estimate of a draw that has been added up."""
+        return of_sums(self.names, summed, self.exact, self.notes)
+
+    def estimate(self, draws: list[list[Form]], coupled: bool) -> Estimate:
+        """Return the estimate of draws, whether samples meet or not."""
+        return assemble(
+            self.names, draws, self.num_samples, coupled, self.exact, self.like,
+            self.notes,
+        )  # fmt: skip
+
+
+def read_of(clean: CleanPass, targets: Any, loss: Loss) -> OutputsRead:
+    """Return what the loss reads; raise if derivatives cannot be had of it."""
+    check_reachable("gauss_newton", clean.unreachable)
+    read = read_outputs(clean.outputs, loss, targets)
+    if loss.kind == "cross_entropy" and read.tensors[0].ndim < 2:
+        raise ValueError(
+            "gauss_newton: expected outputs with a batch dimension, got shape "
+            f"{list(read.tensors[0].shape)}"
+        )
+    return read
+
+
+def known_of(
+    model: nn.Module,
+    clean: CleanPass,
+    read: OutputsRead,
+    loss: Loss,
+    forms: RootForms,
+    beside: tuple[str, ...],
+    like: Tensor | None = None,
+) -> Known:
+    """Return what there is to say of an estimate by forms of a pass."""
+    linear = () if forms.curved or check_curvature(read) else (LINEAR,)
+    notes = (*clean.noise_left_out(model), *beside, *linear)
+    exact = is_exact(clean, loss, read.targets, forms.num_samples)
+    like = read.tensors[0].new_empty(()) if like is None else like
+    return Known(clean.names, forms.num_samples, exact, like, notes)
+
+
+def estimate(
+    model: nn.Module,
+    clean: CleanPass,
+    targets: Any,
+    loss: Loss,
+    num_samples: int | None,
+) -> Estimate:
+    """Return the Gauss-Newton estimate of a pass that has run; its graph is kept."""
+    read = read_of(clean, targets, loss)
+    product = None if read.closed else read.product()
+    forms = RootForms(clean, read, num_samples, product)
+    beside = read_beside(read, clean.edges, product, clean.later)
+    known = functools.partial(known_of, model, clean, read, loss, forms, beside)
+    if (summed := forms.sums(clean, read)) is not None:
+        return known(summed.values[0]).of(summed)
+    draws, coupled = forms.draws(clean, read)
+    return known().estimate(draws, coupled or forms.loss_couples)

@@ -36,6 +36,7 @@ from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.output_rows import (
     PAIR,
+    RowNoise,
     chunks,
     count_samples,
     least_of_part,
@@ -43,7 +44,6 @@ from torch_dropout_ir.regularizers.output_rows import (
     rows_of_samples,
 )
 from torch_dropout_ir.regularizers.outputs import OutputsRead
-from torch_dropout_ir.regularizers.row_noise import RowNoise
 from torch_dropout_ir.tracing import generators
 
 T = TypeVar("T")

@@ -12,11 +12,7 @@ from torch import Tensor, nn
 from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.output_scales import (
-    cross_entropy_scale,
-    squared_scale,
-    with_root,
-)
+from torch_dropout_ir.output_scales import cross_entropy_scale, squared_scale, with_root
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.known_gradient import parts_pay, with_gradient
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
