@@ -177,7 +177,13 @@ class CleanPass:
         normalization in training mode, that tells; else two backward passes: where each
         sample's outputs weigh another power of two, so do derivatives of that alone.
         """
-        return any(self._couples(x) for x in outputs)
+        for x in outputs:
+            meet = self.samples_meet(x)
+            if meet is None:
+                meet = told_by_powers(self.pull, x, self.count(x))
+            if some(meet, "samples meet"):
+                return True
+        return False
 
     def samples_meet(self, outputs: Tensor) -> bool | None:
         """Return that as the graph shows it; None where derivatives have to tell."""
@@ -190,12 +196,6 @@ class CleanPass:
         if count and self.by_samples(count):
             meet = False if count < 2 else rows_meet(outputs, self.edges, count)
         return meet if every(meet is not None, "graph") else None
-
-    def _couples(self, outputs: Tensor) -> bool:
-        meet = self.samples_meet(outputs)
-        if meet is None:
-            meet = told_by_powers(self.pull, outputs, self.count(outputs))
-        return some(meet, "samples meet")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
-from torch_dropout_ir.sites import Site
 
 # Steps in units of the outputs' size: dropout at a large ``p`` moves them by many.
 _STEPS: Final = (1.0, 4.0, 16.0, 64.0)
@@ -24,7 +23,7 @@ def last_layer_form(
 ) -> Tensor:
     """Return a closed form of R_1 from the features that a pass has found, or raise."""
     weight = clean.last_weight
-    if weight is None or not _by_element(*clean.uses[0][:2]):
+    if weight is None or not fits_last_layer(clean):
         raise ValueError(
             f"{form.__name__}: expected a single site, an `nn.Dropout` whose output "
             "goes straight into the last `nn.Linear`, which makes all that the model "
@@ -47,10 +46,9 @@ def last_layer_form(
 
 def fits_last_layer(clean: CleanPass) -> bool:
     """Whether a pass has features of which the closed forms can be taken."""
-    return clean.last_weight is not None and _by_element(*clean.uses[0][:2])
-
-
-def _by_element(site: Site, features: Tensor) -> bool:
+    if clean.last_weight is None:
+        return False
+    site, features, _ = clean.uses[0]
     return site.mask_shape(features.shape) == tuple(features.shape)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence, Set
 from typing import Final
 
@@ -163,56 +162,48 @@ class GradientPairs:
         held: dict[int, tuple[Gradient, int]] = {}
         links: list[Tensor] = []
         for k, batch in enumerate(batches):
-            found = [
-                x.new_zeros(4, dtype=wide_dtype(x).to_real()) for x in self._targets
-            ]
-            missed = {*held}
-            beside = _addresses(batch) if k + 1 < len(batches) else None
-            take = functools.partial(self._take, found, held, missed, k > 0, beside)
-            self._gradients(batch, take)
-            for i in missed.copy():  # at these masks the loss does not depend on it
-                take(i, None)
-            pairs = zip(self._rates, found, strict=True)
-            links.append(torch.stack([rate / 4 * x for rate, x in pairs]).sum(0))
+            links.append(self._link(batch, held, k == 0, k + 1 == len(batches)))
             if self._passes is not None and not self._passes.parted:
                 self._passes = None
         return torch.stack(links)
 
-    def _take(
+    def _link(
         self,
-        found: list[Tensor],
+        batch: Batch,
         held: dict[int, tuple[Gradient, int]],
-        missed: set[int],
-        linked: bool,
-        beside: Set[int] | None,
-        i: int,
-        g: Gradient | None,
-    ) -> None:
-        """Hold the gradient of parameter ``i`` against that held, and in its place.
+        first: bool,
+        last: bool,
+    ) -> Tensor:
+        """Return what gradients and those of the pass before say; hold them instead.
 
-        Args:
-            found: Is added what the two say.
-            held: That of the pass before and its version, by number.
-            missed: Which of those have none in this pass so far.
-            linked: Whether there is a pass before.
-            beside: Where memory is that is there anyway; None if nothing is held.
-            i: The number.
-            g: The gradient; None for zero.
+        ``held`` are those before and their versions, by number.
         """
-        missed.discard(i)
-        if linked:
-            found[i] += self._compared(i, g, *held.pop(i, (None, 0)))
-        if g is not None and beside is not None:
-            kept = self._smaller(i, g, beside)
-            held[i] = kept, kept._version
+        found = [x.new_zeros(4, dtype=wide_dtype(x).to_real()) for x in self._targets]
+        missed = {*held}  # which have no gradient in this pass so far
+        beside = _addresses(batch)  # memory that is there anyway
+
+        def take(i: int, g: Gradient | None) -> None:
+            missed.discard(i)
+            if not first:
+                found[i] += self._compared(i, g, *held.pop(i, (None, 0)))
+            if g is not None and not last:
+                kept = self._smaller(i, g, beside)
+                held[i] = kept, kept._version
+
+        self._gradients(batch, take)
+        for i in missed.copy():  # at these masks the loss does not depend on it
+            take(i, None)
+        pairs = zip(self._rates, found, strict=True)
+        return torch.stack([rate / 4 * x for rate, x in pairs]).sum(0)
 
     def _compared(
         self, i: int, g: Gradient | None, before: Gradient | None, version: int
     ) -> Tensor:
         """Compare with the gradient held, unless that has been written over."""
         if before is not None:
-            there = before._version == version and not _one_memory(before, g)
-            self._overwritten |= not there
+            self._overwritten |= before._version != version
+            if isinstance(before, Tensor) and isinstance(g, Tensor):
+                self._overwritten |= address(before) == address(g)
         return compared(g, before, self._targets[i], self._entries)
 
     def _smaller(self, i: int, g: Gradient, beside: Set[int]) -> Gradient:
@@ -222,12 +213,6 @@ class GradientPairs:
         if self._copies or g.held(beside) >= self._targets[i].nbytes:
             return g[:]
         return g
-
-
-def _one_memory(a: Gradient, b: Gradient | None) -> bool:
-    """Whether a gradient has come in the memory of the one that is held."""
-    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
-    return tensors and address(a) == address(b)  # type: ignore[arg-type]
 
 
 def _addresses(batch: Batch) -> set[int]:

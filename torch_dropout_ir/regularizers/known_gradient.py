@@ -81,8 +81,7 @@ def with_gradient(
     value: Tensor, params: Sequence[Tensor], gradient: Sequence[Tensor | None]
 ) -> Tensor:
     """Return a scalar, differentiable once, whose gradient is known."""
-    found: Tensor = _Known.apply(value, gradient, *params)
-    return found
+    return _Known.apply(value, gradient, *params)
 
 
 def with_gradient_beside(

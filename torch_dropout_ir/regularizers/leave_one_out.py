@@ -97,17 +97,15 @@ def leave_one_out(
     if resolved.kind == "cross_entropy":
         return variance * _softmax_form(resolved, features, weight, outputs, targets)
     check_rows(read_outputs(outputs, resolved, targets))
+
+    def widened(x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return x.to(wide) if x.is_floating_point() else x
+
     # A small difference of losses: half precision would round it away.
     tensors, narrow = (features, weight, outputs, targets), outputs.dtype
-    wide = _pytree.tree_map(_widened, tensors)
+    wide = _pytree.tree_map_only(Tensor, widened, tensors)
     return variance * _general_form(resolved, *wide).to(narrow)
-
-
-def _widened(x: Any) -> Any:
-    """Return a tensor in float32 at least; anything else as it is."""
-    if isinstance(x, Tensor) and x.is_floating_point():
-        return x.to(torch.promote_types(x.dtype, torch.float32))
-    return x
 
 
 def _softmax_form(

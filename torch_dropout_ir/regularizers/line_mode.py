@@ -242,8 +242,7 @@ class Lines:
         """Return the line of a tensor."""
         memory = self._memory(x)
         if memory is None:
-            found: Line = self._own.get(x, STILL)
-            return found
+            return self._own.get(x, STILL)
         memory.check(x)
         first, second = [memory.get(k, x) for k in range(2)]
         return first, second
@@ -283,8 +282,7 @@ class Lines:
     def _memory(self, x: Tensor) -> _Memory | None:
         if not len(self._of_bases):
             return None
-        found: _Memory | None = self._of_bases.get(_base(x))
-        return found
+        return self._of_bases.get(_base(x))
 
 
 def _base(x: Tensor) -> Tensor:

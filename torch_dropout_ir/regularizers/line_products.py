@@ -32,8 +32,7 @@ def product(i: int, j: int, *added: int) -> Rule:
         more = _MORE.get(call.func.overloadpacket)
 
         def times(u: Tensor, v: Tensor) -> Tensor:
-            found: Tensor = call.at({**rest, i: u, j: v})
-            return found
+            return call.at({**rest, i: u, j: v})
 
         left, right = (call.args[i], call.line(i)), (call.args[j], call.line(j))
         return [of_product(left, right, times, more)]

@@ -132,10 +132,9 @@ def _linear(call: Call, moving: list[int], places: tuple[int, ...]) -> list[Line
     def order(k: int) -> Tensor | None:
         if all([call.line_of(x)[k] is None for x in tensors([*given.values()])]):
             return None
-        found: Tensor = call.at(
+        return call.at(
             _pytree.tree_map(lambda x: _or_nothing(call.line_of(x)[k], x), given)
         )
-        return found
 
     return [(order(0), order(1))]
 
@@ -154,10 +153,6 @@ def _nothing(x: Any) -> Any:
 def _viewed(call: Call, _: list[int], value: Tensor) -> list[Line]:
     """A line may lie otherwise in memory than what it is of."""
     return each(call, 0, lambda u: u.reshape(value.shape))
-
-
-def _copied(call: Call, _: list[int], __: Any) -> list[Line]:
-    return each(call, 0, lambda u: u.detach())  # its own tensor, the same numbers
 
 
 def _assigned(call: Call, _: list[int], value: Tensor) -> list[Line]:
@@ -263,8 +258,9 @@ def _rules() -> dict[Any, Rule]:
         ("_euclidean_dist", distances),  # of many rows, which torch takes by products
         ("nll_loss_forward nll_loss2d_forward", labelled),
         ("add sub", _summed), ("mul", multiplied), ("div", divided),
-        ("view _unsafe_view", _viewed), ("clone", _copied), ("copy", _assigned),
-        ("relu", _rectified), ("max min sort topk", _chosen), ("hardsigmoid", _slanted),
+        ("view _unsafe_view", _viewed), ("copy", _assigned), ("relu", _rectified),
+        ("clone", lambda call, _, __: each(call, 0, Tensor.detach)),  # a tensor apart
+        ("max min sort topk", _chosen), ("hardsigmoid", _slanted),
         ("max_pool2d_with_indices adaptive_max_pool2d", _pooled(2)),
         ("max_pool3d_with_indices adaptive_max_pool3d", _pooled(3)),
         ("mm bmm mv dot", product(0, 1)), ("convolution", product(0, 1, 2)),

@@ -99,8 +99,7 @@ def group_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:
     _, weight, bias, _, *rest = call.args
 
     def function(x: Tensor) -> Tensor:
-        found: Tensor = call.func(x, weight, bias, len(x), *rest)[0]
-        return found
+        return call.func(x, weight, bias, len(x), *rest)[0]
 
     slab = functools.partial(_twice, function)
     return [_in_slabs(call, value[0], slab, [0], rows=True), STILL, STILL]

@@ -213,7 +213,8 @@ class _Recorder(TorchDispatchMode):
         made = tensors(found)
         for x in made:
             self.name(x, moves=bool(moves))
-        like = len(made) == 1 and _like_first(made[0], args)
+        like = len(made) == 1 and bool(args) and isinstance(args[0], Tensor)
+        like = like and alike(args[0], made[0]) and args[0] is not made[0]
         over = in_place(run) if like and seen == bool(places) else None
         numbers = [self.numbers[x] for x in made]
         step = _Step(
@@ -248,12 +249,6 @@ class _Recorder(TorchDispatchMode):
     def _slot(self, x: Any) -> Any:
         number = self.numbers.get(x) if isinstance(x, Tensor) else None
         return x if number is None else _Slot(number)
-
-
-def _like_first(found: Tensor, args: Any) -> bool:
-    """Whether what an operation returned is like its first argument."""
-    x = args[0] if args else None
-    return isinstance(x, Tensor) and alike(x, found) and x is not found
 
 
 def _own(args: Any, writes: bool) -> bool:

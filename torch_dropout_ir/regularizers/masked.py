@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.tracing import unasking
 
 Again: TypeAlias = Callable[[Tensor], Tensor]
+_SHARED: Final = (
+    "dropout site `{}`: expected one row of the mask for each of the {} samples, got "
+    "{}: one mask for all samples is not defined there. Use `shared_mask=False`."
+)
 
 
 @dataclasses.dataclass
@@ -68,7 +72,8 @@ def dropout_risk(
             seen.cut[site.name] = None
         shape = site.mask_shape(h.shape)
         if shared_mask and h.ndim:
-            _check_rows(site, shape, batch)
+            if shape[0] not in (1, batch_size(batch)):
+                raise ValueError(_SHARED.format(site.name, batch_size(batch), shape[0]))
             shape = (1, *shape[1:])
         own = shape == tuple(h.shape)
         dropped, packed = ops.draw(h if own else h.new_ones(shape), site.p, None)
@@ -93,16 +98,6 @@ def dropout_risk(
 
 def _multiplied(h: Tensor, noise: Tensor) -> Tensor:
     return torch.where(noise != 0, h, h.new_zeros(())).mul_(noise)
-
-
-def _check_rows(site: Site, shape: tuple[int, ...], batch: Batch) -> None:
-    """Raise if the first dimension of a mask counts something else than samples."""
-    if shape[0] not in (1, batch_size(batch)):
-        raise ValueError(
-            f"dropout site `{site.name}`: expected one row of the mask for each of the "
-            f"{batch_size(batch)} samples, got {shape[0]}: one mask for all samples is "
-            "not defined there. Use `shared_mask=False`."
-        )
 
 
 def clean_risk(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:

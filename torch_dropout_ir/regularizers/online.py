@@ -15,6 +15,7 @@ from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
+from torch_dropout_ir.regularizers.closed_forms import fits_last_layer
 from torch_dropout_ir.regularizers.estimate import Estimate, of_squares
 from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk, linear_parts
 from torch_dropout_ir.regularizers.last_layer import last_layer
@@ -75,7 +76,8 @@ def online(
                 linear = every(_is_linear(clean, loss, batch[1]), "linear")
     if linear:
         with preserved_rng(model, seed):
-            found, how = _whole_loss(model, batch, loss)
+            form = functools.partial(second_order, model, batch, loss)
+            found, how = _parts(form, "sampled form of the whole loss")
     if found.exact:
         how = f"exact, {how}"
     elif risk is None:
@@ -110,11 +112,6 @@ def _second_order(
     return _parts(form, "sampled Gauss-Newton form", needed=targets is None)
 
 
-def _whole_loss(model: nn.Module, batch: Batch, loss: Loss) -> tuple[Estimate, str]:
-    form = functools.partial(second_order, model, batch, loss)
-    return _parts(form, "sampled form of the whole loss")
-
-
 def _parts(
     form: Callable[[], Estimate], how: str, needed: bool = False
 ) -> tuple[Estimate, str]:
@@ -146,7 +143,9 @@ def _is_linear(clean: CleanPass, loss: Loss, targets: Any) -> bool:
 
 @torch.no_grad()
 def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
-    if clean.last_weight is None:
+    # With p = 1 the noise has no variance, and masks alone tell what it does.
+    fits = fits_last_layer(clean) and clean.uses[0][0].p < 1
+    if clean.last_weight is None or not fits:
         return None
     site, features, _ = clean.uses[0]
     outputs: Tensor = clean.outputs.detach()
@@ -156,11 +155,8 @@ def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
         loss = dataclasses.replace(loss, kind="elementwise")
     if not exact and loss.at(outputs).kind != "cross_entropy":
         return None
-    # With p = 1 the noise has no variance, and masks alone tell what it does.
-    elementwise = site.mask_shape(features.shape) == tuple(features.shape)
-    elementwise &= site.p < 1
     # Cross-entropy has its classes in dimension 1, the linear layer in the last.
-    if not elementwise or (loss.kind == "cross_entropy" and outputs.ndim > 2):
+    if loss.kind == "cross_entropy" and outputs.ndim > 2:
         return None
     value = last_layer(
         features, clean.last_weight, site.p, loss=loss, outputs=outputs, targets=targets

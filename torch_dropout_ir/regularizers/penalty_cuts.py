@@ -68,8 +68,7 @@ class CutPasses:
     @property
     def value(self) -> Tensor:
         """What is differentiated, as the first pass has it."""
-        found: Tensor = self._like[0]
-        return found
+        return self._like[0]
 
     def slopes(self) -> list[Tensor | None] | None:
         """Return the gradient by a whole pass; None where there is nothing to cut."""
