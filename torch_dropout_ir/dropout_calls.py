@@ -84,31 +84,21 @@ class DropoutCalls(ModuleCalls):
         self.silenced: set[str] = set()
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name in KINDS:
-            return self._dropout(name, *args, **(kwargs or {}))
+            return self._dropout(name, *args, **kwargs)
         # A block that runs twice saves the same both times, and may ask for more.
         if name in _LINEAR and self.given is not None and not runs_twice():
             args = self.given(args)
         if name in _HANDED_OVER:
             return super().__torch_function__(func, types, args, kwargs)
         if self.watch is not None:
-            self.watch(name, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+            self.watch(name, args, kwargs)
+        return func(*args, **kwargs)
 
-    def _call(
-        self,
-        name: str,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         if name == "native_dropout":
             output = self._dropout("dropout", *args, **kwargs)
             return output, torch.ones_like(output, dtype=torch.bool)
@@ -118,13 +108,7 @@ class DropoutCalls(ModuleCalls):
             return self._silence(name, func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _silence(
-        self,
-        name: str,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _silence(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a function as it is in evaluation mode."""
         if name in RECURRENT:
             place = recurrent_dropout(args)

@@ -120,11 +120,10 @@ def derivatives(
         )  # fmt: skip
     if isinstance(output, Tensor):
         output, root = (output,), (root,)  # type: ignore[assignment]
-    found: tuple[Tensor | None, ...] = _ENGINE(
+    return _ENGINE(
         output, root, keep, create_graph, tuple(inputs),
         allow_unreachable=True, accumulate_grad=False,
     )  # fmt: skip
-    return found
 
 
 def derivatives_of_each(

@@ -178,11 +178,7 @@ class WeightParts(TorchFunctionMode):
         return give
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in HOOKS:
@@ -239,10 +235,7 @@ class WeightParts(TorchFunctionMode):
         if i is None or groups != 1 or not whole:
             return None
         geometry = geometry_of(input.ndim - 2, (stride, padding, dilation, 0), 1)
-        found: Tensor = _Convolution.apply(
-            input, weight, bias, geometry, self._giver(i)
-        )
-        return found
+        return _Convolution.apply(input, weight, bias, geometry, self._giver(i))
 
 
 _OWN: Final[dict[Callable[..., Any], Callable[..., Tensor | None]]] = {

@@ -83,11 +83,7 @@ class _Writes(TorchFunctionMode):
         return found
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         named = kwargs or {}
         self.see(getattr(func, "__name__", ""), args, named)

@@ -14,7 +14,7 @@ Semantics:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -153,7 +153,7 @@ class _Draws(TorchDispatchMode):
             self._found.unseen[site.name] = drawn if some else _NO_SAMPLE
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if self.site is None:
@@ -232,13 +232,7 @@ class _Calls(ModuleCalls):
         accounted = by_output or isinstance(module, OURS)
         self._draws.reason = "" if accounted else NO_DROPOUT
 
-    def _call(
-        self,
-        name: str,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         if name in OTHER_NOISE:
             self._draws.reason = _OFF
             output = func(*args, **kwargs)

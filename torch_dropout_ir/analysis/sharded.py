@@ -14,8 +14,7 @@ def is_sharded(x: object) -> bool:
 
 def gathered(x: Any) -> Tensor:
     """Return the whole of a tensor that is distributed over ranks; else itself."""
-    whole: Tensor = x.full_tensor() if is_sharded(x) else x
-    return whole
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def gathered_model(model: nn.Module) -> nn.Module:
