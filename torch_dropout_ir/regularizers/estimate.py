@@ -1,12 +1,13 @@
-"""The form in which an estimate of R_1 is given."""
+"""The form in which an estimate of R_1 is asked for and given."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import read_beside
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
@@ -43,6 +44,15 @@ class Estimate:
     converged: bool = True
     notes: tuple[str, ...] = ()
     per_site_standard_error: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+class Asked(NamedTuple):
+    """What an estimate is of, and of how many draws; None for the exact sum."""
+
+    model: nn.Module
+    batch: Batch
+    loss: Loss
+    num_samples: int | None
 
 
 def is_exact(

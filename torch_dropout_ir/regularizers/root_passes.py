@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from torch_dropout_ir.regularizers.checks import (
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import alike, row_weights, telling_roots
-from torch_dropout_ir.regularizers.estimate import Estimate, is_exact
+from torch_dropout_ir.regularizers.estimate import Asked, Estimate, is_exact
 from torch_dropout_ir.regularizers.line_pass import AlongLine
 from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.outputs import (
@@ -34,7 +33,7 @@ from torch_dropout_ir.regularizers.root_forms import RootForms, added_up, pull_r
 from torch_dropout_ir.regularizers.site_forms import (
     LINEAR,
     Form,
-    Sums,
+    Known,
     assemble,
     of_sums,
 )
@@ -61,22 +60,21 @@ def estimated(
     """
     if num_samples is not None:
         check_count(name, "num_samples", num_samples, 1)
-    resolved = resolve_loss(loss)
-    args = model, as_pair(batch), resolved, num_samples
+    asked = Asked(model, as_pair(batch), resolve_loss(loss), num_samples)
 
     def look(survey: Survey | None, line: bool) -> Any:
-        seen = first_pass(*args, survey, line, None)
+        seen = first_pass(asked, survey, line, None)
         if isinstance(seen, LossParts):  # finding them has used the pass up
-            seen = first_pass(*args, survey, line, seen)
+            seen = first_pass(asked, survey, line, seen)
         return seen
 
     survey = Survey.of(model)
     with unwritten(model, survey=survey):
         found = look(survey, True)
         if isinstance(found, AlongLine):
-            found = found.estimate(*args, linear=linear) or look(None, False)
+            found = found.estimate(asked, linear) or look(None, False)
         if not isinstance(found, Estimate):
-            found = drawn(found, *args)
+            found = drawn(found, asked)
     check_finite(name, found.value, model, batch[0])
     return found
 
@@ -105,12 +103,10 @@ def draws_by_passes(
 
 
 @contextlib.contextmanager
-def again(
-    model: nn.Module, batch: Batch, loss: Loss, **options: Any
-) -> Iterator[tuple[CleanPass, OutputsRead]]:
+def again(asked: Asked, **options: Any) -> Iterator[tuple[CleanPass, OutputsRead]]:
     """Run a pass over all rows once more, with options of its own."""
-    with clean_pass(model, batch[0], **options) as clean:
-        yield clean, read_outputs(clean.outputs, loss, batch[1])
+    with clean_pass(asked.model, asked.batch[0], **options) as clean:
+        yield clean, read_outputs(clean.outputs, asked.loss, asked.batch[1])
 
 
 def samples_meet(run: Run) -> bool:
@@ -153,27 +149,6 @@ def _pulled(forms: RootForms, run: Run, coupled: bool) -> Iterator[tuple[int, Fo
         del clean, read
 
 
-class Known(NamedTuple):
-    """What there is to say of an estimate besides its draws."""
-
-    names: list[str]
-    num_samples: int | None
-    exact: bool
-    like: Tensor
-    notes: tuple[str, ...]
-
-    def of(self, summed: Sums) -> Estimate:
-        """Return the estimate of a draw that has been added up."""
-        return of_sums(self.names, summed, self.exact, self.notes)
-
-    def estimate(self, draws: list[list[Form]], coupled: bool) -> Estimate:
-        """Return the estimate of draws, whether samples meet or not."""
-        return assemble(
-            self.names, draws, self.num_samples, coupled, self.exact, self.like,
-            self.notes,
-        )  # fmt: skip
-
-
 def read_of(clean: CleanPass, targets: Any, loss: Loss) -> OutputsRead:
     """Return what the loss reads; raise if derivatives cannot be had of it."""
     check_reachable("gauss_newton", clean.unreachable)
@@ -193,13 +168,12 @@ def known_of(
     loss: Loss,
     forms: RootForms,
     beside: tuple[str, ...],
-    like: Tensor | None = None,
 ) -> Known:
     """Return what there is to say of an estimate by forms of a pass."""
     linear = () if forms.curved or check_curvature(read) else (LINEAR,)
     notes = (*clean.noise_left_out(model), *beside, *linear)
     exact = is_exact(clean, loss, read.targets, forms.num_samples)
-    like = read.tensors[0].new_empty(()) if like is None else like
+    like = read.tensors[0].new_empty(())
     return Known(clean.names, forms.num_samples, exact, like, notes)
 
 
@@ -215,8 +189,9 @@ def estimate(
     product = None if read.closed else read.product()
     forms = RootForms(clean, read, num_samples, product)
     beside = read_beside(read, clean.edges, product, clean.later)
-    known = functools.partial(known_of, model, clean, read, loss, forms, beside)
-    if (summed := forms.sums(clean, read)) is not None:
-        return known(summed.values[0]).of(summed)
-    draws, coupled = forms.draws(clean, read)
-    return known().estimate(draws, coupled or forms.loss_couples)
+    summed = forms.sums(clean, read)
+    draws, coupled = ([], False) if summed else forms.draws(clean, read)
+    known = known_of(model, clean, read, loss, forms, beside)
+    if summed is not None:
+        return of_sums(known, summed)
+    return assemble(known, draws, coupled or forms.loss_couples)
