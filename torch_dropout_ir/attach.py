@@ -105,13 +105,6 @@ def _frozen(model: nn.Module) -> str:
     return f"{said}: there is no training to watch, and no sharpness to measure"
 
 
-def _torchs_own(optimizer: Any) -> Any:
-    """The optimizer inside a trainer's wrapper, whose steps torch's hooks see."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
 def _first_batches(data: Any, model: nn.Module) -> list[Batch]:
     """Return batches that stay as they are; raise a ValueError if there are none."""
     with preserved_rng(model):
@@ -152,11 +145,8 @@ def _tensorboard(log_dir: str | os.PathLike[str] | None) -> Sink:
     Where the model is wrapped before its first step, it alone writes.
     """
     several = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
-    return (
-        Postponed(lambda: TensorBoardSink(log_dir))
-        if several
-        else TensorBoardSink(log_dir)
-    )
+    later = Postponed(lambda: TensorBoardSink(log_dir))
+    return later if several else TensorBoardSink(log_dir)
 
 
 def attach_analysis(
@@ -240,7 +230,9 @@ def attach_analysis(
         )
     check_flag("attach_analysis", "convert", convert)
     inner, watched = unwrap(model)
-    optimizer = _torchs_own(optimizer)
+    # Inside a trainer's wrapper, whose steps torch's hooks see.
+    while isinstance(own := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = own
     _check(inner, watched, optimizer)
     resolved = None if loss is None else resolve_loss(loss)
     batches = None if data is None else _first_batches(data, inner)

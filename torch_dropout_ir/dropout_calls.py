@@ -118,7 +118,9 @@ class DropoutCalls(ModuleCalls):
             return func(*args[:place], 0.0, *args[place + 1 :], **kwargs)
         self._note(name)
         if name.startswith("rrelu"):
-            return F.leaky_relu(*_mean_slope(*args, **kwargs))
+            given = dict(zip(("input", "lower", "upper"), args, strict=False)) | kwargs
+            slopes = given.get("lower", 1 / 8), given.get("upper", 1 / 3)
+            return F.leaky_relu(given["input"], sum(slopes) / 2)
         return args[0] if args else kwargs["input"]
 
     def _note(self, name: str) -> None:
@@ -180,13 +182,6 @@ class DropoutCalls(ModuleCalls):
                 "would be computed again with dropout on. Switch checkpointing off "
                 "here, or use 'L3' or 'regu' of `modified_loss`."
             )
-
-
-def _mean_slope(
-    input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *_: Any, **__: Any
-) -> tuple[Tensor, float]:
-    """Return what randomized leaky ReLU is in evaluation mode."""
-    return input, (lower + upper) / 2
 
 
 def recurrent_dropout(args: tuple[Any, ...]) -> int:

@@ -46,11 +46,15 @@ _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Bystanders:
-    """Tells hooks that look on from those that act; ``writes`` what passes write on."""
+    """Tells hooks that look on from those that act; ``writes`` what passes write on.
+
+    Attributes:
+        looking, acting: Keys of hooks that have looked on, and have acted.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self.writes = model, ParameterWrites(model)
-        self._looking, self._acting = set[int](), set[int]()
+        self.looking, self.acting = set[int](), set[int]()
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
@@ -58,11 +62,11 @@ class Bystanders:
         changed = []
         for back, hooks in _hook_dicts(self._model):
             for key, hook in hooks.items():
-                if key not in self._acting and not _of_torch(hook):
+                if key not in self.acting and not _of_torch(hook):
                     changed.append((hooks, key, hook, back))
         for hooks, key, hook, back in changed:
             kept = None if back else _reached(hook, self._model)
-            hooks[key] = _Told(hook, key, self._looking, self._acting, kept)
+            hooks[key] = _Told(hook, key, self, kept)
         try:
             yield
         finally:
@@ -76,7 +80,7 @@ class Bystanders:
 
         ``model`` is the one that runs: the own one, or its copy.
         """
-        still = self._looking - self._acting
+        still = self.looking - self.acting
         kept = [(x, dict(x)) for _, x in _hook_dicts(model)]
         parameters = self.writes.kept(model)
         with (
@@ -124,23 +128,15 @@ class _Told:
     """
 
     def __init__(
-        self,
-        hook: Callable[..., Any],
-        key: int,
-        looking: set[int],
-        acting: set[int],
-        reached: Sequence[nn.Module] | None,
+        self, hook: Any, key: int, of: Bystanders, reached: list[nn.Module] | None
     ) -> None:
-        self._hook = hook
-        self._reached = reached
-        self._key = key
-        self._looking, self._acting = looking, acting
+        self._hook, self._key, self._of, self._reached = hook, key, of, reached
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         before = self._around(args)
         result = self._hook(*args, **kwargs)
         acts = result is not None or self._around(args) != before
-        (self._acting if acts else self._looking).add(self._key)
+        (self._of.acting if acts else self._of.looking).add(self._key)
         return result
 
     def _around(self, args: tuple[Any, ...]) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from torch import Tensor
 
@@ -63,11 +63,6 @@ def estimate_of(tag: str) -> str | None:
         if head.endswith(ending):
             return "/".join((head.removesuffix(ending), *rest[1:]))
     return None
-
-
-def plain(record: Any) -> Record:
-    """Return a record as it is, and any number (0-d tensors too) as a float."""
-    return record if isinstance(record, (Histogram, Image)) else float(record)
 
 
 def remember(

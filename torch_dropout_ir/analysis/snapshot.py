@@ -11,11 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_dropout_ir.analysis.distributed import Ranks
-from torch_dropout_ir.analysis.records import Record, plain
-from torch_dropout_ir.functional import (
-    Batch,
-    preserved_rng,
-)
+from torch_dropout_ir.analysis.records import Histogram, Image, Record
+from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.masks import MaskStatistics
@@ -272,4 +269,6 @@ def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
         unmoved_gradients(model),
         full_precision(),
     ):
-        return {tag: plain(record) for tag, record in measure(snapshot).items()}
+        found = measure(snapshot).items()
+        kept = (Histogram, Image)
+        return {tag: x if isinstance(x, kept) else float(x) for tag, x in found}

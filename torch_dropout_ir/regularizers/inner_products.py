@@ -28,7 +28,12 @@ def compared(
     """
     wide = wide_dtype(like)
     total = torch.zeros(4, dtype=wide.to_real(), device=like.device)
-    lines = like.reshape(-1) if all(map(_in_line, (a, b))) else like
+    given = [x for x in (a, b) if x is not None]
+    # Entries may be taken in any number then, not as rows.
+    flat = all(
+        isinstance(x, Tensor) and (x.is_contiguous() or not x.ndim) for x in given
+    )
+    lines = like.reshape(-1) if flat else like
     zero = like.new_zeros(()).expand(lines.shape)
     a, b = (
         zero if x is None else x.reshape(lines.shape) if isinstance(x, Tensor) else x
@@ -50,11 +55,6 @@ def _of_rows(a: Gradient, b: Gradient, part: slice, wide: torch.dtype) -> Tensor
     ]
     away = torch.sub(x, y, out=made[0] if made else None)
     return torch.stack((square, other, inner, torch.vdot(away, away))).real
-
-
-def _in_line(x: Gradient | None) -> bool:
-    """Whether entries may be taken in any number, not as rows."""
-    return x is None or (isinstance(x, Tensor) and (x.is_contiguous() or not x.ndim))
 
 
 def weighted_squares(rates: Sequence[float], vectors: Sequence[Tensor]) -> Tensor:

@@ -108,7 +108,10 @@ def last_layer(
     product = HessianProduct(resolved, outputs, targets)
     if resolved.kind == "elementwise":
         diagonal = product(torch.ones_like(outputs)).reshape(-1, weight.shape[0])
-        return variance / 2 * _diagonal_form(rows, weight, diagonal)
+        return variance / 2 * sum_by_rows(
+            lambda h, d, squares: ((d @ squares) * h.square()).sum(),
+            _FOR_PRODUCTS, rows, diagonal, whole=(weight.square(),),
+        )  # fmt: skip
     check_rows(read)
     return variance / 2 * _general_form(rows, weight, outputs, product)
 
@@ -223,16 +226,6 @@ def _softmax_form(
 
     whole = weight, weight.square()
     return sum_by_rows(form, _FOR_PRODUCTS, rows, softmax, scale, whole=whole)
-
-
-def _diagonal_form(rows: Tensor, weight: Tensor, diagonal: Tensor) -> Tensor:
-    """Sum over outputs ``c`` of ``h^2 d_c w_c^2``."""
-
-    def form(h: Tensor, d: Tensor, squares: Tensor) -> Tensor:
-        return ((d @ squares) * h.square()).sum()
-
-    whole = (weight.square(),)
-    return sum_by_rows(form, _FOR_PRODUCTS, rows, diagonal, whole=whole)
 
 
 def _general_form(

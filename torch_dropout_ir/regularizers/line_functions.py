@@ -156,7 +156,8 @@ def along_queries(
 ) -> tuple[list[Tensor], list[Line]]:
     """Return what attention makes of what it is given, and how that moves."""
     lines = [(x, line_of(x)) for x in attention.given]
-    given = [*attention.given, *(_order(*line, k) for k in range(2) for line in lines)]
+    moved = [(x, line[k]) for k in range(2) for x, line in lines]
+    orders = [x.new_zeros(()).expand_as(x) if u is None else u for x, u in moved]
 
     def call(part: Part, *own: Tensor) -> tuple[Tensor, ...]:
         q, k, v, q1, k1, v1, q2, k2, v2 = own
@@ -167,10 +168,5 @@ def along_queries(
         return p @ v, *[u for u in found if u is not None]  # both are there
 
     parts = Parted(call, (True, False, False) * 3, (True,) * 3)
-    y, first, second = parts.whole(attention.weights, given)
+    y, first, second = parts.whole(attention.weights, [*attention.given, *orders])
     return [y], [(first, second)]
-
-
-def _order(x: Tensor, line: Line, k: int) -> Tensor:
-    u = line[k]
-    return x.new_zeros(()).expand_as(x) if u is None else u

@@ -72,7 +72,10 @@ def along(
     made = tensors(value)
     own = [i for i, y in enumerate(made) if y.requires_grad]
     ends = [made[i] for i in own]
-    heads = [_uneven(y).requires_grad_() for y in ends]
+    # Numbers of both signs without pattern.
+    pairs = [(uneven(y.detach(), 0) - 1.5, y) for y in ends]
+    heads = [c * (1 + 0.5j) if y.is_complex() else c for c, y in pairs]
+    heads = [c.requires_grad_() for c in heads]
     roots = [lines[i] for i in live]
     firsts, seconds = _derivatives(ends, heads, [at[i] for i in live], roots)
     found = dict(zip(own, zip(firsts, seconds, strict=True), strict=True))
@@ -143,9 +146,3 @@ def _product(g: Tensor, u: Tensor | None) -> float:
     if u is None:
         return 0.0
     return float((g.conj() * u).sum().real) if g.is_complex() else float((g * u).sum())
-
-
-def _uneven(y: Tensor) -> Tensor:
-    """Return numbers of both signs without pattern."""
-    found = uneven(y.detach(), 0) - 1.5
-    return found * (1 + 0.5j) if y.is_complex() else found

@@ -45,7 +45,8 @@ def along_steps(
         for way, back in enumerate(ways):
             k = len(ends)
             ends.append([h[:, k].clone() for h in starts])
-            own = _taken(weights[k * each : (k + 1) * each], biases)
+            inner, outer, *more = weights[k * each : (k + 1) * each]
+            own = [inner, outer, *([] if biases else [None, None]), *more]
             parts = [u.narrow(-1, way * width, width) for u in made]
             to = [_steps(u, sizes, dim) for u in parts]
             _run(_CELLS[name], below, to, ends[k], own, back)
@@ -61,13 +62,6 @@ def _three(x: Tensor, line: Line) -> list[Tensor]:
 def _steps(x: Tensor, sizes: list[int] | None, dim: int) -> Sequence[Tensor]:
     """Return the steps of a batch, or of sequences that are packed, as views."""
     return x.unbind(dim) if sizes is None else x.split(sizes)
-
-
-def _taken(weights: Sequence[Tensor], biases: bool) -> list[Tensor | None]:
-    """Return weights of input and state, their biases, and that of a projection."""
-    inner, outer, *rest = weights
-    shifts = [rest.pop(0), rest.pop(0)] if biases else [None, None]
-    return [inner, outer, *shifts, *rest]
 
 
 def _run(

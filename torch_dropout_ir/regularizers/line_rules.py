@@ -132,15 +132,14 @@ def _linear(call: Call, moving: list[int], places: tuple[int, ...]) -> list[Line
     def order(k: int) -> Tensor | None:
         if all([call.line_of(x)[k] is None for x in tensors([*given.values()])]):
             return None
-        return call.at(
-            _pytree.tree_map(lambda x: _or_nothing(call.line_of(x)[k], x), given)
-        )
+
+        def own(x: Any) -> Any:
+            u = call.line_of(x)[k]
+            return _nothing(x) if u is None else u
+
+        return call.at(_pytree.tree_map(own, given))
 
     return [(order(0), order(1))]
-
-
-def _or_nothing(u: Tensor | None, x: Any) -> Any:
-    return _nothing(x) if u is None else u
 
 
 def _nothing(x: Any) -> Any:
@@ -148,11 +147,6 @@ def _nothing(x: Any) -> Any:
     if isinstance(x, Tensor):
         return torch.zeros_like(x)
     return x if x is None else 0.0
-
-
-def _viewed(call: Call, _: list[int], value: Tensor) -> list[Line]:
-    """A line may lie otherwise in memory than what it is of."""
-    return each(call, 0, lambda u: u.reshape(value.shape))
 
 
 def _assigned(call: Call, _: list[int], value: Tensor) -> list[Line]:
@@ -258,7 +252,9 @@ def _rules() -> dict[Any, Rule]:
         ("_euclidean_dist", distances),  # of many rows, which torch takes by products
         ("nll_loss_forward nll_loss2d_forward", labelled),
         ("add sub", _summed), ("mul", multiplied), ("div", divided),
-        ("view _unsafe_view", _viewed), ("copy", _assigned), ("relu", _rectified),
+        # A line may lie otherwise in memory than what it is of.
+        ("view _unsafe_view", lambda c, _, y: each(c, 0, lambda u: u.reshape(y.shape))),
+        ("copy", _assigned), ("relu", _rectified),
         ("clone", lambda call, _, __: each(call, 0, Tensor.detach)),  # a tensor apart
         ("max min sort topk", _chosen), ("hardsigmoid", _slanted),
         ("max_pool2d_with_indices adaptive_max_pool2d", _pooled(2)),

@@ -30,17 +30,13 @@ def least_of_part(clean: CleanPass, read: OutputsRead) -> int:
     count = next(iter(counts))
     if len(counts) > 1 or count < 2 or not clean.by_samples(count):
         return 0
-    least = 1 if _runs_alone(clean, read.tensors) else PAIR
-    return least if count >= 2 * least else 0
-
-
-def _runs_alone(clean: CleanPass, outputs: Sequence[Tensor]) -> bool:
-    """Whether the graph tells that a single sample runs as among others."""
     # One row may lie in memory as torch's derivative of batch normalization misreads
     # it, where several do not.
-    told = all([clean.samples_meet(x) is False for x in outputs])
-    nodes = graph_nodes([x.grad_fn for x in outputs])
-    return told and not any(["BatchNorm" in node.name() for node in nodes])
+    told = all([clean.samples_meet(x) is False for x in read.tensors])
+    nodes = graph_nodes([x.grad_fn for x in read.tensors])
+    told = told and not any(["BatchNorm" in node.name() for node in nodes])
+    least = 1 if told else PAIR  # a single sample runs as among others
+    return least if count >= 2 * least else 0
 
 
 def count_samples(clean: CleanPass, read: OutputsRead, inputs: Any) -> int:

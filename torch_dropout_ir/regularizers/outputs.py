@@ -242,11 +242,8 @@ def check_curvature(read: OutputsRead) -> bool:
                 if flat or bends(read.risk(at)):
                     return True
             raise ValueError(_PIECEWISE.format("linear"))
-        jumps = jumps or (flat and _differs(read.risk(far), read.risk(at)))
+        a, b = read.risk(far), read.risk(at)
+        jumps = jumps or (flat and bool(a.isfinite() and b.isfinite() and a != b))
     if jumps:
         raise ValueError(_PIECEWISE.format("constant"))
     return False
-
-
-def _differs(a: Tensor, b: Tensor) -> bool:
-    return bool(a.isfinite() and b.isfinite() and a != b)

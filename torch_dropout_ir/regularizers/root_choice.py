@@ -12,7 +12,6 @@ from torch_dropout_ir.output_hessian import HessianRoots
 from torch_dropout_ir.output_products import HessianProduct, ProductRoots
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead
-from torch_dropout_ir.sample_blocks import Blocks
 from torch_dropout_ir.softmax_roots import SoftmaxRoots
 
 Roots: TypeAlias = "HessianRoots | SoftmaxRoots | ProductRoots"
@@ -34,15 +33,19 @@ def choose(
     """
     loss, f = read.loss, read.tensors[0]
     if loss is not None and product is not None and loss.kind == "general":
-        if product.blocks is not None and _enough(clean, f, product.blocks):
+        # What is between samples is no matter where they draw by themselves, apart.
+        by_sample = alone() and clean.count(f) == len(f)
+        if product.blocks is not None and (
+            not product.blocks.couples or (by_sample and clean.samples_meet(f) is False)
+        ):
             return HessianRoots(loss, read.single, read.targets, product), False
     if loss is None or product is None or not f.ndim:
         couples, terms = read.couples(product=product), None
     elif loss.kind == "general":
         terms = product.terms
         couples = not (terms and terms.by_row) and read.couples(product=product)
-        alone = terms is not None and terms.log_softmax is None
-        if alone or (f.shape[0] == f.numel() and not couples):
+        single = terms is not None and terms.log_softmax is None
+        if single or (f.shape[0] == f.numel() and not couples):
             loss = Loss(loss.function, "elementwise", loss.reduction)
     else:
         couples, terms = False, None
@@ -57,14 +60,6 @@ def choose(
     if product is not None and f.ndim and num_samples:
         return ProductRoots(product, num_samples > 1 or clean.matters), couples
     return None, couples
-
-
-def _enough(clean: CleanPass, f: Tensor, blocks: Blocks) -> bool:
-    """Whether what a loss has between samples is no matter: at sites they are apart."""
-    if not blocks.couples:
-        return True
-    # Samples draw by themselves then, as with a loss that is a sum over them.
-    return alone() and clean.count(f) == len(f) and clean.samples_meet(f) is False
 
 
 def blocks_fit(f: Tensor) -> bool:

@@ -63,7 +63,7 @@ def drawn_form(
 
 def weighted_signs(loss: Loss, f: Tensor, targets: Any) -> Tensor:
     """Draw signs on the outputs, times the root of what a sample's Hessian counts."""
-    signs = _signs(f)
+    signs = torch.empty_like(f).bernoulli_(0.5).mul_(2).sub_(1)
     if loss.kind == "squared":
         return squared_scale(loss, f.shape, targets) ** 0.5 * signs
     return cross_entropy_scale(loss, f, targets).sqrt() * signs
@@ -75,10 +75,6 @@ def _softmax_root(f: Tensor, signs: Tensor) -> Tensor:
     classes = 1 if f.ndim > 1 else 0
     r = (f.log_softmax(classes) / 2).exp()
     return r * (signs - r * (r * signs).sum(classes, keepdim=True))
-
-
-def _signs(like: Tensor) -> Tensor:
-    return torch.empty_like(like).bernoulli_(0.5).mul_(2).sub_(1)
 
 
 def parted(

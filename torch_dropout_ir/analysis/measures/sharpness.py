@@ -138,9 +138,8 @@ class Sharpness:
                 self.coupling,
             )  # fmt: skip
         if snapshot.ranks.most(bool(parts.lacking), "lacks"):
-            snapshot.absent["sharpness/top_eigenvalue"] = (
-                parts.lacking or "another rank"
-            )
+            why = parts.lacking or "another rank"
+            snapshot.absent["sharpness/top_eigenvalue"] = why
             return self._slice(snapshot)
         cut = dataclasses.replace(snapshot, batches=parts.batches)
         records = self._of(cut, parts, met)
