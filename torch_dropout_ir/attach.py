@@ -54,7 +54,6 @@ def check_data(model: nn.Module, who: str) -> None:
 
 
 def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) -> None:
-    """Say clearly what cannot be watched."""
     hooks = watched._forward_pre_hooks.values()
     own = any(isinstance(hook, RootHook) and hook.owner is not None for hook in hooks)
     if own or isinstance(getattr(watched, "_compiled_call_impl", None), CompiledCall):
@@ -118,7 +117,6 @@ def _first_batches(data: Any, model: nn.Module) -> list[Batch]:
 
 
 def _instances(given: Any, what: str, needed: tuple[str, ...]) -> list[Any]:
-    """Return measures or sinks as a list; raise a TypeError of something else."""
     one = not isinstance(given, Iterable)
     found = [given] if one else list(given)
     for x in found:

@@ -143,7 +143,6 @@ class ModuleCalls(TorchFunctionMode):
     def _site(
         self, function: str, p: float, kind: type[nn.Module] | None = None
     ) -> Site:
-        """Return the place of the call that is being made."""
         if not self._running:
             return Site(f":{function}#0", nn.Identity(), kind, p)
         module, calls = self._running[-1]

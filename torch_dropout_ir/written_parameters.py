@@ -54,7 +54,6 @@ class _Kept:
             self._kept[id(x)] = x, x.data, x.detach().clone()
 
     def now(self) -> _Kept:
-        """Return them as they are now."""
         found = _Kept()
         for x, _, _ in self._kept.values():
             found.add(x)
@@ -90,7 +89,6 @@ class _Writes(TorchFunctionMode):
         return func(*args, **named)
 
     def see(self, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Look at a call that is about to be made."""
         if given := written_by(name, args, named):
             with unasked():
                 self._look(given)

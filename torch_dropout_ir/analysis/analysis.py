@@ -202,7 +202,6 @@ class Analysis:
         self._schedule.enter(seconds, self._clock - started, self.step)
 
     def _take_and_write(self, names: set[str]) -> dict[str, float]:
-        """Take the named measures, write their records, return what each took."""
         with self._ranks.together():
             runs = any(map(runs_model, self._attempts.named(names)))
             own = self.inputs_of, self.targets_of

@@ -189,8 +189,6 @@ def _mask_of(func: Any, args: tuple[Any, ...], out: Any) -> Tensor | None:
 
 
 class _Calls(ModuleCalls):
-    """Tells the draws which site they are of."""
-
     def __init__(self, model: nn.Module, found: Replay, draws: _Draws) -> None:
         super().__init__(named_modules(model))
         self._model = model

@@ -137,7 +137,6 @@ def gauss_newton(
 
 
 def _drawn(seen: _Seen, asked: Asked) -> Estimate:
-    """Return the estimate from draws of the first pass or of further ones."""
     draws, coupled, num_samples = seen.draws, seen.coupled, asked.num_samples
     if draws is not None and seen.chunks is not None:
         coupled = not seen.chunks.apart()
@@ -176,7 +175,6 @@ def _pass(asked: Asked, **options: Any) -> contextlib.AbstractContextManager[Cle
 
 @contextlib.contextmanager
 def _again(asked: Asked) -> Iterator[tuple[CleanPass, OutputsRead]]:
-    """Run a pass over all rows once more, and weigh it."""
     with _pass(asked, weigh=True) as clean:
         yield clean, read_of(clean, asked.batch[1], asked.loss)
 

@@ -63,7 +63,6 @@ class Wholes(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _along(self, run: Callable[..., Any], given: Sequence[Tensor]) -> list[Tensor]:
-        """Return what is run of what is given, which moves from there on."""
         lines = {id(x): self._moving.line(x) for x in given}
         with self._moving.aside():
             found, moved = outside(lambda: run(lambda x: lines[id(x)]), given[0])
@@ -114,7 +113,6 @@ def _forward(moving: Moving, cls: Any, forward: Any, *args: Any) -> Any:
     over: dict[int, Tensor] = {}  # what copies of the last call are of
 
     def function(*new: Any) -> Any:
-        """Call it with copies, on which it may write."""
         own = [
             x if line is STILL else x.clone()
             for x, line in zip(new, lines, strict=True)

@@ -137,12 +137,10 @@ def _of_heads(heads: list[Tensor], pairs: Pairs) -> list[Tensor | None]:
 
 
 def _spread(x: Tensor) -> float:
-    """Return the root of the mean square."""
     return float(x.detach().norm()) / max(1, x.numel()) ** 0.5
 
 
 def _product(g: Tensor, u: Tensor | None) -> float:
-    """Return the real part of the sum of products."""
     if u is None:
         return 0.0
     return float((g.conj() * u).sum().real) if g.is_complex() else float((g * u).sum())

@@ -63,7 +63,6 @@ def added(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
 
 
 def _squared(a: Tensor, b: Tensor, *lines: Line) -> Line:
-    """Return the line of the sum of squared differences."""
     pairs = zip(*lines, strict=True)
     u, w = [v if o is None else -o if v is None else v - o for v, o in pairs]
     off = a - b

@@ -178,7 +178,6 @@ class Moving(TorchDispatchMode):
 
 
 def _check_kind(x: Tensor, line: Line) -> None:
-    """See that derivatives are of the kind of a tensor."""
     for u in line:
         if u is not None and (u.shape != x.shape or u.dtype != x.dtype):
             raise NoRuleError(f"{list(x.shape)} moves by {list(u.shape)}")

@@ -88,7 +88,6 @@ def _moved(
     noise: Noise,
     linear: bool,
 ) -> tuple[Any, Moving]:
-    """Return the outputs where a use of a site moves, and how they do."""
     survey = Survey.of(model)
     moving, used = Moving((True, not linear)), 0
 

@@ -143,7 +143,6 @@ def _linear(call: Call, moving: list[int], places: tuple[int, ...]) -> list[Line
 
 
 def _nothing(x: Any) -> Any:
-    """Return the zero of what is like an argument."""
     if isinstance(x, Tensor):
         return torch.zeros_like(x)
     return x if x is None else 0.0
@@ -159,7 +158,6 @@ def _assigned(call: Call, _: list[int], value: Tensor) -> list[Line]:
 
 
 def _summed(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
-    """Sums and differences."""
     if any([i not in (0, 1) for i in moving]):
         return None
     factor = call.kwargs.get("alpha", 1)
@@ -246,7 +244,6 @@ def _normalized(call: Call, moving: list[int], found: Any) -> list[Line] | None:
 
 
 def _rules() -> dict[Any, Rule]:
-    """Return the rule of each operation that has one of its own."""
     kinds: tuple[tuple[str, Rule], ...] = (
         (SINGLE, elementwise), (ROWS, softened), (ADDED, added), (REDUCED, reduced),
         ("_euclidean_dist", distances),  # of many rows, which torch takes by products

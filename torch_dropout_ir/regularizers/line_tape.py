@@ -78,7 +78,6 @@ class _Step:
     first: bool = False
 
     def reads(self) -> list[int]:
-        """Return the numbers of what it is given, as often as it is."""
         leaves = _pytree.tree_leaves(self.given)
         return [x.number for x in leaves if isinstance(x, _Slot)]
 
@@ -186,7 +185,6 @@ class _Recorder(TorchDispatchMode):
         self._count = 0
 
     def name(self, x: Tensor, *, moves: bool) -> Tensor:
-        """Give a tensor a number, and return it."""
         self.numbers[x] = self._count
         if moves and can_move(x):
             self._moves.add(self._count)
@@ -235,7 +233,6 @@ class _Recorder(TorchDispatchMode):
         self._moves.update(own)
 
     def _numbers(self, given: Any) -> list[int]:
-        """Return the numbers of what moves."""
         return sorted({self.numbers[x] for x in tensors(given) if self._moving(x)})
 
     def _places(self, args: Any, kwargs: Any) -> list[int]:

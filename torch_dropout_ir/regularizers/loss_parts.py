@@ -173,7 +173,6 @@ class LossParts:
         return found.view(len(gradient), -1, found.shape[1])
 
     def _gradient(self, f: Tensor, rows: Tensor, samples: Tensor) -> Tensor:
-        """Return the gradient of a part where it has moved."""
         at = self._moved(f[rows], rows)
         product = HessianProduct(self._loss, at, self._targets_of(samples))
         return self._of(*torch.autograd.grad(product.value, product.at))

@@ -249,7 +249,6 @@ def _with_r1(
 
 
 def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
-    """Return R_1 with its graph in the parameters."""
     check_reachable("modified_loss", clean.unreachable)
     if not clean.uses:  # p = 0 everywhere
         return torch.zeros((), device="cpu")

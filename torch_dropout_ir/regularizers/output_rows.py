@@ -167,7 +167,6 @@ class RowNoise(TorchDispatchMode):
         return found.index_copy_(0, self._rows(len(x)).to(x.device), x)
 
     def _part(self, x: Any) -> Any:
-        """Return the rows of the samples."""
         if not isinstance(x, Tensor) or not x.ndim or x.shape[0] % self._count:
             return x
         return x[self._rows(len(x) // self._count * len(self._samples))]

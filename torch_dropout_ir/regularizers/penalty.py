@@ -157,7 +157,6 @@ def _by_cuts(
 
 
 def _penalty(slopes: Sequence[Tensor | None], rates: Sequence[float]) -> Tensor:
-    """Return ``(lr / 4) ||g||^2``."""
     pairs = [(r, g) for r, g in zip(rates, slopes, strict=True) if g is not None]
     own, known = zip(*pairs, strict=True)
     return weighted_squares(own, known)

@@ -156,7 +156,6 @@ class CutPasses:
         return got[len(own)] if first else None, got[-1]
 
     def _again(self, first: int, stop: int) -> tuple[Tensor, PassNodes]:
-        """Run the pass with what a part of it needs."""
         value = self._pass((first, stop))
         found = PassNodes(value, self._own)
         expected, *like = self._like

@@ -169,7 +169,6 @@ class RowChunks:
         return found
 
     def _samples(self) -> Iterable[Tensor]:
-        """Return the numbers of the rows of each chunk."""
         if self.alone is not None:
             return self.alone.samples
         return chunks(self._count, self._parts, self._least)

@@ -134,7 +134,6 @@ def second_order(
 
 
 def _drawn(seen: _Seen, asked: Asked) -> Estimate:
-    """Return the estimate from draws of the first pass or of further ones."""
     draws, known, coupled = seen.draws, seen.known, seen.coupled
     if draws is None and seen.chunks is not None and not seen.few:
         draws = draws_by_chunks(seen.chunks, seen.masks, asked.num_samples, coupled)

@@ -238,7 +238,6 @@ def _standard_errors(
 
 
 def _rows(draw: Sequence[Form], samples: int, name: str) -> Tensor:
-    """Return the forms of a site by sample."""
     forms = [
         f if len(f) == samples else f.sum().unsqueeze(0)
         for site, f in draw

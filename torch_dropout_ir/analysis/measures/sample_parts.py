@@ -228,7 +228,6 @@ def _itself(x: Tensor) -> Tensor:
 
 
 def _rows(batch: Batch, count: int, start: int, stop: int) -> Batch:
-    """Take some samples of a batch."""
     rows = slice(start, stop)
     inputs = rows_of(Inputs.of(batch[0]), rows, count)
     if batch[1] is batch[0]:  # a model that computes its loss has its targets there

@@ -149,7 +149,6 @@ class Sharpness:
         return records | self._slice(snapshot)
 
     def _of(self, snapshot: Snapshot, parts: Parts, met: bool) -> dict[str, Record]:
-        """The records of one loss surface."""
         assert snapshot.loss is not None
         used = self._used(snapshot, parts)
         surface = parts.surface(snapshot.model, snapshot.loss, used)
@@ -198,7 +197,6 @@ class Sharpness:
         return used
 
     def _density(self, probe: Quadrature) -> dict[str, Record]:
-        """Shares of the eigenvalues in bins between the outermost nodes."""
         if not self.density_steps:
             return {}
         found = smoothed([(probe.nodes, probe.weights)], len(probe.nodes))
@@ -241,8 +239,6 @@ class Sharpness:
 
 
 class _Collectives(TorchDispatchMode):
-    """Looks for collectives in what runs inside."""
-
     def __init__(self) -> None:
         super().__init__()
         self.seen = False
