@@ -63,10 +63,14 @@ def drawn_form(
 
 def weighted_signs(loss: Loss, f: Tensor, targets: Any) -> Tensor:
     """Draw signs on the outputs, times the root of what a sample's Hessian counts."""
-    signs = torch.empty_like(f).bernoulli_(0.5).mul_(2).sub_(1)
+    signs = _signs(f)
     if loss.kind == "squared":
         return squared_scale(loss, f.shape, targets) ** 0.5 * signs
     return cross_entropy_scale(loss, f, targets).sqrt() * signs
+
+
+def _signs(like: Tensor) -> Tensor:
+    return torch.empty_like(like).bernoulli_(0.5).mul_(2).sub_(1)
 
 
 def _softmax_root(f: Tensor, signs: Tensor) -> Tensor:
