@@ -14,6 +14,7 @@ Semantics:
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -76,7 +77,7 @@ class Replay:
 
     def __init__(self) -> None:
         self.outputs: Any = None
-        self.statistics: dict[str, MaskStatistics] = {}
+        self.statistics = defaultdict[str, MaskStatistics](MaskStatistics)
         self.calls: dict[str, Site] = {}
         self.unseen: dict[str, str] = {}
 
@@ -87,8 +88,7 @@ class Replay:
         units = site.num_units(mask.shape)
         kept = mask.reshape(-1, units).sum(0)
         drawn = MaskStatistics.of_units(kept, mask.numel(), site.p)
-        seen = self.statistics.get(site.name, MaskStatistics())
-        self.statistics[site.name] = seen + drawn
+        self.statistics[site.name] += drawn
 
 
 def replay(

@@ -26,7 +26,7 @@ from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.loss_weight import makes_much, one_root, parts_pay
 from torch_dropout_ir.regularizers.output_rows import count_samples, rows_of_samples
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
-from torch_dropout_ir.regularizers.part_roots import PartRoots
+from torch_dropout_ir.regularizers.root_choice import PartRoots
 from torch_dropout_ir.regularizers.root_forms import RootForms
 from torch_dropout_ir.regularizers.root_passes import (
     draws_by_passes,

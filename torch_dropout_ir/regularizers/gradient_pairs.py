@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence, Set
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,16 @@ from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import alone, go_on
 from torch_dropout_ir.exhaustion import raise_if_exhausted
 from torch_dropout_ir.functional import Batch, parameters, rewinding
-from torch_dropout_ir.gradient_factors import Factors, address
+from torch_dropout_ir.gradient_factors import Factors, address, row_blocks
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
-from torch_dropout_ir.regularizers.inner_products import Gradient, compared, wide_dtype
 from torch_dropout_ir.regularizers.masked import NoiseSeen, dropout_risk
 from torch_dropout_ir.regularizers.pass_parts import PassParts
 from torch_dropout_ir.regularizers.step_memory import LEAST
 from torch_dropout_ir.weight_parts import WeightParts
 
+Gradient: TypeAlias = Tensor | Factors  # gives rows by slices
 # Entries of a gradient that are made at a time: a share of all, within these.
 _SHARE: Final = 16
 _FEWEST: Final = 2**11
@@ -219,3 +219,47 @@ def _addresses(batch: Batch) -> set[int]:
     """Return where the inputs are, which are there anyway."""
     given = (x for x in Inputs.of(batch[0]).leaves() if isinstance(x, Tensor))
     return {address(x) for x in given}
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Precision of sums: squares of half precision vanish."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def compared(
+    a: Gradient | None, b: Gradient | None, like: Tensor, entries: int
+) -> Tensor:
+    r"""Return what two gradients of one parameter say, some rows at a time.
+
+    That is :math:`\lVert a \rVert^2`, :math:`\lVert b \rVert^2`, :math:`\langle a, b
+    \rangle` and :math:`\lVert a - b \rVert^2`; None is zero.
+    """
+    wide = wide_dtype(like)
+    total = torch.zeros(4, dtype=wide.to_real(), device=like.device)
+    given = [x for x in (a, b) if x is not None]
+    # Entries may be taken in any number then, not as rows.
+    flat = all(
+        isinstance(x, Tensor) and (x.is_contiguous() or not x.ndim) for x in given
+    )
+    lines = like.reshape(-1) if flat else like
+    zero = like.new_zeros(()).expand(lines.shape)
+    a, b = (
+        zero if x is None else x.reshape(lines.shape) if isinstance(x, Tensor) else x
+        for x in (a, b)
+    )
+    for part in row_blocks(lines, entries):
+        total += _of_rows(a, b, part, wide)  # whose rows are gone before the next
+    return total
+
+
+def _of_rows(a: Gradient, b: Gradient, part: slice, wide: torch.dtype) -> Tensor:
+    x, y = (each[part].to(wide).reshape(-1) for each in (a, b))
+    square, inner, other = torch.vdot(x, x), torch.vdot(y, x), torch.vdot(y, y)
+    # In the place of what has just been made, where one of them is.
+    made = [
+        own
+        for own, each in ((x, a), (y, b))
+        if not isinstance(each, Tensor) or each.dtype != wide
+    ]
+    away = torch.sub(x, y, out=made[0] if made else None)
+    return torch.stack((square, other, inner, torch.vdot(away, away))).real

@@ -21,10 +21,9 @@ from torch.utils import _pytree
 
 from torch_dropout_ir.attention_again import Attention, Part, Parted
 from torch_dropout_ir.dropout_calls import RECURRENT
-from torch_dropout_ir.regularizers.line_calls import STILL, Line, tensors
+from torch_dropout_ir.regularizers.line_calls import STILL, Line, of_product, tensors
 from torch_dropout_ir.regularizers.line_graphs import outside
 from torch_dropout_ir.regularizers.line_mode import Moving
-from torch_dropout_ir.regularizers.line_products import of_product
 from torch_dropout_ir.regularizers.line_recurrent import along_steps
 from torch_dropout_ir.regularizers.line_slabs import along_rows, of_softmax
 

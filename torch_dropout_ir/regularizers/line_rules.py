@@ -23,7 +23,10 @@ from torch_dropout_ir.regularizers.line_calls import (
     alike,
     aten,
     can_move,
+    divided,
     each,
+    multiplied,
+    product,
     room,
     tensors,
 )
@@ -34,7 +37,6 @@ from torch_dropout_ir.regularizers.line_losses import (
     labelled,
     reduced,
 )
-from torch_dropout_ir.regularizers.line_products import divided, multiplied, product
 from torch_dropout_ir.regularizers.line_slabs import (
     elementwise,
     group_normalized,
