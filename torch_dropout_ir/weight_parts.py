@@ -41,12 +41,7 @@ def _same(x: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        give: Any,
-        drawn: Drawn | None,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Any, give: Any, drawn: Drawn | None
     ) -> Tensor:
         ctx.save_for_backward(x if drawn is None else drawn.inputs, weight)
         ctx.give, ctx.drawn = give, drawn and drawn.again
@@ -71,12 +66,7 @@ def _factors(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Factors:
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: Geometry,
-        give: Any,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Any, geometry: Geometry, give: Any
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.give = geometry, give

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.collectives import every, go_on, some
-from torch_dropout_ir.functional import at_sites, call
+from torch_dropout_ir.functional import at_sites
 from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.recomputation import Blocks, Context
 from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
@@ -259,8 +259,7 @@ def clean_pass(
             calls.look_on(seen.last.see)
         states = [] if calls.absent else random_state(model)
         calls.given = matrices.given
-        own = {"move_buffers": move_buffers, "survey": survey}
-        run = functools.partial(_run, model, inputs, seen.end, reduce, around, own)
+        run = functools.partial(seen.forward, around, reduce, move_buffers)
         outputs = seen.run(run, lambda: calls.differentiates)
         if bare and not calls.again:
             calls.rest()  # before anything is asked of a tensor
@@ -279,17 +278,3 @@ def clean_pass(
         found = CleanPass(*met, *said, seen.below, weigh, states, survey.row_wise)
         del met, outputs  # what the pass lets go of
         yield found
-
-
-def _run(
-    model: nn.Module,
-    inputs: Any,
-    end: Callable[[Any], None],
-    reduce: Callable[[Any], Any] | None,
-    around: contextlib.AbstractContextManager[Any],
-    options: Mapping[str, Any],
-) -> Any:
-    with around:
-        outputs = call(model, inputs, **options)
-    end(outputs)  # before anybody's loss
-    return outputs if reduce is None else reduce(outputs)

@@ -233,7 +233,8 @@ def _with_r1(
             parts = None
             if moved is not None and max_bytes is not None and not moved():
                 weight = float(kind == "L1")
-                parts = parted(model, batch, loss, passed, clean, weight, max_bytes)
+                of = model, batch, loss
+                parts = parted(of, passed, clean, weight, max_bytes)
             if parts is None:
                 excess = _r1(passed, batch[1], loss, r1)
             else:

@@ -60,12 +60,8 @@ def online(
     twice = loss.kind == "general"
     risk, slopes, linear = None, [], False
     seed = int(torch.randint(2**62, (), device="cpu"))  # of noise beside sites
-    with (
-        preserved_rng(model, seed),
-        clean_pass(
-            model, batch[0], twice=twice, bare=not twice, find_last=True
-        ) as clean,
-    ):
+    run = functools.partial(clean_pass, model, batch[0], twice=twice, find_last=True)
+    with preserved_rng(model, seed), run(bare=not twice) as clean:
         found, how = _second_order(model, clean, batch[1], loss)
         if batch[1] is not None:
             with torch.no_grad():

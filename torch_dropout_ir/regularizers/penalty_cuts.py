@@ -19,18 +19,12 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.arrivals import root_of
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.graph_memory import TOLD, sizes_of
-from torch_dropout_ir.regularizers.pass_nodes import (
-    Kept,
-    PassNodes,
-    given,
-    kept_by,
-    size_at,
-)
+from torch_dropout_ir.regularizers.pass_nodes import PassNodes, kept_by, saving, size_at
 
 # Parts at most: each takes a pass.
 _MOST: Final = 6
@@ -166,15 +160,7 @@ class CutPasses:
         return value, found
 
     def _pass(self, part: tuple[int, int] | None) -> Tensor:
-        places = itertools.count()
-
-        def save(x: Tensor) -> Kept:
-            place = next(places)
-            node = None if part is None else self._node_of.get(place)
-            need = node is None or part is None or part[0] <= node < part[1]
-            return Kept(place, x.detach() if need else None)
-
-        with saved_tensors_hooks(save, given):
+        with saving(self._node_of, part):
             return self._run()
 
     def _chosen(self, found: PassNodes) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch_dropout_ir.regularizers.site_forms import Form, by_sample, not_reache
 _ROOTED: Final = ("squared", "cross_entropy")
 # Besides a first, small one; a double backward holds three times what a step does.
 _PARTS: Final = 3
+Of: TypeAlias = tuple[nn.Module, Batch, Loss]
 
 
 def rooted(loss: Loss, targets: Any) -> bool:
@@ -82,15 +83,10 @@ def _softmax_root(f: Tensor, signs: Tensor) -> Tensor:
 
 
 def parted(
-    model: nn.Module,
-    batch: Batch,
-    loss: Loss,
-    clean: CleanPass,
-    risk: Tensor,
-    weight: float,
-    max_bytes: int,
+    of: Of, clean: CleanPass, risk: Tensor, weight: float, max_bytes: int
 ) -> RootsByChunks | None:
     """Return the loss with its form by parts, where that pays and is the same."""
+    model, batch, loss = of
     read = read_outputs(clean.outputs, loss, batch[1])
     known = read.loss is not None and read.loss.kind in _ROOTED
     if not (known and RowChunks.least(clean, read)) or clean.unreachable:
@@ -100,7 +96,7 @@ def parted(
     own = [x for x in model.parameters() if x.requires_grad]
     if not own or not parts_pay(risk, [*own, *clean.zeros], max_bytes):
         return None
-    found = RootsByChunks(model, batch, loss, clean, read, weight)
+    found = RootsByChunks(of, clean, read, weight)
     with preserved_rng(model):  # noise that is no dropout
         return found if found.chunks.apart() else None
 
@@ -109,15 +105,9 @@ class RootsByChunks:
     """The loss with its Gauss-Newton form, made of parts of the batch."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        loss: Loss,
-        clean: CleanPass,
-        read: OutputsRead,
-        weight: float,
+        self, of: Of, clean: CleanPass, read: OutputsRead, weight: float
     ) -> None:
-        self._model, self._batch, self._loss = model, batch, loss
+        self._model, self._batch, self._loss = model, batch, _ = of
         self._params = [x for x in model.parameters() if x.requires_grad]
         self._weight, self._names = weight, clean.names
         self._read = dataclasses.replace(
