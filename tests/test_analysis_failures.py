@@ -20,7 +20,7 @@ from torch import nn
 import torch_dropout_ir as tdi
 from tests import traces
 from torch_dropout_ir import sinks
-from torch_dropout_ir.analysis import attempts, capture, delivery, measures
+from torch_dropout_ir.analysis import attempts, capture, measures, records
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.signal_handlers import handlers_raise
@@ -144,7 +144,7 @@ def test_measuring_by_hand_returns_what_it_has_found_and_nothing_older():
 
 def test_a_sink_that_is_opened_late_is_opened_once_and_closed():
     kept, opened = sinks.Memory(), []
-    late = delivery.Postponed(lambda: (opened.append(1), kept)[1])
+    late = records.Postponed(lambda: (opened.append(1), kept)[1])
     late.close()
     assert not opened
     for step in range(2):

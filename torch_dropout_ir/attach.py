@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from torch_dropout_ir.analysis import Analysis, Measure, Sink
 from torch_dropout_ir.analysis.cadence import Cadence
-from torch_dropout_ir.analysis.delivery import Postponed, warn
 from torch_dropout_ir.analysis.distributed import ranks_of
 from torch_dropout_ir.analysis.measures import default_measures
+from torch_dropout_ir.analysis.records import Postponed, warn
 from torch_dropout_ir.analysis.root_hook import CompiledCall, RootHook
 from torch_dropout_ir.arguments import check_flag, check_module
 from torch_dropout_ir.batches import fixed_batches

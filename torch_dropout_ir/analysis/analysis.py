@@ -15,10 +15,9 @@ from torch.optim import Optimizer
 from torch_dropout_ir.analysis.attempts import Attempts, Schedule
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import Capture
-from torch_dropout_ir.analysis.delivery import Delivery
 from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.meetings import processes
-from torch_dropout_ir.analysis.records import Sink, remember
+from torch_dropout_ir.analysis.records import Delivery, Sink, remember
 from torch_dropout_ir.analysis.root_hook import compiled_in_place
 from torch_dropout_ir.analysis.signal_handlers import handlers_raise
 from torch_dropout_ir.analysis.snapshot import Measure, labels, runs_model

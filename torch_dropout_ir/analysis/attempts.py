@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Final
 
 from torch_dropout_ir.analysis.cadence import Cadence
-from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.distributed import PEER, Ranks
-from torch_dropout_ir.analysis.records import Record
+from torch_dropout_ir.analysis.records import Record, warn
 from torch_dropout_ir.analysis.snapshot import Measure, Snapshot, take
 
 MOST_FAILURES: Final = 6

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.analysis.attributes import Generators
 from torch_dropout_ir.analysis.bystanders import Bystanders
-from torch_dropout_ir.analysis.delivery import warn
+from torch_dropout_ir.analysis.records import warn
 from torch_dropout_ir.analysis.replay import OtherDraws, Replay, replay
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.masks import MaskStatistics

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from torch_dropout_ir.analysis.delivery import warn
+from torch_dropout_ir.analysis.records import warn
 from torch_dropout_ir.analysis.signal_handlers import handlers_raise
 from torch_dropout_ir.tracing import recorded
 from torch_dropout_ir.turns import in_turn

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.regularizers.closed_forms import is_quadratic
+from torch_dropout_ir.regularizers.estimate import is_quadratic
 from torch_dropout_ir.regularizers.last_layer import (
     ROWS_MEET,
     check_layer,

@@ -23,7 +23,7 @@ from torch_dropout_ir.regularizers.checks import (
     read_beside,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.closed_forms import last_layer_form
+from torch_dropout_ir.regularizers.estimate import last_layer_form
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
 from torch_dropout_ir.regularizers.outputs import (

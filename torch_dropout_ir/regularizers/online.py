@@ -15,8 +15,7 @@ from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.closed_forms import fits_last_layer
-from torch_dropout_ir.regularizers.estimate import Estimate, of_squares
+from torch_dropout_ir.regularizers.estimate import Estimate, fits_last_layer, of_squares
 from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk, linear_parts
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs

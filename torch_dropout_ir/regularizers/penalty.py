@@ -20,14 +20,15 @@ from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.gradient_norm import learning_rates
 from torch_dropout_ir.regularizers.gradient_pairs import wide_dtype
-from torch_dropout_ir.regularizers.known_gradient import (
+from torch_dropout_ir.regularizers.masked import MaskedRows
+from torch_dropout_ir.regularizers.penalty_cuts import CutPasses
+from torch_dropout_ir.regularizers.penalty_products import (
+    Products,
     learns_alone,
     parts_pay,
+    slopes_of,
     with_gradient_beside,
 )
-from torch_dropout_ir.regularizers.masked_rows import MaskedRows
-from torch_dropout_ir.regularizers.penalty_cuts import CutPasses
-from torch_dropout_ir.regularizers.penalty_products import Products, slopes_of
 from torch_dropout_ir.sharpness.derivatives import lean_derivatives
 from torch_dropout_ir.sharpness.frozen import twice_differentiable
 from torch_dropout_ir.tracing import unpacked_by_hooks
