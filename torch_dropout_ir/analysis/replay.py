@@ -37,12 +37,7 @@ from torch_dropout_ir.module_calls import ModuleCalls
 from torch_dropout_ir.nn import Dropout, Dropout1d, Dropout2d, Dropout3d
 from torch_dropout_ir.ops import mask_unpack
 from torch_dropout_ir.sharpness.frozen import unrecorded
-from torch_dropout_ir.sites import (
-    Site,
-    find_sites,
-    is_stochastic_depth,
-    named_modules,
-)
+from torch_dropout_ir.sites import Site, find_sites, is_stochastic_depth, named_modules
 from torch_dropout_ir.substitution import unmoved_gradients
 from torch_dropout_ir.tracing import random_state
 from torch_dropout_ir.turns import alone_with
