@@ -34,10 +34,6 @@ class Drawn(NamedTuple):
     version: int
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -125,7 +121,7 @@ class WeightParts(TorchFunctionMode):
             self._noted(y, h, again)
 
     def _noted(self, y: Tensor, h: Tensor, again: Callable[[Tensor], Tensor]) -> None:
-        of = self._drawn(h) or Drawn(h.detach(), _same, h._version)
+        of = self._drawn(h) or Drawn(h.detach(), lambda x: x, h._version)
         before = of.again  # without what it is made of
         new = of._replace(again=lambda x: again(before(x)))
         y._drawn = new, y._version  # type: ignore[attr-defined]

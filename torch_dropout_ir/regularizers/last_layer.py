@@ -268,11 +268,12 @@ def sum_by_rows(
     again = differentiated(rows, *others, *whole)
     total = rows.new_zeros(())
     for block in zip(*(x.split(count) for x in (rows, *others)), strict=True):
-        if again:
-            part = checkpoint(
-                form, *block, *whole, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            part = form(*block, *whole)
-        total = total + part
+        total = total + computed(again, form, *block, *whole)
     return total
+
+
+def computed(again: bool, form: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """Return what a form makes, to be made ``again`` in a backward pass, or kept."""
+    if not again:
+        return form(*given)
+    return checkpoint(form, *given, use_reentrant=False, preserve_rng_state=False)

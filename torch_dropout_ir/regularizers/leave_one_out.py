@@ -8,7 +8,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.utils import _pytree
-from torch.utils.checkpoint import checkpoint
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.losses import Loss, resolve_loss
@@ -17,6 +16,7 @@ from torch_dropout_ir.regularizers.last_layer import (
     ROWS_MEET,
     check_layer,
     check_rows,
+    computed,
     last_layer,
     softmax_and_scale,
     sum_by_rows,
@@ -151,12 +151,7 @@ def _general_form(
 
     total = (slope * contribution).sum()
     for h, w in zip(features.unbind(-1), weight.unbind(1), strict=True):
-        if differentiable and tracing.eager():
-            part = checkpoint(
-                without, h, w, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            part = without(h, w)
+        part = computed(differentiable and tracing.eager(), without, h, w)
         total = total + (part - value)
     return total
 

@@ -197,7 +197,8 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         places, writes = self._places(args, kwargs), func._schema.is_mutable
         seen = bool(places) and torch.is_grad_enabled()
-        if places and not seen and not (self.constants.asked and _own(args, writes)):
+        own = not writes or not shared(args[0])  # else another tensor shows it
+        if places and not seen and not (self.constants.asked and own):
             raise NoRuleError(f"{func} without autograd")
         shown = seen and writes and shared(args[0])
         bare = out_of_place(func) if seen and writes else func
@@ -246,8 +247,3 @@ class _Recorder(TorchDispatchMode):
     def _slot(self, x: Any) -> Any:
         number = self.numbers.get(x) if isinstance(x, Tensor) else None
         return x if number is None else _Slot(number)
-
-
-def _own(args: Any, writes: bool) -> bool:
-    """Whether an operation writes on nothing, or on what no other tensor shows."""
-    return not writes or not shared(args[0])

@@ -109,8 +109,7 @@ def _by_rows(
     """Return the value and its gradient by parts of the batch; None if those meet."""
     slopes = torch.autograd.grad(risk, params, allow_unused=True)
     value = sign * _penalty(slopes, rates) + weight * risk.detach()
-    gradient: list[Tensor | None]
-    gradient = [None if g is None else g * weight for g in slopes]
+    gradient: list[Tensor | None] = [None if g is None else g * weight for g in slopes]
     products = Products(params, slopes, rates, sign, gradient)
     try:
         for part in rows.parts():

@@ -218,13 +218,13 @@ def _kept(surface: Surface, batch: Batch) -> int:
         return x.detach()
 
     leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
-    with torch.enable_grad(), surface.held(None), saved_tensors_hooks(pack, _itself):
+    with (
+        torch.enable_grad(),
+        surface.held(None),
+        saved_tensors_hooks(pack, lambda x: x),
+    ):
         surface.risk(leaves, batch, 0, None)
     return sum(kept.values())
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
 
 
 def _rows(batch: Batch, count: int, start: int, stop: int) -> Batch:
