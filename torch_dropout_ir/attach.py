@@ -17,6 +17,7 @@ from torch_dropout_ir.analysis.distributed import ranks_of
 from torch_dropout_ir.analysis.measures import default_measures
 from torch_dropout_ir.analysis.records import Postponed, warn
 from torch_dropout_ir.analysis.root_hook import CompiledCall, RootHook
+from torch_dropout_ir.analysis.steps import steps_model
 from torch_dropout_ir.arguments import check_flag, check_module
 from torch_dropout_ir.batches import fixed_batches
 from torch_dropout_ir.functional import Batch, preserved_rng
@@ -74,10 +75,7 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
             "Shard it by `torch.distributed.fsdp.fully_shard`, then attach."
         )
     check_data(model, "attach_analysis")
-    stepped = {id(x) for x in model.parameters()}
-    if optimizer is not None and not any(
-        id(x) in stepped for group in optimizer.param_groups for x in group["params"]
-    ):
+    if optimizer is not None and not steps_model(optimizer, model):
         raise ValueError(
             "attach_analysis: expected an `optimizer` that steps parameters of "
             f"`model`, got a {type(optimizer).__name__} over others. Make it from "

@@ -126,14 +126,6 @@ def derivatives(
     )  # fmt: skip
 
 
-def derivatives_of_each(
-    output: Tensor, at: GradientEdge | Tensor, roots: Tensor
-) -> Tensor | None:
-    """Return the derivative at each of several roots at once, the graph kept."""
-    places: list[Any] = [at]
-    return of_each(lambda root: derivatives(output, places, root, keep=True)[0], roots)
-
-
 def of_each(act: Callable[[Tensor], Any], roots: Tensor) -> Any:
     """Return what ``act`` makes of each of several roots, at once; None where it does.
 

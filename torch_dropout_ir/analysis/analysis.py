@@ -20,7 +20,7 @@ from torch_dropout_ir.analysis.meetings import processes
 from torch_dropout_ir.analysis.records import Delivery, Sink, remember
 from torch_dropout_ir.analysis.root_hook import compiled_in_place
 from torch_dropout_ir.analysis.signal_handlers import handlers_raise
-from torch_dropout_ir.analysis.snapshot import Measure, labels, runs_model
+from torch_dropout_ir.analysis.snapshot import Measure, labels
 from torch_dropout_ir.analysis.steps import NO_STEP, STEPS, OptimizerSteps
 from torch_dropout_ir.analysis.summary import (
     SiteReport,
@@ -202,7 +202,9 @@ class Analysis:
 
     def _take_and_write(self, names: set[str]) -> dict[str, float]:
         with self._ranks.together():
-            runs = any(map(runs_model, self._attempts.named(names)))
+            each = [m.needs for m in self._attempts.named(names)]
+            # More than the gradients that the optimizer has.
+            runs = any(not needs or needs - {"gradients", "sites"} for needs in each)
             own = self.inputs_of, self.targets_of
             snapshot = self._view.snapshot(self.step, runs, *own).agree()
             self.notes.update(run_facts(self, self._steps.optimizer))

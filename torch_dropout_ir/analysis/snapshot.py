@@ -254,11 +254,6 @@ class Measure(Protocol):
         """Return records by tag."""
 
 
-def runs_model(measure: Measure) -> bool:
-    """Whether a measure needs more than the gradients that the optimizer has."""
-    return not measure.needs or measure.needs - {"gradients", "sites"} != frozenset()
-
-
 def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
     """Take a measure, and give back generators, buffers and gradients that it moved."""
     model = snapshot.model

@@ -47,8 +47,7 @@ def along_steps(
             ends.append([h[:, k].clone() for h in starts])
             inner, outer, *more = weights[k * each : (k + 1) * each]
             own = [inner, outer, *([] if biases else [None, None]), *more]
-            parts = [u.narrow(-1, way * width, width) for u in made]
-            to = [_steps(u, sizes, dim) for u in parts]
+            to = [_steps(u.narrow(-1, way * width, width), sizes, dim) for u in made]
             for t in range(len(to[0]))[
                 :: -1 if back else 1
             ]:  # the state goes on in place

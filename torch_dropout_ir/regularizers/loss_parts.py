@@ -105,11 +105,8 @@ class LossParts:
             mean = self._loss.reduction == "mean"
             shares = [len(x) / self._count for x in self.samples]
             self.weights = shares if mean else [1.0] * len(shares)
-            rows, targets = (
-                self._rows(self.samples[0]),
-                self._targets_of(self.samples[0]),
-            )
-            product = HessianProduct(self._loss, read.single[rows], targets)
+            rows, y = self._rows(self.samples[0]), self._targets_of(self.samples[0])
+            product = HessianProduct(self._loss, read.single[rows], y)
             ones = torch.ones_like(product.at)
             self.curved = bool(product(ones, keep=False).any())
             return False

@@ -110,9 +110,8 @@ class RootsByChunks:
         self._model, self._batch, self._loss = model, batch, _ = of
         self._params = [x for x in model.parameters() if x.requires_grad]
         self._weight, self._names = weight, clean.names
-        self._read = dataclasses.replace(
-            read, tensors=[x.detach() for x in read.tensors]
-        )
+        alone = [x.detach() for x in read.tensors]
+        self._read = dataclasses.replace(read, tensors=alone)
         self.chunks = RowChunks(
             model, batch[0], clean, self._read, twice=True, parts=_PARTS, trained=True
         )

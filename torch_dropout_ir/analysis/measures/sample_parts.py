@@ -218,11 +218,8 @@ def _kept(surface: Surface, batch: Batch) -> int:
         return x.detach()
 
     leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
-    with (
-        torch.enable_grad(),
-        surface.held(None),
-        saved_tensors_hooks(pack, lambda x: x),
-    ):
+    hooks = saved_tensors_hooks(pack, lambda x: x)
+    with torch.enable_grad(), surface.held(None), hooks:
         surface.risk(leaves, batch, 0, None)
     return sum(kept.values())
 
