@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from torch_dropout_ir.analysis.records import warn
-from torch_dropout_ir.analysis.signal_handlers import handlers_raise
+from torch_dropout_ir.analysis.signal_handlers import raised_by_handler
 from torch_dropout_ir.tracing import recorded
 from torch_dropout_ir.turns import in_turn
 
@@ -49,16 +49,15 @@ class RootHook:
         """Forward to the capture, if there is something to see."""
         if torch.compiler.is_dynamo_compiling():
             return  # before anything that compiled code would depend on
-        if self.call is not None and not recorded():
-            self._look(self.call, args)
-
-    @handlers_raise()
-    def _look(self, call: Callable[..., None], args: tuple[Any, ...]) -> None:
+        if self.call is None or recorded():
+            return
         try:
             with in_turn() as own:  # a pass beside a measurement waits for its end
                 if own:
-                    call(*args)
+                    self.call(*args)
         except Exception as err:  # of arguments and results that nothing can walk
+            if raised_by_handler(err):
+                raise
             reason = f"a pass was not looked at ({type(err).__name__}: {err})"
             if self.missed is not None:
                 self.missed(reason)
