@@ -20,7 +20,7 @@ from torch import nn
 import torch_dropout_ir as tdi
 from tests import traces
 from torch_dropout_ir import sinks
-from torch_dropout_ir.analysis import attempts, delivery, measures
+from torch_dropout_ir.analysis import attempts, capture, measures, records
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.signal_handlers import handlers_raise
@@ -144,7 +144,7 @@ def test_measuring_by_hand_returns_what_it_has_found_and_nothing_older():
 
 def test_a_sink_that_is_opened_late_is_opened_once_and_closed():
     kept, opened = sinks.Memory(), []
-    late = delivery.Postponed(lambda: (opened.append(1), kept)[1])
+    late = records.Postponed(lambda: (opened.append(1), kept)[1])
     late.close()
     assert not opened
     for step in range(2):
@@ -359,6 +359,19 @@ def test_what_a_signal_handler_raises_in_a_measure_is_the_scripts(time_limit, by
         model(torch.randn(8, 6)).square().mean().backward()
         sgd.step()
         assert "regularizer/R1" in analysis.latest
+
+
+def test_what_a_signal_handler_raises_while_a_pass_is_looked_at_is_the_scripts(
+    time_limit, monkeypatch
+):
+    def late(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    with tdi.attach_analysis(model := mlp(), log_dir=False, every=1):
+        monkeypatch.setattr(capture, "not_again", late)
+        with pytest.raises(OverTime):
+            model(torch.randn(8, 6))
+        assert signal.getsignal(signal.SIGTERM) is time_limit
 
 
 def test_a_signal_handler_that_puts_another_in_its_place(time_limit):

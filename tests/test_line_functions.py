@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from tests.line_functions import Applied, Straight
 from tests.line_oracle import line_and_graph, linear_and_graph, noise_of
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers import line_rows, line_slabs
+from torch_dropout_ir.regularizers import line_slabs
 from torch_dropout_ir.regularizers.line_calls import NoRuleError
 from torch_dropout_ir.regularizers.line_graphs import along
 from torch_dropout_ir.regularizers.line_pass import curvature_along
@@ -333,8 +333,8 @@ def test_rows_go_apart_where_a_function_keeps_them_so(monkeypatch):
         seen.append(found := taken(*args))
         return found
 
-    taken = line_rows._in_rows
-    monkeypatch.setattr(line_rows, "_in_rows", look)
+    taken = line_slabs._in_rows
+    monkeypatch.setattr(line_slabs, "_in_rows", look)
     for name, own in (("later", True), ("marked", True), ("centred", False),
                       ("averaged", False), ("others", False)):  # fmt: skip
         seen.clear()

@@ -13,6 +13,7 @@ from tests.passes import take_in_parts
 from tests.test_line_tape import LOSSES, K, N
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import line_slabs, second_order
+from torch_dropout_ir.regularizers.estimate import Asked
 from torch_dropout_ir.regularizers.line_calls import NoRuleError
 from torch_dropout_ir.regularizers.line_pass import curvature_along, draws_along
 from torch_dropout_ir.regularizers.line_rules import _CONSTANT, _LINEAR, _RULES
@@ -224,7 +225,8 @@ def test_what_a_line_does_not_go_through_is_left_to_a_double_backward():
     net, x = vectors(Unlike(), nn.BatchNorm1d(5), nn.Linear(5, 3))
     batch = x, torch.randint(3, (6,))
     uses, *_ = noise_of(net, x)
-    assert draws_along(net, batch, resolve_loss("cross_entropy"), uses, 1) is None
+    asked = Asked(net, batch, resolve_loss("cross_entropy"), 1)
+    assert draws_along(asked, uses) is None
 
 
 class Clamped(nn.Module):

@@ -12,7 +12,7 @@ from torch_dropout_ir.regularizers import gauss_newton, loss_weight, second_orde
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.outputs import read_outputs
-from torch_dropout_ir.regularizers.part_roots import PartRoots
+from torch_dropout_ir.regularizers.root_choice import PartRoots
 
 N, K = 120, 3
 

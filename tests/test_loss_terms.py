@@ -17,7 +17,7 @@ from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.output_scales import closed_diagonal
 from torch_dropout_ir.regularizers import gauss_newton, modified_loss, second_order
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
-from torch_dropout_ir.regularizers.closed_forms import is_quadratic
+from torch_dropout_ir.regularizers.estimate import is_quadratic
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.regularizers.root_choice import choose
 from torch_dropout_ir.root_kernels import root_of_sign, signs_of

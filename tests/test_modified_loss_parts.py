@@ -15,9 +15,9 @@ import torch_dropout_ir as tdi
 from tests.passes import take_in_parts
 from tests.test_regularizer_memory import peak
 from torch_dropout_ir.regularizers import modified_loss, penalty
-from torch_dropout_ir.regularizers.known_gradient import learns_alone
-from torch_dropout_ir.regularizers.masked_rows import MaskedRows
+from torch_dropout_ir.regularizers.masked import MaskedRows
 from torch_dropout_ir.regularizers.output_rows import chunks
+from torch_dropout_ir.regularizers.penalty_products import learns_alone
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
 
 KINDS = {"L2": (0.0, 1.0), "L3": (1.0, -1.0), "regu": (1.0, 1.0)}

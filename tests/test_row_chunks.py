@@ -21,9 +21,8 @@ from torch_dropout_ir.regularizers import (
     second_order,
 )
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
-from torch_dropout_ir.regularizers.output_rows import chunks, rows_of_samples
+from torch_dropout_ir.regularizers.output_rows import RowNoise, chunks, rows_of_samples
 from torch_dropout_ir.regularizers.root_forms import RootForms
-from torch_dropout_ir.regularizers.row_noise import RowNoise
 from torch_dropout_ir.row_powers import _kept, by_powers
 from torch_dropout_ir.softmax_roots import SoftmaxRoots
 

@@ -41,7 +41,8 @@ def test_few_numbers_are_added_up_as_many_are(shapes, coupled, monkeypatch):
     found = []
     for few in (10**6, 0):
         monkeypatch.setattr(site_forms, "_FEW", few)
-        found.append(site_forms.assemble(uses, [draw], 1, coupled, False, like, ()))
+        known = site_forms.Known(uses, 1, False, like, ())
+        found.append(site_forms.assemble(known, [draw], coupled))
     short, long = found
     assert short.notes == long.notes and [*short.per_site] == [*long.per_site] == uses
     errors = short.per_site_standard_error, long.per_site_standard_error
@@ -58,7 +59,8 @@ def test_few_numbers_are_added_up_as_many_are(shapes, coupled, monkeypatch):
 
 def test_numbers_that_are_not_finite_are_no_error_of_pythons():
     draw = [("a", torch.tensor([1e200, math.inf, 1.0], dtype=torch.float64))]
-    found = site_forms.assemble(["a"], [draw], 1, False, False, draw[0][1], ())
+    known = site_forms.Known(["a"], 1, False, draw[0][1], ())
+    found = site_forms.assemble(known, [draw], False)
     assert found.value == math.inf and found.standard_error.isnan()
 
 

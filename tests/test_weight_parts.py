@@ -12,8 +12,7 @@ import torch_dropout_ir as tdi
 from tests.live import Live
 from torch_dropout_ir import ops, weight_parts
 from torch_dropout_ir.gradient_factors import Factors, address, row_blocks
-from torch_dropout_ir.regularizers.gradient_pairs import GradientPairs
-from torch_dropout_ir.regularizers.inner_products import compared
+from torch_dropout_ir.regularizers.gradient_pairs import GradientPairs, compared
 from torch_dropout_ir.weight_parts import WeightParts
 
 

@@ -144,9 +144,9 @@ def _check_kept(
     name: str, results: Sequence[Tensor | None], given: Sequence[Tensor | None]
 ) -> None:
     """Raise if what is to be differentiated again is cut off: not 0, of nothing."""
-    live = torch.is_grad_enabled() and any([_learns(g) for g in given])
+    live = any([g is not None and g.requires_grad for g in given])
     found = [g for g in results if g is not None]
-    if not live or any([_learns(g) for g in found]):
+    if not (live and torch.is_grad_enabled()) or any([g.requires_grad for g in found]):
         return
     if any([bool(g.count_nonzero()) for g in found]):
         raise RuntimeError(
@@ -155,10 +155,6 @@ def _check_kept(
             "`detach`, `torch.no_grad` or a backward pass of its own). `monte_carlo` "
             "takes no derivative"
         )
-
-
-def _learns(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad
 
 
 def uneven(like: Tensor, first: int = 0) -> Tensor:

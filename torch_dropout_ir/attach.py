@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 
 from torch_dropout_ir.analysis import Analysis, Measure, Sink
 from torch_dropout_ir.analysis.cadence import Cadence
-from torch_dropout_ir.analysis.delivery import Postponed, warn
 from torch_dropout_ir.analysis.distributed import ranks_of
 from torch_dropout_ir.analysis.measures import default_measures
+from torch_dropout_ir.analysis.records import Postponed, warn
 from torch_dropout_ir.analysis.root_hook import CompiledCall, RootHook
+from torch_dropout_ir.analysis.steps import steps_model
 from torch_dropout_ir.arguments import check_flag, check_module
 from torch_dropout_ir.batches import fixed_batches
 from torch_dropout_ir.functional import Batch, preserved_rng
@@ -54,7 +55,6 @@ def check_data(model: nn.Module, who: str) -> None:
 
 
 def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) -> None:
-    """Say clearly what cannot be watched."""
     hooks = watched._forward_pre_hooks.values()
     own = any(isinstance(hook, RootHook) and hook.owner is not None for hook in hooks)
     if own or isinstance(getattr(watched, "_compiled_call_impl", None), CompiledCall):
@@ -75,10 +75,7 @@ def _check(model: nn.Module, watched: nn.Module, optimizer: Optimizer | None) ->
             "Shard it by `torch.distributed.fsdp.fully_shard`, then attach."
         )
     check_data(model, "attach_analysis")
-    stepped = {id(x) for x in model.parameters()}
-    if optimizer is not None and not any(
-        id(x) in stepped for group in optimizer.param_groups for x in group["params"]
-    ):
+    if optimizer is not None and not steps_model(optimizer, model):
         raise ValueError(
             "attach_analysis: expected an `optimizer` that steps parameters of "
             f"`model`, got a {type(optimizer).__name__} over others. Make it from "
@@ -105,13 +102,6 @@ def _frozen(model: nn.Module) -> str:
     return f"{said}: there is no training to watch, and no sharpness to measure"
 
 
-def _torchs_own(optimizer: Any) -> Any:
-    """The optimizer inside a trainer's wrapper, whose steps torch's hooks see."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
 def _first_batches(data: Any, model: nn.Module) -> list[Batch]:
     """Return batches that stay as they are; raise a ValueError if there are none."""
     with preserved_rng(model):
@@ -125,7 +115,6 @@ def _first_batches(data: Any, model: nn.Module) -> list[Batch]:
 
 
 def _instances(given: Any, what: str, needed: tuple[str, ...]) -> list[Any]:
-    """Return measures or sinks as a list; raise a TypeError of something else."""
     one = not isinstance(given, Iterable)
     found = [given] if one else list(given)
     for x in found:
@@ -152,11 +141,8 @@ def _tensorboard(log_dir: str | os.PathLike[str] | None) -> Sink:
     Where the model is wrapped before its first step, it alone writes.
     """
     several = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
-    return (
-        Postponed(lambda: TensorBoardSink(log_dir))
-        if several
-        else TensorBoardSink(log_dir)
-    )
+    later = Postponed(lambda: TensorBoardSink(log_dir))
+    return later if several else TensorBoardSink(log_dir)
 
 
 def attach_analysis(
@@ -240,7 +226,9 @@ def attach_analysis(
         )
     check_flag("attach_analysis", "convert", convert)
     inner, watched = unwrap(model)
-    optimizer = _torchs_own(optimizer)
+    # Inside a trainer's wrapper, whose steps torch's hooks see.
+    while isinstance(own := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = own
     _check(inner, watched, optimizer)
     resolved = None if loss is None else resolve_loss(loss)
     batches = None if data is None else _first_batches(data, inner)

@@ -153,7 +153,6 @@ def _weights(
     q: Tensor,
     k: Tensor,
 ) -> Tensor:
-    """Return the weights of a part."""
     if mask is not None:
         mask = _of(part, mask, True)
     elif is_causal:

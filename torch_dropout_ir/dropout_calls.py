@@ -85,31 +85,21 @@ class DropoutCalls(ModuleCalls):
         self.silenced: set[str] = set()
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name in KINDS:
-            return self._dropout(name, *args, **(kwargs or {}))
+            return self._dropout(name, *args, **kwargs)
         # A block that runs twice saves the same both times, and may ask for more.
         if name in _LINEAR and self.given is not None and not runs_twice():
             args = self.given(args)
         if name in _HANDED_OVER:
             return super().__torch_function__(func, types, args, kwargs)
         if self.watch is not None:
-            self.watch(name, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+            self.watch(name, args, kwargs)
+        return func(*args, **kwargs)
 
-    def _call(
-        self,
-        name: str,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         if name == "native_dropout":
             output = self._dropout("dropout", *args, **kwargs)
             return output, torch.ones_like(output, dtype=torch.bool)
@@ -119,13 +109,7 @@ class DropoutCalls(ModuleCalls):
             return self._silence(name, func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _silence(
-        self,
-        name: str,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _silence(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a function as it is in evaluation mode."""
         if name in RECURRENT:
             place = recurrent_dropout(args)
@@ -135,7 +119,9 @@ class DropoutCalls(ModuleCalls):
             return func(*args[:place], 0.0, *args[place + 1 :], **kwargs)
         self._note(name)
         if name.startswith("rrelu"):
-            return F.leaky_relu(*_mean_slope(*args, **kwargs))
+            given = dict(zip(("input", "lower", "upper"), args, strict=False)) | kwargs
+            slopes = given.get("lower", 1 / 8), given.get("upper", 1 / 3)
+            return F.leaky_relu(given["input"], sum(slopes) / 2)
         return args[0] if args else kwargs["input"]
 
     def _note(self, name: str) -> None:
@@ -200,13 +186,6 @@ class DropoutCalls(ModuleCalls):
                 "would be computed again with dropout on. Switch checkpointing off "
                 "here, or use 'L3' or 'regu' of `modified_loss`."
             )
-
-
-def _mean_slope(
-    input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *_: Any, **__: Any
-) -> tuple[Tensor, float]:
-    """Return what randomized leaky ReLU is in evaluation mode."""
-    return input, (lower + upper) / 2
 
 
 def recurrent_dropout(args: tuple[Any, ...]) -> int:

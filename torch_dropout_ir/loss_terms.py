@@ -143,8 +143,6 @@ def terms_of(value: Tensor, outputs: Tensor, nodes: Nodes) -> Terms | None:
 
 
 class _Walk:
-    """What has been seen on the way from a loss to the outputs."""
-
     def __init__(self, outputs: Tensor) -> None:
         self._outputs = outputs
         self._linear = self._squares = True

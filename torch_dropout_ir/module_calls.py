@@ -122,11 +122,7 @@ class ModuleCalls(TorchFunctionMode):
             self._running.pop()
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func in _BACKWARD:
             self.differentiates = self.differentiates or bool(self._running)
@@ -140,20 +136,13 @@ class ModuleCalls(TorchFunctionMode):
             return _inside(func, self)(*args, **(kwargs or {}))
         return self._call(name, func, args, kwargs or {})
 
-    def _call(
-        self,
-        name: str,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """Make a call of one of torch's functions; subclasses put theirs in place."""
         return func(*args, **kwargs)
 
     def _site(
         self, function: str, p: float, kind: type[nn.Module] | None = None
     ) -> Site:
-        """Return the place of the call that is being made."""
         if not self._running:
             return Site(f":{function}#0", nn.Identity(), kind, p)
         module, calls = self._running[-1]

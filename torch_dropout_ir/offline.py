@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torch_dropout_ir.analysis.attempts import Attempts
+from torch_dropout_ir.analysis.attributes import Generators
 from torch_dropout_ir.analysis.distributed import Ranks
-from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.analysis.measures import Condensation, Regularizer, Sharpness
 from torch_dropout_ir.analysis.measures.regularizer import terms
 from torch_dropout_ir.analysis.records import Record, estimate_of

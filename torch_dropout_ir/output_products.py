@@ -19,7 +19,7 @@ from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.root_kernels import SIGNS
 from torch_dropout_ir.sample_blocks import Blocks, blocks_of
-from torch_dropout_ir.tracing import derivatives, derivatives_of_each
+from torch_dropout_ir.tracing import derivatives, of_each
 
 Root = tuple[Tensor, "Tensor | float"]
 Rows: TypeAlias = "Tensor | slice"
@@ -144,7 +144,10 @@ class HessianProduct:
         They have a leading index, and no graph.
         """
         try:
-            found = derivatives_of_each(self.gradient, self.at, vectors)
+            found = of_each(
+                lambda v: derivatives(self.gradient, (self.at,), v, keep=True)[0],
+                vectors,
+            )
         except RuntimeError:  # a derivative that looks at values, or that is missing
             return torch.stack([self(v).detach() for v in vectors])
         return torch.zeros_like(vectors) if found is None else found

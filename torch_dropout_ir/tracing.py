@@ -120,19 +120,10 @@ def derivatives(
         )  # fmt: skip
     if isinstance(output, Tensor):
         output, root = (output,), (root,)  # type: ignore[assignment]
-    found: tuple[Tensor | None, ...] = _ENGINE(
+    return _ENGINE(
         output, root, keep, create_graph, tuple(inputs),
         allow_unreachable=True, accumulate_grad=False,
     )  # fmt: skip
-    return found
-
-
-def derivatives_of_each(
-    output: Tensor, at: GradientEdge | Tensor, roots: Tensor
-) -> Tensor | None:
-    """Return the derivative at each of several roots at once, the graph kept."""
-    places: list[Any] = [at]
-    return of_each(lambda root: derivatives(output, places, root, keep=True)[0], roots)
 
 
 def of_each(act: Callable[[Tensor], Any], roots: Tensor) -> Any:

@@ -49,8 +49,6 @@ def in_turn() -> contextlib.AbstractContextManager[bool]:
 
 
 class _Turn(contextlib.AbstractContextManager[bool]):
-    """A hold of the lock."""
-
     def __enter__(self) -> bool:
         self._own = _LOCK.acquire(blocking=False) or _wait()
         if self._own:

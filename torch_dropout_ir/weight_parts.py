@@ -34,19 +34,10 @@ class Drawn(NamedTuple):
     version: int
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        give: Any,
-        drawn: Drawn | None,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Any, give: Any, drawn: Drawn | None
     ) -> Tensor:
         ctx.save_for_backward(x if drawn is None else drawn.inputs, weight)
         ctx.give, ctx.drawn = give, drawn and drawn.again
@@ -71,12 +62,7 @@ def _factors(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Factors:
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: Geometry,
-        give: Any,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Any, geometry: Geometry, give: Any
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.give = geometry, give
@@ -135,7 +121,7 @@ class WeightParts(TorchFunctionMode):
             self._noted(y, h, again)
 
     def _noted(self, y: Tensor, h: Tensor, again: Callable[[Tensor], Tensor]) -> None:
-        of = self._drawn(h) or Drawn(h.detach(), _same, h._version)
+        of = self._drawn(h) or Drawn(h.detach(), lambda x: x, h._version)
         before = of.again  # without what it is made of
         new = of._replace(again=lambda x: again(before(x)))
         y._drawn = new, y._version  # type: ignore[attr-defined]
@@ -178,11 +164,7 @@ class WeightParts(TorchFunctionMode):
         return give
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in HOOKS:
@@ -239,10 +221,7 @@ class WeightParts(TorchFunctionMode):
         if i is None or groups != 1 or not whole:
             return None
         geometry = geometry_of(input.ndim - 2, (stride, padding, dilation, 0), 1)
-        found: Tensor = _Convolution.apply(
-            input, weight, bias, geometry, self._giver(i)
-        )
-        return found
+        return _Convolution.apply(input, weight, bias, geometry, self._giver(i))
 
 
 _OWN: Final[dict[Callable[..., Any], Callable[..., Tensor | None]]] = {

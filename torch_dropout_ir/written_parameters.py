@@ -37,32 +37,22 @@ _ASSIGN: Final = ("__set__", "__setitem__")
 _EMBED: Final = ("embedding", "embedding_bag")
 
 
-class _Kept:
-    """Parameters as they were: their tensors, and copies of the values."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._kept)
-
-    def __contains__(self, x: Tensor) -> bool:
-        return id(x) in self._kept
+class _Kept(dict[int, tuple[Tensor, Tensor, Tensor]]):
+    """Parameters as they were, by identity: tensors, and copies of the values."""
 
     def add(self, x: Tensor) -> None:
-        if id(x) not in self._kept:
-            self._kept[id(x)] = x, x.data, x.detach().clone()
+        if id(x) not in self:
+            self[id(x)] = x, x.data, x.detach().clone()
 
     def now(self) -> _Kept:
-        """Return them as they are now."""
         found = _Kept()
-        for x, _, _ in self._kept.values():
+        for x, _, _ in self.values():
             found.add(x)
         return found
 
     @torch.no_grad()
     def give_back(self) -> None:
-        for x, data, was in self._kept.values():
+        for x, data, was in self.values():
             x.data = data
             data.copy_(was)
 
@@ -83,18 +73,13 @@ class _Writes(TorchFunctionMode):
         return found
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         named = kwargs or {}
         self.see(getattr(func, "__name__", ""), args, named)
         return func(*args, **named)
 
     def see(self, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Look at a call that is about to be made."""
         if given := written_by(name, args, named):
             with unasked():
                 self._look(given)
@@ -195,7 +180,7 @@ def _check_still(
 ) -> None:
     """Refuse what was measured while another thread trained."""
     for name, (x, version) in before.items():
-        if x._version != version and x not in kept:
+        if x._version != version and id(x) not in kept:
             raise RuntimeError(
                 f"expected the parameters of {type(model).__name__} to stay as they "
                 f"are while it is measured, got {name!r} written on by another thread: "

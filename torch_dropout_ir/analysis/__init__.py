@@ -4,12 +4,4 @@ from torch_dropout_ir.analysis.analysis import Analysis
 from torch_dropout_ir.analysis.records import Histogram, Image, Record, Sink
 from torch_dropout_ir.analysis.snapshot import Measure, Snapshot
 
-__all__ = [
-    "Analysis",
-    "Histogram",
-    "Image",
-    "Measure",
-    "Record",
-    "Sink",
-    "Snapshot",
-]
+__all__ = ["Analysis", "Histogram", "Image", "Measure", "Record", "Sink", "Snapshot"]

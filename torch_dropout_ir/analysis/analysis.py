@@ -12,22 +12,23 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from torch_dropout_ir.analysis.attempts import Attempts
+from torch_dropout_ir.analysis.attempts import Attempts, Schedule
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.capture import Capture
-from torch_dropout_ir.analysis.delivery import Delivery
 from torch_dropout_ir.analysis.distributed import Ranks
-from torch_dropout_ir.analysis.facts import run_facts
-from torch_dropout_ir.analysis.measured_batch import MeasuredBatch, by_itself
 from torch_dropout_ir.analysis.meetings import processes
-from torch_dropout_ir.analysis.records import Sink, remember
+from torch_dropout_ir.analysis.records import Delivery, Sink, remember
 from torch_dropout_ir.analysis.root_hook import compiled_in_place
-from torch_dropout_ir.analysis.schedule import Schedule
 from torch_dropout_ir.analysis.signal_handlers import handlers_raise
-from torch_dropout_ir.analysis.snapshot import Measure, Snapshot, labels, runs_model
+from torch_dropout_ir.analysis.snapshot import Measure, labels
 from torch_dropout_ir.analysis.steps import NO_STEP, STEPS, OptimizerSteps
-from torch_dropout_ir.analysis.summary import SiteReport, describe, report_sites
-from torch_dropout_ir.analysis.view import NOT_PICKLED, View, check_state
+from torch_dropout_ir.analysis.summary import (
+    SiteReport,
+    describe,
+    report_sites,
+    run_facts,
+)
+from torch_dropout_ir.analysis.view import NOT_PICKLED, View, by_itself, check_state
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
@@ -64,7 +65,6 @@ class Analysis:
         ranks: Ranks,
     ) -> None:
         self.model = model
-        self._batch = MeasuredBatch(loss, data)
         self.step = 0
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.absent, self.notes = dict[str, str](), dict[str, str]()
@@ -82,7 +82,7 @@ class Analysis:
         plain = watched is model and not compiled_in_place(model)
         self._capture = Capture(watched, model if plain else None)
         self._capture.accumulation.stride = cadence.stride
-        self._view = View(model, self._capture, self._batch, self._steps, ranks)
+        self._view = View(model, self._capture, loss, data, self._steps, ranks)
         self._handles = contextlib.ExitStack()
         self._handles.callback(self._delivery.close)
         self._attached = False
@@ -93,7 +93,7 @@ class Analysis:
     @property
     def loss(self) -> Loss | None:
         """The loss: the one given, or what the script computes of the outputs."""
-        return self._batch.loss
+        return self._view.batch.loss
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:
@@ -154,7 +154,7 @@ class Analysis:
         self._due = self._schedule.due(self.step)
         wanted = self._due if not self._alone or processes() == 1 else self._names()
         self._steps.announced = bool(wanted)
-        each = (m.needs for m in self._attempts.measures if m.name in wanted)
+        each = (m.needs for m in self._attempts.named(wanted))
         self._capture.want(bool(wanted), set[str]().union(*each))
 
     def measure(self) -> dict[str, float]:
@@ -175,9 +175,8 @@ class Analysis:
                 raise RuntimeError("measure: called inside a measurement")
             had = {tag: len(values) for tag, values in self.history.items()}
             self._measure_safely(self._names())
-            return {
-                t: x[-1][1] for t, x in self.history.items() if had.get(t) != len(x)
-            }
+            found = self.history.items()
+            return {t: x[-1][1] for t, x in found if had.get(t) != len(x)}
 
     def _names(self) -> set[str]:
         return {m.name for m in self._attempts.measures}
@@ -202,9 +201,13 @@ class Analysis:
         self._schedule.enter(seconds, self._clock - started, self.step)
 
     def _take_and_write(self, names: set[str]) -> dict[str, float]:
-        """Take the named measures, write their records, return what each took."""
         with self._ranks.together():
-            snapshot = self._snapshot(names).agree()
+            each = [m.needs for m in self._attempts.named(names)]
+            # More than the gradients that the optimizer has.
+            runs = any(not needs or needs - {"gradients", "sites"} for needs in each)
+            own = self.inputs_of, self.targets_of
+            snapshot = self._view.snapshot(self.step, runs, *own).agree()
+            self.notes.update(run_facts(self, self._steps.optimizer))
         self.absent.pop("capture", None)
         seed = (self._seed + 2 * self.step) % 2**62
         with self._capture.bystanders.aside(snapshot.model):
@@ -220,12 +223,6 @@ class Analysis:
         remember(self.history, self.step, records)
         self._delivery.write(self.step, records, self.notes)
         return seconds
-
-    def _snapshot(self, names: set[str]) -> Snapshot:
-        runs = any(runs_model(m) for m in self._attempts.measures if m.name in names)
-        found = self._view.snapshot(self.step, runs, self.inputs_of, self.targets_of)
-        self.notes.update(run_facts(self, self._steps.optimizer))
-        return found
 
     @property
     def latest(self) -> dict[str, float]:

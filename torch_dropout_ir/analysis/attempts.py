@@ -1,15 +1,16 @@
-"""Taking measures: what fails is put off, later switched off, and never in the way."""
+"""Taking measures when they are due: what fails is put off, and never in the way."""
 
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Final
 
-from torch_dropout_ir.analysis.delivery import warn
+from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.distributed import PEER, Ranks
-from torch_dropout_ir.analysis.records import Record
+from torch_dropout_ir.analysis.records import Record, warn
 from torch_dropout_ir.analysis.snapshot import Measure, Snapshot, take
 
 MOST_FAILURES: Final = 6
@@ -29,10 +30,13 @@ class Attempts:
         self.measures = list(measures)
         self._ranks = ranks
         self._absent = absent
-        self._failures: dict[str, int] = {}
-        self._last: dict[str, int] = {}
+        self._failures, self._last = dict[str, int](), dict[str, int]()
         self._not_before: dict[str, float] = {}
         self._left_out: dict[str, set[str]] = {}  # what the last attempt said of tags
+
+    def named(self, names: Set[str]) -> list[Measure]:
+        """Return the measures of some names."""
+        return [m for m in self.measures if m.name in names]
 
     def willing(self, names: Iterable[str], step: int) -> set[str]:
         """Return those of ``names`` that are not put off beyond ``step``."""
@@ -44,9 +48,7 @@ class Attempts:
         """Return the records of measures by tag, and the seconds that each took."""
         records: dict[str, Record] = {}
         seconds: dict[str, float] = {}
-        for measure in self.measures:
-            if measure.name not in names:
-                continue
+        for measure in self.named(names):
             started = time.perf_counter()
             records.update(self._try(measure, snapshot, seed))
             seconds[measure.name] = time.perf_counter() - started
@@ -130,6 +132,69 @@ class Attempts:
                 "on without it."
             )
         self._absent[name] = reason
+
+
+class Schedule:
+    """The cadence, less what is put off; of ranks, all look at the first one's clock.
+
+    They do so after a measurement and, when nothing is due, at the step where something
+    may be, as far as the pace so far tells: the steps between exchange nothing.
+    """
+
+    def __init__(self, cadence: Cadence, attempts: Attempts, ranks: Ranks) -> None:
+        self._cadence = cadence
+        self._attempts = attempts
+        self._ranks = ranks
+        self._review = 0
+
+    def due(self, step: int) -> set[str]:
+        """Return the names of the measures to take at ``step``."""
+        auto = self._cadence.every == "auto"
+        if auto and self._ranks.group is not None and self._ranks.size > 1:
+            if step < self._review:
+                return set()
+            try:
+                self._agree()
+            except Exception as err:
+                self._attempts.fail("schedule", err, step)
+                self._review = sys.maxsize
+                return set()
+            self._review = step + self._cadence.wait(step)
+        names = self._cadence.due(step)
+        return self._attempts.willing(names, step) if names else set()
+
+    def _agree(self) -> None:
+        self._cadence.load_numbers(self._ranks.first(self._cadence.numbers()))
+
+    def afford(self, names: Set[str], step: int, seconds: float) -> set[str]:
+        """Return those of ``names`` for which there is a budget, of all ranks alike.
+
+        ``seconds`` is what the passes of this step have taken.
+        """
+        self._cadence.expect(seconds)
+        if self._ranks.size > 1 and self._cadence.every == "auto":
+            with self._ranks.together():
+                self._agree()
+        waiting = self._cadence.afford(names, step)
+        for name in waiting.keys() & self._cadence.first.keys():
+            self._attempts.postpone(name, waiting[name])
+        return set(names) - waiting.keys()
+
+    def enter(self, seconds: Mapping[str, float], whole: float, step: int) -> None:
+        """Enter what each measure took by itself, and the ``whole`` time.
+
+        What is nobody's own (capture, records, writing) is shared out.
+        """
+        rest = max(0.0, whole - sum(seconds.values())) / max(1, len(seconds))
+        for name, own in seconds.items():
+            if self._attempts.lacks(name):
+                self._cadence.put_off(name, step, own + rest)
+            else:
+                self._cadence.measured(name, own + rest)
+
+    def restart(self) -> None:
+        """Look at the clock at the next step, whatever was planned."""
+        self._review = 0
 
 
 def _own(err: Exception) -> Exception:

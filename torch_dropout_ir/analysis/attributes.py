@@ -1,4 +1,4 @@
-"""Plain attributes of modules and parameters, which runs of a measure give back."""
+"""What runs of a measure give back: plain attributes, and states of generators."""
 
 from __future__ import annotations
 
@@ -52,35 +52,20 @@ def _held(attributes: Iterable[dict[str, Any]]) -> Iterator[Any]:
     left = [x for items in plain for name, x in items if name not in OF_TORCH]
     while left:
         x = left.pop()
-        if type(x) not in _RESTORE or id(x) in seen or _no_numbers(x):
+        if type(x) not in _RESTORE or id(x) in seen:
             continue
+        if isinstance(x, Tensor) and (x.is_meta or x.is_nested or is_released(x)):
+            continue  # its numbers cannot be compared
         seen.add(id(x))
         yield x
         if isinstance(x, (list, deque, dict)):
             left += x.values() if isinstance(x, dict) else x
 
 
-def _no_numbers(x: Any) -> bool:
-    """Whether it is a tensor whose numbers cannot be compared: it is left alone."""
-    return isinstance(x, Tensor) and (x.is_meta or x.is_nested or is_released(x))
-
-
 def _contents(x: Any) -> Any:
     if type(x) in _STATE:
         return _STATE[type(x)](x)
     return x.detach().clone() if isinstance(x, Tensor) else x.copy()
-
-
-def own_generators(model: nn.Module) -> list[tuple[Any, Any]]:
-    """Return the random generators that modules hold, with their states."""
-    held = _held(vars(m) for m in model.modules())
-    return [(x, _contents(x)) for x in held if type(x) in _STATE]
-
-
-def set_back(generators: list[tuple[Any, Any]]) -> None:
-    """Give generators the states of :func:`own_generators`."""
-    for x, was in generators:
-        _RESTORE[type(x)](x, was)
 
 
 def _refill(x: Any, was: Any) -> None:
@@ -101,10 +86,6 @@ def _rewrite_array(x: np.ndarray, was: np.ndarray) -> None:
         x[...] = was
 
 
-def _resume(x: np.random.Generator, was: Any) -> None:
-    x.bit_generator.state = was
-
-
 _STATE: Final[dict[type, Callable[[Any], Any]]] = {
     torch.Generator: torch.Generator.get_state,
     random.Random: random.Random.getstate,
@@ -119,5 +100,51 @@ _RESTORE: Final[dict[type, Callable[[Any, Any], None]]] = {
     torch.Generator: lambda x, was: x.set_state(was),
     random.Random: random.Random.setstate,
     np.random.RandomState: np.random.RandomState.set_state,
-    np.random.Generator: _resume,
+    np.random.Generator: lambda x, was: setattr(x.bit_generator, "state", was),
 }
+
+
+class Generators:
+    """The state of torch's, Python's, NumPy's and the model's generators at one moment.
+
+    Also whether autocast is on: what is drawn can depend on it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._cpu = torch.get_rng_state()
+        devices = {x.device for x in model.parameters() if x.is_cuda}
+        self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices}
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+        held = _held(vars(m) for m in model.modules())
+        self._own = [(x, _contents(x)) for x in held if type(x) in _STATE]
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind))
+            for kind in ("cpu", "cuda")
+            if torch.is_autocast_enabled(kind)
+        ]
+
+    def restore(self) -> None:
+        """Set the generators back to that moment."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        for x, was in self._own:
+            _RESTORE[type(x)](x, was)
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Cast as was done at that moment."""
+        with contextlib.ExitStack() as stack:
+            for kind, dtype in self._autocast:
+                stack.enter_context(torch.autocast(kind, dtype))
+            yield
+
+    def moved(self) -> Iterator[str]:
+        """Yield the names of Python's and NumPy's generator, where it has drawn."""
+        if random.getstate() != self._python:
+            yield "random"
+        (_, now, place, *_), (_, then, before, *_) = np.random.get_state(), self._numpy
+        if place != before or not np.array_equal(now, then):
+            yield "numpy.random"

@@ -11,6 +11,8 @@ Semantics:
   gradient. The script's own pass at a step that measures tells which is which: what the
   model itself keeps by a hook, it may read. Hooks of torch and of Hugging Face's models
   act.
+* Key encoders that follow by momentum, annealed temperatures and constraints are kept
+  in parameters. Version counters do not tell of writing on ``x.data``; the values do.
 * Modes at dispatch level around the step (counters of operations, logs) are set aside.
 """
 
@@ -29,7 +31,8 @@ from torch.utils import _python_dispatch
 
 from torch_dropout_ir.analysis.attributes import OF_TORCH, unmoved_attributes
 from torch_dropout_ir.analysis.function_modes import unmoved_modes
-from torch_dropout_ir.analysis.parameter_writes import ParameterWrites
+from torch_dropout_ir.tracing import unasked
+from torch_dropout_ir.written_parameters import is_plain, unwritten
 
 # A private name; with a torch that lacks it, such modes see the measures too.
 _NO_MODES: Final[Callable[[], Any]] = getattr(
@@ -39,14 +42,19 @@ _NO_MODES: Final[Callable[[], Any]] = getattr(
 _TRACKERS: Final = ("module_tracker", "mod_tracker")
 _FORWARD: Final = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD: Final = ("_backward_hooks", "_backward_pre_hooks")
+_BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Bystanders:
-    """Tells hooks that look on from those that act; ``writes`` what passes write on."""
+    """Tells hooks that look on from those that act; ``writes`` what passes write on.
+
+    Attributes:
+        looking, acting: Keys of hooks that have looked on, and have acted.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self.writes = model, ParameterWrites(model)
-        self._looking, self._acting = set[int](), set[int]()
+        self.looking, self.acting = set[int](), set[int]()
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
@@ -54,11 +62,11 @@ class Bystanders:
         changed = []
         for back, hooks in _hook_dicts(self._model):
             for key, hook in hooks.items():
-                if key not in self._acting and not _of_torch(hook):
+                if key not in self.acting and not _of_torch(hook):
                     changed.append((hooks, key, hook, back))
         for hooks, key, hook, back in changed:
             kept = None if back else _reached(hook, self._model)
-            hooks[key] = _Told(hook, key, self._looking, self._acting, kept)
+            hooks[key] = _Told(hook, key, self, kept)
         try:
             yield
         finally:
@@ -72,7 +80,7 @@ class Bystanders:
 
         ``model`` is the one that runs: the own one, or its copy.
         """
-        still = self._looking - self._acting
+        still = self.looking - self.acting
         kept = [(x, dict(x)) for _, x in _hook_dicts(model)]
         parameters = self.writes.kept(model)
         with (
@@ -80,7 +88,10 @@ class Bystanders:
             unmoved_modes(),
         ):  # fmt: skip
             try:
-                _hush(model)
+                for module in model.modules():  # logs nothing to its trainer
+                    kinds = {kind.__name__ for kind in type(module).__mro__}
+                    if "LightningModule" in kinds:
+                        vars(module).update(log=_unlogged, log_dict=_unlogged)
                 for hooks, _ in kept:
                     for key in still.intersection(hooks):
                         del hooks[key]
@@ -90,13 +101,6 @@ class Bystanders:
                     if hooks.keys() != own.keys():
                         hooks.clear()
                         hooks.update(own)
-
-
-def _hush(model: nn.Module) -> None:
-    """Let a Lightning module log nothing to its trainer, until attributes are back."""
-    for module in model.modules():
-        if any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):
-            vars(module).update(log=_unlogged, log_dict=_unlogged)
 
 
 def _unlogged(*_: Any, **__: Any) -> None:
@@ -124,23 +128,15 @@ class _Told:
     """
 
     def __init__(
-        self,
-        hook: Callable[..., Any],
-        key: int,
-        looking: set[int],
-        acting: set[int],
-        reached: Sequence[nn.Module] | None,
+        self, hook: Any, key: int, of: Bystanders, reached: list[nn.Module] | None
     ) -> None:
-        self._hook = hook
-        self._reached = reached
-        self._key = key
-        self._looking, self._acting = looking, acting
+        self._hook, self._key, self._of, self._reached = hook, key, of, reached
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         before = self._around(args)
         result = self._hook(*args, **kwargs)
         acts = result is not None or self._around(args) != before
-        (self._acting if acts else self._looking).add(self._key)
+        (self._of.acting if acts else self._of.looking).add(self._key)
         return result
 
     def _around(self, args: tuple[Any, ...]) -> list[Any]:
@@ -212,3 +208,38 @@ def _state(args: Sequence[Any]) -> list[Any]:
             own = (vars(x), x._parameters, x._buffers, x._modules)
             seen += [id(y) for members in own for y in members.values()]
     return seen
+
+
+class ParameterWrites:
+    """Learns from the script's passes which parameters they write on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._written: dict[int, Tensor] = {}
+        self._before: list[tuple[Tensor, Any]] = []
+
+    def begin(self) -> None:
+        """A pass of the script's begins."""
+        self._before = [(x, _fingerprint(x)) for x in self._model.parameters()]
+
+    def end(self) -> None:
+        """It has ended."""
+        known = [(x, was) for x, was in self._before if was is not None]
+        self._written |= {id(x): x for x, was in known if _fingerprint(x) != was}
+        self._before = []
+
+    def kept(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Let each pass of a model, the own one or its copy, begin with these."""
+        return unwritten(model, list(self._written.values()))
+
+
+def _fingerprint(x: Tensor) -> Any:
+    """What tells whether a parameter has the same values; None where nobody asks."""
+    with unasked():  # by what looks on at the pass: this is none of the model's code
+        if not is_plain(x):
+            return None
+        plain = torch.view_as_real(x.data) if x.is_complex() else x.data
+        bits = plain.view(_BITS[plain.element_size()])
+        kind = torch.promote_types(bits.dtype, torch.int32)
+        # In no wider one: it takes longer.
+        return x.data_ptr(), int(bits.sum(dtype=kind))

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from torch_dropout_ir.analysis.accumulation import Accumulation, TrainingPasses
 from torch_dropout_ir.analysis.bystanders import Bystanders
 from torch_dropout_ir.analysis.followed_loss import versions
 from torch_dropout_ir.analysis.loss_calls import sweep
-from torch_dropout_ir.analysis.meetings import calling_wrapper
 from torch_dropout_ir.analysis.observed_masks import ObservedMasks
 from torch_dropout_ir.analysis.own_pass import OTHER_PASS, TRAINS, OwnPass, not_again
 from torch_dropout_ir.analysis.root_hook import (
@@ -169,7 +169,9 @@ class Capture:
             self._told.close()
             self.script.leave()
             return self._step.close()
-        if (parallel := calling_wrapper()) is not None:
+        # While its forward pass runs; a private name.
+        parallel = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if parallel is not None:
             self.wrapper = weakref.ref(parallel)
         self.started = time.perf_counter()
         self.masks.forget()

@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torch_dropout_ir.analysis.delivery import warn
 from torch_dropout_ir.analysis.meetings import Meeting, processes
+from torch_dropout_ir.analysis.records import warn
 from torch_dropout_ir.analysis.sharded import is_sharded
 from torch_dropout_ir.collectives import released
 from torch_dropout_ir.functional import preserved_rng

@@ -96,8 +96,7 @@ class Beside:
         return at in self._versions and versions(self[at]) != self._versions[at]
 
     def __getitem__(self, at: At) -> Tensor:
-        found: Tensor = getattr(self, at.of)[at.place]
-        return found
+        return getattr(self, at.of)[at.place]
 
 
 class FollowedLoss:
@@ -155,8 +154,7 @@ class FollowedLoss:
                 torch.is_grad_enabled() and step.differentiated
             ):
                 results[place] = step.function(*args, **kwargs)
-        value: Tensor = read(self._result)
-        return value
+        return read(self._result)
 
 
 def _of_one_precision(given: Any) -> Any:

@@ -54,10 +54,7 @@ def unmoved_modes() -> Iterator[None]:
 
 
 def called(
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    generators: Sequence[torch.Generator],
+    func: Any, args: Any, kwargs: Any, generators: Sequence[torch.Generator]
 ) -> tuple[Any, bool]:
     """Return the result of a call, and whether it has drawn random numbers.
 

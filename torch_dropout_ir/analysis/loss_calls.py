@@ -178,7 +178,7 @@ class LossCalls(TorchFunctionMode):
         return self._first is not None if self._missed is None else self._missed
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if self.rests or recorded():

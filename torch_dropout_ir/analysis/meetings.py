@@ -6,13 +6,9 @@ import collections
 import contextlib
 import datetime
 import zlib
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
-_CALLS: Final = "_active_ddp_module"  # while its forward pass runs; a private name
 
 
 class Meeting:
@@ -68,8 +64,3 @@ def processes() -> int:
     """Return how many processes run."""
     started = dist.is_available() and dist.is_initialized()
     return dist.get_world_size() if started else 1
-
-
-def calling_wrapper() -> nn.Module | None:
-    """Return the wrapper whose forward pass runs now, if any."""
-    return getattr(DistributedDataParallel, _CALLS, None)

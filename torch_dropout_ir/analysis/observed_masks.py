@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from typing import Final
 
 from torch import Tensor, nn
 
+from torch_dropout_ir.analysis.attributes import Generators
 from torch_dropout_ir.analysis.bystanders import Bystanders
-from torch_dropout_ir.analysis.delivery import warn
-from torch_dropout_ir.analysis.generators import Generators
+from torch_dropout_ir.analysis.records import warn
 from torch_dropout_ir.analysis.replay import OtherDraws, Replay, replay
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.masks import MaskStatistics
@@ -32,7 +33,7 @@ class ObservedMasks:
     """
 
     def __init__(self) -> None:
-        self.statistics: dict[str, MaskStatistics] = {}
+        self.statistics = defaultdict[str, MaskStatistics](MaskStatistics)
         self.calls: dict[str, Site] = {}
         self.unseen: dict[str, str] = {}
         self.failure, self.known, self.other_draws = "", False, False
@@ -75,8 +76,7 @@ class ObservedMasks:
             self._seconds = time.perf_counter() - started
         self.failure, self.known = "", True
         for name, drawn in found.statistics.items():
-            seen = self.statistics.get(name, MaskStatistics())
-            self.statistics[name] = seen + drawn
+            self.statistics[name] += drawn
         self.calls, self.unseen = found.calls, found.unseen
         return found
 

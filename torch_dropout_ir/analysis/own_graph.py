@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import torch
@@ -89,10 +89,7 @@ def copied_from(x: Tensor, nodes: Mapping[tuple[Any, int], At]) -> At | None:
 
 
 def goes_back(
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    model: nn.Module,
+    func: Any, args: Any, kwargs: Any, model: nn.Module
 ) -> tuple[str, Any, float, bool] | None:
     """Return what a call goes back from, where a script may train on that; else None.
 

@@ -1,10 +1,12 @@
-"""What a measure hands out and a sink takes."""
+"""What a measure hands out and a sink takes, and the way there."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Final, Protocol
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, Protocol
 
 from torch import Tensor
 
@@ -65,11 +67,6 @@ def estimate_of(tag: str) -> str | None:
     return None
 
 
-def plain(record: Any) -> Record:
-    """Return a record as it is, and any number (0-d tensors too) as a float."""
-    return record if isinstance(record, (Histogram, Image)) else float(record)
-
-
 def remember(
     history: dict[str, list[tuple[int, float]]],
     step: int,
@@ -126,3 +123,60 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Write out what is pending and release files; called once."""
+
+
+class Delivery:
+    """Writes to every sink that still works; ``absent`` says why one does not."""
+
+    def __init__(self, sinks: Iterable[Sink], absent: dict[str, str]) -> None:
+        self._sinks = list(sinks)
+        self._absent = absent
+
+    def write(
+        self, step: int, records: Mapping[str, Record], notes: Mapping[str, str]
+    ) -> None:
+        """Write the records of a step; switch off a sink that fails."""
+        for sink in list(self._sinks):
+            try:
+                sink.write(step, records, notes)
+            except Exception as err:
+                self._sinks.remove(sink)
+                name, how = type(sink).__name__, f"{type(err).__name__}: {err}"
+                self._absent[name] = f"switched off at step {step}; {how}"
+                warn(f"{name} failed ({how}) and is switched off; `history` goes on.")
+
+    def close(self) -> None:
+        """Close the sinks that still work."""
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as err:
+                warn(f"closing {type(sink).__name__} failed: {err}")
+        self._sinks.clear()
+
+
+class Postponed:
+    """A sink that ``make`` opens when there is something to write."""
+
+    def __init__(self, make: Callable[[], Sink]) -> None:
+        self._make = make
+        self._sink: Sink | None = None
+
+    def write(
+        self, step: int, records: Mapping[str, Record], notes: Mapping[str, str]
+    ) -> None:
+        """Write the records of a step."""
+        if self._sink is None:
+            self._sink = self._make()
+        self._sink.write(step, records, notes)
+
+    def close(self) -> None:
+        """Close it, if it was opened."""
+        if self._sink is not None:
+            self._sink.close()
+
+
+def warn(message: str) -> None:
+    """Warn, but let no filter make an error of it: training goes on."""
+    with contextlib.suppress(Warning):
+        warnings.warn(f"torch_dropout_ir: {message}", stacklevel=3)

@@ -14,15 +14,16 @@ Semantics:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torch_dropout_ir.analysis.attributes import Generators
 from torch_dropout_ir.analysis.followed_loss import inside
-from torch_dropout_ir.analysis.generators import Generators
 from torch_dropout_ir.dropout_calls import (
     KINDS,
     OTHER_NOISE,
@@ -36,12 +37,7 @@ from torch_dropout_ir.module_calls import ModuleCalls
 from torch_dropout_ir.nn import Dropout, Dropout1d, Dropout2d, Dropout3d
 from torch_dropout_ir.ops import mask_unpack
 from torch_dropout_ir.sharpness.frozen import unrecorded
-from torch_dropout_ir.sites import (
-    Site,
-    find_sites,
-    is_stochastic_depth,
-    named_modules,
-)
+from torch_dropout_ir.sites import Site, find_sites, is_stochastic_depth, named_modules
 from torch_dropout_ir.substitution import unmoved_gradients
 from torch_dropout_ir.tracing import random_state
 from torch_dropout_ir.turns import alone_with
@@ -76,7 +72,7 @@ class Replay:
 
     def __init__(self) -> None:
         self.outputs: Any = None
-        self.statistics: dict[str, MaskStatistics] = {}
+        self.statistics = defaultdict[str, MaskStatistics](MaskStatistics)
         self.calls: dict[str, Site] = {}
         self.unseen: dict[str, str] = {}
 
@@ -87,8 +83,7 @@ class Replay:
         units = site.num_units(mask.shape)
         kept = mask.reshape(-1, units).sum(0)
         drawn = MaskStatistics.of_units(kept, mask.numel(), site.p)
-        seen = self.statistics.get(site.name, MaskStatistics())
-        self.statistics[site.name] = seen + drawn
+        self.statistics[site.name] += drawn
 
 
 def replay(
@@ -153,7 +148,7 @@ class _Draws(TorchDispatchMode):
             self._found.unseen[site.name] = drawn if some else _NO_SAMPLE
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if self.site is None:
@@ -189,8 +184,6 @@ def _mask_of(func: Any, args: tuple[Any, ...], out: Any) -> Tensor | None:
 
 
 class _Calls(ModuleCalls):
-    """Tells the draws which site they are of."""
-
     def __init__(self, model: nn.Module, found: Replay, draws: _Draws) -> None:
         super().__init__(named_modules(model))
         self._model = model
@@ -232,13 +225,7 @@ class _Calls(ModuleCalls):
         accounted = by_output or isinstance(module, OURS)
         self._draws.reason = "" if accounted else NO_DROPOUT
 
-    def _call(
-        self,
-        name: str,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         if name in OTHER_NOISE:
             self._draws.reason = _OFF
             output = func(*args, **kwargs)

@@ -16,7 +16,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from torch_dropout_ir.analysis.delivery import warn
+from torch_dropout_ir.analysis.records import warn
+from torch_dropout_ir.analysis.signal_handlers import raised_by_handler
 from torch_dropout_ir.tracing import recorded
 from torch_dropout_ir.turns import in_turn
 
@@ -55,6 +56,8 @@ class RootHook:
                 if own:
                     self.call(*args)
         except Exception as err:  # of arguments and results that nothing can walk
+            if raised_by_handler(err):
+                raise
             reason = f"a pass was not looked at ({type(err).__name__}: {err})"
             if self.missed is not None:
                 self.missed(reason)

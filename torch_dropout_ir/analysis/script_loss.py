@@ -133,7 +133,6 @@ class ScriptLoss:
 
 
 def _followed(calls: LossCalls, result: At) -> Seen:
-    """Return what the calls that lead to ``result`` have made."""
     beside, part, passes = calls.beside, calls.in_part, passes_of(result, calls.steps)
     step = calls.steps[result.place] if result.of == "steps" else None
     if step is None:

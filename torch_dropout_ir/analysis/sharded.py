@@ -14,8 +14,7 @@ def is_sharded(x: object) -> bool:
 
 def gathered(x: Any) -> Tensor:
     """Return the whole of a tensor that is distributed over ranks; else itself."""
-    whole: Tensor = x.full_tensor() if is_sharded(x) else x
-    return whole
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def gathered_model(model: nn.Module) -> nn.Module:
@@ -51,7 +50,9 @@ class _Copy:
         twin._modules = {n: m and self.module(m) for n, m in inner}
         for name in ("_forward_pre_hooks", "_forward_hooks"):
             hooks = module.__dict__[name]
-            kept = {k: h for k, h in hooks.items() if not _of_sharding(h)}
+            places = {k: getattr(h, "__module__", None) or "" for k, h in hooks.items()}
+            own = [k for k in hooks if not places[k].startswith("torch.distributed")]
+            kept = {k: hooks[k] for k in own}
             twin.__dict__[name] = type(hooks)(kept)
         return twin
 
@@ -63,7 +64,3 @@ class _Copy:
             whole = nn.Parameter(whole, requires_grad=x.requires_grad)
         self._tensors[id(x)] = whole
         return whole
-
-
-def _of_sharding(hook: object) -> bool:
-    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed")

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from traceback import walk_tb
 from typing import Any
 
 Handler = Callable[[int, Any], Any]
@@ -77,3 +78,13 @@ def _stand_ins() -> list[tuple[int, _Carrying]]:
         and x is not signal.default_int_handler
         and (not isinstance(x, _Carrying) or x.over)
     ]  # fmt: skip
+
+
+def raised_by_handler(err: Exception) -> bool:
+    """Whether a signal handler in Python has raised an error, by where it passed."""
+    found = [signal.getsignal(n) for n in range(1, signal.NSIG)]
+    own = [
+        getattr(x, "__code__", None) or type(x).__call__ for x in found if callable(x)
+    ]
+    codes = [getattr(x, "__code__", x) for x in own]
+    return any(frame.f_code in codes for frame, _ in walk_tb(err.__traceback__))

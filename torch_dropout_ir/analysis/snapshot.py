@@ -11,11 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_dropout_ir.analysis.distributed import Ranks
-from torch_dropout_ir.analysis.records import Record, plain
-from torch_dropout_ir.functional import (
-    Batch,
-    preserved_rng,
-)
+from torch_dropout_ir.analysis.records import Histogram, Image, Record
+from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.masks import MaskStatistics
@@ -267,11 +264,6 @@ class Measure(Protocol):
         """Return records by tag."""
 
 
-def runs_model(measure: Measure) -> bool:
-    """Whether a measure needs more than the gradients that the optimizer has."""
-    return not measure.needs or measure.needs - {"gradients", "sites"} != frozenset()
-
-
 def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
     """Take a measure, and give back generators, buffers and gradients that it moved."""
     model = snapshot.model
@@ -282,4 +274,6 @@ def take(measure: Measure, snapshot: Snapshot, seed: int) -> dict[str, Record]:
         unmoved_gradients(model),
         full_precision(),
     ):
-        return {tag: plain(record) for tag, record in measure(snapshot).items()}
+        found = measure(snapshot).items()
+        kept = (Histogram, Image)
+        return {tag: x if isinstance(x, kept) else float(x) for tag, x in found}

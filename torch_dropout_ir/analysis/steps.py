@@ -130,7 +130,7 @@ class OptimizerSteps:
         if self._found is not None and self._found() is optimizer:
             self._strangers.clear()
             return True
-        if self._given or not self._steps_model(optimizer):
+        if self._given or not steps_model(optimizer, self._own()):
             return False
         steps = self._strangers.get(id(optimizer), 0)
         if self.optimizer is not None and steps < _REPLACED:
@@ -140,11 +140,12 @@ class OptimizerSteps:
         self._strangers.clear()
         return True
 
-    def _steps_model(self, optimizer: Optimizer) -> bool:
-        model = self._own()
-        own = set() if model is None else {id(x) for x in model.parameters()}
-        stepped = (x for group in optimizer.param_groups for x in group["params"])
-        return any(id(x) in own for x in stepped)
+
+def steps_model(optimizer: Optimizer, model: nn.Module | None) -> bool:
+    """Whether an optimizer steps parameters of a model."""
+    own = set() if model is None else {id(x) for x in model.parameters()}
+    stepped = (x for group in optimizer.param_groups for x in group["params"])
+    return any(id(x) in own for x in stepped)
 
 
 def _watch_steps(before: Before, after: After) -> Callable[[], None]:

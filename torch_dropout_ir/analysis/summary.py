@@ -1,15 +1,19 @@
-"""The analysis in words: its sites, its numbers, its cost, and what is absent."""
+"""The analysis in words: sites, numbers, cost, what is absent, and what runs."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import platform
 from typing import TYPE_CHECKING, Final
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from torch_dropout_ir.analysis.facts import RUN
 from torch_dropout_ir.analysis.observed_masks import ObservedMasks
+from torch_dropout_ir.analysis.snapshot import rate_of
 from torch_dropout_ir.analysis.tables import in_short, section, tables
 from torch_dropout_ir.sites import find_sites, unobservable
 
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from torch_dropout_ir.analysis.analysis import Analysis
 
 _COST: Final = "cost/seconds/"
+_RUN: Final = "run/"
+_MOST_SITES: Final = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +81,11 @@ def describe(analysis: Analysis) -> str:
     latest = analysis.latest
     shown = {t: curve for t, curve in analysis.history.items() if t != "cost/share"}
     lines += tables(shown)  # the share of now is said below
-    facts = {k: v for k, v in analysis.notes.items() if k.startswith(RUN)}
+    facts = {k: v for k, v in analysis.notes.items() if k.startswith(_RUN)}
     said = {k: v for k, v in analysis.notes.items() if v and k not in facts}
     lines += section("how the numbers were obtained", said)
     lines += section("absent measures", analysis.absent)
-    lines += section("run", {k.removeprefix(RUN): v for k, v in facts.items()})
+    lines += section("run", {k.removeprefix(_RUN): v for k, v in facts.items()})
     lines += ["", f"the analysis took {analysis.cost_share:.1%} of the time"]
     if not analysis.step and not latest:
         lines.append(
@@ -114,3 +120,48 @@ def _site_line(site: SiteReport) -> str:
     kind = site.kind if math.isnan(site.p) else f"{site.kind}(p={site.p:g})"
     own = site.name[:1] in {"", ":"}  # the model, or a call in its own forward pass
     return f"{'(the model itself)' if own else ''}{site.name}  {kind}  {seen}"
+
+
+def run_facts(analysis: Analysis, optimizer: Optimizer | None) -> dict[str, str]:
+    """Return model, sites, ``p``, loss, optimizer, seed and versions as ``run/...``."""
+    model, sites = analysis.model, analysis.sites
+    count = sum(x.numel() for x in model.parameters())
+    # "2" alone reads as a number.
+    own = [repr(site.name) if site.name else "the model itself" for site in sites]
+    names = [f"{name} ({site.kind})" for name, site in zip(own, sites, strict=True)]
+    if len(names) > _MOST_SITES:
+        names[_MOST_SITES:] = [f"and {len(names) - _MOST_SITES} more"]
+    rates = sorted({f"{site.p:g}" for site in sites if not math.isnan(site.p)})
+    facts = {
+        "model": f"{type(model).__name__}, {count} parameters",
+        "sites": ", ".join(names) or "no dropout module",
+        "p": ", ".join(rates) or "0",
+        "loss": _name(analysis.loss and analysis.loss.function),
+        "optimizer": "not known yet",
+        "seed": str(torch.initial_seed()),
+        "versions": _versions(),
+    }
+    if optimizer is not None:
+        rate = rate_of(optimizer.param_groups[0])
+        facts["optimizer"] = type(optimizer).__name__
+        facts["lr"] = "?" if rate is None else f"{rate:g}"
+    return {_RUN + name: said for name, said in facts.items()}
+
+
+def _name(loss: object) -> str:
+    if loss is None:
+        return "not known"
+    function = getattr(loss, "func", loss)  # of a functools.partial
+    return getattr(function, "__name__", "") or type(function).__name__
+
+
+@functools.cache
+def _versions() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("torch-dropout-ir")
+    except PackageNotFoundError:
+        own = "not installed"
+    python = platform.python_version()
+    return f"torch-dropout-ir {own}, torch {torch.__version__}, Python {python}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -69,14 +68,11 @@ def without_writing(call: Step, known: At | None) -> Step | None:
     if name in _WRITES:
         plain = getattr(Tensor, name[:-1])
     else:
-        plain = functools.update_wrapper(functools.partial(_on_a_copy, func), func)
+
+        @functools.wraps(func)
+        def plain(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            x = x.clone()
+            func(x, *args, **kwargs)
+            return x
+
     return call._replace(function=plain, args=(x, *rest))
-
-
-def _on_a_copy(
-    func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    """Let a function write on a copy."""
-    x = x.clone()
-    func(x, *args, **kwargs)
-    return x

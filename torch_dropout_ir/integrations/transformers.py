@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.analysis import Analysis
-from torch_dropout_ir.analysis.measured_batch import by_itself
+from torch_dropout_ir.analysis.view import by_itself
 from torch_dropout_ir.attach import attach_analysis
 
 try:

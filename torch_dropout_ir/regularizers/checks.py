@@ -115,11 +115,7 @@ def check_risk(
 
 
 def checked_product(
-    name: str,
-    read: OutputsRead,
-    model: nn.Module,
-    inputs: Any,
-    later: Later,
+    name: str, read: OutputsRead, model: nn.Module, inputs: Any, later: Later
 ) -> HessianProduct | None:
     """Check the loss as :func:`check_risk` does; return its product, if not closed."""
     if read.loss is None:
@@ -173,10 +169,8 @@ def check_finite(name: str, value: Tensor, model: nn.Module, inputs: Any) -> Non
         and x.is_floating_point()
         and not torch.isfinite(x).all()
     ]
-    where = (
-        ", ".join(wrong)
-        if wrong
-        else "the outputs or the loss (overflow, targets, or a mean over none), or a "
+    where = ", ".join(wrong) or (
+        "the outputs or the loss (overflow, targets, or a mean over none), or a "
         "derivative of theirs, of which `with torch.autograd.set_detect_anomaly(True)` "
         "around this call names the operation"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.collectives import every, go_on, some
-from torch_dropout_ir.functional import at_sites, call
+from torch_dropout_ir.functional import at_sites
 from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.recomputation import Blocks, Context
 from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
@@ -177,7 +177,13 @@ class CleanPass:
         normalization in training mode, that tells; else two backward passes: where each
         sample's outputs weigh another power of two, so do derivatives of that alone.
         """
-        return any(self._couples(x) for x in outputs)
+        for x in outputs:
+            meet = self.samples_meet(x)
+            if meet is None:
+                meet = told_by_powers(self.pull, x, self.count(x))
+            if some(meet, "samples meet"):
+                return True
+        return False
 
     def samples_meet(self, outputs: Tensor) -> bool | None:
         """Return that as the graph shows it; None where derivatives have to tell."""
@@ -190,12 +196,6 @@ class CleanPass:
         if count and self.by_samples(count):
             meet = False if count < 2 else rows_meet(outputs, self.edges, count)
         return meet if every(meet is not None, "graph") else None
-
-    def _couples(self, outputs: Tensor) -> bool:
-        meet = self.samples_meet(outputs)
-        if meet is None:
-            meet = told_by_powers(self.pull, outputs, self.count(outputs))
-        return some(meet, "samples meet")
 
 
 @contextlib.contextmanager
@@ -259,8 +259,7 @@ def clean_pass(
             calls.look_on(seen.last.see)
         states = [] if calls.absent else random_state(model)
         calls.given = matrices.given
-        own = {"move_buffers": move_buffers, "survey": survey}
-        run = functools.partial(_run, model, inputs, seen.end, reduce, around, own)
+        run = functools.partial(seen.forward, around, reduce, move_buffers)
         outputs = seen.run(run, lambda: calls.differentiates)
         if bare and not calls.again:
             calls.rest()  # before anything is asked of a tensor
@@ -279,17 +278,3 @@ def clean_pass(
         found = CleanPass(*met, *said, seen.below, weigh, states, survey.row_wise)
         del met, outputs  # what the pass lets go of
         yield found
-
-
-def _run(
-    model: nn.Module,
-    inputs: Any,
-    end: Callable[[Any], None],
-    reduce: Callable[[Any], Any] | None,
-    around: contextlib.AbstractContextManager[Any],
-    options: Mapping[str, Any],
-) -> Any:
-    with around:
-        outputs = call(model, inputs, **options)
-    end(outputs)  # before anybody's loss
-    return outputs if reduce is None else reduce(outputs)

@@ -120,7 +120,8 @@ class ExcessRisk:
     def _corrected(self) -> tuple[Tensor, bool]:
         """Return the corrected draws, and whether there was something to fit."""
         excess, linear = (joined(torch.stack(x)) for x in (self._excess, self._linear))
-        if not self._has_linear_parts(linear):
+        enough = every(self.can_fit, "fit") and len(linear) > 4
+        if not (enough and bool(linear.any()) and bool(linear.isfinite().all())):
             return excess, False
         # Slope over the other draws; where those are all alike there is none.
         others = len(excess) - 1
@@ -157,12 +158,6 @@ class ExcessRisk:
     def can_fit(self) -> bool:
         """Whether the masks differ often enough to fit the linear part to them."""
         return self._minority is not None and self._minority >= _FEWEST_FOR_A_FIT
-
-    def _has_linear_parts(self, linear: Tensor) -> bool:
-        """Whether there is enough to fit to."""
-        if not every(self.can_fit, "fit"):
-            return False
-        return len(linear) > 4 and bool(linear.any()) and bool(linear.isfinite().all())
 
     def mean(self) -> tuple[Tensor, Tensor]:
         """Return the mean over masks and its standard error, 0-d; of all ranks as one.

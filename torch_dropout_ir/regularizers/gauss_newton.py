@@ -12,14 +12,10 @@ from torch import Tensor, nn
 from torch_dropout_ir.collectives import every
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.leaves import without_graph
-from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import ALL, Rows
-from torch_dropout_ir.regularizers.checks import (
-    checked_product,
-    read_beside,
-)
+from torch_dropout_ir.regularizers.checks import checked_product, read_beside
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.estimate import Estimate
+from torch_dropout_ir.regularizers.estimate import Asked, Estimate
 from torch_dropout_ir.regularizers.line_pass import (
     AlongLine,
     Mask,
@@ -30,12 +26,22 @@ from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.loss_weight import makes_much, one_root, parts_pay
 from torch_dropout_ir.regularizers.output_rows import count_samples, rows_of_samples
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
-from torch_dropout_ir.regularizers.part_roots import PartRoots
-from torch_dropout_ir.regularizers.root_estimate import Known, known_of, read_of
+from torch_dropout_ir.regularizers.root_choice import PartRoots
 from torch_dropout_ir.regularizers.root_forms import RootForms
-from torch_dropout_ir.regularizers.root_passes import draws_by_passes, estimated
+from torch_dropout_ir.regularizers.root_passes import (
+    draws_by_passes,
+    estimated,
+    known_of,
+    read_of,
+)
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
-from torch_dropout_ir.regularizers.site_forms import Form, join
+from torch_dropout_ir.regularizers.site_forms import (
+    Form,
+    Known,
+    assemble,
+    join,
+    of_sums,
+)
 from torch_dropout_ir.survey import Survey
 
 # A backward pass that may be repeated holds under twice what a training step does.
@@ -130,11 +136,8 @@ def gauss_newton(
     return estimated("gauss_newton", _first_pass, _drawn, *given, linear=True)
 
 
-def _drawn(
-    seen: _Seen, model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None
-) -> Estimate:
-    """Return the estimate from draws of the first pass or of further ones."""
-    draws, coupled = seen.draws, seen.coupled
+def _drawn(seen: _Seen, asked: Asked) -> Estimate:
+    draws, coupled, num_samples = seen.draws, seen.coupled, asked.num_samples
     if draws is not None and seen.chunks is not None:
         coupled = not seen.chunks.apart()
     elif seen.chunks is not None:
@@ -142,13 +145,13 @@ def _drawn(
         parts = seen.chunks.each(functools.partial(_of_chunk, forms, num_samples))
         draws = None if parts is None else join(parts, num_samples)
     if draws is None and not seen.forms.rooted and num_samples:
-        draws = draws_along(model, batch, loss, seen.uses, num_samples, linear=True)
+        draws = draws_along(asked, seen.uses, linear=True)
         draws, coupled = draws if every(draws is not None, "rules") else None, True
     if draws is None:
-        run = functools.partial(_again, model, batch, loss, num_samples)
+        run = functools.partial(_again, asked)
         meet = True if seen.chunks is not None and seen.chunks.coupled else None
         draws, coupled = draws_by_passes(seen.forms, run, meet)
-    return seen.known.estimate(draws, coupled or seen.forms.loss_couples)
+    return assemble(seen.known, draws, coupled or seen.forms.loss_couples)
 
 
 class _Seen(NamedTuple):
@@ -162,45 +165,34 @@ class _Seen(NamedTuple):
     uses: Sequence[Mask] = ()
 
 
-def _pass(
-    model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None, **options: Any
-) -> contextlib.AbstractContextManager[CleanPass]:
-    general, exact = loss.kind == "general", num_samples is None
+def _pass(asked: Asked, **options: Any) -> contextlib.AbstractContextManager[CleanPass]:
+    general, exact = asked.loss.kind == "general", asked.num_samples is None
     return clean_pass(  # nothing but an exact sum is called exact
-        model, batch[0], twice=general, bare=not general, find_last=exact, **options
-    )
+        asked.model, asked.batch[0], twice=general, bare=not general, find_last=exact,
+        **options,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
-def _again(
-    model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None
-) -> Iterator[tuple[CleanPass, OutputsRead]]:
-    """Run a pass over all rows once more, and weigh it."""
-    with _pass(model, batch, loss, num_samples, weigh=True) as clean:
-        yield clean, read_of(clean, batch[1], loss)
+def _again(asked: Asked) -> Iterator[tuple[CleanPass, OutputsRead]]:
+    with _pass(asked, weigh=True) as clean:
+        yield clean, read_of(clean, asked.batch[1], asked.loss)
 
 
 def _first_pass(
-    model: nn.Module,
-    batch: Batch,
-    loss: Loss,
-    num_samples: int | None,
-    survey: Survey | None,
-    line: bool,
-    parts: LossParts | None,
+    asked: Asked, survey: Survey | None, line: bool, parts: LossParts | None
 ) -> Estimate | _Seen | AlongLine | LossParts:
     """Check model, batch and loss; take the forms at once where that holds no more."""
-    inputs, targets = batch
-    options = {"weigh": num_samples != 1, "survey": survey}
-    with _pass(model, batch, loss, num_samples, **options) as clean:
+    model, (inputs, targets), loss, num_samples = asked
+    with _pass(asked, weigh=num_samples != 1, survey=survey) as clean:
         read = read_of(clean, targets, loss)
-        found = _forms(model, inputs, clean, read, num_samples, parts, line)
+        found = _forms(asked, clean, read, parts, line)
         if isinstance(found, (AlongLine, LossParts)):
             return found
         forms, beside, parts = found
         known = functools.partial(known_of, model, clean, read, loss, forms, beside)
         if (summed := forms.sums(clean, read, keep=False)) is not None:
-            return known(summed.values[0]).of(summed)
+            return of_sums(known(), summed)
         told = forms.one_pass and clean.samples_meet(read.tensors[0]) is not None
         if forms.one_pass and not told:
             clean.weigh, clean.singly = True, None  # a graph may be kept to ask it
@@ -226,11 +218,9 @@ def _first_pass(
 
 
 def _forms(
-    model: nn.Module,
-    inputs: Any,
+    asked: Asked,
     clean: CleanPass,
     read: OutputsRead,
-    num_samples: int | None,
     parts: LossParts | None,
     line: bool,
 ) -> tuple[RootForms, tuple[str, ...], LossParts | None] | AlongLine | LossParts:
@@ -239,6 +229,7 @@ def _forms(
     The parts alone where finding them has used the pass up; the loss as it ran where
     its second derivative is to be taken along lines.
     """
+    model, (inputs, _), _, num_samples = asked
     if parts is None or not parts.weights:
         product = checked_product("gauss_newton", read, model, inputs, clean.later)
         beside = read_beside(read, clean.edges, product, clean.later)

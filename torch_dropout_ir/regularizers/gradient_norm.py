@@ -13,11 +13,7 @@ from torch_dropout_ir.arguments import check_even, check_flag, check_real
 from torch_dropout_ir.batches import as_batches
 from torch_dropout_ir.functional import parameters
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers.checks import (
-    as_pair,
-    check_finite,
-    noise_left_out,
-)
+from torch_dropout_ir.regularizers.checks import as_pair, check_finite, noise_left_out
 from torch_dropout_ir.regularizers.gradient_pairs import GradientPairs
 from torch_dropout_ir.written_parameters import unwritten
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence, Set
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +13,16 @@ from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import alone, go_on
 from torch_dropout_ir.exhaustion import raise_if_exhausted
 from torch_dropout_ir.functional import Batch, parameters, rewinding
-from torch_dropout_ir.gradient_factors import Factors, address
+from torch_dropout_ir.gradient_factors import Factors, address, row_blocks
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
-from torch_dropout_ir.regularizers.inner_products import (
-    Gradient,
-    compared,
-    wide_dtype,
-)
 from torch_dropout_ir.regularizers.masked import NoiseSeen, dropout_risk
 from torch_dropout_ir.regularizers.pass_parts import PassParts
 from torch_dropout_ir.regularizers.step_memory import LEAST
 from torch_dropout_ir.weight_parts import WeightParts
 
+Gradient: TypeAlias = Tensor | Factors  # gives rows by slices
 # Entries of a gradient that are made at a time: a share of all, within these.
 _SHARE: Final = 16
 _FEWEST: Final = 2**11
@@ -38,11 +33,7 @@ class GradientPairs:
     """Squared norms of the gradients of one model, weighted by learning rates."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        rates: Sequence[float],
-        shared_mask: bool,
+        self, model: nn.Module, loss: Loss, rates: Sequence[float], shared_mask: bool
     ) -> None:
         self._model = model
         self._loss = loss
@@ -171,56 +162,48 @@ class GradientPairs:
         held: dict[int, tuple[Gradient, int]] = {}
         links: list[Tensor] = []
         for k, batch in enumerate(batches):
-            found = [
-                x.new_zeros(4, dtype=wide_dtype(x).to_real()) for x in self._targets
-            ]
-            missed = {*held}
-            beside = _addresses(batch) if k + 1 < len(batches) else None
-            take = functools.partial(self._take, found, held, missed, k > 0, beside)
-            self._gradients(batch, take)
-            for i in missed.copy():  # at these masks the loss does not depend on it
-                take(i, None)
-            pairs = zip(self._rates, found, strict=True)
-            links.append(torch.stack([rate / 4 * x for rate, x in pairs]).sum(0))
+            links.append(self._link(batch, held, k == 0, k + 1 == len(batches)))
             if self._passes is not None and not self._passes.parted:
                 self._passes = None
         return torch.stack(links)
 
-    def _take(
+    def _link(
         self,
-        found: list[Tensor],
+        batch: Batch,
         held: dict[int, tuple[Gradient, int]],
-        missed: set[int],
-        linked: bool,
-        beside: Set[int] | None,
-        i: int,
-        g: Gradient | None,
-    ) -> None:
-        """Hold the gradient of parameter ``i`` against that held, and in its place.
+        first: bool,
+        last: bool,
+    ) -> Tensor:
+        """Return what gradients and those of the pass before say; hold them instead.
 
-        Args:
-            found: Is added what the two say.
-            held: That of the pass before and its version, by number.
-            missed: Which of those have none in this pass so far.
-            linked: Whether there is a pass before.
-            beside: Where memory is that is there anyway; None if nothing is held.
-            i: The number.
-            g: The gradient; None for zero.
+        ``held`` are those before and their versions, by number.
         """
-        missed.discard(i)
-        if linked:
-            found[i] += self._compared(i, g, *held.pop(i, (None, 0)))
-        if g is not None and beside is not None:
-            kept = self._smaller(i, g, beside)
-            held[i] = kept, kept._version
+        found = [x.new_zeros(4, dtype=wide_dtype(x).to_real()) for x in self._targets]
+        missed = {*held}  # which have no gradient in this pass so far
+        beside = _addresses(batch)  # memory that is there anyway
+
+        def take(i: int, g: Gradient | None) -> None:
+            missed.discard(i)
+            if not first:
+                found[i] += self._compared(i, g, *held.pop(i, (None, 0)))
+            if g is not None and not last:
+                kept = self._smaller(i, g, beside)
+                held[i] = kept, kept._version
+
+        self._gradients(batch, take)
+        for i in missed.copy():  # at these masks the loss does not depend on it
+            take(i, None)
+        pairs = zip(self._rates, found, strict=True)
+        return torch.stack([rate / 4 * x for rate, x in pairs]).sum(0)
 
     def _compared(
         self, i: int, g: Gradient | None, before: Gradient | None, version: int
     ) -> Tensor:
         """Compare with the gradient held, unless that has been written over."""
         if before is not None:
-            there = before._version == version and not _one_memory(before, g)
-            self._overwritten |= not there
+            self._overwritten |= before._version != version
+            if isinstance(before, Tensor) and isinstance(g, Tensor):
+                self._overwritten |= address(before) == address(g)
         return compared(g, before, self._targets[i], self._entries)
 
     def _smaller(self, i: int, g: Gradient, beside: Set[int]) -> Gradient:
@@ -232,13 +215,51 @@ class GradientPairs:
         return g
 
 
-def _one_memory(a: Gradient, b: Gradient | None) -> bool:
-    """Whether a gradient has come in the memory of the one that is held."""
-    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
-    return tensors and address(a) == address(b)  # type: ignore[arg-type]
-
-
 def _addresses(batch: Batch) -> set[int]:
     """Return where the inputs are, which are there anyway."""
     given = (x for x in Inputs.of(batch[0]).leaves() if isinstance(x, Tensor))
     return {address(x) for x in given}
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Precision of sums: squares of half precision vanish."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def compared(
+    a: Gradient | None, b: Gradient | None, like: Tensor, entries: int
+) -> Tensor:
+    r"""Return what two gradients of one parameter say, some rows at a time.
+
+    That is :math:`\lVert a \rVert^2`, :math:`\lVert b \rVert^2`, :math:`\langle a, b
+    \rangle` and :math:`\lVert a - b \rVert^2`; None is zero.
+    """
+    wide = wide_dtype(like)
+    total = torch.zeros(4, dtype=wide.to_real(), device=like.device)
+    given = [x for x in (a, b) if x is not None]
+    # Entries may be taken in any number then, not as rows.
+    flat = all(
+        isinstance(x, Tensor) and (x.is_contiguous() or not x.ndim) for x in given
+    )
+    lines = like.reshape(-1) if flat else like
+    zero = like.new_zeros(()).expand(lines.shape)
+    a, b = (
+        zero if x is None else x.reshape(lines.shape) if isinstance(x, Tensor) else x
+        for x in (a, b)
+    )
+    for part in row_blocks(lines, entries):
+        total += _of_rows(a, b, part, wide)  # whose rows are gone before the next
+    return total
+
+
+def _of_rows(a: Gradient, b: Gradient, part: slice, wide: torch.dtype) -> Tensor:
+    x, y = (each[part].to(wide).reshape(-1) for each in (a, b))
+    square, inner, other = torch.vdot(x, x), torch.vdot(y, x), torch.vdot(y, y)
+    # In the place of what has just been made, where one of them is.
+    made = [
+        own
+        for own, each in ((x, a), (y, b))
+        if not isinstance(each, Tensor) or each.dtype != wide
+    ]
+    away = torch.sub(x, y, out=made[0] if made else None)
+    return torch.stack((square, other, inner, torch.vdot(away, away))).real

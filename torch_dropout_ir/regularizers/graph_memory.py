@@ -190,7 +190,10 @@ class Graph:
         """
         most = 0
         for node, _, grown in self._flights(goes, forms):
-            at_hand = forms[node] if node in forms else self._scratch(node)
+            name, at_hand = node.name(), forms.get(node, 0)
+            if node not in forms and name not in _PLAIN and _makes(name):
+                # What the derivative of an operation needs while it runs.
+                at_hand = (1 + (name == _CONVOLUTION)) * sum(self._sizes[node])
             most = max(most, grown + at_hand)
         return most
 
@@ -216,13 +219,6 @@ class Graph:
                         now += size
             yield node, leaves, now
             now -= 0 if view else own
-
-    def _scratch(self, node: Any) -> int:
-        """Return the bytes that the derivative of an operation needs while it runs."""
-        name = node.name()
-        if name in _PLAIN or not _makes(name):
-            return 0
-        return (1 + (name == _CONVOLUTION)) * sum(self._sizes[node])
 
 
 def saved_by(node: Any, there: Collection[int]) -> dict[int, int]:

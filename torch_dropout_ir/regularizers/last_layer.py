@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from torch_dropout_ir import tracing
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.output_scales import cross_entropy_scale, squared_scale
-from torch_dropout_ir.regularizers.by_rows import differentiated, sum_by_rows
 from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,
     check_curvature,
@@ -107,7 +108,10 @@ def last_layer(
     product = HessianProduct(resolved, outputs, targets)
     if resolved.kind == "elementwise":
         diagonal = product(torch.ones_like(outputs)).reshape(-1, weight.shape[0])
-        return variance / 2 * _diagonal_form(rows, weight, diagonal)
+        return variance / 2 * sum_by_rows(
+            lambda h, d, squares: ((d @ squares) * h.square()).sum(),
+            _FOR_PRODUCTS, rows, diagonal, whole=(weight.square(),),
+        )  # fmt: skip
     check_rows(read)
     return variance / 2 * _general_form(rows, weight, outputs, product)
 
@@ -224,21 +228,8 @@ def _softmax_form(
     return sum_by_rows(form, _FOR_PRODUCTS, rows, softmax, scale, whole=whole)
 
 
-def _diagonal_form(rows: Tensor, weight: Tensor, diagonal: Tensor) -> Tensor:
-    """Sum over outputs ``c`` of ``h^2 d_c w_c^2``."""
-
-    def form(h: Tensor, d: Tensor, squares: Tensor) -> Tensor:
-        return ((d @ squares) * h.square()).sum()
-
-    whole = (weight.square(),)
-    return sum_by_rows(form, _FOR_PRODUCTS, rows, diagonal, whole=whole)
-
-
 def _general_form(
-    rows: Tensor,
-    weight: Tensor,
-    outputs: Tensor,
-    product: Callable[[Tensor], Tensor],
+    rows: Tensor, weight: Tensor, outputs: Tensor, product: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Sum over outputs ``c`` of ``h^2 w_c (H_c w)``, one product with H for each."""
     total = rows.new_zeros(())
@@ -248,3 +239,41 @@ def _general_form(
         products = product(place).reshape(-1, weight.shape[0]) @ weight
         total = total + (rows.square() * products * weight[c]).sum()
     return total
+
+
+def differentiated(*tensors: Tensor) -> bool:
+    """Whether what is made of these tensors may be differentiated or transformed."""
+    live = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return live or not tracing.eager()
+
+
+def sum_by_rows(
+    form: Callable[..., Tensor],
+    elements: int,
+    rows: Tensor,
+    *others: Tensor,
+    whole: Sequence[Tensor] = (),
+) -> Tensor:
+    """Return the sum of ``form`` over blocks of rows.
+
+    It is a function of blocks of ``rows``, of ``elements`` at most, and of ``others``
+    with as many rows, and of ``whole`` as it is, to a scalar or a tensor of one shape.
+    Where a gradient will be asked for, a block is computed again in the backward pass
+    rather than kept. Where a ``torch.func`` transform or a compiler looks on, all rows
+    are one block.
+    """
+    count = max(1, elements // max(1, rows.shape[1]))
+    if rows.shape[0] <= count or not tracing.eager():
+        return form(rows, *others, *whole)
+    again = differentiated(rows, *others, *whole)
+    total = rows.new_zeros(())
+    for block in zip(*(x.split(count) for x in (rows, *others)), strict=True):
+        total = total + computed(again, form, *block, *whole)
+    return total
+
+
+def computed(again: bool, form: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """Return what a form makes, to be made ``again`` in a backward pass, or kept."""
+    if not again:
+        return form(*given)
+    return checkpoint(form, *given, use_reentrant=False, preserve_rng_state=False)

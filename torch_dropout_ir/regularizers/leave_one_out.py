@@ -8,18 +8,18 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.utils import _pytree
-from torch.utils.checkpoint import checkpoint
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.regularizers.by_rows import sum_by_rows
-from torch_dropout_ir.regularizers.closed_forms import is_quadratic
+from torch_dropout_ir.regularizers.estimate import is_quadratic
 from torch_dropout_ir.regularizers.last_layer import (
     ROWS_MEET,
     check_layer,
     check_rows,
+    computed,
     last_layer,
     softmax_and_scale,
+    sum_by_rows,
 )
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import noise_variance
@@ -97,17 +97,15 @@ def leave_one_out(
     if resolved.kind == "cross_entropy":
         return variance * _softmax_form(resolved, features, weight, outputs, targets)
     check_rows(read_outputs(outputs, resolved, targets))
+
+    def widened(x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return x.to(wide) if x.is_floating_point() else x
+
     # A small difference of losses: half precision would round it away.
     tensors, narrow = (features, weight, outputs, targets), outputs.dtype
-    wide = _pytree.tree_map(_widened, tensors)
+    wide = _pytree.tree_map_only(Tensor, widened, tensors)
     return variance * _general_form(resolved, *wide).to(narrow)
-
-
-def _widened(x: Any) -> Any:
-    """Return a tensor in float32 at least; anything else as it is."""
-    if isinstance(x, Tensor) and x.is_floating_point():
-        return x.to(torch.promote_types(x.dtype, torch.float32))
-    return x
 
 
 def _softmax_form(
@@ -153,12 +151,7 @@ def _general_form(
 
     total = (slope * contribution).sum()
     for h, w in zip(features.unbind(-1), weight.unbind(1), strict=True):
-        if differentiable and tracing.eager():
-            part = checkpoint(
-                without, h, w, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            part = without(h, w)
+        part = computed(differentiable and tracing.eager(), without, h, w)
         total = total + (part - value)
     return total
 

@@ -21,13 +21,11 @@ from torch.utils import _pytree
 
 from torch_dropout_ir.attention_again import Attention, Part, Parted
 from torch_dropout_ir.dropout_calls import RECURRENT
-from torch_dropout_ir.regularizers.line_calls import STILL, Line, tensors
+from torch_dropout_ir.regularizers.line_calls import STILL, Line, of_product, tensors
 from torch_dropout_ir.regularizers.line_graphs import outside
 from torch_dropout_ir.regularizers.line_mode import Moving
-from torch_dropout_ir.regularizers.line_products import of_product
 from torch_dropout_ir.regularizers.line_recurrent import along_steps
-from torch_dropout_ir.regularizers.line_rows import along_rows
-from torch_dropout_ir.regularizers.line_slabs import of_softmax
+from torch_dropout_ir.regularizers.line_slabs import along_rows, of_softmax
 
 _KIND: Final[Any] = torch.autograd.function.FunctionMeta
 _LOCK: Final = threading.Lock()
@@ -64,7 +62,6 @@ class Wholes(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _along(self, run: Callable[..., Any], given: Sequence[Tensor]) -> list[Tensor]:
-        """Return what is run of what is given, which moves from there on."""
         lines = {id(x): self._moving.line(x) for x in given}
         with self._moving.aside():
             found, moved = outside(lambda: run(lambda x: lines[id(x)]), given[0])
@@ -115,7 +112,6 @@ def _forward(moving: Moving, cls: Any, forward: Any, *args: Any) -> Any:
     over: dict[int, Tensor] = {}  # what copies of the last call are of
 
     def function(*new: Any) -> Any:
-        """Call it with copies, on which it may write."""
         own = [
             x if line is STILL else x.clone()
             for x, line in zip(new, lines, strict=True)
@@ -157,7 +153,8 @@ def along_queries(
 ) -> tuple[list[Tensor], list[Line]]:
     """Return what attention makes of what it is given, and how that moves."""
     lines = [(x, line_of(x)) for x in attention.given]
-    given = [*attention.given, *(_order(*line, k) for k in range(2) for line in lines)]
+    moved = [(x, line[k]) for k in range(2) for x, line in lines]
+    orders = [x.new_zeros(()).expand_as(x) if u is None else u for x, u in moved]
 
     def call(part: Part, *own: Tensor) -> tuple[Tensor, ...]:
         q, k, v, q1, k1, v1, q2, k2, v2 = own
@@ -168,10 +165,5 @@ def along_queries(
         return p @ v, *[u for u in found if u is not None]  # both are there
 
     parts = Parted(call, (True, False, False) * 3, (True,) * 3)
-    y, first, second = parts.whole(attention.weights, given)
+    y, first, second = parts.whole(attention.weights, [*attention.given, *orders])
     return [y], [(first, second)]
-
-
-def _order(x: Tensor, line: Line, k: int) -> Tensor:
-    u = line[k]
-    return x.new_zeros(()).expand_as(x) if u is None else u

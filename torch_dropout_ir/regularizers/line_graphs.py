@@ -44,7 +44,9 @@ def by_graph(call: Call, _: list[int], value: Any) -> list[Line]:
     lines = [call.line_of(x) for x in leaves]
     again, found = outside(lambda: along(function, leaves, lines), tensors(leaves)[0])
     if not call.written:  # what writes at random reads nothing
-        _check_same(tensors(again), tensors(value))
+        for y, x in zip(tensors(again), tensors(value), strict=True):
+            if x.is_floating_point() and x.numel() and not nearly_equal(y.detach(), x):
+                raise NoRuleError("an operation that returns other numbers each time")
     return found
 
 
@@ -70,7 +72,10 @@ def along(
     made = tensors(value)
     own = [i for i, y in enumerate(made) if y.requires_grad]
     ends = [made[i] for i in own]
-    heads = [_uneven(y).requires_grad_() for y in ends]
+    # Numbers of both signs without pattern.
+    pairs = [(uneven(y.detach(), 0) - 1.5, y) for y in ends]
+    heads = [c * (1 + 0.5j) if y.is_complex() else c for c, y in pairs]
+    heads = [c.requires_grad_() for c in heads]
     roots = [lines[i] for i in live]
     firsts, seconds = _derivatives(ends, heads, [at[i] for i in live], roots)
     found = dict(zip(own, zip(firsts, seconds, strict=True), strict=True))
@@ -132,25 +137,10 @@ def _of_heads(heads: list[Tensor], pairs: Pairs) -> list[Tensor | None]:
 
 
 def _spread(x: Tensor) -> float:
-    """Return the root of the mean square."""
     return float(x.detach().norm()) / max(1, x.numel()) ** 0.5
 
 
 def _product(g: Tensor, u: Tensor | None) -> float:
-    """Return the real part of the sum of products."""
     if u is None:
         return 0.0
     return float((g.conj() * u).sum().real) if g.is_complex() else float((g * u).sum())
-
-
-def _uneven(y: Tensor) -> Tensor:
-    """Return numbers of both signs without pattern."""
-    found = uneven(y.detach(), 0) - 1.5
-    return found * (1 + 0.5j) if y.is_complex() else found
-
-
-def _check_same(again: list[Tensor], made: list[Tensor]) -> None:
-    """See that what was made again is what was made."""
-    for y, x in zip(again, made, strict=True):
-        if x.is_floating_point() and x.numel() and not nearly_equal(y.detach(), x):
-            raise NoRuleError("an operation that returns other numbers each time")

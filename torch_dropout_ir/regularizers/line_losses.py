@@ -13,13 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.regularizers.line_calls import (
-    STILL,
-    Call,
-    Line,
-    aten,
-    each,
-)
+from torch_dropout_ir.regularizers.line_calls import STILL, Call, Line, aten, each
 from torch_dropout_ir.regularizers.line_graphs import along, by_graph, outside
 from torch_dropout_ir.regularizers.line_slabs import by_slopes, part_size, parts
 
@@ -69,7 +63,6 @@ def added(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
 
 
 def _squared(a: Tensor, b: Tensor, *lines: Line) -> Line:
-    """Return the line of the sum of squared differences."""
     pairs = zip(*lines, strict=True)
     u, w = [v if o is None else -o if v is None else v - o for v, o in pairs]
     off = a - b

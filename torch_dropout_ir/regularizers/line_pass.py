@@ -16,22 +16,13 @@ from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
-from torch_dropout_ir.regularizers.estimate import Estimate
-from torch_dropout_ir.regularizers.line_calls import (
-    STILL,
-    Line,
-    NoRuleError,
-    tensors,
-)
+from torch_dropout_ir.regularizers.estimate import Asked, Estimate
+from torch_dropout_ir.regularizers.line_calls import STILL, Line, NoRuleError, tensors
 from torch_dropout_ir.regularizers.line_functions import whole_functions
 from torch_dropout_ir.regularizers.line_mode import Moving
 from torch_dropout_ir.regularizers.line_tape import Tape
-from torch_dropout_ir.regularizers.outputs import (
-    OutputsRead,
-    read_outputs,
-    real_leaves,
-)
-from torch_dropout_ir.regularizers.site_forms import Form, assemble, signs
+from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs, real_leaves
+from torch_dropout_ir.regularizers.site_forms import Form, Known, assemble, signs
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.survey import Survey
 
@@ -97,7 +88,6 @@ def _moved(
     noise: Noise,
     linear: bool,
 ) -> tuple[Any, Moving]:
-    """Return the outputs where a use of a site moves, and how they do."""
     survey = Survey.of(model)
     moving, used = Moving((True, not linear)), 0
 
@@ -129,11 +119,8 @@ def _moved(
 
 
 def draws_along(
-    model: nn.Module,
-    batch: Batch,
-    loss: Loss,
+    asked: Asked,
     uses: Sequence[Mask],
-    num_samples: int | None,
     tape: LossTape | None = None,
     linear: bool = False,
 ) -> list[list[Form]] | None:
@@ -144,11 +131,12 @@ def draws_along(
     leaves out the curvature of the network. None where derivatives do not go through an
     operation.
     """
+    given, num_samples = asked[:3], asked.num_samples
 
     def forms(noise: Iterable[tuple[int, Noise]]) -> list[Form]:
         found = []
         for use, z in noise:
-            curved = curvature_along(model, batch, loss, uses, use, z, tape, linear)
+            curved = curvature_along(*given, uses, use, z, tape, linear)
             if curved is not None:
                 found.append((uses[use][0].name, curved.view(1) / 2))
         return found
@@ -164,7 +152,7 @@ def draws_along(
     except (RuntimeError, ValueError, TypeError):  # ours, and torch's and the model's
         if tape is None:
             return None
-        return draws_along(model, batch, loss, uses, num_samples, None, linear)
+        return draws_along(asked, uses, None, linear)
 
 
 def _elements(uses: Sequence[Mask]) -> Iterator[tuple[int, Noise]]:
@@ -226,30 +214,21 @@ class AlongLine(NamedTuple):
         like = read.single.new_zeros(())
         return cls(masks_of(clean), tape, like, clean.noise_left_out(model))
 
-    def estimate(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        loss: Loss,
-        num_samples: int | None,
-        *,
-        linear: bool,
-    ) -> Estimate | None:
+    def estimate(self, asked: Asked, linear: bool) -> Estimate | None:
         """Return the estimate, of all rows at once, which meet in the loss.
 
         ``linear`` leaves out the curvature of the network. None where derivatives do
         not go through an operation, and where all are zero: a graph may tell why.
         """
-        draws = draws_along(
-            model, batch, loss, self.uses, num_samples, self.tape, linear
-        )
+        draws = draws_along(asked, self.uses, self.tape, linear)
         if not every(draws is not None, "rules") or draws is None:
             return None
         curved = any([bool(form) for draw in draws for _, form in draw])
         if not some(curved, "curvature"):
             return None
         names = [site.name for site, _, _ in self.uses]
-        return assemble(names, draws, num_samples, True, False, self.like, self.notes)
+        known = Known(names, asked.num_samples, False, self.like, self.notes)
+        return assemble(known, draws, True)
 
 
 def masks_of(clean: CleanPass) -> list[Mask]:

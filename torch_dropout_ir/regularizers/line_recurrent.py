@@ -45,12 +45,21 @@ def along_steps(
         for way, back in enumerate(ways):
             k = len(ends)
             ends.append([h[:, k].clone() for h in starts])
-            own = _taken(weights[k * each : (k + 1) * each], biases)
-            parts = [u.narrow(-1, way * width, width) for u in made]
-            to = [_steps(u, sizes, dim) for u in parts]
-            _run(_CELLS[name], below, to, ends[k], own, back)
-    new = [torch.stack(h, 1).unbind() for h in zip(*ends, strict=True)]
-    found = [tuple(made), *new]
+            inner, outer, *more = weights[k * each : (k + 1) * each]
+            own = [inner, outer, *([] if biases else [None, None]), *more]
+            to = [_steps(u.narrow(-1, way * width, width), sizes, dim) for u in made]
+            for t in range(len(to[0]))[
+                :: -1 if back else 1
+            ]:  # the state goes on in place
+                u = torch.stack([part[t] for part in below])
+                rows = u.shape[1]  # sequences that are over keep their state
+                new = _CELLS[name](u, [h[:, :rows] for h in ends[k]], own)
+                for h, now in zip(ends[k], new, strict=True):
+                    h[:, :rows] = now
+                for part, now in zip(to, new[0], strict=True):
+                    part[t].copy_(now)
+    last = [torch.stack(h, 1).unbind() for h in zip(*ends, strict=True)]
+    found = [tuple(made), *last]
     return [y[0] for y in found], [(y[1], y[2]) for y in found]
 
 
@@ -61,32 +70,6 @@ def _three(x: Tensor, line: Line) -> list[Tensor]:
 def _steps(x: Tensor, sizes: list[int] | None, dim: int) -> Sequence[Tensor]:
     """Return the steps of a batch, or of sequences that are packed, as views."""
     return x.unbind(dim) if sizes is None else x.split(sizes)
-
-
-def _taken(weights: Sequence[Tensor], biases: bool) -> list[Tensor | None]:
-    """Return weights of input and state, their biases, and that of a projection."""
-    inner, outer, *rest = weights
-    shifts = [rest.pop(0), rest.pop(0)] if biases else [None, None]
-    return [inner, outer, *shifts, *rest]
-
-
-def _run(
-    cell: Cell,
-    below: Sequence[Sequence[Tensor]],
-    to: Sequence[Sequence[Tensor]],
-    state: list[Tensor],
-    weights: Sequence[Tensor | None],
-    back: bool,
-) -> None:
-    """Write the steps of a layer in one direction; the state goes on in place."""
-    for t in range(len(to[0]))[:: -1 if back else 1]:
-        x = torch.stack([part[t] for part in below])
-        rows = x.shape[1]  # sequences that are over keep their state
-        new = cell(x, [h[:, :rows] for h in state], weights)
-        for h, own in zip(state, new, strict=True):
-            h[:, :rows] = own
-        for part, u in zip(to, new[0], strict=True):
-            part[t].copy_(u)
 
 
 def _mapped(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -23,7 +23,10 @@ from torch_dropout_ir.regularizers.line_calls import (
     alike,
     aten,
     can_move,
+    divided,
     each,
+    multiplied,
+    product,
     room,
     tensors,
 )
@@ -34,7 +37,6 @@ from torch_dropout_ir.regularizers.line_losses import (
     labelled,
     reduced,
 )
-from torch_dropout_ir.regularizers.line_products import divided, multiplied, product
 from torch_dropout_ir.regularizers.line_slabs import (
     elementwise,
     group_normalized,
@@ -132,32 +134,20 @@ def _linear(call: Call, moving: list[int], places: tuple[int, ...]) -> list[Line
     def order(k: int) -> Tensor | None:
         if all([call.line_of(x)[k] is None for x in tensors([*given.values()])]):
             return None
-        found: Tensor = call.at(
-            _pytree.tree_map(lambda x: _or_nothing(call.line_of(x)[k], x), given)
-        )
-        return found
+
+        def own(x: Any) -> Any:
+            u = call.line_of(x)[k]
+            return _nothing(x) if u is None else u
+
+        return call.at(_pytree.tree_map(own, given))
 
     return [(order(0), order(1))]
 
 
-def _or_nothing(u: Tensor | None, x: Any) -> Any:
-    return _nothing(x) if u is None else u
-
-
 def _nothing(x: Any) -> Any:
-    """Return the zero of what is like an argument."""
     if isinstance(x, Tensor):
         return torch.zeros_like(x)
     return x if x is None else 0.0
-
-
-def _viewed(call: Call, _: list[int], value: Tensor) -> list[Line]:
-    """A line may lie otherwise in memory than what it is of."""
-    return each(call, 0, lambda u: u.reshape(value.shape))
-
-
-def _copied(call: Call, _: list[int], __: Any) -> list[Line]:
-    return each(call, 0, lambda u: u.detach())  # its own tensor, the same numbers
 
 
 def _assigned(call: Call, _: list[int], value: Tensor) -> list[Line]:
@@ -170,7 +160,6 @@ def _assigned(call: Call, _: list[int], value: Tensor) -> list[Line]:
 
 
 def _summed(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
-    """Sums and differences."""
     if any([i not in (0, 1) for i in moving]):
         return None
     factor = call.kwargs.get("alpha", 1)
@@ -257,14 +246,16 @@ def _normalized(call: Call, moving: list[int], found: Any) -> list[Line] | None:
 
 
 def _rules() -> dict[Any, Rule]:
-    """Return the rule of each operation that has one of its own."""
     kinds: tuple[tuple[str, Rule], ...] = (
         (SINGLE, elementwise), (ROWS, softened), (ADDED, added), (REDUCED, reduced),
         ("_euclidean_dist", distances),  # of many rows, which torch takes by products
         ("nll_loss_forward nll_loss2d_forward", labelled),
         ("add sub", _summed), ("mul", multiplied), ("div", divided),
-        ("view _unsafe_view", _viewed), ("clone", _copied), ("copy", _assigned),
-        ("relu", _rectified), ("max min sort topk", _chosen), ("hardsigmoid", _slanted),
+        # A line may lie otherwise in memory than what it is of.
+        ("view _unsafe_view", lambda c, _, y: each(c, 0, lambda u: u.reshape(y.shape))),
+        ("copy", _assigned), ("relu", _rectified),
+        ("clone", lambda call, _, __: each(call, 0, Tensor.detach)),  # a tensor apart
+        ("max min sort topk", _chosen), ("hardsigmoid", _slanted),
         ("max_pool2d_with_indices adaptive_max_pool2d", _pooled(2)),
         ("max_pool3d_with_indices adaptive_max_pool3d", _pooled(3)),
         ("mm bmm mv dot", product(0, 1)), ("convolution", product(0, 1, 2)),

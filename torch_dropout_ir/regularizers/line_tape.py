@@ -78,7 +78,6 @@ class _Step:
     first: bool = False
 
     def reads(self) -> list[int]:
-        """Return the numbers of what it is given, as often as it is."""
         leaves = _pytree.tree_leaves(self.given)
         return [x.number for x in leaves if isinstance(x, _Slot)]
 
@@ -186,7 +185,6 @@ class _Recorder(TorchDispatchMode):
         self._count = 0
 
     def name(self, x: Tensor, *, moves: bool) -> Tensor:
-        """Give a tensor a number, and return it."""
         self.numbers[x] = self._count
         if moves and can_move(x):
             self._moves.add(self._count)
@@ -199,7 +197,8 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         places, writes = self._places(args, kwargs), func._schema.is_mutable
         seen = bool(places) and torch.is_grad_enabled()
-        if places and not seen and not (self.constants.asked and _own(args, writes)):
+        own = not writes or not shared(args[0])  # else another tensor shows it
+        if places and not seen and not (self.constants.asked and own):
             raise NoRuleError(f"{func} without autograd")
         shown = seen and writes and shared(args[0])
         bare = out_of_place(func) if seen and writes else func
@@ -213,7 +212,8 @@ class _Recorder(TorchDispatchMode):
         made = tensors(found)
         for x in made:
             self.name(x, moves=bool(moves))
-        like = len(made) == 1 and _like_first(made[0], args)
+        like = len(made) == 1 and bool(args) and isinstance(args[0], Tensor)
+        like = like and alike(args[0], made[0]) and args[0] is not made[0]
         over = in_place(run) if like and seen == bool(places) else None
         numbers = [self.numbers[x] for x in made]
         step = _Step(
@@ -234,7 +234,6 @@ class _Recorder(TorchDispatchMode):
         self._moves.update(own)
 
     def _numbers(self, given: Any) -> list[int]:
-        """Return the numbers of what moves."""
         return sorted({self.numbers[x] for x in tensors(given) if self._moving(x)})
 
     def _places(self, args: Any, kwargs: Any) -> list[int]:
@@ -248,14 +247,3 @@ class _Recorder(TorchDispatchMode):
     def _slot(self, x: Any) -> Any:
         number = self.numbers.get(x) if isinstance(x, Tensor) else None
         return x if number is None else _Slot(number)
-
-
-def _like_first(found: Tensor, args: Any) -> bool:
-    """Whether what an operation returned is like its first argument."""
-    x = args[0] if args else None
-    return isinstance(x, Tensor) and alike(x, found) and x is not found
-
-
-def _own(args: Any, writes: bool) -> bool:
-    """Whether an operation writes on nothing, or on what no other tensor shows."""
-    return not writes or not shared(args[0])

@@ -33,10 +33,7 @@ from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.output_scales import alike
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.loss_weight import apart
-from torch_dropout_ir.regularizers.output_rows import (
-    chunks,
-    rows_of_samples,
-)
+from torch_dropout_ir.regularizers.output_rows import chunks, rows_of_samples
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 
 # Parts besides a first, small one: of one a double backward holds less than a step.
@@ -108,11 +105,8 @@ class LossParts:
             mean = self._loss.reduction == "mean"
             shares = [len(x) / self._count for x in self.samples]
             self.weights = shares if mean else [1.0] * len(shares)
-            rows, targets = (
-                self._rows(self.samples[0]),
-                self._targets_of(self.samples[0]),
-            )
-            product = HessianProduct(self._loss, read.single[rows], targets)
+            rows, y = self._rows(self.samples[0]), self._targets_of(self.samples[0])
+            product = HessianProduct(self._loss, read.single[rows], y)
             ones = torch.ones_like(product.at)
             self.curved = bool(product(ones, keep=False).any())
             return False
@@ -176,7 +170,6 @@ class LossParts:
         return found.view(len(gradient), -1, found.shape[1])
 
     def _gradient(self, f: Tensor, rows: Tensor, samples: Tensor) -> Tensor:
-        """Return the gradient of a part where it has moved."""
         at = self._moved(f[rows], rows)
         product = HessianProduct(self._loss, at, self._targets_of(samples))
         return self._of(*torch.autograd.grad(product.value, product.at))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from torch_dropout_ir.collectives import every
 from torch_dropout_ir.output_products import WIDE, HessianProduct
@@ -13,12 +14,12 @@ from torch_dropout_ir.regularizers.graph_memory import Held
 from torch_dropout_ir.regularizers.loss_graph import rows_apart
 from torch_dropout_ir.regularizers.output_rows import least_of_part
 from torch_dropout_ir.regularizers.outputs import OutputsRead
-from torch_dropout_ir.regularizers.root_choice import blocks_fit
 
 # Elements of the outputs below which the memory of their loss is no matter, and their
 # share of what the network makes.
 _FEWEST: Final = 2**18
 _SHARE: Final = 1 / 16
+_MOST_BLOCK_ELEMENTS: Final = 2**24
 
 
 def apart(product: HessianProduct) -> bool:
@@ -105,3 +106,8 @@ def much(clean: CleanPass, read: OutputsRead) -> bool:
     learns = held.leaves + sum(clean.below.constants.values())
     most = f.nbytes >= _SHARE * (held.made + learns)
     return most and least_of_part(clean, read) > 0
+
+
+def blocks_fit(f: Tensor) -> bool:
+    """Whether the blocks of samples are few enough to be held."""
+    return bool(f.ndim) and f.numel() * f.shape[1:].numel() <= _MOST_BLOCK_ELEMENTS

@@ -6,12 +6,12 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.arguments import check_real
+from torch_dropout_ir.arguments import check_choice, check_real
 from torch_dropout_ir.functional import Batch, at_sites, call, fresh
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
@@ -23,10 +23,14 @@ from torch_dropout_ir.regularizers.checks import (
     read_beside,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.closed_forms import last_layer_form
+from torch_dropout_ir.regularizers.estimate import last_layer_form
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
-from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
+from torch_dropout_ir.regularizers.outputs import (
+    OutputsRead,
+    check_curvature,
+    read_outputs,
+)
 from torch_dropout_ir.regularizers.penalty import with_penalty
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import LINEAR, not_reached, total
@@ -45,9 +49,6 @@ Kind: TypeAlias = Literal["L1", "L2", "L3", "L4", "regu"]
 R1: TypeAlias = Literal[
     "last_layer", "leave_one_out", "gauss_newton", "second_order", "monte_carlo"
 ]
-
-_KINDS: Final = get_args(Kind)
-_R1: Final = get_args(R1)
 
 
 def modified_loss(
@@ -155,12 +156,8 @@ def modified_loss(
 
 
 def _check(model: nn.Module, kind: str, lr: Any, r1: str) -> None:
-    if kind not in _KINDS:
-        raise ValueError(
-            f"modified_loss: expected `kind` to be one of {_KINDS}, got {kind!r}"
-        )
-    if r1 not in _R1:
-        raise ValueError(f"modified_loss: expected `r1` to be one of {_R1}, got {r1!r}")
+    check_choice("modified_loss", "kind", kind, get_args(Kind))
+    check_choice("modified_loss", "r1", r1, get_args(R1))
     if lr is None and kind in ("L2", "L3", "regu"):
         raise ValueError(
             f"modified_loss: expected `lr`, the coefficient of the squared gradient in "
@@ -236,7 +233,8 @@ def _with_r1(
             parts = None
             if moved is not None and max_bytes is not None and not moved():
                 weight = float(kind == "L1")
-                parts = parted(model, batch, loss, passed, clean, weight, max_bytes)
+                of = model, batch, loss
+                parts = parted(of, passed, clean, weight, max_bytes)
             if parts is None:
                 excess = _r1(passed, batch[1], loss, r1)
             else:
@@ -252,7 +250,6 @@ def _with_r1(
 
 
 def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
-    """Return R_1 with its graph in the parameters."""
     check_reachable("modified_loss", clean.unreachable)
     if not clean.uses:  # p = 0 everywhere
         return torch.zeros((), device="cpu")
@@ -261,14 +258,13 @@ def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
     for note in read_beside(read, unseen, None, clean.later):
         warnings.warn(f"modified_loss: R_1: {note}", stacklevel=4)
     if r1 in ("gauss_newton", "second_order"):
-        return _sampled_form(clean, targets, loss, r1)
+        return _sampled_form(clean, read, targets, r1)
     form = last_layer if r1 == "last_layer" else leave_one_out
     return last_layer_form(clean, targets, loss, form)
 
 
-def _sampled_form(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
+def _sampled_form(clean: CleanPass, read: OutputsRead, targets: Any, r1: str) -> Tensor:
     """Return one draw of a second-order form; warn where it is 0 for want of one."""
-    read = read_outputs(clean.outputs, loss, targets)
     linear = not check_curvature(read) and r1 == "gauss_newton"
     known = read.loss
     if r1 == "gauss_newton" and known is not None and rooted(known, targets):

@@ -10,11 +10,7 @@ from torch import Tensor, nn
 from torch_dropout_ir.arguments import check_count, check_real
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers.checks import (
-    as_pair,
-    check_finite,
-    noise_left_out,
-)
+from torch_dropout_ir.regularizers.checks import as_pair, check_finite, noise_left_out
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk
 from torch_dropout_ir.written_parameters import unwritten

@@ -15,11 +15,11 @@ from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.estimate import Estimate, of_squares
+from torch_dropout_ir.regularizers.estimate import Estimate, fits_last_layer, of_squares
 from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk, linear_parts
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
-from torch_dropout_ir.regularizers.root_estimate import estimate
+from torch_dropout_ir.regularizers.root_passes import estimate
 from torch_dropout_ir.regularizers.second_order import second_order
 
 
@@ -59,12 +59,8 @@ def online(
     twice = loss.kind == "general"
     risk, slopes, linear = None, [], False
     seed = int(torch.randint(2**62, (), device="cpu"))  # of noise beside sites
-    with (
-        preserved_rng(model, seed),
-        clean_pass(
-            model, batch[0], twice=twice, bare=not twice, find_last=True
-        ) as clean,
-    ):
+    run = functools.partial(clean_pass, model, batch[0], twice=twice, find_last=True)
+    with preserved_rng(model, seed), run(bare=not twice) as clean:
         found, how = _second_order(model, clean, batch[1], loss)
         if batch[1] is not None:
             with torch.no_grad():
@@ -75,7 +71,8 @@ def online(
                 linear = every(_is_linear(clean, loss, batch[1]), "linear")
     if linear:
         with preserved_rng(model, seed):
-            found, how = _whole_loss(model, batch, loss)
+            form = functools.partial(second_order, model, batch, loss)
+            found, how = _parts(form, "sampled form of the whole loss")
     if found.exact:
         how = f"exact, {how}"
     elif risk is None:
@@ -110,11 +107,6 @@ def _second_order(
     return _parts(form, "sampled Gauss-Newton form", needed=targets is None)
 
 
-def _whole_loss(model: nn.Module, batch: Batch, loss: Loss) -> tuple[Estimate, str]:
-    form = functools.partial(second_order, model, batch, loss)
-    return _parts(form, "sampled form of the whole loss")
-
-
 def _parts(
     form: Callable[[], Estimate], how: str, needed: bool = False
 ) -> tuple[Estimate, str]:
@@ -146,7 +138,9 @@ def _is_linear(clean: CleanPass, loss: Loss, targets: Any) -> bool:
 
 @torch.no_grad()
 def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
-    if clean.last_weight is None:
+    # With p = 1 the noise has no variance, and masks alone tell what it does.
+    fits = fits_last_layer(clean) and clean.uses[0][0].p < 1
+    if clean.last_weight is None or not fits:
         return None
     site, features, _ = clean.uses[0]
     outputs: Tensor = clean.outputs.detach()
@@ -156,11 +150,8 @@ def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
         loss = dataclasses.replace(loss, kind="elementwise")
     if not exact and loss.at(outputs).kind != "cross_entropy":
         return None
-    # With p = 1 the noise has no variance, and masks alone tell what it does.
-    elementwise = site.mask_shape(features.shape) == tuple(features.shape)
-    elementwise &= site.p < 1
     # Cross-entropy has its classes in dimension 1, the linear layer in the last.
-    if not elementwise or (loss.kind == "cross_entropy" and outputs.ndim > 2):
+    if loss.kind == "cross_entropy" and outputs.ndim > 2:
         return None
     value = last_layer(
         features, clean.last_weight, site.p, loss=loss, outputs=outputs, targets=targets

@@ -174,9 +174,7 @@ def read_outputs(outputs: Any, loss: Loss, targets: Any) -> OutputsRead:
 
 
 def _read_of(
-    copies: list[Tensor],
-    places: list[int],
-    risk: Callable[[Sequence[Tensor]], Tensor],
+    copies: list[Tensor], places: list[int], risk: Callable[[Sequence[Tensor]], Tensor]
 ) -> list[int]:
     """Return the places of those tensors that a loss depends on; raise if none."""
     with torch.enable_grad():
@@ -244,11 +242,8 @@ def check_curvature(read: OutputsRead) -> bool:
                 if flat or bends(read.risk(at)):
                     return True
             raise ValueError(_PIECEWISE.format("linear"))
-        jumps = jumps or (flat and _differs(read.risk(far), read.risk(at)))
+        a, b = read.risk(far), read.risk(at)
+        jumps = jumps or (flat and bool(a.isfinite() and b.isfinite() and a != b))
     if jumps:
         raise ValueError(_PIECEWISE.format("constant"))
     return False
-
-
-def _differs(a: Tensor, b: Tensor) -> bool:
-    return bool(a.isfinite() and b.isfinite() and a != b)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, saved_tensors_hooks
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.arrivals import graph_nodes
@@ -22,12 +24,36 @@ class Kept:
         self.version = 0 if x is None else x._version
 
 
-def given(saved: Kept) -> Tensor:
+def _given(saved: Kept) -> Tensor:
     """Give a node back what it has saved; raise if that was written on."""
     assert saved.x is not None  # what the part needs is kept
     if saved.x._version != saved.version:  # torch asks that of what it keeps itself
         raise RuntimeError("what a derivative needs was written on in place")
     return saved.x
+
+
+@contextlib.contextmanager
+def saving(
+    node_of: Mapping[int, int], part: tuple[int, int] | None
+) -> Iterator[Iterator[int]]:
+    """Save what the nodes of a part need; all where that is None.
+
+    ``node_of`` tells which node has saved what, by its place; what none is known to
+    have saved is kept.
+
+    Yields:
+        The places.
+    """
+    places = itertools.count()
+
+    def save(x: Tensor) -> Kept:
+        place = next(places)
+        node = None if part is None else node_of.get(place)
+        kept = part is None or node is None or part[0] <= node < part[1]
+        return Kept(place, x.detach() if kept else None)
+
+    with saved_tensors_hooks(save, _given):
+        yield places
 
 
 class KeptBy(NamedTuple):

@@ -16,25 +16,15 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import every, go_on, most
 from torch_dropout_ir.functional import rewinding
 from torch_dropout_ir.regularizers.coupling import nearly_equal
-from torch_dropout_ir.regularizers.graph_memory import (
-    TOLD,
-    Graph,
-    sizes_of,
-)
-from torch_dropout_ir.regularizers.pass_nodes import (
-    Kept,
-    PassNodes,
-    given,
-    kept_by,
-    size_at,
-)
+from torch_dropout_ir.regularizers.graph_memory import TOLD, Graph, sizes_of
+from torch_dropout_ir.regularizers.pass_nodes import PassNodes, kept_by, saving, size_at
 from torch_dropout_ir.regularizers.step_memory import mask_bytes
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.weight_parts import FACTORED
@@ -104,23 +94,17 @@ class PassParts:
             self._rewind = rewinding(self._model)
         else:
             self._left[self._pass].rewind()
-        self._places = 0
         self._masks: dict[Any, int] = {}
-        with saved_tensors_hooks(self._save, given):
+        part = (self._cuts[-2], self._cuts[-1]) if self.parted else None
+        with saving(self._node_of, part) as places:
             yield
+        self._places = next(places)
 
     def look(self, site: Site, h: Tensor, y: Tensor) -> None:
         """Look at what a site was given and has made of it."""
         if self._like is None:
             with tracing.unasked():
                 self._masks[y.grad_fn] = mask_bytes(site, h)
-
-    def _save(self, x: Tensor) -> Kept:
-        place, self._places = self._places, self._places + 1
-        node = self._node_of.get(place) if self.parted else None
-        # What no node is known to have saved is kept.
-        kept = node is None or self._cuts[-2] <= node < self._cuts[-1]
-        return Kept(place, x.detach() if kept else None)
 
     def back(self, value: Tensor, receive: Receive, plain: bool) -> None:
         """Go back through the part, giving gradients away as they come.

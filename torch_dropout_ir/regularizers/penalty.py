@@ -8,7 +8,7 @@ with the value, a part at a time: the graph of both derivatives is that of a par
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,16 @@ from torch_dropout_ir.functional import Batch, call, parameters
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.gradient_norm import learning_rates
-from torch_dropout_ir.regularizers.inner_products import weighted_squares
-from torch_dropout_ir.regularizers.known_gradient import (
+from torch_dropout_ir.regularizers.gradient_pairs import wide_dtype
+from torch_dropout_ir.regularizers.masked import MaskedRows
+from torch_dropout_ir.regularizers.penalty_cuts import CutPasses
+from torch_dropout_ir.regularizers.penalty_products import (
+    Products,
     learns_alone,
     parts_pay,
+    slopes_of,
     with_gradient_beside,
 )
-from torch_dropout_ir.regularizers.masked_rows import MaskedRows
-from torch_dropout_ir.regularizers.penalty_cuts import CutPasses
-from torch_dropout_ir.regularizers.penalty_products import Products, slopes_of
 from torch_dropout_ir.sharpness.derivatives import lean_derivatives
 from torch_dropout_ir.sharpness.frozen import twice_differentiable
 from torch_dropout_ir.tracing import unpacked_by_hooks
@@ -108,8 +109,7 @@ def _by_rows(
     """Return the value and its gradient by parts of the batch; None if those meet."""
     slopes = torch.autograd.grad(risk, params, allow_unused=True)
     value = sign * _penalty(slopes, rates) + weight * risk.detach()
-    gradient: list[Tensor | None]
-    gradient = [None if g is None else g * weight for g in slopes]
+    gradient: list[Tensor | None] = [None if g is None else g * weight for g in slopes]
     products = Products(params, slopes, rates, sign, gradient)
     try:
         for part in rows.parts():
@@ -157,7 +157,24 @@ def _by_cuts(
 
 
 def _penalty(slopes: Sequence[Tensor | None], rates: Sequence[float]) -> Tensor:
-    """Return ``(lr / 4) ||g||^2``."""
+    """Return ``(lr / 4) ||g||^2``; of complex parameters both parts count.
+
+    In float32 at least: squares of half precision vanish.
+    """
     pairs = [(r, g) for r, g in zip(rates, slopes, strict=True) if g is not None]
-    own, known = zip(*pairs, strict=True)
-    return weighted_squares(own, known)
+    return torch.stack([r / 4 * _Square.apply(g) for r, g in pairs]).sum()
+
+
+class _Square(torch.autograd.Function):
+    """A squared norm, whose derivative is one tensor; that of ``x * x`` makes two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.linalg.vector_norm(x.to(wide_dtype(x))).square()
+
+    @staticmethod
+    def backward(ctx: Any, root: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        wide: Tensor = x.to(wide_dtype(x)) * (2 * root)
+        return wide.to(x.dtype)

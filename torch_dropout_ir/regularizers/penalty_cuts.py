@@ -19,18 +19,12 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.arrivals import root_of
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.graph_memory import TOLD, sizes_of
-from torch_dropout_ir.regularizers.pass_nodes import (
-    Kept,
-    PassNodes,
-    given,
-    kept_by,
-    size_at,
-)
+from torch_dropout_ir.regularizers.pass_nodes import PassNodes, kept_by, saving, size_at
 
 # Parts at most: each takes a pass.
 _MOST: Final = 6
@@ -68,8 +62,7 @@ class CutPasses:
     @property
     def value(self) -> Tensor:
         """What is differentiated, as the first pass has it."""
-        found: Tensor = self._like[0]
-        return found
+        return self._like[0]
 
     def slopes(self) -> list[Tensor | None] | None:
         """Return the gradient by a whole pass; None where there is nothing to cut."""
@@ -157,7 +150,6 @@ class CutPasses:
         return got[len(own)] if first else None, got[-1]
 
     def _again(self, first: int, stop: int) -> tuple[Tensor, PassNodes]:
-        """Run the pass with what a part of it needs."""
         value = self._pass((first, stop))
         found = PassNodes(value, self._own)
         expected, *like = self._like
@@ -168,15 +160,7 @@ class CutPasses:
         return value, found
 
     def _pass(self, part: tuple[int, int] | None) -> Tensor:
-        places = itertools.count()
-
-        def save(x: Tensor) -> Kept:
-            place = next(places)
-            node = None if part is None else self._node_of.get(place)
-            need = node is None or part is None or part[0] <= node < part[1]
-            return Kept(place, x.detach() if need else None)
-
-        with saved_tensors_hooks(save, given):
+        with saving(self._node_of, part):
             return self._run()
 
     def _chosen(self, found: PassNodes) -> list[int]:

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.collectives import every
 from torch_dropout_ir.exhaustion import raise_if_exhausted
+from torch_dropout_ir.functional import call
 from torch_dropout_ir.gradient_factors import address
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.leaves import flatten
@@ -97,7 +98,7 @@ class Recorder:
         self._outlives = outlives
         self._first = first
         self._weigh = weigh
-        self._model, self._inputs = survey.model, inputs
+        self._survey, self._inputs = survey, inputs
         self._fixed = not survey.callers  # no site has another ``p`` in another call
         # Whether something may write on the inputs or outputs of sites.
         self._writes = outlives or survey.in_place or survey.foreign
@@ -132,7 +133,7 @@ class Recorder:
             # Who writes does so at once.
             self.passed[last] = self.passed[last].settled()
         if first and h.numel() >= (step_memory.SOME if self._weigh else _LARGE):
-            there = _there_before(self._model, self._inputs)
+            there = _there_before(self._survey.model, self._inputs)
             self.below = Below.by(h, there, self.below.constants)
         large = h.numel() >= CONSTANT or self._first is not None
         large = large and not self._outlives
@@ -183,10 +184,22 @@ class Recorder:
             outputs = forward()
         return outputs
 
-    def end(self, outputs: Any) -> None:
-        """The model has run: what comes now is the loss, or ours."""
+    def forward(
+        self,
+        around: contextlib.AbstractContextManager[Any],
+        reduce: Callable[[Any], Any] | None,
+        move_buffers: bool,
+    ) -> Any:
+        """Return what the model makes of its inputs, or ``reduce`` of that."""
+        seen = self._survey
+        with around:
+            outputs = call(
+                seen.model, self._inputs, move_buffers=move_buffers, survey=seen
+            )
+        # What comes now is the loss, or ours.
         self._matrices.end()
         self.last.end(outputs)
+        return outputs if reduce is None else reduce(outputs)
 
     def _clear(self) -> None:
         self.passed.clear()

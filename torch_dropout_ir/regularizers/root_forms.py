@@ -22,8 +22,7 @@ from torch_dropout_ir.registration import form_sums
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.coupling import alike, apart, row_weight, row_weights
 from torch_dropout_ir.regularizers.outputs import OutputsRead
-from torch_dropout_ir.regularizers.part_roots import PartRoots
-from torch_dropout_ir.regularizers.root_choice import Roots, choose
+from torch_dropout_ir.regularizers.root_choice import PartRoots, Roots, choose
 from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import Form, Sums, by_sample, rows_of_form
 from torch_dropout_ir.row_powers import by_powers

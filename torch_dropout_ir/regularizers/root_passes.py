@@ -1,4 +1,4 @@
-"""The passes of an estimate: the first, and those through which single roots go."""
+"""The passes of an estimate, those through which single roots go, and what is said."""
 
 from __future__ import annotations
 
@@ -13,15 +13,30 @@ from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.collectives import some
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.regularizers.checks import as_pair, check_finite
+from torch_dropout_ir.regularizers.checks import (
+    as_pair,
+    check_finite,
+    check_reachable,
+    read_beside,
+)
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import alike, row_weights, telling_roots
-from torch_dropout_ir.regularizers.estimate import Estimate
+from torch_dropout_ir.regularizers.estimate import Asked, Estimate, is_exact
 from torch_dropout_ir.regularizers.line_pass import AlongLine
 from torch_dropout_ir.regularizers.loss_parts import LossParts
-from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
+from torch_dropout_ir.regularizers.outputs import (
+    OutputsRead,
+    check_curvature,
+    read_outputs,
+)
 from torch_dropout_ir.regularizers.root_forms import RootForms, added_up, pull_root
-from torch_dropout_ir.regularizers.site_forms import Form
+from torch_dropout_ir.regularizers.site_forms import (
+    LINEAR,
+    Form,
+    Known,
+    assemble,
+    of_sums,
+)
 from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.written_parameters import unwritten
 
@@ -45,30 +60,27 @@ def estimated(
     """
     if num_samples is not None:
         check_count(name, "num_samples", num_samples, 1)
-    resolved = resolve_loss(loss)
-    args = model, as_pair(batch), resolved, num_samples
+    asked = Asked(model, as_pair(batch), resolve_loss(loss), num_samples)
 
     def look(survey: Survey | None, line: bool) -> Any:
-        seen = first_pass(*args, survey, line, None)
+        seen = first_pass(asked, survey, line, None)
         if isinstance(seen, LossParts):  # finding them has used the pass up
-            seen = first_pass(*args, survey, line, seen)
+            seen = first_pass(asked, survey, line, seen)
         return seen
 
     survey = Survey.of(model)
     with unwritten(model, survey=survey):
         found = look(survey, True)
         if isinstance(found, AlongLine):
-            found = found.estimate(*args, linear=linear) or look(None, False)
+            found = found.estimate(asked, linear) or look(None, False)
         if not isinstance(found, Estimate):
-            found = drawn(found, *args)
+            found = drawn(found, asked)
     check_finite(name, found.value, model, batch[0])
     return found
 
 
 def draws_by_passes(
-    forms: RootForms,
-    run: Run,
-    coupled: bool | None,
+    forms: RootForms, run: Run, coupled: bool | None
 ) -> tuple[list[list[Form]], bool]:
     """Return the draws of the forms, of passes over all rows, and whether samples meet.
 
@@ -91,12 +103,10 @@ def draws_by_passes(
 
 
 @contextlib.contextmanager
-def again(
-    model: nn.Module, batch: Batch, loss: Loss, **options: Any
-) -> Iterator[tuple[CleanPass, OutputsRead]]:
+def again(asked: Asked, **options: Any) -> Iterator[tuple[CleanPass, OutputsRead]]:
     """Run a pass over all rows once more, with options of its own."""
-    with clean_pass(model, batch[0], **options) as clean:
-        yield clean, read_outputs(clean.outputs, loss, batch[1])
+    with clean_pass(asked.model, asked.batch[0], **options) as clean:
+        yield clean, read_outputs(clean.outputs, asked.loss, asked.batch[1])
 
 
 def samples_meet(run: Run) -> bool:
@@ -137,3 +147,52 @@ def _pulled(forms: RootForms, run: Run, coupled: bool) -> Iterator[tuple[int, Fo
             else:
                 last = True  # a draw without roots
         del clean, read
+
+
+def read_of(clean: CleanPass, targets: Any, loss: Loss) -> OutputsRead:
+    """Return what the loss reads; raise if derivatives cannot be had of it."""
+    check_reachable("gauss_newton", clean.unreachable)
+    read = read_outputs(clean.outputs, loss, targets)
+    if loss.kind == "cross_entropy" and read.tensors[0].ndim < 2:
+        raise ValueError(
+            "gauss_newton: expected outputs with a batch dimension, got shape "
+            f"{list(read.tensors[0].shape)}"
+        )
+    return read
+
+
+def known_of(
+    model: nn.Module,
+    clean: CleanPass,
+    read: OutputsRead,
+    loss: Loss,
+    forms: RootForms,
+    beside: tuple[str, ...],
+) -> Known:
+    """Return what there is to say of an estimate by forms of a pass."""
+    told = forms.curved or not clean.uses or check_curvature(read)
+    linear = () if told else (LINEAR,)
+    notes = (*clean.noise_left_out(model), *beside, *linear)
+    exact = is_exact(clean, loss, read.targets, forms.num_samples)
+    like = read.tensors[0].new_empty(())
+    return Known(clean.names, forms.num_samples, exact, like, notes)
+
+
+def estimate(
+    model: nn.Module,
+    clean: CleanPass,
+    targets: Any,
+    loss: Loss,
+    num_samples: int | None,
+) -> Estimate:
+    """Return the Gauss-Newton estimate of a pass that has run; its graph is kept."""
+    read = read_of(clean, targets, loss)
+    product = None if read.closed else read.product()
+    forms = RootForms(clean, read, num_samples, product)
+    beside = read_beside(read, clean.edges, product, clean.later)
+    summed = forms.sums(clean, read)
+    draws, coupled = ([], False) if summed else forms.draws(clean, read)
+    known = known_of(model, clean, read, loss, forms, beside)
+    if summed is not None:
+        return of_sums(known, summed)
+    return assemble(known, draws, coupled or forms.loss_couples)

@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.output_rows import (
     PAIR,
+    RowNoise,
     chunks,
     count_samples,
     least_of_part,
@@ -43,10 +44,11 @@ from torch_dropout_ir.regularizers.output_rows import (
     rows_of_samples,
 )
 from torch_dropout_ir.regularizers.outputs import OutputsRead
-from torch_dropout_ir.regularizers.row_noise import RowNoise
 from torch_dropout_ir.tracing import generators
 
 T = TypeVar("T")
+# Of a chunk: its pass, what is read, its rows.
+Take: TypeAlias = Callable[[CleanPass, OutputsRead, Tensor], "T | None"]
 
 
 class RowChunks:
@@ -134,10 +136,8 @@ class RowChunks:
         eps = max(torch.finfo(x.dtype).eps for x in params)
         return left is not None and _length(left) <= eps ** (2 / 3) * size
 
-    def each(
-        self, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
-    ) -> list[T] | None:
-        """Return what ``take`` does of each chunk: its pass, what is read, its rows.
+    def each(self, take: Take[T]) -> list[T] | None:
+        """Return what ``take`` does of each chunk.
 
         None where it returns None, for samples meet, or rows of a chunk are not those
         of the batch.
@@ -155,9 +155,7 @@ class RowChunks:
             self._read = dataclasses.replace(self._read, tensors=[])
         return found
 
-    def _each(
-        self, take: Callable[[CleanPass, OutputsRead, Tensor], T | None]
-    ) -> list[T] | None:
+    def _each(self, take: Take[T]) -> list[T] | None:
         found: list[T] = []
         taken = [*self._samples()]
         if most(len(taken), "most chunks") + most(-len(taken), "fewest chunks"):
@@ -171,37 +169,25 @@ class RowChunks:
         return found
 
     def _samples(self) -> Iterable[Tensor]:
-        """Return the numbers of the rows of each chunk."""
         if self.alone is not None:
             return self.alone.samples
         return chunks(self._count, self._parts, self._least)
 
-    def _try(
-        self,
-        k: int,
-        rows: Tensor,
-        take: Callable[[CleanPass, OutputsRead, Tensor], T | None],
-    ) -> T | None:
+    def _try(self, k: int, rows: Tensor, take: Take[T]) -> T | None:
         try:
             return self._chunk(k, rows, take)
         except Exception as err:
             raise_if_exhausted(err)
             return None  # a model that does not run on part of the rows
 
-    def _chunk(
-        self,
-        k: int,
-        rows: Tensor,
-        take: Callable[[CleanPass, OutputsRead, Tensor], T | None],
-    ) -> T | None:
-        read = self._read
+    def _chunk(self, k: int, rows: Tensor, take: Take[T]) -> T | None:
         inputs = rows_of(self._inputs, rows, self._count)
         first = None if self._first is None else self.take(self._first, rows)
         with clean_pass(
             self._model, inputs, twice=self._twice, first=first, outlives=self._trained,
             around=self._drawing(rows),
         ) as clean:  # fmt: skip
-            chunk = replace_rows(read, clean.outputs, rows, self._count)
+            chunk = replace_rows(self._read, clean.outputs, rows, self._count)
             if self.alone is not None:
                 chunk = self.alone.read(k, chunk.tensors)
             if every(self._are_rows(clean, chunk, rows), "rows of a chunk"):

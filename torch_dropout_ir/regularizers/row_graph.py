@@ -215,11 +215,6 @@ def _matrices(op: Op) -> Place | None:
     return place if place and place.dim != len(op.shape) + summed else None
 
 
-def _distances(op: Op) -> Place | None:
-    """From each of the first, repeated for each batch of what they are measured to."""
-    return broadcast(op) if _first(0)(op) else None
-
-
 def _attention(op: Op) -> Place | None:
     return None if any(op.places[3:]) else _one_by_one(op)
 
@@ -270,11 +265,12 @@ def _rules() -> dict[str, Callable[[Op], Place | None]]:
         _matrices: "Mm Bmm Addmm",
         _first(0): "Convolution MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D "
         "PreluKernel NativeGroupNorm",
-        _distances: "Cdist EuclideanDist",
+        # From each of the first, for each batch of what they are measured to.
+        lambda op: broadcast(op) if _first(0)(op) else None: "Cdist EuclideanDist",
         _first(0, 1): "UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D "
         "UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D",
-        _attention: "ScaledDotProductFlashAttentionForCpu "
-        "ScaledDotProductFlashAttention ScaledDotProductEfficientAttention "
+        _attention: "ScaledDotProductFlashAttention "
+        "ScaledDotProductFlashAttentionForCpu ScaledDotProductEfficientAttention "
         "ScaledDotProductCudnnAttention",
         within: "Softmax SafeSoftmax LogSoftmax Split SplitWithSizes Cat",
         _sliced: "Slice",

@@ -6,18 +6,17 @@ import functools
 import math
 from typing import Any, Final, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from torch_dropout_ir.collectives import every, most, some
 from torch_dropout_ir.functional import Batch
-from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import (
     check_reachable,
     check_risk,
     checked_product,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.estimate import Estimate, is_exact
+from torch_dropout_ir.regularizers.estimate import Asked, Estimate, is_exact
 from torch_dropout_ir.regularizers.graph_memory import Held
 from torch_dropout_ir.regularizers.line_pass import (
     AlongLine,
@@ -41,7 +40,7 @@ from torch_dropout_ir.regularizers.site_curvature import (
     draws_by_chunks,
     draws_held,
 )
-from torch_dropout_ir.regularizers.site_forms import Form, assemble
+from torch_dropout_ir.regularizers.site_forms import Form, Known, assemble
 from torch_dropout_ir.survey import Survey
 
 # Parts of the rows at most: a double backward keeps three times what a training step
@@ -134,43 +133,32 @@ def second_order(
     return estimated("second_order", _first_pass, _drawn, *given, linear=False)
 
 
-def _drawn(
-    seen: _Seen, model: nn.Module, batch: Batch, loss: Loss, num_samples: int | None
-) -> Estimate:
-    """Return the estimate from draws of the first pass or of further ones."""
-    draws, notes, coupled = seen.draws, seen.notes, seen.coupled
+def _drawn(seen: _Seen, asked: Asked) -> Estimate:
+    draws, known, coupled = seen.draws, seen.known, seen.coupled
     if draws is None and seen.chunks is not None and not seen.few:
-        draws = draws_by_chunks(seen.chunks, seen.masks, num_samples, coupled)
+        draws = draws_by_chunks(seen.chunks, seen.masks, asked.num_samples, coupled)
     if draws is None:
-        draws, coupled, more = _together(model, batch, loss, seen, num_samples)
-        notes = (*notes, *more)
-    names = [site.name for site, _, _ in seen.masks]
-    return assemble(names, draws, num_samples, coupled, seen.exact, seen.like, notes)
+        draws, coupled, more = _together(asked, seen)
+        known = known._replace(notes=(*known.notes, *more))
+    return assemble(known, draws, coupled)
 
 
 class _Seen(NamedTuple):
     """What the first pass shows, without its graph; draws where that is no more."""
 
-    like: Tensor
+    known: Known
     masks: list[Mask]
     coupled: bool
-    exact: bool
-    notes: tuple[str, ...]
     draws: list[list[Form]] | None
     chunks: RowChunks | None
     few: bool  # samples: chunks hold more than a step
 
 
 def _first_pass(
-    model: nn.Module,
-    batch: Batch,
-    loss: Loss,
-    num_samples: int | None,
-    survey: Survey | None,
-    line: bool,
-    parts: LossParts | None,
+    asked: Asked, survey: Survey | None, line: bool, parts: LossParts | None
 ) -> _Seen | AlongLine | LossParts:
     """Check model, batch and loss; take the forms at once where that holds no more."""
+    model, batch, loss, num_samples = asked
     exact, bare = num_samples is None, loss.kind != "general"
     with clean_pass(  # nothing but an exact sum is called exact
         model, batch[0], twice=True, bare=bare, find_last=exact, weigh=True,
@@ -189,19 +177,14 @@ def _first_pass(
             check_risk("second_order", read, model, batch[0], clean.later)
             if (found := AlongLine.of(model, clean, read)) is not None:
                 return found
-        return _seen(model, batch, loss, num_samples, clean, read, alone)
+        return _seen(asked, clean, read, alone)
 
 
 def _seen(
-    model: nn.Module,
-    batch: Batch,
-    loss: Loss,
-    num_samples: int | None,
-    clean: CleanPass,
-    read: OutputsRead,
-    alone: LossParts | None,
+    asked: Asked, clean: CleanPass, read: OutputsRead, alone: LossParts | None
 ) -> _Seen:
     """Return what a pass shows: draws of it, or what parts of the rows are to know."""
+    model, batch, loss, num_samples = asked
     number = most(_parts_of_rows(clean, read, num_samples), "parts")
     whole = alone is None and (number < 2 or not clean.uses)
     least = 0 if whole else RowChunks.least(clean, read)  # while there is a graph
@@ -229,9 +212,10 @@ def _seen(
         few = clean.count(read.tensors[0]) <= min(_FEW, number - 1)
         few = every(few and num_samples is not None and alone is None, "few")
     exact = is_exact(clean, loss, batch[1], num_samples)
-    notes = clean.noise_left_out(model)
     like = read.tensors[0].detach().new_zeros(())
-    return _Seen(like, masks_of(clean), coupled, exact, notes, draws, chunks, few)
+    notes = clean.noise_left_out(model)
+    known = Known(clean.names, num_samples, exact, like, notes)
+    return _Seen(known, masks_of(clean), coupled, draws, chunks, few)
 
 
 def _parts_of_rows(clean: CleanPass, read: OutputsRead, num_samples: int | None) -> int:
@@ -253,7 +237,7 @@ def _parts(
 
 
 def _together(
-    model: nn.Module, batch: Batch, loss: Loss, seen: _Seen, num_samples: int | None
+    asked: Asked, seen: _Seen
 ) -> tuple[list[list[Form]], bool, tuple[str, ...]]:
     """Return draws of the forms of all rows at once, and what is to be said of them.
 
@@ -261,7 +245,7 @@ def _together(
     that does not go through the model.
     """
     meet = seen.coupled or (seen.chunks is not None and seen.chunks.coupled)
-    run = functools.partial(again, model, batch, loss)
+    run, num_samples = functools.partial(again, asked), asked.num_samples
     meet = some(meet, "meet") or samples_meet(run)
     run = functools.partial(run, twice=True)
     with run() as (clean, read):
@@ -272,7 +256,7 @@ def _together(
     # Of samples apart a graph tells the error of one draw.
     line = (meet or single or seen.few) and _ALONG * above.largest < 2 * above.made
     if every(line, "along a line"):
-        draws = draws_along(model, batch, loss, seen.masks, num_samples, tape)
+        draws = draws_along(asked, seen.masks, tape)
         if every(draws is not None, "rules") and draws is not None:
             return draws, meet, ()
     if seen.few and seen.chunks is not None:

@@ -33,6 +33,16 @@ class Sums(NamedTuple):
     coupled: bool
 
 
+class Known(NamedTuple):
+    """What there is to say of an estimate besides its draws; a site for each use."""
+
+    uses: Sequence[str]
+    num_samples: int | None
+    exact: bool
+    like: Tensor
+    notes: tuple[str, ...]
+
+
 def by_sample(site: Site, form: Tensor, count: int) -> Form:
     """Sum a form over what is of a sample, of ``count``; else of a row."""
     rows = rows_of_form(form.shape, count)
@@ -97,16 +107,9 @@ def _told(
     return *not_reached(uses, reached), *notes
 
 
-def assemble(
-    uses: Sequence[str],
-    draws: Sequence[Sequence[Form]],
-    num_samples: int | None,
-    coupled: bool,
-    exact: bool,
-    like: Tensor,
-    notes: tuple[str, ...],
-) -> Estimate:
+def assemble(known: Known, draws: Sequence[Sequence[Form]], coupled: bool) -> Estimate:
     """Return the mean of the draws, the part of each site, and the standard error."""
+    uses, num_samples, exact, like, notes = known
     names = list(dict.fromkeys(uses))
     if like.dtype == torch.float16:
         lost = "in float16 parts below 6e-8 vanish: use float32 or bfloat16"
@@ -119,22 +122,13 @@ def assemble(
         found = value, per_site, error, errors
     value, per_site, error, errors = found
     errors = {name: errors.get(name, like.new_zeros(())) for name in names}
-    count = num_samples or 0
+    notes = _told(uses, per_site, notes)
     return Estimate(
-        value,
-        per_site,
-        error,
-        exact,
-        count,
-        True,
-        _told(uses, per_site, notes),
-        per_site_standard_error=errors,
+        value, per_site, error, exact, num_samples or 0, True, notes, errors
     )
 
 
-def of_sums(
-    uses: Sequence[str], summed: Sums, exact: bool, notes: tuple[str, ...]
-) -> Estimate:
+def of_sums(known: Known, summed: Sums) -> Estimate:
     """Return the estimate of a draw that has been added up."""
     value, error, *parts = summed.values
     count = len(summed.names)
@@ -143,14 +137,12 @@ def of_sums(
         parts[count:] = [error] * count
     per_site = dict(zip(summed.names, parts[:count], strict=True))
     errors = dict(zip(summed.names, parts[count:], strict=True))
-    notes = _told(uses, per_site, notes)
-    if count < len(dict.fromkeys(uses)):
+    notes = _told(known.uses, per_site, known.notes)
+    if count < len(dict.fromkeys(known.uses)):
         zero = value.new_zeros(())
-        per_site = {name: per_site.get(name, zero) for name in uses}
-        errors = {name: errors.get(name, zero) for name in uses}
-    return Estimate(
-        value, per_site, error, exact, 1, True, notes, per_site_standard_error=errors
-    )
+        per_site = {name: per_site.get(name, zero) for name in known.uses}
+        errors = {name: errors.get(name, zero) for name in known.uses}
+    return Estimate(value, per_site, error, known.exact, 1, True, notes, errors)
 
 
 def _sums(
@@ -246,7 +238,6 @@ def _standard_errors(
 
 
 def _rows(draw: Sequence[Form], samples: int, name: str) -> Tensor:
-    """Return the forms of a site by sample."""
     forms = [
         f if len(f) == samples else f.sum().unsqueeze(0)
         for site, f in draw

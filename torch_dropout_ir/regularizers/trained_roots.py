@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,10 @@ from torch import Tensor, nn
 from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.output_scales import (
-    cross_entropy_scale,
-    squared_scale,
-    with_root,
-)
+from torch_dropout_ir.output_scales import cross_entropy_scale, squared_scale, with_root
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.known_gradient import parts_pay, with_gradient
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs
+from torch_dropout_ir.regularizers.penalty_products import parts_pay, with_gradient
 from torch_dropout_ir.regularizers.row_chunks import RowChunks
 from torch_dropout_ir.regularizers.site_forms import Form, by_sample, not_reached, total
 
@@ -27,6 +23,7 @@ from torch_dropout_ir.regularizers.site_forms import Form, by_sample, not_reache
 _ROOTED: Final = ("squared", "cross_entropy")
 # Besides a first, small one; a double backward holds three times what a step does.
 _PARTS: Final = 3
+Of: TypeAlias = tuple[nn.Module, Batch, Loss]
 
 
 def rooted(loss: Loss, targets: Any) -> bool:
@@ -73,6 +70,10 @@ def weighted_signs(loss: Loss, f: Tensor, targets: Any) -> Tensor:
     return cross_entropy_scale(loss, f, targets).sqrt() * signs
 
 
+def _signs(like: Tensor) -> Tensor:
+    return torch.empty_like(like).bernoulli_(0.5).mul_(2).sub_(1)
+
+
 def _softmax_root(f: Tensor, signs: Tensor) -> Tensor:
     """Return a root of ``diag(s) - s s'`` times signs, a function of the outputs."""
     # diag(r) - s r' with r the root of s; s = r^2, of which nothing more is kept.
@@ -81,20 +82,11 @@ def _softmax_root(f: Tensor, signs: Tensor) -> Tensor:
     return r * (signs - r * (r * signs).sum(classes, keepdim=True))
 
 
-def _signs(like: Tensor) -> Tensor:
-    return torch.empty_like(like).bernoulli_(0.5).mul_(2).sub_(1)
-
-
 def parted(
-    model: nn.Module,
-    batch: Batch,
-    loss: Loss,
-    clean: CleanPass,
-    risk: Tensor,
-    weight: float,
-    max_bytes: int,
+    of: Of, clean: CleanPass, risk: Tensor, weight: float, max_bytes: int
 ) -> RootsByChunks | None:
     """Return the loss with its form by parts, where that pays and is the same."""
+    model, batch, loss = of
     read = read_outputs(clean.outputs, loss, batch[1])
     known = read.loss is not None and read.loss.kind in _ROOTED
     if not (known and RowChunks.least(clean, read)) or clean.unreachable:
@@ -104,7 +96,7 @@ def parted(
     own = [x for x in model.parameters() if x.requires_grad]
     if not own or not parts_pay(risk, [*own, *clean.zeros], max_bytes):
         return None
-    found = RootsByChunks(model, batch, loss, clean, read, weight)
+    found = RootsByChunks(of, clean, read, weight)
     with preserved_rng(model):  # noise that is no dropout
         return found if found.chunks.apart() else None
 
@@ -113,20 +105,13 @@ class RootsByChunks:
     """The loss with its Gauss-Newton form, made of parts of the batch."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        loss: Loss,
-        clean: CleanPass,
-        read: OutputsRead,
-        weight: float,
+        self, of: Of, clean: CleanPass, read: OutputsRead, weight: float
     ) -> None:
-        self._model, self._batch, self._loss = model, batch, loss
+        self._model, self._batch, self._loss = model, batch, _ = of
         self._params = [x for x in model.parameters() if x.requires_grad]
         self._weight, self._names = weight, clean.names
-        self._read = dataclasses.replace(
-            read, tensors=[x.detach() for x in read.tensors]
-        )
+        alone = [x.detach() for x in read.tensors]
+        self._read = dataclasses.replace(read, tensors=alone)
         self.chunks = RowChunks(
             model, batch[0], clean, self._read, twice=True, parts=_PARTS, trained=True
         )

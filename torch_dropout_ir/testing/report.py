@@ -28,11 +28,11 @@ from torch_dropout_ir.regularizers.checks import (
     noise_left_out,
 )
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
-from torch_dropout_ir.regularizers.closed_forms import (
+from torch_dropout_ir.regularizers.estimate import (
     fits_last_layer,
+    is_exact,
     last_layer_form,
 )
-from torch_dropout_ir.regularizers.estimate import is_exact
 from torch_dropout_ir.regularizers.masked import clean_risk
 from torch_dropout_ir.testing.enumeration import (
     average,

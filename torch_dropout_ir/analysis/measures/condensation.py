@@ -139,7 +139,6 @@ class Condensation:
     def _layer(
         self, name: str, weights: Weights, size: Tensor, notes: dict[str, str]
     ) -> dict[str, Record]:
-        """The records of one layer."""
         found = condensation.effective_neurons(
             weights, self.threshold, self.min_amplitude
         )

@@ -219,13 +219,7 @@ class DropoutNoise:
     """
 
     name = "dropout_noise"
-    needs: frozenset[Need] = frozenset({
-        "sites",
-        "inputs",
-        "loss",
-        "targets",
-        "lr",
-    })
+    needs: frozenset[Need] = frozenset({"sites", "inputs", "loss", "targets", "lr"})
 
     def __init__(self, num_masks: int = 4) -> None:
         check_even("DropoutNoise", "num_masks", num_masks)

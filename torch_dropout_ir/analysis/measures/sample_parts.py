@@ -218,17 +218,13 @@ def _kept(surface: Surface, batch: Batch) -> int:
         return x.detach()
 
     leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
-    with torch.enable_grad(), surface.held(None), saved_tensors_hooks(pack, _itself):
+    hooks = saved_tensors_hooks(pack, lambda x: x)
+    with torch.enable_grad(), surface.held(None), hooks:
         surface.risk(leaves, batch, 0, None)
     return sum(kept.values())
 
 
-def _itself(x: Tensor) -> Tensor:
-    return x
-
-
 def _rows(batch: Batch, count: int, start: int, stop: int) -> Batch:
-    """Take some samples of a batch."""
     rows = slice(start, stop)
     inputs = rows_of(Inputs.of(batch[0]), rows, count)
     if batch[1] is batch[0]:  # a model that computes its loss has its targets there

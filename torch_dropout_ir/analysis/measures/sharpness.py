@@ -138,9 +138,8 @@ class Sharpness:
                 self.coupling,
             )  # fmt: skip
         if snapshot.ranks.most(bool(parts.lacking), "lacks"):
-            snapshot.absent["sharpness/top_eigenvalue"] = (
-                parts.lacking or "another rank"
-            )
+            why = parts.lacking or "another rank"
+            snapshot.absent["sharpness/top_eigenvalue"] = why
             return self._slice(snapshot)
         cut = dataclasses.replace(snapshot, batches=parts.batches)
         records = self._of(cut, parts, met)
@@ -150,7 +149,6 @@ class Sharpness:
         return records | self._slice(snapshot)
 
     def _of(self, snapshot: Snapshot, parts: Parts, met: bool) -> dict[str, Record]:
-        """The records of one loss surface."""
         assert snapshot.loss is not None
         used = self._used(snapshot, parts)
         surface = parts.surface(snapshot.model, snapshot.loss, used)
@@ -199,7 +197,6 @@ class Sharpness:
         return used
 
     def _density(self, probe: Quadrature) -> dict[str, Record]:
-        """Shares of the eigenvalues in bins between the outermost nodes."""
         if not self.density_steps:
             return {}
         found = smoothed([(probe.nodes, probe.weights)], len(probe.nodes))
@@ -242,8 +239,6 @@ class Sharpness:
 
 
 class _Collectives(TorchDispatchMode):
-    """Looks for collectives in what runs inside."""
-
     def __init__(self) -> None:
         super().__init__()
         self.seen = False
