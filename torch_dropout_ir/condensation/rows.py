@@ -227,8 +227,9 @@ class UnitRows:
     def tile(self, high: slice, wide: slice, other: UnitRows | None = None) -> Tensor:
         """Return cosines of some rows with some of the same or another set."""
         other = self if other is None else other
-        if self._held is not None or not (self._direct and other._direct):
-            return self[high] @ other[wide].T
+        direct = self._direct and other._direct and self.dtype == other.dtype
+        if self._held is not None or not direct:
+            return self[high] @ other[wide].T.to(self.dtype)
         mine, theirs = self._weights, other._weights
         if isinstance(mine, Rows):
             tile = mine.products(high, wide, theirs)
