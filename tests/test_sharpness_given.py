@@ -218,5 +218,5 @@ def test_steps_are_rows_and_directions_pairs():
     net, batch = network(), (torch.randn(8, 3), torch.randn(8, 2))
     with pytest.raises(TypeError, match="`alphas` to be a row of numbers, got tensor"):
         tdi.sharpness.loss_slice(net, "mse", batch, torch.tensor(1.0))
-    with pytest.raises(TypeError, match="expected a pair of dictionaries .* got 3"):
+    with pytest.raises(TypeError, match=r"expected a pair of dictionaries .* got 3"):
         tdi.sharpness.loss_plane(net, "mse", batch, [0.0], directions=3)

@@ -35,7 +35,7 @@ def cluster_order(weights: Weights, labels: Tensor | None = None) -> Tensor:
         >>> w = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.01], [0.0, 2.0]])
         >>> cluster_order(w).tolist()
         [0, 2, 1, 3]
-    """  # noqa: DOC502 (`check_rows` raises too)
+    """
     check_rows("cluster_order", weights)
     if labels is None:
         labels = effective_neurons(weights).labels

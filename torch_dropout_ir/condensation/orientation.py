@@ -102,8 +102,8 @@ def cosine_similarity(weights: Tensor, other: Tensor | None = None) -> Tensor:
         other: A second set, ``[n, d]``; the first again if None.
 
     Returns:
-        Cosines ``[m, n]`` in ``[-1, 1]``, in the dtype of ``weights``; 0 where a norm is
-        zero.
+        Cosines ``[m, n]`` in ``[-1, 1]``, of the dtype of ``weights``; 0 where a norm
+        is zero.
 
     Raises:
         ValueError: If one is no matrix, or their neurons have other numbers of weights.
