@@ -12,12 +12,12 @@ from torch_dropout_ir.condensation.rows import (
     UnitRows,
     Weights,
     check_rows,
+    cosine_tiles,
     row_norms,
     rows_a_block,
     unit_rows,
     work_dtype,
 )
-from torch_dropout_ir.condensation.tiles import cosine_tiles
 from torch_dropout_ir.vectors import full_precision
 
 _STEPS: Final = 30  # of subspace iteration
@@ -55,23 +55,21 @@ def closest(weights: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
             "closest: expected `weights` [m, d] and `other` [n, d], got "
             f"{list(weights.shape)} and {list(other.shape)}"
         )
-    if not len(other) or not bool(
-        (torch.isfinite(other) & (other != 0).any(1, True)).all()
-    ):
+    mine, theirs = UnitRows(weights), UnitRows(other)
+    if not len(theirs) or not bool(theirs.sound.all()):
         raise ValueError(
             "closest: expected `other` to hold at least one row, each finite and not "
             "zero: the others have no direction to be close to"
         )
-    best = weights.new_full((len(weights),), -2.0, dtype=work_dtype(weights))
-    place = torch.full((len(weights),), -1, device=weights.device)
-    for i, j, tile in cosine_tiles(UnitRows(weights), UnitRows(other)):
+    best = weights.new_full((len(mine),), -2.0, dtype=mine.dtype)
+    place = torch.full_like(best, -1, dtype=torch.int64)
+    for i, j, tile in cosine_tiles(mine, theirs):
         values, columns = tile.clamp_(-1.0, 1.0).max(1)
         part = slice(i, i + len(tile))
         better = ~(values <= best[part])
         place[part] = torch.where(better, columns + j, place[part])
         best[part] = torch.where(better, values, best[part])
-    none = ~(torch.isfinite(weights).all(1) & (weights != 0).any(1))
-    return best, place.masked_fill_(none, -1)
+    return best, place.masked_fill_(~mine.sound, -1)
 
 
 @dataclasses.dataclass(frozen=True)
