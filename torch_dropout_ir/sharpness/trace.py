@@ -234,10 +234,10 @@ def _hutchinson(
     forms: list[float] = list(state["forms"]) if state else []
     for _ in range(num_matvecs):
         forms.append(form(op))
-        if len(forms) > 1:
-            found = _estimate(0.0, [forms], len(forms), rtol, "hutchinson")
-            if rtol is not None and found.converged:
-                break
+        enough = rtol is not None and len(forms) >= _LEAST
+        if enough and _estimate(0.0, [forms], len(forms), rtol, "").converged:
+            break
+    found = _estimate(0.0, [forms], len(forms), rtol, "hutchinson")
     saved = {"method": "hutchinson", "forms": forms}
     return dataclasses.replace(found, state=saved)
 
@@ -273,20 +273,16 @@ def _layerwise(
     state: dict[str, Any] | None,
 ) -> TraceEstimate:
     most = num_matvecs + (state["spent"] if state else 0)
-    with op.released() as surface:
-        rounds = Rounds(surface, op.kind, num_matvecs, state)
-        method = "gauss_newton" if rounds.draws else "exact"
-        while True:
-            begun = all(rounds.draws)
-            left = most - rounds.spent - OVERHEAD
-            round_of = len(rounds.draws)
-            if begun:
-                found = _estimate(
-                    rounds.exact, rounds.draws, rounds.spent, rtol, method
-                )
-                enough = rtol is not None and found.converged
-                if not rounds.draws or enough or left < round_of:
-                    break
-            rounds.more(left if rtol is None else min(left, _AT_ONCE * round_of))
+    op.release()
+    rounds = Rounds(op.surface, op.kind, num_matvecs, state)
+    method = "gauss_newton" if rounds.draws else "exact"
+    while True:
+        left, round_of = most - rounds.spent - OVERHEAD, len(rounds.draws)
+        if all(rounds.draws):
+            found = _estimate(rounds.exact, rounds.draws, rounds.spent, rtol, method)
+            enough = rtol is not None and found.converged
+            if not rounds.draws or enough or left < round_of:
+                break
+        rounds.more(left if rtol is None else min(left, _AT_ONCE * round_of))
     op.num_matvecs += rounds.spent - (state["spent"] if state else 0)
     return dataclasses.replace(found, state=rounds.state())
