@@ -535,3 +535,15 @@ def test_two_sets_may_be_of_two_precisions(dtypes, m):
 def test_labels_of_another_kind_are_said(labels):
     with pytest.raises(ValueError, match=r"expected `labels` \[4\] of int64, got \["):
         cd.cluster_order(torch.eye(4), labels)
+
+
+@pytest.mark.parametrize(("neurons", "dims"), [(12, 5), (40, 8), (6, 300)])
+def test_the_plane_holds_as_much_of_the_orientations_as_any(neurons, dims):
+    for seed in range(8):
+        torch.manual_seed(seed)
+        weights = torch.randn(neurons, dims).double()
+        plane = cd.principal_plane(weights)
+        torch.testing.assert_close(plane.T @ plane, torch.eye(2).double())
+        most = torch.linalg.svdvals(cd.orientations(weights))[:2].square()
+        held = (cd.orientations(weights) @ plane).square().sum(0)
+        torch.testing.assert_close(held, most, rtol=1e-6, atol=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch_dropout_ir.condensation.rows import (
 )
 from torch_dropout_ir.vectors import full_precision
 
-_STEPS: Final = 30  # of subspace iteration
+_STEPS, _WIDTH = 16, 8  # of subspace iteration: two vectors alone would take many more
 
 
 @torch.no_grad()
@@ -143,11 +142,15 @@ def leading_plane(rows: UnitRows) -> Tensor:
     dims = rows.shape[1]
     if dims <= 2:
         return torch.eye(dims, dtype=rows.dtype, device=rows.device)
-    phase = torch.arange(dims, device=rows.device, dtype=rows.dtype)
-    plane = torch.stack((torch.cos(phase), torch.sin(1.7 * phase + 1)), 1)
+    phase = torch.arange(dims, device=rows.device, dtype=rows.dtype)[:, None]
+    shift = torch.arange(min(_WIDTH, dims), device=rows.device, dtype=rows.dtype)
+    start = space = torch.cos(phase * (1 + 0.35 * shift) + shift)
     for _ in range(_STEPS):
-        plane, _ = torch.linalg.qr(rows.sums(rows @ plane))
-    return plane
+        space, _ = torch.linalg.qr(rows.sums(rows @ space))
+    _, vectors = torch.linalg.eigh(space.T @ rows.sums(rows @ space))
+    plane = space @ vectors[:, -2:].flip(1)
+    side = (plane * start[:, :2]).sum(0)  # pictures of two steps are not mirrored
+    return torch.where(side < 0, -plane, plane)
 
 
 @torch.no_grad()
