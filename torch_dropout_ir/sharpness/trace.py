@@ -40,12 +40,13 @@ class TraceEstimate:
     Attributes:
         value: The estimate, 0-d float64; units of the loss over squared units of the
             parameters.
-        standard_error: Its standard error, 0-d float64; 0 where the trace is exact. Its
-            square is unbiased, but forms of random signs have heavy tails (kurtosis 6
-            to 13 on a small network): over 200 runs with 25 draws a group, errors in
-            its units had a standard deviation of 1.15, where Student's t explains 1.04,
-            and 10 % were beyond 2; with 95 draws 1.01 and 5 %. With two draws a group,
-            which is what the least budgets take, a quarter to a third were.
+        standard_error: Its standard error, 0-d float64; 0 where the trace is exact, and
+            where few draws agree: ``method`` tells which. Its square is unbiased, but
+            forms of random signs have heavy tails (kurtosis 6 to 13 on a small
+            network): over 200 runs with 25 draws a group, errors in its units had a
+            standard deviation of 1.15, where Student's t explains 1.04, and 10 % were
+            beyond 2; with 95 draws 1.01 and 5 %. With two draws a group, which is what
+            the least budgets take, a quarter to a third were.
         num_matvecs: Products and backward passes spent, resumed runs included.
         converged: Whether ``rtol`` was reached; True where none was asked for.
         method: ``"exact"``; ``"gauss_newton"``: the Gauss-Newton part, exact or
