@@ -140,6 +140,7 @@ def test_the_fewest_that_make_sense_are_said():
         "k of a relation": 1, "k of a covariance": 1, "num_samples": 1, "bins": 1,
         "num_masks": 2, "num_masks of draws": 2, "num_probes of an alignment": 2,
         "num_matvecs": 2, "trace_matvecs": 2, "seed": 0, "head": 0,
+        "trace_matvecs of a measure": 2,
     }  # fmt: skip
     for name, fewest in least.items():
         with pytest.raises(ValueError, match=f"`{name.split()[0]}` >= {fewest}, got"):

@@ -498,3 +498,52 @@ def test_many_long_rows_of_small_norm_condense_alike():
     found, wanted = (cd.effective_neurons(x, 0.9) for x in (1e-30 * rows, rows))
     assert wanted.count == found.count == found.lower_bound == 7
     assert torch.equal(found.labels, wanted.labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cosines_of_half_precision_are_rounded_once(dtype):
+    weights = torch.randn(40, 20).to(dtype)
+    wide = weights.double()
+    exact = torch.cosine_similarity(wide[:, None], wide[None], dim=2)
+    found = cd.cosine_similarity(weights)
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("m", [7, 1000])
+@pytest.mark.parametrize(
+    "dtypes",
+    [*itertools.permutations((torch.float16, torch.float32, torch.float64), 2)],
+)
+def test_two_sets_may_be_of_two_precisions(dtypes, m):
+    weights = torch.randn(m, 70).to(dtypes[0])
+    other = torch.randn(5 if m == 7 else m, 70).to(dtypes[1])
+    exact = cd.orientations(weights.double()) @ cd.orientations(other.double()).T
+    cosines, places = cd.closest(weights, other)
+    torch.testing.assert_close(cosines.double(), exact.max(1).values, rtol=0, atol=1e-5)
+    assert torch.equal(places, exact.argmax(1))
+    assert abs(cd.cosine_statistics(weights, other).mean - float(exact.mean())) < 1e-5
+    atol = 1e-3 if dtypes[0] == torch.float16 else 1e-5
+    torch.testing.assert_close(
+        cd.cosine_similarity(weights, other).double(), exact, rtol=0, atol=atol
+    )
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(2, dtype=torch.int64), torch.ones(4)])
+def test_labels_of_another_kind_are_said(labels):
+    with pytest.raises(ValueError, match=r"expected `labels` \[4\] of int64, got \["):
+        cd.cluster_order(torch.eye(4), labels)
+
+
+@pytest.mark.parametrize(("neurons", "dims"), [(12, 5), (40, 8), (6, 300)])
+def test_the_plane_holds_as_much_of_the_orientations_as_any(neurons, dims):
+    for seed in range(8):
+        torch.manual_seed(seed)
+        weights = torch.randn(neurons, dims).double()
+        plane = cd.principal_plane(weights)
+        torch.testing.assert_close(plane.T @ plane, torch.eye(2).double())
+        most = torch.linalg.svdvals(cd.orientations(weights))[:2].square()
+        held = (cd.orientations(weights) @ plane).square().sum(0)
+        torch.testing.assert_close(held, most, rtol=1e-6, atol=0)

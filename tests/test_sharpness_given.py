@@ -173,6 +173,8 @@ def test_a_covariance_says_what_it_cannot_multiply():
         noise @ {"x": torch.ones(2)}
     with pytest.raises(ValueError, match=r"got \[3\] for 'w', which has \[2\]"):
         noise @ {"w": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"expected 2 numbers, got \[3\]"):
+        noise @ torch.ones(3)
 
 
 @pytest.mark.parametrize("name", ["top_eigenvalues", "trace", "spectral_density"])
@@ -186,3 +188,35 @@ def test_what_is_no_operator_is_named(name, op):
 def test_a_grid_is_a_tensor():
     with pytest.raises(TypeError, match=r"`grid` to be a tensor, got list\."):
         tdi.sharpness.spectral_density(torch.eye(4), grid=[0.0, 1.0])
+
+
+def test_what_is_no_covariance_is_named(op):
+    batch = torch.randn(8, 3), torch.randn(8, 2)
+    with pytest.raises(TypeError, match=r"expected `covariance` .* got Tensor"):
+        tdi.sharpness.variance_flatness(network(), "mse", batch, torch.eye(SIZE))
+    with pytest.raises(TypeError, match=r"expected `covariance` .* CurvatureOperator"):
+        tdi.sharpness.hessian_variance_alignment(torch.eye(SIZE), op)
+    hessian = torch.diag(torch.tensor([1.0, -1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"negative eigenvalues, got one of -1"):
+        tdi.sharpness.hessian_variance_alignment(torch.eye(3), hessian)
+
+
+def test_a_state_dictionary_may_hold_more_than_tensors():
+    steps = [{"w": torch.tensor([x, 1.0]), "_extra_state": "a"} for x in (0.0, 2.0)]
+    assert float(tdi.sharpness.trajectory_covariance(steps).trace()) == 2.0
+
+
+def test_parameters_are_chosen_by_name():
+    net, batch = network(), (torch.randn(8, 3), torch.randn(8, 2))
+    with pytest.raises(ValueError, match=r"`params` to name .* got \['Parameter'\]"):
+        tdi.sharpness.hessian(net, "mse", batch, params=net.parameters())
+    names = (name for name in ("0.weight",))
+    assert tdi.sharpness.hessian(net, "mse", batch, params=names).shape == (12, 12)
+
+
+def test_steps_are_rows_and_directions_pairs():
+    net, batch = network(), (torch.randn(8, 3), torch.randn(8, 2))
+    with pytest.raises(TypeError, match="`alphas` to be a row of numbers, got tensor"):
+        tdi.sharpness.loss_slice(net, "mse", batch, torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"expected a pair of dictionaries .* got 3"):
+        tdi.sharpness.loss_plane(net, "mse", batch, [0.0], directions=3)

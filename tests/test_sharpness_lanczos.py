@@ -497,3 +497,15 @@ def test_no_gap_is_counted_on_that_the_next_value_may_still_fill():
         assert float(found.errors[0]) == pytest.approx(expected, rel=1e-4)
         assert short.error == pytest.approx(expected, rel=1e-4)
     assert told > 2
+
+
+def test_copies_of_zero_are_not_missed_where_all_vectors_have_room():
+    """A look of six products does not tell zero from -2e-4 where others are -25."""
+    negative = -torch.logspace(-3.6, 1.4, 19, dtype=torch.float64)
+    matrix = torch.diag(torch.cat((torch.tensor([4.4, 0, 0, 0, 0]), negative)))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        found = sharpness.top_eigenvalues(matrix, k=3, tol=1e-6)
+        expected = torch.tensor([4.4, 0, 0], dtype=torch.float64)
+        torch.testing.assert_close(found.values, expected, rtol=1e-6, atol=1e-9)
+        assert found.converged and found.num_matvecs == 24

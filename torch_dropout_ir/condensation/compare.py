@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -12,15 +11,15 @@ from torch_dropout_ir.condensation.rows import (
     UnitRows,
     Weights,
     check_rows,
+    cosine_tiles,
     row_norms,
     rows_a_block,
     unit_rows,
     work_dtype,
 )
-from torch_dropout_ir.condensation.tiles import cosine_tiles
 from torch_dropout_ir.vectors import full_precision
 
-_STEPS: Final = 30  # of subspace iteration
+_STEPS, _WIDTH = 16, 8  # of subspace iteration: two vectors alone would take many more
 
 
 @torch.no_grad()
@@ -55,23 +54,21 @@ def closest(weights: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
             "closest: expected `weights` [m, d] and `other` [n, d], got "
             f"{list(weights.shape)} and {list(other.shape)}"
         )
-    if not len(other) or not bool(
-        (torch.isfinite(other) & (other != 0).any(1, True)).all()
-    ):
+    mine, theirs = UnitRows(weights), UnitRows(other)
+    if not len(theirs) or not bool(theirs.sound.all()):
         raise ValueError(
             "closest: expected `other` to hold at least one row, each finite and not "
             "zero: the others have no direction to be close to"
         )
-    best = weights.new_full((len(weights),), -2.0, dtype=work_dtype(weights))
-    place = torch.full((len(weights),), -1, device=weights.device)
-    for i, j, tile in cosine_tiles(UnitRows(weights), UnitRows(other)):
+    best = weights.new_full((len(mine),), -2.0, dtype=mine.dtype)
+    place = torch.full_like(best, -1, dtype=torch.int64)
+    for i, j, tile in cosine_tiles(mine, theirs):
         values, columns = tile.clamp_(-1.0, 1.0).max(1)
         part = slice(i, i + len(tile))
         better = ~(values <= best[part])
         place[part] = torch.where(better, columns + j, place[part])
         best[part] = torch.where(better, values, best[part])
-    none = ~(torch.isfinite(weights).all(1) & (weights != 0).any(1))
-    return best, place.masked_fill_(none, -1)
+    return best, place.masked_fill_(~mine.sound, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,11 +142,15 @@ def leading_plane(rows: UnitRows) -> Tensor:
     dims = rows.shape[1]
     if dims <= 2:
         return torch.eye(dims, dtype=rows.dtype, device=rows.device)
-    phase = torch.arange(dims, device=rows.device, dtype=rows.dtype)
-    plane = torch.stack((torch.cos(phase), torch.sin(1.7 * phase + 1)), 1)
+    phase = torch.arange(dims, device=rows.device, dtype=rows.dtype)[:, None]
+    shift = torch.arange(min(_WIDTH, dims), device=rows.device, dtype=rows.dtype)
+    start = space = torch.cos(phase * (1 + 0.35 * shift) + shift)
     for _ in range(_STEPS):
-        plane, _ = torch.linalg.qr(rows.sums(rows @ plane))
-    return plane
+        space, _ = torch.linalg.qr(rows.sums(rows @ space))
+    _, vectors = torch.linalg.eigh(space.T @ rows.sums(rows @ space))
+    plane = space @ vectors[:, -2:].flip(1)
+    side = (plane * start[:, :2]).sum(0)  # pictures of two steps are not mirrored
+    return torch.where(side < 0, -plane, plane)
 
 
 @torch.no_grad()

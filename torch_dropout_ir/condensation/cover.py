@@ -10,7 +10,6 @@ from torch import Tensor
 from torch_dropout_ir.arguments import check_real
 from torch_dropout_ir.condensation.greedy import greedy_cover, num_far_apart
 from torch_dropout_ir.condensation.rows import UnitRows, Weights, check_rows
-from torch_dropout_ir.condensation.tiles import with_orientation
 from torch_dropout_ir.vectors import full_precision
 
 
@@ -90,14 +89,13 @@ def effective_neurons(
     """  # noqa: DOC502 (raised by `_check`)
     check_cover("effective_neurons", threshold, min_amplitude)
     _check(weights, amplitude)
-    weights = weights.detach()
-    alive, num_nonfinite = with_orientation(weights)
     rows = UnitRows(weights)
+    alive = rows.sound.nonzero().squeeze(1)
     if min_amplitude > 0 and len(alive):
         size = rows.norms if amplitude is None else amplitude.detach().abs()
         size = torch.nan_to_num(size[alive], nan=-1.0, posinf=-1.0)  # dead
         alive = alive[(size >= 0) & (size >= min_amplitude * size.amax())]
-    total = weights.shape[0]
+    total, nonfinite = len(rows), int((~rows.norms.isfinite()).sum())
     rows = rows if len(alive) == total else rows.at(alive)
     labels = torch.full((total,), -1, dtype=torch.int64, device=weights.device)
     labels[alive] = greedy_cover(rows, threshold)
@@ -107,7 +105,7 @@ def effective_neurons(
         count / len(alive) if len(alive) else float("nan"),
         labels,
         total - len(alive),
-        num_nonfinite,
+        nonfinite,
         num_far_apart(rows, threshold),
     )
 

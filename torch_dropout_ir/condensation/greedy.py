@@ -8,14 +8,14 @@ made on counts, until the pairs that are left can be listed.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.condensation.rows import UnitRows
-from torch_dropout_ir.condensation.tiles import near_tiles
+from torch_dropout_ir.condensation.rows import UnitRows, cosine_tiles
 
 _PAIRS_A_ROW: Final = 64
 
@@ -92,7 +92,7 @@ def _count_near(
     counts = torch.ones(len(rows), dtype=torch.int64, device=rows.device)
     listed: list[Tensor] | None = [counts.new_empty(2, 0)]
     held = 0
-    for i, j, near in near_tiles(rows, rows, threshold):
+    for i, j, near in _near_tiles(rows, rows, threshold):
         across = near.sum(1)
         counts[i : i + near.shape[0]] += across.long()
         counts[j : j + near.shape[1]] += near.sum(0).long()
@@ -131,7 +131,7 @@ def _cover_by_counts(
         widest = _twice(rows, threshold) if threshold > 0 else -2.0
         around = (cosines > widest).nonzero().squeeze(1)
         lost = torch.zeros_like(around)
-        for i, _, tile in near_tiles(rows.at(around), rows.at(members), threshold):
+        for i, _, tile in _near_tiles(rows.at(around), rows.at(members), threshold):
             lost[i : i + len(tile)] += tile.sum(1).long()
         counts[around] = (counts[around] - lost).clamp_(min=0)
         counts[best] = 0
@@ -140,7 +140,7 @@ def _cover_by_counts(
 def _list_pairs(rows: UnitRows, left: Tensor, threshold: float) -> Tensor:
     """Pairs ``[2, k]`` of any row and one of ``left``, each once."""
     listed = [left.new_empty(2, 0)]
-    for i, j, near in near_tiles(rows, rows.at(left), threshold):
+    for i, j, near in _near_tiles(rows, rows.at(left), threshold):
         found = _places(near, near.sum(1), i, j)
         listed.append(torch.stack((found[0], left[found[1]])))
     pairs = torch.cat(listed, 1)
@@ -191,3 +191,18 @@ def _by_falling_size(labels: Tensor) -> Tensor:
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=labels.device)
     return rank[labels]
+
+
+def _near_tiles(
+    rows: UnitRows, columns: UnitRows, threshold: float
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield first row, first column and tile of where cosines are above a threshold.
+
+    A tile has 0 and 1 in the dtype of the rows: sums of floats are twice as fast as
+    those of booleans. If ``columns`` is ``rows`` itself, tiles below the diagonal are
+    left out and those on it are 0 on and below the diagonal.
+    """
+    same = columns is rows
+    for i, j, tile in cosine_tiles(rows, None if same else columns):
+        near = tile.gt_(threshold)
+        yield i, j, near.triu_(1) if same and i == j else near

@@ -29,16 +29,21 @@ def cluster_order(weights: Weights, labels: Tensor | None = None) -> Tensor:
         A permutation of the neurons, int64 ``[m]``.
 
     Raises:
-        ValueError: If ``weights`` are no matrix.
+        ValueError: If ``weights`` are no matrix, or ``labels`` no int64 ``[m]``.
 
     Example:
         >>> w = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.01], [0.0, 2.0]])
         >>> cluster_order(w).tolist()
         [0, 2, 1, 3]
-    """  # noqa: DOC502 (`check_rows` raises)
+    """
     check_rows("cluster_order", weights)
     if labels is None:
         labels = effective_neurons(weights).labels
+    elif labels.shape != weights.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"cluster_order: expected `labels` [{len(weights)}] of int64, got "
+            f"{list(labels.shape)} of {labels.dtype}"
+        )
     rows = UnitRows(weights).at(alive := labels >= 0)
     points = rows @ leading_plane(rows)
     clusters = int(labels.max()) + 1 if labels.numel() else 0

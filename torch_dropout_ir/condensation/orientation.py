@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.condensation.rows import check_rows
+from torch_dropout_ir.condensation.rows import check_real, check_rows
 from torch_dropout_ir.vectors import balanced, full_precision
 
 
@@ -32,9 +32,14 @@ def orientations(weights: Tensor) -> Tensor:
                 [0.0000, 0.0000]])
     """  # noqa: DOC502 (`check_rows` raises)
     check_rows("orientations", weights)
+    return _as_given(_units(weights), weights)
+
+
+def _units(weights: Tensor) -> Tensor:
+    """Rows over their norms, in single precision at least."""
     scaled, _ = balanced(weights, 1)
     norms = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    return _as_given(scaled / torch.where(norms == 0, 1.0, norms), weights)
+    return scaled / torch.where(norms == 0, 1.0, norms)
 
 
 def amplitudes(weights: Tensor, outgoing: Tensor | None = None) -> Tensor:
@@ -97,7 +102,8 @@ def cosine_similarity(weights: Tensor, other: Tensor | None = None) -> Tensor:
         other: A second set, ``[n, d]``; the first again if None.
 
     Returns:
-        Cosines ``[m, n]`` in ``[-1, 1]``; 0 where a norm is zero.
+        Cosines ``[m, n]`` in ``[-1, 1]``, of the dtype of ``weights``; 0 where a norm
+        is zero.
 
     Raises:
         ValueError: If one is no matrix, or their neurons have other numbers of weights.
@@ -110,11 +116,16 @@ def cosine_similarity(weights: Tensor, other: Tensor | None = None) -> Tensor:
         tensor([[ 1., -1.],
                 [-1.,  1.]])
     """
-    rows = orientations(weights)
-    columns = rows if other is None else orientations(other)
-    if rows.shape[1] != columns.shape[1]:
+    other = weights if other is None else other
+    check_rows("cosine_similarity", weights, other)
+    if weights.shape[1] != other.shape[1]:
         raise ValueError(
             "cosine_similarity: expected `other` [neurons, d] with the d of `weights`, "
-            f"{rows.shape[1]}, got {list(columns.shape)}"
+            f"{weights.shape[1]}, got {list(other.shape)}"
         )
-    return (rows @ columns.T).clamp(-1.0, 1.0)
+    for given in (weights, other):
+        if given.is_complex():
+            check_real(given)
+    rows = _units(weights)
+    columns = rows if other is weights else _units(other).to(rows)
+    return _as_given((rows @ columns.T).clamp(-1.0, 1.0), weights)

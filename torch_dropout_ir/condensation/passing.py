@@ -90,11 +90,9 @@ def _flattens(user: fx.Node, module: nn.Module | None) -> bool:
     if isinstance(module, nn.Flatten):
         return (module.start_dim, module.end_dim) == (1, -1)
     if user.target in (torch.flatten, "flatten"):
-        start, end, *_ = (*user.args[1:], None, None)
-        start, end = (
-            user.kwargs.get("start_dim", start),
-            user.kwargs.get("end_dim", end),
-        )
+        given = dict(zip(("start_dim", "end_dim"), user.args[1:], strict=False))
+        given |= user.kwargs
+        start, end = given.get("start_dim"), given.get("end_dim")
         return bool(start == 1) and end in (None, -1)
     if user.op == "call_method" and user.target in ("view", "reshape"):
         return len(user.args) == 3 and bool(user.args[2] == -1)

@@ -97,11 +97,10 @@ def read_through(module: nn.Module, mixing: Tensor, offset: Tensor | None) -> No
     if offset is not None:
         assert isinstance(module.bias, Tensor)
         added = wide.sum(2) @ offset.to(wide)
-        module.bias = parameter((module.bias + added), module.bias)
-    shape = (len(weight), count, *spread.shape[2:])
-    fewer = (
-        fewer.reshape(shape).flatten(1) if weight.ndim == 2 else fewer.reshape(shape)
-    )
+        module.bias = parameter(module.bias + added, module.bias)
+    fewer = fewer.reshape(len(weight), count, *spread.shape[2:])
+    if weight.ndim == 2:
+        fewer = fewer.flatten(1)
     module.weight = parameter(fewer, weight)
     setattr(module, _size(module, "in"), fewer.shape[1])
 

@@ -124,13 +124,6 @@ def rows_a_block(weights: Any) -> int:
     return max(16, min(_BLOCK, _LARGEST // dims, most))
 
 
-def blocks(weights: Weights) -> Iterator[tuple[slice, Tensor]]:
-    """Go through rows in blocks of bounded size, with their places."""
-    size = rows_a_block(weights)
-    for i in range(0, len(weights), size):
-        yield slice(i, min(i + size, len(weights))), weights[i : i + size]
-
-
 def unit_rows(weights: Tensor) -> Tensor:
     """Return rows ``[m, d]`` over their norms, at least in single precision; 0 stays 0.
 
@@ -192,13 +185,18 @@ class UnitRows:
         self.norms = norms
         self.dtype, self.device = work_dtype(weights), weights.device
         self.shape = torch.Size((len(norms), weights.shape[1]))
-        sound = norms[(norms > 0) & norms.isfinite()]
+        sound = norms[self.sound]
         self._safe = bool(((sound > 1 / _SAFE) & (sound < _SAFE)).all())
         inverse = (1 / norms).masked_fill_(norms == 0, 0.0)
         self._scale = inverse.to(self.dtype)[:, None]
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @property
+    def sound(self) -> Tensor:
+        """Which of them have an orientation: are neither zero nor not finite."""
+        return (self.norms > 0) & self.norms.isfinite()
 
     def at(self, places: Tensor) -> UnitRows:
         """Return those at some places, by mask or index; few rows are copied."""
@@ -227,8 +225,9 @@ class UnitRows:
     def tile(self, high: slice, wide: slice, other: UnitRows | None = None) -> Tensor:
         """Return cosines of some rows with some of the same or another set."""
         other = self if other is None else other
-        if self._held is not None or not (self._direct and other._direct):
-            return self[high] @ other[wide].T
+        direct = self._direct and other._direct and self.dtype == other.dtype
+        if self._held is not None or not direct:
+            return self[high] @ other[wide].T.to(self.dtype)
         mine, theirs = self._weights, other._weights
         if isinstance(mine, Rows):
             tile = mine.products(high, wide, theirs)
@@ -278,3 +277,19 @@ class UnitRows:
         for part, rows in self._blocks():
             found.addmm_(rows.mT, coefficients[part])
         return found
+
+
+def cosine_tiles(
+    rows: UnitRows, other: UnitRows | None = None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield first row, first column and tile of the cosines between rows of two sets.
+
+    Without ``other`` it is the same again, and the tiles below the diagonal are left
+    out. A tile may be written on.
+    """
+    columns = rows if other is None else other
+    high, wide = rows.side, columns.side
+    for i in range(0, len(rows), high):
+        part = slice(i, i + high)
+        for j in range(i if other is None else 0, len(columns), wide):
+            yield i, j, rows.tile(part, slice(j, j + wide), columns)

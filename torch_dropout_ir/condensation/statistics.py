@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.arguments import check_count
-from torch_dropout_ir.condensation.rows import UnitRows, Weights, check_rows
-from torch_dropout_ir.condensation.tiles import cosine_tiles
+from torch_dropout_ir.condensation.rows import (
+    UnitRows,
+    Weights,
+    check_rows,
+    cosine_tiles,
+)
 from torch_dropout_ir.vectors import full_precision
 
 _BINS: Final = 80
@@ -110,7 +114,7 @@ def cosine_statistics(
 def _sound(weights: Weights) -> UnitRows:
     """The rows that have an orientation."""
     rows = UnitRows(weights)
-    return rows.at((rows.norms > 0) & rows.norms.isfinite())
+    return rows.at(rows.sound)
 
 
 def _check(weights: Weights, other: Weights | None, bins: int) -> None:

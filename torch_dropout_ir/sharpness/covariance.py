@@ -10,12 +10,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.arguments import (
-    check_choice,
-    check_count,
-    check_real,
-    in_order,
-)
+from torch_dropout_ir.arguments import check_choice, check_count, check_real, in_order
 from torch_dropout_ir.batches import as_batches
 from torch_dropout_ir.functional import batch_size
 from torch_dropout_ir.sharpness.ranks import Group
@@ -62,9 +57,12 @@ class Covariance:
     @full_precision()
     def __matmul__(self, v: Any) -> Any:
         if isinstance(v, Tensor):
+            if v.shape[:1] != self.shape[1:]:
+                size, got = self.shape[1], list(v.shape)
+                raise ValueError(f"Covariance: expected {size} numbers, got {got}")
             return self.rows.T @ (self.rows @ v.to(self.rows))
-        flat = self @ to_vector(in_order("Covariance", "v", v, self.params))
-        return to_params(flat, self.params)
+        flat = to_vector(in_order("Covariance", "v", v, self.params))
+        return to_params(self @ flat, self.params)
 
     def _gram(self) -> Tensor:
         """Inner products of the rows, some columns at a time: no second set of them."""
@@ -279,7 +277,9 @@ def trajectory_covariance(snapshots: Iterable[Mapping[str, Tensor]]) -> Covarian
                     f"{type(snapshot).__name__}"
                 )
             params: Params = {
-                n: x.detach() for n, x in snapshot.items() if x.is_floating_point()
+                n: x.detach()
+                for n, x in snapshot.items()
+                if isinstance(x, Tensor) and x.is_floating_point()
             }
             if not params:
                 raise ValueError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final, TypeVar, cast
 
 import torch
@@ -210,11 +209,9 @@ class CurvatureOperator:
             )
         return in_order(self.kind, "v", v, self.params)
 
-    @contextlib.contextmanager
-    def released(self) -> Iterator[Surface]:
+    def release(self) -> None:
         """Drop the cached linearization, which the next product makes anew."""
         self._cached = None
-        yield self.surface
 
     @property
     def brief(self) -> bool:

@@ -126,8 +126,9 @@ def spectral_density(
         spent += probes[-1][0].numel()
         found = smoothed(probes, spent, grid, bandwidth)
         found.state["size"] = op.shape[0]
-        if rtol is not None and len(probes) >= 3 and _within(found, rtol):
-            return found
+        if rtol is not None and len(probes) >= 3:
+            if float(torch.trapezoid(found.standard_error, found.grid)) <= rtol:
+                return found
     return dataclasses.replace(found, converged=rtol is None)
 
 
@@ -214,7 +215,3 @@ def _padded(values: Tensor, length: int, repeat: bool) -> Tensor:
     missing = length - values.numel()
     last = values[-1] if repeat else values.new_zeros(())
     return torch.cat((values, last.expand(missing)))
-
-
-def _within(found: Density, rtol: float) -> bool:
-    return float(torch.trapezoid(found.standard_error, found.grid)) <= rtol

@@ -65,17 +65,15 @@ class Space:
         self._rounding = max(16 * torch.finfo(dtype).eps, given)
         torch.div(start, length(start), out=self._rows[0])
         self._filled = 1
-        self._projected = torch.zeros(
-            capacity, capacity, dtype=torch.float64, device="cpu"
-        )
+        float64: Any = {"dtype": torch.float64, "device": "cpu"}
+        self._projected = torch.zeros(capacity, capacity, **float64)
         self._rest, self._left = self._rows[0], 0.0  # of the last image, and its norm
         # From a start near an eigenvector: times that an error may be foreseen to be
         # less than it is sure to be; 0 from others.
         self.informed = 0.0
         # By lock, what it left out of the images of the first vectors of the basis.
-        self._left_out = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
-        self.values = torch.zeros(0, dtype=torch.float64, device="cpu")
-        self._coordinates = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+        self._left_out = self._coordinates = torch.zeros(0, 0, **float64)
+        self.values = torch.zeros(0, **float64)
 
     def state(self) -> dict[str, Any]:
         """Return all that is needed to go on, for :meth:`resumed`."""
@@ -129,6 +127,11 @@ class Space:
     def exhausted(self) -> bool:
         """Whether the basis spans everything."""
         return self._filled == self._rows.shape[1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether several pairs are wanted, and there is room for all vectors."""
+        return self.k > 1 and self._rows.shape[0] == self._rows.shape[1]
 
     @property
     def closed(self) -> bool:

@@ -102,7 +102,8 @@ def top_eigenvalues(
 
     Several values are believed on their residuals. Larger ones and further copies of
     multiple ones are looked for from another random direction, for six products (four
-    from a given ``start``), until nothing new is found. Every start has a random part,
+    from a given ``start``), until nothing new is found; where there is room for all
+    ``P`` vectors, all are taken. Every start has a random part,
     from which larger values grow; but one close to an eigenvector all the same hides an
     eigenvalue that is larger by a few percent.
 

@@ -144,10 +144,10 @@ def loss_plane(
     given: Any = directions
     if directions is None:
         given = [filter_normalized_direction(model) for _ in range(2)]
-    elif isinstance(directions, Mapping) or len(directions) != 2:
+    elif not isinstance(directions, Sequence) or len(directions) != 2:
         raise TypeError(
             "loss_plane: expected a pair of dictionaries as `directions`, got "
-            f"{type(directions).__name__} of {len(directions)}"
+            f"{directions!r:.60}"
         )
     d, e = (checked_direction("loss_plane", x, surface.params) for x in given)
     flat = _values(
@@ -223,7 +223,8 @@ def interpolate(
 
 def _read(caller: str, name: str, steps: Steps) -> list[float]:
     """Return what the user gave as numbers, or raise."""
-    if isinstance(steps, str) or not isinstance(steps, Iterable):
+    one = isinstance(steps, Tensor) and not steps.ndim
+    if one or isinstance(steps, str) or not isinstance(steps, Iterable):
         raise TypeError(
             f"{caller}: expected `{name}` to be a row of numbers, got {steps!r}. One "
             "number goes into a list."

@@ -82,6 +82,7 @@ def variance_flatness(
     check_count("variance_flatness", "k", k, 1)
     check_real("variance_flatness", "factor", factor, above=1)
     check_real("variance_flatness", "floor", floor, above=0)
+    _check_covariance("variance_flatness", covariance)
     variances, directions = covariance.principal(k)
     own = unwrapped(model, None)[0].named_parameters()
     trained = {n: x for n, x in own if x.requires_grad}
@@ -101,6 +102,14 @@ def variance_flatness(
         widths.append(found.width)
     seen = torch.tensor(widths, dtype=torch.float64, device="cpu")
     return VarianceFlatness(variances, seen, *_slope(seen, variances))
+
+
+def _check_covariance(function: str, covariance: Any) -> None:
+    if not isinstance(covariance, Covariance):
+        raise TypeError(
+            f"{function}: expected `covariance` as `gradient_covariance` returns it, "
+            f"got {type(covariance).__name__}"
+        )
 
 
 def _slope(x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -229,8 +238,15 @@ def _as_covariance(op: Any, covariance: Any) -> Covariance:
     if isinstance(covariance, Tensor):
         wide = covariance.to(working_dtype(covariance.dtype))
         values, vectors = torch.linalg.eigh(wide)
+        if float(values[0]) < -0.01 * float(values.abs().max()):
+            raise ValueError(
+                "hessian_variance_alignment: expected a covariance without negative "
+                f"eigenvalues, got one of {float(values[0]):.3g}. The curvature goes "
+                "first, the covariance second."
+            )
         rows = (vectors * values.clamp(min=0).sqrt()).T
         covariance = Covariance(rows, rows.new_zeros(rows.shape[1]), {})
+    _check_covariance("hessian_variance_alignment", covariance)
     names = getattr(op, "params", None)
     named = (
         not covariance.params or names is None or list(names) == list(covariance.params)

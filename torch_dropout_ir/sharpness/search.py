@@ -56,8 +56,8 @@ class Search:
 
     def done(self, space: Space) -> bool:
         """Whether nothing is left to do but to believe."""
-        if space.exhausted:
-            return space.found == space.k
+        if space.exhausted or space.whole:
+            return space.exhausted and space.found == space.k
         return self._holds(space) and space.spent >= self._until
 
     def _holds(self, space: Space) -> bool:
@@ -69,7 +69,8 @@ class Search:
     def next(self, space: Space) -> None:
         """Choose the next direction: the remainder, or a random one for a look."""
         ready = self.converged(space)
-        kept = ready and bool(self.looks) and space.spent >= self._until
+        look = bool(self.looks) and not space.whole
+        kept = ready and look and space.spent >= self._until
         if kept and space.share(self._tol) <= 1 - self._room:  # a look adds to it
             self._room /= 2
             self._seen, self._until = space.leading, space.spent + self.looks

@@ -17,13 +17,14 @@ def chosen_parameters(
     if callable(subset):
         kept = {name: x for name, x in params.items() if subset(name)}
     elif subset is not None:
-        subset = [subset] if isinstance(subset, str) else subset
-        if foreign := sorted(set(subset) - set(params)):
+        subset = [subset] if isinstance(subset, str) else list(subset)
+        given = [x if isinstance(x, str) else type(x).__name__ for x in subset]
+        if foreign := sorted(set(given) - set(params)):
             raise ValueError(
                 f"{caller}: expected `params` to name parameters that require a "
                 f"gradient, got {foreign}. There are {list(params)}."
             )
-        kept = {name: x for name, x in params.items() if name in subset}
+        kept = {name: x for name, x in params.items() if name in given}
     if not kept:
         raise ValueError(f"{caller}: `params` chooses none of {list(params)}")
     if found := [name for name, x in kept.items() if x.is_complex()]:

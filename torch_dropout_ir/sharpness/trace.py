@@ -40,12 +40,13 @@ class TraceEstimate:
     Attributes:
         value: The estimate, 0-d float64; units of the loss over squared units of the
             parameters.
-        standard_error: Its standard error, 0-d float64; 0 where the trace is exact. Its
-            square is unbiased, but forms of random signs have heavy tails (kurtosis 6
-            to 13 on a small network): over 200 runs with 25 draws a group, errors in
-            its units had a standard deviation of 1.15, where Student's t explains 1.04,
-            and 10 % were beyond 2; with 95 draws 1.01 and 5 %. With two draws a group,
-            which is what the least budgets take, a quarter to a third were.
+        standard_error: Its standard error, 0-d float64; 0 where the trace is exact, and
+            where few draws agree: ``method`` tells which. Its square is unbiased, but
+            forms of random signs have heavy tails (kurtosis 6 to 13 on a small
+            network): over 200 runs with 25 draws a group, errors in its units had a
+            standard deviation of 1.15, where Student's t explains 1.04, and 10 % were
+            beyond 2; with 95 draws 1.01 and 5 %. With two draws a group, which is what
+            the least budgets take, a quarter to a third were.
         num_matvecs: Products and backward passes spent, resumed runs included.
         converged: Whether ``rtol`` was reached; True where none was asked for.
         method: ``"exact"``; ``"gauss_newton"``: the Gauss-Newton part, exact or
@@ -234,10 +235,10 @@ def _hutchinson(
     forms: list[float] = list(state["forms"]) if state else []
     for _ in range(num_matvecs):
         forms.append(form(op))
-        if len(forms) > 1:
-            found = _estimate(0.0, [forms], len(forms), rtol, "hutchinson")
-            if rtol is not None and found.converged:
-                break
+        enough = rtol is not None and len(forms) >= _LEAST
+        if enough and _estimate(0.0, [forms], len(forms), rtol, "").converged:
+            break
+    found = _estimate(0.0, [forms], len(forms), rtol, "hutchinson")
     saved = {"method": "hutchinson", "forms": forms}
     return dataclasses.replace(found, state=saved)
 
@@ -273,20 +274,16 @@ def _layerwise(
     state: dict[str, Any] | None,
 ) -> TraceEstimate:
     most = num_matvecs + (state["spent"] if state else 0)
-    with op.released() as surface:
-        rounds = Rounds(surface, op.kind, num_matvecs, state)
-        method = "gauss_newton" if rounds.draws else "exact"
-        while True:
-            begun = all(rounds.draws)
-            left = most - rounds.spent - OVERHEAD
-            round_of = len(rounds.draws)
-            if begun:
-                found = _estimate(
-                    rounds.exact, rounds.draws, rounds.spent, rtol, method
-                )
-                enough = rtol is not None and found.converged
-                if not rounds.draws or enough or left < round_of:
-                    break
-            rounds.more(left if rtol is None else min(left, _AT_ONCE * round_of))
+    op.release()
+    rounds = Rounds(op.surface, op.kind, num_matvecs, state)
+    method = "gauss_newton" if rounds.draws else "exact"
+    while True:
+        left, round_of = most - rounds.spent - OVERHEAD, len(rounds.draws)
+        if all(rounds.draws):
+            found = _estimate(rounds.exact, rounds.draws, rounds.spent, rtol, method)
+            enough = rtol is not None and found.converged
+            if not rounds.draws or enough or left < round_of:
+                break
+        rounds.more(left if rtol is None else min(left, _AT_ONCE * round_of))
     op.num_matvecs += rounds.spent - (state["spent"] if state else 0)
     return dataclasses.replace(found, state=rounds.state())

@@ -95,7 +95,7 @@ class Sharpness:
         check_choice("Sharpness", "coupling", coupling, ("auto", "batch", "fixed"))
         check_real("Sharpness", "tol", tol, least=0)
         for name, count, least in (
-            ("max_matvecs", max_matvecs, 1), ("trace_matvecs", trace_matvecs, 1),
+            ("max_matvecs", max_matvecs, 1), ("trace_matvecs", trace_matvecs, 2),
             ("density_steps", density_steps, 0), ("slice_points", slice_points, 0),
         ):  # fmt: skip
             check_count("Sharpness", name, count, least)
