@@ -44,10 +44,20 @@ def choose(
     """
     loss, f = read.loss, read.tensors[0]
     if loss is not None and product is not None and loss.kind == "general":
-        if product.blocks is not None and (
-            not product.blocks.couples
-            # What is between samples is no matter where they draw by themselves, apart.
-            or (alone() and clean.count(f) == len(f) and clean.samples_meet(f) is False)
+        # Roots of both signs keep a graph, of which few outputs hold little.
+        small = f.shape[1:].numel() <= _FEW or not clean.matters
+        if (
+            small
+            and product.blocks is not None
+            and (
+                not product.blocks.couples
+                # What is between samples is no matter where they draw by themselves, apart.
+                or (
+                    alone()
+                    and clean.count(f) == len(f)
+                    and clean.samples_meet(f) is False
+                )
+            )
         ):
             return HessianRoots(loss, read.single, read.targets, product), False
     if loss is None or product is None or not f.ndim:
