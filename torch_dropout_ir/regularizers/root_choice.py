@@ -24,6 +24,7 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.loss_parts import LossParts
 from torch_dropout_ir.regularizers.loss_weight import blocks_fit
 from torch_dropout_ir.regularizers.outputs import OutputsRead
+from torch_dropout_ir.sample_blocks import Blocks
 from torch_dropout_ir.softmax_roots import SoftmaxRoots
 
 Roots: TypeAlias = "HessianRoots | SoftmaxRoots | ProductRoots"
@@ -44,21 +45,7 @@ def choose(
     """
     loss, f = read.loss, read.tensors[0]
     if loss is not None and product is not None and loss.kind == "general":
-        # Roots of both signs keep a graph, of which few outputs hold little.
-        small = f.shape[1:].numel() <= _FEW or not clean.matters
-        if (
-            small
-            and product.blocks is not None
-            and (
-                not product.blocks.couples
-                # What is between samples is no matter where they draw by themselves, apart.
-                or (
-                    alone()
-                    and clean.count(f) == len(f)
-                    and clean.samples_meet(f) is False
-                )
-            )
-        ):
+        if product.blocks is not None and _enough(clean, f, product.blocks):
             return HessianRoots(loss, read.single, read.targets, product), False
     if loss is None or product is None or not f.ndim:
         couples, terms = read.couples(product=product), None
@@ -81,6 +68,19 @@ def choose(
     if product is not None and f.ndim and num_samples:
         return ProductRoots(product, num_samples > 1 or clean.matters), couples
     return None, couples
+
+
+def _enough(clean: CleanPass, f: Tensor, blocks: Blocks) -> bool:
+    """Whether blocks do: what is between samples is no matter at sites that are apart.
+
+    Of many outputs not where memory matters, for roots of both signs keep a graph.
+    """
+    if f.shape[1:].numel() > _FEW and clean.matters:
+        return False
+    if not blocks.couples:
+        return True
+    # Samples draw by themselves then, as with a loss that is a sum over them.
+    return alone() and clean.count(f) == len(f) and clean.samples_meet(f) is False
 
 
 def _blocks_pay(clean: CleanPass, f: Tensor, num_samples: int | None, few: int) -> bool:
