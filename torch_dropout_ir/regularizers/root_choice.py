@@ -71,7 +71,7 @@ def choose(
 
 
 def _enough(clean: CleanPass, f: Tensor, blocks: Blocks) -> bool:
-    """Whether blocks do: what is between samples is no matter at sites that are apart.
+    """Return whether blocks do: what is between samples is none of sites apart.
 
     Of many outputs not where memory matters, for roots of both signs keep a graph.
     """
