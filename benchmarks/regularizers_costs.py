@@ -14,6 +14,7 @@ from regularizers_models import (
     small_models,
     step,
 )
+from regularizers_named import named_losses
 from torch import nn
 
 from torch_dropout_ir.regularizers import gauss_newton, last_layer
@@ -204,6 +205,16 @@ def overlap(f, y):
     return 1 - 2 * (p * y).sum() / (p.sum() + y.sum())
 
 
+def dropped(*sizes: int) -> nn.Sequential:
+    """Return a perceptron that drops half of the units of each hidden layer."""
+    layers = [
+        layer
+        for a, b in itertools.pairwise(sizes)
+        for layer in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.5))
+    ]
+    return nn.Sequential(*layers[:-2])
+
+
 def loss_costs(turns: int) -> None:
     """Print what one sample costs with other losses, and the least it could take.
 
@@ -215,28 +226,33 @@ def loss_costs(turns: int) -> None:
         ((20, 64, 64, 3), 32), ((64, 256, 256, 10), 64), ((64, 256, 256, 100), 64),
         ((256, 512, 512, 10), 128), ((784, 1000, 1000, 100), 64),
     ):  # fmt: skip
-        layers = [
-            layer
-            for a, b in itertools.pairwise(sizes)
-            for layer in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.5))
-        ]
-        net, x = nn.Sequential(*layers[:-2]), torch.randn(n, sizes[0])
+        net, x = dropped(*sizes), torch.randn(n, sizes[0])
         print("  " + "-".join(map(str, sizes)) + f", batch {n}")
         for name, (loss, y) in losses(n, sizes[-1]).items():
-            found = []
+            print_cost(name, net, (x, y), loss, turns)
+    for hidden, n in (((20, 64, 64), 32), ((64, 256, 256), 64)):
+        x = torch.randn(n, hidden[0])
+        print("  " + "-".join(map(str, hidden)) + f" and outputs of a loss, batch {n}")
+        for name, (k, loss, y) in named_losses(n).items():
+            print_cost(f"{name}, {k}", dropped(*hidden, k), (x, y), loss, turns)
 
-            def estimate(batch=(x, y), loss=loss, found=found, net=net):
-                found.append(gauss_newton(net, batch, loss))
 
-            runs = step(net, (x, y), loss), least_of(net, x, y, loss), estimate
-            times = [[seconds(run) for run in runs] for _ in range(20 * turns)]
-            base, low, own = map(statistics.median, zip(*times, strict=True))
-            values = [one.value.item() for one in found]
-            spread = statistics.stdev(values) / abs(statistics.mean(values))
-            print(
-                f"    {name:14}pass {1e3 * base:>6.2f} ms{low / base:>8.2f} least"
-                f"{own / base:>8.2f} gauss_newton, spread {spread:.3f}"
-            )
+def print_cost(name, net, batch, loss, turns: int) -> None:
+    """Print what one sample of a loss costs, in turns with a pass and the least."""
+    found = []
+    runs = (
+        step(net, batch, loss),
+        least_of(net, *batch, loss),
+        lambda: found.append(gauss_newton(net, batch, loss)),
+    )
+    times = [[seconds(run) for run in runs] for _ in range(20 * turns)]
+    base, low, own = map(statistics.median, zip(*times, strict=True))
+    values = [one.value.item() for one in found]
+    spread = statistics.stdev(values) / abs(statistics.mean(values))
+    print(
+        f"    {name:22}pass {1e3 * base:>6.2f} ms{low / base:>8.2f} least"
+        f"{own / base:>8.2f} gauss_newton, spread {spread:.3f}"
+    )
 
 
 def model_costs(turns: int) -> None:

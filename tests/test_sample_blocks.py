@@ -158,6 +158,7 @@ def single(f, y):
         torch.lerp(f.sin(), f.cos(), 0.3).exp(), torch.lerp(f.cos(), y, b).exp(),
         torch.lerp(f.cos(), f.sin(), b), torch.addcmul(y, a, f.sin(), value=2).exp(),
         torch.addcmul(f.cos(), a, y).exp(), a ** f.sin(), b**f, f.exp() ** b, 2.0**f,
+        f ** b.round(), a ** y[:1], (a * a)[:, :1] ** f,
     )  # fmt: skip
     added = F.binary_cross_entropy(f.sigmoid(), b.tanh()) / 3
     added = added + F.soft_margin_loss(f, y.sign(), reduction="sum")

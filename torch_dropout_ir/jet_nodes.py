@@ -64,6 +64,23 @@ def _of_gamma(order: int) -> Rule:
     return rule
 
 
+def _power(to: Program, node: Any, inputs: list[int]) -> int | None:
+    """``exp(b log a)``, which takes less time than to ask it; of what is positive."""
+    a, b = inputs
+    x, y, sizes = (
+        node._saved_self,
+        node._saved_exponent,
+        to.elementwise(node, a, b, False),
+    )
+    if sizes is False or not (x > 0).all():
+        return _bent(to, node, inputs)
+    log = x.double().log()
+    first = a if a < 0 else to.add(Kind.LOG, to.sizes[a], a, -1, (x,))
+    values = (y if b < 0 else log, log if a < 0 else y)
+    number = to.add(Kind.TIMES, sizes, first, b, values)
+    return to.add(Kind.EXP, sizes, number, -1, (node._saved_result,))
+
+
 def _meet(edges: list[Any]) -> bool:
     """Whether an input is made of another: derivatives in that go through both."""
     if len(edges) == 1:
@@ -161,5 +178,6 @@ NODES: Final[dict[str, Rule]] = {
     "LgammaBackward0": _of_gamma(0),
     "IndexBackward0": _indexed,
     "IndexSelectBackward0": _selected,
-    **dict.fromkeys(("LerpBackward1", "PowBackward1", "PowBackward2"), _bent),
+    **dict.fromkeys(("LerpBackward1", "PowBackward2"), _bent),
+    "PowBackward1": _power,
 }
