@@ -10,6 +10,9 @@
 
 namespace dropout {
 
+// Squares below have lost digits; what they are of is nothing beside a one.
+constexpr double kTiny = 0x1p-960;
+
 // Reflects axes until all is on the diagonal `d` and beside it, in `e` (Householder
 // 1958); the rows of `v` are the axes then.
 inline void make_tridiagonal(Lanes* a, Lanes* v, Lanes* d, Lanes* e, size_t k) {
@@ -29,7 +32,7 @@ inline void make_tridiagonal(Lanes* a, Lanes* v, Lanes* d, Lanes* e, size_t k) {
     }
     const Lanes half = squares - turned * u[first];  // of the new square of `u`
     Lanes beta;
-    for (size_t r = 0; r < kRows; ++r) beta[r] = half[r] > 0 ? 1 / half[r] : 0;
+    for (size_t r = 0; r < kRows; ++r) beta[r] = half[r] > kTiny ? 1 / half[r] : 0;
     u[first] -= turned;
     e[c] = turned;
     Lanes both_ways{};
@@ -55,33 +58,26 @@ inline void make_tridiagonal(Lanes* a, Lanes* v, Lanes* d, Lanes* e, size_t k) {
 }
 
 // Takes matrices `a` without a part below zero apart into the squares of rows of `v`, of
-// length one, times `d` (Cholesky); whether they are, but for what is `rounding`. Before,
-// `v` is zero.
+// length one, times `d` (Cholesky); whether they are, but for what is `rounding` of the
+// outputs' own units. Before, `v` is zero.
 inline bool factorize(const Lanes* a, Lanes* v, Lanes* d, size_t k, double rounding) {
-  constexpr double kSlack = 64;
-  Lanes least{}, inverse;
-  for (size_t i = 0; i < k; ++i) {
-    for (size_t r = 0; r < kRows; ++r) {
-      least[r] = std::max(least[r], rounding * a[i * (k + 1)][r]);
-    }
-  }
+  const double slack = 64 * rounding;
   for (size_t c = 0; c < k; ++c) {
-    Lanes *row = v + c * k, squares{};
+    Lanes *row = v + c * k, squares{}, inverse;
     for (size_t j = c; j < k; ++j) {
       row[j] = a[c * k + j];
       for (size_t m = 0; m < c; ++m) row[j] -= d[m] * v[m * k + c] * v[m * k + j];
       squares += row[j] * row[j];
     }
     for (size_t r = 0; r < kRows; ++r) {
-      const double pivot = row[c][r], length = std::sqrt(squares[r]);
-      if (pivot > least[r]) {
-        inverse[r] = 1 / length;
-        d[c][r] = squares[r] / pivot;
-      } else if (length <= kSlack * least[r]) {
-        inverse[r] = d[c][r] = 0;
-      } else {
-        return false;
+      const double pivot = row[c][r], own = a[c * (k + 1)][r];
+      const bool there = pivot > rounding * own && squares[r] > kTiny;
+      for (size_t j = c; j < k && !there; ++j) {
+        const double bound = slack * slack * own * a[j * (k + 1)][r];
+        if (!(row[j][r] * row[j][r] <= bound)) return false;
       }
+      inverse[r] = there ? 1 / std::sqrt(squares[r]) : 0;
+      d[c][r] = there ? squares[r] / pivot : 0;
     }
     for (size_t j = c; j < k; ++j) row[j] *= inverse;
   }
@@ -96,7 +92,8 @@ struct Chase {
 
 // Turns symmetric matrices `a` into their eigenvalues `d`, and `v` into eigenvectors,
 // its rows. `e` has as many as `d`. Implicit shifts of the tridiagonal form (Dubrulle,
-// Martin & Wilkinson 1968), of each matrix from where it falls apart.
+// Martin & Wilkinson 1968), of each matrix from where it falls apart. The largest entry
+// of each is about one, lest squares overflow or vanish.
 inline void diagonalize(Lanes* a, Lanes* v, Lanes* d, Lanes* e, size_t k) {
   constexpr int kTurns = 60;
   constexpr double kRounding = 0x1p-51;

@@ -150,17 +150,22 @@ void block_roots(StableIValue* stack, uint64_t, uint64_t) {
   Lanes *own = block.data() + k * k, *beside = own + k;
   for (size_t first = 0; first < n; first += kRows) {
     const size_t rows = std::min(kRows, n - first);
-    Lanes whole{};  // 0 where all is finite
+    Lanes whole{}, most{}, unit;  // `whole` is 0 where all is finite
     for (size_t p = 0; p < k; ++p) {
       for (size_t q = 0; q < k; ++q) {
         Lanes& entry = block[p * k + q] = Lanes{};
         for (size_t r = 0; r < rows; ++r) {
           const size_t i = first + r;
           entry[r] = (given[(p * n + i) * k + q] + given[(q * n + i) * k + p]) / 2;
+          most[r] = std::max(most[r], std::abs(entry[r]));
         }
         whole += entry - entry;
       }
     }
+    for (size_t r = 0; r < kRows; ++r) {
+      unit[r] = std::exp2(std::clamp(std::ilogb(most[r]), -1000, 1000));
+    }
+    for (size_t i = 0; i < k * k; ++i) block[i] /= unit;
     Lanes* axes = &vectors[first / kRows * k * k];
     // Of few outputs eigenvectors spread less, and take no longer.
     const bool apart = k > kFew && factorize(block.data(), axes, own, k, rounding);
@@ -168,7 +173,8 @@ void block_roots(StableIValue* stack, uint64_t, uint64_t) {
       diagonalize(block.data(), axes, own, beside, k);
     }
     for (size_t c = 0; c < k; ++c) {
-      for (size_t r = 0; r < rows; ++r) values[(first + r) * k + c] = own[c][r] + whole[r];
+      const Lanes found = own[c] * unit + whole;
+      for (size_t r = 0; r < rows; ++r) values[(first + r) * k + c] = found[r];
     }
   }
   give_roots(op, stack, values, 2, sizes, columns.dtype(), [&](Numbers& root) {

@@ -27,6 +27,7 @@ NOT_TOLD = (
     "flipped", "normalized", "pooled", "others", "products of rows",
     "products of many", "by row and column", "a row twice", "rows of rows",
     "spectra of rows", "one matrix", "volumes of columns", "a number of it",
+    "some entries of all", "a part of all entries", "entries by number",
 )  # fmt: skip
 
 
@@ -136,6 +137,7 @@ TOLD_BY_ROW = {
     "parts of the rows": lambda f, y: sum(
         (x * z.exp()).prod(1).sum() for x, z in zip(f.split(2), f.split(2), strict=True)
     ),
+    "from before the first": lambda f, y: (f[-2 * N : 2] * f[:2].exp()).sum(),
     "a row twice": lambda f, y: f[[0, 1, 1]].prod(1).exp().sum(),
     "rows of rows": lambda f, y: f[[1, 0]][[1, 0]].prod(1).exp().sum(),
     "angles": lambda f, y: (
@@ -166,6 +168,9 @@ TOLD_COUPLED = {
         f.split([2, N - 2])[0].exp() @ f.split([2, N - 2])[1].sin().T, torch.arange(2)
     ),
     "others": lambda f, y: (f[ORDER] * f * y).sum() + f.square().sum(),
+    "some entries of all": lambda f, y: (f.flatten()[:N] * f[:, 0]).sum(),
+    "a part of all entries": lambda f, y: (f.view(-1).split(N)[0] * f[:, 0]).sum(),
+    "entries by number": lambda f, y: (f.view(-1)[[N, N + 1]] * f.view(-1)[:2]).sum(),
     "others, cubed": lambda f, y: (f[ORDER] * f[ORDER.flip(0)] * y).sum(),
 }  # fmt: skip
 TOLD = ALL | TOLD_BY_ROW | TOLD_COUPLED

@@ -1,5 +1,6 @@
 """The ops that draw roots: against dense matrices, and their kernels alike."""
 
+import itertools
 import math
 
 import pytest
@@ -145,6 +146,36 @@ def test_roots_of_blocks_of_all_kinds(size, kernels, dtype):
     error = ((square - mean.square()).clamp(min=0) / count).sqrt()
     least = blocks.abs().amax((1, 2), keepdim=True) * torch.finfo(dtype).eps * 100
     assert ((mean - blocks).abs() <= 5 * error + least).all()
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("width", [3, 6])
+@pytest.mark.parametrize("scale", [1e-160, 1.0, 1e160])
+def test_blocks_are_of_any_size_and_beside_it_there_may_be_almost_nothing(
+    scale, width, kernels
+):
+    """Of a root ``r = A^(1/2) z`` of signs ``z`` it is known that ``r' A^-1 r = K``."""
+    torch.manual_seed(0)
+    x = torch.randn(9, width, width).double()
+    given = x @ x.mT + torch.eye(width), torch.eye(width) + 1e-158 * (x + x.mT)
+    for sign, blocks in itertools.product((1, -1), given):
+        columns = sign * scale * blocks.movedim(1, 0)
+        root = kernels.block_roots(columns)[sign < 0] / scale**0.5
+        lengths = (root[:, None] @ blocks.inverse() @ root[:, :, None]).flatten()
+        torch.testing.assert_close(lengths, torch.full((9,), float(width)).double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outputs_may_have_units_far_apart(dtype):
+    torch.manual_seed(0)
+    units = torch.logspace(0, -6, 7, dtype=dtype)
+    x = torch.randn(9, 7, 7, dtype=dtype)
+    whole = x @ x.mT + torch.eye(7)
+    root, _ = registration.block_roots((whole * units * units[:, None]).movedim(1, 0))
+    root /= units
+    lengths = (root[:, None] @ whole.inverse() @ root[:, :, None]).flatten()
+    expected = torch.full((9,), 7.0, dtype=dtype)
+    torch.testing.assert_close(lengths, expected, rtol=1e-3, atol=0.0)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

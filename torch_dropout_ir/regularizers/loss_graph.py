@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.arrivals import graph_nodes
+from torch_dropout_ir.jet_program import signed
 from torch_dropout_ir.loss_terms import (
     ELEMENTWISE,
     LEAF,
@@ -186,7 +187,8 @@ def _indexed(op: Op) -> Place | None:
 
 def _picked(op: Op, rows: Tensor) -> Place:
     """Rows by number, or by what they are: in an order of their own if each is once."""
-    if op.places[0] != START:
+    ((place, own),) = op.leading()
+    if place != START or own[0] != op.samples:  # of a sample there may be several
         return Place(0, 0)
     numbers = (
         rows.nonzero().flatten() if rows.dtype == torch.bool else rows % op.samples
@@ -197,6 +199,8 @@ def _picked(op: Op, rows: Tensor) -> Place:
 def _parted(node: Any, samples: int) -> list[Place]:
     """Return the places of rows in what a node splits them into."""
     sizes = [made.shape[0] for made in node._input_metadata]
+    if sum(sizes) != samples:
+        return []
     pairs = zip(itertools.accumulate(sizes), sizes, strict=True)
     return [_ordered(range(end - size, end), samples) for end, size in pairs]
 
@@ -221,8 +225,8 @@ def _cut(op: Op) -> Place | None:
     ((place, own),) = op.leading()
     if own[place.dim] == op.shape[place.dim]:
         return place
-    first, step = op.node._saved_start, op.node._saved_step
-    rows = torch.arange(op.shape[0], device="cpu") * step + first
+    first = max(0, signed(op.node._saved_start, own[place.dim]))
+    rows = torch.arange(op.shape[0], device="cpu") * op.node._saved_step + first
     return _picked(op, rows) if place == START else None
 
 
