@@ -137,7 +137,7 @@ TOLD_BY_ROW = {
     "parts of the rows": lambda f, y: sum(
         (x * z.exp()).prod(1).sum() for x, z in zip(f.split(2), f.split(2), strict=True)
     ),
-    "from before the first": lambda f, y: (f[-2 * N : 2] * f[:2].exp()).sum(),
+    "from before the first": lambda f, y: (f[-N - 2 : 2] * f[:2].exp()).sum(),
     "a row twice": lambda f, y: f[[0, 1, 1]].prod(1).exp().sum(),
     "rows of rows": lambda f, y: f[[1, 0]][[1, 0]].prod(1).exp().sum(),
     "angles": lambda f, y: (

@@ -696,9 +696,17 @@ def test_of_few_outputs_alone():
 
     assert blocks(273, 4) is not None and blocks(9) is not None
     assert blocks(274, 4) is None and blocks(()) is None
+    assert blocks(1, 16) is not None and blocks(1, 17) is None
     assert blocks(4, 2, dtype=torch.float16) is None
     trained = torch.ones(4, 2, requires_grad=True)
     assert HessianProduct(loss, trained, None).blocks is None
+
+
+@pytest.mark.parametrize("width", [8, 12])
+def test_of_more_outputs_jets_of_fewer_entries(width):
+    f = torch.randn(8, width)
+    pairs = told(lambda f, _: (f[:, None] * f[:, :, None]).sin().sum(), f, None)
+    assert (pairs is None) == (width > 8)
 
 
 def test_what_the_compiled_kernel_cannot_read_is_named():

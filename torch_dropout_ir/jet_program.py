@@ -16,7 +16,9 @@ Shape: TypeAlias = "Sequence[int]"
 # may meet in what it makes.
 Rule: TypeAlias = "Callable[[Program, Any, list[int]], int | None]"
 _DTYPES: Final = {torch.float32, torch.float64, torch.int64, torch.bool}
-_ENTRIES: Final = 2**12  # of all rows: above that products take less time, and memory
+# Of all rows, and of their jets: above that products take less time, and memory.
+_ENTRIES: Final = 2**12
+_NUMBERS: Final = 2**16
 _MOST: Final = 2**63  # dimensions and places are saved without a sign
 
 
@@ -37,11 +39,12 @@ class Program:
 
     Args:
         shape: The shape of the outputs, which are node 0.
-        most: Entries of what a node makes of all rows, at most.
+        most: Entries of what a node makes of all rows, at most; None for as many as
+            blocks take little time of.
 
     Attributes:
         rows: Their number; of what has been chosen of them while that is read.
-        most: As given.
+        most: As given, or found.
         order: What rows those are; None where they are all, as they were.
         orders: The order of what each node makes.
         couples: Whether what is bent is a sum over rows.
@@ -54,13 +57,15 @@ class Program:
             the same entries with rows in dimension 0.
     """
 
-    def __init__(self, shape: Shape, most: float = _ENTRIES) -> None:
+    def __init__(self, shape: Shape, most: float | None = None) -> None:
+        width = math.prod(shape[1:])
+        few = min(_ENTRIES, 2 * _NUMBERS // ((width + 1) * (width + 2)))
         self._whole = self.rows = shape[0]
         self.order: Order | None = None
         self.orders: list[Order | None] = []
         self._picks = False  # whether there is one
         self.couples = False
-        self.most = most
+        self.most = few if most is None else most
         self.sizes: list[Shape | None] = []
         self.steps: list[int] = []
         self.numbers: list[float] = []

@@ -27,10 +27,12 @@ ALL: Final = slice(None)
 WIDE: Final = (torch.float32, torch.float64)
 _DRAWN_IN_ONE: Final = 2**14  # above that torch's own kernels have threads
 _FEW: Final = 2**14  # numbers of which normal ones take no longer than a mask
-# Numbers in jets of all samples of which blocks take no more time than a product and
-# two passes back; outputs of which they take less than a softmax and a diagonal.
-_NARROW: Final = 4
+# Numbers in jets of all samples, and outputs of each, of which blocks take no more time
+# than a product and two passes back; outputs of which they take less than a softmax and
+# a diagonal.
 _SMALL: Final = 2**12
+_WIDEST: Final = 16
+_NARROW: Final = 4
 _ATTENTION: Final = "ScaledDotProduct"  # of whose kernels most have one derivative
 TWICE: Final = (
     "expected a loss with a second derivative, got one whose derivative torch cannot "
@@ -83,7 +85,7 @@ class HessianProduct:
         if self._trained or not f.ndim or not few(f) or type(f) is not Tensor:
             return None
         width = f.shape[1:].numel()
-        if len(f) * (width + 1) * (width + 2) > 2 * _SMALL:
+        if width > _WIDEST or len(f) * (width + 1) * (width + 2) > 2 * _SMALL:
             return None
         if width > _NARROW and self.terms and self.terms.log_softmax is not None:
             return None
