@@ -11,10 +11,12 @@ import torch_dropout_ir as tdi
 from torch_dropout_ir.analysis.cadence import ADVANCE, Cadence
 from torch_dropout_ir.analysis.measures import (
     DropoutNoise,
+    Masks,
     Regularizer,
     Sharpness,
     default_measures,
 )
+from torch_dropout_ir.analysis.observed_masks import ObservedMasks
 
 PASSES = {"gradient": 0.0, "regularizer": 8.0, "noise": 3.0, "sharpness": 120.0}
 COSTS = PASSES | {"gradient": 0.1, "condensation": 4.0}  # in steps
@@ -281,6 +283,27 @@ def test_what_fails_before_all_measures_is_put_off_and_said_until_it_works(monke
         analysis.inputs_of = works
         assert analysis.measure()["light/x"] == 1.0
     assert not analysis.absent
+
+
+def test_looking_at_a_pass_is_no_time_of_training(monkeypatch):
+    begins = ObservedMasks.begins
+    model = nn.Sequential(nn.Linear(3, 2), nn.Dropout())
+    sgd, own = torch.optim.SGD(model.parameters(), lr=0.1), [Masks()]
+    with tdi.attach_analysis(model, log_dir=False, every=1, measures=own) as analysis:
+        cadence = analysis._cadence
+        for wait in (0.0, 0.2):
+
+            def slow(*given, wait=wait):
+                time.sleep(wait)
+                return begins(*given)
+
+            monkeypatch.setattr(ObservedMasks, "begins", slow)
+            before = cadence.measured_seconds, cadence.training_seconds
+            model(torch.ones(4, 3)).sum().backward()
+            sgd.step()
+            times = cadence.measured_seconds, cadence.training_seconds
+    taken, trained = (now - then for now, then in zip(times, before, strict=True))
+    assert trained < 0.2 < taken
 
 
 def test_schedules_resume_with_what_waits(monkeypatch):

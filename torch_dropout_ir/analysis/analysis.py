@@ -185,8 +185,8 @@ class Analysis:
         """Measure; whatever a measure or a sink raises, training goes on."""
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        started = time.perf_counter()
-        self._cadence.trained(started - self._clock)
+        started, looking = time.perf_counter(), self._capture.spent()
+        self._cadence.trained(started - self._clock - looking)
         try:
             with self._capture.aside():
                 if planned:
@@ -198,7 +198,8 @@ class Analysis:
             seconds = dict.fromkeys(names, 0.0)
         finally:
             self._clock = time.perf_counter()
-        self._schedule.enter(seconds, self._clock - started, self.step)
+        whole = looking + self._clock - started
+        self._schedule.enter(seconds, whole, self.step)
 
     def _take_and_write(self, names: set[str]) -> dict[str, float]:
         with self._ranks.together():

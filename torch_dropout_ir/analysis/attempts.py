@@ -185,6 +185,8 @@ class Schedule:
 
         What is nobody's own (capture, records, writing) is shared out.
         """
+        if not seconds:  # none could be paid for
+            self._cadence.measured_seconds += whole
         rest = max(0.0, whole - sum(seconds.values())) / max(1, len(seconds))
         for name, own in seconds.items():
             if self._attempts.lacks(name):

@@ -11,10 +11,11 @@ Semantics:
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import nn
@@ -37,6 +38,25 @@ from torch_dropout_ir.hooks import after_call
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.module_calls import measuring, replaced
 from torch_dropout_ir.turns import in_turn, inside
+
+_P = ParamSpec("_P")
+
+
+def _timed(
+    look: Callable[Concatenate[Capture, _P], None],
+) -> Callable[Concatenate[Capture, _P], None]:
+    """Let what a method takes be told by :meth:`Capture.spent`."""
+
+    @functools.wraps(look)
+    def timed(self: Capture, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        started = time.perf_counter()
+        try:
+            look(self, *args, **kwargs)
+        finally:
+            if not self.paused:  # else it is part of a measurement
+                self._seconds += time.perf_counter() - started
+
+    return timed
 
 
 class Capture:
@@ -77,7 +97,7 @@ class Capture:
         self.bystanders = Bystanders(watched)
         self.wrapper: Callable[[], nn.Module | None] = lambda: None
         self.want_masks = self.want_targets = self._new_step = True
-        self.paused = False
+        self.paused, self._seconds = False, 0.0
         self._trained = TrainingPasses()
         self._open = False  # whether the step is looked at
         self._within = False  # whether a pass that is looked at has not ended
@@ -155,6 +175,7 @@ class Capture:
         self.inputs, self._versions = found, versions(found.leaves())
         return True
 
+    @_timed
     def _before(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -185,6 +206,7 @@ class Capture:
     def _miss(self, reason: str) -> None:
         self.missed, self.inputs = reason, None
 
+    @_timed
     def want(self, anything: bool, needed: set[str]) -> None:
         """Say what the coming step must show; without anything, no pass is seen.
 
@@ -197,6 +219,11 @@ class Capture:
         self._hook.call = self._before if anything else None
         if anything:
             self._listen()
+
+    def spent(self) -> float:
+        """Return the seconds of looking at passes since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def _listen(self) -> None:
         if self.model is not None:  # a compiled one has its hooks in the graph
@@ -219,6 +246,7 @@ class Capture:
             self._within = True
             self._step.callback(self._after_once.close)
 
+    @_timed
     def _after(self, _: nn.Module, __: tuple[Any, ...], outputs: Any) -> None:
         looked_at = self._open and self._trained.own
         if self.paused or measuring() or not looked_at or self._trained.only_looks():

@@ -63,6 +63,7 @@ class ExcessRisk:
         self._excess: list[Tensor] = []
         self._linear: list[Tensor] = []
         self._minority: float | None = None  # None: no mask was seen
+        self._first, self._differ = list[Tensor](), False  # masks, until others come
         self.seen = NoiseSeen()
         drawn = anything_drawn(model)
         with torch.no_grad():
@@ -89,6 +90,7 @@ class ExcessRisk:
             def watch(site: Site, packed: Tensor, shape: torch.Size) -> None:
                 nonlocal linear, use
                 slope = self._slopes[use] if use < len(self._slopes) else None
+                self._compare(use, packed)
                 use += 1
                 if 0 < site.p < 1:
                     rare = min(site.p, 1 - site.p) * shape.numel()
@@ -107,6 +109,15 @@ class ExcessRisk:
                 clean = clean_risk(self._model, self._batch, self._loss)
             self._excess.append((value - clean).double())
             self._linear.append(linear)
+
+    def _compare(self, use: int, packed: Tensor) -> None:
+        """Look whether the masks are those of the first draw, as frozen ones are."""
+        if not self._excess:
+            self._first.append(packed)
+        elif not self._differ:
+            known = self._first[use : use + 1]
+            if not (known and torch.equal(packed, known[0])):
+                self._first, self._differ = [], True
 
     @property
     def num_masks(self) -> int:
@@ -139,10 +150,9 @@ class ExcessRisk:
 
         Where each pass seeds the generators they are the same.
         """
-        if self._minority is None or self._minority < _FEWEST_FOR_AN_ERROR:
-            return self._minority is None
-        linear = torch.stack(self._linear)
-        return not bool(linear[0]) or bool((linear != linear[0]).any())
+        if self._minority is None:
+            return True
+        return self._differ and self._minority >= _FEWEST_FOR_AN_ERROR
 
     def lacking(self) -> int:
         """Return how many more masks it takes to tell how far the mean is off.
