@@ -358,6 +358,22 @@ def test_scripted_code_is_told_and_trains_alike(scripted):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_model_on_frozen_code_which_has_no_mode_is_measured():
+    block = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.Tanh())
+    block = torch.jit.freeze(torch.jit.script(block.eval()))
+    batch = torch.randn(8, 6), torch.randn(8, 3)
+    model = nn.Sequential(block, nn.Dropout(), nn.Linear(6, 3))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        nn.MSELoss()(model(batch[0]), batch[1]).backward()
+        sgd.step()
+    traces.assert_measured(analysis, ["1"])
+    exact = tdi.sharpness.hessian(model, "mse", batch).dense().trace()
+    found = analysis.latest["sharpness/trace"]
+    assert found == pytest.approx(float(exact), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_model_that_is_scripted_as_a_whole_is_refused():
     model = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
     batch = torch.ones(1, 2), torch.ones(1, 2)

@@ -247,6 +247,18 @@ def test_two_models_of_one_script_are_two_runs(tmp_path, monkeypatch):
         assert [event.step for event in movement] == [0]
 
 
+def test_a_process_that_may_not_write_opens_no_run_before_it_does(
+    tmp_path, monkeypatch
+):
+    """As one of several that `torchrun` starts, where they are joined later."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    with tdi.attach_analysis(nn.Sequential(nn.Linear(2, 2), nn.Dropout())) as analysis:
+        assert not [*tmp_path.iterdir()]
+        analysis.measure()
+    assert len([*(tmp_path / "runs").iterdir()]) == 1
+
+
 @pytest.mark.parametrize("log_dir", [None, "runs/a"])
 def test_a_script_may_go_to_another_directory(tmp_path, monkeypatch, log_dir):
     monkeypatch.chdir(tmp_path)

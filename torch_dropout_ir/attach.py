@@ -140,9 +140,10 @@ def _tensorboard(log_dir: str | os.PathLike[str] | None) -> Sink:
 
     Where the model is wrapped before its first step, it alone writes.
     """
-    several = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+    started = dist.is_available() and dist.is_initialized()
+    rank = str(dist.get_rank()) if started else os.environ.get("RANK", "0")
     later = Postponed(lambda: TensorBoardSink(log_dir))
-    return later if several else TensorBoardSink(log_dir)
+    return TensorBoardSink(log_dir) if rank == "0" else later
 
 
 def attach_analysis(

@@ -29,7 +29,7 @@ from torch_dropout_ir.arguments import check_count, check_flag
 from torch_dropout_ir.batches import fixed_batches
 from torch_dropout_ir.functional import Batch, call, preserved_rng
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.sharpness.frozen import modes
+from torch_dropout_ir.sharpness.frozen import modes, modes_of
 from torch_dropout_ir.sites import Site, find_sites, unobservable
 from torch_dropout_ir.tensorboard import TensorBoardSink
 
@@ -134,7 +134,7 @@ def analyze(
     batches = fixed_batches(data, most_batches)[:most_batches]
     if not batches:
         raise ValueError("analyze: expected at least one batch, got none")
-    with modes({m: m.training for m in model.modules()}), preserved_rng(model):
+    with modes(modes_of(model)), preserved_rng(model):
         return _Run(model, resolved, batches).report(
             num_masks, sharpness, log_dir, progress
         )

@@ -40,7 +40,7 @@ class OwnPass:
 
     def __init__(self, model: nn.Module, outputs: Any) -> None:
         self._parameters, self._written = _identities(model), written(model)
-        self._modes = [m.training for m in model.modules()]
+        self._modes = [getattr(m, "training", False) for m in model.modules()]
         self._outputs = _states(flatten(outputs)[0])
 
     def unlike(self, model: nn.Module) -> str:
@@ -50,7 +50,7 @@ class OwnPass:
             return _OTHER_PARAMETERS
         if now and written(model) != self._written:
             return _WRITTEN
-        if [m.training for m in model.modules()] != self._modes:
+        if [getattr(m, "training", False) for m in model.modules()] != self._modes:
             return _OTHER_MODE
         return ""
 

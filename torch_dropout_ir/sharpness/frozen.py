@@ -24,6 +24,11 @@ Masks = Literal["off"] | int | Sequence[int]
 _SPARSE: Final = 6  # place of that argument of an embedding
 
 
+def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
+    """Return the modes of modules; those of frozen code have none."""
+    return {m: m.training for m in model.modules() if hasattr(m, "training")}
+
+
 @contextlib.contextmanager
 def modes(wanted: Mapping[nn.Module, bool]) -> Iterator[None]:
     """Put every module in its mode inside the context."""
@@ -46,8 +51,8 @@ def dropout_on(model: nn.Module) -> Iterator[None]:
     """
     trained = model.training
     wanted = {
-        m: m.training if trained else not isinstance(m, _NormBase)
-        for m in model.modules()
+        m: training if trained else not isinstance(m, _NormBase)
+        for m, training in modes_of(model).items()
     }
     with unrecorded(model), modes(wanted):
         yield

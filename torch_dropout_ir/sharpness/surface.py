@@ -45,6 +45,7 @@ from torch_dropout_ir.sharpness.frozen import (
     dropout_on,
     mask_seeds,
     modes,
+    modes_of,
 )
 from torch_dropout_ir.sharpness.herding import representatives
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
@@ -104,7 +105,7 @@ class Surface:
             self.params = {n: x.clone() if copied else x for n, x in own.items()}
             rest = (*self.model.named_parameters(), *self.model.named_buffers())
             self._rest = {n: x.detach().clone() for n, x in rest if n not in chosen}
-            self._modes = {m: m.training for m in self.model.modules()}
+            self._modes = modes_of(self.model)
         self._closed = False
         self.operations = TwiceDifferentiable()
 
