@@ -51,7 +51,7 @@ def choose(
             and product.blocks is not None
             and (
                 not product.blocks.couples
-                # What is between samples is no matter where they draw by themselves, apart.
+                # What is between samples is no matter where they draw apart.
                 or (
                     alone()
                     and clean.count(f) == len(f)
