@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import signal
@@ -361,12 +362,16 @@ def test_what_a_signal_handler_raises_in_a_measure_is_the_scripts(time_limit, by
         assert "regularizer/R1" in analysis.latest
 
 
+@pytest.mark.parametrize("partial", [False, True])
 def test_what_a_signal_handler_raises_while_a_pass_is_looked_at_is_the_scripts(
-    time_limit, monkeypatch
+    time_limit, monkeypatch, partial
 ):
     def late(*_):
         signal.raise_signal(signal.SIGTERM)
 
+    if partial:
+        time_limit = functools.partial(time_limit, "job")
+        signal.signal(signal.SIGTERM, time_limit)
     with tdi.attach_analysis(model := mlp(), log_dir=False, every=1):
         monkeypatch.setattr(capture, "not_again", late)
         with pytest.raises(OverTime):

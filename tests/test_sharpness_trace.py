@@ -561,6 +561,20 @@ def test_bad_input():
         sharpness.trace(torch.ones(9, 9).triu(), 6, method="xtrace")
 
 
+def test_a_product_that_is_not_finite_is_told_at_once():
+    class Broken:
+        shape, spent = (10_000, 10_000), 0
+
+        def __matmul__(self, v):
+            self.spent += 1
+            return v * (float("nan") if self.spent == 2 else 1.0)
+
+    broken = Broken()
+    with pytest.raises(ValueError, match="finite products"):
+        sharpness.trace(broken, 500)
+    assert broken.spent == 2
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_cross_entropy_that_weighs_below_zero_goes_layer_by_layer(soft):
     """Roots of its closed form were no numbers."""

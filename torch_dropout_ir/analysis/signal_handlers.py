@@ -82,9 +82,8 @@ def _stand_ins() -> list[tuple[int, _Carrying]]:
 
 def raised_by_handler(err: Exception) -> bool:
     """Whether a signal handler in Python has raised an error, by where it passed."""
-    found = [signal.getsignal(n) for n in range(1, signal.NSIG)]
-    own = [
-        getattr(x, "__code__", None) or type(x).__call__ for x in found if callable(x)
-    ]
+    put = [signal.getsignal(n) for n in range(1, signal.NSIG)]
+    found = [getattr(x, "func", x) for x in put if callable(x)]  # of partials
+    own = [getattr(x, "__code__", None) or type(x).__call__ for x in found]
     codes = [getattr(x, "__code__", x) for x in own]
     return any(frame.f_code in codes for frame, _ in walk_tb(err.__traceback__))

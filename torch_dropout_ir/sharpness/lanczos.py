@@ -102,10 +102,10 @@ def top_eigenvalues(
 
     Several values are believed on their residuals. Larger ones and further copies of
     multiple ones are looked for from another random direction, for six products (four
-    from a given ``start``), until nothing new is found; where there is room for all
-    ``P`` vectors, all are taken. Every start has a random part,
-    from which larger values grow; but one close to an eigenvector all the same hides an
-    eigenvalue that is larger by a few percent.
+    from a given ``start``), until nothing new is found. Where there is room for all
+    ``P`` vectors, all are taken, and with fewer products several have not converged.
+    Every start has a random part, from which larger values grow; but one close to an
+    eigenvector all the same hides an eigenvalue that is larger by a few percent.
 
     Without a ``start``, the operator of one large batch rehearses on an eighth of its
     samples, then on a quarter, at most 28 and 3 times, which count as their share of

@@ -235,6 +235,8 @@ def _hutchinson(
     forms: list[float] = list(state["forms"]) if state else []
     for _ in range(num_matvecs):
         forms.append(form(op))
+        if not math.isfinite(forms[-1]):
+            raise ValueError(f"trace: {NOT_FINITE}")
         enough = rtol is not None and len(forms) >= _LEAST
         if enough and _estimate(0.0, [forms], len(forms), rtol, "").converged:
             break
