@@ -291,7 +291,7 @@ def test_looking_at_a_pass_is_no_time_of_training(monkeypatch):
     sgd, own = torch.optim.SGD(model.parameters(), lr=0.1), [Masks()]
     with tdi.attach_analysis(model, log_dir=False, every=1, measures=own) as analysis:
         cadence = analysis._cadence
-        for wait in (0.0, 0.2):
+        for wait in (0.0, 0.5):
 
             def slow(*given, wait=wait):
                 time.sleep(wait)
@@ -303,7 +303,7 @@ def test_looking_at_a_pass_is_no_time_of_training(monkeypatch):
             sgd.step()
             times = cadence.measured_seconds, cadence.training_seconds
     taken, trained = (now - then for now, then in zip(times, before, strict=True))
-    assert trained < 0.2 < taken
+    assert trained < 0.5 < taken
 
 
 def test_schedules_resume_with_what_waits(monkeypatch):
