@@ -33,7 +33,7 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.masked import NoiseSeen, clean_risk, dropout_risk
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.tracing import anything_drawn
+from torch_dropout_ir.tracing import anything_drawn, mapped
 
 # Elements that are in the minority, dropped or kept, expected over all draws. With
 # fewer the errors of tiny networks did not cover, p from 0.001 to 0.999.
@@ -111,8 +111,13 @@ class ExcessRisk:
             self._linear.append(linear)
 
     def _compare(self, use: int, packed: Tensor) -> None:
-        """Look whether the masks are those of the first draw, as frozen ones are."""
-        if not self._excess:
+        """Look whether the masks are those of the first draw, as frozen ones are.
+
+        Inside a transform they cannot be looked at, and are taken for others.
+        """
+        if mapped(packed):
+            self._differ = True
+        elif not self._excess:
             self._first.append(packed)
         elif not self._differ:
             known = self._first[use : use + 1]
