@@ -67,11 +67,8 @@ def _of_gamma(order: int) -> Rule:
 def _power(to: Program, node: Any, inputs: list[int]) -> int | None:
     """``exp(b log a)``, which takes less time than to ask it; of what is positive."""
     a, b = inputs
-    x, y, sizes = (
-        node._saved_self,
-        node._saved_exponent,
-        to.elementwise(node, a, b, False),
-    )
+    x, y = node._saved_self, node._saved_exponent
+    sizes = to.elementwise(node, a, b, False)
     if sizes is False or not (x > 0).all():
         return _bent(to, node, inputs)
     log = x.double().log()

@@ -123,20 +123,21 @@ def _crossed(to: Program, node: Any, inputs: list[int]) -> int | None:
         return None
     index = torch.arange(3, device=node._input_metadata[0].device)
     index = index.view(-1, *(1 for _ in sizes[dim:])).expand(1, *sizes)
+    left, right = node._saved_self, node._saved_other  # None beside a constant
 
     def turned(i: int, x: Tensor | None, turn: int) -> tuple[int | None, Tensor | None]:
         if x is not None:
             x = x.expand(to.rows, *sizes).roll(-turn, dim)
+        if i < 0:
+            return i, x
         at = (index + turn) % 3
-        i_turned = to.add(Kind.GATHERED, sizes, i, -1, (at,), dim - 1) if i >= 0 else i
-        return i_turned, x
+        return to.add(Kind.GATHERED, sizes, i, -1, (at,), dim - 1), x
 
     def product(one: int, other: int) -> int | None:
-        (first, x), (second, y) = turned(a, self, one), turned(b, more, other)
+        (first, x), (second, y) = turned(a, left, one), turned(b, right, other)
         values: Any = (y if b < 0 else x, x if a < 0 else y)
         return to.add(Kind.TIMES, sizes, first, second, values)
 
-    self, more = node._saved_self, node._saved_other
     this, less = product(1, 2), product(2, 1)
     return to.add(Kind.LINEAR, sizes, this, less, alpha=1.0, beta=-1.0)
 
