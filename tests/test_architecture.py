@@ -29,7 +29,7 @@ FLOORS = {
         "survey", "turns", "hooks",
         "dropout_calls",
         "module_calls",
-        "attention_again",
+        "attention_again", "composed",
         "normalization",
         "losses", "inner_derivatives",
         "loss_terms",

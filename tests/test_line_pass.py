@@ -203,8 +203,8 @@ def test_what_is_held_outside_of_python_keeps_its_line(monkeypatch):
 def test_a_step_of_straight_pieces_has_a_rule_where_torch_has_no_second_derivative():
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Dropout(0.3), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Hardsigmoid(),
-        nn.Linear(5, 3),
+        nn.Dropout(0.3), nn.Linear(4, 5), nn.BatchNorm1d(5),
+        Applied(torch.ops.aten.hardsigmoid, plain=True), nn.Linear(5, 3),
     ).double()  # fmt: skip
     x, y = 3 * torch.randn(6, 4).double(), torch.randint(3, (6,))
     uses, _, z = noise_of(net, x)
@@ -342,7 +342,7 @@ class Catches(nn.Module):
 
 def once(h):
     """What has one derivative."""
-    return h * F.ctc_loss(h[:, None], torch.ones(1, 2).long(), (6,), (2,))
+    return h * torch.segment_reduce(h, "mean", lengths=torch.tensor([len(h)]))
 
 
 def without_autograd(h):

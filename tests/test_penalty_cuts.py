@@ -251,8 +251,9 @@ def test_buffers_that_are_replaced_are_what_they_were(cuts, kind):
 def test_what_has_no_second_derivative_is_named(kind, norm):
     norms = [nn.BatchNorm1d(6)] if norm else []
     net = nn.Sequential(
-        nn.EmbeddingBag(5, 6), *norms, nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)
-    )
+        nn.EmbeddingBag(5, 6, scale_grad_by_freq=True), *norms, nn.Tanh(),
+        nn.Dropout(0.2), nn.Linear(6, 3),
+    )  # fmt: skip
     batch = torch.randint(5, (40, 3)), torch.arange(40) % 3
     with pytest.raises(NotImplementedError, match="EmbeddingBag"):
         modified_loss(net, batch, "cross_entropy", kind=kind, lr=0.1, max_bytes=0)

@@ -231,8 +231,6 @@ SITES = {
 
 
 NOT_CALLED = "not called in the last pass looked at"
-# Measures that a model's own operations do not allow, by a piece of the reason.
-ABSENT = {"mobilenet_v3": {"sharpness": "hardsigmoid_backward"}}
 
 
 def train(name, attach):
@@ -258,7 +256,7 @@ def script(name):
 @pytest.mark.parametrize("name", ZOO)
 def test_it_measures_and_leaves_no_trace(name):
     analysis = traces.compared(*script(name))
-    traces.assert_measured(analysis, SITES.get(name, ()), ABSENT.get(name))
+    traces.assert_measured(analysis, SITES.get(name, ()))
 
 
 def test_the_zoo_has_every_class_of_torchvision_that_drops():

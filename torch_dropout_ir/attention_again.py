@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir import tracing
+from torch_dropout_ir.composed import composed
 
 # Weights that are there at once, of at least one query.
 _WEIGHTS: Final = 2**16
@@ -34,16 +35,21 @@ Weigh = Callable[[Part, Tensor, Tensor], Tensor]
 
 
 class AttentionAgain(TorchFunctionMode):
-    """Makes the weights of attention again where they are needed."""
+    """Makes the weights of attention again where they are needed.
+
+    What torch differentiates once is put together from what it differentiates twice.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        found = None
         if func is F.scaled_dot_product_attention:
-            found = Attention.of(*args, **kwargs)
-        return func(*args, **kwargs) if found is None else found.again()
+            attention = Attention.of(*args, **kwargs)
+            found = None if attention is None else attention.again()
+        else:
+            found = composed(func, args, kwargs)
+        return func(*args, **kwargs) if found is None else found
 
 
 class Attention(NamedTuple):

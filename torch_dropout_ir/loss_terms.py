@@ -34,7 +34,7 @@ def _named(*names: str) -> frozenset[str]:
 
 UNARY: Final = _named(
     "Add Sub Mul Div Neg Abs Exp Log Sqrt Rsqrt Pow Sin Cos Relu LeakyRelu Elu Gelu "
-    "Silu Mish Tanh Sigmoid LogSigmoid Softplus Hardtanh Hardswish Hardsigmoid "
+    "Silu Mish Tanh Sigmoid LogSigmoid Softplus Hardtanh Hardswish "
     "Softshrink Hardshrink Threshold Clamp ClampMin Clone ToCopy Alias Erf Erfc Lgamma "
     "Digamma Polygamma Acos Asin Atan Tan SpecialI0E SpecialLogNdtr"
 )

@@ -23,10 +23,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir.attention_again import AttentionAgain
+from torch_dropout_ir.composed import Composed, composed
 
 
 class ComposedNormalization(TorchFunctionMode):
-    """Computes normalization in operations that can be differentiated at will."""
+    """Computes normalization in operations that can be differentiated at will.
+
+    So it does what torch differentiates once.
+    """
 
     def __torch_function__(
         self,
@@ -42,7 +46,8 @@ class ComposedNormalization(TorchFunctionMode):
             return _batch_norm(*args, **kwargs)
         if func is F.instance_norm:
             return _instance_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+        found = composed(func, args, kwargs)
+        return func(*args, **kwargs) if found is None else found
 
 
 @contextlib.contextmanager
@@ -51,9 +56,9 @@ def differentiable(thrice: bool, again: bool = False) -> Iterator[None]:
 
     Where it is twice, attention makes its weights ``again`` if wanted.
     """
-    own = ComposedNormalization() if thrice else AttentionAgain() if again else None
+    twice = AttentionAgain if again else Composed
     # The fused attention kernels have no second derivative.
-    with sdpa_kernel(SDPBackend.MATH), own or contextlib.nullcontext():
+    with sdpa_kernel(SDPBackend.MATH), ComposedNormalization() if thrice else twice():
         yield
 
 

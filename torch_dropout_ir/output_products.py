@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch_dropout_ir import ops
 from torch_dropout_ir.arguments import check_derivatives
 from torch_dropout_ir.arrivals import once_differentiable, root_of
+from torch_dropout_ir.composed import differentiated_once
 from torch_dropout_ir.entry_curvature import EntryCurvature, entry_curvature
 from torch_dropout_ir.loss_terms import Nodes, Terms, nodes_of, terms_of
 from torch_dropout_ir.losses import Loss
@@ -33,7 +34,6 @@ _FEW: Final = 2**14  # numbers of which normal ones take no longer than a mask
 _SMALL: Final = 2**12
 _WIDEST: Final = 16
 _NARROW: Final = 4
-_ATTENTION: Final = "ScaledDotProduct"  # of whose kernels most have one derivative
 TWICE: Final = (
     "expected a loss with a second derivative, got one whose derivative torch cannot "
     "differentiate again ({}). Use `monte_carlo`."
@@ -73,6 +73,10 @@ class HessianProduct:
     def nodes(self) -> Nodes:
         """The nodes of the graph of the loss, each after those it leads to."""
         self._seen = nodes_of(self.value)
+        if differentiated_once([name for name, _ in self._seen.values()]):
+            with torch.enable_grad(), differentiable(thrice=False):
+                self.value = self._run()
+            self._seen = nodes_of(self.value)
         return self._seen
 
     @functools.cached_property
@@ -122,12 +126,11 @@ class HessianProduct:
         return self._slope
 
     def _differentiate(self) -> Tensor:
-        value, own = self.value, None
+        own = None
         if self.terms is None:  # else there is no function that is not known
-            if any([_ATTENTION in name for name, _ in self.nodes.values()]):
-                with torch.enable_grad(), differentiable(thrice=False):
-                    self.value = value = self._run()
-            own = root_of(value, self.nodes)
+            nodes = self.nodes  # which may run the loss again
+            own = root_of(self.value, nodes)
+        value = self.value
         root = torch.ones_like(value) if own is None else own
         (slope,) = derivatives(value, (self.at,), root, True, create_graph=True)
         if own is not None and once_differentiable([slope]):

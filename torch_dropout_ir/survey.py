@@ -6,6 +6,7 @@ A small pass is run through in less time than a few such walks take.
 from __future__ import annotations
 
 import dataclasses
+from typing import Final
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from torch_dropout_ir.sites import (
     named_modules,
     uncompiled,
 )
+
+_ONCE: Final = (nn.Hardsigmoid, nn.EmbeddingBag)
 
 
 @dataclasses.dataclass
@@ -39,6 +42,7 @@ class Survey:
         may_write: Whether a pass may write on parameters.
         row_wise: Whether rows stay apart in all of them, with nobody's hooks.
         alone: Whether no code runs in it but that of torch's layers.
+        once: Whether one of them may run what torch differentiates but once.
     """
 
     model: nn.Module
@@ -53,6 +57,7 @@ class Survey:
     may_write: bool = False
     row_wise: bool = True
     alone: bool = True
+    once: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Survey:
@@ -71,6 +76,8 @@ class Survey:
             noise = kind not in QUIET and seen._add_noise(*named)
             if kind not in ROW_WISE:
                 seen.row_wise = False
+            if kind in _ONCE:
+                seen.once = True
             if altered or compiling:
                 seen.callers.append(named)
                 if hooked or not noise:
@@ -86,6 +93,7 @@ class Survey:
         hooked = place._global_forward_hooks or place._global_forward_pre_hooks
         if seen.callers or hooked:  # they may do anything
             seen.row_wise = seen.alone = False
+            seen.once = True
         return seen
 
     def _add_noise(self, name: str, module: nn.Module) -> bool:

@@ -242,7 +242,7 @@ def clean_pass(
     survey = Survey.of(model) if survey is None else survey
     check_batch(model, inputs, survey.modules)
     # Nothing but other code than torch's layers runs attention.
-    model, called = survey.model, thrice or (twice and survey.callers)
+    model, called = survey.model, thrice or (twice and survey.once)
     kernels = functools.partial(pass_kernels, bool(called), thrice, lean)
     operations: Context = kernels if called or lean else contextlib.nullcontext
     matrices = ConstantMatrices(() if survey.callers else survey.modules)

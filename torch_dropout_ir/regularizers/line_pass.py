@@ -104,7 +104,7 @@ def _moved(
         return out
 
     none = contextlib.nullcontext()
-    kernels = differentiable(thrice=False) if survey.callers else none
+    kernels = differentiable(thrice=False) if survey.once else none
     with (
         torch.enable_grad(),
         kernels,

@@ -184,7 +184,7 @@ class MaskedRows:
         rows = [x.shape[0] if x.ndim else 0 for x in self._read.tensors]
         if self._count < 2 * PAIR or any(not n or n % self._count for n in rows):
             return False
-        with torch.enable_grad():
+        with torch.enable_grad(), twice_differentiable():
             again = self._read.risk(self._read.tensors)
         # Else it depends on something else, or draws.
         alone = not again.requires_grad and torch.equal(again, risk.detach())

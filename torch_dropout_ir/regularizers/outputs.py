@@ -9,9 +9,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.arrivals import once_differentiable, root_of, uneven
+from torch_dropout_ir.arrivals import (
+    graph_nodes,
+    once_differentiable,
+    root_of,
+    uneven,
+)
+from torch_dropout_ir.composed import differentiated_once
 from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.normalization import differentiable
 from torch_dropout_ir.output_products import TWICE, HessianProduct, explain
 from torch_dropout_ir.output_scales import (
     alike,
@@ -109,10 +116,19 @@ class OutputsRead:
         at = [x.detach().requires_grad_() for x in self.tensors]
         return at, self.slopes(at)
 
+    def risk_twice(self, at: Sequence[Tensor]) -> Tensor:
+        """Return the loss, by operations that torch can differentiate twice."""
+        value = self.risk(at)
+        nodes = graph_nodes([value.grad_fn] if value.grad_fn else [])
+        if not differentiated_once([node.name() for node in nodes]):
+            return value
+        with differentiable(thrice=False):
+            return self.risk(at)
+
     def slopes(self, at: Sequence[Tensor], create_graph: bool = True) -> list[Tensor]:
         """Return the gradient of the loss in each tensor, zeros where it has none."""
         with torch.enable_grad():
-            value = self.risk(at)
+            value = self.risk_twice(at) if create_graph else self.risk(at)
             if not value.requires_grad:
                 raise ValueError(
                     "expected a loss that can be differentiated in the outputs, got "

@@ -31,16 +31,16 @@ _EXACT: Final = (torch.float32, torch.float64)
 _GRAPH: Final = 3
 _ONCE: Final = (
     "modified_loss: expected a model and a loss that torch can differentiate twice, "
-    "got an operator whose derivative has none ({}), as those of `nn.EmbeddingBag`, "
-    "CTC and the margin losses. Write it in others (`nn.Embedding` and a mean), or "
-    "use `kind='L1'` or 'L4' with `r1='monte_carlo'`."
+    "got an operator whose derivative has none ({}), as those of "
+    "`torch.segment_reduce` and of gamma noise. Write it in others, or use "
+    "`kind='L1'` or 'L4' with `r1='monte_carlo'`."
 )
 # Nodes of a gradient's graph that raise when the penalty is differentiated, if they are
 # reached: a derivative in the parameters alone goes past them.
 _ABSENT: Final = (
     "NotImplemented", "EmbeddingBagBackwardBackward", "StandardGammaGrad", ONCE
 )  # fmt: skip
-_KNOWN: Final = ("EmbeddingBag", "Ctc", "Margin", "StandardGamma", "Dirichlet")
+_KNOWN: Final = ("EmbeddingBag", "SegmentReduce", "StandardGamma", "Dirichlet")
 
 
 def _lacking(risk: Tensor) -> str:

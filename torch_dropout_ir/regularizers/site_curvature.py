@@ -48,7 +48,7 @@ class SiteCurvature:
         self._create_graph = create_graph
         self._zeros: list[Tensor] = []  # not-a-number where a product is none
         if not linearized:
-            risk = read.risk(read.tensors)
+            risk = read.risk_twice(read.tensors)
             own = root_of(risk)
             root = torch.ones_like(risk) if own is None else own
             self._slopes = _gradients([risk], clean.edges, [root], create_graph=True)

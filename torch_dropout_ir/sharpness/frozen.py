@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
+from torch_dropout_ir.composed import composed
 from torch_dropout_ir.module_calls import on_again, unchecked
 from torch_dropout_ir.recomputation import Blocks
 from torch_dropout_ir.sharpness.derivatives import LeanDerivatives
@@ -21,7 +21,6 @@ from torch_dropout_ir.tracing import unpacked_by_hooks
 from torch_dropout_ir.weight_parts import HOOKS
 
 Masks = Literal["off"] | int | Sequence[int]
-_SPARSE: Final = 6  # place of that argument of an embedding
 
 
 def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
@@ -79,10 +78,6 @@ def unrecorded(model: nn.Module) -> Iterator[None]:
 class TwiceDifferentiable(TorchFunctionMode):
     """Puts operations that have second derivatives in the place of some that do not.
 
-    Those of torch's kernel of weight normalization are not even symmetric, and nothing
-    says so: it is put together from its parts. Sparse gradients of embeddings have
-    none: they are dense here.
-
     Args:
         lean: Takes the place of what has second derivatives, if given.
 
@@ -114,15 +109,10 @@ class TwiceDifferentiable(TorchFunctionMode):
         self.again = self._blocks.look() or self.again
         self.hooked = self.hooked or unpacked_by_hooks()
         self.plain = self.plain and func not in HOOKS
-        if func is torch._weight_norm:
-            return _weight_norm(*args, **kwargs)
-        if func is F.embedding:
-            args, kwargs = args[:_SPARSE], {**kwargs, "sparse": False}
-        if self._lean is not None:
+        found = composed(func, args, kwargs)
+        if found is None and self._lean is not None:
             found = self._lean.instead_of(func, args, kwargs)
-            if found is not None:
-                return found
-        return func(*args, **kwargs)
+        return func(*args, **kwargs) if found is None else found
 
 
 @contextlib.contextmanager
@@ -136,10 +126,6 @@ def twice_differentiable(
         torch.compiler.set_stance("force_eager"),
     ):
         yield operations
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def mask_seeds(caller: str, masks: Masks) -> tuple[int | None, ...]:

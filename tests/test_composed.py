@@ -1,0 +1,247 @@
+"""Operations that torch differentiates once, and what is put in their place."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torch_dropout_ir as tdi
+from torch_dropout_ir.composed import composed
+from torch_dropout_ir.regularizers import (
+    gauss_newton,
+    modified_loss,
+    monte_carlo,
+    second_order,
+)
+
+LABELS = torch.tensor([[1, 2, -1, 0, 0], [3, -1, 1, 1, 1], [-1, 0, 0, 0, 0]])
+INDEX = torch.tensor([[0, 3, 3, 1], [2, 0, 1, 1], [4, 4, 4, 4]])
+BAGS = torch.tensor([0, 3, 3, 7])  # of which the second is empty
+AT = torch.tensor([2, 0, 4])
+
+
+def margin(**given):
+    return F.multi_margin_loss, lambda x: (x[:3], AT), given
+
+
+def bags(mode, **given):
+    if "offsets" in given:
+        return F.embedding_bag, lambda x: (INDEX.flatten(), x), {"mode": mode, **given}
+    return F.embedding_bag, lambda x: (INDEX, x), {"mode": mode, **given}
+
+
+def aligned(labels, lengths, **given):
+    """Five steps of three texts, of five symbols."""
+
+    def args(x):
+        logs = (x.sin().repeat(3, 1).view(5, 3, 5) * 2).log_softmax(-1)
+        return logs, labels, (5, 4, 5), lengths
+
+    return F.ctc_loss, args, given
+
+
+TEXTS = torch.tensor([[1, 1, 2], [3, 4, 4], [2, 1, 3]])
+CALLS = {
+    "hard sigmoid": (F.hardsigmoid, lambda x: (3 * x,), {}),
+    "in place": (F.hardsigmoid, lambda x: (3 * x, True), {}),
+    "margin": margin(),
+    "squared margin": margin(p=2, margin=0.7, weight=torch.rand(5).double()),
+    "margins": margin(reduction="none"),
+    "margin of one": (F.multi_margin_loss, lambda x: (x[0], AT[0]), {}),
+    "labels": (F.multilabel_margin_loss, lambda x: (x[:3], LABELS), {}),
+    "labels by sample": (
+        F.multilabel_margin_loss, lambda x: (x[:3], LABELS), {"reduction": "none"},
+    ),
+    "labels of one": (
+        F.multilabel_margin_loss, lambda x: (x[0], LABELS[0]), {"reduction": "sum"},
+    ),
+    **{mode: bags(mode) for mode in ("sum", "mean", "max")},
+    **{f"{mode}, by offsets": bags(mode, offsets=BAGS) for mode in ("mean", "max")},
+    "last offset": bags("sum", offsets=torch.tensor([0, 5, 12]),
+                        include_last_offset=True),
+    **{f"{mode}, padded": bags(mode, padding_idx=-1) for mode in ("mean", "max")},
+    "sum, padded": bags("sum", padding_idx=4),
+    "weighed": bags("sum", per_sample_weights=torch.rand(3, 4).double()),
+    "texts": aligned(TEXTS, (3, 2, 1)),
+    "joined": aligned(torch.tensor([1, 1, 3, 2, 1, 3]), (2, 1, 3), reduction="sum"),
+    "blank": aligned(TEXTS % 4, (2, 3, 0), blank=4, reduction="none"),
+    "none": aligned(TEXTS, (3, 3, 3), zero_infinity=True),
+    "one text": (
+        F.ctc_loss,
+        lambda x: (x[:, :].log_softmax(-1), torch.tensor([1, 2]), torch.tensor(5),
+                   torch.tensor(2)), {},
+    ),
+}  # fmt: skip
+
+
+def derivative(call, x):
+    found = call(x)
+    weights = torch.linspace(0.5, 1.5, found.numel()).double().view(found.shape)
+    return found, torch.autograd.grad((found * weights).sum(), x)[0]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_values_and_derivatives_are_torchs(name):
+    function, args, given = CALLS[name]
+    torch.manual_seed(1)
+    x = torch.randn(5, 5).double().requires_grad_()
+
+    def own(x):
+        return composed(function, args(x), given)
+
+    expected = derivative(lambda x: function(*args(x), **given), x)
+    for a, b in zip(derivative(own, x), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)  # torch's 1 / 6
+    assert torch.autograd.gradgradcheck(own, (x,))
+
+
+def test_what_cannot_be_aligned_is_infinite():
+    logs = torch.zeros(2, 1, 3).log_softmax(-1)
+    given = (logs, torch.tensor([[1, 1]]), (2,), (2,))
+    assert torch.isinf(composed(F.ctc_loss, given, {}))
+    assert composed(F.ctc_loss, given, {"zero_infinity": True}) == 0
+
+
+def test_what_has_been_given_up_on_is_left_to_torch():
+    x = torch.randn(3, 5)
+    assert composed(F.multi_margin_loss, (x, AT), {"size_average": True}) is None
+    assert composed(F.embedding_bag, (INDEX, x), {"max_norm": 1.0}) is None
+    assert composed(F.relu, (x,), {}) is None
+
+
+class Heard(nn.Module):
+    """Five symbols at each of six steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(2, 3), nn.Hardsigmoid(), nn.Dropout(0.3), nn.Linear(3, 5)
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def heard(f, y):
+    logs = f.transpose(0, 1).log_softmax(-1)
+    return F.ctc_loss(logs, y, (6, 6), (2, 1))
+
+
+class Texts(nn.Module):
+    """The mean of the words of a text."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag, self.drop = nn.EmbeddingBag(5, 4), nn.Dropout(0.3)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(self.drop(self.bag(x)))
+
+
+def curved(kind):
+    torch.manual_seed(0)
+    if kind == "ctc":
+        return Heard().double(), (torch.randn(2, 6, 2).double(), TEXTS[:2, :2]), heard
+    if kind == "bags":
+        return Texts().double(), (INDEX, AT % 3), "cross_entropy"
+    first = [nn.Dropout(0.3), nn.Linear(3, 4), nn.Hardsigmoid()]
+    net = nn.Sequential(*first, nn.Dropout(0.2), nn.Linear(4, 5)).double()
+    loss = "cross_entropy" if kind == "hard sigmoid" else nn.MultiMarginLoss(p=2)
+    return net, (torch.randn(3, 3).double(), AT), loss
+
+
+KINDS = ("ctc", "bags", "hard sigmoid", "squared margin")
+
+
+def values(net, batch, loss):
+    """The loss at parameters, all in one vector, by operations of many derivatives."""
+    names = [name for name, _ in net.named_parameters()]
+    held = list(net.parameters())
+
+    def of(flat):
+        parts = flat.split([x.numel() for x in held])
+        own = {n: p.view(x.shape) for n, p, x in zip(names, parts, held, strict=True)}
+        net.eval()
+        outputs = torch.func.functional_call(net, own, (batch[0],))
+        return (
+            F.cross_entropy(outputs, batch[1])
+            if isinstance(loss, str)
+            else loss(outputs, batch[1])
+        )
+
+    return of, torch.cat([x.detach().flatten() for x in held])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_curvature_is_that_of_differences_of_the_gradient(kind):
+    net, batch, loss = curved(kind)
+    of, at = values(net, batch, loss)
+
+    def slope(x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(of(x), x)[0]  # torch's own, once
+
+    step = 1e-5
+    columns = [
+        (slope(at + step * e) - slope(at - step * e)) / (2 * step)
+        for e in torch.eye(len(at)).double()
+    ]
+    dense = torch.stack(columns)
+    op = tdi.sharpness.hessian(net, loss, [batch])
+    torch.testing.assert_close(op.dense(), dense, rtol=1e-4, atol=1e-6)
+    found = tdi.sharpness.trace(tdi.sharpness.hessian(net, loss, [batch]))
+    assert float(found.value) == pytest.approx(float(dense.trace()), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forms_are_those_of_enumerated_masks_as_p_falls(kind):
+    """To second order in the noise, of one site each."""
+    net, batch, loss = curved(kind)
+    sites = [m for m in net.modules() if isinstance(m, nn.Dropout)]
+    for m in sites[:-1]:
+        m.p = 0.0
+    sites[-1].p = 1e-3
+    truth = second_order(net, batch, loss, num_samples=None).value
+    linear = gauss_newton(net, batch, loss, num_samples=None).value
+    torch.testing.assert_close(linear, truth)  # nothing bends above the site
+    drawn = gauss_newton(net, batch, loss, num_samples=400)
+    assert abs(drawn.value - truth) < 5 * drawn.standard_error
+    sites[-1].p = 0.2
+    truth = second_order(net, batch, loss, num_samples=None).value
+    found = monte_carlo(net, batch, loss, num_masks=4000)
+    assert float(found.value) == pytest.approx(float(truth), rel=0.4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_penalties_have_the_gradient_of_differences(kind):
+    net, batch, loss = curved(kind)
+    for m in net.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    of, at = values(net, batch, loss)
+
+    def penalty(x):
+        x = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(of(x), x)
+        return of(x.detach()) + 0.1 / 4 * g.square().sum()
+
+    net.train()
+    modified_loss(net, batch, loss, kind="L2", lr=0.1).backward()
+    found = torch.cat([x.grad.flatten() for x in net.parameters()])
+    step = 1e-5
+    for i in range(0, len(at), 5):
+        e = torch.zeros_like(at)
+        e[i] = step
+        expected = (penalty(at + e) - penalty(at - e)) / (2 * step)
+        assert float(found[i]) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+
+
+def test_a_piecewise_linear_margin_is_told():
+    net, batch, _ = curved("squared margin")
+    with pytest.raises(ValueError, match="piecewise linear"):
+        gauss_newton(net, batch, nn.MultiMarginLoss())
+    found = tdi.sharpness.trace(
+        tdi.sharpness.hessian(net, nn.MultiMarginLoss(), [batch])
+    )
+    assert found.value.isfinite()  # the network bends
