@@ -347,6 +347,16 @@ def per_sample_gradients(model, steps):
 
 
 def without_second_derivative(model, steps):
+    optimizer, whole = sgd(model), torch.tensor([4])
+    for _ in steps:
+        optimizer.zero_grad()
+        found = model(torch.randn(4, 6)).square().sum(1)
+        torch.segment_reduce(found, "mean", lengths=whole).sum().backward()
+        optimizer.step()
+        yield model, optimizer
+
+
+def alignments(model, steps):
     optimizer, criterion = sgd(model), nn.CTCLoss()
     lengths = torch.full((4,), 5), torch.full((4,), 2)
     for _ in steps:
@@ -364,6 +374,7 @@ def no_norm():
 # What cannot be measured, by script.
 ABSENT = {
     adapters: {traces.PARTS: "where samples meet"},
+    alignments: {traces.PARTS: "where samples meet"},
     without_second_derivative: {
         "sharpness": "differentiated twice",
         "regularizer/R1/<site>": "cannot differentiate again",
@@ -377,6 +388,7 @@ MAKES = {
     nested_inputs: OfParts,
     packed_sequences: Sequences,
     per_sample_gradients: no_norm,
+    alignments: no_norm,
     without_second_derivative: no_norm,
 }
 SCRIPTS = (
@@ -384,7 +396,8 @@ SCRIPTS = (
     step_in_the_backward_pass, two_optimizers, averages, parametrized_later, adapters,
     other_precision, failures, sharpness_aware, draws_after_the_pass, other_thread,
     looked_at_as_a_whole,
-    nested_inputs, packed_sequences, per_sample_gradients, without_second_derivative,
+    nested_inputs, packed_sequences, per_sample_gradients, alignments,
+    without_second_derivative,
 )  # fmt: skip
 
 

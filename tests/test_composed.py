@@ -245,3 +245,32 @@ def test_a_piecewise_linear_margin_is_told():
         tdi.sharpness.hessian(net, nn.MultiMarginLoss(), [batch])
     )
     assert found.value.isfinite()  # the network bends
+
+
+class Pooled(nn.Module):
+    """Of whose derivative torch has none."""
+
+    def forward(self, x):
+        whole = torch.tensor([x.shape[1]]).expand(len(x), 1)
+        return x * torch.segment_reduce(x, "mean", lengths=whole, axis=1)
+
+
+@pytest.mark.parametrize("form", ["second_order", "L1", "L2", "trace", "top"])
+def test_what_is_left_is_told(form):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Dropout(0.3), nn.Linear(3, 4), Pooled(), nn.Dropout(0.3), nn.Linear(4, 2)
+    )
+    batch = torch.randn(6, 3), torch.arange(6) % 2
+    op = tdi.sharpness.hessian(net, "cross_entropy", [batch])
+    run = {
+        "second_order": lambda: second_order(net, batch, "cross_entropy"),
+        "L1": lambda: modified_loss(
+            net, batch, "cross_entropy", kind="L1", r1="second_order"
+        ),
+        "L2": lambda: modified_loss(net, batch, "cross_entropy", kind="L2", lr=0.1),
+        "trace": lambda: tdi.sharpness.trace(op, num_matvecs=8),
+        "top": lambda: tdi.sharpness.top_eigenvalues(op),
+    }[form]
+    with pytest.raises(NotImplementedError, match=r"twice, got an operat.*egment"):
+        run()

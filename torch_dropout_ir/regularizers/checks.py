@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -21,6 +23,10 @@ from torch_dropout_ir.sites import Site, named_modules, uncompiled, unobservable
 from torch_dropout_ir.tracing import generators_moved, unasked
 
 Later: TypeAlias = Sequence[tuple[Site, torch.Size]]
+# As torch, and extensions of it, say that a derivative has none.
+_TORCH_LACKS: Final = re.compile(
+    r"derivative for \S+ is not implemented|ouble backward"
+)
 _DRAWN: Final = (
     "the model draws noise besides its sites: what that adds is not in it, and it is "
     "at that noise as it was drawn"
@@ -34,6 +40,21 @@ _CALLED: Final = (
     "the loss runs the model again, whose sites {} drop in it: what that adds is left "
     "out. Return both with the outputs, or use `monte_carlo`"
 )
+
+
+@contextlib.contextmanager
+def explained(caller: str) -> Iterator[None]:
+    """Say what to do about an operation that torch differentiates once, inside."""
+    try:
+        yield
+    except RuntimeError as err:
+        if type(err) is not RuntimeError or not _TORCH_LACKS.search(str(err)):
+            raise
+        raise NotImplementedError(
+            f"{caller}: expected a model and a loss that torch can differentiate "
+            f"twice, got an operation that it cannot ({str(err).rstrip('.')}). Use "
+            "`monte_carlo`, which takes no derivative, or write it in others."
+        ) from err
 
 
 def as_pair(batch: Any) -> Batch:

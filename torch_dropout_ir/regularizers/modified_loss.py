@@ -19,6 +19,7 @@ from torch_dropout_ir.regularizers.checks import (
     check_batch,
     check_differentiable,
     check_reachable,
+    explained,
     noise_left_out,
     read_beside,
 )
@@ -139,7 +140,8 @@ def modified_loss(
     batch = as_pair(batch)
     check_batch(model, batch[0])
     resolved = resolve_loss(loss)
-    with unwritten(model, stays="last" if kind in ("L2", "L4") else "first"):
+    written = unwritten(model, stays="last" if kind in ("L2", "L4") else "first")
+    with written, explained("modified_loss"):
         if kind in ("L1", "L4"):
             with _not_checkpointed(model):
                 return _with_r1(model, batch, resolved, kind, r1, max_bytes)

@@ -17,6 +17,7 @@ from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_finite,
     check_reachable,
+    explained,
     read_beside,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
@@ -69,7 +70,7 @@ def estimated(
         return seen
 
     survey = Survey.of(model)
-    with unwritten(model, survey=survey):
+    with unwritten(model, survey=survey), explained(name):
         found = look(survey, True)
         if isinstance(found, AlongLine):
             found = found.estimate(asked, linear) or look(None, False)

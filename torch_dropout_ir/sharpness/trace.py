@@ -17,6 +17,7 @@ from torch_dropout_ir.arguments import (
     check_symmetric,
 )
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
+from torch_dropout_ir.sharpness.differentiability import explained
 from torch_dropout_ir.sharpness.krylov import NOT_FINITE
 from torch_dropout_ir.sharpness.layerwise import NotSplit
 from torch_dropout_ir.sharpness.rounds import OVERHEAD, Rounds
@@ -156,7 +157,8 @@ def _trace(
         chosen = _chosen(op, num_matvecs, method)
     if chosen == "layerwise":
         try:
-            return _layerwise(op, num_matvecs, rtol, state)
+            with explained():
+                return _layerwise(op, num_matvecs, rtol, state)
         except NotSplit as err:
             if method == "layerwise":
                 raise ValueError(f"trace: cannot go layer by layer, for {err}") from err
