@@ -92,8 +92,18 @@ class Terms(NamedTuple):
         return self.log_softmax is None or (self.direct and self.classes > 0)
 
 
-def nodes_of(value: Tensor) -> Nodes:
-    """Return the nodes of the graph of a loss, each after those it leads to."""
+def is_end(node: Any, outputs: Tensor) -> bool:
+    """Whether the graph of a loss ends in a node, which is that of its outputs."""
+    if outputs.grad_fn is not None:  # they have a graph of their own
+        return node is outputs.grad_fn
+    return type(node) is LEAF and getattr(node, "variable", None) is outputs
+
+
+def nodes_of(value: Tensor, end: Any = None) -> Nodes:
+    """Return the nodes of the graph of a loss, each after those it leads to.
+
+    None of those that ``end`` leads to, if that is given.
+    """
     found: Nodes = {}
     begun: dict[Any, Edges] = {}
     stack: list[Any] = [value.grad_fn] if value.grad_fn else []
@@ -101,7 +111,7 @@ def nodes_of(value: Tensor) -> Nodes:
         node = stack[-1]
         edges = begun.get(node)
         if edges is None:
-            begun[node] = edges = node.next_functions
+            begun[node] = edges = () if node is end else node.next_functions
             more = [x for x, _ in edges if x is not None and x not in begun]
             if more:
                 stack += more
@@ -115,8 +125,8 @@ def nodes_of(value: Tensor) -> Nodes:
 def terms_of(value: Tensor, outputs: Tensor, nodes: Nodes) -> Terms | None:
     """Return of what a loss is a sum of terms; None where its graph does not tell.
 
-    ``outputs`` is the leaf of that graph. ``nodes`` is filled with those that were
-    looked at, all where the graph tells.
+    The graph ends in ``outputs``. ``nodes`` is filled with those that were looked at,
+    all where the graph tells.
     """
     if value.grad_fn is None:  # the outputs themselves, of a model that has its loss
         return Terms(None, True)
@@ -127,9 +137,10 @@ def terms_of(value: Tensor, outputs: Tensor, nodes: Nodes) -> Terms | None:
         node, how = left.pop()
         known = nodes.get(node)
         if known is None:
-            known = nodes[node] = node.name(), node.next_functions
+            edges = () if node is outputs.grad_fn else node.next_functions
+            known = nodes[node] = node.name(), edges
         name, edges = known
-        if not edges and type(node) is LEAF:
+        if not edges and (type(node) is LEAF or node is outputs.grad_fn):
             walk.leaf(node, how)
             continue
         inner = walk.step(name, node, how, edges)
@@ -154,7 +165,7 @@ class _Walk:
 
     def leaf(self, node: Any, how: int) -> None:
         """Note the outputs; what else has a gradient is a constant here."""
-        if node.variable is not self._outputs:
+        if not is_end(node, self._outputs):
             return
         if how == _INSIDE:
             self._inside.append(node)
@@ -194,7 +205,7 @@ class _Walk:
             return None
         (node,), end = self._of, next(iter(self._ends), None)
         tops = frozenset(() if self._tops & self._below else self._tops)
-        if type(node) is LEAF:
+        if is_end(node, self._outputs):
             squares = self._squares and not self._linear
             return Terms(None, self._linear, squares=squares, tops=tops, end=end)
         if not self._inside:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -59,24 +59,38 @@ class HessianProduct:
         self._trained = outputs.requires_grad
         self._seen: Nodes = {}
         self._slope: Tensor | None = None
+        self._run: Callable[[], Tensor] | None
         self.at = outputs if self._trained else outputs.detach().requires_grad_()
-        self._run = functools.partial(loss, self.at, targets)
+        run = self._run = functools.partial(loss, self.at, targets)
         with torch.enable_grad():
-            self.value = self._run()
+            self.value = run()
         if not self.value.requires_grad:
             raise ValueError(
                 "expected a loss that can be differentiated in the outputs, got one "
                 "whose value is cut off from them (detached, rounded or an argmax)"
             )
 
+    @classmethod
+    def within(cls, value: Tensor, outputs: Tensor) -> HessianProduct:
+        """Return the products of a loss that a model made itself, by its graph.
+
+        ``outputs`` are in that graph, and all of it that is not constant goes through
+        them. It is not run again.
+        """
+        found = cls.__new__(cls)
+        found._trained, found._seen, found._slope = False, {}, None
+        found.at, found.value, found._run = outputs, value, None
+        return found
+
     @functools.cached_property
     def nodes(self) -> Nodes:
         """The nodes of the graph of the loss, each after those it leads to."""
-        self._seen = nodes_of(self.value)
-        if differentiated_once([name for name, _ in self._seen.values()]):
+        self._seen = nodes_of(self.value, self.at.grad_fn)
+        once = differentiated_once([name for name, _ in self._seen.values()])
+        if once and self._run is not None:
             with torch.enable_grad(), differentiable(thrice=False):
                 self.value = self._run()
-            self._seen = nodes_of(self.value)
+            self._seen = nodes_of(self.value, self.at.grad_fn)
         return self._seen
 
     @functools.cached_property
@@ -140,7 +154,8 @@ class HessianProduct:
     def __call__(self, v: Tensor, keep: bool = True) -> Tensor:
         """Return the product with a tensor; ``keep=False`` lets the graph go."""
         graph = self._trained
-        found = derivative_again(self.gradient, self.at, v, keep or graph, graph)
+        keep = keep or graph or self._run is None
+        found = derivative_again(self.gradient, self.at, v, keep, graph)
         return torch.zeros_like(v) if found is None else found
 
     def each(self, vectors: Tensor) -> Tensor:

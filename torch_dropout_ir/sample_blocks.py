@@ -24,7 +24,7 @@ from torch_dropout_ir.jet_moments import OF_PAIRS
 from torch_dropout_ir.jet_places import SEVERAL
 from torch_dropout_ir.jet_program import Program
 from torch_dropout_ir.jet_rules import RULES
-from torch_dropout_ir.loss_terms import LEAF, Nodes
+from torch_dropout_ir.loss_terms import Nodes, is_end
 from torch_dropout_ir.registration import loss_blocks
 
 
@@ -67,7 +67,7 @@ def program_of(outputs: Tensor, nodes: Nodes) -> Program | None:
     number: int | None = None
     for node, (name, edges) in nodes.items():
         if not edges:
-            if type(node) is LEAF and getattr(node, "variable", None) is outputs:
+            if is_end(node, outputs):
                 found[node, 0] = 0
             continue
         inputs = [found.get(edge, -1) for edge in edges]

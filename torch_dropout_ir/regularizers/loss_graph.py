@@ -22,10 +22,10 @@ from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.jet_program import signed
 from torch_dropout_ir.loss_terms import (
     ELEMENTWISE,
-    LEAF,
     LOSSES,
     OF_LABELS,
     Nodes,
+    is_end,
     is_linear,
 )
 from torch_dropout_ir.regularizers.row_graph import (
@@ -96,8 +96,7 @@ def joins_rows(outputs: Tensor, nodes: Nodes) -> bool | None:
             pairs = zip(edges, places, strict=True)
             places = [split.get(edge, place) for edge, place in pairs]
         if not any(places):
-            own = type(node) is LEAF and getattr(node, "variable", None) is outputs
-            place = START if own else None
+            place = START if is_end(node, outputs) else None
         elif len(edges) == 1 and name in ELEMENTWISE and places[0] not in _SEVERAL:
             place = places[0]
         else:

@@ -1,0 +1,128 @@
+"""Models that return their own loss: parts of sites by the outputs that it is of."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.regularizers import second_order
+from torch_dropout_ir.regularizers.online import online
+
+LOSSES = {
+    "labels": lambda f, y: F.cross_entropy(f.flatten(0, 1), y.flatten()),
+    "soft labels": lambda f, y: -(f.log_softmax(-1).flatten(0, 1) * F.one_hot(
+        y.flatten(), 3)).sum(1).mean(),
+    "focal": lambda f, y: (
+        (1 - torch.exp(-F.cross_entropy(f.mT, y, reduction="none"))) ** 2
+        * F.cross_entropy(f.mT, y, reduction="none")
+    ).mean(),
+    "squares": lambda f, y: (f - F.one_hot(y, 3)).square().sum(-1).mean() / 4,
+    "lengths": lambda f, y: (f - F.one_hot(y, 3)).norm(dim=-1).mean(),
+    "coupled": lambda f, y: (f - f.mean(0)).square().mean() * f.exp().mean(),
+    "hard": lambda f, y: (F.hardsigmoid(f) - F.one_hot(y, 3)).square().mean(),
+}  # fmt: skip
+
+
+class Net(nn.Module):
+    """Symbols of five texts; the loss is made inside where targets are given."""
+
+    def __init__(self, loss, beside=False, norm=False, parts=False, hidden=True):
+        super().__init__()
+        first = [nn.BatchNorm1d(4)] if norm else []
+        self.body = nn.Sequential(
+            nn.Linear(2, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 4), *first,
+            nn.Tanh(), nn.Dropout(0.2),
+        )  # fmt: skip
+        self.head, self.loss = nn.Linear(4, 3), loss
+        self.beside, self.parts, self.hidden = beside, parts, hidden
+
+    def forward(self, x, y=None):
+        h = self.body(x)
+        logits = self.head(h)
+        if y is None:
+            return logits
+        loss = self.loss(logits, y)
+        if self.beside:
+            loss = loss + 0.1 * h.square().mean()
+        if self.parts:
+            logits = logits.unbind(1)
+        found = {"hidden": h} if self.hidden else {}
+        return {**found, "logits": logits, "loss": loss}
+
+
+def made(name, **options):
+    torch.manual_seed(0)
+    net = Net(LOSSES[name], **options).double()
+    return net, (torch.randn(5, 4, 2).double(), torch.randint(3, (5, 4)))
+
+
+def measured(net, batch, loss):
+    torch.manual_seed(3)
+    return online(net, batch, resolve_loss(loss))
+
+
+def inside(net, batch):
+    return measured(net, (batch, batch), lambda out, _: 0.5 * out["loss"])
+
+
+def outside(net, batch):
+    return measured(net, batch, lambda f, y: 0.5 * net.loss(f, y))
+
+
+def close(a, b):
+    for x, y in zip(a.values(), b.values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_parts_and_errors_are_those_of_a_loss_outside(name):
+    found, how, _ = inside(*made(name))
+    expected, said, _ = outside(*made(name))
+    assert "Gauss-Newton" in how and "Gauss-Newton" in said
+    assert list(found.per_site) == list(expected.per_site) == ["body.2", "body.5"]
+    close(found.per_site, expected.per_site)
+    close(found.per_site_standard_error, expected.per_site_standard_error)
+    errors = torch.stack([*found.per_site_standard_error.values()])
+    assert bool(errors.isnan().any()) == (name == "coupled")
+    assert all(x > 0 for x in found.per_site.values())
+
+
+def test_batch_normalization_has_no_error_either():
+    found, _, _ = inside(*made("labels", norm=True))
+    expected, _, _ = outside(*made("labels", norm=True))
+    close(found.per_site, expected.per_site)
+    assert found.per_site_standard_error["body.2"].isnan()
+
+
+@pytest.mark.parametrize("how", ["beside", "parts"])
+def test_where_no_output_is_all_that_the_loss_is_of_it_is_the_whole_loss(how):
+    """A term of hidden units; a list of parts."""
+    net, batch = made("labels", hidden=False, **{how: True})
+    found, said, _ = inside(net, batch)
+    assert "sampled form of the whole loss" in said
+    exact = second_order(
+        net, (batch, batch), lambda out, _: 0.5 * out["loss"], num_samples=400
+    )
+    for name, x in exact.per_site.items():
+        error = exact.per_site_standard_error[name]
+        assert abs(found.per_site[name] - x) < 5 * 20 * error + 5 * error
+
+
+def test_hidden_units_may_be_all_that_the_loss_is_of():
+    net, batch = made("labels", beside=True)
+    found, _, _ = inside(net, batch)
+    whole = net.forward
+    net.forward = lambda x, y=None: whole(x, batch[1])["hidden"]
+
+    def loss(h, y):
+        return 0.5 * net.loss(net.head(h), y) + 0.05 * h.square().mean()
+
+    expected, _, _ = measured(net, batch, loss)
+    close(found.per_site, expected.per_site)
+
+
+def test_a_loss_that_is_linear_in_what_it_is_of_is_the_whole_loss():
+    net, batch = made("labels")
+    net.loss = lambda f, y: f.gather(2, y[..., None]).mean()
+    assert "whole loss" in inside(net, batch)[1]

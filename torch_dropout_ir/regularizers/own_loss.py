@@ -1,0 +1,69 @@
+"""A loss that the model makes itself, as a function of an output that it made it of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_dropout_ir.composed import differentiated_once
+from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.output_products import HessianProduct
+from torch_dropout_ir.regularizers.clean_pass import CleanPass
+from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs, real_leaves
+
+
+def outputs_within(
+    clean: CleanPass, loss: Loss, targets: Any
+) -> tuple[OutputsRead, HessianProduct] | None:
+    """Return the outputs of a model that returns its own loss, and their products.
+
+    They are a tensor that the model returns beside the loss and through which all of
+    that goes, as its logits: its second derivative in them is had of the graph of the
+    pass. None where the loss is another, or no tensor is such a cut.
+    """
+    if loss.kind != "general" or isinstance(clean.outputs, Tensor):
+        return None
+    try:
+        read = read_outputs(clean.outputs, loss, targets)
+        with torch.enable_grad():
+            value = read.risk(read.tensors)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    if any([x.numel() > 1 for x in read.tensors]) or not value.requires_grad:
+        return None
+    outputs = _cut(clean, value)
+    if outputs is None:
+        return None
+    product = HessianProduct.within(value, outputs)
+    if differentiated_once([name for name, _ in product.nodes.values()]):
+        return None
+    own = Loss(lambda *_: value, "general", loss.reduction)
+    return OutputsRead([outputs], lambda _: value, own), product
+
+
+def _cut(clean: CleanPass, value: Tensor) -> Tensor | None:
+    """Return the output nearest to a loss through which it depends on the sites."""
+    sites, found = {edge.node for edge in clean.edges}, []
+    for x in real_leaves(clean.outputs)[0]:
+        node = x.grad_fn if isinstance(x, Tensor) and x.ndim else None
+        if node is not None and len(node._input_metadata) == 1:
+            found.append((_between(value, node, sites), x))
+    cuts = [(count, x) for count, x in found if count]
+    return min(cuts, key=lambda pair: pair[0])[1] if cuts else None
+
+
+def _between(value: Tensor, end: Any, sites: set[Any]) -> int:
+    """Return how many nodes are between a loss and an output; 0 if it is no cut."""
+    left, seen, met = [value.grad_fn], {end}, False
+    while left:
+        node = left.pop()
+        met = met or node is end
+        if node is None or node in seen:
+            continue
+        if node in sites:
+            return 0
+        seen.add(node)
+        left += [child for child, _ in node.next_functions]
+    return len(seen) if met else 0
