@@ -321,3 +321,20 @@ def test_unknown_layers_are_refused_by_name():
 def test_a_weight_in_the_place_of_its_layer_is_told():
     with pytest.raises(TypeError, match=r"expected `module` .* got Parameter"):
         cd.input_weights(nn.Linear(2, 2).weight)
+
+
+class Linear(nn.Module):
+    """As that of PyTorch Geometric."""
+
+    def __init__(self, ins, outs):
+        super().__init__()
+        self.in_channels, self.out_channels = ins, outs
+        self.weight = nn.Parameter(torch.randn(outs, ins))
+        self.bias = nn.Parameter(torch.randn(outs))
+
+
+def test_the_linear_layer_of_graph_networks():
+    layer = Linear(4, 5)
+    expected = torch.cat((layer.weight, layer.bias[:, None]), 1)
+    torch.testing.assert_close(cd.input_weights(layer), expected)
+    assert [name for name, _ in cd.named_input_weights(nn.Sequential(layer))] == ["0"]

@@ -33,8 +33,8 @@ def input_weights(
 
     What a row is, by layer and ``view``:
 
-    * Linear, and the ``Conv1D`` of Hugging Face's GPT-2: ``"filter"``, the weights of
-      one output. ``"query"``, ``"key"`` and ``"value"`` are the thirds of a fused
+    * Linear, that of PyTorch Geometric and the ``Conv1D`` of Hugging Face's GPT-2:
+      ``"filter"``, the weights of one output. ``"query"``, ``"key"`` and ``"value"`` are the thirds of a fused
       projection, in this order.
     * Convolutions, transposed too, group by group: ``"filter"``, the kernels of one
       output channel over the input channels that it reads; ``"kernel"``, each pair of
@@ -126,7 +126,8 @@ def layer_parts(module: nn.Module) -> dict[str, Weights]:
 def _known(module: nn.Module) -> bool:
     layers = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.MultiheadAttention)
     kinds = (*layers, *RECURRENT, nn.Embedding)
-    return (isinstance(module, kinds) or _is_turned(module)) and not any(
+    known = isinstance(module, kinds) or _is_turned(module) or _is_of_graphs(module)
+    return known and not any(
         nn.parameter.is_lazy(x) for x in module.parameters(recurse=False)
     )
 
@@ -134,6 +135,12 @@ def _known(module: nn.Module) -> bool:
 def _is_turned(module: nn.Module) -> bool:
     """Whether it is the linear layer of GPT-2, whose weight is ``[in, out]``."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _is_of_graphs(module: nn.Module) -> bool:
+    """Whether it is the linear layer of PyTorch Geometric, which is none of torch's."""
+    named = type(module).__name__ == "Linear" and hasattr(module, "in_channels")
+    return named and isinstance(getattr(module, "weight", None), Tensor)
 
 
 def _views(module: nn.Module) -> dict[str, Weights]:
@@ -156,6 +163,8 @@ def _views(module: nn.Module) -> dict[str, Weights]:
         return _linear(module.weight.T, module.bias)  # type: ignore[arg-type]
     if isinstance(module, nn.Linear):
         return _linear(*affine(module))
+    if _is_of_graphs(module):
+        return _linear(module.weight, module.bias)  # type: ignore[arg-type]
     assert isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
     return _convolution(module)
 
