@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers import second_order
+from torch_dropout_ir.regularizers import gauss_newton, second_order
 from torch_dropout_ir.regularizers.online import online
 
 LOSSES = {
@@ -83,16 +83,26 @@ def test_parts_and_errors_are_those_of_a_loss_outside(name):
     assert list(found.per_site) == list(expected.per_site) == ["body.2", "body.5"]
     close(found.per_site, expected.per_site)
     close(found.per_site_standard_error, expected.per_site_standard_error)
-    errors = torch.stack([*found.per_site_standard_error.values()])
-    assert bool(errors.isnan().any()) == (name == "coupled")
+    assert ("two draws" in how) == (name == "coupled")
     assert all(x > 0 for x in found.per_site.values())
 
 
-def test_batch_normalization_has_no_error_either():
-    found, _, _ = inside(*made("labels", norm=True))
-    expected, _, _ = outside(*made("labels", norm=True))
-    close(found.per_site, expected.per_site)
-    assert found.per_site_standard_error["body.2"].isnan()
+def test_of_samples_that_meet_two_draws_tell_the_error():
+    """Its square is unbiased."""
+    net, batch = made("labels", norm=True)
+    loss = resolve_loss(lambda f, y: 0.5 * net.loss(f, y))
+    exact = gauss_newton(net, batch, loss.function, num_samples=None)
+    off, squared = [], []
+    for seed in range(150):
+        torch.manual_seed(seed)
+        found, how, _ = online(net, batch, loss)
+        assert "of two draws" in how
+        off.append(found.per_site["body.2"] - exact.per_site["body.2"])
+        squared.append(found.per_site_standard_error["body.2"] ** 2)
+    off, squared = torch.stack(off), torch.stack(squared)
+    assert abs(off.mean()) < 4 * off.std() / 150**0.5
+    assert float(squared.mean() / off.square().mean()) == pytest.approx(1, abs=0.4)
+    close(inside(net, batch)[0].per_site, outside(net, batch)[0].per_site)
 
 
 @pytest.mark.parametrize("how", ["beside", "parts"])

@@ -34,8 +34,8 @@ def input_weights(
     What a row is, by layer and ``view``:
 
     * Linear, that of PyTorch Geometric and the ``Conv1D`` of Hugging Face's GPT-2:
-      ``"filter"``, the weights of one output. ``"query"``, ``"key"`` and ``"value"`` are the thirds of a fused
-      projection, in this order.
+      ``"filter"``, the weights of one output. ``"query"``, ``"key"`` and ``"value"``
+      are the thirds of a fused projection, in this order.
     * Convolutions, transposed too, group by group: ``"filter"``, the kernels of one
       output channel over the input channels that it reads; ``"kernel"``, each pair of
       output and input channel by itself, without bias (the view of the paper's

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.collectives import every
+from torch_dropout_ir.collectives import every, some
 from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import HessianProduct
@@ -118,7 +118,30 @@ def _second_order(
     # Without targets it is the form or nothing; with them R_1 can still be had.
     draws = 2 if targets is None else 1
     form = functools.partial(estimate, model, clean, targets, loss, draws, own)
-    return _parts(form, "sampled Gauss-Newton form", needed=targets is None)
+    found, how = _parts(form, "sampled Gauss-Newton form", needed=targets is None)
+    errors = [found.standard_error, *found.per_site_standard_error.values()]
+    if draws == 1 and some(any([x.isnan() for x in errors]), "no error"):
+        other, _ = _parts(form, how)
+        if other.per_site:
+            found, how = _mean(found, other), f"{how}, of two draws"
+    return found, how
+
+
+def _mean(a: Estimate, b: Estimate) -> Estimate:
+    """Return the mean of two draws, whose difference tells its error."""
+
+    def error(x: Tensor, y: Tensor) -> Tensor:
+        return (x - y).abs() / 2
+
+    sites = {name: (x, b.per_site[name]) for name, x in a.per_site.items()}
+    return dataclasses.replace(
+        a,
+        value=(a.value + b.value) / 2,
+        per_site={name: (x + y) / 2 for name, (x, y) in sites.items()},
+        standard_error=error(a.value, b.value),
+        per_site_standard_error={name: error(*both) for name, both in sites.items()},
+        num_samples=2,
+    )
 
 
 def _parts(
