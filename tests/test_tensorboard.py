@@ -431,6 +431,21 @@ def test_other_sinks_get_the_same_records(tmp_path):
     assert len(image["values"]) == 5 and sorted(image["order"]) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64, torch.float64])
+def test_records_of_own_measures_are_of_any_dtype_and_may_have_a_graph(tmp_path, dtype):
+    x = torch.tensor([[0, 1], [1, 0]]).to(dtype)
+    x.requires_grad_(x.is_floating_point())
+    records = {"own/image": Image(x, 0.0, 1.0), "own/counts": Histogram(x[0], 0.0, 1.0)}
+    lines = tdi.sinks.JsonLines(tmp_path / "run.jsonl")
+    for sink in (TensorBoardSink(tmp_path), lines):
+        sink.write(0, records, {})
+        sink.close()
+    found = json.loads((tmp_path / "run.jsonl").read_text())["records"]
+    assert found["own/image"]["values"] == [[0, 1], [1, 0]]
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()
+    assert "own/image" in tags["images"] and "own/counts" in tags["histograms"]
+
+
 @pytest.mark.parametrize("sink", [tdi.sinks.JsonLines, tdi.sinks.Csv])
 def test_a_line_that_a_killed_run_has_cut_takes_no_other_along(tmp_path, sink):
     path = tmp_path / "run"

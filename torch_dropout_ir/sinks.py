@@ -76,7 +76,7 @@ class JsonLines:
 
 def _plain(record: Record) -> Any:
     if isinstance(record, Histogram):
-        counts = [_plain(float(x)) for x in record.counts]
+        counts = [_plain(float(x)) for x in record.counts.tolist()]
         return {"counts": counts, "low": record.low, "high": record.high}
     if isinstance(record, Image):
         rows = [[_plain(float(x)) for x in row] for row in record.values.tolist()]
