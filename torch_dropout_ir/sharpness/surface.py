@@ -66,8 +66,8 @@ class Surface:
     batches are spread over ``group``, ``"auto"`` for that of DDP, if any. Masks are
     ``"off"``, a seed, or several; ``params`` are names or a predicate on names; None:
     all that require a gradient. Without copies the model's own tensors are held, while
-    nobody writes on them. ``weigh`` tells what a batch counts for in a mean; None: its
-    samples.
+    nobody writes on them. ``weigh`` tells what a batch counts for in a mean; None: what
+    a known loss counts, else its samples.
 
     Attributes:
         params: Copies of the chosen parameters.
@@ -92,6 +92,8 @@ class Surface:
         self.caller = caller
         self.model, self.ranks = unwrapped(model, group)
         self.loss = resolve_loss(loss)
+        if weigh is None and self.loss.kind != "general":
+            weigh = self._terms
         self._batches = Reading(batches, self.model, weigh)
         one = self._batches.single
         bare = one is not None and not self._batches.samples(one)
@@ -108,6 +110,11 @@ class Surface:
             self._modes = modes_of(self.model)
         self._closed = False
         self.operations = TwiceDifferentiable()
+
+    def _terms(self, batch: Batch) -> float:
+        """What the mean over a batch is of, ignored labels left out."""
+        known = isinstance(batch[1], Tensor)
+        return self.loss.num_terms(batch[1]) if known else self._batches.samples(batch)
 
     def state(self) -> dict[str, Tensor]:
         """Return all parameters and buffers, by name."""
