@@ -102,13 +102,13 @@ class Reading:
 
 
 def _sum(batch: Any) -> float:
-    """The sum of all numbers of a batch."""
-    dense = [
-        x.detach()
-        for x in tree_leaves(batch)
-        if isinstance(x, Tensor) and x.layout == torch.strided and not x.is_complex()
-    ]
-    return float(sum(x.sum(dtype=torch.float64).item() for x in dense))
+    """The sum of all real numbers of a batch."""
+    real = (x for x in tree_leaves(batch) if isinstance(x, Tensor) and _is_plain(x))
+    return float(sum(x.detach().sum(dtype=torch.float64).item() for x in real))
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.layout == torch.strided and not (x.is_complex() or x.is_nested)
 
 
 def check_pair(batch: Any) -> None:
