@@ -20,7 +20,6 @@ from torch_dropout_ir.analysis.attempts import Attempts
 from torch_dropout_ir.analysis.attributes import Generators
 from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.measures import Condensation, Regularizer, Sharpness
-from torch_dropout_ir.analysis.measures.regularizer import terms
 from torch_dropout_ir.analysis.records import Record, estimate_of
 from torch_dropout_ir.analysis.replay import Replay, replay
 from torch_dropout_ir.analysis.snapshot import Snapshot
@@ -30,6 +29,7 @@ from torch_dropout_ir.batches import fixed_batches
 from torch_dropout_ir.functional import Batch, call, preserved_rng
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.sharpness.frozen import modes, modes_of
+from torch_dropout_ir.sharpness.reading import terms
 from torch_dropout_ir.sites import Site, find_sites, unobservable
 from torch_dropout_ir.tensorboard import TensorBoardSink
 
@@ -200,8 +200,10 @@ class _Run:
             (Regularizer(num_masks), batch) for batch in self.batches
         ]
         work += [(measure, self.batches[0]) for measure in more]
-        draw = torch.Generator().manual_seed(seed)
-        seeds = torch.randint(2**62, (len(work),), generator=draw).tolist()
+        draw = torch.Generator("cpu").manual_seed(seed)
+        seeds = torch.randint(
+            2**62, (len(work),), generator=draw, device="cpu"
+        ).tolist()
         taken = [
             self._take(measure, batch, own)
             for own, (measure, batch) in zip(seeds, _bar(work, progress), strict=True)

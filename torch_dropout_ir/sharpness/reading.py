@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from torch_dropout_ir.batches import as_batches
 from torch_dropout_ir.functional import Batch, batch_size, preserved_rng
+from torch_dropout_ir.losses import Loss
 
 
 class Reading:
@@ -99,6 +100,14 @@ class Reading:
                 "expected a loader that gives the same data each time, got others (by "
                 "a generator or a count of its own). Pass `list(loader)`."
             )
+
+
+def terms(loss: Loss, batch: Batch) -> float:
+    """Return the number of terms that a mean over ``batch`` is of, or their weights."""
+    targets = batch[1]
+    if not isinstance(targets, Tensor):
+        return float(batch_size(batch))
+    return loss.num_terms(targets)
 
 
 def _sum(batch: Any) -> float:

@@ -8,13 +8,14 @@ Semantics:
   recurrent cells and functions is frozen too; several seeds stand for their mean.
 * A loader is read in the same order and with the same random transforms in every pass,
   also where it shuffles.
-* Batches are weighted by their numbers of samples, over all ranks of a group.
+* Batches are weighted by what a loss counts in them, over all ranks of a group.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -49,7 +50,7 @@ from torch_dropout_ir.sharpness.frozen import (
 )
 from torch_dropout_ir.sharpness.herding import representatives
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
-from torch_dropout_ir.sharpness.reading import Reading, sliced
+from torch_dropout_ir.sharpness.reading import Reading, sliced, terms
 from torch_dropout_ir.sharpness.subsets import Subset, chosen_parameters
 from torch_dropout_ir.substitution import call_with, substituted, unmoved_buffers
 from torch_dropout_ir.turns import alone_with, in_turn
@@ -93,7 +94,7 @@ class Surface:
         self.model, self.ranks = unwrapped(model, group)
         self.loss = resolve_loss(loss)
         if weigh is None and self.loss.kind != "general":
-            weigh = self._terms
+            weigh = functools.partial(terms, self.loss)  # holds no surface
         self._batches = Reading(batches, self.model, weigh)
         one = self._batches.single
         bare = one is not None and not self._batches.samples(one)
@@ -110,11 +111,6 @@ class Surface:
             self._modes = modes_of(self.model)
         self._closed = False
         self.operations = TwiceDifferentiable()
-
-    def _terms(self, batch: Batch) -> float:
-        """What the mean over a batch is of, ignored labels left out."""
-        known = isinstance(batch[1], Tensor)
-        return self.loss.num_terms(batch[1]) if known else self._batches.samples(batch)
 
     def state(self) -> dict[str, Tensor]:
         """Return all parameters and buffers, by name."""
