@@ -108,7 +108,7 @@ def analyze(
     R_1 and R_S are means over the batches, in evaluation mode with dropout as it would
     be in training. Calls of dropout functions act in training mode alone: a model that
     has some is measured in it, with running statistics as in evaluation. The model is
-    left as it was.
+    left as it was, but for what its own code counts or writes on in a pass.
 
     Args:
         model: The model.
