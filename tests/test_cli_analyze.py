@@ -304,6 +304,33 @@ def test_batches_and_their_errors_are_joined(
     assert found.records["regularizer/R1_standard_error"] == pytest.approx(error)
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_batch_that_cannot_be_measured_is_told_wherever_it_stands(nets, capsys, bad):
+    pairs = nets.batches()
+    pairs[bad][0][0, 0] = torch.nan
+    nets.spoiled = lambda: pairs
+    given = "--data", "nets_of_test:spoiled", "--loss", "mse", "--no-sharpness"
+    assert analyze(*given, "--json", "out.json") == 1
+    assert "no regularizer: ValueError" in capsys.readouterr().err
+    found = json.loads(Path("out.json").read_text())
+    assert "regularizer/R1" not in found["records"]
+    assert set(found["absent"]) == {"regularizer"}
+
+
+def test_the_seed_is_that_of_masks_and_what_has_no_start_is_not_absent(nets):
+    nets.make = lambda: nn.Sequential(nn.Linear(4, 9), nn.Dropout(0.3), nn.Tanh())
+    model, pairs = nets.make().double(), [(nets.batches()[0][0], torch.zeros(6, 9))]
+    runs = [
+        offline.analyze(model, pairs, "mse", seed=seed, sharpness=False).records
+        for seed in (0, 1, 0)
+    ]
+    first, other, again = (run["regularizer/R1"] for run in runs)
+    assert first == again != other
+    nn.init.constant_(model[0].weight, torch.inf)
+    found = offline.analyze(model, pairs, "mse", sharpness=False)
+    assert set(found.absent) == {"regularizer", "condensation/effective_ratio/0"}
+
+
 class Draws(nn.Module):
     """It calls dropout, and draws what no dropout function does."""
 

@@ -143,6 +143,17 @@ def test_a_layer_that_starts_at_zero_is_measured_without_its_start():
     assert not relative & (first.keys() | then.keys())
 
 
+def test_neurons_that_start_at_zero_have_not_turned():
+    """As the padding of an embedding, which stays zero."""
+    net, measure = nn.Embedding(5, 3, padding_idx=2), Condensation()
+    tag = "condensation/cosine_to_start/"
+    assert measure(Snapshot(net, 0, ()))[tag] == pytest.approx(1.0)
+    with torch.no_grad():
+        net.weight[0] *= -2
+        net.weight[2] = 1.0
+    assert measure(Snapshot(net, 1, ()))[tag] == pytest.approx(0.5)
+
+
 def test_its_thresholds_are_those_that_are_given():
     net = nn.Sequential(nn.Linear(2, 4, bias=False), nn.Linear(4, 1))
     with torch.no_grad():
@@ -228,13 +239,13 @@ def test_large_layers_are_compared_with_a_start_in_less_memory(neurons, share):
     assert start.nbytes == weights.nbytes // share
     assert start.relative_distance(weights) == 0.0
     near = 1e-6 if share == 2 else 2e-5
-    assert start.mean_cosine(weights) == pytest.approx(1 - 1 / neurons, abs=near)
+    assert start.mean_cosine(weights) == pytest.approx(1.0, abs=near)
     for away in (1e-3, 1.0):
         now = weights * (1 + away * torch.randn_like(weights))
         exact = cd.movement(now, weights)
         rel = 1e-2 if share == 2 else 6e-2
         assert start.relative_distance(now) == pytest.approx(exact.relative, rel=rel)
-        mean = float(exact.cosines.mean())
+        mean = float(exact.cosines.sum()) / (neurons - 1)  # one has no start
         assert start.mean_cosine(now) == pytest.approx(mean, abs=near)
     plane = cd.principal_plane(now)
     apart = start.angles(plane) - cd.orientation_angles(weights, plane)

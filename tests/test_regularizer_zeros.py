@@ -114,3 +114,22 @@ def test_masks_that_make_no_difference_show_no_error(p):
         sgd.step()
     error = "regularizer/R2_dropout_noise_standard_error"
     assert error not in analysis.latest and "no two masks" in analysis.absent[error]
+
+
+def test_units_that_are_zero_show_no_error():
+    """Of 32 units one is alive: in every fifth run all masks keep it."""
+    model = nn.Sequential(nn.ReLU(), nn.Dropout(0.05), nn.Linear(32, 1)).double()
+    x = -torch.ones(1, 32, dtype=torch.float64)
+    x[0, 3] = 1.0
+    batch = x, torch.zeros(1, 1, dtype=torch.float64)
+    for num_masks in (32, 500):
+        for seed in range(20 if num_masks < 500 else 2):
+            torch.manual_seed(seed)
+            found = tdi.regularizers.monte_carlo(
+                model, batch, "mse", num_masks=num_masks
+            )
+            known = bool(found.standard_error.isfinite())
+            assert known == (num_masks == 500)
+            assert known != any("no standard error" in note for note in found.notes)
+    exact = gauss_newton(model, batch, "mse", num_samples=None).value
+    assert abs(found.value - exact) < 4 * found.standard_error

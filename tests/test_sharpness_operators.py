@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -231,6 +232,46 @@ def test_a_shuffling_loader_is_one_matrix_and_keeps_its_generator():
         sharpness.hessian(net, "mse", whole).dense(),
         sharpness.hessian(net, "mse", (x, y)).dense(),
     )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_batches_weigh_what_the_loss_counts_in_them(smoothing):
+    net, (x, _) = mlp(), data(10)
+    weight = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    loss = nn.CrossEntropyLoss(weight, label_smoothing=smoothing)
+    y = torch.tensor([0, 1, -100, 1, 0, 1, 1, -100, -100, -100])
+    parts = [(x[k : k + n], y[k : k + n]) for k, n in ((0, 4), (4, 3), (7, 3))]
+    whole = sharpness.hessian(net, loss, (x, y))
+    torch.testing.assert_close(
+        sharpness.hessian(net, loss, parts).dense(), whole.dense()
+    )
+    found = sharpness.trace(sharpness.hessian(net, loss, parts))
+    assert float(found.value) == pytest.approx(float(whole.dense().trace()))
+
+
+@pytest.mark.parametrize("count", [6, 10])
+def test_a_sampler_with_a_generator_of_its_own_may_shuffle_and_no_more(count):
+    class Own(torch.utils.data.Sampler):
+        def __init__(self):
+            self.generator = np.random.default_rng(0)
+
+        def __iter__(self):
+            return iter(self.generator.permutation(10)[:count].tolist())
+
+        def __len__(self):
+            return count
+
+    net, (x, y) = mlp(), data(10)
+    loader = DataLoader(TensorDataset(x, y), 3, sampler=Own())
+    op = sharpness.hessian(net, "mse", loader)
+    if count == 10:
+        torch.testing.assert_close(
+            op.dense(), sharpness.hessian(net, "mse", (x, y)).dense()
+        )
+    else:
+        with pytest.raises(ValueError, match="the same data each time"):
+            op.dense()
+            op.dense()
 
 
 def test_random_transforms_are_the_same_in_every_product():

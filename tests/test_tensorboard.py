@@ -431,6 +431,38 @@ def test_other_sinks_get_the_same_records(tmp_path):
     assert len(image["values"]) == 5 and sorted(image["order"]) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64, torch.float64])
+def test_records_of_own_measures_are_of_any_dtype_and_may_have_a_graph(tmp_path, dtype):
+    x = torch.tensor([[0, 1], [1, 0]]).to(dtype)
+    x.requires_grad_(x.is_floating_point())
+    records = {"own/image": Image(x, 0.0, 1.0), "own/counts": Histogram(x[0], 0.0, 1.0)}
+    lines = tdi.sinks.JsonLines(tmp_path / "run.jsonl")
+    for sink in (TensorBoardSink(tmp_path), lines):
+        sink.write(0, records, {})
+        sink.close()
+    found = json.loads((tmp_path / "run.jsonl").read_text())["records"]
+    assert found["own/image"]["values"] == [[0, 1], [1, 0]]
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()
+    assert "own/image" in tags["images"] and "own/counts" in tags["histograms"]
+
+
+@pytest.mark.parametrize("sink", [tdi.sinks.JsonLines, tdi.sinks.Csv])
+def test_a_line_that_a_killed_run_has_cut_takes_no_other_along(tmp_path, sink):
+    path = tmp_path / "run"
+    for step in (0, 1, 2):
+        again = sink(path)
+        again.write(step, {"loss/R_S": 0.5}, {})
+        again.close()
+        if step == 1:
+            path.write_bytes(path.read_bytes()[:-6])
+    lines = path.read_text().splitlines()
+    assert len(lines) == (3 if sink is tdi.sinks.JsonLines else 4)
+    if sink is tdi.sinks.JsonLines:
+        assert [json.loads(lines[k])["step"] for k in (0, 2)] == [0, 2]
+    else:
+        assert [lines[k] for k in (1, 3)] == ["0,loss/R_S,0.5", "2,loss/R_S,0.5"]
+
+
 def test_descriptions_say_what_the_run_says_of_a_tag_or_of_its_kind():
     notes = {"regularizer/R1": "exact", "mask/keep_rate/2": "of one layer"}
     assert "exact." in describe_tag("regularizer/R1/0", notes)

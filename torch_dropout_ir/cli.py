@@ -202,6 +202,7 @@ def _run_analyze(chosen: dict[str, Any]) -> int:
         most_batches=chosen["batches"],
         num_masks=chosen["masks"],
         sharpness=not chosen["no_sharpness"],
+        seed=chosen["seed"],
         log_dir=chosen["log_dir"],
         progress=sys.stderr.isatty(),
     )

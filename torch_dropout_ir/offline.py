@@ -20,7 +20,6 @@ from torch_dropout_ir.analysis.attempts import Attempts
 from torch_dropout_ir.analysis.attributes import Generators
 from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.measures import Condensation, Regularizer, Sharpness
-from torch_dropout_ir.analysis.measures.regularizer import terms
 from torch_dropout_ir.analysis.records import Record, estimate_of
 from torch_dropout_ir.analysis.replay import Replay, replay
 from torch_dropout_ir.analysis.snapshot import Snapshot
@@ -30,6 +29,7 @@ from torch_dropout_ir.batches import fixed_batches
 from torch_dropout_ir.functional import Batch, call, preserved_rng
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.sharpness.frozen import modes, modes_of
+from torch_dropout_ir.sharpness.reading import terms
 from torch_dropout_ir.sites import Site, find_sites, unobservable
 from torch_dropout_ir.tensorboard import TensorBoardSink
 
@@ -99,6 +99,7 @@ def analyze(
     most_batches: int = 8,
     num_masks: int = 16,
     sharpness: bool = True,
+    seed: int = 0,
     log_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Report:
@@ -107,7 +108,7 @@ def analyze(
     R_1 and R_S are means over the batches, in evaluation mode with dropout as it would
     be in training. Calls of dropout functions act in training mode alone: a model that
     has some is measured in it, with running statistics as in evaluation. The model is
-    left as it was.
+    left as it was, but for what its own code counts or writes on in a pass.
 
     Args:
         model: The model.
@@ -116,6 +117,7 @@ def analyze(
         most_batches: Batches to take of a loader.
         num_masks: Masks a batch to average over where R_1 has no closed form.
         sharpness: Whether to measure eigenvalue and trace of the Hessian.
+        seed: Seed of masks and probes.
         log_dir: A TensorBoard run to write; None: none.
         progress: Whether to draw a bar on the standard error.
 
@@ -128,6 +130,7 @@ def analyze(
     """  # noqa: DOC502 (raised by the parts that read)
     check_count("analyze", "most_batches", most_batches, 1)
     check_count("analyze", "num_masks", num_masks, 2)
+    check_count("analyze", "seed", seed, 0)
     check_flag("analyze", "sharpness", sharpness)
     check_flag("analyze", "progress", progress)
     resolved = resolve_loss(loss)
@@ -136,7 +139,7 @@ def analyze(
         raise ValueError("analyze: expected at least one batch, got none")
     with modes(modes_of(model)), preserved_rng(model):
         return _Run(model, resolved, batches).report(
-            num_masks, sharpness, log_dir, progress
+            num_masks, sharpness, seed, log_dir, progress
         )
 
 
@@ -177,16 +180,18 @@ class _Run:
         snapshot = Snapshot(
             self.model, 0, self.sites, self.loss, *batch, batches=self.batches
         )
-        attempts = Attempts([measure], Ranks(), self.absent)
+        absent: dict[str, str] = {}  # what one batch lacks, another's success leaves
+        attempts = Attempts([measure], Ranks(), absent)
         with warnings.catch_warnings():  # that training goes on: there is none
             warnings.filterwarnings("ignore", "torch_dropout_ir: the measure")
             records, _ = attempts.take(snapshot, {measure.name}, seed)
         self.notes |= snapshot.notes
-        self.absent |= snapshot.absent
-        return records
+        absent |= snapshot.absent
+        self.absent |= {t: x for t, x in absent.items() if not t.startswith(_SINCE)}
+        return {t: x for t, x in records.items() if not t.startswith(_SINCE)}
 
     def report(
-        self, num_masks: int, sharpness: bool, log_dir: Any, progress: bool
+        self, num_masks: int, sharpness: bool, seed: int, log_dir: Any, progress: bool
     ) -> Report:
         """Take the measures, write and return what they say."""
         sink = None if log_dir is None else TensorBoardSink(log_dir)
@@ -195,13 +200,17 @@ class _Run:
             (Regularizer(num_masks), batch) for batch in self.batches
         ]
         work += [(measure, self.batches[0]) for measure in more]
+        draw = torch.Generator("cpu").manual_seed(seed)
+        seeds = torch.randint(
+            2**62, (len(work),), generator=draw, device="cpu"
+        ).tolist()
         taken = [
-            self._take(measure, batch, seed)
-            for seed, (measure, batch) in enumerate(_bar(work, progress))
+            self._take(measure, batch, own)
+            for own, (measure, batch) in zip(seeds, _bar(work, progress), strict=True)
         ]
         records = self._mean(taken[: len(self.batches)])
         for found in taken[len(self.batches) :]:
-            records |= {t: x for t, x in found.items() if not t.startswith(_SINCE)}
+            records |= found
         if sink is not None:
             sink.write(0, records, self.notes)
             sink.close()

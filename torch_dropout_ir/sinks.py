@@ -11,9 +11,20 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from torch_dropout_ir.analysis import Histogram, Image, Record
+
+
+def _appended(path: str | os.PathLike[str], newline: str | None = None) -> TextIO:
+    """Open a file at its end, on a new line where a run was cut within one."""
+    file = open(path, "a", encoding="utf-8", newline=newline)
+    if os.path.isfile(path) and os.path.getsize(path):
+        with open(path, "rb") as there:
+            there.seek(-1, os.SEEK_END)
+            if there.read() != b"\n":
+                file.write("\n")
+    return file
 
 
 class JsonLines:
@@ -41,7 +52,7 @@ class JsonLines:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = _appended(path)
         self._said: dict[str, str] = {}
 
     def write(
@@ -65,7 +76,7 @@ class JsonLines:
 
 def _plain(record: Record) -> Any:
     if isinstance(record, Histogram):
-        counts = [_plain(float(x)) for x in record.counts]
+        counts = [_plain(float(x)) for x in record.counts.tolist()]
         return {"counts": counts, "low": record.low, "high": record.high}
     if isinstance(record, Image):
         rows = [[_plain(float(x)) for x in row] for row in record.values.tolist()]
@@ -92,7 +103,7 @@ class Csv:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = open(path, "a", encoding="utf-8", newline="")
+        self._file = _appended(path, newline="")
         self._rows = csv.writer(self._file)
         if not self._file.tell():
             self._rows.writerow(("step", "tag", "value"))

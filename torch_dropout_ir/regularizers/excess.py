@@ -11,7 +11,7 @@ Semantics:
   coefficient, and with it the correction, goes to zero.
 * Where next to no mask element differs from the rest (``p`` near 0 or 1, few units, few
   draws), the draws tell nothing of their spread: there is no standard error then, and
-  where they are few, no fit.
+  where they are few, no fit. Units that are 0, as behind a ReLU, do not count.
 * Ranks that measure together draw together: where their passes meet, a mask moves the
   losses of all, and what is independent of the others is the draw of all of them.
 * Antithetic masks would take away the same part, but only at ``p = 1/2``.
@@ -79,6 +79,8 @@ class ExcessRisk:
             with clean_pass(model, batch[0], reduce=risk) as clean:
                 slopes = _of_risk(clean, clean.outputs)
         self._slopes = slopes
+        # Of no loss that is least already, whose slopes are all 0.
+        self._live = [x.count_nonzero().item() if x is not None else 0 for x in slopes]
 
     @torch.no_grad()
     def draw(self, num_masks: int) -> None:
@@ -89,11 +91,13 @@ class ExcessRisk:
 
             def watch(site: Site, packed: Tensor, shape: torch.Size) -> None:
                 nonlocal linear, use
-                slope = self._slopes[use] if use < len(self._slopes) else None
+                known = use < len(self._slopes)
+                slope = self._slopes[use] if known else None
+                live = self._live[use] if known else 0
                 self._compare(use, packed)
                 use += 1
                 if 0 < site.p < 1:
-                    rare = min(site.p, 1 - site.p) * shape.numel()
+                    rare = min(site.p, 1 - site.p) * (live or shape.numel())
                     self._minority = (self._minority or 0.0) + rare
                 # Other sites than in the pass without noise: nothing is known here.
                 if slope is not None and slope.shape == shape and site.p < 1:

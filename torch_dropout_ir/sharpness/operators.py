@@ -38,13 +38,13 @@ def hessian(
     matrix, as masks are the same in every product. With live dropout each product
     would be of another matrix.
 
-    Batches are weighted by their number of samples, so ragged ones are exact for losses
-    that are plain means (or sums) over samples; class weights and ignored targets are
-    no such means. Batch normalization keeps the mode it has; its running statistics do
-    not move. Attention and recurrent layers run in kernels that have a second
-    derivative. One batch is linearized once, and each product costs about half of one
-    from scratch; several batches, or several masks, are streamed, with the graph of one
-    at a time in memory.
+    Batches are weighted by what a loss of torch's counts (targets that are not ignored,
+    by class weights), else by their number of samples: ragged ones are exact for other
+    losses that are plain means (or sums) over samples. Batch normalization keeps the
+    mode it has; its running statistics do not move. Attention and recurrent layers run
+    in kernels that have a second derivative. One batch is linearized once, and each
+    product costs about half of one from scratch; several batches, or several masks, are
+    streamed, with the graph of one at a time in memory.
 
     Args:
         model: The model; left as it is.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from torch_dropout_ir.batches import as_batches
 from torch_dropout_ir.functional import Batch, batch_size, preserved_rng
+from torch_dropout_ir.losses import Loss
 
 
 class Reading:
@@ -17,8 +20,10 @@ class Reading:
 
     What is read twice must be one function: a loader that shuffles, drops its last
     batch or augments would give another one each time. All generators, those of the
-    model's devices too, are given back as they were. ``weigh`` tells what a batch
-    counts for in a mean; None: its number of samples.
+    model's devices too, are given back as they were; data that change by others (of a
+    sampler's own with NumPy, by a count of epochs) are told by their sum, and raise a
+    ValueError. ``weigh`` tells what a batch counts for in a mean; None: its number of
+    samples.
 
     Attributes:
         single: The only batch, where there is just one.
@@ -40,6 +45,7 @@ class Reading:
         self.single = listed[0] if listed and len(listed) == 1 else None
         self.empty = listed == []
         self._generators = [(g, g.get_state()) for g in _generators(self._batches)]
+        self._sum: float | None = None  # of all that was read the first time
 
     def samples(self, batch: Batch) -> int:
         """Return the number of samples of a batch; raise if it is not to be told."""
@@ -74,12 +80,44 @@ class Reading:
             with preserved_rng(self._model, 0):
                 for generator, state in self._generators:
                     generator.set_state(state)
+                total = 0.0
                 for batch in self._batches:
                     check_pair(batch)
+                    total += _sum(batch)
                     yield batch
+                self._compare(total)
         finally:
             for generator, state in kept:
                 generator.set_state(state)
+
+    def _compare(self, total: float) -> None:
+        """Raise where data are others than when they were first read."""
+        before = self._sum = total if self._sum is None else self._sum
+        if math.isfinite(before - total) and not math.isclose(
+            before, total, rel_tol=1e-6, abs_tol=1e-4
+        ):
+            raise ValueError(
+                "expected a loader that gives the same data each time, got others (by "
+                "a generator or a count of its own). Pass `list(loader)`."
+            )
+
+
+def terms(loss: Loss, batch: Batch) -> float:
+    """Return the number of terms that a mean over ``batch`` is of, or their weights."""
+    targets = batch[1]
+    if not isinstance(targets, Tensor):
+        return float(batch_size(batch))
+    return loss.num_terms(targets)
+
+
+def _sum(batch: Any) -> float:
+    """The sum of all real numbers of a batch."""
+    real = (x for x in tree_leaves(batch) if isinstance(x, Tensor) and _is_plain(x))
+    return float(sum(x.detach().sum(dtype=torch.float64).item() for x in real))
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.layout == torch.strided and not (x.is_complex() or x.is_nested)
 
 
 def check_pair(batch: Any) -> None:

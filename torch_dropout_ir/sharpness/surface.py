@@ -8,13 +8,14 @@ Semantics:
   recurrent cells and functions is frozen too; several seeds stand for their mean.
 * A loader is read in the same order and with the same random transforms in every pass,
   also where it shuffles.
-* Batches are weighted by their numbers of samples, over all ranks of a group.
+* Batches are weighted by what a loss counts in them, over all ranks of a group.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -49,7 +50,7 @@ from torch_dropout_ir.sharpness.frozen import (
 )
 from torch_dropout_ir.sharpness.herding import representatives
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
-from torch_dropout_ir.sharpness.reading import Reading, sliced
+from torch_dropout_ir.sharpness.reading import Reading, sliced, terms
 from torch_dropout_ir.sharpness.subsets import Subset, chosen_parameters
 from torch_dropout_ir.substitution import call_with, substituted, unmoved_buffers
 from torch_dropout_ir.turns import alone_with, in_turn
@@ -66,8 +67,8 @@ class Surface:
     batches are spread over ``group``, ``"auto"`` for that of DDP, if any. Masks are
     ``"off"``, a seed, or several; ``params`` are names or a predicate on names; None:
     all that require a gradient. Without copies the model's own tensors are held, while
-    nobody writes on them. ``weigh`` tells what a batch counts for in a mean; None: its
-    samples.
+    nobody writes on them. ``weigh`` tells what a batch counts for in a mean; None: what
+    a known loss counts, else its samples.
 
     Attributes:
         params: Copies of the chosen parameters.
@@ -92,6 +93,8 @@ class Surface:
         self.caller = caller
         self.model, self.ranks = unwrapped(model, group)
         self.loss = resolve_loss(loss)
+        if weigh is None and self.loss.kind != "general":
+            weigh = functools.partial(terms, self.loss)  # holds no surface
         self._batches = Reading(batches, self.model, weigh)
         one = self._batches.single
         bare = one is not None and not self._batches.samples(one)

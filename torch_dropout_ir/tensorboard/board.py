@@ -96,7 +96,8 @@ def write_report(log_dir: Path, path: Path) -> str:
     """Return a line on what was written: the tab of ``log_dir`` as one HTML file.
 
     It needs no network and no server. At most 12 steps a picture are kept, fewer where
-    there are many layers and runs, the first and the last always.
+    there are many layers and runs, the first and the last always: of TensorBoard's
+    sample of 200, which drops first ones of longer runs.
 
     Raises:
         OSError: If ``log_dir`` does not exist or ``path`` cannot be written.

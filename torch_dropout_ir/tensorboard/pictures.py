@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont, PngImagePlugin
 
@@ -36,7 +37,9 @@ def draw(image: Image, side: int = MOST_ROWS) -> tuple[bytes, int, int]:
     pixels a value has, the range, and the numbers of the neurons behind each row: a
     reader gets the values back from the pixels.
     """
-    field = _averaged(np.asarray(image.values, dtype=np.float64), side)
+    field = _averaged(
+        torch.as_tensor(image.values).detach().cpu().double().numpy(), side
+    )
     height, width = field.shape
     grow = MOST_ROWS // max(1, height, width)
     levels = _levels(field, image.low, image.high)

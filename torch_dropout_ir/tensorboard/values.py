@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 import numpy as np
+import torch
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as layout_metadata
@@ -52,7 +53,7 @@ def histogram(record: Histogram) -> HistogramProto:
     A reader takes ``min`` for the left edge of the first bin that is not empty, so
     that is what it says.
     """
-    counts = np.asarray(record.counts, dtype=np.float64)
+    counts = torch.as_tensor(record.counts).detach().cpu().double().numpy()
     edges = np.linspace(record.low, record.high, len(counts) + 1)
     filled = np.flatnonzero(counts)
     if len(filled):

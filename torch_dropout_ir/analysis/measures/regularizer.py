@@ -14,12 +14,12 @@ from torch_dropout_ir.analysis.records import Record
 from torch_dropout_ir.analysis.sharded import gathered, is_sharded
 from torch_dropout_ir.analysis.snapshot import NO_SITE, Need, Snapshot
 from torch_dropout_ir.arguments import check_count, check_even
-from torch_dropout_ir.functional import Batch, batch_size
-from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.regularizers import Estimate, gradient_norm
 from torch_dropout_ir.regularizers.excess import TOO_ALIKE
 from torch_dropout_ir.regularizers.gradient_norm import ALIKE
 from torch_dropout_ir.regularizers.online import online
+from torch_dropout_ir.sharpness.reading import terms
 
 _PIECE: Final = 2**15  # entries that are taken to double precision at a time
 _R1: Final = "regularizer/R1"
@@ -117,14 +117,6 @@ def _told(snapshot: Snapshot, joined: Mapping[str, float]) -> dict[str, float]:
     if {*unknown} - {_ERROR}:
         snapshot.absent[f"{_ERROR}/<site>"] = _ONE_DRAW
     return {tag: x for tag, x in joined.items() if tag not in unknown}
-
-
-def terms(loss: Loss, batch: Batch) -> float:
-    """Return the number of terms that a mean over ``batch`` is of, or their weights."""
-    targets = batch[1]
-    if not isinstance(targets, Tensor):
-        return float(batch_size(batch))
-    return loss.num_terms(targets)
 
 
 def weight(snapshot: Snapshot, batches: Iterable[Batch]) -> float | None:

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from torch_dropout_ir.analysis.measures.regularizer import terms
 from torch_dropout_ir.batches import as_batches
 from torch_dropout_ir.functional import Batch, batch_size, preserved_rng
 from torch_dropout_ir.gradient_factors import address
@@ -43,6 +42,7 @@ from torch_dropout_ir.sharpness.batch_statistics import (
     batch_statistics,
     normalizes,
 )
+from torch_dropout_ir.sharpness.reading import terms
 from torch_dropout_ir.sharpness.subsets import Subset
 from torch_dropout_ir.sharpness.surface import Surface
 

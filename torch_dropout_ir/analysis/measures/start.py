@@ -48,12 +48,12 @@ class Start:
         else:
             self._rows = weights[:].cpu().clone()
         self.nbytes = self._rows.nbytes
-        # Cosines of rows with what is kept of them.
-        self._own = torch.ones(len(weights), dtype=torch.float32, device="cpu")
+        norms = row_norms(weights)
+        # Cosines of rows with what is kept of them; 0 of those that are zero.
+        self._own = (norms != 0).float().cpu()
         if self._scale is not None:
             self._own = self._cosines(weights)
-            self._own.masked_fill_(self._own == 0, 1.0)
-        self._norm = float(torch.linalg.vector_norm(row_norms(weights)))
+        self._norm = float(torch.linalg.vector_norm(norms))
         self._rounded = 0.0
         self._rounded = self._squared_distance(weights)
 
@@ -115,12 +115,11 @@ class Start:
     def mean_cosine(self, weights: Weights) -> float:
         """Return the mean cosine between each neuron and what it was.
 
-        NaN where all started at zero.
+        Those that started at zero do not count; NaN where all did.
         """
-        if not self._norm:
-            return math.nan
-        cosines = (self._cosines(weights) / self._own).clamp_(-1.0, 1.0)
-        return float(cosines.double().sum()) / max(1, len(weights))
+        had = self._own != 0
+        cosines = (self._cosines(weights)[had] / self._own[had]).clamp_(-1.0, 1.0)
+        return float(cosines.double().mean())
 
     def _cosines(self, weights: Weights) -> Tensor:
         """Cosines of rows with what is kept, on the CPU, ``[m]``."""
