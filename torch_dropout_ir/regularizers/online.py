@@ -13,17 +13,12 @@ from torch import Tensor, nn
 from torch_dropout_ir.collectives import every, some
 from torch_dropout_ir.functional import Batch, preserved_rng
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate, fits_last_layer, of_squares
 from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk, linear_parts
 from torch_dropout_ir.regularizers.last_layer import last_layer
-from torch_dropout_ir.regularizers.outputs import (
-    OutputsRead,
-    check_curvature,
-    read_outputs,
-)
+from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
 from torch_dropout_ir.regularizers.own_loss import outputs_within
 from torch_dropout_ir.regularizers.root_passes import estimate
 from torch_dropout_ir.regularizers.second_order import second_order
@@ -67,17 +62,14 @@ def online(
     seed = int(torch.randint(2**62, (), device="cpu"))  # of noise beside sites
     run = functools.partial(clean_pass, model, batch[0], twice=twice, find_last=True)
     with preserved_rng(model, seed), run(bare=not twice) as clean:
-        own = outputs_within(clean, loss, batch[1])
-        own = own if every(own is not None, "own loss") else None
-        found, how = _second_order(model, clean, batch[1], loss, own)
+        found, how, within = _second_order(model, clean, batch[1], loss)
         if batch[1] is not None:
             with torch.no_grad():
                 # A model may have computed it itself, with its graph.
                 risk = loss(clean.outputs, batch[1]).detach()
             if not found.exact:
                 slopes = linear_parts(clean, loss, batch[1])
-                whole = own is None or not found.per_site
-                linear = whole and _is_linear(clean, loss, batch[1])
+                linear = not within and _is_linear(clean, loss, batch[1])
                 linear = every(linear, "linear")
     if linear:
         with preserved_rng(model, seed):
@@ -106,15 +98,14 @@ def online(
 
 
 def _second_order(
-    model: nn.Module,
-    clean: CleanPass,
-    targets: Any,
-    loss: Loss,
-    own: tuple[OutputsRead, HessianProduct] | None,
-) -> tuple[Estimate, str]:
+    model: nn.Module, clean: CleanPass, targets: Any, loss: Loss
+) -> tuple[Estimate, str, bool]:
+    """Return the parts, how, and whether they are within a loss of the model's own."""
     closed = _closed_form(clean, targets, loss)
     if every(closed is not None, "closed form") and closed is not None:
-        return closed, "closed form"
+        return closed, "closed form", False
+    own = outputs_within(clean, loss, targets)
+    own = own if every(own is not None, "own loss") else None
     # Without targets it is the form or nothing; with them R_1 can still be had.
     draws = 2 if targets is None else 1
     form = functools.partial(estimate, model, clean, targets, loss, draws, own)
@@ -124,7 +115,7 @@ def _second_order(
         other, _ = _parts(form, how)
         if other.per_site:
             found, how = _mean(found, other), f"{how}, of two draws"
-    return found, how
+    return found, how, own is not None and bool(found.per_site)
 
 
 def _mean(a: Estimate, b: Estimate) -> Estimate:
