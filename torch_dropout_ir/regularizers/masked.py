@@ -146,11 +146,22 @@ def _multiplied(h: Tensor, noise: Tensor) -> Tensor:
     return torch.where(noise != 0, h, h.new_zeros(())).mul_(noise)
 
 
-def clean_risk(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
-    """Return ``R_S`` of a batch: dropout off, batch normalization as in training."""
+def clean_risk(
+    model: nn.Module, batch: Batch, loss: Loss, keyed: bool = False
+) -> Tensor:
+    """Return ``R_S`` of a batch: dropout off, batch normalization as in training.
+
+    Where it is ``keyed`` sites draw the keys of their masks, and other noise is that of
+    :func:`dropout_risk` from the same states of generators.
+    """
     survey = Survey.of(model)
-    with at_sites(model, fresh, survey=survey):
+    with at_sites(model, unasking(_keyed) if keyed else fresh, survey=survey):
         return loss(call(model, batch[0], survey=survey), batch[1])
+
+
+def _keyed(site: Site, h: Tensor) -> Tensor:
+    ops.draw_key(h.device)
+    return fresh(site, h)
 
 
 class MaskedRows:
