@@ -243,8 +243,9 @@ class DropoutNoise:
             "squared": (share * error) ** 2,
         })
         snapshot.notes[_NOISE] = "; ".join((
-            f"of {self.num_masks} masks on one batch, never clipped; the error is by "
-            f"the spread of {self.num_masks // 2} pairs of them, and rough of few",
+            f"of {self.num_masks} masks on one batch, of the last pass where a step "
+            "adds up several, never clipped; the error is by the spread of "
+            f"{self.num_masks // 2} pairs of them, and rough of few",
             *found.notes,
         ))
         records: dict[str, Record] = {_NOISE: joined["noise"]}
