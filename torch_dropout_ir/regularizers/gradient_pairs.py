@@ -50,7 +50,7 @@ class GradientPairs:
         self._large = sum(x.nbytes for x in self._targets) > LEAST
         self._passes: PassParts | None = None
         self._twin = False  # whether it is the second of a pair's turn
-        self._rewind: Callable[[], None] = rewinding(model)
+        self._rewind: Callable[[], None] | None = None  # to where a pair began
         self.beside: bool | None = None  # whether the model draws besides its sites
         self.seen = NoiseSeen()
         self.risk: Tensor | float = 0.0  # the sum of all losses
@@ -83,16 +83,17 @@ class GradientPairs:
             look=None if passes is None else passes.look,
             twin=self._twin and bool(self.beside),
         )
-        if not self._twin:
+        if not self._twin and self.beside is not False:
             self._rewind = rewinding(self._model)
-        elif self.beside:
+        elif self._rewind is not None:
             self._rewind()
         saving = contextlib.nullcontext() if passes is None else passes.saving()
         with torch.enable_grad(), parts, contextlib.ExitStack() as stack:
             with saving:
                 value = stack.enter_context(masked)
-            if self.beside is None:
-                self.beside = self._drawn_beside()
+            if self.beside is None and self._rewind is not None:
+                self.beside = self._drawn_beside(self._rewind)
+                self._rewind = self._rewind if self.beside else None
             check_differentiable("gradient_norm", value)
             if parts.overwritten():
                 return False
@@ -106,11 +107,11 @@ class GradientPairs:
                 torch.autograd.grad(value, self._targets, allow_unused=True)
         return True
 
-    def _drawn_beside(self) -> bool:
+    def _drawn_beside(self, rewind: Callable[[], None]) -> bool:
         """Return whether the pass that was made has drawn more than keys of masks."""
         moved = anything_drawn(self._model)
         back = rewinding(self._model)
-        self._rewind()
+        rewind()
         given_back = not moved()  # as by `frozen_masks`
         for device in self.seen.keys:
             draw_key(device)
