@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir import kernels, ops
 from torch_dropout_ir.collectives import every, joined, some
-from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.functional import Batch, rewinding
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.masked import NoiseSeen, clean_risk, dropout_risk
@@ -69,7 +69,7 @@ class ExcessRisk:
         with torch.no_grad():
             # The mean of squares is a view of all of them.
             self._clean = clean_risk(model, batch, loss).clone()
-        # Other noise than dropout's is drawn afresh for each mask, on both sides.
+        # Other noise than dropout's is drawn afresh for each mask, once for both sides.
         self.noisy = some(drawn(), "noise")
         if slopes is None:
 
@@ -103,14 +103,16 @@ class ExcessRisk:
                 if slope is not None and slope.shape == shape and site.p < 1:
                     linear = linear + _linear_part(slope, packed, site.p)
 
+            rewind = rewinding(self._model) if self.noisy else None
             masked = dropout_risk(
                 self._model, self._batch, self._loss, self.seen, watch=watch
             )
             with masked as risk:
                 value = risk
             clean = self._clean
-            if self.noisy:
-                clean = clean_risk(self._model, self._batch, self._loss)
+            if rewind is not None:
+                rewind()
+                clean = clean_risk(self._model, self._batch, self._loss, keyed=True)
             self._excess.append((value - clean).double())
             self._linear.append(linear)
 

@@ -20,6 +20,10 @@ from torch_dropout_ir.written_parameters import unwritten
 ALIKE: Final = (
     "no standard error: no two masks made a difference to the gradient; take more"
 )
+_BESIDE: Final = (
+    "the model draws noise besides its sites: the noise of masks is without that, at "
+    "what was drawn"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +91,11 @@ def gradient_norm(
     mini-batches, which plain SGD has too. Steps count alike, whatever the sizes of
     their batches.
 
-    Noise that is not that of sites is switched off where its kind is known, and is in
-    all of it where it is not. Near ``p = 1``, where next to no unit is kept at both
-    masks of a pair, the draws do not show how far the mean is off, and neither do the
-    errors. They are NaN where no two masks made a difference, as near ``p = 0``.
+    Noise that is not that of sites is switched off where its kind is known. Where it is
+    not, both passes of a pair have the same: the noise of masks is at what was drawn,
+    and the rest holds it. Near ``p = 1``, where next to no unit is kept at both masks
+    of a pair, the draws do not show how far the mean is off, and neither do the errors.
+    They are NaN where no two masks made a difference, as near ``p = 0``.
 
     Costs a forward and a backward pass a mask and batch. Memory: beside a pass, whose
     gradients go one by one as they come, one gradient, that of the pass before. Those
@@ -161,6 +166,8 @@ def gradient_norm(
     found = dict(zip((*names, *errors), (*mean, *error), strict=True))
     seen = norms.seen
     notes = noise_left_out(model, bool(seen.silenced), seen.met, cut=seen.cut)
+    if norms.beside:
+        notes = (*notes, _BESIDE)
     alike = bool(table[:, 0].any()) and not bool(table[:, 2].any())
     if alike and len(rows) > 1 and seen.met and not seen.cut:
         found |= dict.fromkeys(errors[:3], mean[0] * float("nan"))

@@ -15,11 +15,13 @@ from torch_dropout_ir.exhaustion import raise_if_exhausted
 from torch_dropout_ir.functional import Batch, parameters, rewinding
 from torch_dropout_ir.gradient_factors import Factors, address, row_blocks
 from torch_dropout_ir.inputs import Inputs
+from torch_dropout_ir.kernels import draw_key
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.masked import NoiseSeen, dropout_risk
 from torch_dropout_ir.regularizers.pass_parts import PassParts
 from torch_dropout_ir.regularizers.step_memory import LEAST
+from torch_dropout_ir.tracing import anything_drawn
 from torch_dropout_ir.weight_parts import WeightParts
 
 Gradient: TypeAlias = Tensor | Factors  # gives rows by slices
@@ -47,6 +49,9 @@ class GradientPairs:
         self._overwritten = False  # whether it has been
         self._large = sum(x.nbytes for x in self._targets) > LEAST
         self._passes: PassParts | None = None
+        self._twin = False  # whether it is the second of a pair's turn
+        self._rewind: Callable[[], None] | None = None  # to where a pair began
+        self.beside: bool | None = None  # whether the model draws besides its sites
         self.seen = NoiseSeen()
         self.risk: Tensor | float = 0.0  # the sum of all losses
 
@@ -76,11 +81,19 @@ class GradientPairs:
             shared_mask=self._shared_mask,
             note=parts.note,
             look=None if passes is None else passes.look,
+            twin=self._twin and bool(self.beside),
         )
+        if not self._twin and self.beside is not False:
+            self._rewind = rewinding(self._model)
+        elif self._rewind is not None:
+            self._rewind()
         saving = contextlib.nullcontext() if passes is None else passes.saving()
         with torch.enable_grad(), parts, contextlib.ExitStack() as stack:
             with saving:
                 value = stack.enter_context(masked)
+            if self.beside is None and self._rewind is not None:
+                self.beside = self._drawn_beside(self._rewind)
+                self._rewind = self._rewind if self.beside else None
             check_differentiable("gradient_norm", value)
             if parts.overwritten():
                 return False
@@ -93,6 +106,18 @@ class GradientPairs:
             with arrivals(self._targets, take, [value]):
                 torch.autograd.grad(value, self._targets, allow_unused=True)
         return True
+
+    def _drawn_beside(self, rewind: Callable[[], None]) -> bool:
+        """Return whether the pass that was made has drawn more than keys of masks."""
+        moved = anything_drawn(self._model)
+        back = rewinding(self._model)
+        rewind()
+        given_back = not moved()  # as by `frozen_masks`
+        for device in self.seen.keys:
+            draw_key(device)
+        found = moved() and not given_back
+        back()
+        return found
 
     def across(self, a: Batch, b: Batch, num_masks: int) -> Tensor:
         """Return value, mean, mask noise and batch noise of two batches.
@@ -162,6 +187,7 @@ class GradientPairs:
         held: dict[int, tuple[Gradient, int]] = {}
         links: list[Tensor] = []
         for k, batch in enumerate(batches):
+            self._twin = k % 2 == 1
             links.append(self._link(batch, held, k == 0, k + 1 == len(batches)))
             if self._passes is not None and not self._passes.parted:
                 self._passes = None

@@ -58,6 +58,7 @@ from torch_dropout_ir.tracing import generators, unasked, unasking
 
 # Besides a first, small one; a double backward holds three times what a step does.
 _PARTS: Final = 3
+_TWIN: Final = 2**62 - 1  # bits of a key that make another one
 Again: TypeAlias = Callable[[Tensor], Tensor]
 _SHARED: Final = (
     "dropout site `{}`: expected one row of the mask for each of the {} samples, got "
@@ -73,11 +74,13 @@ class NoiseSeen:
         met: Whether a site acted.
         cut: The sites that drop everything, in order.
         silenced: Functions of other noise that were switched off.
+        keys: Where each key of the last pass was drawn.
     """
 
     met: bool = False
     cut: dict[str, None] = dataclasses.field(default_factory=dict)
     silenced: set[str] = dataclasses.field(default_factory=set)
+    keys: list[torch.device] = dataclasses.field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -91,6 +94,7 @@ def dropout_risk(
     watch: Callable[[Site, Tensor, torch.Size], None] | None = None,
     note: Callable[[Tensor, Tensor, Again], None] | None = None,
     look: Callable[[Site, Tensor, Tensor], None] | None = None,
+    twin: bool = False,
 ) -> Iterator[Tensor]:
     """Yield ``R_drop`` of a batch at one draw of masks; differentiate it inside.
 
@@ -98,8 +102,10 @@ def dropout_risk(
     samples (the paper's ``eta``); else each sample draws its own, as ``nn.Dropout``
     does. At each use of a site ``watch`` is called with it, its packed mask and the
     mask's shape, ``note`` with what it returns, its input, and what makes the one of
-    the other again, ``look`` with it, its input and what it returns.
+    the other again, ``look`` with it, its input and what it returns. A ``twin`` has
+    other masks than a pass from the same states of generators that is none.
     """
+    seen.keys.clear()
     survey = Survey.of(model)
     check_batch(model, batch[0], survey.modules)
 
@@ -114,7 +120,9 @@ def dropout_risk(
                 raise ValueError(_SHARED.format(site.name, batch_size(batch), shape[0]))
             shape = (1, *shape[1:])
         own = shape == tuple(h.shape)
-        dropped, packed = ops.draw(h if own else h.new_ones(shape), site.p, None)
+        seen.keys.append(h.device)
+        key = ops.draw_key(h.device) ^ _TWIN if twin else None
+        dropped, packed = ops.draw(h if own else h.new_ones(shape), site.p, key)
         if watch is not None:
             watch(site, packed, torch.Size(shape))
         scale = keep_scale(site.p)
@@ -138,11 +146,22 @@ def _multiplied(h: Tensor, noise: Tensor) -> Tensor:
     return torch.where(noise != 0, h, h.new_zeros(())).mul_(noise)
 
 
-def clean_risk(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
-    """Return ``R_S`` of a batch: dropout off, batch normalization as in training."""
+def clean_risk(
+    model: nn.Module, batch: Batch, loss: Loss, keyed: bool = False
+) -> Tensor:
+    """Return ``R_S`` of a batch: dropout off, batch normalization as in training.
+
+    Where it is ``keyed`` sites draw the keys of their masks, and other noise is that of
+    :func:`dropout_risk` from the same states of generators.
+    """
     survey = Survey.of(model)
-    with at_sites(model, fresh, survey=survey):
+    with at_sites(model, unasking(_keyed) if keyed else fresh, survey=survey):
         return loss(call(model, batch[0], survey=survey), batch[1])
+
+
+def _keyed(site: Site, h: Tensor) -> Tensor:
+    ops.draw_key(h.device)
+    return fresh(site, h)
 
 
 class MaskedRows:

@@ -38,12 +38,12 @@ def monte_carlo(
         - \beta_{-k} \sum_j g_j h_j \eta_{kj}
 
     Unbiased for every model and loss, as far as the noise is that of dropout sites. Of
-    other noise, known kinds are switched off, and what is not known is drawn afresh in
-    both losses, at one more pass a mask. Both are taken on the same batch. The last
-    term has mean zero: :math:`g` is the derivative of ``R_S`` in the inputs :math:`h`
-    of the sites, and :math:`\beta_{-k}` is fitted to the other masks. It takes away
-    most of the variance where dropout is a small perturbation, and fades where it is
-    not.
+    other noise, known kinds are switched off, and what is not known is drawn afresh for
+    each mask, the same in both losses, at one more pass a mask. Both are taken on the
+    same batch. The last term has mean zero: :math:`g` is the derivative of ``R_S`` in
+    the inputs :math:`h` of the sites, and :math:`\beta_{-k}` is fitted to the other
+    masks. It takes away most of the variance where dropout is a small perturbation,
+    and fades where it is not.
 
     A mean that stops on its own size is biased: where it is large by chance, it stops
     sooner. With ``rtol`` that bias, some :math:`2\,\mathrm{rtol}^2` of R_1, is taken

@@ -234,10 +234,12 @@ class DropoutNoise:
             "noise": share * float(found.dropout_noise),
             "squared": (share * error) ** 2,
         })
-        snapshot.notes[_NOISE] = (
-            f"of {self.num_masks} masks on one batch, never clipped; the error is by "
-            f"the spread of {self.num_masks // 2} pairs of them, and rough of few"
-        )
+        snapshot.notes[_NOISE] = "; ".join((
+            f"of {self.num_masks} masks on one batch, of the last pass where a step "
+            "adds up several, never clipped; the error is by the spread of "
+            f"{self.num_masks // 2} pairs of them, and rough of few",
+            *found.notes,
+        ))
         records: dict[str, Record] = {_NOISE: joined["noise"]}
         if math.isnan(joined["squared"]):
             why = _ONE_PAIR if self.num_masks == 2 else ALIKE
