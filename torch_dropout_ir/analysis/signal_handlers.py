@@ -82,11 +82,8 @@ def _stand_ins() -> list[tuple[int, _Carrying]]:
 
 
 def raised_by_handler(err: Exception) -> bool:
-    """Whether a signal handler in Python has raised an error, by where it passed.
-
-    A handler, which may have put another in its place by then, is given the frame that
-    it interrupts.
-    """
+    """Whether a signal handler in Python has raised an error, by where it passed."""
+    # It is given the frame that it interrupts, and may be none any more by then.
     for frame, _ in walk_tb(err.__traceback__):
         own = tuple(frame.f_locals.values())
         given = chain(own, *(x for x in own if type(x) is tuple))
