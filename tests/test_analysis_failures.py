@@ -362,15 +362,25 @@ def test_what_a_signal_handler_raises_in_a_measure_is_the_scripts(time_limit, by
         assert "regularizer/R1" in analysis.latest
 
 
-@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "partial", "once", "of any arguments"])
 def test_what_a_signal_handler_raises_while_a_pass_is_looked_at_is_the_scripts(
-    time_limit, monkeypatch, partial
+    time_limit, monkeypatch, kind
 ):
     def late(*_):
         signal.raise_signal(signal.SIGTERM)
 
-    if partial:
+    def once(number, _):
+        signal.signal(number, time_limit)
+        raise OverTime
+
+    if kind == "partial":
         time_limit = functools.partial(time_limit, "job")
+        signal.signal(signal.SIGTERM, time_limit)
+    elif kind == "once":
+        signal.signal(signal.SIGTERM, once)
+    elif kind == "of any arguments":
+        over = time_limit
+        time_limit = lambda *call: over(*call)  # noqa: E731
         signal.signal(signal.SIGTERM, time_limit)
     with tdi.attach_analysis(model := mlp(), log_dir=False, every=1):
         monkeypatch.setattr(capture, "not_again", late)

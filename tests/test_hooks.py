@@ -1,9 +1,12 @@
 """Hooks of ours are called where torch's would be."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
+from torch_dropout_ir import functional, hooks, module_calls
 from torch_dropout_ir.hooks import after_call, before_call
 
 
@@ -72,3 +75,51 @@ def test_they_are_called_when_torchs_are_and_leave_nothing(fails):
         found.append(str(called))
     assert found[0] == found[1]
     assert ("error" in found[0]) == fails
+
+
+class _Block(nn.Sequential):
+    """No layer of torch's: a pass has hooks on it."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def _interrupt(place, seen):
+    """Return what traces the code around hooks, and interrupts at a line of it."""
+    names = {"before_call", "after_call", "switch_off", "_hook", "_enter", "<lambda>"}
+    files = {x.__file__ for x in (functional, hooks, module_calls)}
+
+    def line(_, event, __):
+        if event == "line":
+            seen.append(None)
+            if len(seen) == place:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return line
+
+    def call(frame, *_):
+        code = frame.f_code
+        return line if code.co_filename in files and code.co_name in names else None
+
+    return call
+
+
+def test_an_interrupt_anywhere_between_hooks_leaves_none():
+    model = _Block(nn.Linear(2, 2), _Block(nn.Dropout(0.5), nn.Linear(2, 2)))
+    x, place, seen = torch.ones(3, 2), 0, []
+    while len(seen) == place:  # it has been interrupted there
+        seen.clear()
+        place += 1
+        sys.settrace(_interrupt(place, seen))
+        try:
+            with functional.at_sites(model, functional.fresh):
+                model(x)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        for module in model.modules():
+            assert not module._forward_hooks and not module._forward_pre_hooks
+            assert module.training and "forward" not in vars(module)
+        assert not torch._C._len_torch_function_stack()
+    assert place > 50

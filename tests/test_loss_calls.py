@@ -1199,6 +1199,21 @@ def test_a_loss_with_a_penalty_is_measured_without_it(name):
     assert abs(off) < 4.5 * error
 
 
+def test_a_penalty_that_goes_back_after_the_loss_is_in_r_2_and_its_note_says_so():
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tdi.attach_analysis(model, log_dir=False, every=1) as analysis:
+        both(model).backward()
+        alone = sum(p.grad.square().sum() for p in model.parameters())
+        decayed(model).backward()
+        received = sum(p.grad.square().sum() for p in model.parameters())
+        sgd.step()
+    expected = float(received) * 0.1 / 4
+    assert analysis.latest["regularizer/R2"] == pytest.approx(expected, rel=1e-5)
+    assert abs(received / alone - 1) > 0.01
+    assert "penalties too" in analysis.notes["regularizer/R2"]
+
+
 def test_a_penalty_that_goes_back_by_itself_is_said_to_lack():
     model = mlp()
     sgd = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -236,6 +236,13 @@ def test_a_first_part_without_curvature_is_not_taken_for_all(small, monkeypatch)
     assert found.standard_error < 0.2 * exact
 
 
+def test_an_exact_sum_by_parts_draws_nothing_where_no_part_is_curved(small):
+    net, (x, y) = network(), batch()
+    before, far = torch.get_rng_state(), real(y) + 1000
+    assert gauss_newton(net, (x, far), nn.HuberLoss(), num_samples=None).value == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("meet", [False, True])
 @pytest.mark.parametrize(
     "name", ["focal", "log cosh", "length", "positives", "some ignored"]

@@ -423,3 +423,13 @@ def test_squares_that_cannot_be_told_are_not_taken_for_such():
     assert is_quadratic(resolve_loss("mse"), f, f)
     for loss in (whole, beside):
         assert not is_quadratic(resolve_loss(loss), f, None)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (3,)])
+def test_probabilities_of_classes_are_one_term_a_sample(shape):
+    """As torch's mean counts them, and as labels of the same outputs count."""
+    f, p = torch.randn(shape), torch.rand(shape)
+    summed = F.cross_entropy(f, p, reduction="sum") / F.cross_entropy(f, p)
+    for loss in ("cross_entropy", nn.CrossEntropyLoss(weight=torch.rand(3))):
+        assert resolve_loss(loss).num_terms(p) == round(float(summed))
+    assert resolve_loss(nn.BCELoss()).num_terms(p) == p.numel()

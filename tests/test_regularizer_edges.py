@@ -1464,3 +1464,19 @@ def test_parts_of_one_list_are_no_lists(soft, monkeypatch):
     torch.testing.assert_close(*found)
     whole = second_order(net, (x, y), "cross_entropy", num_samples=None)
     torch.testing.assert_close(whole.value, dense)
+
+
+@pytest.mark.parametrize("form", [gauss_newton, second_order])
+def test_that_one_draw_of_samples_that_meet_has_no_error_is_said(form):
+    net, (x, _) = last_dropped()
+
+    def spread(f, _):
+        return (f - f.mean(0)).square().mean()
+
+    one = form(net, (x, None), spread)
+    assert one.standard_error.isnan() and "num_samples=8" in one.notes[-1]
+    for found in (
+        form(net, (x, None), spread, num_samples=2),
+        form(net, (x, None), lambda f, _: f.square().mean()),
+    ):
+        assert found.standard_error > 0 and found.notes == ()

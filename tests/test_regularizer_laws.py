@@ -69,6 +69,27 @@ def test_leave_one_out_tends_to_the_truth_and_the_quadratic_form_does_not():
     assert min(errors["last_layer"]) > 0.01
 
 
+def test_a_unit_left_out_of_a_margin_tends_to_the_truth():
+    """Torch has no second derivative of it: values tell that rows are apart."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(), nn.Linear(4, 3))
+    net, found = net.double(), []
+    batch = torch.randn(3, 4).double(), torch.tensor([0, 2, 1])
+    with torch.no_grad():
+        net[-1].weight.mul_(3)
+    for net[-2].p in (1e-2, 1e-3):
+        with torch.no_grad():
+            value = closed_form(leave_one_out, net, batch, F.multi_margin_loss)
+        found.append(abs(value / truth(net, batch, F.multi_margin_loss) - 1))
+    assert found[0] < 0.1 and 8 < found[0] / found[1] < 12
+    with torch.no_grad(), pytest.raises(ValueError, match="couples rows"):
+        closed_form(
+            leave_one_out, net, batch, lambda f, y: F.multi_margin_loss(f, y) ** 2
+        )
+    with pytest.raises(ValueError, match="second derivative"):
+        closed_form(leave_one_out, net, batch, F.multi_margin_loss)  # to be trained
+
+
 LOSSES = {
     "cross_entropy": F.cross_entropy,
     "smoothed, weighted": nn.CrossEntropyLoss(

@@ -322,7 +322,8 @@ def test_samples_that_do_not_run_apart_run_together(
         torch.testing.assert_close(parts.value, whole.value)
     # What lies below the first site does not matter; where samples meet, no graph is.
     if form is second_order:
-        assert bool(parts.notes) == (make is masked)
+        together = ["double backward" in note for note in parts.notes]
+        assert any(together) == (make is masked)
 
 
 class Again(nn.Module):

@@ -499,8 +499,23 @@ def test_no_gap_is_counted_on_that_the_next_value_may_still_fill():
     assert told > 2
 
 
+def test_values_that_all_come_twice_are_found_twice():
+    """A short look from a random direction does not reach the second copy of them."""
+    for seed in range(6):
+        draw = torch.Generator().manual_seed(seed)
+        values = torch.randn(200, generator=draw, dtype=torch.float64)
+        turn = torch.randn(400, 400, generator=draw, dtype=torch.float64)
+        turn = torch.linalg.qr(turn)[0]
+        matrix = (turn * values.repeat(2)) @ turn.T
+        torch.manual_seed(seed)
+        found = sharpness.top_eigenvalues((matrix + matrix.T) / 2, k=2)
+        expected = values.max().expand(2)
+        assert found.converged
+        torch.testing.assert_close(found.values, expected, rtol=2e-3, atol=0)
+
+
 def test_copies_of_zero_are_not_missed_where_all_vectors_have_room():
-    """A look of six products does not tell zero from -2e-4 where others are -25."""
+    """A look of 20 products does not tell zero from -2e-4 where others are -25."""
     negative = -torch.logspace(-3.6, 1.4, 19, dtype=torch.float64)
     matrix = torch.diag(torch.cat((torch.tensor([4.4, 0, 0, 0, 0]), negative)))
     for seed in range(5):

@@ -459,7 +459,14 @@ def test_a_site_that_drops_everything_breaks_no_claim():
     assert all("site `1`" in f.reason for f in lacking)
 
 
-@pytest.mark.parametrize("loss", [nn.L1Loss(), lambda f, y: (f - y).abs().mean()])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.L1Loss(),
+        lambda f, y: (f - y).abs().mean(),
+        lambda f, y: F.multi_margin_loss(f, y.argmax(1)),
+    ],
+)
 def test_where_no_site_drops_a_loss_without_curvature_breaks_no_claim(loss):
     net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.0), nn.Linear(3, 2)).double()
     batch = torch.randn(3, 2).double(), torch.randn(3, 2).double()

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torch_dropout_ir.collectives import go_on
 from torch_dropout_ir.dropout_calls import DropoutCalls, SiteFunction
-from torch_dropout_ir.hooks import after_call, before_call
+from torch_dropout_ir.hooks import Undo, after_call, before_call, give_back
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.sites import Site, uncompiled
 from torch_dropout_ir.substitution import call_with, copied_buffers, keep_buffers
@@ -59,13 +59,11 @@ def _switching() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _MODES
 
 
-def switch_off(
-    module: nn.Module, modes: dict[nn.Module, bool]
-) -> list[Callable[[], object]]:
-    """Return what gives a dropout module back that is switched off in its calls.
+def switch_off(module: nn.Module, modes: dict[nn.Module, bool], undo: Undo) -> None:
+    """Switch a dropout module off in its calls; ``undo`` is told how to give it back.
 
     A model may ask for its mode or set it: ``modes`` is told the one that it has when
-    it is called. What is returned is to be called from the last to the first.
+    it is called.
     """
     own = vars(module)  # to set an attribute asks what it is
     under_way = list[None]()  # calls, of several threads
@@ -84,10 +82,10 @@ def switch_off(
                 own["training"] = modes[module]
 
     modes[module] = module.training
-    restored = functools.partial(own.__setitem__, "training", module.training)
+    undo.append(functools.partial(own.__setitem__, "training", module.training))
     # Before that of a pass around this one, which would have switched it off.
-    before = before_call(module, switch)
-    return [restored, before, after_call(module, back, always=True)]
+    before_call(module, switch, undo)
+    after_call(module, back, undo, always=True)
 
 
 @contextlib.contextmanager
@@ -124,7 +122,7 @@ def _at_sites(
     seen: Survey, apply: SiteFunction, move_buffers: bool, outlives: bool, copies: bool
 ) -> Iterator[DropoutCalls]:
     calls = DropoutCalls(seen.callers, apply, move_buffers, outlives)
-    undo: list[Callable[[], object]] = []
+    undo: Undo = []
     try:
         # Layers of torch alone run nothing again in a backward pass.
         if seen.has_buffers and not (move_buffers or (copies and calls.absent)):
@@ -134,13 +132,10 @@ def _at_sites(
         with calls:
             yield calls
     finally:
-        for back in reversed(undo):
-            back()
+        give_back(undo)
 
 
-def _replace(
-    seen: Survey, apply: SiteFunction, undo: list[Callable[[], object]]
-) -> None:
+def _replace(seen: Survey, apply: SiteFunction, undo: Undo) -> None:
     """Put ``apply`` in the place of each site of a model of torch's layers alone."""
     evaluated = not seen.model.training
     for site in seen.sites:  # of which nobody asks the mode
@@ -155,7 +150,7 @@ def _act(site: Site, apply: SiteFunction, evaluated: bool, h: Tensor) -> Tensor:
     return apply(site, h) if evaluated or site.module.training else h
 
 
-def _hook(seen: Survey, apply: SiteFunction, undo: list[Callable[[], object]]) -> None:
+def _hook(seen: Survey, apply: SiteFunction, undo: Undo) -> None:
     """Switch dropout modules off, and let each site pass on what ``apply`` returns."""
     modes: dict[nn.Module, bool] = {}
     evaluated = not seen.model.training  # now: a model may set its mode
@@ -165,10 +160,10 @@ def _hook(seen: Survey, apply: SiteFunction, undo: list[Callable[[], object]]) -
         return apply(site, h) if acts else h
 
     for module in seen.noise:
-        undo += switch_off(module, modes)
+        switch_off(module, modes, undo)
     for site in seen.sites:  # before hooks of the model's own
         hook = functools.partial(act, site)
-        undo.append(after_call(site.module, hook, first=True))
+        after_call(site.module, hook, undo, first=True)
 
 
 def fresh(_: Site, h: Tensor) -> Tensor:

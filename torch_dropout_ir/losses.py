@@ -167,12 +167,14 @@ class Loss:
         Labels that the loss leaves out do not count.
         """
         by_label = self.option("ignore_index", None) is not None
-        by_label = by_label or self.kind == "cross_entropy"
-        if not by_label or targets.is_floating_point():
+        by_class = self.kind == "cross_entropy"
+        if by_class and targets.is_floating_point():  # probabilities of classes
+            return targets.numel() / max(1, targets.shape[min(1, targets.ndim - 1)])
+        if not (by_label or by_class) or targets.is_floating_point():
             return float(targets.numel())
         counted = targets[targets != self.option("ignore_index", -100)]
-        by_class = self.option("weight", None)
-        return float(counted.numel() if by_class is None else by_class[counted].sum())
+        weights = self.option("weight", None)
+        return float(counted.numel() if weights is None else weights[counted].sum())
 
     def option(self, name: str, default: Any) -> Any:
         """Return a setting of the loss, of a module or of a partial function."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torch_dropout_ir.hooks import after_call, before_call
+from torch_dropout_ir.hooks import after_call, before_call, give_back
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import checkpointed
 
@@ -60,12 +60,21 @@ class ModuleCalls(TorchFunctionMode):
         self.differentiates = False
 
     def __enter__(self) -> Self:
+        try:
+            self._enter()
+        except KeyboardInterrupt:
+            self._on = innermost() is self
+            self.__exit__()
+            raise
+        return self
+
+    def _enter(self) -> None:
         if self.absent:
             _ABSENT.modes = (*_absent(), self)
-            return self
+            return
         for module in self._modules:  # around hooks of the user's, which may call too
-            self._undo.append(before_call(module, self._begin))
-            self._undo.append(after_call(module, self._end, first=True, always=True))
+            before_call(module, self._begin, self._undo)
+            after_call(module, self._end, self._undo, first=True, always=True)
         if _any_compiled(self._modules):  # graphs have no place for masks
             stack = contextlib.ExitStack()
             stack.enter_context(warnings.catch_warnings())
@@ -74,16 +83,13 @@ class ModuleCalls(TorchFunctionMode):
             self._undo.append(stack.close)
         super().__enter__()
         self._on = True
-        return self
 
     def __exit__(self, *error: Any) -> None:
         if self.absent:
-            _ABSENT.modes = _absent()[:-1]
+            _ABSENT.modes = tuple([x for x in _absent() if x is not self])
             return
         self.rest()
-        for back in reversed(self._undo):
-            back()
-        self._undo.clear()
+        give_back(self._undo)
 
     def rest(self) -> None:
         """Hand nothing over until the context ends; it is the innermost mode now.

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from itertools import chain
 from traceback import walk_tb
 from typing import Any
 
@@ -82,8 +83,10 @@ def _stand_ins() -> list[tuple[int, _Carrying]]:
 
 def raised_by_handler(err: Exception) -> bool:
     """Whether a signal handler in Python has raised an error, by where it passed."""
-    put = [signal.getsignal(n) for n in range(1, signal.NSIG)]
-    found = [getattr(x, "func", x) for x in put if callable(x)]  # of partials
-    own = [getattr(x, "__code__", None) or type(x).__call__ for x in found]
-    codes = [getattr(x, "__code__", x) for x in own]
-    return any(frame.f_code in codes for frame, _ in walk_tb(err.__traceback__))
+    # It is given the frame that it interrupts, and may be none any more by then.
+    for frame, _ in walk_tb(err.__traceback__):
+        own = tuple(frame.f_locals.values())
+        given = chain(own, *(x for x in own if type(x) is tuple))
+        if any(x is frame.f_back and x is not None for x in given):
+            return True
+    return False

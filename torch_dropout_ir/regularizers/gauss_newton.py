@@ -13,9 +13,13 @@ from torch_dropout_ir.collectives import every
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.output_products import ALL, Rows
-from torch_dropout_ir.regularizers.checks import checked_product, read_beside
+from torch_dropout_ir.regularizers.checks import (
+    check_risk,
+    checked_product,
+    read_beside,
+)
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.estimate import Asked, Estimate
+from torch_dropout_ir.regularizers.estimate import Asked, Estimate, is_exact
 from torch_dropout_ir.regularizers.line_pass import (
     AlongLine,
     Mask,
@@ -186,6 +190,12 @@ def _first_pass(
     model, (inputs, targets), loss, num_samples = asked
     with _pass(asked, weigh=num_samples != 1, survey=survey) as clean:
         read = read_of(clean, targets, loss)
+        if every(not clean.uses, "no site"):  # then the loss may be bent or not
+            check_risk("gauss_newton", read, model, inputs, clean.later)
+            exact = is_exact(clean, loss, targets, num_samples)
+            like, notes = read.single.new_zeros(()), clean.noise_left_out(model)
+            none = Known(clean.names, num_samples, exact, like, notes)
+            return assemble(none, [[]] * (num_samples or 1), False)
         found = _forms(asked, clean, read, parts, line)
         if isinstance(found, (AlongLine, LossParts)):
             return found

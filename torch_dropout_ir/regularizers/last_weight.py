@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.gradient_factors import address
-from torch_dropout_ir.hooks import after_call
+from torch_dropout_ir.hooks import Undo, after_call, give_back
 from torch_dropout_ir.tracing import mapped, unasked
 from torch_dropout_ir.written_parameters import written_by
 
@@ -80,12 +80,13 @@ class LastWeight:
         # Some are given a way of their own: adapters, and kernels of other precision.
         self._layers = [x for x in layers if "forward" not in vars(x)]
         # Before hooks of the model's own, which may make something else of the output.
-        hooks = [after_call(x, self._read, first=True) for x in self._layers]
+        undo: Undo = []
         try:
+            for layer in self._layers:
+                after_call(layer, self._read, undo, first=True)
             yield
         finally:
-            for remove in hooks:
-                remove()
+            give_back(undo)
 
     def _read(self, layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
         # Identity is not enough: an operation in place leaves the tensor the same.

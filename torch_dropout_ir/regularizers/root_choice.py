@@ -119,7 +119,7 @@ class PartRoots:
         self._parts = parts
         self._num_samples = num_samples
         self._clean = clean
-        self.curved = parts.curved or any(_curved(x) for _, x in self._each())
+        self.curved = parts.curved or any(x.curved for _, x in self._each())
 
     def exact(self, rows: Rows = ALL) -> Iterator[Root]:
         """Yield what :meth:`HessianRoots.exact` does, each time made again by parts."""
@@ -153,8 +153,3 @@ class PartRoots:
             del read
             yield own, roots
             del roots
-
-
-def _curved(roots: Roots) -> bool:
-    """Whether a part's Hessian is known not to be zero, or a draw shows it."""
-    return roots.curved or (bool(roots.sample()) and roots.curved)

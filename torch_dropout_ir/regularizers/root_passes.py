@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from torch import Tensor, nn
 
@@ -42,6 +44,10 @@ from torch_dropout_ir.regularizers.site_forms import (
 from torch_dropout_ir.survey import Survey
 from torch_dropout_ir.written_parameters import unwritten
 
+_ONE_DRAW: Final = (
+    "one draw does not tell its error where samples meet (batch normalization, a loss "
+    "that couples them), are not known to be apart, or are one: take `num_samples=8`"
+)
 Run: TypeAlias = Callable[[], AbstractContextManager[tuple[CleanPass, OutputsRead]]]
 
 
@@ -78,6 +84,8 @@ def estimated(
         if not isinstance(found, Estimate):
             found = drawn(found, asked)
     check_finite(name, found.value, model, batch[0])
+    if num_samples == 1 and math.isnan(found.standard_error.item()):
+        found = dataclasses.replace(found, notes=(*found.notes, _ONE_DRAW))
     return found
 
 

@@ -36,7 +36,7 @@ from torch_dropout_ir.vectors import (
 _BASIS: Final = 32
 _FORESEEN: Final = 6.0  # times that a foreseen error may be less than a certain one
 _NEAR: Final = 0.15  # residual of a start that is near an eigenvector, over the value
-_LOOK: Final = 6  # products in a random direction, where several values are wanted
+_LOOK: Final = 20  # products in a random direction, where several values are wanted
 _LOOK_WARM: Final = 4
 _MIXED: Final = 0.1  # share of a random direction in every start
 _BASIS_BYTES: Final = 2**29
@@ -101,7 +101,7 @@ def top_eigenvalues(
     the vector is as good. Neither stops because a value changed little.
 
     Several values are believed on their residuals. Larger ones and further copies of
-    multiple ones are looked for from another random direction, for six products (four
+    multiple ones are looked for from another random direction, for 20 products (four
     from a given ``start``), until nothing new is found. Where there is room for all
     ``P`` vectors, all are taken, and with fewer products several have not converged.
     Every start has a random part, from which larger values grow; but one close to an

@@ -188,7 +188,8 @@ class ReceivedGradient:
         assert snapshot.gradients is not None and snapshot.lr is not None  # by `needs`
         snapshot.notes["regularizer/R2"] = (
             "(lr/4) ||g||^2 of the gradient that the optimizer receives, clipped where "
-            "the script clips: one unbiased sample in full-batch training; in "
+            "the script clips, with all that was sent back (penalties too, but not the "
+            "optimizer's weight decay): one unbiased sample in full-batch training; in "
             "mini-batches it holds their noise too"
         )
         return {"regularizer/R2": received_r2(snapshot.gradients, snapshot.lr)}
