@@ -13,7 +13,7 @@ from torch_dropout_ir.analysis.followed_loss import inside
 from torch_dropout_ir.losses import TORCH_LOSSES
 from torch_dropout_ir.tracing import any_moved
 
-# Private names; with a torch that lacks them, loss modules alone are found.
+# Private names; with a torch that lacks them, no loss is followed.
 _POP: Final = getattr(torch._C, "_pop_torch_function_stack", None)
 _PUSH: Final = getattr(torch._C, "_push_on_torch_function_stack", None)
 _LENGTH: Final = getattr(torch._C, "_len_torch_function_stack", None)
