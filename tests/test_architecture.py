@@ -14,7 +14,7 @@ PACKAGE = ROOT / "torch_dropout_ir"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # fmt: off
 FLOORS = {
-    0: ("kernels", "root_kernels", "jet_kernels", "_C"),
+    0: ("kernels", "root_kernels", "_C"),
     1: (
         "arguments", "exhaustion",
         "registration",
@@ -37,7 +37,7 @@ FLOORS = {
         "output_products",
         "output_scales",
         "softmax_roots",
-        "jet_program", "jet_rules", "jet_nodes", "jet_places",
+        "jet_kinds", "jet_program", "jet_rules", "jet_nodes", "jet_places",
         "jet_products", "jet_derivatives", "jet_moments", "row_powers",
         "sample_blocks", "entry_curvature",
     ),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from torch_dropout_ir.jet_kernels import SLOPES, Kind, Node, read_program
+from torch_dropout_ir.jet_kinds import SLOPES, Kind, Node, read_program
 from torch_dropout_ir.jet_program import Program
 from torch_dropout_ir.jet_rules import RULES
 from torch_dropout_ir.loss_terms import ELEMENTWISE, OF_LABELS, Nodes, Terms

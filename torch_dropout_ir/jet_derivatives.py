@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir.arrivals import once_differentiable, uneven
-from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_kinds import Kind
 from torch_dropout_ir.jet_program import Program, Shape
 from torch_dropout_ir.row_powers import POWERS, by_powers
 from torch_dropout_ir.tracing import derivatives, of_each

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_kinds import Kind
 from torch_dropout_ir.jet_program import Program, Rule, Shape, signed
 
 Slopes = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]

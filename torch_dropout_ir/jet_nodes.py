@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir.arrivals import graph_nodes
-from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_kinds import Kind
 from torch_dropout_ir.jet_program import Program, Rule
 
 

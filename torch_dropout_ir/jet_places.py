@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 
-from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_kinds import Kind
 from torch_dropout_ir.jet_nodes import chosen
 from torch_dropout_ir.jet_program import Program, Rule, signed
 

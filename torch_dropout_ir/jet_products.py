@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.jet_derivatives import mapped
-from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_kinds import Kind
 from torch_dropout_ir.jet_program import Program, Rule, signed
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_kinds import Kind
 
 Shape: TypeAlias = "Sequence[int]"
 # Adds a node to a program, of inputs by number, and returns its own; None where rows

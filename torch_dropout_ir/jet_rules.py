@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_kinds import Kind
 from torch_dropout_ir.jet_moments import LOSSES, MOMENTS
 from torch_dropout_ir.jet_nodes import NODES
 from torch_dropout_ir.jet_places import PLACES

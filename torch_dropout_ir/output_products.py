@@ -79,10 +79,12 @@ class HessianProduct:
     def blocks(self) -> Blocks | None:
         """Each sample's Hessian, of few outputs where the graph tells.
 
-        No derivative is taken for it.
+        No derivative is taken for it; by the compiled kernel alone.
         """
         f = self.at
         if self._trained or not f.ndim or not few(f) or type(f) is not Tensor:
+            return None
+        if not ops.COMPILED:
             return None
         width = f.shape[1:].numel()
         if width > _WIDEST or len(f) * (width + 1) * (width + 2) > 2 * _SMALL:

@@ -1,7 +1,8 @@
 """Floor 1: the ops' schemas, their kernels, and what torch must know beyond them.
 
 The pure-Python kernels serve every device; the compiled ones, where they could be
-built, take precedence on CPU and CUDA.
+built, take precedence on CPU and CUDA. Blocks of a loss are of the compiled one alone:
+where there is none, products with the Hessian take their place.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_dropout_ir import jet_kernels, kernels, root_kernels
+from torch_dropout_ir import kernels, root_kernels
 
 _LIBRARY = torch.library.Library("torch_dropout_ir", "DEF")
 _SCHEMAS = (
@@ -36,11 +37,10 @@ _ROOTS = (
 )
 _BLOCKS = (
     "loss_blocks(Tensor outputs, int[] program, float[] numbers, Tensor[] values)"
-    " -> Tensor",
+    " -> Tensor"
 )
-for _place, _schemas in (
-    (kernels, _SCHEMAS), (root_kernels, _ROOTS), (jet_kernels, _BLOCKS)
-):  # fmt: skip
+_LIBRARY.define(_BLOCKS)
+for _place, _schemas in ((kernels, _SCHEMAS), (root_kernels, _ROOTS)):
     _tags = () if _schemas is _ROOTS else (torch.Tag.pt2_compliant_tag,)
     for _schema in _schemas:
         _name = _schema[: _schema.index("(")]
@@ -60,7 +60,7 @@ def _load_compiled_kernels() -> bool:
         )
         return False
     # Kernels read their arguments by place: those of other schemas would crash.
-    expected = zlib.crc32("\n".join((*_SCHEMAS, *_ROOTS, *_BLOCKS)).encode()) % 2**31
+    expected = zlib.crc32("\n".join((*_SCHEMAS, *_ROOTS, _BLOCKS)).encode()) % 2**31
     built_for = getattr(compiled, "SCHEMAS", None)
     if built_for != expected:
         raise ImportError(
@@ -123,14 +123,6 @@ def _(
     sites: list[int],
 ) -> list[Tensor]:
     return [inputs[0].new_empty(()) for _ in range(2 * max(sites) + 4)]
-
-
-@torch.library.register_fake("torch_dropout_ir::loss_blocks")
-def _(
-    outputs: Tensor, program: list[int], numbers: list[float], values: list[Tensor]
-) -> Tensor:
-    width = outputs.shape[1:].numel()
-    return outputs.new_empty(width, outputs.shape[0], width)
 
 
 @torch.library.register_vmap("torch_dropout_ir::mask_draw")
