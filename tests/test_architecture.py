@@ -20,7 +20,7 @@ FLOORS = {
         "registration",
         "tracing", "recomputation",
         "ops",
-        "functional", "inputs", "leaves",
+        "functional", "generators", "inputs", "leaves",
         "batches",
         "substitution", "written_parameters",
         "vectors",

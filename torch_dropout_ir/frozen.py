@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from torch_dropout_ir.arguments import check_count, check_module
-from torch_dropout_ir.functional import preserved_rng
+from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.hooks import after_call, before_call
 
 

@@ -33,7 +33,8 @@ from torch_dropout_ir.condensation.rewire import (
     restore,
     with_one,
 )
-from torch_dropout_ir.functional import at_sites, call, preserved_rng
+from torch_dropout_ir.functional import at_sites, call
+from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.vectors import full_precision
 
 

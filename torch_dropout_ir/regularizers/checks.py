@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -12,13 +12,14 @@ from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir.arguments import check_derivatives
 from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.generators import Standing
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.loss_terms import nodes_of
 from torch_dropout_ir.output_products import HessianProduct, few
 from torch_dropout_ir.output_scales import alike
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.sites import Site, named_modules, uncompiled, unobservable
-from torch_dropout_ir.tracing import generators_moved, unasked
+from torch_dropout_ir.tracing import unasked
 
 Later: TypeAlias = Sequence[tuple[Site, torch.Size]]
 _DRAWN: Final = (
@@ -108,10 +109,10 @@ def check_risk(
 
     ``later`` are the sites that have acted when the pass was over, as it runs.
     """
-    moved = generators_moved(model)
+    began = Standing(model)
     with torch.no_grad():
         check_finite(name, read.risk(read.tensors), model, inputs)
-    _check_drawn(name, moved, later)
+    _check_drawn(name, began, later)
 
 
 def checked_product(
@@ -131,19 +132,19 @@ def checked_product(
             check_finite(name, value, model, inputs)
         return None
     general = read.loss.kind == "general"
-    moved = generators_moved(model) if general else None
+    began = Standing(model) if general else None
     product = read.product()
     assert product is not None
     check_finite(name, product.value, model, inputs)
-    _check_drawn(name, moved, later)
+    _check_drawn(name, began, later)
     return product
 
 
-def _check_drawn(name: str, moved: Callable[[], bool] | None, later: Later) -> None:
+def _check_drawn(name: str, began: Standing | None, later: Later) -> None:
     """Raise a ValueError if a loss has drawn random numbers, or does in training."""
     if later:
         raise ValueError(f"{name}: " + _CALLED.format(_names(later)))
-    if moved is not None and moved():
+    if began is not None and began.moved():
         raise ValueError(
             f"{name}: expected a loss that draws no random numbers, got one that does: "
             "it is another at each call. Put what is in it into evaluation mode, or "

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import alone, go_on
 from torch_dropout_ir.exhaustion import raise_if_exhausted
-from torch_dropout_ir.functional import Batch, parameters, rewinding
+from torch_dropout_ir.functional import Batch, parameters
+from torch_dropout_ir.generators import AllStanding
 from torch_dropout_ir.gradient_factors import Factors, address, row_blocks
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
@@ -132,7 +133,7 @@ class GradientPairs:
             address(x) for x in (*self._model.parameters(), *self._model.buffers())
         }
         there |= {x for batch in batches for x in _addresses(batch)}
-        rewind = rewinding(self._model)
+        began = AllStanding(self._model)
         passes = PassParts(self._model, self._targets, there, len(batches))
         self._passes = passes
         failed: Exception | None = None
@@ -147,7 +148,7 @@ class GradientPairs:
         # Of a model that went another way, by its masks perhaps: at the same ones.
         if failed or (passes.parted and not passes.alike):
             passes.alike = False
-            rewind()
+            began.restore()
             try:
                 links = self._links(batches)
             except Exception:

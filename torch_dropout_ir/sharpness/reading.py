@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.batches import as_batches
-from torch_dropout_ir.functional import Batch, batch_size, preserved_rng
+from torch_dropout_ir.functional import Batch, batch_size
+from torch_dropout_ir.generators import Standing, preserved_rng
 
 
 class Reading:
@@ -39,7 +40,8 @@ class Reading:
             check_pair(batch)
         self.single = listed[0] if listed and len(listed) == 1 else None
         self.empty = listed == []
-        self._generators = [(g, g.get_state()) for g in _generators(self._batches)]
+        self._generators = _generators(self._batches)
+        self._began = Standing(self._generators)
 
     def samples(self, batch: Batch) -> int:
         """Return the number of samples of a batch; raise if it is not to be told."""
@@ -69,17 +71,15 @@ class Reading:
         if isinstance(self._batches, (list, tuple)):
             yield from self._batches
             return
-        kept = [(g, g.get_state()) for g, _ in self._generators]
+        before = Standing(self._generators)
         try:
             with preserved_rng(self._model, 0):
-                for generator, state in self._generators:
-                    generator.set_state(state)
+                self._began.restore()
                 for batch in self._batches:
                     check_pair(batch)
                     yield batch
         finally:
-            for generator, state in kept:
-                generator.set_state(state)
+            before.restore()
 
 
 def check_pair(batch: Any) -> None:

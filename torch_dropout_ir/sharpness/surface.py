@@ -30,8 +30,8 @@ from torch_dropout_ir.functional import (
     at_sites,
     fresh,
     parameters,
-    preserved_rng,
 )
+from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.sharpness.differentiability import (

@@ -33,7 +33,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from torch_dropout_ir.analysis.measures.regularizer import terms
 from torch_dropout_ir.batches import as_batches
-from torch_dropout_ir.functional import Batch, batch_size, preserved_rng
+from torch_dropout_ir.functional import Batch, batch_size
+from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.gradient_factors import address
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
