@@ -41,7 +41,7 @@ FLOORS = {
         "jet_products", "jet_derivatives", "jet_moments", "row_powers",
         "sample_blocks", "entry_curvature",
     ),
-    2: ("nn", "frozen", "masks", "regularizers", "condensation", "sharpness"),
+    2: ("nn", "masks", "regularizers", "condensation", "sharpness"),
     3: ("analysis",),
     4: (
         "sinks",

@@ -44,7 +44,7 @@ from torch_dropout_ir.sharpness.batch_statistics import (
     batch_statistics,
     normalizes,
 )
-from torch_dropout_ir.sharpness.subsets import Subset
+from torch_dropout_ir.sharpness.differentiability import Subset
 from torch_dropout_ir.sharpness.surface import Surface
 
 # What a pass keeps, times: a second derivative's graph for many products, one that is
