@@ -14,7 +14,7 @@ PACKAGE = ROOT / "torch_dropout_ir"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # fmt: off
 FLOORS = {
-    0: ("kernels", "root_kernels", "_C"),
+    0: ("kernels", "_C"),
     1: (
         "arguments", "exhaustion",
         "registration",

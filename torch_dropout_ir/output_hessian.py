@@ -18,13 +18,16 @@ from torch import Tensor
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import (
     ALL,
+    SIGNS,
     WIDE,
     HessianProduct,
     Root,
     Rows,
     few,
+    magnitudes,
     of_rows,
     signed,
+    signs_of,
     with_signs,
 )
 from torch_dropout_ir.output_scales import (
@@ -39,13 +42,6 @@ from torch_dropout_ir.output_scales import (
     with_root,
 )
 from torch_dropout_ir.registration import block_roots, diagonal_roots
-from torch_dropout_ir.root_kernels import (
-    SIGNS,
-    eigen,
-    magnitudes,
-    signs_of,
-    turned,
-)
 from torch_dropout_ir.softmax_roots import softmax_root
 
 _DRAWN_AT_ONCE: Final = 2**18
@@ -212,6 +208,20 @@ class HessianRoots:
                 root = turned(of_rows(vectors, rows), root)
             roots.append((root.view(f.shape), sign))
         return roots
+
+
+def eigen(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of the blocks; half precision has no such routine."""
+    wide = blocks if blocks.dtype == torch.float64 else blocks.float()
+    if not wide.isfinite().all():  # which the routine refuses; the estimate tells
+        return blocks.sum(-1), blocks
+    values, vectors = torch.linalg.eigh(wide)
+    return values.to(blocks.dtype), vectors.to(blocks.dtype)
+
+
+def turned(vectors: Tensor, root: Tensor) -> Tensor:
+    """Return a root in the outputs from one along the eigenvectors."""
+    return (vectors @ root.unsqueeze(-1)).squeeze(-1)
 
 
 def hessian_roots(loss: Loss, outputs: Tensor, targets: Any) -> Iterator[Root]:

@@ -1,8 +1,8 @@
 """Floor 1: the ops' schemas, their kernels, and what torch must know beyond them.
 
 The pure-Python kernels serve every device; the compiled ones, where they could be
-built, take precedence on CPU and CUDA. Blocks of a loss are of the compiled one alone:
-where there is none, products with the Hessian take their place.
+built, take precedence on CPU and CUDA. Roots of few outputs and blocks of a loss are of
+the compiled ones alone: others of several operations take their place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_dropout_ir import kernels, root_kernels
+from torch_dropout_ir import kernels
 
 _LIBRARY = torch.library.Library("torch_dropout_ir", "DEF")
 _SCHEMAS = (
@@ -39,13 +39,12 @@ _BLOCKS = (
     "loss_blocks(Tensor outputs, int[] program, float[] numbers, Tensor[] values)"
     " -> Tensor"
 )
-_LIBRARY.define(_BLOCKS)
-for _place, _schemas in ((kernels, _SCHEMAS), (root_kernels, _ROOTS)):
-    _tags = () if _schemas is _ROOTS else (torch.Tag.pt2_compliant_tag,)
-    for _schema in _schemas:
-        _name = _schema[: _schema.index("(")]
-        _LIBRARY.define(_schema, tags=_tags)
-        _LIBRARY.impl(_name, getattr(_place, _name), "CompositeExplicitAutograd")
+for _schema in (*_ROOTS, _BLOCKS):
+    _LIBRARY.define(_schema)
+for _schema in _SCHEMAS:
+    _name = _schema[: _schema.index("(")]
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, getattr(kernels, _name), "CompositeExplicitAutograd")
 
 
 def _load_compiled_kernels() -> bool:
@@ -54,7 +53,7 @@ def _load_compiled_kernels() -> bool:
     except (ImportError, OSError) as err:
         warnings.warn(
             f"torch_dropout_ir: the compiled kernels could not be loaded ({err}); the "
-            "pure-Python ones give the same bits, 10 times slower and more. To build "
+            "pure-Python ones draw the same masks, 10 times slower and more. To build "
             "them: pip install --no-build-isolation -e . (a C++17 compiler is needed).",
             stacklevel=2,
         )
