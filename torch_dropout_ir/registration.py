@@ -1,8 +1,8 @@
 """Floor 1: the ops' schemas, their kernels, and what torch must know beyond them.
 
 The pure-Python kernels serve every device; the compiled ones, where they could be
-built, take precedence on CPU and CUDA. Roots of few outputs and blocks of a loss are of
-the compiled ones alone: others of several operations take their place.
+built, take precedence on CPU and CUDA. What small estimates are made of in one
+operation is of the compiled ones alone: several of torch's take its place elsewhere.
 """
 
 from __future__ import annotations
@@ -25,21 +25,19 @@ _SCHEMAS = (
     "mask_apply(Tensor x, Tensor packed, float scale) -> Tensor",
     "mask_draw(Tensor rng, Tensor p, SymInt numel) -> Tensor",
     "unit_counts(Tensor packed, int rows, int units) -> Tensor",
+)
+# By the compiled kernels of the CPU alone; what they return may depend on the values.
+_OF_FEW = (
     "form_sums(Tensor[] inputs, Tensor[] gradients, float[] factors, int[] rows,"
     " int[] units, int[] sites) -> Tensor[]",
-)
-# What they return depends on the values: no graph can hold them.
-_ROOTS = (
     "diagonal_roots(Tensor diagonal) -> Tensor[]",
     "softmax_roots(Tensor log_softmax, Tensor? slope, Tensor? bend, int classes)"
     " -> Tensor[]",
     "block_roots(Tensor columns) -> Tensor[]",
-)
-_BLOCKS = (
     "loss_blocks(Tensor outputs, int[] program, float[] numbers, Tensor[] values)"
-    " -> Tensor"
+    " -> Tensor",
 )
-for _schema in (*_ROOTS, _BLOCKS):
+for _schema in _OF_FEW:
     _LIBRARY.define(_schema)
 for _schema in _SCHEMAS:
     _name = _schema[: _schema.index("(")]
@@ -59,7 +57,7 @@ def _load_compiled_kernels() -> bool:
         )
         return False
     # Kernels read their arguments by place: those of other schemas would crash.
-    expected = zlib.crc32("\n".join((*_SCHEMAS, *_ROOTS, _BLOCKS)).encode()) % 2**31
+    expected = zlib.crc32("\n".join((*_SCHEMAS, *_OF_FEW)).encode()) % 2**31
     built_for = getattr(compiled, "SCHEMAS", None)
     if built_for != expected:
         raise ImportError(
@@ -110,18 +108,6 @@ def _(rng: Tensor, p: Tensor, numel: int) -> Tensor:
 @torch.library.register_fake("torch_dropout_ir::unit_counts")
 def _(packed: Tensor, rows: int, units: int) -> Tensor:
     return packed.new_empty(units, dtype=torch.int64)
-
-
-@torch.library.register_fake("torch_dropout_ir::form_sums")
-def _(
-    inputs: list[Tensor],
-    gradients: list[Tensor],
-    factors: list[float],
-    rows: list[int],
-    units: list[int],
-    sites: list[int],
-) -> list[Tensor]:
-    return [inputs[0].new_empty(()) for _ in range(2 * max(sites) + 4)]
 
 
 @torch.library.register_vmap("torch_dropout_ir::mask_draw")
