@@ -224,11 +224,6 @@ def turned(vectors: Tensor, root: Tensor) -> Tensor:
     return (vectors @ root.unsqueeze(-1)).squeeze(-1)
 
 
-def hessian_roots(loss: Loss, outputs: Tensor, targets: Any) -> Iterator[Root]:
-    """Yield ``(s_c, sign_c)`` with ``sum_c sign_c s_c s_c' = H_i`` for each sample."""
-    return HessianRoots(loss, outputs, targets).exact()
-
-
 def _diagonal(
     loss: Loss, outputs: Tensor, targets: Any, product: HessianProduct | None
 ) -> Tensor:
@@ -275,7 +270,7 @@ def _hessian_times(loss: Loss, outputs: Tensor, targets: Any, v: Tensor) -> Tens
         centred = v - (s * v).sum(1, keepdim=True)
         return cross_entropy_scale(loss, outputs, targets) * s * centred
     total = torch.zeros_like(v)
-    for root, sign in hessian_roots(loss, outputs, targets):
+    for root, sign in HessianRoots(loss, outputs, targets).exact():
         flat = (root * v).reshape(v.shape[0], -1).sum(1) * sign
         total += root * flat.view(-1, *(1,) * (v.ndim - 1))
     return total

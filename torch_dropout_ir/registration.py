@@ -84,13 +84,8 @@ loss_blocks = _ops.loss_blocks.default
 
 
 @torch.library.register_fake("torch_dropout_ir::dropout_forward")
-def _(x: Tensor, rng: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(kernels.packed_size(x.numel()), dtype=torch.uint8)
-
-
 @torch.library.register_fake("torch_dropout_ir::dropout_counted")
-def _(x: Tensor, rng: Tensor | None, p: float, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, x.new_empty(kernels.packed_size(x.numel()), dtype=torch.uint8)
 

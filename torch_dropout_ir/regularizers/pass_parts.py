@@ -27,7 +27,7 @@ from torch_dropout_ir.regularizers.graph_memory import TOLD, Graph, sizes_of
 from torch_dropout_ir.regularizers.pass_nodes import PassNodes, kept_by, saving, size_at
 from torch_dropout_ir.regularizers.step_memory import mask_bytes
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.weight_parts import FACTORED
+from torch_dropout_ir.weight_parts import factored
 
 # As much as a node returns, that is there while it runs and is not kept.
 _AT_HAND: Final = 2
@@ -241,7 +241,7 @@ class PassParts:
     def _held(self, i: int, readers: list[int], found: PassNodes) -> int:
         """Return the bytes of a gradient, as a tensor or as its factors."""
         whole, node = self._targets[i].nbytes, found.nodes[readers[0]]
-        if len(readers) > 1 or getattr(node, "_forward_cls", None) not in FACTORED:
+        if len(readers) > 1 or not factored(node):
             return whole
         return min(whole, sum(sizes_of(node)) + sum(self._saved[readers[0]].values()))
 
