@@ -19,6 +19,8 @@ from torch_dropout_ir.condensation.rows import (
 )
 from torch_dropout_ir.vectors import balanced, full_precision
 
+_BINS: Final = 80
+
 
 def orientations(weights: Tensor) -> Tensor:
     r"""Return the rows over their norms; a row of norm zero stays zero.
@@ -140,9 +142,6 @@ def cosine_similarity(weights: Tensor, other: Tensor | None = None) -> Tensor:
     rows = _units(weights)
     columns = rows if other is weights else _units(other).to(rows)
     return _as_given((rows @ columns.T).clamp(-1.0, 1.0), weights)
-
-
-_BINS: Final = 80
 
 
 @dataclasses.dataclass(frozen=True)

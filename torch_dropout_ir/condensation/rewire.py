@@ -16,6 +16,7 @@ from torch_dropout_ir.condensation.rows import row_norms, unit_rows
 from torch_dropout_ir.functional import call
 
 _MOST_ROWS: Final = 2**16
+_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def with_one(labels: Tensor, size: Tensor) -> Tensor:
@@ -169,9 +170,6 @@ def _size(module: nn.Module, side: str) -> str:
 def parameter(value: Tensor, like: Any) -> nn.Parameter:
     """A parameter of this value, otherwise as the one in whose place it comes."""
     return nn.Parameter(value.detach().to(like).contiguous(), like.requires_grad)
-
-
-_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def is_foldable(module: nn.Module | None) -> bool:

@@ -22,6 +22,7 @@ NO_DERIVATIVE: Final = (
     "it with `params=`."
 )
 _JUMPS: Final = ("Ceil", "Floor", "Round", "Sgn", "Sign", "Trunc")
+Subset = Collection[str] | Callable[[str], bool] | None
 
 
 def check_penalties(
@@ -108,9 +109,6 @@ def explained() -> Iterator[None]:
         if said.startswith(known) or not any(word in said for word in _WITHOUT):
             raise
         raise NotImplementedError(NO_DERIVATIVE.format(said)) from err
-
-
-Subset = Collection[str] | Callable[[str], bool] | None
 
 
 def chosen_parameters(

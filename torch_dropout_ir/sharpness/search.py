@@ -13,6 +13,15 @@ _HOLD: Final = {"residual": 2, "value": HOLD}  # products for which a claim must
 _HOLD_REHEARSED: Final = 2
 _ROOM: Final = 0.1  # of a tolerance: what is kept can become no better
 _CLOSE_NEAR: Final = 16.0  # tolerances that a residual may be from a start that is near
+_MOST: Final = (28, 3)  # products on the fewest samples, then on more
+_PRICE: Final = 4  # products that those of one level may cost
+_NEAR: Final = 0.05  # residual that is enough, over the value
+_SETTLED: Final = 0.005  # and error of the value
+_LEADING: Final = 4  # Ritz vectors that come along, the first at its length
+_ALONG: Final = 0.1  # of the others together
+_LEAST: Final = 8  # products below which there is no time to rehearse,
+_LEAST_BRIEF: Final = 16  # and of short ones, of which few samples take hardly less
+_GATHERING: Final = 0.35  # of a product: forward passes to choose samples, graphs
 
 
 class Search:
@@ -82,17 +91,6 @@ class Search:
             hold = _HOLD_REHEARSED if rehearsed else _HOLD[self._stop]
             self._until = space.spent + hold
         space.advance()
-
-
-_MOST: Final = (28, 3)  # products on the fewest samples, then on more
-_PRICE: Final = 4  # products that those of one level may cost
-_NEAR: Final = 0.05  # residual that is enough, over the value
-_SETTLED: Final = 0.005  # and error of the value
-_LEADING: Final = 4  # Ritz vectors that come along, the first at its length
-_ALONG: Final = 0.1  # of the others together
-_LEAST: Final = 8  # products below which there is no time to rehearse,
-_LEAST_BRIEF: Final = 16  # and of short ones, of which few samples take hardly less
-_GATHERING: Final = 0.35  # of a product: forward passes to choose samples, graphs
 
 
 def rehearsed(op: Any, max_matvecs: int, room: int) -> tuple[Tensor, float]:
