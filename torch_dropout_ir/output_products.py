@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir import ops
-from torch_dropout_ir.arguments import check_derivatives
+from torch_dropout_ir.arguments import check_derivatives, check_differentiable
 from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.entry_curvature import EntryCurvature, entry_curvature
 from torch_dropout_ir.loss_terms import Nodes, Terms, nodes_of, terms_of
@@ -64,11 +64,7 @@ class HessianProduct:
         self._run = functools.partial(loss, self.at, targets)
         with torch.enable_grad():
             self.value = self._run()
-        if not self.value.requires_grad:
-            raise ValueError(
-                "expected a loss that can be differentiated in the outputs, got one "
-                "whose value is cut off from them (detached, rounded or an argmax)"
-            )
+        check_differentiable(self.value, "outputs")
 
     @functools.cached_property
     def nodes(self) -> Nodes:

@@ -238,12 +238,3 @@ def read_beside(
 
 def _names(later: Later) -> list[str]:
     return sorted({site.name for site, _ in later})
-
-
-def check_differentiable(name: str, value: Tensor) -> None:
-    """Raise a ValueError if autograd sees no parameter that a loss depends on."""
-    if not value.requires_grad:
-        raise ValueError(
-            f"{name}: expected a loss that can be differentiated in the parameters, "
-            "got one whose value is cut off from them (detached, or an argmax)"
-        )

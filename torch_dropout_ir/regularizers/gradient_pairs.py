@@ -9,6 +9,7 @@ from typing import Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_differentiable
 from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import alone, go_on
 from torch_dropout_ir.exhaustion import raise_if_exhausted
@@ -17,7 +18,6 @@ from torch_dropout_ir.generators import AllStanding
 from torch_dropout_ir.gradient_factors import Factors, address, row_blocks
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.masked import NoiseSeen, dropout_risk
 from torch_dropout_ir.regularizers.pass_parts import PassParts
 from torch_dropout_ir.regularizers.step_memory import LEAST
@@ -82,7 +82,7 @@ class GradientPairs:
         with torch.enable_grad(), parts, contextlib.ExitStack() as stack:
             with saving:
                 value = stack.enter_context(masked)
-            check_differentiable("gradient_norm", value)
+            check_differentiable(value, "parameters", "gradient_norm")
             if parts.overwritten():
                 return False
             self.risk = self.risk + value.detach()
