@@ -88,8 +88,9 @@ class Program:
     ) -> int:  # fmt: skip
         """Add a node; return its number."""
         first, own = len(self.values), () if sizes is None else sizes
-        apart = not self.second.keys().isdisjoint((a, b))
-        told(not apart and self._whole * math.prod(own) <= self.most)
+        if a in self.second or b in self.second:
+            raise NotToldError
+        told(self._whole * math.prod(own) <= self.most)
         if self.order is not None:
             joined = self.sizes[a] if kind == Kind.LOG_SUM_EXP else own
             shapes = zip(values, (joined or (), own), strict=False)
