@@ -128,16 +128,14 @@ def unwritten(
     model: nn.Module,
     stays: Literal["nothing", "first", "last"] = "nothing",
     survey: Survey | None = None,
-    checks: bool = True,
 ) -> contextlib.AbstractContextManager[Any]:
     """Return the context of passes that begin with the parameters as they were.
 
-    They are given back at the end. No other thread measures inside, and one that writes
-    on them meanwhile is refused if it ``checks``. ``stays`` tells which pass is one of
-    training, whose writing stays.
+    They are given back at the end. No other thread measures inside. ``stays`` tells
+    which pass is one of training, whose writing stays.
     """
     looks = (survey or Survey.of(model)).may_write
-    others = checks and threading.active_count() > 1
+    others = threading.active_count() > 1
     if not (looks or others):
         return in_turn()  # as most
     return _unwritten(uncompiled(model), looks, stays, others)

@@ -79,8 +79,8 @@ class Bystanders:
         still = self.looking - self.acting
         kept = [(x, dict(x)) for _, x in _hook_dicts(model)]
         with (
-            unmoved_attributes(model), unwritten(model, checks=False),
-            _unprofiled(model), _NO_MODES(), unmoved_modes(),
+            unmoved_attributes(model), unwritten(model), _unprofiled(model),
+            _NO_MODES(), unmoved_modes(),
         ):  # fmt: skip
             try:
                 for module in model.modules():  # logs nothing to its trainer
