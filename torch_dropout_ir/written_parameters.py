@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Literal
 
 import torch
@@ -126,32 +126,38 @@ def is_plain(x: Tensor) -> bool:
 
 def unwritten(
     model: nn.Module,
+    known: Iterable[Tensor] | None = None,
     stays: Literal["nothing", "first", "last"] = "nothing",
     survey: Survey | None = None,
 ) -> contextlib.AbstractContextManager[Any]:
     """Return the context of passes that begin with the parameters as they were.
 
-    They are given back at the end. No other thread measures inside. ``stays`` tells
-    which pass is one of training, whose writing stays.
+    They are given back at the end. No other thread measures inside. ``known`` are those
+    that passes write on: it is not asked whether one writes. ``stays`` tells which pass
+    is one of training, whose writing stays.
     """
-    looks = (survey or Survey.of(model)).may_write
-    others = threading.active_count() > 1
-    if not (looks or others):
+    looks = known is None and (survey or Survey.of(model)).may_write
+    others = known is None and threading.active_count() > 1
+    if not (looks or known or others):
         return in_turn()  # as most
-    return _unwritten(uncompiled(model), looks, stays, others)
+    return _unwritten(uncompiled(model), known or (), looks, stays, others)
 
 
 @contextlib.contextmanager
 def _unwritten(
     model: nn.Module,
+    known: Iterable[Tensor],
     looks: bool,
     stays: Literal["nothing", "first", "last"],
     others: bool,
 ) -> Iterator[None]:
     kept = _Kept()
     with in_turn():
+        for x in known:
+            kept.add(x)
         before = _versions(model) if others else {}
-        over = _given_back(model, kept, stays) if looks else kept.give_back
+        acts = looks or bool(kept)
+        over = _given_back(model, kept, looks, stays) if acts else kept.give_back
         try:
             yield
         except RuntimeError:  # of autograd, that says less
@@ -186,6 +192,7 @@ def _check_still(
 def _given_back(
     model: nn.Module,
     kept: _Kept,
+    looks: bool,
     stays: Literal["nothing", "first", "last"],
 ) -> Callable[[], None]:
     """Begin each pass with the parameters as they were; return what ends that."""
@@ -198,7 +205,8 @@ def _given_back(
             return
         if kept:
             kept.give_back()
-        running.append(_Writes(model, kept.add).begin())
+        if looks:
+            running.append(_Writes(model, kept.add).begin())
 
     def end(*_: Any) -> None:
         if threading.get_ident() != own:

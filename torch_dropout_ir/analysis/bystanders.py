@@ -11,6 +11,8 @@ Semantics:
   gradient. The script's own pass at a step that measures tells which is which: what the
   model itself keeps by a hook, it may read. Hooks of torch and of Hugging Face's models
   act.
+* Key encoders that follow by momentum, annealed temperatures and constraints are kept
+  in parameters. Version counters do not tell of writing on ``x.data``; the values do.
 * Modes at dispatch level around the step (counters of operations, logs) are set aside.
 """
 
@@ -29,7 +31,8 @@ from torch.utils import _python_dispatch
 
 from torch_dropout_ir.analysis.attributes import OF_TORCH, unmoved_attributes
 from torch_dropout_ir.analysis.function_modes import unmoved_modes
-from torch_dropout_ir.written_parameters import unwritten
+from torch_dropout_ir.tracing import unasked
+from torch_dropout_ir.written_parameters import is_plain, unwritten
 
 # A private name; with a torch that lacks it, such modes see the measures too.
 _NO_MODES: Final[Callable[[], Any]] = getattr(
@@ -39,17 +42,18 @@ _NO_MODES: Final[Callable[[], Any]] = getattr(
 _TRACKERS: Final = ("module_tracker", "mod_tracker")
 _FORWARD: Final = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD: Final = ("_backward_hooks", "_backward_pre_hooks")
+_BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Bystanders:
-    """Tells hooks that look on from those that act.
+    """Tells hooks that look on from those that act; ``writes`` what passes write on.
 
     Attributes:
         looking, acting: Keys of hooks that have looked on, and have acted.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model, self.writes = model, ParameterWrites(model)
         self.looking, self.acting = set[int](), set[int]()
 
     @contextlib.contextmanager
@@ -78,9 +82,10 @@ class Bystanders:
         """
         still = self.looking - self.acting
         kept = [(x, dict(x)) for _, x in _hook_dicts(model)]
+        parameters = self.writes.kept(model)
         with (
-            unmoved_attributes(model), unwritten(model), _unprofiled(model),
-            _NO_MODES(), unmoved_modes(),
+            unmoved_attributes(model), parameters, _unprofiled(model), _NO_MODES(),
+            unmoved_modes(),
         ):  # fmt: skip
             try:
                 for module in model.modules():  # logs nothing to its trainer
@@ -203,3 +208,38 @@ def _state(args: Sequence[Any]) -> list[Any]:
             own = (vars(x), x._parameters, x._buffers, x._modules)
             seen += [id(y) for members in own for y in members.values()]
     return seen
+
+
+class ParameterWrites:
+    """Learns from the script's passes which parameters they write on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._written: dict[int, Tensor] = {}
+        self._before: list[tuple[Tensor, Any]] = []
+
+    def begin(self) -> None:
+        """A pass of the script's begins."""
+        self._before = [(x, _fingerprint(x)) for x in self._model.parameters()]
+
+    def end(self) -> None:
+        """It has ended."""
+        known = [(x, was) for x, was in self._before if was is not None]
+        self._written |= {id(x): x for x, was in known if _fingerprint(x) != was}
+        self._before = []
+
+    def kept(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Let each pass of a model, the own one or its copy, begin with these."""
+        return unwritten(model, list(self._written.values()))
+
+
+def _fingerprint(x: Tensor) -> Any:
+    """What tells whether a parameter has the same values; None where nobody asks."""
+    with unasked():  # by what looks on at the pass: this is none of the model's code
+        if not is_plain(x):
+            return None
+        plain = torch.view_as_real(x.data) if x.is_complex() else x.data
+        bits = plain.view(_BITS[plain.element_size()])
+        kind = torch.promote_types(bits.dtype, torch.int32)
+        # In no wider one: it takes longer.
+        return x.data_ptr(), int(bits.sum(dtype=kind))

@@ -240,6 +240,7 @@ class Capture:
         if self.want_masks and self.model is not None and not replaced():
             self.masks.begins(self.model)
         self._open = self.want_masks or self.want_targets
+        self.bystanders.writes.begin()
         if self._open and not self._outside:
             self._after_once.callback(after_call(self.watched, self._then, always=True))
             self._within = True
@@ -253,6 +254,7 @@ class Capture:
         self._within = False
         self._after_once.close()  # not for a call around it, as of a trainer's own step
         self._check_inputs()
+        self.bystanders.writes.end()
         self._own = OwnPass(self.watched, outputs)
         if not self.watched.training:
             return
