@@ -4,8 +4,8 @@ Semantics:
 
 * Between measurements the root module carries one hook, which does nothing: put there
   and taken away for each measurement, it would have compiled code compiled again. A
-  second one and the look-out for the loss, a mode, live inside a step that measures.
-  Its batch is kept until the next one.
+  second one and the look-outs for the loss, a global hook on modules and a mode for
+  functions, live inside a step that measures. Its batch is kept until the next one.
 """
 
 from __future__ import annotations

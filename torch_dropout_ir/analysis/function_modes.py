@@ -13,7 +13,7 @@ from torch_dropout_ir.analysis.followed_loss import inside
 from torch_dropout_ir.generators import Standing
 from torch_dropout_ir.losses import TORCH_LOSSES
 
-# Private names; with a torch that lacks them, no loss is followed.
+# Private names; with a torch that lacks them, loss modules alone are found.
 _POP: Final = getattr(torch._C, "_pop_torch_function_stack", None)
 _PUSH: Final = getattr(torch._C, "_push_on_torch_function_stack", None)
 _LENGTH: Final = getattr(torch._C, "_len_torch_function_stack", None)

@@ -18,6 +18,7 @@ Semantics:
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Final
 
 import torch
@@ -72,6 +73,7 @@ class LossCalls(TorchFunctionMode):
         steps: The calls that are listed.
         beside: What they read beside the outputs.
         one: Of each pass, whether it has returned a single tensor.
+        of_module: What the loss module has returned, where there is one.
         nodes: What has made the outputs in the graph, and where they come from.
     """
 
@@ -82,6 +84,7 @@ class LossCalls(TorchFunctionMode):
         self._model, self._generators = model, generators(model)
         self._accumulation, self._own = accumulation, OwnGraph(model)
         self.one, self.steps, self.beside = list[bool](), list[Step](), Beside()
+        self.of_module: weakref.ref[Tensor] | None = None
         self._known: Any = WeakIdKeyDictionary()  # where tensors come from
         self.nodes: dict[tuple[Any, int], At] = {}
         self._scales = set[int]()  # the steps that are a gradient scaler's
@@ -106,6 +109,10 @@ class LossCalls(TorchFunctionMode):
         if self.went_back or len(self.one) == _MOST_PASSES:
             return False
         return any(x.requires_grad for x in [*self._known])
+
+    def returned(self, x: Any) -> bool:
+        """Whether ``x``, or what it copies, is all that the last pass has returned."""
+        return self.one[-1] and self.at(x) == At("outputs", len(self.one) - 1, 0)
 
     def enter(self) -> None:
         """Lay the mode under those that are active, but over a default device's."""
@@ -136,6 +143,11 @@ class LossCalls(TorchFunctionMode):
             if not self.steps[found.place].differentiated:
                 found = None  # of a function with a derivative of its own
         return copied_from(x, self.nodes) if found is None else found
+
+    def lost(self, outputs: Any) -> bool:
+        """Whether some of the outputs were written on since the pass."""
+        places = filter(None, map(self.at, inside(outputs, Tensor)))
+        return any(at.of != "outputs" for at in places)
 
     @property
     def trained(self) -> At | None:
@@ -205,7 +217,7 @@ class LossCalls(TorchFunctionMode):
             self._accumulation.passes = 1  # what those before added is gone
         at, before = self.at(root), self._roots.get(how)
         if at in UNKNOWN or root.numel() != 1:
-            self._missed = True
+            self._missed = self.of_module is None or self.of_module() is not root
             if before is not None:  # a part of the loss is not known
                 self._roots, self._first = {}, None
                 self._rest()
