@@ -332,7 +332,7 @@ def test_bands_layout_facts_and_initial_state(run, tmp_path):
     assert "uncertainty/regularizer/R1/2/upper" in tensors
     assert sum(v.tag == "custom_scalars__config__" for _, v in values) == 1
     facts = tensors["run/facts"].item().decode()
-    for said in ("Sequential", "0.5", "mse_loss", "SGD", torch.__version__):
+    for said in ("Sequential", "0.5", "MSELoss", "SGD", torch.__version__):
         assert said.replace("_", "&#95;") in facts
     assert "_hparams_/session_start_info" in {v.tag for _, v in values}
     kept = tensors["initial/condensation/cosine/0"][2]
