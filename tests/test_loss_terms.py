@@ -13,14 +13,13 @@ from torch import nn
 from torch_dropout_ir import tracing
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.output_hessian import HessianRoots, hessian_columns
-from torch_dropout_ir.output_products import HessianProduct
+from torch_dropout_ir.output_products import HessianProduct, magnitudes, signs_of
 from torch_dropout_ir.output_scales import closed_diagonal
 from torch_dropout_ir.regularizers import gauss_newton, modified_loss, second_order
 from torch_dropout_ir.regularizers.clean_pass import clean_pass
 from torch_dropout_ir.regularizers.estimate import is_quadratic
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.regularizers.root_choice import choose
-from torch_dropout_ir.root_kernels import root_of_sign, signs_of
 from torch_dropout_ir.softmax_roots import SoftmaxRoots
 
 CLASSES = 3
@@ -182,7 +181,7 @@ def test_as_many_roots_as_there_are_signs():
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_is_no_zero(value):
     for x in (torch.tensor([value]), torch.tensor([1.0, value, -1.0])):
-        parts = [root_of_sign(x, sign, x) for sign in signs_of(x)]
+        parts = [magnitudes(x, sign).copysign(x) for sign in signs_of(x)]
         assert parts and not torch.stack(parts).isfinite().all()
 
 

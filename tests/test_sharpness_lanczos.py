@@ -12,7 +12,7 @@ from torch_dropout_ir.sharpness import curvature
 from torch_dropout_ir.sharpness.herding import herded, representatives
 from torch_dropout_ir.sharpness.krylov import Space, random_vector
 from torch_dropout_ir.sharpness.recurrence import Settled, recurrence
-from torch_dropout_ir.sharpness.rehearsal import rehearsed
+from torch_dropout_ir.sharpness.search import rehearsed
 
 
 class Counted:

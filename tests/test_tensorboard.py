@@ -23,7 +23,7 @@ from torch_dropout_ir.analysis import Histogram, Image
 from torch_dropout_ir.analysis.tables import tables
 from torch_dropout_ir.tensorboard import TensorBoardSink
 from torch_dropout_ir.tensorboard.descriptions import describe_tag
-from torch_dropout_ir.tensorboard.pictures import draw, row_names
+from torch_dropout_ir.tensorboard.panels import draw, row_names
 from torch_dropout_ir.tensorboard.values import bands, histogram
 
 

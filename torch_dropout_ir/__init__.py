@@ -11,7 +11,6 @@ from torch_dropout_ir import condensation, regularizers, sharpness, sinks, testi
 # One call for any model
 from torch_dropout_ir.analysis import Analysis
 from torch_dropout_ir.attach import attach_analysis
-from torch_dropout_ir.frozen import frozen_masks
 from torch_dropout_ir.losses import half_squared_error
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.nn import (
@@ -23,6 +22,7 @@ from torch_dropout_ir.nn import (
     restore_dropout_,
 )
 from torch_dropout_ir.ops import dropout
+from torch_dropout_ir.sharpness.frozen import frozen_masks
 
 __all__ = [
     "Analysis",

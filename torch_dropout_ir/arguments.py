@@ -218,3 +218,13 @@ def check_derivatives() -> None:
             "expected autograd to be at hand, got torch.inference_mode, whose tensors "
             "have no derivatives. Leave it, or use torch.no_grad."
         )
+
+
+def check_differentiable(value: Tensor, of: str, function: str = "") -> None:
+    """Raise a ValueError if autograd sees nothing ``of`` which a loss depends on."""
+    if not value.requires_grad:
+        said = f"{function}: " if function else ""
+        raise ValueError(
+            f"{said}expected a loss that can be differentiated in the {of}, got one "
+            "whose value is cut off from them (detached, rounded or an argmax)"
+        )

@@ -20,7 +20,8 @@ from torch_dropout_ir.analysis.root_hook import CompiledCall, RootHook
 from torch_dropout_ir.analysis.steps import steps_model
 from torch_dropout_ir.arguments import check_flag, check_module
 from torch_dropout_ir.batches import fixed_batches
-from torch_dropout_ir.functional import Batch, preserved_rng
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.tensorboard import TensorBoardSink
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from torch_dropout_ir.attach import check_data
 from torch_dropout_ir.demo import Settings, run_demo
-from torch_dropout_ir.demo.settings import PIXELS, REDUCED
+from torch_dropout_ir.demo.data import PIXELS, REDUCED
 from torch_dropout_ir.loading import (
     load_device,
     load_factory,

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from torch_dropout_ir.jet_kernels import SLOPES, Kind, Node, read_program
-from torch_dropout_ir.jet_program import Program
+from torch_dropout_ir.jet_kinds import SLOPES, Kind, Node, read_program
+from torch_dropout_ir.jet_program import NotToldError, Program, told
 from torch_dropout_ir.jet_rules import RULES
 from torch_dropout_ir.loss_terms import ELEMENTWISE, OF_LABELS, Nodes, Terms
 from torch_dropout_ir.tracing import derivatives
@@ -73,10 +73,10 @@ def entry_curvature(
         try:
             found = _curvature(end, _between(terms, nodes), tops, slopes)
         # A torch that names otherwise what a node has saved; a complex exponent.
-        except (AttributeError, TypeError):
+        except (NotToldError, AttributeError, TypeError):
             return None
     # 0 times infinity: where constants lead on autograd does not multiply.
-    if found is None or not math.isfinite(found.sum()):
+    if not math.isfinite(found.sum()):
         return None
     back = functools.partial(_back, GradientEdge(end, 0), at)
     return EntryCurvature(found.mul_(sign), None if end is at.node else back)
@@ -113,19 +113,16 @@ def _between(terms: Terms, nodes: Nodes) -> Nodes:
 
 def _curvature(
     end: Any, between: Nodes, tops: list[Any], slopes: Sequence[Tensor | None]
-) -> Tensor | None:
+) -> Tensor:
     """Return the second derivatives in the entries that a node makes."""
     (made,) = end._input_metadata
-    if not made.shape:
-        return None
+    told(made.shape)
     n, *sizes = made.shape
     found = _room(made, slopes)
     count = max(1, n // _PARTS, _AT_ONCE // max(1, math.prod(sizes)))
     for first in range(0, n, count):
         rows = slice(first, min(first + count, n))
         own, jets = found[rows], _jets(end, between, rows)
-        if jets is None:
-            return None
         parts = []
         for node, slope in zip(tops, slopes, strict=True):
             if node not in jets:  # of a penalty on parameters
@@ -175,8 +172,8 @@ class _Made(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _jets(end: Any, between: Nodes, rows: slice) -> dict[Any, Jet] | None:
-    """Return the derivatives of what nodes make of some rows, None if not told.
+def _jets(end: Any, between: Nodes, rows: slice) -> dict[Any, Jet]:
+    """Return the derivatives of what nodes make of some rows.
 
     The entries that ``end`` makes have the derivative 1; ``between`` lead to it, each
     after those that they are made of.
@@ -188,13 +185,9 @@ def _jets(end: Any, between: Nodes, rows: slice) -> dict[Any, Jet] | None:
         inputs = [found.get(child, -1) for child, _ in edges]
         if max(inputs, default=-1) < 0:  # a constant
             continue
-        rule = RULES.get(name)
-        number = rule and rule(program, _Part(node, rows, like), inputs)
-        if number is None:
-            return None
-        found[node] = number
-    if any([x.is_complex() for x in program.values]):
-        return None
+        told(name in RULES)
+        found[node] = RULES[name](program, _Part(node, rows, like), inputs)
+    told(not any([x.is_complex() for x in program.values]))
     made: list[Jet] = []
     nodes = [*read_program(program.steps, program.numbers)]
     last = {i: k for k, own in enumerate(nodes) for i in (own.a, own.b)}

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -30,7 +28,6 @@ from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.sites import Site, uncompiled
 from torch_dropout_ir.substitution import call_with, copied_buffers, keep_buffers
 from torch_dropout_ir.survey import Survey
-from torch_dropout_ir.tracing import generators
 from torch_dropout_ir.turns import alone_with, in_turn
 
 Batch = tuple[Any, Any]
@@ -207,42 +204,3 @@ def batch_size(batch: Batch) -> int:
         return int(packed.batch_sizes[0])
     first = inputs.first_tensor()
     return first.shape[0] if first.ndim else 1
-
-
-def rewinding(model: nn.Module) -> Callable[[], None]:
-    """Return what sets generators that a pass may draw from to where they are now."""
-    states = [(g, g.get_state()) for g in generators(model)]
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-
-    def rewind() -> None:
-        for generator, state in states:
-            generator.set_state(state)
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-
-    return rewind
-
-
-@contextlib.contextmanager
-def preserved_rng(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Give back the generators of torch, Python and NumPy as they were.
-
-    They are those of the model's devices; inside the context they begin at ``seed``,
-    or go on from where they are.
-    """
-    tensors = (*model.parameters(), *model.buffers())
-    devices = sorted({x.device.index or 0 for x in tensors if x.is_cuda})
-    with in_turn():
-        of_python, of_numpy = random.getstate(), np.random.get_state()
-        try:
-            with torch.random.fork_rng(devices=devices):
-                if seed is not None:
-                    random.seed(seed)
-                    np.random.seed(seed % 2**32)
-                    torch.default_generator.manual_seed(seed)
-                    for device in devices:
-                        torch.cuda.default_generators[device].manual_seed(seed)
-                yield
-        finally:
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)

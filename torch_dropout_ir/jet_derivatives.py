@@ -17,36 +17,30 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir.arrivals import once_differentiable, uneven
-from torch_dropout_ir.jet_kernels import Kind
-from torch_dropout_ir.jet_program import Program, Shape
+from torch_dropout_ir.jet_kinds import Kind
+from torch_dropout_ir.jet_program import Program, Shape, told
 from torch_dropout_ir.row_powers import POWERS, by_powers
 from torch_dropout_ir.tracing import derivatives, of_each
 
 
-def by_derivatives(
-    to: Program, node: Any, inputs: list[int], result: int = 0
-) -> int | None:
-    """Return the number of what a linear node makes; None if rows meet, or it bends.
+def by_derivatives(to: Program, node: Any, inputs: list[int], result: int = 0) -> int:
+    """Return the number of what a linear node makes, of which rows stay apart.
 
     Complex numbers are pairs of real ones, in a last dimension of the row.
     """
     made, live = node._input_metadata[result], [i for i in inputs if i >= 0]
     own = [to.sizes[i] for i in live]
     by_row = list(made.shape[:1]) == [to.rows] and None not in own
-    if not by_row:
-        return None
+    told(by_row)
     sizes: Shape = (*made.shape[1:], *(2,) * made.dtype.is_complex)
     count, width = math.prod(sizes), sum([math.prod(x or ()) for x in own])
-    if not 0 < to.rows * count * max(count, width) <= to.most:
-        return None
+    told(0 < to.rows * count * max(count, width) <= to.most)
     pull = functools.partial(_sent, node, inputs, result)
     roots = _roots(tuple(made.shape), made.dtype, made.device, count)
     # One alone first: what torch says is once differentiable ends the process if many.
-    if _bends(node, inputs, pull(roots[count])):
-        return None
+    told(not _bends(node, inputs, pull(roots[count])))
     found = of_each(pull, roots).detach()
-    if found.shape[1:] != (to.rows, width) or not _apart(*found[count:]):
-        return None
+    told(found.shape[1:] == (to.rows, width) and _apart(*found[count:]))
     return mapped(to, _joint(to, live, width), found[:count].movedim(0, 1), sizes)
 
 
@@ -62,7 +56,7 @@ def _bends(node: Any, inputs: list[int], sent: Tensor) -> bool:
     return any([x is not None and bool(x.any()) for x in slopes])
 
 
-def mapped(to: Program, a: int | None, by: Tensor, sizes: Shape) -> int | None:
+def mapped(to: Program, a: int, by: Tensor, sizes: Shape) -> int:
     """Return the number of sums of entries of ``a`` times numbers, which it adds.
 
     Those are ``[rows, made, entries]`` or the same of all rows; a row of what is made
@@ -119,16 +113,14 @@ def _apart(plain: Tensor, *weighed: Tensor) -> bool:
     return all([torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in pairs])
 
 
-def _joint(to: Program, live: list[int], width: int) -> int | None:
+def _joint(to: Program, live: list[int], width: int) -> int:
     """Add the entries of all inputs side by side."""
     number, start = -1, 0
     for i in live:
         count = math.prod(to.sizes[i] or ())
         flat = to.reshaped((count,), i)
-        if flat is None or len(live) == 1:
+        if len(live) == 1:
             return flat
-        added = to.add(Kind.PLACED, (width,), flat, number, start=start, step=1)
-        if added is None:
-            return None
-        number, start = added, start + count
+        number = to.add(Kind.PLACED, (width,), flat, number, start=start, step=1)
+        start += count
     return number

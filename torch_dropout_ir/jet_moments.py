@@ -12,31 +12,29 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.jet_kernels import Kind
-from torch_dropout_ir.jet_program import Program, Rule, Shape, signed
+from torch_dropout_ir.jet_kinds import Kind
+from torch_dropout_ir.jet_program import Program, Rule, Shape, signed, told
 
 Slopes = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
 _SINGULAR: Final = 1e8  # a condition number, which loses half of the digits
 
 
-def _joined(to: Program, a: int, saved: Any) -> tuple[Shape, list[int]] | None:
-    """Return a row's shape, and dimensions joined in it; None where rows are."""
-    if (own := to.sizes[a]) is None:
-        return None
+def _joined(to: Program, a: int, saved: Any) -> tuple[Shape, list[int]]:
+    """Return a row's shape, and dimensions joined in it."""
+    own = to.row(a)
     dims = [signed(d, len(own) + 1) - 1 for d in saved or ()]
-    return (own, dims) if dims and min(dims) >= 0 else None
+    told(dims and min(dims) >= 0)  # no rows are
+    return own, dims
 
 
 def _bits(dims: Sequence[int]) -> int:
     return sum([1 << d for d in dims])
 
 
-def _variance(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _variance(to: Program, node: Any, inputs: list[int]) -> int:
     """The mean of squares of what is off the mean, or the root of it."""
     a, x = inputs[0], node._saved_self
-    if (found := _joined(to, a, node._saved_dim)) is None:
-        return None
-    own, dims = found
+    own, dims = _joined(to, a, node._saved_dim)
     count = math.prod([own[d] for d in dims])
     kept = [1 if d in dims else size for d, size in enumerate(own)]
     mean = to.add(Kind.SUMMED, kept, a, dim=_bits(dims), alpha=1 / max(1, count))
@@ -45,8 +43,7 @@ def _variance(to: Program, node: Any, inputs: list[int]) -> int | None:
     squares = to.add(Kind.TIMES, own, off, off, (away, away))
     less = node._saved_correction
     less = count - (1.0 if less is None else float(less))
-    if less <= 0:
-        return None
+    told(less > 0)
     sizes = node._input_metadata[0].shape[1:]
     total = to.add(Kind.SUMMED, sizes, squares, dim=_bits(dims), alpha=1 / less)
     if "Std" not in node.name():
@@ -54,14 +51,12 @@ def _variance(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.add(Kind.SQRT, sizes, total, -1, (node._saved_result,))
 
 
-def _length(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _length(to: Program, node: Any, inputs: list[int]) -> int:
     """The root of a sum of powers; at zero torch has its own derivatives."""
     a, x, y = inputs[0], node._saved_self, node._saved_result
     order = float(node._saved_ord if hasattr(node, "_saved_ord") else node._saved_p)
-    found = _joined(to, a, node._saved_dim)
-    if found is None or not 0 < order < math.inf or not y.all():
-        return None
-    own, dims = found
+    own, dims = _joined(to, a, node._saved_dim)
+    told(0 < order < math.inf and y.all())
     sizes = node._input_metadata[0].shape[1:]
     if order == 2:
         powers = to.add(Kind.TIMES, own, a, a, (x, x))
@@ -74,11 +69,10 @@ def _length(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.add(Kind.POWER, sizes, total, -1, (y.double() ** order,), alpha=1 / order)
 
 
-def _modulus(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _modulus(to: Program, node: Any, inputs: list[int]) -> int:
     """The length of a complex number, which is a pair; at zero as above."""
-    own, y = to.sizes[inputs[0]], node._saved_self.abs()
-    if own is None or not y.all():
-        return None
+    own, y = to.row(inputs[0]), node._saved_self.abs()
+    told(y.all())
     x = torch.view_as_real(node._saved_self)
     squares = to.add(Kind.TIMES, own, inputs[0], inputs[0], (x, x))
     bits = 1 << (len(own) - 1)
@@ -86,18 +80,16 @@ def _modulus(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.add(Kind.SQRT, own[:-1], total, -1, (y,))
 
 
-def _logarithm(to: Program, matrix: Tensor, a: int) -> int | None:
+def _logarithm(to: Program, matrix: Tensor, a: int) -> int:
     """Return the number of the logarithm of the determinant of a matrix ``A`` a row.
 
     With ``M = B A`` and ``B`` the inverse at its value, which is a constant, its
     derivatives are those of ``tr M - tr(M M) / 2`` where the factors of that product
-    are zero. None next to a singular matrix, where terms of determinants cancel.
+    are zero. Not next to a singular matrix, where terms of determinants cancel.
     """
-    own, inverse = to.sizes[a], torch.linalg.inv(matrix)
-    if own is None or len(own) != 2 or len(inverse) != to.rows:
-        return None
-    if (matrix.norm(dim=(1, 2)) * inverse.norm(dim=(1, 2)) > _SINGULAR).any():
-        return None
+    own, inverse = to.row(a), torch.linalg.inv(matrix)
+    told(len(own) == 2 and len(inverse) == to.rows)
+    told(not (matrix.norm(dim=(1, 2)) * inverse.norm(dim=(1, 2)) > _SINGULAR).any())
     cube, square, m = (own[0],) * 3, own, own[0]
     turned = to.reshaped((m, m, 1), a)
     by = inverse.mT.unsqueeze(2)  # [n, k, 1, i]
@@ -114,14 +106,14 @@ def _logarithm(to: Program, matrix: Tensor, a: int) -> int | None:
     return to.add(Kind.SUMMED, (), each, dim=3, alpha=1.0)
 
 
-def _sign_and_logarithm(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _sign_and_logarithm(to: Program, node: Any, inputs: list[int]) -> int:
     """Both results, of which the sign is a constant."""
     number = _logarithm(to, node._saved_A.double(), inputs[0])
     to.add(Kind.LINEAR, (), number, alpha=0.0)
     return to.add(Kind.LINEAR, (), number, alpha=1.0)
 
 
-def _determinant(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _determinant(to: Program, node: Any, inputs: list[int]) -> int:
     matrix = node._saved_A.double()
     y = torch.linalg.det(matrix)
     return to.add(Kind.GIVEN, (), _logarithm(to, matrix, inputs[0]), -1, (y, y))
@@ -143,15 +135,13 @@ MOMENTS: Final[dict[str, Rule]] = {
 def _by_slopes(slopes: Slopes) -> Rule:
     """Return the rule of a loss of single outputs, by its two derivatives."""
 
-    def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
-        own, x, y = to.sizes[inputs[0]], node._saved_self, node._saved_target
-        if inputs[1] >= 0 or own is None:
-            return None
+    def rule(to: Program, node: Any, inputs: list[int]) -> int:
+        own, x, y = to.row(inputs[0]), node._saved_self, node._saved_target
+        told(inputs[1] < 0)
         saved = slopes(node, x, y)
-        if saved[1].shape != x.shape:  # outputs that have been repeated
-            return None
+        told(saved[1].shape == x.shape)  # else outputs have been repeated
         number = to.add(Kind.GIVEN, own, inputs[0], -1, saved)
-        if number is None or not node._saved_reduction:
+        if not node._saved_reduction:
             return number
         return to.total(number, 1 / x.numel() if node._saved_reduction == 1 else 1.0)
 
@@ -180,21 +170,14 @@ def _logistic(node: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return (one, two) if weight is None else (one * weight, two * weight)
 
 
-def _likelihood(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _likelihood(to: Program, node: Any, inputs: list[int]) -> int:
     """Linear in log-probabilities: minus that of the label, times its weight."""
     labels, weight = node._saved_target, node._saved_weight
-    if to.sizes[inputs[0]] is None or node._saved_self.ndim != 2:
-        return None
+    a = inputs[0]
+    told(len(to.row(a)) == 1)
+    index = (labels.unsqueeze(1),)
     ignored, reduction = signed(node._saved_ignore_index, 0), node._saved_reduction
-    number = to.add(
-        Kind.GATHERED,
-        (1,),
-        inputs[0],
-        -1,
-        (labels.unsqueeze(1),),
-        start=ignored,
-        step=1,
-    )
+    number = to.add(Kind.GATHERED, (1,), a, -1, index, start=ignored, step=1)
     number = to.add(Kind.LINEAR, (), number, alpha=-1.0)
     if weight is not None:
         each = weight[labels.where(labels != ignored, 0)]

@@ -16,22 +16,20 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir.arrivals import graph_nodes
-from torch_dropout_ir.jet_kernels import Kind
-from torch_dropout_ir.jet_program import Program, Rule
+from torch_dropout_ir.jet_kinds import Kind
+from torch_dropout_ir.jet_program import Program, Rule, told
 
 
-def _bent(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _bent(to: Program, node: Any, inputs: list[int]) -> int:
     """A function of entries in the same place, or a loss that adds such up."""
     made, leads = node._input_metadata[0], [k for k, i in enumerate(inputs) if i >= 0]
-    own, edges = to.sizes[inputs[leads[0]]], [node.next_functions[k] for k in leads]
-    if own is None or tuple(made.shape) not in ((to.rows, *own), ()):
-        return None
-    sizes = [to.sizes[inputs[k]] for k in leads]
-    if any([x is None or [*x] != [*own] for x in sizes]) or _meet(edges):
-        return None
+    own, edges = to.row(inputs[leads[0]]), [node.next_functions[k] for k in leads]
+    alike = all([[*to.row(inputs[k])] == [*own] for k in leads])
+    placed = tuple(made.shape) in ((to.rows, *own), ())
+    told(alike and placed and not _meet(edges))
     ones = torch.ones(made.shape, dtype=made.dtype, device=made.device)
     slopes, left = _sent(node, ones), list(leads)
-    number: int | None = -1
+    number = -1
     while left:
         k = left[0]
         seconds = _slopes(slopes[k], [node.next_functions[i] for i in left])
@@ -54,22 +52,20 @@ def _of_gamma(order: int) -> Rule:
     Asked, its node takes longer than the rest of a likelihood.
     """
 
-    def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
+    def rule(to: Program, node: Any, inputs: list[int]) -> int:
         sizes = to.elementwise(node, inputs[0], -1, False)
-        if sizes is False:
-            return None
         slopes = [torch.polygamma(k, node._saved_self) for k in (order, order + 1)]
         return to.add(Kind.GIVEN, sizes, inputs[0], -1, slopes)
 
     return rule
 
 
-def _power(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _power(to: Program, node: Any, inputs: list[int]) -> int:
     """``exp(b log a)``, which takes less time than to ask it; of what is positive."""
     a, b = inputs
     x, y = node._saved_self, node._saved_exponent
     sizes = to.elementwise(node, a, b, False)
-    if sizes is False or not (x > 0).all():
+    if not (x > 0).all():
         return _bent(to, node, inputs)
     log = x.double().log()
     first = a if a < 0 else to.add(Kind.LOG, to.sizes[a], a, -1, (x,))
@@ -97,11 +93,10 @@ def _slopes(of: Tensor, edges: list[Any]) -> Sequence[Tensor | None]:
     )
 
 
-def chosen(to: Program, node: Any, inputs: list[int]) -> int | None:
+def chosen(to: Program, node: Any, inputs: list[int]) -> int:
     """Entries in other places of their rows: each is one of them, or a constant."""
-    made, own = node._input_metadata[0], to.sizes[inputs[0]]
-    if own is None:
-        return None
+    made = node._input_metadata[0]
+    to.row(inputs[0])  # of a sum there are none
     g = torch.zeros(made.shape, dtype=made.dtype, device=made.device)
     sent = _sent(node, g.requires_grad_())[0]
     numbers = torch.arange(1, sent.numel() + 1, device=g.device).view_as(sent)
@@ -111,13 +106,13 @@ def chosen(to: Program, node: Any, inputs: list[int]) -> int | None:
     )
     # Of several entries, added up or averaged, the squares are others.
     alone = torch.equal(numbers.square(), squares)
-    return _by_number(to, inputs[0], numbers.long()) if alone else None
+    told(alone)
+    return _by_number(to, inputs[0], numbers.long())
 
 
-def _indexed(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _indexed(to: Program, node: Any, inputs: list[int]) -> int:
     """The same of entries by number, which are at hand."""
-    if (own := to.sizes[inputs[0]]) is None:
-        return None
+    own = to.row(inputs[0])
     first, *rest = node._saved_indices
     if first is not None and first.ndim == 1 and not any([x is not None for x in rest]):
         rows = first.nonzero().flatten() if first.dtype == torch.bool else first
@@ -128,24 +123,22 @@ def _indexed(to: Program, node: Any, inputs: list[int]) -> int | None:
     return _by_number(to, inputs[0], numbers.view(to.rows, *own)[tuple(at)])
 
 
-def _selected(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _selected(to: Program, node: Any, inputs: list[int]) -> int:
     """Entries along a dimension by number, or rows."""
     if node._saved_dim or node._saved_index.ndim != 1:
         return chosen(to, node, inputs)
     return to.picked(inputs[0], node._saved_index)
 
 
-def _by_number(to: Program, a: int, numbers: Tensor) -> int | None:
+def _by_number(to: Program, a: int, numbers: Tensor) -> int:
     """Add entries of a node, by their numbers among those of all rows; 0 for none."""
-    own, sizes = to.sizes[a], numbers.shape[1:]
-    if not numbers.ndim or len(numbers) != to.rows or own is None:
-        return None
+    own, sizes = to.row(a), numbers.shape[1:]
+    told(numbers.ndim and len(numbers) == to.rows)
     width, count = math.prod(own), math.prod(sizes)
     first = torch.arange(to.rows, device=numbers.device)[:, None] * width
     numbers = numbers.reshape(to.rows, count)
     index, none = numbers - 1 - first, numbers == 0
-    if not (none | ((index >= 0) & (index < width))).all():  # of other rows
-        return None
+    told((none | ((index >= 0) & (index < width))).all())  # none of other rows
     index = index.masked_fill(none, -1)
     flat = to.reshaped((width,), a)
     number = to.add(Kind.GATHERED, (count,), flat, -1, (index,), start=-1, step=1)

@@ -6,15 +6,13 @@ from typing import Any, Final
 
 import torch
 
-from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_kinds import Kind
 from torch_dropout_ir.jet_nodes import chosen
-from torch_dropout_ir.jet_program import Program, Rule, signed
+from torch_dropout_ir.jet_program import Program, Rule, signed, told
 
 
-def _sliced(to: Program, node: Any, inputs: list[int]) -> int | None:
-    own = to.sizes[inputs[0]]
-    if own is None:
-        return None
+def _sliced(to: Program, node: Any, inputs: list[int]) -> int:
+    own = to.row(inputs[0])
     dim, shape = signed(node._saved_dim, len(own) + 1), node._input_metadata[0].shape
     if not dim:
         if shape[0] == to.rows and node._saved_step == 1:
@@ -30,31 +28,24 @@ def _sliced(to: Program, node: Any, inputs: list[int]) -> int | None:
     )
 
 
-def _selected(to: Program, node: Any, inputs: list[int]) -> int | None:
-    if (place := to.along(inputs[0], node._saved_dim)) is None:
-        return None
-    own, dim = place
+def _selected(to: Program, node: Any, inputs: list[int]) -> int:
+    own, dim = to.along(inputs[0], node._saved_dim)
     start, sizes = signed(node._saved_index, own[dim]), (*own[:dim], *own[dim + 1 :])
     return to.add(Kind.CHOSEN, sizes, inputs[0], dim=dim, start=start, step=1)
 
 
-def _gathered(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _gathered(to: Program, node: Any, inputs: list[int]) -> int:
     a, index = inputs[0], node._saved_index
-    sizes, place = to.elementwise(node, a, -1, False), to.along(a, node._saved_dim)
-    if not sizes or place is None:
-        return None
-    own, dim = place
+    own, dim = to.along(a, node._saved_dim)
+    sizes = to.elementwise(node, a, -1, False) or ()
     sized = (*sizes[:dim], *own[dim : dim + 1], *sizes[dim + 1 :])
-    if sized != tuple(own):
-        return None
+    told(sized == tuple(own))
     return to.add(Kind.GATHERED, sizes, a, -1, (index,), dim=dim)
 
 
-def _at_indices(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _at_indices(to: Program, node: Any, inputs: list[int]) -> int:
     """Entries along a dimension that a node has found, by its own numbers."""
-    if (place := to.along(inputs[0], node._saved_dim)) is None:
-        return None
-    own, dim = place
+    own, dim = to.along(inputs[0], node._saved_dim)
     index = node._saved_indices
     index = index if index.ndim > len(own) else index.unsqueeze(dim + 1)
     values, sizes = (index,), index.shape[1:]
@@ -62,23 +53,19 @@ def _at_indices(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.reshaped(node._input_metadata[0].shape[1:], number)
 
 
-def _flipped(to: Program, node: Any, inputs: list[int]) -> int | None:
-    number: int | None = inputs[0]
+def _flipped(to: Program, node: Any, inputs: list[int]) -> int:
+    number = inputs[0]
     for saved in node._saved_dims:
-        if number is None or (place := to.along(number, saved)) is None:
-            return None
-        own, dim = place
+        own, dim = to.along(number, saved)
         last = own[dim] - 1
         number = to.add(Kind.CHOSEN, own, number, dim=dim, start=last, step=-1)
     return number
 
 
-def _parted(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _parted(to: Program, node: Any, inputs: list[int]) -> int:
     """Parts along a dimension of a row, one after the other."""
-    if (place := to.along(inputs[0], node._saved_dim)) is None:
-        return None
-    own, dim = place
-    number, start = None, 0
+    own, dim = to.along(inputs[0], node._saved_dim)
+    number = start = 0
     for part in node._input_metadata:
         sizes = part.shape[1:]
         number = to.add(Kind.CHOSEN, sizes, inputs[0], dim=dim, start=start, step=1)
@@ -86,12 +73,11 @@ def _parted(to: Program, node: Any, inputs: list[int]) -> int | None:
     return number
 
 
-def _joined(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _joined(to: Program, node: Any, inputs: list[int]) -> int:
     """Tensors beside one another along a dimension of a row."""
     shape, stacked = node._input_metadata[0].shape, "Stack" in node.name()
     dim = signed(node._saved_dim, len(shape)) - 1
-    if dim < 0:
-        return None
+    told(dim >= 0)
     counts, number = [], -1  # of a constant the size is not known
     for i in inputs:
         own = to.sizes[i] if i >= 0 else None
@@ -100,21 +86,15 @@ def _joined(to: Program, node: Any, inputs: list[int]) -> int | None:
         if i < 0:
             continue
         left, right = counts[:k], counts[k:]
-        if -1 in left and -1 in right:
-            return None
+        told(-1 not in left or -1 not in right)
         start = shape[dim + 1] - sum(right) if -1 in left else sum(left)
-        added = to.add(Kind.PLACED, shape[1:], i, number, dim=dim, start=start, step=1)
-        if added is None:
-            return None
-        number = added
+        number = to.add(Kind.PLACED, shape[1:], i, number, dim=dim, start=start, step=1)
     return number
 
 
-def _turned(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _turned(to: Program, node: Any, inputs: list[int]) -> int:
     """Dimensions of a row in another order."""
-    own, name = to.sizes[inputs[0]], node.name()
-    if own is None:
-        return None
+    own, name = to.row(inputs[0]), node.name()
     count = len(own) + 1
     dims = list(range(count))
     if "Permute" in name:
@@ -124,8 +104,7 @@ def _turned(to: Program, node: Any, inputs: list[int]) -> int | None:
         dims[i], dims[j] = j, i
     else:
         dims.reverse()
-    if dims[:1] != [0]:
-        return None
+    told(dims[:1] == [0])
     sizes = [own[d - 1] for d in dims[1:]]
     moved = [d for d in dims[1:] if own[d - 1] > 1]
     if moved == sorted(moved):

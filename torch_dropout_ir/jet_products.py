@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.jet_derivatives import mapped
-from torch_dropout_ir.jet_kernels import Kind
-from torch_dropout_ir.jet_program import Program, Rule, signed
+from torch_dropout_ir.jet_kinds import Kind
+from torch_dropout_ir.jet_program import Program, Rule, signed, told
 
 
 def _product(first: str, second: str) -> Rule:
@@ -20,33 +20,29 @@ def _product(first: str, second: str) -> Rule:
     constant or one a row.
     """
 
-    def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
+    def rule(to: Program, node: Any, inputs: list[int]) -> int:
         *added, a, b = inputs
-        number: int | None = -1
+        number = -1
         if a >= 0 or b >= 0:
             x, y = getattr(node, first), getattr(node, second)
             number = _multiplied(to, node, a, b, x, y)
-        if number is None or not added or added[0] < 0:
+        if not added or added[0] < 0:
             return number
         sizes = to.elementwise(node, number, added[0], False)
-        if sizes is False:
-            return None
         beta = float(node._saved_beta)
         return to.add(Kind.LINEAR, sizes, number, added[0], alpha=1.0, beta=beta)
 
     return rule
 
 
-def _multiplied(to: Program, node: Any, a: int, b: int, x: Any, y: Any) -> int | None:
+def _multiplied(to: Program, node: Any, a: int, b: int, x: Any, y: Any) -> int:
     """Add entries in three places, of which the one between is added up."""
     shape = node._input_metadata[0].shape
     if lift := a in to.second:
         shape, y = shape[1:], y[0]
     a = to.second.get(a, a)
-    by_row, own = len(shape) > 2, to.sizes[a] if a >= 0 else x.shape[1:]
-    if not by_row and (a < 0 or b >= 0 or not own):  # it adds up over rows
-        return None
-    assert own is not None
+    by_row, own = len(shape) > 2, to.row(a) if a >= 0 else x.shape[1:]
+    told(by_row or (a >= 0 > b and own))  # else it adds up over rows
     more = shape[len(own) :]
     left = a if a < 0 else to.reshaped((*own, *(1 for _ in more)), a)
     right = b if b < 0 else to.reshaped((1, *(to.sizes[b] or ())), b)
@@ -59,17 +55,15 @@ def _multiplied(to: Program, node: Any, a: int, b: int, x: Any, y: Any) -> int |
     return to.lifted(shape[1:], total) if lift else total
 
 
-def _cumulated(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _cumulated(to: Program, node: Any, inputs: list[int]) -> int:
     """Sums up to each place, a product with a triangle of ones."""
-    if (found := to.along(inputs[0], node._saved_dim)) is None:
-        return None
-    (*own,), dim = found
+    (*own,), dim = to.along(inputs[0], node._saved_dim)
     return _added_up(to, inputs[0], own, dim, node._input_metadata[0].device)
 
 
 def _added_up(
-    to: Program, a: int | None, own: list[int], dim: int, device: torch.device
-) -> int | None:
+    to: Program, a: int, own: list[int], dim: int, device: torch.device
+) -> int:
     n, rest = own[dim], own[dim + 1 :]
     ones = torch.ones(n, n, device=device).triu().view(n, n, *(1 for _ in rest))
     left = to.reshaped((*own[: dim + 1], 1, *rest), a)
@@ -78,11 +72,9 @@ def _added_up(
     return to.add(Kind.SUMMED, own, number, dim=1 << dim, alpha=1.0)
 
 
-def _log_cumulated(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _log_cumulated(to: Program, node: Any, inputs: list[int]) -> int:
     """Logarithms of sums of exponentials up to each place, in double precision."""
-    if (found := to.along(inputs[0], node._saved_dim)) is None:
-        return None
-    (*own,), dim = found
+    (*own,), dim = to.along(inputs[0], node._saved_dim)
     x, top = node._saved_self.double(), node._saved_result.double()
     most = x.amax(dim + 1, keepdim=True)
     number = to.add(Kind.EXP, own, inputs[0], -1, ((x - most).exp_(),))
@@ -90,14 +82,11 @@ def _log_cumulated(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.add(Kind.LOG, own, number, -1, ((top - most).exp_(),))
 
 
-def _multiplied_up(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _multiplied_up(to: Program, node: Any, inputs: list[int]) -> int:
     """Products up to each place, or all the way: of twice as many in each round."""
-    if (found := to.along(inputs[0], node._saved_dim)) is None:
-        return None
-    own, dim = found
+    own, dim = to.along(inputs[0], node._saved_dim)
     x, n = node._saved_self, own[dim]
-    number: int | None = inputs[0]
-    by = 1
+    number, by = inputs[0], 1
     while by < n:
         index = (torch.arange(n, device=x.device) - by).clamp_min_(-1)  # -1 for none
         index = index.view(-1, *(1 for _ in own[dim + 1 :]))
@@ -113,19 +102,18 @@ def _multiplied_up(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.add(Kind.CHOSEN, sizes, number, dim=dim, start=n - 1, step=1)
 
 
-def _crossed(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _crossed(to: Program, node: Any, inputs: list[int]) -> int:
     """Cross products: of the next entry with the one after, less the other way."""
     a, b = inputs
-    sizes = to.elementwise(node, a, b, False)
-    dim = signed(node._saved_dim, len(sizes or ()) + 1)
+    sizes = to.elementwise(node, a, b, False) or ()
+    dim = signed(node._saved_dim, len(sizes) + 1)
     live = [tuple(to.sizes[i] or ()) for i in inputs if i >= 0]
-    if not sizes or not dim or {tuple(sizes)} != {*live}:
-        return None
+    told(sizes and dim and {tuple(sizes)} == {*live})
     index = torch.arange(3, device=node._input_metadata[0].device)
     index = index.view(-1, *(1 for _ in sizes[dim:])).expand(1, *sizes)
     left, right = node._saved_self, node._saved_other  # None beside a constant
 
-    def turned(i: int, x: Tensor | None, turn: int) -> tuple[int | None, Tensor | None]:
+    def turned(i: int, x: Tensor | None, turn: int) -> tuple[int, Tensor | None]:
         if x is not None:
             x = x.expand(to.rows, *sizes).roll(-turn, dim)
         if i < 0:
@@ -133,7 +121,7 @@ def _crossed(to: Program, node: Any, inputs: list[int]) -> int | None:
         at = (index + turn) % 3
         return to.add(Kind.GATHERED, sizes, i, -1, (at,), dim - 1), x
 
-    def product(one: int, other: int) -> int | None:
+    def product(one: int, other: int) -> int:
         (first, x), (second, y) = turned(a, left, one), turned(b, right, other)
         values: Any = (y if b < 0 else x, x if a < 0 else y)
         return to.add(Kind.TIMES, sizes, first, second, values)
@@ -142,15 +130,13 @@ def _crossed(to: Program, node: Any, inputs: list[int]) -> int | None:
     return to.add(Kind.LINEAR, sizes, this, less, alpha=1.0, beta=-1.0)
 
 
-def _convolved(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _convolved(to: Program, node: Any, inputs: list[int]) -> int:
     """A convolution with a constant kernel: of one entry of a row after the other."""
-    own = to.sizes[inputs[0]]
-    if own is None or max(inputs[1:]) >= 0:
-        return None
+    own = to.row(inputs[0])
+    told(max(inputs[1:]) < 0)
     kernel, sizes = node._saved_weight, node._input_metadata[0].shape[1:]
     width, count = math.prod(own), math.prod(sizes)
-    if width * count > to.most:
-        return None
+    told(width * count <= to.most)
     each = torch.eye(width, dtype=kernel.dtype, device=kernel.device).view(-1, *own)
     names = "stride padding dilation transposed output_padding groups".split()
     how = [getattr(node, f"_saved_{name}") for name in names]

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_kinds import Kind
 
 Shape: TypeAlias = "Sequence[int]"
-# Adds a node to a program, of inputs by number, and returns its own; None where rows
-# may meet in what it makes.
-Rule: TypeAlias = "Callable[[Program, Any, list[int]], int | None]"
+# Adds a node to a program, of inputs by number, and returns its own.
+Rule: TypeAlias = "Callable[[Program, Any, list[int]], int]"
 _DTYPES: Final = {torch.float32, torch.float64, torch.int64, torch.bool}
 # Of all rows, and of their jets: above that products take less time, and memory.
 _ENTRIES: Final = 2**12
 _NUMBERS: Final = 2**16
 _MOST: Final = 2**63  # dimensions and places are saved without a sign
+
+
+class NotToldError(Exception):
+    """A graph that is no program: rows may meet, or the kernel is not to make it."""
 
 
 class Order(NamedTuple):
@@ -79,16 +82,15 @@ class Program:
         return {x.dtype for x in self.values} <= _DTYPES
 
     def add(
-        self, kind: Kind, sizes: Shape | None, a: int | None = -1, b: int | None = -1,
+        self, kind: Kind, sizes: Shape | None, a: int = -1, b: int = -1,
         values: Sequence[Tensor] = (), dim: int = 0, start: int = 0, step: int = 0,
         alpha: float = 0.0, beta: float = 0.0,
-    ) -> int | None:  # fmt: skip
-        """Add a node; return its number, None where the kernel is not to make it."""
+    ) -> int:  # fmt: skip
+        """Add a node; return its number."""
         first, own = len(self.values), () if sizes is None else sizes
-        if a is None or b is None or a in self.second or b in self.second:
-            return None
-        if self._whole * math.prod(own) > self.most:
-            return None
+        if a in self.second or b in self.second:
+            raise NotToldError
+        told(self._whole * math.prod(own) <= self.most)
         if self.order is not None:
             joined = self.sizes[a] if kind == Kind.LOG_SUM_EXP else own
             shapes = zip(values, (joined or (), own), strict=False)
@@ -103,33 +105,30 @@ class Program:
         self.orders.append(None if sizes is None else self.order)
         return len(self.sizes) - 1
 
-    def begin(self, inputs: Sequence[int]) -> bool:
-        """Read nodes in the order that their rows are in; whether it is one."""
+    def begin(self, inputs: Sequence[int]) -> None:
+        """Read nodes in the order that their rows are in, which must be one."""
         if not self._picks:
-            return True
+            return
         live = [i for i in inputs if i >= 0 and self.sizes[i] is not None]
         found = {id(self.orders[i]): self.orders[i] for i in live}
         self.order = next(iter(found.values()), None)
         self.rows = self._whole if self.order is None else len(self.order.rows)
-        return len(found) < 2
+        told(len(found) < 2)
 
-    def picked(self, a: int, rows: Tensor) -> int | None:
-        """Add rows of a node by number; None where one is chosen twice."""
-        own, count = self.sizes[a], len(rows)
-        if own is None or self.order is not None or not count:
-            return None
+    def picked(self, a: int, rows: Tensor) -> int:
+        """Add rows of a node by number, none of them twice."""
+        own, count = self.row(a), len(rows)
+        told(self.order is None and count)
         rows = torch.where(rows < 0, rows + self.rows, rows)
         places = torch.full((self.rows,), -1, device=rows.device)
         places[rows] = torch.arange(count, device=rows.device)
         there = places >= 0
-        if int(there.sum()) < count:
-            return None
+        told(int(there.sum()) == count)
         there = there.view(-1, *(1 for _ in own))
         number = self.add(Kind.TIMES, own, a, -1, (there, there))
-        if number is not None:
-            self._picks = True
-            found = [x for x in self.orders if x and torch.equal(x.rows, rows)]
-            self.orders[number] = (found or [Order(rows, places.clamp_(min=0))])[0]
+        self._picks = True
+        found = [x for x in self.orders if x and torch.equal(x.rows, rows)]
+        self.orders[number] = (found or [Order(rows, places.clamp_(min=0))])[0]
         return number
 
     def _by_row(self, x: Tensor, dims: int) -> Tensor:
@@ -137,57 +136,61 @@ class Program:
         assert self.order is not None
         return x[self.order.places] if x.ndim == dims and len(x) > 1 else x
 
-    def reshaped(self, sizes: Shape, a: int | None) -> int | None:
+    def reshaped(self, sizes: Shape, a: int) -> int:
         """Add the same entries in a row of another shape, if it is another."""
-        own = None if a is None or a in self.second else self.sizes[a]
+        own = self.sizes[a]
         if own is not None and tuple(own) == tuple(sizes):
             return a
         return self.add(Kind.LINEAR, sizes, a, alpha=1.0)
 
-    def lifted(self, sizes: Shape, a: int | None) -> int | None:
+    def lifted(self, sizes: Shape, a: int) -> int:
         """Add the same entries with a dimension of size 1 before that of the rows."""
-        a = self.reshaped(sizes, a) if self.order is None else None
+        told(self.order is None)
+        a = self.reshaped(sizes, a)
         number = self.add(Kind.LINEAR, sizes, a, alpha=1.0)
-        if a is not None and number is not None:
-            self.second[number], self.sizes[number] = a, None
+        self.second[number], self.sizes[number] = a, None
         return number
 
-    def along(self, a: int, saved: int) -> tuple[Shape, int] | None:
-        """Return the shape of a row of a node, and a dimension of it that was saved.
-
-        None of the dimension of the rows themselves, and of a sum over rows.
-        """
+    def row(self, a: int) -> Shape:
+        """Return the shape of a row of what a node makes."""
         own = self.sizes[a]
         if own is None:
-            return None
-        dim = signed(saved, len(own) + 1) - 1
-        return (own, dim) if dim >= 0 else None
+            raise NotToldError
+        return own
 
-    def elementwise(
-        self, node: Any, a: int, b: int, sums: bool
-    ) -> Shape | Literal[False] | None:
+    def along(self, a: int, saved: int) -> tuple[Shape, int]:
+        """Return the shape of a row of a node, and a dimension of it that was saved."""
+        own = self.row(a)
+        dim = signed(saved, len(own) + 1) - 1
+        told(dim >= 0)  # not that of the rows themselves
+        return own, dim
+
+    def elementwise(self, node: Any, a: int, b: int, sums: bool) -> Shape | None:
         """Return the shape of a row of what is made of entries in the same place.
 
-        None of a sum, False where rows may meet. With ``sums`` it is linear in sums
-        over rows: what bends them couples rows, and their derivatives in one row are
-        those of its own part.
+        None of a sum. With ``sums`` it is linear in sums over rows: what bends them
+        couples rows, and their derivatives in one row are those of its own part.
         """
         own = [self.sizes[i] for i in (a, b) if i >= 0]
         shape: Shape = node._input_metadata[0].shape
         if None in own:
-            if shape or set(own) != {None}:
-                return None if sums and not shape else False
+            told(not shape and (sums or set(own) == {None}))
             self.couples |= not sums
             return None
         dims = {len(x) + 1 for x in own if x is not None}
-        return shape[1:] if dims == {len(shape)} and shape[0] == self.rows else False
+        told(dims == {len(shape)} and shape[0] == self.rows)
+        return shape[1:]
 
-    def total(self, a: int | None, alpha: float) -> int | None:
+    def total(self, a: int, alpha: float) -> int:
         """Add the sum of all entries, times a number."""
-        own = None if a is None else self.sizes[a]
-        if own is None:
-            return None
-        return self.add(Kind.SUMMED, None, a, dim=(1 << len(own)) - 1, alpha=alpha)
+        dims = (1 << len(self.row(a))) - 1
+        return self.add(Kind.SUMMED, None, a, dim=dims, alpha=alpha)
+
+
+def told(known: Any) -> None:
+    """Raise a NotToldError where this is not known of a graph."""
+    if not known:
+        raise NotToldError
 
 
 def signed(saved: int, size: int) -> int:

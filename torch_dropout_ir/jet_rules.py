@@ -13,22 +13,20 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.jet_kernels import Kind
+from torch_dropout_ir.jet_kinds import Kind
 from torch_dropout_ir.jet_moments import LOSSES, MOMENTS
 from torch_dropout_ir.jet_nodes import NODES
 from torch_dropout_ir.jet_places import PLACES
 from torch_dropout_ir.jet_products import PRODUCTS
-from torch_dropout_ir.jet_program import Program, Rule, signed
+from torch_dropout_ir.jet_program import Program, Rule, signed, told
 
 
 def _linear(alpha: Callable[[Any], float], beta: Callable[[Any], float]) -> Rule:
     """Return the rule of ``alpha a + beta b``."""
 
-    def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
+    def rule(to: Program, node: Any, inputs: list[int]) -> int:
         a, b = inputs if len(inputs) == 2 else (inputs[0], -1)
         sizes = to.elementwise(node, a, b, True)
-        if sizes is False:
-            return None
         return to.add(
             Kind.LINEAR, sizes, a, b, alpha=float(alpha(node)), beta=float(beta(node))
         )
@@ -43,39 +41,33 @@ def _scaled(alpha: float) -> Rule:
     )
 
 
-def _repeated(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _repeated(to: Program, node: Any, inputs: list[int]) -> int:
     sizes = to.elementwise(node, inputs[0], -1, False)
-    if sizes is False:
-        return None
     return to.add(Kind.LINEAR, sizes, inputs[0], alpha=1.0)
 
 
-def _reshaped(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _reshaped(to: Program, node: Any, inputs: list[int]) -> int:
     """Dimensions of a row joined and split, one of size 1 before that of the rows."""
     a, shape = to.second.get(inputs[0], inputs[0]), node._input_metadata[0].shape
-    if (own := to.sizes[a]) is None:
-        return None
+    own = to.row(a)
     if math.prod(own) == math.prod(shape[1:]):
         return to.reshaped(shape[1:], a)
     behind = (1, to.rows) == tuple(shape[:2])
-    return to.lifted(shape[2:], a) if behind else None
+    told(behind)
+    return to.lifted(shape[2:], a)
 
 
-def _times(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _times(to: Program, node: Any, inputs: list[int]) -> int:
     a, b = inputs
     sizes = to.elementwise(node, a, b, min(a, b) < 0)
-    if sizes is False:
-        return None
     self, other = node._saved_self, node._saved_other
     values = (other if b < 0 else self, self if a < 0 else other)
     return to.add(Kind.TIMES, sizes, a, b, values)
 
 
-def _over(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _over(to: Program, node: Any, inputs: list[int]) -> int:
     a, b = inputs
     sizes = to.elementwise(node, a, b, b < 0)
-    if sizes is False:
-        return None
     values = (node._saved_other,) if b < 0 else (node._saved_other, node._saved_self)
     return to.add(Kind.OVER, sizes, a, b, values)
 
@@ -88,10 +80,8 @@ def _bent(
 ) -> Rule:
     """Return the rule of a function of one number, by what its node has saved."""
 
-    def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
+    def rule(to: Program, node: Any, inputs: list[int]) -> int:
         sizes = to.elementwise(node, inputs[0], -1, False)
-        if sizes is False:
-            return None
         value = (getattr(node, saved),)
         return to.add(
             kind, sizes, inputs[0], -1, value, alpha=alpha(node), beta=beta(node)
@@ -100,30 +90,25 @@ def _bent(
     return rule
 
 
-def _softmax(to: Program, node: Any, inputs: list[int]) -> int | None:
-    if (place := to.along(inputs[0], node._saved_dim)) is None:
-        return None
-    own, dim = place
+def _softmax(to: Program, node: Any, inputs: list[int]) -> int:
+    own, dim = to.along(inputs[0], node._saved_dim)
     kind = Kind.LOG_SOFTMAX if "Log" in node.name() else Kind.SOFTMAX
     return to.add(kind, own, inputs[0], -1, (node._saved_result,), dim=dim)
 
 
-def _log_sum_exp(to: Program, node: Any, inputs: list[int]) -> int | None:
-    if len(node._saved_dim) != 1:
-        return None
-    if (place := to.along(inputs[0], node._saved_dim[0])) is None:
-        return None
+def _log_sum_exp(to: Program, node: Any, inputs: list[int]) -> int:
+    told(len(node._saved_dim) == 1)
+    dim = to.along(inputs[0], node._saved_dim[0])[1]
     values = node._saved_self, node._saved_result
     sizes = node._input_metadata[0].shape[1:]
-    return to.add(Kind.LOG_SUM_EXP, sizes, inputs[0], -1, values, dim=place[1])
+    return to.add(Kind.LOG_SUM_EXP, sizes, inputs[0], -1, values, dim=dim)
 
 
 def _all_added(mean: bool) -> Rule:
     """Return the rule of a sum over all."""
 
-    def rule(to: Program, _: Any, inputs: list[int]) -> int | None:
-        own = to.sizes[inputs[0]]
-        count = 1 if own is None or not mean else to.rows * math.prod(own)
+    def rule(to: Program, _: Any, inputs: list[int]) -> int:
+        count = to.rows * math.prod(to.row(inputs[0])) if mean else 1
         return to.total(inputs[0], 1 / max(1, count))
 
     return rule
@@ -133,14 +118,12 @@ def _added(mean: bool) -> Rule:
     """Return the rule of a sum over dimensions."""
     of_all = _all_added(mean)
 
-    def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
-        own = to.sizes[inputs[0]]
-        if own is None:
-            return None
+    def rule(to: Program, node: Any, inputs: list[int]) -> int:
+        own = to.row(inputs[0])
         dims = [signed(d, len(own) + 1) for d in node._saved_dim or ()]
         if not dims or 0 in dims:
-            whole = not dims or len(dims) == len(own) + 1
-            return of_all(to, node, inputs) if whole else None
+            told(not 0 < len(dims) <= len(own))
+            return of_all(to, node, inputs)
         bits = sum([1 << (d - 1) for d in dims])
         count = math.prod([own[d - 1] for d in dims]) if mean else 1
         alpha = 1 / max(1, count)  # of none there are no derivatives
@@ -150,11 +133,9 @@ def _added(mean: bool) -> Rule:
     return rule
 
 
-def _masked(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _masked(to: Program, node: Any, inputs: list[int]) -> int:
     """What is kept; what is filled in is a constant."""
     sizes = to.elementwise(node, inputs[0], -1, False)
-    if sizes is False:
-        return None
     kept = ~node._saved_mask
     return to.add(Kind.TIMES, sizes, inputs[0], -1, (kept, kept))
 
@@ -162,10 +143,8 @@ def _masked(to: Program, node: Any, inputs: list[int]) -> int | None:
 def _weighed(shares: Callable[[Any], tuple[Tensor, Tensor]]) -> Rule:
     """Return the rule of a sum of two, each times its share, which is a constant."""
 
-    def rule(to: Program, node: Any, inputs: list[int]) -> int | None:
+    def rule(to: Program, node: Any, inputs: list[int]) -> int:
         sizes = to.elementwise(node, inputs[0], inputs[1], False)
-        if sizes is False:
-            return None
         a, b = (
             i if i < 0 else to.add(Kind.TIMES, sizes, i, -1, (share, share))
             for i, share in zip(inputs, shares(node), strict=True)
@@ -181,11 +160,9 @@ def _of_maximum(node: Any) -> tuple[Tensor, Tensor]:
     return first, 1 - first
 
 
-def _x_log_y(to: Program, node: Any, inputs: list[int]) -> int | None:
+def _x_log_y(to: Program, node: Any, inputs: list[int]) -> int:
     a, b = inputs
     sizes, x, y = to.elementwise(node, a, b, False), node._saved_self, node._saved_other
-    if sizes is False:
-        return None
     log = -1 if b < 0 else to.add(Kind.LOG, to.sizes[b], b, -1, (y,))
     values = (y.double().log() if b < 0 else x, x if a < 0 else y.double().log())
     return to.add(Kind.TIMES, sizes, a, log, values)

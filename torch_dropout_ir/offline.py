@@ -26,7 +26,8 @@ from torch_dropout_ir.analysis.snapshot import Snapshot
 from torch_dropout_ir.analysis.tables import in_short, section, tables
 from torch_dropout_ir.arguments import check_count, check_flag
 from torch_dropout_ir.batches import fixed_batches
-from torch_dropout_ir.functional import Batch, call, preserved_rng
+from torch_dropout_ir.functional import Batch, call
+from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.sharpness.frozen import modes, modes_of
 from torch_dropout_ir.sharpness.reading import terms

@@ -18,13 +18,16 @@ from torch import Tensor
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import (
     ALL,
+    SIGNS,
     WIDE,
     HessianProduct,
     Root,
     Rows,
     few,
+    magnitudes,
     of_rows,
     signed,
+    signs_of,
     with_signs,
 )
 from torch_dropout_ir.output_scales import (
@@ -39,13 +42,6 @@ from torch_dropout_ir.output_scales import (
     with_root,
 )
 from torch_dropout_ir.registration import block_roots, diagonal_roots
-from torch_dropout_ir.root_kernels import (
-    SIGNS,
-    eigen,
-    magnitudes,
-    signs_of,
-    turned,
-)
 from torch_dropout_ir.softmax_roots import softmax_root
 
 _DRAWN_AT_ONCE: Final = 2**18
@@ -214,9 +210,18 @@ class HessianRoots:
         return roots
 
 
-def hessian_roots(loss: Loss, outputs: Tensor, targets: Any) -> Iterator[Root]:
-    """Yield ``(s_c, sign_c)`` with ``sum_c sign_c s_c s_c' = H_i`` for each sample."""
-    return HessianRoots(loss, outputs, targets).exact()
+def eigen(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of the blocks; half precision has no such routine."""
+    wide = blocks if blocks.dtype == torch.float64 else blocks.float()
+    if not wide.isfinite().all():  # which the routine refuses; the estimate tells
+        return blocks.sum(-1), blocks
+    values, vectors = torch.linalg.eigh(wide)
+    return values.to(blocks.dtype), vectors.to(blocks.dtype)
+
+
+def turned(vectors: Tensor, root: Tensor) -> Tensor:
+    """Return a root in the outputs from one along the eigenvectors."""
+    return (vectors @ root.unsqueeze(-1)).squeeze(-1)
 
 
 def _diagonal(
@@ -265,7 +270,7 @@ def _hessian_times(loss: Loss, outputs: Tensor, targets: Any, v: Tensor) -> Tens
         centred = v - (s * v).sum(1, keepdim=True)
         return cross_entropy_scale(loss, outputs, targets) * s * centred
     total = torch.zeros_like(v)
-    for root, sign in hessian_roots(loss, outputs, targets):
+    for root, sign in HessianRoots(loss, outputs, targets).exact():
         flat = (root * v).reshape(v.shape[0], -1).sum(1) * sign
         total += root * flat.view(-1, *(1,) * (v.ndim - 1))
     return total

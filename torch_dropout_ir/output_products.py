@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir import ops
-from torch_dropout_ir.arguments import check_derivatives
+from torch_dropout_ir.arguments import check_derivatives, check_differentiable
 from torch_dropout_ir.arrivals import once_differentiable, root_of
 from torch_dropout_ir.composed import differentiated_once
 from torch_dropout_ir.entry_curvature import EntryCurvature, entry_curvature
 from torch_dropout_ir.loss_terms import Nodes, Terms, nodes_of, terms_of
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.normalization import differentiable
-from torch_dropout_ir.root_kernels import SIGNS
 from torch_dropout_ir.sample_blocks import Blocks, blocks_of
 from torch_dropout_ir.tracing import derivatives, of_each
 
@@ -34,6 +33,8 @@ _FEW: Final = 2**14  # numbers of which normal ones take no longer than a mask
 _SMALL: Final = 2**12
 _WIDEST: Final = 16
 _NARROW: Final = 4
+# Of roots of the positive part of a Hessian, and of its negative one.
+SIGNS: Final = (1.0, -1.0)
 TWICE: Final = (
     "expected a loss with a second derivative, got one whose derivative torch cannot "
     "differentiate again ({}). Use `monte_carlo`."
@@ -64,11 +65,7 @@ class HessianProduct:
         run = self._run = functools.partial(loss, self.at, targets)
         with torch.enable_grad():
             self.value = run()
-        if not self.value.requires_grad:
-            raise ValueError(
-                "expected a loss that can be differentiated in the outputs, got one "
-                "whose value is cut off from them (detached, rounded or an argmax)"
-            )
+        check_differentiable(self.value, "outputs")
 
     @classmethod
     def within(cls, value: Tensor, outputs: Tensor) -> HessianProduct:
@@ -97,7 +94,7 @@ class HessianProduct:
     def blocks(self) -> Blocks | None:
         """Each sample's Hessian, of few outputs where the graph tells.
 
-        No derivative is taken for it.
+        No derivative is taken for it; by the compiled kernel alone.
         """
         f = self.at
         if self._trained or not f.ndim or not few(f) or type(f) is not Tensor:
@@ -235,6 +232,23 @@ class ProductRoots:
         return [(mean + half, 1.0), (mean - half, -1.0)]
 
 
+def signs_of(part: Tensor) -> tuple[float, ...]:
+    """Return the signs that there are in a part of a Hessian; none where it is zero.
+
+    What float rounding makes of a zero eigenvalue is no negative part, and what is not
+    finite is a positive one, to be found in the result.
+    """
+    least, most = map(float, part.aminmax())
+    rounding = -1e-6 * max(most, -least)
+    signs = () if most <= 0 else (1.0,)
+    return (*signs, -1.0) if least < 0 and not least > rounding else signs
+
+
+def magnitudes(values: Tensor, sign: float) -> Tensor:
+    """Return the square roots of what has a sign, 0 in the place of what has not."""
+    return (values if sign > 0 else -values).clamp(min=0).sqrt_()
+
+
 def signed(x: Tensor) -> Tensor:
     """Return magnitudes with random signs."""
     if x.numel() <= _FEW:
@@ -248,7 +262,7 @@ def with_signs(
 ) -> tuple[list[Root], tuple[float, ...]]:
     """Return roots of the part of each sign, zeros where there is none, and the signs.
 
-    ``roots`` are what :mod:`~torch_dropout_ir.root_kernels` gives, shaped as ``like``
+    ``roots`` are those of the compiled kernels, of either sign, shaped as ``like``
     but for dimensions that have been joined.
     """
     pairs = [(x, s) for x, s in zip(roots, SIGNS, strict=True) if x.numel()]
@@ -260,8 +274,9 @@ def with_signs(
 
 
 def few(outputs: Tensor) -> bool:
-    """Whether the roots of outputs are drawn in one operation of ours."""
-    return outputs.is_cpu and outputs.dtype in WIDE and outputs.numel() <= _DRAWN_IN_ONE
+    """Whether the roots of outputs are drawn in one compiled operation of ours."""
+    here = ops.COMPILED and outputs.is_cpu and outputs.dtype in WIDE
+    return here and outputs.numel() <= _DRAWN_IN_ONE
 
 
 def of_rows(x: Tensor, rows: Rows) -> Tensor:

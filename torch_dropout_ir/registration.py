@@ -1,7 +1,8 @@
 """Floor 1: the ops' schemas, their kernels, and what torch must know beyond them.
 
 The pure-Python kernels serve every device; the compiled ones, where they could be
-built, take precedence on CPU and CUDA.
+built, take precedence on CPU and CUDA. What small estimates are made of in one
+operation is of the compiled ones alone: several of torch's take its place elsewhere.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_dropout_ir import jet_kernels, kernels, root_kernels
+from torch_dropout_ir import kernels
 
 _LIBRARY = torch.library.Library("torch_dropout_ir", "DEF")
 _SCHEMAS = (
@@ -24,28 +25,24 @@ _SCHEMAS = (
     "mask_apply(Tensor x, Tensor packed, float scale) -> Tensor",
     "mask_draw(Tensor rng, Tensor p, SymInt numel) -> Tensor",
     "unit_counts(Tensor packed, int rows, int units) -> Tensor",
+)
+# By the compiled kernels of the CPU alone; what they return may depend on the values.
+_OF_FEW = (
     "form_sums(Tensor[] inputs, Tensor[] gradients, float[] factors, int[] rows,"
     " int[] units, int[] sites) -> Tensor[]",
-)
-# What they return depends on the values: no graph can hold them.
-_ROOTS = (
     "diagonal_roots(Tensor diagonal) -> Tensor[]",
     "softmax_roots(Tensor log_softmax, Tensor? slope, Tensor? bend, int classes)"
     " -> Tensor[]",
     "block_roots(Tensor columns) -> Tensor[]",
-)
-_BLOCKS = (
     "loss_blocks(Tensor outputs, int[] program, float[] numbers, Tensor[] values)"
     " -> Tensor",
 )
-for _place, _schemas in (
-    (kernels, _SCHEMAS), (root_kernels, _ROOTS), (jet_kernels, _BLOCKS)
-):  # fmt: skip
-    _tags = () if _schemas is _ROOTS else (torch.Tag.pt2_compliant_tag,)
-    for _schema in _schemas:
-        _name = _schema[: _schema.index("(")]
-        _LIBRARY.define(_schema, tags=_tags)
-        _LIBRARY.impl(_name, getattr(_place, _name), "CompositeExplicitAutograd")
+for _schema in _OF_FEW:
+    _LIBRARY.define(_schema)
+for _schema in _SCHEMAS:
+    _name = _schema[: _schema.index("(")]
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, getattr(kernels, _name), "CompositeExplicitAutograd")
 
 
 def _load_compiled_kernels() -> bool:
@@ -54,13 +51,13 @@ def _load_compiled_kernels() -> bool:
     except (ImportError, OSError) as err:
         warnings.warn(
             f"torch_dropout_ir: the compiled kernels could not be loaded ({err}); the "
-            "pure-Python ones give the same bits, 10 times slower and more. To build "
+            "pure-Python ones draw the same masks, 10 times slower and more. To build "
             "them: pip install --no-build-isolation -e . (a C++17 compiler is needed).",
             stacklevel=2,
         )
         return False
     # Kernels read their arguments by place: those of other schemas would crash.
-    expected = zlib.crc32("\n".join((*_SCHEMAS, *_ROOTS, *_BLOCKS)).encode()) % 2**31
+    expected = zlib.crc32("\n".join((*_SCHEMAS, *_OF_FEW)).encode()) % 2**31
     built_for = getattr(compiled, "SCHEMAS", None)
     if built_for != expected:
         raise ImportError(
@@ -87,13 +84,8 @@ loss_blocks = _ops.loss_blocks.default
 
 
 @torch.library.register_fake("torch_dropout_ir::dropout_forward")
-def _(x: Tensor, rng: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(kernels.packed_size(x.numel()), dtype=torch.uint8)
-
-
 @torch.library.register_fake("torch_dropout_ir::dropout_counted")
-def _(x: Tensor, rng: Tensor | None, p: float, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, x.new_empty(kernels.packed_size(x.numel()), dtype=torch.uint8)
 
@@ -111,26 +103,6 @@ def _(rng: Tensor, p: Tensor, numel: int) -> Tensor:
 @torch.library.register_fake("torch_dropout_ir::unit_counts")
 def _(packed: Tensor, rows: int, units: int) -> Tensor:
     return packed.new_empty(units, dtype=torch.int64)
-
-
-@torch.library.register_fake("torch_dropout_ir::form_sums")
-def _(
-    inputs: list[Tensor],
-    gradients: list[Tensor],
-    factors: list[float],
-    rows: list[int],
-    units: list[int],
-    sites: list[int],
-) -> list[Tensor]:
-    return [inputs[0].new_empty(()) for _ in range(2 * max(sites) + 4)]
-
-
-@torch.library.register_fake("torch_dropout_ir::loss_blocks")
-def _(
-    outputs: Tensor, program: list[int], numbers: list[float], values: list[Tensor]
-) -> Tensor:
-    width = outputs.shape[1:].numel()
-    return outputs.new_empty(width, outputs.shape[0], width)
 
 
 @torch.library.register_vmap("torch_dropout_ir::mask_draw")

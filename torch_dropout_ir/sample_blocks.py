@@ -22,7 +22,7 @@ from torch import Tensor
 from torch_dropout_ir.jet_derivatives import by_derivatives
 from torch_dropout_ir.jet_moments import OF_PAIRS
 from torch_dropout_ir.jet_places import SEVERAL
-from torch_dropout_ir.jet_program import Program
+from torch_dropout_ir.jet_program import NotToldError, Program, told
 from torch_dropout_ir.jet_rules import RULES
 from torch_dropout_ir.loss_terms import Nodes, is_end
 from torch_dropout_ir.registration import loss_blocks
@@ -46,25 +46,25 @@ def blocks_of(outputs: Tensor, nodes: Nodes) -> Blocks | None:
         try:
             program = program_of(outputs, nodes)
         # A torch that names otherwise what a node has saved; a complex number in it.
-        except (AttributeError, TypeError):
+        except (NotToldError, AttributeError, TypeError):
             return None
         except RuntimeError as err:
             if "modified by an inplace" in str(err):
                 raise
             return None  # a derivative that torch lacks
-        if program is None or not program.readable:
+        if not program.readable:
             return None
         found = loss_blocks(outputs, program.steps, program.numbers, program.values)
         # 0 times infinity: where constants lead on autograd does not multiply.
         return Blocks(found, program.couples) if math.isfinite(found.sum()) else None
 
 
-def program_of(outputs: Tensor, nodes: Nodes) -> Program | None:
-    """Return a graph of known operations as a program; None where rows may meet."""
+def program_of(outputs: Tensor, nodes: Nodes) -> Program:
+    """Return a graph of known operations, of which none joins rows, as a program."""
     program = Program(outputs.shape)
     found: dict[Any, int] = {}  # by node and result
     pairs: set[Any] = set()  # those of complex numbers
-    number: int | None = None
+    number = -1
     for node, (name, edges) in nodes.items():
         if not edges:
             if is_end(node, outputs):
@@ -73,26 +73,22 @@ def program_of(outputs: Tensor, nodes: Nodes) -> Program | None:
         inputs = [found.get(edge, -1) for edge in edges]
         if max(inputs) < 0:  # a constant
             continue
-        if not program.begin(inputs):
-            return None
+        program.begin(inputs)
         of_pairs = bool(pairs) and not pairs.isdisjoint(edges)
         rule = (OF_PAIRS if of_pairs else RULES).get(name)
         if rule is None:
             for k in _read(node, nodes):
                 number = by_derivatives(program, node, inputs, k)
-                if number is None:
-                    return None
                 found[node, k] = number
                 if node._input_metadata[k].dtype.is_complex:
                     pairs.add((node, k))
             continue
         number = rule(program, node, inputs)
-        if number is None:
-            return None
         count = len(node._input_metadata) if name in SEVERAL else 1
         for k in range(count):  # the last of which has the number
             found[node, k] = number - count + 1 + k
-    return None if number is None else program
+    told(number >= 0)
+    return program
 
 
 def _read(node: Any, nodes: Nodes) -> list[int]:

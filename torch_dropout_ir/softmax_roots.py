@@ -14,23 +14,19 @@ from torch_dropout_ir.entry_curvature import EntryCurvature
 from torch_dropout_ir.loss_terms import Terms
 from torch_dropout_ir.output_products import (
     ALL,
+    SIGNS,
     HessianProduct,
     Root,
     Rows,
     derivative_again,
     few,
+    magnitudes,
     of_rows,
     signed,
+    signs_of,
     with_signs,
 )
 from torch_dropout_ir.registration import softmax_roots
-from torch_dropout_ir.root_kernels import (
-    SIGNS,
-    in_logits,
-    magnitudes,
-    signs_of,
-    softmax_diagonal,
-)
 from torch_dropout_ir.tracing import derivatives
 
 _DRAWN_AT_ONCE: Final = 2**15
@@ -202,3 +198,17 @@ def _wide(x: Tensor) -> Tensor:
 
 def _diagonal(s: Tensor, mass: Tensor, bend: Tensor | None) -> Tensor:
     return s * mass if bend is None else (s * mass).add_(bend)
+
+
+def softmax_diagonal(
+    log_softmax: Tensor, slope: Tensor | None, bend: Tensor | None, classes: int
+) -> tuple[Tensor, Tensor]:
+    """Return ``s``, and ``D + m diag(s)`` for what ``softmax_roots`` is given."""
+    s = log_softmax.exp()
+    diagonal = s if slope is None else s * slope.sum(classes, keepdim=True).neg_()
+    return s, diagonal if bend is None else diagonal + bend
+
+
+def in_logits(root: Tensor, softmax: Tensor, classes: int) -> Tensor:
+    """Take what log-probabilities have in common off a root, written on: ``J' r``."""
+    return root.addcmul_(softmax, root.sum(classes, keepdim=True), value=-1)

@@ -7,14 +7,12 @@ which costs speed or statistics, never a wrong mask.
 from __future__ import annotations
 
 import functools
-import random
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge
 
@@ -141,51 +139,6 @@ def of_each(act: Callable[[Tensor], Any], roots: Tensor) -> Any:
         return None if found is None else remove(found, level, roots.shape[0], 0)
     finally:
         end()
-
-
-def generators(model: nn.Module) -> list[torch.Generator]:
-    """Return torch's generators that a pass may draw from."""
-    seen = model.parameters() if torch.cuda.is_initialized() else ()
-    devices = {x.device.index or 0 for x in seen if x.is_cuda}
-    on_devices = [torch.cuda.default_generators[i] for i in sorted(devices)]
-    return [torch.default_generator, *on_devices]
-
-
-def random_state(model: nn.Module) -> list[Tensor]:
-    """Return the states of torch's generators that a pass may draw from."""
-    return [g.get_state() for g in generators(model)]
-
-
-def generators_moved(model: nn.Module) -> Callable[[], bool]:
-    """Return what tells whether a generator that a pass may draw from has moved."""
-    if torch.cuda.is_initialized():
-        return any_moved(generators(model))
-    one = torch.default_generator
-    state = one.get_state()
-    return lambda: not torch.equal(one.get_state(), state)
-
-
-def any_moved(found: Sequence[torch.Generator]) -> Callable[[], bool]:
-    """Return what tells whether one of some generators has moved."""
-    states = [(g, g.get_state()) for g in found]
-    return lambda: any([not torch.equal(g.get_state(), x) for g, x in states])
-
-
-def anything_drawn(model: nn.Module) -> Callable[[], bool]:
-    """Return what :func:`generators_moved` does, of Python's and NumPy's ones too.
-
-    Layers are dropped by them, and words replaced; to ask them takes as long as a small
-    pass.
-    """
-    moved, of_python = generators_moved(model), random.getstate()
-    _, key, *place = np.random.get_state()
-
-    def drawn() -> bool:
-        _, now, *there = np.random.get_state()
-        alike = there == place and np.array_equal(now, key)
-        return moved() or not alike or random.getstate() != of_python
-
-    return drawn
 
 
 def mapped(x: object) -> bool:

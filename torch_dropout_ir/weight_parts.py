@@ -34,14 +34,23 @@ class Drawn(NamedTuple):
     version: int
 
 
-class _Linear(torch.autograd.Function):
+class _Factored(torch.autograd.Function):
+    """A layer whose gradient in the weight is given away as factors."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Any, give: Any, drawn: Drawn | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Any,
+        geometry: Geometry | None,
+        give: Any,
+        drawn: Drawn | None,
     ) -> Tensor:
         ctx.save_for_backward(x if drawn is None else drawn.inputs, weight)
-        ctx.give, ctx.drawn = give, drawn and drawn.again
-        return F.linear(x, weight, bias)
+        ctx.geometry, ctx.give = geometry, give
+        ctx.drawn = drawn and drawn.again
+        return mapped(x, weight, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -49,37 +58,24 @@ class _Linear(torch.autograd.Function):
         needed = ctx.needs_input_grad
         # First: where it is looked at and let go of, nothing else is there yet.
         given = ctx.give(_factors(ctx, g, x, weight)) if needed[1] else None
-        x, wanted = x.view(len(g), weight.shape[1]), [needed[0], False, needed[2]]
-        in_x, _, in_bias = slopes(g, x, weight, None, wanted)
-        return in_x, given, in_bias, None, None
+        x, wanted = _rows(ctx, g, x, weight), [needed[0], False, needed[2]]
+        in_x, _, in_bias = slopes(g, x, weight, ctx.geometry, wanted)
+        return in_x, given, in_bias, None, None, None
+
+
+def factored(node: Any) -> bool:
+    """Whether a node gives its gradient in a weight away as factors."""
+    return getattr(node, "_forward_cls", None) is _Factored
 
 
 def _factors(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Factors:
     made = x if ctx.drawn is None else ctx.drawn(x)
-    return Factors(g, made.view(len(g), weight.shape[1]), weight, None)
+    return Factors(g, _rows(ctx, g, made, weight), weight, ctx.geometry)
 
 
-class _Convolution(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Any, geometry: Geometry, give: Any
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.give = geometry, give
-        return mapped(x, weight, bias, geometry)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        given = ctx.give(Factors(g, x, weight, ctx.geometry)) if needed[1] else None
-        wanted = [needed[0], False, needed[2]]
-        in_x, _, in_bias = slopes(g, x, weight, ctx.geometry, wanted)
-        return in_x, given, in_bias, None, None
-
-
-# Whose gradients in weights are given away as factors.
-FACTORED: Final = frozenset((_Linear, _Convolution))
+def _rows(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return what a linear layer was given as rows."""
+    return x if ctx.geometry else x.view(len(g), weight.shape[1])
 
 
 class WeightParts(TorchFunctionMode):
@@ -201,8 +197,8 @@ class WeightParts(TorchFunctionMode):
         if i is None or input.ndim < 2 or weight.ndim != 2:
             return None
         rows = input.flatten(0, -2)
-        found: Tensor = _Linear.apply(
-            rows, weight, bias, self._giver(i), self._taken_of(input)
+        found: Tensor = _Factored.apply(
+            rows, weight, bias, None, self._giver(i), self._taken_of(input)
         )
         return found if input.ndim == 2 else found.view(*input.shape[:-1], len(weight))
 
@@ -221,7 +217,7 @@ class WeightParts(TorchFunctionMode):
         if i is None or groups != 1 or not whole:
             return None
         geometry = geometry_of(input.ndim - 2, (stride, padding, dilation, 0), 1)
-        return _Convolution.apply(input, weight, bias, geometry, self._giver(i))
+        return _Factored.apply(input, weight, bias, geometry, self._giver(i), None)
 
 
 _OWN: Final[dict[Callable[..., Any], Callable[..., Tensor | None]]] = {

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.generators import AllStanding
 from torch_dropout_ir.substitution import rewrite
 from torch_dropout_ir.tracing import is_released
 
@@ -104,17 +105,14 @@ _RESTORE: Final[dict[type, Callable[[Any, Any], None]]] = {
 }
 
 
-class Generators:
+class Generators(AllStanding):
     """The state of torch's, Python's, NumPy's and the model's generators at one moment.
 
     Also whether autocast is on: what is drawn can depend on it.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._cpu = torch.get_rng_state()
-        devices = {x.device for x in model.parameters() if x.is_cuda}
-        self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices}
-        self._python, self._numpy = random.getstate(), np.random.get_state()
+        super().__init__(model)
         held = _held(vars(m) for m in model.modules())
         self._own = [(x, _contents(x)) for x in held if type(x) in _STATE]
         self._autocast = [
@@ -125,11 +123,7 @@ class Generators:
 
     def restore(self) -> None:
         """Set the generators back to that moment."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
+        super().restore()
         for x, was in self._own:
             _RESTORE[type(x)](x, was)
 
@@ -140,11 +134,3 @@ class Generators:
             for kind, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype))
             yield
-
-    def moved(self) -> Iterator[str]:
-        """Yield the names of Python's and NumPy's generator, where it has drawn."""
-        if random.getstate() != self._python:
-            yield "random"
-        (_, now, place, *_), (_, then, before, *_) = np.random.get_state(), self._numpy
-        if place != before or not np.array_equal(now, then):
-            yield "numpy.random"

@@ -30,7 +30,7 @@ from torch_dropout_ir.analysis.meetings import Meeting, processes
 from torch_dropout_ir.analysis.records import warn
 from torch_dropout_ir.analysis.sharded import is_sharded
 from torch_dropout_ir.collectives import released
-from torch_dropout_ir.functional import preserved_rng
+from torch_dropout_ir.generators import preserved_rng
 
 PEER: Final = (
     "another rank could not go on (it says why), so that no rank has waited for it"

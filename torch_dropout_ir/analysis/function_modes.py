@@ -10,8 +10,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from torch_dropout_ir.analysis.followed_loss import inside
+from torch_dropout_ir.generators import Standing
 from torch_dropout_ir.losses import TORCH_LOSSES
-from torch_dropout_ir.tracing import any_moved
 
 # Private names; with a torch that lacks them, loss modules alone are found.
 _POP: Final = getattr(torch._C, "_pop_torch_function_stack", None)
@@ -61,8 +61,8 @@ def called(
     ``generators`` are those that it may draw from where it is given none. Another
     thread may draw from them meanwhile.
     """
-    own, moved = any(inside((args, kwargs), torch.Generator)), any_moved(generators)
-    return func(*args, **kwargs), own or (moved() and _may_draw(func))
+    own, before = any(inside((args, kwargs), torch.Generator)), Standing(generators)
+    return func(*args, **kwargs), own or (before.moved() and _may_draw(func))
 
 
 def _may_draw(func: Callable[..., Any]) -> bool:

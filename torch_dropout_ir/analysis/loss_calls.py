@@ -57,9 +57,10 @@ from torch_dropout_ir.analysis.writing_calls import (
     without_writing,
     writes,
 )
+from torch_dropout_ir.generators import generators
 from torch_dropout_ir.leaves import flatten
 from torch_dropout_ir.losses import TORCH_LOSSES
-from torch_dropout_ir.tracing import generators, recorded
+from torch_dropout_ir.tracing import recorded
 
 _MOST_STEPS: Final = 1000
 _MOST_PASSES: Final = 8  # that are waited for together

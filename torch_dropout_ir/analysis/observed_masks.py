@@ -6,16 +6,16 @@ import time
 from collections import defaultdict
 from typing import Final
 
-from torch import Tensor, nn
+from torch import nn
 
 from torch_dropout_ir.analysis.attributes import Generators
 from torch_dropout_ir.analysis.bystanders import Bystanders
 from torch_dropout_ir.analysis.records import warn
 from torch_dropout_ir.analysis.replay import OtherDraws, Replay, replay
+from torch_dropout_ir.generators import Standing
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.tracing import random_state
 
 _FAILED: Final = "the masks of the last step were not observed: {}"
 
@@ -43,7 +43,7 @@ class ObservedMasks:
     def forget(self) -> None:
         """Let go of where the last pass began."""
         self._start: Generators | None = None
-        self._end: list[Tensor] | None = None
+        self._end: Standing | None = None
 
     def begins(self, model: nn.Module) -> None:
         """Keep where the generators stand: a pass of the script's begins."""
@@ -52,7 +52,7 @@ class ObservedMasks:
     def ends(self, model: nn.Module) -> None:
         """Keep where they stand at its end."""
         if self._start is not None:
-            self._end = random_state(model)
+            self._end = Standing(model)
 
     def observe(
         self, model: nn.Module, inputs: Inputs | None, bystanders: Bystanders

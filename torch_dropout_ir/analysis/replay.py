@@ -30,7 +30,8 @@ from torch_dropout_ir.dropout_calls import (
     RECURRENT,
     recurrent_dropout,
 )
-from torch_dropout_ir.functional import call, preserved_rng
+from torch_dropout_ir.functional import call
+from torch_dropout_ir.generators import Standing, preserved_rng
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.masks import MaskStatistics
 from torch_dropout_ir.module_calls import ModuleCalls
@@ -39,7 +40,6 @@ from torch_dropout_ir.ops import mask_unpack
 from torch_dropout_ir.sharpness.frozen import unrecorded
 from torch_dropout_ir.sites import Site, find_sites, is_stochastic_depth, named_modules
 from torch_dropout_ir.substitution import unmoved_gradients
-from torch_dropout_ir.tracing import random_state
 from torch_dropout_ir.turns import alone_with
 
 _FUSED: Final = (
@@ -87,11 +87,11 @@ class Replay:
 
 
 def replay(
-    model: nn.Module, inputs: Inputs, start: Generators, end: list[Tensor] | None = None
+    model: nn.Module, inputs: Inputs, start: Generators, end: Standing | None = None
 ) -> Replay:
     """Return what a training pass draws, run again with generators as at its ``start``.
 
-    ``end`` are the states of torch's at its end, where they are known.
+    ``end`` is where torch's stood at its end, where that is known.
 
     Raises:
         OtherDraws: If it draws otherwise than the pass did.
@@ -108,10 +108,10 @@ def replay(
         start.restore()
         with _Draws(model, found) as draws, _Calls(model, found, draws) as calls:
             found.outputs = call(model, inputs)
-        if end and not all(map(torch.equal, end, random_state(model))):
+        if end is not None and end.moved():
             raise OtherDraws("a second pass draws other random numbers")
         calls.idle()
-        found.unseen.update({f":{name}": NO_DROPOUT for name in start.moved()})
+        found.unseen.update({f":{name}": NO_DROPOUT for name in start.others_moved()})
     return found
 
 
@@ -165,9 +165,9 @@ class _Draws(TorchDispatchMode):
     def _counted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that may draw, as attention without dropout does not."""
         own = any(isinstance(x, torch.Generator) for x in (*args, *kwargs.values()))
-        before = random_state(self._model)
+        before = Standing(self._model)
         out = func(*args, **kwargs)
-        if own or not all(map(torch.equal, before, random_state(self._model))):
+        if own or before.moved():
             self._found.unseen[f"{self.place}:{func._schema.name[6:]}"] = self.reason
         return out
 

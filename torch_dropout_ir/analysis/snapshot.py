@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from torch_dropout_ir.analysis.distributed import Ranks
 from torch_dropout_ir.analysis.records import Histogram, Image, Record
-from torch_dropout_ir.functional import Batch, preserved_rng
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.masks import MaskStatistics

@@ -34,7 +34,6 @@ After = Callable[[Optimizer], None]
 _watches: Final[dict[int, tuple[Before, After]]] = {}
 _numbers: Final = itertools.count()
 _handles: Final[list[RemovableHandle]] = []
-_inside: Final[list[Optimizer]] = []  # in which the hooks run now, of all threads
 _REPLACED: Final = 2
 STEPS: Final = "optimizer steps"  # what is absent until one is seen
 NO_STEP: Final = (
@@ -161,7 +160,7 @@ def _watch_steps(before: Before, after: After) -> Callable[[], None]:
 
     def end() -> None:
         _watches.pop(number, None)
-        if not (_watches or _inside or _stepping()):
+        if not (_watches or _stepping()):
             while _handles:
                 _handles.pop().remove()
 
@@ -174,31 +173,27 @@ def _before(
     if torch.compiler.is_dynamo_compiling():
         return None  # a compiled step would take the measures into its graph
     given = None
-    _inside.append(optimizer)
-    try:
-        for number in [*_watches]:
-            watch = _watches.get(number)  # it may have ended since
-            found = watch and watch[0](optimizer, args, kwargs)
-            if found is not None:
-                given = args, kwargs = found
-    finally:
-        _inside.pop()
+    for number in [*_watches]:
+        watch = _watches.get(number)  # it may have ended since
+        found = watch and watch[0](optimizer, args, kwargs)
+        if found is not None:
+            given = args, kwargs = found
     return given
 
 
 def _after(optimizer: Optimizer, *_: Any) -> None:
     if torch.compiler.is_dynamo_compiling():
         return
-    _inside.append(optimizer)
-    try:
-        for number in [*_watches]:
-            if (watch := _watches.get(number)) is not None:
-                watch[1](optimizer)
-    finally:
-        _inside.pop()
+    for number in [*_watches]:
+        if (watch := _watches.get(number)) is not None:
+            watch[1](optimizer)
 
 
 def _stepping() -> bool:
-    """Whether this thread is in the middle of a step."""
-    names = (x.f_globals.get("__name__") for x in frames(sys._getframe(1)))
-    return Optimizer.__module__ in names
+    """Whether a thread is in the middle of a step."""
+    running = sys._current_frames().values()
+    return any(
+        frame.f_globals.get("__name__") == Optimizer.__module__
+        for last in running
+        for frame in frames(last)
+    )

@@ -20,19 +20,20 @@ from torch_dropout_ir.condensation.compare import (
     principal_plane,
     project_orientations,
 )
-from torch_dropout_ir.condensation.cover import EffectiveNeurons, effective_neurons
+from torch_dropout_ir.condensation.cover import (
+    EffectiveNeurons,
+    cluster_order,
+    effective_neurons,
+)
 from torch_dropout_ir.condensation.graph import Outgoing, outgoing_weights
 from torch_dropout_ir.condensation.layers import input_weights, named_input_weights
 from torch_dropout_ir.condensation.merge import LayerMerge, Merged, merge_condensed
-from torch_dropout_ir.condensation.order import cluster_order
 from torch_dropout_ir.condensation.orientation import (
+    CosineStatistics,
     amplitudes,
     cosine_similarity,
-    orientations,
-)
-from torch_dropout_ir.condensation.statistics import (
-    CosineStatistics,
     cosine_statistics,
+    orientations,
 )
 
 __all__ = [

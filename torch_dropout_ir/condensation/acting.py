@@ -11,6 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from torch_dropout_ir.sharpness.frozen import modes
 from torch_dropout_ir.vectors import full_precision
 
 
@@ -25,15 +26,18 @@ def acting(module: nn.Module) -> Iterator[None]:
     """
     with full_precision(), contextlib.ExitStack() as stack:
         if nn.utils.parametrize.is_parametrized(module):
-            for part in module.parametrizations.modules():  # type: ignore[union-attr]
-                stack.callback(setattr, part, "training", part.training)
-                part.training = False
+            stack.enter_context(_evaluated(module.parametrizations))  # type: ignore[arg-type]
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
                 name, now = _compute(hook, module)
                 stack.callback(setattr, module, name, getattr(module, name))
                 setattr(module, name, now)
         yield
+
+
+def _evaluated(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which a module and all in it are in evaluation mode."""
+    return modes(dict.fromkeys(module.modules(), False))
 
 
 def _compute(
@@ -57,10 +61,7 @@ def affine(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """
     if type(module).forward is nn.Linear.forward:
         return module.weight, module.bias
-    with contextlib.ExitStack() as stack:
-        for part in module.modules():
-            stack.callback(setattr, part, "training", part.training)
-            part.training = False
+    with _evaluated(module):
         size = module.in_features
         units = torch.eye(size, dtype=module.weight.dtype, device=module.weight.device)
         probe = torch.linspace(-2.0, 3.0, size, device="cpu").to(units)[None]

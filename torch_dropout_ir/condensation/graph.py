@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 
 from torch_dropout_ir.arguments import check_flag
 from torch_dropout_ir.condensation.acting import acting, affine
-from torch_dropout_ir.condensation.folding import is_foldable, scale_of
 from torch_dropout_ir.condensation.layers import CONVOLUTIONS, TRANSPOSED, by_group
 from torch_dropout_ir.condensation.passing import Passing, passing
-from torch_dropout_ir.functional import preserved_rng
+from torch_dropout_ir.condensation.rewire import is_foldable, scale_of
+from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.substitution import unmoved_buffers
 
 _SOURCES = (nn.Linear, *CONVOLUTIONS)

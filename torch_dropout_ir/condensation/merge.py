@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from torch_dropout_ir.arguments import check_flag, check_module, check_real
 from torch_dropout_ir.condensation.cover import check_cover, effective_neurons
-from torch_dropout_ir.condensation.folding import folded, narrow_both
 from torch_dropout_ir.condensation.graph import (
     Outgoing,
     num_neurons,
@@ -25,15 +24,18 @@ from torch_dropout_ir.condensation.orientation import amplitudes
 from torch_dropout_ir.condensation.rewire import (
     clusters_of,
     fit,
+    folded,
     input_of,
     inputs_of,
     narrow,
+    narrow_both,
     read_through,
     replaced,
     restore,
     with_one,
 )
-from torch_dropout_ir.functional import at_sites, call, preserved_rng
+from torch_dropout_ir.functional import at_sites, call
+from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.vectors import full_precision
 
 

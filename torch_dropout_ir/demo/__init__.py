@@ -1,6 +1,6 @@
 """Floor 4: the demonstration: one network, with and without dropout."""
 
+from torch_dropout_ir.demo.data import Settings
 from torch_dropout_ir.demo.run import run_demo
-from torch_dropout_ir.demo.settings import Settings
 
 __all__ = ["Settings", "run_demo"]

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from torch_dropout_ir.demo.data import Data
+    from torch_dropout_ir.demo.data import Data, Settings
     from torch_dropout_ir.demo.run import Outcome
-    from torch_dropout_ir.demo.settings import Settings
 
 _ERRORS = {
     "R_2": "R_2 standard error",

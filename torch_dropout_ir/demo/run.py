@@ -16,8 +16,7 @@ from torch_dropout_ir.analysis import Analysis, Record, Snapshot
 from torch_dropout_ir.analysis.measures import default_measures
 from torch_dropout_ir.analysis.snapshot import Need
 from torch_dropout_ir.attach import attach_analysis
-from torch_dropout_ir.demo.data import Data, load
-from torch_dropout_ir.demo.settings import Settings
+from torch_dropout_ir.demo.data import Data, Settings, load
 from torch_dropout_ir.losses import half_squared_error
 
 _SMALL = 10**7

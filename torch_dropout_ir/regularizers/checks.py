@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -14,13 +14,14 @@ from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir.arguments import check_derivatives
 from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.generators import Standing
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.loss_terms import nodes_of
 from torch_dropout_ir.output_products import HessianProduct, few
 from torch_dropout_ir.output_scales import alike
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 from torch_dropout_ir.sites import Site, named_modules, uncompiled, unobservable
-from torch_dropout_ir.tracing import generators_moved, unasked
+from torch_dropout_ir.tracing import unasked
 
 Later: TypeAlias = Sequence[tuple[Site, torch.Size]]
 # As torch, and extensions of it, say that a derivative has none.
@@ -129,10 +130,10 @@ def check_risk(
 
     ``later`` are the sites that have acted when the pass was over, as it runs.
     """
-    moved = generators_moved(model)
+    began = Standing(model)
     with torch.no_grad():
         check_finite(name, read.risk(read.tensors), model, inputs)
-    _check_drawn(name, moved, later)
+    _check_drawn(name, began, later)
 
 
 def checked_product(
@@ -152,19 +153,19 @@ def checked_product(
             check_finite(name, value, model, inputs)
         return None
     general = read.loss.kind == "general"
-    moved = generators_moved(model) if general else None
+    began = Standing(model) if general else None
     product = read.product()
     assert product is not None
     check_finite(name, product.value, model, inputs)
-    _check_drawn(name, moved, later)
+    _check_drawn(name, began, later)
     return product
 
 
-def _check_drawn(name: str, moved: Callable[[], bool] | None, later: Later) -> None:
+def _check_drawn(name: str, began: Standing | None, later: Later) -> None:
     """Raise a ValueError if a loss has drawn random numbers, or does in training."""
     if later:
         raise ValueError(f"{name}: " + _CALLED.format(_names(later)))
-    if moved is not None and moved():
+    if began is not None and began.moved():
         raise ValueError(
             f"{name}: expected a loss that draws no random numbers, got one that does: "
             "it is another at each call. Put what is in it into evaluation mode, or "
@@ -258,12 +259,3 @@ def read_beside(
 
 def _names(later: Later) -> list[str]:
     return sorted({site.name for site, _ in later})
-
-
-def check_differentiable(name: str, value: Tensor) -> None:
-    """Raise a ValueError if autograd sees no parameter that a loss depends on."""
-    if not value.requires_grad:
-        raise ValueError(
-            f"{name}: expected a loss that can be differentiated in the parameters, "
-            "got one whose value is cut off from them (detached, or an argmax)"
-        )

@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.collectives import every, go_on, some
 from torch_dropout_ir.functional import at_sites
+from torch_dropout_ir.generators import Standing
 from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.recomputation import Blocks, Context
 from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
@@ -24,7 +25,7 @@ from torch_dropout_ir.regularizers.step_memory import Below, Weighed, may_hold_m
 from torch_dropout_ir.sites import Site, out_of_sight
 from torch_dropout_ir.substitution import ConstantMatrices
 from torch_dropout_ir.survey import Survey
-from torch_dropout_ir.tracing import derivatives, random_state, unasking
+from torch_dropout_ir.tracing import derivatives, unasking
 
 _NONE: Final = contextlib.nullcontext()
 
@@ -48,7 +49,7 @@ class CleanPass:
         later: Sites at which a loss that runs the model has acted since, and shapes.
         below: What a step holds below the first site, where that was to be weighed.
         weigh: Whether graphs may be kept.
-        states: Those of torch's generators before it, if it drew.
+        began: Where torch's generators stood before it, if it drew.
         row_wise: Whether the model's layers keep rows apart, of matrices and more.
         singly: Whether derivatives go one by one; None until that is asked.
     """
@@ -65,7 +66,7 @@ class CleanPass:
     later: list[tuple[Site, torch.Size]]
     below: Below
     weigh: bool = False
-    states: Sequence[Tensor] = ()
+    began: Standing | None = None
     row_wise: bool = False
     singly: bool | None = None
 
@@ -257,14 +258,14 @@ def clean_pass(
             calls.watch = Blocks(operations).look
         if find_last:
             calls.look_on(seen.last.see)
-        states = [] if calls.absent else random_state(model)
+        began = None if calls.absent else Standing(model)
         calls.given = matrices.given
         run = functools.partial(seen.forward, around, reduce, move_buffers)
         outputs = seen.run(run, lambda: calls.differentiates)
         if bare and not calls.again:
             calls.rest()  # before anything is asked of a tensor
-        drawn = not all(map(torch.equal, states, random_state(model)))
-        states = states if drawn else []
+        drawn = began is not None and began.moved()
+        began = began if drawn else None
         noisy, uses = drawn or bool(calls.silenced), seen.uses()
         if calls.differentiates:  # to its inputs a zero that is added is a constant
             seen.unreachable += [site.name for site, _, _ in uses]
@@ -275,6 +276,6 @@ def clean_pass(
         said = drawn, noisy, tuple(seen.unreachable), hidden, seen.later
         masks = [site.mask_shape(h.shape) for site, h, _ in uses]
         met = outputs, uses, masks, [*seen.zeros.values()], last
-        found = CleanPass(*met, *said, seen.below, weigh, states, survey.row_wise)
+        found = CleanPass(*met, *said, seen.below, weigh, began, survey.row_wise)
         del met, outputs  # what the pass lets go of
         yield found

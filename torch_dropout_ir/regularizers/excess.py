@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from torch_dropout_ir import kernels, ops
 from torch_dropout_ir.collectives import every, joined, some
-from torch_dropout_ir.functional import Batch, rewinding
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.generators import AllStanding
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.masked import NoiseSeen, clean_risk, dropout_risk
 from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.tracing import anything_drawn, mapped
+from torch_dropout_ir.tracing import mapped
 
 # Elements that are in the minority, dropped or kept, expected over all draws. With
 # fewer the errors of tiny networks did not cover, p from 0.001 to 0.999.
@@ -65,12 +66,12 @@ class ExcessRisk:
         self._minority: float | None = None  # None: no mask was seen
         self._first, self._differ = list[Tensor](), False  # masks, until others come
         self.seen = NoiseSeen()
-        drawn = anything_drawn(model)
+        began = AllStanding(model)
         with torch.no_grad():
             # The mean of squares is a view of all of them.
             self._clean = clean_risk(model, batch, loss).clone()
         # Other noise than dropout's is drawn afresh for each mask, once for both sides.
-        self.noisy = some(drawn(), "noise")
+        self.noisy = some(began.moved(), "noise")
         if slopes is None:
 
             def risk(outputs: object) -> Tensor:
@@ -103,15 +104,15 @@ class ExcessRisk:
                 if slope is not None and slope.shape == shape and site.p < 1:
                     linear = linear + _linear_part(slope, packed, site.p)
 
-            rewind = rewinding(self._model) if self.noisy else None
+            began = AllStanding(self._model) if self.noisy else None
             masked = dropout_risk(
                 self._model, self._batch, self._loss, self.seen, watch=watch
             )
             with masked as risk:
                 value = risk
             clean = self._clean
-            if rewind is not None:
-                rewind()
+            if began is not None:
+                began.restore()
                 clean = clean_risk(self._model, self._batch, self._loss, keyed=True)
             self._excess.append((value - clean).double())
             self._linear.append(linear)

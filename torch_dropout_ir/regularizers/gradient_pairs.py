@@ -9,19 +9,19 @@ from typing import Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_differentiable
 from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import alone, go_on
 from torch_dropout_ir.exhaustion import raise_if_exhausted
-from torch_dropout_ir.functional import Batch, parameters, rewinding
+from torch_dropout_ir.functional import Batch, parameters
+from torch_dropout_ir.generators import AllStanding
 from torch_dropout_ir.gradient_factors import Factors, address, row_blocks
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.kernels import draw_key
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.masked import NoiseSeen, dropout_risk
 from torch_dropout_ir.regularizers.pass_parts import PassParts
 from torch_dropout_ir.regularizers.step_memory import LEAST
-from torch_dropout_ir.tracing import anything_drawn
 from torch_dropout_ir.weight_parts import WeightParts
 
 Gradient: TypeAlias = Tensor | Factors  # gives rows by slices
@@ -50,7 +50,7 @@ class GradientPairs:
         self._large = sum(x.nbytes for x in self._targets) > LEAST
         self._passes: PassParts | None = None
         self._twin = False  # whether it is the second of a pair's turn
-        self._rewind: Callable[[], None] | None = None  # to where a pair began
+        self._began: AllStanding | None = None  # where generators stood for a pair
         self.beside: bool | None = None  # whether the model draws besides its sites
         self.seen = NoiseSeen()
         self.risk: Tensor | float = 0.0  # the sum of all losses
@@ -84,17 +84,17 @@ class GradientPairs:
             twin=self._twin and bool(self.beside),
         )
         if not self._twin and self.beside is not False:
-            self._rewind = rewinding(self._model)
-        elif self._rewind is not None:
-            self._rewind()
+            self._began = AllStanding(self._model)
+        elif self._began is not None:
+            self._began.restore()
         saving = contextlib.nullcontext() if passes is None else passes.saving()
         with torch.enable_grad(), parts, contextlib.ExitStack() as stack:
             with saving:
                 value = stack.enter_context(masked)
-            if self.beside is None and self._rewind is not None:
-                self.beside = self._drawn_beside(self._rewind)
-                self._rewind = self._rewind if self.beside else None
-            check_differentiable("gradient_norm", value)
+            if self.beside is None and self._began is not None:
+                self.beside = self._drawn_beside(self._began)
+                self._began = self._began if self.beside else None
+            check_differentiable(value, "parameters", "gradient_norm")
             if parts.overwritten():
                 return False
             self.risk = self.risk + value.detach()
@@ -107,16 +107,15 @@ class GradientPairs:
                 torch.autograd.grad(value, self._targets, allow_unused=True)
         return True
 
-    def _drawn_beside(self, rewind: Callable[[], None]) -> bool:
+    def _drawn_beside(self, began: AllStanding) -> bool:
         """Return whether the pass that was made has drawn more than keys of masks."""
-        moved = anything_drawn(self._model)
-        back = rewinding(self._model)
-        rewind()
-        given_back = not moved()  # as by `frozen_masks`
+        now = AllStanding(self._model)
+        began.restore()
+        given_back = not now.moved()  # as by `frozen_masks`
         for device in self.seen.keys:
             draw_key(device)
-        found = moved() and not given_back
-        back()
+        found = now.moved() and not given_back
+        now.restore()
         return found
 
     def across(self, a: Batch, b: Batch, num_masks: int) -> Tensor:
@@ -157,7 +156,7 @@ class GradientPairs:
             address(x) for x in (*self._model.parameters(), *self._model.buffers())
         }
         there |= {x for batch in batches for x in _addresses(batch)}
-        rewind = rewinding(self._model)
+        began = AllStanding(self._model)
         passes = PassParts(self._model, self._targets, there, len(batches))
         self._passes = passes
         failed: Exception | None = None
@@ -172,7 +171,7 @@ class GradientPairs:
         # Of a model that went another way, by its masks perhaps: at the same ones.
         if failed or (passes.parted and not passes.alike):
             passes.alike = False
-            rewind()
+            began.restore()
             try:
                 links = self._links(batches)
             except Exception:

@@ -27,7 +27,8 @@ Orders: TypeAlias = "tuple[bool, bool]"
 BOTH: Final[Orders] = (True, True)
 
 
-# Of a call, which arguments move, and what it returned: the line of each tensor of it.
+# Of a call, which arguments move, and what it returned: the line of each tensor of it;
+# None where a graph of it is to tell.
 Rule: TypeAlias = "Callable[[Call, list[int], Any], list[Line] | None]"
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_dropout_ir.regularizers.line_calls import STILL, Call, Line, aten, each
-from torch_dropout_ir.regularizers.line_graphs import along, by_graph, outside
+from torch_dropout_ir.regularizers.line_graphs import along, outside
 from torch_dropout_ir.regularizers.line_slabs import by_slopes, part_size, parts
 
 _NONE, _MEAN, _SUM = range(3)
@@ -37,7 +37,7 @@ def added(call: Call, moving: list[int], value: Tensor) -> list[Line] | None:
     how = call.args[at] if len(call.args) > at else _MEAN
     weighed = any([isinstance(t, Tensor) for t in rest])
     if how == _NONE or weighed or x.shape != y.shape or not set(moving) <= {0, 1}:
-        return by_graph(call, moving, value)
+        return None
     square = call.func.overloadpacket is aten.mse_loss
 
     def slab(a: Tensor, b: Tensor, one: Line, other: Line) -> Line:
@@ -81,7 +81,7 @@ def reduced(call: Call, moving: list[int], value: Any) -> list[Line] | None:
     gone = sorted({d % x.ndim for d in dims}) if x.ndim else []
     kept = [d for d in range(x.ndim) if d not in gone]
     if moving != [0] or not kept:
-        return by_graph(call, moving, value)
+        return None
     dim = max(kept, key=x.shape.__getitem__)
     first = value if isinstance(value, Tensor) else value[0]
     to = dim if first.ndim == x.ndim else dim - sum([d < dim for d in gone])

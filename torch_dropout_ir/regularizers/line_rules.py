@@ -203,10 +203,10 @@ def _pooled(dims: int) -> Rule:
     return rule
 
 
-def _chosen(call: Call, moving: list[int], found: Any) -> list[Line]:
+def _chosen(call: Call, __: list[int], found: Any) -> list[Line] | None:
     """Values along a dimension, from the places where they were."""
     if isinstance(found, Tensor) or not call.args[0].ndim:
-        return by_graph(call, moving, found)
+        return None
     (at, default), *_ = [
         (i, x.default_value)
         for i, x in enumerate(call.func._schema.arguments)

@@ -32,7 +32,7 @@ from torch_dropout_ir.regularizers.line_calls import (
     room,
     tensors,
 )
-from torch_dropout_ir.regularizers.line_graphs import along, by_graph, outside
+from torch_dropout_ir.regularizers.line_graphs import along, outside
 
 Function = Callable[..., Any]
 # Of some tensors and their lines.
@@ -43,14 +43,14 @@ _PART: Final = 2**15
 _PARTS: Final = 32
 
 
-def elementwise(call: Call, moving: list[int], value: Any) -> list[Line]:
+def elementwise(call: Call, moving: list[int], value: Any) -> list[Line] | None:
     """Take a function of single elements by its derivatives, from a graph of a part."""
     first, *others = tensors(value)
     places = [i for i, x in enumerate(call.args) if isinstance(x, Tensor)]
     of = [call.args[i] for i in places]
     real = not any([x.is_complex() for x in of])
     if not real or not {*moving} <= {*places}:
-        return by_graph(call, moving, value)
+        return None
     function = _function(call, places)
     slab = functools.partial(by_slopes if len(of) == 1 else _twice, function)
     own = _in_slabs(
@@ -92,10 +92,10 @@ def of_softmax(s: Tensor, line: Line, log: bool = False) -> Line:
     return None if c is None else s * c, None if d is None else s * d
 
 
-def group_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:
+def group_normalized(call: Call, moving: list[int], value: Any) -> list[Line] | None:
     """Take each sample for itself."""
     if moving != [0]:
-        return by_graph(call, moving, value)
+        return None
     _, weight, bias, _, *rest = call.args
 
     def function(x: Tensor) -> Tensor:
@@ -105,11 +105,11 @@ def group_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:
     return [_in_slabs(call, value[0], slab, [0], rows=True), STILL, STILL]
 
 
-def layer_normalized(call: Call, moving: list[int], value: Any) -> list[Line]:
+def layer_normalized(call: Call, moving: list[int], value: Any) -> list[Line] | None:
     """Take each row for itself."""
     x, shape, *_ = call.args
     if moving != [0] or x.ndim == len(shape):
-        return by_graph(call, moving, value)
+        return None
     slab = functools.partial(_twice, _function(call, [0]))
     return [_in_slabs(call, value[0], slab, [0], rows=True), STILL, STILL]
 

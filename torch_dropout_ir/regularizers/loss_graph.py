@@ -73,11 +73,6 @@ def bends(value: Tensor) -> bool:
     return any(n.name().startswith(_BENDS) for n in graph_nodes([value.grad_fn]))
 
 
-def rows_apart(outputs: Tensor, nodes: Nodes) -> bool:
-    """Whether the graph shows a sum of terms of one row each: :func:`joins_rows`."""
-    return joins_rows(outputs, nodes) is False
-
-
 def joins_rows(outputs: Tensor, nodes: Nodes) -> bool | None:
     """Return whether a loss is more than a sum of terms of one row each, by its graph.
 

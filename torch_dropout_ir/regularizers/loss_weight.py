@@ -11,7 +11,7 @@ from torch_dropout_ir.collectives import every
 from torch_dropout_ir.output_products import WIDE, HessianProduct
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.graph_memory import Held
-from torch_dropout_ir.regularizers.loss_graph import rows_apart
+from torch_dropout_ir.regularizers.loss_graph import joins_rows
 from torch_dropout_ir.regularizers.output_rows import least_of_part
 from torch_dropout_ir.regularizers.outputs import OutputsRead
 
@@ -26,7 +26,7 @@ def apart(product: HessianProduct) -> bool:
     """Whether the graph of a loss shows that no two rows of the outputs meet."""
     terms = product.terms
     told = terms is not None and terms.by_row
-    return told or rows_apart(product.at, product.nodes)
+    return told or joins_rows(product.at, product.nodes) is False
 
 
 def parts_pay(

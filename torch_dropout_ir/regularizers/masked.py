@@ -30,9 +30,8 @@ from torch_dropout_ir.functional import (
     batch_size,
     call,
     fresh,
-    preserved_rng,
-    rewinding,
 )
+from torch_dropout_ir.generators import AllStanding, Standing, preserved_rng
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.kernels import keep_scale
 from torch_dropout_ir.leaves import without_graph
@@ -54,7 +53,7 @@ from torch_dropout_ir.sharpness.frozen import twice_differentiable, unrecorded
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.substitution import buffers_moved, keep_buffers
 from torch_dropout_ir.survey import Survey
-from torch_dropout_ir.tracing import generators, unasked, unasking
+from torch_dropout_ir.tracing import unasked, unasking
 
 # Besides a first, small one; a double backward holds three times what a step does.
 _PARTS: Final = 3
@@ -173,12 +172,12 @@ class MaskedRows:
         self._model = model
         self._batch = batch
         self._loss = loss
-        self._rewind = rewinding(model)
+        self._began = AllStanding(model)
         self._moved = buffers_moved(model) if move_buffers else None
         self._back = keep_buffers(model) if move_buffers else None
         # Of each use its mask, its rows for a sample, 0 where samples share it, and
         # where generators are when it has been drawn.
-        self._masks: list[tuple[Tensor, int, list[Tensor]]] = []
+        self._masks: list[tuple[Tensor, int, Standing]] = []
 
     def apart(self, outputs: Any, risk: Tensor) -> bool:
         """Return whether the first few rows are known to run alone as among all."""
@@ -221,7 +220,7 @@ class MaskedRows:
         Layers that count what they draw have counted it.
         """
         with preserved_rng(self._model), unrecorded(self._model):
-            self._rewind()
+            self._began.restore()
             yield
 
     def rewind_buffers(self) -> None:
@@ -244,7 +243,6 @@ class MaskedRows:
         known = iter(self._masks[:])
         new = not self._masks
         noise = RowNoise(rows, self._count)
-        of = generators(self._model)
 
         def drop(site: Site, h: Tensor) -> Tensor:
             if new:
@@ -255,10 +253,9 @@ class MaskedRows:
                 noise.aside = True
                 drawn = _drawn(site, h, whole, shape == tuple(h.shape))
                 noise.aside = False
-                self._masks.append((drawn, each, [g.get_state() for g in of]))
-            kept, each, states = self._masks[-1] if new else next(known)
-            for generator, state in zip(of, states, strict=True):
-                generator.set_state(state)
+                self._masks.append((drawn, each, Standing(self._model)))
+            kept, each, then = self._masks[-1] if new else next(known)
+            then.restore()
             if each:
                 kept = kept[rows_of_samples(rows, each).to(h.device)]
             return h * kept.to(h.dtype).mul_(1 / (1 - site.p) if site.p < 1 else 0.0)

@@ -11,13 +11,12 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.arguments import check_choice, check_real
+from torch_dropout_ir.arguments import check_choice, check_differentiable, check_real
 from torch_dropout_ir.functional import Batch, at_sites, call, fresh
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_batch,
-    check_differentiable,
     check_reachable,
     explained,
     noise_left_out,
@@ -231,7 +230,7 @@ def _with_r1(
             for said in noise_left_out(model, passed.noisy, met, drawn=passed.drawn):
                 warnings.warn(f"modified_loss: R_1: {said}", stacklevel=3)
             clean = loss(passed.outputs, batch[1])
-            check_differentiable("modified_loss", clean)
+            check_differentiable(clean, "parameters", "modified_loss")
             parts = None
             if moved is not None and max_bytes is not None and not moved():
                 weight = float(kind == "L1")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.collectives import every, some
-from torch_dropout_ir.functional import Batch, preserved_rng
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass

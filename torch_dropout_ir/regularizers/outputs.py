@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from torch_dropout_ir.arguments import check_differentiable
 from torch_dropout_ir.arrivals import (
     graph_nodes,
     once_differentiable,
@@ -129,11 +130,7 @@ class OutputsRead:
         """Return the gradient of the loss in each tensor, zeros where it has none."""
         with torch.enable_grad():
             value = self.risk_twice(at) if create_graph else self.risk(at)
-            if not value.requires_grad:
-                raise ValueError(
-                    "expected a loss that can be differentiated in the outputs, got "
-                    "one whose value is cut off from them (detached, or an argmax)"
-                )
+            check_differentiable(value, "outputs")
             root = root_of(value) if create_graph else None
             found = torch.autograd.grad(
                 value, list(at), root, create_graph=create_graph, allow_unused=True

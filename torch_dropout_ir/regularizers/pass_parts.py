@@ -21,13 +21,13 @@ from torch.autograd.graph import GradientEdge
 from torch_dropout_ir import tracing
 from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.collectives import every, go_on, most
-from torch_dropout_ir.functional import rewinding
+from torch_dropout_ir.generators import AllStanding
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.graph_memory import TOLD, Graph, sizes_of
 from torch_dropout_ir.regularizers.pass_nodes import PassNodes, kept_by, saving, size_at
 from torch_dropout_ir.regularizers.step_memory import mask_bytes
 from torch_dropout_ir.sites import Site
-from torch_dropout_ir.weight_parts import FACTORED
+from torch_dropout_ir.weight_parts import factored
 
 # As much as a node returns, that is there while it runs and is not kept.
 _AT_HAND: Final = 2
@@ -42,12 +42,12 @@ class _Left(NamedTuple):
     Attributes:
         value: What is differentiated.
         sent: What was sent to where the part ends; None for zero.
-        rewind: Sets generators to where they were before the pass.
+        began: Where generators stood before the pass.
     """
 
     value: Tensor
     sent: Tensor | None
-    rewind: Callable[[], None]
+    began: AllStanding
 
 
 class PassParts:
@@ -91,9 +91,9 @@ class PassParts:
     def saving(self) -> Iterator[None]:
         """Save what the part needs of the pass inside, at the masks that it had."""
         if self._first:
-            self._rewind = rewinding(self._model)
+            self._began = AllStanding(self._model)
         else:
-            self._left[self._pass].rewind()
+            self._left[self._pass].began.restore()
         self._masks: dict[Any, int] = {}
         part = (self._cuts[-2], self._cuts[-1]) if self.parted else None
         with saving(self._node_of, part) as places:
@@ -152,7 +152,7 @@ class PassParts:
                 got = torch.autograd.grad([start], ends, [root], allow_unused=True)
             sent = got[-1] if first else None
         if self._first:
-            self._left.append(_Left(value.detach(), sent, self._rewind))
+            self._left.append(_Left(value.detach(), sent, self._began))
         else:
             self._left[self._pass] = self._left[self._pass]._replace(sent=sent)
 
@@ -241,7 +241,7 @@ class PassParts:
     def _held(self, i: int, readers: list[int], found: PassNodes) -> int:
         """Return the bytes of a gradient, as a tensor or as its factors."""
         whole, node = self._targets[i].nbytes, found.nodes[readers[0]]
-        if len(readers) > 1 or getattr(node, "_forward_cls", None) not in FACTORED:
+        if len(readers) > 1 or not factored(node):
             return whole
         return min(whole, sum(sizes_of(node)) + sum(self._saved[readers[0]].values()))
 

@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from torch_dropout_ir.arguments import check_differentiable
 from torch_dropout_ir.arrivals import root_of
 from torch_dropout_ir.exhaustion import raise_if_exhausted
 from torch_dropout_ir.functional import Batch, call, parameters
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.regularizers.checks import check_differentiable
 from torch_dropout_ir.regularizers.gradient_norm import learning_rates
 from torch_dropout_ir.regularizers.gradient_pairs import wide_dtype
 from torch_dropout_ir.regularizers.masked import MaskedRows
@@ -65,7 +65,7 @@ def with_penalty(
     with twice_differentiable(lean) as operations:
         outputs = call(model, batch[0], move_buffers=move_buffers)
         risk = loss(outputs, batch[1])
-    check_differentiable("modified_loss", risk)
+    check_differentiable(risk, "parameters", "modified_loss")
     large = max_bytes is not None and parts_pay(risk, params, max_bytes)
     if large and operations.plain and not operations.again:
         found: Known | None

@@ -18,7 +18,7 @@ from torch_dropout_ir.output_products import (
     Root,
     Rows,
 )
-from torch_dropout_ir.registration import form_sums
+from torch_dropout_ir.registration import COMPILED, form_sums
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.coupling import alike, apart, row_weight, row_weights
 from torch_dropout_ir.regularizers.outputs import OutputsRead
@@ -108,7 +108,8 @@ class RootForms:
     ) -> Sums | None:
         """Draw a root and add its forms up; None if :meth:`draws` is to be asked."""
         outputs = read.tensors[0]
-        if self._roots is None or self.num_samples != 1 or clean.matters:
+        told = COMPILED and outputs.is_cpu and self.num_samples == 1
+        if self._roots is None or not told or clean.matters:
             return None
         meet = clean.samples_meet(outputs) if _alike(clean, outputs) else None
         if meet is None or not clean.uses:

@@ -29,7 +29,7 @@ from torch.utils import _pytree
 
 from torch_dropout_ir.collectives import every, most, some
 from torch_dropout_ir.exhaustion import raise_if_exhausted
-from torch_dropout_ir.functional import preserved_rng
+from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.coupling import nearly_equal
@@ -44,7 +44,6 @@ from torch_dropout_ir.regularizers.output_rows import (
     rows_of_samples,
 )
 from torch_dropout_ir.regularizers.outputs import OutputsRead
-from torch_dropout_ir.tracing import generators
 
 T = TypeVar("T")
 # Of a chunk: its pass, what is read, its rows.
@@ -86,7 +85,7 @@ class RowChunks:
         self._read = read
         self._twice = twice
         self._parts = parts
-        self._states = clean.states
+        self._began = clean.began
         self._least = max(least, PAIR) if clean.drawn else least
         self._count = count_samples(clean, read, inputs)
 
@@ -147,8 +146,8 @@ class RowChunks:
         if single and every(self._count >= 2 * PAIR, "pairs"):
             self._least = PAIR  # below the first site one may not run by itself
             found = self._each(take)
-        if found is None and self._states:  # what is drawn may have no rows
-            self._states = ()
+        if found is None and self._began:  # what is drawn may have no rows
+            self._began = None
             found = self._each(take)
         if found is None:  # no more is asked
             self._first = None
@@ -200,13 +199,11 @@ class RowChunks:
     @contextlib.contextmanager
     def _drawing(self, rows: Tensor) -> Iterator[None]:
         """Let the model draw for some rows what it drew in the pass over all."""
-        if not self._states:
+        if self._began is None:
             yield
             return
         with preserved_rng(self._model):
-            of = generators(self._model)
-            for generator, state in zip(of, self._states, strict=True):
-                generator.set_state(state)
+            self._began.restore()
             with RowNoise(rows, self._count):
                 yield
 

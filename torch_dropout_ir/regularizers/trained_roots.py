@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.arrivals import once_differentiable, root_of
-from torch_dropout_ir.functional import Batch, preserved_rng
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_scales import cross_entropy_scale, squared_scale, with_root
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass

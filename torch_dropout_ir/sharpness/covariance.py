@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch_dropout_ir.arguments import check_choice, check_count, check_real, in_order
 from torch_dropout_ir.batches import as_batches
 from torch_dropout_ir.functional import batch_size
+from torch_dropout_ir.sharpness.differentiability import Subset
 from torch_dropout_ir.sharpness.ranks import Group
-from torch_dropout_ir.sharpness.subsets import Subset
 from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.vectors import Params, full_precision, to_params, to_vector
 

@@ -1,4 +1,4 @@
-"""What a loss must be for its derivatives to mean something; what is said where not.
+"""What derivatives are taken of, and in: of which losses and parameters they are any.
 
 Torch takes the derivative of functions that jump to be zero, and says nothing.
 """
@@ -6,7 +6,7 @@ Torch takes the derivative of functions that jump to be zero, and says nothing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -22,6 +22,7 @@ NO_DERIVATIVE: Final = (
     "it with `params=`."
 )
 _JUMPS: Final = ("Ceil", "Floor", "Round", "Sgn", "Sign", "Trunc")
+Subset = Collection[str] | Callable[[str], bool] | None
 
 
 def check_penalties(
@@ -108,3 +109,30 @@ def explained() -> Iterator[None]:
         if said.startswith(known) or not any(word in said for word in _WITHOUT):
             raise
         raise NotImplementedError(NO_DERIVATIVE.format(said)) from err
+
+
+def chosen_parameters(
+    caller: str, params: dict[str, Tensor], subset: Subset
+) -> dict[str, Tensor]:
+    """Return those of ``params`` that the user's choice is of, at least one."""
+    kept = params
+    if callable(subset):
+        kept = {name: x for name, x in params.items() if subset(name)}
+    elif subset is not None:
+        subset = [subset] if isinstance(subset, str) else list(subset)
+        given = [x if isinstance(x, str) else type(x).__name__ for x in subset]
+        if foreign := sorted(set(given) - set(params)):
+            raise ValueError(
+                f"{caller}: expected `params` to name parameters that require a "
+                f"gradient, got {foreign}. There are {list(params)}."
+            )
+        kept = {name: x for name, x in params.items() if name in given}
+    if not kept:
+        raise ValueError(f"{caller}: `params` chooses none of {list(params)}")
+    if found := [name for name, x in kept.items() if x.is_complex()]:
+        raise NotImplementedError(
+            f"{caller}: expected real parameters, got complex ones: {found}. Hold them "
+            "as real ones that the model views with `torch.view_as_complex`, or leave "
+            "them out with `params=`."
+        )
+    return kept

@@ -23,8 +23,7 @@ from torch_dropout_ir.sharpness.krylov import (
     random_vector,
     working_dtype,
 )
-from torch_dropout_ir.sharpness.rehearsal import rehearsed
-from torch_dropout_ir.sharpness.search import Search
+from torch_dropout_ir.sharpness.search import Search, rehearsed
 from torch_dropout_ir.vectors import (
     Params,
     full_precision,

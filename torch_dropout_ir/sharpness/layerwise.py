@@ -19,14 +19,14 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.functional import Batch, batch_size
-from torch_dropout_ir.output_hessian import HessianRoots, hessian_roots, holding
+from torch_dropout_ir.output_hessian import HessianRoots, holding
 from torch_dropout_ir.output_products import Root
 from torch_dropout_ir.sharpness.residual import Block, Residual, halved
 from torch_dropout_ir.sharpness.surface import Surface
@@ -149,13 +149,9 @@ class Layerwise:
                 total += one * torch.stack(squares).sum().cpu()
         return total
 
-    def roots(self) -> Iterator[Root]:
-        """One root an output: their squares sum to the loss's Hessian."""
-        return hessian_roots(self.loss, self._outputs.detach(), self._targets)
-
-    def sampler(self) -> Any:
-        """A function that draws roots whose squares are the Hessian on average."""
-        return HessianRoots(self.loss, self._outputs.detach(), self._targets).sample
+    def roots(self) -> HessianRoots:
+        """Roots of the loss's Hessian in the outputs, exact and random ones."""
+        return HessianRoots(self.loss, self._outputs.detach(), self._targets)
 
     def blocks(self) -> list[Block]:
         """One block a known layer, and one a module of the other parameters."""

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch_dropout_ir.arrivals import arrivals
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.sharpness.curvature import CurvatureOperator
-from torch_dropout_ir.sharpness.differentiability import depended_on, explained
+from torch_dropout_ir.sharpness.differentiability import Subset, depended_on, explained
 from torch_dropout_ir.sharpness.frozen import Masks
 from torch_dropout_ir.sharpness.ranks import Group
-from torch_dropout_ir.sharpness.subsets import Subset
 from torch_dropout_ir.sharpness.surface import Surface
 
 BLOCK_BYTES: Final = 2**26

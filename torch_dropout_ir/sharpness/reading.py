@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from torch_dropout_ir.batches import as_batches
-from torch_dropout_ir.functional import Batch, batch_size, preserved_rng
+from torch_dropout_ir.functional import Batch, batch_size
+from torch_dropout_ir.generators import Standing, preserved_rng
 from torch_dropout_ir.losses import Loss
 
 
@@ -44,7 +45,8 @@ class Reading:
             check_pair(batch)
         self.single = listed[0] if listed and len(listed) == 1 else None
         self.empty = listed == []
-        self._generators = [(g, g.get_state()) for g in _generators(self._batches)]
+        self._generators = _generators(self._batches)
+        self._began = Standing(self._generators)
         self._sum: float | None = None  # of all that was read the first time
 
     def samples(self, batch: Batch) -> int:
@@ -75,11 +77,10 @@ class Reading:
         if isinstance(self._batches, (list, tuple)):
             yield from self._batches
             return
-        kept = [(g, g.get_state()) for g, _ in self._generators]
+        before = Standing(self._generators)
         try:
             with preserved_rng(self._model, 0):
-                for generator, state in self._generators:
-                    generator.set_state(state)
+                self._began.restore()
                 total = 0.0
                 for batch in self._batches:
                     check_pair(batch)
@@ -87,8 +88,7 @@ class Reading:
                     yield batch
                 self._compare(total)
         finally:
-            for generator, state in kept:
-                generator.set_state(state)
+            before.restore()
 
     def _compare(self, total: float) -> None:
         """Raise where data are others than when they were first read."""

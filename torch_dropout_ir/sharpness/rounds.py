@@ -151,7 +151,7 @@ class Rounds:
         head = torch.zeros(_HEAD, dtype=torch.float64, device="cpu")
         spent = _CHECKS
         if net.uses and not sampled:
-            head[0] = net.gauss_newton(net.roots())
+            head[0] = net.gauss_newton(net.roots().exact())
             spent += net.width
         moved, variances, probes = self._look(net, key)
         head[1], head[2] = spent + probes, 1.0
@@ -219,7 +219,7 @@ class Rounds:
         """Draw each group as often as counted."""
         net.coupled = key in self._coupled
         sampled = net.width > self._most // 2
-        draw = net.sampler() if sampled or net.others else None
+        draw = net.roots().sample if sampled or net.others else None
         blocks = net.blocks() if (known := self._moved.get(key)) else []
         own = [
             dataclasses.replace(blocks[i], apart=apart)

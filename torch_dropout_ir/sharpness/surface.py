@@ -31,13 +31,15 @@ from torch_dropout_ir.functional import (
     at_sites,
     fresh,
     parameters,
-    preserved_rng,
 )
+from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.sharpness.differentiability import (
+    Subset,
     check_penalties,
     check_risk,
+    chosen_parameters,
     explained,
 )
 from torch_dropout_ir.sharpness.frozen import (
@@ -51,7 +53,6 @@ from torch_dropout_ir.sharpness.frozen import (
 from torch_dropout_ir.sharpness.herding import representatives
 from torch_dropout_ir.sharpness.ranks import Group, unwrapped
 from torch_dropout_ir.sharpness.reading import Reading, sliced, terms
-from torch_dropout_ir.sharpness.subsets import Subset, chosen_parameters
 from torch_dropout_ir.substitution import call_with, substituted, unmoved_buffers
 from torch_dropout_ir.turns import alone_with, in_turn
 from torch_dropout_ir.vectors import full_precision, to_vector

@@ -22,7 +22,7 @@ from torch_dropout_ir.regularizers.checks import (
     noise_left_out,
 )
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
-from torch_dropout_ir.regularizers.loss_graph import rows_apart
+from torch_dropout_ir.regularizers.loss_graph import joins_rows
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs, real_leaves
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import batched
@@ -228,7 +228,7 @@ def _shown_apart(clean: CleanPass, read: OutputsRead) -> bool:
         return False
     assert read.loss is not None  # else there is no product
     known = read.loss.kind != "general"
-    return known or rows_apart(product.at, product.nodes)
+    return known or joins_rows(product.at, product.nodes) is False
 
 
 def _meet_at_masks(

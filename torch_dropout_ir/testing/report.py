@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_dropout_ir.arguments import check_count, check_real
-from torch_dropout_ir.functional import Batch, preserved_rng
+from torch_dropout_ir.functional import Batch
+from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.losses import Loss, resolve_loss
 from torch_dropout_ir.regularizers import (
     Estimate,
