@@ -152,14 +152,29 @@ class Loss:
         The negative log-likelihood is a cross-entropy of log-probabilities alone; of
         anything else it is linear.
         """
-        function = getattr(self.function, "func", self.function)
-        likelihood = function is F.nll_loss or type(function) is nn.NLLLoss
-        if self.kind != "cross_entropy" or not likelihood or not outputs.ndim:
-            return self
-        sums = outputs.detach().logsumexp(1 if outputs.ndim > 1 else 0)
-        if bool((sums.abs() <= torch.finfo(outputs.dtype).eps ** 0.5).all()):
+        if not self._is_likelihood or not outputs.ndim or _normalized(outputs):
             return self
         return dataclasses.replace(self, kind="general")
+
+    def of_logits(self, outputs: Tensor) -> Loss:
+        """Return the cross-entropy that a likelihood is of what made log-probabilities.
+
+        Of a model that returns them both are one function of its parameters; the
+        curvature of the one lies in the outputs, that of the other in the model.
+        """
+        if not self._is_likelihood or outputs.ndim < 2 or not _normalized(outputs):
+            return self
+        given = {"weight": None, "ignore_index": -100}
+        given = {name: self.option(name, x) for name, x in given.items()}
+        function = functools.partial(F.cross_entropy, **given, reduction=self.reduction)
+        return dataclasses.replace(self, function=function)
+
+    @property
+    def _is_likelihood(self) -> bool:
+        """Whether it is the negative log-likelihood, not altered."""
+        function = getattr(self.function, "func", self.function)
+        likelihood = function is F.nll_loss or type(function) is nn.NLLLoss
+        return likelihood and self.kind == "cross_entropy"
 
     def num_terms(self, targets: Tensor) -> float:
         """Return the number of terms that a mean is of, or the sum of their weights.
@@ -242,6 +257,12 @@ def _sizes(outputs: Any, targets: Any) -> str:
     known = {n: x for n, x in names.items() if isinstance(x, Tensor)}
     said = (f"{n} {list(x.shape)} ({x.dtype})" for n, x in known.items())
     return f"the loss of {' and '.join(said)}"
+
+
+def _normalized(outputs: Tensor) -> bool:
+    """Whether outputs are log-probabilities."""
+    sums = outputs.detach().logsumexp(1 if outputs.ndim > 1 else 0)
+    return bool((sums.abs() <= torch.finfo(outputs.dtype).eps ** 0.5).all())
 
 
 def _option(loss: Any, name: str, default: Any) -> Any:
