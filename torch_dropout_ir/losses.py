@@ -164,9 +164,12 @@ class Loss:
         """
         if not self._is_likelihood or outputs.ndim < 2 or not _normalized(outputs):
             return self
-        given = {"weight": None, "ignore_index": -100}
-        given = {name: self.option(name, x) for name, x in given.items()}
-        function = functools.partial(F.cross_entropy, **given, reduction=self.reduction)
+        function = functools.partial(
+            F.cross_entropy,
+            weight=self.option("weight", None),
+            ignore_index=self.option("ignore_index", -100),
+            reduction=self.reduction,
+        )
         return dataclasses.replace(self, function=function)
 
     @property

@@ -77,8 +77,8 @@ class Layerwise:
             raise NotSplit("the outputs are no tensor with samples in front")
         surface.checked(surface.loss_of(outputs, batch[1]), place)
         self._outputs = outputs
-        loss = surface.loss.of_logits(outputs) if whole else surface.loss
-        loss = holding(loss, outputs.detach(), batch[1])
+        own = surface.loss.of_logits(outputs) if whole else surface.loss
+        loss = holding(own, outputs.detach(), batch[1])
         if loss is None:
             raise NotSplit(
                 "the loss couples samples, or is not known and has many outputs"
