@@ -272,6 +272,20 @@ def test_a_sampler_with_a_generator_of_its_own_may_shuffle_and_no_more(count):
         with pytest.raises(ValueError, match="the same data each time"):
             op.dense()
             op.dense()
+        with pytest.raises(ValueError, match="the same data each time"):
+            op.dense()  # nor later
+
+
+def test_data_are_compared_once_not_in_every_product(monkeypatch):
+    from torch_dropout_ir.sharpness import reading
+
+    sums = []
+    monkeypatch.setattr(reading, "_sum", lambda batch: sums.append(1) or 1.0)
+    loader = DataLoader(TensorDataset(*data(10)), 5)
+    op = sharpness.hessian(mlp(), "mse", loader)
+    for _ in range(5):
+        op @ torch.ones(op.shape[0])
+    assert len(sums) <= 2 * len(loader)
 
 
 def test_random_transforms_are_the_same_in_every_product():
