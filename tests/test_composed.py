@@ -66,6 +66,10 @@ CALLS = {
     "joined": aligned(torch.tensor([1, 1, 3, 2, 1, 3]), (2, 1, 3), reduction="sum"),
     "blank": aligned(TEXTS % 4, (2, 3, 0), blank=4, reduction="none"),
     "none": aligned(TEXTS, (3, 3, 3), zero_infinity=True),
+    "padded texts": aligned(torch.tensor([[1, 2, -1], [3, -100, 99], [1, 2, 3]]),
+                            (2, 1, 3)),
+    "no labels": aligned(TEXTS[:, :0], (0, 0, 0), reduction="sum"),
+    "none joined": aligned(TEXTS[0, :0], (0, 0, 0), reduction="none"),
     "one text": (
         F.ctc_loss,
         lambda x: (x[:, :].log_softmax(-1), torch.tensor([1, 2]), torch.tensor(5),
@@ -102,9 +106,47 @@ def test_what_cannot_be_aligned_is_infinite():
     assert composed(F.ctc_loss, given, {"zero_infinity": True}) == 0
 
 
+def test_of_no_steps_nothing_can_be_aligned_but_no_labels():
+    logs = torch.zeros(2, 2, 3).log_softmax(-1)
+    given = (logs, torch.ones(2, 1).long(), (0, 0), (0, 1))
+    expected = F.ctc_loss(*given, reduction="none")
+    torch.testing.assert_close(
+        composed(F.ctc_loss, given, {"reduction": "none"}), expected
+    )
+
+
+WRONG = {
+    "kind of sum": (F.embedding_bag, (INDEX, torch.rand(5, 2)), {"mode": "most"}),
+    "offsets beside": (F.embedding_bag, (INDEX, torch.rand(5, 2), BAGS), {}),
+    "offset beyond": (
+        F.embedding_bag, (AT, torch.rand(5, 2), torch.tensor([0, 9])), {},
+    ),
+    "power": (F.multi_margin_loss, (torch.rand(3, 5), AT), {"p": 3}),
+    "labels": (F.multi_margin_loss, (torch.rand(3, 5), AT[:2]), {}),
+    "reduction": (
+        F.multilabel_margin_loss, (torch.rand(3, 5), LABELS), {"reduction": "all"},
+    ),
+    "too long": (F.ctc_loss, (torch.rand(2, 3, 5), LABELS, (9, 2, 2), (1, 1, 1)), {}),
+    "too few": (F.ctc_loss, (torch.rand(2, 3, 5), AT, (2, 2, 2), (2, 1, 1)), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said_as_torch_does(name):
+    function, args, given = WRONG[name]
+    with pytest.raises((RuntimeError, ValueError)) as expected:
+        function(*args, **given)
+    with pytest.raises(expected.type) as found:
+        composed(function, args, given)
+    assert str(found.value) == str(expected.value)
+
+
 def test_what_has_been_given_up_on_is_left_to_torch():
-    x = torch.randn(3, 5)
-    assert composed(F.multi_margin_loss, (x, AT), {"size_average": True}) is None
+    x = torch.randn(5, 5)
+    with pytest.warns(UserWarning, match="deprecated"):
+        assert (
+            composed(F.multi_margin_loss, (x[:3], AT), {"size_average": True}) is None
+        )
     assert composed(F.embedding_bag, (INDEX, x), {"max_norm": 1.0}) is None
     assert composed(F.relu, (x,), {}) is None
 

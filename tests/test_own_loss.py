@@ -136,3 +136,29 @@ def test_a_loss_that_is_linear_in_what_it_is_of_is_the_whole_loss():
     net, batch = made("labels")
     net.loss = lambda f, y: f.gather(2, y[..., None]).mean()
     assert "whole loss" in inside(net, batch)[1]
+
+
+@pytest.mark.parametrize("kind", ["labels", "focal"])
+@pytest.mark.parametrize("beside", ["losses", "logarithms"])
+def test_what_a_loss_makes_of_outputs_is_no_output(kind, beside):
+    """Losses of each symbol, whose curvature in the loss is not that of the logits."""
+    net, batch = made("labels")
+
+    def loss(f, y, found=None):
+        logarithms = f.mT.log_softmax(1)
+        losses = F.nll_loss(logarithms, y, reduction="none")
+        if found is not None:
+            found[beside] = losses if beside == "losses" else logarithms
+        if kind == "focal":
+            losses = (1 - torch.exp(-losses)) ** 2 * losses
+        return losses.mean()
+
+    class Telling(nn.Module):
+        def forward(self, x, y):
+            logits, found = net.head(net.body(x)), {}
+            return {"loss": loss(logits, y, found), "logits": logits, **found}
+
+    found, how, _ = measured(Telling(), (batch, batch), lambda out, _: out["loss"])
+    assert "Gauss-Newton" in how
+    expected, _, _ = measured(net, batch, loss)
+    assert sorted(found.per_site.values()) == sorted(expected.per_site.values())

@@ -48,7 +48,12 @@ def composed(
 ) -> Any:
     """Return what a call returns, with all derivatives; None if it is left to torch."""
     own = _COMPOSED.get(func)
-    return None if own is None else own(*args, **kwargs)
+    if own is None:
+        return None
+    if func in _CHECKS:
+        with torch.no_grad():
+            func(*args, **kwargs)  # says what is wrong with what it is given
+    return own(*args, **kwargs)
 
 
 def differentiated_once(names: Iterable[str]) -> bool:
@@ -154,11 +159,13 @@ def _ctc_loss(
     zero_infinity: bool = False,
 ) -> Tensor:
     batched = log_probs.ndim == 3
-    p = log_probs if batched else log_probs[:, None]
+    wide = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+    p = wide if batched else wide[:, None]
     lengths = torch.as_tensor(target_lengths, device=p.device).reshape(-1)
     ends = torch.as_tensor(input_lengths, device=p.device).reshape(-1)
-    labels = _padded(targets.to(p.device), lengths, p.shape[1], blank)
+    labels = _padded(targets.to(p.device), lengths, blank)
     found = _of_alignments(p, labels, ends, lengths, blank)
+    found = found.where(ends > 0, torch.where(lengths > 0, -_NEVER, 0.0))
     never = found > -_NEVER / 2
     found = found.where(~never, 0.0 if zero_infinity else torch.inf)
     found = found if batched else found.squeeze(0)
@@ -179,7 +186,8 @@ def _of_alignments(
     steps, samples, _ = p.shape
     around = labels.new_full((samples, 2 * labels.shape[1] + 1), blank)
     around[:, 1::2] = labels
-    apart = F.pad(around[:, 2:] != around[:, :-2], (2, 0)) & (around != blank)
+    apart = around[:, 2:] != around[:, :-2]
+    apart = F.pad(apart, (2, 0))[:, -around.shape[1] :] & (around != blank)
     emitted = p.gather(2, around.expand(steps, -1, -1))
     begun = torch.arange(around.shape[1], device=p.device) < 2
     alpha = torch.where(begun, emitted[0], _NEVER)
@@ -194,19 +202,15 @@ def _of_alignments(
     return -ways.logsumexp(1)
 
 
-def _padded(targets: Tensor, lengths: Tensor, samples: int, blank: int) -> Tensor:
+def _padded(targets: Tensor, lengths: Tensor, blank: int) -> Tensor:
     """Return the labels of each sample in a row, which may have been joined."""
-    if targets.ndim == 2:
-        return targets.long()
-    if len(lengths) == 1:
-        return targets.long()[None]
     most = int(lengths.max()) if len(lengths) else 0
     places = torch.arange(most, device=targets.device)
-    first = lengths.cumsum(0) - lengths
-    index = (first[:, None] + places).clamp(max=max(0, len(targets) - 1))
-    if not len(targets):
-        return targets.new_full((samples, most), blank, dtype=torch.long)
-    return targets.long()[index].where(places < lengths[:, None], blank)
+    within = places < lengths[:, None]
+    if targets.ndim == 2:
+        return targets[:, :most].long().where(within, blank)
+    labels = targets.new_full(within.shape, blank, dtype=torch.long)
+    return labels.masked_scatter(within, targets.long())
 
 
 def _reduced(terms: Tensor, reduction: str) -> Tensor:
@@ -224,3 +228,6 @@ _COMPOSED: Final[dict[Callable[..., Any], Callable[..., Tensor | None]]] = {
     F.ctc_loss: _ctc_loss,
     torch._weight_norm: _weight_norm,
 }
+_CHECKS: Final = frozenset((
+    F.embedding_bag, F.multi_margin_loss, F.multilabel_margin_loss, F.ctc_loss,
+))  # fmt: skip

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from torch_dropout_ir.composed import differentiated_once
+from torch_dropout_ir.loss_terms import LOSSES, OF_LABELS
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs, real_leaves
+
+_OF_LOSSES: Final = LOSSES | OF_LABELS | {"LogSoftmaxBackward0"}
 
 
 def outputs_within(
@@ -44,18 +47,26 @@ def outputs_within(
 
 
 def _cut(clean: CleanPass, value: Tensor) -> Tensor | None:
-    """Return the output nearest to a loss through which it depends on the sites."""
-    sites, found = {edge.node for edge in clean.edges}, []
+    """Return the output nearest to a loss through which it depends on the sites.
+
+    What a loss of torch's makes of another, as the losses of samples, is no output.
+    """
+    sites, cuts = {edge.node for edge in clean.edges}, []
     for x in real_leaves(clean.outputs)[0]:
         node = x.grad_fn if isinstance(x, Tensor) and x.ndim else None
         if node is not None and len(node._input_metadata) == 1:
-            found.append((_between(value, node, sites), x))
-    cuts = [(count, x) for count, x in found if count]
-    return min(cuts, key=lambda pair: pair[0])[1] if cuts else None
+            if between := _between(value, node, sites):
+                cuts.append((between, x))
+    cuts.sort(key=lambda pair: len(pair[0]))
+    nearest, found = cuts[0] if cuts else (set(), None)
+    for between, x in cuts[1:]:  # each further away than those before
+        if any([node.name() in _OF_LOSSES for node in between - nearest]):
+            nearest, found = between, x
+    return found
 
 
-def _between(value: Tensor, end: Any, sites: set[Any]) -> int:
-    """Return how many nodes are between a loss and an output; 0 if it is no cut."""
+def _between(value: Tensor, end: Any, sites: set[Any]) -> set[Any]:
+    """Return the nodes between a loss and an output; none if it is no cut."""
     left, seen, met = [value.grad_fn], {end}, False
     while left:
         node = left.pop()
@@ -63,7 +74,7 @@ def _between(value: Tensor, end: Any, sites: set[Any]) -> int:
         if node is None or node in seen:
             continue
         if node in sites:
-            return 0
+            return set()
         seen.add(node)
         left += [child for child, _ in node.next_functions]
-    return len(seen) if met else 0
+    return seen - {end} if met else set()
