@@ -23,8 +23,8 @@ class Reading:
     batch or augments would give another one each time. All generators, those of the
     model's devices too, are given back as they were; data that change by others (of a
     sampler's own with NumPy, by a count of epochs) are told by their sum, the second
-    time that they are read, and raise a ValueError. ``weigh`` tells what a batch counts for in a mean; None: its number of
-    samples.
+    time that they are read, and raise a ValueError. ``weigh`` tells what a batch counts
+    for in a mean; None: its number of samples.
 
     Attributes:
         single: The only batch, where there is just one.
