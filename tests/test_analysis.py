@@ -299,7 +299,7 @@ def test_the_sites_errors_are_their_spread_and_the_modified_loss_has_that_of_r1(
     assert float(line.split()[3]) == pytest.approx(float(errors[-1]), rel=0.05)
 
 
-def test_errors_that_one_draw_does_not_tell_are_absent_once_and_anew():
+def test_errors_that_one_draw_does_not_tell_are_of_two():
     """One sample has no spread; the next batch has."""
 
     def batch(step):
@@ -308,13 +308,12 @@ def test_errors_that_one_draw_does_not_tell_are_absent_once_and_anew():
 
     analysis, said = of_sites(batch, 3)
     parts = "regularizer/R1_standard_error/<site>"
-    assert [set(x) & {parts} for x in said] == [set(), {parts}, set()]
-    assert "one draw does not tell it" in said[1][parts]
+    assert not any(parts in x for x in said)
     for site in ("0", "3"):
         steps = [
             s for s, _ in analysis.history[f"regularizer/R1_standard_error/{site}"]
         ]
-        assert steps == [0, 2]
+        assert steps == [0, 1, 2]
 
 
 def test_foreign_masks_are_observed_as_they_are():

@@ -373,8 +373,6 @@ def no_norm():
 
 # What cannot be measured, by script.
 ABSENT = {
-    adapters: {traces.PARTS: "where samples meet"},
-    alignments: {traces.PARTS: "where samples meet"},
     without_second_derivative: {
         "sharpness": "differentiated twice",
         "regularizer/R1/<site>": "cannot differentiate again",

@@ -1,6 +1,7 @@
 """Hooks of ours are called where torch's would be."""
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -104,7 +105,19 @@ def _interrupt(place, seen):
     return call
 
 
-def test_an_interrupt_anywhere_between_hooks_leaves_none():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_interrupt_anywhere_between_hooks_leaves_none(threads):
+    done = threading.Event()
+    others = [threading.Thread(target=done.wait) for _ in range(threads - 1)]
+    for other in others:
+        other.start()
+    try:
+        interrupted_anywhere()
+    finally:
+        done.set()
+
+
+def interrupted_anywhere():
     model = _Block(nn.Linear(2, 2), _Block(nn.Dropout(0.5), nn.Linear(2, 2)))
     x, place, seen = torch.ones(3, 2), 0, []
     while len(seen) == place:  # it has been interrupted there

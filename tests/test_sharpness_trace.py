@@ -587,3 +587,32 @@ def test_cross_entropy_that_weighs_below_zero_goes_layer_by_layer(soft):
     found = sharpness.trace(op, 40, method="layerwise")
     assert found.method == "exact"
     torch.testing.assert_close(found.value, op.dense().trace())
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("images", [False, True])
+def test_traces_of_models_that_return_log_probabilities_have_no_noise(images, weighed):
+    torch.manual_seed(0)
+    if images:
+        net = nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3),
+            nn.LogSoftmax(1),
+        )  # fmt: skip
+        x = torch.randn(7, 1, 4, 4)
+    else:
+        net = nn.Sequential(
+            nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3), nn.LogSoftmax(1)
+        )
+        x = torch.randn(7, 4)
+    y = torch.tensor([0, 1, 2, 1, -100, 0, 2])
+    weight = torch.tensor([1.0, 2.0, 0.5]).double() if weighed else None
+    loss = nn.NLLLoss(weight)
+    op = sharpness.hessian(net.double(), loss, [(x.double(), y)])
+    found = sharpness.trace(op, num_matvecs=20)
+    dense = op.dense().trace()
+    assert float(found.standard_error) < 1e-14 * float(dense)  # but for rounding
+    assert float(found.value) == pytest.approx(float(dense), rel=1e-9)
+    other = sharpness.ggn(net, loss, [(x.double(), y)])
+    assert float(sharpness.trace(other, num_matvecs=20).value) == pytest.approx(
+        float(other.dense().trace()), abs=1e-12
+    )

@@ -75,9 +75,8 @@ def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
         >>> half_squared_error(torch.ones(4, 2), torch.zeros(4, 2))
         tensor(1.)
     """
-    # A mode that looks on sees one call, as of torch's own losses.
     if has_torch_function_variadic(outputs, targets):
-        found: Tensor = handle_torch_function(
+        found: Tensor = handle_torch_function(  # one call, as of torch's own losses
             half_squared_error, (outputs, targets), outputs, targets
         )
         return found
@@ -152,14 +151,29 @@ class Loss:
         The negative log-likelihood is a cross-entropy of log-probabilities alone; of
         anything else it is linear.
         """
-        function = getattr(self.function, "func", self.function)
-        likelihood = function is F.nll_loss or type(function) is nn.NLLLoss
-        if self.kind != "cross_entropy" or not likelihood or not outputs.ndim:
-            return self
-        sums = outputs.detach().logsumexp(1 if outputs.ndim > 1 else 0)
-        if bool((sums.abs() <= torch.finfo(outputs.dtype).eps ** 0.5).all()):
+        if not self._is_likelihood or not outputs.ndim or _normalized(outputs):
             return self
         return dataclasses.replace(self, kind="general")
+
+    def of_logits(self, outputs: Tensor) -> Loss:
+        """Return a cross-entropy in the place of a likelihood of log-probabilities.
+
+        Both are one function of the parameters; its curvature lies in the outputs.
+        """
+        if not self._is_likelihood or outputs.ndim < 2 or not _normalized(outputs):
+            return self
+        function = functools.partial(
+            F.cross_entropy, weight=self.option("weight", None),
+            ignore_index=self.option("ignore_index", -100), reduction=self.reduction,
+        )  # fmt: skip
+        return dataclasses.replace(self, function=function)
+
+    @property
+    def _is_likelihood(self) -> bool:
+        """Whether it is the negative log-likelihood, not altered."""
+        function = getattr(self.function, "func", self.function)
+        named = function is F.nll_loss or type(function) is nn.NLLLoss
+        return named and self.kind == "cross_entropy"
 
     def num_terms(self, targets: Tensor) -> float:
         """Return the number of terms that a mean is of, or the sum of their weights.
@@ -242,6 +256,12 @@ def _sizes(outputs: Any, targets: Any) -> str:
     known = {n: x for n, x in names.items() if isinstance(x, Tensor)}
     said = (f"{n} {list(x.shape)} ({x.dtype})" for n, x in known.items())
     return f"the loss of {' and '.join(said)}"
+
+
+def _normalized(outputs: Tensor) -> bool:
+    """Whether outputs are log-probabilities."""
+    sums = outputs.detach().logsumexp(min(1, outputs.ndim - 1))
+    return bool((sums.abs() <= torch.finfo(outputs.dtype).eps ** 0.5).all())
 
 
 def _option(loss: Any, name: str, default: Any) -> Any:

@@ -27,7 +27,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from torch_dropout_ir.hooks import before_call
+from torch_dropout_ir.hooks import Undo, before_call, give_back
 from torch_dropout_ir.tracing import frames
 
 _LONGEST: Final = 300.0  # seconds of a pass of another thread's
@@ -101,12 +101,13 @@ def alone_with(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _alone_with(model: nn.Module) -> Iterator[None]:
     with in_turn():
-        remove = before_call(model, _Door(model))
+        undo: Undo = []
         try:
+            before_call(model, _Door(model), undo)
             _wait_for_passes(model)
             yield
         finally:
-            remove()
+            give_back(undo)
 
 
 class _Door:

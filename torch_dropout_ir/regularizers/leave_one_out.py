@@ -11,7 +11,6 @@ from torch.utils import _pytree
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.output_products import TWICE
 from torch_dropout_ir.regularizers.estimate import is_quadratic
 from torch_dropout_ir.regularizers.last_layer import (
     ROWS_MEET,
@@ -27,7 +26,6 @@ from torch_dropout_ir.sites import noise_variance
 
 # Of a block, one for each of its units, samples and outputs: a cache holds that.
 _ELEMENTS: Final = 2**16
-_ONCE: Final = TWICE.partition("{")[0]
 
 
 def leave_one_out(
@@ -54,8 +52,7 @@ def leave_one_out(
 
     No pass through the network; ``O(N D C)`` time, memory of the inputs and a block.
     Differentiable in ``features``, ``weight`` and ``outputs``. Losses other than
-    squared ones and cross-entropy are called once a unit, in their own precision; those
-    of which torch has no second derivative, as margins, of ``outputs`` without a graph.
+    squared ones and cross-entropy are called once a unit, in their own precision.
 
     Args:
         features: Inputs of the last layer before dropout, ``[..., D]``.
@@ -99,12 +96,7 @@ def leave_one_out(
         )
     if resolved.kind == "cross_entropy":
         return variance * _softmax_form(resolved, features, weight, outputs, targets)
-    try:
-        check_rows(read_outputs(outputs, resolved, targets))
-    except ValueError as err:  # of a margin's values alone, which tell too
-        trained = torch.is_grad_enabled() and outputs.requires_grad
-        if trained or not (tracing.eager() and str(err).startswith(_ONCE)):
-            raise
+    check_rows(read_outputs(outputs, resolved, targets))
 
     def widened(x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)

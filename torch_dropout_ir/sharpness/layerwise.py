@@ -62,6 +62,7 @@ class Layerwise:
         place: int,
         seed: int | None,
         known: list[int] | None = None,
+        whole: bool = True,
     ) -> None:
         self._targets = batch[1]
         leaves = {n: x.detach().requires_grad_() for n, x in surface.params.items()}
@@ -76,7 +77,8 @@ class Layerwise:
             raise NotSplit("the outputs are no tensor with samples in front")
         surface.checked(surface.loss_of(outputs, batch[1]), place)
         self._outputs = outputs
-        loss = holding(surface.loss, outputs.detach(), batch[1])
+        own = surface.loss.of_logits(outputs) if whole else surface.loss
+        loss = holding(own, outputs.detach(), batch[1])
         if loss is None:
             raise NotSplit(
                 "the loss couples samples, or is not known and has many outputs"

@@ -132,7 +132,8 @@ class Rounds:
         def one(batch: Batch, place: int, seed: int | None) -> Tensor:
             with torch.enable_grad():
                 known = self._known.get((place, seed))
-                net = Layerwise(self._surface, batch, place, seed, known)
+                whole = self._kind != "ggn"
+                net = Layerwise(self._surface, batch, place, seed, known, whole)
                 self._known[place, seed] = net.known
                 with self._surface.backward():
                     found = take(net, (place, seed))
