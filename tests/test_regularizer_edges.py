@@ -20,6 +20,7 @@ from tests.passes import take_in_parts
 from torch_dropout_ir import attach_analysis, frozen_masks, sharpness
 from torch_dropout_ir.analysis.measures import DropoutNoise, Regularizer, received_r2
 from torch_dropout_ir.functional import at_sites, call, fresh
+from torch_dropout_ir.generators import AllStanding
 from torch_dropout_ir.inputs import Inputs
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import (
@@ -279,7 +280,28 @@ def numpy_noise(x):
     return torch.from_numpy(np.random.standard_normal(x.shape)).float()
 
 
-@pytest.mark.parametrize("draw", [torch.randn_like, numpy_noise])
+class OwnNoise(nn.Module):
+    """Noise by a generator of the layer's own."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, x):
+        if isinstance(self.generator, torch.Generator):
+            return torch.randn(x.shape, generator=self.generator)
+        return torch.tensor([self.generator.normalvariate(0, 1) for _ in range(len(x))])
+
+
+NOISES = [
+    torch.randn_like,
+    numpy_noise,
+    OwnNoise(torch.Generator()),
+    OwnNoise(random.Random(0)),
+]
+
+
+@pytest.mark.parametrize("draw", NOISES)
 @pytest.mark.parametrize("count", [1, 4])
 def test_the_noise_of_masks_is_of_masks_alone(draw, count):
     torch.manual_seed(0)
@@ -294,6 +316,43 @@ def test_the_noise_of_masks_is_of_masks_alone(draw, count):
     with frozen_masks(net):
         found = gradient_norm(net, batch, lambda out, _: out, lr=4.0, num_masks=4)
     assert found.dropout_noise == 0
+
+
+@pytest.mark.parametrize("draw", NOISES)
+def test_a_mean_over_masks_has_noise_alike_on_both_sides(draw):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.draw = nn.Dropout(0.5), draw
+
+        def forward(self, x):
+            return self.drop(x).square().mean() + 100 * self.draw(x).mean()
+
+    torch.manual_seed(0)
+    found = monte_carlo(Net(), (torch.ones(512), None), lambda out, _: out)
+    assert abs(found.value - 1) < 4 * found.standard_error < 0.1
+    assert any("besides its sites" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.Generator, random.Random, np.random.RandomState]
+)
+@pytest.mark.parametrize("bits", [np.random.PCG64, np.random.MT19937])
+def test_generators_that_a_model_holds_are_seen_to_move_and_put_back(kind, bits):
+    net = OwnNoise(kind())
+    net.other = np.random.Generator(bits(3))
+    began = AllStanding(net)
+    assert not began.moved()
+    first = net.other.random()
+    assert began.moved()
+    began.restore()
+    assert not began.moved() and net.other.random() == first
+    began.restore()
+    if kind is not np.random.RandomState:
+        first = net(torch.ones(3))
+        assert began.moved()
+        began.restore()
+        assert torch.equal(net(torch.ones(3)), first)
 
 
 def test_what_the_noise_of_masks_lacks_is_in_the_record():

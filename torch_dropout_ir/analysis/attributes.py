@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
@@ -13,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.generators import AllStanding
+from torch_dropout_ir.generators import SET_STATE, STATE, AllStanding
 from torch_dropout_ir.substitution import rewrite
 from torch_dropout_ir.tracing import is_released
 
@@ -64,8 +62,8 @@ def _held(attributes: Iterable[dict[str, Any]]) -> Iterator[Any]:
 
 
 def _contents(x: Any) -> Any:
-    if type(x) in _STATE:
-        return _STATE[type(x)](x)
+    if type(x) in STATE:
+        return STATE[type(x)](x)
     return x.detach().clone() if isinstance(x, Tensor) else x.copy()
 
 
@@ -87,21 +85,12 @@ def _rewrite_array(x: np.ndarray, was: np.ndarray) -> None:
         x[...] = was
 
 
-_STATE: Final[dict[type, Callable[[Any], Any]]] = {
-    torch.Generator: torch.Generator.get_state,
-    random.Random: random.Random.getstate,
-    np.random.RandomState: np.random.RandomState.get_state,
-    np.random.Generator: lambda x: copy.deepcopy(x.bit_generator.state),
-}
 _RESTORE: Final[dict[type, Callable[[Any, Any], None]]] = {
     **dict.fromkeys((list, dict, set, deque), _refill),
     **dict.fromkeys((OrderedDict, defaultdict, Counter), _refill),
     Tensor: _rewrite_tensor,
     np.ndarray: _rewrite_array,
-    torch.Generator: lambda x, was: x.set_state(was),
-    random.Random: random.Random.setstate,
-    np.random.RandomState: np.random.RandomState.set_state,
-    np.random.Generator: lambda x, was: setattr(x.bit_generator, "state", was),
+    **SET_STATE,
 }
 
 
@@ -114,18 +103,12 @@ class Generators(AllStanding):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         held = _held(vars(m) for m in model.modules())
-        self._own = [(x, _contents(x)) for x in held if type(x) in _STATE]
+        self._hold([x for x in held if type(x) in STATE])
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind))
             for kind in ("cpu", "cuda")
             if torch.is_autocast_enabled(kind)
         ]
-
-    def restore(self) -> None:
-        """Set the generators back to that moment."""
-        super().restore()
-        for x, was in self._own:
-            _RESTORE[type(x)](x, was)
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
