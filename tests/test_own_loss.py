@@ -105,6 +105,20 @@ def test_of_samples_that_meet_two_draws_tell_the_error():
     close(inside(net, batch)[0].per_site, outside(net, batch)[0].per_site)
 
 
+def test_two_draws_that_are_the_same_tell_no_error():
+    """Of one sample with three outputs there are few roots."""
+    net, (x, y) = made("labels")
+    loss = resolve_loss(lambda f, t: net.loss(f, t))
+    errors = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        found, _, _ = online(net, (x[:1, :1], y[:1, :1]), loss)
+        errors.append(found.per_site_standard_error["body.2"])
+    errors = torch.stack(errors)
+    assert errors.isnan().any() and not (errors == 0).any()
+    assert not errors.isnan().all()
+
+
 @pytest.mark.parametrize("how", ["beside", "parts"])
 def test_where_no_output_is_all_that_the_loss_is_of_it_is_the_whole_loss(how):
     """A term of hidden units; a list of parts."""

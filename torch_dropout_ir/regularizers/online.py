@@ -120,10 +120,11 @@ def _second_order(
 
 
 def _mean(a: Estimate, b: Estimate) -> Estimate:
-    """Return the mean of two draws, whose difference tells its error."""
+    """Return the mean of two draws, whose difference tells its error, if it is one."""
 
     def error(x: Tensor, y: Tensor) -> Tensor:
-        return (x - y).abs() / 2
+        off = (x - y).abs() / 2
+        return off.where((off > 0) | (x == 0), torch.nan)
 
     sites = {name: (x, b.per_site[name]) for name, x in a.per_site.items()}
     return dataclasses.replace(

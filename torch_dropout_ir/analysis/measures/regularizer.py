@@ -26,8 +26,9 @@ _R1: Final = "regularizer/R1"
 _ERROR: Final = "regularizer/R1_standard_error"
 _NOISE: Final = "regularizer/R2_dropout_noise"
 _ONE_DRAW: Final = (
-    "one draw does not tell it where samples meet (batch normalization, a loss that "
-    "couples them), are not known to be apart, or the batch is of one"
+    "neither one draw tells it, nor two that are alike, where samples meet (batch "
+    "normalization, a loss that couples them), are not known to be apart, or the batch "
+    "is of one"
 )
 _ONE_PAIR: Final = (
     "two masks are one difference, which has no error: `DropoutNoise(num_masks=4)`"
