@@ -1,6 +1,7 @@
 """What is given to the regularizers, and is none of what they take."""
 
 import functools
+import random
 from fractions import Fraction
 
 import numpy as np
@@ -260,3 +261,34 @@ def test_tensors_of_a_layer_have_one_dtype(form, loss):
     with torch.autocast("cpu", torch.bfloat16):  # which casts both
         found = form(h.bfloat16(), w, 0.5, loss=loss, outputs=h @ w.T, targets=y)
     assert found.isfinite()
+
+
+class Noisy(nn.Module):
+    """Noise of another kind than dropout's, before the site."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.last, self.kind = nn.Linear(4, 6), nn.Linear(6, 2), kind
+        self.drop, self.own = nn.Dropout(0.3), torch.Generator().manual_seed(3)
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        if self.kind == "numpy":
+            h = h + torch.from_numpy(np.random.randn(*h.shape)).to(h)
+        elif self.kind == "python":
+            h = h * (0.5 + random.random())
+        elif self.kind == "own":
+            h = h + torch.randn(h.shape, generator=self.own).to(h)
+        elif self.kind == "torch":
+            h = h + torch.randn_like(h)
+        return self.last(self.drop(h))
+
+
+@pytest.mark.parametrize("kind", ["none", "numpy", "python", "own", "torch"])
+@pytest.mark.parametrize("form", [gauss_newton, second_order])
+def test_what_another_noise_is_in_is_not_exact(kind, form):
+    net, batch = Noisy(kind), (torch.randn(5, 4), torch.randn(5, 2))
+    found = form(net, batch, "mse", num_samples=None)
+    assert found.exact == (kind == "none")
+    said = any("draws noise besides its sites" in note for note in found.notes)
+    assert said == (kind != "none")

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_dropout_ir.collectives import every, go_on, some
 from torch_dropout_ir.functional import at_sites
-from torch_dropout_ir.generators import Standing
+from torch_dropout_ir.generators import AllStanding, Standing
 from torch_dropout_ir.leaves import without_graph
 from torch_dropout_ir.recomputation import Blocks, Context
 from torch_dropout_ir.regularizers.checks import check_batch, noise_left_out
@@ -258,7 +258,7 @@ def clean_pass(
             calls.watch = Blocks(operations).look
         if find_last:
             calls.look_on(seen.last.see)
-        began = None if calls.absent else Standing(model)
+        began = None if calls.absent else _standing(model, find_last)
         calls.given = matrices.given
         run = functools.partial(seen.forward, around, reduce, move_buffers)
         outputs = seen.run(run, lambda: calls.differentiates)
@@ -279,3 +279,8 @@ def clean_pass(
         found = CleanPass(*met, *said, seen.below, weigh, began, survey.row_wise)
         del met, outputs  # what the pass lets go of
         yield found
+
+
+def _standing(model: nn.Module, every_kind: bool) -> Standing:
+    """Note where torch's generators stand; before one says "exact", those of others."""
+    return AllStanding(model) if every_kind else Standing(model)
