@@ -447,6 +447,42 @@ def spare(rank, size, options, _=None):
     return analysis.history, analysis.absent
 
 
+class OwnLoss(nn.Module):
+    """A model that returns its own loss, and what that is of."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x, y):
+        logits = self.net(x)
+        return {"logits": logits, "loss": nn.functional.mse_loss(logits, y)}
+
+
+def own_loss(rank, size, _):
+    """One rank has a single sample, which tells no error of one draw."""
+    rows = slice(15) if rank == 0 else slice(15, None)
+    model = DistributedDataParallel(OwnLoss())
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = [measures.Regularizer()]
+    with tdi.attach_analysis(model, log_dir=False, every=1, measures=watch) as own:
+        for x, y in batches():
+            sgd.zero_grad()
+            model(x[rows], y[rows])["loss"].backward()
+            sgd.step()
+    return own.history, own.absent, own.notes["regularizer/R1"]
+
+
+def test_parts_of_a_loss_that_the_model_returns_are_of_all_ranks(ran):
+    (found, absent, said), (other, _, too) = ran(2, "own loss")
+    assert not absent and "Gauss-Newton form, of two draws" in said == too
+    site = "regularizer/R1_standard_error/net.2"
+    # Two draws of one sample may be the same: at one step of the three they are.
+    assert len(found[site]) == STEPS - 1 and all(x > 0 for _, x in found[site])
+    shared = [tag for tag in found if tag.startswith(("loss/", "regularizer/R1"))]
+    assert "loss/R_S" in shared and all(found[tag] == other[tag] for tag in shared)
+
+
 @pytest.mark.parametrize("how", ["find_unused_parameters", "static_graph"])
 def test_the_loss_is_found_where_ddp_hands_out_copies(ran, how):
     alone, _ = spare(0, 1, {})
@@ -838,6 +874,7 @@ def test_the_curvature_where_passes_meet_is_that_of_all(ran, name):
 
 SCENARIOS = {
     "noise": (noise_of_masks,),
+    "own loss": (own_loss,),
     "drawn": (drawn,),
     "lacking": (lacking,),
     "apart": (apart,),
