@@ -43,6 +43,7 @@ from regularizers_costs import loss_costs, model_costs, product_costs, small_cos
 from regularizers_errors import ESTIMATORS, errors, print_errors
 from regularizers_losses import large_costs
 from regularizers_memory import memory
+from regularizers_own import own_costs
 
 
 def arguments() -> argparse.Namespace:
@@ -86,6 +87,7 @@ def main() -> int:
         small_costs(chosen.turns)
         loss_costs(chosen.turns)
         large_costs(chosen.turns)
+        own_costs(chosen.turns)
         model_costs(chosen.turns)
         product_costs(chosen.turns)
         memory()

@@ -30,11 +30,13 @@ def outputs_within(
         return None
     try:
         read = read_outputs(clean.outputs, loss, targets)
+        if any([x.numel() > 1 for x in read.tensors]):
+            return None
         with torch.enable_grad():
             value = read.risk(read.tensors)
     except (RuntimeError, TypeError, ValueError):
         return None
-    if any([x.numel() > 1 for x in read.tensors]) or not value.requires_grad:
+    if not value.requires_grad:
         return None
     outputs = _cut(clean, value)
     if outputs is None:
