@@ -7,7 +7,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.composed import differentiated_once
 from torch_dropout_ir.loss_terms import LOSSES, OF_LABELS
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import HessianProduct
@@ -41,11 +40,9 @@ def outputs_within(
     outputs = _cut(clean, value)
     if outputs is None:
         return None
-    product = HessianProduct.within(value, outputs)
-    if differentiated_once([name for name, _ in product.nodes.values()]):
-        return None
     own = Loss(lambda *_: value, "general", loss.reduction)
-    return OutputsRead([outputs], lambda _: value, own), product
+    read = OutputsRead([outputs], lambda _: value, own)
+    return read, HessianProduct.within(value, outputs)
 
 
 def _cut(clean: CleanPass, value: Tensor) -> Tensor | None:
