@@ -32,7 +32,7 @@ FLOORS = {
         "attention_again", "composed",
         "normalization",
         "losses", "inner_derivatives",
-        "loss_terms",
+        "loss_terms", "loss_cuts",
         "output_hessian",
         "output_products",
         "output_scales",

@@ -46,6 +46,7 @@ from torch_dropout_ir.softmax_roots import softmax_root
 
 _DRAWN_AT_ONCE: Final = 2**18
 _SMALL_BLOCK: Final = 16  # outputs of a sample
+WIDEST: Final = 256  # of them, of a loss that is not known
 
 
 def hessian_columns(product: HessianProduct) -> Tensor:
@@ -240,28 +241,32 @@ def _diagonal(
     return product(torch.ones_like(outputs), keep=False).detach()
 
 
-def holding(loss: Loss, outputs: Tensor, targets: Any) -> Loss | None:
+def holding(
+    loss: Loss, outputs: Tensor, targets: Any, product: HessianProduct | None = None
+) -> Loss | None:
     """Return the loss with a kind whose closed form is its Hessian, found by a probe.
 
     None where no form by sample holds, or it is not known and a sample has more than
-    256 outputs.
+    256 outputs. ``product`` are products with the Hessian, where they are at hand.
     """
     if loss.kind == "cross_entropy" and outputs.ndim < 2:  # rows are its classes
         return None
     loss, v = with_root(loss, targets), torch.randn_like(outputs)
-    expected = HessianProduct(loss, outputs, targets)(v)
+    expected = (product or HessianProduct(loss, outputs, targets))(v).detach()
     tolerance = torch.finfo(outputs.dtype).eps ** 0.5
     for kind in dict.fromkeys((loss.kind, "general")):
         candidate = dataclasses.replace(loss, kind=kind)
-        if kind == "general" and outputs[0].numel() > 256:
+        if kind == "general" and outputs[0].numel() > WIDEST:
             break
-        found = _hessian_times(candidate, outputs, targets, v)
+        found = _hessian_times(candidate, outputs, targets, v, product)
         if (found - expected).norm() <= tolerance * (expected.norm() + 1e-30):
             return candidate
     return None
 
 
-def _hessian_times(loss: Loss, outputs: Tensor, targets: Any, v: Tensor) -> Tensor:
+def _hessian_times(
+    loss: Loss, outputs: Tensor, targets: Any, v: Tensor, product: HessianProduct | None
+) -> Tensor:
     """The product with the Hessian that the loss's kind stands for."""
     if loss.kind == "squared":
         return v * squared_scale(loss, outputs.shape, targets)
@@ -270,7 +275,7 @@ def _hessian_times(loss: Loss, outputs: Tensor, targets: Any, v: Tensor) -> Tens
         centred = v - (s * v).sum(1, keepdim=True)
         return cross_entropy_scale(loss, outputs, targets) * s * centred
     total = torch.zeros_like(v)
-    for root, sign in HessianRoots(loss, outputs, targets).exact():
+    for root, sign in HessianRoots(loss, outputs, targets, product).exact():
         flat = (root * v).reshape(v.shape[0], -1).sum(1) * sign
         total += root * flat.view(-1, *(1,) * (v.ndim - 1))
     return total

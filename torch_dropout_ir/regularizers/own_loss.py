@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.loss_terms import LOSSES, OF_LABELS
+from torch_dropout_ir.loss_cuts import cut
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs, real_leaves
-
-_OF_LOSSES: Final = LOSSES | OF_LABELS | {"LogSoftmaxBackward0"}
 
 
 def outputs_within(
@@ -37,43 +35,10 @@ def outputs_within(
         return None
     if not value.requires_grad:
         return None
-    outputs = _cut(clean, value)
+    sites = {edge.node for edge in clean.edges}
+    outputs = cut(value, real_leaves(clean.outputs)[0], sites)
     if outputs is None:
         return None
     own = Loss(lambda *_: value, "general", loss.reduction)
     read = OutputsRead([outputs], lambda _: value, own)
     return read, HessianProduct.within(value, outputs)
-
-
-def _cut(clean: CleanPass, value: Tensor) -> Tensor | None:
-    """Return the output nearest to a loss through which it depends on the sites.
-
-    What a loss of torch's makes of another, as the losses of samples, is no output.
-    """
-    sites, cuts = {edge.node for edge in clean.edges}, []
-    for x in real_leaves(clean.outputs)[0]:
-        node = x.grad_fn if isinstance(x, Tensor) and x.ndim else None
-        if node is not None and len(node._input_metadata) == 1:
-            if between := _between(value, node, sites):
-                cuts.append((between, x))
-    cuts.sort(key=lambda pair: len(pair[0]))
-    nearest, found = cuts[0] if cuts else (set(), None)
-    for between, x in cuts[1:]:  # each further away than those before
-        if any([node.name() in _OF_LOSSES for node in between - nearest]):
-            nearest, found = between, x
-    return found
-
-
-def _between(value: Tensor, end: Any, sites: set[Any]) -> set[Any]:
-    """Return the nodes between a loss and an output; none if it is no cut."""
-    left, seen, met = [value.grad_fn], {end}, False
-    while left:
-        node = left.pop()
-        met = met or node is end
-        if node is None or node in seen:
-            continue
-        if node in sites:
-            return set()
-        seen.add(node)
-        left += [child for child, _ in node.next_functions]
-    return seen - {end} if met else set()

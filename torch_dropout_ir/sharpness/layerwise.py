@@ -17,20 +17,26 @@ Semantics:
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from torch_dropout_ir.arrivals import graph_nodes
 from torch_dropout_ir.functional import Batch, batch_size
-from torch_dropout_ir.output_hessian import HessianRoots, holding
-from torch_dropout_ir.output_products import Root
+from torch_dropout_ir.leaves import flatten
+from torch_dropout_ir.loss_cuts import cut
+from torch_dropout_ir.losses import Loss
+from torch_dropout_ir.output_hessian import WIDEST, HessianRoots, holding
+from torch_dropout_ir.output_products import HessianProduct, Root
 from torch_dropout_ir.sharpness.residual import Block, Residual, halved
 from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.sharpness.uses import Use, Uses
+from torch_dropout_ir.softmax_roots import SoftmaxRoots
 
 _ROUNDING: Final = 64.0  # times the precision: what sums of so much may be off
 
@@ -48,6 +54,7 @@ class Layerwise:
         known: Places of these among all that were seen; looked for where not given.
         others: Leaves of the other parameters, by name.
         width: Number of outputs of a sample.
+        sampled: Whether exact roots are not to be had, for there are many.
         coupled: Whether the residual's blocks are of the parameters themselves, as
             samples see each other in it.
 
@@ -73,17 +80,21 @@ class Layerwise:
             raise NotSplit("the samples of its inputs cannot be told apart") from err
         with Uses(surface.model, samples, names) as seen:
             outputs = surface.outputs(leaves, batch, place, seed)
-        if not isinstance(outputs, Tensor) or outputs.ndim < 1:
-            raise NotSplit("the outputs are no tensor with samples in front")
-        surface.checked(surface.loss_of(outputs, batch[1]), place)
-        self._outputs = outputs
+        value = surface.checked(surface.loss_of(outputs, batch[1]), place)
+        outputs, curve = _read(outputs, value, leaves, surface.loss)
+        self._outputs, self._product = outputs, curve
+        self._softmax = _softmax_roots(curve, samples)
         own = surface.loss.of_logits(outputs) if whole else surface.loss
-        loss = holding(own, outputs.detach(), batch[1])
-        if loss is None:
-            raise NotSplit(
-                "the loss couples samples, or is not known and has many outputs"
-            )
-        self.loss = loss
+        if curve is not None and curve.terms and curve.terms.log_softmax is None:
+            own = dataclasses.replace(own, kind="elementwise")
+        if self._softmax is None:
+            loss = holding(own, outputs.detach(), batch[1], curve)
+            if loss is None:
+                raise NotSplit(
+                    "the loss couples samples, or is not known and has many outputs"
+                )
+            own = loss
+        self.loss = own
         if known is None:
             apart = outputs.shape[0] == samples
             with surface.backward():
@@ -92,7 +103,7 @@ class Layerwise:
         names_known = {use.name for use in self.uses}
         self.coupled, self._leaves = False, leaves
         self.others = {n: x for n, x in leaves.items() if n not in names_known}
-        self.width = outputs[0].numel()
+        self.width, self.sampled = outputs[0].numel(), self._softmax is not None
 
     def _pull(self, root: Tensor, targets: list[Tensor]) -> list[Tensor]:
         return list(
@@ -153,7 +164,12 @@ class Layerwise:
 
     def roots(self) -> HessianRoots:
         """Roots of the loss's Hessian in the outputs, exact and random ones."""
-        return HessianRoots(self.loss, self._outputs.detach(), self._targets)
+        f = self._outputs.detach()
+        return HessianRoots(self.loss, f, self._targets, self._product)
+
+    def sampler(self) -> Callable[[], Sequence[Root]]:
+        """What draws random roots of it."""
+        return self.roots().sample if self._softmax is None else self._softmax.sample
 
     def blocks(self) -> list[Block]:
         """One block a known layer, and one a module of the other parameters."""
@@ -173,8 +189,11 @@ class Layerwise:
 
     def residual(self, blocks: list[Block]) -> Residual:
         """Build the graph of the residual's products."""
-        f = self._outputs.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(self.loss(f, self._targets), f)
+        if self._product is not None:
+            slope = self._product.gradient.detach()
+        else:
+            f = self._outputs.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.loss(f, self._targets), f)
         targets = [x for block in blocks for x in block.targets]
         gradients = torch.autograd.grad(
             self._outputs,
@@ -185,6 +204,40 @@ class Layerwise:
             materialize_grads=True,
         )
         return Residual(dict(zip(map(id, targets), gradients, strict=True)))
+
+
+def _read(
+    outputs: Any, value: Tensor, leaves: dict[str, Tensor], loss: Loss
+) -> tuple[Tensor, HessianProduct | None]:
+    """Return the outputs that a loss is of, and products where it is not a known one.
+
+    Of several tensors they are that through which all of the loss goes, as the logits
+    that a model returns beside a loss of its own.
+
+    Raises:
+        NotSplit: If there is none.
+    """
+    found = outputs
+    if not isinstance(outputs, Tensor):
+        ends = {get_gradient_edge(x).node for x in leaves.values()}
+        found = cut(value, flatten(outputs)[0], ends)
+    if found is None or found.ndim < 1 or found.is_complex():
+        raise NotSplit("the outputs are no tensor with samples in front")
+    known = loss.kind != "general"
+    return found, None if known else HessianProduct.within(value, found)
+
+
+def _softmax_roots(product: HessianProduct | None, samples: int) -> SoftmaxRoots | None:
+    """Return random roots of the many outputs of a softmax by sample, if it is one."""
+    f, terms = (product.at, product.terms) if product else (None, None)
+    if f is None or f.shape[0] != samples or f[0].numel() <= WIDEST:
+        return None
+    if product is None or terms is None or terms.log_softmax is None:
+        return None
+    v = torch.randn_like(f)
+    v[half := halved(v)] = 0
+    apart = not bool(product(v)[half].any())
+    return SoftmaxRoots(product, terms) if apart else None
 
 
 def owner(name: str) -> str:

@@ -148,7 +148,7 @@ class Rounds:
 
     def _first(self, net: Layerwise, key: Key) -> Tensor:
         """Take what is exact, and look which blocks are not zero."""
-        sampled = net.width > self._most // 2
+        sampled = net.sampled or net.width > self._most // 2
         head = torch.zeros(_HEAD, dtype=torch.float64, device="cpu")
         spent = _CHECKS
         if net.uses and not sampled:
@@ -219,8 +219,8 @@ class Rounds:
     def _drawn(self, net: Layerwise, key: Key, counts: list[int]) -> Tensor:
         """Draw each group as often as counted."""
         net.coupled = key in self._coupled
-        sampled = net.width > self._most // 2
-        draw = net.roots().sample if sampled or net.others else None
+        sampled = net.sampled or net.width > self._most // 2
+        draw = net.sampler() if sampled or net.others else None
         blocks = net.blocks() if (known := self._moved.get(key)) else []
         own = [
             dataclasses.replace(blocks[i], apart=apart)

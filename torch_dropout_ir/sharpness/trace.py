@@ -88,8 +88,10 @@ def trace(
     alone, those with more noise more often, and queries, keys and values apart; where
     the positions of a layer do not see each other above it, each is probed by itself,
     which makes the last nonlinearity of a network exact. What has no known layer, or
-    more outputs than half of ``num_matvecs``, is sampled. An operator of at most
-    ``num_matvecs`` dimensions is traced column by column.
+    more outputs than half of ``num_matvecs``, is sampled. A loss of several outputs, as
+    one that the model returns itself, is taken as one of the tensor among them (logits)
+    that all of it goes through. An operator of at most ``num_matvecs`` dimensions is
+    traced column by column.
 
     Operators given as such are probed with random signs: ``"hutchinson"`` averages
     ``z' A z``; ``"hutchpp"`` and ``"xtrace"`` take the range of a sketch apart, which
