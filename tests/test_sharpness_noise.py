@@ -97,6 +97,25 @@ def test_trajectory_covariance():
         sharpness.trajectory_covariance(states[:1])
 
 
+def test_a_loader_is_read_over_batches_without_a_trace():
+    """Generators are left as they are, and batches are the same each time."""
+    net, (x, y) = network(), data(9)
+    own, rows = torch.Generator().manual_seed(3), torch.utils.data.TensorDataset(x, y)
+    for generator in (None, own):
+        loader = torch.utils.data.DataLoader(rows, 3, shuffle=True, generator=generator)
+        before = torch.get_rng_state(), own.get_state()
+        found = sharpness.gradient_covariance(net, loader, "mse", over="batches")
+        torch.testing.assert_close(torch.get_rng_state(), before[0])
+        torch.testing.assert_close(own.get_state(), before[1])
+        again = sharpness.gradient_covariance(net, loader, "mse", over="batches")
+        torch.testing.assert_close(found.dense(), again.dense(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="of 208 bytes"):  # half-way
+        sharpness.gradient_covariance(net, loader, "mse", over="batches", max_bytes=9)
+    torch.testing.assert_close(own.get_state(), before[1])
+    with pytest.raises(TypeError, match="of the form"):
+        sharpness.gradient_covariance(net, [(x,), (x,)], "mse", over="batches")
+
+
 def test_covariances_hold_their_vectors_once():
     """Live bytes, as the allocator counts them: on a GPU untouched memory counts."""
     net = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Dropout(), nn.Linear(400, 2))

@@ -323,6 +323,8 @@ def test_subsets_of_the_parameters_are_blocks(batches):
         sharpness.hessian(net, "mse", given, params=["nothing"])
     with pytest.raises(ValueError, match="chooses none"):
         sharpness.hessian(net, "mse", given, params=lambda name: False)
+    with pytest.raises(TypeError, match=r"`params` to be names.*got int"):
+        sharpness.hessian(net, "mse", given, params=3)
 
 
 @pytest.mark.parametrize("budget", [0, 700, 2**26])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from operator import length_hint
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from torch_dropout_ir.arguments import check_choice, check_count, check_real, in_order
 from torch_dropout_ir.batches import as_batches
-from torch_dropout_ir.functional import batch_size
+from torch_dropout_ir.functional import Batch, batch_size
 from torch_dropout_ir.sharpness.differentiability import Subset
 from torch_dropout_ir.sharpness.ranks import Group
+from torch_dropout_ir.sharpness.reading import Reading
 from torch_dropout_ir.sharpness.surface import Surface
 from torch_dropout_ir.vectors import Params, full_precision, to_params, to_vector
 
@@ -199,7 +201,7 @@ def gradient_covariance(
     check_choice("gradient_covariance", "over", over, ("masks", "batches"))
     check_real("gradient_covariance", "max_bytes", max_bytes, least=0, finite=False)
     if over == "batches":
-        return _over_batches(model, batch, loss, params, max_bytes)
+        return _of_batches("gradient_covariance", model, batch, loss, params, max_bytes)
     check_count("gradient_covariance", "num_masks", num_masks, 2)
     check_count("gradient_covariance", "seed", seed, 0)
     surface = Surface(
@@ -211,22 +213,21 @@ def gradient_covariance(
     return _covariance("gradient_covariance", found, num_masks, surface.params)
 
 
-def _over_batches(
-    model: nn.Module, batches: Any, loss: Any, params: Subset, max_bytes: int
+def _of_batches(
+    caller: str, model: nn.Module, batches: Any, loss: Any, params: Subset, most: int
 ) -> Covariance:
     given = as_batches(batches)
     like: dict[str, Tensor] = {}
 
-    def gradients() -> Iterator[Tensor]:
-        filled = (batch for batch in given if batch_size(batch))
-        for count, batch in enumerate(filled, 1):
-            pair = (batch[0], batch[1])
-            surface = Surface("gradient_covariance", model, loss, pair, params=params)
-            _check_bytes(surface, max(count, length_hint(given)), max_bytes)
+    def gradients(read: Iterable[Batch]) -> Iterator[Tensor]:
+        for count, batch in enumerate(filter(batch_size, read), 1):
+            surface = Surface(caller, model, loss, (batch[0], batch[1]), params=params)
+            _check_bytes(surface, max(count, length_hint(given)), most)
             like.update(surface.params)
             yield surface.gradient()
 
-    return _covariance("gradient_covariance", gradients(), length_hint(given), like)
+    with contextlib.closing(Reading(given, model).__iter__()) as read:
+        return _covariance(caller, gradients(read), length_hint(given), like)
 
 
 def _check_bytes(surface: Surface, count: int, max_bytes: int) -> None:

@@ -119,6 +119,11 @@ def chosen_parameters(
     if callable(subset):
         kept = {name: x for name, x in params.items() if subset(name)}
     elif subset is not None:
+        if not isinstance(subset, Iterable):
+            raise TypeError(
+                f"{caller}: expected `params` to be names, or a predicate on names, "
+                f"got {type(subset).__name__}"
+            )
         subset = [subset] if isinstance(subset, str) else list(subset)
         given = [x if isinstance(x, str) else type(x).__name__ for x in subset]
         if foreign := sorted(set(given) - set(params)):
