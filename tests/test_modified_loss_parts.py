@@ -522,10 +522,10 @@ def chunked(monkeypatch):
     return seen
 
 
-def drawn(net, batch, loss, kind, max_bytes):
+def drawn(net, batch, loss, kind, max_bytes, r1="gauss_newton"):
     """Value, gradient, and what is left of the generator and the model."""
     torch.manual_seed(7)
-    options = {"r1": "gauss_newton", "max_bytes": max_bytes}
+    options = {"r1": r1, "max_bytes": max_bytes}
     value = modified_loss(net, batch, loss, kind=kind, **options)
     after = torch.get_rng_state()
     return value, slopes(value, net), after, list(net.buffers())
@@ -553,6 +553,72 @@ def test_roots_by_parts_are_those_of_the_whole_batch(chunked, name, kind, loss):
     asked = kind == "L4" or name not in ("batch norm", "buffers that move")
     asked &= name != "dropped weight"  # samples share its mask
     assert chunked == ([apart or name == "noise"] if asked else [])
+
+
+def focal(f, y):
+    log = F.log_softmax(f, 1).gather(1, y[:, None])
+    return -((1 - log.exp()) ** 2 * log).mean()
+
+
+def contrast(f, y):
+    return F.cross_entropy(f @ f.mT, torch.arange(len(y)))
+
+
+PRODUCTS = {
+    "second_order": ("second_order", F.cross_entropy, True),
+    "second_order of a loss of rows": ("second_order", focal, True),
+    "gauss_newton of a loss of rows": ("gauss_newton", focal, True),
+    "rows meet in the loss": ("second_order", contrast, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:modified_loss")
+@pytest.mark.parametrize("form", PRODUCTS)
+@pytest.mark.parametrize("kind", ["L1", "L4"])
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"again"}))
+def test_products_by_parts_are_those_of_the_whole_batch(chunked, name, kind, form):
+    make, data, apart = MODELS[name]
+    r1, loss, rows = PRODUCTS[form]
+    net, batch = batch_of(make, data)
+    state = {n: x.clone() for n, x in net.state_dict().items()}
+    expected = drawn(net, batch, loss, kind, None, r1)
+    net.load_state_dict(state)
+    found = drawn(net, batch, loss, kind, 0, r1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    if name == "buffers that move":
+        apart = kind == "L4"
+    asked = kind == "L4" or name not in ("batch norm", "buffers that move")
+    asked &= rows and name != "dropped weight"
+    assert chunked == ([apart or name == "noise"] if asked else [])
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.3))
+        self.one, self.two = nn.Linear(8, 3), nn.Linear(8, 2)
+
+    def forward(self, x):
+        h = self.body(x).sigmoid()
+        return self.one(h), {"two": self.two(h)}
+
+
+@pytest.mark.parametrize("form", ["gauss_newton", "second_order"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_so_they_are_of_several_outputs_but_not_of_weights_beside(
+    chunked, beside, form
+):
+    torch.manual_seed(0)
+    net = Heads().double()
+    batch = torch.randn(24, 3).double(), torch.randint(3, (24,))
+
+    def loss(f, y):
+        found = F.cross_entropy(f[0], y) + f[1]["two"].pow(4).mean()
+        return found + net.one.weight.square().sum() if beside else found
+
+    pair = [drawn(net, batch, loss, "L1", most, form) for most in (0, None)]
+    torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-11)
+    assert chunked == ([] if beside else [True])
 
 
 @pytest.mark.parametrize("below", [True, False])
@@ -625,3 +691,23 @@ def test_parts_hold_little_more_than_a_training_step(kind):
         modified_loss(net, (x, y), "cross_entropy", kind=kind, **options).backward()
 
     assert peak(penalty) < 1.3 * step
+
+
+def test_so_do_products_that_are_differentiated():
+    """Of all rows they are five steps."""
+    net = nn.Sequential(
+        nn.Dropout(0.2), *[nn.Linear(128, 128), nn.GELU(), nn.Dropout(0.1)] * 4,
+        nn.Linear(128, 10),
+    )  # fmt: skip
+    batch = torch.randn(2048, 128), torch.randint(10, (2048,))
+    step = peak(lambda: F.cross_entropy(net(batch[0]), batch[1]).backward())
+
+    def run(**options):
+        net.zero_grad()
+        options |= {"kind": "L1", "r1": "second_order"}
+        modified_loss(net, batch, "cross_entropy", **options).backward()
+
+    net.zero_grad()
+    run(max_bytes=2**22)
+    assert peak(lambda: run(max_bytes=2**22)) < 1.3 * step
+    assert peak(lambda: run(max_bytes=None)) > 3 * step

@@ -183,8 +183,8 @@ def at_masks(net, batch, noise):
 
 
 def in_three(self, found, _):
-    """Cut a pass at each third of where it may be."""
-    cuts = [c for c in found.narrow if found.read_in(0, c)]
+    """Cut a pass at each third of where parameters are read."""
+    cuts = [c for c in range(1, len(found.nodes)) if found.read_in(0, c)]
     return sorted({cuts[k * len(cuts) // 3] for k in (1, 2) if cuts})
 
 

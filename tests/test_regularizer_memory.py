@@ -217,8 +217,41 @@ def test_one_site_takes_no_more_than_a_step(batches, place, norm, rows):
         gradient_norm(net, batch, "cross_entropy", lr=0.1)
 
     run()
-    most = 1.14 if place == "middle" else 1.04  # what a ReLU makes of it is there too
+    most = 1.1 if (place, norm, rows) == ("input", True, 128) else 1.03
     assert peak(run) <= most * step
+
+
+class Joined(nn.Module):
+    """Layers that are all given what the first returns, or end in its weight."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.first, self.out = nn.Linear(256, 256), nn.Linear(256, 10)
+        inner = 256 if tied else 512
+        self.layers = nn.ModuleList(nn.Linear(inner, 256) for _ in range(5))
+        self.drop, self.tied = nn.Dropout(0.3), tied
+
+    def forward(self, x):
+        h = first = self.drop(self.first(x).relu())
+        for layer in self.layers:
+            given = h if self.tied else torch.cat((h, first), 1)
+            h = self.drop(layer(given).relu())
+        return h @ self.first.weight.T if self.tied else self.out(h)
+
+
+@pytest.mark.parametrize("tied, rows", [(False, 256), (True, 128)])
+def test_nor_where_no_tensor_has_all_of_a_pass_go_through_it(tied, rows):
+    """Where a gradient held and a pass beside it would be up to 1.7."""
+    torch.manual_seed(0)
+    net, x, y = Joined(tied), torch.randn(rows, 256), torch.randint(10, (rows,))
+    step = peak(lambda: F.cross_entropy(net(x), y).backward())
+    net.zero_grad()
+
+    def run():
+        gradient_norm(net, (x, y), "cross_entropy", lr=0.1)
+
+    run()
+    assert peak(run) <= 1.02 * step
 
 
 def test_of_a_pair_no_gradient_of_a_linear_layer_is_held():

@@ -72,17 +72,14 @@ class GradientPairs:
             receive(i, g.to_dense() if g.is_sparse else g)
 
         watch = passes is None or not passes.parted
-        parts = WeightParts(self._targets, receive, self._remake, watch)
+        given = receive if passes is None else passes.taken(receive)
+        parts = WeightParts(self._targets, given, self._remake, watch)
         masked = dropout_risk(
-            self._model,
-            batch,
-            self._loss,
-            self.seen,
-            shared_mask=self._shared_mask,
-            note=parts.note,
+            self._model, batch, self._loss, self.seen,
+            shared_mask=self._shared_mask, note=parts.note,
             look=None if passes is None else passes.look,
             twin=self._twin and bool(self.beside),
-        )
+        )  # fmt: skip
         if not self._twin and self.beside is not False:
             self._began = AllStanding(self._model)
         elif self._began is not None:
@@ -157,7 +154,7 @@ class GradientPairs:
         }
         there |= {x for batch in batches for x in _addresses(batch)}
         began = AllStanding(self._model)
-        passes = PassParts(self._model, self._targets, there, len(batches))
+        passes = PassParts(self._model, self._targets, there)
         self._passes = passes
         failed: Exception | None = None
         try:

@@ -26,20 +26,15 @@ from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import last_layer_form
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.leave_one_out import leave_one_out
+from torch_dropout_ir.regularizers.line_pass import masks_of
 from torch_dropout_ir.regularizers.outputs import (
     OutputsRead,
     check_curvature,
     read_outputs,
 )
 from torch_dropout_ir.regularizers.penalty import with_penalty
-from torch_dropout_ir.regularizers.site_curvature import SiteCurvature
 from torch_dropout_ir.regularizers.site_forms import LINEAR, not_reached, total
-from torch_dropout_ir.regularizers.trained_roots import (
-    drawn_form,
-    parted,
-    rooted,
-    weighted_signs,
-)
+from torch_dropout_ir.regularizers.trained_roots import TrainedForm, parted, rooted
 from torch_dropout_ir.sites import find_sites, uncompiled
 from torch_dropout_ir.substitution import buffers_moved
 from torch_dropout_ir.tracing import checkpointed
@@ -108,8 +103,8 @@ def modified_loss(
             torch has no right third derivative of them;
             ``"monte_carlo"`` draws one mask and is unbiased for every model; ``L1`` is
             then ``R_drop`` itself.
-        max_bytes: Memory of the graph of a second derivative, of a penalty or of
-            ``"gauss_newton"``, beyond which it is made of parts of batch or pass. None
+        max_bytes: Memory of the graph of a second derivative, of a penalty or a form
+            that is drawn, beyond which it is made of parts of batch or pass. None
             keeps the graph of all, for a derivative of the loss's gradient too.
 
     Returns:
@@ -220,7 +215,7 @@ def _with_r1(
     else:
         twice = r1 in ("gauss_newton", "second_order")
         thrice = twice and (r1 == "second_order" or not rooted(loss, batch[1]))
-        moved = buffers_moved(model) if r1 == "gauss_newton" else None
+        moved = buffers_moved(model) if twice else None
         with clean_pass(
             model, batch[0], twice=twice, thrice=thrice, move_buffers=kind == "L1",
             lean=twice and not thrice and max_bytes is not None, outlives=True,
@@ -235,7 +230,7 @@ def _with_r1(
             if moved is not None and max_bytes is not None and not moved():
                 weight = float(kind == "L1")
                 of = model, batch, loss
-                parts = parted(of, passed, clean, weight, max_bytes)
+                parts = parted(of, r1, passed, clean, weight, max_bytes)
             if parts is None:
                 excess = _r1(passed, batch[1], loss, r1)
             else:
@@ -267,15 +262,8 @@ def _r1(clean: CleanPass, targets: Any, loss: Loss, r1: str) -> Tensor:
 def _sampled_form(clean: CleanPass, read: OutputsRead, targets: Any, r1: str) -> Tensor:
     """Return one draw of a second-order form; warn where it is 0 for want of one."""
     linear = not check_curvature(read) and r1 == "gauss_newton"
-    known = read.loss
-    if r1 == "gauss_newton" and known is not None and rooted(known, targets):
-        signs = weighted_signs(known, read.single, targets)
-        forms = drawn_form(clean, read.tensors[0], signs, known.kind)
-    else:
-        curvature = SiteCurvature(
-            clean, read, linearized=r1 == "gauss_newton", create_graph=True
-        )
-        forms = curvature.sampled()
+    form = TrainedForm.of(r1, read, targets)
+    forms = form.at(clean, read, form.drawn(read, masks_of(clean)))
     said = [LINEAR] if linear else not_reached(clean.names, {name for name, _ in forms})
     for note in said:
         warnings.warn(f"modified_loss: R_1: {note}", stacklevel=5)

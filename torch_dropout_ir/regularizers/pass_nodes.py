@@ -87,6 +87,7 @@ class PassNodes:
         nodes: The nodes; a part is that from one number on, below another.
         readers: Of each parameter the nodes that read it.
         narrow: Where the nodes may be cut, by the one result that leads on from there.
+        ordered: Whether each node comes behind those that it was given.
     """
 
     def __init__(self, value: Tensor, own: Mapping[int, int]) -> None:
@@ -106,7 +107,8 @@ class PassNodes:
         spans = [(k, last) for (k, _), last in leads.items()]
         spans += [(own[0], own[-1]) for own in self.readers.values()]
         self.narrow: dict[int, GradientEdge] = {}
-        if any(first > last for first, last in spans):  # another thread's count
+        self.ordered = all(first <= last for first, last in spans)
+        if not self.ordered:  # another thread's count
             return
         ways = [0] * (len(self.nodes) + 1)
         for first, last in spans:

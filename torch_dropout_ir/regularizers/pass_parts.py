@@ -2,10 +2,10 @@
 
 Two gradients are compared, and of the first its parameters are held while the second
 pass goes forward, which holds its activations: together up to two steps' memory. So
-passes go forward with what the last layers need alone, and back to a tensor that all
-goes through. What was sent there is held, and no gradient of those layers any more when
-all go forward once more, at the same masks, with what the layers before need, and on
-from there. That is as many passes back as before, and one forward for each part.
+passes go forward with what the last layers need alone, and back to these: of the first
+their gradients are held. No gradient of those layers is any more when all go forward
+once more, at the same masks, with what the layers before need too, and back to these,
+by way of the last ones, whose weights are asked for nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from torch_dropout_ir import tracing
 from torch_dropout_ir.arrivals import arrivals
@@ -24,15 +23,17 @@ from torch_dropout_ir.collectives import every, go_on, most
 from torch_dropout_ir.generators import AllStanding
 from torch_dropout_ir.regularizers.coupling import nearly_equal
 from torch_dropout_ir.regularizers.graph_memory import TOLD, Graph, sizes_of
-from torch_dropout_ir.regularizers.pass_nodes import PassNodes, kept_by, saving, size_at
+from torch_dropout_ir.regularizers.pass_nodes import PassNodes, kept_by, saving
 from torch_dropout_ir.regularizers.step_memory import mask_bytes
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.weight_parts import factored
 
 # As much as a node returns, that is there while it runs and is not kept.
 _AT_HAND: Final = 2
-# Parts at most: each takes all passes forward once more.
+# Parts at most: each takes all passes once more.
 _MOST: Final = 4
+# A share beside what is held, which is on its way back.
+_BACK: Final = 8
 Receive = Callable[[int, Any], None]
 
 
@@ -41,12 +42,10 @@ class _Left(NamedTuple):
 
     Attributes:
         value: What is differentiated.
-        sent: What was sent to where the part ends; None for zero.
         began: Where generators stood before the pass.
     """
 
     value: Tensor
-    sent: Tensor | None
     began: AllStanding
 
 
@@ -57,7 +56,6 @@ class PassParts:
         model: The model.
         targets: Its parameters.
         there: Where memory is that is there anyway.
-        count: Number of passes.
 
     Attributes:
         parted: Whether there are several parts; the first pass tells.
@@ -65,19 +63,19 @@ class PassParts:
     """
 
     def __init__(
-        self, model: nn.Module, targets: Sequence[Tensor], there: set[int], count: int
+        self, model: nn.Module, targets: Sequence[Tensor], there: set[int]
     ) -> None:
         self._model = model
         self._targets = targets
         self._own = {id(x): i for i, x in enumerate(targets)}
         self._there = there
-        self._count = count
         self._cuts = [0, 0]  # where parts end and begin, from the first to the last
         self._node_of: dict[int, int] = {}  # which has saved what, by its place
         self._like: Any = None  # nodes, who reads parameters, number of places
         self._left: list[_Left] = []
         self._pass = 0
         self._first = True  # whether it is the last layers' turn
+        self._read: set[int] = set()  # whose gradients the part takes
         self.parted = False
         self.alike = True
 
@@ -95,7 +93,7 @@ class PassParts:
         else:
             self._left[self._pass].began.restore()
         self._masks: dict[Any, int] = {}
-        part = (self._cuts[-2], self._cuts[-1]) if self.parted else None
+        part = (self._cuts[-2], len(self._like[0])) if self.parted else None
         with saving(self._node_of, part) as places:
             yield
         self._places = next(places)
@@ -105,6 +103,15 @@ class PassParts:
         if self._like is None:
             with tracing.unasked():
                 self._masks[y.grad_fn] = mask_bytes(site, h)
+
+    def taken(self, receive: Receive) -> Receive:
+        """Return what receives, of gradients that layers give away, a part's own."""
+
+        def take(i: int, g: Any) -> None:
+            if i in self._read:
+                receive(i, g)
+
+        return take
 
     def back(self, value: Tensor, receive: Receive, plain: bool) -> None:
         """Go back through the part, giving gradients away as they come.
@@ -120,11 +127,9 @@ class PassParts:
         if self._like is None:
             self._like = like
             self._choose(value, found, plain)
-        same = like == self._like and all(c in found.narrow for c in self._cuts[1:-1])
+        same = like == self._like
         if not self._first:
-            left = self._left[self._pass]
-            same = same and self._cuts[-1] in found.narrow
-            same = same and nearly_equal(value, left.value)
+            same = same and nearly_equal(value, self._left[self._pass].value)
         if self.parted:
             self.alike = every(self.alike and same, "alike")
         if self.alike:
@@ -132,29 +137,14 @@ class PassParts:
         self._pass += 1
 
     def _go(self, value: Tensor, found: PassNodes, receive: Receive) -> None:
-        first, stop = self._cuts[-2:]
-        read = found.read_in(first, stop)
-        ends: list[Any] = [x for i, x in enumerate(self._targets) if i in read]
-        if first:
-            ends.append(found.narrow[first])
-        start: Any = value
-        root = None
-        if not self._first:
-            root = self._left[self._pass].sent
-            start = found.narrow[stop]
-            # It is let go of as it is used up.
-            self._left[self._pass] = self._left[self._pass]._replace(sent=None)
+        self._read = found.read_in(*self._cuts[-2:])
+        ends = [x for i, x in enumerate(self._targets) if i in self._read]
         go_on("backward")
-        sent = None
-        if ends and (self._first or root is not None):
-            begin = start if self._first else start.node
-            with arrivals(self._targets, receive, [begin]):
-                got = torch.autograd.grad([start], ends, [root], allow_unused=True)
-            sent = got[-1] if first else None
+        if ends:
+            with arrivals(self._targets, receive, [value]):
+                torch.autograd.grad([value], ends, allow_unused=True)
         if self._first:
-            self._left.append(_Left(value.detach(), sent, self._began))
-        else:
-            self._left[self._pass] = self._left[self._pass]._replace(sent=sent)
+            self._left.append(_Left(value.detach(), self._began))
 
     def _choose(self, value: Tensor, found: PassNodes, plain: bool) -> None:
         """Choose the parts, the same ones on all ranks."""
@@ -163,8 +153,7 @@ class PassParts:
         inner = [] if room is None else self._inner(found, room)
         inner += [0] * (most(len(inner), "parts") - len(inner))
         inner = [most(cut, "cut") for cut in inner]
-        fits = plain and TOLD and all(cut in found.narrow for cut in inner)
-        fits = fits and inner == sorted(set(inner))
+        fits = plain and TOLD and found.ordered and inner == sorted(set(inner))
         self.parted = every(bool(inner) and fits, "fits")
         self._cuts = [0, *(inner if self.parted else []), count]
 
@@ -206,31 +195,19 @@ class PassParts:
     ) -> list[int]:
         """Return where to cut such that each part has room, if cuts allow."""
         cuts: list[int] = []
-        stop = len(found.nodes)
-        while stop:
-            held, forward, seen, cut = 0, 0, set[int](), 0
-            sent = self._sent(found.narrow[stop]) if cuts else 0
-            for k in reversed(range(stop)):
-                own = self._saved[k]
-                new = sum([size for x, size in own.items() if x not in seen])
-                at_hand = _AT_HAND * sum(sizes_of(found.nodes[k]))
-                forward = new + max(forward, at_hand)
-                held += reads.get(k, 0)
-                seen |= own.keys()
-                ahead = self._sent(found.narrow[k]) if k in found.narrow else 0
-                # What is sent on comes in the place of what was sent.
-                if held + forward + max(sent, ahead) > room and cut:
-                    break
-                cut = k if ahead else cut
-            else:
-                cut = 0
-            stop = cut
-            cuts += [cut] if cut else []
+        held, forward, seen = 0, 0, set[int]()
+        for k in reversed(range(len(found.nodes))):
+            own = self._saved[k]
+            new = sum([size for x, size in own.items() if x not in seen])
+            forward = new + max(forward, _AT_HAND * sum(sizes_of(found.nodes[k])))
+            seen |= own.keys()
+            own_gradients = reads.get(k, 0)
+            both = held + own_gradients + forward
+            if both + both // _BACK > room and held:
+                cuts.append(k + 1)
+                held = 0
+            held += own_gradients
         return cuts[::-1]
-
-    def _sent(self, edge: GradientEdge) -> int:
-        """Return the bytes of what all passes send there."""
-        return self._count * size_at(edge)
 
     def _saved_by(self, k: int, node: Any) -> dict[int, int]:
         """Return the bytes that a node has saved, by storage; note by which places."""

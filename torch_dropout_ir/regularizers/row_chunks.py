@@ -71,6 +71,7 @@ class RowChunks:
         *,
         twice: bool,
         parts: int,
+        thrice: bool = False,
         trained: bool = False,
         alone: LossParts | None = None,
         least: int = PAIR,
@@ -83,7 +84,7 @@ class RowChunks:
         self._first = None if trained else clean.uses[0][1].detach()
         self._trained = trained
         self._read = read
-        self._twice = twice
+        self._twice, self._thrice = twice, thrice
         self._parts = parts
         self._began = clean.began
         self._least = max(least, PAIR) if clean.drawn else least
@@ -183,8 +184,8 @@ class RowChunks:
         inputs = rows_of(self._inputs, rows, self._count)
         first = None if self._first is None else self.take(self._first, rows)
         with clean_pass(
-            self._model, inputs, twice=self._twice, first=first, outlives=self._trained,
-            around=self._drawing(rows),
+            self._model, inputs, twice=self._twice, thrice=self._thrice, first=first,
+            outlives=self._trained, around=self._drawing(rows),
         ) as clean:  # fmt: skip
             chunk = replace_rows(self._read, clean.outputs, rows, self._count)
             if self.alone is not None:

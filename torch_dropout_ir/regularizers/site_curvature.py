@@ -174,6 +174,11 @@ def _gradients(
     return list(derivatives(heads, inputs, weights, keep, create_graph))
 
 
+def drawn_signs(masks: Sequence[Mask]) -> list[Tensor]:
+    """Draw whether a sign is plus for each element of the masks of all rows."""
+    return [signs(site, x.expand(shape)) > 0 for site, x, shape in masks]
+
+
 def draws_held(num_samples: int | None) -> int:
     """Return of how many draws the signs are held at once, a byte each."""
     return min(_DRAWS_HELD, num_samples or 0)
@@ -204,7 +209,7 @@ def draws_by_chunks(
     while len(found) < num_samples:
         held = range(draws_held(num_samples - len(found)))
         # On the masks of all rows, as a pass over all of them draws them.
-        noise = [[signs(s, x.expand(n)) > 0 for s, x, n in masks] for _ in held]
+        noise = [drawn_signs(masks) for _ in held]
         parts = chunks.each(take)
         if parts is None:
             return None
