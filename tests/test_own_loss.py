@@ -176,3 +176,62 @@ def test_what_a_loss_makes_of_outputs_is_no_output(kind, beside):
     assert "Gauss-Newton" in how
     expected, _, _ = measured(net, batch, loss)
     assert sorted(found.per_site.values()) == sorted(expected.per_site.values())
+
+
+BY_HAND = {
+    "squares": lambda f, y: (f - F.one_hot(y, 3)).square().sum(-1),
+    "labels": lambda f, y: f.logsumexp(-1) - f.gather(2, y[..., None])[..., 0],
+    "margins": lambda f, y: (1 - f.gather(2, y[..., None])[..., 0]).relu(),
+}
+BENT = {
+    "root": lambda losses: losses.mean().sqrt(),
+    "worst": lambda losses: losses.logsumexp((0, 1)),
+    "weighed": lambda losses: (losses.sigmoid() * losses).mean(),
+}
+
+
+@pytest.mark.parametrize("bent", BENT)
+@pytest.mark.parametrize("kind", BY_HAND)
+@pytest.mark.parametrize("logits", [False, True])
+def test_losses_of_samples_that_a_model_writes_itself_are_no_output(kind, bent, logits):
+    net, batch = made("labels")
+
+    class Telling(nn.Module):
+        def forward(self, x, y):
+            outputs = net.head(net.body(x))
+            losses = BY_HAND[kind](outputs, y)
+            found = {"loss": BENT[bent](losses), "losses": losses}
+            return {**found, "logits": outputs} if logits else found
+
+    found, how, _ = measured(Telling(), (batch, batch), lambda out, _: out["loss"])
+    if not logits:
+        assert "sampled form of the whole loss" in how
+        return
+    assert "Gauss-Newton" in how
+    expected, _, _ = measured(net, batch, lambda f, y: BENT[bent](BY_HAND[kind](f, y)))
+    assert sorted(found.per_site.values()) == sorted(expected.per_site.values())
+
+
+@pytest.mark.parametrize("last", ["tanh", "sigmoid", "softmax", "scaled"])
+def test_what_is_made_of_layers_and_bounded_is_an_output(last):
+    net, batch = made("labels")
+    bound = {
+        "tanh": lambda f: 30 * (f / 30).tanh(), "sigmoid": torch.sigmoid,
+        "softmax": lambda f: f.softmax(-1), "scaled": lambda f: f / 0.7 - 0.2,
+    }[last]  # fmt: skip
+
+    class Telling(nn.Module):
+        def forward(self, x, y):
+            outputs = bound(net.head(net.body(x)))
+            return LOSSES["squares"](outputs, y), outputs
+
+    class Bounded(nn.Module):
+        def forward(self, x):
+            return bound(net.head(net.body(x)))
+
+    found, how, _ = measured(Telling(), (batch, batch), lambda out, _: out[0])
+    assert "Gauss-Newton" in how
+    outside = LOSSES["squares"]
+    expected, _, _ = measured(Bounded(), batch, lambda f, y: 1.0 * outside(f, y))
+    own, other = sorted(found.per_site.values()), sorted(expected.per_site.values())
+    torch.testing.assert_close(own, other)

@@ -7,13 +7,20 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_dropout_ir.loss_terms import LOSSES, OF_LABELS
+from torch_dropout_ir.loss_terms import (
+    ELEMENTWISE,
+    LEAF,
+    LOSSES,
+    OF_LABELS,
+    is_linear,
+)
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.regularizers.clean_pass import CleanPass
 from torch_dropout_ir.regularizers.outputs import OutputsRead, read_outputs, real_leaves
 
 _OF_LOSSES: Final = LOSSES | OF_LABELS | {"LogSoftmaxBackward0"}
+_OF_OUTPUTS: Final = {"TanhBackward0", "SigmoidBackward0", "SoftmaxBackward0"}
 
 
 def outputs_within(
@@ -48,13 +55,14 @@ def outputs_within(
 def _cut(clean: CleanPass, value: Tensor) -> Tensor | None:
     """Return the output nearest to a loss through which it depends on the sites.
 
-    What a loss of torch's makes of another, as the losses of samples, is no output.
+    What a loss makes of another, as the losses of samples, is no output.
     """
     sites, cuts = {edge.node for edge in clean.edges}, []
     for x in real_leaves(clean.outputs)[0]:
         node = x.grad_fn if isinstance(x, Tensor) and x.ndim else None
         if node is not None and len(node._input_metadata) == 1:
-            if between := _between(value, node, sites):
+            between = _between(value, node, sites)
+            if between and (any(map(_is_layer, between)) or _is_made(node, sites)):
                 cuts.append((between, x))
     cuts.sort(key=lambda pair: len(pair[0]))
     nearest, found = cuts[0] if cuts else (set(), None)
@@ -77,3 +85,33 @@ def _between(value: Tensor, end: Any, sites: set[Any]) -> set[Any]:
         seen.add(node)
         left += [child for child, _ in node.next_functions]
     return seen - {end} if met else set()
+
+
+def _is_layer(node: Any) -> bool:
+    """Whether a node mixes what it is given by a parameter."""
+    return node.name() not in ELEMENTWISE and any(
+        map(_is_parameter, node.next_functions)
+    )
+
+
+def _is_parameter(edge: tuple[Any, int]) -> bool:
+    """Whether a leaf leads to a node, by others that are given nothing else."""
+    node = edge[0]
+    while node is not None and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+    return type(node) is LEAF
+
+
+def _is_made(node: Any, sites: set[Any]) -> bool:
+    """Whether layers made an output, and nothing that bends as losses do since."""
+    left, seen = [node], {None}
+    while left:
+        node = left.pop()
+        if node in seen or node in sites or type(node) is LEAF or _is_layer(node):
+            continue
+        seen.add(node)
+        name, edges = node.name(), node.next_functions
+        if not (is_linear(name, edges) or name in _OF_OUTPUTS):
+            return False
+        left += [child for child, _ in edges]
+    return True
