@@ -1,5 +1,7 @@
 """Models that return their own loss: parts of sites by the outputs that it is of."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,8 +107,30 @@ def test_of_samples_that_meet_two_draws_tell_the_error():
     close(inside(net, batch)[0].per_site, outside(net, batch)[0].per_site)
 
 
-def test_two_draws_that_are_the_same_tell_no_error():
+@pytest.mark.parametrize("count", [1, 5])
+def test_few_outputs_of_a_batch_are_all_sent_back(count):
+    """Those of one sample, or of a few that meet: there is a sum, without an error."""
+    torch.manual_seed(0)
+    below = nn.Sequential(nn.Linear(2, 6), nn.Tanh())
+    meet = [nn.BatchNorm1d(4)] if count > 1 else []
+    above = nn.Sequential(nn.Linear(6, 4), *meet, nn.Tanh(), nn.Linear(4, 3)).double()
+    net = nn.Sequential(below, nn.Dropout(0.3), above).double()
+    x, y = torch.randn(count, 2).double(), torch.arange(count) % 3
+    found, how, _ = measured(net, (x, y), F.cross_entropy)
+    h = below(x).detach()
+    f = above(h).detach()
+    jacobian = torch.autograd.functional.jacobian(above, h).view(f.numel(), h.numel())
+    hessian = torch.autograd.functional.hessian(lambda f: F.cross_entropy(f, y), f)
+    curved = jacobian.T @ hessian.view(f.numel(), f.numel()) @ jacobian
+    exact = 0.3 / 0.7 / 2 * (h.flatten() ** 2 * curved.diagonal()).sum()
+    torch.testing.assert_close(found.per_site["1"], exact)
+    assert found.per_site_standard_error["1"] == 0
+    assert "masks; by site: second-order parts (approximate), Gauss-Newton" in how
+
+
+def test_two_draws_that_are_the_same_tell_no_error(monkeypatch):
     """Of one sample with three outputs there are few roots."""
+    monkeypatch.setattr(sys.modules[online.__module__], "_FEW", 0)
     net, (x, y) = made("labels")
     loss = resolve_loss(lambda f, t: net.loss(f, t))
     errors = []
