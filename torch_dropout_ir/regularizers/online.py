@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.collectives import every, some
+from torch_dropout_ir.collectives import alone, every, some
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.losses import Loss
@@ -116,7 +116,8 @@ def _second_order(
     errors = [found.standard_error, *found.per_site_standard_error.values()]
     if draws == 1 and some(any([x.isnan() for x in errors]), "no error"):
         all_of_few = functools.partial(estimate, model, clean, targets, loss, None, own)
-        few = every(_has_few_outputs(clean, own), "few outputs")
+        # Ranks whose passes meet would have to take as many of them.
+        few = alone() and _has_few_outputs(clean, own)
         other, said = _parts(all_of_few if few else form, "Gauss-Newton form")
         if other.per_site and not other.num_samples:
             found, how = other, said

@@ -171,10 +171,11 @@ class Sharpness:
         """Return the trace; of ranks, the mean of theirs, each from draws of its own.
 
         Where passes meet, it is of as many products on each, with the same vectors.
-        Of few parameters draws can agree by chance, and all are gone through.
+        Else, of few parameters, draws can agree by chance, and all are gone through.
         """
         size = op.shape[0]
-        most = max(self.trace_matvecs, size) if size <= _FEW else self.trace_matvecs
+        few = size if size <= _FEW and not met else 0
+        most = max(self.trace_matvecs, few)
         apart = contextlib.nullcontext()
         with apart if met else snapshot.ranks.own_draws(snapshot.model):
             found = sharpness.trace(op, num_matvecs=most)
