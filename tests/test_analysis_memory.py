@@ -334,13 +334,15 @@ def test_what_parts_make_a_loss_warn_of_is_no_matter():
     assert "see each other" in fitting(Last(), resolve_loss(pairs), batch, 0).lacking
 
 
-def test_the_batch_is_cut_so_that_the_peak_is_what_was_said():
+def test_the_batch_is_cut_so_that_the_peak_is_what_was_said(monkeypatch):
     def pieces(tanhs, samples):
         net = nn.Sequential(nn.Linear(300, 300), *(nn.Tanh() for _ in range(tanhs)))
         batch = torch.randn(samples, 300), torch.randn(samples, 300)
         found = fitting(net, resolve_loss("mse"), batch).batches
         return 1 if found is batch else len(found)
 
+    assert pieces(9, 64) == 1  # a graph of 4 MB, which is not worth the time
+    monkeypatch.setattr(sample_parts, "_TINY", 2**20)
     own = 300 * 301 * 4
     for tanhs, samples in ((1, 4), (9, 64), (30, 256)):
         kept = (tanhs + 1) * samples * 300 * 4  # outputs; what the loss keeps of them
@@ -374,7 +376,10 @@ def training():
 
 
 @pytest.mark.parametrize("measure", default_measures(), ids=lambda m: m.name)
-def test_what_each_measure_holds_beside_parameters_and_gradient(training, measure):
+def test_what_each_measure_holds_beside_parameters_and_gradient(
+    training, measure, monkeypatch
+):
+    monkeypatch.setattr(sample_parts, "_TINY", 2**20)  # else some MB more
     snapshot, own, peak = training
     net = snapshot.model
     kept = [x.grad.clone() for x in net.parameters()]

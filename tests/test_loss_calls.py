@@ -1,5 +1,6 @@
 """The loss of a script, followed from the outputs to `backward()`."""
 
+import collections
 import contextlib
 import math
 
@@ -208,6 +209,51 @@ def test_sites_have_their_parts_where_the_model_returns_its_loss():
     error = analysis.latest["regularizer/R1_standard_error/net.2"]
     assert abs(part - float(exact)) < 3 * error < 2 * float(exact)
     assert "sampled Gauss-Newton form" in analysis.notes["regularizer/R1"]
+
+
+class Named(dict):
+    """Keys as attributes, by looking them up."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Same(dict):
+    """Keys that are the attributes."""
+
+    def __init__(self, **found):
+        super().__init__(**found)
+        self.__dict__ = self
+
+
+class Ordered(collections.OrderedDict):
+    """Keys in an order, and an attribute that is told to the constructor alone."""
+
+    def __init__(self, **found):
+        super().__init__(**found)
+        self.count = len(found)
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+@pytest.mark.parametrize("kind", [Named, Same, Ordered])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_may_return_a_dictionary_of_a_class_of_its_own(kind, own):
+    class Told(Pair):
+        def forward(self, x, y=None):
+            return kind(**super().forward(x, y))
+
+    model = Told().double()
+    x, y = X.double(), Y.double()
+
+    def loss(m):
+        return m(x, y=[y]).loss if own else F.mse_loss(m(x).logits, y)
+
+    analysis, _ = measured(model, loss)
+    with torch.no_grad():
+        expected = F.mse_loss(model.eval().net(x), y)
+    assert analysis.latest["loss/R_S"] == pytest.approx(float(expected))
+    assert {"regularizer/R1", "regularizer/R1/net.2"} <= set(analysis.latest)
 
 
 def test_what_a_script_does_not_differentiate_is_not():

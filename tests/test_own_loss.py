@@ -1,5 +1,7 @@
 """Models that return their own loss: parts of sites by the outputs that it is of."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,8 +107,30 @@ def test_of_samples_that_meet_two_draws_tell_the_error():
     close(inside(net, batch)[0].per_site, outside(net, batch)[0].per_site)
 
 
-def test_two_draws_that_are_the_same_tell_no_error():
+@pytest.mark.parametrize("count", [1, 5])
+def test_few_outputs_of_a_batch_are_all_sent_back(count):
+    """Those of one sample, or of a few that meet: there is a sum, without an error."""
+    torch.manual_seed(0)
+    below = nn.Sequential(nn.Linear(2, 6), nn.Tanh())
+    meet = [nn.BatchNorm1d(4)] if count > 1 else []
+    above = nn.Sequential(nn.Linear(6, 4), *meet, nn.Tanh(), nn.Linear(4, 3)).double()
+    net = nn.Sequential(below, nn.Dropout(0.3), above).double()
+    x, y = torch.randn(count, 2).double(), torch.arange(count) % 3
+    found, how, _ = measured(net, (x, y), F.cross_entropy)
+    h = below(x).detach()
+    f = above(h).detach()
+    jacobian = torch.autograd.functional.jacobian(above, h).view(f.numel(), h.numel())
+    hessian = torch.autograd.functional.hessian(lambda f: F.cross_entropy(f, y), f)
+    curved = jacobian.T @ hessian.view(f.numel(), f.numel()) @ jacobian
+    exact = 0.3 / 0.7 / 2 * (h.flatten() ** 2 * curved.diagonal()).sum()
+    torch.testing.assert_close(found.per_site["1"], exact)
+    assert found.per_site_standard_error["1"] == 0
+    assert "masks; by site: second-order parts (approximate), Gauss-Newton" in how
+
+
+def test_two_draws_that_are_the_same_tell_no_error(monkeypatch):
     """Of one sample with three outputs there are few roots."""
+    monkeypatch.setattr(sys.modules[online.__module__], "_FEW", 0)
     net, (x, y) = made("labels")
     loss = resolve_loss(lambda f, t: net.loss(f, t))
     errors = []
@@ -176,3 +200,62 @@ def test_what_a_loss_makes_of_outputs_is_no_output(kind, beside):
     assert "Gauss-Newton" in how
     expected, _, _ = measured(net, batch, loss)
     assert sorted(found.per_site.values()) == sorted(expected.per_site.values())
+
+
+BY_HAND = {
+    "squares": lambda f, y: (f - F.one_hot(y, 3)).square().sum(-1),
+    "labels": lambda f, y: f.logsumexp(-1) - f.gather(2, y[..., None])[..., 0],
+    "margins": lambda f, y: (1 - f.gather(2, y[..., None])[..., 0]).relu(),
+}
+BENT = {
+    "root": lambda losses: losses.mean().sqrt(),
+    "worst": lambda losses: losses.logsumexp((0, 1)),
+    "weighed": lambda losses: (losses.sigmoid() * losses).mean(),
+}
+
+
+@pytest.mark.parametrize("bent", BENT)
+@pytest.mark.parametrize("kind", BY_HAND)
+@pytest.mark.parametrize("logits", [False, True])
+def test_losses_of_samples_that_a_model_writes_itself_are_no_output(kind, bent, logits):
+    net, batch = made("labels")
+
+    class Telling(nn.Module):
+        def forward(self, x, y):
+            outputs = net.head(net.body(x))
+            losses = BY_HAND[kind](outputs, y)
+            found = {"loss": BENT[bent](losses), "losses": losses}
+            return {**found, "logits": outputs} if logits else found
+
+    found, how, _ = measured(Telling(), (batch, batch), lambda out, _: out["loss"])
+    if not logits:
+        assert "sampled form of the whole loss" in how
+        return
+    assert "Gauss-Newton" in how
+    expected, _, _ = measured(net, batch, lambda f, y: BENT[bent](BY_HAND[kind](f, y)))
+    assert sorted(found.per_site.values()) == sorted(expected.per_site.values())
+
+
+@pytest.mark.parametrize("last", ["tanh", "sigmoid", "softmax", "scaled"])
+def test_what_is_made_of_layers_and_bounded_is_an_output(last):
+    net, batch = made("labels")
+    bound = {
+        "tanh": lambda f: 30 * (f / 30).tanh(), "sigmoid": torch.sigmoid,
+        "softmax": lambda f: f.softmax(-1), "scaled": lambda f: f / 0.7 - 0.2,
+    }[last]  # fmt: skip
+
+    class Telling(nn.Module):
+        def forward(self, x, y):
+            outputs = bound(net.head(net.body(x)))
+            return LOSSES["squares"](outputs, y), outputs
+
+    class Bounded(nn.Module):
+        def forward(self, x):
+            return bound(net.head(net.body(x)))
+
+    found, how, _ = measured(Telling(), (batch, batch), lambda out, _: out[0])
+    assert "Gauss-Newton" in how
+    outside = LOSSES["squares"]
+    expected, _, _ = measured(Bounded(), batch, lambda f, y: 1.0 * outside(f, y))
+    own, other = sorted(found.per_site.values()), sorted(expected.per_site.values())
+    torch.testing.assert_close(own, other)

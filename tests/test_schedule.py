@@ -321,6 +321,15 @@ def test_the_dear_ones_of_the_default_say_so():
     assert Regularizer(num_masks=2).passes == 2 and DropoutNoise().passes == 5
 
 
+@pytest.mark.parametrize("kind, times", [(nn.LSTM, 5), (nn.GRU, 2.5), (nn.Linear, 1)])
+def test_sharpness_of_recurrent_kernels_is_known_to_be_dear(kind, times):
+    model = nn.Sequential(nn.ModuleDict({"within": kind(3, 4)}), nn.Dropout())
+    with tdi.attach_analysis(model, log_dir=False) as analysis:
+        passes = analysis._cadence.first
+        assert passes["sharpness"] == times * Sharpness().passes
+        assert passes["regularizer"] == Regularizer().passes
+
+
 def test_several_batches_take_several_times_as_long():
     data = [(torch.ones(4, 3), torch.zeros(4, 2))] * 3
     model = nn.Sequential(nn.Dropout(), nn.Linear(3, 2))

@@ -238,3 +238,27 @@ def test_a_slice_of_a_negative_loss_is_said_to_be_absent():
         (nn.functional.mse_loss(net(x), y) - 90).backward()
         sgd.step()
     assert "negative" in analysis.absent["sharpness/loss_slice"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_of_few_parameters_no_trace_is_left_to_chance(seed):
+    """Draws of so few agree, and an error of 0 was false of one seed of these."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)
+    ).double()
+    x, y = torch.randn(1, 2).double(), torch.randn(1, 2).double()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    only = {"measures": [Sharpness()], "log_dir": False, "every": 1}
+    with tdi.attach_analysis(model, **only) as analysis:
+        nn.functional.mse_loss(model(x), y).backward()
+        sgd.step()
+    parameters = list(model.parameters())
+    risk = nn.functional.mse_loss(model(x), y)
+    slopes = torch.autograd.grad(risk, parameters, create_graph=True)
+    exact = 0.0
+    for slope, own in zip(slopes, parameters, strict=True):
+        for k, g in enumerate(slope.flatten()):
+            exact += torch.autograd.grad(g, own, retain_graph=True)[0].flatten()[k]
+    assert analysis.latest["sharpness/trace"] == pytest.approx(float(exact), rel=1e-9)
+    assert analysis.latest["sharpness/trace_standard_error"] == 0

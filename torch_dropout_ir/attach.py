@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch_dropout_ir.analysis import Analysis, Measure, Sink
 from torch_dropout_ir.analysis.cadence import Cadence
 from torch_dropout_ir.analysis.distributed import ranks_of
-from torch_dropout_ir.analysis.measures import default_measures
+from torch_dropout_ir.analysis.measures import Sharpness, default_measures
 from torch_dropout_ir.analysis.records import Postponed, warn
 from torch_dropout_ir.analysis.root_hook import CompiledCall, RootHook
 from torch_dropout_ir.analysis.steps import steps_model
@@ -24,6 +24,9 @@ from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.tensorboard import TensorBoardSink
+
+# Times a pass: second derivatives of recurrent kernels go through single cells.
+_CELLS: Final = {nn.LSTM: 5.0, nn.RNNBase: 2.5}
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -127,13 +130,18 @@ def _instances(given: Any, what: str, needed: tuple[str, ...]) -> list[Any]:
     return found
 
 
-def _passes(measures: list[Measure], batches: list[Batch] | None) -> dict[str, float]:
+def _passes(
+    measures: list[Measure], batches: list[Batch] | None, model: nn.Module
+) -> dict[str, float]:
     """About how many passes of one batch the measures take, by name."""
-    count = len(batches or [None])
-    return {
-        m.name: getattr(m, "passes", 0.0) * (count if "batches" in m.needs else 1)
-        for m in measures
-    }
+    found = {m.name: getattr(m, "passes", 0.0) for m in measures}
+    cells = (times for kind, times in _CELLS.items() for m in model.modules()
+             if isinstance(m, kind))  # fmt: skip
+    slower = max(cells, default=1.0)
+    for m in measures:
+        found[m.name] *= len(batches or [None]) if "batches" in m.needs else 1
+        found[m.name] *= slower if isinstance(m, Sharpness) else 1.0
+    return found
 
 
 def _tensorboard(log_dir: str | os.PathLike[str] | None) -> Sink:
@@ -238,7 +246,7 @@ def attach_analysis(
     if measures is not None:
         chosen = _instances(measures, "measures", ("name", "needs", "__call__"))
     further = _instances(() if sinks is None else sinks, "sinks", ("write", "close"))
-    names, passes = [m.name for m in chosen], _passes(chosen, batches)
+    names, passes = [m.name for m in chosen], _passes(chosen, batches, inner)
     cadence = Cadence(every, budget, names, passes)
     ranks = ranks_of(model)
     ranks.wait_for_all("attach_analysis")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,8 +16,14 @@ PutBack = Callable[[list[Any]], Any]
 _SLOT = types.MemberDescriptorType
 
 
+class _Key(NamedTuple):
+    """Where a dictionary of a class of its own holds something."""
+
+    key: Any
+
+
 class _Opened(NamedTuple):
-    """An object, the names and slots of its attributes, and what is in those."""
+    """An object, the names, slots and keys of what it holds, and that."""
 
     owner: Any
     places: list[Any]
@@ -28,6 +35,8 @@ class _Opened(NamedTuple):
         for place, value in zip(self.places, values, strict=True):
             if isinstance(place, _SLOT):
                 place.__set__(new, value)
+            elif isinstance(place, _Key):
+                _base(type(new)).__setitem__(new, place.key, value)
             else:
                 _dictionary(new)[place] = value
 
@@ -36,8 +45,9 @@ def flatten(outputs: Any) -> tuple[list[Any], PutBack]:
     """Return the leaves of what a model returned, and the function that puts them back.
 
     What torch does not know, a dataclass or any other object with tensors in it (a
-    ``torch.distributions.Distribution``), is taken by its attributes. Objects may hold
-    each other. None of their own code runs: what is put back is in new ones.
+    ``torch.distributions.Distribution``), is taken by its attributes, and a dictionary
+    of a class of its own by its keys too. Objects may hold each other. None of their
+    own code runs: what is put back is in new ones.
     """
     opened = _opened(outputs)
     live = _with_tensors(opened)
@@ -45,7 +55,8 @@ def flatten(outputs: Any) -> tuple[list[Any], PutBack]:
     leaves = [y for x in parts for y in x.found if id(y) not in live]
 
     def rebuild(filled: list[Any]) -> Any:
-        new = {id(x.owner): object.__new__(type(x.owner)) for x in parts[1:]}
+        kinds = {id(x.owner): type(x.owner) for x in parts[1:]}
+        new = {number: _base(kind).__new__(kind) for number, kind in kinds.items()}
         rest, trees = iter(filled), []
         for x in parts:
             inner = [new[id(y)] if id(y) in new else next(rest) for y in x.found]
@@ -92,15 +103,22 @@ def _closed(x: Any) -> bool:
     if hasattr(kind, "__del__"):  # of something that a new one would not hold
         return True
     try:
-        object.__new__(kind)
-    except TypeError:  # it is a container or made in C
+        _base(kind).__new__(kind)
+    except TypeError:  # it is another container or made in C
         return True
     return False
 
 
+def _base(kind: type) -> Any:
+    """Return the class that makes objects of a kind, and sets their items."""
+    return next(x for x in (OrderedDict, dict, object) if issubclass(kind, x))
+
+
 def _attributes(x: Any) -> dict[Any, Any]:
-    """Return the attributes of an object by name, or by slot where they are in one."""
+    """Return what an object holds by name, or by slot or key where it is in one."""
     own = dict(_dictionary(x)) if type(x).__dictoffset__ else {}
+    if isinstance(x, dict):
+        own.update((_Key(key), dict.__getitem__(x, key)) for key in dict.__iter__(x))
     for kind in type(x).__mro__:
         for slot in vars(kind).values():
             if isinstance(slot, _SLOT):

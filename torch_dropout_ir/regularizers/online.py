@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.collectives import every, some
+from torch_dropout_ir.collectives import alone, every, some
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.losses import Loss
@@ -23,6 +23,8 @@ from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
 from torch_dropout_ir.regularizers.own_loss import outputs_within
 from torch_dropout_ir.regularizers.root_passes import estimate
 from torch_dropout_ir.regularizers.second_order import second_order
+
+_FEW: Final = 16  # outputs of a batch
 
 
 def online(
@@ -113,10 +115,21 @@ def _second_order(
     found, how = _parts(form, "sampled Gauss-Newton form", needed=targets is None)
     errors = [found.standard_error, *found.per_site_standard_error.values()]
     if draws == 1 and some(any([x.isnan() for x in errors]), "no error"):
-        other, _ = _parts(form, how)
-        if other.per_site:
+        all_of_few = functools.partial(estimate, model, clean, targets, loss, None, own)
+        # Ranks whose passes meet would have to take as many of them.
+        few = alone() and _has_few_outputs(clean, own)
+        other, said = _parts(all_of_few if few else form, "Gauss-Newton form")
+        if other.per_site and not other.num_samples:
+            found, how = other, said
+        elif other.per_site:
             found, how = _mean(found, other), f"{how}, of two draws"
     return found, how, own is not None and bool(found.per_site)
+
+
+def _has_few_outputs(clean: CleanPass, own: Any) -> bool:
+    """Whether a pass for each output, as of a single sample, is no more than a few."""
+    outputs = clean.outputs if own is None else own[0].single
+    return isinstance(outputs, Tensor) and outputs.numel() <= _FEW
 
 
 def _mean(a: Estimate, b: Estimate) -> Estimate:

@@ -51,7 +51,7 @@ _HELD: Final = (
     4.25  # of the parameters: gradient, two vectors, and condensation's start
 )
 _LEAST: Final = 1 / 8  # of that, where parameters alone take more
-_TINY: Final = 2**20  # bytes of a graph that no cut makes worth its time
+_TINY: Final = 2**23  # bytes of a graph that no cut makes worth its time
 _SMALL: Final = 2**26  # of one that is held whole where a cut has another curvature
 _MOVED: Final = 0.1  # of the parameters' root mean square
 _PADDING: Final = -100  # labels that losses of language models leave out

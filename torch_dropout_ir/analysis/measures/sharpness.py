@@ -31,6 +31,7 @@ _KINDS: Final = {
     "hutchinson": "Hutchinson's estimate on random signs",
 }
 _BINS: Final = 64
+_FEW: Final = 64  # parameters, whose trace takes a product each
 _MET: Final = "of all samples at once, for passes of ranks meet"
 _READ_ELSEWHERE: Final = (
     "the loss depends on no parameter that is put in the place of the model's own: its "
@@ -170,10 +171,14 @@ class Sharpness:
         """Return the trace; of ranks, the mean of theirs, each from draws of its own.
 
         Where passes meet, it is of as many products on each, with the same vectors.
+        Else, of few parameters, draws can agree by chance, and all are gone through.
         """
+        size = op.shape[0]
+        few = size if size <= _FEW and not met else 0
+        most = max(self.trace_matvecs, few)
         apart = contextlib.nullcontext()
         with apart if met else snapshot.ranks.own_draws(snapshot.model):
-            found = sharpness.trace(op, num_matvecs=self.trace_matvecs)
+            found = sharpness.trace(op, num_matvecs=most)
         snapshot.notes["sharpness/trace"] = _KINDS[found.method]
         value, error = float(found.value), float(found.standard_error)
         if not met:
