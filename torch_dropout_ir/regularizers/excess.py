@@ -38,7 +38,7 @@ from torch_dropout_ir.tracing import mapped
 
 # Elements that are in the minority, dropped or kept, expected over all draws. With
 # fewer the errors of tiny networks did not cover, p from 0.001 to 0.999.
-_FEWEST_FOR_AN_ERROR: Final = 20
+FEWEST_FOR_AN_ERROR: Final = 20
 _FEWEST_FOR_A_FIT: Final = 100
 TOO_ALIKE: Final = (
     "no standard error: next to no mask element differs from the rest; take more masks,"
@@ -102,7 +102,7 @@ class ExcessRisk:
                     self._minority = (self._minority or 0.0) + rare
                 # Other sites than in the pass without noise: nothing is known here.
                 if slope is not None and slope.shape == shape and site.p < 1:
-                    linear = linear + _linear_part(slope, packed, site.p)
+                    linear = linear + linear_part(slope, packed, site.p)
 
             began = AllStanding(self._model) if self.noisy else None
             masked = dropout_risk(
@@ -164,17 +164,17 @@ class ExcessRisk:
         """
         if self._minority is None:
             return True
-        return self._differ and self._minority >= _FEWEST_FOR_AN_ERROR
+        return self._differ and self._minority >= FEWEST_FOR_AN_ERROR
 
     def lacking(self) -> int:
         """Return how many more masks it takes to tell how far the mean is off.
 
         It depends on ``p`` and shapes alone, so that the mean stays unbiased.
         """
-        if not self._minority or self._minority >= _FEWEST_FOR_AN_ERROR:
+        if not self._minority or self._minority >= FEWEST_FOR_AN_ERROR:
             return 0
         drawn = len(self._excess)
-        return math.ceil(_FEWEST_FOR_AN_ERROR * drawn / self._minority) - drawn
+        return math.ceil(FEWEST_FOR_AN_ERROR * drawn / self._minority) - drawn
 
     @property
     def can_fit(self) -> bool:
@@ -217,7 +217,7 @@ class ExcessRisk:
         return bias.to(self._clean)
 
 
-def _linear_part(slope: Tensor, packed: Tensor, p: float) -> Tensor:
+def linear_part(slope: Tensor, packed: Tensor, p: float) -> Tensor:
     """Return the sum of ``slope`` times the noise of a mask, float64."""
     parts = []
     for x, bits in zip(
