@@ -246,7 +246,7 @@ def test_the_linear_part_of_a_mask_is_summed_block_by_block(monkeypatch):
     slope = torch.randn(3, 333).double()
     dropped, packed = ops.draw(torch.ones_like(slope), 0.4, None)
     monkeypatch.setattr(excess, "_BITS", 2**6)
-    found = excess._linear_part(slope, packed, 0.4)
+    found = excess.Slope.of(slope).at(packed, 0.4)
     torch.testing.assert_close(found, (slope * (dropped - 1)).sum())
 
 

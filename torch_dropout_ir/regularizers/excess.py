@@ -20,7 +20,7 @@ Semantics:
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,35 @@ TOO_ALIKE: Final = (
 _BITS: Final = 2**18
 
 
+class Slope(NamedTuple):
+    """What the noise of a use of a site adds to a loss to first order.
+
+    Attributes:
+        terms: ``g h`` of each element of its mask.
+        whole: Their sum, float64.
+        live: How many are not zero: none of a loss that is least already.
+    """
+
+    terms: Tensor
+    whole: Tensor
+    live: int
+
+    @classmethod
+    def of(cls, terms: Tensor) -> Slope:
+        """Return it of ``g h``."""
+        parts = [x.sum(dtype=torch.float64) for x in terms.flatten().split(_BITS)]
+        return cls(terms, torch.stack(parts).sum(), int(terms.count_nonzero()))
+
+    def at(self, packed: Tensor, p: float) -> Tensor:
+        """Return the sum of ``terms`` times the noise of a mask, float64."""
+        scale, parts = kernels.keep_scale(p), [-self.whole]
+        for x, bits in zip(
+            self.terms.flatten().split(_BITS), packed.split(_BITS // 8), strict=False
+        ):
+            parts.append(ops.mask_apply(x, bits, scale).sum(dtype=torch.float64))
+        return torch.stack(parts).sum()
+
+
 class ExcessRisk:
     """Draws of ``R_drop - R_S`` on one batch; ``slopes`` are :func:`linear_parts`."""
 
@@ -56,7 +85,7 @@ class ExcessRisk:
         model: nn.Module,
         batch: Batch,
         loss: Loss,
-        slopes: list[Tensor | None] | None = None,
+        slopes: list[Slope | None] | None = None,
     ) -> None:
         self._model = model
         self._batch = batch
@@ -80,8 +109,6 @@ class ExcessRisk:
             with clean_pass(model, batch[0], reduce=risk) as clean:
                 slopes = _of_risk(clean, clean.outputs)
         self._slopes = slopes
-        # Of no loss that is least already, whose slopes are all 0.
-        self._live = [x.count_nonzero().item() if x is not None else 0 for x in slopes]
 
     @torch.no_grad()
     def draw(self, num_masks: int) -> None:
@@ -92,17 +119,16 @@ class ExcessRisk:
 
             def watch(site: Site, packed: Tensor, shape: torch.Size) -> None:
                 nonlocal linear, use
-                known = use < len(self._slopes)
-                slope = self._slopes[use] if known else None
-                live = self._live[use] if known else 0
+                slope = self._slopes[use] if use < len(self._slopes) else None
+                live = slope.live if slope is not None else 0
                 self._compare(use, packed)
                 use += 1
                 if 0 < site.p < 1:
                     rare = min(site.p, 1 - site.p) * (live or shape.numel())
                     self._minority = (self._minority or 0.0) + rare
                 # Other sites than in the pass without noise: nothing is known here.
-                if slope is not None and slope.shape == shape and site.p < 1:
-                    linear = linear + linear_part(slope, packed, site.p)
+                if slope is not None and slope.terms.shape == shape and site.p < 1:
+                    linear = linear + slope.at(packed, site.p)
 
             began = AllStanding(self._model) if self.noisy else None
             masked = dropout_risk(
@@ -217,19 +243,8 @@ class ExcessRisk:
         return bias.to(self._clean)
 
 
-def linear_part(slope: Tensor, packed: Tensor, p: float) -> Tensor:
-    """Return the sum of ``slope`` times the noise of a mask, float64."""
-    parts = []
-    for x, bits in zip(
-        slope.flatten().split(_BITS), packed.split(_BITS // 8), strict=False
-    ):
-        kept = ops.mask_apply(x, bits, kernels.keep_scale(p))
-        parts.append(kept.sum(dtype=torch.float64) - x.sum(dtype=torch.float64))
-    return torch.stack(parts).sum()
-
-
-def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor | None]:
-    """Return ``g h`` of each use of a site, in the shape of its mask.
+def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Slope | None]:
+    """Return what each use of a site adds to first order.
 
     None where the loss does not depend on a use; no tensor at all where derivatives
     cannot reach the sites. The graph of the pass goes as the derivative comes.
@@ -240,15 +255,16 @@ def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor |
     return _of_risk(clean, read.risk(read.tensors))
 
 
-def _of_risk(clean: CleanPass, risk: Tensor) -> list[Tensor | None]:
+def _of_risk(clean: CleanPass, risk: Tensor) -> list[Slope | None]:
     """The linear parts of a loss that has been taken already."""
     if clean.unreachable or not risk.requires_grad:
         return []
-    slopes: list[Tensor | None] = [None] * len(clean.uses)
+    slopes: list[Slope | None] = [None] * len(clean.uses)
 
     def receive(use: int, g: Tensor) -> None:
         site, h, _ = clean.uses[use]
-        slopes[use] = (h.detach() * g).sum_to_size(site.mask_shape(h.shape))
+        terms = (h.detach() * g).sum_to_size(site.mask_shape(h.shape))
+        slopes[use] = Slope.of(terms)
 
     clean.pull(risk, None, receive, keep=False)
     return slopes

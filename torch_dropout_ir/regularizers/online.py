@@ -14,7 +14,12 @@ from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_finite, check_reachable
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate, fits_last_layer, of_squares
-from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk, linear_parts
+from torch_dropout_ir.regularizers.excess import (
+    TOO_ALIKE,
+    ExcessRisk,
+    Slope,
+    linear_parts,
+)
 from torch_dropout_ir.regularizers.last_layer import last_layer
 from torch_dropout_ir.regularizers.path_parts import PathParts
 from torch_dropout_ir.regularizers.root_passes import estimate
@@ -87,7 +92,7 @@ class _Seen(NamedTuple):
     """What a pass without noise shows of its sites, and of noise beside them."""
 
     sites: list[str]
-    slopes: list[Tensor | None]
+    slopes: list[Slope | None]
     unreachable: tuple[str, ...]
     notes: tuple[str, ...]
 

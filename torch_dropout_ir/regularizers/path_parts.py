@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch_dropout_ir.collectives import go_on, most
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.regularizers.excess import FEWEST_FOR_AN_ERROR, linear_part
+from torch_dropout_ir.regularizers.excess import FEWEST_FOR_AN_ERROR, Slope
 from torch_dropout_ir.regularizers.masked import NoiseSeen, dropout_risk
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import derivatives, recomputes
@@ -50,12 +50,10 @@ class PathParts:
         model: nn.Module,
         batch: Batch,
         loss: Loss,
-        slopes: Sequence[Tensor | None],
+        slopes: Sequence[Slope | None],
     ) -> None:
         self._pass = model, batch, loss
         self._slopes = slopes
-        live = [0 if x is None else x.count_nonzero().item() for x in slopes]
-        self._live = [int(x) for x in live]
         self._rare: dict[str, float] = {}  # elements in the minority, by site
         self._draws: list[dict[str, Tensor]] = []
 
@@ -113,15 +111,15 @@ class PathParts:
             use = len(uses)
             known = use < len(self._slopes)
             slope = self._slopes[use] if known else None
-            if not known or (slope is not None and slope.shape != shape):
+            if not known or (slope is not None and slope.terms.shape != shape):
                 raise RuntimeError(_OTHERS.format(site.name))
-            rare = min(site.p, 1 - site.p) * self._live[use]
+            rare = min(site.p, 1 - site.p) * (slope.live if slope is not None else 0)
             if site.p >= 1:  # what drops everything always does so
                 rare = math.inf
             self._rare[site.name] = self._rare.get(site.name, 0.0) + rare
             linear = torch.zeros((), dtype=torch.float64, device=packed.device)
             if slope is not None:
-                linear = linear_part(slope, packed, site.p)
+                linear = slope.at(packed, site.p)
             uses.append((site, linear))
 
         def along(h: Tensor, dropped: Tensor) -> Tensor:
