@@ -1,5 +1,6 @@
 """Parts of sites along the path from no noise to all: against every mask."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from torch_dropout_ir.losses import resolve_loss
+from torch_dropout_ir.regularizers import monte_carlo
 from torch_dropout_ir.regularizers.online import online
 
 NODES, WEIGHTS = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(60))
@@ -28,6 +31,18 @@ class Net(nn.Module):
         h = drop(0, self.act(self.a(x)))
         h = drop(1, self.act(self.b(h)))
         return self.c(drop(2, self.act(h)))
+
+
+class Blocks(nn.Module):
+    """A net that may be computed again in the backward pass."""
+
+    def __init__(self, net, again):
+        super().__init__()
+        self.net, self.again = net, again
+
+    def forward(self, x):
+        run = functools.partial(checkpoint, self.net, use_reentrant=False)
+        return run(x) if self.again else self.net(x)
 
 
 def enumerated(net, row, loss, rates, shapes):
@@ -113,3 +128,35 @@ def test_errors_are_those_of_the_draws():
     off, squared = torch.stack(off), torch.stack(squared)
     assert abs(off.mean()) < 4 * off.std() / 10
     assert float(squared.mean() / off.square().mean()) == pytest.approx(1.2, abs=0.4)
+
+
+@pytest.mark.parametrize("act", ["tanh", "relu"])
+def test_monte_carlo_tells_them_where_asked(act):
+    net, batch, _, truth, total = case(act, "squares")
+    found = monte_carlo(net, batch, "mse", num_masks=60, per_site=True)
+    for name, x in truth.items():
+        error = found.per_site_standard_error[name]
+        assert abs(found.per_site[name] - x) < 4 * error < 0.8 * float(total)
+    assert monte_carlo(net, batch, "mse", num_masks=2).per_site == {}
+    one = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.3), nn.Linear(2, 2)).double()
+    found = monte_carlo(one, batch, "mse", per_site=True)
+    assert found.per_site == {"1": found.value}
+    assert found.per_site_standard_error == {"1": found.standard_error}
+
+
+def test_a_site_out_of_reach_of_derivatives_is_named():
+    net, batch, *_ = case("tanh", "squares")
+    whole = net.forward
+    net.forward = lambda x: torch.no_grad()(whole)(x) + net.a(x)
+    with pytest.raises(RuntimeError, match=r"'first', 'second'.*no_grad"):
+        monte_carlo(net, batch, "mse", num_masks=2, per_site=True)
+
+
+def test_parts_under_checkpointing_are_those_without():
+    net, batch, loss, *_ = case("tanh", "squares")
+    found = []
+    for again in (False, True):
+        whole = Blocks(net, again)
+        torch.manual_seed(0)
+        found.append(online(whole, batch, loss)[0].per_site)
+    assert found[0] == found[1] and all(found[0].values())

@@ -443,6 +443,7 @@ def test_a_model_that_returns_its_loss():
 
 def test_the_online_r1_takes_the_linear_part_away():
     from torch_dropout_ir.regularizers.excess import ExcessRisk
+    from torch_dropout_ir.regularizers.first_order import FirstOrder
     from torch_dropout_ir.regularizers.online import online
 
     torch.manual_seed(0)
@@ -455,7 +456,7 @@ def test_the_online_r1_takes_the_linear_part_away():
     values = torch.stack([online(net, batch, loss)[0].value for _ in range(60)])
     plain = []
     for _ in range(60):
-        excess = ExcessRisk(net, batch, loss, slopes=[])
+        excess = ExcessRisk(net, batch, loss, FirstOrder([]))
         excess.draw(8)
         plain.append(excess.mean()[0])
     assert values.std() < 0.5 * torch.stack(plain).std()

@@ -20,19 +20,18 @@ Semantics:
 from __future__ import annotations
 
 import math
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir import kernels, ops
 from torch_dropout_ir.collectives import every, joined, some
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.generators import AllStanding
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
+from torch_dropout_ir.regularizers.clean_pass import clean_pass
+from torch_dropout_ir.regularizers.first_order import FirstOrder
 from torch_dropout_ir.regularizers.masked import NoiseSeen, clean_risk, dropout_risk
-from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import mapped
 
@@ -44,48 +43,23 @@ TOO_ALIKE: Final = (
     "no standard error: next to no mask element differs from the rest; take more masks,"
     " outside of `frozen_masks`, of a model that does not seed the generators"
 )
-# Elements of a mask that are looked at together, eight to a byte.
-_BITS: Final = 2**18
-
-
-class Slope(NamedTuple):
-    """What the noise of a use of a site adds to a loss to first order.
-
-    Attributes:
-        terms: ``g h`` of each element of its mask.
-        whole: Their sum, float64.
-        live: How many are not zero: none of a loss that is least already.
-    """
-
-    terms: Tensor
-    whole: Tensor
-    live: int
-
-    @classmethod
-    def of(cls, terms: Tensor) -> Slope:
-        """Return it of ``g h``."""
-        parts = [x.sum(dtype=torch.float64) for x in terms.flatten().split(_BITS)]
-        return cls(terms, torch.stack(parts).sum(), int(terms.count_nonzero()))
-
-    def at(self, packed: Tensor, p: float) -> Tensor:
-        """Return the sum of ``terms`` times the noise of a mask, float64."""
-        scale, parts = kernels.keep_scale(p), [-self.whole]
-        for x, bits in zip(
-            self.terms.flatten().split(_BITS), packed.split(_BITS // 8), strict=False
-        ):
-            parts.append(ops.mask_apply(x, bits, scale).sum(dtype=torch.float64))
-        return torch.stack(parts).sum()
 
 
 class ExcessRisk:
-    """Draws of ``R_drop - R_S`` on one batch; ``slopes`` are :func:`linear_parts`."""
+    """Draws of ``R_drop - R_S`` on one batch.
+
+    Attributes:
+        first: What sites add to first order, as given or by a pass of its own.
+        noisy: Whether the model draws other noise than dropout's.
+        seen: What the passes have shown of the noise.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         batch: Batch,
         loss: Loss,
-        slopes: list[Slope | None] | None = None,
+        first: FirstOrder | None = None,
     ) -> None:
         self._model = model
         self._batch = batch
@@ -101,14 +75,14 @@ class ExcessRisk:
             self._clean = clean_risk(model, batch, loss).clone()
         # Other noise than dropout's is drawn afresh for each mask, once for both sides.
         self.noisy = some(began.moved(), "noise")
-        if slopes is None:
+        if first is None:
 
             def risk(outputs: object) -> Tensor:
                 return loss(outputs, batch[1])
 
             with clean_pass(model, batch[0], reduce=risk) as clean:
-                slopes = _of_risk(clean, clean.outputs)
-        self._slopes = slopes
+                first = FirstOrder.of_risk(clean, clean.outputs)
+        self.first = first
 
     @torch.no_grad()
     def draw(self, num_masks: int) -> None:
@@ -119,7 +93,7 @@ class ExcessRisk:
 
             def watch(site: Site, packed: Tensor, shape: torch.Size) -> None:
                 nonlocal linear, use
-                slope = self._slopes[use] if use < len(self._slopes) else None
+                slope = self.first.slope(use)
                 live = slope.live if slope is not None else 0
                 self._compare(use, packed)
                 use += 1
@@ -241,30 +215,3 @@ class ExcessRisk:
         third = (draws - mean).pow(3).mean()
         bias = (2 * variance / mean - third / variance) / len(draws)
         return bias.to(self._clean)
-
-
-def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Slope | None]:
-    """Return what each use of a site adds to first order.
-
-    None where the loss does not depend on a use; no tensor at all where derivatives
-    cannot reach the sites. The graph of the pass goes as the derivative comes.
-    """
-    if clean.unreachable or not clean.uses:
-        return []
-    read = read_outputs(clean.outputs, loss, targets)
-    return _of_risk(clean, read.risk(read.tensors))
-
-
-def _of_risk(clean: CleanPass, risk: Tensor) -> list[Slope | None]:
-    """The linear parts of a loss that has been taken already."""
-    if clean.unreachable or not risk.requires_grad:
-        return []
-    slopes: list[Slope | None] = [None] * len(clean.uses)
-
-    def receive(use: int, g: Tensor) -> None:
-        site, h, _ = clean.uses[use]
-        terms = (h.detach() * g).sum_to_size(site.mask_shape(h.shape))
-        slopes[use] = Slope.of(terms)
-
-    clean.pull(risk, None, receive, keep=False)
-    return slopes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,13 @@ from torch import Tensor, nn
 from torch_dropout_ir.collectives import every
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.regularizers.checks import check_finite, check_reachable
+from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate, fits_last_layer, of_squares
-from torch_dropout_ir.regularizers.excess import (
-    TOO_ALIKE,
-    ExcessRisk,
-    Slope,
-    linear_parts,
-)
+from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk
+from torch_dropout_ir.regularizers.first_order import FirstOrder
 from torch_dropout_ir.regularizers.last_layer import last_layer
-from torch_dropout_ir.regularizers.path_parts import PathParts
+from torch_dropout_ir.regularizers.path_parts import Parts, PathParts
 from torch_dropout_ir.regularizers.root_passes import estimate
 
 _DRAWS: Final = 2  # of the form, where targets are not known
@@ -83,40 +79,20 @@ def online(
         if told and closed is not None and closed.exact:
             how = "exact, closed form"
             return _checked(closed, model, batch), _said(how, closed), risk
-        seen = _Seen.of(clean, loss, targets, clean.noise_left_out(model))
-    found, how = _averaged(model, batch, loss, seen, num_masks, most_masks)
+        first, notes = FirstOrder.of(clean, loss, targets), clean.noise_left_out(model)
+    passes = ExcessRisk(model, batch, loss, first), PathParts(model, batch, loss, first)
+    found, how = _averaged(*passes, notes, num_masks, most_masks)
     return _checked(found, model, batch), _said(how, found), risk
 
 
-class _Seen(NamedTuple):
-    """What a pass without noise shows of its sites, and of noise beside them."""
-
-    sites: list[str]
-    slopes: list[Slope | None]
-    unreachable: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls, clean: CleanPass, loss: Loss, targets: Any, notes: tuple[str, ...]
-    ) -> _Seen:
-        later = [site.name for site, _ in clean.later]
-        slopes = linear_parts(clean, loss, targets)
-        return cls(
-            [*dict.fromkeys(clean.names + later)], slopes, clean.unreachable, notes
-        )
-
-
 def _averaged(
-    model: nn.Module,
-    batch: Batch,
-    loss: Loss,
-    seen: _Seen,
+    excess: ExcessRisk,
+    path: PathParts,
+    notes: tuple[str, ...],
     num_masks: int,
     most_masks: int,
 ) -> tuple[Estimate, str]:
     """Return R_1 averaged over masks, with parts that add up to it, and how."""
-    excess = ExcessRisk(model, batch, loss, seen.slopes)
     excess.draw(num_masks)
     if (lacking := excess.lacking()) <= most_masks - num_masks:
         excess.draw(lacking)
@@ -124,45 +100,20 @@ def _averaged(
     how = f"unbiased, average over {excess.num_masks} masks"
     if not excess.knows_its_error:
         how = f"{TOO_ALIKE}; {how}"
-    values, errors, notes = {}, {}, seen.notes
-    if len(seen.sites) == 1:
-        (name,) = seen.sites
-        values, errors = {name: value}, {name: error}
-    elif seen.sites:
-        path = PathParts(model, batch, loss, seen.slopes)
-        count = max(num_masks // 2, 2)
-        said = _drawn(path, seen, count, most_masks // 2 - count)
-        if said:
-            notes = (*notes, said)
-        else:
-            values, errors = path.means(value, error)
-            how = f"{how}; by site: {_ALONG.format(path.num_draws)}"
-    found = Estimate(
-        value, values, error, False, excess.num_masks, notes=notes,
-        per_site_standard_error=errors,
-    )  # fmt: skip
-    return found, how
-
-
-def _drawn(path: PathParts, seen: _Seen, count: int, more: int) -> str:
-    """Draw the parts of the sites, on all ranks or on none.
-
-    ``more`` draws are taken at most where ``count`` do not tell the errors.
-
-    Returns:
-        Why there are none; nothing if there are.
-    """
-    said = "another rank has none"
+    parts, said = Parts({}, {}), ""
     try:
-        check_reachable("parts of sites", seen.unreachable)
-        path.draw(count)
-        if 0 < (lacking := path.lacking()) <= more:
-            path.draw(lacking)
+        parts = path.parts(value, error, max(num_masks // 2, 2), most_masks // 2)
     except (RuntimeError, ValueError) as err:
         said = str(err)
-        every(False, "parts")  # here: where the others have left, this is why
-        return said
-    return "" if every(True, "parts") else said
+    if not every(not said, "parts"):  # here: where others have left, that is why
+        parts, notes = Parts({}, {}), (*notes, said or "another rank has none")
+    elif parts.drawn:
+        how = f"{how}; by site: {_ALONG.format(parts.drawn)}"
+    found = Estimate(
+        value, parts.values, error, False, excess.num_masks, notes=notes,
+        per_site_standard_error=parts.errors,
+    )  # fmt: skip
+    return found, how
 
 
 def _checked(found: Estimate, model: nn.Module, batch: Batch) -> Estimate:

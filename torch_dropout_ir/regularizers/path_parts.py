@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from torch_dropout_ir.collectives import go_on, most
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.regularizers.excess import FEWEST_FOR_AN_ERROR, Slope
+from torch_dropout_ir.regularizers.checks import check_reachable
+from torch_dropout_ir.regularizers.excess import FEWEST_FOR_AN_ERROR
+from torch_dropout_ir.regularizers.first_order import FirstOrder
 from torch_dropout_ir.regularizers.masked import NoiseSeen, dropout_risk
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import derivatives, recomputes
@@ -42,54 +44,43 @@ _OTHERS: Final = (
 )
 
 
+class Parts(NamedTuple):
+    """The part of each site, and its standard error; ``drawn`` how often."""
+
+    values: dict[str, Tensor]
+    errors: dict[str, Tensor]
+    drawn: int = 0
+
+
 class PathParts:
-    """Draws of the sites' parts; ``slopes`` are ``linear_parts``, an entry a use."""
+    """Draws of the sites' parts; ``first`` is what they add to first order."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        loss: Loss,
-        slopes: Sequence[Slope | None],
+        self, model: nn.Module, batch: Batch, loss: Loss, first: FirstOrder
     ) -> None:
         self._pass = model, batch, loss
-        self._slopes = slopes
+        self._first = first
         self._rare: dict[str, float] = {}  # elements in the minority, by site
         self._draws: list[dict[str, Tensor]] = []
 
-    def draw(self, count: int) -> None:
-        """Take ``count`` more draws, the squares of whose ``t`` are evenly spaced.
+    def parts(self, value: Tensor, error: Tensor, count: int, limit: int = 0) -> Parts:
+        """Return the parts of R_1, of which ``value`` and ``error`` are given.
+
+        That of a single site is R_1 itself. Of several it is of ``count`` draws, or as
+        many as tell the errors where that are no more than ``limit``: else the error is
+        NaN, as where that of R_1 is.
 
         Raises:
-            RuntimeError: If a site acts that did not in the pass without noise.
+            RuntimeError: If a site acts that did not in the pass without noise, or one
+                that derivatives do not reach.
         """  # noqa: DOC502 (in a pass)
-        # The largest of some numbers has low bits of its own.
-        drawn = most(int(torch.randint(2**62, (), device="cpu")), "path")
-        begin = (drawn % 2**_BITS + 0.5) / 2**_BITS
-        for k in range(count):
-            self._draws.append(self._draw(math.sqrt((k + begin) / count)))
-
-    @property
-    def num_draws(self) -> int:
-        """Number of draws taken so far."""
-        return len(self._draws)
-
-    def lacking(self) -> int:
-        """Return how many more draws it takes to tell how far each part is off."""
-        rare = [x for x in self._rare.values() if x]
-        if not rare or min(rare) >= FEWEST_FOR_AN_ERROR:
-            return 0
-        drawn = len(self._draws)
-        return math.ceil(FEWEST_FOR_AN_ERROR * drawn / min(rare)) - drawn
-
-    def means(
-        self, value: Tensor, error: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the part of each site and its standard error, like ``value``'s.
-
-        NaN is the error where next to no mask element differs from the rest, or that of
-        their sum is.
-        """
+        sites = self._first.sites
+        if len(sites) < 2:
+            return Parts(dict.fromkeys(sites, value), dict.fromkeys(sites, error))
+        check_reachable("parts of sites", self._first.unreachable)
+        self._draw_all(count)
+        if count < (needed := self._needed()) <= limit:
+            self._draw_all(needed - count)
         values, errors = {}, {}
         for name in self._draws[0]:
             terms = torch.stack([x[name] for x in self._draws])
@@ -98,7 +89,20 @@ class PathParts:
             told = self._rare[name] >= FEWEST_FOR_AN_ERROR and not error.isnan()
             known = told or not terms.any()
             errors[name] = off if known else torch.full_like(error, math.nan)
-        return values, errors
+        return Parts(values, errors, len(self._draws))
+
+    def _draw_all(self, count: int) -> None:
+        """Take more draws, the squares of whose ``t`` are evenly spaced."""
+        # The largest of some numbers has low bits of its own.
+        drawn = most(int(torch.randint(2**62, (), device="cpu")), "path")
+        begin = (drawn % 2**_BITS + 0.5) / 2**_BITS
+        for k in range(count):
+            self._draws.append(self._draw(math.sqrt((k + begin) / count)))
+
+    def _needed(self) -> int:
+        """Return how many draws it takes to tell how far each part is off."""
+        rare = [x / len(self._draws) for x in self._rare.values() if x]
+        return math.ceil(FEWEST_FOR_AN_ERROR / min(rare)) if rare else 0
 
     def _draw(self, t: float) -> dict[str, Tensor]:
         """Return the term of each site at one mask and a share of its noise."""
@@ -109,9 +113,10 @@ class PathParts:
             if recomputes():  # a block under checkpointing
                 return
             use = len(uses)
-            known = use < len(self._slopes)
-            slope = self._slopes[use] if known else None
-            if not known or (slope is not None and slope.terms.shape != shape):
+            slope = self._first.slope(use)
+            if use >= len(self._first.slopes) or (
+                slope is not None and slope.terms.shape != shape
+            ):
                 raise RuntimeError(_OTHERS.format(site.name))
             rare = min(site.p, 1 - site.p) * (slope.live if slope is not None else 0)
             if site.p >= 1:  # what drops everything always does so
@@ -142,7 +147,7 @@ class PathParts:
         found: Sequence[Tensor | None],
     ) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
-        if len(uses) != len(self._slopes):
+        if len(uses) != len(self._first.slopes):
             raise RuntimeError(_OTHERS.format(uses[-1][0].name if uses else ""))
         for (site, linear), share, slope in zip(uses, shares, found, strict=False):
             term = (0 if slope is None else slope.double()) - linear
