@@ -238,20 +238,31 @@ def test_an_unsupported_operation_leaves_the_other_measures():
 
 
 def test_sites_without_a_part_are_said_to_lack_it():
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 3))
+    """Where derivatives do not reach them, here in `torch.no_grad`."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.out = False, nn.Linear(3, 3)
+            self.drops = nn.ModuleList(nn.Dropout(0.3) for _ in range(2))
+
+        def forward(self, x):
+            with torch.set_grad_enabled(not self.hidden):
+                x = self.drops[0](x)
+            return self.out(self.drops[1](x))
+
+    net = Model()
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    x, y = torch.randn(8, 3), torch.randn(8, 3)
     with tdi.attach_analysis(net, log_dir=False, every=1) as analysis:
-        nn.functional.l1_loss(net(x), y).backward()  # without a second derivative
-        sgd.step()
-        assert "regularizer/R1" in analysis.latest
-        assert "regularizer/R1/2" not in analysis.latest
-        assert "piecewise linear" in analysis.absent["regularizer/R1/<site>"]
-        sgd.zero_grad()
-        nn.functional.cross_entropy(net(x), y.argmax(1)).backward()
-        sgd.step()
-        assert "regularizer/R1/2" in analysis.latest
-        assert "regularizer/R1/<site>" not in analysis.absent
+        for net.hidden in (True, False):
+            nn.functional.l1_loss(net(x), y).backward()
+            sgd.step()
+            sgd.zero_grad()
+            assert "regularizer/R1" in analysis.latest
+            assert ("regularizer/R1/drops.1" in analysis.latest) != net.hidden
+            lacks = analysis.absent.get("regularizer/R1/<site>", "")
+            assert ("torch.no_grad" in lacks) == net.hidden == bool(lacks)
 
 
 @pytest.mark.parametrize("convert", [False, True])

@@ -373,10 +373,7 @@ def no_norm():
 
 # What cannot be measured, by script.
 ABSENT = {
-    without_second_derivative: {
-        "sharpness": "differentiated twice",
-        "regularizer/R1/<site>": "cannot differentiate again",
-    },
+    without_second_derivative: {"sharpness": "differentiated twice"},
     per_sample_gradients: dict.fromkeys(
         ("regularizer", "dropout_noise", "masks", "sharpness"), "no call of the model"
     ),

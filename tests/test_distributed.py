@@ -448,23 +448,24 @@ def spare(rank, size, options, _=None):
 
 
 class OwnLoss(nn.Module):
-    """A model that returns its own loss, and what that is of."""
+    """A model that returns its own loss, with one site or two."""
 
-    def __init__(self):
+    def __init__(self, two):
         super().__init__()
-        self.net = net()
+        first = [nn.Linear(5, 5).double(), nn.Tanh(), nn.Dropout(0.2)] if two else []
+        self.net = nn.Sequential(*first, *net())
 
     def forward(self, x, y):
         logits = self.net(x)
         return {"logits": logits, "loss": nn.functional.mse_loss(logits, y)}
 
 
-def own_loss(rank, size, _):
-    """One rank has a single sample, which tells no error of one draw."""
+def own_loss(rank, size, two, _):
+    """One rank has a single sample."""
     rows = slice(15) if rank == 0 else slice(15, None)
-    model = DistributedDataParallel(OwnLoss())
+    model = DistributedDataParallel(OwnLoss(two))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    watch = [measures.Regularizer()]
+    watch = [measures.Regularizer(128)]
     with tdi.attach_analysis(model, log_dir=False, every=1, measures=watch) as own:
         for x, y in batches():
             sgd.zero_grad()
@@ -473,14 +474,22 @@ def own_loss(rank, size, _):
     return own.history, own.absent, own.notes["regularizer/R1"]
 
 
-def test_parts_of_a_loss_that_the_model_returns_are_of_all_ranks(ran):
-    (found, absent, said), (other, _, too) = ran(2, "own loss")
-    assert not absent and "Gauss-Newton form, of two draws" in said == too
-    site = "regularizer/R1_standard_error/net.2"
-    # Two draws of one sample may be the same: at one step of the three they are.
-    assert len(found[site]) == STEPS - 1 and all(x > 0 for _, x in found[site])
+@pytest.mark.parametrize("sites", [("net.2",), ("net.2", "net.5")])
+def test_parts_of_all_ranks_add_up_to_r1(ran, sites):
+    name = "own loss" if len(sites) == 1 else "own loss of two sites"
+    (found, absent, said), (other, _, too) = ran(2, name)
+    assert not absent and said == too
     shared = [tag for tag in found if tag.startswith(("loss/", "regularizer/R1"))]
     assert "loss/R_S" in shared and all(found[tag] == other[tag] for tag in shared)
+    r1, error = "regularizer/R1", "regularizer/R1_standard_error"
+    for step in range(STEPS):
+        parts = [found[f"{r1}/{site}"][step][1] for site in sites]
+        errors = [found[f"{error}/{site}"][step][1] for site in sites]
+        if len(sites) == 1:
+            assert parts[0] == pytest.approx(found[r1][step][1], rel=1e-12)
+            assert errors[0] == pytest.approx(found[error][step][1], rel=1e-12)
+        off = abs(sum(parts) - found[r1][step][1])
+        assert off < 4 * sum(errors) < 2 * found[r1][step][1]
 
 
 @pytest.mark.parametrize("how", ["find_unused_parameters", "static_graph"])
@@ -874,7 +883,8 @@ def test_the_curvature_where_passes_meet_is_that_of_all(ran, name):
 
 SCENARIOS = {
     "noise": (noise_of_masks,),
-    "own loss": (own_loss,),
+    "own loss": (own_loss, False),
+    "own loss of two sites": (own_loss, True),
     "drawn": (drawn,),
     "lacking": (lacking,),
     "apart": (apart,),

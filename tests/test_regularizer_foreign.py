@@ -145,13 +145,14 @@ class Passes(nn.Module):
 
 
 def test_squares_of_a_second_run_make_nothing_exact():
-    """In training the loss is averaged over masks, and the sites' parts say so."""
+    """In training the loss is averaged over masks, of both runs."""
     torch.manual_seed(0)
     x, y = torch.randn(2, 2).double(), torch.randn(2, 2).double()
     net, truth = small(), mean_over_masks(x, y, False)
     found, how, _ = online(net, (x, y), resolve_loss(twice(net, x)), num_masks=400)
     assert (found.value - truth).abs() < 4 * found.standard_error < truth
-    assert "runs the model again" in how and not found.exact
+    assert "unbiased" in how and not found.exact
+    assert found.per_site == {"2": found.value}
 
 
 class Switches(nn.Module):

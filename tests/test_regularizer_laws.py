@@ -355,14 +355,14 @@ def steep(f, t):
 
 
 def test_the_linear_part_of_a_large_mask_is_that_of_its_parts(monkeypatch):
-    from torch_dropout_ir.regularizers import excess
+    from torch_dropout_ir.regularizers import first_order
 
     slope, kept = torch.randn(20, 10).double(), torch.rand(200) > 0.3
     expected = (slope.flatten() * (kept / 0.7 - 1)).sum()
-    for bits in (excess._BITS, 64):
-        monkeypatch.setattr(excess, "_BITS", bits)
+    for bits in (first_order._BITS, 64):
+        monkeypatch.setattr(first_order, "_BITS", bits)
         torch.testing.assert_close(
-            excess._linear_part(slope, pack(kept), 0.3), expected
+            first_order.Slope.of(slope).at(pack(kept), 0.3), expected
         )
 
 

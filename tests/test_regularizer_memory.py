@@ -14,7 +14,7 @@ from torch_dropout_ir import ops, softmax_roots
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.output_hessian import HessianRoots
 from torch_dropout_ir.regularizers import (
-    excess,
+    first_order,
     gauss_newton,
     gradient_norm,
     modified_loss,
@@ -278,8 +278,8 @@ def test_signs_are_drawn_some_samples_at_a_time(monkeypatch):
 def test_the_linear_part_of_a_mask_is_summed_block_by_block(monkeypatch):
     slope = torch.randn(3, 333).double()
     dropped, packed = ops.draw(torch.ones_like(slope), 0.4, None)
-    monkeypatch.setattr(excess, "_BITS", 2**6)
-    found = excess._linear_part(slope, packed, 0.4)
+    monkeypatch.setattr(first_order, "_BITS", 2**6)
+    found = first_order.Slope.of(slope).at(packed, 0.4)
     torch.testing.assert_close(found, (slope * (dropped - 1)).sum())
 
 

@@ -118,9 +118,7 @@ def test_roots_multiply_to_the_hessian():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("coupled", [False, True])
-def test_samples_that_meet_in_the_loss_take_two_draws_for_the_error_of_a_site(
-    dtype, coupled
-):
+def test_the_part_of_a_single_site_is_r1_itself_online(dtype, coupled):
     net = nn.Sequential(
         nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 4), nn.Tanh(),
         nn.Linear(4, 2),
@@ -129,8 +127,9 @@ def test_samples_that_meet_in_the_loss_take_two_draws_for_the_error_of_a_site(
     pairs = lambda f, t: F.mse_loss(f - f.flip(0).tanh(), t)  # noqa: E731
     loss = losses.resolve_loss(pairs if coupled else "mse")
     found, how, _ = online(net, batch, loss)
-    (error,) = found.per_site_standard_error.values()
-    assert error > 0 and ("of two draws" in how) == coupled
+    assert found.per_site == {"2": found.value} and "by site" not in how
+    assert found.per_site_standard_error == {"2": found.standard_error}
+    assert found.standard_error > 0 and found.value.dtype == dtype
 
 
 @pytest.mark.parametrize("kind", ["mse", "cross_entropy"])

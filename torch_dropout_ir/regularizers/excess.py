@@ -25,38 +25,41 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir import kernels, ops
 from torch_dropout_ir.collectives import every, joined, some
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.generators import AllStanding
 from torch_dropout_ir.losses import Loss
-from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
+from torch_dropout_ir.regularizers.clean_pass import clean_pass
+from torch_dropout_ir.regularizers.first_order import FirstOrder
 from torch_dropout_ir.regularizers.masked import NoiseSeen, clean_risk, dropout_risk
-from torch_dropout_ir.regularizers.outputs import read_outputs
 from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import mapped
 
 # Elements that are in the minority, dropped or kept, expected over all draws. With
 # fewer the errors of tiny networks did not cover, p from 0.001 to 0.999.
-_FEWEST_FOR_AN_ERROR: Final = 20
+FEWEST_FOR_AN_ERROR: Final = 20
 _FEWEST_FOR_A_FIT: Final = 100
 TOO_ALIKE: Final = (
     "no standard error: next to no mask element differs from the rest; take more masks,"
     " outside of `frozen_masks`, of a model that does not seed the generators"
 )
-# Elements of a mask that are looked at together, eight to a byte.
-_BITS: Final = 2**18
 
 
 class ExcessRisk:
-    """Draws of ``R_drop - R_S`` on one batch; ``slopes`` are :func:`linear_parts`."""
+    """Draws of ``R_drop - R_S`` on one batch.
+
+    Attributes:
+        first: What sites add to first order, as given or by a pass of its own.
+        noisy: Whether the model draws other noise than dropout's.
+        seen: What the passes have shown of the noise.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         batch: Batch,
         loss: Loss,
-        slopes: list[Tensor | None] | None = None,
+        first: FirstOrder | None = None,
     ) -> None:
         self._model = model
         self._batch = batch
@@ -72,16 +75,14 @@ class ExcessRisk:
             self._clean = clean_risk(model, batch, loss).clone()
         # Other noise than dropout's is drawn afresh for each mask, once for both sides.
         self.noisy = some(began.moved(), "noise")
-        if slopes is None:
+        if first is None:
 
             def risk(outputs: object) -> Tensor:
                 return loss(outputs, batch[1])
 
             with clean_pass(model, batch[0], reduce=risk) as clean:
-                slopes = _of_risk(clean, clean.outputs)
-        self._slopes = slopes
-        # Of no loss that is least already, whose slopes are all 0.
-        self._live = [x.count_nonzero().item() if x is not None else 0 for x in slopes]
+                first = FirstOrder.of_risk(clean, clean.outputs)
+        self.first = first
 
     @torch.no_grad()
     def draw(self, num_masks: int) -> None:
@@ -92,17 +93,16 @@ class ExcessRisk:
 
             def watch(site: Site, packed: Tensor, shape: torch.Size) -> None:
                 nonlocal linear, use
-                known = use < len(self._slopes)
-                slope = self._slopes[use] if known else None
-                live = self._live[use] if known else 0
+                slope = self.first.slope(use)
+                live = slope.live if slope is not None else 0
                 self._compare(use, packed)
                 use += 1
                 if 0 < site.p < 1:
                     rare = min(site.p, 1 - site.p) * (live or shape.numel())
                     self._minority = (self._minority or 0.0) + rare
                 # Other sites than in the pass without noise: nothing is known here.
-                if slope is not None and slope.shape == shape and site.p < 1:
-                    linear = linear + _linear_part(slope, packed, site.p)
+                if slope is not None and slope.terms.shape == shape and site.p < 1:
+                    linear = linear + slope.at(packed, site.p)
 
             began = AllStanding(self._model) if self.noisy else None
             masked = dropout_risk(
@@ -164,17 +164,17 @@ class ExcessRisk:
         """
         if self._minority is None:
             return True
-        return self._differ and self._minority >= _FEWEST_FOR_AN_ERROR
+        return self._differ and self._minority >= FEWEST_FOR_AN_ERROR
 
     def lacking(self) -> int:
         """Return how many more masks it takes to tell how far the mean is off.
 
         It depends on ``p`` and shapes alone, so that the mean stays unbiased.
         """
-        if not self._minority or self._minority >= _FEWEST_FOR_AN_ERROR:
+        if not self._minority or self._minority >= FEWEST_FOR_AN_ERROR:
             return 0
         drawn = len(self._excess)
-        return math.ceil(_FEWEST_FOR_AN_ERROR * drawn / self._minority) - drawn
+        return math.ceil(FEWEST_FOR_AN_ERROR * drawn / self._minority) - drawn
 
     @property
     def can_fit(self) -> bool:
@@ -215,40 +215,3 @@ class ExcessRisk:
         third = (draws - mean).pow(3).mean()
         bias = (2 * variance / mean - third / variance) / len(draws)
         return bias.to(self._clean)
-
-
-def _linear_part(slope: Tensor, packed: Tensor, p: float) -> Tensor:
-    """Return the sum of ``slope`` times the noise of a mask, float64."""
-    parts = []
-    for x, bits in zip(
-        slope.flatten().split(_BITS), packed.split(_BITS // 8), strict=False
-    ):
-        kept = ops.mask_apply(x, bits, kernels.keep_scale(p))
-        parts.append(kept.sum(dtype=torch.float64) - x.sum(dtype=torch.float64))
-    return torch.stack(parts).sum()
-
-
-def linear_parts(clean: CleanPass, loss: Loss, targets: object) -> list[Tensor | None]:
-    """Return ``g h`` of each use of a site, in the shape of its mask.
-
-    None where the loss does not depend on a use; no tensor at all where derivatives
-    cannot reach the sites. The graph of the pass goes as the derivative comes.
-    """
-    if clean.unreachable or not clean.uses:
-        return []
-    read = read_outputs(clean.outputs, loss, targets)
-    return _of_risk(clean, read.risk(read.tensors))
-
-
-def _of_risk(clean: CleanPass, risk: Tensor) -> list[Tensor | None]:
-    """The linear parts of a loss that has been taken already."""
-    if clean.unreachable or not risk.requires_grad:
-        return []
-    slopes: list[Tensor | None] = [None] * len(clean.uses)
-
-    def receive(use: int, g: Tensor) -> None:
-        site, h, _ = clean.uses[use]
-        slopes[use] = (h.detach() * g).sum_to_size(site.mask_shape(h.shape))
-
-    clean.pull(risk, None, receive, keep=False)
-    return slopes

@@ -93,6 +93,7 @@ def dropout_risk(
     watch: Callable[[Site, Tensor, torch.Size], None] | None = None,
     note: Callable[[Tensor, Tensor, Again], None] | None = None,
     look: Callable[[Site, Tensor, Tensor], None] | None = None,
+    along: Callable[[Tensor, Tensor], Tensor] | None = None,
     twin: bool = False,
 ) -> Iterator[Tensor]:
     """Yield ``R_drop`` of a batch at one draw of masks; differentiate it inside.
@@ -101,7 +102,8 @@ def dropout_risk(
     samples (the paper's ``eta``); else each sample draws its own, as ``nn.Dropout``
     does. At each use of a site ``watch`` is called with it, its packed mask and the
     mask's shape, ``note`` with what it returns, its input, and what makes the one of
-    the other again, ``look`` with it, its input and what it returns. A ``twin`` has
+    the other again, ``look`` with it, its input and what it returns. ``along`` makes
+    of the input and of what dropout makes of it what passes on instead. A ``twin`` has
     other masks than a pass from the same states of generators that is none.
     """
     seen.keys.clear()
@@ -134,7 +136,7 @@ def dropout_risk(
             note(dropped, h, again)
         if look is not None:
             look(site, h, dropped)
-        return dropped
+        return dropped if along is None else along(h, dropped)
 
     with at_sites(model, unasking(drop), survey=survey) as calls:
         yield loss(call(model, batch[0], survey=survey), batch[1])

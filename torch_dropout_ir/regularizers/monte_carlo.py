@@ -13,6 +13,7 @@ from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers.checks import as_pair, check_finite, noise_left_out
 from torch_dropout_ir.regularizers.estimate import Estimate
 from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk
+from torch_dropout_ir.regularizers.path_parts import Parts, PathParts
 from torch_dropout_ir.written_parameters import unwritten
 
 _AT_A_TIME: Final = 8
@@ -29,6 +30,7 @@ def monte_carlo(
     *,
     num_masks: int = 64,
     rtol: float | None = None,
+    per_site: bool = False,
 ) -> Estimate:
     r"""Return R_1 by its definition, averaged over random masks.
 
@@ -49,7 +51,18 @@ def monte_carlo(
     sooner. With ``rtol`` that bias, some :math:`2\,\mathrm{rtol}^2` of R_1, is taken
     off as the draws tell it, and what is left is of higher order.
 
-    Costs a forward pass a mask, and two forward and one backward pass. Memory is that
+    The parts of the sites are what each adds along the path from no noise to all of it,
+
+    .. math::
+        R_1 = \sum_s E \int_0^1 \langle h_s \eta_s, g_s(t \eta) \rangle \, dt
+
+    with the derivative :math:`g_s(t \eta)` in what site ``s`` passes on where a share
+    ``t`` of all noise acts: they add up to R_1, whatever model and loss, and are those
+    of second order where the noise is small. They are of as many masks of their own,
+    each with a ``t`` of its own.
+
+    Costs a forward pass a mask, and two forward and one backward pass; with parts as
+    many more forward and backward passes. Memory is that
     of a training step and, beside it, the linear part: an element for each of a mask
     (and what the loss keeps of the outputs, which a training step lets go sooner).
 
@@ -58,23 +71,26 @@ def monte_carlo(
         batch: ``(inputs, targets)``.
         loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
         num_masks: Number of masks, at least 2; with ``rtol`` the most to spend.
+        per_site: Whether to take the parts of the sites too. A single site's is R_1.
         rtol: If given, stop as soon as the standard error is at most this share of the
             magnitude of the estimate, looked at every 8 masks from the 24th on.
 
     Returns:
         The estimate with its standard error, NaN where the masks hardly differ (``p``
-        near 0 or 1, few units and few masks); ``per_site`` is empty, ``converged`` says
-        whether ``rtol`` was reached.
+        near 0 or 1, few units and few masks); ``per_site`` is empty unless asked for,
+        ``converged`` says whether ``rtol`` was reached.
 
     Raises:
         TypeError: If ``batch`` is no pair, ``num_masks`` no integer,
             or ``rtol`` no number.
         ValueError: If ``num_masks`` is below 2 (one mask has no standard error),
             ``rtol`` is not positive, the batch is empty, or the estimate is not finite.
+        RuntimeError: If parts are asked for of sites that derivatives do not reach.
 
     References:
         Zhang & Xu, *Implicit regularization of dropout*, Lemma 1; Owen, *Monte Carlo
-        theory, methods and examples*, 2013, section 8.9, for control variates.
+        theory, methods and examples*, 2013, section 8.9, for control variates; Aumann &
+        Shapley, *Values of non-atomic games*, 1974, for parts along a path.
 
     Example:
         >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1))
@@ -89,15 +105,23 @@ def monte_carlo(
         check_real("monte_carlo", "rtol", rtol, above=0, finite=False)
     batch = as_pair(batch)
     with unwritten(model):
-        excess = ExcessRisk(model, batch, resolve_loss(loss))
+        resolved = resolve_loss(loss)
+        excess = ExcessRisk(model, batch, resolved)
         value, error, reached = _average(excess, num_masks, rtol)
+        parts = Parts({}, {})
+        if per_site:
+            path = PathParts(model, batch, resolved, excess.first)
+            parts = path.parts(value, error, excess.num_masks)
     check_finite("monte_carlo", value, model, batch[0])
     converged = reached or rtol is None
     noisy, seen = excess.noisy or bool(excess.seen.silenced), excess.seen
     notes = noise_left_out(model, noisy, seen.met, drawn=excess.noisy, cut=seen.cut)
     if not excess.knows_its_error:
         notes = (*notes, TOO_ALIKE)
-    return Estimate(value, {}, error, False, excess.num_masks, converged, notes)
+    return Estimate(
+        value, parts.values, error, False, excess.num_masks, converged, notes,
+        parts.errors,
+    )  # fmt: skip
 
 
 def _average(

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from torch_dropout_ir.collectives import alone, every, some
+from torch_dropout_ir.collectives import every
 from torch_dropout_ir.functional import Batch
-from torch_dropout_ir.generators import preserved_rng
 from torch_dropout_ir.losses import Loss
 from torch_dropout_ir.regularizers.checks import check_finite
 from torch_dropout_ir.regularizers.clean_pass import CleanPass, clean_pass
 from torch_dropout_ir.regularizers.estimate import Estimate, fits_last_layer, of_squares
-from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk, linear_parts
+from torch_dropout_ir.regularizers.excess import TOO_ALIKE, ExcessRisk
+from torch_dropout_ir.regularizers.first_order import FirstOrder
 from torch_dropout_ir.regularizers.last_layer import last_layer
-from torch_dropout_ir.regularizers.outputs import check_curvature, read_outputs
-from torch_dropout_ir.regularizers.own_loss import outputs_within
+from torch_dropout_ir.regularizers.path_parts import Parts, PathParts
 from torch_dropout_ir.regularizers.root_passes import estimate
-from torch_dropout_ir.regularizers.second_order import second_order
 
-_FEW: Final = 16  # outputs of a batch
+_DRAWS: Final = 2  # of the form, where targets are not known
+_ALONG: Final = (
+    "unbiased, of {} other masks along the path from no noise to all of it: parts add "
+    "up to R_1 in the mean"
+)
+_UNKNOWN: Final = "second order (approximate; targets unknown)"
 
 
 def online(
@@ -40,10 +41,10 @@ def online(
     Where the only site is a :class:`torch.nn.Dropout` straight before the last linear
     layer and the loss is squared, it is the closed form of :func:`last_layer`, exact.
     Else, where targets are known, its definition, averaged over masks: unbiased, for
-    the second-order forms can be off by a factor in deep networks. Where targets are
-    not known the second-order form is all that can be had. The parts of the sites are
-    those of the second-order form in any case: the Gauss-Newton form, or, where the
-    loss is linear in the outputs, as one that the model returns itself, the full one.
+    the second-order forms can be off by a factor in deep networks. Of several sites
+    each has what it adds along the path from no noise to all of it, by half as many
+    masks: parts add up to R_1 (:mod:`~torch_dropout_ir.regularizers.path_parts`). Where
+    targets are not known the Gauss-Newton form is all that can be had.
 
     Args:
         model: The model; left as it is.
@@ -60,123 +61,68 @@ def online(
     Raises:
         ValueError: If an estimate is not finite.
     """  # noqa: DOC502 (`check_finite` raises)
-    twice = loss.kind == "general"
-    risk, slopes, linear = None, [], False
-    seed = int(torch.randint(2**62, (), device="cpu"))  # of noise beside sites
-    run = functools.partial(clean_pass, model, batch[0], twice=twice, find_last=True)
-    with preserved_rng(model, seed), run(bare=not twice) as clean:
-        found, how, within = _second_order(model, clean, batch[1], loss)
-        if batch[1] is not None:
-            with torch.no_grad():
-                # A model may have computed it itself, with its graph.
-                risk = loss(clean.outputs, batch[1]).detach()
-            if not found.exact:
-                slopes = linear_parts(clean, loss, batch[1])
-                linear = not within and _is_linear(clean, loss, batch[1])
-                linear = every(linear, "linear")
-    if linear:
-        with preserved_rng(model, seed):
-            form = functools.partial(second_order, model, batch, loss)
-            found, how = _parts(form, "sampled form of the whole loss")
-    if found.exact:
-        how = f"exact, {how}"
-    elif risk is None:
-        how = f"second order (approximate; targets unknown), {how}"
-    else:
-        excess = ExcessRisk(model, batch, loss, slopes)
-        excess.draw(num_masks)
-        if (lacking := excess.lacking()) <= most_masks - num_masks:
-            excess.draw(lacking)
-        value, error = excess.mean()
-        found = dataclasses.replace(
-            found, value=value, standard_error=error, num_samples=excess.num_masks
-        )
-        if found.per_site:
-            how = f"second-order parts (approximate), {how}"
-        how = f"unbiased, average over {excess.num_masks} masks; by site: {how}"
-        if not excess.knows_its_error:
-            how = f"{TOO_ALIKE}; {how}"
-    check_finite("regularizer/R1", found.value, model, batch[0])
-    return found, "; ".join((how, *found.notes)), risk
+    twice, targets = loss.kind == "general", batch[1]
+    run = clean_pass(model, batch[0], twice=twice, bare=not twice, find_last=True)
+    with run as clean:
+        closed = _closed_form(clean, targets, loss)
+        told = every(closed is not None, "closed form")
+        if targets is None:
+            found, how = closed, "closed form"
+            if found is None or not told:
+                how = "sampled Gauss-Newton form"
+                found = estimate(model, clean, None, loss, _DRAWS)
+            how = f"exact, {how}" if found.exact else f"{_UNKNOWN}, {how}"
+            return _checked(found, model, batch), _said(how, found), None
+        with torch.no_grad():
+            # A model may have computed it itself, with its graph.
+            risk = loss(clean.outputs, targets).detach()
+        if told and closed is not None and closed.exact:
+            how = "exact, closed form"
+            return _checked(closed, model, batch), _said(how, closed), risk
+        first, notes = FirstOrder.of(clean, loss, targets), clean.noise_left_out(model)
+    passes = ExcessRisk(model, batch, loss, first), PathParts(model, batch, loss, first)
+    found, how = _averaged(*passes, notes, num_masks, most_masks)
+    return _checked(found, model, batch), _said(how, found), risk
 
 
-def _second_order(
-    model: nn.Module, clean: CleanPass, targets: Any, loss: Loss
-) -> tuple[Estimate, str, bool]:
-    """Return the parts, how, and whether they are within a loss of the model's own."""
-    closed = _closed_form(clean, targets, loss)
-    if every(closed is not None, "closed form") and closed is not None:
-        return closed, "closed form", False
-    own = outputs_within(clean, loss, targets)
-    own = own if every(own is not None, "own loss") else None
-    # Without targets it is the form or nothing; with them R_1 can still be had.
-    draws = 2 if targets is None else 1
-    form = functools.partial(estimate, model, clean, targets, loss, draws, own)
-    found, how = _parts(form, "sampled Gauss-Newton form", needed=targets is None)
-    errors = [found.standard_error, *found.per_site_standard_error.values()]
-    if draws == 1 and some(any([x.isnan() for x in errors]), "no error"):
-        all_of_few = functools.partial(estimate, model, clean, targets, loss, None, own)
-        # Ranks whose passes meet would have to take as many of them.
-        few = alone() and _has_few_outputs(clean, own)
-        other, said = _parts(all_of_few if few else form, "Gauss-Newton form")
-        if other.per_site and not other.num_samples:
-            found, how = other, said
-        elif other.per_site:
-            found, how = _mean(found, other), f"{how}, of two draws"
-    return found, how, own is not None and bool(found.per_site)
-
-
-def _has_few_outputs(clean: CleanPass, own: Any) -> bool:
-    """Whether a pass for each output, as of a single sample, is no more than a few."""
-    outputs = clean.outputs if own is None else own[0].single
-    return isinstance(outputs, Tensor) and outputs.numel() <= _FEW
-
-
-def _mean(a: Estimate, b: Estimate) -> Estimate:
-    """Return the mean of two draws, whose difference tells its error, if it is one."""
-
-    def error(x: Tensor, y: Tensor) -> Tensor:
-        off = (x - y).abs() / 2
-        return off.where((off > 0) | (x == 0), torch.nan)
-
-    sites = {name: (x, b.per_site[name]) for name, x in a.per_site.items()}
-    return dataclasses.replace(
-        a,
-        value=(a.value + b.value) / 2,
-        per_site={name: (x + y) / 2 for name, (x, y) in sites.items()},
-        standard_error=error(a.value, b.value),
-        per_site_standard_error={name: error(*both) for name, both in sites.items()},
-        num_samples=2,
-    )
-
-
-def _parts(
-    form: Callable[[], Estimate], how: str, needed: bool = False
+def _averaged(
+    excess: ExcessRisk,
+    path: PathParts,
+    notes: tuple[str, ...],
+    num_masks: int,
+    most_masks: int,
 ) -> tuple[Estimate, str]:
-    """Return the parts of the sites, on all ranks or on none, where they can be had."""
-    said = "another rank has none"
+    """Return R_1 averaged over masks, with parts that add up to it, and how."""
+    excess.draw(num_masks)
+    if (lacking := excess.lacking()) <= most_masks - num_masks:
+        excess.draw(lacking)
+    value, error = excess.mean()
+    how = f"unbiased, average over {excess.num_masks} masks"
+    if not excess.knows_its_error:
+        how = f"{TOO_ALIKE}; {how}"
+    parts, said = Parts({}, {}), ""
     try:
-        found = form()
+        parts = path.parts(value, error, max(num_masks // 2, 2), most_masks // 2)
     except (RuntimeError, ValueError) as err:
-        if needed:
-            raise
         said = str(err)
-        every(False, "parts")  # here: where the others have left, this is why
-    else:
-        if every(True, "parts"):
-            return found, how
-    zero = torch.zeros((), dtype=torch.get_default_dtype(), device="cpu")
-    return Estimate(zero, {}, zero, False, 0, notes=(said,)), "none"
+    if not every(not said, "parts"):  # here: where others have left, that is why
+        parts, notes = Parts({}, {}), (*notes, said or "another rank has none")
+    elif parts.drawn:
+        how = f"{how}; by site: {_ALONG.format(parts.drawn)}"
+    found = Estimate(
+        value, parts.values, error, False, excess.num_masks, notes=notes,
+        per_site_standard_error=parts.errors,
+    )  # fmt: skip
+    return found, how
 
 
-def _is_linear(clean: CleanPass, loss: Loss, targets: Any) -> bool:
-    """Whether the loss is linear in the outputs, where its Hessian is 0."""
-    if loss.kind != "general":
-        return False
-    try:
-        return not check_curvature(read_outputs(clean.outputs, loss, targets))
-    except (RuntimeError, ValueError):
-        return False  # no second derivative, or piecewise linear: no form sees it
+def _checked(found: Estimate, model: nn.Module, batch: Batch) -> Estimate:
+    check_finite("regularizer/R1", found.value, model, batch[0])
+    return found
+
+
+def _said(how: str, found: Estimate) -> str:
+    return "; ".join((how, *found.notes))
 
 
 @torch.no_grad()

@@ -198,8 +198,7 @@ def estimate(
 ) -> Estimate:
     """Return the Gauss-Newton estimate of a pass that has run; its graph is kept.
 
-    ``own`` are the outputs of which the model makes its own loss, with products. An
-    exact sum that would take a pass for each unit of the sites is one draw.
+    ``own`` are the outputs of which the model makes its own loss, with products.
 
     Raises:
         ValueError: If its own loss is linear in them.
@@ -214,9 +213,6 @@ def estimate(
         check_reachable("gauss_newton", clean.unreachable)
         read, product = own
     forms = RootForms(clean, read, num_samples, product)
-    if num_samples is None and not forms.rooted:
-        num_samples = 1
-        forms = RootForms(clean, read, num_samples, product)
     summed = forms.sums(clean, read)
     draws, coupled = ([], False) if summed else forms.draws(clean, read)
     if own is not None and not forms.curved:

@@ -25,11 +25,6 @@ _PIECE: Final = 2**15  # entries that are taken to double precision at a time
 _R1: Final = "regularizer/R1"
 _ERROR: Final = "regularizer/R1_standard_error"
 _NOISE: Final = "regularizer/R2_dropout_noise"
-_ONE_DRAW: Final = (
-    "neither one draw tells it, nor two that are alike, where samples meet (batch "
-    "normalization, a loss that couples them), are not known to be apart, or the batch "
-    "is of one"
-)
 _ONE_PAIR: Final = (
     "two masks are one difference, which has no error: `DropoutNoise(num_masks=4)`"
 )
@@ -42,15 +37,18 @@ class Regularizer:
 
     in the units of the loss: in closed form where that is exact (squared loss, dropout
     straight before the last linear layer), with the error 0; else the mean over masks
-    with its standard error. The parts of sites are second order.
+    with its standard error. Of several sites each has the part that it adds along the
+    path from no noise to all of it, :math:`E \int_0^1 \langle h \eta, g(t \eta) \rangle
+    dt` with the derivative :math:`g` in what the site passes on: parts add up to R_1.
 
     References:
-        Zhang & Xu, *Implicit regularization of dropout*, eq. 4, Lemma 1; Wei, Kakade &
-        Ma 2020 (parts of sites).
+        Zhang & Xu, *Implicit regularization of dropout*, eq. 4, Lemma 1; Aumann &
+        Shapley, *Values of non-atomic games*, 1974 (parts).
 
     Args:
-        num_masks: Masks to average over where R_1 has no closed form; up to eight
-            times as many where they hardly differ (stochastic depth of a small batch).
+        num_masks: Masks to average over where R_1 has no closed form, and half as many
+            for the parts; up to eight times as many where they hardly differ
+            (stochastic depth of a small batch).
     """
 
     name = "regularizer"
@@ -107,6 +105,9 @@ def _joined(
     joined |= {tag: x**0.5 for tag, x in squared.items()}
     if clean is not None and not found.exact:  # by the draws of all ranks already
         joined |= {_R1: means[_R1], _ERROR: float(found.standard_error)}
+        if len(found.per_site) == 1:  # it is R_1 itself
+            (site,) = found.per_site
+            joined |= {f"{tag}/{site}": joined[tag] for tag in (_R1, _ERROR)}
     return joined
 
 
@@ -116,7 +117,7 @@ def _told(snapshot: Snapshot, joined: Mapping[str, float]) -> dict[str, float]:
     if _ERROR in unknown:
         snapshot.absent[_ERROR] = TOO_ALIKE
     if {*unknown} - {_ERROR}:
-        snapshot.absent[f"{_ERROR}/<site>"] = _ONE_DRAW
+        snapshot.absent[f"{_ERROR}/<site>"] = TOO_ALIKE
     return {tag: x for tag, x in joined.items() if tag not in unknown}
 
 
