@@ -3,9 +3,57 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from tests.test_own_loss import LOSSES, made
 from torch_dropout_ir.sharpness import hessian, trace
+
+LOSSES = {
+    "labels": lambda f, y: F.cross_entropy(f.flatten(0, 1), y.flatten()),
+    "soft labels": lambda f, y: -(f.log_softmax(-1).flatten(0, 1) * F.one_hot(
+        y.flatten(), 3)).sum(1).mean(),
+    "focal": lambda f, y: (
+        (1 - torch.exp(-F.cross_entropy(f.mT, y, reduction="none"))) ** 2
+        * F.cross_entropy(f.mT, y, reduction="none")
+    ).mean(),
+    "squares": lambda f, y: (f - F.one_hot(y, 3)).square().sum(-1).mean() / 4,
+    "lengths": lambda f, y: (f - F.one_hot(y, 3)).norm(dim=-1).mean(),
+    "coupled": lambda f, y: (f - f.mean(0)).square().mean() * f.exp().mean(),
+    "hard": lambda f, y: (F.hardsigmoid(f) - F.one_hot(y, 3)).square().mean(),
+}  # fmt: skip
+
+
+class Net(nn.Module):
+    """Symbols of five texts; the loss is made inside where targets are given."""
+
+    def __init__(self, loss, beside=False, norm=False, parts=False, hidden=True):
+        super().__init__()
+        first = [nn.BatchNorm1d(4)] if norm else []
+        self.body = nn.Sequential(
+            nn.Linear(2, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 4), *first,
+            nn.Tanh(), nn.Dropout(0.2),
+        )  # fmt: skip
+        self.head, self.loss = nn.Linear(4, 3), loss
+        self.beside, self.parts, self.hidden = beside, parts, hidden
+
+    def forward(self, x, y=None):
+        h = self.body(x)
+        logits = self.head(h)
+        if y is None:
+            return logits
+        loss = self.loss(logits, y)
+        if self.beside:
+            loss = loss + 0.1 * h.square().mean()
+        if self.parts:
+            logits = logits.unbind(1)
+        found = {"hidden": h} if self.hidden else {}
+        return {**found, "logits": logits, "loss": loss}
+
+
+def made(name, **options):
+    torch.manual_seed(0)
+    net = Net(LOSSES[name], **options).double()
+    return net, (torch.randn(5, 4, 2).double(), torch.randint(3, (5, 4)))
+
 
 COUPLED = ("coupled",)
 

@@ -15,7 +15,6 @@ from torch_dropout_ir.arguments import check_count
 from torch_dropout_ir.collectives import some
 from torch_dropout_ir.functional import Batch
 from torch_dropout_ir.losses import Loss, resolve_loss
-from torch_dropout_ir.output_products import HessianProduct
 from torch_dropout_ir.regularizers.checks import (
     as_pair,
     check_finite,
@@ -194,29 +193,14 @@ def estimate(
     targets: Any,
     loss: Loss,
     num_samples: int | None,
-    own: tuple[OutputsRead, HessianProduct] | None = None,
 ) -> Estimate:
-    """Return the Gauss-Newton estimate of a pass that has run; its graph is kept.
-
-    ``own`` are the outputs of which the model makes its own loss, with products.
-
-    Raises:
-        ValueError: If its own loss is linear in them.
-    """
-    beside: tuple[str, ...] = ()
-    product: HessianProduct | None
-    if own is None:
-        read = read_of(clean, targets, loss)
-        product = None if read.closed else read.product()
-        beside = read_beside(read, clean.edges, product, clean.later)
-    else:
-        check_reachable("gauss_newton", clean.unreachable)
-        read, product = own
+    """Return the Gauss-Newton estimate of a pass that has run; its graph is kept."""
+    read = read_of(clean, targets, loss)
+    product = None if read.closed else read.product()
+    beside = read_beside(read, clean.edges, product, clean.later)
     forms = RootForms(clean, read, num_samples, product)
     summed = forms.sums(clean, read)
     draws, coupled = ([], False) if summed else forms.draws(clean, read)
-    if own is not None and not forms.curved:
-        raise ValueError(LINEAR)
     known = known_of(model, clean, read, loss, forms, beside)
     if summed is not None:
         return of_sums(known, summed)
