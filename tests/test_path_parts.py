@@ -117,6 +117,18 @@ def test_parts_are_those_of_all_masks_and_add_up(act, loss, options):
         assert abs(found.per_site[name] - x) < 4 * error + 5e-3 * size
 
 
+def test_parts_are_right_to_one_percent():
+    net, batch, _, truth, _ = case("tanh", "labels")
+    found = monte_carlo(net, batch, LOSSES["labels"], num_masks=2000, per_site=True)
+    for name, x in truth.items():
+        error = found.per_site_standard_error[name]
+        assert (
+            abs(found.per_site[name] - x)
+            < 4 * error
+            < 0.04 * max(map(abs, truth.values()))
+        )
+
+
 def test_errors_are_those_of_the_draws():
     net, batch, loss, truth, _ = case("tanh", "labels", copies=12)
     off, squared = [], []

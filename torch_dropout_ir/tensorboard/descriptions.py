@@ -9,10 +9,11 @@ _PAPER: Final = "Zhang & Xu, Implicit regularization of dropout, TPAMI 2024"
 
 _DESCRIPTIONS: Final = {
     "regularizer/R1": f"What dropout adds to the loss on average, E[R_drop] - R_S, in "
-    f"the units of the loss ({_PAPER}, eq. 4). Below it: the part of one site.",
+    f"the units of the loss ({_PAPER}, eq. 4). Below it: the parts of sites, which add "
+    "up to it on average.",
     "regularizer/R1_standard_error": "Standard error of R_1 from sampling; 0 where a "
-    "closed form was used. Below it: that of one site's part, of one draw; the spread "
-    "between samples tells it, and is no less than that of draws.",
+    "closed form was used. Below it: that of a site's part, by the spread of few "
+    "masks.",
     "regularizer/R2": f"(lr/4) times the squared gradient norm ({_PAPER}, eq. 5).",
     "regularizer/R2_dropout_noise": "(lr/4) tr Cov of the gradient over masks on one "
     "batch: the part of R_2 that dropout adds.",
