@@ -142,6 +142,14 @@ def test_errors_are_those_of_the_draws():
     assert float(squared.mean() / off.square().mean()) == pytest.approx(1.2, abs=0.4)
 
 
+def test_errors_are_told_where_a_loss_is_least():
+    """No site adds anything to first order there."""
+    net, (x, _), *_ = case("tanh", "squares")
+    batch = x, net(x, lambda i, h: h).detach()
+    found, *_ = online(net, batch, resolve_loss("mse"))
+    assert all(x > 0 for x in found.per_site_standard_error.values())
+
+
 @pytest.mark.parametrize("act", ["tanh", "relu"])
 def test_monte_carlo_tells_them_where_asked(act):
     net, batch, _, truth, total = case(act, "squares")

@@ -118,7 +118,8 @@ class PathParts:
                 slope is not None and slope.terms.shape != shape
             ):
                 raise RuntimeError(_OTHERS.format(site.name))
-            rare = min(site.p, 1 - site.p) * (slope.live if slope is not None else 0)
+            live = slope.live if slope is not None else 0
+            rare = min(site.p, 1 - site.p) * (live or shape.numel())
             if site.p >= 1:  # what drops everything always does so
                 rare = math.inf
             self._rare[site.name] = self._rare.get(site.name, 0.0) + rare
