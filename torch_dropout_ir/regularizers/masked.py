@@ -29,6 +29,7 @@ from torch_dropout_ir.functional import (
     at_sites,
     batch_size,
     call,
+    constants,
     fresh,
 )
 from torch_dropout_ir.generators import AllStanding, Standing, preserved_rng
@@ -94,6 +95,7 @@ def dropout_risk(
     note: Callable[[Tensor, Tensor, Again], None] | None = None,
     look: Callable[[Site, Tensor, Tensor], None] | None = None,
     along: Callable[[Tensor, Tensor], Tensor] | None = None,
+    constant: bool = False,
     twin: bool = False,
 ) -> Iterator[Tensor]:
     """Yield ``R_drop`` of a batch at one draw of masks; differentiate it inside.
@@ -103,7 +105,8 @@ def dropout_risk(
     does. At each use of a site ``watch`` is called with it, its packed mask and the
     mask's shape, ``note`` with what it returns, its input, and what makes the one of
     the other again, ``look`` with it, its input and what it returns. ``along`` makes
-    of the input and of what dropout makes of it what passes on instead. A ``twin`` has
+    of the input and of what dropout makes of it what passes on instead. Nobody asks a
+    derivative in parameters that are ``constant``. A ``twin`` has
     other masks than a pass from the same states of generators that is none.
     """
     seen.keys.clear()
@@ -139,7 +142,8 @@ def dropout_risk(
         return dropped if along is None else along(h, dropped)
 
     with at_sites(model, unasking(drop), survey=survey) as calls:
-        yield loss(call(model, batch[0], survey=survey), batch[1])
+        params = constants(survey.model) if constant else None
+        yield loss(call(model, batch[0], params, survey=survey), batch[1])
         seen.silenced |= calls.silenced
 
 

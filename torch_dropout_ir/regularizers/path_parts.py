@@ -26,6 +26,7 @@ from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from torch_dropout_ir.collectives import go_on, most
 from torch_dropout_ir.functional import Batch
@@ -62,6 +63,7 @@ class PathParts:
         self._first = first
         self._rare: dict[str, float] = {}  # elements in the minority, by site
         self._draws: list[dict[str, Tensor]] = []
+        self._constant = True  # parameters, whose derivatives nobody asks for
 
     def parts(self, value: Tensor, error: Tensor, count: int, limit: int = 0) -> Parts:
         """Return the parts of R_1, of which ``value`` and ``error`` are given.
@@ -97,7 +99,15 @@ class PathParts:
         drawn = most(int(torch.randint(2**62, (), device="cpu")), "path")
         begin = (drawn % 2**_BITS + 0.5) / 2**_BITS
         for k in range(count):
-            self._draws.append(self._draw(math.sqrt((k + begin) / count)))
+            t, rare = math.sqrt((k + begin) / count), dict(self._rare)
+            try:
+                found = self._draw(t)
+            except CheckpointError:  # a block runs again, with the model's own
+                if not self._constant:
+                    raise
+                self._constant, self._rare = False, rare
+                found = self._draw(t)
+            self._draws.append(found)
 
     def _needed(self) -> int:
         """Return how many draws it takes to tell how far each part is off."""
@@ -133,7 +143,9 @@ class PathParts:
             shares.append(share)
             return h + share * (dropped - h)
 
-        risk = dropout_risk(*self._pass, NoiseSeen(), watch=watch, along=along)
+        risk = dropout_risk(
+            *self._pass, NoiseSeen(), watch=watch, along=along, constant=self._constant
+        )
         with torch.enable_grad(), risk as value:
             go_on("backward")
             found: Sequence[Tensor | None] = [None] * len(uses)
