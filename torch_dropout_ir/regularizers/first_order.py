@@ -53,11 +53,13 @@ class FirstOrder(NamedTuple):
             derivatives cannot reach the sites.
         sites: The names of all sites that act, in order.
         unreachable: Those that derivatives cannot reach.
+        uses: The site of each use.
     """
 
     slopes: list[Slope | None]
     sites: tuple[str, ...] = ()
     unreachable: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, clean: CleanPass, loss: Loss, targets: object) -> FirstOrder:
@@ -70,22 +72,28 @@ class FirstOrder(NamedTuple):
     @classmethod
     def of_risk(cls, clean: CleanPass, risk: Tensor) -> FirstOrder:
         """Return it of a loss that has been taken already."""
-        slopes: list[Slope | None] = [None] * len(clean.uses)
+        terms: list[Tensor | None] = [None] * len(clean.uses)
 
         def receive(use: int, g: Tensor) -> None:
             site, h, _ = clean.uses[use]
-            terms = (h.detach() * g).sum_to_size(site.mask_shape(h.shape))
-            slopes[use] = Slope.of(terms)
+            terms[use] = (h.detach() * g).sum_to_size(site.mask_shape(h.shape))
 
         if clean.unreachable:
-            slopes = []
-        else:
-            clean.pull(risk, None, receive, keep=False)
-        return cls(slopes, _names(clean), clean.unreachable)
+            return cls([], _names(clean), clean.unreachable)
+        clean.pull(risk, None, receive, keep=False)
+        slopes = [None if x is None else Slope.of(x) for x in terms]  # without a graph
+        return cls(slopes, _names(clean), uses=tuple(clean.names))
 
     def slope(self, use: int) -> Slope | None:
         """Return that of a use, where it is known."""
         return self.slopes[use] if use < len(self.slopes) else None
+
+    def by_site(self) -> dict[tuple[str, int], Slope | None]:
+        """Return those of each site's first use, its second, and so on."""
+        found: dict[tuple[str, int], Slope | None] = {}
+        for i, name in enumerate(self.uses):
+            found[name, self.uses[:i].count(name)] = self.slopes[i]
+        return found
 
 
 def _names(clean: CleanPass) -> tuple[str, ...]:

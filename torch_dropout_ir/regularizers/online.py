@@ -97,6 +97,7 @@ def _averaged(
     if (lacking := excess.lacking()) <= most_masks - num_masks:
         excess.draw(lacking)
     value, error = excess.mean()
+    notes += tuple(f"site `{x}` drops everything (p = 1)" for x in excess.seen.cut)
     how = f"unbiased, average over {excess.num_masks} masks"
     if not excess.knows_its_error:
         how = f"{TOO_ALIKE}; {how}"

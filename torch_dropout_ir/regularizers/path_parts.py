@@ -39,10 +39,6 @@ from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import derivatives, recomputes
 
 _BITS: Final = 30
-_OTHERS: Final = (
-    "dropout site `{}` acts otherwise than in the pass without noise: its linear part, "
-    "which is taken away, is not known"
-)
 
 
 class Parts(NamedTuple):
@@ -60,7 +56,7 @@ class PathParts:
         self, model: nn.Module, batch: Batch, loss: Loss, first: FirstOrder
     ) -> None:
         self._pass = model, batch, loss
-        self._first = first
+        self._first, self._slopes = first, first.by_site()
         self._rare: dict[str, float] = {}  # elements in the minority, by site
         self._draws: list[dict[str, Tensor]] = []
         self._constant = True  # parameters, whose derivatives nobody asks for
@@ -73,9 +69,8 @@ class PathParts:
         NaN, as where that of R_1 is.
 
         Raises:
-            RuntimeError: If a site acts that did not in the pass without noise, or one
-                that derivatives do not reach.
-        """  # noqa: DOC502 (in a pass)
+            RuntimeError: If derivatives do not reach a site.
+        """  # noqa: DOC502 (`check_reachable` raises)
         sites = self._first.sites
         if len(sites) < 2:
             return Parts(dict.fromkeys(sites, value), dict.fromkeys(sites, error))
@@ -84,8 +79,9 @@ class PathParts:
         if count < (needed := self._needed()) <= limit:
             self._draw_all(needed - count)
         values, errors = {}, {}
-        for name in self._draws[0]:
-            terms = torch.stack([x[name] for x in self._draws])
+        zero = value.new_zeros((), dtype=torch.float64)
+        for name in dict.fromkeys(name for x in self._draws for name in x):
+            terms = torch.stack([x.get(name, zero) for x in self._draws])
             values[name] = terms.mean().to(value)
             off = (terms.std() / len(terms) ** 0.5).to(error)
             told = self._rare[name] >= FEWEST_FOR_AN_ERROR and not error.isnan()
@@ -122,12 +118,12 @@ class PathParts:
         def watch(site: Site, packed: Tensor, shape: torch.Size) -> None:
             if recomputes():  # a block under checkpointing
                 return
-            use = len(uses)
-            slope = self._first.slope(use)
-            if use >= len(self._first.slopes) or (
-                slope is not None and slope.terms.shape != shape
-            ):
-                raise RuntimeError(_OTHERS.format(site.name))
+            use = [other.name for other, _ in uses].count(site.name)
+            # Of others than in the pass without noise, as of layers that a model leaves
+            # out by chance, nothing is known: such terms spread more.
+            slope = self._slopes.get((site.name, use))
+            if slope is not None and slope.terms.shape != shape:
+                slope = None
             live = slope.live if slope is not None else 0
             rare = min(site.p, 1 - site.p) * (live or shape.numel())
             if site.p >= 1:  # what drops everything always does so
@@ -160,8 +156,6 @@ class PathParts:
         found: Sequence[Tensor | None],
     ) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
-        if len(uses) != len(self._first.slopes):
-            raise RuntimeError(_OTHERS.format(uses[-1][0].name if uses else ""))
         for (site, linear), share, slope in zip(uses, shares, found, strict=False):
             term = (0 if slope is None else slope.double()) - linear
             term = term / (2 * share.detach().double())
