@@ -7,7 +7,7 @@ from torch import nn
 
 import torch_dropout_ir as tdi
 from torch_dropout_ir.losses import resolve_loss
-from torch_dropout_ir.regularizers import gauss_newton, second_order
+from torch_dropout_ir.regularizers import gauss_newton
 from torch_dropout_ir.regularizers.online import online
 
 WORDS, LENGTH, SAMPLES, WIDTH, LAYERS = 2000, 64, 8, 128, 4
@@ -58,7 +58,6 @@ def own_costs(turns: int) -> None:
             "step": step(net, (x, x), following),
             "outside": lambda: online(net, (x, x), outer),
             "its own": lambda: online(net, ((x, x), (x, x)), inner),
-            "second_order of all": lambda: second_order(net, ((x, x), (x, x)), inner),
         },
         turns,
     )

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from torch_dropout_ir.collectives import together
 from torch_dropout_ir.losses import resolve_loss
 from torch_dropout_ir.regularizers import monte_carlo
+from torch_dropout_ir.regularizers.first_order import FirstOrder
 from torch_dropout_ir.regularizers.online import online
+from torch_dropout_ir.regularizers.path_parts import PathParts
 
 NODES, WEIGHTS = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(60))
 
@@ -140,6 +143,40 @@ def test_errors_are_those_of_the_draws():
     off, squared = torch.stack(off), torch.stack(squared)
     assert abs(off.mean()) < 4 * off.std() / 10
     assert float(squared.mean() / off.square().mean()) == pytest.approx(1.2, abs=0.4)
+
+
+def test_of_uses_that_the_pass_without_noise_did_not_show_they_are_unbiased():
+    """As of layers that a model leaves out by chance: no linear part is taken away."""
+    net, batch, loss, truth, _ = case("tanh", "squares")
+    path = PathParts(net, batch, loss, FirstOrder([], ("first", "second")))
+    found = path.parts(torch.ones(()), torch.ones(()), 400)
+    for name, x in truth.items():
+        assert abs(found.values[name] - x) < 4 * found.errors[name]
+        assert found.errors[name] < 0.15 * max(map(abs, truth.values()))
+
+
+def test_ranks_go_along_one_path(monkeypatch):
+    """Their draws are their own, but for the share of the noise."""
+    net, batch, loss, *_ = case("tanh", "squares")
+    seen = []
+    monkeypatch.setattr(PathParts, "_draw", lambda self, t: seen.append(t) or {})
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        path = PathParts(net, batch, loss, FirstOrder([], ("first", "second")))
+        with together(lambda count, of: 2**40 + 12345 if of == "path" else count):
+            path.parts(torch.ones(()), torch.ones(()), 4)
+    assert seen[:4] == seen[4:] and seen[:4] == sorted({*seen}) and 0 < seen[0]
+
+
+def test_a_part_that_is_not_finite_is_named_and_r1_is_there():
+    net, batch, *_ = case("tanh", "squares")
+    whole = net.forward
+    # The root of a square has no derivative at 0.
+    net.forward = lambda x: whole(x) + net.second(0 * net.a(x)).square().sqrt()
+    with pytest.raises(ValueError, match="finite, got others by way of `second`"):
+        monte_carlo(net, batch, "mse", num_masks=2, per_site=True)
+    found, how, _ = online(net, batch, resolve_loss("mse"))
+    assert not found.per_site and "`second`" in how and found.value.isfinite()
 
 
 def test_errors_are_told_where_a_loss_is_least():

@@ -88,34 +88,36 @@ class ExcessRisk:
     def draw(self, num_masks: int) -> None:
         """Run the model at ``num_masks`` more masks."""
         for _ in range(num_masks):
-            linear = self._clean.new_zeros((), dtype=torch.float64)
-            use = 0
+            self._draw()
 
-            def watch(site: Site, packed: Tensor, shape: torch.Size) -> None:
-                nonlocal linear, use
-                slope = self.first.slope(use)
-                live = slope.live if slope is not None else 0
-                self._compare(use, packed)
-                use += 1
-                if 0 < site.p < 1:
-                    rare = min(site.p, 1 - site.p) * (live or shape.numel())
-                    self._minority = (self._minority or 0.0) + rare
-                # Other sites than in the pass without noise: nothing is known here.
-                if slope is not None and slope.terms.shape == shape and site.p < 1:
-                    linear = linear + slope.at(packed, site.p)
+    def _draw(self) -> None:
+        linear = self._clean.new_zeros((), dtype=torch.float64)
+        use, slope_of = 0, self.first.of_pass()
 
-            began = AllStanding(self._model) if self.noisy else None
-            masked = dropout_risk(
-                self._model, self._batch, self._loss, self.seen, watch=watch
-            )
-            with masked as risk:
-                value = risk
-            clean = self._clean
-            if began is not None:
-                began.restore()
-                clean = clean_risk(self._model, self._batch, self._loss, keyed=True)
-            self._excess.append((value - clean).double())
-            self._linear.append(linear)
+        def watch(site: Site, packed: Tensor, shape: torch.Size) -> None:
+            nonlocal linear, use
+            slope = slope_of(site.name, shape)
+            live = slope.live if slope is not None else 0
+            self._compare(use, packed)
+            use += 1
+            if 0 < site.p < 1:
+                rare = min(site.p, 1 - site.p) * (live or shape.numel())
+                self._minority = (self._minority or 0.0) + rare
+            if slope is not None and site.p < 1:
+                linear = linear + slope.at(packed, site.p)
+
+        began = AllStanding(self._model) if self.noisy else None
+        masked = dropout_risk(
+            self._model, self._batch, self._loss, self.seen, watch=watch
+        )
+        with masked as risk:
+            value = risk
+        clean = self._clean
+        if began is not None:
+            began.restore()
+            clean = clean_risk(self._model, self._batch, self._loss, keyed=True)
+        self._excess.append((value - clean).double())
+        self._linear.append(linear)
 
     def _compare(self, use: int, packed: Tensor) -> None:
         """Look whether the masks are those of the first draw, as frozen ones are.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
@@ -84,16 +85,21 @@ class FirstOrder(NamedTuple):
         slopes = [None if x is None else Slope.of(x) for x in terms]  # without a graph
         return cls(slopes, _names(clean), uses=tuple(clean.names))
 
-    def slope(self, use: int) -> Slope | None:
-        """Return that of a use, where it is known."""
-        return self.slopes[use] if use < len(self.slopes) else None
+    def of_pass(self) -> Callable[[str, torch.Size], Slope | None]:
+        """Return what tells, use by use of another pass, what is known of it.
 
-    def by_site(self) -> dict[tuple[str, int], Slope | None]:
-        """Return those of each site's first use, its second, and so on."""
-        found: dict[tuple[str, int], Slope | None] = {}
-        for i, name in enumerate(self.uses):
-            found[name, self.uses[:i].count(name)] = self.slopes[i]
-        return found
+        That is of each site's first use, its second, and so on, where the mask has the
+        same shape; None of others, as of layers that a model leaves out by chance.
+        """
+        left: dict[str, list[Slope | None]] = {}
+        for name, own in zip(reversed(self.uses), reversed(self.slopes), strict=True):
+            left.setdefault(name, []).append(own)
+
+        def next_of(name: str, shape: torch.Size) -> Slope | None:
+            slope = left[name].pop() if left.get(name) else None
+            return None if slope is None or slope.terms.shape != shape else slope
+
+        return next_of
 
 
 def _names(clean: CleanPass) -> tuple[str, ...]:

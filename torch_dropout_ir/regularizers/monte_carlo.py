@@ -62,18 +62,18 @@ def monte_carlo(
     each with a ``t`` of its own.
 
     Costs a forward pass a mask, and two forward and one backward pass; with parts as
-    many more forward and backward passes. Memory is that
-    of a training step and, beside it, the linear part: an element for each of a mask
-    (and what the loss keeps of the outputs, which a training step lets go sooner).
+    many more forward and backward passes. Memory is that of a training step and, beside
+    it, the linear part: an element for each of a mask (and what the loss keeps of the
+    outputs, which a training step lets go sooner).
 
     Args:
         model: The model; left as it is. Of its outputs only the loss takes notice.
         batch: ``(inputs, targets)``.
         loss: ``"mse"``, ``"cross_entropy"``, a loss module or a callable.
         num_masks: Number of masks, at least 2; with ``rtol`` the most to spend.
-        per_site: Whether to take the parts of the sites too. A single site's is R_1.
         rtol: If given, stop as soon as the standard error is at most this share of the
             magnitude of the estimate, looked at every 8 masks from the 24th on.
+        per_site: Whether to take the parts of the sites too. A single site's is R_1.
 
     Returns:
         The estimate with its standard error, NaN where the masks hardly differ (``p``
@@ -84,7 +84,8 @@ def monte_carlo(
         TypeError: If ``batch`` is no pair, ``num_masks`` no integer,
             or ``rtol`` no number.
         ValueError: If ``num_masks`` is below 2 (one mask has no standard error),
-            ``rtol`` is not positive, the batch is empty, or the estimate is not finite.
+            ``rtol`` is not positive, the batch is empty, or the estimate or a part is
+            not finite.
         RuntimeError: If parts are asked for of sites that derivatives do not reach.
 
     References:

@@ -76,7 +76,7 @@ def online(
         with torch.no_grad():
             # A model may have computed it itself, with its graph.
             risk = loss(clean.outputs, targets).detach()
-        if told and closed is not None and closed.exact:
+        if told and closed is not None:
             how = "exact, closed form"
             return _checked(closed, model, batch), _said(how, closed), risk
         first, notes = FirstOrder.of(clean, loss, targets), clean.noise_left_out(model)
@@ -128,6 +128,7 @@ def _said(how: str, found: Estimate) -> str:
 
 @torch.no_grad()
 def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
+    """Return what is exact; where targets are not known, a form of second order too."""
     # With p = 1 the noise has no variance, and masks alone tell what it does.
     fits = fits_last_layer(clean) and clean.uses[0][0].p < 1
     if clean.last_weight is None or not fits:
@@ -136,13 +137,15 @@ def _closed_form(clean: CleanPass, targets: Any, loss: Loss) -> Estimate | None:
     outputs: Tensor = clean.outputs.detach()
     if targets is None:
         exact = loss.is_quadratic
-    elif (exact := of_squares(clean, loss, targets)) and loss.kind == "general":
+        if not exact and loss.at(outputs).kind != "cross_entropy":
+            return None
+        # Its classes are in dimension 1, those of the linear layer in the last.
+        if not exact and outputs.ndim > 2:
+            return None
+    elif not (exact := of_squares(clean, loss, targets)):
+        return None
+    elif loss.kind == "general":
         loss = dataclasses.replace(loss, kind="elementwise")
-    if not exact and loss.at(outputs).kind != "cross_entropy":
-        return None
-    # Cross-entropy has its classes in dimension 1, the linear layer in the last.
-    if loss.kind == "cross_entropy" and outputs.ndim > 2:
-        return None
     value = last_layer(
         features, clean.last_weight, site.p, loss=loss, outputs=outputs, targets=targets
     )

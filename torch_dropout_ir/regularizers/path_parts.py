@@ -39,6 +39,10 @@ from torch_dropout_ir.sites import Site
 from torch_dropout_ir.tracing import derivatives, recomputes
 
 _BITS: Final = 30
+_NOT_FINITE: Final = (
+    "parts of sites: expected derivatives under dropout that are finite, got others by "
+    "way of `{}`, as of a square root or a norm at 0. R_1 itself needs none"
+)
 
 
 class Parts(NamedTuple):
@@ -56,7 +60,7 @@ class PathParts:
         self, model: nn.Module, batch: Batch, loss: Loss, first: FirstOrder
     ) -> None:
         self._pass = model, batch, loss
-        self._first, self._slopes = first, first.by_site()
+        self._first = first
         self._rare: dict[str, float] = {}  # elements in the minority, by site
         self._draws: list[dict[str, Tensor]] = []
         self._constant = True  # parameters, whose derivatives nobody asks for
@@ -70,6 +74,7 @@ class PathParts:
 
         Raises:
             RuntimeError: If derivatives do not reach a site.
+            ValueError: If a part is not finite.
         """  # noqa: DOC502 (`check_reachable` raises)
         sites = self._first.sites
         if len(sites) < 2:
@@ -83,6 +88,8 @@ class PathParts:
         for name in dict.fromkeys(name for x in self._draws for name in x):
             terms = torch.stack([x.get(name, zero) for x in self._draws])
             values[name] = terms.mean().to(value)
+            if not terms.isfinite().all():
+                raise ValueError(_NOT_FINITE.format(name))
             off = (terms.std() / len(terms) ** 0.5).to(error)
             told = self._rare[name] >= FEWEST_FOR_AN_ERROR and not error.isnan()
             known = told or not terms.any()
@@ -114,16 +121,12 @@ class PathParts:
         """Return the term of each site at one mask and a share of its noise."""
         shares: list[Tensor] = []
         uses: list[tuple[Site, Tensor]] = []  # and the term's linear part
+        known = self._first.of_pass()
 
         def watch(site: Site, packed: Tensor, shape: torch.Size) -> None:
             if recomputes():  # a block under checkpointing
                 return
-            use = [other.name for other, _ in uses].count(site.name)
-            # Of others than in the pass without noise, as of layers that a model leaves
-            # out by chance, nothing is known: such terms spread more.
-            slope = self._slopes.get((site.name, use))
-            if slope is not None and slope.terms.shape != shape:
-                slope = None
+            slope = known(site.name, shape)  # where it is not, terms spread more
             live = slope.live if slope is not None else 0
             rare = min(site.p, 1 - site.p) * (live or shape.numel())
             if site.p >= 1:  # what drops everything always does so
